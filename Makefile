@@ -1,0 +1,37 @@
+# Every target makes its own environment first (setup.sh: a .venv, made once, remade when the pins change).
+SHELL := /bin/bash
+PYTHON_BIN := .venv/bin/python
+export PYTHONPATH :=
+
+.PHONY: setup demo test lint bench parity faults gpu
+
+setup:
+	@./setup.sh
+
+demo: setup  ## SFT, a reward model and PPO on this machine's CPU; report in runs/demo/report.html
+	@$(PYTHON_BIN) -m rlhf_ray demo
+
+test: setup  ## everything that must hold, offline, on two cores
+	@$(PYTHON_BIN) tests/run.py
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part for one part)
+	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY))
+
+parity: setup  ## compare with independent implementations, each in an environment of its own
+	@$(PYTHON_BIN) -m tests.parity.run
+
+faults: setup  ## the long fault campaign
+	@$(PYTHON_BIN) -m tests.faults.campaign
+
+gpu: setup-gpu  ## check and measure what needs a GPU; says what it left out
+	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run
+
+.PHONY: setup-gpu
+setup-gpu:
+	@true

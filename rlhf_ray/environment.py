@@ -1,0 +1,57 @@
+"""Switches that hold for every process of a run, set in one place.
+
+Always true: usage reports of Ray and vLLM are off, and no process asks a model hub for anything unless a config names a
+hub id. ``for_process`` is pure; ``prepare`` applies it to the current process before heavy libraries are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+
+
+def accelerator() -> str:
+    """``cuda`` where NVIDIA's driver answers, else ``cpu``; without importing torch."""
+    return "cuda" if shutil.which("nvidia-smi") is not None else "cpu"
+
+
+def for_process(*, threads: int = 1, hub: bool = False, kv_cache_gib: float | None = None) -> dict[str, str]:
+    """Environment variables of one process.
+
+    ``threads`` bounds its compute threads, ``hub`` allows downloads, ``kv_cache_gib`` is vLLM's cache on CPU in GiB.
+    """
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0" if hub else "1",
+        "TRANSFORMERS_OFFLINE": "0" if hub else "1",
+        "HF_DATASETS_OFFLINE": "0" if hub else "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    if accelerator() == "cpu":
+        variables |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
+        if kv_cache_gib is not None:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = f"{kv_cache_gib:g}"
+    return variables
+
+
+def prepare(variables: Mapping[str, str] | None = None) -> None:
+    """Apply ``variables`` (default: ``for_process()``) to this process; what the user has set already stays."""
+    for name, value in (for_process() if variables is None else variables).items():
+        os.environ.setdefault(name, value)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` reads as ``org/name`` and is not a path on this machine."""
+    parts = name.split("/")
+    plain = len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+    return plain and not os.path.exists(name)
