@@ -1,0 +1,81 @@
+"""Small Llama models made on the spot, for demos, tests and machines that can download none.
+
+Always true: the same shape, sizes and seed give the same weights bit for bit, whatever the state of the global random
+generator, which is left as it was; every shape uses a head size that vLLM's CPU backend serves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rlhf_ray.errors import ModelLoadError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a made Llama; parameters are counted with a vocabulary of 4096."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+
+
+SHAPES: dict[str, Shape] = {
+    "llama-tiny": Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=1, head_dim=32),
+    "llama-0.5m": Shape(hidden=128, intermediate=256, layers=3, heads=4, key_value_heads=4, head_dim=32),
+    "llama-14m": Shape(hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, head_dim=64),
+    "llama-120m": Shape(hidden=768, intermediate=2048, layers=16, heads=12, key_value_heads=12, head_dim=64),
+}
+MAX_POSITIONS = 4096
+
+
+def make_config(
+    shape: str,
+    vocabulary: int,
+    *,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> LlamaConfig:
+    """The configuration of a made model with ``vocabulary`` tokens."""
+    if shape not in SHAPES:
+        raise ModelLoadError(f"no model can be made of shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    sizes = SHAPES[shape]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_value_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        pad_token_id=pad_token_id,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+    )
+
+
+def make_model(
+    shape: str,
+    vocabulary: int,
+    *,
+    seed: int = 0,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> LlamaForCausalLM:
+    """A made causal language model in fp32 with random weights drawn from ``seed``."""
+    config = make_config(
+        shape, vocabulary, pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
