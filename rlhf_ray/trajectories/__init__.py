@@ -1,0 +1,28 @@
+"""The one data type that flows between groups, its packing, and the micro-batch schedule.
+
+Always true: importing this package imports neither torch nor any of its modules; ``trajectories.schedule`` never needs
+torch.
+"""
+
+from __future__ import annotations
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "PER_SEQUENCE": ".columns",
+        "PER_TOKEN": ".columns",
+        "BatchError": ".columns",
+        "FinishReason": ".columns",
+        "MicroBatch": ".schedule",
+        "Packed": ".packing",
+        "Schedule": ".schedule",
+        "TrajectoryBatch": ".batch",
+        "Update": ".schedule",
+        "make_schedule": ".schedule",
+        "pack": ".packing",
+        "scatter_sequences": ".batch",
+        "scatter_tokens": ".batch",
+    },
+)

@@ -1,0 +1,299 @@
+"""The one data type: sequences of any length laid end to end, with columns of numbers about tokens and sequences.
+
+Always true: there is no padding; the tokens of sequence ``i`` are ``offsets[i]:offsets[i + 1]``; a per-token number
+stands at the token it is about; the first token of a sequence is never an action; a batch is never changed (a method
+returns a new one), because its memory may be shared and read-only; and it crosses processes as plain contiguous arrays,
+without a copy where the transport has out-of-band buffers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from rlhf_ray.errors import MissingColumnError
+from rlhf_ray.trajectories.columns import (
+    PER_SEQUENCE,
+    PER_TOKEN,
+    BatchError,
+    FinishReason,
+    as_tensor,
+    check_column,
+    check_offsets,
+    describe,
+    make_column,
+)
+
+__all__ = [
+    "PER_SEQUENCE",
+    "PER_TOKEN",
+    "BatchError",
+    "FinishReason",
+    "TrajectoryBatch",
+    "scatter_sequences",
+    "scatter_tokens",
+]
+
+Array = numpy.ndarray[Any, Any]
+
+# Arrays from Ray's object store are read-only and columns are never written: torch's warning about it says nothing new.
+# A filter set once, not a context around each call: contexts restore a process-wide list and race between threads.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrajectoryBatch:
+    """Ragged trajectories: ``offsets`` (sequences + 1,) and named columns over tokens or over sequences."""
+
+    offsets: Int64[Tensor, "sequences+1"]
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        check_offsets(self.offsets)
+        if "token_ids" not in self.tensors:
+            raise BatchError("a batch needs the column 'token_ids'")
+        if "offsets" in self.tensors:
+            raise BatchError("a column cannot be named 'offsets': the offsets of the batch have that name")
+        tokens = self.tensors["token_ids"].numel()
+        for name, column in self.tensors.items():
+            check_column(name, column, self.offsets, tokens)
+        if self.offsets.device.type == "cpu" and int(self.offsets[-1]) != tokens:
+            raise BatchError(f"offsets end at {int(self.offsets[-1])}, but column 'token_ids' has {tokens} tokens")
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    # Making
+
+    @classmethod
+    def from_sequences(
+        cls, token_ids: Sequence[Sequence[int] | Tensor], *, action_mask: Any = None, **columns: Any
+    ) -> TrajectoryBatch:
+        """Make a batch of sequences; a per-token column is a list of one list a sequence, or one flat tensor."""
+        lengths = [len(tokens) for tokens in token_ids]
+        offsets = _offsets_of(torch.tensor(lengths, dtype=torch.int64))
+        given = {"token_ids": token_ids, **({} if action_mask is None else {"action_mask": action_mask}), **columns}
+        return cls(offsets, {name: make_column(name, numbers, lengths) for name, numbers in given.items()})
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> TrajectoryBatch:
+        """Make a batch that shares the memory of the arrays of :meth:`to_arrays`; they may be read-only."""
+        if "offsets" not in arrays:
+            raise BatchError(f"arrays of a batch need 'offsets'; there is: {_names(arrays)}")
+        tensors = {name: as_tensor(name, array) for name, array in arrays.items()}
+        return cls(tensors.pop("offsets"), tensors)
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return ``offsets`` and every column as contiguous arrays that share the batch's memory (on CPU)."""
+        tensors = {"offsets": self.offsets, **self.tensors}
+        return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TrajectoryBatch.from_arrays, (self.to_arrays(),)
+
+    @staticmethod
+    def concatenate(batches: Sequence[TrajectoryBatch]) -> TrajectoryBatch:
+        """Put batches one after another; all need the same columns."""
+        if not batches:
+            raise BatchError("there is nothing to concatenate: give at least one batch")
+        first = batches[0]
+        for position, batch in enumerate(batches):
+            if set(batch.columns) != set(first.columns):
+                raise BatchError(_column_difference(position, first, batch))
+        lengths = torch.cat([batch.lengths for batch in batches])
+        names = first.columns
+        return TrajectoryBatch(_offsets_of(lengths), {name: _join(name, batches) for name in names})
+
+    # Reading
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all sequences."""
+        return len(self.tensors["token_ids"])
+
+    @property
+    def lengths(self) -> Int64[Tensor, "sequences"]:
+        """Number of tokens of each sequence."""
+        return self.offsets.diff()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where every tensor of the batch is."""
+        return self.offsets.device
+
+    @property
+    def sequence_ids(self) -> Int64[Tensor, "tokens"]:
+        """Row of the sequence that each token belongs to."""
+        rows = torch.arange(len(self), device=self.device)
+        return torch.repeat_interleave(rows, self.lengths, output_size=self.num_tokens)
+
+    @property
+    def position_ids(self) -> Int64[Tensor, "tokens"]:
+        """Position of each token in its sequence, from 0."""
+        return _ragged_ranges(torch.zeros_like(self.offsets[:-1]), self.lengths, self.num_tokens)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.require(name)
+        return self.tensors[name]
+
+    def require(self, *names: str) -> None:
+        """Raise :class:`MissingColumnError` with every name that is missing."""
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise MissingColumnError(f"the batch lacks {_names(missing)}; it has: {_names(self.columns)}")
+
+    def __repr__(self) -> str:
+        return f"TrajectoryBatch({len(self)} sequences, {self.num_tokens} tokens; {', '.join(self.columns)})"
+
+    # Deriving
+
+    def with_columns(self, **columns: Any) -> TrajectoryBatch:
+        """Return a batch with these columns added or replaced; a list may stand for a tensor as in `from_sequences`."""
+        lengths = self.lengths.tolist() if not all(isinstance(column, Tensor) for column in columns.values()) else ()
+        made = {name: make_column(name, numbers, lengths) for name, numbers in columns.items()}
+        return TrajectoryBatch(self.offsets, {**self.tensors, **made})
+
+    def without(self, *names: str) -> TrajectoryBatch:
+        """Return a batch that lacks these columns, which must be there."""
+        self.require(*names)
+        return TrajectoryBatch(self.offsets, {name: self.tensors[name] for name in self.columns if name not in names})
+
+    def to(self, device: torch.device | str) -> TrajectoryBatch:
+        """Return the batch on a device."""
+        return TrajectoryBatch(self.offsets.to(device), {name: t.to(device) for name, t in self.tensors.items()})
+
+    def select(self, indices: Sequence[int] | Tensor) -> TrajectoryBatch:
+        """Return these sequences in this order; an ascending run of neighbours shares the batch's memory."""
+        rows = self._rows(indices)
+        if len(rows) and bool((rows.diff() == 1).all()):
+            return self._neighbours(int(rows[0]), int(rows[-1]) + 1)
+        rows = rows.to(self.device)
+        tokens = self._tokens_of(rows)
+        tensors = {name: column[tokens if name in PER_TOKEN else rows] for name, column in self.tensors.items()}
+        return TrajectoryBatch(_offsets_of(self.lengths[rows]), tensors)
+
+    def _neighbours(self, start: int, stop: int) -> TrajectoryBatch:
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        tensors = {
+            name: column[first:last] if name in PER_TOKEN else column[start:stop]
+            for name, column in self.tensors.items()
+        }
+        return TrajectoryBatch(self.offsets[start : stop + 1] - first, tensors)
+
+    def _rows(self, indices: Sequence[int] | Tensor) -> Int64[Tensor, "selected"]:
+        rows = torch.as_tensor(indices, device="cpu") if len(indices) else torch.empty(0, dtype=torch.int64)
+        if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):  # a mask is not a list of indices
+            raise BatchError(f"sequences are chosen by a list of their indices, not by {describe(rows)}")
+        rows = rows.long()
+        wrong = rows[(rows < 0) | (rows >= len(self))]
+        if len(wrong):
+            raise BatchError(f"sequence {int(wrong[0])} is not in the batch, which has {len(self)} sequences from 0")
+        return rows
+
+    def _tokens_of(self, rows: Int64[Tensor, "selected"]) -> Int64[Tensor, "selected_tokens"]:
+        lengths = self.lengths[rows]
+        return _ragged_ranges(self.offsets[:-1][rows], lengths, int(lengths.sum()))
+
+
+def scatter_tokens(
+    parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "part_tokens"]]], batch: TrajectoryBatch
+) -> Shaped[Tensor, "tokens"]:
+    """Put per-token results of micro-batches at the tokens of the batch they are about.
+
+    A part is the sequences of a micro-batch and the result over their tokens, in the order of the sequences. Every
+    sequence must come exactly once. A part without sequences is a dummy: its result is dropped.
+    """
+    rows, values = _gather_parts(parts, batch, batch.lengths)
+    out = values.new_empty(batch.num_tokens)
+    out[batch._tokens_of(rows)] = values
+    return out
+
+
+def scatter_sequences(
+    parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "part_sequences"]]], batch: TrajectoryBatch
+) -> Shaped[Tensor, "sequences"]:
+    """Put per-sequence results of micro-batches in the order of the batch; the rules are those of `scatter_tokens`."""
+    rows, values = _gather_parts(parts, batch, torch.ones_like(batch.lengths))
+    out = values.new_empty(len(batch))
+    out[rows] = values
+    return out
+
+
+def _gather_parts(
+    parts: Sequence[tuple[Sequence[int], Tensor]], batch: TrajectoryBatch, sizes: Int64[Tensor, "sequences"]
+) -> tuple[Int64[Tensor, "sequences"], Tensor]:
+    """Check the parts and join them: the sequences in the order they came, and their results."""
+    real = [(batch._rows(indices), values) for indices, values in parts if len(indices)]
+    for position, (rows, values) in enumerate(real):
+        size = int(sizes[rows].sum())
+        if tuple(values.shape) != (size,):
+            what = f"part {position} (sequences {_some(rows.tolist())})"
+            raise BatchError(f"{what} must have shape ({size},), not {tuple(values.shape)}")
+        if values.dtype != real[0][1].dtype:
+            raise BatchError(f"part {position} is {values.dtype}, but the first part is {real[0][1].dtype}")
+    joined = torch.cat([rows for rows, _ in real]) if real else torch.empty(0, dtype=torch.int64)
+    counts = torch.bincount(joined, minlength=len(batch))
+    missing, twice = (counts == 0).nonzero()[:, 0].tolist(), (counts > 1).nonzero()[:, 0].tolist()
+    if missing or twice:
+        faults = [f"missing: {_some(missing)}"] * bool(missing) + [f"given more than once: {_some(twice)}"] * bool(
+            twice
+        )
+        raise BatchError(f"the parts must hold every sequence once; {'; '.join(faults)}")
+    values = torch.cat([values.to(batch.device) for _, values in real]) if real else torch.empty(0)
+    return joined.to(batch.device), values
+
+
+def _offsets_of(lengths: Int64[Tensor, "sequences"]) -> Int64[Tensor, "sequences+1"]:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _ragged_ranges(
+    starts: Int64[Tensor, "sequences"], lengths: Int64[Tensor, "sequences"], total: int
+) -> Int64[Tensor, "tokens"]:
+    """Lay the ranges ``starts[i] .. starts[i] + lengths[i]`` end to end."""
+    shift = starts - (lengths.cumsum(0) - lengths)
+    return torch.repeat_interleave(shift, lengths, output_size=total) + torch.arange(total, device=starts.device)
+
+
+def _join(name: str, batches: Sequence[TrajectoryBatch]) -> Tensor:
+    columns = [batch[name] for batch in batches]
+    for position, column in enumerate(columns):
+        here, there = (column.dtype, column.device), (columns[0].dtype, columns[0].device)
+        if here != there:
+            raise BatchError(f"column {name!r} is {there} in batch 0, but {here} in batch {position}")
+    return torch.cat(columns)
+
+
+def _column_difference(position: int, first: TrajectoryBatch, other: TrajectoryBatch) -> str:
+    only_first = [name for name in first.columns if name not in other]
+    only_other = [name for name in other.columns if name not in first]
+    return (
+        f"batch {position} has other columns than batch 0: it lacks {_names(only_first)} "
+        f"and has {_names(only_other)} besides"
+    )
+
+
+def _names(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in names) or "nothing"
+
+
+def _some(numbers: Sequence[int], limit: int = 8) -> str:
+    shown = ", ".join(map(str, numbers[:limit]))
+    return shown if len(numbers) <= limit else f"{shown}, ... ({len(numbers)} in all)"
