@@ -1,0 +1,40 @@
+"""What a loss sum is divided by: a count over one whole optimizer batch.
+
+Always true: the count depends on the sequences of the update alone, never on the ranks or micro-batches that hold
+them, so the gradient of an update is the same for every split; and it is at least 1, so that an update in which
+nothing counts has the gradient 0 instead of NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from rlhf_ray.algorithms.masked import count_actions
+
+if TYPE_CHECKING:
+    from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+DenominatorKind = Literal["tokens", "sequences", "pairs"]
+
+
+def denominator(kind: DenominatorKind, batch: TrajectoryBatch, sequences: Sequence[int]) -> float:
+    """Count the action tokens, the sequences or the pairs among ``sequences`` (rows of ``batch``)."""
+    if kind == "sequences":
+        count = len(sequences)
+    elif kind == "pairs":
+        count = _pairs(sequences)
+    elif kind == "tokens":
+        actions = count_actions(batch["action_mask"], batch.offsets)
+        count = int(actions[torch.as_tensor(tuple(sequences), dtype=torch.int64)].sum())
+    else:
+        raise ValueError(f"denominator {kind!r} is unknown: use one of {', '.join(get_args(DenominatorKind))}")
+    return float(max(count, 1))
+
+
+def _pairs(sequences: Sequence[int]) -> int:
+    if len(sequences) % 2:
+        raise ValueError(f"{len(sequences)} sequences are not whole pairs: keep sequences 2i and 2i+1 together")
+    return len(sequences) // 2
