@@ -1,0 +1,160 @@
+"""One role of a job: its model, its engine, what it takes of the cluster. The vocabulary of every config's sections.
+
+Always true: see :mod:`rlhf_ray.config.schema`, which holds the rest and the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
+
+
+class Section(BaseModel):
+    """One block of a config: unknown keys and wrong types are errors, values never change after parsing."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Values of this section that exclude each other: (key, or "" for all of it; what is wrong, the way out)."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _has_no_conflicts(self) -> Self:
+        found = [f"{key}: {text}".removeprefix(": ") for key, text in self.conflicts()]
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+class MakeConfig(Section):
+    """A small model made on the spot, with random weights, where none can be downloaded."""
+
+    shape: Literal["llama-tiny", "llama-0.5m", "llama-14m", "llama-120m"]
+    tokenizer_from: str
+    """``world`` (word tokens of the generated world), a data file whose text trains a byte-level BPE, or ``data``: what
+    the job's own ``data`` section names (loading writes it out)."""
+    vocabulary: Positive = 4096
+    seed: NonNegative = 0
+
+
+class LoraConfig(Section):
+    rank: Positive
+    alpha: Positive = 16
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class ModelConfig(Section):
+    """Where a model comes from and how it is held. Exactly one of ``path`` and ``make`` is set."""
+
+    path: str | None = None
+    make: MakeConfig | None = None
+    revision: str | None = None
+    dtype: Dtype = "bf16"
+    attention: Attention = "auto"
+    lora: LoraConfig | None = None
+    quantization: Literal["nf4"] | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    head_init: Literal["hf", "inv_sqrt", "inv", "zero"] | None = None
+    """How to make a fresh score head; none means that the checkpoint must hold one."""
+    value_head_prefix: str = "score"
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.path is None) == (self.make is None):
+            yield "", "set exactly one of path (a directory or hub id) and make (a small model made here)"
+        if self.revision is not None and self.path is None:
+            yield "revision", "a made model has no revision: remove it, or name a hub id in path"
+        if self.quantization is not None and self.dtype == "fp32":
+            yield "quantization", f"{self.quantization} computes in half precision, but dtype is fp32: set it to bf16"
+
+
+# --------------------------------------------------------------------------------------------------------------- engine
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule over ``update`` steps."""
+
+    learning_rate: PositiveFloat
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_fraction: Fraction = 0.0
+    final_fraction: Fraction = 0.0
+    """The learning rate at the last update, as a share of ``learning_rate`` (linear and cosine)."""
+    max_grad_norm: PositiveFloat = 1.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.final_fraction > 0.0 and self.schedule == "constant":
+            yield "final_fraction", f"{self.final_fraction} has no effect: schedule is constant; set it to cosine"
+
+
+class EngineConfig(Section):
+    """One DeepSpeed engine. Without an optimizer it runs forward only."""
+
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
+    optimizer: OptimizerConfig | None = None
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.zero in (1, 2) and self.optimizer is None:
+            yield "zero", f"stage {self.zero} shards an optimizer, but there is none: set 0 or 3, or add optimizer"
+        if self.offload == "optimizer" and self.optimizer is None:
+            yield "offload", "there is no optimizer to offload: add optimizer, or set offload to none"
+        if self.offload == "optimizer" and self.zero == 0:
+            yield "offload", "optimizer needs ZeRO: set zero to 1, 2 or 3, or offload to none"
+        if self.offload == "all" and self.zero != 3:
+            yield "offload", f"all moves parameters, but zero is {self.zero}: set zero to 3, or offload to optimizer"
+
+
+class ResourcesConfig(Section):
+    """What one rank (of ``rollout``: one engine with all its tensor-parallel workers) takes of the cluster."""
+
+    cpus_per_rank: PositiveFloat = 1.0
+    gpus_per_rank: NonNegativeFloat = 0.0
+    threads_per_rank: Positive = 1
+
+
+class TokenBudget(Section):
+    """Tokens, prompts included, of one micro-batch on one rank; gradient accumulation follows and is never set."""
+
+    max_tokens_per_micro_batch: Positive = 4096
+    forward_factor: Positive = 2
+    """How many times as many tokens a micro-batch without gradients may hold."""
+
+
+class RoleConfig(Section):
+    """One role: its model, its engine, and how many ranks hold it."""
+
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    ranks: Positive = 1
+    resources: ResourcesConfig = ResourcesConfig()
+    max_tokens_per_micro_batch: Positive | None = None
+    """Overrides ``batch.max_tokens_per_micro_batch`` for this role."""
+
+    def training_tokens(self, batch: TokenBudget) -> int:
+        """Tokens of one micro-batch of this role that is trained on."""
+        return self.max_tokens_per_micro_batch or batch.max_tokens_per_micro_batch
+
+    def forward_tokens(self, batch: TokenBudget) -> int:
+        """Tokens of one micro-batch of this role without gradients."""
+        return self.training_tokens(batch) * batch.forward_factor

@@ -1,0 +1,376 @@
+"""What a job is: the typed, strict description of every run.
+
+Always true: a key that is not written here is refused; a value is never coerced from another type; every default
+stands here and nowhere else; importing this module imports neither torch nor ray. What two values of one section may
+not be together stands in its ``conflicts``; checks across sections stand in :mod:`rlhf_ray.config.checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.roles import (
+    Attention,
+    Dtype,
+    EngineConfig,
+    Fraction,
+    LoraConfig,
+    MakeConfig,
+    ModelConfig,
+    NonNegative,
+    NonNegativeFloat,
+    OptimizerConfig,
+    Positive,
+    PositiveFloat,
+    ResourcesConfig,
+    RoleConfig,
+    Section,
+    TokenBudget,
+)
+
+__all__ = [
+    "JOBS",
+    "WORLD_FUNCTIONS",
+    "AlgorithmConfig",
+    "Attention",
+    "BatchConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "Dtype",
+    "EngineConfig",
+    "EvaluationConfig",
+    "JobConfig",
+    "KlConfig",
+    "LoraConfig",
+    "MakeConfig",
+    "ModelConfig",
+    "MonitoringConfig",
+    "OptimizerConfig",
+    "PairBatchConfig",
+    "PpoConfig",
+    "ResourcesConfig",
+    "RewardConfig",
+    "RewardLossConfig",
+    "RewardModelConfig",
+    "RoleConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "SequenceBatchConfig",
+    "ServeConfig",
+    "SftConfig",
+    "TokenBudget",
+    "WorldConfig",
+]
+
+# ------------------------------------------------------------------------------------------------------------ the rooms
+
+
+class RunConfig(Section):
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="a name of letters, digits, '_', '.' and '-' that starts with a letter or digit",
+    )
+    root: str = "runs"
+    """The run directory is ``root/name``."""
+    seed: NonNegative = 0
+    deterministic: bool = False
+    max_consecutive_skips: Positive = 5
+    max_restarts: NonNegative = 0
+    """How often the supervising parent restarts a driver that died, from its last commit."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address to join (``auto`` or ``host:port``); none starts Ray on this machine, or joins the job's cluster."""
+    num_cpus: Positive | None = None
+    """CPUs that Ray offers where this run starts it; none means the machine's."""
+    object_store_mb: Positive = 512
+    dashboard: bool = False
+    """Serve Ray's dashboard where this run starts Ray itself."""
+    placement_timeout_s: PositiveFloat = 60.0
+    start_timeout_s: PositiveFloat = 300.0
+    call_timeout_s: PositiveFloat = 600.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.address is not None and self.num_cpus is not None:
+            yield "num_cpus", f"{self.num_cpus} counts only where Ray is started here: remove it, or address"
+
+
+class BatchConfig(TokenBudget):
+    """Sizes of reinforcement learning, all global."""
+
+    prompts_per_step: Positive
+    samples_per_prompt: Positive = 1
+    sequences_per_update: Positive
+    passes_per_step: Positive = 1
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        step, update = self.sequences_per_step, self.sequences_per_update
+        if step % update:
+            divisors = [size for size in range(1, step + 1) if step % size == 0]
+            nearest = min(divisors, key=lambda size: (abs(size - update), size))
+            yield (
+                "sequences_per_update",
+                f"{update} does not divide the {step} sequences of a step (prompts_per_step {self.prompts_per_step} x "
+                f"samples_per_prompt {self.samples_per_prompt}): the nearest size that does is {nearest}",
+            )
+
+
+class SequenceBatchConfig(TokenBudget):
+    """Sizes of supervised fine-tuning: ``sequences_per_update`` is global."""
+
+    sequences_per_update: Positive
+
+
+class PairBatchConfig(TokenBudget):
+    """Sizes of preference training: ``pairs_per_update`` is global."""
+
+    pairs_per_update: Positive
+
+
+class WorldConfig(Section):
+    """The generated world (docs/world.md): how much of it to make, and from which seed."""
+
+    seed: NonNegative = 0
+    demonstrations: Positive = 6000
+    pairs: Positive = 12000
+    evaluation_pairs: Positive = 1000
+    prompts: Positive = 4000
+    evaluation_prompts: Positive = 300
+
+
+class DataConfig(Section):
+    """Where rows come from: exactly one of ``world`` and ``path``."""
+
+    world: WorldConfig | None = None
+    path: str | None = None
+    evaluation_path: str | None = None
+    evaluation_fraction: Fraction | None = None
+    """Share of ``path`` held out; none and no ``evaluation_path`` means that nothing is evaluated."""
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    max_tokens: Positive = 512
+    """Longest training sequence, prompt included; longer rows are dropped and counted."""
+    max_prompt_tokens: Positive = 256
+    max_rows: Positive | None = None
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.world is not None and self.path is not None:
+            yield "", f"world and path ({self.path}) exclude each other: add data.world=null or data.path=null"
+        if self.world is None and self.path is None:
+            yield "", "set one of world (the generated world: {}) and path (a data file)"
+        if self.evaluation_path is not None and self.evaluation_fraction is not None:
+            yield "", "evaluation_path and evaluation_fraction exclude each other: remove one (set it to null)"
+        if self.world is not None and (self.evaluation_path is not None or self.evaluation_fraction is not None):
+            yield "", "the generated world holds out its own rows: remove evaluation_path and evaluation_fraction"
+
+
+class RolloutConfig(Section):
+    backend: Literal["vllm", "transformers"] = "vllm"
+    engines: Positive = 1
+    max_new_tokens: Positive = 32
+    temperature: PositiveFloat = 1.0
+    top_p: PositiveFloat = 1.0
+    top_k: int = 0
+    min_p: NonNegativeFloat = 0.0
+    max_model_tokens: Positive = 512
+    dtype: Dtype = "bf16"
+    kv_cache_gib: PositiveFloat = 1.0
+    tensor_parallel: Positive = 1
+    gpu_memory_utilization: Fraction = 0.9
+    resources: ResourcesConfig = ResourcesConfig()
+    timeout_s: PositiveFloat = 300.0
+
+
+WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
+
+
+class RewardConfig(Section):
+    """Where rewards come from: exactly one of ``model`` (then also a role, like every other) and ``function``."""
+
+    model: ModelConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    ranks: Positive = 1
+    resources: ResourcesConfig = ResourcesConfig()
+    max_tokens_per_micro_batch: Positive | None = None
+    function: str | None = None
+    """``package.module:name``, ``path.py:name``, or of the generated world ``world.gold`` or ``world.arithmetic``."""
+    normalize: bool = False
+    clip: PositiveFloat | None = None
+    on_failure: Literal["drop", "stop"] = "stop"
+    hold_s: PositiveFloat = 100.0
+    timeout_s: PositiveFloat = 300.0
+
+    @property
+    def role(self) -> RoleConfig | None:
+        """The reward model as a role; none when a function gives the rewards."""
+        if self.model is None:
+            return None
+        return RoleConfig(
+            model=self.model,
+            engine=self.engine,
+            ranks=self.ranks,
+            resources=self.resources,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+        )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.model is None) == (self.function is None):
+            yield "", "set exactly one of model (a reward model) and function (a Python function)"
+        if self.function is not None and self.function.count(":") != 1 and self.function not in WORLD_FUNCTIONS:
+            yield (
+                "function",
+                f"{self.function!r} is none of package.module:name, path.py:name, world.gold, world.arithmetic",
+            )
+        if self.normalize and self.model is None:
+            yield "normalize", "the mean and deviation stand in a reward model's directory: a function has none"
+
+
+class KlConfig(Section):
+    coefficient: NonNegativeFloat = 0.05
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    target: PositiveFloat | None = None
+    """Adaptive control (Ziegler et al. 2019) towards this many nats a sequence; none keeps the coefficient fixed."""
+    horizon: Positive = 10000
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.target is not None and self.coefficient == 0.0:
+            yield "coefficient", "0 stays 0 under adaptive control (target is set): start it above 0, such as 0.05"
+
+
+class AlgorithmConfig(Section):
+    name: Literal["ppo"] = "ppo"
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    value_clip: PositiveFloat | None = 0.2
+    entropy_coefficient: NonNegativeFloat = 0.0
+    whiten_advantages: bool = True
+    kl: KlConfig = KlConfig()
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of an answer that was cut off; none leaves such scores alone."""
+    critic_warmup_steps: NonNegative = 0
+    max_staleness: NonNegative = 0
+
+
+class RewardLossConfig(Section):
+    name: Literal["sigmoid"] = "sigmoid"
+    centering: NonNegativeFloat = 0.0
+
+
+class EvaluationConfig(Section):
+    every_steps: NonNegative = 0
+    """0 evaluates only at the end."""
+    prompts: Positive = 300
+    best_of: NonNegative = 0
+    """Largest n of best-of-n at the end (0: none)."""
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegative = 0
+    """0 keeps only the final weights."""
+    keep: Positive = 2
+
+
+class MonitoringConfig(Section):
+    ray_metrics: bool = True
+    tensorboard: bool = False
+    samples_per_log: NonNegative = 4
+
+
+# ------------------------------------------------------------------------------------------------------------- the jobs
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning of a policy on demonstrations."""
+
+    kind: Literal["sft"]
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+    batch: SequenceBatchConfig
+    policy: RoleConfig
+    data: DataConfig
+    epochs: PositiveFloat = 1.0
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+
+class RewardModelConfig(Section):
+    """Training a reward model on preference pairs."""
+
+    kind: Literal["rm"]
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+    batch: PairBatchConfig
+    reward: RoleConfig
+    data: DataConfig
+    loss: RewardLossConfig = RewardLossConfig()
+    epochs: PositiveFloat = 1.0
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+
+class PpoConfig(Section):
+    """PPO: a policy improved against a reward, held near a reference by KL."""
+
+    kind: Literal["ppo"]
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+    batch: BatchConfig
+    policy: RoleConfig
+    critic: RoleConfig
+    reference: RoleConfig | None = None
+    """None: the starting policy, on one rank, forward only (``reference_role``)."""
+    reward: RewardConfig
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    data: DataConfig
+    steps: Positive
+    """PPO steps of the whole run: each samples ``batch.prompts_per_step`` prompts."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @property
+    def reference_role(self) -> RoleConfig:
+        """The reference as it runs: ``reference``, or the starting policy without adapters."""
+        if self.reference is not None:
+            return self.reference
+        start = self.policy.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+        return RoleConfig(model=start, resources=self.policy.resources)
+
+
+class ServeConfig(Section):
+    """A reward model served over HTTP."""
+
+    kind: Literal["serve"]
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+    reward: RoleConfig
+    normalize: bool = False
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 5000
+    token_file: str | None = None
+    max_batch_tokens: Positive = 8192
+    max_items: Positive = 1024
+    max_body_bytes: Positive = 8_000_000
+    max_tokens: Positive = 4096
+    max_queue_items: Positive = 4096
+
+
+JobConfig = SftConfig | RewardModelConfig | PpoConfig | ServeConfig
+JOBS: dict[str, type[Section]] = {"sft": SftConfig, "rm": RewardModelConfig, "ppo": PpoConfig, "serve": ServeConfig}
