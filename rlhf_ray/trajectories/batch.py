@@ -249,15 +249,17 @@ def _gather_parts(
         if values.dtype != real[0][1].dtype:
             raise BatchError(f"part {position} is {values.dtype}, but the first part is {real[0][1].dtype}")
     joined = torch.cat([rows for rows, _ in real]) if real else torch.empty(0, dtype=torch.int64)
-    counts = torch.bincount(joined, minlength=len(batch))
-    missing, twice = (counts == 0).nonzero()[:, 0].tolist(), (counts > 1).nonzero()[:, 0].tolist()
-    if missing or twice:
-        faults = [f"missing: {_some(missing)}"] * bool(missing) + [f"given more than once: {_some(twice)}"] * bool(
-            twice
-        )
-        raise BatchError(f"the parts must hold every sequence once; {'; '.join(faults)}")
+    _check_once(torch.bincount(joined, minlength=len(batch)))
     values = torch.cat([values.to(batch.device) for _, values in real]) if real else torch.empty(0)
     return joined.to(batch.device), values
+
+
+def _check_once(counts: Int64[Tensor, "sequences"]) -> None:
+    """Refuse sequences that were given never or more than once."""
+    found = {"missing": counts == 0, "given more than once": counts > 1}
+    faults = [f"{fault}: {_some(where.nonzero()[:, 0].tolist())}" for fault, where in found.items() if where.any()]
+    if faults:
+        raise BatchError(f"the parts must hold every sequence once; {'; '.join(faults)}")
 
 
 def _offsets_of(lengths: Int64[Tensor, "sequences"]) -> Int64[Tensor, "sequences+1"]:
