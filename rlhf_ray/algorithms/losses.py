@@ -163,7 +163,7 @@ class BradleyTerry:
         scores = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         chosen, rejected = scores[0::2], scores[1::2]
         difference = chosen - rejected
-        shifted = difference - micro_batch["margin"][0::2] if "margin" in micro_batch else difference
+        shifted = difference - _margins(micro_batch, difference)
         ranking = -F.logsigmoid(shifted).sum()
         loss = ranking
         if self.centering:
@@ -177,6 +177,12 @@ class BradleyTerry:
             "reward/rejected": _metric(rejected.sum(), pairs),
         }
         return LossOutput(loss, metrics)
+
+
+def _margins(micro_batch: TrajectoryBatch, like: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+    if "margin" not in micro_batch:
+        return torch.zeros_like(like)
+    return micro_batch["margin"][0::2].to(like.dtype)
 
 
 def _metric(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,121 @@
+"""KL between the policy and its reference: estimators, and controllers of its coefficient.
+
+Always true: an estimator is 0 where the two log-probs are equal, and tokens outside the action mask have no influence.
+The samples come from the policy, so with ``r = log p - log p_ref`` k1 and k3 are unbiased estimates of KL(p || p_ref)
+(Schulman, "Approximating KL divergence", 2020). A controller is never changed: ``update`` returns the next one, and
+``state`` is all that a checkpoint must hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from rlhf_ray.algorithms.masked import expect_shape, keep, segment_sum
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_k1(log_probs: Float[Tensor, "*N"], reference: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """``r``: unbiased, of high variance, can be negative."""
+    return log_probs - reference
+
+
+def kl_k2(log_probs: Float[Tensor, "*N"], reference: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """``r^2 / 2``: biased, of low variance; its expected gradient is that of the KL."""
+    return 0.5 * (log_probs - reference).square()
+
+
+def kl_k3(log_probs: Float[Tensor, "*N"], reference: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """``exp(-r) - 1 + r``: unbiased, of low variance, never negative; through expm1, which keeps a small ``r``."""
+    log_ratio = log_probs - reference
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def token_kl(
+    log_probs: Float[Tensor, "N"],
+    reference: Float[Tensor, "N"],
+    action_mask: Bool[Tensor, "N"],
+    estimator: KlEstimator = "k1",
+) -> Float[Tensor, "N"]:
+    """The estimate at each action, and 0 at every other token."""
+    expect_shape("reference log_probs", reference, log_probs.shape)
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"KL estimator {estimator!r} is unknown: use one of {', '.join(_ESTIMATORS)}")
+    return _ESTIMATORS[estimator](keep(log_probs, action_mask), keep(reference, action_mask))
+
+
+def sequence_kl(
+    log_probs: Float[Tensor, "N"],
+    reference: Float[Tensor, "N"],
+    action_mask: Bool[Tensor, "N"],
+    offsets: Int64[Tensor, "B+1"],
+    estimator: KlEstimator = "k1",
+) -> Float[Tensor, "B"]:
+    """The estimate summed over each sequence's actions, in nats."""
+    return segment_sum(token_kl(log_probs, reference, action_mask, estimator), offsets)
+
+
+@dataclass(frozen=True)
+class FixedKl:
+    """A coefficient that stays as it is."""
+
+    coefficient: float
+
+    def update(self, kl: float, n: int) -> FixedKl:
+        """Return the controller itself, whatever the KL was."""
+        return self
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds."""
+        return {"coefficient": self.coefficient}
+
+    def restored(self, state: Mapping[str, float]) -> FixedKl:
+        """Return the controller itself: the coefficient is the config's, not the checkpoint's."""
+        return self
+
+
+@dataclass(frozen=True)
+class AdaptiveKl:
+    """Ziegler et al. 2019: ``coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``."""
+
+    coefficient: float
+    target: float
+    horizon: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("coefficient", self.coefficient), ("target", self.target), ("horizon", self.horizon)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"adaptive KL control needs a positive {name}, not {value}")
+
+    def update(self, kl: float, n: int) -> AdaptiveKl:
+        """Return the controller after ``n`` sequences of mean KL ``kl`` nats; a KL that is not finite teaches nothing.
+
+        One step counts as one horizon at most, so that the coefficient stays positive.
+        """
+        if not math.isfinite(kl):
+            return self
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        return replace(self, coefficient=self.coefficient * (1.0 + error * min(n / self.horizon, 1.0)))
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds."""
+        return {"coefficient": self.coefficient}
+
+    def restored(self, state: Mapping[str, float]) -> AdaptiveKl:
+        """Return the controller as it was when ``state`` was taken; target and horizon are the config's."""
+        return replace(self, coefficient=state["coefficient"])
+
+
+def kl_controller(coefficient: float, target: float | None, horizon: int) -> FixedKl | AdaptiveKl:
+    """Return adaptive control towards ``target`` nats a sequence, or a fixed coefficient without a target."""
+    return FixedKl(coefficient) if target is None else AdaptiveKl(coefficient, target, horizon)
