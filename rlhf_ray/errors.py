@@ -49,6 +49,10 @@ class ModelLoadError(RequestError):
     """A model directory, its tokenizer or its head cannot be used as asked."""
 
 
+class StorageError(RequestError):
+    """A disk refuses: it is full, read-only or out of reach. What was committed before is intact."""
+
+
 class MissingColumnError(RlhfRayError):
     """A trajectory batch lacks a column that a function needs."""
 

@@ -1,0 +1,23 @@
+"""Storage: directories and files that appear whole or not at all, and manifests that prove what is in them."""
+
+from __future__ import annotations
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "FileRecord": ".manifest",
+        "Manifest": ".manifest",
+        "PendingDirectory": ".atomic",
+        "begin_directory": ".atomic",
+        "commit": ".manifest",
+        "differences": ".manifest",
+        "read_manifest": ".manifest",
+        "remove_directory": ".atomic",
+        "storage_errors": ".atomic",
+        "sweep": ".atomic",
+        "verify": ".manifest",
+        "write_file": ".atomic",
+    },
+)
