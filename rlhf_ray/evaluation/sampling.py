@@ -1,0 +1,63 @@
+"""What drawing several samples gives: pass@k, best-of-n, and the KL that best-of-n costs.
+
+Always true: from N samples the figure is the exact mean over all subsets of the asked size, so it is unbiased and adds
+no randomness of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rlhf_ray.errors import RequestError
+from rlhf_ray.evaluation.preferences import finite_scores
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The chance that k of the samples hold a right one: ``1 - C(N - c, k) / C(N, k)`` (Chen et al. 2021, eq. 1)."""
+    if not 0 <= correct <= samples:
+        raise RequestError(f"{correct} of {samples} samples cannot be correct")
+    _check_subset(k, samples, "k")
+    return float(1 - Fraction(math.comb(samples - correct, k), math.comb(samples, k)))
+
+
+def best_of_n(rewards: Sequence[ArrayLike], gold: Sequence[ArrayLike], n: int) -> float:
+    """The expected gold of the sample that the reward likes best among n, averaged over prompts.
+
+    ``rewards`` and ``gold`` hold the N samples of each prompt. Sorted by reward, the sample of rank i (from 0) is the
+    best of a random subset of n with chance ``C(i, n - 1) / C(N, n)``; samples of equal reward share theirs equally.
+    """
+    if not len(rewards) or len(rewards) != len(gold):
+        raise RequestError(f"rewards has {len(rewards)} prompts and gold {len(gold)}: give both for each prompt")
+    expected = [_best_of_n(r, g, n, prompt) for prompt, (r, g) in enumerate(zip(rewards, gold, strict=True))]
+    return math.fsum(expected) / len(expected)
+
+
+def _best_of_n(rewards: ArrayLike, gold: ArrayLike, n: int, prompt: int) -> float:
+    score, truth = finite_scores(rewards, f"rewards[{prompt}]"), finite_scores(gold, f"gold[{prompt}]")
+    if score.shape != truth.shape:
+        raise RequestError(f"prompt {prompt} has {len(score)} rewards, but {len(truth)} gold scores")
+    _check_subset(n, len(score), "n")
+    total = math.comb(len(score), n)
+    # C(i, n - 1) summed over ranks below a is C(a, n): a group of ties from rank a to b has C(b, n) - C(a, n) subsets.
+    _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
+    ends = np.cumsum(sizes).tolist()
+    means = np.bincount(group, weights=truth) / sizes
+    subsets = [math.comb(end, n) - math.comb(end - size, n) for end, size in zip(ends, sizes.tolist(), strict=True)]
+    return math.fsum(mean * (count / total) for mean, count in zip(means.tolist(), subsets, strict=True))
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL in nats between the best of n and one sample: ``log n - (n - 1) / n`` (exact without ties, else a bound)."""
+    if n < 1:
+        raise RequestError(f"best of {n} samples means nothing: n starts at 1")
+    return math.log(n) - (n - 1) / n
+
+
+def _check_subset(size: int, samples: int, name: str) -> None:
+    if not 1 <= size <= samples:
+        raise RequestError(f"{name} is {size}, but there are {samples} samples: use 1 to {samples}")
