@@ -1,0 +1,120 @@
+"""Estimators by definition and in expectation; the controller by Ziegler's formula."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller, kl_k1, kl_k2, kl_k3, sequence_kl, token_kl
+
+LOG_PROBS = st.floats(-12, 0)
+
+
+@given(log_prob=LOG_PROBS, reference=LOG_PROBS)
+def test_estimators_are_their_definitions(log_prob, reference) -> None:
+    p, q = torch.tensor([log_prob], dtype=torch.float64), torch.tensor([reference], dtype=torch.float64)
+    r = log_prob - reference
+    assert kl_k1(p, q).item() == r
+    assert kl_k2(p, q).item() == pytest.approx(r * r / 2)
+    assert kl_k3(p, q).item() == pytest.approx(math.exp(-r) - 1 + r, rel=1e-9, abs=1e-12)
+    assert kl_k3(p, q).item() >= 0
+
+
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_k1_and_k3_are_unbiased(estimator) -> None:
+    """Over samples from the policy, by summing over all of a small vocabulary."""
+    p, q = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum()
+    torch.testing.assert_close((p.exp() * estimator(p, q)).sum(), exact)
+
+
+def test_k2_has_the_gradient_of_the_kl() -> None:
+    logits, q = torch.randn(2, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits, q = logits.requires_grad_(), q.log_softmax(-1)
+    p = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    (of_k2,) = torch.autograd.grad((p.exp().detach() * kl_k2(p, q)).sum(), logits)
+    torch.testing.assert_close(of_k2, exact)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_equal_log_probs_have_no_kl_exactly(ragged, estimator) -> None:
+    batch = ragged([5, 9], 0, poison=math.nan)
+    kl = token_kl(batch["log_probs"], batch["log_probs"], batch["action_mask"], estimator)
+    assert (kl == 0).all()
+
+
+def test_k3_keeps_small_differences_in_float32() -> None:
+    """``exp(-r) - 1 + r`` itself rounds to 0 or to twice the truth here."""
+    assert kl_k3(torch.tensor([-2.0]), torch.tensor([-2.001])).item() == pytest.approx(0.5e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_sequence_sums_its_actions(ragged, estimator) -> None:
+    batch = ragged([5, 1, 9], 4, poison=math.nan)
+    function = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[estimator]
+    kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets, estimator)
+    for row in range(3):
+        one = batch.select([row])
+        mask = one["action_mask"]
+        expected = function(one["log_probs"][mask], one["reference_log_probs"][mask]).sum().item()
+        assert kl[row].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_unknown_estimator_and_a_wrong_shape_are_refused() -> None:
+    mask = torch.ones(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'k4' is unknown: use one of k1, k2, k3"):
+        token_kl(torch.zeros(2), torch.zeros(2), mask, "k4")
+    with pytest.raises(ValueError, match=r"reference log_probs has shape \(1,\)"):
+        token_kl(torch.zeros(2), torch.zeros(1), mask)
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [
+        (6.0, 1.0),  # on target
+        (6.6, 1 + 0.1 * 64 / 10_000),
+        (5.4, 1 - 0.1 * 64 / 10_000),
+        (60.0, 1 + 0.2 * 64 / 10_000),  # the error is clipped
+        (-3.0, 1 - 0.2 * 64 / 10_000),
+    ],
+)
+def test_adaptive_control_is_zieglers_formula(kl, factor) -> None:
+    controller = AdaptiveKl(coefficient=0.1, target=6.0, horizon=10_000)
+    assert controller.update(kl, 64).coefficient == pytest.approx(0.1 * factor, rel=1e-12)
+    assert controller.coefficient == 0.1
+
+
+def test_the_coefficient_stays_positive_and_finite() -> None:
+    controller = AdaptiveKl(coefficient=0.1, target=6.0, horizon=10)
+    assert controller.update(0.0, 1000).coefficient == pytest.approx(0.08)
+    for bad in (math.nan, math.inf):
+        assert controller.update(bad, 1000) == controller
+
+
+def test_the_state_survives_a_checkpoint() -> None:
+    controller = AdaptiveKl(0.1, 6.0, 100).update(9.0, 50)
+    state = json.loads(json.dumps(controller.state()))
+    assert AdaptiveKl(0.1, 6.0, 100).restored(state) == controller
+
+
+def test_a_fixed_coefficient_stays() -> None:
+    controller = FixedKl(0.05)
+    assert controller.update(100.0, 64).coefficient == 0.05
+    assert FixedKl(0.05).restored(json.loads(json.dumps(controller.state()))) == controller
+
+
+def test_a_target_makes_control_adaptive() -> None:
+    assert kl_controller(0.05, None, 10_000) == FixedKl(0.05)
+    assert kl_controller(0.05, 6.0, 10_000) == AdaptiveKl(0.05, 6.0, 10_000)
+
+
+@pytest.mark.parametrize(("field", "wrong"), [("coefficient", 0.0), ("target", math.nan), ("horizon", -1)])
+def test_settings_that_cannot_control_are_refused(field, wrong) -> None:
+    with pytest.raises(ValueError, match=f"positive {field}"):
+        AdaptiveKl(**{"coefficient": 0.1, "target": 6.0, "horizon": 100, field: wrong})
