@@ -1,0 +1,15 @@
+"""Typed, strict configs: what a job is, how it is read, and all that can be wrong with it."""
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "check_files": ".files",
+        "dump_config": ".loading",
+        "hub_ids": ".files",
+        "load_config": ".loading",
+        "parse_config": ".loading",
+        "recipes": ".recipes",
+    },
+)

@@ -17,6 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
 
+ZeroStage = Annotated[int, Field(ge=0, le=3)]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
 
@@ -110,7 +111,7 @@ class OptimizerConfig(Section):
 class EngineConfig(Section):
     """One DeepSpeed engine. Without an optimizer it runs forward only."""
 
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: ZeroStage = 0
     offload: Literal["none", "optimizer", "all"] = "none"
     optimizer: OptimizerConfig | None = None
 

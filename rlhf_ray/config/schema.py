@@ -174,6 +174,11 @@ class DataConfig(Section):
             yield "", "evaluation_path and evaluation_fraction exclude each other: remove one (set it to null)"
         if self.world is not None and (self.evaluation_path is not None or self.evaluation_fraction is not None):
             yield "", "the generated world holds out its own rows: remove evaluation_path and evaluation_fraction"
+        if self.world is not None and self.max_rows is not None:
+            yield (
+                "max_rows",
+                f"{self.max_rows} limits a file, but the rows are made: set demonstrations, pairs or prompts",
+            )
 
 
 class RolloutConfig(Section):
@@ -351,7 +356,11 @@ class PpoConfig(Section):
         if self.reference is not None:
             return self.reference
         start = self.policy.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
-        return RoleConfig(model=start, resources=self.policy.resources)
+        return RoleConfig(
+            model=start,
+            resources=self.policy.resources,
+            max_tokens_per_micro_batch=self.policy.max_tokens_per_micro_batch,
+        )
 
 
 class ServeConfig(Section):

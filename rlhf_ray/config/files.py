@@ -1,0 +1,296 @@
+"""What a job needs to find on this machine: data, model directories, functions, tokens.
+
+Always true: nothing is loaded, started or downloaded; weights are seen to be there, never read; a missing ``org/name``
+is a hub id and no problem.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray import environment
+from rlhf_ray.config.parsing import Problem, attempt
+from rlhf_ray.config.rows import Needs, row_problems
+from rlhf_ray.config.schema import (
+    DataConfig,
+    MakeConfig,
+    ModelConfig,
+    PpoConfig,
+    RewardModelConfig,
+    Section,
+    ServeConfig,
+    SftConfig,
+)
+from rlhf_ray.errors import ConfigError
+
+PICKLES = ("*.bin", "*.pt", "*.pth")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_PARTS = ("model", "added_tokens", "normalizer")
+"""What makes two tokenizers the same: vocabulary and merges, added tokens, normaliser; not the template."""
+
+
+def check_files(config: Section) -> list[str]:
+    """Every problem with the files that ``config`` names, one message each."""
+    return [f"{key}: {text}" for key, text in file_problems(config)]
+
+
+def require_files(config: Section, source: str = "config") -> None:
+    """Raise :class:`ConfigError` with every problem with the files that ``config`` names."""
+    problems = check_files(config)
+    if problems:
+        raise ConfigError(problems, source)
+
+
+def file_problems(config: Section, *, partial: bool = False) -> list[Problem]:
+    """The same as (key, text); of a partial config, as far as its values go."""
+    return attempt(_rules(config), partial=partial)
+
+
+def hub_ids(config: Section) -> list[str]:
+    """The models and data sets of ``config`` that only a hub can have, so that the job must be allowed to ask it."""
+    names = [model.path for _, model in _models(config)]
+    names += [path for data in _datas(config) for path in (data.path, data.evaluation_path)]
+    return sorted({name for name in names if name is not None and _on_hub(name)})
+
+
+def _rules(config: Section) -> Iterator[Callable[[], Iterable[Problem]]]:
+    own_data = [data.path for data in _datas(config)]
+    for key, model in _models(config):
+        yield lambda key=key, model=model: _model_problems(key, model, own_data)  # type: ignore[misc]
+    for data in _datas(config):
+        yield lambda data=data: _data_problems(config, data)  # type: ignore[misc]
+    if isinstance(config, PpoConfig):
+        yield lambda: _same_tokenizers(config)
+        yield lambda: _rollout_serves(config)
+        yield lambda: _function_problems(config)
+    if isinstance(config, ServeConfig):
+        yield lambda: _token_problems(config)
+    else:
+        yield lambda: _root_problems(config)
+
+
+def _models(config: Section) -> Iterator[tuple[str, ModelConfig]]:
+    """Every model section that is there, whatever else is wrong."""
+    for name in type(config).model_fields:
+        role = config.__dict__.get(name)
+        model = role.__dict__.get("model") if isinstance(role, Section) else None
+        if isinstance(model, ModelConfig):
+            yield f"{name}.model", model
+
+
+def _datas(config: Section) -> Iterator[DataConfig]:
+    data = config.__dict__.get("data")
+    if isinstance(data, DataConfig):
+        yield data
+
+
+def _on_hub(name: str) -> bool:
+    """A hub id; ``folder/name`` is a path where ``folder`` stands on this machine."""
+    return environment.is_hub_id(name) and not Path(name).parent.is_dir()
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def _model_problems(key: str, model: ModelConfig, own_data: Sequence[str | None]) -> Iterator[Problem]:
+    if model.make is not None and model.make.tokenizer_from not in own_data:
+        yield from _made_problems(f"{key}.make.tokenizer_from", model.make)
+    if model.path is None or _on_hub(model.path):
+        return
+    path = Path(model.path)
+    if not path.is_dir():
+        yield f"{key}.path", _no_directory(path)
+        return
+    if (path / "adapter_config.json").is_file():
+        yield from _adapter_problems(f"{key}.path", path)
+    else:
+        yield from ((f"{key}.path", text) for text in _checkpoint_problems(path))
+
+
+def _made_problems(key: str, make: MakeConfig) -> Iterator[Problem]:
+    if make.tokenizer_from != "world" and not Path(make.tokenizer_from).exists() and not _on_hub(make.tokenizer_from):
+        yield key, f"{make.tokenizer_from} does not exist: name a data file, world, or data for the job's own data"
+
+
+def _no_directory(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file, but a model is a directory"
+    trained = f" It would be the result of run {path.parent.name}: train that first." if path.name == "final" else ""
+    return f"{path} does not exist: name a model directory, or a hub id as org/name.{trained}"
+
+
+def _checkpoint_problems(path: Path) -> Iterator[str]:
+    config = _read_json(path / "config.json")
+    if isinstance(config, str):
+        yield config
+    elif "model_type" not in config:
+        yield f"{path / 'config.json'} names no model_type, so it is not the config of a model"
+    yield from _weight_problems(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        yield f"{path} has no tokenizer.json: save the tokenizer beside the model"
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = _read_json(path / "tokenizer.json")
+        if isinstance(tokenizer, str):
+            yield tokenizer
+
+
+def _weight_problems(path: Path) -> Iterator[str]:
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        yield f"{path} holds weights only as pickle ({pickles[0]}), which may run code: save them as safetensors"
+    else:
+        yield f"{path} holds no weights (*.safetensors)"
+
+
+def _adapter_problems(key: str, path: Path) -> Iterator[Problem]:
+    config = _read_json(path / "adapter_config.json")
+    if isinstance(config, str):
+        yield key, config
+        return
+    base = str(config.get("base_model_name_or_path"))
+    if not Path(base).is_dir() and not _on_hub(base):
+        yield key, f"{path} is an adapter of {base}, which does not exist on this machine"
+    for text in _weight_problems(path):
+        yield key, text
+
+
+def _read_json(path: Path) -> dict[str, Any] | str:
+    """A JSON object, or what is wrong with the file."""
+    if not path.is_file():
+        return f"{path.parent} has no {path.name}: it is not a model directory"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        return f"{path}:{error.lineno}: not JSON: {error.msg}"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path}: cannot be read: {error}"
+    return content if isinstance(content, dict) else f"{path}: not a JSON object"
+
+
+def _config_of(model: ModelConfig) -> Mapping[str, Any]:
+    """The ``config.json`` of a model on this machine; empty where there is none to read."""
+    content = _read_json(Path(model.path) / "config.json") if model.path is not None else {}
+    return content if isinstance(content, dict) else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------- ppo
+
+
+def _same_tokenizers(config: PpoConfig) -> Iterator[Problem]:
+    """Critic and reference read the policy's token ids, so they must have the policy's tokenizer."""
+    policy = config.policy.model
+    others = [("critic", config.critic.model)]
+    if config.reference is not None:
+        others.append(("reference", config.reference.model))
+    for key, model in others:
+        if _tokenizers_differ(policy, model):
+            yield (
+                f"{key}.model",
+                f"its tokenizer ({_origin(model)}) is not the policy's ({_origin(policy)}), whose token ids the {key} "
+                "reads: start it from a model with the same tokenizer",
+            )
+
+
+def _origin(model: ModelConfig) -> str:
+    if model.make is not None:
+        return f"made from {model.make.tokenizer_from}, {model.make.vocabulary} tokens"
+    return str(model.path)
+
+
+def _tokenizers_differ(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two tokenizers are known to differ; one that only a hub or a later step has is not known."""
+    if one.make is not None and other.make is not None:
+        makes = one.make, other.make
+        if one.make.tokenizer_from == "world":
+            return other.make.tokenizer_from != "world"
+        return len({(make.tokenizer_from, make.vocabulary) for make in makes}) > 1
+    if one.path is None or other.path is None or one.path == other.path:
+        return False
+    files = Path(one.path) / "tokenizer.json", Path(other.path) / "tokenizer.json"
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return False
+    contents = [_read_json(file) for file in files]
+    parts = [[content.get(part) for part in TOKENIZER_PARTS] for content in contents if isinstance(content, dict)]
+    return len(parts) == 2 and parts[0] != parts[1]
+
+
+def _rollout_serves(config: PpoConfig) -> Iterator[Problem]:
+    rollout, model = config.rollout, _config_of(config.policy.model)
+    heads, positions = model.get("num_attention_heads"), model.get("max_position_embeddings")
+    if isinstance(heads, int) and heads % rollout.tensor_parallel:
+        parallel = rollout.tensor_parallel
+        yield (
+            "rollout.tensor_parallel",
+            f"{parallel} does not divide the {heads} attention heads of {config.policy.model.path}",
+        )
+    if isinstance(positions, int) and rollout.max_model_tokens > positions:
+        tokens = rollout.max_model_tokens
+        yield (
+            "rollout.max_model_tokens",
+            f"{tokens} is more than {config.policy.model.path} reads: lower it to {positions}",
+        )
+
+
+def _function_problems(config: PpoConfig) -> Iterator[Problem]:
+    """``path.py:name``; a function in a package is looked for where it is imported."""
+    file, _, name = (config.reward.function or "").rpartition(":")
+    if not file.endswith(".py"):
+        return
+    path = Path(file)
+    if not path.is_file():
+        yield "reward.function", f"{path} does not exist: name a Python file, as path.py:name"
+        return
+    try:
+        names = [
+            node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        ]
+    except SyntaxError as error:
+        yield "reward.function", f"{path}:{error.lineno}: not Python: {error.msg}"
+        return
+    if name not in names:
+        yield "reward.function", f"{path} defines no {name!r}; it defines {', '.join(names) or 'nothing'}"
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def _needs(config: Section, data: DataConfig) -> Needs:
+    if isinstance(config, SftConfig):
+        return [(data.prompt_key, data.answer_key)]
+    if isinstance(config, RewardModelConfig):
+        return [(data.chosen_key, data.rejected_key)]
+    return [(data.prompt_key,), (data.chosen_key,)]
+
+
+def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
+    for key, name in (("data.path", data.path), ("data.evaluation_path", data.evaluation_path)):
+        if name is None or _on_hub(name):
+            continue
+        path = Path(name)
+        if not path.exists():
+            yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
+        elif path.is_file():
+            yield from ((key, text) for text in row_problems(path, _needs(config, data)))
+        elif not any(path.iterdir()):
+            yield key, f"{path}: holds no rows"
+
+
+def _root_problems(config: Section) -> Iterator[Problem]:
+    if isinstance(config, SftConfig | RewardModelConfig | PpoConfig) and Path(config.run.root).is_file():
+        yield "run.root", f"{config.run.root} is a file, but runs are written under a directory: name another"
+
+
+def _token_problems(config: ServeConfig) -> Iterator[Problem]:
+    if config.token_file is None:
+        return
+    path = Path(config.token_file)
+    if not path.is_file():
+        yield "token_file", f"{path} does not exist: write a token into it, readable for you alone"
+    elif not path.read_text().strip():
+        yield "token_file", f"{path} is empty: write a token into it"

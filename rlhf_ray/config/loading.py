@@ -1,0 +1,107 @@
+"""From a file and overrides to a checked job, and back to text.
+
+Always true: what is wrong with a config comes at once, in one :class:`ConfigError`: what is no YAML, what is no setting
+or no value, what contradicts another value, what does not exist on this machine. ``dump_config`` writes every
+default out, and loading what it wrote gives an equal job.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from rlhf_ray.config.checks import check
+from rlhf_ray.config.files import file_problems
+from rlhf_ray.config.overrides import apply_overrides
+from rlhf_ray.config.parsing import Problem, parse, show
+from rlhf_ray.config.reading import SEPARATOR, Document, read_mapping
+from rlhf_ray.config.recipes import find
+from rlhf_ray.config.schema import JOBS, JobConfig
+from rlhf_ray.errors import ConfigError
+
+OWN_DATA = "data"
+"""What ``model.make.tokenizer_from`` says to mean the job's own data."""
+
+
+def load_config(
+    source: str | Path, overrides: Sequence[str] = (), kind: str | None = None, *, files: bool = False
+) -> JobConfig:
+    """Read the file or recipe ``source``, apply ``overrides`` (``a.b=value``), and check what it says.
+
+    ``kind`` is the kind of job that is asked for (none: any). With ``files`` what it names on this machine is checked
+    too, and its problems come together with the others.
+    """
+    path = find(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"cannot be read: {error}"], str(source)) from error
+    return parse_config(text, overrides, kind, source=str(source), files=files)
+
+
+def parse_config(
+    text: str, overrides: Sequence[str] = (), kind: str | None = None, *, source: str = "config", files: bool = False
+) -> JobConfig:
+    """The same for a config that is at hand as text."""
+    document = read_mapping(text)
+    if document.problems and not document.values:
+        raise ConfigError(document.problems, source)
+    apply_overrides(document, overrides)
+    job, kind_problems = _job(document.values, kind)
+    _name_own_data(document.values)
+    parsed = parse(JOBS[job], {**document.values, "kind": job})
+    found = [*kind_problems, *parsed.problems, *check(parsed.config, partial=not parsed.complete)]
+    if files:
+        found += file_problems(parsed.config, partial=not parsed.complete)
+    problems = [*document.problems, *(_located(problem, document, parsed.settled.renamed) for problem in found)]
+    if problems:
+        raise ConfigError(problems, source)
+    return cast(JobConfig, parsed.config)
+
+
+def dump_config(config: JobConfig) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _job(values: Mapping[str, Any], asked: str | None) -> tuple[str, list[Problem]]:
+    """Which job this is, and what is wrong with saying so; the rest is then checked as the job that is most likely."""
+    kinds = ", ".join(JOBS)
+    if asked is not None and asked not in JOBS:
+        raise ConfigError([f"{asked} is not a kind of job: kinds are {kinds}"], "train")
+    kind = values.get("kind")
+    if isinstance(kind, str) and kind in JOBS:
+        wrong = f"{kind}, but {asked} was asked for: run this config as {kind}, or name one of kind {asked}"
+        return kind, [] if asked in (None, kind) else [("kind", wrong)]
+    closest = difflib.get_close_matches(str(kind), JOBS, n=1)
+    likely = asked or (closest or [max(JOBS, key=lambda job: len(values.keys() & JOBS[job].model_fields))])[0]
+    if kind is None:
+        return likely, [("kind", f"missing: it must be one of {kinds}; this looks like {likely}")]
+    return likely, [("kind", f"{show(kind)} is not one of {kinds}; did you mean {likely}?")]
+
+
+def _name_own_data(values: Mapping[str, Any]) -> None:
+    """Write out what ``tokenizer_from: data`` means, so that the resolved config says it."""
+    own = values.get("data")
+    if not isinstance(own, dict):
+        return
+    origin = "world" if own.get("world") is not None else own.get("path")
+    for role in values.values():
+        model = role.get("model") if isinstance(role, dict) else None
+        make = model.get("make") if isinstance(model, dict) else None
+        if isinstance(make, dict) and make.get("tokenizer_from") == OWN_DATA and isinstance(origin, str):
+            make["tokenizer_from"] = origin
+
+
+def _located(problem: Problem, document: Document, renamed: Mapping[str, str]) -> str:
+    """A problem as one line, with the place in the file where its key stands."""
+    key, text = problem
+    parts = key.split(SEPARATOR)
+    prefixes = [SEPARATOR.join(parts[: depth + 1]) for depth in range(len(parts))]
+    written = [renamed.get(prefix, prefix).rpartition(SEPARATOR)[2] for prefix in prefixes]
+    origin = document.origin(SEPARATOR.join(written))
+    return f"{key}: {text}{f' ({origin})' if origin else ''}"

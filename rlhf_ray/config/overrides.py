@@ -1,0 +1,58 @@
+"""Overrides from the command line: ``a.b.c=value``, with values as YAML writes them.
+
+Always true: a later override wins; an override reaches exactly the key that it names; ``key=`` and ``key=null`` clear a
+key; nothing given in the wrong form is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_ray.config.openrlhf import hint
+from rlhf_ray.config.reading import SEPARATOR, Document, read_value
+
+ORIGIN = "command line"
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
+    """Set every override in ``document``; what cannot be set becomes one of its problems."""
+    for text in overrides:
+        problem = _apply(document, text)
+        if problem is not None:
+            document.problems.append(problem)
+
+
+def _apply(document: Document, text: str) -> str | None:
+    key, equals, written = text.partition("=")
+    key = key.strip()
+    if key.startswith("-"):
+        name = key.lstrip("-")
+        return f"{key}: settings are written key=value, without dashes{hint(name, '; ') or ', such as run.seed=1'}"
+    if not equals:
+        return f"{text}: not an override: write key=value, such as run.seed=1"
+    if not all(key.split(SEPARATOR)):
+        return f"{text}: not an override: the key {key!r} has an empty part; write section.key=value"
+    try:
+        value = read_value(written)
+    except ValueError as error:
+        return f"{key}: {written!r} is {str(error).rpartition(': not YAML: ')[2]}; quote it if it is a text"
+    return _set(document, key, value)
+
+
+def _set(document: Document, key: str, value: Any) -> str | None:
+    section = document.values
+    *parents, name = key.split(SEPARATOR)
+    for depth, parent in enumerate(parents, 1):
+        inner, here = section.get(parent), SEPARATOR.join(parents[:depth])
+        if inner is None:
+            inner = section[parent] = {}
+            document.origins[here] = ORIGIN
+        if not isinstance(inner, dict):
+            return f"{key}: {here} is the value {inner!r}, which has no keys of its own"
+        section = inner
+    section[name] = value
+    for known in [known for known in document.origins if known == key or known.startswith(key + SEPARATOR)]:
+        del document.origins[known]
+    document.origins[key] = ORIGIN
+    return None

@@ -1,0 +1,35 @@
+"""Paths in a config, made independent of where a process stands.
+
+Always true: hub ids, named functions and paths that are absolute already stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_ray import environment
+from rlhf_ray.config.schema import Section
+
+Job = TypeVar("Job", bound=Section)
+
+PATH_KEYS = {"root", "path", "evaluation_path", "tokenizer_from", "token_file"}
+
+
+def with_absolute_paths(config: Job, directory: Path) -> Job:
+    """``config`` with every relative path read from ``directory``."""
+    return type(config).model_validate(_absolute(config.model_dump(), directory))
+
+
+def _absolute(value: Any, directory: Path, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _absolute(item, directory, name) for name, item in value.items()}
+    if key == "function" and isinstance(value, str) and ".py:" in value:
+        return str(directory / value)
+    if key in PATH_KEYS and isinstance(value, str) and not _is_name(value, directory):
+        return str(directory / Path(value).expanduser())
+    return value
+
+
+def _is_name(value: str, directory: Path) -> bool:
+    return value in ("world", "data") or (environment.is_hub_id(value) and not (directory / value).exists())

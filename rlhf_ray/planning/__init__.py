@@ -1,0 +1,18 @@
+"""What a job will do and take, before anything is allocated."""
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Bundle": ".capacity",
+        "batch_table": ".arithmetic",
+        "capacity_table": ".capacity",
+        "fits": ".capacity",
+        "needed": ".capacity",
+        "require_fit": ".capacity",
+        "training_items": ".arithmetic",
+        "updates": ".arithmetic",
+        "updates_per_step": ".arithmetic",
+    },
+)

@@ -1,0 +1,123 @@
+"""What a job takes of a cluster, and whether it is there.
+
+Always true: a job is refused here only when no placement of it can exist; the message holds a table of what every role
+needs and what is free. Sums are exact in Ray's own unit, a ten-thousandth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.config.schema import JobConfig, PpoConfig, ResourcesConfig, RoleConfig, SftConfig
+from rlhf_ray.console import table
+from rlhf_ray.errors import CapacityError
+
+UNIT = 10_000
+Free = Mapping[str, float] | Sequence[Mapping[str, float]]
+"""What is free: a list of nodes, or the sum over a cluster whose nodes are not known."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one rank of a role (or one rollout engine) takes of one node."""
+
+    role: str
+    cpus: float
+    gpus: float = 0.0
+
+
+def needed(config: JobConfig) -> list[Bundle]:
+    """One bundle for every rank and every rollout engine of the job, role by role."""
+    if isinstance(config, PpoConfig):
+        bundles = [*_ranks("policy", config.policy), *_ranks("critic", config.critic)]
+        bundles += _ranks("reference", config.reference_role)
+        bundles += [] if config.reward.role is None else _ranks("reward", config.reward.role)
+        return bundles + _bundles("rollout", config.rollout.engines, config.rollout.resources)
+    if isinstance(config, SftConfig):
+        return _ranks("policy", config.policy)
+    return _ranks("reward", config.reward)
+
+
+def _ranks(name: str, role: RoleConfig) -> list[Bundle]:
+    return _bundles(name, role.ranks, role.resources)
+
+
+def _bundles(name: str, count: int, resources: ResourcesConfig) -> list[Bundle]:
+    return [Bundle(name, resources.cpus_per_rank, resources.gpus_per_rank)] * count
+
+
+def require_fit(bundles: Sequence[Bundle], free: Free) -> None:
+    """Raise :class:`CapacityError` with a table of needed and free when ``bundles`` cannot all be placed."""
+    shortages = list(_shortages(bundles, _nodes(free)))
+    if shortages:
+        raise CapacityError(f"the job does not fit: {'; '.join(shortages)}\n{capacity_table(bundles, free)}")
+
+
+def fits(bundles: Sequence[Bundle], free: Free) -> bool:
+    """Whether ``require_fit`` accepts ``bundles``."""
+    return not any(True for _ in _shortages(bundles, _nodes(free)))
+
+
+def capacity_table(bundles: Sequence[Bundle], free: Free | None = None) -> str:
+    """Needed by role, needed together, and free (by node where nodes are known), as text."""
+    rows = [
+        (bundle.role, str(count), _number(bundle.cpus), _number(bundle.gpus), *_total([bundle] * count))
+        for bundle, count in Counter(bundles).items()
+    ]
+    rows.append(("needed", str(len(bundles)), "", "", *_total(bundles)))
+    nodes = [] if free is None else _nodes(free)
+    if len(nodes) > 1:
+        alike = Counter(_amounts(node) for node in nodes)
+        rows += [(f"free on {count} of the nodes, each", "", "", "", *amounts) for amounts, count in alike.items()]
+    if nodes:
+        total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+        rows.append(("free", "", "", "", *_amounts(total)))
+    return table("resources", ("role", "ranks", "CPU each", "GPU each", "CPU", "GPU"), rows)
+
+
+def _nodes(free: Free) -> list[Mapping[str, float]]:
+    return [free] if isinstance(free, Mapping) else list(free)
+
+
+def _shortages(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """Why no placement can exist: too little in sum, or too few nodes with room for the larger bundles."""
+    short = False
+    for name, amounts in (("CPU", [bundle.cpus for bundle in bundles]), ("GPU", [bundle.gpus for bundle in bundles])):
+        need = sum(map(_units, amounts))
+        have = sum(_units(node.get(name, 0.0)) for node in nodes)
+        if need > have:
+            short = True
+            yield f"{need / UNIT:g} {name} needed, {have / UNIT:g} free"
+    if short:
+        return
+    for bundle in dict.fromkeys(bundles):
+        count = sum(1 for other in bundles if other.cpus >= bundle.cpus and other.gpus >= bundle.gpus)
+        places = sum(_places(bundle, node) for node in nodes)
+        if count > places:
+            yield (
+                f"{count} ranks need {_number(bundle.cpus)} CPU and {_number(bundle.gpus)} GPU on one node each, "
+                f"but the nodes have room for {places:g}"
+            )
+
+
+def _places(bundle: Bundle, node: Mapping[str, float]) -> float:
+    needs = {"CPU": _units(bundle.cpus), "GPU": _units(bundle.gpus)}
+    return min((_units(node.get(name, 0.0)) // need for name, need in needs.items() if need), default=float("inf"))
+
+
+def _units(amount: float) -> float:
+    return float(round(amount * UNIT)) if amount != float("inf") else amount
+
+
+def _total(bundles: Sequence[Bundle]) -> tuple[str, str]:
+    return _number(sum(bundle.cpus for bundle in bundles)), _number(sum(bundle.gpus for bundle in bundles))
+
+
+def _amounts(free: Mapping[str, float]) -> tuple[str, str]:
+    return _number(free.get("CPU", 0.0)), _number(free.get("GPU", 0.0))
+
+
+def _number(amount: float) -> str:
+    return f"{round(amount, 4):g}"
