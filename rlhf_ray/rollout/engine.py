@@ -1,0 +1,228 @@
+"""What every rollout engine does the same, whatever computes the tokens: steps, deadlines, death, weight updates.
+
+Always true: all requests of a call are added before its first step, or none is; a call ends in all its generations, in
+input order, or in one typed error; every token carries the version of the weights that sampled it; weights change only
+between two steps, and a change drops what was computed with the old ones; an engine whose step or update failed is dead
+and refuses everything from then on.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.errors import DeadlineError, GroupError, RequestError
+from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed
+from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedWeights, shapes_on_disk
+
+ROLE = "rollout"
+
+
+class RolloutEngine(ABC):
+    """One model that samples. Not safe for threads: one caller drives it."""
+
+    vocabulary: int
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: RolloutConfig,
+        *,
+        eos_token_id: int,
+        rank: int = 0,
+        weight_version: int = 0,
+        seed: int = 0,
+        deterministic: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start from a directory that the policy wrote at ``weight_version``."""
+        _refuse_cut_distributions(config)
+        self.model_dir = Path(model_dir)
+        self.config = config
+        self.eos_token_id = eos_token_id
+        self.rank = rank
+        self.deterministic = deterministic
+        self.stream_seed = request_seed(seed, 0, rank, 0) >> 32
+        """Seeds what is drawn for requests without a seed: another one on every engine."""
+        self._clock = clock
+        self._weight_version = weight_version
+        self._shapes = shapes_on_disk(model_dir)
+        self._unfinished: dict[Key, GenerationRequest] = {}
+        self._update: IncomingUpdate | None = None
+        self._dead: str | None = None
+
+    # What an engine must bring
+
+    @abstractmethod
+    def _add(self, requests: Sequence[GenerationRequest]) -> None:
+        """Take requests in, in order."""
+
+    @abstractmethod
+    def _advance(self) -> list[Generation]:
+        """One step of the model for the requests in work; the ones that it finished."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """Forget all requests."""
+
+    @abstractmethod
+    def _begin_load(self) -> None:
+        """Make ready for new weights."""
+
+    @abstractmethod
+    def _load(self, weights: list[tuple[str, Tensor]]) -> None:
+        """Take some weights in, by their names on disk."""
+
+    @abstractmethod
+    def _end_load(self) -> None:
+        """All weights came: use them, and drop what was cached with the old ones."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Free what the engine holds."""
+
+    # Generating
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the last completed weight update."""
+        return self._weight_version
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests are in work."""
+        return len(self._unfinished)
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Generation]:
+        """Generations of all requests in their order, or :class:`DeadlineError` with none of them left in work."""
+        if self._unfinished:
+            raise RequestError(f"rollout engine {self.rank} has {self.unfinished} requests in work: step or abort them")
+        end = self._clock() + deadline_s
+        self.submit(requests)
+        done: dict[Key, Generation] = {}
+        while self._unfinished:
+            if self._clock() >= end:
+                dropped = self.abort()
+                cause = f"{dropped} of {len(requests)} requests were unfinished after {deadline_s:g} s and were dropped"
+                raise DeadlineError(ROLE, self.rank, "generate", cause)
+            done |= {generation.key: generation for generation in self.step()}
+        return [done[request.key] for request in requests]
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Add all requests, or none if one cannot be served."""
+        self._refuse_while_updating("submit")
+        check_requests(
+            requests,
+            vocabulary=self.vocabulary,
+            max_model_tokens=self.config.max_model_tokens,
+            seeded=self.deterministic,
+            unfinished=self._unfinished,
+        )
+        with self._or_die("submit"):
+            self._add(requests)
+        self._unfinished |= {request.key: request for request in requests}
+
+    def step(self) -> list[Generation]:
+        """Sample one token for each request in work; return those that ended."""
+        self._refuse_while_updating("step")
+        with self._or_die("step"):
+            finished = self._advance()
+        for generation in finished:
+            del self._unfinished[generation.key]
+        return finished
+
+    def abort(self) -> int:
+        """Drop all requests in work; return how many they were."""
+        dropped = self.unfinished
+        with self._or_die("abort"):
+            self._drop()
+        self._unfinished.clear()
+        return dropped
+
+    # Weights
+
+    def update_weights(self, version: int, buckets: Iterable[Bucket], checksum: str) -> None:
+        """Replace all weights; requests in work go on with the new ones, their context computed again."""
+        self.begin_update()
+        for bucket in buckets:
+            self.load_bucket(bucket)
+        self.finish_update(version, checksum)
+
+    def receive(self, weights: PublishedWeights) -> None:
+        """Replace all weights by a publication."""
+        self.update_weights(weights.version, weights.buckets, weights.checksum)
+
+    def begin_update(self) -> None:
+        """Start an update whose buckets come one by one; nothing is generated until it is finished."""
+        self._refuse_while_updating("begin_update")
+        with self._or_die("begin_update", WeightUpdateError):
+            self._update = IncomingUpdate(self._shapes)
+            self._begin_load()
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        """Take in some weights of the update."""
+        update = self._require_update("load_bucket")
+        with self._or_die("load_bucket", WeightUpdateError):
+            self._load(update.accept(bucket))
+
+    def finish_update(self, version: int, checksum: str) -> None:
+        """All buckets came: check that they are whole, and serve them as ``version``."""
+        update = self._require_update("finish_update")
+        with self._or_die("finish_update", WeightUpdateError):
+            update.close(checksum)
+            self._weight_version = version
+            self._end_load()
+        self._update = None
+
+    # Life
+
+    def probe(self) -> Probe:
+        """Who answers, without touching the model."""
+        return Probe(self._dead, self._weight_version, self.unfinished)
+
+    def shutdown(self) -> None:
+        """Free everything; the engine refuses to work from then on. A second call does nothing."""
+        if self._dead != "it was shut down":
+            self._dead = "it was shut down"
+            self._unfinished.clear()
+            self._close()
+
+    @contextmanager
+    def _or_die(self, phase: str, failure: type[GroupError] = EngineDeadError) -> Iterator[None]:
+        """Refuse if the engine is dead; whatever goes wrong inside leaves it dead."""
+        if self._dead is not None:
+            raise EngineDeadError(ROLE, self.rank, phase, f"the engine is dead ({self._dead}): restart it")
+        try:
+            yield
+        except Exception as error:
+            cause = str(error) or type(error).__name__
+            self._dead = f"{phase} failed: {cause}"
+            raise failure(ROLE, self.rank, phase, f"{cause}; the engine is dead now") from error
+
+    def _refuse_while_updating(self, phase: str) -> None:
+        if self._update is not None and self._dead is None:
+            raise RequestError(f"rollout engine {self.rank}: {phase} in the middle of a weight update: finish it first")
+
+    def _require_update(self, phase: str) -> IncomingUpdate:
+        if self._update is None:
+            with self._or_die(phase):
+                pass
+            raise RequestError(f"rollout engine {self.rank}: {phase} outside of a weight update: begin_update first")
+        return self._update
+
+
+def _refuse_cut_distributions(config: RolloutConfig) -> None:
+    cuts = {"top_p": (config.top_p, 1.0), "top_k": (config.top_k, 0), "min_p": (config.min_p, 0.0)}
+    for name, (value, off) in cuts.items():
+        if value != off:
+            raise RequestError(
+                f"rollout.{name} is {value}: log-probs would be of the cut distribution, which the trainer does not "
+                f"compute; leave it at {off}"
+            )

@@ -1,0 +1,206 @@
+"""Several rollout engines as one: prompts in, one batch out, whichever engines are alive.
+
+Always true: prompts are cut into as many shares as the fleet has places, by their order alone, and a share is generated
+whole, by one engine, in one call; so in deterministic mode the batch has the same bits whoever generated what, and
+however often. Only healthy engines serve; a share whose engine failed is generated again from the start on a healthy
+one; tokens of other weights than the published ones are refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby, pairwise
+from typing import Any, Protocol
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import GroupError, StaleWeightsError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rollout.engine import ROLE, RolloutEngine
+from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.rollout.health import ALIVE, EngineState, FleetHealth, HealthPolicy
+from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe, gather
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+Share = Sequence[GenerationRequest]
+MAX_ATTEMPTS = 3
+"""How often one share is generated before the fleet gives up."""
+
+
+class EngineHandle(Protocol):
+    """How the fleet reaches an engine. Calls return at once; results raise :class:`GroupError` in bounded time."""
+
+    def generate(self, requests: Share, deadline_s: float) -> Pending[list[Generation]]:
+        """Start generating."""
+
+    def receive(self, weights: Any) -> Pending[None]:
+        """Start a weight update; ``weights`` is whatever handle of a publication the engine's side understands."""
+
+    def probe(self) -> Pending[Probe]:
+        """Ask for a sign of life."""
+
+
+class LocalHandle:
+    """An engine in this process: a call is worked off when its result is asked for."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+
+    def generate(self, requests: Share, deadline_s: float) -> Pending[list[Generation]]:
+        """Generate when asked for the result."""
+        return Pending(lambda: self.engine.generate(requests, deadline_s))
+
+    def receive(self, weights: Any) -> Pending[None]:
+        """Update when asked for the result."""
+        return Pending(lambda: self.engine.receive(weights))
+
+    def probe(self) -> Pending[Probe]:
+        """The engine's word about itself."""
+        return Pending(self.engine.probe)
+
+
+def cut_shares(requests: Share, places: int) -> list[list[GenerationRequest]]:
+    """Neighbouring prompts in ``places`` shares whose sizes differ by at most one prompt; samples stay together."""
+    prompts = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt_id)]
+    bounds = [len(prompts) * place // places for place in range(places + 1)]
+    return [[request for prompt in prompts[start:stop] for request in prompt] for start, stop in pairwise(bounds)]
+
+
+class Fleet:
+    """The engines of a run. Its engines serve nothing before the first :meth:`update_weights`."""
+
+    def __init__(
+        self,
+        handles: Sequence[EngineHandle],
+        *,
+        policy: HealthPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._handles = list(handles)
+        self.health = FleetHealth(len(self._handles), policy, clock)
+        self._log = get_logger("rollout.fleet")
+
+    # Weights
+
+    def update_weights(self, version: int, weights: Any) -> None:
+        """Send weights to every engine alive; an engine that does not take them is dead.
+
+        Under the version that is current already, only engines that do not have it get it: restarted ones.
+        """
+        targets = self.health.publish(version)
+        updates = [(engine, self._start(engine, lambda handle: handle.receive(weights))) for engine in targets]
+        for engine, update in updates:
+            try:
+                update.result()
+            except GroupError as error:
+                self.health.died(engine, error.cause)
+                self._log.warning("engine %d did not take weight version %d: %s", engine, version, error)
+            else:
+                self.health.updated(engine, version)
+        if not self.health.healthy:
+            raise GroupError(ROLE, None, "update_weights", f"no engine has the weights\n{self.health.describe()}")
+
+    def replace(self, engine: int, handle: EngineHandle) -> None:
+        """Put a restarted engine in its place (after ``health.restart``); it is stale until it was updated."""
+        self._handles[engine] = handle
+        self.health.started(engine)
+
+    # Generating
+
+    def generate(self, requests: Share, deadline_s: float) -> TrajectoryBatch:
+        """All requests as one batch in their order; each attempt at a share has ``deadline_s``."""
+        shares = dict(enumerate(cut_shares(requests, len(self._handles))))
+        waiting = [share for share, content in shares.items() if content]
+        attempts = dict.fromkeys(waiting, 0)
+        done: dict[int, list[Generation]] = {share: [] for share, content in shares.items() if not content}
+        while waiting:
+            self.probe(self.health.in_state(EngineState.SUSPECT))
+            placed = self._place(waiting)
+            started = {share: self._begin(engine, shares[share], deadline_s) for share, engine in placed.items()}
+            for share, pending in started.items():
+                engine = placed[share]
+                attempts[share] += 1
+                try:
+                    done[share] = self._collect(engine, shares[share], pending)
+                except (GroupError, StaleWeightsError) as error:
+                    self._report(share, engine, error, last=attempts[share] == MAX_ATTEMPTS)
+            waiting = [share for share in waiting if share not in done]
+        return gather(requests, [generation for share in shares for generation in done[share]])
+
+    def _begin(self, engine: int, share: Share, deadline_s: float) -> Pending[list[Generation]]:
+        return self._start(engine, lambda handle: handle.generate(share, deadline_s))
+
+    def _place(self, waiting: Sequence[int]) -> dict[int, int]:
+        """An engine for as many of the waiting shares as there are healthy engines: its own, or else a free one."""
+        free = list(self.health.healthy)
+        if not free:
+            raise GroupError(ROLE, None, "generate", f"no engine is healthy\n{self.health.describe()}")
+        placed = {share: share for share in waiting if share in free}
+        free = [engine for engine in free if engine not in placed]
+        homeless = [share for share in waiting if share not in placed]
+        return placed | dict(zip(homeless, free, strict=False))
+
+    def _collect(self, engine: int, share: Share, pending: Pending[list[Generation]]) -> list[Generation]:
+        """The share's generations, if they are whole and of the published weights; notes the engine's health."""
+        try:
+            generations = pending.result()
+        except GroupError as error:
+            self._lose(engine, error)
+            raise
+        if [generation.key for generation in generations] != [request.key for request in share]:
+            wrong = EngineDeadError(ROLE, engine, "generate", "it answered with other samples than it was asked for")
+            self._lose(engine, wrong)
+            raise wrong
+        versions = {version for generation in generations for version in generation.weight_versions}
+        if versions - {self.health.version}:
+            cause = f"it sampled with weight versions {sorted(versions)}, published is {self.health.version}"
+            self.health.outdated(engine, cause)
+            raise StaleWeightsError(f"rollout engine {engine}: {cause}")
+        self.health.answered(engine)
+        return generations
+
+    def _report(self, share: int, engine: int, error: Exception, *, last: bool) -> None:
+        if last:
+            cause = f"share {share} failed {MAX_ATTEMPTS} times, last: {error}\n{self.health.describe()}"
+            raise GroupError(ROLE, None, "generate", cause) from error
+        self._log.warning("share %d is generated again, engine %d lost it: %s", share, engine, error)
+
+    # Health
+
+    def probe(self, engines: Iterable[int] | None = None) -> None:
+        """Ask engines for a sign of life (default: all that are alive) and note who may still serve."""
+        asked_for = self.health.in_state(*ALIVE) if engines is None else engines
+        asked = [(engine, self._start(engine, lambda handle: handle.probe())) for engine in asked_for]
+        for engine, pending in asked:
+            try:
+                answer = pending.result()
+            except GroupError as error:
+                self._lose(engine, error)
+                continue
+            if answer.dead is None:
+                self.health.answered(engine)
+            else:
+                self.health.died(engine, answer.dead)
+        self.health.tick()
+
+    def _start(self, engine: int, call: Callable[[EngineHandle], Pending[Any]]) -> Pending[Any]:
+        """Start a call; one that cannot be started fails like one that failed later."""
+        try:
+            return call(self._handles[engine])
+        except GroupError as error:
+            return _failed(error)
+
+    def _lose(self, engine: int, error: GroupError) -> None:
+        """An engine that says it is dead is dead; one that only failed is suspect."""
+        if isinstance(error, EngineDeadError | WeightUpdateError):
+            self.health.died(engine, error.cause)
+        else:
+            self.health.failed(engine, error.cause)
+        self._log.warning("engine %d is %s: %s", engine, self.health[engine].state.value, error)
+
+
+def _failed(error: GroupError) -> Pending[Any]:
+    def wait() -> Any:
+        raise error
+
+    return Pending(wait)

@@ -1,0 +1,208 @@
+"""Which rollout engines may serve, and why: a pure state machine with an injected clock.
+
+Always true: an engine is healthy or suspect only while it holds the weights of the last publication, taken since its
+last start; the one way from stale to healthy is a completed weight update; an event that a state does not allow raises.
+
+    started ──> stale ──update──> healthy <──answer── suspect        a publication makes healthy and suspect stale
+                  ^                  └───failure──────^  │            died, failed update, too many failures, too long
+              restarting <──restart── dead <─────────────┘            suspect or restarting: dead
+    retired: for good; when the restarts are used up, or on request
+
+Probing, restarting and sending weights are the caller's: it reports what happened and reads who may serve.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from rlhf_ray.console import table
+from rlhf_ray.rollout.errors import ForbiddenTransitionError
+
+
+class EngineState(StrEnum):
+    """The life of one rollout engine."""
+
+    HEALTHY = "healthy"
+    """Has the current weights, and serves."""
+    SUSPECT = "suspect"
+    """Has the current weights, but failed to answer: serves nothing until it answers a probe."""
+    DEAD = "dead"
+    RESTARTING = "restarting"
+    STALE = "stale"
+    """Alive with old weights: may not serve."""
+    RETIRED = "retired"
+    """Never comes back."""
+
+
+ALIVE = frozenset({EngineState.HEALTHY, EngineState.SUSPECT, EngineState.STALE})
+CURRENT = frozenset({EngineState.HEALTHY, EngineState.SUSPECT})
+
+
+@dataclass(frozen=True)
+class HealthPolicy:
+    """How patient the fleet is."""
+
+    failures_until_dead: int = 3
+    """In a row, of probes and requests together."""
+    suspect_s: float = 60.0
+    """An engine that is suspect for longer is dead."""
+    restart_s: float = 300.0
+    """A restart that takes longer failed."""
+    max_restarts: int = 5
+    """Of one engine; one more death retires it."""
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    """All that is known about one engine."""
+
+    state: EngineState
+    since: float
+    """When it came into its state."""
+    weight_version: int | None = None
+    """Of its last completed update since it was started."""
+    failures: int = 0
+    restarts: int = 0
+    cause: str = ""
+    """Why it last left the healthy state."""
+
+
+class FleetHealth:
+    """The states of all engines of a fleet; engines are started and stale at first."""
+
+    def __init__(
+        self, engines: int, policy: HealthPolicy | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.policy = policy or HealthPolicy()
+        self._clock = clock
+        self._version: int | None = None
+        self._engines = [EngineHealth(EngineState.STALE, clock()) for _ in range(engines)]
+
+    # Reading
+
+    @property
+    def version(self) -> int | None:
+        """The last published weight version."""
+        return self._version
+
+    @property
+    def healthy(self) -> tuple[int, ...]:
+        """Engines that may serve."""
+        return self.in_state(EngineState.HEALTHY)
+
+    def in_state(self, *states: EngineState) -> tuple[int, ...]:
+        """Engines in one of ``states``, in order."""
+        return tuple(index for index, engine in enumerate(self._engines) if engine.state in states)
+
+    def __getitem__(self, engine: int) -> EngineHealth:
+        return self._engines[engine]
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def counts(self) -> dict[str, int]:
+        """How many engines are in each state."""
+        return {state.value: len(self.in_state(state)) for state in EngineState}
+
+    def describe(self) -> str:
+        """A table of all engines, for error messages."""
+        rows = [(index, e.state.value, e.weight_version, e.restarts, e.cause) for index, e in enumerate(self._engines)]
+        title = f"rollout engines (published weight version: {self._version})"
+        return table(title, ("engine", "state", "weights", "restarts", "cause"), rows)
+
+    # What happened
+
+    def answered(self, engine: int) -> None:
+        """It answered a request or a probe: no longer suspect; never a reason to leave any other state."""
+        state = self._expect(engine, "answered", ALIVE)
+        new = EngineState.HEALTHY if state is EngineState.SUSPECT else state
+        self._move(engine, new, failures=0)
+
+    def failed(self, engine: int, cause: str) -> None:
+        """It did not answer a request or a probe, or not in time."""
+        state = self._expect(engine, "failed", ALIVE)
+        failures = self._engines[engine].failures + 1
+        if failures >= self.policy.failures_until_dead:
+            self._die(engine, cause)
+        else:
+            new = EngineState.STALE if state is EngineState.STALE else EngineState.SUSPECT
+            self._move(engine, new, failures=failures, cause=cause)
+
+    def died(self, engine: int, cause: str) -> None:
+        """Its process is gone, it says that it is dead, or a weight update or a start failed."""
+        self._expect(engine, "died", ALIVE | {EngineState.RESTARTING})
+        self._die(engine, cause)
+
+    def restart(self, engine: int) -> None:
+        """A new process is being started in its place."""
+        self._expect(engine, "restart", {EngineState.DEAD})
+        self._move(engine, EngineState.RESTARTING, restarts=self._engines[engine].restarts + 1)
+
+    def started(self, engine: int) -> None:
+        """The new process is up, with whatever weights it found: stale."""
+        self._expect(engine, "started", {EngineState.RESTARTING})
+        self._move(engine, EngineState.STALE, weight_version=None, failures=0)
+
+    def publish(self, version: int) -> tuple[int, ...]:
+        """Weights of ``version`` are about to be sent; return the engines that need them.
+
+        Under the version that is current only those that do not have it yet: restarted ones.
+        """
+        if version != self._version:
+            self._version = version
+            for engine in self.in_state(*CURRENT):
+                self._move(engine, EngineState.STALE)
+        return self.in_state(EngineState.STALE)
+
+    def updated(self, engine: int, version: int) -> None:
+        """It completed a weight update to ``version``."""
+        self._expect(engine, "updated", {EngineState.STALE})
+        if version != self._version:
+            raise ForbiddenTransitionError(
+                f"rollout engine {engine} was updated to weight version {version}, but {self._version} is published"
+            )
+        self._move(engine, EngineState.HEALTHY, weight_version=version, failures=0, cause="")
+
+    def outdated(self, engine: int, cause: str) -> None:
+        """It served tokens of other weights than the published ones."""
+        self._expect(engine, "outdated", CURRENT)
+        self._move(engine, EngineState.STALE, weight_version=None, cause=cause)
+
+    def retire(self, engine: int, cause: str) -> None:
+        """It will not come back."""
+        self._expect(engine, "retire", set(EngineState) - {EngineState.RETIRED})
+        self._move(engine, EngineState.RETIRED, cause=cause)
+
+    def tick(self) -> tuple[int, ...]:
+        """Look at the clock: return the engines that were suspect or restarting for too long and are dead now."""
+        limits = {EngineState.SUSPECT: self.policy.suspect_s, EngineState.RESTARTING: self.policy.restart_s}
+        late = [index for index in self.in_state(*limits) if self._age(index) > limits[self._engines[index].state]]
+        for index in late:
+            self._die(index, f"{self._engines[index].state.value} for {self._age(index):.0f} s")
+        return tuple(late)
+
+    # Inside
+
+    def _age(self, engine: int) -> float:
+        return self._clock() - self._engines[engine].since
+
+    def _expect(self, engine: int, event: str, states: frozenset[EngineState] | set[EngineState]) -> EngineState:
+        state = self._engines[engine].state
+        if state not in states:
+            allowed = ", ".join(sorted(state.value for state in states))
+            raise ForbiddenTransitionError(
+                f"rollout engine {engine} is {state.value}: '{event}' is for engines that are {allowed}"
+            )
+        return state
+
+    def _die(self, engine: int, cause: str) -> None:
+        used_up = self._engines[engine].restarts >= self.policy.max_restarts
+        self._move(engine, EngineState.RETIRED if used_up else EngineState.DEAD, weight_version=None, cause=cause)
+
+    def _move(self, engine: int, state: EngineState, **changes: object) -> None:
+        old = self._engines[engine]
+        since = old.since if state is old.state else self._clock()
+        self._engines[engine] = replace(old, state=state, since=since, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,162 @@
+"""What a rollout engine is asked for and what it answers: token ids in, token ids out.
+
+Always true: a request is named by its prompt and its sample index; its seed is a pure function of the run's seed, the
+step, the prompt and the sample, so that whoever generates it, and however often, draws the same numbers; a generation
+holds one log-prob and one weight version for every token it sampled, the end of sequence included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.errors import RequestError
+
+if TYPE_CHECKING:
+    from rlhf_ray.trajectories.batch import TrajectoryBatch
+    from rlhf_ray.trajectories.columns import FinishReason
+
+Key = tuple[int, int]
+"""Prompt id and sample index."""
+NO_VERSION = -1
+"""Weight version of a token that no weights sampled: the prompt's."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sample to draw; without a seed the engine draws from its own stream."""
+
+    prompt_id: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    seed: int | None
+    max_new_tokens: int
+
+    @property
+    def key(self) -> Key:
+        """What names this request among others."""
+        return self.prompt_id, self.sample_index
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The tokens that were sampled for one request."""
+
+    prompt_id: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    """At the sampling temperature, over the whole vocabulary."""
+    weight_versions: tuple[int, ...]
+    finish_reason: FinishReason
+
+    @property
+    def key(self) -> Key:
+        """The key of the request."""
+        return self.prompt_id, self.sample_index
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What an engine says about itself without computing anything."""
+
+    dead: str | None
+    """Why it is dead; none while it works."""
+    weight_version: int
+    unfinished: int
+
+
+def request_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+    """A seed of 63 bits for one sample, the same on every machine."""
+    digest = hashlib.blake2b(struct.pack("<4q", run_seed, step, prompt_id, sample_index), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def make_requests(
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    run_seed: int | None = None,
+    step: int = 0,
+) -> list[GenerationRequest]:
+    """Requests of ``(prompt id, token ids)`` in order, the samples of a prompt together; seeded if ``run_seed`` is."""
+    return [
+        GenerationRequest(
+            prompt_id,
+            sample,
+            tuple(token_ids),
+            None if run_seed is None else request_seed(run_seed, step, prompt_id, sample),
+            max_new_tokens,
+        )
+        for prompt_id, token_ids in prompts
+        for sample in range(samples_per_prompt)
+    ]
+
+
+def check_requests(
+    requests: Sequence[GenerationRequest],
+    *,
+    vocabulary: int,
+    max_model_tokens: int,
+    seeded: bool,
+    unfinished: Collection[Key] = (),
+) -> None:
+    """Refuse all of ``requests`` if one of them cannot be served."""
+    seen = set(unfinished)
+    for request in requests:
+        where = f"request for prompt {request.prompt_id}, sample {request.sample_index}"
+        if request.key in seen:
+            raise RequestError(f"{where}: asked for twice; give each sample of a prompt an index of its own")
+        seen.add(request.key)
+        total = len(request.token_ids) + request.max_new_tokens
+        if not request.token_ids:
+            raise RequestError(f"{where}: the prompt has no tokens; give it at least one")
+        if request.max_new_tokens < 1:
+            raise RequestError(f"{where}: max_new_tokens is {request.max_new_tokens}; it must be at least 1")
+        if total > max_model_tokens:
+            raise RequestError(
+                f"{where}: {len(request.token_ids)} prompt tokens and {request.max_new_tokens} new ones are {total}, "
+                f"more than rollout.max_model_tokens ({max_model_tokens}); raise it or shorten the prompt"
+            )
+        wrong = [token for token in request.token_ids if not 0 <= token < vocabulary]
+        if wrong:
+            raise RequestError(f"{where}: token {wrong[0]} is not in the model's vocabulary of {vocabulary}")
+        if seeded and request.seed is None:
+            raise RequestError(f"{where}: has no seed, but the run is deterministic; make requests with the run's seed")
+
+
+def gather(requests: Sequence[GenerationRequest], generations: Sequence[Generation]) -> TrajectoryBatch:
+    """Prompts and what was sampled after them as one batch, in the order of ``requests``."""
+    import numpy as np
+
+    from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+    pairs = list(zip(requests, generations, strict=True))
+    prompt_lengths = np.array([len(request.token_ids) for request, _ in pairs], np.int64)
+    new_lengths = np.array([len(generation.token_ids) for _, generation in pairs], np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(prompt_lengths + new_lengths)])
+    sampled = np.repeat(np.tile([False, True], len(pairs)), np.stack([prompt_lengths, new_lengths], 1).ravel())
+
+    def column(values: Sequence[tuple[float, ...]], dtype: type, fill: float) -> np.ndarray[Any, Any]:
+        out: np.ndarray[Any, Any] = np.full(int(offsets[-1]), fill, dtype)
+        out[sampled] = np.fromiter(chain.from_iterable(values), dtype)
+        return out
+
+    token_ids = chain.from_iterable(chain(request.token_ids, generation.token_ids) for request, generation in pairs)
+    return TrajectoryBatch.from_arrays(
+        {
+            "offsets": offsets,
+            "token_ids": np.fromiter(token_ids, np.int64),
+            "action_mask": sampled,
+            "weight_version": column([generation.weight_versions for _, generation in pairs], np.int32, NO_VERSION),
+            "rollout_log_probs": column([generation.log_probs for _, generation in pairs], np.float32, 0.0),
+            "prompt_id": np.array([request.prompt_id for request, _ in pairs], np.int64),
+            "sample_index": np.array([request.sample_index for request, _ in pairs], np.int32),
+            "finish_reason": np.array([int(generation.finish_reason) for _, generation in pairs], np.int8),
+        }
+    )

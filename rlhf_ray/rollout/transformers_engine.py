@@ -1,0 +1,185 @@
+"""A rollout engine of plain transformers, for machines without vLLM and for tests in one process.
+
+Always true: it answers like the vLLM engine (same protocol, same meaning of every number): log-probs are an fp32
+log-softmax of the whole distribution at the sampling temperature; requests of similar length are decoded together, left
+padded, with a key-value cache; a seeded request draws from a generator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from rlhf_ray import environment
+from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.rollout.engine import RolloutEngine
+from rlhf_ray.rollout.errors import WireError
+from rlhf_ray.rollout.requests import Generation, GenerationRequest
+from rlhf_ray.trajectories.columns import FinishReason
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_ROWS = 128
+"""Requests that are decoded together."""
+
+
+@dataclass
+class _Row:
+    request: GenerationRequest
+    generator: torch.Generator | None
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
+
+    def generation(self, reason: FinishReason) -> Generation:
+        prompt_id, sample_index = self.request.key
+        versions = tuple(self.weight_versions)
+        return Generation(prompt_id, sample_index, tuple(self.token_ids), tuple(self.log_probs), versions, reason)
+
+
+@dataclass
+class _Group:
+    """Rows that are decoded together; without a cache the next step reads their whole context."""
+
+    rows: list[_Row]
+    cache: Any = None
+    mask: Int64[Tensor, "rows width"] | None = None
+
+
+class TransformersEngine(RolloutEngine):
+    """Samples with transformers."""
+
+    def __init__(self, model_dir: str | Path, config: RolloutConfig, **settings: Any) -> None:
+        """``settings`` are those of :class:`RolloutEngine`."""
+        super().__init__(model_dir, config, **settings)
+        transformers_logging.disable_progress_bar()
+        self.device = torch.device(environment.accelerator())
+        self._hf_config = AutoConfig.from_pretrained(model_dir)
+        self.vocabulary = self._hf_config.get_text_config().vocab_size
+        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]).to(self.device).eval()
+        self._stream = torch.Generator(self.device).manual_seed(self.stream_seed)
+        self._waiting: list[GenerationRequest] = []
+        self._group: _Group | None = None
+        self._incoming: dict[str, Tensor] = {}
+
+    # Generating
+
+    def _add(self, requests: Sequence[GenerationRequest]) -> None:
+        self._waiting.extend(requests)
+
+    def _drop(self) -> None:
+        self._waiting.clear()
+        self._group = None
+
+    @torch.inference_mode()
+    def _advance(self) -> list[Generation]:
+        if self._group is None:
+            self._group = self._next_group()
+        if self._group is None:
+            return []
+        log_probs = torch.log_softmax(self._logits(self._group).float() / self.config.temperature, dim=-1)
+        sampled = self._sample(log_probs, self._group.rows)
+        chosen = log_probs.gather(1, sampled[:, None])[:, 0]
+        for row, token, log_prob in zip(self._group.rows, sampled.tolist(), chosen.tolist(), strict=True):
+            row.token_ids.append(token)
+            row.log_probs.append(log_prob)
+            row.weight_versions.append(self.weight_version)
+        return self._take_finished(self._group)
+
+    def _next_group(self) -> _Group | None:
+        """The shortest waiting requests: neighbours in length need little padding."""
+        self._waiting.sort(key=lambda request: len(request.token_ids))
+        chosen, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
+        return _Group([_Row(request, self._generator(request)) for request in chosen]) if chosen else None
+
+    def _generator(self, request: GenerationRequest) -> torch.Generator | None:
+        return None if request.seed is None else torch.Generator(self.device).manual_seed(request.seed)
+
+    def _logits(self, group: _Group) -> Float[Tensor, "rows vocabulary"]:
+        """Logits of the next token of each row."""
+        if group.cache is None:
+            token_ids, group.mask = self._padded([*row.request.token_ids, *row.token_ids] for row in group.rows)
+        else:
+            token_ids = torch.tensor([row.token_ids[-1:] for row in group.rows], device=self.device)
+            group.mask = torch.cat([group.mask, torch.ones_like(token_ids)], dim=1)
+        position_ids = (group.mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
+        outputs = self._model(
+            input_ids=token_ids,
+            attention_mask=group.mask,
+            position_ids=position_ids,
+            past_key_values=group.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        group.cache = outputs.past_key_values
+        return outputs.logits[:, -1]
+
+    def _padded(self, contexts: Any) -> tuple[Int64[Tensor, "rows width"], Int64[Tensor, "rows width"]]:
+        """Contexts padded on the left, and the mask of their tokens."""
+        contexts = list(contexts)
+        token_ids = torch.zeros(len(contexts), max(map(len, contexts)), dtype=torch.int64)
+        mask = torch.zeros_like(token_ids)
+        for row, context in enumerate(contexts):
+            token_ids[row, -len(context) :] = torch.tensor(context)
+            mask[row, -len(context) :] = 1
+        return token_ids.to(self.device), mask.to(self.device)
+
+    def _sample(self, log_probs: Float[Tensor, "rows vocabulary"], rows: Sequence[_Row]) -> Int64[Tensor, " rows"]:
+        """Gumbel's trick: argmax of log p + g with g = -log(e), e standard exponential, is a draw from p."""
+        noise = torch.empty_like(log_probs)
+        for position, row in enumerate(rows):
+            noise[position].exponential_(generator=row.generator or self._stream)
+        return (log_probs - noise.log()).argmax(dim=-1)
+
+    def _take_finished(self, group: _Group) -> list[Generation]:
+        reasons = [self._finish_reason(row) for row in group.rows]
+        finished = [
+            row.generation(reason) for row, reason in zip(group.rows, reasons, strict=True) if reason is not None
+        ]
+        left = [index for index, reason in enumerate(reasons) if reason is None]
+        if not left:
+            self._group = None
+        elif finished:
+            group.rows = [group.rows[index] for index in left]
+            group.cache.batch_select_indices(torch.tensor(left, device=self.device))
+            group.mask = group.mask[left]
+        return finished
+
+    def _finish_reason(self, row: _Row) -> FinishReason | None:
+        if row.token_ids[-1] == self.eos_token_id:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(row.token_ids) == row.request.max_new_tokens else None
+
+    # Weights
+
+    def _begin_load(self) -> None:
+        self._incoming = {}
+
+    def _load(self, weights: list[tuple[str, Tensor]]) -> None:
+        self._incoming |= {name: weight.to(DTYPES[self.config.dtype], copy=True) for name, weight in weights}
+
+    def _end_load(self) -> None:
+        """Build the model from its state on disk: transformers maps names on disk to live ones."""
+        state, self._incoming = self._incoming, {}
+        model, report = type(self._model).from_pretrained(
+            None, config=self._hf_config, state_dict=state, dtype=DTYPES[self.config.dtype], output_loading_info=True
+        )
+        problems = {what: names for what, names in report.items() if names}
+        if problems:
+            raise WireError(f"transformers could not load the weights: {problems}")
+        self._model = model.to(self.device).eval()
+        if self._group is not None:
+            self._group.cache = None
+
+    # Life
+
+    def _close(self) -> None:
+        self._drop()
+        del self._model
