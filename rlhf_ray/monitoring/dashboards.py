@@ -1,0 +1,156 @@
+"""The Grafana dashboard, made from the registry.
+
+Always true: every registered metric has its place on it, every query asks for a metric that the exporter sends, and the
+committed ``deploy/monitoring/rlhf_ray_dashboard.json`` is what :func:`render_dashboard` returns. After a change of the
+registry: ``python -m rlhf_ray.monitoring.dashboards deploy/monitoring/rlhf_ray_dashboard.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_ray.monitoring.registry import PHASES, REGISTRY, Metric, company
+from rlhf_ray.storage.atomic import write_file
+
+RAY_PREFIX = "ray_"
+SELECTION = '{run=~"$run"}'
+COLUMNS, PANEL_WIDTH, PANEL_HEIGHT = 3, 8, 7
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+UNITS = {"s": "s", "share": "percentunit", "GB": "decgbytes", "": "none"}
+
+Panel = dict[str, Any]
+
+
+def render_dashboard() -> str:
+    """The dashboard as JSON text, ready for Grafana's import or its provisioning."""
+    return json.dumps(dashboard(), indent=1) + "\n"
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard as Grafana's dashboard model."""
+    return {
+        "uid": "rlhf-ray",
+        "title": "rlhf_ray",
+        "description": "Reinforcement learning from human feedback on Ray: every metric of the registry, by run.",
+        "tags": ["rlhf_ray", "ray"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "10s",
+        "time": {"from": "now-3h", "to": "now"},
+        "graphTooltip": 1,
+        "templating": {"list": [_datasource_variable(), _run_variable()]},
+        "panels": _numbered([_phases(), *_metric_panels()]),
+    }
+
+
+def expression(metric: Metric) -> str:
+    """The Prometheus query of one metric: a gauge as it stands, a counter as what it gained."""
+    exported = RAY_PREFIX + metric.exported_name
+    if metric.is_family:
+        return f'{{__name__=~"{exported.removesuffix("_")}.+", run=~"$run"}}'
+    if metric.kind == "counter":
+        return f"increase({exported}_total{SELECTION}[$__rate_interval])"
+    return f"{exported}{SELECTION}"
+
+
+def _metric_panels() -> list[Panel]:
+    """A row for each group; below it its panels from left to right."""
+    panels, top = [], PANEL_HEIGHT
+    for group, metrics in REGISTRY.groups().items():
+        panels.append({"type": "row", "title": group, "collapsed": False, "panels": [], **_place(0, top, 24, 1)})
+        placed = _panels_of(metrics)
+        for index, panel in enumerate(placed):
+            row, column = divmod(index, COLUMNS)
+            place = _place(column * PANEL_WIDTH, top + 1 + row * PANEL_HEIGHT, PANEL_WIDTH, PANEL_HEIGHT)
+            panels.append(panel | place)
+        top += 1 + -(-len(placed) // COLUMNS) * PANEL_HEIGHT
+    return panels
+
+
+def _panels_of(metrics: Sequence[Metric]) -> list[Panel]:
+    names, panels = [metric.name for metric in metrics], []
+    while names:
+        title, members = company(names[0], names)
+        names = [name for name in names if name not in members]
+        by_name = {metric.name: metric for metric in metrics}
+        panels.append(_time_series(title, [by_name[member] for member in members]))
+    return panels
+
+
+def _time_series(title: str, metrics: Sequence[Metric]) -> Panel:
+    unit = metrics[0].unit
+    return {
+        "type": "timeseries",
+        "title": title,
+        "description": ". ".join(metric.help for metric in metrics),
+        "datasource": SOURCE,
+        "fieldConfig": {"defaults": {"unit": UNITS.get(unit, f"suffix: {unit}")}, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "targets": [_target(metric, alone=len(metrics) == 1, number=number) for number, metric in enumerate(metrics)],
+    }
+
+
+def _target(metric: Metric, alone: bool, number: int) -> dict[str, Any]:
+    name = "{{__name__}} " if metric.is_family else "" if alone else f"{metric.name} "
+    return {
+        "refId": chr(ord("A") + number),
+        "datasource": SOURCE,
+        "expr": expression(metric),
+        "legendFormat": f"{name}{{{{run}}}} {{{{role}}}}",
+    }
+
+
+def _phases() -> Panel:
+    return {
+        "type": "state-timeline",
+        "title": "What the run is doing",
+        "description": f"Exactly one of {', '.join(PHASES)} at a time",
+        "datasource": SOURCE,
+        "fieldConfig": {"defaults": {"unit": "none", "color": {"mode": "palette-classic"}}, "overrides": []},
+        "options": {"mergeValues": True, "showValue": "never", "legend": {"showLegend": False}},
+        "targets": [
+            {
+                "refId": "A",
+                "datasource": SOURCE,
+                "expr": f"{RAY_PREFIX}rlhf_phase{SELECTION} == 1",
+                "legendFormat": "{{run}} {{phase}}",
+            }
+        ],
+        **_place(0, 0, 24, PANEL_HEIGHT),
+    }
+
+
+def _place(x: int, y: int, width: int, height: int) -> dict[str, Any]:
+    return {"gridPos": {"x": x, "y": y, "w": width, "h": height}}
+
+
+def _numbered(panels: Sequence[Panel]) -> list[Panel]:
+    return [{"id": number, **panel} for number, panel in enumerate(panels, 1)]
+
+
+def _datasource_variable() -> dict[str, Any]:
+    return {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+
+
+def _run_variable() -> dict[str, Any]:
+    query = f"label_values({RAY_PREFIX}rlhf_phase, run)"
+    return {
+        "name": "run",
+        "label": "Run",
+        "type": "query",
+        "datasource": SOURCE,
+        "query": {"query": query, "refId": "runs"},
+        "definition": query,
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "sort": 1,
+    }
+
+
+if __name__ == "__main__":
+    write_file(sys.argv[1], render_dashboard())

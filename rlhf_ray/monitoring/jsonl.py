@@ -1,0 +1,88 @@
+"""Append-only files of one JSON object a line.
+
+Always true: a line counts once its newline is on disk, and for ever after; what a crash cut off at the end counts for
+no reader and is cut away by the next append; a damaged line before the end is an ``IntegrityError`` that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import IntegrityError
+from rlhf_ray.storage.atomic import storage_errors, sync_directory, write_file
+
+Line = dict[str, Any]
+
+
+class JsonLines:
+    """One file of JSON lines with a single writer and any number of readers."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one line and wait until it is on disk."""
+        self.extend([line])
+
+    def extend(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines and wait until they are on disk."""
+        text = b"".join(map(_render, lines))
+        with storage_errors(self.path):
+            is_new = not self.path.exists()
+            with open(self.path, "ab+") as stream:
+                _cut_torn_end(stream)
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if is_new:
+                sync_directory(self.path.parent)
+
+    def read(self) -> list[Line]:
+        """All lines, none where the file does not exist yet."""
+        if not self.path.exists():
+            return []
+        with storage_errors(self.path):
+            content = self.path.read_bytes()
+        whole, _, _torn = content.rpartition(b"\n")
+        return [self._parse(raw, number) for number, raw in enumerate(whole.split(b"\n"), 1) if raw]
+
+    def keep(self, is_valid: Callable[[Line], bool], void: JsonLines) -> int:
+        """Keep the valid lines, move the others to the end of ``void``, and say how many moved.
+
+        A crash in between may leave a line in both files, never in neither.
+        """
+        lines = self.read()
+        rejected = [line for line in lines if not is_valid(line)]
+        if rejected:
+            void.extend(rejected)
+            write_file(self.path, b"".join(_render(line) for line in lines if is_valid(line)))
+        return len(rejected)
+
+    def _parse(self, raw: bytes, number: int) -> Line:
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            raise IntegrityError(f"{self.path}:{number} is damaged ({error}): remove the line to go on") from error
+        if not isinstance(line, dict):
+            raise IntegrityError(
+                f"{self.path}:{number} is {type(line).__name__}, not an object: remove the line to go on"
+            )
+        return line
+
+
+def _render(line: Mapping[str, Any]) -> bytes:
+    return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _cut_torn_end(stream: Any) -> None:
+    end = stream.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    stream.seek(end - 1)
+    if stream.read(1) != b"\n":
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)

@@ -1,0 +1,196 @@
+"""Every metric of the project, once: its name, unit, kind, group and meaning.
+
+Always true: a name that is not written here is logged nowhere; every exporter, the report and the dashboards take their
+names, units and titles from here; two metrics never share a name in Prometheus.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rlhf_ray.errors import RlhfRayError
+
+Kind = Literal["gauge", "counter"]
+
+PHASES = ("start", "rollout", "scoring", "log_probs", "update", "weights", "checkpoint", "evaluation")
+"""What a run can be doing: the values of the phase gauge. All but ``start`` are timed as ``time/<phase>``."""
+
+
+class UnknownMetricError(RlhfRayError):
+    """A trainer logs a metric that the registry does not hold."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. A name that ends in ``/*`` stands for every name with that beginning.
+
+    A gauge logs a state; a counter logs what was added since the last line.
+    """
+
+    name: str
+    unit: str
+    help: str
+    group: str
+    kind: Kind = "gauge"
+
+    @property
+    def exported_name(self) -> str:
+        """The name in Ray's metrics; Prometheus sees it with Ray's prefix ``ray_``."""
+        return f"rlhf_{re.sub('[^a-zA-Z0-9_]', '_', self.name)}"
+
+    @property
+    def is_family(self) -> bool:
+        """Whether the name stands for many."""
+        return self.name.endswith("/*")
+
+
+class Registry:
+    """Metrics by name."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics: dict[str, Metric] = {}
+        for metric in metrics:
+            if metric.exported_name in {other.exported_name for other in self}:
+                raise ValueError(f"metric {metric.name} is registered twice, or reads as another one in Prometheus")
+            self._metrics[metric.name] = metric
+
+    def __iter__(self) -> Iterator[Metric]:
+        return iter(self._metrics.values())
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def __getitem__(self, name: str) -> Metric:
+        metric = self._find(name)
+        if metric is None:
+            near = difflib.get_close_matches(name, self._metrics, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UnknownMetricError(
+                f"metric {name} is not registered{hint}: add it, with its unit, to rlhf_ray/monitoring/registry.py"
+            )
+        return metric
+
+    def groups(self) -> dict[str, list[Metric]]:
+        """Metrics by group, in the order of registration."""
+        groups: dict[str, list[Metric]] = {}
+        for metric in self:
+            groups.setdefault(metric.group, []).append(metric)
+        return groups
+
+    def _find(self, name: str) -> Metric | None:
+        beginning, _, rest = name.partition("/")
+        family = self._metrics.get(f"{beginning}/*")
+        if family is not None and re.fullmatch(r"\w+(/\w+)*", rest):
+            return replace(family, name=name)
+        return None if name.endswith("/*") else self._metrics.get(name)
+
+
+_COUNTERS = {"updates/skipped"}
+
+_METRICS = {
+    "Progress": [
+        ("step", "steps", "Steps done: PPO steps, or optimizer updates in supervised and reward training"),
+        ("update", "updates", "Optimizer updates done"),
+        ("updates/skipped", "updates", "Updates skipped because a number was not finite"),
+        ("weights/version", "versions", "Publications of the policy's weights to the rollout engines"),
+    ],
+    "Reward": [
+        ("reward/mean", "score", "Mean score that the step trained on: normalised and clipped, before KL"),
+        ("reward/std", "score", "Standard deviation of the scores that the step trained on"),
+        ("reward/learned", "score", "Mean score of the reward model, as it comes from the model"),
+        ("gold/mean", "score", "Mean gold score, 0 to 1: what the reward model was made to predict; never trained on"),
+        ("gold/win_rate", "share", "Share of prompts whose answer beats the starting policy's by gold; ties half"),
+    ],
+    "Distance from the reference": [
+        ("kl/k1", "nats/sequence", "KL from the reference, summed over a sequence: mean log-ratio (k1)"),
+        ("kl/k3", "nats/sequence", "The same by the estimator that is never negative (k3)"),
+        ("kl/coefficient", "", "Weight of the KL penalty in the token rewards"),
+    ],
+    "Losses": [
+        ("loss/policy", "", "Clipped policy loss"),
+        ("loss/value", "score²", "Clipped value loss"),
+        ("loss/sft", "nats/token", "Negative log-likelihood of the demonstrations"),
+        ("loss/rm", "nats/pair", "Bradley-Terry loss of the preference pairs"),
+    ],
+    "Updates": [
+        ("entropy", "nats/token", "Entropy of the policy"),
+        ("ratio/mean", "", "Mean ratio of new to old token probabilities"),
+        ("clip_fraction", "share", "Share of tokens whose ratio the policy loss clips"),
+        ("approximate_kl", "nats/token", "KL of the updated policy from the one that sampled (k3)"),
+        ("grad_norm", "", "Norm of the gradient before clipping"),
+        ("grad_norm/policy", "", "Norm of the policy's gradient before clipping"),
+        ("grad_norm/critic", "", "Norm of the critic's gradient before clipping"),
+        ("learning_rate", "", "Learning rate of the last update"),
+    ],
+    "Advantages and critic": [
+        ("advantages/std", "score", "Standard deviation of the advantages before whitening"),
+        ("returns/mean", "score", "Mean return"),
+        ("values/mean", "score", "Mean value that the critic predicted"),
+        ("explained_variance", "", "Share of the variance of returns that the values explain; 0 is the mean's"),
+        ("clip_fraction/value", "share", "Share of tokens whose value the value loss clips"),
+    ],
+    "Preferences": [
+        ("accuracy", "share", "Share of pairs whose chosen answer scores higher; ties half"),
+        ("margin", "score", "Mean score of chosen minus rejected answers"),
+        ("reward/chosen", "score", "Mean score of the chosen answers"),
+        ("reward/rejected", "score", "Mean score of the rejected answers"),
+    ],
+    "Sequences": [
+        ("length/response", "tokens", "Mean length of the answers"),
+        ("length/prompt", "tokens", "Mean length of the prompts"),
+        ("truncated/share", "share", "Share of answers cut off at the longest allowed length"),
+        ("round_trip/failed_share", "share", "Share of samples whose ids do not survive decoding and encoding"),
+        ("padding/share", "share", "Share of computed tokens that no loss needs"),
+    ],
+    "Rollout": [
+        ("rollout/log_prob_difference", "nats", "Largest difference of one token's log-prob, rollout to trainer"),
+        ("rollout/staleness", "versions", "Age of the oldest weights that sampled a token of the step"),
+        ("rollout/tokens_per_second", "tokens/s", "Tokens sampled in a second of rollout"),
+    ],
+    "Time": [
+        ("time/step", "s", "Whole step"),
+        ("time/rollout", "s", "Sampling answers"),
+        ("time/scoring", "s", "Scoring answers"),
+        ("time/log_probs", "s", "Log-probs of policy and reference, and values"),
+        ("time/update", "s", "Optimizer updates"),
+        ("time/weights", "s", "Sending weights to the rollout engines"),
+        ("time/checkpoint", "s", "Writing checkpoints"),
+        ("time/evaluation", "s", "Evaluating"),
+    ],
+    "Throughput and memory": [
+        ("tokens_per_second", "tokens/s", "Training tokens in a second of the whole step"),
+        ("memory/pss_gb", "GB", "Memory of all processes of the run (PSS) and of the object store"),
+    ],
+    "Evaluation": [
+        ("evaluation/*", "", "A figure of an evaluation on held-out prompts or pairs"),
+    ],
+}
+
+REGISTRY = Registry(
+    Metric(name, unit, text, group, "counter" if name in _COUNTERS else "gauge")
+    for group, rows in _METRICS.items()
+    for name, unit, text in rows
+)
+
+_TOGETHER = {
+    "KL from the reference": ("kl/k1", "kl/k3"),
+    "Length": ("length/response", "length/prompt"),
+    "Scores of the two sides": ("reward/chosen", "reward/rejected"),
+    "Norm of the gradient": ("grad_norm/policy", "grad_norm/critic"),
+    "Share of clipped tokens": ("clip_fraction", "clip_fraction/value"),
+    "Returns and values": ("returns/mean", "values/mean"),
+    "Score that the step trained on": ("reward/mean", "reward/std"),
+}
+
+
+def company(name: str, available: Container[str]) -> tuple[str, list[str]]:
+    """Title and metrics of the panel that shows ``name``: alone, or with those ``available`` that belong to it."""
+    for title, members in _TOGETHER.items():
+        here = [member for member in members if member in available]
+        if name in here and len(here) > 1:
+            return title, here
+    return name, [name]

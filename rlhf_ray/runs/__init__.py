@@ -1,0 +1,17 @@
+"""Runs: the run directory, its checkpoints, its ledger of consumed prompts, and the way back into it."""
+
+from __future__ import annotations
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Checkpoint": ".checkpoints",
+        "CheckpointStore": ".checkpoints",
+        "Ledger": ".ledger",
+        "LedgerEntry": ".ledger",
+        "RunDirectory": ".directory",
+        "write_report": ".reporting",
+    },
+)

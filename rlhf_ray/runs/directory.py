@@ -1,0 +1,188 @@
+"""The run directory: everything that a run leaves behind, and the way back into it.
+
+Always true: a run that exists is never written over, only continued; one process at a time owns it; after
+:meth:`RunDirectory.resume` metrics, ledger and samples end exactly at the step of the checkpoint that is returned.
+
+``config.yaml`` (resolved), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl``, ``samples/``, ``checkpoints/``,
+``final/``, ``summary.json``, ``report.html``. What is void after a resume lies in ``*.void.jsonl``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray import storage
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import RequestError
+from rlhf_ray.monitoring.jsonl import JsonLines
+from rlhf_ray.monitoring.summary import Summary
+from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
+from rlhf_ray.runs.ledger import Ledger
+
+LOCK = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class RunDirectory:
+    """Paths and files of one run. ``create`` and ``resume`` own it until ``release``; ``open`` only reads it."""
+
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.final = self.path / "final"
+        self.samples = self.path / "samples"
+        self.report_path = self.path / "report.html"
+        self.summary_path = self.path / "summary.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.attempts = JsonLines(self.path / "attempts.jsonl")
+        self.attempt = len(self.attempts.read())
+        self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, path: str | Path, config: str, keep: int = 2) -> RunDirectory:
+        """Begin a new run with its resolved config as YAML text; a run that exists is refused."""
+        path = Path(path)
+        with storage.storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, keep)
+        run._own()
+        content = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        if content:
+            run.release()
+            raise RequestError(run._refusal(content))
+        storage.write_file(run.config_path, config)
+        run._begin_attempt(from_step=0)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, keep: int = 2) -> RunDirectory:
+        """A run that exists, to be read."""
+        run = cls(path, keep)
+        if not run.config_path.is_file():
+            raise RequestError(f"{run.path} is not a run directory: it has no config.yaml")
+        return run
+
+    @classmethod
+    def resume(cls, path: str | Path, keep: int = 2) -> tuple[RunDirectory, Checkpoint | None]:
+        """Own a run that exists and go back to its newest valid checkpoint (none: to its beginning).
+
+        What a crash interrupted is swept, and what came after the checkpoint is void.
+        """
+        run = cls.open(path, keep)
+        run._own()
+        for directory in (run.path, run.checkpoints.directory, run.samples):
+            if directory.is_dir():
+                storage.sweep(directory)
+        checkpoint = run.checkpoints.latest_valid()
+        step = 0 if checkpoint is None else checkpoint.step
+        run._void_after(step)
+        run._begin_attempt(from_step=step)
+        return run, checkpoint
+
+    def config_text(self) -> str:
+        """The resolved config."""
+        with storage.storage_errors(self.config_path):
+            return self.config_path.read_text()
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Keep some samples of a step as ``samples/step-NNNNNN.jsonl``."""
+        with storage.storage_errors(self.samples):
+            self.samples.mkdir(exist_ok=True)
+        text = "".join(json.dumps(dict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        storage.write_file(self._samples_of(step), text)
+
+    def begin_final(self) -> storage.PendingDirectory:
+        """An empty directory for the final model; ``storage.commit`` makes it ``final/``, in place of an older one."""
+        return storage.begin_directory(self.final, replace=True)
+
+    def write_summary(self, summary: Summary) -> None:
+        """Keep what the run has to say at its end."""
+        storage.write_file(self.summary_path, summary.to_json())
+
+    def summary(self) -> Summary:
+        """What :meth:`write_summary` kept, or an empty summary."""
+        if not self.summary_path.exists():
+            return Summary()
+        with storage.storage_errors(self.summary_path):
+            return Summary.from_json(self.summary_path.read_text(), str(self.summary_path))
+
+    def release(self) -> None:
+        """Let another process own the run; the end of this process does the same."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def is_owned(self) -> bool:
+        """Whether some process, this one included, owns the run now."""
+        if self._lock is not None:
+            return True
+        try:
+            probe = os.open(self.path / LOCK, os.O_RDWR)
+        except OSError:  # never owned, or on a disk that this user cannot write to
+            return False
+        try:
+            return not _try_lock(probe)
+        finally:
+            os.close(probe)
+
+    def _own(self) -> None:
+        with storage.storage_errors(self.path / LOCK):
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            if not _try_lock(lock):
+                owner = os.read(lock, 200).decode(errors="replace")
+                os.close(lock)
+                raise RequestError(
+                    f"{self.path} is in use by {owner or 'another process'}: wait for it, or stop it first"
+                )
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._lock = lock
+
+    def _begin_attempt(self, from_step: int) -> None:
+        self.attempt += 1
+        self.attempts.append({"attempt": self.attempt, "from_step": from_step, "timestamp": time.time()})
+        self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
+
+    def _void_after(self, step: int) -> None:
+        voided = self.metrics.keep(lambda line: line["step"] <= step, JsonLines(self.path / "metrics.void.jsonl"))
+        self.ledger.void_after(step)
+        for path in self.samples.glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        get_logger("runs").info("%s goes on after step %d; %d steps past it are void", self.path, step, voided)
+
+    def _samples_of(self, step: int) -> Path:
+        return self.samples / f"step-{step:06d}.jsonl"
+
+    def _refusal(self, content: Sequence[str]) -> str:
+        if self.config_path.is_file():
+            steps = self.checkpoints.steps()
+            last = f"its last checkpoint is of step {steps[-1]}" if steps else "it has no checkpoint yet"
+            return (
+                f"the run {self.path} exists ({last}): continue it with `rlhf-ray resume {self.path}`, "
+                "choose another run.name, or remove the directory"
+            )
+        return f"{self.path} is not empty and is not a run (it holds {', '.join(content[:3])}): choose another run.name"
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        get_logger("runs").warning("this file system has no locks: take care that only one process drives the run")
+    return True

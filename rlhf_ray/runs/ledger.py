@@ -1,0 +1,99 @@
+"""The ledger of consumed prompts: which prompt was used up in which step.
+
+Always true: a step stands in the ledger once, after the one before it; its line is on disk before its checkpoint is
+committed, so that a checkpoint never knows of a prompt that the ledger does not; lines past a restored step are void
+and lie in ``ledger.void.jsonl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ray.errors import IntegrityError
+from rlhf_ray.monitoring.jsonl import JsonLines
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """The prompts of one step, in the order of the data; ``attempt`` counts the starts of the run from 1."""
+
+    step: int
+    attempt: int
+    prompt_ids: tuple[int, ...]
+
+
+class Ledger:
+    """``ledger.jsonl`` of a run. A prompt that was dropped in a step is consumed by it too."""
+
+    def __init__(self, path: str | Path, attempt: int = 1) -> None:
+        self.path = Path(path)
+        self.attempt = attempt
+        self._lines = JsonLines(self.path)
+        self._last_step: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The last step in the ledger, 0 at the start."""
+        if self._last_step is None:
+            entries = self.entries()
+            self._last_step = entries[-1].step if entries else 0
+        return self._last_step
+
+    def append(self, step: int, prompt_ids: Sequence[int]) -> None:
+        """Write down the prompts of a step; call it before the step's checkpoint is committed."""
+        if step != self.last_step + 1:
+            raise IntegrityError(f"{self.path}: step {step} cannot follow step {self.last_step}; each is written once")
+        self._lines.append(
+            {"step": step, "attempt": self.attempt, "prompt_ids": [int(prompt) for prompt in prompt_ids]}
+        )
+        self._last_step = step
+
+    def entries(self) -> list[LedgerEntry]:
+        """All valid lines."""
+        return [LedgerEntry(line["step"], line["attempt"], tuple(line["prompt_ids"])) for line in self._lines.read()]
+
+    def void_after(self, step: int) -> int:
+        """Void the lines past ``step``, from which the run goes on, and say how many there were.
+
+        A job that keeps no ledger has no file, and nothing to void.
+        """
+        if not self.path.exists():
+            return 0
+        voided = self._lines.keep(lambda line: line["step"] <= step, JsonLines(self.path.with_suffix(".void.jsonl")))
+        self._last_step = None
+        if self.last_step != step:
+            raise IntegrityError(
+                f"{self.path} ends at step {self.last_step}, but the checkpoint is of step {step}: lines are missing, "
+                "and nobody knows which prompts were used. Restore the file from a backup, or start a new run"
+            )
+        return voided
+
+    def verify(self, prompt_ids: Collection[int]) -> int:
+        """Check that each epoch used each of ``prompt_ids`` once, and say how many epochs are complete.
+
+        Epochs follow each other without a gap; the last may be under way. ``IntegrityError`` names prompt and steps.
+        """
+        size, known = len(prompt_ids), set(prompt_ids)
+        if size == 0 or size != len(known):
+            raise ValueError(f"an epoch of {size} prompts with {len(known)} different ids: each needs an id of its own")
+        used: dict[int, int] = {}
+        for consumed, (step, prompt) in enumerate(self._consumed()):
+            if consumed % size == 0:
+                used = {}
+            if prompt not in known:
+                raise IntegrityError(f"{self.path}: step {step} used prompt {prompt}, which is not in the data")
+            if prompt in used:
+                raise IntegrityError(
+                    f"{self.path}: prompt {prompt} was used twice in epoch {consumed // size + 1}, "
+                    f"in step {used[prompt]} and in step {step}"
+                )
+            used[prompt] = step
+        return sum(1 for _ in self._consumed()) // size
+
+    def _consumed(self) -> Iterator[tuple[int, int]]:
+        """Step and prompt, in the order in which prompts were used."""
+        for entry in self.entries():
+            for prompt in entry.prompt_ids:
+                yield entry.step, prompt
