@@ -1,0 +1,28 @@
+"""Loading, making and saving models, and running them on packs.
+
+Always true: importing this package imports neither torch nor any of its modules; a public name imports what it needs.
+"""
+
+from __future__ import annotations
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Actor": ".actor",
+        "PackedPolicy": ".actor",
+        "PackedRegression": ".regression",
+        "SequenceRegression": ".regression",
+        "describe": ".report",
+        "disk_names": ".names",
+        "get_llm_for_sequence_regression": ".regression",
+        "load_policy": ".roles",
+        "load_regression": ".roles",
+        "load_tokenizer": ".tokens",
+        "make_model": ".make",
+        "packed_forward": ".packed",
+        "prepare_padding": ".tokens",
+        "save_pretrained": ".save",
+    },
+)

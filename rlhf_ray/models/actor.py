@@ -1,0 +1,227 @@
+"""The policy, and the reference that it is held against.
+
+Always true: log-probabilities and entropies are fp32, at the given temperature, computed in chunks; they are the same
+packed, padded on either side, or one by one. :class:`Actor` takes and gives padded batches with OpenRLHF's
+conventions (index t describes the prediction of token t + 1); :class:`PackedPolicy` takes packs and follows this
+project's alignment (``log_probs[t]`` is about token t).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rlhf_ray.algorithms.losses import PolicyOutputs
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.load import install_log_prob_head, load_weights, prepare, prove, refuse_unserved, torch_dtype
+from rlhf_ray.models.log_probs import LogProbHead
+from rlhf_ray.models.lora import add_lora
+from rlhf_ray.models.packed import packed_forward, padded_positions, unpad
+from rlhf_ray.trajectories.packing import Packed
+
+
+class Actor(nn.Module):
+    """A causal language model as a policy.
+
+    ``attn_implementation`` names the preferred attention backend: where it cannot run, the best that works is taken,
+    and the line on loading says so (``strict_attention=True`` makes it an error).
+    """
+
+    def __init__(
+        self,
+        pretrain_or_model: str | nn.Module,
+        attn_implementation: str = "flash_attention_2",
+        param_dtype: str = "bf16",
+        load_in_4bit: bool = False,
+        lora_rank: int = 0,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0,
+        target_modules: str | list[str] | None = None,
+        ds_config: dict[str, Any] | None = None,
+        device_map: Any = None,
+        packing_samples: bool = False,
+        temperature: float = 1.0,
+        use_liger_kernel: bool = False,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        strict_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        refuse_unserved(load_in_4bit=load_in_4bit, use_liger_kernel=use_liger_kernel, ds_config=ds_config)
+        if isinstance(pretrain_or_model, str):
+            checkpoint = Checkpoint.open(pretrain_or_model, revision)
+            model = load_weights(
+                AutoModelForCausalLM,
+                checkpoint,
+                torch_dtype(param_dtype),
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+            )
+        elif isinstance(pretrain_or_model, PreTrainedModel):
+            model = pretrain_or_model
+        else:
+            raise ModelLoadError(
+                f"an Actor needs a path, a hub id or a transformers model, not a {type(pretrain_or_model).__name__}"
+            )
+        self.attention, self.attention_note = prepare(model, attn_implementation, strict=strict_attention)
+        install_log_prob_head(model)
+        self.model = model
+        prove(model, self.backbone)
+        if lora_rank:
+            add_lora(model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
+        if hasattr(model.config, "output_router_logits"):
+            model.config.output_router_logits = True
+        self.temperature, self.packing_samples = temperature, packing_samples
+        if isinstance(pretrain_or_model, str):
+            from rlhf_ray.models.report import describe
+
+            get_logger(__name__).info("%s: %s", pretrain_or_model, describe(self))
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model without its output layer."""
+        backbone: PreTrainedModel = self.model.base_model
+        return backbone
+
+    @property
+    def log_prob_head(self) -> LogProbHead:
+        """The output layer, which gives log-probabilities in chunks."""
+        head: LogProbHead = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    def forward(
+        self,
+        sequences: Int64[Tensor, "batch length"],
+        action_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_output: bool = False,
+        allgather_logits: bool = False,
+        return_logprobs: bool = False,
+        ring_attn_group: Any = None,
+        packed_seq_lens: Any = None,
+        return_entropy: bool = False,
+    ) -> Any:
+        """Log-probs of the last predictions times ``action_mask`` (batch, actions); or of all (batch, length - 1).
+
+        Without ``action_mask`` and ``return_logprobs`` it is the model's output, which ``return_output`` must ask for;
+        with either, ``return_output=True`` returns (log-probs, output). ``return_entropy`` sets ``output.entropy``.
+        Predictions from or of padding are 0.
+        """
+        if allgather_logits or ring_attn_group is not None or packed_seq_lens is not None:
+            raise RequestError(
+                "ring attention (allgather_logits, ring_attn_group, packed_seq_lens) is not served: leave "
+                "these arguments out"
+            )
+        wanted = action_mask is not None or return_logprobs
+        if not return_output and (return_entropy or not wanted):
+            raise RequestError(
+                "Actor.forward needs action_mask or return_logprobs=True, or return_output=True for the "
+                "model's output; return_entropy needs return_output=True"
+            )
+        attended = torch.ones_like(sequences) if attention_mask is None else attention_mask
+        output, hidden, places = self._hidden(sequences, attended, return_output)
+        if not wanted and not return_entropy:
+            return output
+        log_probs, entropy = self._predictions(sequences, attended, hidden, places, return_entropy)
+        if return_entropy:
+            output.entropy = entropy
+        if not wanted:
+            return output
+        if action_mask is not None and not return_logprobs:
+            log_probs = log_probs[:, -action_mask.shape[1] :] * action_mask.float()
+        return (log_probs, output) if return_output else log_probs
+
+    def _hidden(
+        self, sequences: Int64[Tensor, "batch length"], attended: Tensor, with_output: bool
+    ) -> tuple[Any, Float[Tensor, "rows hidden"], Int64[Tensor, "rows"]]:
+        """Return the model's output where asked, and hidden states with their places in the flattened batch."""
+        if self.packing_samples and not with_output:
+            packed, places = unpad(sequences, attended)
+            return None, packed_forward(self.backbone, packed), places
+        padded: dict[str, Any] = {
+            "input_ids": sequences,
+            "attention_mask": attended,
+            "position_ids": padded_positions(attended),
+            "use_cache": False,
+        }
+        every = torch.arange(sequences.numel(), device=sequences.device)
+        if not with_output:
+            return None, self.backbone(**padded).last_hidden_state.flatten(0, 1), every
+        seen: list[Tensor] = []
+        hook = self.log_prob_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            output = self.model(**padded)
+        finally:
+            hook.remove()
+        return output, seen[0].flatten(0, 1), every
+
+    def _predictions(
+        self, sequences: Tensor, attended: Tensor, hidden: Tensor, places: Tensor, with_entropy: bool
+    ) -> tuple[Float[Tensor, "batch length-1"], Float[Tensor, "batch length-1"] | None]:
+        """Log-probs and entropies of each token that is attended and follows an attended one."""
+        mask = attended.bool()
+        real = torch.zeros_like(mask)
+        real[:, :-1] = mask[:, 1:] & mask[:, :-1]
+        rows = real.flatten()[places].nonzero()[:, 0]
+        at = places[rows]
+        log_probs, entropy = self.log_prob_head(
+            hidden[rows], sequences.flatten()[at + 1], self.temperature, with_entropy
+        )
+
+        def spread(numbers: Tensor) -> Tensor:
+            return numbers.new_zeros(real.numel()).index_put((at,), numbers).view(real.shape)[:, :-1]
+
+        return spread(log_probs), None if entropy is None else spread(entropy)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute layers in the backward pass (non-reentrant by default)."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.model.gradient_checkpointing_disable()
+
+
+class PackedPolicy(nn.Module):
+    """A policy on packs: what an engine wraps."""
+
+    def __init__(self, actor: Actor) -> None:
+        super().__init__()
+        self.actor = actor
+
+    def forward(
+        self,
+        packed: Packed,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        wanted: Bool[Tensor, "tokens"] | None = None,
+    ) -> PolicyOutputs:
+        """``log_probs[t]`` is log p(token t | tokens before t), ``entropy[t]`` that of the choice of token t.
+
+        Both are 0 at the first token of a segment and where ``wanted`` (default: everywhere) is False; the output layer
+        runs for wanted tokens only.
+        """
+        hidden = packed_forward(self.actor.backbone, packed)
+        predicted = torch.ones(packed.num_tokens, dtype=torch.bool, device=hidden.device)
+        predicted[packed.offsets[:-1]] = False
+        if wanted is not None:
+            predicted &= wanted
+        at = predicted.nonzero()[:, 0]
+        log_probs, entropy = self.actor.log_prob_head(hidden[at - 1], packed.token_ids[at], temperature, with_entropy)
+
+        def spread(numbers: Tensor) -> Float[Tensor, "tokens"]:
+            return numbers.new_zeros(packed.num_tokens).index_put((at,), numbers)
+
+        return PolicyOutputs(spread(log_probs), None if entropy is None else spread(entropy))

@@ -1,0 +1,189 @@
+"""Loading transformers models for training and scoring.
+
+Always true: every weight of a loaded model came from its checkpoint (missing or misshapen ones are errors, whatever
+transformers would make up for them); dropout is off; the attention backend is one that packs, proved on the spot with
+two short segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.backends import REGISTERED, choose_backend
+from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.log_probs import LogProbHead
+from rlhf_ray.models.packed import check_packable, packed_forward
+from rlhf_ray.trajectories.packing import Packed
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+AGREES_TO = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+"""Largest relative difference between packed and ordinary outputs in the check at loading: a model that mixes
+segments is off by about 1, and half precision may route a token of a mixture of experts elsewhere."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Translate the name of a dtype."""
+    if name not in DTYPES:
+        raise ModelLoadError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def refuse_unserved(
+    *, load_in_4bit: bool = False, use_liger_kernel: bool = False, ds_config: dict[str, Any] | None = None
+) -> None:
+    """Refuse what a signature names and this version does not serve."""
+    if ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3:
+        raise ModelLoadError(
+            "building a model in shards (ds_config with ZeRO stage 3) is not served yet: load it without "
+            "ds_config, and DeepSpeed shards it when the engine starts"
+        )
+    if load_in_4bit:
+        raise ModelLoadError("4-bit (NF4) models are not served yet: load the model in bf16, with LoRA to train less")
+    if use_liger_kernel:
+        raise ModelLoadError("Liger kernels are not served yet: leave use_liger_kernel off")
+
+
+def load_weights(
+    auto: type[AutoModel] | type[AutoModelForCausalLM],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    heads: Collection[str] = (),
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint; ``heads`` are tensors of it that the model does not take and that are read elsewhere."""
+    config = checkpoint.config(trust_remote_code=trust_remote_code)
+    try:
+        with _quiet_transformers():
+            model, info = auto.from_pretrained(
+                checkpoint.directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {error}") from error
+    _check_info(checkpoint, type(model).__name__, info, heads)
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bar and load report: the report of this project says it in one line."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads: Collection[str]) -> None:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched or info["error_msgs"]:
+        found = "; ".join(
+            f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            for what, names in (("missing", missing), ("of another shape", mismatched), ("errors", info["error_msgs"]))
+            if names
+        )
+        raise ModelLoadError(
+            f"{checkpoint.directory} does not hold the weights of a {model} ({found}): it is another kind of model"
+        )
+    unread = sorted(set(info["unexpected_keys"]) - set(heads))
+    if unread:
+        get_logger(__name__).info(
+            "%s does not use %d tensors of %s: %s", model, len(unread), checkpoint.directory, ", ".join(unread[:4])
+        )
+
+
+def prepare(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[str, str | None]:
+    """Make a model ready to run packed: dropout off, the attention backend set and proved.
+
+    Returns the backend and, where it is not the one asked for, why.
+    """
+    turn_dropout_off(model)
+    check_packable(model)
+    backend, note = choose_backend(attention, model.dtype, strict=strict)
+    model.set_attn_implementation(REGISTERED[backend])
+    return backend, note
+
+
+def turn_dropout_off(model: PreTrainedModel) -> None:
+    """Set every dropout to 0: modules, rates that attention passes on, and the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+                setattr(config, name, 0.0)
+
+
+def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
+    """Put the chunked log-prob head in the place of the output layer; its parameters stay what they are."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, LogProbHead):
+        return layer
+    if not isinstance(layer, nn.Linear):
+        raise ModelLoadError(
+            f"{type(model).__name__} has no linear output layer, so it gives no log-probabilities here"
+        )
+    config = model.config.get_text_config()
+    head = LogProbHead.around(
+        layer, config.final_logit_softcapping if hasattr(config, "final_logit_softcapping") else None
+    )
+    model.set_output_embeddings(head)
+    return head
+
+
+@torch.no_grad()
+def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
+    """Run two short segments packed and one by one, and refuse a model for which that differs.
+
+    For a causal model the logits are compared, so that one which changes them after its output layer is refused too.
+    """
+    device, training = model.get_input_embeddings().weight.device, model.training
+    rows = model.get_input_embeddings().num_embeddings
+    segments = [torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (2, 3))]
+    positions = torch.cat([torch.arange(len(segment), device=device) for segment in segments])
+    packed = Packed(torch.cat(segments), torch.tensor([0, 5, 8], device=device), positions)
+    model.eval()
+    try:
+        alone = torch.cat([_ordinary(model, segment) for segment in segments])
+        together = packed_forward(backbone, packed)
+    finally:
+        model.train(training)
+    head = model.get_output_embeddings() if model is not backbone else None
+    if isinstance(head, LogProbHead):
+        together = head.capped(head(together))
+    difference = float((together - alone).float().norm() / alone.float().norm())
+    if not difference <= AGREES_TO[model.dtype]:
+        raise ModelLoadError(
+            f"{type(model).__name__} gives other outputs packed than alone (relative difference {difference:.2g}): it "
+            "mixes segments, or changes its logits after the output layer. Choose another model"
+        )
+
+
+def _ordinary(model: PreTrainedModel, segment: Tensor) -> Tensor:
+    output = model(input_ids=segment[None], attention_mask=torch.ones_like(segment)[None], use_cache=False)
+    tensor: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
+    return tensor

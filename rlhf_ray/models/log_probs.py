@@ -1,0 +1,157 @@
+"""Log-probabilities of given tokens from hidden states, without the logits of a whole batch.
+
+Always true: logits, log-probabilities and entropies are fp32 whatever the model's dtype; at most one chunk of logits
+exists at a time, in the backward pass too, where it is computed again; no input is changed.
+
+The head is the model's own output layer, one module that owns its weight and its loop over chunks: under ZeRO-3 its
+weight is gathered once a call, however many chunks a rank has, so that ragged ranks never wait for each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+LOGITS_AT_ONCE = 1 << 20
+FEWEST_TOKENS_AT_ONCE = 256
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Tokens whose logits are held at once."""
+    return max(FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+
+
+class LogProbHead(nn.Linear):
+    """The output layer of a language model, which also gives log-probabilities in chunks.
+
+    ``softcap`` bounds the logits as Gemma 2 does: ``softcap * tanh(logits / softcap)``.
+    """
+
+    softcap: float | None
+
+    @classmethod
+    def around(cls, layer: nn.Linear, softcap: float | None) -> LogProbHead:
+        """Take over the parameters of an output layer (they stay the same objects, so tied weights stay tied)."""
+        head = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        head.weight, head.bias = layer.weight, layer.bias
+        head.softcap = softcap
+        return head.train(layer.training)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Float[Tensor, "*tokens hidden"],
+        targets: Int64[Tensor, "tokens"] | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Any:
+        """Return the logits, or with ``targets`` their log-probabilities (tokens,) and the entropies (tokens,) or None.
+
+        Logits are divided by ``temperature`` first.
+        """
+        if targets is None:
+            return functional.linear(hidden, self.weight, self.bias)
+        log_probs, entropy = _ChunkedLogProbs.apply(
+            hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy
+        )
+        return log_probs, entropy if with_entropy else None
+
+    def capped(self, logits: Float[Tensor, "*tokens vocabulary"]) -> Float[Tensor, "*tokens vocabulary"]:
+        """Bound logits by the softcap."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _logits(
+    hidden: Float[Tensor, "chunk hidden"], weight: Float[Tensor, "vocabulary hidden"], bias: Tensor | None
+) -> Float[Tensor, "chunk vocabulary"]:
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)
+    return functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """``log p(y) = z_y - log sum exp z`` and ``H = log sum exp z - sum p z``, with ``z = cap(h W^T + b) /
+    temperature``.
+
+    Backward: ``dz = g (1_y - p) - g_H p (log p + H)``.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        log_probs, normalisers, entropies = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(3))
+        wide = _widen(weight, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(len(targets), weight.shape[0]):
+                logits = _cap_in_place(_logits(hidden[part], wide, bias), softcap).div_(temperature)
+                normalisers[part] = normaliser = logits.logsumexp(-1)
+                log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser
+                if with_entropy:
+                    p = (logits - normaliser[:, None]).exp_()
+                    entropies[part] = normaliser - p.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+        ctx.temperature, ctx.softcap, ctx.with_entropy = temperature, softcap, with_entropy
+        return log_probs, entropies if with_entropy else entropies[:0]
+
+    @staticmethod
+    def backward(ctx: Any, log_prob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        wide = _widen(weight, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(len(targets), weight.shape[0]):
+                capped = _cap_in_place(_logits(hidden[part], wide, bias), ctx.softcap)
+                log_p = (capped / ctx.temperature).sub_(normalisers[part, None])
+                p = log_p.exp()
+                gradient = p * -log_prob_gradient[part, None]
+                gradient.scatter_add_(1, targets[part, None], log_prob_gradient[part, None])
+                if ctx.with_entropy:
+                    surprise = log_p.add_(entropies[part, None])
+                    gradient.sub_(surprise.mul_(p).mul_(entropy_gradient[part, None]))
+                gradient.div_(ctx.temperature)
+                if ctx.softcap is not None:
+                    gradient.mul_(1 - (capped / ctx.softcap) ** 2)
+                if for_bias is not None:
+                    for_bias += gradient.sum(0)
+                narrow = gradient.to(weight.dtype)
+                if for_hidden is not None:
+                    torch.mm(narrow, weight, out=for_hidden[part])
+                if for_weight is not None:
+                    for_weight += narrow.t() @ hidden[part].to(weight.dtype)
+        return (
+            for_hidden,
+            None if for_weight is None else for_weight.to(weight.dtype),
+            None if bias is None or for_bias is None else for_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = chunk_size(vocabulary)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _widen(weight: Tensor, hidden: Tensor) -> Tensor:
+    """Return the weight in fp32, once for all chunks, where the products need it."""
+    return weight if hidden.is_cuda and hidden.dtype != torch.float32 else weight.float()
+
+
+def _cap_in_place(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

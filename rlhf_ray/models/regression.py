@@ -1,0 +1,312 @@
+"""Reward models and critics: a causal backbone with a head to one number.
+
+Always true: a sequence's score is read at its last attended token, found from the attention mask or the offsets,
+whatever the padding side and the pad id; scores and values are fp32; a head was loaded or was asked for. The classes
+give padded batches OpenRLHF's conventions; :class:`PackedRegression` takes packs and follows this project's alignment
+(``values[t]`` is the value of the state in which token t was chosen).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
+from rlhf_ray.models.load import load_weights, prepare, prove, refuse_unserved, torch_dtype
+from rlhf_ray.models.lora import add_lora
+from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, unpad
+from rlhf_ray.trajectories.packing import Packed
+
+OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output") for part in ("weight", "bias")}
+"""Tensors of a causal language model that a regression model does not take."""
+
+
+class SequenceRegression(nn.Module):
+    """A backbone under its usual name (``model``) and a head under ``value_head_prefix``."""
+
+    normalizes_in_training: bool
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        head: ScoreHead,
+        *,
+        value_head_prefix: str = "score",
+        score_bias: float = 0.0,
+        normalization: tuple[float, float] | None = None,
+        packing_samples: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone_name = backbone.base_model_prefix
+        self.add_module(self.backbone_name, backbone)
+        self.add_module(value_head_prefix, head)
+        self.value_head_prefix, self.score_bias = value_head_prefix, score_bias
+        self.normalization, self.packing_samples = normalization, packing_samples
+        self.attention: str = "sdpa"
+        self.attention_note: str | None = None
+        self.head_origin = "given"
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model without its head."""
+        backbone: PreTrainedModel = self.get_submodule(self.backbone_name)  # type: ignore[assignment]
+        return backbone
+
+    @property
+    def head(self) -> ScoreHead:
+        """The head."""
+        head: ScoreHead = self.get_submodule(self.value_head_prefix)  # type: ignore[assignment]
+        return head
+
+    @property
+    def config(self) -> Any:
+        """The backbone's config."""
+        return self.backbone.config
+
+    def get_input_embeddings(self) -> Any:
+        """The backbone's embedding."""
+        return self.backbone.get_input_embeddings()
+
+    def regress(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
+        """Apply the head, its bias, and the normalisation where it holds."""
+        raw: Tensor = self.head(hidden) + self.score_bias
+        if self.normalization is None or (self.training and not self.normalizes_in_training):
+            return raw
+        mean, deviation = self.normalization
+        return (raw - mean) / deviation
+
+    def padded_hidden(
+        self, input_ids: Int64[Tensor, "batch length"], attended: Tensor, *, with_output: bool
+    ) -> tuple[Any, Float[Tensor, "batch length hidden"]]:
+        """Run a padded batch; return the backbone's output (where asked, or not packed) and hidden states."""
+        if self.packing_samples and not with_output:
+            packed, places = unpad(input_ids, attended)
+            return None, pad_back(packed_forward(self.backbone, packed), places, *input_ids.shape)
+        output = self.backbone(
+            input_ids=input_ids, attention_mask=attended, position_ids=padded_positions(attended), use_cache=False
+        )
+        return output, output.last_hidden_state
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute layers in the backward pass (non-reentrant by default)."""
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.backbone.gradient_checkpointing_disable()
+
+
+class RewardModel(SequenceRegression):
+    """One score a sequence; normalises in eval mode only."""
+
+    normalizes_in_training = False
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch length"],
+        attention_mask: Tensor | None = None,
+        return_output: bool = False,
+        ring_attn_group: Any = None,
+        packed_seq_lens: Any = None,
+    ) -> Any:
+        """Scores (batch,), read at the last attended token; with ``return_output`` also the backbone's output."""
+        _refuse_ring(ring_attn_group, packed_seq_lens)
+        attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output, hidden = self.padded_hidden(input_ids, attended, with_output=return_output)
+        last = input_ids.shape[1] - 1 - attended.flip(1).to(torch.uint8).argmax(1)
+        scores = self.regress(hidden[torch.arange(len(last), device=last.device), last])
+        return (scores, output) if return_output else scores
+
+
+class CriticModel(SequenceRegression):
+    """One value a token; normalises always, and so learns returns of normalised rewards."""
+
+    normalizes_in_training = True
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch length"],
+        action_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_output: bool = False,
+        ring_attn_group: Any = None,
+        values_allgather: bool = False,
+        packed_seq_lens: Any = None,
+    ) -> Any:
+        """Values of the last predictions times ``action_mask`` (batch, actions); without it the backbone's output."""
+        _refuse_ring(ring_attn_group, packed_seq_lens, values_allgather)
+        if action_mask is None and not return_output:
+            raise RequestError("a critic's forward needs action_mask, or return_output=True for the backbone's output")
+        attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output, hidden = self.padded_hidden(input_ids, attended, with_output=return_output)
+        if action_mask is None:
+            return output
+        values = self.regress(hidden[:, :-1])[:, -action_mask.shape[1] :] * action_mask.float()
+        return (values, output) if return_output else values
+
+
+class PackedRegression(nn.Module):
+    """A reward model or critic on packs: what an engine wraps."""
+
+    def __init__(self, model: SequenceRegression) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed: Packed, kind: Literal["values", "scores"]) -> Float[Tensor, "tokens or segments"]:
+        """``scores``: one a segment, at its last token. ``values``: one a token, that of the state before it was
+        chosen; 0 at the first token of a segment.
+        """
+        hidden = packed_forward(self.model.backbone, packed)
+        if kind == "scores":
+            return self.model.regress(hidden[packed.offsets[1:] - 1])
+        if kind != "values":
+            raise RequestError(f"unknown kind {kind!r}: choose values or scores")
+        after = self.model.regress(hidden)
+        follows = torch.ones_like(after)
+        follows[packed.offsets[:-1]] = 0
+        return after.roll(1) * follows
+
+
+def get_llm_for_sequence_regression(
+    model_name_or_path: str,
+    model_type: str,
+    *,
+    param_dtype: str = "bf16",
+    load_in_4bit: bool = False,
+    lora_rank: int = 0,
+    lora_alpha: float = 16,
+    target_modules: str | list[str] | None = None,
+    lora_dropout: float = 0,
+    normalize_reward: bool = False,
+    attn_implementation: str = "flash_attention_2",
+    ds_config: dict[str, Any] | None = None,
+    init_value_head: bool = False,
+    value_head_prefix: str = "score",
+    device_map: Any = None,
+    packing_samples: bool = False,
+    head_init: HeadInit = "inv_sqrt",
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    strict_attention: bool = False,
+) -> SequenceRegression:
+    """Load a reward model (``model_type="reward"``) or a critic (``"critic"``).
+
+    Reads a transformers ``*ForSequenceClassification`` directory, OpenRLHF's, TRL's value-head models, and with
+    ``init_value_head`` any causal language model, which gets a fresh head of kind ``head_init`` drawn from ``seed``.
+    """
+    refuse_unserved(load_in_4bit=load_in_4bit, ds_config=ds_config)
+    _class_of(model_type)
+    checkpoint = Checkpoint.open(model_name_or_path, revision)
+    raw = checkpoint.raw_config()
+    prefix = raw.get("value_head_prefix", value_head_prefix)
+    heads = OUTPUT_LAYERS | head_tensors(checkpoint) | {f"{prefix}.weight", f"{prefix}.bias"}
+    backbone = load_weights(
+        AutoModel,
+        checkpoint,
+        torch_dtype(param_dtype),
+        heads=heads,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    found = find_head(checkpoint, prefix)
+    if found is None and not init_value_head:
+        raise ModelLoadError(
+            f"{checkpoint.directory} has no score head ({prefix}.weight): it is no reward model or critic. Ask for a "
+            "fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
+        )
+    hidden, bias = backbone.config.get_text_config().hidden_size, 0.0
+    if found is None or init_value_head:
+        head = make_head(backbone, head_init, seed)
+        origin = f"fresh, {head_init}, seed {seed}" + (f", in place of {found}" if found else "")
+    else:
+        head, bias = read_head(checkpoint, found, hidden)
+        bias = float(raw.get("score_bias", bias))
+        origin = f"loaded from {found}"
+    model = wrap_backbone(
+        backbone,
+        head,
+        model_type,
+        value_head_prefix=prefix,
+        head_origin=origin,
+        packing_samples=packing_samples,
+        score_bias=bias,
+        normalization=_normalization(raw, checkpoint, normalize_reward),
+        attention=attn_implementation,
+        strict_attention=strict_attention,
+    )
+    if lora_rank:
+        add_lora(model.backbone, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
+    from rlhf_ray.models.report import describe
+
+    get_logger(__name__).info("%s: %s", model_name_or_path, describe(model))
+    return model
+
+
+def wrap_backbone(
+    backbone: PreTrainedModel,
+    head: ScoreHead,
+    model_type: str,
+    *,
+    attention: str,
+    strict_attention: bool,
+    head_origin: str,
+    value_head_prefix: str = "score",
+    score_bias: float = 0.0,
+    normalization: tuple[float, float] | None = None,
+    packing_samples: bool = False,
+) -> SequenceRegression:
+    """Put a head on a backbone and make both ready to run packed."""
+    backend, note = prepare(backbone, attention, strict=strict_attention)
+    prove(backbone, backbone)
+    model = _class_of(model_type)(
+        backbone,
+        head.to(backbone.get_input_embeddings().weight.device),
+        value_head_prefix=value_head_prefix,
+        score_bias=score_bias,
+        normalization=normalization,
+        packing_samples=packing_samples,
+    )
+    model.attention, model.attention_note, model.head_origin = backend, note, head_origin
+    return model
+
+
+def make_head(backbone: PreTrainedModel, init: HeadInit, seed: int) -> ScoreHead:
+    """Make a fresh head for a backbone."""
+    config = backbone.config.get_text_config()
+    return fresh_head(config.hidden_size, init, initializer_range=config.initializer_range, seed=seed)
+
+
+def _class_of(model_type: str) -> type[SequenceRegression]:
+    classes: dict[str, type[SequenceRegression]] = {"reward": RewardModel, "critic": CriticModel}
+    if model_type not in classes:
+        raise ModelLoadError(f"unknown model_type {model_type!r}: choose reward or critic")
+    return classes[model_type]
+
+
+def _normalization(raw: dict[str, Any], checkpoint: Checkpoint, normalize_reward: bool) -> tuple[float, float] | None:
+    if not normalize_reward:
+        return None
+    if "mean" not in raw or "std" not in raw:
+        raise ModelLoadError(
+            f"normalize_reward was asked for, but {checkpoint.directory / 'config.json'} has no mean and "
+            "std: train the reward model with this project, write them there, or leave it off"
+        )
+    if not raw["std"] > 0:
+        raise ModelLoadError(f"std in {checkpoint.directory / 'config.json'} is {raw['std']}, but must be above 0")
+    return float(raw["mean"]), float(raw["std"])
+
+
+def _refuse_ring(ring_attn_group: Any, packed_seq_lens: Any, allgather: bool = False) -> None:
+    if allgather or ring_attn_group is not None or packed_seq_lens is not None:
+        raise RequestError(
+            "ring attention (ring_attn_group, values_allgather, packed_seq_lens) is not served: leave "
+            "these arguments out"
+        )

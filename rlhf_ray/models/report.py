@@ -1,0 +1,77 @@
+"""What a loaded model is, in one line.
+
+Always true: the line names everything that decides a model's numbers: architecture, parameters, dtype, attention
+backend, head, special tokens, quantisation, adapters, normalisation.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.load import DTYPES
+from rlhf_ray.models.lora import ADAPTER, adapted_layers
+from rlhf_ray.models.regression import RewardModel, SequenceRegression
+
+
+def describe(model: Actor | SequenceRegression) -> str:
+    """Describe a policy, reward model or critic."""
+    inner = model.model if isinstance(model, Actor) else model.backbone
+    parts = [
+        f"{_role(model)} {type(inner).__name__}",
+        _parameters(model),
+        next(name for name, dtype in DTYPES.items() if dtype == inner.dtype),
+        f"attention {model.attention}" + (f" ({model.attention_note})" if model.attention_note else ""),
+        _head(model),
+        _tokens(model),
+        "no quantisation",
+        _lora(inner),
+    ]
+    if isinstance(model, SequenceRegression):
+        parts.append(_normalization(model))
+    return ", ".join(parts)
+
+
+def _role(model: Actor | SequenceRegression) -> str:
+    if isinstance(model, Actor):
+        return "policy"
+    return "reward" if isinstance(model, RewardModel) else "critic"
+
+
+def _parameters(model: nn.Module) -> str:
+    sizes = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+    return f"{_count(total)} parameters" + ("" if trained == total else f" ({_count(trained)} trainable)")
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _head(model: Actor | SequenceRegression) -> str:
+    if isinstance(model, Actor):
+        tied = model.model.get_input_embeddings().weight is model.log_prob_head.weight
+        return "log-probs fp32 in chunks" + (", embeddings tied" if tied else "")
+    bias = f", bias {model.score_bias:.4g}" if model.score_bias else ""
+    return f"head {model.value_head_prefix} fp32 ({model.head_origin}{bias})"
+
+
+def _tokens(model: Actor | SequenceRegression) -> str:
+    config = model.config.get_text_config()
+    return f"pad {config.pad_token_id}, eos {config.eos_token_id}"
+
+
+def _lora(model: nn.Module) -> str:
+    layers = list(adapted_layers(model).values())
+    if not layers:
+        return "no LoRA"
+    return f"LoRA rank {layers[0].r[ADAPTER]} on {len(layers)} layers"
+
+
+def _normalization(model: SequenceRegression) -> str:
+    if model.normalization is None:
+        return "not normalised"
+    return "normalised by mean {:.4g}, std {:.4g}".format(*model.normalization)

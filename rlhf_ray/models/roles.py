@@ -1,0 +1,139 @@
+"""Models as a config describes them.
+
+Always true: what the config asks for is what is built, or an error says what is in the way; the same config and seed
+give the same weights on every rank and in every process, and leave the global random generator as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.load import refuse_unserved, torch_dtype
+from rlhf_ray.models.lora import add_lora
+from rlhf_ray.models.make import make_model
+from rlhf_ray.models.regression import SequenceRegression, get_llm_for_sequence_regression, make_head, wrap_backbone
+from rlhf_ray.models.tokens import check_vocabulary, load_tokenizer, prepare_padding
+
+
+def load_policy(config: ModelConfig, *, ds_config: dict[str, Any] | None = None, seed: int = 0) -> Actor:
+    """Load or make a policy (or reference). Its vocabulary is never resized: packs need no padding.
+
+    ``seed`` draws what is fresh besides a made model, which has its own seed: the adapters of LoRA.
+    """
+    tokenizer = load_tokenizer(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        actor = Actor(
+            _make(config, tokenizer) if config.path is None else config.path,
+            attn_implementation=config.attention,
+            strict_attention=config.attention != "auto",
+            param_dtype=config.dtype,
+            load_in_4bit=config.quantization is not None,
+            ds_config=ds_config,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **_lora(config),
+        )
+    check_vocabulary(actor.model, tokenizer)
+    if config.gradient_checkpointing:
+        actor.gradient_checkpointing_enable()
+    return actor
+
+
+def load_regression(
+    config: ModelConfig,
+    model_type: str,
+    *,
+    ds_config: dict[str, Any] | None = None,
+    seed: int = 0,
+    normalize_reward: bool = False,
+) -> SequenceRegression:
+    """Load or make a reward model or critic that can pad; what is fresh (head, adapters, rows) is drawn from
+    ``seed``."""
+    tokenizer = load_tokenizer(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.path is None:
+            refuse_unserved(load_in_4bit=config.quantization is not None, ds_config=ds_config)
+            model = _make_regression(config, model_type, tokenizer, seed, normalize_reward)
+        else:
+            model = get_llm_for_sequence_regression(
+                config.path,
+                model_type,
+                attn_implementation=config.attention,
+                strict_attention=config.attention != "auto",
+                param_dtype=config.dtype,
+                load_in_4bit=config.quantization is not None,
+                ds_config=ds_config,
+                init_value_head=config.head_init is not None,
+                head_init=config.head_init or "inv_sqrt",
+                value_head_prefix=config.value_head_prefix,
+                normalize_reward=normalize_reward,
+                seed=seed,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                **_lora(config),
+            )
+    prepare_padding(model.backbone, tokenizer, seed=seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _make(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    assert config.make is not None
+    model = make_model(
+        config.make.shape,
+        len(tokenizer),
+        seed=config.make.seed,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return model.to(torch_dtype(config.dtype))
+
+
+def _make_regression(
+    config: ModelConfig, model_type: str, tokenizer: PreTrainedTokenizerBase, seed: int, normalize_reward: bool
+) -> SequenceRegression:
+    if normalize_reward:
+        raise ModelLoadError(
+            "a model made on the spot has no mean and std to normalise rewards with: leave normalize off"
+        )
+    backbone, init = _make(config, tokenizer).base_model, config.head_init or "inv_sqrt"
+    model = wrap_backbone(
+        backbone,
+        make_head(backbone, init, seed),
+        model_type,
+        attention=config.attention,
+        strict_attention=config.attention != "auto",
+        head_origin=f"fresh, {init}, seed {seed}",
+        value_head_prefix=config.value_head_prefix,
+    )
+    if config.lora is not None:
+        add_lora(
+            backbone,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+        )
+    return model
+
+
+def _lora(config: ModelConfig) -> dict[str, Any]:
+    if config.lora is None:
+        return {}
+    lora = config.lora
+    return {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.targets,
+    }

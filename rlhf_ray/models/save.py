@@ -1,0 +1,98 @@
+"""Writing plain Hugging Face directories.
+
+Always true: transformers and vLLM read what is written here without this project (architectures that transformers
+cannot map to sequence classification are said so); weights are safetensors under their names on disk; a score head is
+``score.weight`` without bias unless another name is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.heads import ON_DISK
+from rlhf_ray.models.names import disk_names
+from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.tokens import add_pad_token
+
+
+def save_pretrained(
+    model: Actor | PreTrainedModel | SequenceRegression,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    head_prefix: str = ON_DISK,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write ``model`` to a directory.
+
+    ``state`` are weights by their names on disk where the model itself does not hold them whole (ZeRO-3).
+    ``metadata`` goes into the config: ``mean`` and ``std`` of a reward model. ``head_prefix`` writes the head under
+    another name, for OpenRLHF.
+    """
+    inner = model.model if isinstance(model, Actor) else model
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    weights = dict(disk_names(inner) if state is None else state)
+    if isinstance(inner, SequenceRegression):
+        weights[f"{head_prefix}.weight"] = weights.pop(f"{ON_DISK}.weight")
+        if tokenizer is not None and inner.config.pad_token_id is not None:
+            add_pad_token(tokenizer)
+    config = _config(inner, weights, metadata or {}, head_prefix)
+    config.save_pretrained(target)
+    if isinstance(inner, PreTrainedModel) and inner.can_generate():
+        inner.generation_config.save_pretrained(target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def _config(
+    model: PreTrainedModel | SequenceRegression, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], prefix: str
+) -> Any:
+    config = deepcopy(model.config)
+    config.dtype = str(_dtype(weights, f"{prefix}.weight")).removeprefix("torch.")
+    if isinstance(model, SequenceRegression):
+        config.architectures = [_architecture(model)]
+        config.num_labels, config.problem_type = 1, "regression"
+        config.value_head_prefix = prefix if prefix != ON_DISK else model.value_head_prefix
+        if model.score_bias:
+            config.score_bias = model.score_bias
+            get_logger(__name__).warning(
+                "the head has a bias of %.6g, kept as score_bias in config.json: plain transformers "
+                "and vLLM read scores lower by it",
+                model.score_bias,
+            )
+    else:
+        config.architectures = [type(model).__name__]
+    for name, value in metadata.items():
+        setattr(config, name, value)
+    return config
+
+
+def _dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
+    return next(tensor.dtype for name, tensor in weights.items() if name != head and tensor.is_floating_point())
+
+
+def _architecture(model: SequenceRegression) -> str:
+    """Name the class that transformers reads this as."""
+    kind = type(model.config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return str(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind].__name__)
+    name = type(model.backbone).__name__
+    get_logger(__name__).warning(
+        "transformers has no sequence classification for %s: only this project reads the directory", name
+    )
+    return name
