@@ -1,0 +1,147 @@
+"""The driver's view of a role: all ranks at once, in input order.
+
+Always true: what goes in as a batch comes out as columns of the same batch, in its order, whatever the schedule and the
+number of ranks; training reports are sums over all ranks; a vote is finite only if every rank's is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.workers import Loss, Part, WorkerSetup
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.errors import GroupError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
+from rlhf_ray.trajectories.schedule import Schedule, Update
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """A batch and the handle by which ranks read it without another copy."""
+
+    batch: TrajectoryBatch
+    handle: Any
+
+
+class Group:
+    """All ranks of one role."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.role = ranks.role
+        self.size = ranks.size
+        self.report_line = ""
+
+    def share(self, batch: TrajectoryBatch) -> SharedBatch:
+        return SharedBatch(batch, self.ranks.share(batch))
+
+    def setup(self, setup: WorkerSetup, *, timeout_s: float) -> Pending[str]:
+        """Load the models; every rank meets at rank 0's address. The value is rank 0's load report."""
+        address = self._everywhere("rendezvous", timeout_s=timeout_s).result()[0] if self.size > 1 else None
+        setup = replace(setup, address=address)
+        return self._everywhere("setup", setup, timeout_s=timeout_s).then(self._remember)
+
+    def _remember(self, lines: list[str]) -> str:
+        self.report_line = lines[0]
+        return lines[0]
+
+    def save(self, directory: str) -> Pending[list[None]]:
+        return self._everywhere("save", directory)
+
+    def load(self, directory: str) -> Pending[list[None]]:
+        return self._everywhere("load", directory)
+
+    def save_pretrained(self, directory: str, metadata: dict[str, Any] | None = None) -> Pending[list[None]]:
+        return self._everywhere("save_pretrained", directory, metadata)
+
+    def health(self, timeout_s: float = 10.0) -> Pending[list[dict[str, Any]]]:
+        return self._everywhere("health", timeout_s=timeout_s)
+
+    def stop(self) -> None:
+        self.ranks.stop()
+
+    def accumulate(self, shared: SharedBatch, update: Update, loss: Loss, denominator: float) -> Pending[Report]:
+        """Gradients of one update on all ranks; the report sums over them."""
+        arguments = [(shared.handle, update.rank(rank), loss, denominator) for rank in range(self.size)]
+        return self.ranks.call("accumulate", arguments).then(merge_reports)
+
+    def apply(self, skip: bool) -> Pending[Applied]:
+        """Step or skip on every rank; ranks that disagree are an error."""
+        return self._everywhere("apply", skip).then(self._agreed)
+
+    def _agreed(self, applied: list[Applied]) -> Applied:
+        if len({one.skipped for one in applied}) != 1:
+            raise GroupError(self.role, None, "apply", f"ranks disagree on skipping the update: {applied}")
+        return applied[0]
+
+    def _everywhere(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Pending[list[Any]]:
+        return self.ranks.call(method, [arguments] * self.size, timeout_s=timeout_s)
+
+    def _column(
+        self, method: str, shared: SharedBatch, schedule: Schedule, *, per_token: bool
+    ) -> Pending[torch.Tensor]:
+        arguments = [(shared.handle, schedule.rank(rank)) for rank in range(self.size)]
+        scatter = scatter_tokens if per_token else scatter_sequences
+        return self.ranks.call(method, arguments).then(lambda results: scatter(_parts(results), shared.batch))
+
+
+class ReferenceGroup(Group):
+    def log_probs(self, shared: SharedBatch, schedule: Schedule) -> Pending[torch.Tensor]:
+        """(N,) log-probs of every token under the frozen policy."""
+        return self._column("log_probs", shared, schedule, per_token=True)
+
+
+class PolicyGroup(ReferenceGroup):
+    def publish_weights(self, version: int) -> Pending[Any]:
+        """A handle of the weights, for the rollout engines."""
+        return self.ranks.call_shared("publish_weights", [(version,)] * self.size)
+
+
+class CriticGroup(Group):
+    def values(self, shared: SharedBatch, schedule: Schedule) -> Pending[torch.Tensor]:
+        """(N,) values of the states in which the tokens were chosen."""
+        return self._column("values", shared, schedule, per_token=True)
+
+
+class RewardGroup(Group):
+    def describe(self) -> Pending[dict[str, Any]]:
+        """Tokenizer fingerprint, normalisation and limits of the reward model."""
+        return self._everywhere("describe").then(lambda answers: answers[0])
+
+    def scores(self, shared: SharedBatch, schedule: Schedule) -> Pending[torch.Tensor]:
+        """(B,) scores at each sequence's last token."""
+        return self._column("scores", shared, schedule, per_token=False)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
+        """One result a request, in the order of the requests."""
+        count = len(requests)
+        return self._everywhere("score", list(requests)).then(lambda shares: self._in_order(shares, count))
+
+    def _in_order(self, shares: list[list[tuple[int, ScoreResult]]], count: int) -> list[ScoreResult]:
+        results = dict(pair for share in shares for pair in share)
+        if sorted(results) != list(range(count)) or sum(map(len, shares)) != count:
+            raise GroupError(self.role, None, "score", f"{count} requests, but results for {len(results)}")
+        return [results[position] for position in range(count)]
+
+
+def _parts(results: list[list[Part]]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    return [(indices, torch.tensor(values)) for parts in results for indices, values in parts]
+
+
+def merge_reports(reports: Sequence[Report]) -> Report:
+    """The report of all ranks: finite if every one is, sums added."""
+    metrics: dict[str, tuple[float, float]] = {}
+    for report in reports:
+        for name, (total, count) in report.metrics.items():
+            before = metrics.get(name, (0.0, 0.0))
+            metrics[name] = (before[0] + total, before[1] + count)
+    return Report(
+        finite=all(report.finite for report in reports), loss=sum(report.loss for report in reports), metrics=metrics
+    )

@@ -1,0 +1,161 @@
+"""The ranks of one role, and how they are called.
+
+Always true: a call reaches every rank, has a deadline, and ends in one value a rank (in rank order) or in one typed error
+that names role, rank, phase and cause. The first rank that fails ends the call at once: its peers may sit in a collective
+that will never complete. Nothing here knows what the ranks compute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from rlhf_ray.errors import DeadlineError, GroupError, RlhfRayError
+from rlhf_ray.pending import Pending
+
+
+class Ranks(Protocol):
+    """What a group needs to reach its ranks."""
+
+    role: str
+    size: int
+
+    def call(
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        phase: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Pending[list[Any]]:
+        """Run ``method`` on every rank, with its own arguments; results in rank order."""
+
+    def call_shared(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
+    ) -> Pending[Any]:
+        """The same, but the result of rank 0 stays where it is; the handle can be an argument of other calls."""
+
+    def share(self, value: Any) -> Any:
+        """Put ``value`` where every rank can read it; the handle can be an argument of calls."""
+
+    def stop(self) -> None:
+        """End the ranks."""
+
+
+class InProcessRanks:
+    """One rank that lives in this process: the same groups without Ray, for tests and one-process runs."""
+
+    size = 1
+
+    def __init__(self, role: str, worker: Any) -> None:
+        self.role = role
+        self.worker = worker
+
+    def call(
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        phase: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Pending[list[Any]]:
+        try:
+            value = getattr(self.worker, method)(*arguments[0])
+        except RlhfRayError:
+            raise
+        except Exception as error:
+            raise GroupError(self.role, 0, phase or method, repr(error)) from error
+        return Pending.done([value])
+
+    def call_shared(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
+    ) -> Pending[Any]:
+        return self.call(method, arguments, phase=phase).then(lambda values: values[0])
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def stop(self) -> None:
+        self.worker = None
+
+
+class RayRanks:
+    """Ray actors, one a rank."""
+
+    def __init__(self, role: str, actors: Sequence[Any], *, timeout_s: float, on_stop: Callable[[], None]) -> None:
+        self.role = role
+        self.actors = list(actors)
+        self.size = len(self.actors)
+        self.timeout_s = timeout_s
+        self._on_stop = on_stop
+
+    def call(
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        phase: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Pending[list[Any]]:
+        references = self._submit(method, arguments)
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        return Pending(lambda: gather(references, self.role, phase or method, deadline, limit))
+
+    def call_shared(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
+    ) -> Pending[Any]:
+        wrapped = [(method, *given) for given in arguments]
+        return self.call("run_and_share", wrapped, phase=phase or method).then(lambda handles: handles[0][0])
+
+    def share(self, value: Any) -> Any:
+        import ray
+
+        return ray.put(value)
+
+    def stop(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)
+        self.actors = []
+        self._on_stop()
+
+    def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(actor, method).remote(*given) for actor, given in zip(self.actors, arguments, strict=True)]
+
+
+def gather(references: Sequence[Any], role: str, phase: str, deadline: float, limit: float) -> list[Any]:
+    """Values of ``references`` in order; the first failure of any of them, as a typed error, as soon as it is known."""
+    import ray
+
+    ranks = {reference: rank for rank, reference in enumerate(references)}
+    values: dict[int, Any] = {}
+    waiting = list(references)
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+        if not ready:
+            late = sorted(ranks[reference] for reference in waiting)
+            raise DeadlineError(role, late[0], phase, f"ranks {late} did not answer within {limit:g} s")
+        for reference in ready:
+            values[ranks[reference]] = _value(reference, role, ranks[reference], phase)
+    return [values[rank] for rank in range(len(references))]
+
+
+def _value(reference: Any, role: str, rank: int, phase: str) -> Any:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+    try:
+        return ray.get(reference, timeout=60)
+    except RayTaskError as error:
+        if isinstance(error.cause, RlhfRayError):
+            raise error.cause from None
+        raise GroupError(role, rank, phase, str(error)) from error
+    except RayActorError as error:
+        raise GroupError(role, rank, phase, f"its process died: {error}") from error
+    except GetTimeoutError as error:
+        raise DeadlineError(role, rank, phase, "its result could not be fetched within 60 s") from error
+    except RayError as error:
+        raise GroupError(role, rank, phase, repr(error)) from error

@@ -1,0 +1,104 @@
+"""One rollout engine as a rank of its own role, and the handle by which the fleet reaches it across Ray.
+
+Always true: an engine lives in a process of its own (vLLM sets the thread count of its whole process); weights reach it as
+a handle that it reads from the object store itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.pending import Pending
+from rlhf_ray.rollout.engine import RolloutEngine
+from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
+from rlhf_ray.rollout.wire import PublishedWeights
+
+
+@dataclass(frozen=True)
+class RolloutSetup:
+    """What an engine needs to start."""
+
+    config: RolloutConfig
+    model_dir: str
+    eos_token_id: int
+    seed: int
+    deterministic: bool
+    weight_version: int = 0
+
+
+def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
+    """The engine of the configured backend."""
+    if setup.config.backend == "vllm":
+        from rlhf_ray.rollout.vllm_engine import VllmEngine as Engine
+    else:
+        from rlhf_ray.rollout.transformers_engine import TransformersEngine as Engine  # type: ignore[assignment]
+    return Engine(
+        setup.model_dir,
+        setup.config,
+        eos_token_id=setup.eos_token_id,
+        rank=rank,
+        weight_version=setup.weight_version,
+        seed=setup.seed,
+        deterministic=setup.deterministic,
+    )
+
+
+class RolloutWorker:
+    """One engine. Each has a placement of its own: engines fail one by one, not as a group."""
+
+    role = "rollout"
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank = rank
+        self.phase = "starting"
+
+    def setup(self, setup: RolloutSetup) -> str:
+        """Start the engine; returns one line about it."""
+        self.engine = make_engine(setup, self.rank)
+        self.phase = "ready"
+        return (
+            f"{setup.config.backend} engine {self.rank}: {setup.config.dtype}, {setup.config.max_model_tokens} tokens"
+        )
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Generation]:
+        self.phase = "generate"
+        generations = self.engine.generate(requests, deadline_s)
+        self.phase = "ready"
+        return generations
+
+    def receive(self, weights: PublishedWeights) -> None:
+        self.phase = "receive"
+        self.engine.receive(weights)
+        self.phase = "ready"
+
+    def probe(self) -> Probe:
+        return self.engine.probe()
+
+    def health(self) -> dict[str, Any]:
+        return {"role": self.role, "rank": self.rank, "phase": self.phase, "pid": os.getpid()}
+
+
+class RanksHandle:
+    """The fleet's way to one engine that is a rank somewhere."""
+
+    GRACE_S = 30.0
+    """How much longer than its own deadline a call may take before the process counts as failed."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
+        answer = self.ranks.call("generate", [(list(requests), deadline_s)], timeout_s=deadline_s + self.GRACE_S)
+        return answer.then(lambda values: values[0])  # type: ignore[no-any-return]
+
+    def receive(self, weights: Any) -> Pending[None]:
+        return self.ranks.call("receive", [(weights,)]).then(lambda values: None)
+
+    def probe(self) -> Pending[Probe]:
+        answer = self.ranks.call("probe", [()], timeout_s=self.GRACE_S)
+        return answer.then(lambda values: values[0])  # type: ignore[no-any-return]

@@ -1,0 +1,54 @@
+"""``rlhf-ray``: one command, a file for each of its verbs.
+
+Always true: ``--help`` loads no verb's code beyond its arguments; a user's mistake ends in one message and exit code 2, a
+cluster that is too small in 3, a run that can be resumed in 75; only a real failure shows a stack trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rlhf_ray import __version__, environment
+from rlhf_ray.errors import EXIT_WRONG_REQUEST, RlhfRayError
+
+COMMANDS = ("train", "check", "plan", "submit", "resume", "serve", "demo")
+
+EPILOG = "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="rlhf-ray",
+        description="Reinforcement learning from human feedback as a service on a Ray cluster.",
+        epilog=EPILOG,
+    )
+    top.add_argument("--version", action="version", version=f"rlhf-ray {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"rlhf_ray.cli.{name}").add_arguments(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = parser().parse_args(arguments)
+    environment.prepare()
+    try:
+        return int(given.run(given))
+    except RlhfRayError as error:
+        _show(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_WRONG_REQUEST
+
+
+def _show(error: RlhfRayError) -> None:
+    sys.stderr.write(f"rlhf-ray: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

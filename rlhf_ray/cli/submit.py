@@ -1,0 +1,26 @@
+"""``rlhf-ray submit CONFIG [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_arguments(commands: Any) -> None:
+    """Add this verb."""
+    command = commands.add_parser("submit", help="run a job on a Ray cluster through ray job submit")
+    command.add_argument("config", help="a file, or the name of a shipped recipe")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--address", default=None, help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or "
+                         "http://127.0.0.1:8265)")  # fmt: skip
+    command.add_argument("--no-wait", action="store_true", help="print the job's id and return")
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Check the config here, submit it, stream its log, end with the driver's exit code."""
+    from rlhf_ray.config.loading import load_config
+    from rlhf_ray.launch.submit import submit
+
+    config = load_config(given.config, given.overrides)
+    return submit(config, address=given.address, wait=not given.no_wait)

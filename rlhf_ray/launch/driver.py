@@ -1,0 +1,85 @@
+"""The driver process of one run: reads the data, joins the cluster, runs the trainer of the config's kind.
+
+Always true: all data is read and checked before Ray starts; every ending is an exit code, and a user's mistake is one
+message without a stack trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlhf_ray import environment
+from rlhf_ray.config.loading import dump_config, load_config, parse_config
+from rlhf_ray.config.schema import JobConfig, PpoConfig, RewardModelConfig, SftConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
+from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers import stopping
+
+CONFIG_NAME = "config.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Drive a new run, whose resolved config comes on standard input, or go on with one; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="rlhf_ray.launch.driver")
+    parser.add_argument("--resume", metavar="RUN_DIR")
+    given = parser.parse_args(arguments)
+    environment.prepare()
+    return exit_code(lambda: new_run(sys.stdin.read()) if given.resume is None else resume_run(given.resume))
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do ``work``; every ending is a code, and only a failure of ours shows its trace."""
+    try:
+        work()
+    except RlhfRayError as error:
+        get_logger().error("%s", error)
+        return error.exit_code
+    except Exception:
+        get_logger().exception("the driver failed")
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def new_run(text: str) -> None:
+    """Make the run directory of a config and drive it from the start."""
+    config = parse_config(text)
+    run = RunDirectory.create(run_path(config), dump_config(config), config.checkpoint.keep)
+    drive(config, run, None)
+
+
+def resume_run(path: str) -> None:
+    """Go on with a run from its last valid checkpoint, or from its start where none was committed."""
+    config = load_config(Path(path) / CONFIG_NAME)
+    run, checkpoint = RunDirectory.resume(path, config.checkpoint.keep)
+    drive(config, run, checkpoint)
+
+
+def run_path(config: JobConfig) -> Path:
+    """Where the run of ``config`` lives."""
+    return Path(config.run.root) / config.run.name
+
+
+def drive(config: JobConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
+    """Run the trainer of ``config`` in this process, from ``checkpoint`` or from the start."""
+    stopping.listen()
+    if isinstance(config, SftConfig):
+        from rlhf_ray.trainers.sft import train_sft
+
+        train_sft(config, run, checkpoint)
+    elif isinstance(config, RewardModelConfig):
+        from rlhf_ray.trainers.reward_model import train_reward_model
+
+        train_reward_model(config, run, checkpoint)
+    elif isinstance(config, PpoConfig):
+        from rlhf_ray.trainers.ppo_run import train_ppo
+
+        train_ppo(config, run, checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

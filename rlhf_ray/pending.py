@@ -1,0 +1,43 @@
+"""A result that is on its way, whoever computes it.
+
+Always true: ``result`` ends in the value or in one typed error, and a second call answers the same without computing
+again. Rooms that must not know Ray hand these around; only ``actors`` makes ones that wait for a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar, cast
+
+Value = TypeVar("Value")
+Other = TypeVar("Other")
+
+
+class Pending(Generic[Value]):
+    """A value obtained by calling ``wait`` once."""
+
+    def __init__(self, wait: Callable[[], Value]) -> None:
+        self._wait: Callable[[], Value] | None = wait
+        self._value: Value | None = None
+        self._error: Exception | None = None
+
+    @classmethod
+    def done(cls, value: Value) -> Pending[Value]:
+        """A value that is there already."""
+        return cls(lambda: value)
+
+    def result(self) -> Value:
+        """Wait for the value; raises the typed error that computing it ended in."""
+        if self._wait is not None:
+            wait, self._wait = self._wait, None
+            try:
+                self._value = wait()
+            except Exception as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+        return cast(Value, self._value)
+
+    def then(self, finish: Callable[[Value], Other]) -> Pending[Other]:
+        """The value after ``finish``, computed when it is asked for."""
+        return Pending(lambda: finish(self.result()))

@@ -1,0 +1,65 @@
+"""Making steps survive: groups and driver state into one checkpoint, and back.
+
+Always true: a checkpoint holds the shards of every trained group and the driver's state, or it does not exist; restoring
+gives the driver's state back only after every group has loaded its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_ray import storage
+from rlhf_ray.actors.groups import Group
+from rlhf_ray.config.schema import CheckpointConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.directory import RunDirectory
+
+
+class Commits:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self, run: RunDirectory, config: CheckpointConfig, groups: Mapping[str, Group], checkpoint: Checkpoint | None
+    ) -> None:
+        self.run = run
+        self.every = config.every_steps
+        self.groups = dict(groups)
+        self.checkpoint = checkpoint
+
+    def due(self, step: int) -> bool:
+        """Whether the config asks for a checkpoint after ``step``."""
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Commit ``state`` and every group's shards as the checkpoint of ``step``."""
+        pending = self.run.checkpoints.begin(step)
+        try:
+            for saving in [group.save(str(pending.path / name)) for name, group in self.groups.items()]:
+                saving.result()
+        except BaseException:
+            pending.abort()
+            raise
+        self.run.checkpoints.commit(pending, about={"state": dict(state)})
+
+    def final(self, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:
+        """``final/``, whole or not at all: each group's Hugging Face directory below it, ``""`` for itself."""
+        pending = self.run.begin_final()
+        try:
+            for place, (group, metadata) in parts.items():
+                group.save_pretrained(str(pending.path / place), dict(metadata)).result()
+        except BaseException:
+            pending.abort()
+            raise
+        storage.commit(pending)
+
+    def restore(self) -> dict[str, Any] | None:
+        """Load the checkpoint that the run goes on from into every group; its driver state, or none at the start."""
+        if self.checkpoint is None:
+            return None
+        for loading in [group.load(str(self.checkpoint.path / name)) for name, group in self.groups.items()]:
+            loading.result()
+        get_logger("runs").info("going on after step %d", self.checkpoint.step)
+        state: dict[str, Any] = self.checkpoint.manifest.about["state"]
+        return state

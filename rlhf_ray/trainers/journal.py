@@ -1,0 +1,152 @@
+"""What a run says about itself: a line of metrics a step, samples, the summary and the report.
+
+Always true: every number goes through the registry of metrics; a step's line is on disk before the next step begins; the
+report can be made again from the run directory alone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from rlhf_ray.config.schema import JobConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.monitoring.memory import MemorySampler
+from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
+from rlhf_ray.monitoring.phases import PhaseClock
+from rlhf_ray.monitoring.summary import BestOf, Check, Figure, MemoryRecord, Sample, Summary, Table
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.reporting import write_report
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+SHOWN = (
+    "reward/learned",
+    "gold/mean",
+    "kl/k1",
+    "loss/sft",
+    "loss/rm",
+    "accuracy",
+    "length/response",
+    "tokens_per_second",
+)
+"""Metrics on the console's line, where a step has them."""
+
+
+class Journal:
+    """One run's metrics, samples and summary."""
+
+    def __init__(self, run: RunDirectory, config: JobConfig) -> None:
+        self.run = run
+        self.config = config
+        self.logger = get_logger(config.kind)
+        facts = {"seed": str(config.run.seed), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+        self._summary: dict[str, Any] = {"facts": facts}
+        self._memory = MemorySampler()
+
+    def __enter__(self) -> Journal:
+        self._memory.start()
+        self._log = MetricsLog(self.run.metrics, self._sinks())
+        self.clock = PhaseClock(self._phase_gauge())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+        self._memory.stop()
+
+    def _sinks(self) -> list[Sink]:
+        sinks: list[Sink] = []
+        if self._to_ray():
+            from rlhf_ray.monitoring.ray_export import RayExporter
+
+            sinks.append(RayExporter(self.config.run.name))
+        if self.config.monitoring.tensorboard:
+            from rlhf_ray.monitoring.tensorboard import TensorBoardWriter
+
+            sinks.append(TensorBoardWriter(self.run.path / "tensorboard"))
+        return sinks
+
+    def _phase_gauge(self) -> Any:
+        if not self._to_ray():
+            return None
+        from rlhf_ray.monitoring.ray_export import PhaseGauge
+
+        return PhaseGauge(self.config.run.name).enter
+
+    def _to_ray(self) -> bool:
+        if not self.config.monitoring.ray_metrics:
+            return False
+        import ray
+
+        return bool(ray.is_initialized())
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time what happens inside as ``time/<name>``, and show it as what the run is doing."""
+        return self.clock.phase(name)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float], batch: TrajectoryBatch) -> None:
+        """One step of reinforcement learning."""
+        times = self.clock.take()
+        rates = {"tokens_per_second": batch.num_tokens / times["time/step"]}
+        if times.get("time/rollout"):
+            sampled = float(batch["action_mask"].sum())
+            rates["rollout/tokens_per_second"] = sampled / times["time/rollout"]
+        self._write(step, total, {**metrics, **times, **rates})
+
+    def update(self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
+        """One update of supervised or reward training."""
+        times = self.clock.take()
+        means = {name: value / count for name, (value, count) in report.metrics.items() if count}
+        norm = {} if applied.grad_norm is None else {"grad_norm": applied.grad_norm}
+        rates = {"tokens_per_second": batch.num_tokens / times["time/step"], "learning_rate": applied.learning_rate}
+        skipped = {"updates/skipped": float(applied.skipped), "update": float(update)}
+        self._write(update, total, {**means, **norm, **rates, **skipped, **times})
+
+    def _write(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self._log.log(step, {**metrics, "memory/pss_gb": self._memory.latest.total_gb})
+        shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        if step == total or total <= 100 or step % max(1, total // 50) == 0:
+            self.logger.info("%d/%d  %s", step, total, shown)
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures on held-out rows."""
+        if figures:
+            self._log.log(step, figures)
+            self.logger.info("held out: %s", "  ".join(f"{name[11:]} {value:.4g}" for name, value in figures.items()))
+            headline = [Figure(name[11:].replace("_", " "), f"{value:.3f}") for name, value in figures.items()]
+            self._summary["figures"] = tuple(headline)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some samples of a step, as JSON lines."""
+        count = self.config.monitoring.samples_per_log
+        if count:
+            self.run.write_samples(step, rows[:count])
+
+    # ------------------------------------------------------------------------------------------------------------- end
+
+    def checks(self, checks: Sequence[Check]) -> None:
+        """The start-up self-check."""
+        self._summary["checks"] = tuple(checks)
+
+    def closing(self, table: Table, samples: Sequence[Sample], best_of: Sequence[BestOf]) -> None:
+        """How the run ended, against how it began."""
+        self._summary |= {"closing": table, "samples": tuple(samples), "best_of": tuple(best_of)}
+
+    def finish(self) -> Summary:
+        """Write the summary and the report."""
+        peak = self._memory.peak
+        history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in self._memory.history)
+        memory = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
+        summary = Summary(**self._summary, memory=memory)
+        self.run.write_summary(summary)
+        write_report([self.run], self.run.report_path)
+        self.logger.info("report: %s", self.run.report_path)
+        return summary

@@ -1,0 +1,183 @@
+"""Held-out prompts, sampled by the starting policy once and by the trained one when due: did it get better?
+
+Always true: both sides answer the same held-out prompts at the training temperature; ties count one half; what the starting
+policy answered is kept with the run, so that a resumed run compares with the same answers; best-of-n of the starting policy
+stands beside, with the KL that picking costs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.algorithms.kl import sequence_kl
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.evaluation import best_of_n, best_of_n_kl, win_rate
+from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt
+from rlhf_ray.trainers.learner import Schedules
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+Gold = Callable[[TextSample], float]
+Generate = Callable[[Sequence[TokenizedPrompt], int], TrajectoryBatch]
+"""From prompts and samples a prompt to trajectories."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer to a held-out prompt."""
+
+    prompt_id: int
+    prompt: str
+    response: str
+    finished: bool
+    tokens: int
+    """Of the answer."""
+    reward: float
+    gold: float | None
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Best-of-n of the starting policy by the reward source."""
+
+    n: int
+    kl: float
+    gold: float
+    win_rate: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The start and now: figures by their metric names, answers to the same prompts in the same order."""
+
+    figures: Mapping[str, float]
+    start: Sequence[Judged]
+    now: Sequence[Judged]
+    best_of: Sequence[BestOf]
+
+
+class PpoEvaluation:
+    """Answers to the held-out prompts, before and after."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        experience: Experience,
+        prompts: Sequence[TokenizedPrompt],
+        *,
+        gold: Gold | None,
+        generate: Generate,
+        cut: Callable[[TrajectoryBatch], Schedules],
+        directory: Path,
+    ) -> None:
+        self.config = config
+        self.experience = experience
+        self.prompts = list(prompts)[: config.evaluation.prompts]
+        self.gold = gold
+        self.generate = generate
+        self.cut = cut
+        self.directory = directory
+        self.start: list[Judged] = []
+        self.best: list[BestOf] = []
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.prompts)
+
+    def before(self, *, resumed: bool) -> None:
+        """The starting policy's answers: sampled now, or in a resumed run those of its first start."""
+        if not self.possible:
+            return
+        kept = self.directory / "start.json"
+        if resumed:
+            stored = json.loads(kept.read_text())
+            self.start = [Judged(**row) for row in stored["answers"]]
+            self.best = [BestOf(**row) for row in stored["best_of"]]
+            return
+        self.start, _ = self.answers()
+        self.best = self.best_of()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        content = {"answers": [asdict(row) for row in self.start], "best_of": [asdict(row) for row in self.best]}
+        kept.write_text(json.dumps(content))
+
+    def now(self) -> Comparison:
+        """The current policy's answers and their figures, beside the starting policy's."""
+        answers, kl = self.answers()
+        figures = {
+            "evaluation/kl": kl,
+            "evaluation/reward": _mean([row.reward for row in answers]),
+            "evaluation/reward_start": _mean([row.reward for row in self.start]),
+            "evaluation/reward_win_rate": win_rate([row.reward for row in answers], [row.reward for row in self.start]),
+            "evaluation/length": _mean([row.tokens for row in answers]),
+            "evaluation/length_start": _mean([row.tokens for row in self.start]),
+        }
+        if self.gold is not None:
+            gold, gold_start = [row.gold for row in answers], [row.gold for row in self.start]
+            figures |= {
+                "evaluation/gold": _mean(gold),
+                "evaluation/gold_start": _mean(gold_start),
+                "evaluation/gold_win_rate": win_rate(gold, gold_start),
+            }
+        return Comparison(figures, self.start, answers, self.best)
+
+    def answers(self) -> tuple[list[Judged], float]:
+        """One judged answer a prompt, and their mean sequence KL (k1) to the reference in nats."""
+        batch, _, samples = self.experience.gather(
+            self.generate(self.prompts, 1), {prompt.prompt_id: prompt for prompt in self.prompts}, self.cut
+        )
+        mask, offsets = batch["action_mask"], batch.offsets
+        kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], mask, offsets)
+        rows = self._judged(batch["prompt_id"].tolist(), samples, batch["score"].tolist())
+        return rows, float(kl.mean())
+
+    def best_of(self) -> list[BestOf]:
+        """Expected gold of the best of 1, 2, 4, ... samples of the starting policy by the reward source."""
+        largest = self.config.evaluation.best_of
+        if largest < 2 or self.gold is None:
+            return []
+        trajectories = self.generate(self.prompts, largest)
+        samples = self.experience.samples(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
+        rewards = self.experience.rewards_of(samples)
+        gold = [self.gold(sample) for sample in samples]
+        by_prompt = [slice(start, start + largest) for start in range(0, len(samples), largest)]
+        won = [_won(gold[rows], baseline.gold) for rows, baseline in zip(by_prompt, self.start, strict=True)]
+        rewards_of, gold_of = [rewards[rows] for rows in by_prompt], [gold[rows] for rows in by_prompt]
+        sizes = [2**power for power in range(1, largest.bit_length()) if 2**power <= largest]
+        return [
+            BestOf(n, best_of_n_kl(n), best_of_n(rewards_of, gold_of, n), best_of_n(rewards_of, won, n)) for n in sizes
+        ]
+
+    def _judged(
+        self, prompt_ids: Sequence[int], samples: Sequence[TextSample], scores: Sequence[float]
+    ) -> list[Judged]:
+        lengths = {prompt.prompt_id: len(prompt.token_ids) for prompt in self.prompts}
+        return [
+            Judged(
+                prompt_id=prompt_id,
+                prompt=sample.prompt,
+                response=sample.response,
+                finished=sample.finished,
+                tokens=len(sample.token_ids) - lengths[prompt_id],
+                reward=score,
+                gold=None if self.gold is None else self.gold(sample),
+            )
+            for prompt_id, sample, score in zip(prompt_ids, samples, scores, strict=True)
+        ]
+
+
+def best_at(best: Sequence[BestOf], kl: float) -> BestOf | None:
+    """The largest n whose KL is at most ``kl`` nats; none where even two samples cost more."""
+    within = [row for row in best if row.kl <= kl]
+    return max(within, key=lambda row: row.n) if within else None
+
+
+def _won(gold: Sequence[float], baseline: Any) -> list[float]:
+    return [1.0 if value > baseline else 0.5 if value == baseline else 0.0 for value in gold]
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return float(sum(values) / len(values))

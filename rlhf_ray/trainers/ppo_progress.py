@@ -1,0 +1,48 @@
+"""Where a PPO run stands: all that the driver must remember between two steps.
+
+Always true: ``PpoProgress.from_state(progress.state())`` is the same progress; ``weight_version`` counts publications and
+is published again under the same number after a resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller
+from rlhf_ray.config.schema import KlConfig
+from rlhf_ray.trainers.learner import Outcome
+
+
+@dataclass
+class PpoProgress:
+    """Counters and the KL controller."""
+
+    kl: FixedKl | AdaptiveKl
+    step: int = 0
+    update: int = 0
+    weight_version: int = 0
+    consecutive_skips: int = 0
+
+    @classmethod
+    def start(cls, config: KlConfig) -> PpoProgress:
+        """Before the first step."""
+        return cls(kl_controller(config.coefficient, config.target, config.horizon))
+
+    def finish_step(self, outcome: Outcome, *, kl: float, sequences: int) -> None:
+        """Count a step whose mean sequence KL was ``kl`` nats over ``sequences`` samples."""
+        self.step += 1
+        self.update += outcome.updates - outcome.skipped
+        skipped_all = outcome.skipped == outcome.updates
+        self.consecutive_skips = self.consecutive_skips + outcome.skipped if skipped_all else outcome.last_skips
+        self.kl = self.kl.update(kl, sequences)
+
+    def state(self) -> dict[str, Any]:
+        counters = ("step", "update", "weight_version", "consecutive_skips")
+        return {"kl": self.kl.state(), **{name: getattr(self, name) for name in counters}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what ``state`` was taken of."""
+        self.kl = self.kl.restored(state["kl"])
+        self.step, self.update = state["step"], state["update"]
+        self.weight_version, self.consecutive_skips = state["weight_version"], state["consecutive_skips"]

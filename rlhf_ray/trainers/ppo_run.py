@@ -1,0 +1,141 @@
+"""A PPO run from config to ``final/``: reads, starts, checks, trains, compares, writes.
+
+Always true: all data is read before the cluster is joined; the rollout engines start from a directory that the policy group
+wrote; the self-check stands before the first step; ``final/`` holds the weights that were evaluated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup
+from rlhf_ray.actors.rollout_worker import RolloutSetup
+from rlhf_ray.config.schema import PpoConfig, RoleConfig
+from rlhf_ray.data.tokenizers import fingerprint
+from rlhf_ray.errors import RequestError
+from rlhf_ray.models import load_tokenizer
+from rlhf_ray.planning.arithmetic import updates_per_step
+from rlhf_ray.rewards.source import FunctionSource, ModelSource, RewardSource, load_function
+from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.commits import Commits
+from rlhf_ray.trainers.datasets import Split, tokenized_prompts
+from rlhf_ray.trainers.experience import Experience, TokenizedPrompt
+from rlhf_ray.trainers.gold import gold_of, world_function
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.learner import Learner, budget
+from rlhf_ray.trainers.ppo import PpoTrainer
+from rlhf_ray.trainers.ppo_evaluation import PpoEvaluation
+from rlhf_ray.trainers.ppo_progress import PpoProgress
+from rlhf_ray.trainers.prompts import PromptStream
+from rlhf_ray.trainers.sampler import Sampler
+from rlhf_ray.trainers.self_check import SelfCheck
+from rlhf_ray.trainers.session import Place, Session
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The model groups of a PPO run; no reward group where a function scores."""
+
+    policy: PolicyGroup
+    critic: CriticGroup
+    reference: ReferenceGroup
+    reward: RewardGroup | None
+
+
+def train_ppo(
+    config: PpoConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
+    """Run, or go on with, a whole PPO job; ``place`` other than a cluster is for tests and one-process runs."""
+    tokenizer = load_tokenizer(config.policy.model)
+    prompts = tokenized_prompts(config.data, tokenizer, config.run.seed)
+    with Session(config, place=place) as session, Journal(run, config) as journal:
+        trainer = build(config, run, session, journal, tokenizer, prompts, checkpoint)
+        trainer.start()
+        trainer.run()
+        trainer.finish()
+
+
+def build(
+    config: PpoConfig,
+    run: RunDirectory,
+    session: Session,
+    journal: Journal,
+    tokenizer: Any,
+    prompts: Split[TokenizedPrompt],
+    checkpoint: Checkpoint | None,
+) -> PpoTrainer:
+    """Start every group and put the trainer together."""
+    reference_role = config.reference_role
+    groups = start_groups(config, session, reference_role)
+    commits = Commits(run, config.checkpoint, {"policy": groups.policy, "critic": groups.critic}, checkpoint)
+    start_directory = run.path / "rollout-start"
+    groups.policy.save_pretrained(str(start_directory)).result()
+    engines = RolloutSetup(
+        config.rollout, str(start_directory), tokenizer.eos_token_id, config.run.seed, config.run.deterministic
+    )
+    sampler = Sampler(config, session.fleet(config.rollout, engines))
+    rewards, same_tokenizer = reward_source(config, groups.reward, tokenizer)
+    learner = Learner(config, groups.policy, groups.critic, groups.reference, reference_role)
+    experience = Experience(
+        config,
+        policy=groups.policy,
+        critic=groups.critic,
+        reference=groups.reference,
+        rewards=rewards,
+        tokenizer=tokenizer,
+        same_tokenizer=same_tokenizer,
+    )
+    evaluation = PpoEvaluation(
+        config,
+        experience,
+        prompts.held_out,
+        gold=gold_of(config),
+        generate=sampler.held_out,
+        cut=lambda batch: learner.schedules(batch, step=0),
+        directory=run.path / "evaluation",
+    )
+    return PpoTrainer(
+        config,
+        run_directory=run,
+        groups=groups,
+        sampler=sampler,
+        prompts=PromptStream(prompts.training, config.run.seed),
+        experience=experience,
+        learner=learner,
+        evaluation=evaluation,
+        self_check=SelfCheck(config, experience, learner),
+        commits=commits,
+        journal=journal,
+        progress=PpoProgress.start(config.algorithm.kl),
+    )
+
+
+def start_groups(config: PpoConfig, session: Session, reference_role: RoleConfig) -> Groups:
+    """All model groups; their models load at the same time."""
+    updates = config.steps * updates_per_step(config)
+    policy = session.policy(config.policy, total_updates=updates, temperature=config.rollout.temperature)
+    critic = session.critic(config.critic, total_updates=updates)
+    reference = session.reference(reference_role, temperature=config.rollout.temperature)
+    reward = None
+    if config.reward.role is not None:
+        tokens = budget(config.reward.role, config.batch.max_tokens_per_micro_batch) * config.batch.forward_factor
+        reward = session.reward(config.reward.role, max_tokens=tokens, max_item_tokens=config.rollout.max_model_tokens)
+    return Groups(policy.result(), critic.result(), reference.result(), None if reward is None else reward.result())
+
+
+def reward_source(config: PpoConfig, group: RewardGroup | None, tokenizer: Any) -> tuple[RewardSource, bool]:
+    """The configured source, and whether it reads the ids as they were sampled."""
+    if group is None:
+        assert config.reward.function is not None
+        function = world_function(config) or load_function(config.reward.function)
+        return FunctionSource(config.reward.function, function), False
+    told = group.describe().result()
+    mean, std = 0.0, 1.0
+    if config.reward.normalize:
+        if told["mean"] is None or not told["std"]:
+            raise RequestError("reward.normalize is true, but the reward model's config.json has no mean and std: train it "
+                               "here with held-out pairs, or set reward.normalize to false")  # fmt: skip
+        mean, std = float(told["mean"]), float(told["std"])
+    return ModelSource(group, mean=mean, std=std), told["fingerprint"] == fingerprint(tokenizer)

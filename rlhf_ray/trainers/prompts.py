@@ -1,0 +1,35 @@
+"""The stream of prompts that a run samples from.
+
+Always true: each epoch hands out every prompt exactly once, in an order that only the seed decides; the state is all that a
+resumed run needs to go on with the very next prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_ray.data.order import ShuffledOrder
+from rlhf_ray.trainers.experience import TokenizedPrompt
+
+
+class PromptStream:
+    """Prompts without end."""
+
+    def __init__(self, prompts: Sequence[TokenizedPrompt], seed: int) -> None:
+        self._prompts = prompts
+        self._order = ShuffledOrder(seed, len(prompts))
+
+    def take(self, count: int) -> list[TokenizedPrompt]:
+        """The next ``count`` prompts, no prompt twice among them unless an epoch ends in between."""
+        return [self._prompts[index] for index in self._order.take(count)]
+
+    def peek(self, count: int) -> list[TokenizedPrompt]:
+        """``count`` prompts from the beginning of the list; none is consumed."""
+        return list(self._prompts[:count])
+
+    def state(self) -> dict[str, Any]:
+        return self._order.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._order = ShuffledOrder.from_state(state)

@@ -1,0 +1,129 @@
+"""The groups of one run, started where they should live: Ray actors, or plain classes in this process.
+
+Always true: what runs is the same in both places; leaving the ``with`` block leaves no process behind.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.actors.groups import CriticGroup, Group, PolicyGroup, ReferenceGroup, RewardGroup
+from rlhf_ray.actors.ranks import InProcessRanks, Ranks
+from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup, RolloutWorker
+from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, WorkerSetup
+from rlhf_ray.config.files import hub_ids
+from rlhf_ray.config.schema import ClusterConfig, JobConfig, ResourcesConfig, RoleConfig, RolloutConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.pending import Pending
+from rlhf_ray.planning.capacity import needed
+from rlhf_ray.rollout.fleet import Fleet
+
+AnyGroup = TypeVar("AnyGroup", bound=Group)
+
+
+class Place(Protocol):
+    """Somewhere ranks can live."""
+
+    config: ClusterConfig
+
+    def start(
+        self,
+        role: str,
+        ranks: int,
+        resources: ResourcesConfig,
+        *,
+        first_rank: int = 0,
+        kv_cache_gib: float | None = None,
+    ) -> Ranks:
+        """Start the ranks of a role; their models are not loaded yet."""
+
+
+class ThisProcess:
+    """Plain workers in this process, one rank a role: no Ray."""
+
+    WORKERS = {
+        worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)
+    }
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    def start(
+        self,
+        role: str,
+        ranks: int,
+        resources: ResourcesConfig,
+        *,
+        first_rank: int = 0,
+        kv_cache_gib: float | None = None,
+    ) -> Ranks:
+        return InProcessRanks(role, self.WORKERS[role](first_rank, ranks))
+
+
+class Session:
+    """Starts the groups that a trainer asks for."""
+
+    def __init__(self, config: JobConfig, *, place: Place | None = None) -> None:
+        self.config = config
+        self.seed = config.run.seed
+        self._cluster: Cluster | None = None
+        if place is None:
+            self._cluster = Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config)))
+        self._place = place
+
+    def __enter__(self) -> Session:
+        if self._cluster is not None:
+            self._place = self._cluster.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._cluster is not None:
+            self._cluster.__exit__(kind, error, trace)
+
+    @property
+    def place(self) -> Place:
+        assert self._place is not None, "a session starts groups inside its with block"
+        return self._place
+
+    def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> Pending[PolicyGroup]:
+        setup = WorkerSetup(role, self.seed, total_updates=total_updates, temperature=temperature)
+        return self._start("policy", PolicyGroup, setup)
+
+    def reference(self, role: RoleConfig, *, temperature: float) -> Pending[ReferenceGroup]:
+        return self._start("reference", ReferenceGroup, WorkerSetup(role, self.seed, temperature=temperature))
+
+    def critic(self, role: RoleConfig, *, total_updates: int) -> Pending[CriticGroup]:
+        return self._start("critic", CriticGroup, WorkerSetup(role, self.seed, total_updates=total_updates))
+
+    def reward(
+        self, role: RoleConfig, *, total_updates: int | None = None, max_tokens: int = 8192, max_item_tokens: int = 8192
+    ) -> Pending[RewardGroup]:
+        setup = WorkerSetup(
+            role, self.seed, total_updates=total_updates, max_tokens=max_tokens, max_item_tokens=max_item_tokens
+        )
+        return self._start("reward", RewardGroup, setup)
+
+    def fleet(self, config: RolloutConfig, setup: RolloutSetup) -> Fleet:
+        """All rollout engines, loaded; they serve nothing before the first weight update."""
+        engines = [
+            self.place.start("rollout", 1, config.resources, first_rank=number, kv_cache_gib=config.kv_cache_gib)
+            for number in range(config.engines)
+        ]
+        timeout_s = self.place.config.start_timeout_s
+        for loading in [engine.call("setup", [(setup,)], timeout_s=timeout_s) for engine in engines]:
+            get_logger().info("rollout: %s", loading.result()[0])
+        return Fleet([RanksHandle(engine) for engine in engines])
+
+    def _start(self, role: str, kind: type[AnyGroup], setup: WorkerSetup) -> Pending[AnyGroup]:
+        group = kind(self.place.start(role, setup.config.ranks, setup.config.resources))
+        loading = group.setup(setup, timeout_s=self.place.config.start_timeout_s)
+
+        def ready(line: str) -> AnyGroup:
+            get_logger().info("%s: %s", role, line)
+            return group
+
+        return loading.then(ready)
