@@ -56,7 +56,7 @@ def _discounted_sums(delta: Float[Tensor, "A"], counts: Int64[Tensor, "B"], disc
 
     Sequences are ordered by falling length, so that those that still have a k-th action from the end come first.
     """
-    lengths, order = counts.sort(descending=True, stable=True)
+    lengths, order = counts.sort(descending=True)
     last = (counts.cumsum(0) - 1)[order]
     sums = torch.empty_like(delta)
     longest = int(lengths[0]) if len(lengths) else 0
