@@ -63,10 +63,10 @@ class TrajectoryBatch:
         if "offsets" in self.tensors:
             raise BatchError("a column cannot be named 'offsets': the offsets of the batch have that name")
         tokens = self.tensors["token_ids"].numel()
-        for name, column in self.tensors.items():
-            check_column(name, column, self.offsets, tokens)
         if self.offsets.device.type == "cpu" and int(self.offsets[-1]) != tokens:
             raise BatchError(f"offsets end at {int(self.offsets[-1])}, but column 'token_ids' has {tokens} tokens")
+        for name, column in self.tensors.items():
+            check_column(name, column, self.offsets, tokens)
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
     # Making

@@ -1,0 +1,375 @@
+"""Every sequence is in exactly one micro-batch; update k holds the k-th chunk of ``order``; no micro-batch has more
+than ``max_tokens`` tokens; a unit is never split; within an update every rank has the same number of micro-batches
+(only a rank's last one can be a dummy), in all what best-fit packing needs, rounded up to the ranks; and equal input
+gives an equal schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.errors import RequestError
+from rlhf_ray.trajectories.schedule import Schedule, Update, make_schedule, work
+
+
+@dataclass(frozen=True)
+class Problem:
+    lengths: list[int]
+    ranks: int
+    max_tokens: int
+    sequences_per_update: int | None
+    order: list[int]
+    unit: int
+
+    def solve(self) -> Schedule:
+        return make_schedule(
+            self.lengths,
+            ranks=self.ranks,
+            max_tokens=self.max_tokens,
+            sequences_per_update=self.sequences_per_update,
+            order=self.order,
+            unit=self.unit,
+        )
+
+    def units(self, sequences: list[int]) -> list[tuple[int, ...]]:
+        return [tuple(sequences[i : i + self.unit]) for i in range(0, len(sequences), self.unit)]
+
+    def chunks(self) -> list[list[int]]:
+        size = self.sequences_per_update or len(self.order) or 1
+        return [self.order[i : i + size] for i in range(0, len(self.order), size)]
+
+    def tokens(self, sequences: tuple[int, ...]) -> int:
+        return sum(self.lengths[i] for i in sequences)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Mostly hard ones: packing is a puzzle when a few sequences fill a micro-batch, or exactly fill it."""
+    chance = random.Random(draw(st.integers(0, 2**32)))
+    unit = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    max_tokens = draw(st.sampled_from([12, 120, 40_000])) * unit
+    if unit == 1 and draw(st.booleans()):
+        pieces = [cut_exactly(max_tokens, chance.randint(2, 4), chance) for _ in range(draw(st.integers(0, 18)))]
+        lengths = list(chain.from_iterable(pieces))
+    else:
+        shortest = draw(st.sampled_from([1, max_tokens // unit // 6, max_tokens // unit // 4]))
+        longest = draw(st.sampled_from([max_tokens // unit // 3, max_tokens // unit // 2, max_tokens // unit]))
+        count = draw(st.integers(0, 8) | st.integers(20, 60)) * unit
+        lengths = [chance.randint(shortest, longest) for _ in range(count)]
+    return Problem(
+        lengths=lengths,
+        ranks=draw(st.sampled_from([1, 2, 2, 3, 8])),
+        max_tokens=max_tokens,
+        sequences_per_update=draw(st.none() | st.integers(1, 40).map(lambda units: units * unit)),
+        order=chance.sample(range(len(lengths)), len(lengths)),
+        unit=unit,
+    )
+
+
+def cut_exactly(tokens: int, pieces: int, chance: random.Random) -> list[int]:
+    cuts = [0, *sorted(chance.sample(range(1, tokens), pieces - 1)), tokens]
+    return [end - start for start, end in pairwise(cuts)]
+
+
+def flat(update: Update) -> list[int]:
+    return [i for rank in update.micro_batches for micro_batch in rank for i in micro_batch]
+
+
+@given(problems())
+def test_nothing_is_lost_and_nothing_comes_twice(problem: Problem) -> None:
+    everything = [i for update in problem.solve().updates for i in flat(update)]
+    assert sorted(everything) == list(range(len(problem.lengths)))
+
+
+@given(problems())
+def test_update_k_holds_the_kth_chunk_of_the_order(problem: Problem) -> None:
+    schedule = problem.solve()
+    assert [sorted(flat(update)) for update in schedule.updates] == [sorted(chunk) for chunk in problem.chunks()]
+    assert schedule.num_updates == len(problem.chunks())
+
+
+@given(problems())
+def test_no_micro_batch_is_over_the_budget(problem: Problem) -> None:
+    for update in problem.solve().updates:
+        for micro_batch in chain.from_iterable(update.micro_batches):
+            assert problem.tokens(micro_batch) <= problem.max_tokens
+
+
+@given(problems())
+def test_every_rank_has_the_same_number_and_only_its_last_is_a_dummy(problem: Problem) -> None:
+    for update in problem.solve().updates:
+        assert len(update.micro_batches) == problem.ranks
+        assert len({len(rank) for rank in update.micro_batches}) == 1
+        assert len(update.micro_batches[0]) >= 1
+        assert all(micro_batch for rank in update.micro_batches for micro_batch in rank[:-1])
+
+
+@given(problems())
+def test_units_stay_together_next_to_each_other_and_in_order(problem: Problem) -> None:
+    for update, chunk in zip(problem.solve().updates, problem.chunks(), strict=True):
+        whole = set(problem.units(chunk))
+        for micro_batch in chain.from_iterable(update.micro_batches):
+            assert set(problem.units(list(micro_batch))) <= whole
+
+
+@given(problems())
+def test_without_units_a_micro_batch_is_ascending(problem: Problem) -> None:
+    if problem.unit == 1:
+        for update in problem.solve().updates:
+            for micro_batch in chain.from_iterable(update.micro_batches):
+                assert list(micro_batch) == sorted(micro_batch)
+
+
+@given(problems())
+def test_equal_input_gives_an_equal_schedule(problem: Problem) -> None:
+    again = Problem(
+        list(problem.lengths),
+        problem.ranks,
+        problem.max_tokens,
+        problem.sequences_per_update,
+        list(problem.order),
+        problem.unit,
+    )
+    assert problem.solve() == again.solve()
+
+
+@given(problems())
+def test_views_of_the_schedule_agree_with_it(problem: Problem) -> None:
+    schedule = problem.solve()
+    assert schedule.sequences == tuple(range(len(problem.lengths)))
+    for update in schedule.updates:
+        assert update.sequences == tuple(sorted(flat(update)))
+    for rank in range(problem.ranks):
+        parts = [update.rank(rank) for update in schedule.updates]
+        assert parts == [update.micro_batches[rank] for update in schedule.updates]
+        assert schedule.rank(rank) == tuple(chain.from_iterable(parts))
+
+
+@given(problems())
+def test_the_order_may_be_left_out(problem: Problem) -> None:
+    straight = Problem(
+        sorted(problem.lengths), problem.ranks, 10**6, problem.sequences_per_update, sorted(problem.order), problem.unit
+    )
+    without = make_schedule(
+        straight.lengths,
+        ranks=straight.ranks,
+        max_tokens=10**6,
+        sequences_per_update=straight.sequences_per_update,
+        unit=straight.unit,
+    )
+    assert without == straight.solve()
+
+
+# How many micro-batches
+
+
+def slow_best_fit(sizes: list[int], budget: int) -> int:
+    bins: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [number for number, used in enumerate(bins) if used + size <= budget]
+        if fitting:
+            bins[max(fitting, key=lambda number: bins[number])] += size
+        else:
+            bins.append(size)
+    return len(bins)
+
+
+def fewest_bins(sizes: list[int], budget: int) -> int:
+    """Exact, by trying every bin for every size."""
+    best = len(sizes)
+
+    def place(position: int, bins: list[int]) -> None:
+        nonlocal best
+        if len(bins) >= best:
+            return
+        if position == len(sizes):
+            best = len(bins)
+            return
+        for number, used in enumerate(bins):
+            if used + sizes[position] <= budget:
+                place(position + 1, [*bins[:number], used + sizes[position], *bins[number + 1 :]])
+        place(position + 1, [*bins, sizes[position]])
+
+    place(0, [])
+    return best
+
+
+@given(problems())
+def test_there_are_as_many_micro_batches_as_best_fit_needs(problem: Problem) -> None:
+    for update, chunk in zip(problem.solve().updates, problem.chunks(), strict=True):
+        bins = slow_best_fit([problem.tokens(unit) for unit in problem.units(chunk)], problem.max_tokens)
+        assert len(update.rank(0)) == math.ceil(bins / problem.ranks)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(30, 60), st.integers(1, 3))
+def test_there_are_hardly_more_micro_batches_than_the_fewest_possible(
+    lengths: list[int], budget: int, ranks: int
+) -> None:
+    fewest = fewest_bins(lengths, budget)
+    per_rank = len(make_schedule(lengths, ranks=ranks, max_tokens=budget).updates[0].rank(0))
+    assert math.ceil(fewest / ranks) <= per_rank <= math.ceil((11 / 9 * fewest + 6 / 9) / ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_only_fits_tightly_is_packed_tightly(ranks: int) -> None:
+    """Spreading work evenly would begin with 6 | 6, then 5 and 4, and has no room for 3."""
+    update = make_schedule([5, 4, 3, 6, 6], ranks=ranks, max_tokens=12).updates[0]
+    assert sorted(chain.from_iterable(update.micro_batches)) == [(0, 1, 2), (3, 4)]
+
+
+# Balance
+
+
+def rank_work(update: Update, lengths: list[int]) -> list[float]:
+    return [sum(work(lengths[i]) for micro_batch in rank for i in micro_batch) for rank in update.micro_batches]
+
+
+def balance(update: Update, lengths: list[int]) -> float:
+    """Work of the busiest rank over what no schedule can go below: the mean, and the longest sequence."""
+    totals = rank_work(update, lengths)
+    return max(totals) / max(sum(totals) / len(totals), max(work(lengths[i]) for i in update.sequences))
+
+
+def test_work_is_tokens_plus_attention_that_grows_with_the_square() -> None:
+    assert work(12_288) == 2 * 12_288
+    assert work(1) == pytest.approx(1, rel=1e-4)
+    assert work(40) - 40 == pytest.approx(4 * (work(20) - 20))
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=80), st.integers(1, 8))
+def test_one_micro_batch_a_rank_is_as_even_as_graham_proves(lengths: list[int], ranks: int) -> None:
+    """Where there is room for everything, longest first to the least loaded keeps Graham's bound (1969)."""
+    update = make_schedule(lengths, ranks=ranks, max_tokens=sum(lengths)).updates[0]
+    totals = rank_work(update, lengths)
+    longest = max(map(work, lengths))
+    assert max(totals) <= sum(totals) / ranks + longest * (1 - 1 / ranks) + 1e-6
+    if len(lengths) <= ranks:
+        assert max(totals) == pytest.approx(longest)
+
+
+@st.composite
+def many_short_sequences(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """At least 24 sequences a rank, none longer than a sixth of the budget."""
+    ranks = draw(st.integers(1, 8))
+    budget = draw(st.sampled_from([60, 600, 4096, 60_000]))
+    shortest = draw(st.sampled_from([1, budget // 60, budget // 12, budget // 8]))
+    seed = draw(st.integers(0, 2**32))
+    count = ranks * draw(st.integers(24, 80))
+    chance = random.Random(seed)
+    return [chance.randint(shortest, budget // 6) for _ in range(count)], ranks, budget
+
+
+@settings(max_examples=150)
+@given(many_short_sequences())
+def test_many_short_sequences_are_balanced_within_a_tenth(problem: tuple[list[int], int, int]) -> None:
+    lengths, ranks, budget = problem
+    for update in make_schedule(lengths, ranks=ranks, max_tokens=budget).updates:
+        assert balance(update, lengths) <= 1.10  # 1.062 was the worst of 30,000 draws
+
+
+@given(problems())
+def test_turns_run_from_heavy_to_light_and_ranks_differ_by_no_more_than_a_turn(problem: Problem) -> None:
+    """A collective waits for the slowest rank of a turn, so even totals are not enough: turns are cut from sorted work.
+
+    When each turn's heaviest goes to the rank with the least so far, totals differ by at most the widest turn.
+    """
+    for update in problem.solve().updates:
+        turns = [
+            [sum(work(problem.lengths[i]) for i in micro_batch) for micro_batch in turn]
+            for turn in zip(*update.micro_batches, strict=True)
+        ]
+        assert all(min(turn) >= max(after) - 1e-6 for turn, after in pairwise(turns))
+        totals = rank_work(update, problem.lengths)
+        assert max(totals) - min(totals) <= max(max(turn) - min(turn) for turn in turns) + 1e-6
+
+
+def test_long_sequences_count_for_their_attention() -> None:
+    """One sequence of 24,576 tokens is the work (73,728) of 30 of 2,048 (71,680), which have 61,440 tokens."""
+    lengths = [24_576] + [2_048] * 30
+    update = make_schedule(lengths, ranks=2, max_tokens=100_000).updates[0]
+    long, short = sorted(update.micro_batches, key=lambda rank: 0 not in rank[0])
+    assert long == ((0,),)
+    assert len(short[0]) == 30
+
+
+# Refusals, speed, imports
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lengths": [3, 50, 4], "max_tokens": 40}, ["sequence 1 has 50 tokens", "max_tokens_per_micro_batch is 40"]),
+        (
+            {"lengths": [30, 1, 20, 30], "unit": 2, "max_tokens": 40},
+            ["sequences 2, 3", "50 tokens", "is 40", "or more"],
+        ),
+        ({"lengths": [3, 0]}, ["sequence 1 has 0 tokens"]),
+        ({"lengths": [3, 2, 4], "unit": 2}, ["number of sequences is 3", "multiple of 2"]),
+        (
+            {"lengths": [3, 2, 4, 4], "unit": 2, "sequences_per_update": 3},
+            ["sequences_per_update is 3", "multiple of 2"],
+        ),
+        ({"lengths": [3], "ranks": 0}, ["ranks is 0"]),
+        ({"lengths": [3], "max_tokens": 0}, ["max_tokens is 0"]),
+        ({"lengths": [3], "unit": 0}, ["unit is 0"]),
+        ({"lengths": [3], "sequences_per_update": 0}, ["sequences_per_update is 0"]),
+        ({"lengths": [3, 3], "order": [0, 2]}, ["order names sequence 2", "2 sequences"]),
+        ({"lengths": [3, 3], "order": [0, -1]}, ["order names sequence -1"]),
+        ({"lengths": [3, 3], "order": [1, 1]}, ["order names sequence 1 twice"]),
+        ({"lengths": [3, 3, 3], "order": [2, 0]}, ["order lacks sequence 1"]),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused_by_name(arguments: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        make_schedule(**{"ranks": 2, "max_tokens": 100, **arguments})  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_nothing_to_schedule_is_no_update(unit: int) -> None:
+    schedule = make_schedule([], ranks=3, max_tokens=5, unit=unit)
+    assert schedule.updates == () and schedule.sequences == () and schedule.rank(2) == ()
+
+
+def test_ranks_without_a_sequence_run_one_dummy() -> None:
+    assert sorted(make_schedule([7], ranks=3, max_tokens=7).updates[0].micro_batches) == [((),), ((),), ((0,),)]
+
+
+@pytest.mark.parametrize("longest", [400, 2048], ids=["short", "up to the budget"])
+def test_twenty_thousand_sequences_on_64_ranks_take_seconds(longest: int) -> None:
+    chance = random.Random(1)
+    lengths = [chance.randint(1, longest) for _ in range(20_000)]
+    start = time.perf_counter()
+    schedule = make_schedule(lengths, ranks=64, max_tokens=2048)
+    assert time.perf_counter() - start < 10  # takes about half a second
+    assert len(schedule.sequences) == 20_000
+    assert balance(schedule.updates[0], lengths) <= 1.01
+
+
+def test_a_fresh_process_needs_no_torch_and_finds_the_same_schedule() -> None:
+    program = (
+        "import sys; import rlhf_ray.trajectories; from rlhf_ray.trajectories.schedule import make_schedule;"
+        "from rlhf_ray.trajectories import make_schedule as the_same; assert the_same is make_schedule;"
+        "assert not {'torch', 'numpy', 'ray'} & set(sys.modules);"
+        "print(make_schedule([i * 37 % 90 + 1 for i in range(200)], ranks=3, max_tokens=100, sequences_per_update=64))"
+    )
+    expected = make_schedule([i * 37 % 90 + 1 for i in range(200)], ranks=3, max_tokens=100, sequences_per_update=64)
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert done.stdout.strip() == repr(expected)
