@@ -247,14 +247,23 @@ def _function_problems(config: PpoConfig) -> Iterator[Problem]:
         yield "reward.function", f"{path} does not exist: name a Python file, as path.py:name"
         return
     try:
-        names = [
-            node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        ]
+        names = list(_names(ast.parse(path.read_text())))
     except SyntaxError as error:
         yield "reward.function", f"{path}:{error.lineno}: not Python: {error.msg}"
         return
     if name not in names:
         yield "reward.function", f"{path} defines no {name!r}; it defines {', '.join(names) or 'nothing'}"
+
+
+def _names(module: ast.Module) -> Iterator[str]:
+    """What importing ``module`` would define, as far as its text says."""
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest

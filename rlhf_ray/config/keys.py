@@ -74,7 +74,8 @@ def _wanted(annotation: Any, bounds: list[Any]) -> str:
         inner, *metadata = get_args(annotation)
         return _wanted(inner, [bound for part in metadata for bound in _bounds(part)])
     if get_origin(annotation) is Literal:
-        return " or ".join(str(value) for value in get_args(annotation))
+        *first, last = map(str, get_args(annotation))
+        return f"{', '.join(first)} or {last}" if first else last
     if get_origin(annotation) is tuple:
         inner_words = _wanted(get_args(annotation)[0], [])
         return f"a list of {len(get_args(annotation))}, each {inner_words}"
@@ -157,8 +158,10 @@ def _slip(section: type[Section], name: str) -> str | None:
     if plain in section.model_fields:
         return plain
     longer = [known for known in section.model_fields if known.startswith(plain + "_")]
-    close = difflib.get_close_matches(plain, section.model_fields, n=1, cutoff=CLOSE)
-    return (longer if len(longer) == 1 else [*close, None])[0]
+    if len(longer) == 1:
+        return longer[0]
+    close = difflib.get_close_matches(plain, section.model_fields, n=3, cutoff=CLOSE)
+    return max(close, key=lambda known: sorted(known) == sorted(plain), default=None)  # swapped letters first
 
 
 def _advice(job: type[Section], section: type[Section], name: str, at: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 SEPARATOR = "."
+PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,6 +100,8 @@ class _Reader:
             raise yaml.MarkedYAMLError(problem="an alias stands inside of what it names", problem_mark=node.start_mark)
         self.open.append(node)
         try:
+            if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
+                raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is refused", problem_mark=node.start_mark)
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, key)
             if isinstance(node, yaml.SequenceNode):

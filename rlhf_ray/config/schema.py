@@ -222,7 +222,7 @@ class RewardConfig(Section):
         """The reward model as a role; none when a function gives the rewards."""
         if self.model is None:
             return None
-        return RoleConfig(
+        return RoleConfig.model_construct(  # its parts are validated
             model=self.model,
             engine=self.engine,
             ranks=self.ranks,

@@ -1,0 +1,195 @@
+"""What values may not be together: each rule fires on its case, names key, value and way out, and on nothing else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from rlhf_ray.config.loading import parse_config
+from rlhf_ray.config.recipes import recipes
+
+LORA = "policy.model.lora={rank: 4}"
+CASES = [
+    # sizes
+    ("ppo", ["batch.sequences_per_update=6"],
+     "batch.sequences_per_update: 6 does not divide the 16 sequences of a step (prompts_per_step 16 x samples_per_prompt 1)"
+     ": the nearest size that does is 4"),
+    ("ppo", ["batch.sequences_per_update=64"],
+     "batch.sequences_per_update: 64 does not divide the 16 sequences of a step (prompts_per_step 16 x samples_per_prompt "
+     "1): the nearest size that does is 16"),
+    ("ppo", ["policy.ranks=9"],
+     "policy.ranks: 9 ranks cannot share 8 (batch.sequences_per_update): lower the one or raise the other"),
+    ("ppo", ["reference.ranks=17"],
+     "reference.ranks: 17 ranks cannot share 16 (batch.prompts_per_step x samples_per_prompt): lower the one or raise"),
+    ("sft", ["policy.ranks=9"], "policy.ranks: 9 ranks cannot share 8 (batch.sequences_per_update)"),
+    ("rm", ["reward.ranks=9"], "reward.ranks: 9 ranks cannot share 8 (batch.pairs_per_update)"),
+    ("ppo", ["rollout.engines=17"],
+     "rollout.engines: 17 engines cannot share 16 prompts (batch.prompts_per_step): lower it"),
+    # lengths
+    ("ppo", ["rollout.max_model_tokens=287"],
+     "rollout.max_model_tokens: 287 is below 288 (data.max_prompt_tokens 256 + rollout.max_new_tokens 32): raise it to "
+     "288"),
+    ("ppo", ["critic.max_tokens_per_micro_batch=287"],
+     "critic.max_tokens_per_micro_batch: a micro-batch of the critic holds 287 tokens, but the longest is 288 "
+     "(data.max_prompt_tokens 256 + rollout.max_new_tokens 32): raise critic.max_tokens_per_micro_batch to 288"),
+    ("ppo", ["reward.max_tokens_per_micro_batch=143"], "raise reward.max_tokens_per_micro_batch to 144"),
+    ("sft", ["data.max_tokens=4097"],
+     "batch.max_tokens_per_micro_batch: a micro-batch of the policy holds 4096 tokens, but the longest is 4097 "
+     "(data.max_tokens 4097): raise batch.max_tokens_per_micro_batch to 4097"),
+    ("rm", ["data.max_tokens=2049"],
+     "the longest is 4098 (the two sides of a pair, data.max_tokens 2049 each): raise batch.max_tokens_per_micro_batch to"),
+    # sampling
+    ("ppo", ["rollout.top_p=0.9"], "rollout.top_p: 0.9 is refused for training"),
+    ("ppo", ["rollout.top_k=50"], "rollout.top_k: 50 is refused for training"),
+    ("ppo", ["rollout.min_p=0.1"], "rollout.min_p: 0.1 is refused for training"),
+    # engines
+    ("ppo", ["policy.engine.optimizer=null"],
+     "policy.engine.optimizer: missing: this job trains the policy; set policy.engine.optimizer.learning_rate"),
+    ("rm", ["reward.engine.optimizer=null"], "reward.engine.optimizer: missing: this job trains the reward"),
+    ("ppo", ["reference.engine.optimizer.learning_rate=1e-3"],
+     "reference.engine.optimizer: this job does not train the reference: remove it, or set it to null"),
+    ("serve", ["reward.engine.optimizer.learning_rate=1e-3"],
+     "reward.engine.optimizer: this job does not train the reward"),
+    ("ppo", ["reference.engine.zero=2"],
+     "reference.engine.zero: stage 2 shards an optimizer, but there is none: set 0 or 3, or add optimizer"),
+    ("ppo", ["policy.engine.offload=optimizer"], "policy.engine.offload: optimizer needs ZeRO: set zero to 1, 2 or 3"),
+    ("ppo", ["policy.engine={zero: 2, offload: all, optimizer: {learning_rate: 1e-3}}"],
+     "policy.engine.offload: all moves parameters, but zero is 2: set zero to 3, or offload to optimizer"),
+    ("ppo", ["reward.engine={zero: 3, offload: optimizer}"], "reward.engine.offload: there is no optimizer to offload"),
+    ("sft", ["policy.engine.optimizer.final_fraction=0.1"],
+     "policy.engine.optimizer.final_fraction: 0.1 has no effect: schedule is constant; set it to cosine"),
+    # models
+    ("sft", ["policy.model.path=org/name"],
+     "policy.model: set exactly one of path (a directory or hub id) and make (a small model made here)"),
+    ("sft", ["policy.model.make=null"], "policy.model: set exactly one of path"),
+    ("sft", ["policy.model.revision=main"], "policy.model.revision: a made model has no revision"),
+    ("sft", ["policy.model.head_init=zero"],
+     "policy.model.head_init: zero, but the policy has no score head: remove it"),
+    ("rm", ["reward.model.head_init=null"],
+     "reward.model.head_init: null, but a made model has no score head: set it to inv_sqrt"),
+    ("sft", ["policy.model.quantization=nf4", LORA],
+     "policy.model.quantization: nf4 computes in half precision, but dtype is fp32: set it to bf16"),
+    ("sft", ["policy.model.quantization=nf4", "policy.model.dtype=bf16"],
+     "policy.model.quantization: nf4 weights do not train: set policy.model.lora.rank, such as 16"),
+    ("sft", ["policy.model.quantization=nf4", "policy.model.dtype=bf16", LORA, "policy.engine.zero=3"],
+     "policy.model.quantization: nf4 weights cannot be sharded: set policy.engine.zero to 0 or 2"),
+    # the exact run
+    ("ppo", ["run.deterministic=true", "critic.model.dtype=bf16"],
+     "critic.model.dtype: bf16, but run.deterministic needs fp32: set one of them"),
+    ("ppo", ["run.deterministic=true", "rollout.dtype=bf16"], "rollout.dtype: bf16, but run.deterministic needs fp32"),
+    ("ppo", ["run.deterministic=true", "policy.resources.threads_per_rank=2"],
+     "policy.resources.threads_per_rank: 2, but run.deterministic needs 1"),
+    ("sft", ["run.deterministic=true", "policy.resources.gpus_per_rank=1"],
+     "policy.resources.gpus_per_rank: 1, but run.deterministic runs on CPU"),
+    # devices
+    ("ppo", ["policy.resources.gpus_per_rank=2"],
+     "policy.resources.gpus_per_rank: 2, but a rank uses one GPU: set it to 1 and raise policy.ranks"),
+    ("ppo", ["rollout.tensor_parallel=4"],
+     "rollout.resources.gpus_per_rank: 0, but rollout.tensor_parallel is 4: an engine takes one GPU each; set the same"),
+    ("ppo", ["rollout.resources.gpus_per_rank=2"],
+     "rollout.resources.gpus_per_rank: 2, but rollout.tensor_parallel is 1"),
+    ("ppo", ["cluster.address=auto", "cluster.num_cpus=4"],
+     "cluster.num_cpus: 4 counts only where Ray is started here: remove it, or address"),
+    # rewards and data
+    ("ppo", ["reward.function=rewards.py:score"],
+     "reward: set exactly one of model (a reward model) and function (a Python function)"),
+    ("ppo", ["reward={}"], "reward: set exactly one of model"),
+    ("ppo", ["reward={function: score}"],
+     "reward.function: 'score' is none of package.module:name, path.py:name, world.gold, world.arithmetic"),
+    ("ppo", ["reward={function: world.gold, normalize: true}"],
+     "reward.normalize: the mean and deviation stand in a reward"),
+    ("ppo", ["reward={function: world.gold}", "data={path: rows.jsonl}"],
+     "reward.function: world.gold scores answers to the generated world's prompts: set data.world to {}"),
+    ("sft", ["data.path=rows.jsonl"],
+     "data: world and path (rows.jsonl) exclude each other: add data.world=null or data.path=null"),
+    ("sft", ["data.world=null"], "data: set one of world (the generated world: {}) and path (a data file)"),
+    ("sft", ["data={path: a.jsonl, evaluation_path: b.jsonl, evaluation_fraction: 0.1}"],
+     "data: evaluation_path and evaluation_fraction exclude each other"),
+    ("sft", ["data.evaluation_fraction=0.1"], "data: the generated world holds out its own rows"),
+    ("sft", ["data.max_rows=10"], "data.max_rows: 10 limits a file, but the rows are made"),
+    ("ppo", ["data.world.prompts=15"],
+     "data.world.prompts: 15 is below batch.prompts_per_step 16: raise it or lower that"),
+    ("ppo", ["data.world.evaluation_prompts=10"],
+     "data.world.evaluation_prompts: 10 is below evaluation.prompts 300: raise it or lower that"),
+    # the algorithm
+    ("ppo", ["algorithm.critic_warmup_steps=3"],
+     "algorithm.critic_warmup_steps: 3, but the run has 3 steps, so the policy would never train"),
+    ("ppo", ["algorithm.kl={coefficient: 0, target: 6.0}"],
+     "algorithm.kl.coefficient: 0 stays 0 under adaptive control (target is set): start it above 0, such as 0.05"),
+    # serving
+    ("serve", ["host=0.0.0.0"], "host: 0.0.0.0 is open to others: set token_file to a file that holds a token"),
+    ("serve", ["max_tokens=10000"],
+     "max_batch_tokens: 8192 does not hold one item of max_tokens 10000: raise it to that"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "overrides", "told"), CASES)
+def test_a_contradiction_is_the_one_problem_and_shows_the_way_out(problems, kind, overrides, told):
+    found = problems(kind, *overrides)
+    assert len(found) == 1, found
+    assert told in found[0]
+
+
+ALLOWED = [
+    ("ppo", ["batch.samples_per_prompt=3", "batch.sequences_per_update=48"]),
+    ("ppo", ["policy.ranks=8", "reference.ranks=16", "rollout.engines=16"]),
+    ("ppo", ["rollout.max_model_tokens=288", "batch.max_tokens_per_micro_batch=288"]),
+    ("ppo", ["reward.max_tokens_per_micro_batch=144"]),
+    ("ppo", ["run.deterministic=true"]),
+    ("ppo", ["reference=null", "run.deterministic=true"]),
+    ("ppo", ["reward={function: world.gold}"]),
+    ("ppo", ["reward={function: rewards.py:score}", "data={path: rows.jsonl}"]),
+    ("ppo", ["rollout.tensor_parallel=4", "rollout.resources.gpus_per_rank=4"]),
+    ("ppo", ["rollout.resources.gpus_per_rank=0.3", "policy.resources.gpus_per_rank=0.3"]),
+    ("ppo", ["policy.engine={zero: 3, offload: all, optimizer: {learning_rate: 1e-3}}", "reward.engine.zero=3"]),
+    ("ppo", ["algorithm.critic_warmup_steps=2", "algorithm.kl.coefficient=0"]),
+    ("sft", ["policy.model.quantization=nf4", "policy.model.dtype=bf16", LORA, "policy.engine.zero=2"]),
+    ("sft", ["data.max_tokens=4096"]),
+    ("rm", ["data.max_tokens=2048"]),
+    ("serve", ["host=0.0.0.0", "token_file=token"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "overrides"), ALLOWED)
+def test_what_is_at_the_edge_but_right_is_accepted(problems, kind, overrides):
+    assert problems(kind, *overrides) == []
+
+
+def test_the_nearest_divisor_divides(problems):
+    for step in (7, 12, 30):
+        for update in range(1, step + 3):
+            found = problems("ppo", f"batch.prompts_per_step={step}", f"batch.sequences_per_update={update}")
+            assert bool(found) == bool(step % update)
+            if found:
+                nearest = int(re.search(r"the nearest size that does is (\d+)", found[0])[1])
+                assert step % nearest == 0
+                assert not any(
+                    step % size == 0 for size in range(1, step) if abs(size - update) < abs(nearest - update)
+                )
+
+
+def test_a_reference_that_is_not_set_is_the_starting_policy(texts):
+    overrides = [
+        "reference=null",
+        LORA,
+        "policy.ranks=2",
+        "policy.max_tokens_per_micro_batch=512",
+    ]
+    config = parse_config(texts["ppo"], overrides)
+    reference = config.reference_role
+    assert (reference.ranks, reference.engine.optimizer, reference.model.lora) == (1, None, None)
+    assert reference.model.make == config.policy.model.make
+    assert reference.max_tokens_per_micro_batch == 512
+    explicit = parse_config(texts["ppo"])
+    assert explicit.reference_role is explicit.reference
+
+
+def test_every_recipe_is_valid():
+    names = set(recipes())
+    assert names >= {
+        "demo-sft", "demo-rm", "demo-ppo", "hh-rm", "hh-ppo", "qwen3-0.6b-1gpu", "llama-3-8b-8gpu", "llama-3-70b-4nodes",
+        "serve",
+    }  # fmt: skip
+    for path in recipes().values():
+        parse_config(path.read_text())
