@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,56 +14,11 @@ import pytest
 from rlhf_ray import storage
 from rlhf_ray.storage import atomic, manifest
 
-STORAGE = (atomic.__file__, manifest.__file__)
-KILLED = 77
+STORAGE = (atomic, manifest)
 OLD = {"weights.bin": b"old" * 50}
 NEW = {"weights.bin": b"new" * 70, "rank-0/state.json": b'{"step": 2}'}
 
-
-def run_until_line(count: int, action: Callable[[], Any], files: tuple[str, ...]) -> bool:
-    """Run ``action`` in a child that dies at the ``count``-th line of code in ``files``; whether it died."""
-    pid = os.fork()
-    if pid == 0:
-        left = count
-
-        def trace(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename not in files:
-                return None
-            if event == "line":
-                left -= 1
-                if left == 0:
-                    os._exit(KILLED)
-            return trace
-
-        sys.settrace(trace)
-        try:
-            action()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, KILLED), f"the action failed at line {count} with exit code {code}"
-    return code == KILLED
-
-
-def crash_everywhere(
-    action: Callable[[], Any], observe: Callable[[], Any], files: tuple[str, ...] = STORAGE
-) -> list[Any]:
-    """What ``observe`` sees after a crash at each line of ``action`` in turn, up to the run that ends by itself."""
-    seen = []
-    for count in range(1, 5000):
-        died = run_until_line(count, action, files)
-        seen.append(observe())
-        if not died:
-            return seen
-    raise AssertionError("the action never ended")
-
-
-@pytest.fixture
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process loses nothing that it wrote, synced or not; the power cut has a test of its own."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+CrashEverywhere = Callable[[Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 
 
 def write_tree(root: Path, files: dict[str, bytes]) -> None:
@@ -93,8 +47,9 @@ def assert_turns_once(seen: list[Any], before: Any, after: Any) -> None:
     assert seen[turn:] == [after] * (len(seen) - turn)
 
 
-@pytest.mark.usefixtures("quick_disk")
-def test_a_crash_while_a_directory_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+def test_a_crash_while_a_directory_is_replaced_leaves_the_old_one_or_the_new_one(
+    tmp_path: Path, crash_everywhere: CrashEverywhere
+) -> None:
     target = tmp_path / "final"
     commit_tree(target, OLD)
 
@@ -106,13 +61,14 @@ def test_a_crash_while_a_directory_is_replaced_leaves_the_old_one_or_the_new_one
         commit_tree(target, OLD)
         return at_once
 
-    seen = crash_everywhere(lambda: commit_tree(target, NEW), observe)
+    seen = crash_everywhere(lambda: commit_tree(target, NEW), observe, STORAGE)
     assert len(seen) > 60
     assert_turns_once(seen, OLD, NEW)
 
 
-@pytest.mark.usefixtures("quick_disk")
-def test_a_crash_while_a_new_directory_is_made_leaves_nothing_or_all_of_it(tmp_path: Path) -> None:
+def test_a_crash_while_a_new_directory_is_made_leaves_nothing_or_all_of_it(
+    tmp_path: Path, crash_everywhere: CrashEverywhere
+) -> None:
     target = tmp_path / "step-000002"
 
     def observe() -> Any:
@@ -123,12 +79,11 @@ def test_a_crash_while_a_new_directory_is_made_leaves_nothing_or_all_of_it(tmp_p
         assert os.listdir(tmp_path) == []
         return at_once
 
-    assert_turns_once(crash_everywhere(lambda: commit_tree(target, NEW, replace=False), observe), None, NEW)
+    assert_turns_once(crash_everywhere(lambda: commit_tree(target, NEW, replace=False), observe, [atomic]), None, NEW)
 
 
-@pytest.mark.usefixtures("quick_disk")
 def test_where_names_cannot_be_swapped_a_sweep_settles_the_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_everywhere: CrashEverywhere
 ) -> None:
     monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
     target = tmp_path / "final"
@@ -144,12 +99,11 @@ def test_where_names_cannot_be_swapped_a_sweep_settles_the_crash(
         commit_tree(target, OLD)
         return settled
 
-    assert_turns_once(crash_everywhere(lambda: commit_tree(target, NEW), observe), OLD, NEW)
+    assert_turns_once(crash_everywhere(lambda: commit_tree(target, NEW), observe, [atomic]), OLD, NEW)
     assert gaps > 0, "the crash between the two renames was never met"
 
 
-@pytest.mark.usefixtures("quick_disk")
-def test_a_crash_while_a_sweep_settles_loses_nothing(tmp_path: Path) -> None:
+def test_a_crash_while_a_sweep_settles_loses_nothing(tmp_path: Path, crash_everywhere: CrashEverywhere) -> None:
     target = tmp_path / "final"
 
     def prepare() -> None:
@@ -166,12 +120,13 @@ def test_a_crash_while_a_sweep_settles_loses_nothing(tmp_path: Path) -> None:
         prepare()
         return settled
 
-    seen = crash_everywhere(lambda: storage.sweep(tmp_path), observe)
+    seen = crash_everywhere(lambda: storage.sweep(tmp_path), observe, STORAGE)
     assert seen == [OLD] * len(seen)
 
 
-@pytest.mark.usefixtures("quick_disk")
-def test_a_crash_while_a_directory_is_removed_never_shows_half_of_it(tmp_path: Path) -> None:
+def test_a_crash_while_a_directory_is_removed_never_shows_half_of_it(
+    tmp_path: Path, crash_everywhere: CrashEverywhere
+) -> None:
     target = tmp_path / "step-000001"
     commit_tree(target, OLD)
 
@@ -181,13 +136,14 @@ def test_a_crash_while_a_directory_is_removed_never_shows_half_of_it(tmp_path: P
         commit_tree(target, OLD)
         return at_once
 
-    lines = (*STORAGE, shutil.__file__)  # the removal itself too, file by file
-    assert_turns_once(crash_everywhere(lambda: storage.remove_directory(target), observe, lines), OLD, None)
+    modules = (*STORAGE, shutil)  # the removal itself too, file by file
+    assert_turns_once(crash_everywhere(lambda: storage.remove_directory(target), observe, modules), OLD, None)
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-@pytest.mark.usefixtures("quick_disk")
-def test_a_crash_while_a_file_is_written_leaves_the_old_content_or_the_new(tmp_path: Path, old: bytes | None) -> None:
+def test_a_crash_while_a_file_is_written_leaves_the_old_content_or_the_new(
+    tmp_path: Path, old: bytes | None, crash_everywhere: CrashEverywhere
+) -> None:
     path = tmp_path / "config.yaml"
 
     def prepare() -> None:
@@ -204,7 +160,7 @@ def test_a_crash_while_a_file_is_written_leaves_the_old_content_or_the_new(tmp_p
         prepare()
         return at_once
 
-    assert_turns_once(crash_everywhere(lambda: storage.write_file(path, b"new"), observe), old, b"new")
+    assert_turns_once(crash_everywhere(lambda: storage.write_file(path, b"new"), observe, STORAGE), old, b"new")
 
 
 def test_all_bytes_are_on_disk_before_the_name_and_the_name_before_the_commit_ends(
