@@ -12,13 +12,14 @@ from rlhf_ray.errors import ConfigError
 
 SUFFIXES = (".yaml", ".yml")
 PACKAGE = Path(__file__).parent.parent
+# In a wheel the first exists; what lies beside the package is then somebody else's.
 DIRECTORIES = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def recipes() -> dict[str, Path]:
     """Every shipped recipe by its name."""
-    files = [file for directory in DIRECTORIES for file in sorted(directory.glob("*.yaml"))]
-    return {file.stem: file for file in reversed(files)}
+    directory = next((directory for directory in DIRECTORIES if directory.is_dir()), PACKAGE)
+    return {file.stem: file for file in sorted(directory.glob("*.yaml"))}
 
 
 def find(source: str | Path) -> Path:

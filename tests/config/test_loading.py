@@ -225,6 +225,18 @@ def test_a_source_that_is_not_there_says_so(tmp_path):
         load_config(tmp_path / "latin.yaml")
 
 
+def test_recipes_are_those_of_the_package_alone_where_it_has_some(tmp_path, monkeypatch):
+    from rlhf_ray.config import recipes
+
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.yaml").write_text("")
+    monkeypatch.setattr(recipes, "DIRECTORIES", (tmp_path / "ours", tmp_path / "theirs"))
+    assert set(recipes.recipes()) == {"ours"}
+    monkeypatch.setattr(recipes, "DIRECTORIES", (tmp_path / "missing", tmp_path / "theirs"))
+    assert set(recipes.recipes()) == {"theirs"}
+
+
 def test_checking_a_recipe_needs_neither_torch_nor_long():
     code = (
         "import sys, time\n"
