@@ -55,3 +55,10 @@ def test_far_margins_neither_overflow_nor_leave_the_last_bin() -> None:
     with np.errstate(all="raise"):
         (only,) = calibration_bins([600.0, -600.0], [0.0, 0.0])
     assert (only.confidence, only.accuracy, only.count) == (1.0, 0.5, 2)
+
+
+def test_bins_are_of_equal_width_from_one_half_to_one() -> None:
+    inside = [0.51, 0.54, 0.56, 0.59, 0.61, 0.94, 0.96]
+    filled = calibration_bins([logit(p) for p in inside], [0.0] * len(inside), bins=10)
+    assert [one.count for one in filled] == [2, 2, 1, 1, 1]
+    assert len(calibration_bins([logit(p) for p in inside], [0.0] * len(inside), bins=1)) == 1
