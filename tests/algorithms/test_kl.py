@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller, kl_k1, kl_k2, kl_k3, sequence_kl, token_kl
@@ -15,6 +15,7 @@ from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller, kl_k1, kl
 LOG_PROBS = st.floats(-12, 0)
 
 
+@settings(deadline=None, max_examples=40)
 @given(log_prob=LOG_PROBS, reference=LOG_PROBS)
 def test_estimators_are_their_definitions(log_prob, reference) -> None:
     p, q = torch.tensor([log_prob], dtype=torch.float64), torch.tensor([reference], dtype=torch.float64)

@@ -22,7 +22,7 @@ def split(rows: list[tuple[float, bool]], poison: float = 7.0) -> tuple[torch.Te
     return x, torch.tensor([kept for _, kept in rows]), [number for number, kept in rows if kept]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(rows=NUMBERS, poison=st.sampled_from(POISONS))
 def test_sum_and_mean_are_those_of_the_tokens_that_count(rows, poison) -> None:
     x, mask, inside = split(rows, poison)
@@ -44,7 +44,7 @@ def test_nan_at_a_token_that_counts_stays() -> None:
     assert whiten(x, mask).isnan().all()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(rows=NUMBERS, poison=st.sampled_from(POISONS), unbiased=st.booleans(), shift_mean=st.booleans())
 def test_whitening_is_the_closed_form(rows, poison, unbiased, shift_mean) -> None:
     x, mask, inside = split(rows, poison)
@@ -68,7 +68,7 @@ def test_whitened_numbers_have_mean_zero_and_deviation_one_far_from_zero() -> No
     assert whitened.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(1, 6), max_size=8), seed=st.integers(0, 1000))
 def test_segment_sum_is_the_sum_of_each_sequence(lengths, seed) -> None:
     values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

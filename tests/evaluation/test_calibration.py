@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.evaluation import CalibrationBin, calibration_bins, calibration_error
@@ -37,6 +37,7 @@ def test_a_model_that_draws_its_labels_from_its_own_margins_is_calibrated() -> N
     assert calibration_error(3 * signed, np.zeros_like(signed)) > 0.05  # over-confident
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     margins=st.lists(st.floats(-800, 800), min_size=1, max_size=30),
     bins=st.integers(1, 20),

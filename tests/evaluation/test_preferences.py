@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import NumericalError, RequestError
@@ -14,6 +14,7 @@ from rlhf_ray.evaluation import accuracy, tie_rate, win_rate
 PAIRS = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=30)
 
 
+@settings(deadline=None, max_examples=40)
 @given(pairs=PAIRS)
 def test_rates_are_counts_over_pairs(pairs) -> None:
     chosen, rejected = zip(*pairs, strict=True)

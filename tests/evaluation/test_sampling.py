@@ -14,6 +14,7 @@ from rlhf_ray.errors import NumericalError, RequestError
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl, pass_at_k
 
 
+@settings(deadline=None, max_examples=40)
 @given(samples=st.integers(1, 9), share=st.floats(0, 1), k=st.integers(1, 9))
 def test_pass_at_k_counts_subsets(samples, share, k) -> None:
     correct, k = round(share * samples), min(k, samples)
@@ -40,7 +41,7 @@ def brute_force(rewards: list[int], gold: list[float], n: int) -> float:
 SAMPLES = st.lists(st.tuples(st.integers(-3, 3), st.floats(-1, 1)), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(prompts=st.lists(SAMPLES, min_size=1, max_size=3), n=st.integers(1, 8))
 def test_best_of_n_counts_subsets(prompts, n) -> None:
     n = min(n, *(len(samples) for samples in prompts))
