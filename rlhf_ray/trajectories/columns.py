@@ -170,7 +170,7 @@ def _exactly(name: str, numbers: Any, dtype: torch.dtype | None) -> Tensor:
 
 def describe(tensor: Tensor) -> str:
     """Say what was given: dtype and shape."""
-    return f"a {_short(tensor.dtype)} tensor of shape {tuple(tensor.shape)}"
+    return f"a tensor of {_short(tensor.dtype)} with shape {tuple(tensor.shape)}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,0 +1,101 @@
+"""A pack holds at least one segment; every segment is a whole sequence whose positions start at 0; packing neither
+changes nor reorders a token.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.trajectories.batch import BatchError, TrajectoryBatch
+from rlhf_ray.trajectories.packing import Packed, pack
+from rlhf_ray.trajectories.schedule import make_schedule
+
+sequences = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=5), min_size=1, max_size=6)
+
+
+def segments(packed: Packed) -> list[list[int]]:
+    cuts = packed.offsets.tolist()
+    return [packed.token_ids.tolist()[cuts[i] : cuts[i + 1]] for i in range(len(cuts) - 1)]
+
+
+@settings(max_examples=50)
+@given(sequences, st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_segments_are_the_chosen_sequences_in_order(token_ids: list[list[int]], indices: list[int]) -> None:
+    indices = [index % len(token_ids) for index in indices]
+    packed = pack(TrajectoryBatch.from_sequences(token_ids), indices)
+    assert segments(packed) == [token_ids[index] for index in indices]
+    assert packed.position_ids.tolist() == [i for index in indices for i in range(len(token_ids[index]))]
+    assert len(packed) == len(indices)
+    assert packed.num_tokens == sum(packed.lengths.tolist()) == sum(len(token_ids[index]) for index in indices)
+    assert packed.parent is None
+
+
+@settings(max_examples=50)
+@given(sequences, st.integers(1, 4))
+def test_a_schedule_packs_every_sequence_once(token_ids: list[list[int]], ranks: int) -> None:
+    batch = TrajectoryBatch.from_sequences(token_ids)
+    schedule = make_schedule(batch.lengths.tolist(), ranks=ranks, max_tokens=7)
+    packs = [(micro_batch, pack(batch, micro_batch)) for rank in range(ranks) for micro_batch in schedule.rank(rank)]
+    assert all(packed.num_tokens <= 7 for _, packed in packs)
+    packed_segments = {i: s for chosen, packed in packs for i, s in zip(chosen, segments(packed), strict=False)}
+    assert packed_segments == dict(enumerate(token_ids))
+
+
+def test_without_indices_the_whole_batch_is_packed_without_a_copy() -> None:
+    batch = TrajectoryBatch.from_sequences([[5, 6], [7]])
+    assert segments(pack(batch)) == [[5, 6], [7]]
+    assert pack(batch).token_ids.data_ptr() == batch["token_ids"].data_ptr()
+
+
+def test_nothing_to_pack_is_the_dummy() -> None:
+    batch = TrajectoryBatch.from_sequences([[5, 6], [7]])
+    for packed in (pack(batch, ()), pack(TrajectoryBatch.from_sequences([])), Packed.dummy()):
+        assert segments(packed) == [[0, 0]]
+        assert packed.position_ids.tolist() == [0, 1]
+        assert {packed.token_ids.dtype, packed.offsets.dtype, packed.position_ids.dtype} == {torch.int64}
+
+
+def test_to_moves_everything() -> None:
+    packed = Packed(torch.tensor([1, 2]), torch.tensor([0, 1, 2]), torch.tensor([0, 1]), torch.tensor([-1, 0]))
+    moved = packed.to("meta")
+    assert moved.parent is not None
+    assert {t.device.type for t in (moved.token_ids, moved.offsets, moved.position_ids, moved.parent)} == {"meta"}
+    assert Packed.dummy("meta").token_ids.device.type == "meta"
+    assert packed.to("cpu").parent is not None
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"token_ids": torch.tensor([1, 2, 3])}, ["position_ids", "(3,)"]),
+        ({"token_ids": torch.tensor([1.0, 2.0])}, ["token_ids", "int64", "float32"]),
+        ({"position_ids": torch.tensor([0])}, ["position_ids", "(2,)", "(1,)"]),
+        ({"offsets": torch.tensor([0, 1, 3])}, ["offsets of a pack end at 3", "2 tokens"]),
+        ({"offsets": torch.tensor([0, 0, 2])}, ["sequence 0 has 0 tokens"]),
+        ({"parent": torch.tensor([-1])}, ["parent", "(2,)"]),
+        ({"parent": torch.tensor([-1, 1])}, ["segment 1", "cannot continue segment 1"]),
+        ({"parent": torch.tensor([1, -1])}, ["segment 0", "cannot continue segment 1"]),
+        ({"parent": torch.tensor([-1, -2])}, ["segment 1", "cannot continue segment -2"]),
+    ],
+)
+def test_a_wrong_pack_is_refused(changed: dict[str, torch.Tensor], words: list[str]) -> None:
+    right = {
+        "token_ids": torch.tensor([1, 2]),
+        "offsets": torch.tensor([0, 1, 2]),
+        "position_ids": torch.tensor([0, 0]),
+        "parent": torch.tensor([-1, 0]),
+    }
+    Packed(**right)
+    with pytest.raises(BatchError) as caught:
+        Packed(**{**right, **changed})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_pack_without_segments_is_refused() -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(BatchError, match=r"at least one segment: use Packed.dummy\(\)"):
+        Packed(nothing, torch.tensor([0]), nothing)
