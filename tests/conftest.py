@@ -3,64 +3,81 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
 
-KILLED = 77
-MANY_LINES = 5000
-
-CrashEverywhere = Callable[[Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
+CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 
 
 @pytest.fixture
-def crash_everywhere(monkeypatch: pytest.MonkeyPatch) -> CrashEverywhere:
-    """Run an action again and again in a child that dies at the first line of some modules, the second, and so on.
+def crash_everywhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> CrashEverywhere:
+    """What a crash of an action at any line leaves behind, seen state by state.
 
-    ``crash_everywhere(action, observe, modules)`` returns what ``observe`` saw after each death, and at last after the
-    run that ended by itself. A killed process loses nothing that it wrote, synced or not: syncing is left out here.
+    ``crash_everywhere(root, action, observe, modules)`` runs ``action`` once and copies the files below ``root`` whenever
+    they have changed before a line of ``modules``: a process killed there leaves exactly these. Then it puts each state
+    back and returns what ``observe`` saw in it, from the first to the one that the whole action left. Syncing is left
+    out: a killed process loses nothing that it wrote.
     """
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    copies = tmp_path_factory.mktemp("states")
 
-    def crash(action: Callable[[], Any], observe: Callable[[], Any], modules: Sequence[ModuleType]) -> list[Any]:
-        files = {str(module.__file__) for module in modules}
-        seen = []
-        for count in range(1, MANY_LINES):
-            died = _run_until_line(count, action, files)
-            seen.append(observe())
-            if not died:
-                return seen
-        raise AssertionError(f"the action has more than {MANY_LINES} lines")
+    def crash(
+        root: Path, action: Callable[[], Any], observe: Callable[[], Any], modules: Sequence[ModuleType]
+    ) -> list[Any]:
+        states: list[Path] = []
+        last: object = None
+
+        def keep_state() -> None:
+            nonlocal last
+            now = _fingerprint(root)
+            if now != last:
+                last = now
+                states.append(copies / str(len(states)))
+                shutil.copytree(root, states[-1], symlinks=True)
+
+        with _before_each_line(modules, keep_state):
+            action()
+        keep_state()
+        return [observe() for state in states if _put_back(state, root)]
 
     return crash
 
 
-def _run_until_line(count: int, action: Callable[[], Any], files: set[str]) -> bool:
-    pid = os.fork()
-    if pid == 0:
-        left = count
+def _fingerprint(root: Path) -> list[tuple[str, int, int, int]]:
+    found = []
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        found.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
-        def trace(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename not in files:
-                return None
-            if event == "line":
-                left -= 1
-                if left == 0:
-                    os._exit(KILLED)
-            return trace
 
-        sys.settrace(trace)
-        try:
-            action()
-        except BaseException:
-            sys.settrace(None)
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, KILLED), f"the action failed at line {count} with exit code {code}"
-    return code == KILLED
+def _put_back(state: Path, root: Path) -> bool:
+    shutil.rmtree(root)
+    shutil.copytree(state, root, symlinks=True)
+    return True
+
+
+@contextmanager
+def _before_each_line(modules: Sequence[ModuleType], call: Callable[[], None]) -> Iterator[None]:
+    files = {str(module.__file__) for module in modules}
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            call()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -66,7 +66,7 @@ class CheckpointStore:
         """
         step = _step_of(pending.target)
         manifest = storage.commit(pending, {**(about or {}), "step": step}, expected)
-        self._retain(step)
+        self.retain(step)
         return Checkpoint(step, pending.target, manifest)
 
     def latest_valid(self) -> Checkpoint | None:
@@ -107,8 +107,11 @@ class CheckpointStore:
                 return aside
         raise StorageError(f"{path} was set aside a thousand times: remove the directories {path.name}{BAD}-*")
 
-    def _retain(self, committed: int) -> None:
-        """Remove what is older than the newest ``keep`` valid ones; ``committed`` was hashed a moment ago."""
+    def retain(self, verified: int) -> None:
+        """Remove what is older than the newest ``keep`` valid ones; ``verified`` was found whole a moment ago.
+
+        Every commit ends with this, and a resume does it where a crash came between the two.
+        """
         steps = self.steps()
         if len(steps) <= self.keep:
             return
@@ -116,7 +119,7 @@ class CheckpointStore:
         for step in reversed(steps):
             if valid == self.keep:
                 storage.remove_directory(self.path_of(step))
-            elif step == committed or self._verified(step) is not None:
+            elif step == verified or self._verified(step) is not None:
                 valid += 1
 
 

@@ -61,6 +61,7 @@ class RunDirectory:
         if content:
             run.release()
             raise RequestError(run._refusal(content))
+        storage.sweep(path)
         storage.write_file(run.config_path, config)
         run._begin_attempt(from_step=0)
         return run
@@ -85,7 +86,10 @@ class RunDirectory:
             if directory.is_dir():
                 storage.sweep(directory)
         checkpoint = run.checkpoints.latest_valid()
-        step = 0 if checkpoint is None else checkpoint.step
+        step = 0
+        if checkpoint is not None:
+            step = checkpoint.step
+            run.checkpoints.retain(step)
         run._void_after(step)
         run._begin_attempt(from_step=step)
         return run, checkpoint
@@ -160,7 +164,8 @@ class RunDirectory:
         for path in self.samples.glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
-        get_logger("runs").info("%s goes on after step %d; %d steps past it are void", self.path, step, voided)
+        if voided:
+            get_logger("runs").info("%s goes on after step %d: %d lines past it are void", self.path, step, voided)
 
     def _samples_of(self, step: int) -> Path:
         return self.samples / f"step-{step:06d}.jsonl"
