@@ -78,4 +78,4 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 def say(text: str) -> None:
     """Show ``text`` as it is."""
-    stderr.print(text, markup=False)
+    stderr.print(text, markup=False, soft_wrap=True)

@@ -27,9 +27,9 @@ PPO_METRICS = (
     "advantages/std",
     "returns/mean",
     "values/mean",
-    "values/explained_variance",
-    "length/actions",
-    "finish/stop_share",
+    "explained_variance",
+    "length/response",
+    "truncated/share",
 )
 
 
@@ -80,9 +80,9 @@ def _metrics(batch: TrajectoryBatch, token_rewards: Tensor, advantages: Tensor, 
         "advantages/std": _variance(advantages, mask).sqrt(),
         "returns/mean": masked_mean(returns, mask),
         "values/mean": masked_mean(batch["values"], mask),
-        "values/explained_variance": _explained_variance(batch["values"], returns, mask),
-        "length/actions": masked_mean(count_actions(mask, offsets).float(), every),
-        "finish/stop_share": masked_mean(stopped, every),
+        "explained_variance": _explained_variance(batch["values"], returns, mask),
+        "length/response": masked_mean(count_actions(mask, offsets).float(), every),
+        "truncated/share": 1.0 - masked_mean(stopped, every),
     }
     return {name: float(value) for name, value in metrics.items()}
 

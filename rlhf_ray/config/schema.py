@@ -64,6 +64,7 @@ __all__ = [
     "ServeConfig",
     "SftConfig",
     "TokenBudget",
+    "TrainingConfig",
     "WorldConfig",
 ]
 
@@ -381,5 +382,6 @@ class ServeConfig(Section):
     max_queue_items: Positive = 4096
 
 
-JobConfig = SftConfig | RewardModelConfig | PpoConfig | ServeConfig
+TrainingConfig = SftConfig | RewardModelConfig | PpoConfig
+JobConfig = TrainingConfig | ServeConfig
 JOBS: dict[str, type[Section]] = {"sft": SftConfig, "rm": RewardModelConfig, "ppo": PpoConfig, "serve": ServeConfig}

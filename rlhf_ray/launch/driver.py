@@ -13,9 +13,16 @@ from pathlib import Path
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
-from rlhf_ray.config.schema import JobConfig, PpoConfig, RewardModelConfig, SftConfig
+from rlhf_ray.config.schema import (
+    JobConfig,
+    PpoConfig,
+    RewardModelConfig,
+    ServeConfig,
+    SftConfig,
+    TrainingConfig,
+)
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RequestError, RlhfRayError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -47,24 +54,31 @@ def exit_code(work: Callable[[], None]) -> int:
 
 def new_run(text: str) -> None:
     """Make the run directory of a config and drive it from the start."""
-    config = parse_config(text)
-    run = RunDirectory.create(run_path(config), dump_config(config), config.checkpoint.keep)
-    drive(config, run, None)
+    config = training_config(parse_config(text))
+    drive(config, new_run_directory(config), None)
 
 
 def resume_run(path: str) -> None:
     """Go on with a run from its last valid checkpoint, or from its start where none was committed."""
-    config = load_config(Path(path) / CONFIG_NAME)
+    config = training_config(load_config(Path(path) / CONFIG_NAME))
     run, checkpoint = RunDirectory.resume(path, config.checkpoint.keep)
     drive(config, run, checkpoint)
 
 
-def run_path(config: JobConfig) -> Path:
-    """Where the run of ``config`` lives."""
-    return Path(config.run.root) / config.run.name
+def training_config(config: JobConfig) -> TrainingConfig:
+    """``config``, if it is a job that trains."""
+    if isinstance(config, ServeConfig):
+        raise RequestError("a config of kind serve is not trained: run it with rlhf-ray serve MODEL")
+    return config
 
 
-def drive(config: JobConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
+def new_run_directory(config: TrainingConfig) -> RunDirectory:
+    """The directory of a new run, ``run.root/run.name``."""
+    path = Path(config.run.root) / config.run.name
+    return RunDirectory.create(path, dump_config(config), config.checkpoint.keep)
+
+
+def drive(config: TrainingConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
     """Run the trainer of ``config`` in this process, from ``checkpoint`` or from the start."""
     stopping.listen()
     if isinstance(config, SftConfig):

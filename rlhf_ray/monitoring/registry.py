@@ -101,6 +101,7 @@ _METRICS = {
     "Reward": [
         ("reward/mean", "score", "Mean score that the step trained on: normalised and clipped, before KL"),
         ("reward/std", "score", "Standard deviation of the scores that the step trained on"),
+        ("reward/after_kl", "score", "Mean over sequences of the sum of token rewards: score and KL penalty together"),
         ("reward/learned", "score", "Mean score of the reward model, as it comes from the model"),
         ("gold/mean", "score", "Mean gold score, 0 to 1: what the reward model was made to predict; never trained on"),
         ("gold/win_rate", "share", "Share of prompts whose answer beats the starting policy's by gold; ties half"),
@@ -125,8 +126,11 @@ _METRICS = {
         ("grad_norm/policy", "", "Norm of the policy's gradient before clipping"),
         ("grad_norm/critic", "", "Norm of the critic's gradient before clipping"),
         ("learning_rate", "", "Learning rate of the last update"),
+        ("learning_rate/policy", "", "Learning rate of the policy's last update"),
+        ("learning_rate/critic", "", "Learning rate of the critic's last update"),
     ],
     "Advantages and critic": [
+        ("advantages/mean", "score", "Mean advantage before whitening"),
         ("advantages/std", "score", "Standard deviation of the advantages before whitening"),
         ("returns/mean", "score", "Mean return"),
         ("values/mean", "score", "Mean value that the critic predicted"),

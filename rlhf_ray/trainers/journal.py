@@ -22,6 +22,7 @@ from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.monitoring.summary import BestOf, Check, Figure, MemoryRecord, Sample, Summary, Table
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
+from rlhf_ray.trainers.self_check import Check as SelfChecked
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 SHOWN = (
@@ -132,9 +133,9 @@ class Journal:
 
     # ------------------------------------------------------------------------------------------------------------- end
 
-    def checks(self, checks: Sequence[Check]) -> None:
+    def checks(self, checks: Sequence[SelfChecked]) -> None:
         """The start-up self-check."""
-        self._summary["checks"] = tuple(checks)
+        self._summary["checks"] = tuple(Check(one.name, one.measured, one.wanted, one.holds) for one in checks)
 
     def closing(self, table: Table, samples: Sequence[Sample], best_of: Sequence[BestOf]) -> None:
         """How the run ended, against how it began."""

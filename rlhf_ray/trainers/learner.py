@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from rlhf_ray.actors.groups import Group, SharedBatch
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import PolicyLoss, ValueLoss
-from rlhf_ray.config.schema import PpoConfig, RoleConfig
+from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, Update, make_schedule
@@ -69,9 +69,7 @@ class Outcome:
 class Learner:
     """The training half of a PPO step."""
 
-    def __init__(
-        self, config: PpoConfig, policy: Group, critic: Group, reference: Group, reference_role: RoleConfig
-    ) -> None:
+    def __init__(self, config: PpoConfig, policy: Group, critic: Group, reference: Group) -> None:
         self.config = config
         self.policy = policy
         self.critic = critic
@@ -84,9 +82,9 @@ class Learner:
         )
         self.value_loss = ValueLoss(clip=algorithm.value_clip)
         self.budgets = {
-            "policy": budget(config.policy, config.batch.max_tokens_per_micro_batch),
-            "critic": budget(config.critic, config.batch.max_tokens_per_micro_batch),
-            "reference": budget(reference_role, config.batch.max_tokens_per_micro_batch) * config.batch.forward_factor,
+            "policy": config.policy.training_tokens(config.batch),
+            "critic": config.critic.training_tokens(config.batch),
+            "reference": config.reference_role.forward_tokens(config.batch),
         }
 
     def schedules(self, trajectories: TrajectoryBatch, step: int) -> Schedules:
@@ -130,7 +128,3 @@ class Learner:
         steps = {role: groups[role].apply(skip) for role in reports}
         outcome.add(reports, {role: one.result() for role, one in steps.items()})
 
-
-def budget(role: RoleConfig, default: int) -> int:
-    """Token budget of a role's micro-batches."""
-    return role.max_tokens_per_micro_batch or default

@@ -21,7 +21,7 @@ from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.learner import Learner
 from rlhf_ray.trainers.ppo_closing import closing
 from rlhf_ray.trainers.ppo_evaluation import Comparison, PpoEvaluation
-from rlhf_ray.trainers.ppo_metrics import sample_rows, step_metrics
+from rlhf_ray.trainers.ppo_metrics import refuse_stale, sample_rows, step_metrics
 from rlhf_ray.trainers.ppo_progress import PpoProgress
 from rlhf_ray.trainers.prompts import PromptStream
 from rlhf_ray.trainers.sampler import Sampler
@@ -78,6 +78,7 @@ class PpoTrainer:
 
         with phase("rollout"):
             trajectories = self.sampler.generate(prompts, progress.step)
+            refuse_stale(trajectories, progress.weight_version, self.config.algorithm.max_staleness)
         batch, schedules, samples = self.experience.gather(
             trajectories, by_id, partial(self.learner.schedules, step=progress.step), phase=phase
         )

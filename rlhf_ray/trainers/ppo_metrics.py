@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rlhf_ray.algorithms.kl import sequence_kl
+from rlhf_ray.errors import StaleWeightsError
 from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt
 from rlhf_ray.trainers.gold import gold_of
 from rlhf_ray.trainers.ppo_progress import PpoProgress
 from rlhf_ray.trainers.self_check import log_prob_difference
-from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 
 def step_metrics(
@@ -24,7 +25,6 @@ def step_metrics(
 ) -> dict[str, float]:
     """Scores, lengths, staleness, the difference between rollout and trainer, and what survives decode and encode."""
     mask, offsets = batch["action_mask"], batch.offsets
-    stop = batch["finish_reason"] == FinishReason.STOP
     kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], mask, offsets, "k3")
     prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
     versions = batch["weight_version"][mask]
@@ -35,15 +35,22 @@ def step_metrics(
         "kl/coefficient": progress.kl.coefficient,
         "reward/learned": float(batch["score"].mean()),
         "length/prompt": prompt_tokens / len(batch),
-        "truncated/share": 1.0 - float(stop.float().mean()),
         "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
-        "rollout/staleness": float(versions.max() - versions.min()),
+        "rollout/staleness": float(progress.weight_version - versions.min()),
         "round_trip/failed_share": failed_round_trips(experience, samples, prompts, batch),
     }
     gold = gold_of(experience.config)
     if gold is not None:
         metrics["gold/mean"] = sum(map(gold, samples)) / len(samples)
     return metrics
+
+
+def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
+    """Raise :class:`StaleWeightsError` where a token was sampled by weights more than ``bound`` versions old."""
+    oldest = int(batch["weight_version"][batch["action_mask"]].min())
+    if version - oldest > bound:
+        raise StaleWeightsError(f"a token was sampled by weight version {oldest}, now is {version}, and "
+                                f"algorithm.max_staleness is {bound}: raise it, or sample again")  # fmt: skip
 
 
 def failed_round_trips(

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup
 from rlhf_ray.actors.rollout_worker import RolloutSetup
-from rlhf_ray.config.schema import PpoConfig, RoleConfig
+from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.data.tokenizers import fingerprint
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models import load_tokenizer
@@ -24,7 +24,7 @@ from rlhf_ray.trainers.datasets import Split, tokenized_prompts
 from rlhf_ray.trainers.experience import Experience, TokenizedPrompt
 from rlhf_ray.trainers.gold import gold_of, world_function
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.learner import Learner, budget
+from rlhf_ray.trainers.learner import Learner
 from rlhf_ray.trainers.ppo import PpoTrainer
 from rlhf_ray.trainers.ppo_evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo_progress import PpoProgress
@@ -67,8 +67,7 @@ def build(
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
     """Start every group and put the trainer together."""
-    reference_role = config.reference_role
-    groups = start_groups(config, session, reference_role)
+    groups = start_groups(config, session)
     commits = Commits(run, config.checkpoint, {"policy": groups.policy, "critic": groups.critic}, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
@@ -77,7 +76,7 @@ def build(
     )
     sampler = Sampler(config, session.fleet(config.rollout, engines))
     rewards, same_tokenizer = reward_source(config, groups.reward, tokenizer)
-    learner = Learner(config, groups.policy, groups.critic, groups.reference, reference_role)
+    learner = Learner(config, groups.policy, groups.critic, groups.reference)
     experience = Experience(
         config,
         policy=groups.policy,
@@ -112,15 +111,15 @@ def build(
     )
 
 
-def start_groups(config: PpoConfig, session: Session, reference_role: RoleConfig) -> Groups:
+def start_groups(config: PpoConfig, session: Session) -> Groups:
     """All model groups; their models load at the same time."""
     updates = config.steps * updates_per_step(config)
     policy = session.policy(config.policy, total_updates=updates, temperature=config.rollout.temperature)
     critic = session.critic(config.critic, total_updates=updates)
-    reference = session.reference(reference_role, temperature=config.rollout.temperature)
+    reference = session.reference(config.reference_role, temperature=config.rollout.temperature)
     reward = None
     if config.reward.role is not None:
-        tokens = budget(config.reward.role, config.batch.max_tokens_per_micro_batch) * config.batch.forward_factor
+        tokens = config.reward.role.forward_tokens(config.batch)
         reward = session.reward(config.reward.role, max_tokens=tokens, max_item_tokens=config.rollout.max_model_tokens)
     return Groups(policy.result(), critic.result(), reference.result(), None if reward is None else reward.result())
 

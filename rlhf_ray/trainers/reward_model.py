@@ -16,20 +16,18 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import PairExample, pair_batch, pair_examples
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.learner import budget
-from rlhf_ray.trainers.session import Session
+from rlhf_ray.trainers.session import Place, Session
 from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, cut, total_updates
 
 
-def train_reward_model(config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
+def train_reward_model(config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None) -> None:
     """Train, evaluate, and write ``final/`` with the normalisation of the held-out scores."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = pair_examples(config.data, tokenizer, config.run.seed)
     loss = BradleyTerry(centering=config.loss.centering)
     task = Task(examples.training, pair_batch, loss, config.batch.pairs_per_update, unit=2)
     updates = total_updates(config.epochs, task)
-    tokens = budget(config.reward, config.batch.max_tokens_per_micro_batch)
-    with Session(config) as session:
+    with Session(config, place=place) as session:
         reward = session.reward(config.reward, total_updates=updates).result()
         commits = Commits(run, config.checkpoint, {"reward": reward}, checkpoint)
         with Journal(run, config) as journal:
@@ -39,8 +37,8 @@ def train_reward_model(config: RewardModelConfig, run: RunDirectory, checkpoint:
                 reward,
                 commits=commits,
                 journal=journal,
-                evaluate=lambda: evaluate(reward, examples.held_out, tokens * config.batch.forward_factor),
-                max_tokens=tokens,
+                evaluate=lambda: evaluate(reward, examples.held_out, config.reward.forward_tokens(config.batch)),
+                max_tokens=config.reward.training_tokens(config.batch),
             )
             figures = trainer.run()
             commits.final({"": (reward, normalization(figures))})

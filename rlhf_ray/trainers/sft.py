@@ -11,19 +11,17 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import DemonstrationExample, demonstration_batch, demonstration_examples
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.learner import budget
-from rlhf_ray.trainers.session import Session
+from rlhf_ray.trainers.session import Place, Session
 from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, cut, total_updates
 
 
-def train_sft(config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
+def train_sft(config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None) -> None:
     """Train, evaluate, and write ``final/``."""
     tokenizer = load_tokenizer(config.policy.model)
     examples = demonstration_examples(config.data, tokenizer, config.run.seed)
     task = Task(examples.training, demonstration_batch, NegativeLogLikelihood(), config.batch.sequences_per_update)
     updates = total_updates(config.epochs, task)
-    tokens = budget(config.policy, config.batch.max_tokens_per_micro_batch)
-    with Session(config) as session:
+    with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).result()
         commits = Commits(run, config.checkpoint, {"policy": policy}, checkpoint)
         with Journal(run, config) as journal:
@@ -33,8 +31,8 @@ def train_sft(config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | Non
                 policy,
                 commits=commits,
                 journal=journal,
-                evaluate=lambda: evaluate(policy, examples.held_out, tokens * config.batch.forward_factor),
-                max_tokens=tokens,
+                evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
+                max_tokens=config.policy.training_tokens(config.batch),
             )
             trainer.run()
             commits.final({"": (policy, {})})

@@ -60,9 +60,9 @@ def test_two_answers_by_hand() -> None:
             "advantages/std": math.sqrt(errors_variance),
             "returns/mean": returns_mean,
             "values/mean": 3.5 / 3,
-            "values/explained_variance": 1 - errors_variance / returns_variance,
-            "length/actions": 1.5,
-            "finish/stop_share": 0.5,
+            "explained_variance": 1 - errors_variance / returns_variance,
+            "length/response": 1.5,
+            "truncated/share": 0.5,
         },
         rel=1e-5,
     )
@@ -149,7 +149,7 @@ def test_a_batch_without_variation_or_without_sequences_has_finite_metrics(ragge
     for batch in (ragged([1, 1], 0, poison=math.nan), ragged([5], 0).select([])):
         prepared, metrics = prepare(batch, whiten_advantages=True)
         assert all(math.isfinite(value) for value in metrics.values())
-        assert metrics["values/explained_variance"] == 0.0
+        assert metrics["explained_variance"] == 0.0
         assert (prepared["advantages"] == 0).all()
 
 
