@@ -96,7 +96,7 @@ def small() -> TrajectoryBatch:
 # Against lists
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(rows_of_batches)
 def test_a_batch_holds_what_went_in(rows: Rows) -> None:
     batch = make_batch(rows)
@@ -109,7 +109,7 @@ def test_a_batch_holds_what_went_in(rows: Rows) -> None:
     assert batch.offsets.dtype == batch.sequence_ids.dtype == batch.position_ids.dtype == torch.int64
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(rows_of_batches, st.lists(st.integers(0, 7), max_size=12), st.sampled_from([list, tuple, torch.tensor]))
 def test_select_is_indexing_a_list(rows: Rows, indices: list[int], kind: Any) -> None:
     indices = [index for index in indices if index < len(rows)]
@@ -120,14 +120,14 @@ def test_select_is_indexing_a_list(rows: Rows, indices: list[int], kind: Any) ->
     }
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(rows_of_batches, st.integers(0, 8), st.integers(0, 8))
 def test_select_of_a_range_is_a_slice(rows: Rows, start: int, stop: int) -> None:
     start, stop = min(start, len(rows)), min(stop, len(rows))
     assert read_rows(make_batch(rows).select(range(start, stop))) == rows[start:stop]
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(rows_of_batches, min_size=1, max_size=4))
 def test_concatenate_is_adding_lists_and_select_undoes_it(parts: list[Rows]) -> None:
     joined = TrajectoryBatch.concatenate([make_batch(rows) for rows in parts])
@@ -138,7 +138,7 @@ def test_concatenate_is_adding_lists_and_select_undoes_it(parts: list[Rows]) -> 
         start += len(rows)
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(rows_of_batches, chances)
 def test_scatter_undoes_any_split_into_parts(rows: Rows, chance: random.Random) -> None:
     batch = make_batch(rows)

@@ -21,7 +21,7 @@ def segments(packed: Packed) -> list[list[int]]:
     return [packed.token_ids.tolist()[cuts[i] : cuts[i + 1]] for i in range(len(cuts) - 1)]
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(sequences, st.lists(st.integers(0, 5), min_size=1, max_size=6))
 def test_segments_are_the_chosen_sequences_in_order(token_ids: list[list[int]], indices: list[int]) -> None:
     indices = [index % len(token_ids) for index in indices]
@@ -33,7 +33,7 @@ def test_segments_are_the_chosen_sequences_in_order(token_ids: list[list[int]], 
     assert packed.parent is None
 
 
-@settings(max_examples=50)
+@settings(max_examples=40, deadline=None)
 @given(sequences, st.integers(1, 4))
 def test_a_schedule_packs_every_sequence_once(token_ids: list[list[int]], ranks: int) -> None:
     batch = TrajectoryBatch.from_sequences(token_ids)

@@ -86,12 +86,14 @@ def flat(update: Update) -> list[int]:
     return [i for rank in update.micro_batches for micro_batch in rank for i in micro_batch]
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_nothing_is_lost_and_nothing_comes_twice(problem: Problem) -> None:
     everything = [i for update in problem.solve().updates for i in flat(update)]
     assert sorted(everything) == list(range(len(problem.lengths)))
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_update_k_holds_the_kth_chunk_of_the_order(problem: Problem) -> None:
     schedule = problem.solve()
@@ -99,6 +101,7 @@ def test_update_k_holds_the_kth_chunk_of_the_order(problem: Problem) -> None:
     assert schedule.num_updates == len(problem.chunks())
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_no_micro_batch_is_over_the_budget(problem: Problem) -> None:
     for update in problem.solve().updates:
@@ -106,6 +109,7 @@ def test_no_micro_batch_is_over_the_budget(problem: Problem) -> None:
             assert problem.tokens(micro_batch) <= problem.max_tokens
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_every_rank_has_the_same_number_and_only_its_last_is_a_dummy(problem: Problem) -> None:
     for update in problem.solve().updates:
@@ -115,6 +119,7 @@ def test_every_rank_has_the_same_number_and_only_its_last_is_a_dummy(problem: Pr
         assert all(micro_batch for rank in update.micro_batches for micro_batch in rank[:-1])
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_units_stay_together_next_to_each_other_and_in_order(problem: Problem) -> None:
     for update, chunk in zip(problem.solve().updates, problem.chunks(), strict=True):
@@ -123,6 +128,7 @@ def test_units_stay_together_next_to_each_other_and_in_order(problem: Problem) -
             assert set(problem.units(list(micro_batch))) <= whole
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_without_units_a_micro_batch_is_ascending(problem: Problem) -> None:
     if problem.unit == 1:
@@ -131,6 +137,7 @@ def test_without_units_a_micro_batch_is_ascending(problem: Problem) -> None:
                 assert list(micro_batch) == sorted(micro_batch)
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_equal_input_gives_an_equal_schedule(problem: Problem) -> None:
     again = Problem(
@@ -144,6 +151,7 @@ def test_equal_input_gives_an_equal_schedule(problem: Problem) -> None:
     assert problem.solve() == again.solve()
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_views_of_the_schedule_agree_with_it(problem: Problem) -> None:
     schedule = problem.solve()
@@ -156,6 +164,7 @@ def test_views_of_the_schedule_agree_with_it(problem: Problem) -> None:
         assert schedule.rank(rank) == tuple(chain.from_iterable(parts))
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_the_order_may_be_left_out(problem: Problem) -> None:
     straight = Problem(
@@ -205,6 +214,7 @@ def fewest_bins(sizes: list[int], budget: int) -> int:
     return best
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_there_are_as_many_micro_batches_as_best_fit_needs(problem: Problem) -> None:
     for update, chunk in zip(problem.solve().updates, problem.chunks(), strict=True):
@@ -212,7 +222,7 @@ def test_there_are_as_many_micro_batches_as_best_fit_needs(problem: Problem) -> 
         assert len(update.rank(0)) == math.ceil(bins / problem.ranks)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(30, 60), st.integers(1, 3))
 def test_there_are_hardly_more_micro_batches_than_the_fewest_possible(
     lengths: list[int], budget: int, ranks: int
@@ -248,6 +258,7 @@ def test_work_is_tokens_plus_attention_that_grows_with_the_square() -> None:
     assert work(40) - 40 == pytest.approx(4 * (work(20) - 20))
 
 
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 40_000), min_size=1, max_size=80), st.integers(1, 8))
 def test_one_micro_batch_a_rank_is_as_even_as_graham_proves(lengths: list[int], ranks: int) -> None:
     """Where there is room for everything, longest first to the least loaded keeps Graham's bound (1969)."""
@@ -271,7 +282,7 @@ def many_short_sequences(draw: st.DrawFn) -> tuple[list[int], int, int]:
     return [chance.randint(shortest, budget // 6) for _ in range(count)], ranks, budget
 
 
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(many_short_sequences())
 def test_many_short_sequences_are_balanced_within_a_tenth(problem: tuple[list[int], int, int]) -> None:
     lengths, ranks, budget = problem
@@ -279,6 +290,7 @@ def test_many_short_sequences_are_balanced_within_a_tenth(problem: tuple[list[in
         assert balance(update, lengths) <= 1.10  # 1.062 was the worst of 30,000 draws
 
 
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_turns_run_from_heavy_to_light_and_ranks_differ_by_no_more_than_a_turn(problem: Problem) -> None:
     """A collective waits for the slowest rank of a turn, so even totals are not enough: turns are cut from sorted work.
