@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 BACKEND = "rlhf_ray"
@@ -57,9 +58,24 @@ class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
     def finish_weight_update(self) -> None:
         """Process what came, into the tensors that the compiled model reads."""
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_heads(self.model)
 
     def shutdown(self) -> None:
         """Nothing to release."""
+
+
+def _repack_tied_heads(model: torch.nn.Module) -> None:
+    """Process layers again whose weight is another layer's.
+
+    A tied head has no weight of its own on disk, so that the layerwise reload of vLLM 0.32 leaves it as it was; on CPU
+    it then goes on with its packed copy of the old embedding.
+    """
+    owners: dict[int, torch.nn.Module] = {}
+    for layer in model.modules():
+        for weight in layer.parameters(recurse=False):
+            tied = owners.setdefault(id(weight), layer) is not layer
+            if tied and isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 class RegisterInWorker:

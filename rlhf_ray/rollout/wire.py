@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ Bucket = Sequence[tuple[str, Array | Tensor]]
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 BUCKET_BYTES = 64 * 2**20
+
+# Arrays from an object store are read-only and weights are only read: torch's warning about it says nothing new.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 
 @dataclass(frozen=True)
