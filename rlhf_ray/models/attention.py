@@ -120,12 +120,12 @@ class _ToRows(torch.autograd.Function):
     """Tokens to the rows of all groups. Padded rows influence nothing, so their gradients are dropped unread."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, groups: Sequence[Group], row_of_token: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, tokens: Tensor, groups: Sequence[Group], row_of_token: Tensor) -> tuple[Tensor, ...]:
         ctx.row_of_token = row_of_token
         return tuple(tokens.index_select(1, group.rows) for group in groups)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return torch.cat(gradients, 1).index_select(1, ctx.row_of_token), None, None
 
 
@@ -133,12 +133,12 @@ class _ToTokens(torch.autograd.Function):
     """Rows of all groups back to tokens; the gradient of a padded row is zero."""
 
     @staticmethod
-    def forward(ctx: Any, groups: Sequence[Group], row_of_token: Tensor, *rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, groups: Sequence[Group], row_of_token: Tensor, *rows: Tensor) -> Tensor:
         ctx.groups = groups
         return torch.cat(rows, 1).index_select(1, row_of_token)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = [gradient.index_select(1, group.rows) for group in ctx.groups]
         kept = [r if group.real is None else r.mul_(group.real) for r, group in zip(rows, ctx.groups, strict=True)]
         return None, None, *kept
@@ -168,7 +168,7 @@ def segment_attention(
             q.view(batch), k.view(batch), v.view(-1, group.longest, v.shape[-1]), segments, scaling, bites, softcap
         )
         outputs.append(out.reshape(query.shape[0], -1, v.shape[-1]))
-    return _ToTokens.apply(groups, inverse, *outputs)  # type: ignore[no-any-return]
+    return _ToTokens.apply(groups, inverse, *outputs)
 
 
 def _group_attention(

@@ -31,7 +31,7 @@ def _varlen(
     if softcap is not None:
         raise ModelLoadError("attention backend varlen cannot cap attention scores (softcap): set attention to sdpa")
     cuts, longest = segments.cu_seq_lens, segments.longest
-    return varlen_attn(  # type: ignore[return-value]
+    return varlen_attn(
         query,
         key,
         value,

@@ -45,7 +45,7 @@ def fresh_head(hidden: int, init: HeadInit, *, initializer_range: float, seed: i
         raise ModelLoadError(f"unknown head_init {init!r}: choose one of {', '.join(HEAD_INITS)}")
     head = ScoreHead(hidden)
     generator = torch.Generator().manual_seed(seed)
-    head.weight.data = torch.randn(1, hidden, generator=generator) * deviation[init]
+    head.weight.data.copy_(torch.randn(1, hidden, generator=generator) * deviation[init])
     return head
 
 
@@ -71,7 +71,7 @@ def read_head(checkpoint: Checkpoint, name: str, hidden: int) -> tuple[ScoreHead
             f"model has {hidden}: the checkpoint is not of one piece"
         )
     head = ScoreHead(hidden)
-    head.weight.data = weight.float()
+    head.weight.data.copy_(weight)
     bias = float(checkpoint.read(f"{name}.bias").float()) if f"{name}.bias" in checkpoint.names else 0.0
     return head, bias
 

@@ -41,7 +41,7 @@ class LogProbHead(nn.Linear):
         head.softcap = softcap
         return head.train(layer.training)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Float[Tensor, "*tokens hidden"],
         targets: Int64[Tensor, "tokens"] | None = None,
@@ -74,14 +74,14 @@ def _logits(
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """``log p(y) = z_y - log sum exp z`` and ``H = log sum exp z - sum p z``, with ``z = cap(h W^T + b) /
+    """``log p(y) = z_y - log sum exp z`` and ``H = - sum p log p``, with ``z = cap(h W^T + b) /
     temperature``.
 
     Backward: ``dz = g (1_y - p) - g_H p (log p + H)``.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -99,14 +99,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 normalisers[part] = normaliser = logits.logsumexp(-1)
                 log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser
                 if with_entropy:
-                    p = (logits - normaliser[:, None]).exp_()
-                    entropies[part] = normaliser - p.mul_(logits).sum(-1)
+                    log_p = logits.sub_(normaliser[:, None])
+                    entropies[part] = -(log_p.exp() * log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         ctx.temperature, ctx.softcap, ctx.with_entropy = temperature, softcap, with_entropy
         return log_probs, entropies if with_entropy else entropies[:0]
 
     @staticmethod
-    def backward(ctx: Any, log_prob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, log_prob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -129,7 +129,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     for_bias += gradient.sum(0)
                 narrow = gradient.to(weight.dtype)
                 if for_hidden is not None:
-                    torch.mm(narrow, weight, out=for_hidden[part])
+                    for_hidden[part] = narrow @ weight
                 if for_weight is not None:
                     for_weight += narrow.t() @ hidden[part].to(weight.dtype)
         return (

@@ -56,13 +56,13 @@ class SequenceRegression(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """The model without its head."""
-        backbone: PreTrainedModel = self.get_submodule(self.backbone_name)  # type: ignore[assignment]
+        backbone: PreTrainedModel = self.get_submodule(self.backbone_name)
         return backbone
 
     @property
     def head(self) -> ScoreHead:
         """The head."""
-        head: ScoreHead = self.get_submodule(self.value_head_prefix)  # type: ignore[assignment]
+        head: ScoreHead = self.get_submodule(self.value_head_prefix)
         return head
 
     @property

@@ -55,8 +55,14 @@ def save_pretrained(
         inner.generation_config.save_pretrained(target)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
-    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    whole = {name: _own(tensor) for name, tensor in weights.items()}
     save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor on CPU that shares its memory with no other: experts are views of one tensor."""
+    whole = tensor.detach().to("cpu").contiguous()
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
 def _config(

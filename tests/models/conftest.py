@@ -1,0 +1,121 @@
+"""Small random models of several families, and a tokenizer, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from rlhf_ray.trajectories.packing import Packed
+
+VOCABULARY = 48
+LENGTHS = (7, 3, 12, 1, 12, 20, 5)
+"""Longer than the sliding window of 5, and shorter; a segment of one token; two of one length."""
+
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=5, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 3}, sliding_window=5, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def causal() -> Callable[..., PreTrainedModel]:
+    """A causal model of a family with transformers' own eager attention: ``causal(family, seed)``."""
+
+    def make(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+        config = FAMILIES[family]()
+        for name, value in changes.items():
+            setattr(config, name, value)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+    return make
+
+
+@pytest.fixture
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def pack_sequences(sequences: list[Tensor]) -> Packed:
+    offsets = torch.tensor([0, *(len(sequence) for sequence in sequences)]).cumsum(0)
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
+    return Packed(torch.cat(sequences), offsets, positions)
+
+
+@pytest.fixture
+def packed(sequences: list[Tensor]) -> Packed:
+    return pack_sequences(sequences)
+
+
+@pytest.fixture
+def repack() -> Callable[[list[Tensor]], Packed]:
+    return pack_sequences
+
+
+@pytest.fixture
+def pad() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Pad sequences on a side with an id; returns ids and attention mask."""
+
+    def padded(sequences: list[Tensor], side: str = "right", pad_id: int = 0) -> tuple[Tensor, Tensor]:
+        length = max(map(len, sequences))
+        ids = torch.full((len(sequences), length), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            part = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
+            ids[row, part], mask[row, part] = sequence, 1
+        return ids, mask
+
+    return padded
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """A word-level tokenizer over ``w3 w4 ...`` with ``<pad> <s> </s>`` at 0, 1, 2."""
+
+    def make(size: int = VOCABULARY, *, pad: bool = True) -> PreTrainedTokenizerFast:
+        words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, size))]
+        inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
+        return PreTrainedTokenizerFast(tokenizer_object=inner, **special, **({"pad_token": "<pad>"} if pad else {}))
+
+    return make
