@@ -274,7 +274,7 @@ def _needs(config: Section, data: DataConfig) -> Needs:
         return [(data.prompt_key, data.answer_key)]
     if isinstance(config, RewardModelConfig):
         return [(data.chosen_key, data.rejected_key)]
-    return [(data.prompt_key,), (data.chosen_key,)]
+    return [(data.prompt_key,), (data.chosen_key, data.rejected_key)]
 
 
 def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
@@ -284,10 +284,8 @@ def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
         path = Path(name)
         if not path.exists():
             yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
-        elif path.is_file():
+        else:
             yield from ((key, text) for text in row_problems(path, _needs(config, data)))
-        elif not any(path.iterdir()):
-            yield key, f"{path}: holds no rows"
 
 
 def _root_problems(config: Section) -> Iterator[Problem]:

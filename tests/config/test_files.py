@@ -150,7 +150,6 @@ LINE = json.dumps(GOOD) + "\n"
         ("rows.jsonl.gz", gzip.compress(LINE.encode())),
         ("rows.json", json.dumps([GOOD])),
         ("rows.csv", "prompt,answer\np,a\n"),
-        ("rows.jsonl", json.dumps({**GOOD, "prompt": [{"role": "user", "content": "p"}]})),
     ],
 )
 def test_good_rows_are_no_problem(here, name, content):
@@ -171,16 +170,17 @@ def test_good_rows_are_no_problem(here, name, content):
         ),
         ("rows.jsonl", LINE + "{oops\n", "data.path: rows.jsonl:2: not JSON: "),
         ("rows.jsonl", LINE + "[1]\n", "rows.jsonl:2: a row is a mapping of keys to values, but this is a list"),
-        ("rows.jsonl", LINE + '{"prompt": 3, "answer": "a"}\n', "rows.jsonl:2: 'prompt' must hold a text or a conv"),
+        ("rows.jsonl", LINE + '{"prompt": 3, "answer": "a"}\n', "rows.jsonl:2: 'prompt' must hold a text, this is of type int"),
+        ("rows.jsonl", '{"prompt": [{"role": "u"}], "answer": "a"}', "rows.jsonl:1: 'prompt' must hold a text, this is a l"),
         ("rows.jsonl", LINE + '{"prompt": "p", "answer": ""}\n', "rows.jsonl:2: 'answer' must hold a text"),
         ("rows.jsonl", '{"x": 1}\n' * 7, "rows.jsonl:1: no 'prompt' and 'answer'; its keys are 'x' (7 of the first 7 rows "),
         ("rows.json", "[{\n]", "data.path: rows.json:2: not JSON: "),
         ("rows.json", '{"prompt": "p"}', "rows.json:1: a .json file is a list of rows"),
-        ("rows.json", '[{"prompt": "p"}]', "rows.json: row 1: no 'prompt' and 'answer'"),
+        ("rows.json", '[{"prompt": "p"}]', "rows.json:1: no 'prompt' and 'answer'"),
         ("rows.csv", "prompt,reply\np,a\n", "rows.csv:2: no 'prompt' and 'answer'"),
         ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read: "),
         ("rows.jsonl.gz", gzip.compress(LINE.encode() * 50)[:-12], "rows.jsonl.gz: cannot be read: "),
-        ("rows.jsonl", b'{"prompt": "\xff"}', "rows.jsonl: cannot be read: "),
+        ("rows.jsonl", b'{"prompt": "\xff"}', "rows.jsonl:1: not UTF-8: "),
         ("rows.parquet", b"PAR1 not", "rows.parquet: not a parquet file: "),
         ("rows.txt", "text", "rows.txt: not a format that is read here: .jsonl, .jsonl.gz, "),
     ],
@@ -210,7 +210,7 @@ def test_a_data_path_that_does_not_exist(here):
     told = "data.path: rows.jsonl does not exist: name a data file, as in data.path=pairs.jsonl.gz"
     assert sft_problems(rows="rows.jsonl") == [told]
     (here / "empty").mkdir()
-    assert sft_problems(rows="empty") == ["data.path: empty: holds no rows"]
+    assert "data.path: empty: not the folder of a saved data set" in sft_problems(rows="empty")[0]
 
 
 def test_each_kind_needs_its_own_keys(here, texts):
@@ -222,7 +222,7 @@ def test_each_kind_needs_its_own_keys(here, texts):
         (here / "rows.jsonl").write_text(row)
         assert (check_files(parse_config(texts["ppo"], ppo)) == []) == fine
     told = check_files(parse_config(texts["ppo"], ppo))
-    assert told == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen'; its keys are 'question'"]
+    assert told == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"]
     assert check_files(parse_config(texts["ppo"], [*ppo, "data.prompt_key=question"])) == []
 
 

@@ -1,0 +1,190 @@
+"""Raw rows of a data file, whatever its format.
+
+Always true: rows come one by one, in the order of the file, each with the place where it begins: ``file:line``, or
+``file: row n`` in tables, which have no lines; whatever is wrong with a file is one :class:`DataError` that begins with
+that place and holds nothing of the rows' texts; reading needs no library that a job's processes load later.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import DataError
+
+PlacedRows = Iterator[tuple[str, Any]]
+"""What stands in each row, not yet known to be a mapping, after the place where it begins."""
+
+BATCH_ROWS = 1000
+BLANKS = " \t\r\n"
+
+
+def raw_rows(path: Path) -> PlacedRows:
+    """Rows of a file, or of the folder of a saved data set; read only as far as they are taken."""
+    try:
+        yield from _saved_rows(path) if path.is_dir() else _reader(path)(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _reader(path: Path) -> Callable[[Path], PlacedRows]:
+    for suffix, reader in READERS.items():
+        if path.name.endswith(suffix):
+            return reader
+    raise DataError(f"{path}: not a format that is read here: {', '.join(READERS)}, or a folder of a saved data set")
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends; decoded one by one, so that a wrong byte is known by its line."""
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
+
+
+def _not_json(place: str, error: ValueError | RecursionError) -> DataError:
+    where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(f"{place}: not JSON: {where}")
+
+
+def _jsonl_rows(path: Path) -> PlacedRows:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(f"{path}:{number}", error) from error
+        yield f"{path}:{number}", row
+
+
+def _json_rows(path: Path) -> PlacedRows:
+    """One list, decoded element by element so that each is known by its line."""
+    text = "".join(_lines(path))
+    decode = json.JSONDecoder().raw_decode
+
+    def skip(position: int) -> int:
+        while position < len(text) and text[position] in BLANKS:
+            position += 1
+        return position
+
+    position = skip(0)
+    if text[position : position + 1] != "[":
+        raise DataError(f"{path}:1: a .json file is a list of rows; for one row a line name it .jsonl")
+    line, counted, mark = 1, 0, ","
+    if text[skip(position + 1) : skip(position + 1) + 1] == "]":
+        position, mark = skip(position + 1), "]"
+    while mark == ",":
+        position = skip(position + 1)
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, position = decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _not_json(f"{path}:{error.lineno}", error) from error
+        except (ValueError, RecursionError) as error:
+            raise _not_json(f"{path}:{line}", error) from error
+        yield f"{path}:{line}", row
+        position = skip(position)
+        mark = text[position : position + 1]
+    if mark != "]" or skip(position + 1) < len(text):
+        line += text.count("\n", counted, position)
+        wanted = "a ',' or ']' after a row" if mark != "]" else "nothing after the list"
+        raise DataError(f"{path}:{line}: not JSON: expected {wanted}")
+
+
+def _csv_rows(path: Path) -> PlacedRows:
+    reader = csv.reader(_lines(path), strict=True)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path}:{line}: two columns have the same name")
+            elif cells and len(cells) != len(header):
+                raise DataError(f"{path}:{line}: {len(cells)} cells, but the header names {len(header)} columns")
+            elif cells:
+                yield f"{path}:{line}", dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not CSV: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def _parquet_rows(path: Path) -> PlacedRows:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            yield from _placed(path, table.iter_batches(batch_size=BATCH_ROWS))
+    except ArrowException as error:
+        raise DataError(f"{path}: not a parquet file: {error}") from error
+
+
+def _arrow_rows(path: Path) -> PlacedRows:
+    """A stream, which the ``datasets`` library writes, or an Arrow file."""
+    from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map
+
+    try:
+        with memory_map(str(path)) as source:
+            try:
+                batches = iter(ipc.open_stream(source))
+            except ArrowInvalid:
+                table = ipc.open_file(source)
+                batches = (table.get_batch(number) for number in range(table.num_record_batches))
+            yield from _placed(path, batches)
+    except ArrowException as error:
+        raise DataError(f"{path}: not an Arrow file: {error}") from error
+
+
+def _placed(path: Path, batches: Iterator[Any]) -> PlacedRows:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _saved_rows(folder: Path) -> PlacedRows:
+    """A data set as ``save_to_disk`` leaves it: ``state.json`` names the files that count, and their order."""
+    state, splits = folder / "state.json", folder / "dataset_dict.json"
+    if splits.is_file():
+        names = ", ".join(str(folder / name) for name in _object(splits)["splits"])
+        raise DataError(f"{folder}: holds several splits, one is expected: name one of {names}")
+    if not state.is_file():
+        files = ", ".join(sorted(file.name for file in folder.iterdir() if file.name.endswith(tuple(READERS))))
+        raise DataError(
+            f"{folder}: not the folder of a saved data set (it has no state.json): "
+            f"name a data file{f', such as {files}' if files else ', this folder has none'}"
+        )
+    for part in _object(state)["_data_files"]:
+        yield from _arrow_rows(folder / part["filename"])
+
+
+def _object(path: Path) -> Any:
+    try:
+        return json.loads("".join(_lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise _not_json(str(path), error) from error
+
+
+READERS: dict[str, Callable[[Path], PlacedRows]] = {
+    ".jsonl": _jsonl_rows,
+    ".jsonl.gz": _jsonl_rows,
+    ".json": _json_rows,
+    ".json.gz": _json_rows,
+    ".csv": _csv_rows,
+    ".csv.gz": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}

@@ -1,0 +1,29 @@
+"""Rows to train on: read from files or generated, tokenized, and the order in which they are used.
+
+Always true: nothing here knows a model, an engine or a cluster, and a row that is wrong is told by file and line.
+"""
+
+from __future__ import annotations
+
+from rlhf_ray.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Demonstration": ".demonstrations",
+        "PreferencePair": ".preferences",
+        "Prompt": ".prompts",
+        "Row": ".rows",
+        "ShuffledOrder": ".order",
+        "World": ".world",
+        "encode_demonstration": ".encode",
+        "encode_pair": ".encode",
+        "encode_prompt": ".encode",
+        "fingerprint": ".tokenizers",
+        "make_tokenizer": ".tokenizers",
+        "read_demonstrations": ".demonstrations",
+        "read_preferences": ".preferences",
+        "read_prompts": ".prompts",
+        "read_rows": ".rows",
+    },
+)
