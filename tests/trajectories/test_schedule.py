@@ -233,10 +233,20 @@ def test_there_are_hardly_more_micro_batches_than_the_fewest_possible(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_only_fits_tightly_is_packed_tightly(ranks: int) -> None:
-    """Spreading work evenly would begin with 6 | 6, then 5 and 4, and has no room for 3."""
-    update = make_schedule([5, 4, 3, 6, 6], ranks=ranks, max_tokens=12).updates[0]
-    assert sorted(chain.from_iterable(update.micro_batches)) == [(0, 1, 2), (3, 4)]
+@pytest.mark.parametrize(
+    ("lengths", "budget", "micro_batches"),
+    [
+        # Spreading work evenly would begin with 6 | 6, then 5 and 4, and has no room for 3.
+        ([5, 4, 3, 6, 6], 12, [(0, 1, 2), (3, 4)]),
+        # 3 must go to 7, the fuller one: beside 6 it would leave no room for the last 2.
+        ([7, 6, 3, 2, 2], 10, [(0, 2), (1, 3, 4)]),
+    ],
+)
+def test_what_only_fits_tightly_is_packed_tightly(
+    lengths: list[int], budget: int, micro_batches: list[tuple[int, ...]], ranks: int
+) -> None:
+    update = make_schedule(lengths, ranks=ranks, max_tokens=budget).updates[0]
+    assert sorted(chain.from_iterable(update.micro_batches)) == micro_batches
 
 
 # Balance
