@@ -78,10 +78,7 @@ def frontier_chart(runs: Sequence[Run], best_of: Sequence[BestOf]) -> Chart | No
 
 def metric_charts(runs: Sequence[Run]) -> list[Chart]:
     """A chart of every other metric that changed, in the order of the registry."""
-    names = logged(runs)
-    shown = {name for name in names if _is_curve(name) and not _is_constant(runs, name)}
-    if reward_chart(runs) is not None:
-        shown -= {"gold/mean", "reward/learned"}
+    shown = {name for name in _others(runs) if not _is_constant(runs, name)}
     charts = []
     for metric in _in_order(shown):
         if metric.name in shown:
@@ -93,12 +90,18 @@ def metric_charts(runs: Sequence[Run]) -> list[Chart]:
 
 def constants(runs: Sequence[Run]) -> dict[str, str]:
     """Metrics that stayed the same through all lines of all runs, and what they stayed at."""
-    names = {name for name in logged(runs) if _is_curve(name) and _is_constant(runs, name)}
+    names = {name for name in _others(runs) if _is_constant(runs, name)}
     return {metric.name: number(_values(runs, metric.name)[0]) for metric in _in_order(names)}
 
 
 def _is_curve(name: str) -> bool:
     return name not in NO_CURVE and not name.startswith(TIMES) and name in REGISTRY
+
+
+def _others(runs: Sequence[Run]) -> set[str]:
+    """What the runs logged, without what :func:`reward_chart` shows already."""
+    above = {"gold/mean", "reward/learned"} if reward_chart(runs) is not None else set()
+    return {name for name in logged(runs) if _is_curve(name)} - above
 
 
 def _is_constant(runs: Sequence[Run], name: str) -> bool:

@@ -185,6 +185,7 @@ _TOGETHER = {
     "Length": ("length/response", "length/prompt"),
     "Scores of the two sides": ("reward/chosen", "reward/rejected"),
     "Norm of the gradient": ("grad_norm/policy", "grad_norm/critic"),
+    "Learning rate of the last update": ("learning_rate/policy", "learning_rate/critic"),
     "Share of clipped tokens": ("clip_fraction", "clip_fraction/value"),
     "Returns and values": ("returns/mean", "values/mean"),
     "Score that the step trained on": ("reward/mean", "reward/std"),

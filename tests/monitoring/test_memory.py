@@ -1,0 +1,76 @@
+"""Memory of a tree of processes: all of it, nothing of others, shared pages once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from multiprocessing.shared_memory import SharedMemory
+
+import pytest
+
+from rlhf_ray.monitoring import MemorySampler, memory_use
+from rlhf_ray.monitoring.memory import MemoryUse, descendants
+
+CHILD = """
+import subprocess, sys
+depth = int(sys.argv[1])
+held = bytearray(b"x") * 50_000_000
+if depth:
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[2], str(depth - 1), sys.argv[2]], stdin=subprocess.PIPE)
+print("ready", flush=True)
+sys.stdin.read()
+if depth:
+    child.stdin.close(); child.wait()
+"""
+
+
+def test_memory_counts_the_whole_tree_and_nothing_else() -> None:
+    command = [sys.executable, "-c", CHILD, "1", CHILD]
+    root = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([*command[:3], "0", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        for process, lines in ((root, 2), (other, 1)):
+            assert process.stdout is not None
+            for _ in range(lines):
+                assert process.stdout.readline() == b"ready\n"
+        use = memory_use([root.pid])
+        assert use.processes == 2
+        assert use.pss_gb == pytest.approx(0.1, abs=0.03), "twice 50 MB and two interpreters"
+        both = memory_use([root.pid, other.pid, root.pid])
+        assert both.processes == 3
+        assert both.pss_gb - use.pss_gb == pytest.approx(0.05, abs=0.02)
+        assert {root.pid, other.pid} < set(descendants([os.getpid()]))
+    finally:
+        for process in (root, other):
+            process.communicate(timeout=30)
+    assert memory_use([root.pid]) == MemoryUse(), "a process that has ended holds nothing"
+
+
+def test_shared_memory_counts_once_however_many_hold_it_open() -> None:
+    before = memory_use([os.getpid()])
+    shared = SharedMemory(create=True, size=30_000_000)
+    try:
+        shared.buf[:] = bytes(30_000_000)
+        again = SharedMemory(shared.name)
+        after = memory_use([os.getpid()])
+        again.close()
+        assert after.object_store_gb - before.object_store_gb == pytest.approx(0.03, rel=0.01)
+    finally:
+        shared.close()
+        shared.unlink()
+
+
+def test_the_sampler_sees_a_peak_that_has_passed() -> None:
+    with MemorySampler(interval_s=0.02) as sampler:
+        start = sampler.latest.total_gb
+        held = bytearray(b"x") * 80_000_000
+        time.sleep(0.3)
+        del held
+        time.sleep(0.2)
+    peak = sampler.stop()
+    assert peak.total_gb - start == pytest.approx(0.08, abs=0.02)
+    assert sampler.latest.total_gb < peak.total_gb - 0.05
+    assert len(sampler.history) > 5
+    assert [seconds for seconds, _ in sampler.history] == sorted(seconds for seconds, _ in sampler.history)

@@ -1,0 +1,100 @@
+"""What a run logs stands at Ray's metrics agent under the names that the dashboard asks for."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from rlhf_ray import environment
+from rlhf_ray.monitoring.dashboards import RAY_PREFIX, expression
+from rlhf_ray.monitoring.registry import PHASES, REGISTRY
+
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[str]:
+    """Address of the metrics agent of a Ray node that lives as long as this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for name, value in {**environment.for_process(), "RAY_metrics_report_interval_ms": "500"}.items():
+            patch.setenv(name, value)
+        import ray
+
+        ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+        try:
+            node = ray.nodes()[0]
+            yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        finally:
+            ray.shutdown()
+
+
+def series(agent: str, name: str, label: str) -> dict[str, float]:
+    """The series ``name`` at the agent now, by one of their labels."""
+    with urllib.request.urlopen(agent, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        match = re.match(rf'{name}{{(?=[^}}]*run="demo")[^}}]*\b{label}="(.*?)".*}} (.+)', line)
+        if match:
+            found[match[1]] = float(match[2])
+    return found
+
+
+def assert_reaches(agent: str, name: str, label: str, expected: dict[str, float]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while (seen := series(agent, name, label)) != expected:
+        assert time.monotonic() < deadline, f"{name} at Ray's metrics agent is {seen}, not {expected}"
+        time.sleep(0.1)
+
+
+def asked_for(name: str) -> str:
+    """The series that the dashboard asks Prometheus for."""
+    found = re.search(rf"{RAY_PREFIX}rlhf_\w+", expression(REGISTRY[name]))
+    assert found is not None
+    return found.group()
+
+
+def test_gauges_counters_and_the_phase_stand_at_the_agent(agent: str) -> None:
+    from rlhf_ray.monitoring.ray_export import PhaseGauge, RayExporter
+
+    phase = PhaseGauge("demo")
+    driver, critic = RayExporter("demo"), RayExporter("demo", role="critic", rank=1)
+    driver.log(1, {"reward/mean": 0.25, "updates/skipped": 0.0, "evaluation/gold_mean": 0.5})
+    driver.log(2, {"reward/mean": 0.75, "updates/skipped": 2.0})
+    driver.log(3, {"updates/skipped": 3.0})
+    critic.log(2, {"reward/mean": -1.0, "updates/skipped": 1.0})
+    phase.enter("rollout")
+    phase.enter("update")
+
+    assert_reaches(agent, asked_for("reward/mean"), "role", {"driver": 0.75, "critic": -1.0})
+    assert_reaches(agent, asked_for("reward/mean"), "rank", {"0": 0.75, "1": -1.0})
+    assert_reaches(agent, asked_for("updates/skipped"), "role", {"driver": 5.0, "critic": 1.0})
+    assert_reaches(agent, "ray_rlhf_evaluation_gold_mean", "role", {"driver": 0.5})
+    assert_reaches(agent, "ray_rlhf_phase", "phase", {name: float(name == "update") for name in PHASES})
+
+
+def test_a_phase_that_nobody_knows_is_refused(agent: str) -> None:
+    from rlhf_ray.monitoring.ray_export import PhaseGauge
+
+    with pytest.raises(ValueError, match="phase sleeping is none of start, rollout"):
+        PhaseGauge("demo").enter("sleeping")
+
+
+def test_the_object_store_of_ray_counts_once_for_all_processes_that_map_it(agent: str) -> None:
+    import numpy
+    import ray
+
+    from rlhf_ray.monitoring.memory import memory_use
+
+    before = memory_use([os.getpid()])
+    kept = ray.put(numpy.ones(2_500_000))
+    after = memory_use([os.getpid()])
+    assert after.object_store_gb - before.object_store_gb == pytest.approx(0.02, rel=0.05)
+    assert after.processes >= 4, "driver, raylet, control service and agent"
+    assert ray.get(kept, timeout=10).sum() == 2_500_000
