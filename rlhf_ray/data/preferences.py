@@ -1,93 +1,90 @@
-"""Preference pairs: two answers to one prompt, of which people preferred the first.
+"""Preference pairs: two answers to one prompt, the better one first.
 
-Always true: prompt and answer joined are the text of the row, whether the row named its prompt or the prompt was found as
-what both sides begin with; both sides of a pair have the same kind (text or messages).
+Always true: one pair a row, in the order of the file; where a row does not say its prompt, the prompt and each answer joined
+are its two texts; either all pairs of a file have a margin, a finite number, or none has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import commonprefix
+from pathlib import Path
 
-from rlhf_ray.config.schema import DataConfig
-from rlhf_ray.data.conversations import Content, read_content
-from rlhf_ray.data.rows import Row, read_rows
-from rlhf_ray.data.split import Split, split_rows
+from rlhf_ray.data.rows import Row, is_in_all, read_rows
 
-ASSISTANT_TURN = "\n\nAssistant:"
-"""Where an answer begins in dialogues in the format of Anthropic's hh-rlhf."""
+ANSWER_BEGINS = "\n\nAssistant:"
+"""What stands before each answer in a dialogue of the HH data."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; ``margin`` says by how much the chosen one is better, where people said so."""
+    """A prompt, the better and the worse answer."""
 
-    prompt: Content
-    chosen: Content
-    rejected: Content
+    prompt: str
+    chosen: str
+    rejected: str
     margin: float | None = None
     source: str = ""
 
 
-def load_preferences(config: DataConfig, seed: int = 0) -> Split[PreferencePair]:
-    """The pairs that a config names, and those held out."""
-    if config.world is not None:
-        from rlhf_ray.data.world import World
+def read_preferences(
+    path: str | Path, prompt_key: str = "prompt", chosen_key: str = "chosen", rejected_key: str = "rejected"
+) -> list[PreferencePair]:
+    """Every pair of a data file; where its rows have no ``prompt_key``, the prompt is what both texts begin with.
 
-        world = World(config.world.seed)
-        train = world.preferences(config.world.pairs)[: config.max_rows]
-        return Split(train, world.preferences(config.world.evaluation_pairs, "evaluation", flipped=0.0))
-    return split_rows(config, lambda path: read_preferences(path, config), lambda pair: pair.prompt, seed)
-
-
-def read_preferences(path: str, config: DataConfig) -> list[PreferencePair]:
-    """The pairs of one file."""
-    rows = read_rows(path, (config.chosen_key, config.rejected_key), config.max_rows)
-    return [read_pair(row, config.prompt_key, config.chosen_key, config.rejected_key) for row in rows]
-
-
-def read_pair(row: Row, prompt_key: str, chosen_key: str, rejected_key: str) -> PreferencePair:
-    """The pair in one row, in any of the four layouts: with or without a prompt, text or messages."""
-    chosen, rejected = read_content(row, chosen_key), read_content(row, rejected_key)
-    if prompt_key in row:
-        prompt = read_content(row, prompt_key)
-    else:
-        prompt, chosen, rejected = _split(row, chosen, rejected)
-    if len({isinstance(content, str) for content in (prompt, chosen, rejected)}) != 1:
-        raise row.error("prompt and answers are partly text and partly messages: write all of them in one way")
-    source = row["source"] if "source" in row else ""
-    return PreferencePair(prompt, chosen, rejected, _margin(row), str(source))
-
-
-def _margin(row: Row) -> float | None:
-    if "margin" not in row:
-        return None
-    try:
-        return float(row["margin"])
-    except (TypeError, ValueError):
-        raise row.error(f"'margin' is {row['margin']!r}: a number was expected") from None
-
-
-def _split(row: Row, chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return split_texts(chosen, rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise row.error("one side is text and the other messages: write both in one way")
-    shared = len(commonprefix([chosen, rejected]))
-    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Prompt and both answers of two dialogues that begin alike.
-
-    The prompt ends with the last turn mark that both share, or, in texts without turns, before the last space that both
-    share, so that no word is cut.
+    Columns ``margin`` and ``source`` are read where they are there.
     """
-    shared = commonprefix([chosen, rejected])
-    turn = shared.rfind(ASSISTANT_TURN)
-    if turn >= 0:
-        end = turn + len(ASSISTANT_TURN)
-    else:
-        end = max(shared.rfind(" "), shared.rfind("\n"), 0)
-    return chosen[:end], chosen[end:], rejected[end:]
+    rows = read_rows(path, [(chosen_key, rejected_key)])
+    explicit = is_in_all(rows, prompt_key)
+    is_in_all(rows, "margin")
+    pairs = []
+    for row in rows:
+        chosen, rejected = row.text(chosen_key), row.text(rejected_key)
+        if explicit:
+            prompt = row.text(prompt_key)
+        else:
+            prompt = implicit_prompt(row, chosen_key, rejected_key)
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        source = row.short_text("source") or ""
+        pairs.append(PreferencePair(prompt, chosen, rejected, row.number("margin"), source))
+    return pairs
+
+
+def implicit_prompt(row: Row, chosen_key: str, rejected_key: str) -> str:
+    """The prompt of a row whose two texts hold it; an error where they have nothing in common."""
+    prompt = shared_prompt(row.text(chosen_key), row.text(rejected_key))
+    if not prompt:
+        keys = ", ".join(map(repr, row.values))
+        raise row.error(
+            f"{chosen_key!r} and {rejected_key!r} begin differently, so they do not hold the prompt: set data.prompt_key "
+            f"to the key that does; its keys are {keys}"
+        )
+    return prompt
+
+
+def shared_prompt(chosen: str, rejected: str) -> str:
+    """What both texts begin with, up to where an answer begins in a dialogue, else to the end of a word."""
+    end = _shared_length(chosen, rejected)
+    dialogue = chosen.rfind(ANSWER_BEGINS, 0, end)
+    if dialogue >= 0:
+        return chosen[: dialogue + len(ANSWER_BEGINS)]
+    while _cuts_a_word(chosen, end) or _cuts_a_word(rejected, end):
+        end -= 1
+    return chosen[:end]
+
+
+def _shared_length(one: str, other: str) -> int:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _cuts_a_word(text: str, end: int) -> bool:
+    """Whether ``end`` lies inside a word of ``text``; the space before a word belongs to it, as in most tokenizers."""
+    if end in (0, len(text)) or text[end].isspace():
+        return False
+    return text[end - 1] in " \t" or (text[end - 1].isalnum() and text[end].isalnum())

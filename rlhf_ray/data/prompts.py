@@ -1,64 +1,53 @@
-"""Prompts: what a policy answers in reinforcement learning.
+"""Prompts to sample answers to, with the labels that a reward function may compare answers with.
 
-Always true: the numbers of all prompts of a job, those held out included, are 0, 1, 2 and so on in the order of the data,
-so that a number names one prompt for the whole run.
+Always true: one prompt a row, numbered from 0 in the order of the file, none empty.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from rlhf_ray.config.schema import DataConfig
-from rlhf_ray.data.conversations import Content, read_content
-from rlhf_ray.data.preferences import read_pair
-from rlhf_ray.data.rows import Row, read_rows
-from rlhf_ray.data.split import Split, split_rows
+from rlhf_ray.data.preferences import ANSWER_BEGINS, implicit_prompt
+from rlhf_ray.data.rows import Row, is_in_all, read_rows
+
+LABEL_KEYS = ("label", "answer")
+"""Columns of labels; the first that is there counts."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; ``label`` is what a reward function may check the answer against."""
+    """A prompt, and what a good answer to it is judged by."""
 
     prompt_id: int
-    text: Content
+    text: str
     label: str | None = None
     source: str = ""
 
 
-def load_prompts(config: DataConfig, seed: int = 0) -> Split[Prompt]:
-    """The prompts that a config names, and those held out; numbered through."""
-    if config.world is not None:
-        from rlhf_ray.data.world import World
-
-        world = World(config.world.seed)
-        train = world.prompts("ppo", config.world.prompts)[: config.max_rows]
-        split = Split(train, world.prompts("evaluation", config.world.evaluation_prompts))
-    else:
-        split = split_rows(config, lambda path: read_prompts(path, config), lambda prompt: prompt.text, seed)
-    return _numbered(split)
-
-
-def _numbered(split: Split[Prompt]) -> Split[Prompt]:
-    train = [replace(prompt, prompt_id=number) for number, prompt in enumerate(split.train)]
-    held_out = [replace(prompt, prompt_id=number) for number, prompt in enumerate(split.evaluation, len(train))]
-    return Split(train, held_out)
+def read_prompts(
+    path: str | Path, prompt_key: str = "prompt", *, chosen_key: str = "chosen", rejected_key: str = "rejected"
+) -> list[Prompt]:
+    """Every prompt of a data file: under ``prompt_key``, or where there is none what both sides of a pair begin with."""
+    rows = read_rows(path, [(prompt_key,), (chosen_key, rejected_key)])
+    explicit = is_in_all(rows, prompt_key)
+    return [
+        Prompt(
+            number,
+            row.text(prompt_key) if explicit else _prompt_of_pair(row, chosen_key, rejected_key),
+            _label(row, prompt_key),
+            row.short_text("source") or "",
+        )
+        for number, row in enumerate(rows)
+    ]
 
 
-def read_prompts(path: str, config: DataConfig) -> list[Prompt]:
-    """The prompts of one file; a file of preference pairs gives theirs."""
-    return [read_prompt(row, number, config) for number, row in enumerate(read_rows(path, limit=config.max_rows))]
+def _prompt_of_pair(row: Row, chosen_key: str, rejected_key: str) -> str:
+    prompt = implicit_prompt(row, chosen_key, rejected_key)
+    if ANSWER_BEGINS not in prompt and ANSWER_BEGINS in row.text(chosen_key):
+        raise row.error("its two dialogues part before the first answer, so they have no prompt: leave the row out")
+    return prompt
 
 
-def read_prompt(row: Row, number: int, config: DataConfig) -> Prompt:
-    """The prompt in one row: under its key, or what both sides of a preference pair begin with."""
-    source = str(row["source"]) if "source" in row else ""
-    if config.prompt_key in row:
-        label = str(row[config.answer_key]) if config.answer_key in row else None
-        return Prompt(number, read_content(row, config.prompt_key), label, source)
-    if config.chosen_key in row and config.rejected_key in row:
-        pair = read_pair(row, config.prompt_key, config.chosen_key, config.rejected_key)
-        return Prompt(number, pair.prompt, None, source)
-    raise row.error(
-        f"no {config.prompt_key!r} in this row (it has {', '.join(map(repr, row.values))}), and no pair "
-        f"{config.chosen_key!r}, {config.rejected_key!r} to take a prompt from: set data.prompt_key"
-    )
+def _label(row: Row, prompt_key: str) -> str | None:
+    return next((row.short_text(key) for key in LABEL_KEYS if key != prompt_key and key in row), None)
