@@ -1,0 +1,229 @@
+"""One DeepSpeed engine around one model: accumulate, vote, apply.
+
+Always true: the gradient of an update does not depend on how its batch was split into ranks and micro-batches; a skipped
+update leaves weights, optimizer and schedule as they were on every rank, and the next update is as if the skipped one had
+never been; nothing here knows which algorithm runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_ray.algorithms.losses import LossOutput
+from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.engine import shards
+from rlhf_ray.engine.distributed import agree, extremes, require_process_group
+from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
+from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
+from rlhf_ray.engine.report import Applied, Report, Totals
+from rlhf_ray.engine.schedules import check_schedule, learning_rate
+from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
+from rlhf_ray.engine.weights import DiskWeights, gathered_groups
+from rlhf_ray.errors import RequestError, RlhfRayError
+from rlhf_ray.models.regression import SequenceRegression
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MicroBatch = TypeVar("MicroBatch")
+Result = TypeVar("Result")
+
+
+class Program(nn.Module):
+    """Runs any function of ``module`` as one forward of the module that DeepSpeed wraps.
+
+    DeepSpeed finds the start of a backward pass by hooks on what a forward returns, and finds tensors in tuples, lists and
+    dicts only. Here it always sees the loss itself, whatever the wrapped module returns and however often it is called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        """``function(module)``."""
+        return function(self.module)
+
+
+class Engine:
+    """One rank's part of a model, its optimizer and its schedule. Every method is called on all ranks alike."""
+
+    def __init__(
+        self, module: nn.Module, config: EngineConfig, *, dtype: Dtype, total_updates: int | None, trainable: bool
+    ) -> None:
+        require_process_group()
+        self.module, self.config, self.dtype, self.trainable = module, config, dtype, trainable
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.total_updates, self.updates, self._pending = total_updates, 0, False
+        if not trainable:
+            module.requires_grad_(False)
+        if casts_in_engine(config, trainable):
+            cast_parameters(module, DTYPES[dtype])
+        whole_below = max(
+            (shape.numel() for shape in map(full_shape, module.parameters()) if len(shape) < 2), default=0
+        )
+        settings = deepspeed_config(
+            config, dtype=dtype, trainable=trainable, world_size=self.world_size, whole_below=whole_below
+        )
+        self.optimizer = self._make_optimizer() if trainable else None
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=Program(module), optimizer=self.optimizer, config=settings, dist_init_required=None
+        )
+        self.device = self._deepspeed.device
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._watch, self._sums = self._watch_gradients()
+
+    def _make_optimizer(self) -> SkippableAdamW:
+        assert self.config.optimizer is not None
+        check_schedule(self.config.optimizer, self.total_updates)
+        groups = parameter_groups(self.module, self.config.optimizer.weight_decay)
+        if not groups:
+            raise RequestError("the model has no parameter to train: every one of them is frozen")
+        clip = self.config.optimizer.max_grad_norm if clips_in_optimizer(self.config, self.dtype) else None
+        return SkippableAdamW(groups, self.config.optimizer, max_grad_norm=clip)
+
+    def _watch_gradients(self) -> tuple[GradientWatch | None, FullPrecisionSums | None]:
+        if not self.trainable:
+            return None, None
+        # fp16 gradients overflow in the normal course of loss scaling: DeepSpeed's scaler judges them, in apply.
+        watch = GradientWatch(self._trained, self.device) if self.dtype != "fp16" else None
+        sums = FullPrecisionSums(self._trained) if sums_in_engine(self.config, self.dtype) else None
+        return watch, sums
+
+    # ------------------------------------------------------------------------------------------------------ an update
+
+    def accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: Callable[[nn.Module, MicroBatch], LossOutput],
+        denominator: float,
+    ) -> Report:
+        """Add the gradient of ``sum of losses / denominator`` over all micro-batches of all ranks.
+
+        ``step`` returns the loss of one micro-batch as a sum; it depends on the module's output also where it weighs
+        nothing, since ranks meet in every call of the module.
+        """
+        self._expect(pending=False, call="accumulate")
+        if not denominator > 0:
+            raise RlhfRayError(f"the denominator of an update is {denominator}, but must be above 0")
+        fewest, most = extremes(len(micro_batches), self.device)
+        if fewest != most or fewest == 0:
+            raise RlhfRayError(
+                f"ranks have {fewest} to {most} micro-batches, but each needs as many, at least one: fill with dummies"
+            )
+        self._pending = True
+        self._deepspeed.train()
+        if self.config.zero == 3:
+            clear_shards(self._trained)
+        totals = Totals(self.device)
+        for micro_batch in micro_batches:
+            loss, metrics = self._deepspeed(lambda module, m=micro_batch: _pair(step(module, m)))
+            self._deepspeed.backward(loss * (self.world_size / denominator))
+            totals.add(loss, metrics)
+        finite = self._watch.finite() if self._watch is not None else True
+        return totals.report(denominator=denominator, gradients_finite=finite)
+
+    def vote(self, finite: bool) -> bool:
+        """Whether every rank reports a finite update."""
+        return agree(finite, self.device)
+
+    def apply(self, *, skip: bool) -> Applied:
+        """Take the accumulated update, or drop it: with ``skip``, or where its norm over all ranks is not finite."""
+        self._expect(pending=True, call="apply")
+        assert self.optimizer is not None and self.config.optimizer is not None
+        rate = learning_rate(self.config.optimizer, self.updates, self.total_updates)
+        self.optimizer.set_learning_rate(rate)
+        if self._sums is not None:
+            self._sums.hand_over()
+        self.optimizer.skip = skip
+        self._deepspeed.step()
+        self.optimizer.skip = True
+        self._pending = False
+        norm = self._grad_norm()
+        if skip or norm is None:
+            return Applied(True, None, rate, self.updates)
+        self.updates += 1
+        return Applied(False, norm, rate, self.updates)
+
+    def _grad_norm(self) -> float | None:
+        """The norm of the gradient of the last step over all ranks; none where it was not finite."""
+        assert self.optimizer is not None
+        norm = self.optimizer.grad_norm
+        if self.optimizer.max_grad_norm is None:
+            norm = self._deepspeed.get_global_grad_norm()
+        norm = float("nan") if norm is None else float(norm)
+        return norm if self._deepspeed.was_step_applied() and torch.isfinite(torch.tensor(norm)) else None
+
+    def _expect(self, *, pending: bool, call: str) -> None:
+        if not self.trainable:
+            raise RlhfRayError(f"{call}: this engine holds a model that is not trained")
+        if self._pending != pending:
+            missing = "accumulate has not been called" if pending else "apply has not ended the last update"
+            raise RlhfRayError(f"{call}: {missing}")
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    def evaluate(self, function: Callable[[nn.Module], Result]) -> Result:
+        """``function(module)`` in evaluation mode, without gradients."""
+        if self._pending:
+            raise RlhfRayError("evaluate: apply has not ended the last update")
+        self._deepspeed.eval()
+        with torch.no_grad():
+            return self._deepspeed(function)
+
+    # ---------------------------------------------------------------------------------------------------------- state
+
+    def save_shards(self, directory: Path) -> None:
+        """Write this rank's part of weights, optimizer and random state into ``directory``."""
+        self._expect(pending=False, call="save_shards")
+        shards.save(self._deepspeed, directory, self._identity(), self.updates)
+
+    def load_shards(self, directory: Path) -> None:
+        """Continue bit for bit from ``save_shards`` by a group of the same shape."""
+        self._expect(pending=False, call="load_shards")
+        self.updates = shards.load(self._deepspeed, directory, self._identity())
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"zero": self.config.zero, "dtype": self.dtype, "ranks": self.world_size}
+
+    def full_state(self, module: nn.Module | None = None) -> Iterator[list[tuple[str, Tensor]]]:
+        """Whole weights of ``module`` (default: the wrapped one) by live names, in groups of a layer.
+
+        Collective under ZeRO-3: every rank iterates to the end. Rank 0 receives tensors on the CPU, others empty groups.
+        """
+        yield from gathered_groups(self.module if module is None else module, receive=self.rank == 0)
+
+    def disk_weights(self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype) -> DiskWeights:
+        """The weights of ``model``, which the wrapped module holds, by their names on disk; rank 0 receives them."""
+        return DiskWeights(model, dtype, receive=self.rank == 0)
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds beyond this object."""
+        for hooks in (self._watch, self._sums):
+            if hooks is not None:
+                hooks.remove()
+        self._deepspeed.destroy()
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating-point parameters in place, as DeepSpeed does; buffers keep their precision."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _pair(output: LossOutput) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]:
+    if output.loss.dim() != 0 or not output.loss.requires_grad:
+        raise RlhfRayError(
+            f"a loss is one number that depends on the module, not shape {tuple(output.loss.shape)} with requires_grad "
+            f"{output.loss.requires_grad}"
+        )
+    metrics = {name: (total.detach(), count.detach()) for name, (total, count) in output.metrics.items()}
+    return output.loss, metrics

@@ -1,0 +1,74 @@
+"""What happens to a parameter's gradient before DeepSpeed sees it.
+
+Always true: a NaN or Inf in any gradient of this rank is noticed, at every ZeRO stage and before any rank applies
+anything; gradients of several micro-batches are added in fp32, whatever the model computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from deepspeed.utils import safe_set_local_grad
+from torch import Tensor, nn
+
+
+def clear_shards(parameters: Iterable[nn.Parameter]) -> None:
+    """Zero the gradient shards of ZeRO-3 parameters.
+
+    DeepSpeed 0.19 overwrites a shard in the first backward pass of an update and adds in the later ones; a parameter that
+    the first pass does not use (a rarely chosen expert, one of two heads) would keep the gradient of an earlier update.
+    """
+    for parameter in parameters:
+        shard = parameter.ds_tensor
+        safe_set_local_grad(parameter, torch.zeros(1, device=shard.device).expand(shard.numel()))
+
+
+class GradientWatch:
+    """Notices NaN and Inf in the gradients of ``parameters``, without waiting for the device until asked."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        self._trace = torch.zeros((), device=device)
+        self._hooks = [parameter.register_hook(self._look) for parameter in parameters]
+
+    def _look(self, gradient: Tensor) -> None:
+        # Zero times a sum is NaN exactly where the sum holds NaN or Inf.
+        self._trace += gradient.detach().sum(dtype=torch.float32) * 0.0
+
+    def finite(self) -> bool:
+        """Whether all gradients since the last call were finite."""
+        finite = bool(torch.isfinite(self._trace))
+        self._trace.zero_()
+        return finite
+
+    def remove(self) -> None:
+        """Stop looking."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class FullPrecisionSums:
+    """fp32 sums of low-precision gradients, where DeepSpeed would add micro-batches in the model's precision."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._move) for parameter in parameters]
+
+    def _move(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        if parameter in self._sums:
+            self._sums[parameter] += parameter.grad
+        else:
+            self._sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    def hand_over(self) -> None:
+        """Give every parameter its summed gradient, rounded once, and start again from nothing."""
+        for parameter, total in self._sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        self._sums.clear()
+
+    def remove(self) -> None:
+        """Stop adding."""
+        for hook in self._hooks:
+            hook.remove()

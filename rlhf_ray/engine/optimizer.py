@@ -1,0 +1,69 @@
+"""AdamW that can be told to do nothing.
+
+Always true: while ``skip`` is set, ``step`` changes neither a weight nor a moment nor a step count; weight decay touches
+matrices only, never norms, biases and other vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_ray.config.schema import OptimizerConfig
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters of ``module``: matrices with weight decay, vectors and scalars without; empty groups left out."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
+    vectors = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 holds a part of it on this rank."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class SkippableAdamW(torch.optim.AdamW):
+    """AdamW whose ``step`` does nothing while ``skip`` is set.
+
+    DeepSpeed calls ``step`` in its own time (at ZeRO-3 once a group of parameters, and at ZeRO-0 in low precision once
+    with zero gradients at start-up, which would count as an update). With ``max_grad_norm`` the gradients are whole and
+    the same on every rank: then the norm is taken and clipped here, and NaN or Inf skips the step.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, *, max_grad_norm: float | None = None
+    ) -> None:
+        super().__init__(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+        )
+        self.skip = True
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: float | None = None
+
+    def set_learning_rate(self, value: float) -> None:
+        """The learning rate of the next step, in every group."""
+        for group in self.param_groups:
+            group["lr"] = value
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update, or nothing."""
+        if self.skip or (self.max_grad_norm is not None and not self._clip(self.max_grad_norm)):
+            return None
+        return super().step(closure)
+
+    def _clip(self, max_norm: float) -> bool:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = float(norm)
+        if not math.isfinite(self.grad_norm):
+            return False
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return True

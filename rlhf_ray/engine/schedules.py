@@ -1,0 +1,43 @@
+"""The learning rate of every optimizer update.
+
+Always true: the learning rate is a pure function of the update's number, so a skipped update repeats it and a resumed run
+continues it. A schedule that depends on the end of the run is refused where the end is not known.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rlhf_ray.config.schema import OptimizerConfig
+from rlhf_ray.errors import RequestError
+
+
+def check_schedule(config: OptimizerConfig, total_updates: int | None) -> None:
+    """Refuse a schedule that needs the number of updates where it is unknown."""
+    if total_updates is not None and total_updates < 1:
+        raise RequestError(f"total_updates is {total_updates}, but a run has at least one optimizer update")
+    if total_updates is None and (config.schedule != "constant" or config.warmup_fraction > 0):
+        raise RequestError(
+            f"schedule {config.schedule} with warmup_fraction {config.warmup_fraction:g} needs the number of updates of "
+            "the run: use schedule constant and warmup_fraction 0, or a run whose length is known"
+        )
+
+
+def learning_rate(config: OptimizerConfig, update: int, total_updates: int | None) -> float:
+    """The learning rate of update number ``update``, counted from 0.
+
+    Linear warm-up over ``warmup_fraction`` of the run, full at its last update; from there constant, or linear or cosine
+    down to ``final_fraction`` of the peak at the last update of the run, and that from then on.
+    """
+    check_schedule(config, total_updates)
+    if total_updates is None:
+        return config.learning_rate
+    warmup = math.ceil(config.warmup_fraction * total_updates)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    decay = total_updates - 1 - warmup
+    progress = min(1.0, (update - warmup) / decay) if decay > 0 else 0.0
+    share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_fraction + (1.0 - config.final_fraction) * share)

@@ -1,0 +1,102 @@
+"""DeepSpeed's configuration, made from ours.
+
+Always true: DeepSpeed never decides when an update happens, never scales a loss and never takes gradients of one update
+for another: accumulation belongs to :class:`rlhf_ray.engine.engine.Engine`, its own stays at 1. Combinations that
+DeepSpeed accepts but gets wrong are refused here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.errors import RequestError
+
+WHOLE_BELOW = 10_000
+"""Under ZeRO-3, parameters of up to so many elements (norms and biases) stay whole on every rank."""
+
+BUCKET = 50_000_000
+"""Elements that travel at once: DeepSpeed allocates such a buffer up front, and its default takes gigabytes."""
+
+
+def deepspeed_config(
+    config: EngineConfig,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"],
+    trainable: bool,
+    world_size: int,
+    whole_below: int = WHOLE_BELOW,
+) -> dict[str, Any]:
+    """The configuration of one DeepSpeed engine, also what ``zero.Init`` needs to build a model in shards."""
+    max_grad_norm = _check(config, dtype=dtype, trainable=trainable)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if clips_in_optimizer(config, dtype) else max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(config, trainable, whole_below),
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if casts_in_engine(config, trainable):
+        return settings
+    if dtype == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if dtype == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 1}
+    if dtype != "fp32" and trainable and config.zero >= 2:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def casts_in_engine(config: EngineConfig, trainable: bool) -> bool:
+    """Whether the engine casts the parameters: a model that is neither trained nor sharded needs nothing of DeepSpeed's
+    mixed precision, which would make an empty optimizer and print about it.
+    """
+    return not trainable and config.zero == 0
+
+
+def sums_in_engine(config: EngineConfig, dtype: str) -> bool:
+    """Whether micro-batches are added here: at ZeRO 0 and 1 DeepSpeed adds them in the model's low precision.
+
+    Its fp32 sums at ZeRO 1 in bf16 are another optimizer, which prints dozens of lines to standard output when made.
+    """
+    return dtype != "fp32" and config.zero < 2
+
+
+def clips_in_optimizer(config: EngineConfig, dtype: str) -> bool:
+    """Whether whole fp32 gradients reach the optimizer, which then clips them and refuses NaN and Inf itself."""
+    return config.zero == 0 and dtype == "fp32"
+
+
+def _zero(config: EngineConfig, trainable: bool, whole_below: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}
+    if config.zero in (1, 2):
+        zero["overlap_comm"] = False
+    if config.zero == 3:
+        zero["stage3_param_persistence_threshold"] = whole_below
+    if config.offload != "none" and trainable:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return zero
+
+
+def _check(config: EngineConfig, *, dtype: str, trainable: bool) -> float:
+    """Refuse what cannot work; the bound of gradients in training, else 0."""
+    if not trainable:
+        if config.zero in (1, 2):
+            raise RequestError(
+                f"engine.zero is {config.zero}, which shards an optimizer, but this model is not trained: set it to 0 or 3"
+            )
+        return 0.0
+    if config.optimizer is None:
+        raise RequestError("engine.optimizer is missing, but this model is trained: set engine.optimizer.learning_rate")
+    if dtype == "fp16" and config.zero == 0:
+        raise RequestError(
+            "fp16 at engine.zero 0 does not scale the loss in DeepSpeed: set it to 1, 2 or 3, or use bf16"
+        )
+    return config.optimizer.max_grad_norm

@@ -1,0 +1,337 @@
+"""One rank of the engine's tests: runs every scenario in turn and writes what it measured as JSON.
+
+Usage: rank_program.py RANK WORLD_SIZE PORT DIRECTORY
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import real_models
+import torch
+from inspect_engine import bits, first_gradient, same_bits, steps, weights
+from torch import Tensor
+from toy import (
+    TOTAL_UPDATES,
+    Micro,
+    Toy,
+    TwoHeads,
+    change,
+    distance,
+    engine_config,
+    loss_of,
+    make,
+    make_batch,
+    reference,
+    split,
+    tokens,
+)
+
+from rlhf_ray.algorithms.losses import LossOutput
+from rlhf_ray.engine import Applied, Engine, checksum, destroy_process_group, init_process_group
+from rlhf_ray.engine.distributed import agree
+from rlhf_ray.errors import RlhfRayError
+
+BATCHES = [make_batch(1), make_batch(2)]
+Measured = dict[str, Any]
+
+
+class Program:
+    """What every scenario needs to know."""
+
+    def __init__(self, rank: int, world: int, directory: Path) -> None:
+        self.rank, self.world, self.directory = rank, world, directory
+        self.reference, self.tied = reference(BATCHES), reference(BATCHES, tied=True)
+        self.start = {tied: {n: p.detach().clone() for n, p in make(tied=tied).named_parameters()} for tied in (0, 1)}
+
+    def engine(self, zero: int, dtype: str, *, tied: bool = False, **options: Any) -> Engine:
+        """A fresh engine around the same toy."""
+        config = engine_config(zero, **options)
+        return Engine(make(tied=tied), config, dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
+
+    def update(self, engine: Engine, batch: list[Tensor], count: int) -> tuple[Any, Applied]:
+        """Accumulate, vote, apply."""
+        report = engine.accumulate(split(batch, self.world, count)[self.rank], loss_of, tokens(batch))
+        return report, engine.apply(skip=not engine.vote(report.finite))
+
+    def poisoned(self, count: int, where: tuple[int, int], poison: str) -> list[Micro]:
+        """This rank's micro-batches of an update in which one micro-batch of one rank is bad."""
+        micro_batches = split(BATCHES[0], self.world, count)[self.rank]
+        rank, k = where
+        if rank == self.rank:
+            micro_batches[k] = Micro(micro_batches[k].sequences, poison)
+        return micro_batches
+
+
+def matrix(program: Program, zero: int, dtype: str, count: int, *, tied: bool = False) -> Measured:
+    """Two clean updates against the reference; then the same with three bad updates in between, bit for bit."""
+    expected = program.tied if tied else program.reference
+    engine = program.engine(zero, dtype, tied=tied)
+    first, _ = program.update(engine, BATCHES[0], count)
+    gradient, after_first = first_gradient(engine), weights(engine)
+    _, applied = program.update(engine, BATCHES[1], count)
+    measured: Measured = {
+        "loss": first.loss, "metrics": first.metrics, "update": applied.update, "steps": steps(engine),
+        "weights": checksum(engine.module.named_parameters()) if zero < 3 else 0,
+    }  # fmt: skip
+    if program.rank == 0:
+        start, after_second = program.start[tied], weights(engine)
+        measured |= {
+            "expected_loss": expected.losses[0],
+            "gradient_error": distance(gradient, expected.gradients[0]),
+            "update_error": distance(change(after_first, start), change(expected.weights[0], start)),
+            "second_update_error": distance(change(after_second, start), change(expected.weights[1], start)),
+            "norm_error": abs(applied.grad_norm - expected.norms[1]) / expected.norms[1],
+        }
+    else:
+        weights(engine)
+    measured |= _with_bad_updates(program, zero, dtype, count, tied, bits(engine))
+    engine.close()
+    return measured
+
+
+def _with_bad_updates(program: Program, zero: int, dtype: str, count: int, tied: bool, clean: list[Tensor]) -> Measured:
+    engine = program.engine(zero, dtype, tied=tied)
+    last = program.world - 1
+    outcomes: list[dict[str, Any]] = []
+    plan = [
+        ("loss", (last, 0), True),
+        ("good", 0),
+        ("gradient", (0, count - 1), True),
+        ("loss", (0, 0), False),
+        ("good", 1),
+    ]
+    for kind, *details in plan:
+        if kind == "good":
+            engine.evaluate(lambda module: module(BATCHES[0][: 1 + program.rank]).log_probs)
+            program.update(engine, BATCHES[details[0]], count)
+            continue
+        where, voted = details
+        before = bits(engine)
+        report = engine.accumulate(program.poisoned(count, where, kind), loss_of, tokens(BATCHES[0]))
+        agreed = engine.vote(report.finite)
+        applied = engine.apply(skip=voted and not agreed)
+        outcomes.append({"finite": report.finite, "expected_finite": where[0] != program.rank, "agreed": agreed,
+                         "skipped": applied.skipped, "update": applied.update, "norm": applied.grad_norm,
+                         "unchanged": same_bits(before, bits(engine))})  # fmt: skip
+    same = same_bits(clean, bits(engine))
+    engine.close()
+    return {"bad": outcomes, "as_if_never": same}
+
+
+def clipped(program: Program, zero: int) -> Measured:
+    """Gradients above the bound are scaled down to it."""
+    bound = program.reference.norms[0] / 3
+    expected = reference(BATCHES, max_grad_norm=bound)
+    engine = program.engine(zero, "fp32", max_grad_norm=bound)
+    applied = [program.update(engine, batch, 4)[1] for batch in BATCHES]
+    state, start = weights(engine), program.start[False]
+    engine.close()
+    if program.rank > 0:
+        return {"norms": [a.grad_norm for a in applied]}
+    error = distance(change(state, start), change(expected.weights[1], start))
+    return {"norms": [a.grad_norm for a in applied], "expected": expected.norms, "bound": bound, "update_error": error}
+
+
+def offloaded(program: Program, zero: int, offload: str) -> Measured:
+    """The optimizer's state, and at ZeRO-3 the weights too, live on the host; bad updates as elsewhere."""
+    engine = program.engine(zero, "fp32", offload=offload)
+    program.update(engine, BATCHES[0], 4)
+    before = bits(engine)
+    report = engine.accumulate(program.poisoned(4, (0, 1), "loss"), loss_of, tokens(BATCHES[0]))
+    applied = engine.apply(skip=not engine.vote(report.finite))
+    unchanged = same_bits(before, bits(engine))
+    program.update(engine, BATCHES[1], 4)
+    state, start = weights(engine), program.start[False]
+    engine.close()
+    measured = {"skipped": applied.skipped, "unchanged": unchanged}
+    if program.rank == 0:
+        measured["update_error"] = distance(change(state, start), change(program.reference.weights[1], start))
+    return measured
+
+
+def halves(program: Program, zero: int, dtype: str) -> Measured:
+    """Updates whose micro-batches use other halves of the module: no gradient of an earlier update comes back."""
+    module = make(TwoHeads)
+    engine = Engine(module, engine_config(zero), dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
+    norms = []
+    for plan in (["a", "a"], ["a", "b"], ["a", "a"], ["b", "b"], ["b", "a"]):
+        engine.accumulate(plan, lambda m, which: LossOutput(m(which), {}), 100.0)
+        norms.append(engine.apply(skip=False).grad_norm)
+    engine.close()
+    return {"norms": norms}
+
+
+def resumed(program: Program, zero: int, dtype: str) -> Measured:
+    """Save, go on; load into a fresh engine of other weights, go on: the same bits."""
+    directory = program.directory / f"shards-{program.world}-{zero}-{dtype}"
+    engine = program.engine(zero, dtype)
+    program.update(engine, BATCHES[0], 4)
+    engine.save_shards(directory)
+    noise = torch.rand(2)
+    _, gone_on = program.update(engine, BATCHES[1], 4)
+    expected = bits(engine)
+    engine.load_shards(directory)
+    program.update(engine, BATCHES[1], 4)
+    same_engine = same_bits(expected, bits(engine))
+    engine.close()
+    torch.manual_seed(99)
+    other = Engine(Toy(), engine_config(zero), dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
+    other.load_shards(directory)
+    same_noise = torch.rand(2).equal(noise)
+    _, applied = program.update(other, BATCHES[1], 4)
+    measured = {
+        "same_engine": same_engine, "fresh_engine": same_bits(expected, bits(other)), "same_noise": same_noise,
+        "same_applied": applied == gone_on, "before_any_update": _saved_at_the_start(program, zero, dtype),
+        "refused": _refusal(lambda: _of_another_dtype(program, zero, dtype, directory)),
+    }  # fmt: skip
+    other.close()
+    return measured
+
+
+def _saved_at_the_start(program: Program, zero: int, dtype: str) -> bool:
+    """Shards written before the first update that counts load too, and go on with the same bits."""
+    directory = program.directory / f"start-{program.world}-{zero}-{dtype}"
+    engine = program.engine(zero, dtype)
+    engine.accumulate(program.poisoned(4, (0, 0), "loss"), loss_of, 1.0)
+    engine.apply(skip=True)
+    engine.save_shards(directory)
+    program.update(engine, BATCHES[0], 4)
+    expected = bits(engine)
+    engine.close()
+    fresh = program.engine(zero, dtype)
+    fresh.load_shards(directory)
+    program.update(fresh, BATCHES[0], 4)
+    same = same_bits(expected, bits(fresh))
+    fresh.close()
+    return same
+
+
+def _of_another_dtype(program: Program, zero: int, dtype: str, directory: Path) -> None:
+    engine = program.engine(zero, "bf16" if dtype == "fp32" else "fp32")
+    try:
+        engine.load_shards(directory)
+    finally:
+        engine.close()
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except RlhfRayError as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def weights_of(program: Program, zero: int, dtype: str) -> Measured:
+    """Whole weights on rank 0, tied ones once, in groups of a layer, in the compute dtype."""
+    engine = program.engine(zero, dtype, tied=True)
+    groups = list(engine.full_state())
+    start = program.start[True]
+    engine.close()
+    names = [[name for name, _ in group] for group in groups]
+    wanted = torch.bfloat16 if dtype == "bf16" else torch.float32
+    equal = all(tensor.equal(start[name].to(wanted)) for group in groups for name, tensor in group)
+    return {"groups": len(groups), "names": names, "equal": equal}
+
+
+def misused(program: Program) -> Measured:
+    """Wrong calls end in an error on every rank, not in a wait."""
+    engine = program.engine(3, "fp32")
+    ragged = split(BATCHES[0], program.world, 4)[program.rank][: 3 + program.rank]
+    constant = LossOutput(torch.tensor(1.0), {})
+    measured = {
+        "ragged": _refusal(lambda: engine.accumulate(ragged, loss_of, 10.0)),
+        "none": _refusal(lambda: engine.accumulate([], loss_of, 10.0)),
+        "denominator": _refusal(lambda: engine.accumulate([Micro(())], loss_of, 0.0)),
+        "apply_first": _refusal(lambda: engine.apply(skip=False)),
+        "no_shards": _refusal(lambda: engine.load_shards(program.directory / "none")),
+    }
+    engine.accumulate([Micro(())], loss_of, 1.0)
+    measured["twice"] = _refusal(lambda: engine.accumulate([Micro(())], loss_of, 1.0))
+    measured["evaluate"] = _refusal(lambda: engine.evaluate(lambda module: None))
+    engine.apply(skip=True)
+    measured["constant"] = _refusal(lambda: engine.accumulate([0], lambda module, m: constant, 1.0))
+    engine.close()
+    return measured
+
+
+def inference(program: Program, zero: int, dtype: str) -> Measured:
+    """A model that is not trained: the same outputs as plain torch, ragged ranks included."""
+    sequences = BATCHES[0][: 2 + 3 * program.rank]
+    plain = make()
+    plain = plain.to(torch.bfloat16) if dtype == "bf16" else plain
+    with torch.no_grad():
+        expected = plain(sequences).log_probs
+    config = engine_config(zero).model_copy(update={"optimizer": None})
+    engine = Engine(make(), config, dtype=dtype, total_updates=None, trainable=False)
+    outputs, training = engine.evaluate(lambda module: (module(sequences).log_probs, module.training))
+    refusal = _refusal(lambda: engine.accumulate([Micro(())], loss_of, 1.0))
+    engine.close()
+    graph = outputs.requires_grad
+    return {"equal": outputs.equal(expected), "training": training, "graph": graph, "refused": refusal}
+
+
+def abandoned(rank: int, world: int, port: int) -> Measured:
+    """A rank whose peer stays away from a collective gets an error at the deadline."""
+    init_process_group(rank, world, "127.0.0.1", port, timeout_s=2)
+    started, error = time.monotonic(), ""
+    if rank == 0:
+        try:
+            agree(True, torch.device("cpu"))
+        except RuntimeError as raised:
+            error = str(raised)
+    else:
+        time.sleep(4)
+    destroy_process_group()
+    return {"seconds": time.monotonic() - started, "error": error}
+
+
+def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
+    """Every scenario by name, in the same order on every rank."""
+    for dtype, zero, count in product(("fp32", "bf16"), range(4), (1, 4, 7)):
+        yield f"matrix-{dtype}-zero{zero}-{count}", lambda d=dtype, z=zero, c=count: matrix(program, z, d, c)
+    for zero in range(4):
+        yield f"tied-fp32-zero{zero}-4", lambda z=zero: matrix(program, z, "fp32", 4, tied=True)
+    if program.world == 1:
+        return
+    for dtype, zero in product(("fp32", "bf16"), range(4)):
+        yield f"halves-{dtype}-zero{zero}", lambda d=dtype, z=zero: halves(program, z, d)
+        yield f"resumed-{dtype}-zero{zero}", lambda d=dtype, z=zero: resumed(program, z, d)
+    for zero in range(4):
+        yield f"clipped-zero{zero}", lambda z=zero: clipped(program, z)
+    for zero, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
+        yield f"offloaded-zero{zero}-{offload}", lambda z=zero, o=offload: offloaded(program, z, o)
+    for zero, dtype in ((0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
+        yield f"weights-{dtype}-zero{zero}", lambda d=dtype, z=zero: weights_of(program, z, d)
+    for zero, dtype in ((0, "fp32"), (3, "fp32"), (0, "bf16"), (3, "bf16")):
+        yield f"inference-{dtype}-zero{zero}", lambda d=dtype, z=zero: inference(program, z, d)
+    yield "misused", lambda: misused(program)
+    yield from real_models.scenarios(program.rank, program.world)
+
+
+def main(rank: int, world: int, port: int, directory: Path) -> None:
+    """Run all scenarios."""
+    torch.set_num_threads(1)
+    init_process_group(rank, world, "127.0.0.1", port, timeout_s=60)
+    program, measured = Program(rank, world, directory), {}
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage at every start of an engine; what was imported need not be walked again
+    for name, run in scenarios(program):
+        started = time.monotonic()
+        measured[name] = run() | {"seconds": time.monotonic() - started}
+    destroy_process_group()
+    if world > 1:
+        measured["deadline"] = abandoned(rank, world, port)
+    (directory / f"measured-{world}-{rank}.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

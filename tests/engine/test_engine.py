@@ -1,0 +1,227 @@
+"""The engine's promises, measured by real DeepSpeed ranks.
+
+One process of one rank and one pair of ranks run every scenario of ``rank_program.py`` once, side by side; each test below
+asserts one sentence about what they measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf_ray
+
+PROGRAM = Path(__file__).parent / "rank_program.py"
+DEADLINE_S = 400
+GRADIENT_BAR, UPDATE_BAR = 2e-6, 1e-4
+BF16_GRADIENT_BAR = 2e-2
+"""bf16 keeps 8 bits: one rounding is 2e-3."""
+
+CASES = [
+    *(f"matrix-{d}-zero{z}-{k}" for d, z, k in product(("fp32", "bf16"), range(4), (1, 4, 7))),
+    *(f"tied-fp32-zero{z}-4" for z in range(4)),
+]
+TRAINED = [f"{d}-zero{z}" for d, z in product(("fp32", "bf16"), range(4))]
+Ranks = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Ranks]:
+    """What each rank measured, by the number of ranks; a rank that hangs fails at the deadline."""
+    directory = tmp_path_factory.mktemp("engine")
+    running = [(world, rank, process) for world in (1, 2) for rank, process in enumerate(_start(world, directory))]
+    try:
+        for world, rank, process in running:
+            output, _ = process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 0, f"rank {rank} of {world}:\n{output.decode()[-6000:]}"
+    finally:
+        for _, _, process in running:
+            process.kill()
+    return {
+        world: [json.loads((directory / f"measured-{world}-{rank}.json").read_text()) for rank in range(world)]
+        for world in (1, 2)
+    }
+
+
+def _start(world: int, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    port = str(_free_port())
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1]),
+    }  # fmt: skip
+    for rank in range(world):
+        command = [sys.executable, str(PROGRAM), str(rank), str(world), port, str(directory)]
+        yield subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(params=[1, 2], ids=["1rank", "2ranks"])
+def ranks(request: pytest.FixtureRequest, measured: dict[int, Ranks]) -> Ranks:
+    return measured[request.param]
+
+
+@pytest.fixture
+def pair(measured: dict[int, Ranks]) -> Ranks:
+    return measured[2]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_of_an_update_is_the_same_for_every_split(case: str, ranks: Ranks) -> None:
+    bar = BF16_GRADIENT_BAR if "bf16" in case else GRADIENT_BAR
+    assert 0 < ranks[0][case]["gradient_error"] <= bar
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "fp32" in case])
+def test_an_update_is_that_of_plain_torch(case: str, ranks: Ranks) -> None:
+    assert ranks[0][case]["update_error"] <= UPDATE_BAR
+    assert ranks[0][case]["second_update_error"] <= UPDATE_BAR
+    assert ranks[0][case]["norm_error"] <= GRADIENT_BAR
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_holds_the_same_weights_and_has_counted_the_same_steps(case: str, ranks: Ranks) -> None:
+    assert [rank[case]["steps"] for rank in ranks] == [[2.0]] * len(ranks)
+    assert len({rank[case]["weights"] for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reports_of_all_ranks_add_up_to_the_whole_update(case: str, ranks: Ranks) -> None:
+    tolerance = 1e-2 if "bf16" in case else 1e-5
+    own = [rank[case] for rank in ranks]
+    assert sum(rank["loss"] for rank in own) == pytest.approx(own[0]["expected_loss"], rel=tolerance)
+    total, tokens = (sum(rank["metrics"]["loss"][part] for rank in own) for part in (0, 1))
+    assert total / tokens == pytest.approx(own[0]["expected_loss"], rel=tolerance)
+    assert sum(rank["metrics"]["sequences"][0] for rank in own) == 14
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_update_changes_nothing_on_any_rank(case: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        bad = rank[case]["bad"]
+        assert [update["unchanged"] for update in bad] == [True] * 3
+        assert [update["skipped"] for update in bad] == [True] * 3
+        assert [update["update"] for update in bad] == [0, 1, 1]
+        assert [update["norm"] for update in bad] == [None] * 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_next_update_is_as_if_the_bad_one_had_never_been(case: str, ranks: Ranks) -> None:
+    assert all(rank[case]["as_if_never"] for rank in ranks)
+    assert {rank[case]["update"] for rank in ranks} == {2}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_loss_or_gradient_of_one_rank_is_voted_down_by_all(case: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        for update in rank[case]["bad"]:
+            assert not update["agreed"]
+            # Hooks see gradients before they are reduced, so that only the rank of the poison reports it.
+            assert update["finite"] == update["expected_finite"]
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_gradients_are_clipped_to_their_norm_over_all_ranks(zero: int, pair: Ranks) -> None:
+    clipped = pair[0][f"clipped-zero{zero}"]
+    assert clipped["norms"] == pytest.approx(clipped["expected"], rel=1e-4)
+    assert min(clipped["norms"]) > clipped["bound"]
+    assert clipped["update_error"] <= UPDATE_BAR
+    assert pair[1][f"clipped-zero{zero}"]["norms"] == clipped["norms"]
+
+
+@pytest.mark.parametrize("case", ["zero1-optimizer", "zero2-optimizer", "zero3-optimizer", "zero3-all"])
+def test_offloading_changes_neither_updates_nor_skips(case: str, pair: Ranks) -> None:
+    assert pair[0][f"offloaded-{case}"]["update_error"] <= UPDATE_BAR
+    assert all(rank[f"offloaded-{case}"]["skipped"] and rank[f"offloaded-{case}"]["unchanged"] for rank in pair)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_no_gradient_of_an_earlier_update_comes_back(case: str, pair: Ranks) -> None:
+    dtype = case.partition("-")[0]
+    expected = pair[0][f"halves-{dtype}-zero0"]["norms"]
+    tolerance = 1e-5 if dtype == "fp32" else 1e-2
+    assert pair[0][f"halves-{case}"]["norms"] == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_loading_shards_and_going_on_gives_the_same_bits(case: str, pair: Ranks) -> None:
+    for rank in pair:
+        resumed = rank[f"resumed-{case}"]
+        assert resumed["same_engine"] and resumed["fresh_engine"] and resumed["same_noise"] and resumed["same_applied"]
+        assert resumed["before_any_update"]
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_shards_of_another_shape_are_refused(case: str, pair: Ranks) -> None:
+    for rank in pair:
+        refused = rank[f"resumed-{case}"]["refused"]
+        assert refused.startswith("RequestError") and "dtype bf16" in refused and "dtype fp32" in refused
+
+
+@pytest.mark.parametrize("case", ["fp32-zero0", "bf16-zero2", "fp32-zero3", "bf16-zero3"])
+def test_rank_0_receives_every_weight_once_in_groups_of_a_layer(case: str, pair: Ranks) -> None:
+    first, second = (rank[f"weights-{case}"] for rank in pair)
+    names = first["names"]
+    assert first["equal"] and first["groups"] == second["groups"] and not any(second["names"])
+    assert names[0] == ["embedding.weight"] and not any("head" in name for group in names for name in group)
+    assert [len(group) for group in names] == [1, 6, 6, 1, 1]
+    assert all(name.startswith("layers.0.") for name in names[1])
+
+
+@pytest.mark.parametrize("case", ["fp32-zero0", "bf16-zero0", "fp32-zero3", "bf16-zero3"])
+def test_a_model_that_is_not_trained_gives_the_outputs_of_plain_torch(case: str, pair: Ranks) -> None:
+    for rank in pair:
+        inference = rank[f"inference-{case}"]
+        assert inference["equal"] and not inference["training"] and not inference["graph"]
+        assert "not trained" in inference["refused"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("ragged", "ranks have 3 to 4 micro-batches"),
+        ("none", "at least one"),
+        ("denominator", "must be above 0"),
+        ("apply_first", "accumulate has not been called"),
+        ("twice", "apply has not ended the last update"),
+        ("evaluate", "apply has not ended the last update"),
+        ("constant", "depends on the module"),
+        ("no_shards", "engine.json is missing"),
+    ],
+)
+def test_a_wrong_call_is_an_error_on_every_rank_and_never_a_wait(call: str, says: str, pair: Ranks) -> None:
+    assert all(says in rank["misused"][call] for rank in pair)
+
+
+@pytest.mark.parametrize("case", ["fp32", "bf16", "fp32-lora"])
+def test_a_packed_policy_trains_under_zero_3_on_ragged_ranks(case: str, pair: Ranks) -> None:
+    first = pair[0][f"policy-{case}"]
+    bar = 2e-2 if "bf16" in case else 1e-5
+    assert first["norms"] == pytest.approx(first["expected_norms"], rel=bar)
+    assert first["weight_error"] <= bar and first["moved"]
+
+
+@pytest.mark.parametrize("case", ["fp32", "bf16", "fp32-lora"])
+def test_weights_come_by_their_names_on_disk_as_often_as_asked(case: str, pair: Ranks) -> None:
+    first, second = (rank[f"policy-{case}"] for rank in pair)
+    assert sorted(first["names"]) == first["expected_names"] and not second["names"]
+    assert first["as_described"] and first["again"] and first["groups"] == second["groups"]
+
+
+def test_a_rank_whose_peer_stays_away_stops_at_the_deadline(pair: Ranks) -> None:
+    assert pair[0]["deadline"]["error"] and 1.0 < pair[0]["deadline"]["seconds"] < 4.0

@@ -1,0 +1,65 @@
+"""DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.engine import deepspeed_config
+from rlhf_ray.errors import RequestError
+
+OPTIMIZER = {"learning_rate": 1e-3, "max_grad_norm": 0.7}
+
+
+def settings(zero: int, dtype: str, *, trained: bool = True, offload: str = "none") -> dict[str, Any]:
+    config = EngineConfig.model_validate({"zero": zero, "offload": offload, "optimizer": OPTIMIZER})
+    return deepspeed_config(config, dtype=dtype, trainable=trained, world_size=4)
+
+
+@pytest.mark.parametrize(("zero", "dtype"), list(product(range(4), ("bf16", "fp32"))))
+def test_accumulation_and_updates_belong_to_the_engine(zero: int, dtype: str) -> None:
+    made = settings(zero, dtype)
+    assert made["managed_gradient_accumulation"] is False and made["gradient_accumulation_steps"] == 1
+    assert made["train_batch_size"] == 4 * made["train_micro_batch_size_per_gpu"]
+    assert made["zero_allow_untested_optimizer"] and not made["zero_force_ds_cpu_optimizer"]
+    assert "overlap_comm" in made["zero_optimization"] or zero in (0, 3)
+    assert "optimizer" not in made and "scheduler" not in made
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_gradients_are_clipped_in_one_place(zero: int) -> None:
+    assert settings(zero, "fp32")["gradient_clipping"] == (0.7 if zero else 0.0)  # at 0 the optimizer clips
+    assert settings(zero, "bf16")["gradient_clipping"] == 0.7
+
+
+@pytest.mark.parametrize(("zero", "sums"), [(0, False), (1, False), (2, True), (3, True)])
+def test_low_precision_gradients_are_summed_in_fp32(zero: int, sums: bool) -> None:
+    assert ("data_types" in settings(zero, "bf16")) == sums  # below 2 the engine sums
+    assert "data_types" not in settings(zero, "fp32")
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_sharding_an_optimizer_that_is_not_there_is_refused(zero: int) -> None:
+    with pytest.raises(RequestError, match="set it to 0 or 3"):
+        settings(zero, "bf16", trained=False)
+
+
+def test_fp16_without_loss_scaling_is_refused() -> None:
+    with pytest.raises(RequestError, match="does not scale the loss"):
+        settings(0, "fp16")
+    assert settings(1, "fp16")["fp16"]["enabled"] and settings(0, "fp16", trained=False)
+
+
+def test_a_trained_model_needs_an_optimizer() -> None:
+    with pytest.raises(RequestError, match=r"engine\.optimizer is missing"):
+        deepspeed_config(EngineConfig(), dtype="fp32", trainable=True, world_size=1)
+
+
+def test_offloading_says_where() -> None:
+    zero = settings(3, "bf16", offload="all")["zero_optimization"]
+    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
+    assert "offload_param" not in settings(2, "bf16", offload="optimizer")["zero_optimization"]
+    assert "offload_optimizer" not in settings(3, "bf16", trained=False, offload="all")["zero_optimization"]
