@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Row": ".rows",
         "ShuffledOrder": ".order",
         "World": ".world",
+        "encode_answers": ".encode",
         "encode_demonstration": ".encode",
         "encode_demonstrations": ".encode",
         "encode_pair": ".encode",

@@ -22,11 +22,15 @@ Drops = Counter[str]
 
 TOO_LONG, EQUAL, EMPTY = "too long", "with two equal sides", "without a token"
 
-# ------------------------------------------------------------------------------------------------------------- one row
+
+def encode_answers(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[Ids, list[Ids]]:
+    """Ids of a prompt with the special tokens that the tokenizer begins a text with, and of each answer after it."""
+    ((before, after),) = _continued(tokenizer, [prompt], [answers])
+    return before, after
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, max_tokens: int) -> Ids | None:
-    """Ids of a prompt with the special tokens that the tokenizer begins a text with; none where it is dropped."""
+    """Ids of one prompt; none where it is dropped."""
     return encode_prompts(tokenizer, [prompt], max_tokens, Drops())[0]
 
 
@@ -38,9 +42,6 @@ def encode_demonstration(tokenizer: Any, row: Demonstration, max_tokens: int) ->
 def encode_pair(tokenizer: Any, row: PreferencePair, max_tokens: int) -> tuple[Ids, Ids] | None:
     """Ids of both sides with the prompt before each; none where one is too long, or both are the same."""
     return encode_pairs(tokenizer, [row], max_tokens, Drops())[0]
-
-
-# ---------------------------------------------------------------------------------------- many rows, much faster than one
 
 
 def encode_prompts(tokenizer: Any, rows: Sequence[Prompt], max_tokens: int, drops: Drops) -> list[Ids | None]:
