@@ -16,10 +16,10 @@ def accelerator() -> str:
     return "cuda" if shutil.which("nvidia-smi") is not None else "cpu"
 
 
-def for_process(*, threads: int = 1, hub: bool = False, kv_cache_gib: float | None = None) -> dict[str, str]:
+def for_process(*, threads: int = 1, hub: bool = False) -> dict[str, str]:
     """Environment variables of one process.
 
-    ``threads`` bounds its compute threads, ``hub`` allows downloads, ``kv_cache_gib`` is vLLM's cache on CPU in GiB.
+    ``threads`` bounds its compute threads, ``hub`` allows downloads.
     """
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,13 +34,11 @@ def for_process(*, threads: int = 1, hub: bool = False, kv_cache_gib: float | No
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     if accelerator() == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
-        if kv_cache_gib is not None:
-            variables["VLLM_CPU_KVCACHE_SPACE"] = f"{kv_cache_gib:g}"
     return variables
 
 

@@ -103,7 +103,6 @@ class Cluster:
         resources: ResourcesConfig,
         *,
         first_rank: int = 0,
-        kv_cache_gib: float | None = None,
     ) -> RayRanks:
         """Place and start ranks ``first_rank``... of ``role``; their models are not loaded yet."""
         import ray
@@ -123,7 +122,7 @@ class Cluster:
                 f"{role}: no place for {ranks} ranks of {bundle} within {self.config.placement_timeout_s:g} s, although "
                 "the cluster's free total would do: no single node has room for one; lower cpus_per_rank or gpus_per_rank"
             )
-        variables = environment.for_process(threads=resources.threads_per_rank, hub=self.hub, kv_cache_gib=kv_cache_gib)
+        variables = environment.for_process(threads=resources.threads_per_rank, hub=self.hub)
         actor_class = remote_class(role)
         actors = [
             actor_class.options(

@@ -268,6 +268,8 @@ class RewardWorker(CriticWorker):
         self.tokenizer = load_tokenizer(setup.config.model)
         self.fingerprint = fingerprint(self.tokenizer)
         self.vocabulary = self.hf_model.get_input_embeddings().num_embeddings
+        positions = self.hf_model.config.get_text_config().to_dict().get("max_position_embeddings")
+        self.max_item_tokens = min(setup.max_item_tokens, positions or setup.max_item_tokens)
         return line
 
     def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
@@ -277,7 +279,7 @@ class RewardWorker(CriticWorker):
         """What callers must know of this model: tokenizer fingerprint, normalisation, limit."""
         config = self.hf_model.config
         mean, std = config.to_dict().get("mean"), config.to_dict().get("std")
-        return {"fingerprint": self.fingerprint, "mean": mean, "std": std, "max_tokens": self.settings.max_item_tokens}
+        return {"fingerprint": self.fingerprint, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
 
     def scores(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:
         """One score a sequence, read at its last token."""
@@ -296,7 +298,7 @@ class RewardWorker(CriticWorker):
         for position, request in enumerate(requests):
             try:
                 encoded[position] = encode_request(
-                    self.tokenizer, request, max_tokens=self.settings.max_item_tokens, vocabulary=self.vocabulary
+                    self.tokenizer, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary
                 )
             except ScoringError as error:
                 results.append((position, ScoreResult.failed(str(error))))

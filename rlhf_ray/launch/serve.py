@@ -1,24 +1,32 @@
 """``rlhf-ray serve``: bring a reward model up behind HTTP, and keep it up until asked to stop.
 
 Always true: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line;
-a stopped service leaves no process behind, unless it was asked to outlive the command.
+a service whose model died ends, with an error; a stopped one leaves no process behind. Only with ``--detach`` does a
+service outlive the command.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
+from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.files import hub_ids
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
 from rlhf_ray.planning.capacity import needed
 from rlhf_ray.serving.auth import read_tokens, require_closed
 
-GATEWAY_NAME = "gateway"
+SECONDS_BETWEEN_CHECKS = 5.0
+CHECK_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
 
 
@@ -26,35 +34,90 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
     """Serve until SIGINT or SIGTERM; with ``detach`` return as soon as it answers and leave it running."""
     tokens = read_tokens(config.token_file)
     require_closed(config.host, tokens)
+    if detach and config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        raise RequestError(
+            "--detach leaves the service on a Ray cluster, but this command would start one and take it along when it "
+            "ends: start one (ray start --head) and give cluster.address=auto"
+        )
     hub = bool(hub_ids(config))
-    with Cluster(config.cluster, config.run, needed=needed(config), hub=hub, namespace=SERVICE_NAMESPACE):
-        gateway = _start_gateway(config, tokens, hub=hub, detach=detach)
-        address = gateway.call("start", [()], timeout_s=config.cluster.start_timeout_s).result()[0]
+    try:
+        with (
+            Cluster(config.cluster, config.run, needed=needed(config), hub=hub, namespace=SERVICE_NAMESPACE),
+            _asked_by_signals(),
+            _gateway(config, tokens, hub=hub, detach=detach) as gateway,
+        ):
+            if not detach:
+                _watch(gateway)
+    except KeyboardInterrupt:
+        get_logger("serving").info("stopped")
+    return EXIT_DONE
+
+
+@contextmanager
+def _gateway(config: ServeConfig, tokens: tuple[str, ...], *, hub: bool, detach: bool) -> Iterator[RayRanks]:
+    """The gateway, answering; stopped at the end unless it came up detached."""
+    name = f"gateway/{config.run.name}"
+    gateway = _start(config, tokens, name, hub=hub, detach=detach)
+    up = False
+    try:
+        limit = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
+        address = gateway.call("start", [()], timeout_s=limit).result()[0]
         sys.stdout.write(f"{address}\n")
         sys.stdout.flush()
-        get_logger("serving").info("ready: POST %s/get_reward, %s/v1/reward; Ctrl-C stops it", address, address)
-        if detach:
-            return 0
-        try:
-            _wait_for_signal()
-        finally:
-            gateway.call("stop", [()], timeout_s=STOP_TIMEOUT_S).result()
-            gateway.stop()
-    return 0
+        end = f"ray.kill(ray.get_actor({name!r}, {SERVICE_NAMESPACE!r})) ends it" if detach else "Ctrl-C ends it"
+        get_logger("serving").info("POST %s/get_reward or %s/v1/reward; %s", address, address, end)
+        up = True
+        yield gateway
+    finally:
+        if not (detach and up):
+            _stop(gateway, gracefully=up)
 
 
-def _start_gateway(config: ServeConfig, tokens: tuple[str, ...], *, hub: bool, detach: bool) -> RayRanks:
+def _start(config: ServeConfig, tokens: tuple[str, ...], name: str, *, hub: bool, detach: bool) -> RayRanks:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from rlhf_ray.serving.gateway import Gateway
 
-    lifetime = "detached" if detach else None
-    name = f"{GATEWAY_NAME}/{config.run.name}"
-    actor = Gateway.options(name=name, namespace=SERVICE_NAMESPACE, lifetime=lifetime).remote(config, tokens, hub)
+    here = ray.get_runtime_context().get_node_id()
+    try:
+        actor = Gateway.options(
+            name=name,
+            namespace=SERVICE_NAMESPACE,
+            lifetime="detached" if detach else None,
+            runtime_env={"env_vars": environment.for_process(hub=hub)},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),  # its port is on this machine
+        ).remote(config, tokens, hub)
+    except ValueError as error:
+        raise RequestError(
+            f"a service named {config.run.name} runs on this cluster already: stop it, or give another run.name"
+        ) from error
     return RayRanks("gateway", [actor], timeout_s=config.cluster.call_timeout_s, on_stop=lambda: None)
 
 
-def _wait_for_signal() -> None:
-    asked = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
-    while not asked.wait(timeout=1.0):
-        pass
+def _stop(gateway: RayRanks, *, gracefully: bool) -> None:
+    try:
+        if gracefully:
+            gateway.call("stop", [()], timeout_s=STOP_TIMEOUT_S).result()
+    except RlhfRayError as error:
+        get_logger("serving").warning("%s", error)
+    finally:
+        gateway.stop()
+
+
+def _watch(gateway: RayRanks) -> NoReturn:
+    """Wait for a signal, or raise what the service died of."""
+    while True:
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+        gateway.call("check", [()], timeout_s=CHECK_TIMEOUT_S).result()
+
+
+@contextmanager
+def _asked_by_signals() -> Iterator[None]:
+    """SIGTERM interrupts like Ctrl-C does."""
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

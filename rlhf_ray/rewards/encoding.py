@@ -1,21 +1,25 @@
 """From a score request to the token ids that the reward model reads.
 
-Always true: nothing is added to token ids or text, nothing is stripped, a template or end-of-sequence token is applied
-once and only to messages and to a prompt with its response; an item over the limit is refused unless it asks to be cut,
-and then it loses its beginning, never the scored end.
+Always true: nothing is added to token ids or text, nothing is stripped; a conversation, and a prompt with its response,
+become what the reward model was trained on: its template, or the plain texts with their start and end tokens, once. An
+item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.data.encode import encode_answers
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
 
 
 @dataclass(frozen=True)
 class EncodedItem:
+    """The ids of one item, and whether they are only its end."""
+
     token_ids: tuple[int, ...]
     truncated: bool
 
@@ -25,9 +29,9 @@ def encode_request(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, vo
     token_ids = _token_ids(tokenizer, request)
     if not token_ids:
         raise ScoringError("the item is empty: there is no token to score")
-    outside = [token for token in token_ids if not 0 <= token < vocabulary]
-    if outside:
-        raise ScoringError(f"token id {outside[0]} is outside the reward model's vocabulary of {vocabulary}")
+    outside = next((token for token in token_ids if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise ScoringError(f"token id {outside} is outside the reward model's vocabulary of {vocabulary}")
     if len(token_ids) <= max_tokens:
         return EncodedItem(tuple(token_ids), truncated=False)
     if not request.truncate:
@@ -43,17 +47,25 @@ def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
     if request.text is not None:
         return list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
     if request.messages is not None:
-        return _templated(tokenizer, [dict(message) for message in request.messages])
+        return _conversation(tokenizer, request.messages)
+    assert request.prompt is not None and request.response is not None, "a request holds one representation"
     if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": request.response}]
-        return _templated(tokenizer, turns)
-    ids = list(tokenizer(f"{request.prompt}{request.response}", add_special_tokens=True)["input_ids"])
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        turns = ({"role": "user", "content": request.prompt}, {"role": "assistant", "content": request.response})
+        return _conversation(tokenizer, turns)
+    prompt, (answer,) = encode_answers(tokenizer, request.prompt, [request.response])
+    return [*prompt, *answer]
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ScoringError(
             "the item is a conversation, but the reward model's tokenizer has no chat template: send text"
         )
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ScoringError(
+            "a conversation is scored at its last answer, so it must end with a message of the assistant"
+        )
+    try:
+        return list(tokenizer.apply_chat_template([dict(turn) for turn in messages], tokenize=True, return_dict=False))
+    except Exception as error:  # a template is a program of its own, and refuses what it does not serve with any error
+        raise ScoringError(f"the reward model's template refuses the item: {error}") from error

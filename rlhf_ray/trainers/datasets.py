@@ -1,7 +1,7 @@
 """The rows that a config names, ready to be trained on: read, encoded, counted, split.
 
 Always true: everything is read before a cluster is joined; what is dropped is counted and said; an empty result is an error
-that names the file and the reason, never a run over nothing.
+that names the file and the way out, never a run over nothing; prompts of both halves are numbered through.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from rlhf_ray.config.schema import DataConfig
-from rlhf_ray.console import get_logger, progress
-from rlhf_ray.data.encode import encode_demonstration, encode_pair, encode_prompt
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.demonstrations import Demonstration, read_demonstrations
+from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_pairs, encode_prompts
+from rlhf_ray.data.preferences import PreferencePair, read_preferences
+from rlhf_ray.data.prompts import Prompt, read_prompts
 from rlhf_ray.data.world import World
 from rlhf_ray.errors import DataError
 from rlhf_ray.trainers.experience import TokenizedPrompt
@@ -27,92 +30,90 @@ Example = TypeVar("Example")
 class Split(Generic[Row]):
     """Rows to train on and rows held out."""
 
-    training: Sequence[Row]
-    held_out: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """Token ids of a preference pair."""
-
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    margin: float | None
-    source: str
+    train: list[Row]
+    held_out: list[Row]
 
 
 @dataclass(frozen=True)
 class DemonstrationExample:
     """Token ids of a demonstration and which of them are the answer."""
 
-    token_ids: tuple[int, ...]
-    action_mask: tuple[bool, ...]
+    token_ids: list[int]
+    action_mask: list[bool]
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Token ids of a preference pair, the prompt before both answers."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float | None
 
 
 def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[DemonstrationExample]:
     """Encoded demonstrations of the world or of a file."""
     if data.world is not None:
         world = World(data.world.seed)
-        held_out = world.demonstrations(max(200, data.world.demonstrations // 20), split="evaluation")
-        rows = Split(world.demonstrations(data.world.demonstrations), held_out)
+        rows = Split(world.demonstrations(data.world.demonstrations), world.demonstrations(500, "evaluation"))
     else:
-        from rlhf_ray.data.demonstrations import read_demonstrations
+        rows = _read(data, seed, lambda path: read_demonstrations(path, data.prompt_key, data.answer_key))
 
-        rows = _split(data, seed, lambda path: read_demonstrations(path, data.prompt_key, data.answer_key))
-    return _encoded(rows, data, "demonstrations", lambda row: _demonstration(tokenizer, row, data.max_tokens))
+    def encode(half: Sequence[Demonstration], drops: Drops) -> list[DemonstrationExample]:
+        encoded = encode_demonstrations(tokenizer, half, data.max_tokens, drops)
+        return [DemonstrationExample(*one) for one in encoded if one is not None]
+
+    return _encoded(rows, data, encode)
 
 
 def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExample]:
     """Encoded preference pairs of the world or of a file; those held out of the world have no flipped labels."""
     if data.world is not None:
         world = World(data.world.seed)
-        held_out = world.preferences(data.world.evaluation_pairs, split="evaluation", flipped=0.0)
+        held_out = world.preferences(data.world.evaluation_pairs, "evaluation", flipped=0.0)
         rows = Split(world.preferences(data.world.pairs), held_out)
     else:
-        from rlhf_ray.data.preferences import read_preferences
+        keys = (data.prompt_key, data.chosen_key, data.rejected_key)
+        rows = _read(data, seed, lambda path: read_preferences(path, *keys))
 
-        keys = {"prompt_key": data.prompt_key, "chosen_key": data.chosen_key, "rejected_key": data.rejected_key}
-        rows = _split(data, seed, lambda path: read_preferences(path, **keys))
-    return _encoded(rows, data, "pairs", lambda row: _pair(tokenizer, row, data.max_tokens))
+    def encode(half: Sequence[PreferencePair], drops: Drops) -> list[PairExample]:
+        encoded = encode_pairs(tokenizer, half, data.max_tokens, drops)
+        pairs = zip(encoded, half, strict=True)
+        return [PairExample(*sides, row.margin) for sides, row in pairs if sides is not None]
+
+    return _encoded(rows, data, encode)
 
 
 def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[TokenizedPrompt]:
-    """Encoded prompts of the world or of a file, numbered from 0; those held out continue the numbers."""
+    """Encoded prompts of the world or of a file; those held out continue the numbers."""
     if data.world is not None:
         world = World(data.world.seed)
         rows = Split(
             world.prompts("ppo", data.world.prompts), world.prompts("evaluation", data.world.evaluation_prompts)
         )
     else:
-        from rlhf_ray.data.prompts import read_prompts
+        keys = {"chosen_key": data.chosen_key, "rejected_key": data.rejected_key}
+        rows = _read(data, seed, lambda path: read_prompts(path, data.prompt_key, **keys))
+    count = len(rows.train)
+    numbered = Split(list(enumerate(rows.train)), list(enumerate(rows.held_out, count)))
 
-        rows = _split(data, seed, lambda path: read_prompts(path, data.prompt_key, chosen_key=data.chosen_key))
-    count = len(rows.training)
-    numbered = Split(list(enumerate(rows.training)), list(enumerate(rows.held_out, count)))
-    return _encoded(numbered, data, "prompts", lambda pair: _prompt(tokenizer, *pair, data.max_prompt_tokens))
+    def encode(half: Sequence[tuple[int, Prompt]], drops: Drops) -> list[TokenizedPrompt]:
+        encoded = encode_prompts(tokenizer, [row for _, row in half], data.max_prompt_tokens, drops)
+        return [
+            TokenizedPrompt(number, row.text, tuple(ids), row.label)
+            for (number, row), ids in zip(half, encoded, strict=True)
+            if ids is not None
+        ]
 
-
-def _prompt(tokenizer: Any, number: int, row: Any, max_tokens: int) -> TokenizedPrompt | None:
-    token_ids = encode_prompt(tokenizer, row, max_tokens)
-    return None if token_ids is None else TokenizedPrompt(number, row.text, tuple(token_ids), row.label)
-
-
-def _demonstration(tokenizer: Any, row: Any, max_tokens: int) -> DemonstrationExample | None:
-    encoded = encode_demonstration(tokenizer, row, max_tokens)
-    return None if encoded is None else DemonstrationExample(tuple(encoded[0]), tuple(encoded[1]))
+    return _encoded(numbered, data, encode)
 
 
-def _pair(tokenizer: Any, row: Any, max_tokens: int) -> PairExample | None:
-    encoded = encode_pair(tokenizer, row, max_tokens)
-    return None if encoded is None else PairExample(tuple(encoded[0]), tuple(encoded[1]), row.margin, row.source)
-
-
-def _split(data: DataConfig, seed: int, read: Callable[[str], Sequence[Row]]) -> Split[Row]:
+def _read(data: DataConfig, seed: int, read: Callable[[str], list[Row]]) -> Split[Row]:
     """Rows of ``data.path``; held out is ``evaluation_path``, or a share drawn by ``seed``, or nothing."""
-    assert data.path is not None
-    rows = list(read(data.path))[: data.max_rows]
+    assert data.path is not None, "a data section names a world or a path"
+    rows = read(data.path)[: data.max_rows]
     if data.evaluation_path is not None:
-        return Split(rows, list(read(data.evaluation_path)))
+        return Split(rows, read(data.evaluation_path))
     order = list(range(len(rows)))
     random.Random(f"{seed}/held-out").shuffle(order)
     held_out = set(order[: round((data.evaluation_fraction or 0.0) * len(rows))])
@@ -122,19 +123,23 @@ def _split(data: DataConfig, seed: int, read: Callable[[str], Sequence[Row]]) ->
     )
 
 
-def _encoded(rows: Split[Row], data: DataConfig, what: str, encode: Callable[[Row], Example | None]) -> Split[Example]:
-    """Encode both halves; rows that do not fit are dropped and counted."""
-    halves = []
-    for name, half in (("training", rows.training), ("held-out", rows.held_out)):
-        encoded = [encode(row) for row in progress(half, f"encoding {name} {what}")]
-        kept = [example for example in encoded if example is not None]
-        if len(kept) < len(half):
-            get_logger().info("%s %s: %d of %d dropped (too long, or two equal sides)", name, what,
-                              len(half) - len(kept), len(half))  # fmt: skip
-        halves.append(kept)
+def _encoded(
+    rows: Split[Row], data: DataConfig, encode: Callable[[Sequence[Row], Drops], list[Example]]
+) -> Split[Example]:
+    """Encode both halves and say what was dropped."""
+    source = data.path or "the generated world"
+    halves, reasons = [], Drops()
+    for name, half in (("training", rows.train), ("held-out", rows.held_out)):
+        drops = Drops()
+        halves.append(encode(half, drops))
+        if drops:
+            told = ", ".join(f"{count} {reason}" for reason, count in drops.items())
+            get_logger("data").info("%s: of %d %s rows dropped: %s", source, len(half), name, told)
+        reasons += drops
     if not halves[0]:
-        raise DataError(f"{data.path or 'the generated world'}: no {what} left to train on; raise data.max_tokens or "
-                        "data.max_prompt_tokens, or give other rows")  # fmt: skip
+        told = ", ".join(reasons) or "there were none"
+        raise DataError(f"{source}: no row is left to train on ({told}); raise data.max_tokens or data.max_prompt_tokens, "
+                        "or give other rows")  # fmt: skip
     return Split(*halves)
 
 
@@ -146,10 +151,10 @@ def demonstration_batch(examples: Sequence[DemonstrationExample]) -> TrajectoryB
 
 
 def pair_batch(examples: Sequence[PairExample]) -> TrajectoryBatch:
-    """Sequence 2i is chosen, 2i+1 rejected; ``margin`` where every pair has one."""
-    sides = [side for example in examples for side in (example.chosen, example.rejected)]
-    batch = TrajectoryBatch.from_sequences(sides)
-    margins = [example.margin for example in examples]
-    if any(margin is None for margin in margins):
+    """Sequence 2i is chosen, 2i+1 rejected; a column ``margin`` where the pairs have one."""
+    batch = TrajectoryBatch.from_sequences(
+        [side for example in examples for side in (example.chosen, example.rejected)]
+    )
+    if examples[0].margin is None:
         return batch
-    return batch.with_columns(margin=[float(margin or 0.0) for margin in margins for _ in range(2)])
+    return batch.with_columns(margin=[float(example.margin or 0.0) for example in examples for _ in range(2)])

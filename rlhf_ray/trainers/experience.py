@@ -33,6 +33,8 @@ class TokenizedPrompt:
     text: str
     token_ids: tuple[int, ...]
     label: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """The conversation that the prompt is, where it is one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class TextSample:
     finished: bool
     token_ids: tuple[int, ...]
     """Prompt and response, as sampled."""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """The prompt's conversation with the response as its last turn, where the prompt is one."""
 
 
 class Experience:
@@ -107,7 +111,8 @@ class Experience:
             prompt = prompts[prompt_id]
             ids = token_ids[offsets[row] : offsets[row + 1]]
             response = self.tokenizer.decode(ids[len(prompt.token_ids) :], skip_special_tokens=True)
-            samples.append(TextSample(prompt.text, response, prompt.label, finished[row], tuple(ids)))
+            said = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
+            samples.append(TextSample(prompt.text, response, prompt.label, finished[row], tuple(ids), said))
         return samples
 
     def score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
@@ -126,7 +131,12 @@ class Experience:
         """Ids as sampled where both tokenizers are the same, the prompt and response as text where they are not."""
         if self.same_tokenizer:
             return [ScoreRequest(token_ids=sample.token_ids) for sample in samples]
-        return [ScoreRequest(prompt=sample.prompt, response=sample.response) for sample in samples]
+        return [
+            ScoreRequest(messages=sample.messages)
+            if sample.messages is not None
+            else ScoreRequest(prompt=sample.prompt, response=sample.response)
+            for sample in samples
+        ]
 
     def _kept(self, trajectories: TrajectoryBatch, results: Sequence[ScoreResult]) -> list[int]:
         """Rows of prompts whose samples all have a reward."""

@@ -127,4 +127,3 @@ class Learner:
         groups = {"policy": self.policy, "critic": self.critic}
         steps = {role: groups[role].apply(skip) for role in reports}
         outcome.add(reports, {role: one.result() for role, one in steps.items()})
-

@@ -100,7 +100,7 @@ def build(
         run_directory=run,
         groups=groups,
         sampler=sampler,
-        prompts=PromptStream(prompts.training, config.run.seed),
+        prompts=PromptStream(prompts.train, config.run.seed),
         experience=experience,
         learner=learner,
         evaluation=evaluation,

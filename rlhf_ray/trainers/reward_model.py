@@ -20,12 +20,14 @@ from rlhf_ray.trainers.session import Place, Session
 from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, cut, total_updates
 
 
-def train_reward_model(config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None) -> None:
+def train_reward_model(
+    config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
     """Train, evaluate, and write ``final/`` with the normalisation of the held-out scores."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = pair_examples(config.data, tokenizer, config.run.seed)
     loss = BradleyTerry(centering=config.loss.centering)
-    task = Task(examples.training, pair_batch, loss, config.batch.pairs_per_update, unit=2)
+    task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, unit=2)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
         reward = session.reward(config.reward, total_updates=updates).result()

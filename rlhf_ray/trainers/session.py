@@ -21,6 +21,7 @@ from rlhf_ray.planning.capacity import needed
 from rlhf_ray.rollout.fleet import Fleet
 
 AnyGroup = TypeVar("AnyGroup", bound=Group)
+WORKERS = {worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)}
 
 
 class Place(Protocol):
@@ -35,17 +36,12 @@ class Place(Protocol):
         resources: ResourcesConfig,
         *,
         first_rank: int = 0,
-        kv_cache_gib: float | None = None,
     ) -> Ranks:
         """Start the ranks of a role; their models are not loaded yet."""
 
 
 class ThisProcess:
     """Plain workers in this process, one rank a role: no Ray."""
-
-    WORKERS = {
-        worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)
-    }
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
@@ -57,9 +53,8 @@ class ThisProcess:
         resources: ResourcesConfig,
         *,
         first_rank: int = 0,
-        kv_cache_gib: float | None = None,
     ) -> Ranks:
-        return InProcessRanks(role, self.WORKERS[role](first_rank, ranks))
+        return InProcessRanks(role, WORKERS[role](first_rank, ranks))
 
 
 class Session:
@@ -110,8 +105,7 @@ class Session:
     def fleet(self, config: RolloutConfig, setup: RolloutSetup) -> Fleet:
         """All rollout engines, loaded; they serve nothing before the first weight update."""
         engines = [
-            self.place.start("rollout", 1, config.resources, first_rank=number, kv_cache_gib=config.kv_cache_gib)
-            for number in range(config.engines)
+            self.place.start("rollout", 1, config.resources, first_rank=number) for number in range(config.engines)
         ]
         timeout_s = self.place.config.start_timeout_s
         for loading in [engine.call("setup", [(setup,)], timeout_s=timeout_s) for engine in engines]:
@@ -120,10 +114,4 @@ class Session:
 
     def _start(self, role: str, kind: type[AnyGroup], setup: WorkerSetup) -> Pending[AnyGroup]:
         group = kind(self.place.start(role, setup.config.ranks, setup.config.resources))
-        loading = group.setup(setup, timeout_s=self.place.config.start_timeout_s)
-
-        def ready(line: str) -> AnyGroup:
-            get_logger().info("%s: %s", role, line)
-            return group
-
-        return loading.then(ready)
+        return group.setup(setup, timeout_s=self.place.config.start_timeout_s).then(lambda line: group)

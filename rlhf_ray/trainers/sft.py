@@ -15,11 +15,13 @@ from rlhf_ray.trainers.session import Place, Session
 from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, cut, total_updates
 
 
-def train_sft(config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None) -> None:
+def train_sft(
+    config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
     """Train, evaluate, and write ``final/``."""
     tokenizer = load_tokenizer(config.policy.model)
     examples = demonstration_examples(config.data, tokenizer, config.run.seed)
-    task = Task(examples.training, demonstration_batch, NegativeLogLikelihood(), config.batch.sequences_per_update)
+    task = Task(examples.train, demonstration_batch, NegativeLogLikelihood(), config.batch.sequences_per_update)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).result()
