@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_ray.console import progress
 from rlhf_ray.data.demonstrations import Demonstration
 from rlhf_ray.data.preferences import PreferencePair
 from rlhf_ray.data.prompts import Prompt
@@ -20,6 +21,8 @@ Ids = list[int]
 Drops = Counter[str]
 """How many rows were dropped, by reason."""
 
+TEXTS_AT_ONCE = 1024
+"""Enough to be fast, few enough to hold little besides the ids."""
 TOO_LONG, EQUAL, EMPTY = "too long", "with two equal sides", "without a token"
 
 
@@ -122,9 +125,10 @@ def _prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Ids]:
-    if not texts:
-        return []
-    encoded: list[Ids] = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"]
+    parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
+    encoded: list[Ids] = []
+    for part in parts if len(parts) < 2 else progress(parts, f"tokenizing {len(texts)} texts"):
+        encoded += tokenizer(part, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     return encoded
 
 

@@ -1,0 +1,60 @@
+"""Files and tokenizers that the tests of this room read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_ray.data.tokenizers import make_tokenizer
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write rows, or text or bytes as they are, into a file of this name."""
+
+    def write_file(content: Iterable[Any] | str | bytes, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_bytes(content.encode())
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        return path
+
+    return write_file
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that knows a few words, and adds no special token."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    texts = ["\n\nHuman: how are you today?\n\nAssistant: I am fine, thank you.", "the cat sat there"] * 5
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return make_tokenizer(str(path), 400)
+
+
+@pytest.fixture(scope="session")
+def spaced_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """Make a tokenizer of letters that puts a space before every text, as SentencePiece does, and special tokens."""
+    letters = ["<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz?.:"]
+
+    def make(template: str) -> PreTrainedTokenizerFast:
+        tokenizer = Tokenizer(
+            models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token="<unk>")
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace()
+        special = [("<s>", 0), ("</s>", 1)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+    return make
