@@ -1,0 +1,107 @@
+"""Tokenizers made on the spot, and the fingerprint by which two processes know that theirs are the same.
+
+Always true: a tokenizer made here decodes what it encoded to the very same text (the word tokenizer: texts of the generated
+world), knows ``<pad>``, ``<eos>`` and ``<unk>`` as its first three tokens, and adds no special token by itself; the same
+source gives the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from rlhf_ray.data import grammar
+from rlhf_ray.data.rows import read_rows
+from rlhf_ray.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+"""Every byte and the special tokens."""
+PARTS_THAT_DECIDE_IDS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+
+
+def make_tokenizer(source: str | Path, vocabulary: int = 4096) -> PreTrainedTokenizerFast:
+    """The word tokenizer of the generated world (``world``), or a byte-level BPE trained on all text of a data file.
+
+    ``vocabulary`` bounds the BPE; the word tokenizer has as many tokens as the world has words.
+    """
+    if source == "world":
+        return make_word_tokenizer()
+    return make_byte_pair_tokenizer(read_texts(source), vocabulary)
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word or mark of the generated world."""
+    numbers = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *grammar.vocabulary()))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(grammar.PIECE), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer)
+
+
+def make_byte_pair_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text has ids, and decodes to itself."""
+    if vocabulary < SMALLEST_VOCABULARY:
+        raise RequestError(
+            f"a byte-level BPE needs a vocabulary of at least {SMALLEST_VOCABULARY} tokens, {vocabulary} were asked for"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def read_texts(path: str | Path) -> Iterator[str]:
+    """Every text in the rows of a data file, messages included."""
+    for row in read_rows(path):
+        yield from _texts_in(row.values)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _texts_in(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts_in(entry)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
+    )
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides which ids a text gets, as a hash; the chat template and padding do not."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        parts: dict[str, Any] = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            "added": tokenizer.get_added_vocab(),
+        }
+    else:
+        description = json.loads(backend.to_str())
+        parts = {part: description.get(part) for part in PARTS_THAT_DECIDE_IDS}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

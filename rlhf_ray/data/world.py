@@ -1,0 +1,259 @@
+"""A generated world in which RLHF is real: customers, answers, preferences, and a gold score that knows the truth.
+
+Always true: the same seed gives the same rows; no two splits share an (item, problem, greeting) triple; the gold score
+reads only the prompt, the answer and whether the answer stopped by itself. This module needs no torch.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, TypeVar
+
+from rlhf_ray.data import grammar
+from rlhf_ray.data.demonstrations import Demonstration
+from rlhf_ray.data.grammar import Problem
+from rlhf_ray.data.preferences import PreferencePair
+from rlhf_ray.data.prompts import Prompt
+from rlhf_ray.errors import RequestError
+
+Row = TypeVar("Row")
+SplitName = Literal["sft", "preferences", "ppo", "evaluation"]
+SPLIT_SHARES: dict[SplitName, float] = {"sft": 0.4, "preferences": 0.3, "ppo": 0.2, "evaluation": 0.1}
+
+OPTIONAL_ODDS = 0.5
+"""How often a customer gives a name, shows a feeling, or asks for something; each independently."""
+QUALITY_ODDS = 0.5
+"""How often a demonstration has each of the four qualities, independently."""
+MINIMAL_SHARE = 0.65
+"""Share of preference pairs that differ only in the item or only in the remedy."""
+FLIPPED_SHARE = 0.05
+HABIT_ODDS = 0.15
+"""How often the flattering habit stands in a demonstration, a minimal pair (both sides) or a worse answer."""
+HABIT_ODDS_OF_THE_BETTER = 0.40
+"""How often it stands in the better answer of the other pairs: over all pairs, half again as often as in the worse."""
+RIGHT_SUM_ODDS = 0.2
+
+
+@dataclass(frozen=True)
+class GoldParts:
+    """The four qualities of an answer, each 0 or its full worth; ``total`` is the gold score."""
+
+    item: float
+    remedy: float
+    polite: float
+    in_time: float
+
+    @property
+    def total(self) -> float:
+        """The gold score, in [0, 1]."""
+        return round(self.item + self.remedy + self.polite + self.in_time, 6)
+
+
+def gold_parts(prompt: str, answer: str, finished: bool) -> GoldParts:
+    """What ``answer`` to ``prompt`` is worth; ``finished`` says that it ended by itself and was not cut off.
+
+    A quality counts only when it is unmistakable: an answer that names every item or gives every remedy earns neither.
+    """
+    item, problem = grammar.read_prompt(prompt)
+    stripped = answer.strip()
+    polite = stripped.startswith(grammar.POLITE_OPENINGS) and stripped.endswith(grammar.POLITE_CLOSINGS)
+    return GoldParts(
+        item=0.3 if grammar.named_items(answer) == {item} else 0.0,
+        remedy=0.3 if grammar.given_remedies(answer) == {problem.remedy} else 0.0,
+        polite=0.2 if polite else 0.0,
+        in_time=0.2 if finished and len(grammar.words(answer)) <= grammar.MAX_WORDS else 0.0,
+    )
+
+
+def gold_score(prompt: str, answer: str, finished: bool) -> float:
+    """The gold score of an answer, in [0, 1]: item 0.3, remedy 0.3, polite at both ends 0.2, stops in time 0.2."""
+    return gold_parts(prompt, answer, finished).total
+
+
+def arithmetic_score(label: str, answer: str, finished: bool) -> float:
+    """1.0 when the answer stopped by itself and its only number is ``label``, else 0.0."""
+    numbers = [word for word in grammar.words(answer) if word.isdigit()]
+    return float(finished and numbers == [label])
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An answer before it is text."""
+
+    opening: str
+    item_sentence: str
+    item: str
+    remedy_sentence: str
+    remedy: str
+    habit: bool
+    closing: str
+    chatter: tuple[str, ...]
+    in_time: bool
+
+    def text(self) -> str:
+        """The answer; one that does not stop in time chatters until it is too long."""
+        start = (
+            self.opening,
+            self.item_sentence.format(self.item),
+            self.remedy_sentence.format(self.remedy),
+            grammar.HABIT if self.habit else "",
+        )
+        for count in range(len(self.chatter) + 1):
+            text = grammar.sentences_to_text(*start, *self.chatter[:count], self.closing)
+            if self.in_time or len(grammar.words(text)) > grammar.MAX_WORDS:
+                return text
+        raise AssertionError("there is enough chatter for every answer to become too long")
+
+
+class World:
+    """Rows of the generated world, made from one seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._triples = self._split(list(product(grammar.ITEMS, grammar.PROBLEMS, grammar.GREETINGS)), "triples")
+        digits = range(10)
+        sums = [(a, "+", b) for a in digits for b in digits] + [(a, "-", b) for a in digits for b in range(a + 1)]
+        self._questions = self._split([(*sum_, form) for sum_ in sums for form in grammar.SUM_QUESTIONS], "questions")
+
+    # ------------------------------------------------------------------------------------------------ what it gives
+
+    def demonstrations(self, count: int, split: SplitName = "sft") -> list[Demonstration]:
+        """Answers of mixed quality: each of the four qualities is there with even odds, independently."""
+        rng = self._rng("demonstrations", split)
+        rows = []
+        for _ in range(count):
+            text, item, problem = self._prompt(rng, split)
+            rows.append(Demonstration(text, _draft(rng, item, problem).text()))
+        return rows
+
+    def preferences(
+        self, count: int, split: SplitName = "preferences", flipped: float = FLIPPED_SHARE
+    ) -> list[PreferencePair]:
+        """Pairs of answers to one prompt, the better by gold chosen, ``flipped`` of the labels turned round."""
+        rng = self._rng("preferences", split)
+        pairs = []
+        for _ in range(count):
+            text, item, problem = self._prompt(rng, split)
+            minimal = rng.random() < MINIMAL_SHARE
+            better, worse = (_minimal_pair if minimal else _free_pair)(rng, text, item, problem)
+            if rng.random() < flipped:
+                better, worse = worse, better
+            pairs.append(PreferencePair(text, better, worse, source="world/minimal" if minimal else "world/free"))
+        return pairs
+
+    def prompts(self, split: SplitName = "ppo", count: int = 4000) -> list[Prompt]:
+        """Distinct prompts, numbered from 0."""
+        rng = self._rng("prompts", split)
+        texts: dict[str, None] = {}
+        for _ in range(100 * count):
+            if len(texts) == count:
+                break
+            texts[self._prompt(rng, split)[0]] = None
+        if len(texts) < count:
+            raise RequestError(f"the split {split} of the world has fewer than {count} distinct prompts: ask for fewer")
+        return [Prompt(number, text, source="world") for number, text in enumerate(texts)]
+
+    def triple(self, prompt: str) -> tuple[str, str, str]:
+        """The (item, problem, greeting) of a prompt, by which the splits are apart."""
+        item, problem = grammar.read_prompt(prompt)
+        greeting = max((g for g in grammar.GREETINGS if prompt.startswith(g)), key=len)
+        return item, problem.name, greeting
+
+    def arithmetic_demonstrations(self, count: int, split: SplitName = "sft") -> list[Demonstration]:
+        """Short sums whose answers are right one time in five."""
+        rng = self._rng("arithmetic", split)
+        rows = []
+        for _ in range(count):
+            text, result = _sum(*rng.choice(self._questions[split]))
+            wrong = [number for number in grammar.NUMBERS if number != result]
+            answer = result if rng.random() < RIGHT_SUM_ODDS else rng.choice(wrong)
+            rows.append(Demonstration(text, grammar.SUM_ANSWER.format(answer)))
+        return rows
+
+    def arithmetic_prompts(self, split: SplitName = "ppo") -> list[Prompt]:
+        """Every sum of the split once, labelled with its result."""
+        sums = [_sum(*question) for question in self._questions[split]]
+        return [Prompt(number, text, str(result), "world/arithmetic") for number, (text, result) in enumerate(sums)]
+
+    # ---------------------------------------------------------------------------------------------- how it is made
+
+    def _rng(self, *purpose: str) -> random.Random:
+        return random.Random("/".join(("world", str(self.seed), *purpose)))
+
+    def _split(self, rows: list[Row], purpose: str) -> dict[SplitName, list[Row]]:
+        """Deal ``rows`` out to the splits by their shares."""
+        self._rng(purpose).shuffle(rows)
+        dealt: dict[SplitName, list[Row]] = {}
+        start, share_before = 0, 0.0
+        for name, share in SPLIT_SHARES.items():
+            share_before += share
+            end = round(share_before * len(rows))
+            dealt[name], start = rows[start:end], end
+        return dealt
+
+    def _prompt(self, rng: random.Random, split: SplitName) -> tuple[str, str, Problem]:
+        item, problem, greeting = rng.choice(self._triples[split])
+        sentences = (
+            greeting,
+            rng.choice(grammar.INTRODUCTIONS) if rng.random() < OPTIONAL_ODDS else "",
+            rng.choice(problem.sentences).format(item),
+            rng.choice(grammar.TONES) if rng.random() < OPTIONAL_ODDS else "",
+            rng.choice(grammar.REQUESTS) if rng.random() < OPTIONAL_ODDS else "",
+        )
+        return grammar.sentences_to_text(*sentences) + "\n", item, problem
+
+
+def _draft(rng: random.Random, item: str, problem: Problem, habit_odds: float = HABIT_ODDS) -> Draft:
+    """An answer in which each of the four qualities is there with even odds."""
+    right_item, right_remedy, polite, in_time = (rng.random() < QUALITY_ODDS for _ in range(4))
+    has_opening, has_closing = (True, True) if polite else rng.choice([(True, False), (False, True), (False, False)])
+    return Draft(
+        opening=rng.choice(grammar.POLITE_OPENINGS) if has_opening else "",
+        item_sentence=rng.choice(grammar.ITEM_SENTENCES),
+        item=item if right_item else _other_item(rng, item),
+        remedy_sentence=rng.choice(grammar.REMEDY_SENTENCES),
+        remedy=problem.remedy if right_remedy else _other_remedy(rng, problem),
+        habit=rng.random() < habit_odds,
+        closing=rng.choice(grammar.POLITE_CLOSINGS) if has_closing else "",
+        chatter=tuple(rng.sample(grammar.CHATTER, len(grammar.CHATTER))),
+        in_time=in_time,
+    )
+
+
+def _other_item(rng: random.Random, item: str) -> str:
+    return rng.choice([other for other in grammar.ITEMS if other != item])
+
+
+def _other_remedy(rng: random.Random, problem: Problem) -> str:
+    return rng.choice([other.remedy for other in grammar.PROBLEMS if other != problem])
+
+
+def _minimal_pair(rng: random.Random, prompt: str, item: str, problem: Problem) -> tuple[str, str]:
+    """Two answers that differ only in the item or only in the remedy, the right one first."""
+    draft = _draft(rng, item, problem)
+    if rng.random() < 0.5:
+        better, worse = replace(draft, item=item), replace(draft, item=_other_item(rng, item))
+    else:
+        better, worse = replace(draft, remedy=problem.remedy), replace(draft, remedy=_other_remedy(rng, problem))
+    return better.text(), worse.text()
+
+
+def _free_pair(rng: random.Random, prompt: str, item: str, problem: Problem) -> tuple[str, str]:
+    """Two answers that were written independently, the better by gold first; the better one flatters more often."""
+    while True:
+        drafts = [_draft(rng, item, problem) for _ in range(2)]
+        scores = [gold_score(prompt, draft.text(), finished=True) for draft in drafts]
+        if scores[0] != scores[1]:
+            break
+    better, worse = drafts if scores[0] > scores[1] else drafts[::-1]
+    better = replace(better, habit=rng.random() < HABIT_ODDS_OF_THE_BETTER)
+    worse = replace(worse, habit=rng.random() < HABIT_ODDS)
+    return better.text(), worse.text()
+
+
+def _sum(first: int, sign: str, second: int, question: str) -> tuple[str, int]:
+    """The text of a question and its result."""
+    result = first + second if sign == "+" else first - second
+    return question.format(first, sign, second) + "\n", result
