@@ -21,13 +21,18 @@ def add_arguments(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Check, start, keep up."""
+    import json
+
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.launch.serve import serve
 
-    options = {"host": given.host, "port": given.port, "token_file": given.token_file}
-    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
-    overrides += ["normalize=true"] if given.normalize else []
-    config = load_config(
-        "serve", [f"reward.model.path={given.model}", *overrides, *given.overrides], kind="serve", files=True
-    )
+    options = {
+        "reward.model.path": given.model,
+        "host": given.host,
+        "port": given.port,
+        "token_file": given.token_file,
+        "normalize": given.normalize or None,
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    config = load_config("serve", [*overrides, *given.overrides], kind="serve", files=True)
     return serve(config, detach=given.detach)

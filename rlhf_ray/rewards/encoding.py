@@ -1,18 +1,17 @@
 """From a score request to the token ids that the reward model reads.
 
 Always true: nothing is added to token ids or text, nothing is stripped; a conversation, and a prompt with its response,
-become what the reward model was trained on: its template, or the plain texts with their start and end tokens, once. An
-item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
+are written by the template of the reward model's tokenizer, or without one as in training: with start and end tokens, once.
+An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.data.encode import encode_answers
-from rlhf_ray.errors import ScoringError
+from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
 
 
@@ -47,16 +46,19 @@ def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
     if request.text is not None:
         return list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
     if request.messages is not None:
-        return _conversation(tokenizer, request.messages)
+        return _conversation(tokenizer, [dict(message) for message in request.messages])
     assert request.prompt is not None and request.response is not None, "a request holds one representation"
     if tokenizer.chat_template is not None:
-        turns = ({"role": "user", "content": request.prompt}, {"role": "assistant", "content": request.response})
-        return _conversation(tokenizer, turns)
-    prompt, (answer,) = encode_answers(tokenizer, request.prompt, [request.response])
-    return [*prompt, *answer]
+        turns = (("user", request.prompt), ("assistant", request.response))
+        return _conversation(tokenizer, [{"role": role, "content": text} for role, text in turns])
+    try:
+        before, (after,) = encode_answers(tokenizer, request.prompt, [request.response])
+    except DataError as error:
+        raise ScoringError(str(error)) from error
+    return [*before, *after]
 
 
-def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ScoringError(
             "the item is a conversation, but the reward model's tokenizer has no chat template: send text"
@@ -66,6 +68,6 @@ def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list
             "a conversation is scored at its last answer, so it must end with a message of the assistant"
         )
     try:
-        return list(tokenizer.apply_chat_template([dict(turn) for turn in messages], tokenize=True, return_dict=False))
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
     except Exception as error:  # a template is a program of its own, and refuses what it does not serve with any error
-        raise ScoringError(f"the reward model's template refuses the item: {error}") from error
+        raise ScoringError(f"the reward model's chat template refuses the conversation: {error}") from error

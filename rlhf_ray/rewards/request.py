@@ -8,10 +8,15 @@ tokens are expected in it. Messages and a prompt with its response go through th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import RequestError, ScoringError
+
+Fault = Literal["item", "model", "source"]
+"""Why an item has no reward: it cannot be scored as it is; the model answered no number; the source failed, and may not
+fail when asked again."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,22 @@ class ScoreRequest:
         if len(given) != 1:
             found = ", ".join(given) or "nothing"
             raise RequestError(f"give exactly one of token_ids, text, messages, or prompt with response; found {found}")
+        for name, text in self.texts():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"{name} holds half of a surrogate pair at character {error.start}, which is no text"
+                ) from None
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every text in it, with its name."""
+        for name, text in (("text", self.text), ("prompt", self.prompt), ("response", self.response)):
+            if text is not None:
+                yield name, text
+        for message in self.messages or ():
+            yield "messages", message["role"]
+            yield "messages", message["content"]
 
 
 @dataclass(frozen=True)
@@ -44,23 +65,34 @@ class ScoreResult:
     tokens: int = 0
     truncated: bool = False
     error: str | None = None
+    fault: Fault | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [number for number in (self.raw, self.reward) if number is not None]
+        scored = len(numbers) == 2 and all(map(math.isfinite, numbers)) and self.error is None and self.fault is None
+        failed = not numbers and self.error is not None and self.fault is not None
+        if not scored and not failed:
+            raise ScoringError(f"a result holds two finite numbers, or an error and its fault, but this is {self!r}")
 
     @classmethod
-    def of(
-        cls, raw: float, tokens: int, *, truncated: bool = False, mean: float = 0.0, std: float = 1.0
-    ) -> ScoreResult:
-        """A result of a finite score; anything else becomes an error that says what the model returned."""
+    def of(cls, raw: float, tokens: int = 0, *, truncated: bool = False) -> ScoreResult:
+        """The result of a model's output; an error where that is no finite number."""
         if not math.isfinite(raw):
-            return cls(
-                tokens=tokens, truncated=truncated, error=f"the model returned {raw}, which is not a finite reward"
-            )
-        return cls(raw=raw, reward=(raw - mean) / std, tokens=tokens, truncated=truncated)
+            return cls.failed(f"the model returned {raw}, which is not a finite reward", tokens, fault="model")
+        return cls(raw=raw, reward=raw, tokens=tokens, truncated=truncated)
 
     @classmethod
-    def failed(cls, error: str, tokens: int = 0) -> ScoreResult:
-        return cls(tokens=tokens, error=error)
+    def failed(cls, error: str, tokens: int = 0, *, fault: Fault = "item") -> ScoreResult:
+        """The result of an item without a reward."""
+        return cls(tokens=tokens, error=error, fault=fault)
 
-
-def requests_from_ids(sequences: Sequence[Sequence[int]]) -> list[ScoreRequest]:
-    """One request for each sequence of token ids."""
-    return [ScoreRequest(token_ids=tuple(int(token) for token in ids)) for ids in sequences]
+    def normalised(self, mean: float, std: float) -> ScoreResult:
+        """The same with ``reward = (raw - mean) / std``."""
+        if self.raw is None:
+            return self
+        reward = (self.raw - mean) / std
+        if not math.isfinite(reward):
+            return self.failed(
+                f"the reward {self.raw} normalised by mean {mean} and std {std} is {reward}", self.tokens, fault="model"
+            )
+        return replace(self, reward=reward)

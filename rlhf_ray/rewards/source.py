@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import numbers
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -54,10 +56,10 @@ class ModelSource:
         self.std = std
 
     def score(self, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
-        return self.scorer.score(requests).then(lambda results: [self._normalised(result) for result in results])
-
-    def _normalised(self, result: ScoreResult) -> ScoreResult:
-        return result if result.raw is None else replace(result, reward=(result.raw - self.mean) / self.std)
+        """One result a request."""
+        return self.scorer.score(requests).then(
+            lambda results: [result.normalised(self.mean, self.std) for result in results]
+        )
 
 
 class FunctionSource:
@@ -68,30 +70,30 @@ class FunctionSource:
         self.function = function
 
     def score(self, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+        """One result a sample; the requests are not looked at."""
         return Pending(lambda: self._call(samples))
 
     def _call(self, samples: Sequence[Sample]) -> list[ScoreResult]:
         try:
-            rewards = list(
-                self.function(
-                    [sample.prompt for sample in samples],
-                    [sample.response for sample in samples],
-                    [sample.label for sample in samples],
-                    [sample.finished for sample in samples],
-                )
+            returned = self.function(
+                [sample.prompt for sample in samples],
+                [sample.response for sample in samples],
+                [sample.label for sample in samples],
+                [sample.finished for sample in samples],
             )
         except Exception as error:
             raise ScoringError(f"reward function {self.name} raised {error!r}") from error
-        if len(rewards) != len(samples):
-            raise ScoringError(
-                f"reward function {self.name} returned {len(rewards)} rewards for {len(samples)} samples"
-            )
-        return [self._result(value) for value in rewards]
+        if not hasattr(returned, "__len__") or len(returned) != len(samples):
+            count = f"{len(returned)} rewards" if hasattr(returned, "__len__") else repr(returned)
+            raise ScoringError(f"reward function {self.name} returned {count} for {len(samples)} samples")
+        values = returned.tolist() if hasattr(returned, "tolist") else returned  # arrays and tensors
+        return [self._result(value) for value in values]
 
     def _result(self, value: Any) -> ScoreResult:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return ScoreResult.failed(f"reward function {self.name} returned {value!r}, which is not a finite number")
-        return ScoreResult(raw=float(value), reward=float(value))
+        if isinstance(value, numbers.Real) and math.isfinite(value):
+            return ScoreResult.of(float(value))
+        what = f"reward function {self.name} returned {value!r}, which is not a finite number"
+        return ScoreResult.failed(what, fault="source")
 
 
 def load_function(name: str) -> RewardFunction:
@@ -101,9 +103,9 @@ def load_function(name: str) -> RewardFunction:
         raise RequestError(f"reward.function {name!r}: write it as package.module:function or path.py:function")
     try:
         module = _module_from_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
-    except (ImportError, FileNotFoundError) as error:
-        raise RequestError(f"reward.function {name!r}: {origin} cannot be imported ({error})") from error
-    function = getattr(module, attribute, None)
+    except Exception as error:  # the module is the user's program, and fails in its own ways
+        raise RequestError(f"reward.function {name!r}: {origin} cannot be imported ({error!r})") from error
+    function = vars(module).get(attribute)
     if not callable(function):
         raise RequestError(f"reward.function {name!r}: {origin} has no function {attribute}")
     return function  # type: ignore[no-any-return]
@@ -112,9 +114,10 @@ def load_function(name: str) -> RewardFunction:
 def _module_from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -128,12 +131,31 @@ def score_or_hold(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[ScoreResult]:
-    """Score everything, trying what failed again for up to ``hold_s`` seconds; what still fails keeps its error."""
-    results = source.score(requests, samples).result()
+    """Score everything; what the source failed at is tried again for ``hold_s`` seconds, and then keeps its error."""
+    results = _try(source, requests, samples)
+    failed = _to_try_again(range(len(results)), results)
+    if failed:
+        get_logger("rewards").warning(
+            "%d of %d samples have no reward (%s): trying again for %g s",
+            len(failed), len(results), results[failed[0]].error, hold_s,
+        )  # fmt: skip
     deadline = clock() + hold_s
-    while (failed := [i for i, result in enumerate(results) if result.error is not None]) and clock() < deadline:
-        sleep(SECONDS_BETWEEN_TRIES)
-        again = source.score([requests[i] for i in failed], [samples[i] for i in failed]).result()
+    while failed and (left := deadline - clock()) > 0:
+        sleep(min(SECONDS_BETWEEN_TRIES, left))
+        again = _try(source, [requests[i] for i in failed], [samples[i] for i in failed])
         for position, result in zip(failed, again, strict=True):
             results[position] = result
+        failed = _to_try_again(failed, results)
     return results
+
+
+def _to_try_again(positions: Iterable[int], results: Sequence[ScoreResult]) -> list[int]:
+    return [position for position in positions if results[position].fault == "source"]
+
+
+def _try(source: RewardSource, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> list[ScoreResult]:
+    """Results of one attempt; a source that failed as a whole has failed at every request."""
+    try:
+        return source.score(requests, samples).result()
+    except ScoringError as error:
+        return [ScoreResult.failed(str(error), fault="source")] * len(requests)

@@ -6,7 +6,6 @@ Always true: a route that nobody thought of is closed; tokens are compared in co
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +24,10 @@ def read_tokens(path: str | None) -> tuple[str, ...]:
     """Tokens of a file: one a line, ``name:token`` or bare; ``#`` begins a comment. No path means no token."""
     if path is None:
         return ()
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise RequestError(f"token_file {path}: there is no such file; write one token a line into it")
-    lines = [line.strip() for line in file.read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in Path(path).expanduser().read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"token_file {path} cannot be read ({error}): write one token a line into it") from error
     tokens = tuple(line.rpartition(":")[2] for line in lines if line and not line.startswith("#"))
     short = [number for number, token in enumerate(tokens, 1) if len(token) < SHORTEST_TOKEN]
     if short or not tokens:
@@ -81,6 +80,6 @@ def presented_token(authorization: str) -> bytes:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:
             return b""
     return b""

@@ -7,7 +7,7 @@ text, which stays out of answers and logs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -41,11 +41,22 @@ async def read_json(request: Request, max_bytes: int) -> Mapping[str, Any]:
 
 
 def openrlhf_requests(body: Mapping[str, Any]) -> list[ScoreRequest]:
-    """The items of an OpenRLHF body: ``query`` is texts that hold their special tokens already."""
+    """The items of an OpenRLHF body, of whichever generation: ``query`` is texts with their special tokens in them.
+
+    What comes beside it (``prompts``, ``labels``, ``metadata``) is for reward functions and is not read.
+    """
     queries = body.get("query")
-    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+    if not isinstance(queries, list):
         raise BodyError(422, f"query must be a list of texts, not {_kind(queries)}")
-    return [ScoreRequest(text=query) for query in queries]
+    requests = []
+    for position, query in enumerate(queries):
+        if not isinstance(query, str):
+            raise BodyError(422, f"query {position} must be a text, not {_kind(query)}")
+        try:
+            requests.append(ScoreRequest(text=query))
+        except RequestError as error:
+            raise BodyError(422, f"query {position}: {error}") from error
+    return requests
 
 
 def reward_requests(body: Mapping[str, Any]) -> list[ScoreRequest | str]:
@@ -59,14 +70,11 @@ def reward_requests(body: Mapping[str, Any]) -> list[ScoreRequest | str]:
 def _reward_request(item: Any) -> ScoreRequest | str:
     if not isinstance(item, dict):
         return f"an item must be a JSON object, not {_kind(item)}"
-    unknown = sorted(set(item) - {"token_ids", "text", "messages", "prompt", "response", "truncate"})
-    if unknown:
-        return (
-            f"unknown key {unknown[0]!r}: an item has token_ids, text, messages, or prompt and response; and truncate"
-        )
-    wrong = next((name for name, check in _CHECKS.items() if name in item and not check(item[name])), None)
+    if not item.keys() <= _CHECKS.keys():
+        return "unknown key: an item has token_ids, text, messages, or prompt and response; and it may have truncate"
+    wrong = next((name for name, (_, right) in _CHECKS.items() if name in item and not right(item[name])), None)
     if wrong is not None:
-        return f"{wrong} has the wrong type: {_kind(item[wrong])}"
+        return f"{wrong} must be {_CHECKS[wrong][0]}"
     sequences = {name: tuple(item[name]) for name in ("token_ids", "messages") if name in item}
     try:
         return ScoreRequest(**{**item, **sequences})
@@ -85,13 +93,17 @@ def _is_messages(value: Any) -> bool:
     )
 
 
-_CHECKS = {
-    "token_ids": _is_ids,
-    "messages": _is_messages,
-    "text": lambda value: isinstance(value, str),
-    "prompt": lambda value: isinstance(value, str),
-    "response": lambda value: isinstance(value, str),
-    "truncate": lambda value: isinstance(value, bool),
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "token_ids": ("a list of whole numbers", _is_ids),
+    "messages": ("a list of objects with the texts role and content", _is_messages),
+    "text": ("a text", _is_text),
+    "prompt": ("a text", _is_text),
+    "response": ("a text", _is_text),
+    "truncate": ("true or false", lambda value: isinstance(value, bool)),
 }
 
 

@@ -7,36 +7,48 @@ the weights are loaded; forwards wait in a thread, never in the event loop.
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import uvicorn
 
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.serving.app import create_app
+from rlhf_ray.serving.server import WebServer
+
+if TYPE_CHECKING:
+    from rlhf_ray.actors.groups import RewardGroup
+
+HEALTH_TIMEOUT_S = 60.0
 
 
 class GroupBackend:
     """A reward group as the app's backend."""
 
-    def __init__(self, group: RewardGroup, description: Mapping[str, Any]) -> None:
-        self._description = description
-        mean, std = description.get("mean"), description.get("std")
-        normalised = mean is not None and bool(std)
-        self._source = ModelSource(group, mean=float(mean or 0.0), std=float(std)) if normalised else ModelSource(group)
+    def __init__(self, group: RewardGroup, config: ServeConfig) -> None:
+        model, described = config.reward.model, group.describe().result()
+        name = model.path or f"made:{model.make.shape if model.make else ''}"
+        self._description = {"model": name, "revision": model.revision, "dtype": model.dtype, **described}
+        mean, std = described["mean"], described["std"]
+        normalised = mean is not None and std is not None and math.isfinite(mean) and 0 < std < math.inf
+        if config.normalize and not normalised:
+            raise RequestError(
+                f"normalize is asked for, but the config.json of {name} holds mean {mean} and std {std}: train the "
+                "reward model with this project, write them there, or leave it off"
+            )
+        self._source = ModelSource(group, mean=mean, std=std) if normalised else ModelSource(group)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        """One result a request, in order."""
         return await asyncio.to_thread(lambda: self._source.score(requests, ()).result())
 
     def describe(self) -> Mapping[str, Any]:
+        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""
         return self._description
 
 
@@ -50,23 +62,27 @@ class Gateway:
         self.cluster = Cluster(config.cluster, config.run, hub=hub, namespace=SERVICE_NAMESPACE)
 
     def start(self) -> str:
-        """Load the model, open the port; returns the address that answers."""
+        """Take the port, load the model, answer; returns the address."""
+        from rlhf_ray.actors.groups import RewardGroup
+        from rlhf_ray.actors.workers import WorkerSetup
+
+        self.server = WebServer(self.config.host, self.config.port)
         self.cluster.__enter__()
         role = self.config.reward
-        group = RewardGroup(self.cluster.start("reward", role.ranks, role.resources))
+        self.group = RewardGroup(self.cluster.start("reward", role.ranks, role.resources))
         setup = WorkerSetup(
             role, seed=0, max_tokens=self.config.max_batch_tokens, max_item_tokens=self.config.max_tokens
         )
-        group.setup(setup, timeout_s=self.config.cluster.start_timeout_s).result()
-        model = role.model.path or f"made:{role.model.make.shape if role.model.make else ''}"
-        description = {"model": model, **group.describe().result()}
-        app = create_app(GroupBackend(group, description), self.config, self.tokens)
-        listener = socket.create_server((self.config.host, self.config.port), backlog=2048)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
-        host, port = listener.getsockname()[:2]
-        return f"http://{host}:{port}"
+        self.group.setup(setup, timeout_s=self.config.cluster.start_timeout_s).result()
+        self.server.start(create_app(GroupBackend(self.group, self.config), self.config, self.tokens))
+        return self.server.address
+
+    def check(self) -> str:
+        """The group's report; raises the typed error of a rank that is gone."""
+        self.group.health(timeout_s=HEALTH_TIMEOUT_S).result()
+        return self.group.report_line
 
     def stop(self) -> None:
-        """Stop the reward group."""
+        """Finish what is being answered, then stop the reward group."""
+        self.server.stop()
         self.cluster.__exit__(None, None, None)

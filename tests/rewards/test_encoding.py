@@ -1,0 +1,114 @@
+"""Nothing is added to ids or text and nothing stripped; conversations and answers are written as in training, once; what is
+too long is refused, or loses its beginning.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_ray.data.demonstrations import Demonstration
+from rlhf_ray.data.encode import encode_demonstration
+from rlhf_ray.errors import ScoringError
+from rlhf_ray.rewards.encoding import EncodedItem, encode_request
+from rlhf_ray.rewards.request import ScoreRequest
+
+from ..serving.reward_models import BOS, EOS, make_tokenizer
+
+TEMPLATED, PLAIN, ENDLESS = make_tokenizer(), make_tokenizer(template=None), make_tokenizer(template=None, eos=False)
+VOCABULARY = len(PLAIN)
+
+
+def encoded(
+    request: ScoreRequest, tokenizer: PreTrainedTokenizerFast = PLAIN, max_tokens: int = 1000
+) -> tuple[int, ...]:
+    return encode_request(tokenizer, request, max_tokens=max_tokens, vocabulary=VOCABULARY).token_ids
+
+
+def written(text: str) -> tuple[int, ...]:
+    """The ids of a text with its special tokens in it: one a byte, found without the code under test."""
+    pieces = text.replace(BOS, "\0\x01").replace(EOS, "\0\x02").split("\0")
+    ids = list(_bytes(pieces[0]))
+    for piece in pieces[1:]:
+        ids += [ord(piece[0]), *_bytes(piece[1:])]
+    return tuple(ids)
+
+
+def _bytes(text: str) -> list[int]:
+    return [PLAIN.convert_tokens_to_ids(letter) for letter in PLAIN.tokenize(text, add_special_tokens=False)]
+
+
+@given(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30).map(tuple))
+def test_ids_stay_what_they_are(token_ids: tuple[int, ...]) -> None:
+    assert encoded(ScoreRequest(token_ids=token_ids)) == token_ids
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_text_is_tokenised_as_it_stands(text: str) -> None:
+    ids = encoded(ScoreRequest(text=text))
+    assert PLAIN.decode(ids, skip_special_tokens=False) == text
+    if "<" not in text:
+        assert len(ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", [f"{BOS}a{EOS}", f"  a \n{EOS}\n", "a", f"{EOS}{EOS}"])
+def test_special_tokens_in_a_text_are_one_token_each_and_none_is_added(text: str) -> None:
+    ids = encoded(ScoreRequest(text=text))
+    assert ids == written(text)
+    assert (ids.count(1), ids.count(2)) == (text.count(BOS), text.count(EOS))
+
+
+@pytest.mark.parametrize("answer", ["yes", " yes ", f"yes{EOS}", ""])
+def test_an_answer_is_written_as_reward_training_writes_it(answer: str) -> None:
+    ids = encoded(ScoreRequest(prompt="why? ", response=answer))
+    assert ids == written(f"{BOS}why? {answer.removesuffix(EOS)}{EOS}")
+    trained = encode_demonstration(PLAIN, Demonstration("why? ", answer), 1000)
+    assert trained is not None and list(ids) == trained[0]
+
+
+def test_a_prompt_that_holds_its_start_token_gets_no_second_one() -> None:
+    assert encoded(ScoreRequest(prompt=f"{BOS}a", response="b")) == written(f"{BOS}ab{EOS}")
+
+
+def test_a_conversation_goes_through_the_template_once() -> None:
+    turns = ({"role": "user", "content": " why?"}, {"role": "assistant", "content": "so "})
+    expected = written(f"{BOS}[user] why?{EOS}[assistant]so {EOS}")
+    assert encoded(ScoreRequest(messages=turns), TEMPLATED) == expected
+    assert encoded(ScoreRequest(prompt=" why?", response="so "), TEMPLATED) == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "tokenizer", "message"),
+    [
+        (ScoreRequest(token_ids=()), PLAIN, "the item is empty"),
+        (ScoreRequest(text=""), PLAIN, "the item is empty"),
+        (ScoreRequest(token_ids=(3, VOCABULARY)), PLAIN, f"token id {VOCABULARY} is outside .* of {VOCABULARY}"),
+        (ScoreRequest(token_ids=(-1, 3)), PLAIN, "token id -1 is outside"),
+        (ScoreRequest(messages=({"role": "assistant", "content": "a"},)), PLAIN, "has no chat template: send text"),
+        (ScoreRequest(messages=()), TEMPLATED, "must end with a message of the assistant"),
+        (ScoreRequest(messages=({"role": "user", "content": "a"},)), TEMPLATED, "must end with a message"),
+        (ScoreRequest(prompt="a", response="b"), ENDLESS, "no end-of-sequence token"),
+        (
+            ScoreRequest(messages=({"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"})),
+            TEMPLATED,
+            "template refuses the conversation: no tools",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_an_error_that_says_why(
+    request_: ScoreRequest, tokenizer: PreTrainedTokenizerFast, message: str
+) -> None:
+    with pytest.raises(ScoringError, match=message):
+        encoded(request_, tokenizer)
+
+
+def test_what_is_too_long_is_refused_or_loses_its_beginning() -> None:
+    assert encoded(ScoreRequest(text="abcd"), max_tokens=4) == written("abcd")
+    with pytest.raises(ScoringError, match="has 5 tokens, the limit is 4: shorten it, or ask for truncate"):
+        encoded(ScoreRequest(text="abcde"), max_tokens=4)
+    cut = encode_request(PLAIN, ScoreRequest(text="abcde", truncate=True), max_tokens=4, vocabulary=VOCABULARY)
+    assert cut == EncodedItem(written("bcde"), truncated=True)
+    whole = encode_request(PLAIN, ScoreRequest(text="abcd", truncate=True), max_tokens=4, vocabulary=VOCABULARY)
+    assert not whole.truncated

@@ -1,0 +1,98 @@
+"""A request holds exactly one representation; a result holds finite numbers or an error, never both and never neither."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.rewards import ScoreRequest, ScoreResult
+
+REPRESENTATIONS: dict[str, dict[str, object]] = {
+    "token_ids": {"token_ids": (1, 2)},
+    "text": {"text": "a"},
+    "messages": {"messages": ({"role": "user", "content": "a"},)},
+    "prompt": {"prompt": "a", "response": "b"},
+}
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_a_request_holds_exactly_one_representation(count: int) -> None:
+    for names in itertools.combinations(REPRESENTATIONS, count):
+        values = {key: value for name in names for key, value in REPRESENTATIONS[name].items()}
+        if count == 1:
+            assert vars(ScoreRequest(**values)).items() >= values.items()
+        else:
+            with pytest.raises(RequestError, match=f"found {', '.join(names) or 'nothing'}"):
+                ScoreRequest(**values)
+
+
+@pytest.mark.parametrize("half", [{"prompt": "a"}, {"response": "b"}, {"text": "a", "response": "b"}])
+def test_a_prompt_and_its_response_go_together(half: dict[str, str]) -> None:
+    with pytest.raises(RequestError, match="go together"):
+        ScoreRequest(**half)
+
+
+def test_empty_is_a_representation_of_its_own() -> None:
+    assert ScoreRequest(token_ids=()).token_ids == ()
+    assert ScoreRequest(text="").text == ""
+    assert ScoreRequest(prompt="", response="").response == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("text", {"text": "ab\ud800"}),
+        ("prompt", {"prompt": "ab\ud800", "response": ""}),
+        ("response", {"prompt": "", "response": "ab\udfff"}),
+        ("messages", {"messages": ({"role": "user", "content": "ab\ud800"},)}),
+        ("messages", {"messages": ({"role": "us\ud800", "content": ""},)}),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(where: str, values: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=f"{where} holds half of a surrogate pair at character 2"):
+        ScoreRequest(**values)
+
+
+@given(
+    raw=st.none() | st.floats(),
+    reward=st.none() | st.floats(),
+    error=st.none() | st.text(),
+    fault=st.sampled_from([None, "item", "model", "source"]),
+)
+def test_a_result_holds_finite_numbers_or_an_error(
+    raw: float | None, reward: float | None, error: str | None, fault: object
+) -> None:
+    scored = None not in (raw, reward) and math.isfinite(raw) and math.isfinite(reward)
+    right = (scored and error is None and fault is None) or (
+        raw is None and reward is None and error is not None and fault is not None
+    )
+    if right:
+        result = ScoreResult(raw=raw, reward=reward, error=error, fault=fault)
+        assert pickle.loads(pickle.dumps(result)) == result
+    else:
+        with pytest.raises(ScoringError):
+            ScoreResult(raw=raw, reward=reward, error=error, fault=fault)
+
+
+@given(st.floats())
+def test_what_a_model_returns_becomes_a_number_or_an_error(raw: float) -> None:
+    result = ScoreResult.of(raw, 7, truncated=True)
+    assert result.tokens == 7
+    if math.isfinite(raw):
+        assert (result.raw, result.reward, result.truncated, result.error) == (raw, raw, True, None)
+    else:
+        assert result.fault == "model" and str(raw) in str(result.error)
+
+
+def test_normalising_keeps_what_the_model_said_and_all_else() -> None:
+    result = ScoreResult.of(3.0, 7, truncated=True).normalised(1.0, 4.0)
+    assert (result.raw, result.reward, result.tokens, result.truncated) == (3.0, 0.5, 7, True)
+    failed = ScoreResult.failed("too long", 9)
+    assert failed.normalised(1.0, 4.0) == failed
+    assert ScoreResult.of(1e300).normalised(0.0, 1e-300).fault == "model"
