@@ -12,12 +12,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Applied": ".report",
-        "Checksum": ".checksums",
         "DiskWeights": ".weights",
         "Engine": ".engine",
         "Report": ".report",
         "SkippableAdamW": ".optimizer",
-        "checksum": ".checksums",
         "deepspeed_config": ".settings",
         "destroy_process_group": ".distributed",
         "init_process_group": ".distributed",

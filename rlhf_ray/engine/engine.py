@@ -2,12 +2,12 @@
 
 Always true: the gradient of an update does not depend on how its batch was split into ranks and micro-batches; a skipped
 update leaves weights, optimizer and schedule as they were on every rank, and the next update is as if the skipped one had
-never been; nothing here knows which algorithm runs.
+never been (in fp16 but for the loss scale); nothing here knows which algorithm runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -78,7 +78,8 @@ class Engine:
         )
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
-        self._watch, self._sums = self._watch_gradients()
+        self._watch = GradientWatch(self._trained, self.device)
+        self._sums = FullPrecisionSums(self._trained) if trainable and sums_in_engine(config, dtype) else None
 
     def _make_optimizer(self) -> SkippableAdamW:
         assert self.config.optimizer is not None
@@ -89,19 +90,11 @@ class Engine:
         clip = self.config.optimizer.max_grad_norm if clips_in_optimizer(self.config, self.dtype) else None
         return SkippableAdamW(groups, self.config.optimizer, max_grad_norm=clip)
 
-    def _watch_gradients(self) -> tuple[GradientWatch | None, FullPrecisionSums | None]:
-        if not self.trainable:
-            return None, None
-        # fp16 gradients overflow in the normal course of loss scaling: DeepSpeed's scaler judges them, in apply.
-        watch = GradientWatch(self._trained, self.device) if self.dtype != "fp16" else None
-        sums = FullPrecisionSums(self._trained) if sums_in_engine(self.config, self.dtype) else None
-        return watch, sums
-
     # ------------------------------------------------------------------------------------------------------ an update
 
     def accumulate(
         self,
-        micro_batches: Sequence[MicroBatch],
+        micro_batches: Iterable[MicroBatch],
         step: Callable[[nn.Module, MicroBatch], LossOutput],
         denominator: float,
     ) -> Report:
@@ -113,7 +106,8 @@ class Engine:
         self._expect(pending=False, call="accumulate")
         if not denominator > 0:
             raise RlhfRayError(f"the denominator of an update is {denominator}, but must be above 0")
-        fewest, most = extremes(len(micro_batches), self.device)
+        held = list(micro_batches)
+        fewest, most = extremes(len(held), self.device)
         if fewest != most or fewest == 0:
             raise RlhfRayError(
                 f"ranks have {fewest} to {most} micro-batches, but each needs as many, at least one: fill with dummies"
@@ -123,18 +117,32 @@ class Engine:
         if self.config.zero == 3:
             clear_shards(self._trained)
         totals = Totals(self.device)
-        for micro_batch in micro_batches:
+        for micro_batch in held:
             loss, metrics = self._deepspeed(lambda module, m=micro_batch: _pair(step(module, m)))
             self._deepspeed.backward(loss * (self.world_size / denominator))
+            self._watch.end_pass()
             totals.add(loss, metrics)
-        finite = self._watch.finite() if self._watch is not None else True
-        return totals.report(denominator=denominator, gradients_finite=finite)
+        finite, missed = self._watch.end_update()
+        if self.config.offload != "none":
+            self._refuse_unreached(missed)
+        # fp16 gradients overflow in the normal course of loss scaling: DeepSpeed's scaler judges them, in apply.
+        finite = totals.finite() and (finite or self.dtype == "fp16")
+        return totals.report(denominator=denominator, finite=self.vote(finite))
+
+    def _refuse_unreached(self, missed: int) -> None:
+        """DeepSpeed 0.19 keeps the offloaded gradient of a parameter that a pass leaves out for a later update."""
+        most = extremes(missed, self.device)[1]
+        if most > 0:
+            raise RlhfRayError(
+                f"{most} of {len(self._trained)} parameters got no gradient from some micro-batch, which goes wrong with "
+                f"engine.offload {self.config.offload}: set it to none, or let every micro-batch use the whole model"
+            )
 
     def vote(self, finite: bool) -> bool:
-        """Whether every rank reports a finite update."""
+        """Whether every rank says so; ``accumulate`` has asked them already."""
         return agree(finite, self.device)
 
-    def apply(self, *, skip: bool) -> Applied:
+    def apply(self, skip: bool) -> Applied:
         """Take the accumulated update, or drop it: with ``skip``, or where its norm over all ranks is not finite."""
         self._expect(pending=True, call="apply")
         assert self.optimizer is not None and self.config.optimizer is not None
@@ -200,15 +208,17 @@ class Engine:
         """
         yield from gathered_groups(self.module if module is None else module, receive=self.rank == 0)
 
-    def disk_weights(self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype) -> DiskWeights:
+    def disk_weights(
+        self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype | None = None
+    ) -> DiskWeights:
         """The weights of ``model``, which the wrapped module holds, by their names on disk; rank 0 receives them."""
         return DiskWeights(model, dtype, receive=self.rank == 0)
 
     def close(self) -> None:
         """Free what DeepSpeed holds beyond this object."""
-        for hooks in (self._watch, self._sums):
-            if hooks is not None:
-                hooks.remove()
+        self._watch.remove()
+        if self._sums is not None:
+            self._sums.remove()
         self._deepspeed.destroy()
 
 

@@ -7,6 +7,7 @@ anything; gradients of several micro-batches are added in fp32, whatever the mod
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from deepspeed.utils import safe_set_local_grad
@@ -25,21 +26,32 @@ def clear_shards(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class GradientWatch:
-    """Notices NaN and Inf in the gradients of ``parameters``, without waiting for the device until asked."""
+    """Notices NaN and Inf in the gradients of ``parameters``, without waiting for the device until asked, and parameters
+    that a backward pass does not reach.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._trace = torch.zeros((), device=device)
-        self._hooks = [parameter.register_hook(self._look) for parameter in parameters]
+        self._hooks = [parameter.register_hook(partial(self._look, i)) for i, parameter in enumerate(parameters)]
+        self._reached: set[int] = set()
+        self._missed: set[int] = set()
 
-    def _look(self, gradient: Tensor) -> None:
+    def _look(self, index: int, gradient: Tensor) -> None:
         # Zero times a sum is NaN exactly where the sum holds NaN or Inf.
         self._trace += gradient.detach().sum(dtype=torch.float32) * 0.0
+        self._reached.add(index)
 
-    def finite(self) -> bool:
-        """Whether all gradients since the last call were finite."""
-        finite = bool(torch.isfinite(self._trace))
+    def end_pass(self) -> None:
+        """A backward pass has ended."""
+        self._missed |= set(range(len(self._hooks))) - self._reached
+        self._reached.clear()
+
+    def end_update(self) -> tuple[bool, int]:
+        """Whether all gradients since the last update were finite, and how many parameters some pass did not reach."""
+        finite, missed = bool(torch.isfinite(self._trace)), len(self._missed)
         self._trace.zero_()
-        return finite
+        self._missed.clear()
+        return finite, missed
 
     def remove(self) -> None:
         """Stop looking."""

@@ -1,7 +1,7 @@
 """What an engine tells its caller: plain numbers that cross processes.
 
-Always true: ``Report`` holds this rank's sums, so that adding the reports of all ranks gives the whole update's numbers,
-however it was split; ``Applied`` is the same on every rank.
+Always true: the sums of a ``Report`` are this rank's, so that adding the reports of all ranks gives the whole update's
+numbers, however it was split; ``Report.finite`` and all of ``Applied`` are the same on every rank.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 class Report:
     """One rank's share of an accumulated update.
 
-    ``finite`` says that no loss and no gradient of this rank was NaN or Inf; ``loss`` is the sum of its losses over the
-    denominator of the whole update; ``metrics`` maps a name to its sum and count.
+    ``finite`` says that no loss and no gradient of any rank was NaN or Inf; ``loss`` is the sum of this rank's losses over
+    the denominator of the whole update; ``metrics`` maps a name to its sum and count.
     """
 
     finite: bool
@@ -51,8 +51,11 @@ class Totals:
             values = [torch.as_tensor(value, dtype=torch.float64, device=self._device).detach() for value in pair]
             self._metrics[name] = self._metrics.get(name, 0.0) + torch.stack(values)
 
-    def report(self, *, denominator: float, gradients_finite: bool) -> Report:
+    def finite(self) -> bool:
+        """Whether no loss was NaN or Inf."""
+        return bool(torch.isfinite(self._loss))
+
+    def report(self, *, denominator: float, finite: bool) -> Report:
         """The sums so far as plain numbers."""
-        loss = float(self._loss) / denominator
         metrics = {name: (float(pair[0]), float(pair[1])) for name, pair in self._metrics.items()}
-        return Report(gradients_finite and bool(torch.isfinite(self._loss)), loss, metrics)
+        return Report(finite, float(self._loss) / denominator, metrics)

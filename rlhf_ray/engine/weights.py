@@ -48,10 +48,13 @@ def gathered_groups(module: nn.Module, *, receive: bool) -> Iterator[Group]:
 class DiskWeights:
     """The weights of a model by their names on disk, in the shape of vLLM's ``WeightSource``: iterate as often as needed.
 
-    Collective under ZeRO-3: every rank iterates to the end. Where ``receive`` is false the groups are empty.
+    Collective under ZeRO-3: every rank iterates to the end. Where ``receive`` is false the groups are empty. Weights are
+    cast to ``dtype``; none leaves them as they are trained.
     """
 
-    def __init__(self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype, *, receive: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype | None = None, *, receive: bool
+    ) -> None:
         self._model, self._dtype, self._receive = model, dtype, receive
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -77,7 +80,7 @@ class DiskWeights:
         return [(name, self._cast(tensor).contiguous()) for name, tensor in disk_names(self._model, group)]
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:

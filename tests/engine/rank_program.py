@@ -14,9 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import real_models
 import torch
-from inspect_engine import bits, first_gradient, same_bits, steps, weights
+from inspect_engine import bits, digest, first_gradient, same_bits, steps, weights
 from torch import Tensor
 from toy import (
     TOTAL_UPDATES,
@@ -35,7 +34,7 @@ from toy import (
 )
 
 from rlhf_ray.algorithms.losses import LossOutput
-from rlhf_ray.engine import Applied, Engine, checksum, destroy_process_group, init_process_group
+from rlhf_ray.engine import Applied, Engine, destroy_process_group, init_process_group
 from rlhf_ray.engine.distributed import agree
 from rlhf_ray.errors import RlhfRayError
 
@@ -57,11 +56,11 @@ class Program:
         return Engine(make(tied=tied), config, dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
 
     def update(self, engine: Engine, batch: list[Tensor], count: int) -> tuple[Any, Applied]:
-        """Accumulate, vote, apply."""
+        """Accumulate and apply."""
         report = engine.accumulate(split(batch, self.world, count)[self.rank], loss_of, tokens(batch))
-        return report, engine.apply(skip=not engine.vote(report.finite))
+        return report, engine.apply(skip=not report.finite)
 
-    def poisoned(self, count: int, where: tuple[int, int], poison: str) -> list[Micro]:
+    def poisoned(self, count: int, where: tuple[int, int], poison: str | None) -> list[Micro]:
         """This rank's micro-batches of an update in which one micro-batch of one rank is bad."""
         micro_batches = split(BATCHES[0], self.world, count)[self.rank]
         rank, k = where
@@ -71,7 +70,7 @@ class Program:
 
 
 def matrix(program: Program, zero: int, dtype: str, count: int, *, tied: bool = False) -> Measured:
-    """Two clean updates against the reference; then the same with three bad updates in between, bit for bit."""
+    """Two clean updates against the reference; then the same with dropped updates in between, bit for bit."""
     expected = program.tied if tied else program.reference
     engine = program.engine(zero, dtype, tied=tied)
     first, _ = program.update(engine, BATCHES[0], count)
@@ -79,7 +78,7 @@ def matrix(program: Program, zero: int, dtype: str, count: int, *, tied: bool = 
     _, applied = program.update(engine, BATCHES[1], count)
     measured: Measured = {
         "loss": first.loss, "metrics": first.metrics, "update": applied.update, "steps": steps(engine),
-        "weights": checksum(engine.module.named_parameters()) if zero < 3 else 0,
+        "weights": digest(engine),
     }  # fmt: skip
     if program.rank == 0:
         start, after_second = program.start[tied], weights(engine)
@@ -99,31 +98,35 @@ def matrix(program: Program, zero: int, dtype: str, count: int, *, tied: bool = 
 
 def _with_bad_updates(program: Program, zero: int, dtype: str, count: int, tied: bool, clean: list[Tensor]) -> Measured:
     engine = program.engine(zero, dtype, tied=tied)
-    last = program.world - 1
-    outcomes: list[dict[str, Any]] = []
-    plan = [
-        ("loss", (last, 0), True),
-        ("good", 0),
-        ("gradient", (0, count - 1), True),
-        ("loss", (0, 0), False),
-        ("good", 1),
+    first, last = (0, 0), (program.world - 1, 0)
+    outcomes = [_dropped(program, engine, count, "loss", last), _dropped(program, engine, count, None, first)]
+    engine.evaluate(lambda module: module(BATCHES[0][: 1 + program.rank]).log_probs)
+    program.update(engine, BATCHES[0], count)
+    outcomes += [
+        _dropped(program, engine, count, "gradient", (0, count - 1)),
+        _dropped(program, engine, count, None, first),
+        _dropped(program, engine, count, "loss", first, obeys=False),
     ]
-    for kind, *details in plan:
-        if kind == "good":
-            engine.evaluate(lambda module: module(BATCHES[0][: 1 + program.rank]).log_probs)
-            program.update(engine, BATCHES[details[0]], count)
-            continue
-        where, voted = details
-        before = bits(engine)
-        report = engine.accumulate(program.poisoned(count, where, kind), loss_of, tokens(BATCHES[0]))
-        agreed = engine.vote(report.finite)
-        applied = engine.apply(skip=voted and not agreed)
-        outcomes.append({"finite": report.finite, "expected_finite": where[0] != program.rank, "agreed": agreed,
-                         "skipped": applied.skipped, "update": applied.update, "norm": applied.grad_norm,
-                         "unchanged": same_bits(before, bits(engine))})  # fmt: skip
+    program.update(engine, BATCHES[1], count)
     same = same_bits(clean, bits(engine))
     engine.close()
-    return {"bad": outcomes, "as_if_never": same}
+    return {"dropped": outcomes, "as_if_never": same}
+
+
+def _dropped(
+    program: Program, engine: Engine, count: int, poison: str | None, where: tuple[int, int], *, obeys: bool = True
+) -> dict[str, Any]:
+    """One update that is dropped: a bad one, or (no poison) a good one that another group has voted down.
+
+    With ``obeys=False`` the caller applies it all the same, and the engine must refuse by itself.
+    """
+    before = bits(engine)
+    report = engine.accumulate(program.poisoned(count, where, poison), loss_of, tokens(BATCHES[0]))
+    applied = engine.apply(skip=obeys)
+    return {
+        "finite": report.finite, "expected_finite": poison is None, "skipped": applied.skipped,
+        "update": applied.update, "norm": applied.grad_norm, "unchanged": same_bits(before, bits(engine)),
+    }  # fmt: skip
 
 
 def clipped(program: Program, zero: int) -> Measured:
@@ -140,13 +143,41 @@ def clipped(program: Program, zero: int) -> Measured:
     return {"norms": [a.grad_norm for a in applied], "expected": expected.norms, "bound": bound, "update_error": error}
 
 
+def neighbours(program: Program, ours: tuple[int, str], theirs: tuple[int, str]) -> Measured:
+    """Two engines in one process, as policy and critic of a small run, train as each does alone; one vote for both."""
+
+    def alone(kind: tuple[int, str]) -> list[Tensor]:
+        engine = program.engine(*kind)
+        for batch in BATCHES:
+            program.update(engine, batch, 4)
+        state = bits(engine)
+        engine.close()
+        return state
+
+    expected = alone(ours), alone(theirs)
+    engines = program.engine(*ours), program.engine(*theirs)
+    votes = []
+    for poison, batch in ((None, BATCHES[0]), ("gradient", BATCHES[0]), (None, BATCHES[1])):
+        plans = (split(batch, program.world, 4)[program.rank], program.poisoned(4, (program.world - 1, 0), poison))
+        plans = plans if poison else (plans[0], plans[0])
+        reports = [e.accumulate(plan, loss_of, tokens(batch)) for e, plan in zip(engines, plans, strict=True)]
+        votes.append([report.finite for report in reports] + [engines[0].vote(all(r.finite for r in reports))])
+        for engine in reversed(engines):
+            engine.apply(skip=not votes[-1][-1])
+            engine.evaluate(lambda module: module(BATCHES[0]).log_probs)
+    same = [same_bits(bits(engine), state) for engine, state in zip(engines, expected, strict=True)]
+    for engine in engines:
+        engine.close()
+    return {"votes": votes, "same": same}
+
+
 def offloaded(program: Program, zero: int, offload: str) -> Measured:
     """The optimizer's state, and at ZeRO-3 the weights too, live on the host; bad updates as elsewhere."""
     engine = program.engine(zero, "fp32", offload=offload)
     program.update(engine, BATCHES[0], 4)
     before = bits(engine)
     report = engine.accumulate(program.poisoned(4, (0, 1), "loss"), loss_of, tokens(BATCHES[0]))
-    applied = engine.apply(skip=not engine.vote(report.finite))
+    applied = engine.apply(skip=not report.finite)
     unchanged = same_bits(before, bits(engine))
     program.update(engine, BATCHES[1], 4)
     state, start = weights(engine), program.start[False]
@@ -157,10 +188,15 @@ def offloaded(program: Program, zero: int, offload: str) -> Measured:
     return measured
 
 
+def halved(zero: int, dtype: str, offload: str = "none") -> Engine:
+    """An engine around a module of which a micro-batch uses only one half."""
+    config = engine_config(zero, offload=offload)
+    return Engine(make(TwoHeads), config, dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
+
+
 def halves(program: Program, zero: int, dtype: str) -> Measured:
     """Updates whose micro-batches use other halves of the module: no gradient of an earlier update comes back."""
-    module = make(TwoHeads)
-    engine = Engine(module, engine_config(zero), dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
+    engine = halved(zero, dtype)
     norms = []
     for plan in (["a", "a"], ["a", "b"], ["a", "a"], ["b", "b"], ["b", "a"]):
         engine.accumulate(plan, lambda m, which: LossOutput(m(which), {}), 100.0)
@@ -260,6 +296,10 @@ def misused(program: Program) -> Measured:
     engine.apply(skip=True)
     measured["constant"] = _refusal(lambda: engine.accumulate([0], lambda module, m: constant, 1.0))
     engine.close()
+    offloading = halved(2, "fp32", offload="optimizer")
+    half = ["a" if program.rank == 0 else "b"]
+    measured["half"] = _refusal(lambda: offloading.accumulate(half, lambda m, which: LossOutput(m(which), {}), 1.0))
+    offloading.close()
     return measured
 
 
@@ -313,7 +353,11 @@ def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
         yield f"weights-{dtype}-zero{zero}", lambda d=dtype, z=zero: weights_of(program, z, d)
     for zero, dtype in ((0, "fp32"), (3, "fp32"), (0, "bf16"), (3, "bf16")):
         yield f"inference-{dtype}-zero{zero}", lambda d=dtype, z=zero: inference(program, z, d)
+    for one, other in ((0, 0), (2, 3), (3, 3)):
+        yield f"neighbours-{one}-{other}", lambda a=one, b=other: neighbours(program, (a, "fp32"), (b, "bf16"))
     yield "misused", lambda: misused(program)
+    import real_models  # transformers, and only ragged ranks need it
+
     yield from real_models.scenarios(program.rank, program.world)
 
 

@@ -53,7 +53,7 @@ def train_policy(
     norms = []
     for _ in range(2):
         report = engine.accumulate(RAGGED[world][rank], policy_step, denominator)
-        norms.append(engine.apply(skip=not engine.vote(report.finite)).grad_norm)
+        norms.append(engine.apply(skip=not report.finite).grad_norm)
     engine.evaluate(lambda module: module(pack(batch_of(RAGGED[world][rank][0])), with_entropy=True))
     source = engine.disk_weights(actor.model, torch.float32)
     metadata, passes = source.metadata(), [list(source.iter_groups()) for _ in range(2)]

@@ -47,19 +47,31 @@ def test_one_bad_number_in_any_gradient_is_noticed_once(poison: float, dtype: to
     good, bad = parameter(dtype), parameter(dtype)
     watch = GradientWatch([good, bad], CPU)
     (good.sum() + bad.sum()).backward()
-    assert watch.finite()
+    assert watch.end_update()[0]
     (good.sum() + (bad * torch.tensor([1.0, poison, 1.0])).sum()).backward()
     good.sum().backward()
-    assert not watch.finite()
-    assert watch.finite()  # the next update is judged by itself
+    assert not watch.end_update()[0]
+    assert watch.end_update()[0]  # the next update is judged by itself
     bad.grad = None
     watch.remove()
     (bad * poison).sum().backward()
-    assert watch.finite()
+    assert watch.end_update()[0]
 
 
 def test_large_and_opposite_gradients_are_finite() -> None:
     large = parameter()
     watch = GradientWatch([large], CPU)
     (large * torch.tensor([1e38, -1e38, 1e38])).sum().backward()
-    assert watch.finite()
+    assert watch.end_update()[0]
+
+
+def test_parameters_that_a_pass_leaves_out_are_counted() -> None:
+    always, sometimes, tied = parameter(), parameter(), parameter()
+    watch = GradientWatch([always, sometimes, tied], CPU)
+    for parts in ((always, sometimes, tied, tied), (always, tied)):
+        sum(part.sum() for part in parts).backward()
+        watch.end_pass()
+    assert watch.end_update() == (True, 1)
+    (always.sum() + sometimes.sum() + tied.sum()).backward()
+    watch.end_pass()
+    assert watch.end_update() == (True, 0)
