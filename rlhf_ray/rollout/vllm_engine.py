@@ -8,6 +8,7 @@ deterministic mode the same requests in the same order give the same bits, run a
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import warnings
@@ -40,7 +41,9 @@ class VllmEngine(RolloutEngine):
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
             from vllm import LLMEngine
 
-            self._engine = LLMEngine.from_engine_args(self._engine_args(on_cpu))
+            engine_args = self._engine_args(on_cpu)
+            gc.freeze()  # vLLM collects garbage five times while it starts; what is imported by now never is any
+            self._engine = LLMEngine.from_engine_args(engine_args)
         self._engine.set_weight_version(str(self.weight_version))
         self.vocabulary = self._engine.vllm_config.model_config.get_vocab_size()
         self._tickets = itertools.count()
@@ -134,11 +137,8 @@ class VllmEngine(RolloutEngine):
     # Life
 
     def _close(self) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         self._engine.engine_core.shutdown()
         del self._engine
-        cleanup_dist_env_and_memory()
 
 
 def _prepare_process() -> bool:

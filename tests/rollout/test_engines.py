@@ -256,7 +256,6 @@ def _corrupt(weights: Weights) -> Weights:
 BROKEN: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "a wrong name": (_renamed, "'model.layers.1.mlp.up.weight' is not the name of a weight"),
     "a corrupt bucket": (_corrupt, "checksum"),
-    "a missing weight": (lambda weights: weights[:-1], "1 weights did not come"),
 }
 
 
