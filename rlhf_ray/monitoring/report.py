@@ -59,7 +59,6 @@ def _body(title: str, runs: Sequence[RunReport]) -> Iterable[str]:
     for run in runs:
         yield _section(_of("Time", run, runs), _times(run.lines))
         yield _section(_of("Memory", run, runs), _memory(run.summary.memory))
-        yield _section(_of("Config", run, runs), f"<pre>{escape(run.config)}</pre>" if run.config else "")
 
 
 def _of(heading: str, run: RunReport, runs: Sequence[RunReport]) -> str:
@@ -74,7 +73,8 @@ def _section(heading: str, content: str) -> str:
 def _facts(run: RunReport, alone: bool) -> str:
     facts = dict(run.summary.facts) if alone else {"run": run.name, **run.summary.facts}
     spans = "".join(f"<span>{escape(name)} {escape(value)}</span>" for name, value in facts.items())
-    return f'<p class="facts">{spans}</p>' if spans else ""
+    config = f"<details><summary>Config</summary><pre>{escape(run.config)}</pre></details>" if run.config else ""
+    return (f'<p class="facts">{spans}</p>' if spans else "") + config
 
 
 def _figures(run: RunReport) -> str:
@@ -191,11 +191,10 @@ def _memory(memory: MemoryRecord | None) -> str:
     if memory is None:
         return ""
     peak = (
-        f'<p class="note">Peak {memory.pss_gb + memory.object_store_gb:.2f} GB: {memory.pss_gb:.2f} GB in '
-        f"{memory.processes} processes (PSS) and {memory.object_store_gb:.2f} GB in the object store, "
-        "sampled each second.</p>"
+        f"Peak {memory.pss_gb + memory.object_store_gb:.2f} GB: {memory.pss_gb:.2f} GB in {memory.processes} processes "
+        f"(PSS) and {memory.object_store_gb:.2f} GB in the object store, sampled each second"
     )
     curve = Curve("total", memory.history)
     panel = Panel("Memory of all processes and the object store", "GB", [curve], include=(0.0,))
     chart = line_chart([panel], "seconds since the start", "Memory over time", curves.WIDE)
-    return _charts([curves.Chart(chart)], "charts wide") + peak
+    return _charts([curves.Chart(chart, peak)], "charts wide") or f"<p>{peak}</p>"

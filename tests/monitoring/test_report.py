@@ -105,8 +105,8 @@ def test_every_section_has_its_place_and_an_empty_one_has_none() -> None:
         "Curves",
         "Time",
         "Memory",
-        "Config",
     ]
+    assert full.index("<details><summary>Config</summary><pre>kind: ppo</pre>") < full.index("<h2>")
     assert "Peak 7.00 GB" in full and "cut off" in full and "holds" in full and "fails" in full
     bare = render_report([RunReport("demo", [])])
     assert re.findall("<h2>", bare) == []

@@ -50,6 +50,26 @@ def test_an_existing_target_is_refused_at_the_start_and_at_the_commit(tmp_path: 
     assert os.listdir(target) == ["theirs"]
 
 
+def test_a_replaced_directory_leaves_nothing_behind(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        pending = storage.begin_directory(tmp_path / "final", replace=True)
+        (pending.path / "weights").write_bytes(content)
+        storage.commit(pending)
+    assert (tmp_path / "final" / "weights").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_whoever_reads_a_file_while_it_is_replaced_reads_the_old_one_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    storage.write_file(path, "old content")
+    with open(path) as reader:
+        assert reader.read(3) == "old"
+        storage.write_file(path, "new")
+        reader.seek(0)
+        assert reader.read() == "old content"
+    assert path.read_text() == "new"
+
+
 def test_a_sweep_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "step-000001").mkdir()
     (tmp_path / ".hidden").write_text("mine")
