@@ -44,12 +44,12 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokeni
 
 @pytest.fixture(scope="session")
 def spaced_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
-    """Make a tokenizer of letters that puts a space before every text, as SentencePiece does, and special tokens."""
-    letters = ["<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz?.:"]
+    """Make a tokenizer of letters and "th" that puts a space before every text, as SentencePiece does, and special tokens."""
+    letters = ["<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz?.:", "th"]
 
     def make(template: str) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(
-            models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token="<unk>")
+            models.BPE({letter: number for number, letter in enumerate(letters)}, [("t", "h")], unk_token="<unk>")
         )
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Metaspace()

@@ -78,6 +78,14 @@ def test_a_tokenizer_that_puts_spaces_puts_none_into_the_middle(spaced_tokenizer
     assert before + answer == tokenizer("why?yes")["input_ids"] + [tokenizer.eos_token_id] * (template == STARTING)
 
 
+@pytest.mark.parametrize("template", [STARTING, BOTH])
+def test_an_answer_that_is_encoded_alone_gets_no_start_of_its_own(spaced_tokenizer, template):
+    """The "h" would melt into the prompt's last letter, so it cannot be taken from the joined text."""
+    tokenizer = spaced_tokenizer(template)
+    before, (answer,) = encode_answers(tokenizer, "t", ["h"])
+    assert tokenizer.convert_ids_to_tokens(before + answer) == ["<s>", "▁", "t", "▁", "h", "</s>"]
+
+
 def test_a_start_in_the_text_is_not_doubled(spaced_tokenizer):
     tokenizer = spaced_tokenizer(STARTING)
     ids = encode_prompt(tokenizer, Prompt(0, "<s>why?"), MANY)

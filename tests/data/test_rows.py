@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import os
 
 import pyarrow
 import pytest
@@ -119,7 +118,7 @@ def test_a_folder_that_is_no_saved_data_set_names_its_files(tmp_path):
         ("rows.jsonl", "\n \n", ": holds no rows"),
         ("rows.jsonl.gz", b"no gzip", ": cannot be read: Not a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-20], ": cannot be read: "),
-        ("rows.jsonl.gz", gzip.compress(os.urandom(999))[:20] + b"\0" * 99, ": cannot be read: "),
+        ("rows.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 99, ": cannot be read: "),
         ("rows.json", "", ":1: a .json file is a list of rows"),
         ("rows.json", "[]", ": holds no rows"),
         ("rows.json", " [ ] ", ": holds no rows"),
