@@ -6,6 +6,7 @@ a handle that it reads from the object store itself.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class RolloutWorker:
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
         self.phase = "starting"
+
+    def warm_up(self, backend: str) -> None:
+        """Import what the engine needs, before there is a model to load."""
+        imported = {"vllm": "weight_transfer", "transformers": "transformers_engine"}[backend]
+        importlib.import_module(f"rlhf_ray.rollout.{imported}")
 
     def setup(self, setup: RolloutSetup) -> str:
         """Start the engine; returns one line about it."""

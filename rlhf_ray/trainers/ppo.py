@@ -63,6 +63,7 @@ class PpoTrainer:
 
     def run(self) -> None:
         """All steps that are left; raises :class:`ResumableStop` when asked to stop between two of them."""
+        self.journal.clock.take()  # what starting took is no step's time
         while self.progress.step < self.config.steps:
             self.step()
             if stop_requested() and self.progress.step < self.config.steps:
@@ -83,22 +84,21 @@ class PpoTrainer:
             trajectories, by_id, partial(self.learner.schedules, step=progress.step), phase=phase
         )
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient)
+        metrics = step_metrics(self.experience, progress, batch, samples, by_id) | objective
         with phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
             outcome = self.learner.learn(batch, schedules, train_policy=train_policy)
         if outcome.policy_applied:
             with phase("weights"):
-                progress.weight_version += 1
-                self.publish(progress.weight_version)
+                self.publish(progress.weight_version + 1)
 
-        metrics = step_metrics(self.experience, progress, batch, samples, by_id) | objective | outcome.metrics
         progress.finish_step(outcome, kl=objective["kl/k1"], sequences=len(batch))
         self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prompts])
         if self.commits.due(progress.step):
             with phase("checkpoint"):
                 self.commit()
-        self.journal.step(progress.step, self.config.steps, metrics, batch)
         self.journal.samples(progress.step, sample_rows(samples, batch))
+        self.journal.step(progress.step, self.config.steps, metrics | outcome.metrics | progress.metrics(), batch)
         self.after_step()
 
     def after_step(self) -> None:
@@ -112,6 +112,7 @@ class PpoTrainer:
 
     def publish(self, version: int) -> None:
         """The policy's weights, to every rollout engine, under ``version``."""
+        self.progress.weight_version = version
         self.sampler.update_weights(version, self.groups.policy.publish_weights(version).result())
 
     def commit(self) -> None:

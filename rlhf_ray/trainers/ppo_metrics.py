@@ -29,8 +29,6 @@ def step_metrics(
     prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
     versions = batch["weight_version"][mask]
     metrics = {
-        "update": float(progress.update),
-        "weights/version": float(progress.weight_version),
         "kl/k3": float(kl.mean()),
         "kl/coefficient": progress.kl.coefficient,
         "reward/learned": float(batch["score"].mean()),

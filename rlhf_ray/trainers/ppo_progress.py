@@ -37,6 +37,10 @@ class PpoProgress:
         self.consecutive_skips = self.consecutive_skips + outcome.skipped if skipped_all else outcome.last_skips
         self.kl = self.kl.update(kl, sequences)
 
+    def metrics(self) -> dict[str, float]:
+        """The counters as metrics."""
+        return {"update": float(self.update), "weights/version": float(self.weight_version)}
+
     def state(self) -> dict[str, Any]:
         counters = ("step", "update", "weight_version", "consecutive_skips")
         return {"kl": self.kl.state(), **{name: getattr(self, name) for name in counters}}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup
+from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.data.tokenizers import fingerprint
@@ -67,14 +68,14 @@ def build(
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
     """Start every group and put the trainer together."""
-    groups = start_groups(config, session)
+    groups, placed = start_groups(config, session)
     commits = Commits(run, config.checkpoint, {"policy": groups.policy, "critic": groups.critic}, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
-    engines = RolloutSetup(
+    setup = RolloutSetup(
         config.rollout, str(start_directory), tokenizer.eos_token_id, config.run.seed, config.run.deterministic
     )
-    sampler = Sampler(config, session.fleet(config.rollout, engines))
+    sampler = Sampler(config, session.fleet(placed, setup))
     rewards, same_tokenizer = reward_source(config, groups.reward, tokenizer)
     learner = Learner(config, groups.policy, groups.critic, groups.reference)
     experience = Experience(
@@ -111,8 +112,8 @@ def build(
     )
 
 
-def start_groups(config: PpoConfig, session: Session) -> Groups:
-    """All model groups; their models load at the same time."""
+def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
+    """All model groups, loaded, and the rollout engines, placed: first every process is placed, then all load at once."""
     updates = config.steps * updates_per_step(config)
     policy = session.policy(config.policy, total_updates=updates, temperature=config.rollout.temperature)
     critic = session.critic(config.critic, total_updates=updates)
@@ -121,7 +122,10 @@ def start_groups(config: PpoConfig, session: Session) -> Groups:
     if config.reward.role is not None:
         tokens = config.reward.role.forward_tokens(config.batch)
         reward = session.reward(config.reward.role, max_tokens=tokens, max_item_tokens=config.rollout.max_model_tokens)
-    return Groups(policy.result(), critic.result(), reference.result(), None if reward is None else reward.result())
+    engines = session.engines(config.rollout)
+    loading = policy.load(), critic.load(), reference.load(), None if reward is None else reward.load()
+    scorer = None if loading[3] is None else loading[3].result()
+    return Groups(loading[0].result(), loading[1].result(), loading[2].result(), scorer), engines
 
 
 def reward_source(config: PpoConfig, group: RewardGroup | None, tokenizer: Any) -> tuple[RewardSource, bool]:

@@ -30,7 +30,7 @@ def train_reward_model(
     task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, unit=2)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
-        reward = session.reward(config.reward, total_updates=updates).result()
+        reward = session.reward(config.reward, total_updates=updates).load().result()
         commits = Commits(run, config.checkpoint, {"reward": reward}, checkpoint)
         with Journal(run, config) as journal:
             trainer = SupervisedTrainer(

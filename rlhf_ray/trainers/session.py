@@ -5,8 +5,9 @@ Always true: what runs is the same in both places; leaving the ``with`` block le
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.groups import CriticGroup, Group, PolicyGroup, ReferenceGroup, RewardGroup
@@ -57,6 +58,19 @@ class ThisProcess:
         return InProcessRanks(role, WORKERS[role](first_rank, ranks))
 
 
+@dataclass(frozen=True)
+class Started(Generic[AnyGroup]):
+    """A group whose ranks are placed; their processes start while others are placed too."""
+
+    group: AnyGroup
+    setup: WorkerSetup
+    timeout_s: float
+
+    def load(self) -> Pending[AnyGroup]:
+        """Begin to load the models; the value is the group, ready."""
+        return self.group.setup(self.setup, timeout_s=self.timeout_s).then(lambda line: self.group)
+
+
 class Session:
     """Starts the groups that a trainer asks for."""
 
@@ -84,34 +98,40 @@ class Session:
         assert self._place is not None, "a session starts groups inside its with block"
         return self._place
 
-    def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> Pending[PolicyGroup]:
+    def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> Started[PolicyGroup]:
         setup = WorkerSetup(role, self.seed, total_updates=total_updates, temperature=temperature)
-        return self._start("policy", PolicyGroup, setup)
+        return self._started("policy", PolicyGroup, setup)
 
-    def reference(self, role: RoleConfig, *, temperature: float) -> Pending[ReferenceGroup]:
-        return self._start("reference", ReferenceGroup, WorkerSetup(role, self.seed, temperature=temperature))
+    def reference(self, role: RoleConfig, *, temperature: float) -> Started[ReferenceGroup]:
+        return self._started("reference", ReferenceGroup, WorkerSetup(role, self.seed, temperature=temperature))
 
-    def critic(self, role: RoleConfig, *, total_updates: int) -> Pending[CriticGroup]:
-        return self._start("critic", CriticGroup, WorkerSetup(role, self.seed, total_updates=total_updates))
+    def critic(self, role: RoleConfig, *, total_updates: int) -> Started[CriticGroup]:
+        return self._started("critic", CriticGroup, WorkerSetup(role, self.seed, total_updates=total_updates))
 
     def reward(
         self, role: RoleConfig, *, total_updates: int | None = None, max_tokens: int = 8192, max_item_tokens: int = 8192
-    ) -> Pending[RewardGroup]:
+    ) -> Started[RewardGroup]:
         setup = WorkerSetup(
             role, self.seed, total_updates=total_updates, max_tokens=max_tokens, max_item_tokens=max_item_tokens
         )
-        return self._start("reward", RewardGroup, setup)
+        return self._started("reward", RewardGroup, setup)
 
-    def fleet(self, config: RolloutConfig, setup: RolloutSetup) -> Fleet:
-        """All rollout engines, loaded; they serve nothing before the first weight update."""
+    def engines(self, config: RolloutConfig) -> list[Ranks]:
+        """All rollout engines, placed; their processes warm up while other groups load."""
         engines = [
             self.place.start("rollout", 1, config.resources, first_rank=number) for number in range(config.engines)
         ]
+        for engine in engines:
+            engine.call("warm_up", [(config.backend,)])
+        return engines
+
+    def fleet(self, engines: list[Ranks], setup: RolloutSetup) -> Fleet:
+        """The engines with their model loaded; they serve nothing before the first weight update."""
         timeout_s = self.place.config.start_timeout_s
         for loading in [engine.call("setup", [(setup,)], timeout_s=timeout_s) for engine in engines]:
             get_logger().info("rollout: %s", loading.result()[0])
         return Fleet([RanksHandle(engine) for engine in engines])
 
-    def _start(self, role: str, kind: type[AnyGroup], setup: WorkerSetup) -> Pending[AnyGroup]:
+    def _started(self, role: str, kind: type[AnyGroup], setup: WorkerSetup) -> Started[AnyGroup]:
         group = kind(self.place.start(role, setup.config.ranks, setup.config.resources))
-        return group.setup(setup, timeout_s=self.place.config.start_timeout_s).then(lambda line: group)
+        return Started(group, setup, self.place.config.start_timeout_s)

@@ -24,7 +24,7 @@ def train_sft(
     task = Task(examples.train, demonstration_batch, NegativeLogLikelihood(), config.batch.sequences_per_update)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
-        policy = session.policy(config.policy, total_updates=updates).result()
+        policy = session.policy(config.policy, total_updates=updates).load().result()
         commits = Commits(run, config.checkpoint, {"policy": policy}, checkpoint)
         with Journal(run, config) as journal:
             trainer = SupervisedTrainer(
