@@ -54,13 +54,14 @@ class Actor(nn.Module):
         strict_attention: bool = False,
     ) -> None:
         super().__init__()
-        refuse_unserved(load_in_4bit=load_in_4bit, use_liger_kernel=use_liger_kernel, ds_config=ds_config)
+        refuse_unserved(load_in_4bit=load_in_4bit, use_liger_kernel=use_liger_kernel)
         if isinstance(pretrain_or_model, str):
             checkpoint = Checkpoint.open(pretrain_or_model, revision)
             model = load_weights(
                 AutoModelForCausalLM,
                 checkpoint,
                 torch_dtype(param_dtype),
+                ds_config=ds_config,
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
             )

@@ -7,7 +7,7 @@ two short segments.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf_ray.models.backends import REGISTERED, choose_backend
 from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.log_probs import LogProbHead
 from rlhf_ray.models.packed import check_packable, packed_forward
+from rlhf_ray.models.sharded import in_shards, load_in_shards, wants_shards
 from rlhf_ray.trajectories.packing import Packed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,15 +39,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def refuse_unserved(
-    *, load_in_4bit: bool = False, use_liger_kernel: bool = False, ds_config: dict[str, Any] | None = None
-) -> None:
+def refuse_unserved(*, load_in_4bit: bool = False, use_liger_kernel: bool = False) -> None:
     """Refuse what a signature names and this version does not serve."""
-    if ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3:
-        raise ModelLoadError(
-            "building a model in shards (ds_config with ZeRO stage 3) is not served yet: load it without "
-            "ds_config, and DeepSpeed shards it when the engine starts"
-        )
     if load_in_4bit:
         raise ModelLoadError("4-bit (NF4) models are not served yet: load the model in bf16, with LoRA to train less")
     if use_liger_kernel:
@@ -59,10 +53,16 @@ def load_weights(
     dtype: torch.dtype,
     *,
     heads: Collection[str] = (),
+    ds_config: Mapping[str, Any] | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint; ``heads`` are tensors of it that the model does not take and that are read elsewhere."""
+    """Load a checkpoint; ``heads`` are tensors of it that the model does not take and that are read elsewhere.
+
+    Where ``ds_config`` asks for ZeRO-3 the model is built in shards, on all ranks together.
+    """
+    if ds_config is not None and wants_shards(ds_config):
+        return load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
     config = checkpoint.config(trust_remote_code=trust_remote_code)
     try:
         with _quiet_transformers():
@@ -171,8 +171,11 @@ def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
 def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
     """Run two short segments packed and one by one, and refuse a model for which that differs.
 
-    For a causal model the logits are compared, so that one which changes them after its output layer is refused too.
+    For a causal model the logits are compared, so that one which changes them after its output layer is refused too. A
+    model in shards cannot run before an engine holds it: what is known of its kind must do.
     """
+    if in_shards(model):
+        return
     device, training = model.get_input_embeddings().weight.device, model.training
     rows = model.get_input_embeddings().num_embeddings
     segments = [torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (2, 3))]

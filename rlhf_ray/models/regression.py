@@ -202,7 +202,7 @@ def get_llm_for_sequence_regression(
     Reads a transformers ``*ForSequenceClassification`` directory, OpenRLHF's, TRL's value-head models, and with
     ``init_value_head`` any causal language model, which gets a fresh head of kind ``head_init`` drawn from ``seed``.
     """
-    refuse_unserved(load_in_4bit=load_in_4bit, ds_config=ds_config)
+    refuse_unserved(load_in_4bit=load_in_4bit)
     _class_of(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision)
     raw = checkpoint.raw_config()
@@ -213,6 +213,7 @@ def get_llm_for_sequence_regression(
         checkpoint,
         torch_dtype(param_dtype),
         heads=heads,
+        ds_config=ds_config,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )

@@ -60,7 +60,7 @@ def load_regression(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.path is None:
-            refuse_unserved(load_in_4bit=config.quantization is not None, ds_config=ds_config)
+            refuse_unserved(load_in_4bit=config.quantization is not None)
             model = _make_regression(config, model_type, tokenizer, seed, normalize_reward)
         else:
             model = get_llm_for_sequence_regression(

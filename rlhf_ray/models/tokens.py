@@ -15,6 +15,7 @@ from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.checkpoint import find_directory
+from rlhf_ray.models.sharded import in_shards
 
 PAD_TOKEN = "<|pad|>"
 ROWS_TO_MULTIPLE_OF = 8
@@ -64,6 +65,11 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Give every token of the tokenizer a row; return the number of rows. New rows are drawn from ``seed``."""
     rows: int = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
+        if in_shards(model):
+            raise ModelLoadError(
+                f"the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows, which cannot grow in shards "
+                "(ZeRO-3): load the model once without, save it, and start from there"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROWS_TO_MULTIPLE_OF)

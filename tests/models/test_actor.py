@@ -108,7 +108,6 @@ def test_tied_embeddings_stay_tied(causal: Make) -> None:
     [
         ({"load_in_4bit": True}, "4-bit"),
         ({"use_liger_kernel": True}, "Liger"),
-        ({"ds_config": {"zero_optimization": {"stage": 3}}}, "ZeRO stage 3"),
         ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
         ({"attn_implementation": "varlen", "strict_attention": True}, "varlen cannot be used here: there is no GPU"),
         ({"lora_rank": 2, "target_modules": ["nonsense"]}, r"nonsense.*k_proj"),
