@@ -32,4 +32,4 @@ class PromptStream:
         return self._order.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._order = ShuffledOrder.from_state(state)
+        self._order = ShuffledOrder.from_state(state, len(self._prompts))

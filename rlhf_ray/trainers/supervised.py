@@ -128,7 +128,7 @@ class SupervisedTrainer:
         state = self.commits.restore()
         if state is not None:
             self.progress = SupervisedProgress(**state["progress"])
-            self.order = ShuffledOrder.from_state(state["order"])
+            self.order = ShuffledOrder.from_state(state["order"], len(self.task.examples))
 
 
 def learn(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
