@@ -1,7 +1,8 @@
 # Two targets from one set of pins:
 #   docker build --target cpu -t rlhf-ray:cpu .
 #   docker build --target gpu -t rlhf-ray:gpu .
-# Both run as an ordinary user and hold no compiler at run time. The gpu target has not been run on a GPU yet.
+# Both run as an ordinary user. The cpu target holds no compiler; the gpu target needs one, because Triton builds its launchers
+# when a kernel is first used. The gpu target has not been run on a GPU yet.
 
 FROM python:3.11-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
@@ -42,4 +43,9 @@ FROM runtime AS cpu
 COPY --from=build-cpu /opt/rlhf /opt/rlhf
 
 FROM runtime AS gpu
+USER root
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 1000
+# Without "utility" the container runtime brings no nvidia-smi, by which a process knows that there are GPUs.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/rlhf /opt/rlhf
