@@ -16,7 +16,7 @@ from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.schema import ClusterConfig, ResourcesConfig, RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError, RequestError
-from rlhf_ray.planning.capacity import Bundle, require_fit
+from rlhf_ray.planning.capacity import Bundle, offered_here, require_fit
 
 SERVICE_NAMESPACE = "rlhf-serve"
 
@@ -74,12 +74,12 @@ class Cluster:
             except ConnectionError as error:
                 raise RequestError(f"cluster.address {address}: no Ray cluster answers there ({error})") from error
             return
-        cpus = self.config.num_cpus or os.cpu_count() or 1
-        gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
-        require_fit(self.needed, {"CPU": float(cpus), "GPU": gpus})
+        offered = offered_here(self.config)
+        assert offered is not None, "a job without an address starts Ray here"
+        require_fit(self.needed, offered)
         ray.init(
             address="local",
-            num_cpus=cpus,
+            num_cpus=int(offered["CPU"]),
             object_store_memory=self.config.object_store_mb * 2**20,
             include_dashboard=self.config.dashboard,
             **options,

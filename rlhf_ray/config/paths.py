@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import Section
+from rlhf_ray.config.schema import JobConfig, Section
 
 Job = TypeVar("Job", bound=Section)
 
 PATH_KEYS = {"root", "path", "evaluation_path", "tokenizer_from", "token_file"}
+
+
+def run_directory(config: JobConfig) -> Path:
+    """Where the run of ``config`` lies."""
+    return Path(config.run.root) / config.run.name
 
 
 def with_absolute_paths(config: Job, directory: Path) -> Job:

@@ -1,18 +1,20 @@
 """The driver process of one run: reads the data, joins the cluster, runs the trainer of the config's kind.
 
 Always true: all data is read and checked before Ray starts; every ending is an exit code, and a user's mistake is one
-message without a stack trace.
+message without a stack trace; a run that was refused before its first step leaves no directory behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
+from rlhf_ray.config.paths import run_directory
 from rlhf_ray.config.schema import (
     JobConfig,
     PpoConfig,
@@ -22,7 +24,7 @@ from rlhf_ray.config.schema import (
     TrainingConfig,
 )
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RequestError, RlhfRayError
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, CapacityError, RequestError, RlhfRayError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def exit_code(work: Callable[[], None]) -> int:
     """Do ``work``; every ending is a code, and only a failure of ours shows its trace."""
+    stopping.listen()
     try:
         work()
     except RlhfRayError as error:
@@ -55,7 +58,13 @@ def exit_code(work: Callable[[], None]) -> int:
 def new_run(text: str) -> None:
     """Make the run directory of a config and drive it from the start."""
     config = training_config(parse_config(text))
-    drive(config, new_run_directory(config), None)
+    run = new_run_directory(config)
+    try:
+        drive(config, run, None)
+    except (RequestError, CapacityError):
+        if not run.metrics.read() and not run.checkpoints.steps():  # nothing was begun: the name is free again
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def resume_run(path: str) -> None:
@@ -74,8 +83,7 @@ def training_config(config: JobConfig) -> TrainingConfig:
 
 def new_run_directory(config: TrainingConfig) -> RunDirectory:
     """The directory of a new run, ``run.root/run.name``."""
-    path = Path(config.run.root) / config.run.name
-    return RunDirectory.create(path, dump_config(config), config.checkpoint.keep)
+    return RunDirectory.create(run_directory(config), dump_config(config), config.checkpoint.keep)
 
 
 def drive(config: TrainingConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:

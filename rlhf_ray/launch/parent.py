@@ -1,7 +1,8 @@
 """The process a user starts: it is no Ray client, it owns the driver's life.
 
 Always true: it loads neither torch nor ray; signals reach the driver and the driver's exit code reaches the caller; a
-driver that died without an exit code of its own is started again from the last commit, as often as the config allows.
+driver that died or failed is started again from the last commit, as often as the config allows, unless it was asked to
+stop; what this machine cannot hold is refused before any driver starts.
 """
 
 from __future__ import annotations
@@ -11,65 +12,101 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.config.paths import run_directory
 from rlhf_ray.config.schema import JobConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST
+from rlhf_ray.planning.capacity import needed, offered_here, require_fit
 
 FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 DRIVER = "rlhf_ray.launch.driver"
 DEMO = "rlhf_ray.launch.demo"
+CONFIG_NAME = "config.yaml"
 
 
-def start_run(config: JobConfig) -> int:
+@dataclass(frozen=True)
+class Ending:
+    """How a driver ended: its code (negative for a signal), and whether it had been asked to stop."""
+
+    code: int
+    asked: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing is left to try."""
+        return self.asked or self.code in FINAL_CODES
+
+    def exit_code(self, directory: Path) -> int:
+        """The code for the caller; a driver killed by the request to stop leaves its last commit to resume from."""
+        if self.code in FINAL_CODES:
+            return self.code
+        resumable = self.asked and self.code < 0 and (directory / CONFIG_NAME).is_file()
+        return EXIT_RESUMABLE if resumable else EXIT_FAILED
+
+
+def start_run(config: JobConfig, *, driver: str = DRIVER) -> int:
     """Run a driver for a new run; returns the exit code."""
-    code = drive(DRIVER, [], text=dump_config(config))
-    run = str(Path(config.run.root) / config.run.name)
-    return _restart(run, code, config.run.max_restarts)
+    offered = offered_here(config.cluster)
+    if offered is not None:
+        require_fit(needed(config), offered)
+    text = dump_config(config)
+    return _see_through(drive(driver, [], text), run_directory(config), config.run.max_restarts, driver, text)
 
 
-def resume_run(directory: str | Path) -> int:
+def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
     """Go on with the run in ``directory`` from its last commit."""
-    config = load_config(Path(directory) / "config.yaml")
-    code = drive(DRIVER, ["--resume", str(directory)])
-    return _restart(str(directory), code, config.run.max_restarts)
+    directory = Path(directory)
+    config = load_config(directory / CONFIG_NAME)
+    return _see_through(_resume(driver, directory), directory, config.run.max_restarts, driver, dump_config(config))
 
 
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
     """Run the demo's three jobs in one driver."""
-    code = drive(DEMO, ["--root", root, "--seed", str(seed), *overrides])
-    return code if code in FINAL_CODES else EXIT_FAILED
+    return drive(DEMO, ["--root", root, "--seed", str(seed), *overrides]).exit_code(Path(root))
 
 
-def _restart(run: str, code: int, restarts: int) -> int:
-    """While the last driver died without a code of its own, start another from the last commit."""
+def _see_through(ending: Ending, directory: Path, restarts: int, driver: str, text: str) -> int:
+    """While the last driver failed, start another, from the last commit where a run was begun."""
     for attempt in range(1, restarts + 1):
-        if code in FINAL_CODES:
+        if ending.is_final:
             break
-        get_logger().warning(
-            "the driver died (code %d): restart %d of %d from the last commit", code, attempt, restarts
-        )
-        code = drive(DRIVER, ["--resume", run])
-    return code if code in FINAL_CODES else EXIT_FAILED
+        get_logger().warning("the driver ended with %d: restart %d of %d", ending.code, attempt, restarts)
+        begun = (directory / CONFIG_NAME).is_file()
+        ending = _resume(driver, directory) if begun else drive(driver, [], text)
+    return ending.exit_code(directory)
 
 
-def drive(module: str, arguments: Sequence[str], text: str = "") -> int:
-    """One driver, from start to end; its exit code, negative for a signal."""
+def _resume(driver: str, directory: Path) -> Ending:
+    return drive(driver, ["--resume", str(directory)])
+
+
+def drive(module: str, arguments: Sequence[str], text: str = "") -> Ending:
+    """One driver, from start to end."""
     command = [sys.executable, "-m", module, *arguments]
-    driver = subprocess.Popen(command, stdin=subprocess.PIPE, env={**environment.for_process(), **os.environ})
+    asked: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        driver.send_signal(number)
+        asked.append(number)
+        for driver in running:
+            driver.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
+        variables = {**environment.for_process(), **os.environ}
+        driver = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
+        running.append(driver)
+        if asked:  # while the driver was being made
+            driver.send_signal(asked[-1])
         driver.communicate(text.encode())
-        return driver.returncode
+        return Ending(driver.returncode, bool(asked))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

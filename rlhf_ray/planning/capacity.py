@@ -6,11 +6,13 @@ needs and what is free. Sums are exact in Ray's own unit, a ten-thousandth.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.config.schema import JobConfig, PpoConfig, ResourcesConfig, RoleConfig, SftConfig
+from rlhf_ray import environment
+from rlhf_ray.config.schema import ClusterConfig, JobConfig, PpoConfig, ResourcesConfig, RoleConfig, SftConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
 
@@ -38,6 +40,14 @@ def needed(config: JobConfig) -> list[Bundle]:
     if isinstance(config, SftConfig):
         return _ranks("policy", config.policy)
     return _ranks("reward", config.reward)
+
+
+def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
+    """What Ray will offer where the job starts it on this machine; none where it joins a cluster instead."""
+    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
+        return None
+    gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
+    return {"CPU": float(cluster.num_cpus or os.cpu_count() or 1), "GPU": gpus}
 
 
 def _ranks(name: str, role: RoleConfig) -> list[Bundle]:

@@ -24,6 +24,24 @@ def write_report(runs: Sequence[RunDirectory], output: str | Path | None = None)
     return path
 
 
+def status(run: RunDirectory) -> dict[str, str]:
+    """How far a run is: what stands in its files, and whether a process owns it."""
+    lines, commits = run.metrics.read(), run.checkpoints.steps()
+    told = {"run": str(run.path), "state": _state(run), **_facts(run)}
+    if lines:
+        told["last line"] = f"{_duration(time.time() - lines[-1]['timestamp'])} ago"
+    told["last commit"] = f"step {commits[-1]}" if commits else "none"
+    return told
+
+
+def _state(run: RunDirectory) -> str:
+    if run.is_owned():
+        return "running"
+    if run.summary_path.exists():
+        return "finished"
+    return f"stopped; go on with: rlhf-ray resume {run.path}"
+
+
 def _report_of(run: RunDirectory) -> RunReport:
     summary = run.summary()
     return RunReport(

@@ -20,6 +20,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.capacity import needed
 from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.trainers import stopping
 
 AnyGroup = TypeVar("AnyGroup", bound=Group)
 WORKERS = {worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)}
@@ -85,6 +86,7 @@ class Session:
     def __enter__(self) -> Session:
         if self._cluster is not None:
             self._place = self._cluster.__enter__()
+            stopping.listen()  # ray.init has taken SIGTERM for itself
         return self
 
     def __exit__(

@@ -1,0 +1,176 @@
+"""What a user gets wrong: one message that names the thing, the value and the way out, the right code, no stack trace.
+
+Nothing of it may start Ray or a driver: every process that such a command makes is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.cli.main import main
+from rlhf_ray.errors import EXIT_NO_CAPACITY, EXIT_WRONG_REQUEST
+
+GOOD_ROW = json.dumps({"prompt": "two and two?", "answer": "four"})
+
+
+class NoProcess(subprocess.Popen):
+    """Refuses to start anything."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        raise AssertionError(f"a process was started: {arguments}")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory, on a machine without a cluster, where no process may be started."""
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(subprocess, "Popen", NoProcess)
+    return tmp_path
+
+
+class Refused:
+    """Runs a command that must be refused, and keeps its message."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str, code: int = EXIT_WRONG_REQUEST) -> str:
+        assert main(arguments) == code
+        captured = self.capsys.readouterr()
+        assert "Traceback" not in captured.err
+        assert captured.out == ""
+        return captured.err
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    return Refused(capsys)
+
+
+COMMANDS = (("check",), ("plan",), ("submit",), ("train", "sft"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_misspelt_key_names_its_nearest_neighbour(refused, command):
+    told = refused(*command, "demo-sft", "batch.sequences_per_updat=8")
+    assert "batch.sequences_per_updat" in told
+    assert "did you mean" in told and "sequences_per_update" in told
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_type_error_names_the_key_the_value_and_what_was_wanted(refused, command):
+    told = refused(*command, "demo-sft", "policy.ranks=two")
+    assert "policy.ranks" in told and "two" in told and "whole number" in told
+
+
+def test_every_error_is_listed_at_once(refused):
+    told = refused(
+        "train",
+        "sft",
+        "demo-sft",
+        "epochz=1",
+        "run.seed=none_of_it",
+        "policy.ranks=-1",
+        "data.world=null",
+        "data.path=gone.jsonl",
+    )
+    for key in ("epochz", "run.seed", "policy.ranks", "gone.jsonl"):
+        assert key in told
+
+
+def test_a_line_of_a_file_is_named(refused, here):
+    (here / "own.yaml").write_text("kind: sft\nrun: {name: own}\nepochs: many\n")
+    told = refused("check", "own.yaml")
+    assert "own.yaml" in told and "epochs" in told and "line 3" in told
+
+
+@pytest.mark.parametrize("command", [("check",), ("train", "sft")], ids=" ".join)
+def test_a_model_path_that_does_not_exist(refused, command):
+    told = refused(*command, "demo-sft", "policy.model.make=null", "policy.model.path=models/that/is/gone")
+    assert (
+        "policy.model.path" in told
+        and "models/that/is/gone does not exist" in told
+        and "name a model directory" in told
+    )
+
+
+@pytest.mark.parametrize("command", [("check",), ("train", "sft")], ids=" ".join)
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("gone.jsonl", None, ("gone.jsonl", "does not exist")),
+        ("empty.jsonl", "", ("empty.jsonl", "holds no rows")),
+        ("bad.jsonl", f"{GOOD_ROW}\n" + '{"prompt": "and three?"}\n', ("bad.jsonl:2", "'answer'", "'prompt'")),
+        ("torn.jsonl", f"{GOOD_ROW}\n" + '{"prompt": "and', ("torn.jsonl:2",)),
+    ],
+    ids=["missing", "empty", "a row without its keys", "a torn row"],
+)
+def test_data_that_cannot_be_used(refused, here, command, name, content, told):
+    if content is not None:
+        (here / name).write_text(content)
+    message = refused(
+        *command, "demo-sft", "data.world=null", f"data.path={name}", "policy.model.make.tokenizer_from=world"
+    )
+    for part in told:
+        assert part in message
+    assert not (here / "runs").exists()
+
+
+def test_sizes_that_do_not_divide(refused, tmp_path):
+    told = refused("plan", "demo-ppo", "batch.prompts_per_step=64", "batch.sequences_per_update=48")
+    assert (
+        "sequences_per_update" in told and "48 does not divide the 64" in told and "nearest size that does is" in told
+    )
+
+
+def test_more_ranks_than_this_machine_has(refused, here):
+    told = refused(
+        "train",
+        "sft",
+        "demo-sft",
+        "policy.ranks=100",
+        "batch.sequences_per_update=100",
+        "cluster.num_cpus=2",
+        code=EXIT_NO_CAPACITY,
+    )
+    assert "20 CPU needed, 2 free" in told
+    table = [[cell.strip() for cell in line.strip("│").split("│")] for line in told.splitlines() if "│" in line]
+    assert ["policy", "100", "0.2", "0", "20", "0"] in table
+    assert next(row for row in table if row[0] == "free")[-2] == "2"
+    assert not (here / "runs").exists()
+
+
+def test_a_kind_that_is_not_the_configs(refused):
+    told = refused("train", "ppo", "demo-sft")
+    assert "sft" in told and "ppo was asked for" in told
+
+
+def test_a_recipe_that_is_not_there(refused):
+    assert "did you mean demo-sft?" in refused("check", "demo-stf")
+
+
+def test_what_is_not_an_override(refused):
+    assert "learning_rate" in refused("check", "demo-sft", "learning_rate")
+
+
+@pytest.mark.parametrize("command", ["resume", "status", "report"])
+def test_a_directory_that_is_no_run(refused, here, command):
+    (here / "nothing").mkdir()
+    told = refused(command, "nothing")
+    assert "nothing" in told and "config.yaml" in told
+
+
+def test_a_cluster_that_does_not_answer(refused):
+    told = refused("submit", "demo-sft", "--address", "http://127.0.0.1:9")
+    assert "no Ray cluster answers at http://127.0.0.1:9" in told and "ray start --head" in told
+
+
+def test_a_service_is_not_trained(refused):
+    told = refused("submit", "serve", "reward.model.path=org/name", "--address", "http://127.0.0.1:9")
+    assert "serve" in told and "rlhf-ray serve" in told
