@@ -37,4 +37,6 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
 
 
 def _is_name(value: str, directory: Path) -> bool:
-    return value in ("world", "data") or (environment.is_hub_id(value) and not (directory / value).exists())
+    """A hub id; ``folder/name`` is a path where ``folder`` stands in ``directory``."""
+    on_hub = environment.is_hub_id(value) and not (directory / value).parent.is_dir()
+    return on_hub or value in ("world", "data")

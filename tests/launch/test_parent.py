@@ -1,0 +1,136 @@
+"""The parent owns the driver's life: signals go down, exit codes come up, restarts are counted.
+
+Each test runs a real parent in a process of its own, over a driver that does as it is told (``stub_driver.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.launch.parent import Ending
+
+ROOT = Path(__file__).parents[2]
+PARENT = """
+import sys
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.launch.parent import resume_run, start_run
+if sys.argv[1] == "resume":
+    code = resume_run(sys.argv[2], driver="stub_driver")
+else:
+    code = start_run(load_config("demo-sft", ["run.name=stub", f"run.max_restarts={sys.argv[2]}"]), driver="stub_driver")
+assert not {"torch", "ray"} & set(sys.modules)
+sys.exit(code)
+"""
+
+
+class Parent:
+    """Starts a parent over a driver with this script, in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def start(self, script: list[str], *arguments: str) -> subprocess.Popen[str]:
+        (self.directory / "script").write_text("\n".join(script))
+        path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return subprocess.Popen(
+            [sys.executable, "-c", PARENT, *arguments],
+            cwd=self.directory,
+            env=variables | {"PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: list[str], *arguments: str) -> tuple[int, str]:
+        """Its exit code and what it said."""
+        process = self.start(script, *arguments)
+        _, told = process.communicate(timeout=60)
+        return process.returncode, told
+
+    def stop(self, process: subprocess.Popen[str], number: signal.Signals) -> int:
+        """Send a signal to the parent alone once the driver waits for one."""
+        deadline = time.monotonic() + 60
+        while not (self.directory / "ready").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        return process.returncode
+
+    @property
+    def starts(self) -> list[str]:
+        """How each driver was started."""
+        return (self.directory / "starts").read_text().splitlines()
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Parent:
+    return Parent(tmp_path)
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+def test_a_code_of_the_drivers_own_reaches_the_caller_and_is_final(parent, code):
+    assert parent.run([str(code)], "new", "3")[0] == code
+    assert parent.starts == ["new"]
+
+
+def test_a_driver_that_died_is_started_again_from_the_last_commit(parent):
+    code, told = parent.run(["begin kill", "1", "0"], "new", "2")
+    assert code == 0
+    assert parent.starts == ["new", "--resume runs/stub", "--resume runs/stub"]
+    assert "ended with -9: restart 1 of 2" in told and "ended with 1: restart 2 of 2" in told
+
+
+def test_restarts_are_counted(parent):
+    assert parent.run(["begin kill", "kill", "kill", "0"], "new", "2")[0] == 1
+    assert len(parent.starts) == 3
+
+
+def test_without_restarts_a_dead_driver_is_a_failure(parent):
+    assert parent.run(["begin kill", "0"], "new", "0")[0] == 1
+    assert len(parent.starts) == 1
+
+
+def test_a_driver_that_died_before_it_began_a_run_begins_one(parent):
+    assert parent.run(["kill", "begin 0"], "new", "1")[0] == 0
+    assert parent.starts == ["new", "new"]
+
+
+def test_a_resumed_run_is_restarted_as_its_own_config_says(parent):
+    parent.run(["begin 75"], "new", "1")
+    assert parent.run(["kill", "0"], "resume", "runs/stub")[0] == 0
+    assert parent.starts == ["new", "--resume runs/stub", "--resume runs/stub"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_reaches_the_driver_and_its_answer_the_caller(parent, number):
+    process = parent.start(["begin wait", "0"], "new", "3")
+    assert parent.stop(process, number) == 75
+    assert (parent.directory / "signal").read_text() == str(int(number))
+    assert parent.starts == ["new"]
+
+
+def test_a_driver_that_dies_of_the_request_to_stop_is_not_started_again(parent):
+    process = parent.start(["begin deaf", "0"], "new", "3")
+    assert parent.stop(process, signal.SIGTERM) == 75
+    assert parent.starts == ["new"]
+
+
+def test_a_driver_stopped_before_it_began_a_run_leaves_nothing_to_resume(parent):
+    process = parent.start(["deaf", "0"], "new", "3")
+    assert parent.stop(process, signal.SIGTERM) == 1
+    assert parent.starts == ["new"]
+
+
+def test_a_failure_after_the_request_to_stop_stays_a_failure(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    assert Ending(1, asked=True).exit_code(tmp_path) == 1
+    assert Ending(-15, asked=True).exit_code(tmp_path) == 75
+    assert Ending(-15).exit_code(tmp_path) == 1
