@@ -24,6 +24,8 @@ SPLIT_SHARES: dict[SplitName, float] = {"sft": 0.4, "preferences": 0.3, "ppo": 0
 
 OPTIONAL_ODDS = 0.5
 """How often a customer gives a name, shows a feeling, or asks for something; each independently."""
+PROMPTS_OF_A_TRIPLE = 2 * (1 + len(grammar.INTRODUCTIONS)) * (1 + len(grammar.TONES)) * (1 + len(grammar.REQUESTS))
+"""In how many ways the same (item, problem, greeting) can be told."""
 QUALITY_ODDS = 0.5
 """How often a demonstration has each of the four qualities, independently."""
 MINIMAL_SHARE = 0.65
@@ -112,7 +114,7 @@ class World:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._triples = self._split(list(product(grammar.ITEMS, grammar.PROBLEMS, grammar.GREETINGS)), "triples")
+        self.triples = self._split(list(product(grammar.ITEMS, grammar.PROBLEMS, grammar.GREETINGS)), "triples")
         digits = range(10)
         sums = [(a, "+", b) for a in digits for b in digits] + [(a, "-", b) for a in digits for b in range(a + 1)]
         self._questions = self._split([(*sum_, form) for sum_ in sums for form in grammar.SUM_QUESTIONS], "questions")
@@ -145,21 +147,16 @@ class World:
 
     def prompts(self, split: SplitName = "ppo", count: int = 4000) -> list[Prompt]:
         """Distinct prompts, numbered from 0."""
+        most = (
+            len(self.triples[split]) * PROMPTS_OF_A_TRIPLE // 4
+        )  # beyond that, drawing until all differ would take long
+        if count > most:
+            raise RequestError(f"the split {split} of the world gives at most {most} distinct prompts, not {count}")
         rng = self._rng("prompts", split)
         texts: dict[str, None] = {}
-        for _ in range(100 * count):
-            if len(texts) == count:
-                break
+        while len(texts) < count:
             texts[self._prompt(rng, split)[0]] = None
-        if len(texts) < count:
-            raise RequestError(f"the split {split} of the world has fewer than {count} distinct prompts: ask for fewer")
         return [Prompt(number, text, source="world") for number, text in enumerate(texts)]
-
-    def triple(self, prompt: str) -> tuple[str, str, str]:
-        """The (item, problem, greeting) of a prompt, by which the splits are apart."""
-        item, problem = grammar.read_prompt(prompt)
-        greeting = max((g for g in grammar.GREETINGS if prompt.startswith(g)), key=len)
-        return item, problem.name, greeting
 
     def arithmetic_demonstrations(self, count: int, split: SplitName = "sft") -> list[Demonstration]:
         """Short sums whose answers are right one time in five."""
@@ -194,7 +191,7 @@ class World:
         return dealt
 
     def _prompt(self, rng: random.Random, split: SplitName) -> tuple[str, str, Problem]:
-        item, problem, greeting = rng.choice(self._triples[split])
+        item, problem, greeting = rng.choice(self.triples[split])
         sentences = (
             greeting,
             rng.choice(grammar.INTRODUCTIONS) if rng.random() < OPTIONAL_ODDS else "",
