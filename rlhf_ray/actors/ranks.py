@@ -152,7 +152,7 @@ def _value(reference: Any, role: str, rank: int, phase: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, RlhfRayError):
             raise error.cause from None
-        raise GroupError(role, rank, phase, str(error)) from error
+        raise GroupError(role, rank, phase, f"{error.cause!r}\n{error}") from error
     except RayActorError as error:
         raise GroupError(role, rank, phase, f"its process died: {error}") from error
     except GetTimeoutError as error:

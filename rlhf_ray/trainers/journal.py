@@ -38,6 +38,10 @@ SHOWN = (
 """Metrics on the console's line, where a step has them."""
 
 
+SECONDS_BETWEEN_SAMPLES = 5.0
+"""Of memory: reading the page tables of every process costs a core for a tenth of a second."""
+
+
 class Journal:
     """One run's metrics, samples and summary."""
 
@@ -47,7 +51,7 @@ class Journal:
         self.logger = get_logger(config.kind)
         facts = {"seed": str(config.run.seed), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
         self._summary: dict[str, Any] = {"facts": facts}
-        self._memory = MemorySampler()
+        self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_SAMPLES)
 
     def __enter__(self) -> Journal:
         self._memory.start()

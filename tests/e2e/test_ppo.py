@@ -1,0 +1,108 @@
+"""PPO on the whole real stack: two policy ranks, a critic, a reward, a reference group and two vLLM engines.
+
+What must hold: weights change on every rank and in the engines with them; trainer and rollout agree before and after each
+update; the learned reward rises; a run that is killed inside a step and resumed ends bit for bit where it would have.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.runs.directory import RunDirectory
+from tests.e2e.conftest import DEADLINE_S, command, metrics, run
+
+CONFIG = Path(__file__).with_name("ppo_tiny.yaml")
+STEPS = 6
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ZeRO-3 run from start to end."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    told = run("train", "ppo", CONFIG, f"run.root={root}")
+    assert "start-up self-check" in told
+    return root / "tiny"
+
+
+def test_trainer_and_rollout_agree_before_and_after_every_update(undisturbed: Path) -> None:
+    steps = metrics(undisturbed)
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert max(step["rollout/log_prob_difference"] for step in steps) <= 1e-4
+    assert [step["weights/version"] for step in steps] == list(range(1, STEPS + 1))
+
+
+def test_the_first_ratio_is_exactly_one(undisturbed: Path) -> None:
+    for step in metrics(undisturbed):
+        assert step["ratio/mean"] == 1.0 and step["approximate_kl"] == 0.0 and step["clip_fraction"] == 0.0
+
+
+def test_weights_change_and_the_policy_moves_away_from_the_reference(undisturbed: Path) -> None:
+    before, after = weights(undisturbed / "rollout-start"), weights(undisturbed / "final")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    steps = metrics(undisturbed)
+    assert steps[0]["kl/k3"] == 0.0 < steps[1]["kl/k3"] < steps[-1]["kl/k3"]
+
+
+def test_every_prompt_is_in_the_ledger_once(undisturbed: Path) -> None:
+    entries = RunDirectory.open(undisturbed).ledger.entries()
+    assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
+    assert max(Counter(prompt for entry in entries for prompt in entry.prompt_ids).values()) == 1
+
+
+def kill_inside_step_five(root: Path) -> None:
+    """SIGKILL to the driver as soon as step 5 is in the ledger and before its successor's checkpoint."""
+    parent = subprocess.Popen(command("train", "ppo", CONFIG, f"run.root={root}"), stderr=subprocess.DEVNULL)
+    ledger, deadline = root / "tiny" / "ledger.jsonl", time.monotonic() + DEADLINE_S
+    while not (ledger.exists() and ledger.read_text().count("\n") >= 5):
+        assert parent.poll() is None and time.monotonic() < deadline, "the run ended before step 5"
+        time.sleep(0.002)
+    (driver,) = [child for child in psutil.Process(parent.pid).children() if "driver" in " ".join(child.cmdline())]
+    os.kill(driver.pid, signal.SIGKILL)
+    assert parent.wait(timeout=60) == 1
+
+
+def test_a_killed_run_resumes_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    kill_inside_step_five(tmp_path)
+    killed = RunDirectory.open(tmp_path / "tiny")
+    assert killed.checkpoints.steps() == [2, 4]
+    run("resume", tmp_path / "tiny")
+
+    lines = metrics(tmp_path / "tiny")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    entries = RunDirectory.open(tmp_path / "tiny").ledger.entries()
+    assert [(entry.step, entry.attempt) for entry in entries] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert entries == [
+        type(entry)(entry.step, again.attempt, entry.prompt_ids)
+        for entry, again in zip(RunDirectory.open(undisturbed).ledger.entries(), entries, strict=True)
+    ]
+    for part in (".", "critic"):
+        resumed, whole = weights(tmp_path / "tiny" / "final" / part), weights(undisturbed / "final" / part)
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole), f"other weights in final/{part}"
+
+
+def test_zero_two_learns_to_please_the_reward_model(tmp_path: Path) -> None:
+    """A run that is long enough to learn: the reward rises well beyond what its noise explains."""
+    options = ["policy.engine.zero=2", "run.deterministic=false", "steps=14", "checkpoint.every_steps=0"]
+    run("train", "ppo", CONFIG, f"run.root={tmp_path}", *options, "batch.prompts_per_step=64",
+        "batch.sequences_per_update=32", "evaluation.prompts=1")  # fmt: skip
+    steps = metrics(tmp_path / "tiny")
+    first = [step["reward/learned"] for step in steps[:3]]
+    last = [step["reward/learned"] for step in steps[-3:]]
+    noise = steps[0]["reward/std"] / (3 * 64) ** 0.5
+    assert sum(last) / 3 - sum(first) / 3 > 4 * noise
+    assert max(step["rollout/log_prob_difference"] for step in steps) <= 1e-4
