@@ -1,0 +1,128 @@
+"""The two reference pages say what the code says: every metric, and every key of a config with its default."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from rlhf_ray.config import roles, schema
+from rlhf_ray.monitoring.registry import PHASES, REGISTRY
+
+DOCS = Path(__file__).parents[2] / "docs"
+SECTIONS: dict[str, type[roles.Section]] = {
+    "`run`": schema.RunConfig,
+    "`cluster`": schema.ClusterConfig,
+    "`batch` of ppo": schema.BatchConfig,
+    "`batch` of sft": schema.SequenceBatchConfig,
+    "`batch` of rm": schema.PairBatchConfig,
+    "`data`": schema.DataConfig,
+    "`data.world`": schema.WorldConfig,
+    "A role: `policy`, `critic`, `reference`, `reward`": schema.RoleConfig,
+    "`ROLE.model`": schema.ModelConfig,
+    "`ROLE.model.make`": schema.MakeConfig,
+    "`ROLE.model.lora`": schema.LoraConfig,
+    "`ROLE.engine`": schema.EngineConfig,
+    "`ROLE.engine.optimizer`": schema.OptimizerConfig,
+    "`ROLE.resources`": schema.ResourcesConfig,
+    "`reward` of ppo": schema.RewardConfig,
+    "`rollout`": schema.RolloutConfig,
+    "`algorithm`": schema.AlgorithmConfig,
+    "`algorithm.kl`": schema.KlConfig,
+    "`loss` of rm": schema.RewardLossConfig,
+    "`evaluation`": schema.EvaluationConfig,
+    "`checkpoint`": schema.CheckpointConfig,
+    "`monitoring`": schema.MonitoringConfig,
+    "serve, beside `run` and `cluster`": schema.ServeConfig,
+}
+ELSEWHERE = {
+    schema.SequenceBatchConfig: set(roles.TokenBudget.model_fields),
+    schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
+    schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},
+    schema.ServeConfig: {"kind", "run", "cluster"},
+}
+"""Keys that the page gives in another table."""
+
+
+def rows_below(page: Path) -> dict[str, list[list[str]]]:
+    """Cells of the table rows below each heading of third rank, without the table's head."""
+    found: dict[str, list[list[str]]] = {}
+    for part in re.split(r"^### ", page.read_text(), flags=re.MULTILINE)[1:]:
+        heading, _, body = part.partition("\n")
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"]
+        found[heading] = rows[2:]
+    return found
+
+
+def written(field: Any) -> str:
+    """A default as the page writes it."""
+    if field.default is PydanticUndefined:
+        return "needed"
+    if field.default is None:
+        return "null"
+    if isinstance(field.default, roles.Section):
+        return ""
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def test_every_metric_is_explained_and_every_explained_one_is_registered() -> None:
+    told = {
+        heading: [(row[0].replace(" (counter)", "").strip("`"), row[1], row[2]) for row in rows]
+        for heading, rows in rows_below(DOCS / "monitoring.md").items()
+    }
+    registered = {
+        group: [(metric.name, metric.unit, metric.help) for metric in metrics]
+        for group, metrics in REGISTRY.groups().items()
+    }
+    assert told == registered
+
+
+def test_metrics_named_in_the_text_are_registered() -> None:
+    groups = "|".join(sorted({metric.name.partition("/")[0] for metric in REGISTRY if "/" in metric.name}))
+    page = (DOCS / "monitoring.md").read_text()
+    names = re.findall(rf"`((?:{groups})/[a-z0-9_/]+)`", page)
+    assert len(names) > 40
+    assert [metric for metric in names if metric not in REGISTRY] == []
+
+
+def test_counters_and_phases_are_named() -> None:
+    page = (DOCS / "monitoring.md").read_text()
+    assert set(re.findall(r"^\| `(\S+)` \(counter\)", page, re.MULTILINE)) == {
+        metric.name for metric in REGISTRY if metric.kind == "counter"
+    }
+    assert all(f"`{phase}`" in page for phase in PHASES)
+
+
+def test_every_key_has_its_default() -> None:
+    told = {
+        heading: {row[0].strip("`"): row[1] for row in rows}
+        for heading, rows in rows_below(DOCS / "configuration.md").items()
+    }
+    wanted = {
+        heading: {
+            key: written(field)
+            for key, field in section.model_fields.items()
+            if key not in ELSEWHERE.get(section, set())
+        }
+        for heading, section in SECTIONS.items()
+    }
+    assert told == wanted
+
+
+def test_every_section_is_on_the_page() -> None:
+    sections = {
+        value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, roles.Section)
+    }
+    jobs = set(schema.JOBS.values())
+    assert sections - jobs - {roles.Section, roles.TokenBudget} <= set(SECTIONS.values())
+
+
+def test_recipes_are_listed() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    for recipe in (DOCS.parent / "configs").glob("*.yaml"):
+        assert f"`{recipe.stem}`" in page
+        assert yaml.safe_load(recipe.read_text())["kind"] in schema.JOBS
