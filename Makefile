@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test lint bench parity faults gpu
 
@@ -9,10 +10,11 @@ setup:
 	@./setup.sh
 
 demo: setup  ## SFT, a reward model and PPO on this machine's CPU; report in runs/demo/report.html
-	@$(PYTHON_BIN) -m rlhf_ray demo
+	@$(PYTHON_BIN) -m rlhf_ray demo $(if $(SEED),--seed $(SEED))
 
-test: setup  ## everything that must hold, offline, on two cores
-	@$(PYTHON_BIN) tests/run.py
+test: setup  ## everything that must hold, offline, on two cores: the rooms side by side, then the whole stack
+	@$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile tests --ignore=tests/e2e
+	@$(PYTHON_BIN) -m pytest -q tests/e2e
 
 lint: setup
 	@.venv/bin/ruff check .
@@ -29,9 +31,5 @@ parity: setup  ## compare with independent implementations, each in an environme
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign
 
-gpu: setup-gpu  ## check and measure what needs a GPU; says what it left out
+gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out
 	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run
-
-.PHONY: setup-gpu
-setup-gpu:
-	@true
