@@ -10,6 +10,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from rlhf_ray.config import roles, schema
+from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -126,3 +127,10 @@ def test_recipes_are_listed() -> None:
     for recipe in (DOCS.parent / "configs").glob("*.yaml"):
         assert f"`{recipe.stem}`" in page
         assert yaml.safe_load(recipe.read_text())["kind"] in schema.JOBS
+
+
+def test_names_in_prometheus_are_those_that_are_exported() -> None:
+    exported = {f"ray_{metric.exported_name}" for metric in REGISTRY} | {f"ray_{PHASE_GAUGE}"}
+    pages = [DOCS / "monitoring.md", DOCS.parent / "deploy" / "monitoring" / "README.md"]
+    named = {name.removesuffix("_total") for page in pages for name in re.findall(r"ray_rlhf_\w+", page.read_text())}
+    assert named and named <= exported
