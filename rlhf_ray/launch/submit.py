@@ -43,7 +43,13 @@ def submit(config: JobConfig, *, address: str | None, wait: bool) -> int:
     if not wait:
         say(job)
         return EXIT_DONE
-    asyncio.run(_follow(client, job))
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        get_logger().warning(
+            "%s goes on: `ray job logs --follow %s` shows it, `ray job stop %s` stops it", job, job, job
+        )
+        return EXIT_FAILED
     return _exit_code(client, job)
 
 

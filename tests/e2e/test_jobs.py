@@ -5,6 +5,7 @@ One head serves all tests; it is a process group of its own, which is all that i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -13,7 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,11 +25,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf_ray.monitoring.registry import PHASES
+from rlhf_ray.runs.directory import RunDirectory
+
 ROOT = Path(__file__).parents[2]
 ADDRESS = "http://127.0.0.1:8299"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+WRONG = ("data.world=null", "data.path=./gone.jsonl", "policy.model.make.tokenizer_from=world")
 SMALL = (
+    "demo-sft",
     "policy.model.make.shape=llama-tiny",
+    "policy.ranks=1",
     "data.world.demonstrations=64",
     "batch.sequences_per_update=32",
     "epochs=2",
@@ -43,24 +52,58 @@ class Head:
 
     def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """A command of this environment as a client of the head."""
-        return subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=cwd,
-            env=self.variables,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        process = self.start(*command, cwd=cwd)
+        out, told = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(command, process.returncode, out, told)
+
+    def start(self, *command: str, cwd: Path) -> subprocess.Popen[str]:
+        """The same, not waited for."""
+        line = [sys.executable, "-m", *command]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(line, cwd=cwd, env=self.variables, stdout=pipe, stderr=pipe, text=True)
+
+    def metadata(self) -> dict[str, str]:
+        """What the newest job says about itself."""
+        token = self.variables.get("RAY_AUTH_TOKEN")
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{ADDRESS}/api/jobs/", headers=headers)) as answer:
+            jobs = [job for job in json.load(answer) if job["submission_id"]]
+        newest: dict[str, str] = max(jobs, key=lambda job: job["start_time"])["metadata"]
+        return newest
 
     def metrics(self) -> str:
         """What the node's metrics agents serve now."""
         found = json.loads((self.directory / "prom_metrics_service_discovery.json").read_text())
         texts = []
         for target in (target for group in found for target in group["targets"]):
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            with (
+                contextlib.suppress(OSError),  # some processes of Ray are named there before they listen
+                urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer,
+            ):
                 texts.append(answer.read().decode())
         return "\n".join(texts)
+
+
+class Watch:
+    """Reads the metrics agents again and again while something runs, and keeps every line of this project."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.seen: set[str] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=30)
+
+    def _read(self) -> None:
+        while not self._over.wait(0.5):
+            self.seen |= {line for line in self.head.metrics().splitlines() if line.startswith("ray_rlhf_")}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +172,56 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tmp_path):
-    done = head.run("rlhf_ray", "submit", "demo-sft", *SMALL, "run.name=submitted", "--address", ADDRESS, cwd=tmp_path)
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0
-    Path("/tmp/build/metrics.txt").write_text(head.metrics())
+    with Watch(head) as watch:
+        done = head.run("rlhf_ray", "submit", *SMALL, "run.name=submitted", "--address", ADDRESS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4/4  loss/sft" in done.stderr
+    assert (tmp_path / "runs/submitted/final/model.safetensors").is_file()
+    assert head.metadata() == {"run": "submitted", "kind": "sft"}
+    assert [line for line in watch.seen if line.startswith("ray_rlhf_loss_sft{") and 'run="submitted"' in line]
+    phases = {line.split('phase="')[1].split('"')[0] for line in watch.seen if line.startswith("ray_rlhf_phase{")}
+    assert phases == set(PHASES)
+
+
+def test_a_request_that_only_the_driver_finds_wrong_ends_with_2(head, tmp_path):
+    done = head.run("rlhf_ray", "submit", *SMALL, *WRONG, "run.name=wrong", "--address", ADDRESS, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path}/gone.jsonl does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ray_job_submit_runs_the_same_command(head, tmp_path):
+    entry = ["python", "-m", "rlhf_ray", "train", "sft", *SMALL, "run.name=raw", f"run.root={tmp_path}"]
+    done = head.run("ray.scripts.scripts", "job", "submit", "--address", ADDRESS, "--", *entry, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4/4  loss/sft" in done.stdout + done.stderr
+    assert (tmp_path / "raw/final/model.safetensors").is_file()
+
+
+def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
+    """Over a joined cluster, whose connection takes SIGTERM for itself."""
+    long = (*SMALL, "epochs=300", "run.name=stopped", "cluster.address=127.0.0.1:6399")
+    process = head.start("rlhf_ray", "train", "sft", *long, cwd=tmp_path)
+    run = RunDirectory(tmp_path / "runs/stopped")
+    _wait_for(lambda: len(run.metrics.read()) >= 3, "no step was made")
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, told
+    (commit,) = run.checkpoints.steps()
+    assert commit == run.metrics.read()[-1]["step"] < 600
+    assert f"rlhf-ray resume {run.path.relative_to(tmp_path)}" in told
+    config = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(config.replace("epochs: 300.0", f"epochs: {commit / 2 + 1}"))
+    done = head.run("rlhf_ray", "resume", str(run.path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in run.metrics.read() if "loss/sft" in line] == list(range(1, commit + 3))
+    assert run.final.is_dir()
+
+
+def test_a_client_without_the_token_is_told_what_to_set(head, tmp_path):
+    if "RAY_AUTH_TOKEN" not in head.variables:
+        pytest.skip("this head asks for no token")
+    stranger = Head({**head.variables, "RAY_AUTH_TOKEN": secrets.token_hex(32)}, head.directory)
+    done = stranger.run("rlhf_ray", "submit", *SMALL, "run.name=stranger", "--address", ADDRESS, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr and "Traceback" not in done.stderr
