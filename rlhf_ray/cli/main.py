@@ -33,9 +33,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was given; ``key=value`` counts wherever it stands, also after an option, where argparse leaves it over."""
+    top = parser()
+    given, left = top.parse_known_args(arguments)
+    unknown = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in given]
+    if unknown:
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if left:
+        given.overrides = [*given.overrides, *left]
+    return given
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = parser().parse_args(arguments)
+    given = parse(arguments)
     environment.prepare()
     try:
         return int(given.run(given))

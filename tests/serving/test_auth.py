@@ -1,0 +1,199 @@
+"""A route that nobody thought of is closed; tokens are compared in constant time; only two routes are open."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.errors import GroupError, RequestError
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.serving import auth
+from rlhf_ray.serving.app import create_app
+from rlhf_ray.serving.auth import OPEN_ROUTES, presented_token, read_tokens, require_closed
+
+TOKENS = ("first-token-of-two", "second-token-of-two")
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+COMMON_ROUTES = (
+    "/",
+    "/docs",
+    "/redoc",
+    "/openapi.json",
+    "/-/routes",
+    "/-/healthz",
+    "/v1/models",
+    "/health/",
+    "/ready/..",
+)
+
+
+class Down:
+    """A reward group that is gone."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        raise GroupError("reward", 0, "score", "its process died")
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"model": "down"}
+
+
+@pytest.fixture
+def app(config: Callable[..., ServeConfig]) -> Starlette:
+    return create_app(Down(), config(), TOKENS)
+
+
+def statuses(app: Starlette, asked: Sequence[tuple[str, str]], headers: dict[str, str] | None = None) -> list[int]:
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return [(await client.request(method, path, headers=headers)).status_code for method, path in asked]
+
+    return asyncio.run(ask())
+
+
+def every_route(app: Starlette) -> list[str]:
+    assert all(isinstance(route, Route) for route in app.routes), "walk what is mounted, too"
+    return [route.path for route in app.routes if isinstance(route, Route)]
+
+
+def test_every_route_but_two_refuses_without_a_token(app: Starlette) -> None:
+    paths = [*every_route(app), *COMMON_ROUTES]
+    assert {"/get_reward", "/v1/reward", "/info", "/metrics", *OPEN_ROUTES} <= set(paths)
+    asked = [(method, path) for path in paths for method in METHODS]
+    is_open = [method in ("GET", "HEAD") and path in OPEN_ROUTES for method, path in asked]
+    answered = statuses(app, asked)
+    assert [(call, status) for call, status, open_ in zip(asked, answered, is_open, strict=True) if not open_] == [
+        (call, 401) for call, open_ in zip(asked, is_open, strict=True) if not open_
+    ]
+    assert statuses(app, [("GET", "/health"), ("GET", "/ready")]) == [200, 503]
+
+
+def basic(user: str, password: str) -> str:
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("form", ["Bearer {}", "bearer  {}", "basic"])
+def test_a_token_opens_as_bearer_and_as_password(app: Starlette, token: str, form: str) -> None:
+    header = basic("x", token) if form == "basic" else form.format(token)
+    asked = [("GET", "/info"), ("GET", "/metrics"), ("POST", "/get_reward"), ("GET", "/docs")]
+    assert statuses(app, asked, {"authorization": header}) == [200, 200, 400, 404]
+
+
+def test_a_client_that_only_knows_a_url_gives_the_token_in_it(app: Starlette) -> None:
+    async def ask() -> int:
+        url = f"http://x:{TOKENS[0]}@test/info"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+            return (await client.get(url)).status_code
+
+    assert asyncio.run(ask()) == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "", "Bearer", "Bearer ", "Basic", f"Bearer {TOKENS[0][:-1]}", f"Bearer {TOKENS[0]}x", f"Bearer {TOKENS[0].upper()}",
+        f"Token {TOKENS[0]}", TOKENS[0], basic(TOKENS[0], ""), basic(TOKENS[0], "x"), f"Basic {TOKENS[0]}", "Basic !!!",
+        f"Basic {base64.b64encode(TOKENS[0].encode()).decode()}", f"Bearer {TOKENS[0]},{TOKENS[1]}",
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused(app: Starlette, header: str) -> None:
+    assert statuses(app, [("GET", "/info")], {"authorization": header} if header else {}) == [401]
+
+
+@pytest.mark.parametrize("header", [b"Basic \xff\xfe", b"Bearer \xff\xfe", b"\xff"])
+def test_a_header_that_is_no_text_is_refused(app: Starlette, header: bytes) -> None:
+    async def ask() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return (await client.get("/info", headers=[(b"authorization", header)])).status_code
+
+    assert asyncio.run(ask()) == 401
+
+
+def test_websockets_are_refused_too(app: Starlette) -> None:
+    sent: list[Mapping[str, Any]] = []
+
+    async def send(message: Mapping[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> Mapping[str, Any]:
+        return {"type": "websocket.connect"}
+
+    asyncio.run(app({"type": "websocket", "path": "/health", "headers": []}, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_without_tokens_everything_is_open(config: Callable[..., ServeConfig]) -> None:
+    assert statuses(create_app(Down(), config()), [("GET", "/info")]) == [200]
+
+
+@pytest.mark.parametrize("token", [*TOKENS, "neither-of-the-two"])
+def test_every_token_is_compared_in_constant_time(app: Starlette, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(given: bytes, known: bytes) -> bool:
+        compared.append((given, known))
+        return hmac.compare_digest(given, known)
+
+    class Watched:
+        compare_digest = staticmethod(compare)
+
+    monkeypatch.setattr(auth, "hmac", Watched)
+    statuses(app, [("GET", "/info")], {"authorization": f"Bearer {token}"})
+    assert compared == [(token.encode(), known.encode()) for known in TOKENS]
+
+
+def test_no_token_is_presented_where_there_is_none() -> None:
+    assert presented_token("Negotiate abc") == b""
+
+
+# ------------------------------------------------------------------------------------------------------------ token files
+
+
+def test_tokens_are_read_one_a_line_with_or_without_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"# ours\n{TOKENS[0]}\n\n  ppo:{TOKENS[1]}  \n")
+    assert read_tokens(str(file)) == TOKENS
+    assert read_tokens(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "there is no token in it"),
+        ("# nothing\n", "there is no token in it"),
+        (f"{TOKENS[0]}\nshort\n", "token 2 is shorter than 16 characters"),
+        ("name:\n", "token 1 is shorter"),
+        (b"\xff\xfe", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_without_a_token_is_an_error_that_does_not_show_it(
+    tmp_path: Path, content: str | bytes | None, message: str
+) -> None:
+    file = tmp_path / "tokens"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RequestError, match=message) as caught:
+        read_tokens(str(file))
+    assert TOKENS[0] not in str(caught.value) and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])
+def test_another_address_needs_a_token(host: str) -> None:
+    with pytest.raises(RequestError, match="give token_file"):
+        require_closed(host, ())
+    require_closed(host, TOKENS)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_this_machine_needs_none(host: str) -> None:
+    require_closed(host, ())

@@ -1,0 +1,135 @@
+"""The port is taken before anything slow begins; nothing listens before ``start``, and after it the address answers;
+``stop`` lets what is being answered finish.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.errors import RequestError
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.serving.app import create_app
+from rlhf_ray.serving.server import WebServer
+
+
+class Slow:
+    """Scores every item as 0.5 once it may."""
+
+    def __init__(self) -> None:
+        self.began, self.may = threading.Event(), threading.Event()
+        self.scored: list[str | None] = []
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        self.began.set()
+        self.scored += [request.text for request in requests]
+        while not self.may.is_set():
+            await _asyncio_sleep(0.005)
+        return [ScoreResult.of(0.5)] * len(requests)
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": "slow"}
+
+
+async def _asyncio_sleep(seconds: float) -> None:
+    import asyncio
+
+    await asyncio.sleep(seconds)
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    server = WebServer("127.0.0.1", 0)
+    yield server
+    server.stop()
+
+
+def place(server: WebServer) -> tuple[str, int]:
+    url = httpx.URL(server.address)
+    assert url.port is not None
+    return url.host, url.port
+
+
+def test_nothing_listens_before_start_and_then_the_address_answers(
+    server: WebServer, config: Callable[..., ServeConfig]
+) -> None:
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.address}/health")
+    server.start(create_app(Slow(), config()))
+    assert httpx.get(f"{server.address}/health").status_code == 200
+
+
+def test_nothing_answers_after_stop(config: Callable[..., ServeConfig]) -> None:
+    before = threading.active_count()
+    server = WebServer("127.0.0.1", 0)
+    server.start(create_app(Slow(), config()))
+    server.stop()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.address}/health")
+    assert threading.active_count() == before
+
+
+def test_a_taken_port_is_an_error_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RequestError, match=rf"127.0.0.1:{port} cannot be listened on .*port=0 takes a free one"):
+            WebServer("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_ours_is_an_error() -> None:
+    with pytest.raises(RequestError, match=r"192.0.2.1:0 cannot be listened on"):
+        WebServer("192.0.2.1", 0)
+
+
+def test_ipv6_is_written_as_addresses_are() -> None:
+    try:
+        server = WebServer("::1", 0)
+    except RequestError:
+        pytest.skip("this machine has no IPv6 loopback")
+    assert server.address == f"http://[::1]:{httpx.URL(server.address).port}"
+    server.stop()
+
+
+def test_stop_lets_a_request_finish(config: Callable[..., ServeConfig]) -> None:
+    backend, server = Slow(), WebServer("127.0.0.1", 0)
+    server.start(create_app(backend, config()))
+    with ThreadPoolExecutor(2) as pool:
+        asking = pool.submit(httpx.post, f"{server.address}/get_reward", json={"query": ["a"]})
+        assert backend.began.wait(5)
+        stopping = pool.submit(server.stop)
+        time.sleep(0.2)
+        backend.may.set()
+        stopping.result(timeout=10)
+        assert asking.result(timeout=10).json()["rewards"] == [0.5]
+
+
+def test_a_client_that_hangs_up_is_not_scored(server: WebServer, config: Callable[..., ServeConfig]) -> None:
+    backend = Slow()
+    server.start(create_app(backend, config()))
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(httpx.post, f"{server.address}/get_reward", json={"query": ["busy"]})
+        assert backend.began.wait(5)
+        body = b'{"query": ["gone"]}'
+        with socket.create_connection(place(server)) as leaving:
+            head = f"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            leaving.sendall(head.encode() + body)
+            wait_for(server, "rlhf_scoring_waiting_items 1")
+        wait_for(server, "rlhf_scoring_waiting_items 0")
+        backend.may.set()
+        assert busy.result(timeout=10).status_code == 200
+    assert backend.scored == ["busy"]
+
+
+def wait_for(server: WebServer, line: str) -> None:
+    deadline = time.monotonic() + 10
+    while line not in (text := httpx.get(f"{server.address}/metrics").text):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.01)
