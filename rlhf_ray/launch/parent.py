@@ -53,9 +53,7 @@ class Ending:
 
 def start_run(config: JobConfig, *, driver: str = DRIVER) -> int:
     """Run a driver for a new run; returns the exit code."""
-    offered = offered_here(config.cluster)
-    if offered is not None:
-        require_fit(needed(config), offered)
+    _require_room(config)
     text = dump_config(config)
     return _see_through(drive(driver, [], text), run_directory(config), config.run.max_restarts, driver, text)
 
@@ -64,12 +62,20 @@ def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
     """Go on with the run in ``directory`` from its last commit."""
     directory = Path(directory)
     config = load_config(directory / CONFIG_NAME)
+    _require_room(config)
     return _see_through(_resume(driver, directory), directory, config.run.max_restarts, driver, dump_config(config))
 
 
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
     """Run the demo's three jobs in one driver."""
     return drive(DEMO, ["--root", root, "--seed", str(seed), *overrides]).exit_code(Path(root))
+
+
+def _require_room(config: JobConfig) -> None:
+    """Refuse what can never fit where Ray is started on this machine; a cluster is asked by the driver."""
+    offered = offered_here(config.cluster)
+    if offered is not None:
+        require_fit(needed(config), offered)
 
 
 def _see_through(ending: Ending, directory: Path, restarts: int, driver: str, text: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli.main import main
+from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import EXIT_NO_CAPACITY, EXIT_WRONG_REQUEST
 
 GOOD_ROW = json.dumps({"prompt": "two and two?", "answer": "four"})
@@ -144,6 +145,13 @@ def test_more_ranks_than_this_machine_has(refused, here):
     assert ["policy", "100", "0.2", "0", "20", "0"] in table
     assert next(row for row in table if row[0] == "free")[-2] == "2"
     assert not (here / "runs").exists()
+
+
+def test_a_run_that_came_from_a_larger_machine(refused, here):
+    own = "policy.ranks=100", "batch.sequences_per_update=100", "cluster.num_cpus=2", "run.name=large"
+    (here / "runs/large").mkdir(parents=True)
+    (here / "runs/large/config.yaml").write_text(dump_config(load_config("demo-sft", own)))
+    assert "20 CPU needed, 2 free" in refused("resume", "runs/large", code=EXIT_NO_CAPACITY)
 
 
 def test_a_kind_that_is_not_the_configs(refused):
