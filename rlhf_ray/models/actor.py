@@ -30,7 +30,8 @@ class Actor(nn.Module):
     """A causal language model as a policy.
 
     ``attn_implementation`` names the preferred attention backend: where it cannot run, the best that works is taken,
-    and the line on loading says so (``strict_attention=True`` makes it an error).
+    and the line on loading says so (``strict_attention=True`` makes it an error). Where ``ds_config`` asks for ZeRO-3
+    a model that is loaded is built in shards, on all ranks together.
     """
 
     def __init__(

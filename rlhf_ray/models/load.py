@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from rlhf_ray.console import get_logger
+from rlhf_ray.console import get_logger, stderr
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.backends import REGISTERED, choose_backend
 from rlhf_ray.models.checkpoint import Checkpoint
@@ -94,10 +94,12 @@ def _align(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bar and load report: the report of this project says it in one line."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """Silence transformers' load report, which this project gives in one line, and in logs its progress bar too."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled() and not stderr.is_terminal
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if bar:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

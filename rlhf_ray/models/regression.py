@@ -201,12 +201,19 @@ def get_llm_for_sequence_regression(
 
     Reads a transformers ``*ForSequenceClassification`` directory, OpenRLHF's, TRL's value-head models, and with
     ``init_value_head`` any causal language model, which gets a fresh head of kind ``head_init`` drawn from ``seed``.
+    Where ``ds_config`` asks for ZeRO-3 the backbone is built in shards, on all ranks together.
     """
     refuse_unserved(load_in_4bit=load_in_4bit)
     _class_of(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision)
     raw = checkpoint.raw_config()
     prefix = raw.get("value_head_prefix", value_head_prefix)
+    found = find_head(checkpoint, prefix)
+    if found is None and not init_value_head:
+        raise ModelLoadError(
+            f"{checkpoint.directory} has no score head ({prefix}.weight): it is no reward model or critic. Ask for a "
+            "fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
+        )
     heads = OUTPUT_LAYERS | head_tensors(checkpoint) | {f"{prefix}.weight", f"{prefix}.bias"}
     backbone = load_weights(
         AutoModel,
@@ -217,12 +224,6 @@ def get_llm_for_sequence_regression(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
-    found = find_head(checkpoint, prefix)
-    if found is None and not init_value_head:
-        raise ModelLoadError(
-            f"{checkpoint.directory} has no score head ({prefix}.weight): it is no reward model or critic. Ask for a "
-            "fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
-        )
     hidden, bias = backbone.config.get_text_config().hidden_size, 0.0
     if found is None or init_value_head:
         head = make_head(backbone, head_init, seed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf_ray.console import progress
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.checkpoint import Checkpoint
 
@@ -49,7 +50,7 @@ def load_in_shards(
     model.tie_weights()
     names = _names_in(checkpoint, model)
     filled: dict[int, nn.Parameter] = {}
-    for path, owner in model.named_modules():
+    for path, owner in progress(list(model.named_modules()), f"building {checkpoint.directory.name} in shards"):
         for name, buffer in owner.named_buffers(recurse=False):
             if f"{path}.{name}" in names:
                 buffer.copy_(checkpoint.read(names[f"{path}.{name}"]))

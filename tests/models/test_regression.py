@@ -198,7 +198,7 @@ def test_fresh_heads_follow_their_recipe_and_seed(policy_directory: Path) -> Non
         ("inv", 1 / (wide + 1)),
         ("zero", 0.0),
     ):
-        weight = fresh_head(wide, init, initializer_range=0.02, seed=1).weight
+        weight = fresh_head(wide, init, initializer_range=0.02, seed=1).weight.detach()
         assert float(weight.std()) == pytest.approx(deviation, rel=0.05) and abs(float(weight.mean())) <= deviation / 16
     torch.manual_seed(0)
     first = load(policy_directory, init_value_head=True, seed=3).head.weight
