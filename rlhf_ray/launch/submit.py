@@ -26,6 +26,7 @@ from rlhf_ray.launch.driver import training_config
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 SECONDS_TO_SETTLE = 10.0
 CONFIG_NAME = "config.yaml"
+STOP_WAIT, SECONDS_TO_COMMIT = "RAY_JOB_STOP_WAIT_TIME_S", "600"
 
 
 def submit(config: JobConfig, *, address: str | None, wait: bool) -> int:
@@ -36,7 +37,7 @@ def submit(config: JobConfig, *, address: str | None, wait: bool) -> int:
         (Path(directory) / CONFIG_NAME).write_text(dump_config(with_absolute_paths(config, Path.cwd())))
         job = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "rlhf_ray", "train", config.kind, CONFIG_NAME]),
-            runtime_env={"working_dir": directory, "env_vars": {"RAY_USAGE_STATS_ENABLED": "0"}},
+            runtime_env={"working_dir": directory, "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", **_time_to_stop()}},
             metadata={"run": config.run.name, "kind": config.kind},
         )
     get_logger().info("submitted %s: run %s, %s", job, config.run.name, config.kind)
@@ -51,6 +52,11 @@ def submit(config: JobConfig, *, address: str | None, wait: bool) -> int:
         )
         return EXIT_FAILED
     return _exit_code(client, job)
+
+
+def _time_to_stop() -> dict[str, str]:
+    """Ray kills a stopped job after three seconds, which is less than a step and its commit may take."""
+    return {STOP_WAIT: os.environ.get(STOP_WAIT, SECONDS_TO_COMMIT)}
 
 
 def _client(address: str) -> Any:

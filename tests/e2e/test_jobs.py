@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -62,14 +63,21 @@ class Head:
         pipe = subprocess.PIPE
         return subprocess.Popen(line, cwd=cwd, env=self.variables, stdout=pipe, stderr=pipe, text=True)
 
-    def metadata(self) -> dict[str, str]:
-        """What the newest job says about itself."""
+    def job(self, run: str) -> dict[str, Any]:
+        """What the submitted job of this run says about itself."""
+        (job,) = [job for job in self._ask("GET", "") if (job["metadata"] or {}).get("run") == run]
+        return dict(job)
+
+    def stop(self, run: str) -> None:
+        """As ``ray job stop``."""
+        self._ask("POST", f"{self.job(run)['submission_id']}/stop")
+
+    def _ask(self, method: str, path: str) -> Any:
         token = self.variables.get("RAY_AUTH_TOKEN")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        with urllib.request.urlopen(urllib.request.Request(f"{ADDRESS}/api/jobs/", headers=headers)) as answer:
-            jobs = [job for job in json.load(answer) if job["submission_id"]]
-        newest: dict[str, str] = max(jobs, key=lambda job: job["start_time"])["metadata"]
-        return newest
+        request = urllib.request.Request(f"{ADDRESS}/api/jobs/{path}", headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
 
     def metrics(self) -> str:
         """What the node's metrics agents serve now."""
@@ -177,7 +185,7 @@ def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tm
     assert done.returncode == 0, done.stderr
     assert "4/4  loss/sft" in done.stderr
     assert (tmp_path / "runs/submitted/final/model.safetensors").is_file()
-    assert head.metadata() == {"run": "submitted", "kind": "sft"}
+    assert head.job("submitted")["metadata"] == {"run": "submitted", "kind": "sft"}
     assert [line for line in watch.seen if line.startswith("ray_rlhf_loss_sft{") and 'run="submitted"' in line]
     phases = {line.split('phase="')[1].split('"')[0] for line in watch.seen if line.startswith("ray_rlhf_phase{")}
     assert phases == set(PHASES)
@@ -196,6 +204,17 @@ def test_ray_job_submit_runs_the_same_command(head, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4/4  loss/sft" in done.stdout + done.stderr
     assert (tmp_path / "raw/final/model.safetensors").is_file()
+
+
+def test_a_stopped_job_commits_and_can_be_resumed(head, tmp_path):
+    job = "rlhf_ray", "submit", *SMALL, "epochs=300", "run.name=ended", "--address", ADDRESS
+    process = head.start(*job, cwd=tmp_path)
+    run = RunDirectory(tmp_path / "runs/ended")
+    _wait_for(lambda: len(run.metrics.read()) >= 3, "no step was made")
+    head.stop("ended")
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, told
+    assert run.checkpoints.steps() == [run.metrics.read()[-1]["step"]]
 
 
 def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
