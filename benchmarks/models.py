@@ -1,0 +1,126 @@
+"""Part ``models``: a reward model on packs against transformers' own on padded batches, on one CPU thread.
+
+Always true: both sides hold the same weights, and their scores agree before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from benchmarks.figures import Figure, Figures
+from benchmarks.sequences import padded_batches, ragged_sequences
+from rlhf_ray.models import PackedRegression
+from rlhf_ray.models.make import make_config
+from rlhf_ray.models.regression import make_head, wrap_backbone
+from rlhf_ray.trajectories import Packed, TrajectoryBatch, make_schedule, pack
+
+VOCABULARY = 4096
+ROWS = 16
+REPEATS = 3
+AGREES_TO = 0.1
+"""Largest difference of scores that bf16 explains, as a share of their spread."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The same model and sequences on both sides."""
+
+    packed: PackedRegression
+    packs: list[Packed]
+    padded: PreTrainedModel
+    batches: list[tuple[Tensor, Tensor]]
+    order: list[int]
+    """Which sequence each score of the packs is of."""
+
+    def score_packed(self) -> Tensor:
+        return torch.cat([self.packed(part, "scores") for part in self.packs])
+
+    def score_padded(self) -> Tensor:
+        return torch.cat([self._padded_scores(ids, mask) for ids, mask in self.batches])
+
+    def train_packed(self) -> None:
+        for part in self.packs:
+            self.packed(part, "scores").sum().backward()
+
+    def train_padded(self) -> None:
+        for ids, mask in self.batches:
+            self._padded_scores(ids, mask).sum().backward()
+
+    def _padded_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
+        scores: Tensor = self.padded(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[:, 0]
+        return scores
+
+
+def measure(quick: bool = False) -> Figures:
+    """Throughput of the packed side as a multiple of the padded one's, training and scoring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        contest = _contest("llama-tiny", 32, 24) if quick else _contest("llama-14m", 48, 512)
+        with torch.no_grad():
+            _require_agreement(contest)
+            scoring = _ratio(contest.score_packed, contest.score_padded)
+        training = _ratio(contest.train_packed, contest.train_padded)
+    finally:
+        torch.set_num_threads(before)
+    sequences, tokens = len(contest.order), sum(part.num_tokens for part in contest.packs)
+    method = (
+        f"{sequences} made sequences, {tokens} tokens, {contest.padded.config.hidden_size} wide, bf16, one thread: CPU "
+        f"seconds of transformers with SDPA on padded batches of {ROWS} in arrival order over those of this project on "
+        f"packs, {{}}; median of {REPEATS} alternating pairs"
+    )
+    return {
+        "models.packed_vs_padded_training": Figure(training, "x", True, method.format("forward and backward")),
+        "models.packed_vs_padded_scoring": Figure(scoring, "x", True, method.format("forward")),
+    }
+
+
+def _contest(shape: str, count: int, longest: int) -> Contest:
+    config = make_config(shape, VOCABULARY, pad_token_id=0)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    padded = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    backbone = copy.deepcopy(padded.base_model)
+    head = make_head(backbone, "inv_sqrt", 0)
+    padded.score.weight.data.copy_(head.weight)
+    model = wrap_backbone(
+        backbone, head, "reward", attention="auto", strict_attention=True, head_origin="fresh, as on the padded side"
+    )
+    sequences = ragged_sequences(count, VOCABULARY, longest=longest)
+    batch = TrajectoryBatch.from_sequences(sequences)
+    micro_batches = make_schedule(batch.lengths.tolist(), ranks=1, max_tokens=8 * longest).rank(0)
+    return Contest(
+        PackedRegression(model).train(),
+        [pack(batch, indices) for indices in micro_batches],
+        padded.train(),
+        padded_batches(sequences, ROWS),
+        [index for indices in micro_batches for index in indices],
+    )
+
+
+def _require_agreement(contest: Contest) -> None:
+    ours, theirs = contest.score_packed(), contest.score_padded()[contest.order]
+    difference = float((ours - theirs).abs().max() / theirs.std())
+    if not difference < AGREES_TO:
+        raise AssertionError(f"packed and padded scores differ by {difference:.3g} of their spread: nothing to compare")
+
+
+def _ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
+    """CPU seconds of ``theirs`` over those of ``ours``: other processes on the machine count for neither."""
+    ours()
+    theirs()
+    return median(_seconds(theirs) / _seconds(ours) for _ in range(REPEATS))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began

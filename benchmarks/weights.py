@@ -1,0 +1,55 @@
+"""Part ``weights``: how long it takes until an engine samples with the policy's new weights.
+
+Always true: the clock runs from the policy's weights to an engine that has checked, loaded and adopted them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from statistics import median
+
+from benchmarks.figures import Figure, Figures
+from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
+from rlhf_ray.config.schema import EngineConfig, MakeConfig, ModelConfig, OptimizerConfig, RoleConfig, RolloutConfig
+from rlhf_ray.engine import destroy_process_group
+from rlhf_ray.models import load_tokenizer
+from rlhf_ray.rollout.transformers_engine import TransformersEngine
+
+REPEATS = 7
+
+
+def measure(quick: bool = False) -> Figures:
+    """Publishing and receiving in one process, without Ray between them."""
+    shape = "llama-tiny" if quick else "llama-0.5m"
+    model = ModelConfig(make=MakeConfig(shape=shape, tokenizer_from="world"), dtype="fp32")
+    policy = PolicyWorker()
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    policy.setup(WorkerSetup(RoleConfig(model=model, engine=EngineConfig(optimizer=optimizer)), 0, total_updates=1))
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            policy.save_pretrained(directory)
+            engine = TransformersEngine(
+                directory,
+                RolloutConfig(backend="transformers", dtype="fp32"),
+                eos_token_id=load_tokenizer(model).eos_token_id,
+            )
+            took = [_update(policy, engine, version) for version in range(1, REPEATS + 2)][1:]
+            engine.shutdown()
+    finally:
+        destroy_process_group()
+    parameters = sum(parameter.numel() for parameter in policy.hf_model.parameters())
+    method = (
+        f"{parameters / 1e6:.2f}M parameters in fp32 from a policy worker to a transformers engine in the same process, "
+        f"checksums included, one thread, wall clock, median of {REPEATS}"
+    )
+    return {"weights.update_ms": Figure(1e3 * median(took), "ms", False, method)}
+
+
+def _update(policy: PolicyWorker, engine: TransformersEngine, version: int) -> float:
+    began = time.perf_counter()
+    engine.receive(policy.publish_weights(version))
+    took = time.perf_counter() - began
+    if engine.weight_version != version:
+        raise AssertionError(f"the engine is at version {engine.weight_version}, not {version}")
+    return took

@@ -1,0 +1,47 @@
+"""Figures are merged by name, and every part runs and says how it measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.figures import Figure, record, table
+
+NAMES = {"models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "weights.update_ms"}
+
+
+def kept(path: Path) -> dict[str, dict[str, object]]:
+    return json.loads(path.read_text())["figures"]
+
+
+def test_a_newer_figure_replaces_its_own_name_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "latest.json"
+    record({"a.one": Figure(1.0, "x", True, "first"), "a.two": Figure(2.0, "s", False, "first")}, path)
+    record({"a.two": Figure(3.0, "s", False, "second"), "b": Figure(4.0, "x", True, "second")}, path)
+    found = kept(path)
+    assert {name: figure["value"] for name, figure in found.items()} == {"a.one": 1.0, "a.two": 3.0, "b": 4.0}
+    assert found["a.two"] == {"value": 3.0, "unit": "s", "higher_is_better": False, "method": "second"}
+    content = json.loads(path.read_text())
+    assert set(content) == {"figures", "machine", "versions", "date"}
+    assert content["versions"]["torch"] and content["machine"]["cores"] >= 1
+
+
+def test_the_table_has_a_line_for_each_figure() -> None:
+    lines = table({"b": Figure(0.5, "s", False, "slowly"), "a.longer": Figure(12345.0, "x", True, "fast")}).splitlines()
+    assert [line.split() for line in lines] == [["a.longer", "1.234e+04", "x", "fast"], ["b", "0.5", "s", "slowly"]]
+
+
+def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    record({"faults.kills": Figure(3.0, "kills", True, "kept from before")}, path)
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--results", str(path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = kept(path)
+    assert set(found) == {*NAMES, "faults.kills"} and found["faults.kills"]["value"] == 3.0
+    assert all(found[name]["value"] > 0 and found[name]["method"] for name in NAMES)
+    assert {line.split()[0] for line in done.stdout.splitlines() if line.strip()} >= NAMES
