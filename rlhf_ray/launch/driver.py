@@ -65,6 +65,8 @@ def new_run(text: str) -> None:
         if not run.metrics.read() and not run.checkpoints.steps():  # nothing was begun: the name is free again
             shutil.rmtree(run.path, ignore_errors=True)
         raise
+    finally:
+        run.release()
 
 
 def resume_run(path: str) -> None:

@@ -1,0 +1,116 @@
+"""Every ending of a driver is a code, and a mistake of the user's is a message; a refused run frees its name."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import pytest
+
+from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import (
+    CapacityError,
+    ConfigError,
+    DataError,
+    GroupError,
+    NumericalError,
+    RequestError,
+    ResumableStop,
+)
+from rlhf_ray.launch import driver
+from rlhf_ray.trainers import stopping
+
+CONFIG = dump_config(load_config("demo-sft", ["run.name=small"]))
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A driver listens to signals; the tests after it do not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the project's logger says."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    return caplog
+
+
+def failing(error: Exception) -> Callable[..., NoReturn]:
+    """Work that ends in ``error``."""
+
+    def work(*arguments: object) -> NoReturn:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError(["run.seed: wrong"]), 2),
+        (DataError("rows.jsonl:3: no 'answer'"), 2),
+        (CapacityError("the job does not fit"), 3),
+        (ResumableStop("stopped on request"), 75),
+        (GroupError("policy", 1, "accumulate", "the process died"), 1),
+        (NumericalError("5 updates in a row were skipped"), 1),
+    ],
+)
+def test_an_error_of_ours_is_one_message_and_its_code(told, error, code):
+    assert driver.exit_code(failing(error)) == code
+    (record,) = told.records
+    assert record.getMessage() == str(error) and record.exc_info is None
+
+
+def test_any_other_error_shows_its_trace(told):
+    assert driver.exit_code(failing(KeyError("a bug"))) == 1
+    assert told.records[-1].exc_info is not None
+
+
+def test_work_that_ends_is_done():
+    assert driver.exit_code(lambda: None) == 0
+
+
+def test_a_signal_only_asks(monkeypatch):
+    monkeypatch.setattr(stopping, "_asked", type(stopping._asked)())
+    assert driver.exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 0
+    assert stopping.stop_requested()
+
+
+@pytest.mark.parametrize("error", [DataError("rows.jsonl:3: no 'answer'"), CapacityError("full")])
+def test_a_run_that_was_refused_before_its_first_step_frees_its_name(tmp_path, monkeypatch, error):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "drive", failing(error))
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            driver.new_run(CONFIG)
+    assert not (tmp_path / "runs/small").exists()
+
+
+@pytest.mark.parametrize("error", [GroupError("policy", 1, "setup", "the process died"), ResumableStop("asked")])
+def test_a_run_that_failed_keeps_its_directory(tmp_path, monkeypatch, error):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "drive", failing(error))
+    with pytest.raises(type(error)):
+        driver.new_run(CONFIG)
+    assert (tmp_path / "runs/small/config.yaml").read_text() == CONFIG
+    with pytest.raises(RequestError, match="rlhf-ray resume"):
+        driver.new_run(CONFIG)
+
+
+def test_a_run_refused_after_a_step_keeps_its_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def one_step(config: object, run: driver.RunDirectory, checkpoint: object) -> None:
+        run.metrics.append({"step": 1, "timestamp": 0.0})
+        raise RequestError("the disk is full")
+
+    monkeypatch.setattr(driver, "drive", one_step)
+    with pytest.raises(RequestError):
+        driver.new_run(CONFIG)
+    assert len((tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()) == 1
