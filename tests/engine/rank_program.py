@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from inspect_engine import bits, digest, first_gradient, same_bits, steps, weights
 from torch import Tensor
@@ -34,7 +35,7 @@ from toy import (
 )
 
 from rlhf_ray.algorithms.losses import LossOutput
-from rlhf_ray.engine import Applied, Engine, destroy_process_group, init_process_group
+from rlhf_ray.engine import Applied, Engine, deepspeed_config, destroy_process_group, init_process_group
 from rlhf_ray.engine.distributed import agree
 from rlhf_ray.errors import RlhfRayError
 
@@ -141,6 +142,24 @@ def clipped(program: Program, zero: int) -> Measured:
         return {"norms": [a.grad_norm for a in applied]}
     error = distance(change(state, start), change(expected.weights[1], start))
     return {"norms": [a.grad_norm for a in applied], "expected": expected.norms, "bound": bound, "update_error": error}
+
+
+def built_in_shards(program: Program) -> Measured:
+    """A module that was never whole on any rank trains as one that was."""
+    config = engine_config(3)
+    settings = deepspeed_config(config, dtype="fp32", trainable=True, world_size=program.world)
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        module = make()
+    sizes = {parameter.numel() for parameter in module.parameters()}
+    engine = Engine(module, config, dtype="fp32", total_updates=TOTAL_UPDATES, trainable=True)
+    for batch in BATCHES:
+        program.update(engine, batch, 4)
+    state, start = weights(engine), program.start[False]
+    engine.close()
+    measured: Measured = {"sizes": sorted(sizes)}
+    if program.rank == 0:
+        measured["update_error"] = distance(change(state, start), change(program.reference.weights[1], start))
+    return measured
 
 
 def neighbours(program: Program, ours: tuple[int, str], theirs: tuple[int, str]) -> Measured:
@@ -355,6 +374,7 @@ def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
         yield f"inference-{dtype}-zero{zero}", lambda d=dtype, z=zero: inference(program, z, d)
     for one, other in ((0, 0), (2, 3), (3, 3)):
         yield f"neighbours-{one}-{other}", lambda a=one, b=other: neighbours(program, (a, "fp32"), (b, "bf16"))
+    yield "built-in-shards", lambda: built_in_shards(program)
     yield "misused", lambda: misused(program)
     import real_models  # transformers, and only ragged ranks need it
 
@@ -364,7 +384,7 @@ def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
 def main(rank: int, world: int, port: int, directory: Path) -> None:
     """Run all scenarios."""
     torch.set_num_threads(1)
-    init_process_group(rank, world, "127.0.0.1", port, timeout_s=60)
+    init_process_group(rank, world, "127.0.0.1", port, timeout_s=120)
     program, measured = Program(rank, world, directory), {}
     gc.collect()
     gc.freeze()  # DeepSpeed collects garbage at every start of an engine; what was imported need not be walked again
