@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LOGARITHM = NormalDist(5.05, 0.66)
-"""Of the length: mean 183, 95th percentile 463, cut at 512, as in Anthropic's pairs of helpful answers."""
+"""Of the logarithm of the length. Cut at 512 the mean is 188 and the 95th percentile 465; of real pairs 183 and 469."""
 LONGEST = 512
 FIRST_TOKEN = 3
 
