@@ -1,0 +1,135 @@
+"""Ours equals what independent implementations computed from the committed inputs; without them, and without a network.
+
+``make parity`` shows that the committed values are theirs. That each comparison would notice is shown here: one thing done
+in another way moves a result by far more than the bar.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray import environment
+
+environment.prepare()
+
+from . import expected, trl_log_probs, trl_reward  # noqa: E402
+from .expected import TOLERANCE, Expected, differences  # noqa: E402
+
+Inputs = dict[str, Any]
+NOTICED = 10 * TOLERANCE
+WHOLE, IN_TWO, BY_PAIRS = 4096, 64, 40
+"""Token budgets that cut an update of six pairs into one, two and about four micro-batches."""
+
+
+def above_the_bar(found: dict[str, float]) -> dict[str, float]:
+    return {name: difference for name, difference in found.items() if difference > TOLERANCE}
+
+
+@pytest.fixture(scope="module")
+def reward() -> Expected:
+    return Expected.read("trl_reward")
+
+
+@pytest.mark.parametrize(("zero", "max_tokens"), [(0, WHOLE), (0, BY_PAIRS), (1, IN_TWO), (2, IN_TWO), (3, IN_TWO)])
+def test_three_steps_of_reward_training_equal_trl(reward: Expected, zero: int, max_tokens: int) -> None:
+    found = differences(trl_reward.ours(reward.inputs, max_tokens=max_tokens, zero=zero), reward.values)
+    assert above_the_bar(found) == {}
+
+
+def test_what_is_compared_is_all_of_three_ragged_steps(reward: Expected) -> None:
+    lengths = {len(pair[side]) for pairs in reward.inputs["steps"] for pair in pairs for side in ("chosen", "rejected")}
+    weights = {name for name in reward.values if name.startswith("clipped/weights/")}
+    assert len(reward.inputs["steps"]) == 3 and len(lengths) > 8
+    assert weights == {f"clipped/weights/{name}" for name in reward.inputs["weights"]}
+    for name in weights:
+        assert np.abs(reward.values[name] - reward.inputs["weights"][name.split("/")[-1]]).max() > NOTICED, name
+    bounds = {name: case["max_grad_norm"] for name, case in reward.inputs["cases"].items()}
+    assert (reward.values["clipped/gradient norm"] > bounds["clipped"]).all()
+    assert (reward.values["margins and centering/gradient norm"] < bounds["margins and centering"]).all()
+
+
+def swap_sides(inputs: Inputs) -> None:
+    pair = inputs["steps"][0][0]
+    pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+
+
+def swap_across_steps(inputs: Inputs) -> None:
+    first, second = inputs["steps"][:2]
+    first[0], second[0] = second[0], first[0]
+
+
+def cut_the_last_token(inputs: Inputs) -> None:
+    inputs["steps"][1][0]["rejected"].pop()
+
+
+def set_in(section: str, name: str, value: object) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        *path, last = [*section.split("/"), name]
+        for key in path:
+            inputs = inputs[key]
+        assert inputs[last] != value
+        inputs[last] = value
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Inputs], None]] = {
+    "a pair the wrong way round": swap_sides,
+    "pairs in another order": swap_across_steps,
+    "a token less": cut_the_last_token,
+    "another learning rate": set_in("optimizer", "learning_rate", 0.00202),
+    "another beta": set_in("optimizer", "betas", [0.9, 0.999]),
+    "another eps": set_in("optimizer", "eps", 9e-5),
+    "weight decay": set_in("optimizer", "weight_decay", 0.1),
+    "no clipping": set_in("cases/clipped", "max_grad_norm", 1000.0),
+    "no margins": set_in("cases/margins and centering", "margins", False),
+    "no centering": set_in("cases/margins and centering", "centering", 0.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_way_of_training_is_noticed(reward: Expected, change: str) -> None:
+    inputs = copy.deepcopy(reward.inputs)
+    CHANGES[change](inputs)
+    found = differences(trl_reward.ours(inputs), reward.values)
+    assert max(found[name] for name in found if name.endswith(("/loss", "/held-out scores"))) > NOTICED
+
+
+def test_log_probs_and_entropies_equal_trl() -> None:
+    trl = Expected.read("trl_log_probs")
+    assert len({name.split("/")[0] for name in trl.values}) == len(trl.inputs["temperatures"]) == 2
+    assert above_the_bar(differences(trl_log_probs.ours(trl.inputs), trl.values)) == {}
+
+
+@pytest.mark.parametrize("name", ["layer", "of entropy", "of log-probs"])
+def test_another_output_layer_or_weight_is_noticed(name: str) -> None:
+    trl = Expected.read("trl_log_probs")
+    inputs = trl.inputs | {name: trl.inputs[name] * np.float32(1.001)}
+    assert above_the_bar(differences(trl_log_probs.ours(inputs), trl.values))
+
+
+def test_the_committed_inputs_are_those_of_the_program(reward: Expected) -> None:
+    """All but the weights, which another version of torch may draw otherwise."""
+    assert reward.inputs | {"weights": None} == trl_reward.make_inputs() | {"weights": None}
+
+
+def test_a_file_gives_back_its_arrays_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expected, "DIRECTORY", tmp_path)
+    numbers = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    values = {"few": numbers[:7], "many": numbers.reshape(20, 10), "one": numbers[:1].reshape(())}
+    Expected({"tokens": [[1, 2], [3]]}, values, {"trl": "1.16.0"}).write("it")
+    read = Expected.read("it")
+    assert read.inputs == {"tokens": [[1, 2], [3]]} and read.versions == {"trl": "1.16.0"}
+    assert set(differences(read.values, values).values()) == {0.0}
+
+
+def test_a_missing_misshapen_or_broken_value_differs() -> None:
+    good = {"a": np.zeros(2, np.float32)}
+    for bad in ({}, {"a": np.zeros((2, 1))}, {"a": np.array([0.0, np.nan])}, good | {"b": np.zeros(1)}):
+        assert max(differences(bad, good).values()) == max(differences(good, bad).values()) == float("inf")
