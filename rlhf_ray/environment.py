@@ -9,17 +9,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
 
 
-def accelerator() -> str:
+def accelerator() -> Device:
     """``cuda`` where NVIDIA's driver answers, else ``cpu``; without importing torch."""
     return "cuda" if shutil.which("nvidia-smi") is not None else "cpu"
 
 
-def for_process(*, threads: int = 1, hub: bool = False) -> dict[str, str]:
+def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = None) -> dict[str, str]:
     """Environment variables of one process.
 
-    ``threads`` bounds its compute threads, ``hub`` allows downloads.
+    ``threads`` bounds its compute threads, ``hub`` allows downloads, ``device`` is what it computes on (default: what this
+    machine has; a driver decides for the machines of its ranks).
     """
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,7 +41,7 @@ def for_process(*, threads: int = 1, hub: bool = False) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    if accelerator() == "cpu":
+    if (device or accelerator()) == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
     return variables
 

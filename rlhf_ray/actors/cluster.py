@@ -122,7 +122,9 @@ class Cluster:
                 f"{role}: no place for {ranks} ranks of {bundle} within {self.config.placement_timeout_s:g} s, although "
                 "the cluster's free total would do: no single node has room for one; lower cpus_per_rank or gpus_per_rank"
             )
-        variables = environment.for_process(threads=resources.threads_per_rank, hub=self.hub)
+        variables = environment.for_process(
+            threads=resources.threads_per_rank, hub=self.hub, device="cuda" if resources.gpus_per_rank > 0 else "cpu"
+        )
         actor_class = remote_class(role)
         actors = [
             actor_class.options(

@@ -216,7 +216,6 @@ class RewardConfig(Section):
     clip: PositiveFloat | None = None
     on_failure: Literal["drop", "stop"] = "stop"
     hold_s: PositiveFloat = 100.0
-    timeout_s: PositiveFloat = 300.0
 
     @property
     def role(self) -> RoleConfig | None:

@@ -66,14 +66,14 @@ def test_values_come_in_rank_order_whoever_answers_first(ranks: RayRanks) -> Non
 def test_the_first_failure_ends_the_call_although_a_peer_never_answers(ranks: RayRanks) -> None:
     ranks.call("double", [(0,), (0,)]).result()  # both processes are up
     began = time.monotonic()
-    with pytest.raises(GroupError, match="policy rank 1 failed in update: .*the cause") as caught:
+    with pytest.raises(GroupError, match=r"policy rank 1 failed in update: .*the cause") as caught:
         ranks.call("fail_on_one", [(), ()], phase="update").result()
     assert time.monotonic() - began < 15
     assert (caught.value.role, caught.value.rank, caught.value.phase) == ("policy", 1, "update")
 
 
 def test_our_own_errors_cross_processes_as_themselves(ranks: RayRanks) -> None:
-    with pytest.raises(ModelLoadError, match="^no head: give one$"):
+    with pytest.raises(ModelLoadError, match=r"^no head: give one$"):
         ranks.call("refuse", [(), ()]).result()
 
 

@@ -147,7 +147,7 @@ LINE = json.dumps(GOOD) + "\n"
     [
         ("rows.jsonl", LINE * 3),
         ("rows.jsonl", "\n" + LINE),
-        ("rows.jsonl.gz", gzip.compress(LINE.encode())),
+        ("rows.jsonl.gz", gzip.compress(LINE.encode(), mtime=0)),
         ("rows.json", json.dumps([GOOD])),
         ("rows.csv", "prompt,answer\np,a\n"),
     ],
@@ -179,7 +179,7 @@ def test_good_rows_are_no_problem(here, name, content):
         ("rows.json", '[{"prompt": "p"}]', "rows.json:1: no 'prompt' and 'answer'"),
         ("rows.csv", "prompt,reply\np,a\n", "rows.csv:2: no 'prompt' and 'answer'"),
         ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read: "),
-        ("rows.jsonl.gz", gzip.compress(LINE.encode() * 50)[:-12], "rows.jsonl.gz: cannot be read: "),
+        ("rows.jsonl.gz", gzip.compress(LINE.encode() * 50, mtime=0)[:-12], "rows.jsonl.gz: cannot be read: "),
         ("rows.jsonl", b'{"prompt": "\xff"}', "rows.jsonl:1: not UTF-8: "),
         ("rows.parquet", b"PAR1 not", "rows.parquet: not a parquet file: "),
         ("rows.txt", "text", "rows.txt: not a format that is read here: .jsonl, .jsonl.gz, "),
