@@ -33,7 +33,7 @@ def python() -> Path:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in PINS)).hexdigest()[:16]
     stamp = DIRECTORY / f".pins-{digest}"
     if not stamp.exists():
-        print(f"setting up {DIRECTORY.name} (once; about two minutes)", flush=True)
+        print(f"setting up {DIRECTORY.name} (once; a few minutes)", flush=True)
         shutil.rmtree(DIRECTORY, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", DIRECTORY], check=True)
         _install(interpreter)
