@@ -1,0 +1,112 @@
+"""Whether a GPU computes what the CPU computes: packed attention, and log-probabilities in chunks.
+
+Always true: the reference is transformers' own padded model with SDPA in fp32 on the CPU, or the plain formula; half
+precision may be off by twice what the reference itself is off in half precision on the CPU, and no more.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from benchmarks.sequences import padded_batches, ragged_sequences
+from rlhf_ray.models import Actor, packed_forward
+from rlhf_ray.models.log_probs import LogProbHead
+from rlhf_ray.trajectories import TrajectoryBatch, pack
+
+VOCABULARY = 512
+HALF_AS_GOOD = 2.0
+FP32_TOLERANCE = 1e-4
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024,
+    "pad_token_id": 0, "initializer_range": 0.08,
+}  # fmt: skip
+"""Grouped heads, and weights large enough for attention to choose."""
+
+
+def attention_agrees(attention: str, dtype: torch.dtype, device: str, *, count: int = 12, longest: int = 300) -> str:
+    """Compare hidden states and input gradients of a pack with those of padded rows; says how far they are apart."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa", dtype=torch.float32)
+    sequences = ragged_sequences(count, VOCABULARY, longest=longest)
+    exact = _padded(model, sequences)
+    ours = _packed(copy.deepcopy(model).to(device, dtype), sequences, attention, device)
+    if dtype == torch.float32:
+        limits = [FP32_TOLERANCE] * len(exact)
+    else:
+        limits = [HALF_AS_GOOD * _off(a, b) for a, b in zip(_padded(model.to(dtype), sequences), exact, strict=True)]
+    told = []
+    for name, a, b, limit in zip(("hidden states", "gradients"), ours, exact, limits, strict=True):
+        off = _off(a, b)
+        if not off <= limit:
+            raise AssertionError(
+                f"{name} of packs with {attention} in {dtype} are off by {off:.2e} (limit {limit:.2e})"
+            )
+        told.append(f"{name} off by {off:.1e} of at most {limit:.1e}")
+    return ", ".join(told)
+
+
+def log_probs_agree(dtype: torch.dtype, device: str, *, tokens: int = 3000, vocabulary: int = 32000) -> str:
+    """Compare chunked log-probs, entropies and gradients with the formula on all logits, in fp32, on the same device."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 64, generator=generator).to(device, dtype)
+    layer = torch.nn.Linear(64, vocabulary, bias=False).to(device, dtype)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+    weights = torch.randn(2, tokens, generator=generator).to(device)
+    chunked = _loss_of_chunks(LogProbHead.around(layer, None), hidden, targets, weights)
+    naive = _loss_of_formula(layer, hidden, targets, weights)
+    limit = FP32_TOLERANCE if dtype == torch.float32 else 1e-2
+    names = ("log-probs", "entropies", "gradients of hidden states", "gradients of the weight")
+    off = {name: _off(a, b) for name, a, b in zip(names, chunked, naive, strict=True)}
+    wrong = {name: number for name, number in off.items() if not number <= limit}
+    if wrong:
+        raise AssertionError(f"chunked and naive differ in {dtype} by more than {limit}: {wrong}")
+    return f"off by {max(off.values()):.1e} at most"
+
+
+def _padded(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Hidden states of all real tokens on the padded side, and the embedding's gradient of the sum of their squares."""
+    model.zero_grad()
+    (ids, mask), = padded_batches(sequences, len(sequences))  # fmt: skip
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+    return _with_gradient(model, hidden)
+
+
+def _packed(model: PreTrainedModel, sequences: list[Tensor], attention: str, device: str) -> tuple[Tensor, Tensor]:
+    actor = Actor(model, attn_implementation=attention, strict_attention=True)
+    packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
+    return _with_gradient(actor.model, packed_forward(actor.backbone, packed))
+
+
+def _with_gradient(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    direction = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)
+    (hidden.float().tanh() * direction).sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    return hidden.detach(), gradient
+
+
+def _loss_of_chunks(head: LogProbHead, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    leaf = hidden.clone().requires_grad_()
+    log_probs, entropy = head(leaf, targets, 1.0, True)
+    (weights[0] * log_probs + weights[1] * entropy).sum().backward()
+    return log_probs.detach(), entropy.detach(), leaf.grad, head.weight.grad.clone()
+
+
+def _loss_of_formula(layer: torch.nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    leaf, weight = hidden.float().requires_grad_(), layer.weight.detach().float().requires_grad_()
+    all_log_probs = (leaf @ weight.t()).log_softmax(-1)
+    log_probs = all_log_probs.gather(1, targets[:, None])[:, 0]
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+    (weights[0] * log_probs + weights[1] * entropy).sum().backward()
+    return log_probs.detach(), entropy.detach(), leaf.grad, weight.grad
+
+
+def _off(ours: Tensor, exact: Tensor) -> float:
+    """Size of the difference as a share of the size of what is exact."""
+    a, b = ours.detach().double().cpu(), exact.detach().double().cpu()
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,41 @@
+"""What a check needs of the machine, and why a machine lacks it.
+
+Always true: asking costs no import of what is asked for, except torch for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+
+
+def _package(module: str, install: str) -> Callable[[], str | None]:
+    """Ask for an importable module."""
+    return lambda: None if find_spec(module) is not None else f"the package {install} is not installed"
+
+
+def _cuda() -> str | None:
+    if find_spec("torch") is None:
+        return "the package torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "cuda": _cuda,
+    "transformers": _package("transformers", "transformers"),
+    "jaxtyping": _package("jaxtyping", "jaxtyping"),
+    "rich": _package("rich", "rich"),
+    "pydantic": _package("pydantic", "pydantic"),
+    "flash_attn": _package("flash_attn", "flash-attn"),
+    "deepspeed": _package("deepspeed", "deepspeed"),
+    "ray": _package("ray", "ray"),
+    "vllm": _package("vllm", "vllm"),
+}
+"""By name: a question that answers None, or what is missing."""
+
+
+def missing(needs: Iterable[str]) -> list[str]:
+    """What is missing of these, in words."""
+    return [reason for need in needs if (reason := NEEDS[need]()) is not None]

@@ -1,0 +1,47 @@
+"""PPO on the whole stack with every role on one GPU.
+
+Always true: weights reach the engine after every update, and trainer and engine agree on log-probs as far as bf16 lets
+them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rlhf_ray.runs.directory import RunDirectory
+
+CONFIG = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
+STEPS = 3
+DEADLINE_S = 540
+AGREES_TO = 0.05
+"""Nats between trainer and engine that bf16 explains at this size."""
+ROLES = ("policy", "critic", "reference", "reward")
+OVERRIDES = (
+    f"steps={STEPS}", "run.deterministic=false", "policy.ranks=1", "policy.engine.zero=2", "checkpoint.every_steps=0",
+    *(f"{role}.model.dtype=bf16" for role in ROLES), *(f"{role}.resources.gpus_per_rank=0.15" for role in ROLES),
+    *(f"{role}.model.make.shape=llama-14m" for role in ROLES),
+    "rollout.engines=1", "rollout.dtype=bf16", "rollout.resources.gpus_per_rank=0.4",
+    "rollout.gpu_memory_utilization=0.3",
+)  # fmt: skip
+"""One rank a role: NCCL serves one rank a GPU; a head size that GPU kernels serve."""
+
+
+def train_ppo_on_one_gpu() -> str:
+    """Some steps of PPO by command; says how far trainer and engine were apart."""
+    with tempfile.TemporaryDirectory() as root:
+        command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(CONFIG), f"run.root={root}", *OVERRIDES]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+        if done.returncode != 0:
+            raise AssertionError(
+                f"rlhf-ray train ppo ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
+            )
+        lines = RunDirectory.open(Path(root) / "tiny").metrics.read()
+    steps = [line for line in lines if "reward/learned" in line]
+    apart = max((step["rollout/log_prob_difference"] for step in steps), default=float("inf"))
+    versions = [step["weights/version"] for step in steps]
+    if versions != list(range(1, STEPS + 1)) or not apart <= AGREES_TO:
+        raise AssertionError(f"weight versions {versions}, log-probs {apart:.3g} apart (limit {AGREES_TO})")
+    return f"{STEPS} steps, log-probs of trainer and engine at most {apart:.2g} apart"
