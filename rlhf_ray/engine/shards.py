@@ -31,6 +31,11 @@ def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: 
     dist.barrier()
 
 
+def files_of(ranks: int) -> list[str]:
+    """Files that :func:`save` leaves of an engine of so many ranks, one from each at least; DeepSpeed's own not counted."""
+    return [IDENTITY_FILE, *(_random_name(rank) for rank in range(ranks))]
+
+
 def load(engine: Any, directory: Path, identity: dict[str, int | str]) -> int:
     """Restore this rank's shards; returns how many updates they had seen."""
     stored = _read_identity(directory)
@@ -59,8 +64,12 @@ def _words(identity: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in identity.items())
 
 
+def _random_name(rank: int) -> str:
+    return f"random-{rank}.safetensors"
+
+
 def _random_file(directory: Path) -> Path:
-    return directory / f"random-{dist.get_rank()}.safetensors"
+    return directory / _random_name(dist.get_rank())
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from types import FrameType
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.config.paths import run_directory
+from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.schema import JobConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST
@@ -53,6 +53,7 @@ class Ending:
 
 def start_run(config: JobConfig, *, driver: str = DRIVER) -> int:
     """Run a driver for a new run; returns the exit code."""
+    config = with_absolute_paths(config, Path.cwd())  # a cluster that runs already stands elsewhere
     _require_room(config)
     text = dump_config(config)
     return _see_through(drive(driver, [], text), run_directory(config), config.run.max_restarts, driver, text)
@@ -60,7 +61,7 @@ def start_run(config: JobConfig, *, driver: str = DRIVER) -> int:
 
 def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
     """Go on with the run in ``directory`` from its last commit."""
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     config = load_config(directory / CONFIG_NAME)
     _require_room(config)
     return _see_through(_resume(driver, directory), directory, config.run.max_restarts, driver, dump_config(config))
@@ -68,6 +69,7 @@ def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
 
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
     """Run the demo's three jobs in one driver."""
+    root = str(Path(root).absolute())
     return drive(DEMO, ["--root", root, "--seed", str(seed), *overrides]).exit_code(Path(root))
 
 

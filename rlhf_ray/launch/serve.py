@@ -42,13 +42,14 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
     hub = bool(hub_ids(config))
     try:
         with (
-            Cluster(config.cluster, config.run, needed=needed(config), hub=hub, namespace=SERVICE_NAMESPACE),
             _asked_by_signals(),
+            Cluster(config.cluster, config.run, needed=needed(config), hub=hub, namespace=SERVICE_NAMESPACE),
+            _asked_by_signals(),  # again: Ray puts a handler of its own in their place when it starts
             _gateway(config, tokens, hub=hub, detach=detach) as gateway,
         ):
             if not detach:
                 _watch(gateway)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second is what Ray's handler raises
         get_logger("serving").info("stopped")
     return EXIT_DONE
 

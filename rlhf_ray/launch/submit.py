@@ -61,14 +61,19 @@ def _time_to_stop() -> dict[str, str]:
 
 def _client(address: str) -> Any:
     environment.prepare()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise RequestError(
+            f"the Ray cluster at {address} asks for a token, and this is not the one it knows: set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise RequestError(
-            f"no Ray cluster answers at {address} ({error}); start one (ray start --head), name it with --address, and where "
-            "it asks for a token set RAY_AUTH_MODE=token"
+            f"no Ray cluster answers at {address} ({error}); start one (ray start --head), or name it with --address"
         ) from error
 
 

@@ -1,18 +1,21 @@
 """Making steps survive: groups and driver state into one checkpoint, and back.
 
-Always true: a checkpoint holds the shards of every trained group and the driver's state, or it does not exist; restoring
-gives the driver's state back only after every group has loaded its own.
+Always true: a checkpoint holds the shards of every trained group and the driver's state, or it does not exist, also where
+a rank wrote to a disk that the driver does not see; restoring gives the driver's state back only after every group has
+loaded its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.schema import CheckpointConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.engine.shards import files_of
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 
@@ -41,7 +44,8 @@ class Commits:
         except BaseException:
             pending.abort()
             raise
-        self.run.checkpoints.commit(pending, about={"state": dict(state)})
+        expected = [f"{name}/{file}" for name, group in self.groups.items() for file in files_of(group.size)]
+        self.run.checkpoints.commit(pending, about={"state": dict(state)}, expected=expected)
 
     def final(self, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:
         """``final/``, whole or not at all: each group's Hugging Face directory below it, ``""`` for itself."""
@@ -52,7 +56,7 @@ class Commits:
         except BaseException:
             pending.abort()
             raise
-        storage.commit(pending)
+        storage.commit(pending, expected=[str(Path(place) / "config.json") for place in parts])
 
     def restore(self) -> dict[str, Any] | None:
         """Load the checkpoint that the run goes on from into every group; its driver state, or none at the start."""

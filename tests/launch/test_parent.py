@@ -84,7 +84,7 @@ def test_a_code_of_the_drivers_own_reaches_the_caller_and_is_final(parent, code)
 def test_a_driver_that_died_is_started_again_from_the_last_commit(parent):
     code, told = parent.run(["begin kill", "1", "0"], "new", "2")
     assert code == 0
-    assert parent.starts == ["new", "--resume runs/stub", "--resume runs/stub"]
+    assert parent.starts == ["new", f"--resume {parent.directory}/runs/stub", f"--resume {parent.directory}/runs/stub"]
     assert "ended with -9: restart 1 of 2" in told and "ended with 1: restart 2 of 2" in told
 
 
@@ -106,7 +106,7 @@ def test_a_driver_that_died_before_it_began_a_run_begins_one(parent):
 def test_a_resumed_run_is_restarted_as_its_own_config_says(parent):
     parent.run(["begin 75"], "new", "1")
     assert parent.run(["kill", "0"], "resume", "runs/stub")[0] == 0
-    assert parent.starts == ["new", "--resume runs/stub", "--resume runs/stub"]
+    assert parent.starts == ["new", f"--resume {parent.directory}/runs/stub", f"--resume {parent.directory}/runs/stub"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
