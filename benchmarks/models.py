@@ -64,7 +64,7 @@ def measure(quick: bool = False) -> Figures:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        contest = _contest("llama-tiny", 32, 24) if quick else _contest("llama-14m", 48, 512)
+        contest = _contest("llama-tiny", 32, 24) if quick else _contest("llama-14m", 32, 512)
         with torch.no_grad():
             _require_agreement(contest)
             scoring = _ratio(contest.score_packed, contest.score_padded)
