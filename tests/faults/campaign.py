@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws victims and moments")
     parser.add_argument("--results", type=Path, default=LATEST, help="file for the figures")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     root = Path(tempfile.mkdtemp(prefix="rlhf-ray-faults-"))
     outcomes = campaign(root, given.kills, given.seconds, given.seed, given.results)
     if outcomes and all(outcome.identical for outcome in outcomes):
@@ -99,12 +101,13 @@ def disturbed(root: Path, whole: Path, length_s: float, rng: random.Random) -> O
     root.mkdir(parents=True)
     killed, resumes, troubles = None, 0, []
     try:
-        run = StartedRun(_train(root), root / "log", deadline_s)
-        killed = run.kill(victim, at_s, rng)
-        code = run.wait()
+        with StartedRun(_train(root), root / "log", deadline_s) as run:
+            killed = run.kill(victim, at_s, rng)
+            code = run.wait()
         while code != 0 and resumes < RESUMES:
             resumes += 1
-            code = StartedRun(_again(root), root / "log", deadline_s).wait()
+            with StartedRun(_again(root), root / "log", deadline_s) as run:
+                code = run.wait()
         troubles = _differences(root / "tiny", whole) if code == 0 else [f"ended with {code}"]
     except HangError as error:
         troubles = [f"hang: {error}"]
@@ -114,7 +117,8 @@ def disturbed(root: Path, whole: Path, length_s: float, rng: random.Random) -> O
 def _undisturbed(root: Path) -> tuple[Path, float]:
     root.mkdir(parents=True)
     began = time.monotonic()
-    code = StartedRun(_train(root), root / "log", 3 * DEADLINE_S).wait()
+    with StartedRun(_train(root), root / "log", 3 * DEADLINE_S) as run:
+        code = run.wait()
     if code != 0:
         raise SystemExit(f"the undisturbed run ended with {code}:\n{(root / 'log').read_text()[-3000:]}")
     return root / "tiny", time.monotonic() - began

@@ -37,6 +37,14 @@ class StartedRun:
         self.parent = psutil.Process(self._popen.pid)
         self._driver: psutil.Process | None = None
 
+    def __enter__(self) -> StartedRun:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """A campaign that is stopped takes its run along."""
+        if error[0] is not None and not isinstance(error[1], HangError):
+            self._end()
+
     def wait(self) -> int:
         """The exit code, once the driver too has ended: it may outlive a parent that was killed."""
         try:

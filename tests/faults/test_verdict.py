@@ -105,6 +105,12 @@ def test_a_run_that_does_not_end_is_ended_and_said_to_hang(tmp_path: Path) -> No
     assert not run.parent.is_running()
 
 
+def test_a_campaign_that_is_stopped_takes_its_run_along(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), StartedRun(family(tmp_path), tmp_path / "log", 30.0) as run:
+        raise KeyboardInterrupt
+    assert not run.parent.is_running()
+
+
 def test_a_run_that_ends_first_was_not_killed(tmp_path: Path) -> None:
     run = StartedRun([sys.executable, "-c", ""], tmp_path / "log", 30.0)
     assert run.kill("driver", 20.0, random.Random(0)) is None and run.wait() == 0
