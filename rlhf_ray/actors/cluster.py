@@ -72,7 +72,10 @@ class Cluster:
             try:
                 ray.init(address=address, **options)
             except ConnectionError as error:
-                raise RequestError(f"cluster.address {address}: no Ray cluster answers there ({error})") from error
+                raise RequestError(
+                    f"cluster.address {address}: no Ray cluster answers there ({error}); where one runs that asks for a "
+                    "token, set RAY_AUTH_MODE=token"
+                ) from error
             return
         offered = offered_here(self.config)
         assert offered is not None, "a job without an address starts Ray here"

@@ -24,6 +24,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
 from rlhf_ray.planning.capacity import needed
 from rlhf_ray.serving.auth import read_tokens, require_closed
+from rlhf_ray.serving.server import WebServer
 
 SECONDS_BETWEEN_CHECKS = 5.0
 CHECK_TIMEOUT_S = 90.0
@@ -39,6 +40,7 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
             "--detach leaves the service on a Ray cluster, but this command would start one and take it along when it "
             "ends: start one (ray start --head) and give cluster.address=auto"
         )
+    WebServer(config.host, config.port).stop()  # a port that is taken is told before anything starts
     hub = bool(hub_ids(config))
     try:
         with (

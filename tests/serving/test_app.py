@@ -330,8 +330,13 @@ def test_clients_that_ask_while_the_model_is_busy_share_one_forward(
     texts = [f"number {number}" for number in range(40)]
 
     async def crowd(client: httpx.AsyncClient) -> tuple[list[float], str]:
-        asking = [asyncio.create_task(client.post("/get_reward", json={"query": [text]})) for text in texts]
-        await settle()
+        asking = []
+        for text in texts:
+            asking.append(asyncio.create_task(client.post("/get_reward", json={"query": [text]})))
+            while len(gated.scored) != 1:
+                await settle()
+        while "waiting_items 39\n" not in (await client.get("/metrics")).text:
+            await settle()
         gated.open.set()
         rewards = [(await one).json()["rewards"][0] for one in asking]
         return rewards, (await client.get("/metrics")).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,13 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
 def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/no/such/model"]) == EXIT_WRONG_REQUEST
     assert "/no/such/model does not exist" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told_before_anything_starts(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "Cluster", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(model), "--port", str(port)]) == EXIT_WRONG_REQUEST
+    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
