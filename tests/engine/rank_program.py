@@ -340,7 +340,7 @@ def inference(program: Program, zero: int, dtype: str) -> Measured:
 
 def abandoned(rank: int, world: int, port: int) -> Measured:
     """A rank whose peer stays away from a collective gets an error at the deadline."""
-    init_process_group(rank, world, "127.0.0.1", port, timeout_s=2)
+    init_process_group(rank, world, "127.0.0.1", port, timeout_s=15)
     started, error = time.monotonic(), ""
     if rank == 0:
         try:

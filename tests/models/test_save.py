@@ -134,6 +134,7 @@ def test_architectures_that_transformers_cannot_map_are_ours_only(
     from rlhf_ray.console import get_logger
 
     monkeypatch.setattr(get_logger(), "propagate", True)
+    caplog.set_level("INFO", logger=get_logger().name)
     config = OlmoeConfig(
         vocab_size=48, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_experts=4,
         num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,

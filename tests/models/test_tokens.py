@@ -40,6 +40,7 @@ def test_padding_with_the_end_of_sequence_only_on_request(
     from rlhf_ray.console import get_logger
 
     monkeypatch.setattr(get_logger(), "propagate", True)
+    caplog.set_level("INFO", logger=get_logger().name)
     model, tokenizer = causal(), make_tokenizer(pad=False)
     prepare_padding(model, tokenizer, pad_with_eos=True)
     assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.eos_token_id == 2

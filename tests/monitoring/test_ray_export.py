@@ -26,7 +26,9 @@ def agent() -> Iterator[str]:
             patch.setenv(name, value)
         import ray
 
-        ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+        ray.init(
+            address="local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
+        )
         try:
             node = ray.nodes()[0]
             yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

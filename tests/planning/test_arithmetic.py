@@ -46,8 +46,8 @@ def test_ppo():
 
 def test_sft_knows_the_size_of_the_world_or_is_told_that_of_a_file():
     config = load_config("demo-sft", ["epochs=1.5", "batch.sequences_per_update=64"])
-    assert sizes(config)["sequences in all"] == "9000"
-    assert sizes(config)["updates in all"] == "141"
+    assert sizes(config)["sequences in all"] == "19200"
+    assert sizes(config)["updates in all"] == "300"
     from_file = load_config("hh-rm")
     assert "updates in all" not in sizes(from_file)
     assert sizes(from_file, rows=1000)["updates in all"] == "63"

@@ -21,7 +21,6 @@ from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.engine.distributed import destroy_process_group
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource
@@ -42,7 +41,6 @@ def process_group() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    destroy_process_group()
 
 
 def load(path: Path, config: MakeConfig) -> RewardGroup:
