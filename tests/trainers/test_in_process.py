@@ -80,9 +80,7 @@ def test_ppo_raises_the_learned_reward(tmp_path: Path) -> None:
     assert max(lines(run, "rollout/log_prob_difference")) <= 1e-4
 
 
-def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ppo_config(tmp_path / "whole", "steps=4")
     undisturbed = start(whole)
     train_ppo(whole, undisturbed, None, place=ThisProcess(whole.cluster))
