@@ -62,7 +62,7 @@ class FairQueue:
         while self._callers:
             caller, queue = self._callers.popitem(last=False)
             tokens, waiting = queue[0]
-            if batch and tokens > left and not waiting.answer.done():
+            if batch and tokens > left:
                 self._callers[caller] = queue
                 self._callers.move_to_end(caller, last=False)  # first in turn for the next batch
                 break

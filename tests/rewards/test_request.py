@@ -7,7 +7,7 @@ import math
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import RequestError, ScoringError
@@ -65,6 +65,12 @@ def test_half_a_surrogate_pair_is_no_text(where: str, values: dict[str, object])
     error=st.none() | st.text(),
     fault=st.sampled_from([None, "item", "model", "source"]),
 )
+@example(raw=math.nan, reward=1.0, error=None, fault=None)
+@example(raw=1.0, reward=-math.inf, error=None, fault=None)
+@example(raw=1.0, reward=None, error=None, fault=None)
+@example(raw=None, reward=None, error=None, fault=None)
+@example(raw=1.0, reward=1.0, error="both", fault="item")
+@example(raw=None, reward=None, error="whose", fault=None)
 def test_a_result_holds_finite_numbers_or_an_error(
     raw: float | None, reward: float | None, error: str | None, fault: object
 ) -> None:
