@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from rlhf_ray.models.regression import make_head, wrap_backbone
 
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
 MEAN, STD = 0.25, 2.0
+STATISTICS = {"mean": MEAN, "std": STD}
 TEMPLATE = (
     "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -36,7 +37,12 @@ def make_tokenizer(*, template: str | None = TEMPLATE, eos: bool = True) -> PreT
 
 
 def save_reward_model(
-    directory: Path, *, seed: int = 0, nan: bool = False, positions: int = 4096, normalised: bool = True
+    directory: Path,
+    *,
+    seed: int = 0,
+    nan: bool = False,
+    positions: int = 4096,
+    statistics: Mapping[str, float] = STATISTICS,
 ) -> Path:
     """A tiny reward model as training leaves one; with ``nan`` its head holds NaN."""
     tokenizer = make_tokenizer()
@@ -48,7 +54,7 @@ def save_reward_model(
     )
     if nan:
         torch.nn.init.constant_(model.head.weight, math.nan)
-    save_pretrained(model, tokenizer, directory, metadata={"mean": MEAN, "std": STD} if normalised else {})
+    save_pretrained(model, tokenizer, directory, metadata=statistics)
     return directory
 
 

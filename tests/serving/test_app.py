@@ -180,10 +180,14 @@ def test_normalised_rewards_come_beside_raw_scores_and_only_where_asked_for_inst
     assert post(app(normalize=True), "/get_reward", body).json()["rewards"] == [result["reward"]]
 
 
-def test_normalising_needs_statistics(tmp_path: Path, config: MakeConfig) -> None:
-    path = save_reward_model(tmp_path, normalised=False)
+@pytest.mark.parametrize(
+    "statistics", [{}, {"mean": 0.0}, {"mean": 1.0, "std": 0.0}, {"mean": 1.0, "std": -1.0}], ids=str
+)
+def test_normalising_needs_statistics(tmp_path: Path, config: MakeConfig, statistics: dict[str, float]) -> None:
+    path = save_reward_model(tmp_path, statistics=statistics)
     group = load(path, config)
-    with pytest.raises(RequestError, match="holds mean None and std None"):
+    told = f"holds mean {statistics.get('mean')} and std {statistics.get('std')}"
+    with pytest.raises(RequestError, match=told):
         GroupBackend(group, config(str(path), normalize=True))
     settings = config(str(path))
     (result,) = items(create_app(GroupBackend(group, settings), settings), {"text": "abc"})
@@ -205,6 +209,16 @@ def test_a_bad_item_fails_alone(app: Callable[..., Starlette], reference: Refere
         else:
             assert (result["raw"], result["reward"], result["fault"]) == (None, None, "item")
             assert result["error"]
+
+
+def test_the_first_rank_alone_tells_what_is_wrong_with_an_item(
+    group: RewardGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(group.ranks, InProcessRanks)
+    bad = [ScoreRequest(text="")]
+    assert [position for position, _ in group.ranks.worker.score(bad)] == [0]
+    monkeypatch.setattr(group.ranks.worker, "rank", 1)
+    assert group.ranks.worker.score(bad) == []
 
 
 def test_openrlhfs_answer_has_a_number_for_every_query_or_none_at_all(app: Callable[..., Starlette]) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -214,8 +215,6 @@ def test_an_answer_may_say_more(score: Score, serve: Callable[..., WebServer]) -
 
 
 def test_a_server_that_is_not_there_yet_is_waited_for(score: Score, config: Callable[..., ServeConfig]) -> None:
-    import threading
-
     server = WebServer("127.0.0.1", 0)
     timer = threading.Timer(0.6, server.start, [create_app(Echo(), config())])
     timer.start()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -32,17 +33,11 @@ class Slow:
         self.began.set()
         self.scored += [request.text for request in requests]
         while not self.may.is_set():
-            await _asyncio_sleep(0.005)
+            await asyncio.sleep(0.005)
         return [ScoreResult.of(0.5)] * len(requests)
 
     def describe(self) -> dict[str, Any]:
         return {"model": "slow"}
-
-
-async def _asyncio_sleep(seconds: float) -> None:
-    import asyncio
-
-    await asyncio.sleep(seconds)
 
 
 @pytest.fixture
@@ -64,6 +59,7 @@ def test_nothing_listens_before_start_and_then_the_address_answers(
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.address}/health")
     server.start(create_app(Slow(), config()))
+    socket.create_connection(place(server)).close()  # at once: nothing is slow about this
     assert httpx.get(f"{server.address}/health").status_code == 200
 
 
