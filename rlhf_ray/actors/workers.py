@@ -7,6 +7,7 @@ sequences they belong to. Methods that train never decide alone: ``accumulate`` 
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -276,9 +277,11 @@ class RewardWorker(CriticWorker):
         return module(packed, kind="scores")
 
     def describe(self) -> dict[str, Any]:
-        """What callers must know of this model: tokenizer fingerprint, normalisation, limit."""
-        config = self.hf_model.config
-        mean, std = config.to_dict().get("mean"), config.to_dict().get("std")
+        """What callers must know of this model: tokenizer fingerprint, limit, and mean and std where they normalise."""
+        values = self.hf_model.config.to_dict()
+        mean, std = values.get("mean"), values.get("std")
+        if mean is None or std is None or not math.isfinite(mean) or not 0 < std < math.inf:
+            mean = std = None
         return {"fingerprint": self.fingerprint, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
 
     def scores(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:

@@ -7,7 +7,6 @@ the weights are loaded; forwards wait in a thread, never in the event loop.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +34,12 @@ class GroupBackend:
         name = model.path or f"made:{model.make.shape if model.make else ''}"
         self._description = {"model": name, "revision": model.revision, "dtype": model.dtype, **described}
         mean, std = described["mean"], described["std"]
-        normalised = mean is not None and std is not None and math.isfinite(mean) and 0 < std < math.inf
-        if config.normalize and not normalised:
+        if config.normalize and mean is None:
             raise RequestError(
-                f"normalize is asked for, but the config.json of {name} holds mean {mean} and std {std}: train the "
+                f"normalize is asked for, but the config.json of {name} holds no mean with a std above 0: train the "
                 "reward model with this project, write them there, or leave it off"
             )
-        self._source = ModelSource(group, mean=mean, std=std) if normalised else ModelSource(group)
+        self._source = ModelSource(group) if mean is None else ModelSource(group, mean=mean, std=std)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         """One result a request, in order."""
