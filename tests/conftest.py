@@ -14,6 +14,23 @@ from typing import Any
 import pytest
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
+ENGINE_MODULE = "vllm.v1.engine.llm_engine"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_has_a_process_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """vLLM takes over the threads, the compiler and the process group of the process that runs an engine: a module that does
+    so is marked ``vllm``, and `make test` gives those a pytest of their own.
+    """
+    before = ENGINE_MODULE in sys.modules
+    yield
+    newly = ENGINE_MODULE in sys.modules and not before
+    assert not newly or request.node.get_closest_marker("vllm"), "mark this module: pytestmark = pytest.mark.vllm"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where everything runs in one process, vLLM comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
 
 
 @pytest.fixture

@@ -60,9 +60,11 @@ def _join_deepspeed(cuda: bool) -> None:
 
 
 def destroy_process_group() -> None:
-    """Leave the group; a second call does nothing."""
+    """Leave the group; a second call does nothing. DeepSpeed does it, so that it forgets the groups it made of this one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
 
 
 def require_process_group() -> None:

@@ -236,4 +236,4 @@ def test_weights_come_by_their_names_on_disk_as_often_as_asked(case: str, pair: 
 
 
 def test_a_rank_whose_peer_stays_away_stops_at_the_deadline(pair: Ranks) -> None:
-    assert pair[0]["deadline"]["error"] and 1.0 < pair[0]["deadline"]["seconds"] < 4.0
+    assert pair[0]["deadline"]["error"] and 4.0 < pair[0]["deadline"]["seconds"] < 9.0

@@ -25,6 +25,7 @@ from .llamas import EOS, VOCABULARY, largest_difference, make_llama, reference_l
 TEMPERATURE = 0.7
 TOLERANCE = 1e-4
 """The bar on trainer against rollout log-probs in fp32; other weights are thousands of times further away."""
+pytestmark = pytest.mark.vllm
 BACKENDS: dict[str, type[RolloutEngine]] = {"transformers": TransformersEngine, "vllm": VllmEngine}
 DEADLINE_S = 120.0
 
