@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "AdaptiveKl": ".kl",
-        "BradleyTerry": ".losses",
+        "BradleyTerry": ".reward_losses",
         "FixedKl": ".kl",
         "LossOutput": ".losses",
         "NegativeLogLikelihood": ".losses",

@@ -1,4 +1,4 @@
-"""The losses, each a sum over one micro-batch.
+"""The losses of policies and critics, each a sum over one micro-batch.
 
 Always true: a loss is a sum, so the losses and gradients of the parts of a batch add up to those of the whole, and the
 order of sequences does not matter; the caller divides by :func:`~rlhf_ray.algorithms.denominators.denominator` of
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from rlhf_ray.algorithms.denominators import DenominatorKind
 from rlhf_ray.algorithms.masked import expect_shape, keep
@@ -141,48 +140,6 @@ class NegativeLogLikelihood:
         if entropy is not None:
             metrics["entropy"] = _metric(entropy, mask.sum())
         return LossOutput(loss, metrics)
-
-
-@dataclass(frozen=True)
-class BradleyTerry:
-    """Pairwise ranking: ``-log sigmoid(r_chosen - r_rejected - margin)`` (Bradley and Terry 1952; Ouyang et al. 2022).
-
-    Sequence 2i is chosen, 2i+1 rejected; an optional per-sequence column ``margin`` is read at the chosen side.
-    ``centering`` adds ``centering * (r_chosen + r_rejected)^2`` (Eisenstein et al. 2023, eq. 2).
-    """
-
-    centering: float = 0.0
-
-    denominator: ClassVar[DenominatorKind] = "pairs"
-
-    def __call__(self, outputs: Float[Tensor, "B"], micro_batch: TrajectoryBatch) -> LossOutput:
-        """Sum over the pairs of the micro-batch."""
-        expect_shape("scores of the reward model", outputs, (len(micro_batch),))
-        if len(micro_batch) % 2:
-            raise ValueError(f"{len(micro_batch)} sequences are not whole pairs: chosen is 2i, rejected 2i+1")
-        scores = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        chosen, rejected = scores[0::2], scores[1::2]
-        difference = chosen - rejected
-        shifted = difference - _margins(micro_batch, difference)
-        ranking = -F.logsigmoid(shifted).sum()
-        loss = ranking
-        if self.centering:
-            loss = loss + self.centering * (chosen + rejected).square().sum()
-        pairs = torch.full_like(ranking, len(difference))
-        metrics = {
-            "loss/rm": _metric(ranking, pairs),
-            "accuracy": _metric((difference > 0).sum() + 0.5 * (difference == 0).sum(), pairs),
-            "margin": _metric(difference.sum(), pairs),
-            "reward/chosen": _metric(chosen.sum(), pairs),
-            "reward/rejected": _metric(rejected.sum(), pairs),
-        }
-        return LossOutput(loss, metrics)
-
-
-def _margins(micro_batch: TrajectoryBatch, like: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-    if "margin" not in micro_batch:
-        return torch.zeros_like(like)
-    return micro_batch["margin"][0::2].to(like.dtype)
 
 
 def _metric(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

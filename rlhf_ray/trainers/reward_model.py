@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.algorithms.losses import BradleyTerry
+from rlhf_ray.algorithms.reward_losses import BradleyTerry
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.evaluation import accuracy, calibration_error, tie_rate
 from rlhf_ray.models import load_tokenizer

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.denominators import denominator
-from rlhf_ray.algorithms.losses import BradleyTerry
+from rlhf_ray.algorithms.reward_losses import BradleyTerry
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import (
-    BradleyTerry,
     LossOutput,
     NegativeLogLikelihood,
     PolicyLoss,
     PolicyOutputs,
     ValueLoss,
 )
+from rlhf_ray.algorithms.reward_losses import BradleyTerry
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 POLICY = PolicyLoss(clip_low=0.2, clip_high=0.3, entropy_coefficient=0.01, dual_clip=2.0)
