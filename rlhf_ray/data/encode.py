@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_ray.console import progress
 from rlhf_ray.data.demonstrations import Demonstration
@@ -20,6 +20,15 @@ from rlhf_ray.errors import DataError
 Ids = list[int]
 Drops = Counter[str]
 """How many rows were dropped, by reason."""
+
+
+class EncodedPair(NamedTuple):
+    """Both sides with the prompt before each, and how many tokens that is."""
+
+    chosen: Ids
+    rejected: Ids
+    prompt_length: int
+
 
 TEXTS_AT_ONCE = 1024
 """Enough to be fast, few enough to hold little besides the ids."""
@@ -42,7 +51,7 @@ def encode_demonstration(tokenizer: Any, row: Demonstration, max_tokens: int) ->
     return encode_demonstrations(tokenizer, [row], max_tokens, Drops())[0]
 
 
-def encode_pair(tokenizer: Any, row: PreferencePair, max_tokens: int) -> tuple[Ids, Ids] | None:
+def encode_pair(tokenizer: Any, row: PreferencePair, max_tokens: int) -> EncodedPair | None:
     """Ids of both sides with the prompt before each; none where one is too long, or both are the same."""
     return encode_pairs(tokenizer, [row], max_tokens, Drops())[0]
 
@@ -67,14 +76,14 @@ def encode_demonstrations(
 
 def encode_pairs(
     tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, drops: Drops
-) -> list[tuple[Ids, Ids] | None]:
+) -> list[EncodedPair | None]:
     """One entry a row, none for those that are dropped, which ``drops`` counts."""
     encoded = _continued(tokenizer, [row.prompt for row in rows], [[row.chosen, row.rejected] for row in rows])
     results = []
     for prompt, (chosen, rejected) in encoded:
         longest = max(len(chosen), len(rejected))
         problem = EQUAL if chosen == rejected else _length_problem(prompt, max_tokens - longest)
-        results.append(_kept((prompt + chosen, prompt + rejected), problem, drops))
+        results.append(_kept(EncodedPair(prompt + chosen, prompt + rejected, len(prompt)), problem, drops))
     return results
 
 

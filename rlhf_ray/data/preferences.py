@@ -13,6 +13,8 @@ from rlhf_ray.data.rows import Row, is_in_all, read_rows
 
 ANSWER_BEGINS = "\n\nAssistant:"
 """What stands before each answer in a dialogue of the HH data."""
+SOURCE_KEYS = ("source", "subset")
+"""Columns that name where a row comes from (``subset`` is RewardBench's); the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class PreferencePair:
     rejected: str
     margin: float | None = None
     source: str = ""
+    grade: float | None = None
+    """By how much the chosen side is better: 0 is a tie."""
 
 
 def read_preferences(
@@ -31,11 +35,12 @@ def read_preferences(
 ) -> list[PreferencePair]:
     """Every pair of a data file; where its rows have no ``prompt_key``, the prompt is what both texts begin with.
 
-    Columns ``margin`` and ``source`` are read where they are there.
+    Columns ``margin`` and ``grade`` are read where they are there, and as the source the first of ``SOURCE_KEYS``.
     """
     rows = read_rows(path, [(chosen_key, rejected_key)])
     explicit = is_in_all(rows, prompt_key)
-    is_in_all(rows, "margin")
+    for key in ("margin", "grade"):
+        is_in_all(rows, key)
     pairs = []
     for row in rows:
         chosen, rejected = row.text(chosen_key), row.text(rejected_key)
@@ -44,9 +49,15 @@ def read_preferences(
         else:
             prompt = implicit_prompt(row, chosen_key, rejected_key)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        source = row.short_text("source") or ""
-        pairs.append(PreferencePair(prompt, chosen, rejected, row.number("margin"), source))
+        pairs.append(
+            PreferencePair(prompt, chosen, rejected, row.number("margin"), source_of(row), row.number("grade"))
+        )
     return pairs
+
+
+def source_of(row: Row) -> str:
+    """Where a row comes from, for tables by source; empty where it does not say."""
+    return next((row.short_text(key) or "" for key in SOURCE_KEYS if key in row), "")
 
 
 def implicit_prompt(row: Row, chosen_key: str, rejected_key: str) -> str:

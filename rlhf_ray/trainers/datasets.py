@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from rlhf_ray.config.schema import DataConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.demonstrations import Demonstration, read_demonstrations
@@ -21,6 +23,9 @@ from rlhf_ray.data.world import World
 from rlhf_ray.errors import DataError
 from rlhf_ray.trainers.experience import TokenizedPrompt
 from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+PAIR_COLUMNS = ("margin", "grade")
+"""What a loss may read beside the scores: one number a pair."""
 
 Row = TypeVar("Row")
 Example = TypeVar("Example")
@@ -42,13 +47,18 @@ class DemonstrationExample:
     action_mask: list[bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairExample:
-    """Token ids of a preference pair, the prompt before both answers."""
+    """Token ids of a preference pair, the prompt before both answers, and what its row says beside them."""
 
-    chosen: list[int]
-    rejected: list[int]
-    margin: float | None
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    margin: float | None = None
+    grade: float | None = None
+    """By how much the chosen side is better: 0 is a tie."""
+    source: str = ""
+    prompt_length: int = 0
+    """Tokens of the prompt; the same in both sides."""
 
 
 def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[DemonstrationExample]:
@@ -79,7 +89,10 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
     def encode(half: Sequence[PreferencePair], drops: Drops) -> list[PairExample]:
         encoded = encode_pairs(tokenizer, half, data.max_tokens, drops)
         pairs = zip(encoded, half, strict=True)
-        return [PairExample(*sides, row.margin) for sides, row in pairs if sides is not None]
+        return [
+            PairExample(*sides, row.margin, row.grade, row.source, prompt_length)
+            for (*sides, prompt_length), row in ((pair, row) for pair, row in pairs if pair is not None)
+        ]
 
     return _encoded(rows, data, encode)
 
@@ -151,10 +164,11 @@ def demonstration_batch(examples: Sequence[DemonstrationExample]) -> TrajectoryB
 
 
 def pair_batch(examples: Sequence[PairExample]) -> TrajectoryBatch:
-    """Sequence 2i is chosen, 2i+1 rejected; a column ``margin`` where the pairs have one."""
+    """Sequence 2i is chosen, 2i+1 rejected, each with its pair's ``margin`` and ``grade`` where the pairs have them."""
     batch = TrajectoryBatch.from_sequences(
         [side for example in examples for side in (example.chosen, example.rejected)]
     )
-    if examples[0].margin is None:
-        return batch
-    return batch.with_columns(margin=[float(example.margin or 0.0) for example in examples for _ in range(2)])
+    columns = {name: [getattr(example, name) for example in examples for _ in range(2)] for name in PAIR_COLUMNS}
+    return batch.with_columns(
+        **{name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items() if None not in column}
+    )

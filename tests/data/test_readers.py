@@ -29,8 +29,13 @@ def test_demonstrations(write):
 
 
 def test_pairs_with_a_prompt_are_taken_as_they_are(write):
-    rows = [{"prompt": "p", "chosen": "pa", "rejected": "pb", "margin": 2, "source": "s"}]
-    assert read_preferences(write(rows)) == [PreferencePair("p", "pa", "pb", 2.0, "s")]
+    rows = [{"prompt": "p", "chosen": "pa", "rejected": "pb", "margin": 2, "grade": 0, "source": "s"}]
+    assert read_preferences(write(rows)) == [PreferencePair("p", "pa", "pb", 2.0, "s", 0.0)]
+
+
+def test_the_subset_of_rewardbench_is_a_source(write):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_model": "m", "subset": "alpacaeval-easy", "id": 7}
+    assert read_preferences(write([row])) == [PreferencePair("p", "a", "b", source="alpacaeval-easy")]
 
 
 def test_a_dialogue_is_split_where_the_answers_begin(write):
@@ -106,9 +111,9 @@ def test_pairs_that_begin_differently_need_a_prompt(write):
     assert read_preferences(path, "question") == [PreferencePair("secret", "yes", "no")]
 
 
-@pytest.mark.parametrize("key", ["prompt", "margin"])
+@pytest.mark.parametrize("key", ["prompt", "margin", "grade"])
 def test_a_layout_holds_for_a_whole_file(write, key):
-    full = {"prompt": "1", "chosen": "c x", "rejected": "c y", "margin": "1"}
+    full = {"prompt": "1", "chosen": "c x", "rejected": "c y", "margin": "1", "grade": 2}
     lacking = {name: value for name, value in full.items() if name != key}
     for rows in ([full, lacking], [lacking, full]):
         bad = rows.index(lacking) + 1

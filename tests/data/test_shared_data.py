@@ -38,7 +38,7 @@ def test_preference_dialogues():
     tokenizer, drops = make_tokenizer(path, 512), Drops()
     encoded = encode_pairs(tokenizer, pairs[:100], 8192, drops)
     assert not drops
-    decoded = [tuple(map(tokenizer.decode, sides)) for sides in encoded]
+    decoded = [tuple(map(tokenizer.decode, pair[:2])) for pair in encoded]
     ended = [(chosen + EOS, rejected + EOS) for chosen, rejected in whole[:100]]
     assert sum(sides != texts for sides, texts in zip(decoded, ended, strict=True)) == 0
 
