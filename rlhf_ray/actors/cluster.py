@@ -106,23 +106,28 @@ class Cluster:
         resources: ResourcesConfig,
         *,
         first_rank: int = 0,
+        name: str | None = None,
     ) -> RayRanks:
-        """Place and start ranks ``first_rank``... of ``role``; their models are not loaded yet."""
+        """Place and start ranks ``first_rank``... of ``role``, called ``name`` where a run has several of that role.
+
+        Their models are not loaded yet.
+        """
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from rlhf_ray.actors.shells import remote_class
 
+        called = name or role
         bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
         bundle = {name: amount for name, amount in bundle.items() if amount > 0}
-        group = placement_group([bundle] * ranks, strategy="PACK", name=f"rlhf/{self.run.name}/{role}/{first_rank}")
+        group = placement_group([bundle] * ranks, strategy="PACK", name=f"rlhf/{self.run.name}/{called}/{first_rank}")
         if not group.wait(timeout_seconds=self.config.placement_timeout_s):
             remove_placement_group(group)
-            needed = [Bundle(role=role, cpus=resources.cpus_per_rank, gpus=resources.gpus_per_rank)] * ranks
+            needed = [Bundle(role=called, cpus=resources.cpus_per_rank, gpus=resources.gpus_per_rank)] * ranks
             require_fit(needed, _resources(ray.available_resources()))
             raise CapacityError(
-                f"{role}: no place for {ranks} ranks of {bundle} within {self.config.placement_timeout_s:g} s, although "
+                f"{called}: no place for {ranks} ranks of {bundle} within {self.config.placement_timeout_s:g} s, although "
                 "the cluster's free total would do: no single node has room for one; lower cpus_per_rank or gpus_per_rank"
             )
         variables = environment.for_process(
@@ -131,7 +136,7 @@ class Cluster:
         actor_class = remote_class(role)
         actors = [
             actor_class.options(
-                name=actor_name(self.run.name, role, first_rank + rank),
+                name=actor_name(self.run.name, called, first_rank + rank),
                 namespace=self.namespace,
                 num_cpus=resources.cpus_per_rank,
                 num_gpus=resources.gpus_per_rank,
@@ -142,10 +147,10 @@ class Cluster:
             for rank in range(ranks)
         ]
         started = RayRanks(
-            role, actors, timeout_s=self.config.call_timeout_s, on_stop=lambda: remove_placement_group(group)
+            called, actors, timeout_s=self.config.call_timeout_s, on_stop=lambda: remove_placement_group(group)
         )
         self._groups.append(started)
-        get_logger().info("%s: %d rank%s placed", role, ranks, "" if ranks == 1 else "s")
+        get_logger().info("%s: %d rank%s placed", called, ranks, "" if ranks == 1 else "s")
         return started
 
     def stop(self, ranks: RayRanks) -> None:

@@ -262,12 +262,12 @@ class RewardWorker(CriticWorker):
     model_type = "reward"
 
     def setup(self, setup: WorkerSetup) -> str:
-        from rlhf_ray.data.tokenizers import fingerprint
+        from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
         from rlhf_ray.models import load_tokenizer
 
         line = super().setup(setup)
         self.tokenizer = load_tokenizer(setup.config.model)
-        self.fingerprint = fingerprint(self.tokenizer)
+        self.fingerprint, self.template = fingerprint(self.tokenizer), template_fingerprint(self.tokenizer)
         self.vocabulary = self.hf_model.get_input_embeddings().num_embeddings
         positions = self.hf_model.config.get_text_config().to_dict().get("max_position_embeddings")
         self.max_item_tokens = min(setup.max_item_tokens, positions or setup.max_item_tokens)
@@ -277,12 +277,13 @@ class RewardWorker(CriticWorker):
         return module(packed, kind="scores")
 
     def describe(self) -> dict[str, Any]:
-        """What callers must know of this model: tokenizer fingerprint, limit, and mean and std where they normalise."""
+        """What callers must know of this model: its tokenizer and template, limit, mean and std where they normalise."""
         values = self.hf_model.config.to_dict()
         mean, std = values.get("mean"), values.get("std")
         if mean is None or std is None or not math.isfinite(mean) or not 0 < std < math.inf:
             mean = std = None
-        return {"fingerprint": self.fingerprint, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
+        told = {"fingerprint": self.fingerprint, "template": self.template}
+        return {**told, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
 
     def scores(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:
         """One score a sequence, read at its last token."""

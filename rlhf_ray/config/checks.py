@@ -78,7 +78,7 @@ def _reward_model_rules(config: RewardModelConfig) -> list[Rule]:
 def _ppo_rules(config: PpoConfig) -> list[Rule]:
     def fits(key: str, role: RoleConfig) -> Iterator[Problem]:
         return _fits(
-            key, role, config.batch, _longest(config), _why_longest(config), forward=key in ("reference", "reward")
+            key, role, config.batch, _longest(config), _why_longest(config), forward=key not in ("policy", "critic")
         )
 
     update = "batch.sequences_per_update", lambda: config.batch.sequences_per_update
@@ -94,9 +94,19 @@ def _ppo_rules(config: PpoConfig) -> list[Rule]:
         *_on("policy", lambda: config.policy, *trained, _has_no_head),
         *_on("critic", lambda: config.critic, *trained, _made_has_head),
         *_on("reference", lambda: config.reference, *forward, _has_no_head),
-        *_on("reward", lambda: config.reward.role, *forward, _made_has_head),
+        *_rewards(config, *forward, _made_has_head),
         *(lambda rule=rule: rule(config) for rule in between),
     ]
+
+
+def _rewards(config: PpoConfig, *rules: RoleRule) -> list[Rule]:
+    """``rules`` about every reward model."""
+
+    def applied(rule: RoleRule) -> Iterator[Problem]:
+        for key, role in config.reward.roles.items():
+            yield from rule(key, role)
+
+    return [lambda rule=rule: applied(rule) for rule in rules]  # type: ignore[misc]
 
 
 def _serve_rules(config: ServeConfig) -> list[Rule]:
@@ -268,8 +278,11 @@ def _world_has_enough(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _gold_knows_the_prompts(config: PpoConfig) -> Iterator[Problem]:
-    if config.reward.function == "world.gold" and config.data.world is None:
-        yield "reward.function", "world.gold scores answers to the generated world's prompts: set data.world to {}"
+    if config.data.world is not None:
+        return
+    for key, source in config.reward.sources.items():
+        if source.function == "world.gold":
+            yield f"{key}.function", "world.gold scores answers to the generated world's prompts: set data.world to {}"
 
 
 # --------------------------------------------------------------------------------------------------------------- serve

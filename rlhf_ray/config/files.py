@@ -20,6 +20,7 @@ from rlhf_ray.config.schema import (
     MakeConfig,
     ModelConfig,
     PpoConfig,
+    RewardConfig,
     RewardModelConfig,
     Section,
     ServeConfig,
@@ -66,17 +67,20 @@ def _rules(config: Section) -> Iterator[Callable[[], Iterable[Problem]]]:
     if isinstance(config, PpoConfig):
         yield lambda: _same_tokenizers(config)
         yield lambda: _rollout_serves(config)
-        yield lambda: _function_problems(config)
+        yield lambda: _reward_problems(config)
     if isinstance(config, ServeConfig):
-        yield lambda: _token_problems(config)
+        yield lambda: _token_problems("token_file", config.token_file)
     else:
         yield lambda: _root_problems(config)
 
 
 def _models(config: Section) -> Iterator[tuple[str, ModelConfig]]:
     """Every model section that is there, whatever else is wrong."""
-    for name in type(config).model_fields:
-        role = config.__dict__.get(name)
+    roles = {name: config.__dict__.get(name) for name in type(config).model_fields}
+    if isinstance(roles.get("reward"), RewardConfig):
+        mixture = roles["reward"].__dict__.get("mixture", {})
+        roles |= {f"reward.mixture.{name}": term for name, term in mixture.items()}
+    for name, role in roles.items():
         model = role.__dict__.get("model") if isinstance(role, Section) else None
         if isinstance(model, ModelConfig):
             yield f"{name}.model", model
@@ -237,22 +241,29 @@ def _rollout_serves(config: PpoConfig) -> Iterator[Problem]:
         )
 
 
-def _function_problems(config: PpoConfig) -> Iterator[Problem]:
-    """``path.py:name``; a function in a package is looked for where it is imported."""
-    file, _, name = (config.reward.function or "").rpartition(":")
+def _reward_problems(config: PpoConfig) -> Iterator[Problem]:
+    for key, source in config.reward.sources.items():
+        if source.function is not None:
+            yield from ((f"{key}.function", text) for text in function_problems(source.function))
+        yield from _token_problems(f"{key}.token_file", source.token_file)
+
+
+def function_problems(name: str) -> Iterator[str]:
+    """What is wrong with ``path.py:name``; a function in a package is looked for where it is imported."""
+    file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
         return
     path = Path(file)
     if not path.is_file():
-        yield "reward.function", f"{path} does not exist: name a Python file, as path.py:name"
+        yield f"{path} does not exist: name a Python file, as path.py:name"
         return
     try:
         names = list(_names(ast.parse(path.read_text())))
     except SyntaxError as error:
-        yield "reward.function", f"{path}:{error.lineno}: not Python: {error.msg}"
+        yield f"{path}:{error.lineno}: not Python: {error.msg}"
         return
-    if name not in names:
-        yield "reward.function", f"{path} defines no {name!r}; it defines {', '.join(names) or 'nothing'}"
+    if function not in names:
+        yield f"{path} defines no {function!r}; it defines {', '.join(names) or 'nothing'}"
 
 
 def _names(module: ast.Module) -> Iterator[str]:
@@ -293,11 +304,11 @@ def _root_problems(config: Section) -> Iterator[Problem]:
         yield "run.root", f"{config.run.root} is a file, but runs are written under a directory: name another"
 
 
-def _token_problems(config: ServeConfig) -> Iterator[Problem]:
-    if config.token_file is None:
+def _token_problems(key: str, name: str | None) -> Iterator[Problem]:
+    if name is None:
         return
-    path = Path(config.token_file)
+    path = Path(name)
     if not path.is_file():
-        yield "token_file", f"{path} does not exist: write a token into it, readable for you alone"
+        yield key, f"{path} does not exist: write a token into it, readable for you alone"
     elif not path.read_text().strip():
-        yield "token_file", f"{path} is empty: write a token into it"
+        yield key, f"{path} is empty: write a token into it"

@@ -36,6 +36,14 @@ def section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
+def entries_of(annotation: Any) -> type[Section] | None:
+    """The section that every entry of a mapping by names is; none where ``annotation`` is no such mapping."""
+    for choice in _choices(annotation):
+        if get_origin(choice) is dict:
+            return section_of(get_args(choice)[1])
+    return None
+
+
 def _choices(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
@@ -81,6 +89,9 @@ def _wanted(annotation: Any, bounds: list[Any]) -> str:
         return f"a list of {len(get_args(annotation))}, each {inner_words}"
     if get_origin(annotation) is list:
         return f"a list, each {_wanted(get_args(annotation)[0], [])}"
+    entry = entries_of(annotation)
+    if entry is not None:
+        return f"a mapping of names to sections, each with keys {', '.join(entry.model_fields)}"
     choices = _choices(annotation)
     if len(choices) > 1:
         return " or ".join("null" if choice is type(None) else _wanted(choice, bounds) for choice in choices)
@@ -146,9 +157,15 @@ def _settle(
                 kept[meant] = value
                 settled.renamed[join(at, meant)] = join(at, name)
     for name, value in kept.items():
-        inner = section_of(section.model_fields[name].annotation)
+        annotation, here = section.model_fields[name].annotation, join(at, name)
+        inner, entry = section_of(annotation), entries_of(annotation)
         if inner is not None and isinstance(value, dict):
-            kept[name] = _settle(job, inner, value, join(at, name), settled)
+            kept[name] = _settle(job, inner, value, here, settled)
+        elif entry is not None and isinstance(value, dict):
+            kept[name] = {
+                key: _settle(job, entry, one, join(here, key), settled) if isinstance(one, dict) else one
+                for key, one in value.items()
+            }
     return kept
 
 

@@ -18,7 +18,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "model_name_or_path": (("ROLE.model.path",), ""),
     "reward_pretrain": (("reward.model.path",), ""),
     "critic_pretrain": (("critic.model.path",), ""),
-    "remote_rm_url": (("reward.function",), "a Python function of your own may ask a server"),
+    "remote_rm_url": (("reward.url",), "for a server of another kind, reward.function may ask it"),
     "bf16": (("ROLE.model.dtype",), ""),
     "param_dtype": (("ROLE.model.dtype",), ""),
     "attn_implementation": (("ROLE.model.attention",), ""),

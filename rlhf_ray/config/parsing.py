@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from rlhf_ray.config.keys import Settled, join, section_of, settle, wanted
+from rlhf_ray.config.keys import Settled, entries_of, join, section_of, settle, wanted
 from rlhf_ray.config.schema import Section
 
 Problem = tuple[str, str]
@@ -74,13 +74,17 @@ class _Builder:
         absent = []
         for name, info in section.model_fields.items():
             here = (*at, name)
-            inner = section_of(info.annotation)
+            inner, entry = section_of(info.annotation), entries_of(info.annotation)
             if name not in values:
                 if info.is_required():
                     self._report(here, f"missing: it must be {wanted(info)}")
                     absent.append(name)
             elif inner is not None and isinstance(values[name], dict):
                 made[name] = self.build(inner, values[name], here)
+            elif entry is not None and isinstance(values[name], dict):
+                made[name] = self._entries(entry, values[name], here)
+                if len(made[name]) < len(values[name]):
+                    absent.append(name)
             elif any(location[: len(here)] == here for location in self.locations):
                 self._report(here, _explain(values[name], info))
                 absent.append(name)
@@ -90,6 +94,19 @@ class _Builder:
         for name in absent:
             built.__dict__.pop(name, None)
         return built
+
+    def _entries(self, entry: type[Section], values: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Section]:
+        """A mapping by names, without the entries that cannot be sections."""
+        made: dict[str, Section] = {}
+        for name, value in values.items():
+            here = (*at, name)
+            if (*here, "[key]") in self.locations:
+                self._report(at, f"{show(name)} is no name: use letters, digits and '_', a letter first")
+            elif isinstance(value, dict):
+                made[name] = self.build(entry, value, here)
+            else:
+                self._report(here, f"{show(value)} is not a section with keys {', '.join(entry.model_fields)}")
+        return made
 
     def _report(self, here: tuple[str, ...], text: str) -> None:
         self.problems.append((".".join(here), text))
@@ -102,6 +119,9 @@ def _conflicts(section: Section, at: str) -> Iterator[Problem]:
         value = section.__dict__.get(name)
         if isinstance(value, Section):
             yield from _conflicts(value, join(at, name))
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                yield from _conflicts(entry, join(join(at, name), key))
 
 
 def _explain(value: Any, info: FieldInfo) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlhf_ray.config.rewards import RewardConfig, RewardSourceConfig, RewardTermConfig
 from rlhf_ray.config.roles import (
     Attention,
     Dtype,
@@ -33,7 +34,6 @@ from rlhf_ray.config.roles import (
 
 __all__ = [
     "JOBS",
-    "WORLD_FUNCTIONS",
     "AlgorithmConfig",
     "Attention",
     "BatchConfig",
@@ -56,6 +56,8 @@ __all__ = [
     "RewardConfig",
     "RewardLossConfig",
     "RewardModelConfig",
+    "RewardSourceConfig",
+    "RewardTermConfig",
     "RoleConfig",
     "RolloutConfig",
     "RunConfig",
@@ -197,49 +199,6 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Fraction = 0.9
     resources: ResourcesConfig = ResourcesConfig()
     timeout_s: PositiveFloat = 300.0
-
-
-WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
-
-
-class RewardConfig(Section):
-    """Where rewards come from: exactly one of ``model`` (then also a role, like every other) and ``function``."""
-
-    model: ModelConfig | None = None
-    engine: EngineConfig = EngineConfig()
-    ranks: Positive = 1
-    resources: ResourcesConfig = ResourcesConfig()
-    max_tokens_per_micro_batch: Positive | None = None
-    function: str | None = None
-    """``package.module:name``, ``path.py:name``, or of the generated world ``world.gold`` or ``world.arithmetic``."""
-    normalize: bool = False
-    clip: PositiveFloat | None = None
-    on_failure: Literal["drop", "stop"] = "stop"
-    hold_s: PositiveFloat = 100.0
-
-    @property
-    def role(self) -> RoleConfig | None:
-        """The reward model as a role; none when a function gives the rewards."""
-        if self.model is None:
-            return None
-        return RoleConfig.model_construct(  # its parts are validated
-            model=self.model,
-            engine=self.engine,
-            ranks=self.ranks,
-            resources=self.resources,
-            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
-        )
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if (self.model is None) == (self.function is None):
-            yield "", "set exactly one of model (a reward model) and function (a Python function)"
-        if self.function is not None and self.function.count(":") != 1 and self.function not in WORLD_FUNCTIONS:
-            yield (
-                "function",
-                f"{self.function!r} is none of package.module:name, path.py:name, world.gold, world.arithmetic",
-            )
-        if self.normalize and self.model is None:
-            yield "normalize", "the mean and deviation stand in a reward model's directory: a function has none"
 
 
 class KlConfig(Section):

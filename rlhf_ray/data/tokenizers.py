@@ -105,3 +105,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         description = json.loads(backend.to_str())
         parts = {part: description.get(part) for part in PARTS_THAT_DECIDE_IDS}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides how a conversation is written as text, as a hash."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()

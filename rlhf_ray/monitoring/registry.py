@@ -89,7 +89,7 @@ class Registry:
         return None if name.endswith("/*") else self._metrics.get(name)
 
 
-_COUNTERS = {"updates/skipped"}
+_COUNTERS = {"updates/skipped", "prompts/dropped"}
 
 _METRICS = {
     "Progress": [
@@ -103,6 +103,7 @@ _METRICS = {
         ("reward/std", "score", "Standard deviation of the scores that the step trained on"),
         ("reward/after_kl", "score", "Mean over sequences of the sum of token rewards: score and KL penalty together"),
         ("reward/learned", "score", "Mean score of the reward model, as it comes from the model"),
+        ("reward_term/*", "score", "Mean reward of one term of the mixture, as its source gives it, before its weight"),
         ("gold/mean", "score", "Mean gold score, 0 to 1: what the reward model was made to predict; never trained on"),
         ("gold/win_rate", "share", "Share of prompts whose answer beats the starting policy's by gold; ties half"),
     ],
@@ -146,6 +147,7 @@ _METRICS = {
     "Sequences": [
         ("length/response", "tokens", "Mean length of the answers"),
         ("length/prompt", "tokens", "Mean length of the prompts"),
+        ("prompts/dropped", "prompts", "Prompts dropped with all their samples because one of them has no reward"),
         ("truncated/share", "share", "Share of answers cut off at the longest allowed length"),
         ("round_trip/failed_share", "share", "Share of samples whose ids do not survive decoding and encoding"),
         ("padding/share", "share", "Share of computed tokens that no loss needs"),

@@ -35,7 +35,7 @@ def needed(config: JobConfig) -> list[Bundle]:
     if isinstance(config, PpoConfig):
         bundles = [*_ranks("policy", config.policy), *_ranks("critic", config.critic)]
         bundles += _ranks("reference", config.reference_role)
-        bundles += [] if config.reward.role is None else _ranks("reward", config.reward.role)
+        bundles += [bundle for key, role in config.reward.roles.items() for bundle in _ranks(key, role)]
         return bundles + _bundles("rollout", config.rollout.engines, config.rollout.resources)
     if isinstance(config, SftConfig):
         return _ranks("policy", config.policy)

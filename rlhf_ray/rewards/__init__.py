@@ -7,7 +7,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "AsyncRewardClient": ".client",
         "Batcher": ".batcher",
-        "FunctionSource": ".source",
+        "FunctionProcess": ".function_process",
+        "FunctionSource": ".function_source",
+        "MixtureSource": ".mixture",
         "ModelSource": ".source",
         "OverloadedError": ".batcher",
         "RewardClient": ".client",

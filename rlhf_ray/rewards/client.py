@@ -54,6 +54,19 @@ class RewardClient:
                 return call.results(response)
             time.sleep(call.wait_after(_said(response), response.headers.get("retry-after")))
 
+    def info(self) -> Mapping[str, Any]:
+        """What is served: model, tokenizer fingerprint, normalisation, limits."""
+        call = _Call((), str(self._http.base_url), self._hold_s)
+        while True:
+            try:
+                response = self._http.get("/info")
+            except httpx.TransportError as error:
+                time.sleep(call.wait_after(repr(error)))
+                continue
+            if response.status_code not in MAY_PASS:
+                return call.mapping(response)
+            time.sleep(call.wait_after(_said(response), response.headers.get("retry-after")))
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -126,21 +139,36 @@ class _Call:
         self._next_wait = min(2 * self._next_wait, LONGEST_WAIT_S)
         return min(wait, left)
 
+    def mapping(self, response: httpx.Response) -> Mapping[str, Any]:
+        """The mapping that an answer is."""
+        self._refuse(response)
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise ScoringError(f"{self._url} answers what is no scoring backend's answer ({error!r})") from error
+        if not isinstance(answer, Mapping):
+            raise ScoringError(f"{self._url} answers what is no scoring backend's answer")
+        return answer
+
     def results(self, response: httpx.Response) -> list[ScoreResult]:
         """The results in an answer."""
+        answers = self.mapping(response)
+        try:
+            results = [ScoreResult(**{name: answer[name] for name in RESULT}) for answer in answers["results"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ScoringError(f"{self._url} answers what is no scoring backend's answer ({error!r})") from error
+        if len(results) != self._count:
+            raise ScoringError(f"{self._url} answers {len(results)} results for {self._count} requests")
+        return results
+
+    def _refuse(self, response: httpx.Response) -> None:
+        """Raise what an answer without a body of use means."""
         if response.status_code in (401, 403):
             raise RequestError(f"{self._url} refuses without a token that it knows: give token")
         if response.is_client_error:
             raise RequestError(f"{self._url} refuses the request: {_said(response)}")
         if not response.is_success:
             raise ScoringError(f"{self._url} answers {_said(response)}")
-        try:
-            results = [ScoreResult(**{name: answer[name] for name in RESULT}) for answer in response.json()["results"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScoringError(f"{self._url} answers what is no scoring backend's answer ({error!r})") from error
-        if len(results) != self._count:
-            raise ScoringError(f"{self._url} answers {len(results)} results for {self._count} requests")
-        return results
 
 
 def _options(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:

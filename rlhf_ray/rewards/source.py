@@ -1,43 +1,47 @@
-"""Where rewards come from, behind one protocol: a reward model's ranks, or a Python function.
+"""Where rewards come from, behind one protocol, and how long one that fails is asked again.
 
-Always true: a source answers every request with a value or an error, in order; nothing turns an error into a number.
+Always true: a source answers every sample with a value or an error, in order; nothing turns an error into a number; a
+source that failed as a whole has failed at every sample.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import math
-import numbers
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 
-RewardFunction = Callable[..., Sequence[float]]
 SECONDS_BETWEEN_TRIES = 1.0
 
 
-class RewardSource(Protocol):
-    """Scores requests in order."""
-
-    def score(self, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
-        """One result a request."""
-
-
 class Sample(Protocol):
-    """What a reward function may look at."""
+    """What a source may look at: one sampled answer."""
 
+    prompt_id: int
+    sample_index: int
     prompt: str
     response: str
     label: str | None
     finished: bool
+    source: str
+    token_ids: tuple[int, ...]
+    """Prompt and response, as sampled."""
+    messages: tuple[Mapping[str, str], ...] | None
+    """The whole conversation, the response as its last turn, where the prompt is one."""
+
+
+class RewardSource(Protocol):
+    """Scores samples in order."""
+
+    reads: str
+    """What it reads of a sample, in words."""
+
+    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+        """One result a sample."""
 
 
 class Scorer(Protocol):
@@ -48,83 +52,37 @@ class Scorer(Protocol):
 
 
 class ModelSource:
-    """A reward model's scores, normalised with the mean and deviation of its directory where asked."""
+    """A reward model's scores, normalised with the mean and deviation of its directory where asked.
 
-    def __init__(self, scorer: Scorer, *, mean: float = 0.0, std: float = 1.0) -> None:
+    Token ids pass as they were sampled only where both tokenizers are the same; else the text is rendered again, with the
+    reward model's own template.
+    """
+
+    def __init__(self, scorer: Scorer, *, same_tokenizer: bool, mean: float = 0.0, std: float = 1.0) -> None:
         self.scorer = scorer
+        self.same_tokenizer = same_tokenizer
         self.mean = mean
         self.std = std
+        self.reads = "the ids as sampled" if same_tokenizer else "text, tokenized again"
 
-    def score(self, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
-        """One result a request."""
+    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+        """One result a sample."""
+        requests = [self.request(sample) for sample in samples]
         return self.scorer.score(requests).then(
             lambda results: [result.normalised(self.mean, self.std) for result in results]
         )
 
-
-class FunctionSource:
-    """A Python function ``f(prompts, responses, labels, finished) -> rewards``, called once for all samples."""
-
-    def __init__(self, name: str, function: RewardFunction) -> None:
-        self.name = name
-        self.function = function
-
-    def score(self, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
-        """One result a sample; the requests are not looked at."""
-        return Pending(lambda: self._call(samples))
-
-    def _call(self, samples: Sequence[Sample]) -> list[ScoreResult]:
-        try:
-            returned = self.function(
-                [sample.prompt for sample in samples],
-                [sample.response for sample in samples],
-                [sample.label for sample in samples],
-                [sample.finished for sample in samples],
-            )
-        except Exception as error:
-            raise ScoringError(f"reward function {self.name} raised {error!r}") from error
-        if not hasattr(returned, "__len__") or len(returned) != len(samples):
-            count = f"{len(returned)} rewards" if hasattr(returned, "__len__") else repr(returned)
-            raise ScoringError(f"reward function {self.name} returned {count} for {len(samples)} samples")
-        values = returned.tolist() if hasattr(returned, "tolist") else returned  # arrays and tensors
-        return [self._result(value) for value in values]
-
-    def _result(self, value: Any) -> ScoreResult:
-        if isinstance(value, numbers.Real) and math.isfinite(value):
-            return ScoreResult.of(float(value))
-        what = f"reward function {self.name} returned {value!r}, which is not a finite number"
-        return ScoreResult.failed(what, fault="source")
-
-
-def load_function(name: str) -> RewardFunction:
-    """The function named ``package.module:function`` or ``path.py:function``."""
-    origin, colon, attribute = name.rpartition(":")
-    if not colon:
-        raise RequestError(f"reward.function {name!r}: write it as package.module:function or path.py:function")
-    try:
-        module = _module_from_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
-    except Exception as error:  # the module is the user's program, and fails in its own ways
-        raise RequestError(f"reward.function {name!r}: {origin} cannot be imported ({error!r})") from error
-    function = vars(module).get(attribute)
-    if not callable(function):
-        raise RequestError(f"reward.function {name!r}: {origin} has no function {attribute}")
-    return function  # type: ignore[no-any-return]
-
-
-def _module_from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    def request(self, sample: Sample) -> ScoreRequest:
+        """What the reward model is asked to score."""
+        if self.same_tokenizer:
+            return ScoreRequest(token_ids=sample.token_ids)
+        if sample.messages is not None:
+            return ScoreRequest(messages=sample.messages)
+        return ScoreRequest(prompt=sample.prompt, response=sample.response)
 
 
 def score_or_hold(
     source: RewardSource,
-    requests: Sequence[ScoreRequest],
     samples: Sequence[Sample],
     *,
     hold_s: float,
@@ -132,17 +90,18 @@ def score_or_hold(
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[ScoreResult]:
     """Score everything; what the source failed at is tried again for ``hold_s`` seconds, and then keeps its error."""
-    results = _try(source, requests, samples)
+    results = _try(source, samples)
     failed = _to_try_again(range(len(results)), results)
-    if failed:
+    if failed and hold_s > 0:
+        first = samples[failed[0]]
         get_logger("rewards").warning(
-            "%d of %d samples have no reward (%s): trying again for %g s",
-            len(failed), len(results), results[failed[0]].error, hold_s,
+            "%d of %d samples have no reward, such as sample %d of prompt %d (%s): trying again for %g s",
+            len(failed), len(results), first.sample_index, first.prompt_id, results[failed[0]].error, hold_s,
         )  # fmt: skip
     deadline = clock() + hold_s
     while failed and (left := deadline - clock()) > 0:
         sleep(min(SECONDS_BETWEEN_TRIES, left))
-        again = _try(source, [requests[i] for i in failed], [samples[i] for i in failed])
+        again = _try(source, [samples[i] for i in failed])
         for position, result in zip(failed, again, strict=True):
             results[position] = result
         failed = _to_try_again(failed, results)
@@ -153,9 +112,9 @@ def _to_try_again(positions: Iterable[int], results: Sequence[ScoreResult]) -> l
     return [position for position in positions if results[position].fault == "source"]
 
 
-def _try(source: RewardSource, requests: Sequence[ScoreRequest], samples: Sequence[Sample]) -> list[ScoreResult]:
-    """Results of one attempt; a source that failed as a whole has failed at every request."""
+def _try(source: RewardSource, samples: Sequence[Sample]) -> list[ScoreResult]:
+    """Results of one attempt; a source that failed as a whole has failed at every sample."""
     try:
-        return source.score(requests, samples).result()
+        return source.score(samples).result()
     except ScoringError as error:
-        return [ScoreResult.failed(str(error), fault="source")] * len(requests)
+        return [ScoreResult.failed(str(error), fault="source")] * len(samples)

@@ -16,7 +16,6 @@ from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.server import WebServer
 
@@ -39,11 +38,13 @@ class GroupBackend:
                 f"normalize is asked for, but the config.json of {name} holds no mean with a std above 0: train the "
                 "reward model with this project, write them there, or leave it off"
             )
-        self._source = ModelSource(group) if mean is None else ModelSource(group, mean=mean, std=std)
+        self._group = group
+        self._normalization = (0.0, 1.0) if mean is None else (mean, std)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         """One result a request, in order."""
-        return await asyncio.to_thread(lambda: self._source.score(requests, ()).result())
+        results = await asyncio.to_thread(lambda: self._group.score(requests).result())
+        return [result.normalised(*self._normalization) for result in results]
 
     def describe(self) -> Mapping[str, Any]:
         """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""

@@ -1,8 +1,7 @@
 """From sampled tokens to a batch one can learn from: rewards, reference, values, log-probs, advantages.
 
 Always true: everything that can run at once does; a sample without a reward is never trained on: its prompt is dropped with
-all its samples, or the run stops, as configured; the reward model reads the very ids that were sampled when its tokenizer
-is the policy's, and text otherwise.
+all its samples, or the run stops, as configured.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from rlhf_ray.algorithms.ppo import prepare_ppo
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ScoringError
-from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.mixture import MixedResult
+from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
 from rlhf_ray.trainers.learner import Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
@@ -35,20 +35,38 @@ class TokenizedPrompt:
     label: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
     """The conversation that the prompt is, where it is one."""
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class TextSample:
     """One sampled answer as text."""
 
+    prompt_id: int
+    sample_index: int
     prompt: str
     response: str
     label: str | None
     finished: bool
     token_ids: tuple[int, ...]
     """Prompt and response, as sampled."""
+    source: str = ""
     messages: tuple[Mapping[str, str], ...] | None = None
     """The prompt's conversation with the response as its last turn, where the prompt is one."""
+
+
+TERM = "term_"
+"""Begins the column of one term of a mixture."""
+
+
+def score_columns(results: Sequence[ScoreResult]) -> dict[str, list[float]]:
+    """The columns ``score`` and, of a mixture, one for each term, of results that all have a reward."""
+    columns = {"score": [float(result.reward) for result in results if result.reward is not None]}
+    for result in results:
+        if isinstance(result, MixedResult) and result.terms is not None:
+            for name, reward in result.terms.items():
+                columns.setdefault(f"{TERM}{name}", []).append(reward)
+    return columns
 
 
 class Experience:
@@ -63,13 +81,11 @@ class Experience:
         reference: ReferenceGroup,
         rewards: RewardSource,
         tokenizer: Any,
-        same_tokenizer: bool,
     ) -> None:
         self.config = config
         self.policy, self.critic, self.reference = policy, critic, reference
         self.rewards = rewards
         self.tokenizer = tokenizer
-        self.same_tokenizer = same_tokenizer
 
     def gather(
         self,
@@ -95,29 +111,42 @@ class Experience:
             results = self.score(samples)
         with phase("log_probs"):
             columns = {name: column.result() for name, column in pending.items()}
-        kept = self._kept(trajectories, results)
+        kept = self._kept(samples, results)
         if len(kept) < len(trajectories):
             return self.gather(trajectories.select(kept), prompts, cut, phase=phase)
-        scores = torch.tensor([result.reward for result in results], dtype=torch.float32)
-        return trajectories.with_columns(**columns, score=scores), schedules, samples
+        columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
+        return trajectories.with_columns(**columns), schedules, samples
 
     def samples(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> list[TextSample]:
         """Every sampled answer as text."""
         samples = []
         offsets = trajectories.offsets.tolist()
         token_ids = trajectories["token_ids"].tolist()
+        indices = trajectories["sample_index"].tolist()
         finished = (trajectories["finish_reason"] == FinishReason.STOP).tolist()
         for row, prompt_id in enumerate(trajectories["prompt_id"].tolist()):
             prompt = prompts[prompt_id]
             ids = token_ids[offsets[row] : offsets[row + 1]]
             response = self.tokenizer.decode(ids[len(prompt.token_ids) :], skip_special_tokens=True)
             said = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
-            samples.append(TextSample(prompt.text, response, prompt.label, finished[row], tuple(ids), said))
+            samples.append(
+                TextSample(
+                    prompt_id=prompt_id,
+                    sample_index=indices[row],
+                    prompt=prompt.text,
+                    response=response,
+                    label=prompt.label,
+                    finished=finished[row],
+                    token_ids=tuple(ids),
+                    source=prompt.source,
+                    messages=said,
+                )
+            )
         return samples
 
     def score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
         """One result a sample; what fails is tried again while the reward's ``hold_s`` lasts."""
-        return score_or_hold(self.rewards, self.requests(samples), samples, hold_s=self.config.reward.hold_s)
+        return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
 
     def rewards_of(self, samples: Sequence[TextSample]) -> list[float]:
         """The reward of every sample; raises :class:`ScoringError` where one has none."""
@@ -127,30 +156,24 @@ class Experience:
             raise ScoringError(f"no reward for {len(failed)} of {len(samples)} samples, such as: {failed[0]}")
         return [float(result.reward) for result in results if result.reward is not None]
 
-    def requests(self, samples: Sequence[TextSample]) -> list[ScoreRequest]:
-        """Ids as sampled where both tokenizers are the same, the prompt and response as text where they are not."""
-        if self.same_tokenizer:
-            return [ScoreRequest(token_ids=sample.token_ids) for sample in samples]
-        return [
-            ScoreRequest(messages=sample.messages)
-            if sample.messages is not None
-            else ScoreRequest(prompt=sample.prompt, response=sample.response)
-            for sample in samples
-        ]
-
-    def _kept(self, trajectories: TrajectoryBatch, results: Sequence[ScoreResult]) -> list[int]:
-        """Rows of prompts whose samples all have a reward."""
-        prompt_ids = trajectories["prompt_id"].tolist()
-        failed = {prompt_ids[row]: result.error for row, result in enumerate(results) if result.error is not None}
+    def _kept(self, samples: Sequence[TextSample], results: Sequence[ScoreResult]) -> list[int]:
+        """Rows of prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop."""
+        failed = [row for row, result in enumerate(results) if result.error is not None]
         if not failed:
             return list(range(len(results)))
-        prompt_id, cause = next(iter(failed.items()))
-        told = f"no reward for {len(failed)} prompts after {self.config.reward.hold_s:g} s, such as prompt {prompt_id}: {cause}"
-        kept = [row for row, prompt_id in enumerate(prompt_ids) if prompt_id not in failed]
-        if self.config.reward.on_failure == "stop" or not kept:
+        lost = {samples[row].prompt_id for row in failed}
+        prompts, first, reward = {sample.prompt_id for sample in samples}, samples[failed[0]], self.config.reward
+        told = (
+            f"no reward for {len(failed)} of {len(samples)} samples after {reward.hold_s:g} s, such as sample "
+            f"{first.sample_index} of prompt {first.prompt_id}: {results[failed[0]].error}"
+        )
+        if reward.on_failure == "stop":
             raise ScoringError(f"{told}; mend the reward source, or set reward.on_failure to drop")
-        get_logger("ppo").warning("%s; dropped with all their samples", told)
-        return kept
+        if len(lost) > reward.max_dropped_share * len(prompts):
+            raise ScoringError(f"{told}; {len(lost)} of {len(prompts)} prompts would be dropped, more than "
+                               f"reward.max_dropped_share {reward.max_dropped_share:g}: mend the reward source")  # fmt: skip
+        get_logger("ppo").warning("%s; dropped %d of %d prompts with all their samples", told, len(lost), len(prompts))
+        return [row for row, sample in enumerate(samples) if sample.prompt_id not in lost]
 
     def advantages(self, batch: TrajectoryBatch, kl_coefficient: float) -> tuple[TrajectoryBatch, dict[str, float]]:
         """The batch with token rewards, advantages and returns; the objective's metrics."""

@@ -1,11 +1,11 @@
-"""The truth of the generated world, where a run is over it: for the report and, on request, as the reward."""
+"""The truth that answers are judged by, where it is known: for the report, and trained on only where it is the reward too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rlhf_ray.config.schema import PpoConfig
-from rlhf_ray.data.world import arithmetic_score, gold_score
+from rlhf_ray.data.world import gold_score
 from rlhf_ray.trainers.experience import TextSample
 
 
@@ -14,20 +14,3 @@ def gold_of(config: PpoConfig) -> Callable[[TextSample], float] | None:
     if config.data.world is None:
         return None
     return lambda sample: gold_score(sample.prompt, sample.response, sample.finished)
-
-
-def world_function(config: PpoConfig) -> Callable[..., Sequence[float]] | None:
-    """The world's own reward functions, ``world.gold`` and ``world.arithmetic``; none for any other name."""
-    return {"world.gold": _gold, "world.arithmetic": _arithmetic}.get(config.reward.function or "")
-
-
-def _gold(
-    prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]
-) -> list[float]:
-    return [gold_score(*sample) for sample in zip(prompts, responses, finished, strict=True)]
-
-
-def _arithmetic(
-    prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]
-) -> list[float]:
-    return [arithmetic_score(str(label), *rest) for label, *rest in zip(labels, responses, finished, strict=True)]

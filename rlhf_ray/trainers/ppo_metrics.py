@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.errors import StaleWeightsError
-from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt
+from rlhf_ray.trainers.experience import TERM, Experience, TextSample, TokenizedPrompt
 from rlhf_ray.trainers.gold import gold_of
 from rlhf_ray.trainers.ppo_progress import PpoProgress
 from rlhf_ray.trainers.self_check import log_prob_difference
@@ -36,7 +36,10 @@ def step_metrics(
         "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
         "rollout/staleness": float(progress.weight_version - versions.min()),
         "round_trip/failed_share": failed_round_trips(experience, samples, prompts, batch),
+        "prompts/dropped": float(len(prompts) - len(set(batch["prompt_id"].tolist()))),
     }
+    terms = [name for name in batch.columns if name.startswith(TERM)]
+    metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
     gold = gold_of(experience.config)
     if gold is not None:
         metrics["gold/mean"] = sum(map(gold, samples)) / len(samples)

@@ -6,6 +6,7 @@ wrote; the self-check stands before the first step; ``final/`` holds the weights
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +14,21 @@ from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, Rew
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.schema import PpoConfig
-from rlhf_ray.data.tokenizers import fingerprint
-from rlhf_ray.errors import RequestError
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.planning.arithmetic import updates_per_step
-from rlhf_ray.rewards.source import FunctionSource, ModelSource, RewardSource, load_function
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import Split, tokenized_prompts
 from rlhf_ray.trainers.experience import Experience, TokenizedPrompt
-from rlhf_ray.trainers.gold import gold_of, world_function
+from rlhf_ray.trainers.gold import gold_of
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.learner import Learner
 from rlhf_ray.trainers.ppo import PpoTrainer
 from rlhf_ray.trainers.ppo_evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo_progress import PpoProgress
 from rlhf_ray.trainers.prompts import PromptStream
+from rlhf_ray.trainers.reward_sources import reward_source
 from rlhf_ray.trainers.sampler import Sampler
 from rlhf_ray.trainers.self_check import SelfCheck
 from rlhf_ray.trainers.session import Place, Session
@@ -37,12 +36,13 @@ from rlhf_ray.trainers.session import Place, Session
 
 @dataclass(frozen=True)
 class Groups:
-    """The model groups of a PPO run; no reward group where a function scores."""
+    """The model groups of a PPO run."""
 
     policy: PolicyGroup
     critic: CriticGroup
     reference: ReferenceGroup
-    reward: RewardGroup | None
+    rewards: Mapping[str, RewardGroup]
+    """By the keys of their sections."""
 
 
 def train_ppo(
@@ -76,7 +76,8 @@ def build(
         config.rollout, str(start_directory), tokenizer.eos_token_id, config.run.seed, config.run.deterministic
     )
     sampler = Sampler(config, session.fleet(placed, setup))
-    rewards, same_tokenizer = reward_source(config, groups.reward, tokenizer)
+    conversations = any(prompt.messages is not None for prompt in prompts.train)
+    rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
     learner = Learner(config, groups.policy, groups.critic, groups.reference)
     experience = Experience(
         config,
@@ -85,7 +86,6 @@ def build(
         reference=groups.reference,
         rewards=rewards,
         tokenizer=tokenizer,
-        same_tokenizer=same_tokenizer,
     )
     evaluation = PpoEvaluation(
         config,
@@ -118,27 +118,17 @@ def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Rank
     policy = session.policy(config.policy, total_updates=updates, temperature=config.rollout.temperature)
     critic = session.critic(config.critic, total_updates=updates)
     reference = session.reference(config.reference_role, temperature=config.rollout.temperature)
-    reward = None
-    if config.reward.role is not None:
-        tokens = config.reward.role.forward_tokens(config.batch)
-        reward = session.reward(config.reward.role, max_tokens=tokens, max_item_tokens=config.rollout.max_model_tokens)
+    rewards = {
+        key: session.reward(
+            role,
+            max_tokens=role.forward_tokens(config.batch),
+            max_item_tokens=config.rollout.max_model_tokens,
+            name=key.replace(".mixture.", "-"),
+        )
+        for key, role in config.reward.roles.items()
+    }
     engines = session.engines(config.rollout)
-    loading = policy.load(), critic.load(), reference.load(), None if reward is None else reward.load()
-    scorer = None if loading[3] is None else loading[3].result()
-    return Groups(loading[0].result(), loading[1].result(), loading[2].result(), scorer), engines
-
-
-def reward_source(config: PpoConfig, group: RewardGroup | None, tokenizer: Any) -> tuple[RewardSource, bool]:
-    """The configured source, and whether it reads the ids as they were sampled."""
-    if group is None:
-        assert config.reward.function is not None
-        function = world_function(config) or load_function(config.reward.function)
-        return FunctionSource(config.reward.function, function), False
-    told = group.describe().result()
-    mean, std = 0.0, 1.0
-    if config.reward.normalize:
-        if told["mean"] is None or not told["std"]:
-            raise RequestError("reward.normalize is true, but the reward model's config.json has no mean and std: train it "
-                               "here with held-out pairs, or set reward.normalize to false")  # fmt: skip
-        mean, std = float(told["mean"]), float(told["std"])
-    return ModelSource(group, mean=mean, std=std), told["fingerprint"] == fingerprint(tokenizer)
+    loading = policy.load(), critic.load(), reference.load()
+    scoring = {key: reward.load() for key, reward in rewards.items()}
+    scorers = {key: one.result() for key, one in scoring.items()}
+    return Groups(loading[0].result(), loading[1].result(), loading[2].result(), scorers), engines

@@ -100,10 +100,10 @@ class SelfCheck:
         """The reward of a text does not depend on the batch it is scored in."""
         few = list(samples[:CHECKED_ALONE])
         together = batch["score"][: len(few)]
-        alone = torch.tensor([self.experience.score([sample])[0].reward for sample in few])
+        alone = torch.tensor([self.experience.rewards_of([sample])[0] for sample in few])
         largest = float((together - alone).abs().max())
-        role = self.config.reward.role
-        limit = SCORE_LIMITS["fp32" if role is None else role.model.dtype] * max(1.0, float(together.abs().max()))
+        dtypes = [role.model.dtype for role in self.config.reward.roles.values()]
+        limit = max(SCORE_LIMITS[dtype] for dtype in [*dtypes, "fp32"]) * max(1.0, float(together.abs().max()))
         return Check(
             "reward alone and in a batch",
             f"differ by {largest:.1e} at most",
@@ -113,9 +113,8 @@ class SelfCheck:
         )
 
     def tokenizers(self) -> Check:
-        """The reward model reads ids only where its tokenizer is the policy's."""
-        told = "the same: the reward model reads ids" if self.experience.same_tokenizer else "differ: it reads text"
-        return Check("tokenizers of policy and reward", told, "same, or text", True)
+        """What the reward sources read: ids only where the tokenizer is the policy's."""
+        return Check("what the reward reads", self.experience.rewards.reads, "ids, or text", True)
 
 
 def log_prob_difference(batch: TrajectoryBatch) -> torch.Tensor:

@@ -5,6 +5,7 @@ Always true: what runs is the same in both places; leaving the ``with`` block le
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
@@ -38,8 +39,9 @@ class Place(Protocol):
         resources: ResourcesConfig,
         *,
         first_rank: int = 0,
+        name: str | None = None,
     ) -> Ranks:
-        """Start the ranks of a role; their models are not loaded yet."""
+        """Start the ranks of a role, called ``name`` where there are several groups; their models are not loaded yet."""
 
 
 class ThisProcess:
@@ -55,8 +57,9 @@ class ThisProcess:
         resources: ResourcesConfig,
         *,
         first_rank: int = 0,
+        name: str | None = None,
     ) -> Ranks:
-        return InProcessRanks(role, WORKERS[role](first_rank, ranks))
+        return InProcessRanks(name or role, WORKERS[role](first_rank, ranks))
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Session:
     def __init__(self, config: JobConfig, *, place: Place | None = None) -> None:
         self.config = config
         self.seed = config.run.seed
+        self.cleanup = ExitStack()
+        """Ends what groups do not: connections, processes of reward functions."""
         self._cluster: Cluster | None = None
         if place is None:
             self._cluster = Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config)))
@@ -92,6 +97,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.cleanup.close()
         if self._cluster is not None:
             self._cluster.__exit__(kind, error, trace)
 
@@ -111,12 +117,18 @@ class Session:
         return self._started("critic", CriticGroup, WorkerSetup(role, self.seed, total_updates=total_updates))
 
     def reward(
-        self, role: RoleConfig, *, total_updates: int | None = None, max_tokens: int = 8192, max_item_tokens: int = 8192
+        self,
+        role: RoleConfig,
+        *,
+        total_updates: int | None = None,
+        max_tokens: int = 8192,
+        max_item_tokens: int = 8192,
+        name: str = "reward",
     ) -> Started[RewardGroup]:
         setup = WorkerSetup(
             role, self.seed, total_updates=total_updates, max_tokens=max_tokens, max_item_tokens=max_item_tokens
         )
-        return self._started("reward", RewardGroup, setup)
+        return self._started("reward", RewardGroup, setup, name)
 
     def engines(self, config: RolloutConfig) -> list[Ranks]:
         """All rollout engines, placed; their processes warm up while other groups load."""
@@ -134,6 +146,8 @@ class Session:
             get_logger().info("rollout: %s", loading.result()[0])
         return Fleet([RanksHandle(engine) for engine in engines])
 
-    def _started(self, role: str, kind: type[AnyGroup], setup: WorkerSetup) -> Started[AnyGroup]:
-        group = kind(self.place.start(role, setup.config.ranks, setup.config.resources))
+    def _started(
+        self, role: str, kind: type[AnyGroup], setup: WorkerSetup, name: str | None = None
+    ) -> Started[AnyGroup]:
+        group = kind(self.place.start(role, setup.config.ranks, setup.config.resources, name=name))
         return Started(group, setup, self.place.config.start_timeout_s)

@@ -55,6 +55,10 @@ def test_every_key_with_two_letters_swapped_is_found_again(problems, job):
         assert told[slip] == f"{slip}: unknown key; did you mean {key}? (command line)"
 
 
+MAPPINGS = {"reward.mixture"}
+"""Keys whose values are sections by names that the user gives."""
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_every_wrong_value_is_listed_at_once_with_its_key(job):
     """All settings of a job hold something that none of them accepts: each is named with value and what is wanted."""
@@ -64,7 +68,9 @@ def test_every_wrong_value_is_listed_at_once_with_its_key(job):
         parse_config(f"kind: {job}", overrides)
     told = {problem.partition(":")[0]: problem for problem in error.value.problems}
     for key in keys:
-        if key != "kind":
+        if key in MAPPINGS:
+            assert "1 is not a section with keys " in told[f"{key}.wrong"]
+        elif key != "kind":
             assert "a section (wrong) is not " in told[key], key
     assert error.value.exit_code == EXIT_WRONG_REQUEST
 

@@ -30,6 +30,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`ROLE.engine.optimizer`": schema.OptimizerConfig,
     "`ROLE.resources`": schema.ResourcesConfig,
     "`reward` of ppo": schema.RewardConfig,
+    "`reward.mixture.NAME`": schema.RewardTermConfig,
     "`rollout`": schema.RolloutConfig,
     "`algorithm`": schema.AlgorithmConfig,
     "`algorithm.kl`": schema.KlConfig,
@@ -43,6 +44,7 @@ ELSEWHERE = {
     schema.SequenceBatchConfig: set(roles.TokenBudget.model_fields),
     schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
     schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},
+    schema.RewardTermConfig: set(schema.RewardSourceConfig.model_fields),
     schema.ServeConfig: {"kind", "run", "cluster"},
 }
 """Keys that the page gives in another table."""
@@ -119,7 +121,8 @@ def test_every_section_is_on_the_page() -> None:
         value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, roles.Section)
     }
     jobs = set(schema.JOBS.values())
-    assert sections - jobs - {roles.Section, roles.TokenBudget} <= set(SECTIONS.values())
+    abstract = {roles.Section, roles.TokenBudget, schema.RewardSourceConfig}
+    assert sections - jobs - abstract <= set(SECTIONS.values())
 
 
 def test_recipes_are_listed() -> None:

@@ -1,0 +1,126 @@
+"""Where rewards come from: the section ``reward`` of a PPO job, and one entry of its mixture.
+
+Always true: a reward comes from exactly one place; what belongs to another place than the one that is set is refused, not
+ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.roles import (
+    EngineConfig,
+    ModelConfig,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    ResourcesConfig,
+    RoleConfig,
+    Section,
+)
+
+WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
+SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
+"""Reward functions that are part of the project."""
+
+
+class RewardSourceConfig(Section):
+    """One place that rewards come from: ``model`` (then also a role, like every other), ``function`` or ``url``."""
+
+    model: ModelConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    ranks: Positive = 1
+    resources: ResourcesConfig = ResourcesConfig()
+    max_tokens_per_micro_batch: Positive | None = None
+    function: str | None = None
+    """``package.module:name``, ``path.py:name``, or one of :data:`SHIPPED_FUNCTIONS`."""
+    url: str | None = None
+    """``http://host:port`` of a scoring backend (``rlhf-ray serve``)."""
+    token_file: str | None = None
+    normalize: bool = False
+    timeout_s: PositiveFloat = 60.0
+    samples_per_call: Positive | None = None
+
+    @property
+    def role(self) -> RoleConfig | None:
+        """The reward model as a role; none where something else gives the rewards."""
+        if self.model is None:
+            return None
+        return RoleConfig.model_construct(  # its parts are validated
+            model=self.model,
+            engine=self.engine,
+            ranks=self.ranks,
+            resources=self.resources,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+        )
+
+    @property
+    def places(self) -> list[str]:
+        """Which places are set."""
+        given = {"model": self.model, "function": self.function, "url": self.url}
+        return [name for name, value in given.items() if value is not None]
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        function, url = self.function, self.url
+        if function is not None and function.count(":") != 1 and function not in SHIPPED_FUNCTIONS:
+            shipped = ", ".join(SHIPPED_FUNCTIONS)
+            yield "function", f"{function!r} is none of package.module:name, path.py:name, {shipped}"
+        if url is not None and not url.startswith(("http://", "https://")):
+            yield "url", f"{url!r} is no address of a scoring backend: write http://host:port"
+        if self.token_file is not None and url is None:
+            yield "token_file", "it holds the token of a scoring backend: set url too, or remove it"
+        if self.normalize and function is not None:
+            yield "normalize", "the mean and deviation stand in a reward model's directory: a function has none"
+        if self.samples_per_call is not None and self.model is not None:
+            yield "samples_per_call", "a reward model forms its batches by tokens: set max_tokens_per_micro_batch"
+
+
+class RewardTermConfig(RewardSourceConfig):
+    """One term of a mixture: the reward is the sum of ``weight`` times the reward of each."""
+
+    weight: float = 1.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if len(self.places) != 1:
+            yield "", "set exactly one of model, function and url"
+        if self.weight == 0.0:
+            yield "weight", "0 leaves the term without effect: remove it, or give it a weight"
+        yield from super().conflicts()
+
+
+class RewardConfig(RewardSourceConfig):
+    """All of it: one place, or a weighted mixture of several."""
+
+    mixture: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], RewardTermConfig] = {}  # noqa: RUF012 (pydantic copies it)
+    """Terms by their names, which stand in the metrics ``reward_term/NAME``."""
+    clip: PositiveFloat | None = None
+    on_failure: Literal["drop", "stop"] = "stop"
+    hold_s: NonNegativeFloat = 100.0
+    max_dropped_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Of a step's prompts, under ``on_failure: drop``."""
+
+    @property
+    def sources(self) -> Mapping[str, RewardSourceConfig]:
+        """Every place by the key of its section: ``reward``, or ``reward.mixture.NAME`` for each."""
+        if self.mixture:
+            return {f"reward.mixture.{name}": term for name, term in self.mixture.items()}
+        return {"reward": self}
+
+    @property
+    def roles(self) -> dict[str, RoleConfig]:
+        """Every reward model as a role, by the key of its section."""
+        roles = {key: source.role for key, source in self.sources.items()}
+        return {key: role for key, role in roles.items() if role is not None}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        places = [*self.places, *(["mixture"] if self.mixture else [])]
+        if len(places) != 1:
+            found = f", found {' and '.join(places)}" if places else ""
+            yield (
+                "",
+                f"set exactly one of model (a reward model), function (Python), url (a scoring backend) and mixture{found}",
+            )
+        yield from super().conflicts()

@@ -1,0 +1,126 @@
+"""A user's reward function in a process of its own, which can be ended when it hangs and may die without harm.
+
+    python -m rlhf_ray.rewards.function_process NAME FD
+
+Always true: a run of calls ends in one outcome a call, within the time limit of each; a call that hangs, or takes its
+process with it, costs only itself: the calls after it run in a new process; what the function prints reaches standard
+error; the process ends with the one that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from rlhf_ray.errors import RequestError
+from rlhf_ray.rewards.functions import Columns, Outcome, accepted_columns, is_async, load_function, run_calls, too_late
+
+START_LIMIT_S = 120.0
+"""For importing the function's module."""
+GRACE_S = 5.0
+"""How much later than its own limit an asynchronous call may end before its process is ended."""
+
+
+class FunctionProcess:
+    """A function by its name, started when it is first needed."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self.columns, self.is_async = self._start()
+
+    def run(self, calls: Sequence[Columns]) -> list[Outcome]:
+        """The outcome of every call, in order."""
+        ended: dict[int, Outcome] = {}
+        while len(ended) < len(calls):
+            left = [number for number in range(len(calls)) if number not in ended]
+            ended |= self._run([calls[number] for number in left], left)
+        return [ended[number] for number in range(len(calls))]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _run(self, calls: Sequence[Columns], numbers: Sequence[int]) -> dict[int, Outcome]:
+        """Outcomes of at least the first call, and of as many as the process lived through."""
+        if self._process is None:
+            self._start()
+        ended: dict[int, Outcome] = {}
+        limit = self.timeout_s + (GRACE_S if self.is_async else 0.0)
+        try:
+            self._connection.send((list(calls), self.timeout_s))
+            while len(ended) < len(calls):
+                if not self._connection.poll(limit):
+                    return ended | self._lost(numbers, ended, too_late(self.timeout_s))
+                position, outcome = self._connection.recv()
+                ended[numbers[position]] = outcome
+        except (EOFError, OSError):
+            code = self._process.wait() if self._process is not None else None
+            return ended | self._lost(numbers, ended, f"ended its process (exit code {code})")
+        return ended
+
+    def _lost(self, numbers: Sequence[int], ended: dict[int, Outcome], reason: str) -> dict[int, Outcome]:
+        """End the process; what was running in it has failed: one call, or all that an async function had begun."""
+        self.close()
+        running = [number for number in numbers if number not in ended]
+        return dict.fromkeys(running if self.is_async else running[:1], reason)
+
+    def _start(self) -> tuple[tuple[str, ...], bool]:
+        """Start the process; the columns that the function takes, and whether it is asynchronous."""
+        self._connection, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, self.name, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        theirs.close()
+        try:
+            told = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
+        except EOFError:
+            told = f"reward.function {self.name!r}: its process ended while it was imported"
+        if told is None:
+            told = f"reward.function {self.name!r}: importing it took more than {START_LIMIT_S:g} s"
+        if isinstance(told, str):
+            self.close()
+            raise RequestError(told)
+        columns, is_async = told
+        return columns, is_async
+
+
+def _has_descriptor(stream: object) -> bool:
+    try:
+        stream.fileno()  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
+
+
+def serve(name: str, connection: Connection) -> None:
+    """Answer runs of calls until the other side is gone."""
+    try:
+        function = load_function(name)
+        connection.send((accepted_columns(name, function), is_async(function)))
+    except RequestError as error:
+        connection.send(str(error))
+        return
+    while True:
+        try:
+            calls, timeout_s = connection.recv()
+        except EOFError:
+            return
+        run_calls(function, calls, timeout_s, lambda number, outcome: connection.send((number, outcome)))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Connection(int(sys.argv[2])))

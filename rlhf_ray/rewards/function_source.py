@@ -1,0 +1,94 @@
+"""A Python function as a source of rewards.
+
+Always true: a sample has a finite number or an error that says what the function did with it; a call of several samples that
+fails as a whole is repeated sample by sample, to find which it was; where the first of them fail alone too, the function
+itself is taken to have failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.functions import Columns, Outcome, RewardFunction, accepted_columns, run_calls
+from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.source import Sample
+
+FAILED_ALONE = 3
+"""Samples that fail one by one before the rest of their call is given up."""
+
+
+class Caller(Protocol):
+    """Runs a function, here or in another process."""
+
+    columns: Sequence[str]
+
+    def run(self, calls: Sequence[Columns]) -> list[Outcome]:
+        """The outcome of every call, in order."""
+
+
+class InThisProcess:
+    """A function that is trusted to end: the project's own."""
+
+    def __init__(self, name: str, function: RewardFunction, timeout_s: float = 60.0) -> None:
+        self.function = function
+        self.timeout_s = timeout_s
+        self.columns: Sequence[str] = accepted_columns(name, function)
+
+    def run(self, calls: Sequence[Columns]) -> list[Outcome]:
+        """The outcome of every call, in order."""
+        ended: dict[int, Outcome] = {}
+        run_calls(self.function, calls, self.timeout_s, ended.__setitem__)
+        return [ended[number] for number in range(len(calls))]
+
+
+class FunctionSource:
+    """The rewards that a function returns, in calls of ``samples_per_call`` samples (none: all of them)."""
+
+    def __init__(self, name: str, caller: Caller, samples_per_call: int | None = None) -> None:
+        self.name = name
+        self.caller = caller
+        self.samples_per_call = samples_per_call
+        self.reads = "text and labels"
+
+    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+        """One result a sample."""
+        return Pending(lambda: self._score(samples))
+
+    def _score(self, samples: Sequence[Sample]) -> list[ScoreResult]:
+        size = self.samples_per_call or max(1, len(samples))
+        calls = [samples[start : start + size] for start in range(0, len(samples), size)]
+        outcomes = self.caller.run([self._columns(call) for call in calls])
+        results: list[ScoreResult] = []
+        for call, outcome in zip(calls, outcomes, strict=True):
+            results += self._one_by_one(call, outcome) if isinstance(outcome, str) else map(self._result, outcome)
+        return results
+
+    def _one_by_one(self, call: Sequence[Sample], reason: str) -> list[ScoreResult]:
+        """What a call that failed gives when its samples are asked for alone."""
+        if len(call) == 1:
+            return [self._result(reason)]
+        alone: list[float | str] = []
+        for sample in call:
+            (outcome,) = self.caller.run([self._columns([sample])])
+            alone.append(outcome if isinstance(outcome, str) else outcome[0])
+            if len(alone) == FAILED_ALONE and all(isinstance(one, str) for one in alone):
+                return [self._result(reason)] * len(call)
+        return [self._result(one) for one in alone]
+
+    def _result(self, outcome: float | str) -> ScoreResult:
+        if isinstance(outcome, str):
+            return ScoreResult.failed(f"reward function {self.name} {outcome}", fault="source")
+        return ScoreResult.of(outcome)
+
+    def _columns(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+        values = {
+            "prompts": [sample.prompt for sample in samples],
+            "responses": [sample.response for sample in samples],
+            "labels": [sample.label for sample in samples],
+            "finished": [sample.finished for sample in samples],
+            "sources": [sample.source for sample in samples],
+            "messages": [None if sample.messages is None else list(map(dict, sample.messages)) for sample in samples],
+        }
+        return {name: values[name] for name in self.caller.columns}

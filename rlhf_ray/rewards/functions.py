@@ -1,0 +1,146 @@
+"""Calling a reward function: which columns it is given, one call or many, synchronous or not, within a time limit.
+
+Always true: each call ends in exactly one outcome; each sample of it has a finite number or a reason, and nothing becomes a
+number that was none; what a function raises is a reason, never an error of ours; a function is given the columns that its
+parameters name and no others. Nothing here knows processes: this is what runs inside of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import RequestError
+
+RewardFunction = Callable[..., Any]
+Columns = Mapping[str, Sequence[Any]]
+"""One call: a list for each name in :data:`COLUMNS`, with an entry for each sample."""
+COLUMNS = ("prompts", "responses", "labels", "finished", "sources", "messages")
+CALLS_AT_ONCE = 64
+"""Of an asynchronous function."""
+
+
+Outcome = list[float | str] | str
+"""How one call ended: for each of its samples a finite number or the reason why there is none; or one reason for all."""
+Report = Callable[[int, Outcome], None]
+
+
+def run_calls(function: RewardFunction, calls: Sequence[Columns], timeout_s: float, report: Report) -> None:
+    """Report each call's number and outcome as it ends: one after the other, or of an async function many at once.
+
+    The time limit holds for each call of an async function; a synchronous one is stopped by who started this process.
+    """
+    if is_async(function):
+        asyncio.run(_run_async(function, calls, timeout_s, report))
+        return
+    for number, columns in enumerate(calls):
+        try:
+            outcome = judged(function(**columns), _size(columns))
+        except Exception as error:  # the function is the user's program, and fails in its own ways
+            outcome = f"raised {error!r}"
+        report(number, outcome)
+
+
+def is_async(function: RewardFunction) -> bool:
+    """Whether calling it gives something to await."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def _run_async(function: RewardFunction, calls: Sequence[Columns], timeout_s: float, report: Report) -> None:
+    room = asyncio.Semaphore(CALLS_AT_ONCE)
+
+    async def one(number: int, columns: Columns) -> None:
+        async with room:
+            try:
+                outcome = judged(await asyncio.wait_for(function(**columns), timeout_s), _size(columns))
+            except TimeoutError:
+                outcome = too_late(timeout_s)
+            except Exception as error:
+                outcome = f"raised {error!r}"
+            report(number, outcome)
+
+    await asyncio.gather(*(one(number, columns) for number, columns in enumerate(calls)))
+
+
+def too_late(timeout_s: float) -> str:
+    """The reason of a call that did not end in time."""
+    return f"did not answer within {timeout_s:g} s (reward.timeout_s)"
+
+
+def judged(returned: Any, count: int) -> Outcome:
+    """What a call for ``count`` samples returned, value by value; arrays and tensors are lists of numbers."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple):
+        return f"returned {_short(returned)} for {count} samples, not a list of numbers"
+    if len(values) != count:
+        return f"returned {len(values)} rewards for {count} samples"
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float | str:
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    return f"returned {_short(value)}, which is not a finite number"
+
+
+def _short(value: Any) -> str:
+    printed = repr(value)
+    return printed if len(printed) <= 80 else f"{printed[:80]}..."
+
+
+def _size(columns: Columns) -> int:
+    return len(next(iter(columns.values()), ()))
+
+
+def accepted_columns(name: str, function: RewardFunction) -> tuple[str, ...]:
+    """The columns that ``function`` takes, by the names of its parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return COLUMNS
+    unknown = [
+        parameter.name
+        for parameter in parameters
+        if parameter.name not in COLUMNS and parameter.default is parameter.empty
+    ]
+    if not unknown and not any(parameter.name in COLUMNS for parameter in parameters):
+        unknown = ["nothing"]
+    if unknown:
+        raise RequestError(
+            f"reward.function {name!r}: it asks for {', '.join(unknown)}; a reward function is given the columns that its "
+            f"parameters name, of {', '.join(COLUMNS)}"
+        )
+    return tuple(parameter.name for parameter in parameters if parameter.name in COLUMNS)
+
+
+def load_function(name: str) -> RewardFunction:
+    """The function named ``package.module:function`` or ``path.py:function``."""
+    origin, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise RequestError(f"reward.function {name!r}: write it as package.module:function or path.py:function")
+    try:
+        module = _module_from_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
+    except Exception as error:  # the module is the user's program too
+        raise RequestError(f"reward.function {name!r}: {origin} cannot be imported ({error!r})") from error
+    function = vars(module).get(attribute)
+    if not callable(function):
+        raise RequestError(f"reward.function {name!r}: {origin} has no function {attribute}")
+    return function  # type: ignore[no-any-return]
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,70 @@
+"""Several sources as one: the weighted sum of their rewards.
+
+Always true: a sample has a reward only where every term has one; the terms' own rewards stand beside their sum; all terms
+are asked at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from rlhf_ray.errors import ScoringError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.source import RewardSource, Sample
+
+
+@dataclass(frozen=True)
+class Term:
+    """One source and what its reward counts."""
+
+    source: RewardSource
+    weight: float
+
+
+@dataclass(frozen=True)
+class MixedResult(ScoreResult):
+    """A sum, with the reward of each term as its source gave it."""
+
+    terms: Mapping[str, float] | None = None
+
+
+class MixtureSource:
+    """The sum over terms of weight times reward."""
+
+    def __init__(self, terms: Mapping[str, Term]) -> None:
+        self.terms = dict(terms)
+        self.reads = "; ".join(f"{name}: {term.source.reads}" for name, term in self.terms.items())
+
+    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+        """One result a sample."""
+        started = [term.source.score(samples) for term in self.terms.values()]
+        return Pending(lambda: self._sums(started, len(samples)))
+
+    def _sums(self, started: Sequence[Pending[list[ScoreResult]]], count: int) -> list[ScoreResult]:
+        with ThreadPoolExecutor(len(started)) as pool:
+            columns = list(pool.map(lambda pending: _results(pending, count), started))
+        return [self._sum(results) for results in zip(*columns, strict=True)]
+
+    def _sum(self, results: Sequence[ScoreResult]) -> ScoreResult:
+        named = dict(zip(self.terms, results, strict=True))
+        for name, result in named.items():
+            if result.error is not None and result.fault is not None:
+                return ScoreResult.failed(f"{name}: {result.error}", result.tokens, fault=result.fault)
+        rewards = {name: float(result.reward) for name, result in named.items() if result.reward is not None}
+        total = math.fsum(self.terms[name].weight * reward for name, reward in rewards.items())
+        if not math.isfinite(total):
+            return ScoreResult.failed(f"the weighted sum of {rewards} is {total}", fault="model")
+        tokens = max(result.tokens for result in results)
+        return MixedResult(raw=total, reward=total, tokens=tokens, terms=rewards)
+
+
+def _results(pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResult]:
+    """A term that failed as a whole has failed at every sample; the others keep their results for the message."""
+    try:
+        return pending.result()
+    except ScoringError as error:
+        return [ScoreResult.failed(str(error), fault="source")] * count

@@ -1,0 +1,89 @@
+"""A mixture is the weighted sum of its terms; a sample without a reward in one term has none."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import GroupError, ScoringError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Term
+from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.source import Sample
+from tests.rewards.answers import answer
+
+SAMPLES = [answer("a", "x"), answer("b", "yy")]
+
+
+class Fixed:
+    """A source that answers what ``wait`` returns."""
+
+    reads = "nothing"
+
+    def __init__(self, wait: Callable[[], list[ScoreResult]]) -> None:
+        self.wait = wait
+
+    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+        return Pending(self.wait)
+
+
+def of(*scores: float) -> Fixed:
+    return Fixed(lambda: [ScoreResult.of(score, 3) for score in scores])
+
+
+def mixed(**terms: tuple[Any, float]) -> list[ScoreResult]:
+    return MixtureSource({name: Term(*term) for name, term in terms.items()}).score(SAMPLES).result()
+
+
+def test_the_reward_is_the_weighted_sum_and_the_terms_stand_beside_it() -> None:
+    results = mixed(good=(of(1.0, -2.0), 0.5), short=(of(10.0, 3.0), -0.1))
+    assert [result.reward for result in results] == pytest.approx([-0.5, -1.3])
+    assert all(isinstance(result, MixedResult) for result in results)
+    assert [result.terms for result in results] == [{"good": 1.0, "short": 10.0}, {"good": -2.0, "short": 3.0}]
+
+
+def test_the_normalised_reward_of_a_term_counts() -> None:
+    normalised = Fixed(lambda: [ScoreResult.of(4.0).normalised(1.0, 2.0)] * 2)
+    assert [result.reward for result in mixed(good=(normalised, 2.0))] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("fault", ["item", "model", "source"])
+def test_a_failure_of_a_term_is_one_of_the_sample_and_says_whose(fault: Any) -> None:
+    broken = Fixed(lambda: [ScoreResult.of(1.0), ScoreResult.failed("no", fault=fault)])
+    results = mixed(good=(of(1.0, 1.0), 1.0), other=(broken, 1.0))
+    assert results[0].reward == 2.0
+    assert (results[1].error, results[1].fault, results[1].reward) == ("other: no", fault, None)
+
+
+def test_a_term_that_failed_as_a_whole_has_failed_at_every_sample() -> None:
+    def down() -> list[ScoreResult]:
+        raise ScoringError("down")
+
+    results = mixed(good=(of(1.0, 1.0), 1.0), other=(Fixed(down), 1.0))
+    assert [(result.error, result.fault) for result in results] == [("other: down", "source")] * 2
+
+
+def test_what_is_no_failure_of_scoring_goes_through() -> None:
+    def dead() -> list[ScoreResult]:
+        raise GroupError("reward", 0, "score", "its process died")
+
+    with pytest.raises(GroupError):
+        mixed(good=(Fixed(dead), 1.0))
+
+
+def test_a_sum_that_is_not_finite_is_an_error() -> None:
+    results = mixed(large=(of(1e308, 1.0), 10.0))
+    assert results[0].fault == "model" and results[1].reward == 10.0
+
+
+def test_all_terms_are_waited_for_at_once() -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def wait() -> list[ScoreResult]:
+        together.wait()
+        return [ScoreResult.of(1.0)] * 2
+
+    assert [result.reward for result in mixed(one=(Fixed(wait), 1.0), other=(Fixed(wait), 1.0))] == [2.0, 2.0]
