@@ -32,7 +32,7 @@ def measure(quick: bool = False) -> Figures:
             engine = TransformersEngine(
                 directory,
                 RolloutConfig(backend="transformers", dtype="fp32"),
-                eos_token_id=load_tokenizer(model).eos_token_id,
+                stop_token_ids=(load_tokenizer(model).eos_token_id,),
             )
             took = [_update(policy, engine, version) for version in range(1, REPEATS + 2)][1:]
             engine.shutdown()

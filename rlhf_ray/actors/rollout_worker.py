@@ -26,7 +26,8 @@ class RolloutSetup:
 
     config: RolloutConfig
     model_dir: str
-    eos_token_id: int
+    stop_token_ids: tuple[int, ...]
+    """Each ends an answer, as its last action."""
     seed: int
     deterministic: bool
     weight_version: int = 0
@@ -41,7 +42,7 @@ def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
     return Engine(
         setup.model_dir,
         setup.config,
-        eos_token_id=setup.eos_token_id,
+        stop_token_ids=setup.stop_token_ids,
         rank=rank,
         weight_version=setup.weight_version,
         seed=setup.seed,

@@ -72,7 +72,12 @@ def _reward_model_rules(config: RewardModelConfig) -> list[Rule]:
 
     size = "batch.pairs_per_update", lambda: config.batch.pairs_per_update
     rules = (_is_trained, _made_has_head, *_ANY, _repeats(lambda: config.run), _shares(*size), fits)
-    return _on("reward", lambda: config.reward, *rules)
+    return [*_on("reward", lambda: config.reward, *rules), lambda: _sums_have_no_pairs(config)]
+
+
+def _sums_have_no_pairs(config: RewardModelConfig) -> Iterator[Problem]:
+    if config.data.world is not None and config.data.world.task == "arithmetic":
+        yield "data.world.task", "arithmetic has no preference pairs, since a function verifies it: set it to customers"
 
 
 def _ppo_rules(config: PpoConfig) -> list[Rule]:
@@ -278,11 +283,10 @@ def _world_has_enough(config: PpoConfig) -> Iterator[Problem]:
 
 
 def _gold_knows_the_prompts(config: PpoConfig) -> Iterator[Problem]:
-    if config.data.world is not None:
-        return
-    for key, source in config.reward.sources.items():
-        if source.function == "world.gold":
-            yield f"{key}.function", "world.gold scores answers to the generated world's prompts: set data.world to {}"
+    named = {f"{key}.function": source.function for key, source in config.reward.sources.items()}
+    for key, name in (named | {"evaluation.gold": config.evaluation.gold}).items():
+        if name == "world.gold" and (config.data.world is None or config.data.world.task != "customers"):
+            yield key, "world.gold scores answers to the customers of the generated world: set data.world to {}"
 
 
 # --------------------------------------------------------------------------------------------------------------- serve

@@ -68,6 +68,7 @@ def _rules(config: Section) -> Iterator[Callable[[], Iterable[Problem]]]:
         yield lambda: _same_tokenizers(config)
         yield lambda: _rollout_serves(config)
         yield lambda: _reward_problems(config)
+        yield lambda: _stop_token_problems(config)
     if isinstance(config, ServeConfig):
         yield lambda: _token_problems("token_file", config.token_file)
     else:
@@ -246,6 +247,35 @@ def _reward_problems(config: PpoConfig) -> Iterator[Problem]:
         if source.function is not None:
             yield from ((f"{key}.function", text) for text in function_problems(source.function))
         yield from _token_problems(f"{key}.token_file", source.token_file)
+
+    if config.evaluation.gold is not None:
+        yield from (("evaluation.gold", text) for text in function_problems(config.evaluation.gold))
+
+
+def _stop_token_problems(config: PpoConfig) -> Iterator[Problem]:
+    """Each stop token must be one token of the policy's tokenizer, where it lies here already."""
+    path = config.policy.model.path
+    file = Path(path or "") / "tokenizer.json"
+    if not config.rollout.stop_tokens or path is None or not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # what is wrong with it is told where the model is looked at, and by loading it
+        return
+    for text in config.rollout.stop_tokens:
+        count = len(tokenizer.encode(text, add_special_tokens=False).ids)
+        if count != 1:
+            yield "rollout.stop_tokens", not_one_token(text, count).partition(": ")[2]
+
+
+def not_one_token(text: str, count: int) -> str:
+    """What is wrong with a stop token of which the tokenizer makes ``count`` tokens, or none that it knows."""
+    return (
+        f"rollout.stop_tokens: {text!r} is not one token of the policy's tokenizer ({count} tokens): name one that it has, "
+        "such as '<|im_end|>' of ChatML models"
+    )
 
 
 def function_problems(name: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.rewards import RewardConfig, RewardSourceConfig, RewardTermConfig
+from rlhf_ray.config.rewards import SHIPPED_FUNCTIONS, RewardConfig, RewardSourceConfig, RewardTermConfig
 from rlhf_ray.config.roles import (
     Attention,
     Dtype,
@@ -52,6 +52,7 @@ __all__ = [
     "OptimizerConfig",
     "PairBatchConfig",
     "PpoConfig",
+    "PpoEvaluationConfig",
     "ResourcesConfig",
     "RewardConfig",
     "RewardLossConfig",
@@ -144,6 +145,8 @@ class WorldConfig(Section):
     """The generated world (docs/world.md): how much of it to make, and from which seed."""
 
     seed: NonNegative = 0
+    task: Literal["customers", "arithmetic"] = "customers"
+    """Letters of customers, judged by a gold score; or short sums, which a function verifies."""
     demonstrations: Positive = 6000
     pairs: Positive = 12000
     evaluation_pairs: Positive = 1000
@@ -188,6 +191,8 @@ class RolloutConfig(Section):
     backend: Literal["vllm", "transformers"] = "vllm"
     engines: Positive = 1
     max_new_tokens: Positive = 32
+    stop_tokens: list[str] = []  # noqa: RUF012 (pydantic copies it)
+    """Tokens that end an answer, beside the tokenizer's end of sequence."""
     temperature: PositiveFloat = 1.0
     top_p: PositiveFloat = 1.0
     top_k: int = 0
@@ -237,9 +242,36 @@ class RewardLossConfig(Section):
 class EvaluationConfig(Section):
     every_steps: NonNegative = 0
     """0 evaluates only at the end."""
+
+
+class PpoEvaluationConfig(EvaluationConfig):
+    """How answers to held-out prompts are drawn and judged."""
+
     prompts: Positive = 300
+    samples_per_prompt: Positive = 1
+    greedy: bool = False
+    """The likeliest token each time, instead of samples at the training temperature."""
+    gold: str | None = None
+    """A function that knows the truth, as ``reward.function`` names one; none: the generated world's, where it has one."""
+    pass_at: list[Positive] = []  # noqa: RUF012 (pydantic copies it)
+    """The k of pass@k: an answer is right where its gold (or else its reward) is 1 or more."""
     best_of: NonNegative = 0
-    """Largest n of best-of-n at the end (0: none)."""
+    """Largest n of best-of-n of the starting policy (0: none)."""
+    samples_shown: NonNegative = 3
+    """Prompts whose answers are shown in the log at each evaluation."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.greedy and self.samples_per_prompt > 1:
+            yield (
+                "samples_per_prompt",
+                f"{self.samples_per_prompt} greedy answers to a prompt are all the same: set it to 1",
+            )
+        too_large = [k for k in self.pass_at if k > self.samples_per_prompt]
+        if too_large:
+            yield "pass_at", f"{too_large[0]} of {self.samples_per_prompt} samples: raise samples_per_prompt to it"
+        if self.gold is not None and self.gold.count(":") != 1 and self.gold not in SHIPPED_FUNCTIONS:
+            shipped = ", ".join(SHIPPED_FUNCTIONS)
+            yield "gold", f"{self.gold!r} is none of package.module:name, path.py:name, {shipped}"
 
 
 class CheckpointConfig(Section):
@@ -305,7 +337,7 @@ class PpoConfig(Section):
     data: DataConfig
     steps: Positive
     """PPO steps of the whole run: each samples ``batch.prompts_per_step`` prompts."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: PpoEvaluationConfig = PpoEvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rlhf_ray.config.files import not_one_token
 from rlhf_ray.data import grammar
 from rlhf_ray.data.rows import read_rows
 from rlhf_ray.errors import RequestError
@@ -105,6 +106,21 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         description = json.loads(backend.to_str())
         parts = {part: description.get(part) for part in PARTS_THAT_DECIDE_IDS}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's end of sequence, and each of ``texts``, which must be one token."""
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(encoded) != 1 or encoded[0] == tokenizer.unk_token_id:
+            raise RequestError(not_one_token(text, len(encoded)))
+        ids += encoded
+    if not ids:
+        raise RequestError(
+            "rollout.stop_tokens: the tokenizer has no end of sequence, so no answer could end: name a token"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

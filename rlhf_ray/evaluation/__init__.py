@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "best_of_n_kl": ".sampling",
         "calibration_bins": ".calibration",
         "calibration_error": ".calibration",
+        "mean_pass_at_k": ".sampling",
         "pass_at_k": ".sampling",
         "tie_rate": ".preferences",
         "win_rate": ".preferences",

@@ -25,6 +25,13 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return float(1 - Fraction(math.comb(samples - correct, k), math.comb(samples, k)))
 
 
+def mean_pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
+    """pass@k averaged over prompts; ``right`` says of the samples of each prompt whether they are right."""
+    if not len(right):
+        raise RequestError("pass@k of no prompts means nothing: give at least one")
+    return math.fsum(pass_at_k(len(samples), sum(samples), k) for samples in right) / len(right)
+
+
 def best_of_n(rewards: Sequence[ArrayLike], gold: Sequence[ArrayLike], n: int) -> float:
     """The expected gold of the sample that the reward likes best among n, averaged over prompts.
 

@@ -82,11 +82,13 @@ class Registry:
         return groups
 
     def _find(self, name: str) -> Metric | None:
+        if name in self._metrics and not name.endswith("/*"):
+            return self._metrics[name]
         beginning, _, rest = name.partition("/")
         family = self._metrics.get(f"{beginning}/*")
         if family is not None and re.fullmatch(r"\w+(/\w+)*", rest):
             return replace(family, name=name)
-        return None if name.endswith("/*") else self._metrics.get(name)
+        return None
 
 
 _COUNTERS = {"updates/skipped", "prompts/dropped"}
@@ -172,7 +174,17 @@ _METRICS = {
         ("memory/pss_gb", "GB", "Memory of all processes of the run (PSS) and of the object store"),
     ],
     "Evaluation": [
-        ("evaluation/*", "", "A figure of an evaluation on held-out prompts or pairs"),
+        ("evaluation/reward", "score", "Mean reward of the answers to held-out prompts"),
+        ("evaluation/reward_start", "score", "The same of the starting policy"),
+        ("evaluation/reward_win_rate", "share", "Share of held-out answers that beat the start's by reward; ties half"),
+        ("evaluation/gold", "score", "Mean gold score of the answers to held-out prompts"),
+        ("evaluation/gold_start", "score", "The same of the starting policy"),
+        ("evaluation/gold_win_rate", "share", "Share of held-out answers that beat the start's by gold; ties half"),
+        ("evaluation/kl", "nats/sequence", "KL from the reference (k1), summed over held-out samples, mean of them"),
+        ("evaluation/length", "tokens", "Mean length of the answers to held-out prompts"),
+        ("evaluation/length_start", "tokens", "The same of the starting policy"),
+        ("evaluation/truncated", "share", "Share of held-out answers cut off at the longest allowed length"),
+        ("evaluation/*", "", "Another figure on held-out rows: pass@k, of one source, or of pairs"),
     ],
 }
 
@@ -191,6 +203,10 @@ _TOGETHER = {
     "Share of clipped tokens": ("clip_fraction", "clip_fraction/value"),
     "Returns and values": ("returns/mean", "values/mean"),
     "Score that the step trained on": ("reward/mean", "reward/std"),
+    "Held-out reward": ("evaluation/reward", "evaluation/reward_start"),
+    "Held-out gold": ("evaluation/gold", "evaluation/gold_start"),
+    "Held-out win rate over the start": ("evaluation/reward_win_rate", "evaluation/gold_win_rate"),
+    "Held-out length": ("evaluation/length", "evaluation/length_start"),
 }
 
 

@@ -35,7 +35,7 @@ class RolloutEngine(ABC):
         model_dir: str | Path,
         config: RolloutConfig,
         *,
-        eos_token_id: int,
+        stop_token_ids: Sequence[int],
         rank: int = 0,
         weight_version: int = 0,
         seed: int = 0,
@@ -46,7 +46,7 @@ class RolloutEngine(ABC):
         _refuse_cut_distributions(config)
         self.model_dir = Path(model_dir)
         self.config = config
-        self.eos_token_id = eos_token_id
+        self.stop_token_ids = tuple(stop_token_ids)
         self.rank = rank
         self.deterministic = deterministic
         self.stream_seed = request_seed(seed, 0, rank, 0) >> 32

@@ -35,6 +35,8 @@ class GenerationRequest:
     token_ids: tuple[int, ...]
     seed: int | None
     max_new_tokens: int
+    greedy: bool = False
+    """Take the likeliest token each time; log-probs are then those at temperature 1."""
 
     @property
     def key(self) -> Key:
@@ -83,6 +85,7 @@ def make_requests(
     max_new_tokens: int,
     run_seed: int | None = None,
     step: int = 0,
+    greedy: bool = False,
 ) -> list[GenerationRequest]:
     """Requests of ``(prompt id, token ids)`` in order, the samples of a prompt together; seeded if ``run_seed`` is."""
     return [
@@ -92,6 +95,7 @@ def make_requests(
             tuple(token_ids),
             None if run_seed is None else request_seed(run_seed, step, prompt_id, sample),
             max_new_tokens,
+            greedy,
         )
         for prompt_id, token_ids in prompts
         for sample in range(samples_per_prompt)

@@ -84,7 +84,7 @@ class TransformersEngine(RolloutEngine):
             self._group = self._next_group()
         if self._group is None:
             return []
-        log_probs = torch.log_softmax(self._logits(self._group).float() / self.config.temperature, dim=-1)
+        log_probs = torch.log_softmax(self._logits(self._group).float() / self._temperatures(self._group), dim=-1)
         sampled = self._sample(log_probs, self._group.rows)
         chosen = log_probs.gather(1, sampled[:, None])[:, 0]
         for row, token, log_prob in zip(self._group.rows, sampled.tolist(), chosen.tolist(), strict=True):
@@ -131,11 +131,16 @@ class TransformersEngine(RolloutEngine):
             mask[row, -len(context) :] = 1
         return token_ids.to(self.device), mask.to(self.device)
 
+    def _temperatures(self, group: _Group) -> Float[Tensor, "rows 1"]:
+        greedy = [row.request.greedy for row in group.rows]
+        return torch.where(torch.tensor(greedy), 1.0, self.config.temperature)[:, None].to(self.device)
+
     def _sample(self, log_probs: Float[Tensor, "rows vocabulary"], rows: Sequence[_Row]) -> Int64[Tensor, " rows"]:
         """Gumbel's trick: argmax of log p + g with g = -log(e), e standard exponential, is a draw from p."""
-        noise = torch.empty_like(log_probs)
+        noise = torch.ones_like(log_probs)
         for position, row in enumerate(rows):
-            noise[position].exponential_(generator=row.generator or self._stream)
+            if not row.request.greedy:
+                noise[position].exponential_(generator=row.generator or self._stream)
         return (log_probs - noise.log()).argmax(dim=-1)
 
     def _take_finished(self, group: _Group) -> list[Generation]:
@@ -153,7 +158,7 @@ class TransformersEngine(RolloutEngine):
         return finished
 
     def _finish_reason(self, row: _Row) -> FinishReason | None:
-        if row.token_ids[-1] == self.eos_token_id:
+        if row.token_ids[-1] in self.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(row.token_ids) == row.request.max_new_tokens else None
 

@@ -1,7 +1,7 @@
 """The vLLM rollout engine: our own step loop on vLLM's in-process ``LLMEngine``.
 
-Always true: the engine lives in this process and dies with it; it never sees text (no tokenizer) and stops at exactly
-one token, which it returns as an action; log-probs are of the whole distribution at the sampling temperature; in
+Always true: the engine lives in this process and dies with it; it never sees text (no tokenizer) and stops at the
+tokens it was given, which it returns as an action; log-probs are of the whole distribution at the sampling temperature; in
 deterministic mode the same requests in the same order give the same bits, run after run. vLLM changes its process
 (threads, process groups): one engine a process, and no trainer beside it.
 """
@@ -92,11 +92,11 @@ class VllmEngine(RolloutEngine):
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            temperature=self.config.temperature,
+            temperature=0.0 if request.greedy else self.config.temperature,
             max_tokens=request.max_new_tokens,
             seed=request.seed,
             ignore_eos=True,
-            stop_token_ids=[self.eos_token_id],
+            stop_token_ids=list(self.stop_token_ids),
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             detokenize=False,

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.config.schema import DataConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.demonstrations import Demonstration, read_demonstrations
 from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_pairs, encode_prompts
@@ -65,7 +65,9 @@ def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split
     """Encoded demonstrations of the world or of a file."""
     if data.world is not None:
         world = World(data.world.seed)
-        rows = Split(world.demonstrations(data.world.demonstrations), world.demonstrations(500, "evaluation"))
+        arithmetic = data.world.task == "arithmetic"
+        demonstrations = world.arithmetic_demonstrations if arithmetic else world.demonstrations
+        rows = Split(demonstrations(data.world.demonstrations), demonstrations(500, "evaluation"))
     else:
         rows = _read(data, seed, lambda path: read_demonstrations(path, data.prompt_key, data.answer_key))
 
@@ -100,10 +102,7 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
 def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[TokenizedPrompt]:
     """Encoded prompts of the world or of a file; those held out continue the numbers."""
     if data.world is not None:
-        world = World(data.world.seed)
-        rows = Split(
-            world.prompts("ppo", data.world.prompts), world.prompts("evaluation", data.world.evaluation_prompts)
-        )
+        rows = _world_prompts(data.world)
     else:
         keys = {"chosen_key": data.chosen_key, "rejected_key": data.rejected_key}
         rows = _read(data, seed, lambda path: read_prompts(path, data.prompt_key, **keys))
@@ -113,12 +112,20 @@ def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[Toke
     def encode(half: Sequence[tuple[int, Prompt]], drops: Drops) -> list[TokenizedPrompt]:
         encoded = encode_prompts(tokenizer, [row for _, row in half], data.max_prompt_tokens, drops)
         return [
-            TokenizedPrompt(number, row.text, tuple(ids), row.label)
+            TokenizedPrompt(number, row.text, tuple(ids), row.label, source=row.source)
             for (number, row), ids in zip(half, encoded, strict=True)
             if ids is not None
         ]
 
     return _encoded(numbered, data, encode)
+
+
+def _world_prompts(made: WorldConfig) -> Split[Prompt]:
+    world = World(made.seed)
+    if made.task == "arithmetic":
+        sums = Split(world.arithmetic_prompts("ppo"), world.arithmetic_prompts("evaluation"))
+        return Split(sums.train[: made.prompts], sums.held_out[: made.evaluation_prompts])
+    return Split(world.prompts("ppo", made.prompts), world.prompts("evaluation", made.evaluation_prompts))
 
 
 def _read(data: DataConfig, seed: int, read: Callable[[str], list[Row]]) -> Split[Row]:

@@ -94,10 +94,12 @@ class Experience:
         cut: Callable[[TrajectoryBatch], Schedules],
         *,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        complete: bool = False,
     ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
         """The batch with scores, reference log-probs, values and log-probs, the schedules that made them, the texts.
 
-        The groups compute while the rewards are fetched; ``phase`` times what is waited for.
+        The groups compute while the rewards are fetched; ``phase`` times what is waited for. What has no reward is left
+        out as configured; where the batch must be ``complete`` it is an error.
         """
         schedules = cut(trajectories)
         shared = self.policy.share(trajectories)
@@ -109,6 +111,8 @@ class Experience:
         with phase("scoring"):
             samples = self.samples(trajectories, prompts)
             results = self.score(samples)
+            if complete:
+                self._require_all(results)
         with phase("log_probs"):
             columns = {name: column.result() for name, column in pending.items()}
         kept = self._kept(samples, results)
@@ -151,10 +155,13 @@ class Experience:
     def rewards_of(self, samples: Sequence[TextSample]) -> list[float]:
         """The reward of every sample; raises :class:`ScoringError` where one has none."""
         results = self.score(samples)
+        self._require_all(results)
+        return [float(result.reward) for result in results if result.reward is not None]
+
+    def _require_all(self, results: Sequence[ScoreResult]) -> None:
         failed = [result.error for result in results if result.error is not None]
         if failed:
-            raise ScoringError(f"no reward for {len(failed)} of {len(samples)} samples, such as: {failed[0]}")
-        return [float(result.reward) for result in results if result.reward is not None]
+            raise ScoringError(f"no reward for {len(failed)} of {len(results)} samples, such as: {failed[0]}")
 
     def _kept(self, samples: Sequence[TextSample], results: Sequence[ScoreResult]) -> list[int]:
         """Rows of prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop."""

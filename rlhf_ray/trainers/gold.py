@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
-from rlhf_ray.config.schema import PpoConfig
-from rlhf_ray.data.world import gold_score
+from rlhf_ray.config.schema import PpoConfig, RewardConfig
+from rlhf_ray.errors import ScoringError
 from rlhf_ray.trainers.experience import TextSample
+from rlhf_ray.trainers.reward_sources import function_source
+
+Gold = Callable[[Sequence[TextSample]], list[float]]
 
 
-def gold_of(config: PpoConfig) -> Callable[[TextSample], float] | None:
-    """The gold score of a sample in the generated world; none where the truth is not known."""
+def gold_of(config: PpoConfig, cleanup: ExitStack) -> Gold | None:
+    """What scores samples by the truth: ``evaluation.gold``, or the generated world's own; none where neither is there."""
+    name = config.evaluation.gold or world_gold(config)
+    return None if name is None else gold_function(name, cleanup)
+
+
+def gold_function(name: str, cleanup: ExitStack) -> Gold:
+    """The function ``name`` as a gold score; what it fails at is an error."""
+    source = function_source(name, RewardConfig(function=name), cleanup)
+
+    def gold(samples: Sequence[TextSample]) -> list[float]:
+        results = source.score(samples).result()
+        failed = next((result.error for result in results if result.error is not None), None)
+        if failed is not None:
+            raise ScoringError(f"no gold score (evaluation.gold): {failed}")
+        return [float(result.reward) for result in results if result.reward is not None]
+
+    return gold
+
+
+def world_gold(config: PpoConfig) -> str | None:
+    """The function that knows the truth of the generated world's prompts; none where prompts are from elsewhere."""
     if config.data.world is None:
         return None
-    return lambda sample: gold_score(sample.prompt, sample.response, sample.finished)
+    return {"customers": "world.gold", "arithmetic": "world.arithmetic"}[config.data.world.task]

@@ -19,7 +19,7 @@ from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.experience import Experience
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.learner import Learner
-from rlhf_ray.trainers.ppo_closing import closing
+from rlhf_ray.trainers.ppo_closing import closing, show_samples
 from rlhf_ray.trainers.ppo_evaluation import Comparison, PpoEvaluation
 from rlhf_ray.trainers.ppo_metrics import refuse_stale, sample_rows, step_metrics
 from rlhf_ray.trainers.ppo_progress import PpoProgress
@@ -136,13 +136,14 @@ class PpoTrainer:
         with self.journal.phase("evaluation"):
             comparison = self.evaluation.now()
         self.journal.evaluation(self.progress.step, comparison.figures)
+        show_samples(comparison, self.config.algorithm.name, self.config.evaluation.samples_shown)
         return comparison
 
     def finish(self) -> None:
         """The last comparison, the last commit, and ``final/`` with the critic beside it."""
         comparison = self.compare()
         if comparison is not None:
-            self.journal.closing(*closing(comparison))
+            self.journal.closing(*closing(comparison, self.config.algorithm.name, self.config.evaluation.pass_at))
         self.commits.final({"": (self.groups.policy, {}), "critic": (self.groups.critic, {})})
         self.journal.finish()
         get_logger("ppo").info("done: %s", self.run_directory.path)

@@ -1,8 +1,8 @@
-"""Held-out prompts, sampled by the starting policy once and by the trained one when due: did it get better?
+"""Held-out prompts, answered by the starting policy once and by the trained one when due: did it get better?
 
-Always true: both sides answer the same held-out prompts at the training temperature; ties count one half; what the starting
-policy answered is kept with the run, so that a resumed run compares with the same answers; best-of-n of the starting policy
-stands beside, with the KL that picking costs.
+Always true: both sides answer the same held-out prompts in the same way, sampled at the training temperature or greedily;
+what the starting policy answered is kept with the run, so that a resumed run compares with the same answers; best-of-n of
+the starting policy stands beside, with the KL that picking costs.
 """
 
 from __future__ import annotations
@@ -11,32 +11,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.schema import PpoConfig
-from rlhf_ray.evaluation import best_of_n, best_of_n_kl, win_rate
+from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt
+from rlhf_ray.trainers.judged import Judged, compared
 from rlhf_ray.trainers.learner import Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-Gold = Callable[[TextSample], float]
-Generate = Callable[[Sequence[TokenizedPrompt], int], TrajectoryBatch]
-"""From prompts and samples a prompt to trajectories."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One answer to a held-out prompt."""
-
-    prompt_id: int
-    prompt: str
-    response: str
-    finished: bool
-    tokens: int
-    """Of the answer."""
-    reward: float
-    gold: float | None
+Gold = Callable[[Sequence[TextSample]], list[float]]
+Generate = Callable[[Sequence[TokenizedPrompt], int, bool], TrajectoryBatch]
+"""From prompts, samples a prompt, and whether to take the likeliest tokens, to trajectories."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ class PpoEvaluation:
         return bool(self.prompts)
 
     def before(self, *, resumed: bool) -> None:
-        """The starting policy's answers: sampled now, or in a resumed run those of its first start."""
+        """The starting policy's answers: drawn now, or in a resumed run those of its first start."""
         if not self.possible:
             return
         kept = self.directory / "start.json"
@@ -106,66 +92,57 @@ class PpoEvaluation:
 
     def now(self) -> Comparison:
         """The current policy's answers and their figures, beside the starting policy's."""
-        answers, kl = self.answers()
-        figures = {
-            "evaluation/kl": kl,
-            "evaluation/reward": _mean([row.reward for row in answers]),
-            "evaluation/reward_start": _mean([row.reward for row in self.start]),
-            "evaluation/reward_win_rate": win_rate([row.reward for row in answers], [row.reward for row in self.start]),
-            "evaluation/length": _mean([row.tokens for row in answers]),
-            "evaluation/length_start": _mean([row.tokens for row in self.start]),
-        }
-        if self.gold is not None:
-            gold, gold_start = [row.gold for row in answers], [row.gold for row in self.start]
-            figures |= {
-                "evaluation/gold": _mean(gold),
-                "evaluation/gold_start": _mean(gold_start),
-                "evaluation/gold_win_rate": win_rate(gold, gold_start),
-            }
+        answers, figures = self.answers()
+        figures |= compared(answers, self.start, self.config.evaluation.pass_at)
         return Comparison(figures, self.start, answers, self.best)
 
-    def answers(self) -> tuple[list[Judged], float]:
-        """One judged answer a prompt, and their mean sequence KL (k1) to the reference in nats."""
+    def answers(self) -> tuple[list[Judged], dict[str, float]]:
+        """Judged answers, those to one prompt together; where they are samples, their mean sequence KL (k1) in nats."""
+        asked = self.config.evaluation
         batch, _, samples = self.experience.gather(
-            self.generate(self.prompts, 1), {prompt.prompt_id: prompt for prompt in self.prompts}, self.cut
+            self.generate(self.prompts, asked.samples_per_prompt, asked.greedy),
+            {prompt.prompt_id: prompt for prompt in self.prompts},
+            self.cut,
+            complete=True,
         )
-        mask, offsets = batch["action_mask"], batch.offsets
-        kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], mask, offsets)
-        rows = self._judged(batch["prompt_id"].tolist(), samples, batch["score"].tolist())
-        return rows, float(kl.mean())
+        rows = self._judged(samples, batch["score"].tolist())
+        if asked.greedy or "reference_log_probs" not in batch:
+            return rows, {}
+        kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets)
+        return rows, {"evaluation/kl": float(kl.mean())}
 
     def best_of(self) -> list[BestOf]:
         """Expected gold of the best of 1, 2, 4, ... samples of the starting policy by the reward source."""
         largest = self.config.evaluation.best_of
         if largest < 2 or self.gold is None:
             return []
-        trajectories = self.generate(self.prompts, largest)
+        trajectories = self.generate(self.prompts, largest, False)
         samples = self.experience.samples(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
-        rewards = self.experience.rewards_of(samples)
-        gold = [self.gold(sample) for sample in samples]
+        rewards, gold = self.experience.rewards_of(samples), self.gold(samples)
+        first = {row.prompt_id: float(row.gold or 0.0) for row in reversed(self.start)}
         by_prompt = [slice(start, start + largest) for start in range(0, len(samples), largest)]
-        won = [_won(gold[rows], baseline.gold) for rows, baseline in zip(by_prompt, self.start, strict=True)]
+        won = [_won(gold[rows], first[samples[rows.start].prompt_id]) for rows in by_prompt]
         rewards_of, gold_of = [rewards[rows] for rows in by_prompt], [gold[rows] for rows in by_prompt]
         sizes = [2**power for power in range(1, largest.bit_length()) if 2**power <= largest]
         return [
             BestOf(n, best_of_n_kl(n), best_of_n(rewards_of, gold_of, n), best_of_n(rewards_of, won, n)) for n in sizes
         ]
 
-    def _judged(
-        self, prompt_ids: Sequence[int], samples: Sequence[TextSample], scores: Sequence[float]
-    ) -> list[Judged]:
+    def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[Judged]:
         lengths = {prompt.prompt_id: len(prompt.token_ids) for prompt in self.prompts}
+        gold = [None] * len(samples) if self.gold is None else self.gold(samples)
         return [
             Judged(
-                prompt_id=prompt_id,
+                prompt_id=sample.prompt_id,
                 prompt=sample.prompt,
                 response=sample.response,
                 finished=sample.finished,
-                tokens=len(sample.token_ids) - lengths[prompt_id],
+                tokens=len(sample.token_ids) - lengths[sample.prompt_id],
                 reward=score,
-                gold=None if self.gold is None else self.gold(sample),
+                gold=truth,
+                source=sample.source,
             )
-            for prompt_id, sample, score in zip(prompt_ids, samples, scores, strict=True)
+            for sample, score, truth in zip(samples, scores, gold, strict=True)
         ]
 
 
@@ -175,9 +152,5 @@ def best_at(best: Sequence[BestOf], kl: float) -> BestOf | None:
     return max(within, key=lambda row: row.n) if within else None
 
 
-def _won(gold: Sequence[float], baseline: Any) -> list[float]:
+def _won(gold: Sequence[float], baseline: float) -> list[float]:
     return [1.0 if value > baseline else 0.5 if value == baseline else 0.0 for value in gold]
-
-
-def _mean(values: Sequence[Any]) -> float:
-    return float(sum(values) / len(values))

@@ -6,11 +6,12 @@ Always true: every number is of this step's batch; the gold score is shown and n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.errors import StaleWeightsError
 from rlhf_ray.trainers.experience import TERM, Experience, TextSample, TokenizedPrompt
-from rlhf_ray.trainers.gold import gold_of
+from rlhf_ray.trainers.gold import gold_function, world_gold
 from rlhf_ray.trainers.ppo_progress import PpoProgress
 from rlhf_ray.trainers.self_check import log_prob_difference
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -40,9 +41,10 @@ def step_metrics(
     }
     terms = [name for name in batch.columns if name.startswith(TERM)]
     metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
-    gold = gold_of(experience.config)
+    gold = world_gold(experience.config)
     if gold is not None:
-        metrics["gold/mean"] = sum(map(gold, samples)) / len(samples)
+        scores = gold_function(gold, ExitStack())(samples)
+        metrics["gold/mean"] = sum(scores) / len(scores)
     return metrics
 
 

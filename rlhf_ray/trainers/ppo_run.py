@@ -14,6 +14,7 @@ from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, Rew
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.data.tokenizers import stop_token_ids
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.planning.arithmetic import updates_per_step
 from rlhf_ray.runs.checkpoints import Checkpoint
@@ -68,13 +69,12 @@ def build(
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
     """Start every group and put the trainer together."""
+    stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
     groups, placed = start_groups(config, session)
     commits = Commits(run, config.checkpoint, {"policy": groups.policy, "critic": groups.critic}, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
-    setup = RolloutSetup(
-        config.rollout, str(start_directory), tokenizer.eos_token_id, config.run.seed, config.run.deterministic
-    )
+    setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
     sampler = Sampler(config, session.fleet(placed, setup))
     conversations = any(prompt.messages is not None for prompt in prompts.train)
     rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
@@ -91,7 +91,7 @@ def build(
         config,
         experience,
         prompts.held_out,
-        gold=gold_of(config),
+        gold=gold_of(config, session.cleanup),
         generate=sampler.held_out,
         cut=lambda batch: learner.schedules(batch, step=0),
         directory=run.path / "evaluation",

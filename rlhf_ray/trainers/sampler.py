@@ -31,14 +31,16 @@ class Sampler:
         """``samples_per_prompt`` answers to each prompt."""
         return self._generate(prompts, self.config.batch.samples_per_prompt, step)
 
-    def held_out(self, prompts: Sequence[TokenizedPrompt], samples: int) -> TrajectoryBatch:
-        """``samples`` answers to each held-out prompt."""
-        return self._generate(prompts, samples, HELD_OUT)
+    def held_out(self, prompts: Sequence[TokenizedPrompt], samples: int, greedy: bool) -> TrajectoryBatch:
+        """``samples`` answers to each held-out prompt, or the greedy one."""
+        return self._generate(prompts, samples, HELD_OUT, greedy=greedy)
 
     def update_weights(self, version: int, weights: Any) -> None:
         self.fleet.update_weights(version, weights)
 
-    def _generate(self, prompts: Sequence[TokenizedPrompt], samples: int, step: int) -> TrajectoryBatch:
+    def _generate(
+        self, prompts: Sequence[TokenizedPrompt], samples: int, step: int, *, greedy: bool = False
+    ) -> TrajectoryBatch:
         times = Counter(prompt.prompt_id for prompt in prompts)
         unique = {prompt.prompt_id: prompt for prompt in prompts}
         requests = [
@@ -50,6 +52,7 @@ class Sampler:
                 max_new_tokens=self.config.rollout.max_new_tokens,
                 run_seed=self.config.run.seed if self.config.run.deterministic else None,
                 step=step,
+                greedy=greedy,
             )
         ]
         return self.fleet.generate(requests, self.config.rollout.timeout_s)

@@ -36,11 +36,13 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`algorithm.kl`": schema.KlConfig,
     "`loss` of rm": schema.RewardLossConfig,
     "`evaluation`": schema.EvaluationConfig,
+    "`evaluation` of ppo": schema.PpoEvaluationConfig,
     "`checkpoint`": schema.CheckpointConfig,
     "`monitoring`": schema.MonitoringConfig,
     "serve, beside `run` and `cluster`": schema.ServeConfig,
 }
 ELSEWHERE = {
+    schema.PpoEvaluationConfig: set(schema.EvaluationConfig.model_fields),
     schema.SequenceBatchConfig: set(roles.TokenBudget.model_fields),
     schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
     schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import NumericalError, RequestError
-from rlhf_ray.evaluation import best_of_n, best_of_n_kl, pass_at_k
+from rlhf_ray.evaluation import best_of_n, best_of_n_kl, mean_pass_at_k, pass_at_k
 
 
 @settings(deadline=None, max_examples=40)
@@ -85,3 +85,13 @@ def test_requests_that_mean_nothing_are_refused() -> None:
         best_of_n([[1.0], [math.nan]], [[1.0], [1.0]], 1)
     with pytest.raises(RequestError, match="n starts at 1"):
         best_of_n_kl(0)
+
+
+def test_pass_at_k_of_several_prompts_is_the_mean_whatever_they_were_sampled() -> None:
+    right = [[True, False, False, False], [False, False], [True, True]]
+    assert mean_pass_at_k(right, 1) == pytest.approx((0.25 + 0.0 + 1.0) / 3)
+    assert mean_pass_at_k(right, 2) == pytest.approx((0.5 + 0.0 + 1.0) / 3)
+    with pytest.raises(RequestError, match="pass@k of no prompts"):
+        mean_pass_at_k([], 1)
+    with pytest.raises(RequestError, match="k is 3, but there are 2 samples"):
+        mean_pass_at_k(right, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TOLERANCE = 1e-4
 pytestmark = pytest.mark.vllm
 BACKENDS: dict[str, type[RolloutEngine]] = {"transformers": TransformersEngine, "vllm": VllmEngine}
 DEADLINE_S = 120.0
+STOPS = (EOS, VOCABULARY - 1)
+"""Two tokens that end an answer."""
 
 
 class Clock:
@@ -49,7 +52,7 @@ class Bench:
         self._engine: RolloutEngine | None = None
         config = RolloutConfig(dtype="fp32", temperature=TEMPERATURE, kv_cache_gib=0.1, max_model_tokens=256)
         self._make: Callable[[], RolloutEngine] = lambda: backend(
-            directory, config, eos_token_id=EOS, clock=self.clock, **settings
+            directory, config, stop_token_ids=STOPS, clock=self.clock, **settings
         )
 
     def engine(self) -> RolloutEngine:
@@ -130,22 +133,45 @@ def test_answers_end_with_the_stop_token_or_at_the_limit(bench: Bench) -> None:
     generations = engine.generate(requests, DEADLINE_S)
     assert [generation.key for generation in generations] == [request.key for request in requests]
     for generation in generations:
+        *before, last = generation.token_ids
+        assert not set(before) & set(STOPS)
         if generation.finish_reason is FinishReason.STOP:
-            assert generation.token_ids.index(EOS) == len(generation.token_ids) - 1
+            assert last in STOPS
         else:
             assert generation.finish_reason is FinishReason.LENGTH
-            assert EOS not in generation.token_ids
+            assert last not in STOPS
             assert len(generation.token_ids) == 15
         assert len(generation.token_ids) == len(generation.log_probs) == len(generation.weight_versions)
     assert {generation.finish_reason for generation in generations} == {FinishReason.STOP, FinishReason.LENGTH}
-    assert any(len(generation.token_ids) > 1 for generation in generations if EOS in generation.token_ids)
+    for stop in STOPS:
+        assert any(len(generation.token_ids) > 1 for generation in generations if stop in generation.token_ids)
 
 
 def test_a_stop_token_at_the_limit_is_a_stop(bench: Bench) -> None:
     engine, draws = bench.engine(), make_requests([(0, [5])], samples_per_prompt=400, max_new_tokens=1, run_seed=0)
     for generation in engine.generate(draws, DEADLINE_S):
-        ends = generation.token_ids == (EOS,)
+        ends = generation.token_ids[0] in STOPS
         assert generation.finish_reason is (FinishReason.STOP if ends else FinishReason.LENGTH)
+
+
+@torch.no_grad()
+def test_greedy_answers_take_the_likeliest_token_each_time_beside_sampled_ones(
+    bench: Bench, models: dict[int, LlamaForCausalLM]
+) -> None:
+    engine = bench.engine()
+    if engine.weight_version != 0:
+        update(engine, models, 0)
+    drawn = requests_of(6)
+    greedy = [replace(request, sample_index=9 + request.sample_index, greedy=True) for request in drawn]
+    mixed = engine.generate([*drawn, *greedy], DEADLINE_S)
+    assert engine.generate(drawn, DEADLINE_S) == mixed[: len(drawn)], "greedy neighbours change no draw"
+    for request, generation in zip(greedy, mixed[len(drawn) :], strict=True):
+        context = list(request.token_ids)
+        for token in generation.token_ids:
+            logits = models[0](input_ids=torch.tensor([context])).logits[0, -1]
+            assert token == int(logits.argmax())
+            context.append(token)
+    assert largest_difference(models[0], greedy, mixed[len(drawn) :], 1.0) < TOLERANCE
 
 
 @torch.no_grad()
@@ -315,7 +341,7 @@ def test_without_seeds_every_call_draws_anew(free_bench: tuple[Bench, Sequence[L
 def test_bfloat16_weights_arrive_in_a_bfloat16_engine(save_llama: Any) -> None:
     model, directory = save_llama(0, dtype=torch.bfloat16)
     config = RolloutConfig(dtype="bf16", backend="transformers")
-    engine = TransformersEngine(directory, config, eos_token_id=EOS)
+    engine = TransformersEngine(directory, config, stop_token_ids=(EOS,))
     other = make_llama(1).to(torch.bfloat16)
     requests = requests_of(6)
     before = engine.generate(requests, DEADLINE_S)
@@ -330,4 +356,4 @@ def test_bfloat16_weights_arrive_in_a_bfloat16_engine(save_llama: Any) -> None:
 def test_cut_distributions_are_refused(setting: str, value: float, save_llama: Any) -> None:
     config = RolloutConfig(**{setting: value})
     with pytest.raises(RequestError, match=f"rollout.{setting} is {value}"):
-        TransformersEngine(save_llama(0)[1], config, eos_token_id=EOS)
+        TransformersEngine(save_llama(0)[1], config, stop_token_ids=(EOS,))

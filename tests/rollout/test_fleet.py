@@ -74,7 +74,9 @@ def weights(model_and_directory: tuple[LlamaForCausalLM, Path]) -> PublishedWeig
 def make_handle(model_and_directory: tuple[LlamaForCausalLM, Path]) -> Callable[..., Handle]:
     def make(*faults: Exception | Fault | None) -> Handle:
         config = RolloutConfig(backend="transformers", dtype="fp32")
-        return Handle(TransformersEngine(model_and_directory[1], config, eos_token_id=1, deterministic=True), *faults)
+        return Handle(
+            TransformersEngine(model_and_directory[1], config, stop_token_ids=(1,), deterministic=True), *faults
+        )
 
     return make
 
@@ -88,7 +90,7 @@ def expected(model_and_directory: tuple[LlamaForCausalLM, Path], weights: Publis
     """The batch of an undisturbed fleet of three."""
     config = RolloutConfig(backend="transformers", dtype="fp32")
     handles = [
-        LocalHandle(TransformersEngine(model_and_directory[1], config, eos_token_id=1, deterministic=True))
+        LocalHandle(TransformersEngine(model_and_directory[1], config, stop_token_ids=(1,), deterministic=True))
         for _ in range(3)
     ]
     fleet = Fleet(handles)

@@ -23,7 +23,6 @@ from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.serving.app import ScoringApp, create_app
 from rlhf_ray.serving.gateway import GroupBackend
 
@@ -122,7 +121,7 @@ def test_ids_score_over_http_as_in_ppo_and_in_transformers(
     sequences = random_ids(20)
     results = items(app(), *({"token_ids": ids} for ids in sequences))
     assert [result["raw"] for result in results] == [close(reference.of_ids(ids)) for ids in sequences]
-    in_ppo = ModelSource(group).score([ScoreRequest(token_ids=tuple(ids)) for ids in sequences], ()).result()
+    in_ppo = group.score([ScoreRequest(token_ids=tuple(ids)) for ids in sequences]).result()
     assert [result["raw"] for result in results] == [close(result.raw) for result in in_ppo]
     assert [result["tokens"] for result in results] == [len(ids) for ids in sequences]
     assert len({result["raw"] for result in results}) == 20, "scores that are all alike would prove nothing"
@@ -139,7 +138,7 @@ def test_texts_score_over_http_as_in_ppo_and_in_transformers(
     answer = response.json()
     assert answer == {"rewards": answer["rewards"], "scores": answer["rewards"], "extra_logs": {}}
     assert answer["rewards"] == [close(reference.of_text(text)) for text in TEXTS]
-    in_ppo = ModelSource(group).score([ScoreRequest(text=text) for text in TEXTS], ()).result()
+    in_ppo = group.score([ScoreRequest(text=text) for text in TEXTS]).result()
     assert answer["rewards"] == [close(result.raw) for result in in_ppo]
     assert len(set(answer["rewards"])) == len(TEXTS)
 
@@ -152,7 +151,7 @@ def test_a_prompt_with_its_response_scores_over_http_as_in_ppo(
     by_pair, by_turns = items(app(), pair, {"messages": turns})
     written = f"{BOS}[user]why? {EOS}[assistant]because.{EOS}"
     assert [by_pair["raw"], by_turns["raw"]] == [close(reference.of_text(written))] * 2
-    (in_ppo,) = ModelSource(group).score([ScoreRequest(**pair)], ()).result()
+    (in_ppo,) = group.score([ScoreRequest(**pair)]).result()
     assert by_pair["raw"] == close(in_ppo.raw)
 
 
@@ -450,7 +449,7 @@ def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: Re
     info = ask(served, lambda client: client.get("/info")).json()
     assert info == {
         "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "normalize": False,
-        "fingerprint": group.describe().result()["fingerprint"], "max_tokens": LIMIT,
+        **{part: group.describe().result()[part] for part in ("fingerprint", "template")}, "max_tokens": LIMIT,
         "limits": {"items": 7, "body_bytes": 1234},
     }  # fmt: skip
     response = post(served, "/v1/reward", {"items": [{"text": "abc"}, {"text": ""}]})
