@@ -113,8 +113,8 @@ class ModelWorker:
         def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
             if not micro_batch:
                 return LossOutput(_graph_anchor(self._outputs(module, Packed.dummy().to(self.device))) * 0.0, {})
-            part = batch.select(micro_batch).to(self.device)
-            return loss(self._outputs(module, pack(part)), part)
+            packed = pack(batch, micro_batch).to(self.device)
+            return loss(self._outputs(module, packed), batch.select(micro_batch).to(self.device))
 
         report = self.engine.accumulate(micro_batches, step, denominator)
         self.phase = "ready"

@@ -208,22 +208,25 @@ class PackedPolicy(nn.Module):
         packed: Packed,
         temperature: float = 1.0,
         with_entropy: bool = False,
-        wanted: Bool[Tensor, "tokens"] | None = None,
+        wanted: Bool[Tensor, "sequence_tokens"] | None = None,
     ) -> PolicyOutputs:
-        """``log_probs[t]`` is log p(token t | tokens before t), ``entropy[t]`` that of the choice of token t.
+        """``log_probs[t]`` is log p(token t | tokens before t), ``entropy[t]`` that of the choice of token t, for every
+        token of every sequence.
 
-        Both are 0 at the first token of a segment and where ``wanted`` (default: everywhere) is False; the output layer
-        runs for wanted tokens only.
+        Both are 0 at the first token of a sequence and where ``wanted`` (default: everywhere) is False; the output layer
+        runs for wanted tokens only, and once for what sequences share.
         """
         hidden = packed_forward(self.actor.backbone, packed)
-        predicted = torch.ones(packed.num_tokens, dtype=torch.bool, device=hidden.device)
-        predicted[packed.offsets[:-1]] = False
+        predicted = packed.previous >= 0
         if wanted is not None:
-            predicted &= wanted
+            predicted &= torch.zeros_like(predicted).index_fill(0, packed.of_sequences[wanted], True)
         at = predicted.nonzero()[:, 0]
-        log_probs, entropy = self.actor.log_prob_head(hidden[at - 1], packed.token_ids[at], temperature, with_entropy)
+        log_probs, entropy = self.actor.log_prob_head(
+            hidden.index_select(0, packed.previous[at]), packed.token_ids[at], temperature, with_entropy
+        )
 
-        def spread(numbers: Tensor) -> Float[Tensor, "tokens"]:
-            return numbers.new_zeros(packed.num_tokens).index_put((at,), numbers)
+        def spread(numbers: Tensor) -> Float[Tensor, "sequence_tokens"]:
+            tokens = packed.per_sequence(numbers.new_zeros(packed.num_tokens).index_put((at,), numbers))
+            return tokens if wanted is None or packed.parent is None else tokens * wanted
 
         return PolicyOutputs(spread(log_probs), None if entropy is None else spread(entropy))

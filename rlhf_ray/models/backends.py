@@ -1,9 +1,10 @@
 """Attention backends for packed input: which there are, which one this machine gets, how transformers calls them.
 
 Always true: segments travel as the keyword arguments ``cu_seq_lens_q/k`` and ``max_length_q/k`` that transformers
-hands to every registered attention function, and nothing is kept on a config; what a model asks for and a backend
-lacks (attention sinks, position biases, dropout) is refused by name; calls without segments are ordinary padded
-attention; kernels come from installed packages, never from a hub.
+hands to every registered attention function, and nothing is kept on a config; a kernel sees shared prefixes only if it
+serves them, else every sequence whole; what a model asks for and a backend lacks (attention sinks, position biases,
+dropout) is refused by name; calls without segments are ordinary padded attention; kernels come from installed packages,
+never from a hub.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.attention import Segments, segment_attention
+from rlhf_ray.models.attention import segment_attention
+from rlhf_ray.models.segments import Segments
 
 Kernel = Callable[..., Tensor]
 
@@ -103,6 +105,10 @@ KERNELS: dict[str, Kernel] = {
 }
 """By the names of the config, best first. Each maps (tokens, heads, dim) to (tokens, heads, value dim)."""
 
+SHARES_PREFIXES = {"sdpa"}
+"""Backends that attend to a shared prefix in its place. For the others it is repeated in each sequence, in attention only:
+they need nothing of a kernel but causal attention over whole sequences."""
+
 REGISTERED = {backend: f"rlhf_ray_{number}" for number, backend in enumerate(KERNELS)}
 """Names under which transformers knows the backends: its checks read more into names that contain "flash" or "sdpa"."""
 
@@ -163,6 +169,19 @@ def _segments_of(given: dict[str, Any]) -> Segments | None:
     return shared if shared is not None or cuts is None else Segments.of(cuts)
 
 
+def _whole(kernel: Kernel) -> Kernel:
+    """Make a kernel that gets every sequence whole, and gives each token's output where it first stands."""
+
+    def whole(query: Tensor, key: Tensor, value: Tensor, segments: Segments, **given: Any) -> Tensor:
+        if segments.parent is None:
+            return kernel(query, key, value, segments, **given)
+        sequences, tokens, first = segments.unshared
+        repeated = (tensor.index_select(0, tokens) for tensor in (query, key, value))
+        return kernel(*repeated, sequences, **given).index_select(0, first)
+
+    return whole
+
+
 def _interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
     """Make the function that transformers calls for a kernel."""
 
@@ -210,5 +229,6 @@ def _capped(
 
 
 for _backend, _kernel in KERNELS.items():
-    AttentionInterface.register(REGISTERED[_backend], _interface(_kernel))
+    _serving = _kernel if _backend in SHARES_PREFIXES else _whole(_kernel)
+    AttentionInterface.register(REGISTERED[_backend], _interface(_serving))
     AttentionMaskInterface.register(REGISTERED[_backend], AttentionMaskInterface()["sdpa"])

@@ -2,7 +2,7 @@
 
 Always true: every weight of a loaded model came from its checkpoint (missing or misshapen ones are errors, whatever
 transformers would make up for them); dropout is off; the attention backend is one that packs, proved on the spot with
-two short segments.
+short sequences, of which two share a prefix.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
 
 @torch.no_grad()
 def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
-    """Run two short segments packed and one by one, and refuse a model for which that differs.
+    """Run short sequences packed and one by one, and refuse a model for which that differs.
 
     For a causal model the logits are compared, so that one which changes them after its output layer is refused too. A
     model in shards cannot run before an engine holds it: what is known of its kind must do.
@@ -180,13 +180,20 @@ def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
         return
     device, training = model.get_input_embeddings().weight.device, model.training
     rows = model.get_input_embeddings().num_embeddings
-    segments = [torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (2, 3))]
-    positions = torch.cat([torch.arange(len(segment), device=device) for segment in segments])
-    packed = Packed(torch.cat(segments), torch.tensor([0, 5, 8], device=device), positions)
+    prefix, *others = (
+        torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (7, 2), (4, 3), (2, 3))
+    )
+    sequences = [torch.cat([prefix, others[0]]), torch.cat([prefix, others[1]]), others[2]]
+    packed = Packed(
+        torch.cat([prefix, *others]),
+        torch.tensor([0, 5, 7, 10, 13], device=device),
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 0, 1, 2], device=device),
+        torch.tensor([-1, 0, 0, -1], device=device),
+    )
     model.eval()
     try:
-        alone = torch.cat([_ordinary(model, segment) for segment in segments])
-        together = packed_forward(backbone, packed)
+        alone = torch.cat([_ordinary(model, sequence) for sequence in sequences])
+        together = packed.per_sequence(packed_forward(backbone, packed))
     finally:
         model.train(training)
     head = model.get_output_embeddings() if model is not backbone else None
@@ -200,7 +207,7 @@ def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
         )
 
 
-def _ordinary(model: PreTrainedModel, segment: Tensor) -> Tensor:
-    output = model(input_ids=segment[None], attention_mask=torch.ones_like(segment)[None], use_cache=False)
+def _ordinary(model: PreTrainedModel, sequence: Tensor) -> Tensor:
+    output = model(input_ids=sequence[None], attention_mask=torch.ones_like(sequence)[None], use_cache=False)
     tensor: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
     return tensor

@@ -1,7 +1,7 @@
 """Running a model on a pack: the only way this project's own code runs one.
 
-Always true: the hidden states of a segment are those of the segment run alone; a model whose attention cannot be packed
-safely is refused by its name rather than run wrong.
+Always true: the hidden states of a sequence are those of the sequence run alone, whatever it shares; a model whose
+attention cannot be packed safely is refused by its name rather than run wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
-from rlhf_ray.models.attention import Segments
+from rlhf_ray.models.segments import Segments
 from rlhf_ray.trajectories.packing import Packed
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
@@ -20,11 +20,7 @@ SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "tokens hidden"]:
     """Return the last hidden state of every token of the pack."""
-    if packed.parent is not None:
-        raise RequestError(
-            "segments that continue a parent are not served yet: repeat the shared prefix in each segment"
-        )
-    segments = Segments.of(packed.offsets)
+    segments = Segments.of(packed.offsets, packed.parent)
     output = backbone(
         input_ids=packed.token_ids[None],
         position_ids=packed.position_ids[None],

@@ -159,19 +159,17 @@ class PackedRegression(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, packed: Packed, kind: Literal["values", "scores"]) -> Float[Tensor, "tokens or segments"]:
-        """``scores``: one a segment, at its last token. ``values``: one a token, that of the state before it was
-        chosen; 0 at the first token of a segment.
+    def forward(self, packed: Packed, kind: Literal["values", "scores"]) -> Float[Tensor, "tokens or sequences"]:
+        """``scores``: one a sequence, at its last token. ``values``: one a token of every sequence, that of the state
+        before it was chosen; 0 at the first token.
         """
         hidden = packed_forward(self.model.backbone, packed)
         if kind == "scores":
-            return self.model.regress(hidden[packed.offsets[1:] - 1])
+            return self.model.regress(hidden.index_select(0, packed.last_tokens))
         if kind != "values":
             raise RequestError(f"unknown kind {kind!r}: choose values or scores")
-        after = self.model.regress(hidden)
-        follows = torch.ones_like(after)
-        follows[packed.offsets[:-1]] = 0
-        return after.roll(1) * follows
+        before = self.model.regress(hidden).index_select(0, packed.previous.clamp(min=0))
+        return packed.per_sequence(before * (packed.previous >= 0))
 
 
 def get_llm_for_sequence_regression(

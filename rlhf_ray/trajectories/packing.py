@@ -1,16 +1,19 @@
-"""What a model is run on: segments laid end to end, without padding.
+"""What a model is run on: segments laid end to end, without padding, what sequences have in common once.
 
-Always true: a pack holds at least one segment; every segment is a whole sequence whose positions start at 0 (unless it
-continues a parent); packing neither changes nor reorders a token.
+Always true: a pack holds at least one segment; a segment begins at position 0, or where the earlier segment ends that it
+continues (its ``parent``); a segment that no other continues ends a sequence, and following the parents back to the start
+gives that sequence whole; packing neither changes nor reorders the tokens of a sequence, nor the sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -19,13 +22,16 @@ from rlhf_ray.trajectories.columns import BatchError, check_offsets, describe
 DUMMY_TOKENS = 2
 """Tokens of a dummy pack: one to predict and one to predict it from."""
 
+SHORTEST_SHARED = 16
+"""Tokens that neighbours begin with in common before they are computed once: a segment more has a price as well."""
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Token ids of segments, where each is cut, the position of each token in its segment.
+    """Token ids of segments, where each is cut, the position of each token in its sequence.
 
     ``parent[i]`` names the earlier segment whose tokens segment ``i`` continues (the shared prefix of a pair or of the
-    samples of one prompt), -1 for none.
+    samples of one prompt), -1 for none; without any it is None.
     """
 
     token_ids: Int64[Tensor, "tokens"]
@@ -51,14 +57,22 @@ class Packed:
     def _check_values(self) -> None:
         if int(self.offsets[-1]) != self.num_tokens:
             raise BatchError(f"offsets of a pack end at {int(self.offsets[-1])}, but it has {self.num_tokens} tokens")
-        if self.parent is not None:
-            late = ((self.parent < -1) | (self.parent >= torch.arange(len(self)))).nonzero()
-            if len(late):
-                row = int(late[0])
-                parent = int(self.parent[row])
-                raise BatchError(
-                    f"segment {row} of a pack cannot continue segment {parent}: give an earlier one, or -1"
-                )
+        if self.parent is None:
+            return
+        late = ((self.parent < -1) | (self.parent >= torch.arange(len(self)))).nonzero()
+        if len(late):
+            row = int(late[0])
+            parent = int(self.parent[row])
+            raise BatchError(f"segment {row} of a pack cannot continue segment {parent}: give an earlier one, or -1")
+        starts = self.position_ids[self.offsets[:-1]]
+        ends = self.position_ids[self.offsets[1:] - 1]
+        wrong = (starts != torch.where(self.parent < 0, 0, ends[self.parent.clamp(min=0)] + 1)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise BatchError(
+                f"segment {row} of a pack begins at position {int(starts[row])}, but it continues segment "
+                f"{int(self.parent[row])}: positions go on where that one ends, and begin at 0 without a parent"
+            )
 
     @classmethod
     def dummy(cls, device: torch.device | str = "cpu") -> Packed:
@@ -79,15 +93,117 @@ class Packed:
         """Number of tokens of each segment."""
         return self.offsets.diff()
 
+    @cached_property
+    def sequences(self) -> Int64[Tensor, "sequences"]:
+        """The segments that end a sequence."""
+        segments = torch.arange(len(self), device=self.offsets.device)
+        return segments if self.parent is None else segments[~torch.isin(segments, self.parent)]
+
+    @property
+    def last_tokens(self) -> Int64[Tensor, "sequences"]:
+        """Where the last token of each sequence stands."""
+        return self.offsets[1:][self.sequences] - 1
+
+    @cached_property
+    def previous(self) -> Int64[Tensor, "tokens"]:
+        """Where the token before each token of a sequence stands; -1 at the first."""
+        before = torch.arange(-1, self.num_tokens - 1, device=self.offsets.device)
+        starts = self.offsets[:-1]
+        if self.parent is None:
+            return before.index_fill(0, starts, -1)
+        return before.index_copy(0, starts, torch.where(self.parent < 0, -1, self.offsets[self.parent + 1] - 1))
+
+    @cached_property
+    def of_sequences(self) -> Int64[Tensor, "sequence_tokens"]:
+        """Where each token of each sequence stands, sequence after sequence."""
+        tokens = torch.arange(self.num_tokens, device=self.offsets.device)
+        if self.parent is None:
+            return tokens
+        cuts, lineages = self.offsets.tolist(), lineage(self.parent.tolist())
+        parts = [
+            tokens[cuts[segment] : cuts[segment + 1]] for end in self.sequences.tolist() for segment in lineages[end]
+        ]
+        return torch.cat(parts)
+
+    def per_sequence(self, tokens: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "sequence_tokens ..."]:
+        """Repeat for every sequence what was computed once for its tokens."""
+        return tokens if self.parent is None else tokens.index_select(0, self.of_sequences)
+
     def to(self, device: torch.device | str) -> Packed:
         """Return the pack on a device."""
         parent = None if self.parent is None else self.parent.to(device)
         return Packed(self.token_ids.to(device), self.offsets.to(device), self.position_ids.to(device), parent)
 
 
-def pack(batch: TrajectoryBatch, indices: Sequence[int] | Tensor | None = None) -> Packed:
-    """Pack these sequences of the batch in this order (all of them without ``indices``); none gives the dummy."""
+def lineage(parent: Sequence[int]) -> list[tuple[int, ...]]:
+    """For each segment those that it continues, from the first on, and itself."""
+    lines: list[tuple[int, ...]] = []
+    for segment, before in enumerate(parent):
+        lines.append((segment,) if before < 0 else (*lines[before], segment))
+    return lines
+
+
+def pack(
+    batch: TrajectoryBatch, indices: Sequence[int] | Tensor | None = None, *, share_prefixes: bool = True
+) -> Packed:
+    """Pack these sequences of the batch in this order (all of them without ``indices``); none gives the dummy.
+
+    Neighbours that begin with the same tokens (the two sides of a pair, the samples of a prompt) share them, unless
+    ``share_prefixes`` is off: results are the same but for rounding.
+    """
     chosen = batch if indices is None else batch.select(indices)
     if len(chosen) == 0:
         return Packed.dummy(batch.device)
-    return Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids)
+    whole = Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids)
+    return _share(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
+
+
+def _share(whole: Packed, chosen: TrajectoryBatch) -> Packed:
+    """The same sequences with what runs of neighbours have in common taken out before each run."""
+    cuts = chosen.offsets.tolist()
+    runs = _runs([whole.token_ids[start:stop] for start, stop in pairwise(cuts)])
+    if not any(shared for _, _, shared in runs):
+        return whole
+    pieces: list[tuple[int, int]] = []
+    parent: list[int] = []
+    for first, last, shared in runs:
+        if shared:
+            pieces.append((cuts[first], cuts[first] + shared))
+            parent.append(-1)
+        prefix = len(pieces) - 1 if shared else -1
+        for sequence in range(first, last):
+            pieces.append((cuts[sequence] + shared, cuts[sequence + 1]))
+            parent.append(prefix)
+    tokens = torch.cat([torch.arange(start, stop) for start, stop in pieces]).to(whole.token_ids.device)
+    offsets = torch.tensor([0, *(stop - start for start, stop in pieces)]).cumsum(0)
+    return Packed(
+        whole.token_ids[tokens],
+        offsets.to(tokens.device),
+        whole.position_ids[tokens],
+        torch.tensor(parent, device=tokens.device),
+    )
+
+
+def _runs(sequences: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """Cut sequences into runs ``(first, last + 1, shared)`` of neighbours that begin with the same ``shared`` tokens.
+
+    A sequence joins a run if that saves more tokens than the run does without it. Each keeps a token of its own.
+    """
+    runs: list[tuple[int, int, int]] = []
+    first, shared = 0, len(sequences[0]) - 1
+    for sequence in range(1, len(sequences)):
+        members = sequence - first
+        common = min(shared, _common(sequences[sequence - 1], sequences[sequence]))
+        if common >= SHORTEST_SHARED and members * common > (members - 1) * shared:
+            shared = common
+        else:
+            runs.append((first, sequence, shared if members > 1 else 0))
+            first, shared = sequence, len(sequences[sequence]) - 1
+    return [*runs, (first, len(sequences), shared if len(sequences) - first > 1 else 0)]
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """Tokens that both begin with, at most all but one of either."""
+    most = min(len(one), len(other)) - 1
+    differ = (one[:most] != other[:most]).nonzero()
+    return int(differ[0]) if len(differ) else most

@@ -11,9 +11,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models import backends
-from rlhf_ray.models.attention import Segments
 from rlhf_ray.models.backends import KERNELS, REGISTERED, choose_backend
 from rlhf_ray.models.load import prepare, prove
+from rlhf_ray.models.segments import Segments
 from rlhf_ray.trajectories.packing import Packed
 
 

@@ -96,12 +96,6 @@ def test_the_pack_of_a_rank_without_work_runs_and_has_gradients(causal: Make) ->
     assert outputs.log_probs.shape == (2,) and outputs.log_probs.requires_grad and outputs.entropy.requires_grad
 
 
-def test_shared_prefixes_are_refused(causal: Make, packed: Packed) -> None:
-    child = Packed(packed.token_ids, packed.offsets, packed.position_ids, torch.full((len(packed),), -1))
-    with pytest.raises(RequestError, match="parent"):
-        packed_forward(causal().base_model, child)
-
-
 def test_unpad_finds_positions_on_either_side(
     sequences: list[Tensor], pad: Callable[..., tuple[Tensor, Tensor]]
 ) -> None:

@@ -1,5 +1,5 @@
-"""A pack holds at least one segment; every segment is a whole sequence whose positions start at 0; packing neither
-changes nor reorders a token.
+"""A pack holds at least one segment; following the parents of one that no other continues gives a sequence whole; packing
+neither changes nor reorders the tokens of a sequence, nor the sequences.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.trajectories import packing
 from rlhf_ray.trajectories.batch import BatchError, TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
 from rlhf_ray.trajectories.schedule import make_schedule
@@ -42,6 +43,56 @@ def test_a_schedule_packs_every_sequence_once(token_ids: list[list[int]], ranks:
     assert all(packed.num_tokens <= 7 for _, packed in packs)
     packed_segments = {i: s for chosen, packed in packs for i, s in zip(chosen, segments(packed), strict=False)}
     assert packed_segments == dict(enumerate(token_ids))
+
+
+@st.composite
+def alike(draw: st.DrawFn) -> list[list[int]]:
+    """Runs of sequences that begin alike; few different tokens, so that others do too."""
+    sequences: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 4))):
+        prefix = draw(st.lists(st.integers(0, 1), max_size=8))
+        for _ in range(draw(st.integers(1, 4))):
+            sequences.append(prefix + draw(st.lists(st.integers(0, 1), min_size=0 if prefix else 1, max_size=5)))
+    return sequences
+
+
+@settings(max_examples=200, deadline=None)
+@given(alike(), st.integers(1, 4))
+def test_sharing_keeps_every_sequence_and_runs_no_more_tokens(token_ids: list[list[int]], shortest: int) -> None:
+    batch = TrajectoryBatch.from_sequences(token_ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SHORTEST_SHARED", shortest)
+        shared = pack(batch)
+    whole = pack(batch, share_prefixes=False)
+    assert whole.parent is None
+    assert torch.equal(shared.per_sequence(shared.token_ids), whole.token_ids)
+    assert torch.equal(shared.per_sequence(shared.position_ids), whole.position_ids)
+    assert torch.equal(shared.token_ids[shared.last_tokens], whole.token_ids[whole.last_tokens])
+    before = shared.previous[shared.of_sequences]
+    assert torch.equal(before >= 0, whole.previous >= 0)
+    assert torch.equal(shared.token_ids[before[before >= 0]], whole.token_ids[whole.previous[whole.previous >= 0]])
+    assert torch.equal(shared.position_ids[before[before >= 0]] + 1, whole.position_ids[whole.previous >= 0])
+    assert len(shared.sequences) == len(shared.last_tokens) == len(token_ids)
+    children = [0] * len(shared) if shared.parent is None else shared.parent[shared.parent >= 0].bincount().tolist()
+    saved = sum((count - 1) * int(shared.lengths[i]) for i, count in enumerate(children) if count)
+    assert shared.num_tokens == whole.num_tokens - saved
+    assert all(count != 1 and (count == 0 or int(shared.lengths[i]) >= shortest) for i, count in enumerate(children))
+
+
+def test_a_pair_and_the_samples_of_a_prompt_share_what_they_begin_with() -> None:
+    prompt, other = list(range(20)), list(range(50, 90))
+    rows = [[*prompt, 30], [*prompt, 31, 32], other, [*other, 1, 2], [*other, 1, 3], [7]]
+    packed = pack(TrajectoryBatch.from_sequences(rows))
+    assert packed.parent is not None
+    assert packed.parent.tolist() == [-1, 0, 0, -1, 3, 3, 3, -1]
+    assert segments(packed) == [prompt, [30], [31, 32], other[:-1], [89], [89, 1, 2], [89, 1, 3], [7]]
+
+
+def test_short_beginnings_are_not_shared() -> None:
+    """And a longer one that saves more is not given up for them."""
+    rows = [[1] * 15 + [2], [1] * 15 + [3], [*range(40), 1], [*range(40), 2], [*range(17), 3]]
+    packed = pack(TrajectoryBatch.from_sequences(rows))
+    assert packed.parent is not None and packed.parent.tolist() == [-1, -1, -1, 2, 2, -1]
 
 
 def test_without_indices_the_whole_batch_is_packed_without_a_copy() -> None:
@@ -79,13 +130,15 @@ def test_to_moves_everything() -> None:
         ({"parent": torch.tensor([-1, 1])}, ["segment 1", "cannot continue segment 1"]),
         ({"parent": torch.tensor([1, -1])}, ["segment 0", "cannot continue segment 1"]),
         ({"parent": torch.tensor([-1, -2])}, ["segment 1", "cannot continue segment -2"]),
+        ({"position_ids": torch.tensor([0, 0])}, ["segment 1", "position 0", "continues segment 0"]),
+        ({"position_ids": torch.tensor([1, 2])}, ["segment 0", "position 1", "begin at 0"]),
     ],
 )
 def test_a_wrong_pack_is_refused(changed: dict[str, torch.Tensor], words: list[str]) -> None:
     right = {
         "token_ids": torch.tensor([1, 2]),
         "offsets": torch.tensor([0, 1, 2]),
-        "position_ids": torch.tensor([0, 0]),
+        "position_ids": torch.tensor([0, 1]),
         "parent": torch.tensor([-1, 0]),
     }
     Packed(**right)
