@@ -33,6 +33,8 @@ def attention_agrees(attention: str, dtype: torch.dtype, device: str, *, count: 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa", dtype=torch.float32)
     sequences = ragged_sequences(count, VOCABULARY, longest=longest)
+    prompt = torch.arange(3, 3 + longest // 3)  # the same before all: the pack holds it once
+    sequences = [torch.cat([prompt, sequence]) for sequence in sequences]
     exact = _padded(model, sequences)
     ours = _packed(copy.deepcopy(model).to(device, dtype), sequences, attention, device)
     if dtype == torch.float32:
@@ -79,7 +81,8 @@ def _padded(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Te
 def _packed(model: PreTrainedModel, sequences: list[Tensor], attention: str, device: str) -> tuple[Tensor, Tensor]:
     actor = Actor(model, attn_implementation=attention, strict_attention=True)
     packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
-    return _with_gradient(actor.model, packed_forward(actor.backbone, packed))
+    assert packed.parent is not None
+    return _with_gradient(actor.model, packed.per_sequence(packed_forward(actor.backbone, packed)))
 
 
 def _with_gradient(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:

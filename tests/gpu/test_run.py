@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.models import attention
+from rlhf_ray.models.segments import Group, Segments
 from tests.gpu import agreement, throughput
 from tests.gpu.run import CHECKS, Check, _run
 from tests.gpu.stack import CONFIG, OVERRIDES
@@ -49,12 +49,10 @@ def test_attention_and_log_probs_agree_on_the_cpu(dtype: torch.dtype) -> None:
 
 
 def test_attention_that_looks_past_its_segment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets_the_mask(
-        self: attention.Segments, longest: int, window: int | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return torch.zeros(longest, longest, dtype=dtype)
+    def forgets_the_mask(self: Segments, group: Group, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(group.longest, group.context + group.longest, dtype=dtype)
 
-    monkeypatch.setattr(attention.Segments, "mask", forgets_the_mask)
+    monkeypatch.setattr(Segments, "mask", forgets_the_mask)
     monkeypatch.setattr("rlhf_ray.models.actor.prove", lambda *models: None)
     with pytest.raises(AssertionError, match="hidden states of packs"):
         agreement.attention_agrees("sdpa", torch.bfloat16, "cpu", count=4, longest=60)
