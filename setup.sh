@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-stamp=".venv/.pins-$(cat requirements/*.txt pyproject.toml setup.sh | sha256sum | cut -c1-16)"
+stamp=".venv/.pins-$({ cat requirements/*.txt setup.sh; sed '/^\[tool\.ruff\]/,$d' pyproject.toml; } | sha256sum | cut -c1-16)"
 [ -e "$stamp" ] && exit 0
 
 find_python() {

@@ -1,6 +1,7 @@
-"""Jobs on a running cluster with token authentication, the way a user submits them.
+"""Jobs on a running cluster, the way a user submits them.
 
-One head serves all tests; it is a process group of its own, which is all that is ended afterwards.
+One head with token authentication serves all tests, and one without serves a job after it; each is a process group of its
+own, which is all that is ended afterwards.
 """
 
 from __future__ import annotations
@@ -114,11 +115,12 @@ class Watch:
             self.seen |= {line for line in self.head.metrics().splitlines() if line.startswith("ray_rlhf_")}
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+@pytest.fixture(scope="module", params=["token", "disabled"])
+def head(request: pytest.FixtureRequest) -> Iterator[Head]:
+    """A running head, which asks for tokens or does not (Ray's ``RAY_AUTH_MODE``)."""
     # Ray's sockets lie below this directory, and their paths may have 107 characters.
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    variables = _variables()
+    variables = _variables(request.param)
     process = subprocess.Popen(_start_command(directory), env=variables, cwd=directory, start_new_session=True)
     try:
         _wait_for(lambda: _answers(process), "the head does not answer")
@@ -128,10 +130,9 @@ def head() -> Iterator[Head]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _variables() -> dict[str, str]:
+def _variables(authentication: str) -> dict[str, str]:
     """The environment of head and clients, but for a session that stands around the tests."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    authentication = os.environ.get("RAY_AUTH_MODE", "token")
     return kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")])),
@@ -179,6 +180,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             one.kill()
 
 
+with_tokens = pytest.mark.parametrize("head", ["token"], indirect=True)
+
+
 def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tmp_path):
     with Watch(head) as watch:
         done = head.run("rlhf_ray", "submit", *SMALL, "run.name=submitted", "--address", ADDRESS, cwd=tmp_path)
@@ -191,6 +195,7 @@ def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tm
     assert phases == set(PHASES)
 
 
+@with_tokens
 def test_a_request_that_only_the_driver_finds_wrong_ends_with_2(head, tmp_path):
     done = head.run("rlhf_ray", "submit", *SMALL, *WRONG, "run.name=wrong", "--address", ADDRESS, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -206,6 +211,7 @@ def test_ray_job_submit_runs_the_same_command(head, tmp_path):
     assert (tmp_path / "raw/final/model.safetensors").is_file()
 
 
+@with_tokens
 def test_a_stopped_job_commits_and_can_be_resumed(head, tmp_path):
     job = "rlhf_ray", "submit", *SMALL, "epochs=300", "run.name=ended", "--address", ADDRESS
     process = head.start(*job, cwd=tmp_path)
@@ -217,6 +223,7 @@ def test_a_stopped_job_commits_and_can_be_resumed(head, tmp_path):
     assert run.checkpoints.steps() == [run.metrics.read()[-1]["step"]]
 
 
+@with_tokens
 def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
     """Over a joined cluster, whose connection takes SIGTERM for itself."""
     long = (*SMALL, "epochs=300", "run.name=stopped", "cluster.address=127.0.0.1:6399")
@@ -237,9 +244,8 @@ def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
     assert run.final.is_dir()
 
 
+@with_tokens
 def test_a_client_without_the_token_is_told_what_to_set(head, tmp_path):
-    if "RAY_AUTH_TOKEN" not in head.variables:
-        pytest.skip("this head asks for no token")
     stranger = Head({**head.variables, "RAY_AUTH_TOKEN": secrets.token_hex(32)}, head.directory)
     done = stranger.run("rlhf_ray", "submit", *SMALL, "run.name=stranger", "--address", ADDRESS, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
