@@ -55,6 +55,7 @@ class PpoTrainer:
         if state is not None:
             self.progress.restore(state["progress"])
             self.prompts.restore(state["prompts"])
+            self.prompts.account(self.run_directory.ledger)
         self.publish(self.progress.weight_version)
         with self.journal.phase("evaluation"):
             if state is None:
@@ -140,7 +141,9 @@ class PpoTrainer:
         return comparison
 
     def finish(self) -> None:
-        """The last comparison, the last commit, and ``final/`` with the critic beside it."""
+        """The last comparison, the account of prompts, and ``final/`` with the critic beside it."""
+        epochs = self.prompts.account(self.run_directory.ledger)
+        get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
         comparison = self.compare()
         if comparison is not None:
             self.journal.closing(*closing(comparison, self.config.algorithm.name, self.config.evaluation.pass_at))

@@ -51,9 +51,10 @@ def train_ppo(
 ) -> None:
     """Run, or go on with, a whole PPO job; ``place`` other than a cluster is for tests and one-process runs."""
     tokenizer = load_tokenizer(config.policy.model)
+    stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
     prompts = tokenized_prompts(config.data, tokenizer, config.run.seed)
     with Session(config, place=place) as session, Journal(run, config) as journal:
-        trainer = build(config, run, session, journal, tokenizer, prompts, checkpoint)
+        trainer = build(config, run, session, journal, tokenizer, stop_tokens, prompts, checkpoint)
         trainer.start()
         trainer.run()
         trainer.finish()
@@ -65,11 +66,11 @@ def build(
     session: Session,
     journal: Journal,
     tokenizer: Any,
+    stop_tokens: tuple[int, ...],
     prompts: Split[TokenizedPrompt],
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
     """Start every group and put the trainer together."""
-    stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
     groups, placed = start_groups(config, session)
     commits = Commits(run, config.checkpoint, {"policy": groups.policy, "critic": groups.critic}, checkpoint)
     start_directory = run.path / "rollout-start"

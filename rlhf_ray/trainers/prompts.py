@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_ray.data.order import ShuffledOrder
+from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.trainers.experience import TokenizedPrompt
 
 
@@ -27,6 +28,10 @@ class PromptStream:
     def peek(self, count: int) -> list[TokenizedPrompt]:
         """``count`` prompts from the beginning of the list; none is consumed."""
         return list(self._prompts[:count])
+
+    def account(self, ledger: Ledger) -> int:
+        """Check that every epoch so far used each prompt once, and say how many are complete."""
+        return ledger.verify([prompt.prompt_id for prompt in self._prompts])
 
     def state(self) -> dict[str, Any]:
         return self._order.state()

@@ -1,0 +1,197 @@
+"""Part ``learning``: what each algorithm makes of the generated world, on three seeds, in one process without Ray.
+
+    python -m benchmarks.learning --root DIR [--pieces N]     the same in pieces of a few minutes, gone on with at any time
+
+Always true: all algorithms of a seed start from the same policy and the same reward model, made here; a figure is taken on
+held-out prompts, sampled at temperature 1 on both sides, ties counting one half, and the worst seed is the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import LATEST, Figure, Figures, record, table
+from rlhf_ray import environment
+
+SEEDS = (0, 1, 2)
+KL_LIMIT = 6.0
+"""Nats a sequence within which the figures must be reached."""
+METHOD = (
+    "Llama of 0.5M parameters, reward model trained on pairs, transformers as sampler, plain classes in one process; gold win "
+    "rate over SFT on 300 held-out prompts, temperature 1 on both sides, ties half; worst of seeds {seeds}"
+)
+
+SHARED = ["monitoring.ray_metrics=false", "checkpoint.every_steps=0"]
+POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4"]
+GROUPS = ["batch.prompts_per_step=32", "batch.samples_per_prompt=4", "critic=null"]
+RECIPES: Mapping[str, Sequence[str]] = {
+    "ppo": [*POLICY, "algorithm.kl.coefficient=0.1", "evaluation.best_of=64"],
+}
+"""Overrides of the recipe demo-ppo, by algorithm."""
+WITHOUT_KL = [*POLICY, "algorithm.kl.coefficient=0.0", "steps=80", "evaluation.every_steps=10"]
+QUICK_SFT = ["data.world.demonstrations=64", "policy.model.make.shape=llama-tiny"]
+QUICK_RM = ["data.world.pairs=32", "data.world.evaluation_pairs=16"]
+QUICK = [
+    "steps=2", "batch.prompts_per_step=4", "batch.samples_per_prompt=4", "batch.sequences_per_update=8",
+    "evaluation.prompts=8", "evaluation.best_of=4", "evaluation.every_steps=1",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One part of the work on one seed; pieces of a seed run in order."""
+
+    seed: int
+    name: str
+
+
+def pieces(seeds: Iterable[int] = SEEDS) -> list[Piece]:
+    """Everything, a seed after the other."""
+    names = ["sft", "rm", *RECIPES, "without_kl", "sums_sft", "sums"]
+    return [Piece(seed, name) for seed in seeds for name in names]
+
+
+def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
+    """Run one job in its own directory below ``root``, or pass where it is finished."""
+    from rlhf_ray.config.loading import dump_config, load_config
+    from rlhf_ray.launch.driver import training_config
+    from rlhf_ray.runs.directory import RunDirectory
+    from rlhf_ray.trainers.ppo_run import train_ppo
+    from rlhf_ray.trainers.reward_model import train_reward_model
+    from rlhf_ray.trainers.session import ThisProcess
+    from rlhf_ray.trainers.sft import train_sft
+
+    home = root / f"seed-{piece.seed}"
+    if finished(home / piece.name):
+        return
+    recipe, overrides = _job(home, piece, quick)
+    config = training_config(load_config(recipe, overrides, files=True))
+    run = RunDirectory.create(home / piece.name, dump_config(config))
+    train: Any = {"sft": train_sft, "rm": train_reward_model, "ppo": train_ppo}[config.kind]
+    train(config, run, None, place=ThisProcess(config.cluster))
+    run.release()
+
+
+def finished(directory: Path) -> bool:
+    """Whether a piece has run to its end."""
+    return (directory / "summary.json").exists()
+
+
+def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
+    """Recipe and overrides of a piece."""
+    place = [f"run.root={home}", f"run.name={piece.name}", f"run.seed={piece.seed}", f"data.world.seed={piece.seed}"]
+    common = [*place, *SHARED]
+    sums = ["data.world.task=arithmetic"]
+    if piece.name in ("sft", "sums_sft"):
+        task = sums if piece.name == "sums_sft" else []
+        return "demo-sft", [*common, "policy.ranks=1", *task, *(QUICK_SFT if quick else [])]
+    if piece.name == "rm":
+        return "demo-rm", [
+            *common,
+            "reward.ranks=1",
+            f"reward.model.path={home}/sft/final",
+            *(QUICK_RM if quick else []),
+        ]
+    start = "sums_sft" if piece.name == "sums" else "sft"
+    roles = [f"{role}.model.path={home}/{start}/final" for role in ("policy", "reference")]
+    roles += [] if piece.name == "sums" else [f"{role}.model.path={home}/rm/final" for role in ("critic", "reward")]
+    chosen = {**RECIPES, "without_kl": WITHOUT_KL, "sums": SUMS}[piece.name]
+    return "demo-ppo", [*common, *roles, *chosen, *(QUICK if quick else [])]
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def evaluations(directory: Path) -> list[dict[str, float]]:
+    """The lines of metrics that hold figures on held-out prompts."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(name.startswith("evaluation/") for name in line)]
+
+
+def figures(root: Path, seeds: Sequence[int] = SEEDS) -> Figures:
+    """The worst seed of everything, from finished runs."""
+    homes = [root / f"seed-{seed}" for seed in seeds]
+    method = METHOD.format(seeds=", ".join(map(str, seeds)))
+    found: Figures = {}
+    for name in RECIPES:
+        last = [evaluations(home / name)[-1] for home in homes]
+        kl = max(line["evaluation/kl"] for line in last)
+        told = f"{name}: {method}; KL at most {kl:.2f} nats"
+        found[f"ppo.{name}.gold_win_rate"] = Figure(
+            min(line["evaluation/gold_win_rate"] for line in last), "share", True, told
+        )
+        found[f"ppo.{name}.kl"] = Figure(kl, "nats", False, f"{name}: largest KL (k1, a sequence) of the same runs")
+    found["ppo.best_of_n.gold_win_rate"] = Figure(
+        min(_best_of_at(home / "ppo") for home in homes), "share", True,
+        f"best of n samples of SFT by the same reward model, at no more KL than PPO's; {method}",
+    )  # fmt: skip
+    falls = [over_optimised([*evaluations(home / "without_kl")]) for home in homes]
+    found["ppo.without_kl.gold_fall"] = Figure(
+        min(fall for fall, _ in falls), "share", True,
+        "PPO without the KL term: how far gold falls from its peak, as a share of it, on held-out prompts; worst seed",
+    )  # fmt: skip
+    found["ppo.without_kl.reward_rise"] = Figure(
+        min(rise for _, rise in falls), "score", True,
+        "what the learned reward gains meanwhile, from the peak of gold to the end; worst seed",
+    )  # fmt: skip
+    sums = [evaluations(home / "sums")[-1] for home in homes]
+    task = "arithmetic of the generated world, held-out questions, pass@1 at temperature 1"
+    found["ppo.grpo.pass_rate"] = Figure(
+        min(line["evaluation/pass_at_1"] for line in sums), "share", True, f"GRPO on {task}; worst seed"
+    )
+    found["ppo.grpo.pass_rate_start"] = Figure(
+        max(line["evaluation/pass_at_1_start"] for line in sums), "share", False, f"its start, {task}; highest seed"
+    )
+    return found
+
+
+def over_optimised(lines: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """From the peak of gold to the end: the share of it that is lost, and what the learned reward gained."""
+    peak = max(lines, key=lambda line: line["evaluation/gold"])
+    fall = 1.0 - lines[-1]["evaluation/gold"] / peak["evaluation/gold"]
+    return fall, lines[-1]["evaluation/reward"] - peak["evaluation/reward"]
+
+
+def _best_of_at(directory: Path) -> float:
+    """Gold win rate of best-of-n at no more KL than the run's."""
+    from rlhf_ray.trainers.ppo_evaluation import BestOf, best_at
+
+    stored = json.loads((directory / "evaluation" / "start.json").read_text())
+    best = best_at([BestOf(**row) for row in stored["best_of"]], evaluations(directory)[-1]["evaluation/kl"])
+    return 0.5 if best is None else best.win_rate
+
+
+def measure(quick: bool = False) -> Figures:
+    """All pieces, one after the other, in a directory that is thrown away."""
+    seeds = SEEDS[:1] if quick else SEEDS
+    with tempfile.TemporaryDirectory() as directory:
+        for piece in pieces(seeds):
+            run_piece(Path(directory), piece, quick=quick)
+        return figures(Path(directory), seeds)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Go on with what is left, and keep the figures once all of it is done."""
+    parser = argparse.ArgumentParser(prog="benchmarks.learning", description="the part learning, in pieces")
+    parser.add_argument("--root", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--pieces", type=int, help="run at most so many pieces")
+    given = parser.parse_args(arguments)
+    environment.prepare()
+    left = [piece for piece in pieces() if not finished(given.root / f"seed-{piece.seed}" / piece.name)]
+    for piece in left[: given.pieces]:
+        print("piece", json.dumps(asdict(piece)), flush=True)
+        run_piece(given.root, piece)
+    if given.pieces is None or given.pieces >= len(left):
+        found = figures(given.root)
+        print(table(found))
+        record(found, LATEST)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""PPO against a mixture, end to end in one process: two reward models with other tokenizers, a function, several sources.
+
+What must hold: the reward that is trained on is the weighted sum of its terms; ids reach only the model whose tokenizer is
+the policy's; figures come for each source; all that is logged stands in the glossary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.ppo_run import train_ppo
+from rlhf_ray.trainers.session import ThisProcess
+from tests.trainers.glossary import unexplained
+
+TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
+ONE_PROCESS = ["policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
+               "monitoring.ray_metrics=false", "checkpoint.every_steps=0", "steps=2"]  # fmt: skip
+FUNCTION = """
+def short(responses, sources):
+    return [-float(len(response)) if source != "bad" else None for response, source in zip(responses, sources)]
+
+def right(responses, labels):
+    return [float(label == "1") for label in labels]
+"""
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def rows(directory: Path, *sources: str) -> Path:
+    path = directory / "rows.jsonl"
+    lines = [
+        {"prompt": f"Hello. I am Anna. My {item} never came.\n", "label": str(number % 2),
+         "source": sources[number % len(sources)]}
+        for number, item in enumerate(("kettle", "lamp", "radio", "tent", "clock", "chair") * 8)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "mine.py").write_text(FUNCTION)
+    return path
+
+
+def start(root: Path, path: Path, reward: str, *overrides: str) -> tuple[Any, RunDirectory]:
+    given = [f"run.root={root}", *ONE_PROCESS, f"data={{path: {path}, evaluation_fraction: 0.25, max_prompt_tokens: 48}}",
+             "batch.prompts_per_step=12", "batch.sequences_per_update=12", "evaluation.prompts=12",
+             f"reward={reward}"]  # fmt: skip
+    config: Any = load_config(TINY_PPO, [*given, *overrides], kind="ppo", files=True)
+    return config, RunDirectory.create(root / "tiny", dump_config(config))
+
+
+def made(tokenizer_from: str | Path) -> str:
+    make = f"{{shape: llama-tiny, tokenizer_from: {tokenizer_from}, vocabulary: 300, seed: 3}}"
+    return f"{{make: {make}, head_init: inv_sqrt, dtype: fp32}}"
+
+
+def test_a_mixture_is_trained_on_evaluated_and_explained(tmp_path: Path) -> None:
+    path = rows(tmp_path, "letters", "notes")
+    terms = f"same: {{model: {made('world')}}}, other: {{model: {made(path)}, weight: 2.0}}"
+    mine = f"short: {{function: '{tmp_path / 'mine.py'}:short', weight: -0.5}}"
+    config, run = start(
+        tmp_path, path, f"{{mixture: {{{terms}, {mine}}}}}", "evaluation.samples_per_prompt=2", "evaluation.pass_at=[1, 2]",
+        f"evaluation.gold={tmp_path / 'mine.py'}:right",
+    )  # fmt: skip
+    train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    lines = run.metrics.read()
+    for line in lines[:2]:
+        parts = {name: line[f"reward_term/{name}"] for name in ("same", "other", "short")}
+        assert len(set(parts.values())) == 3
+        assert line["reward/learned"] == pytest.approx(
+            parts["same"] + 2 * parts["other"] - 0.5 * parts["short"], abs=1e-5
+        )
+    figures = lines[-1]
+    halves = [figures[f"evaluation/gold/{source}"] for source in ("letters", "notes")]
+    assert halves == [0.0, 1.0] and 0.0 < figures["evaluation/gold"] < 1.0
+    assert (
+        figures["evaluation/pass_at_1"] == figures["evaluation/pass_at_2"] == pytest.approx(figures["evaluation/gold"])
+    )
+    reads = {check.name: check.value for check in run.summary().checks}["what the reward reads"]
+    assert reads == "same: the ids as sampled; other: text, tokenized again; short: text and labels"
+    assert unexplained(run) == set()
+    assert run.ledger.verify(range(36)) == 0, "24 of the 36 that are not held out, each once"
+
+
+def test_a_sample_without_a_reward_ends_the_run_or_drops_its_prompt(tmp_path: Path) -> None:
+    path = rows(tmp_path, "good", "good", "bad")
+    reward = f"{{function: '{tmp_path / 'mine.py'}:short', hold_s: 0.0, samples_per_call: 4}}"
+    held_out_is_good = ["data.evaluation_fraction=null"]
+    config, run = start(tmp_path / "stop", path, reward, *held_out_is_good)
+    with pytest.raises(
+        ScoringError, match=r"such as sample 0 of prompt \d+: reward function .*mine.py:short returned None"
+    ):
+        train_ppo(config, run, None, place=ThisProcess(config.cluster))
+
+
+@pytest.mark.parametrize("tokens", ['["\\n"]', "[zebra]"])
+def test_stop_tokens_end_answers_and_must_be_tokens(tmp_path: Path, tokens: str) -> None:
+    path = rows(tmp_path, "letters")
+    config, run = start(tmp_path, path, f"{{model: {made('world')}}}", f"rollout.stop_tokens={tokens}")
+    if "zebra" in tokens:
+        with pytest.raises(RequestError, match="'zebra' is not one token of the policy's tokenizer"):
+            train_ppo(config, run, None, place=ThisProcess(config.cluster))
+        return
+    train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    answers = [
+        json.loads(line) for step in sorted(run.samples.glob("*.jsonl")) for line in step.read_text().splitlines()
+    ]
+    assert all("\n" not in answer["response"].rstrip("\n") for answer in answers)
