@@ -16,5 +16,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RewardSource": ".source",
         "ScoreRequest": ".request",
         "ScoreResult": ".request",
+        "score_turns": ".turns",
     },
 )
