@@ -19,6 +19,9 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
 
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
 Dtype = Literal["bf16", "fp16", "fp32"]
+Schedule = Literal[
+    "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay"
+]
 Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
 
 
@@ -28,6 +31,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
+
+    def is_default(self, key: str) -> bool:
+        """Whether ``key`` has its default: a config that was written out names every key."""
+        return bool(getattr(self, key) == type(self).model_fields[key].get_default())
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Values of this section that exclude each other: (key, or "" for all of it; what is wrong, the way out)."""
@@ -90,6 +97,10 @@ class ModelConfig(Section):
 # --------------------------------------------------------------------------------------------------------------- engine
 
 
+SCHEDULE_KEYS = {"restarts": "cosine_with_restarts", "power": "polynomial", "decay_fraction": "warmup_stable_decay"}
+"""Keys that only one schedule reads."""
+
+
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule over ``update`` steps."""
 
@@ -97,15 +108,40 @@ class OptimizerConfig(Section):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_fraction: Fraction = 0.0
     final_fraction: Fraction = 0.0
-    """The learning rate at the last update, as a share of ``learning_rate`` (linear and cosine)."""
+    """The learning rate at the last update, as a share of ``learning_rate``; of no use to ``constant`` and
+    ``inverse_sqrt``."""
+    restarts: Positive = 1
+    """How many cosines ``cosine_with_restarts`` goes through."""
+    power: PositiveFloat = 1.0
+    """Of ``polynomial``."""
+    decay_fraction: Fraction = 0.2
+    """Share of the run in which ``warmup_stable_decay`` falls, by a cosine."""
     max_grad_norm: PositiveFloat = 1.0
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.final_fraction > 0.0 and self.schedule == "constant":
-            yield "final_fraction", f"{self.final_fraction} has no effect: schedule is constant; set it to cosine"
+        if (
+            self.schedule in ("constant", "inverse_sqrt")
+            and self.final_fraction
+            and not self.is_default("final_fraction")
+        ):
+            yield (
+                "final_fraction",
+                f"{self.final_fraction} has no effect: schedule is {self.schedule}; set it to cosine",
+            )
+        for key, schedule in SCHEDULE_KEYS.items():
+            if self.schedule != schedule and not self.is_default(key):
+                yield (
+                    key,
+                    f"{getattr(self, key)} belongs to the schedule {schedule}, but it is {self.schedule}: remove it",
+                )
+        if self.schedule == "warmup_stable_decay" and self.warmup_fraction + self.decay_fraction > 1.0:
+            yield (
+                "decay_fraction",
+                f"{self.decay_fraction} and warmup_fraction {self.warmup_fraction} are more than the run: lower one",
+            )
 
 
 class EngineConfig(Section):

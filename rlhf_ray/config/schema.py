@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlhf_ray.config.reward_training import NormalizationConfig, RewardLossConfig, RewardTrainingRole
 from rlhf_ray.config.rewards import SHIPPED_FUNCTIONS, RewardConfig, RewardSourceConfig, RewardTermConfig
 from rlhf_ray.config.roles import (
     Attention,
@@ -49,6 +50,7 @@ __all__ = [
     "MakeConfig",
     "ModelConfig",
     "MonitoringConfig",
+    "NormalizationConfig",
     "OptimizerConfig",
     "PairBatchConfig",
     "PpoConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "RewardModelConfig",
     "RewardSourceConfig",
     "RewardTermConfig",
+    "RewardTrainingRole",
     "RoleConfig",
     "RolloutConfig",
     "RunConfig",
@@ -234,11 +237,6 @@ class AlgorithmConfig(Section):
     max_staleness: NonNegative = 0
 
 
-class RewardLossConfig(Section):
-    name: Literal["sigmoid"] = "sigmoid"
-    centering: NonNegativeFloat = 0.0
-
-
 class EvaluationConfig(Section):
     every_steps: NonNegative = 0
     """0 evaluates only at the end."""
@@ -311,9 +309,10 @@ class RewardModelConfig(Section):
     run: RunConfig
     cluster: ClusterConfig = ClusterConfig()
     batch: PairBatchConfig
-    reward: RoleConfig
+    reward: RewardTrainingRole
     data: DataConfig
     loss: RewardLossConfig = RewardLossConfig()
+    normalization: NormalizationConfig = NormalizationConfig()
     epochs: PositiveFloat = 1.0
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

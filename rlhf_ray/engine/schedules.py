@@ -11,6 +11,9 @@ import math
 from rlhf_ray.config.schema import OptimizerConfig
 from rlhf_ray.errors import RequestError
 
+TIMESCALE = 10_000
+"""Updates over which ``inverse_sqrt`` falls to half and half again where there is no warm-up (as in transformers)."""
+
 
 def check_schedule(config: OptimizerConfig, total_updates: int | None) -> None:
     """Refuse a schedule that needs the number of updates where it is unknown."""
@@ -26,8 +29,8 @@ def check_schedule(config: OptimizerConfig, total_updates: int | None) -> None:
 def learning_rate(config: OptimizerConfig, update: int, total_updates: int | None) -> float:
     """The learning rate of update number ``update``, counted from 0.
 
-    Linear warm-up over ``warmup_fraction`` of the run, full at its last update; from there constant, or linear or cosine
-    down to ``final_fraction`` of the peak at the last update of the run, and that from then on.
+    Linear warm-up over ``warmup_fraction`` of the run, full at its last update; from there as the schedule says, down to
+    ``final_fraction`` of the peak at the last update of the run, and that from then on.
     """
     check_schedule(config, total_updates)
     if total_updates is None:
@@ -37,7 +40,31 @@ def learning_rate(config: OptimizerConfig, update: int, total_updates: int | Non
         return config.learning_rate * (update + 1) / warmup
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "inverse_sqrt":
+        timescale = warmup or TIMESCALE
+        return config.learning_rate * math.sqrt(timescale / (update - warmup + timescale))
     decay = total_updates - 1 - warmup
     progress = min(1.0, (update - warmup) / decay) if decay > 0 else 0.0
-    share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    share = share_left(config, progress, warmup / total_updates)
     return config.learning_rate * (config.final_fraction + (1.0 - config.final_fraction) * share)
+
+
+def share_left(config: OptimizerConfig, progress: float, warmup: float) -> float:
+    """How much of the way from the peak to the end is left after ``progress`` of what follows the warm-up, 1 to 0.
+
+    The forms are those of transformers; ``warmup`` is the share of the run that went before.
+    """
+    if config.schedule == "linear":
+        return 1.0 - progress
+    if config.schedule == "polynomial":
+        return (1.0 - progress) ** config.power
+    if config.schedule == "cosine_with_restarts" and progress < 1.0:
+        return _cosine((progress * config.restarts) % 1.0)
+    if config.schedule == "warmup_stable_decay":
+        decay = min(1.0, config.decay_fraction / (1.0 - warmup)) if warmup < 1.0 else 1.0
+        return 1.0 if progress <= 1.0 - decay else _cosine((progress - 1.0 + decay) / decay)
+    return _cosine(progress)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.algorithms.reward_losses import BradleyTerry
+from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.evaluation import accuracy, calibration_error, tie_rate
 from rlhf_ray.models import load_tokenizer
@@ -26,7 +26,7 @@ def train_reward_model(
     """Train, evaluate, and write ``final/`` with the normalisation of the held-out scores."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = pair_examples(config.data, tokenizer, config.run.seed)
-    loss = BradleyTerry(centering=config.loss.centering)
+    loss = RewardLoss(centering=config.loss.centering)
     task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, unit=2)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:

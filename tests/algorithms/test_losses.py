@@ -19,7 +19,8 @@ from rlhf_ray.algorithms.losses import (
     PolicyOutputs,
     ValueLoss,
 )
-from rlhf_ray.algorithms.reward_losses import BradleyTerry
+from rlhf_ray.algorithms.rankings import Ordinal
+from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 POLICY = PolicyLoss(clip_low=0.2, clip_high=0.3, entropy_coefficient=0.01, dual_clip=2.0)
@@ -321,7 +322,7 @@ def test_low_precision_outputs_are_summed_in_float32() -> None:
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
-@pytest.mark.parametrize("loss", [*TOKEN_LOSSES.values(), BradleyTerry(0.01)])
+@pytest.mark.parametrize("loss", [*TOKEN_LOSSES.values(), RewardLoss(Ordinal((0.5, 1.5)), centering=0.01)])
 def test_a_loss_travels_between_processes(loss) -> None:
     twin = pickle.loads(pickle.dumps(loss))
     assert twin == loss

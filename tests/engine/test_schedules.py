@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import optimization
 
+from rlhf_ray.config.roles import Schedule
 from rlhf_ray.config.schema import OptimizerConfig
 from rlhf_ray.engine import learning_rate
 from rlhf_ray.errors import RequestError
@@ -41,14 +45,56 @@ def test_cosine_is_half_way_in_the_middle() -> None:
 
 
 @given(
-    schedule=st.sampled_from(["constant", "linear", "cosine"]), warmup=st.floats(0, 1), final=st.floats(0, 1),
+    schedule=st.sampled_from(list(get_args(Schedule))), warmup=st.floats(0, 1), final=st.floats(0, 1),
     total=st.integers(1, 50), update=st.integers(0, 80),
 )  # fmt: skip
 def test_every_rate_lies_between_nothing_and_the_peak(
     schedule: str, warmup: float, final: float, total: int, update: int
 ) -> None:
-    final = 0.0 if schedule == "constant" else final
+    final = 0.0 if schedule in ("constant", "inverse_sqrt") else final
+    warmup = warmup * 0.8 if schedule == "warmup_stable_decay" else warmup
     assert 0.0 <= learning_rate(config(schedule, warmup, final), update, total) <= 0.5
+
+
+STEPS = 20
+OF_TRANSFORMERS = {
+    "linear": ({}, lambda o: optimization.get_linear_schedule_with_warmup(o, 0, STEPS)),
+    "cosine": ({}, lambda o: optimization.get_cosine_schedule_with_warmup(o, 0, STEPS)),
+    "cosine_with_restarts": (
+        {"restarts": 3},
+        lambda o: optimization.get_cosine_with_hard_restarts_schedule_with_warmup(o, 0, STEPS, num_cycles=3),
+    ),
+    "polynomial": (
+        {"power": 2.0, "final_fraction": 0.1},
+        lambda o: optimization.get_polynomial_decay_schedule_with_warmup(o, 0, STEPS, lr_end=0.05, power=2.0),
+    ),
+    "inverse_sqrt": ({}, lambda o: optimization.get_inverse_sqrt_schedule(o, 0)),
+    "warmup_stable_decay": (
+        {"decay_fraction": 0.25, "final_fraction": 0.1},
+        lambda o: optimization.get_wsd_schedule(o, 0, 5, num_stable_steps=15, min_lr_ratio=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", OF_TRANSFORMERS)
+def test_schedules_have_the_form_of_transformers(schedule: str) -> None:
+    """Its schedules end one update after the last, ours at it."""
+    options, make = OF_TRANSFORMERS[schedule]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler, theirs = make(optimizer), []
+    for _ in range(STEPS + 1):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    settings = OptimizerConfig.model_validate({"learning_rate": 0.5, "schedule": schedule, **options})
+    ours = [learning_rate(settings, update, STEPS + 1) for update in range(STEPS + 1)]
+    assert ours == pytest.approx(theirs, abs=1e-9)
+    assert len(set(ours)) > 2
+
+
+def test_inverse_sqrt_falls_by_the_length_of_its_warm_up() -> None:
+    rates = [learning_rate(config("inverse_sqrt", warmup=0.25), update, 16) for update in range(16)]
+    assert rates[3] == rates[4] == 0.5 and rates[4 + 12 - 1] == pytest.approx(0.5 * math.sqrt(4 / 15))
 
 
 def test_one_update_is_taken_at_the_peak() -> None:

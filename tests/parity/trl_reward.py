@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
-from rlhf_ray.algorithms.reward_losses import BradleyTerry
+from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
 from rlhf_ray.models import save_pretrained
 from rlhf_ray.trainers.datasets import PairExample, pair_batch
@@ -83,7 +83,7 @@ def _train(
 ) -> dict[str, Any]:
     _write_model(inputs, directory / "model")
     group = _group(inputs, case, directory / "model", zero)
-    loss = BradleyTerry(centering=case["centering"])
+    loss = RewardLoss(centering=case["centering"])
     values: dict[str, Any] = {"loss": [], "gradient norm": [], "accuracy": [], "margin": []}
     for pairs in inputs["steps"]:
         batch = pair_batch(_examples(pairs, margins=case["margins"]))

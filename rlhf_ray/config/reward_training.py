@@ -1,0 +1,81 @@
+"""What only reward-model training has: the loss, the optimizer's defaults, how the saved scores are normalised.
+
+Always true: see :mod:`rlhf_ray.config.schema`, which holds the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.roles import (
+    EngineConfig,
+    NonNegativeFloat,
+    OptimizerConfig,
+    PositiveFloat,
+    RoleConfig,
+    Schedule,
+    Section,
+)
+
+Odds = Annotated[float, Field(ge=0.0, lt=0.5)]
+RankingName = Literal["sigmoid", "logexp", "hinge", "focal", "scaled", "ordinal"]
+
+
+class RewardLossConfig(Section):
+    """How two scores are held against a preference; what each name computes stands in docs/reward_training.md."""
+
+    name: RankingName = "sigmoid"
+    label_smoothing: Odds = 0.0
+    """The odds that a label is wrong."""
+    centering: NonNegativeFloat = 0.0
+    router_balance: NonNegativeFloat = 0.0
+    """Weight of the auxiliary loss of mixtures of experts."""
+    hinge_margin: PositiveFloat = 1.0
+    """Of ``hinge``, where the data have no margin."""
+    focal_gamma: PositiveFloat = 2.0
+    thresholds: list[PositiveFloat] | None = None
+    """Of ``ordinal``: one a grade, ascending; none means 0.5, 1.5, ... up to the highest grade of the data."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for key, name in (("hinge_margin", "hinge"), ("focal_gamma", "focal"), ("thresholds", "ordinal")):
+            if self.name != name and not self.is_default(key):
+                yield key, f"{getattr(self, key)} belongs to the loss {name}, but name is {self.name}: remove it"
+        if self.thresholds is not None and (not self.thresholds or sorted(set(self.thresholds)) != self.thresholds):
+            yield "thresholds", f"{self.thresholds} must be ascending numbers, one a grade"
+
+
+class NormalizationConfig(Section):
+    """What the ``mean`` and ``std`` in the config of the saved model are taken over."""
+
+    over: Literal["evaluation", "demonstrations", "nothing"] = "evaluation"
+    """``evaluation``: mean and deviation of all held-out scores. ``demonstrations``: their mean, so that they score 0 on
+    average, and deviation 1. ``nothing``: neither is written."""
+    demonstrations_path: str | None = None
+    """Rows with a prompt and an answer; the generated world has its own."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.demonstrations_path is not None and self.over != "demonstrations":
+            yield (
+                "demonstrations_path",
+                f"is not read: over is {self.over}; set it to demonstrations, or remove the path",
+            )
+
+
+class RewardOptimizerConfig(OptimizerConfig):
+    """The defaults are for training all weights; an adapter wants a learning rate ten times as high."""
+
+    learning_rate: PositiveFloat = 9e-6
+    schedule: Schedule = "cosine"
+    warmup_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.03
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+
+
+class RewardEngineConfig(EngineConfig):
+    optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
+
+
+class RewardTrainingRole(RoleConfig):
+    engine: RewardEngineConfig = RewardEngineConfig()
