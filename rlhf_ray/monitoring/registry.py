@@ -118,7 +118,9 @@ _METRICS = {
         ("loss/policy", "", "Clipped policy loss"),
         ("loss/value", "score²", "Clipped value loss"),
         ("loss/sft", "nats/token", "Negative log-likelihood of the demonstrations"),
-        ("loss/rm", "nats/pair", "Bradley-Terry loss of the preference pairs"),
+        ("loss/rm", "nats/pair", "Ranking loss of the preference pairs, label smoothing included"),
+        ("loss/centering", "score²", "Square of the sum of both scores of a pair; its weight is loss.centering"),
+        ("loss/router_balance", "", "How unevenly tokens went to experts; its weight is loss.router_balance"),
     ],
     "Updates": [
         ("entropy", "nats/token", "Entropy of the policy"),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.evaluation import accuracy, calibration_error, tie_rate
 from rlhf_ray.models import load_tokenizer
@@ -16,6 +15,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import PairExample, pair_batch, pair_examples
 from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.preference_loss import make_loss
 from rlhf_ray.trainers.session import Place, Session
 from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, cut, total_updates
 
@@ -26,7 +26,7 @@ def train_reward_model(
     """Train, evaluate, and write ``final/`` with the normalisation of the held-out scores."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = pair_examples(config.data, tokenizer, config.run.seed)
-    loss = RewardLoss(centering=config.loss.centering)
+    loss = make_loss(config.loss, [*examples.train, *examples.held_out])
     task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, unit=2)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:

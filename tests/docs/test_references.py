@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from rlhf_ray.config import roles, schema
+from rlhf_ray.config import reward_training, roles, schema
 from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY
 
@@ -28,6 +28,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`ROLE.model.lora`": schema.LoraConfig,
     "`ROLE.engine`": schema.EngineConfig,
     "`ROLE.engine.optimizer`": schema.OptimizerConfig,
+    "`reward.engine.optimizer` of rm": reward_training.RewardOptimizerConfig,
     "`ROLE.resources`": schema.ResourcesConfig,
     "`reward` of ppo": schema.RewardConfig,
     "`reward.mixture.NAME`": schema.RewardTermConfig,
@@ -35,6 +36,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`algorithm`": schema.AlgorithmConfig,
     "`algorithm.kl`": schema.KlConfig,
     "`loss` of rm": schema.RewardLossConfig,
+    "`normalization` of rm": schema.NormalizationConfig,
     "`evaluation`": schema.EvaluationConfig,
     "`evaluation` of ppo": schema.PpoEvaluationConfig,
     "`checkpoint`": schema.CheckpointConfig,
@@ -43,6 +45,8 @@ SECTIONS: dict[str, type[roles.Section]] = {
 }
 ELSEWHERE = {
     schema.PpoEvaluationConfig: set(schema.EvaluationConfig.model_fields),
+    reward_training.RewardOptimizerConfig: set(schema.OptimizerConfig.model_fields)
+    - {"learning_rate", "schedule", "warmup_fraction", "final_fraction"},
     schema.SequenceBatchConfig: set(roles.TokenBudget.model_fields),
     schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
     schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},
@@ -123,7 +127,7 @@ def test_every_section_is_on_the_page() -> None:
         value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, roles.Section)
     }
     jobs = set(schema.JOBS.values())
-    abstract = {roles.Section, roles.TokenBudget, schema.RewardSourceConfig}
+    abstract = {roles.Section, roles.TokenBudget, schema.RewardSourceConfig, schema.RewardTrainingRole}
     assert sections - jobs - abstract <= set(SECTIONS.values())
 
 

@@ -24,6 +24,7 @@ PINS = (
 )
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 """Of this process's variables; others could tell a trainer that it is one rank of a group."""
+OPENRLHF = "openrlhf==0.11.2"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -65,6 +66,9 @@ def _install(interpreter: Path) -> None:
         elsewhere = ["--timeout", "15", "--retries", "2", "--index-url", TORCH_INDEX]
         _must([*pip, *elsewhere, *only_torch])
     _must([*pip, "-r", requirements, "-c", versions])
+    # Pure Python in wheels for 3.10 to 3.12, which bring a package called tests: read as files, beside site-packages.
+    beside = ["--no-deps", "--only-binary", ":all:", "--python-version", "3.12", "--target", DIRECTORY / "openrlhf"]
+    _must([*pip, *beside, OPENRLHF])
 
 
 def _must(command: list[str | Path]) -> None:

@@ -13,7 +13,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,8 @@ from . import environment
 from .expected import TOLERANCE, Expected, differences
 
 Inputs = Mapping[str, Any]
+REAL_PAIRS = environment.ROOT.parent / "shared/data/hh_harmless_pairs.jsonl.gz"
+"""Real preferences beside a checkout of the project, where there are some."""
 
 
 @dataclass(frozen=True)
@@ -33,44 +36,75 @@ class Comparison:
     """One independent implementation and how to ask it and us the same."""
 
     name: str
-    """Also of the expected file; the oracle is ``oracle_NAME.py``."""
+    """Also of the expected file."""
     make_inputs: Callable[[], dict[str, Any]]
     prepare: Callable[[Inputs, Path], None]
     """Write what the oracle reads."""
     ours: Callable[[Inputs], dict[str, np.ndarray]]
+    oracle: str = ""
+    """The script ``oracle_ORACLE.py``; empty for the one of its own name."""
+    judged: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    """What is compared of what the oracle says."""
+    bar: float = TOLERANCE
+    committed: bool = True
+    """Whether inputs and values lie in ``expected/``; those from data that are not ours to give away do not."""
 
     def ask_oracle(self, inputs: dict[str, Any]) -> Expected:
         """Run the independent implementation on ``inputs``."""
         with TemporaryDirectory() as name:
             directory = Path(name)
             self.prepare(inputs, directory)
-            environment.run(Path(__file__).parent / f"oracle_{self.name}.py", directory)
+            environment.run(Path(__file__).parent / f"oracle_{self.oracle or self.name}.py", directory)
             with np.load(directory / "values.npz") as values:
-                return Expected(inputs, dict(values), json.loads((directory / "versions.json").read_text()))
+                return Expected(
+                    inputs, self.judged(dict(values)), json.loads((directory / "versions.json").read_text())
+                )
 
 
 def comparisons() -> list[Comparison]:
     """All of them."""
-    from . import trl_log_probs, trl_reward
+    from . import reward_losses, trl_log_probs, trl_reward, trl_training
 
-    modules = {"trl_reward": trl_reward, "trl_log_probs": trl_log_probs}
-    return [Comparison(name, each.make_inputs, each.prepare, each.ours) for name, each in modules.items()]
+    found = [
+        Comparison(name, each.make_inputs, each.prepare, each.ours)
+        for name, each in {"trl_reward": trl_reward, "trl_log_probs": trl_log_probs}.items()
+    ]
+    found.append(
+        Comparison("reward_losses", reward_losses.make_inputs, reward_losses.prepare, reward_losses.ours, bar=1e-6)
+    )
+    training = Comparison(
+        "trl_training",
+        trl_training.make_inputs,
+        trl_reward.prepare,
+        trl_training.ours,
+        oracle="trl_reward",
+        judged=trl_training.judged,
+        bar=1e-4,
+    )
+    found.append(training)
+    if REAL_PAIRS.is_file():
+        make = partial(trl_training.real_pairs, REAL_PAIRS)
+        found.append(replace(training, name="trl_training_real_pairs", make_inputs=make, bar=1e-3, committed=False))
+    return found
 
 
 def compare(comparison: Comparison, *, write: bool) -> bool:
     """Print the table of one comparison; whether everything agrees."""
-    inputs = comparison.make_inputs() if write else Expected.read(comparison.name).inputs
+    fresh = write or not comparison.committed
+    inputs = comparison.make_inputs() if fresh else Expected.read(comparison.name).inputs
     theirs = comparison.ask_oracle(inputs)
-    if write:
+    if write and comparison.committed:
         print(f"wrote {theirs.write(comparison.name).relative_to(environment.ROOT)}")
     ours = grouped(differences(comparison.ours(inputs), theirs.values))
-    committed = grouped(differences(Expected.read(comparison.name).values, theirs.values))
+    committed = Expected.read(comparison.name).values if comparison.committed else theirs.values
+    kept = grouped(differences(committed, theirs.values))
     print(f"\n{comparison.name}: {', '.join(f'{package} {version}' for package, version in theirs.versions.items())}")
-    print(f"  {'largest absolute difference':44}{'ours':>10}{'committed':>12}   bar {TOLERANCE:g}")
-    for name in ours | committed:
-        pair = ours.get(name, float("inf")), committed.get(name, float("inf"))
-        print(f"  {name:44}{pair[0]:10.1e}{pair[1]:12.1e}   {'ok' if max(pair) <= TOLERANCE else 'DIFFERS'}")
-    return max([*ours.values(), *committed.values()]) <= TOLERANCE
+    print(f"  {'largest absolute difference':44}{'ours':>10}{'committed':>12}   bar {comparison.bar:g}")
+    for name in ours | kept:
+        pair = ours.get(name, float("inf")), kept.get(name, float("inf"))
+        held = f"{pair[1]:12.1e}" if comparison.committed else f"{'not kept':>12}"
+        print(f"  {name:44}{pair[0]:10.1e}{held}   {'ok' if max(pair) <= comparison.bar else 'DIFFERS'}")
+    return max([*ours.values(), *kept.values()]) <= comparison.bar
 
 
 def grouped(found: Mapping[str, float]) -> dict[str, float]:

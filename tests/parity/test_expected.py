@@ -18,7 +18,7 @@ from rlhf_ray import environment
 
 environment.prepare()
 
-from . import expected, trl_log_probs, trl_reward  # noqa: E402
+from . import expected, reward_losses, trl_log_probs, trl_reward, trl_training  # noqa: E402
 from .expected import TOLERANCE, Expected, differences  # noqa: E402
 
 Inputs = dict[str, Any]
@@ -37,15 +37,15 @@ def reward() -> Expected:
 
 
 @pytest.mark.parametrize(("zero", "max_tokens"), [(0, WHOLE), (0, BY_PAIRS), (1, IN_TWO), (2, IN_TWO), (3, IN_TWO)])
-def test_three_steps_of_reward_training_equal_trl(reward: Expected, zero: int, max_tokens: int) -> None:
+def test_ten_steps_of_reward_training_equal_trl(reward: Expected, zero: int, max_tokens: int) -> None:
     found = differences(trl_reward.ours(reward.inputs, max_tokens=max_tokens, zero=zero), reward.values)
     assert above_the_bar(found) == {}
 
 
-def test_what_is_compared_is_all_of_three_ragged_steps(reward: Expected) -> None:
+def test_what_is_compared_is_all_of_ten_ragged_steps(reward: Expected) -> None:
     lengths = {len(pair[side]) for pairs in reward.inputs["steps"] for pair in pairs for side in ("chosen", "rejected")}
     weights = {name for name in reward.values if name.startswith("clipped/weights/")}
-    assert len(reward.inputs["steps"]) == 3 and len(lengths) > 8
+    assert len(reward.inputs["steps"]) == 10 and len(lengths) > 8
     assert weights == {f"clipped/weights/{name}" for name in reward.inputs["weights"]}
     for name in weights:
         assert np.abs(reward.values[name] - reward.inputs["weights"][name.split("/")[-1]]).max() > NOTICED, name
@@ -101,6 +101,31 @@ def test_another_way_of_training_is_noticed(reward: Expected, change: str) -> No
     assert max(found[name] for name in found if name.endswith(("/loss", "/held-out scores"))) > NOTICED
 
 
+def test_a_run_of_256_pairs_ends_in_the_scores_of_trl() -> None:
+    """The bar is 1e-3. A run that learned nothing would have half of the held-out pairs the wrong way round."""
+    trl = Expected.read("trl_training")
+    assert sum(map(len, trl.inputs["steps"])) == 256 and len(trl.inputs["held_out"]) == 64
+    scores = trl.values["training/held-out scores"]
+    assert (scores[0::2] > scores[1::2]).mean() > 0.7
+    assert max(differences(trl_training.ours(trl.inputs), trl.values).values()) <= 1e-4
+
+
+def test_reward_losses_equal_trl_and_openrlhf() -> None:
+    theirs = Expected.read("reward_losses")
+    found = differences(reward_losses.ours(theirs.inputs), theirs.values)
+    assert len({name.split("/")[0] for name in found}) == 6 and max(found.values()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected", "margin"])
+def test_another_score_or_margin_is_noticed(name: str) -> None:
+    theirs = Expected.read("reward_losses")
+    inputs = theirs.inputs | {name: theirs.inputs[name] + np.float32(0.001)}
+    found = differences(reward_losses.ours(inputs), theirs.values)
+    assert {loss for loss in found if "margin" in loss or name != "margin"} == {
+        loss for loss, difference in found.items() if difference > 1e-6
+    }
+
+
 def test_log_probs_and_entropies_equal_trl() -> None:
     trl = Expected.read("trl_log_probs")
     assert len({name.split("/")[0] for name in trl.values}) == len(trl.inputs["temperatures"]) == 2
@@ -116,7 +141,9 @@ def test_another_output_layer_or_weight_is_noticed(name: str) -> None:
 
 def test_the_committed_inputs_are_those_of_the_program(reward: Expected) -> None:
     """All but the weights, which another version of torch may draw otherwise."""
-    assert reward.inputs | {"weights": None} == trl_reward.make_inputs() | {"weights": None}
+    training = Expected.read("trl_training").inputs
+    for found, made in ((reward.inputs, trl_reward.make_inputs()), (training, trl_training.make_inputs())):
+        assert found | {"weights": None} == made | {"weights": None}
 
 
 def test_a_file_gives_back_its_arrays_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,11 @@ from rlhf_ray.trainers.supervised import cut, learn
 
 PAD, EOS = 0, 1
 """No sequence holds PAD, by which TRL finds its end. Some hold EOS before their end, and some do not end with it."""
-SIZES = {
+SIZES: dict[str, int] = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": PAD, "eos_token_id": EOS,
 }  # fmt: skip
-STEPS, PAIRS_PER_STEP, HELD_OUT = 3, 6, 6
+STEPS, PAIRS_PER_STEP, HELD_OUT = 10, 6, 6
 OPTIMIZER = {"learning_rate": 0.002, "betas": [0.9, 0.95], "eps": 1e-4, "weight_decay": 0.0}
 """AdamW divides a gradient by its own size: with a smaller eps, parameters whose gradients are next to nothing would make
 large steps out of the last digits of fp32."""
@@ -45,6 +45,7 @@ CASES = {
 """Norms of the gradients are above the bound in every step of the one, and far below it in the other."""
 
 Pair = dict[str, Any]
+Sizes = Mapping[str, int]
 
 
 def make_inputs(seed: int = 20) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def make_inputs(seed: int = 20) -> dict[str, Any]:
         "cases": CASES,
         "steps": [[_pair(draw) for _ in range(PAIRS_PER_STEP)] for _ in range(STEPS)],
         "held_out": [_pair(draw) for _ in range(HELD_OUT)],
-        "weights": _weights(seed),
+        "weights": weights_of(SIZES, seed),
     }
 
 
@@ -128,16 +129,16 @@ def _tokens(draw: random.Random, fewest: int, most: int) -> list[int]:
     return [draw.randrange(EOS + 1, SIZES["vocab_size"]) for _ in range(draw.randint(fewest, most))]
 
 
-def _weights(seed: int) -> dict[str, np.ndarray]:
+def weights_of(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     """Weights so wide that every part of the model matters, and so narrow that it does not multiply rounding errors."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(weight.shape, generator=generator) * 0.15 + (weight.dim() == 1)).numpy()
-        for name, weight in _model(SIZES).state_dict().items()
+        for name, weight in _model(sizes).state_dict().items()
     }
 
 
-def _model(sizes: Mapping[str, int]) -> LlamaForSequenceClassification:
+def _model(sizes: Sizes) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=1, tie_word_embeddings=False))
 
 
