@@ -23,6 +23,7 @@ from rlhf_ray.config.schema import RoleConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.engine import Engine
 from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -97,6 +98,15 @@ class ModelWorker:
     def _load(self, setup: WorkerSetup) -> tuple[torch.nn.Module, str]:
         """The module that the engine wraps, and one line about it."""
         raise TypeError(f"{type(self).__name__} is not a role: use one of its subclasses")
+
+    def _ds_config(self, setup: WorkerSetup) -> dict[str, Any] | None:
+        """What the loader needs to build the model in shards; none where every rank holds it whole."""
+        if setup.config.engine.zero != 3:
+            return None
+        trainable = setup.total_updates is not None
+        return deepspeed_config(
+            setup.config.engine, dtype=setup.config.model.dtype, trainable=trainable, world_size=self.world_size
+        )
 
     def health(self) -> dict[str, Any]:
         """Who this is and what it does, without touching the model."""
@@ -185,7 +195,7 @@ class _CausalWorker(ModelWorker):
         from rlhf_ray.models import PackedPolicy, load_policy
         from rlhf_ray.models.report import describe
 
-        self.actor = load_policy(setup.config.model, seed=setup.seed)
+        self.actor = load_policy(setup.config.model, ds_config=self._ds_config(setup), seed=setup.seed)
         return PackedPolicy(self.actor), describe(self.actor)
 
     @property
@@ -237,7 +247,9 @@ class CriticWorker(ModelWorker):
         from rlhf_ray.models import PackedRegression, load_regression
         from rlhf_ray.models.report import describe
 
-        self.model = load_regression(setup.config.model, self.model_type, seed=setup.seed)
+        self.model = load_regression(
+            setup.config.model, self.model_type, ds_config=self._ds_config(setup), seed=setup.seed
+        )
         return PackedRegression(self.model), describe(self.model)
 
     @property

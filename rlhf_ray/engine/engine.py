@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
 from rlhf_ray.engine.weights import DiskWeights, gathered_groups
 from rlhf_ray.errors import RequestError, RlhfRayError
+from rlhf_ray.models.mixtures import expert_blocks
 from rlhf_ray.models.regression import SequenceRegression
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -72,6 +74,8 @@ class Engine:
         settings = deepspeed_config(
             config, dtype=dtype, trainable=trainable, world_size=self.world_size, whole_below=whole_below
         )
+        if config.zero == 3:
+            _keep_mixtures_whole(module)
         self.optimizer = self._make_optimizer() if trainable else None
         self._deepspeed, *_ = deepspeed.initialize(
             model=Program(module), optimizer=self.optimizer, config=settings, dist_init_required=None
@@ -220,6 +224,13 @@ class Engine:
         if self._sums is not None:
             self._sums.remove()
         self._deepspeed.destroy()
+
+
+def _keep_mixtures_whole(module: nn.Module) -> None:
+    """Gather the parameters of a mixture of experts as one: which of them a rank uses depends on its tokens."""
+    kinds = {type(block) for block in expert_blocks(module)}
+    if kinds:
+        set_z3_leaf_modules(module, list(kinds))
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 Always true: every parameter comes exactly once (a tied one under its first name), whole, and in the same order on every
 rank; under ZeRO-3 all ranks walk together, and a group holds the parameters of one layer, so that never more than one
-layer is whole at a time; a weight is cast once, straight from what was trained to what is sent.
+layer is whole at a time; a weight is dequantised and cast once, straight from what was trained to what is sent.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.models.names import disk_names
+from rlhf_ray.models.quantization import dequantized, dequantized_like
 from rlhf_ray.models.regression import SequenceRegression
 
 Group = list[tuple[str, Tensor]]
@@ -61,7 +62,7 @@ class DiskWeights:
         """Name, dtype and shape of all that iteration yields, in its order, without moving a weight."""
         described = []
         for layer in layers(self._model):
-            empty = [(name, torch.empty(full_shape(p), dtype=p.dtype, device="meta")) for name, p in layer]
+            empty = [(name, _described(parameter)) for name, parameter in layer]
             for name, tensor in self._converted(empty):
                 described.append((name, tensor.dtype, tuple(tensor.shape)))
         return described
@@ -93,5 +94,11 @@ def _whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[
     return context
 
 
+def _described(parameter: nn.Parameter) -> Tensor:
+    """An empty tensor like the whole weight."""
+    four_bit = dequantized_like(parameter)
+    return torch.empty(full_shape(parameter), dtype=parameter.dtype, device="meta") if four_bit is None else four_bit
+
+
 def _copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return dequantized(parameter).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

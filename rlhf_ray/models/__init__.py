@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "make_model": ".make",
         "packed_forward": ".packed",
         "prepare_padding": ".tokens",
+        "save_adapter": ".save",
         "save_pretrained": ".save",
     },
 )

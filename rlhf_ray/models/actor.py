@@ -18,8 +18,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_ray.algorithms.losses import PolicyOutputs
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.checkpoint import Checkpoint
-from rlhf_ray.models.load import install_log_prob_head, load_weights, prepare, prove, refuse_unserved, torch_dtype
+from rlhf_ray.models.liger import use_liger
+from rlhf_ray.models.load import (
+    checkpoint_gradients,
+    install_log_prob_head,
+    load_weights,
+    prepare,
+    prove,
+    torch_dtype,
+)
 from rlhf_ray.models.log_probs import LogProbHead
 from rlhf_ray.models.lora import add_lora
 from rlhf_ray.models.packed import packed_forward, padded_positions, unpad
@@ -55,9 +64,11 @@ class Actor(nn.Module):
         strict_attention: bool = False,
     ) -> None:
         super().__init__()
-        refuse_unserved(load_in_4bit=load_in_4bit, use_liger_kernel=use_liger_kernel)
+        adapter = None
         if isinstance(pretrain_or_model, str):
-            checkpoint = Checkpoint.open(pretrain_or_model, revision)
+            checkpoint = Checkpoint.open(pretrain_or_model, revision, trust_remote_code=trust_remote_code)
+            adapter = checkpoint.adapter
+            refuse_second_adapter(pretrain_or_model, adapter, lora_rank)
             model = load_weights(
                 AutoModelForCausalLM,
                 checkpoint,
@@ -65,18 +76,19 @@ class Actor(nn.Module):
                 ds_config=ds_config,
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
+                load_in_4bit=load_in_4bit,
             )
-        elif isinstance(pretrain_or_model, PreTrainedModel):
-            model = pretrain_or_model
         else:
-            raise ModelLoadError(
-                f"an Actor needs a path, a hub id or a transformers model, not a {type(pretrain_or_model).__name__}"
-            )
+            model = _given(pretrain_or_model, load_in_4bit)
+        if use_liger_kernel:
+            use_liger(model)
         self.attention, self.attention_note = prepare(model, attn_implementation, strict=strict_attention)
         install_log_prob_head(model)
         self.model = model
         prove(model, self.backbone)
-        if lora_rank:
+        if adapter is not None:
+            load_adapter(model, adapter)
+        elif lora_rank:
             add_lora(model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
         if hasattr(model.config, "output_router_logits"):
             model.config.output_router_logits = True
@@ -189,11 +201,23 @@ class Actor(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass (non-reentrant by default)."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        checkpoint_gradients(self.model, gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
         self.model.gradient_checkpointing_disable()
+
+
+def _given(model: object, load_in_4bit: bool) -> PreTrainedModel:
+    """A model that was handed over instead of a path."""
+    if not isinstance(model, PreTrainedModel):
+        raise ModelLoadError(f"an Actor needs a path, a hub id or a transformers model, not a {type(model).__name__}")
+    if load_in_4bit:
+        raise ModelLoadError(
+            f"4-bit (NF4) weights are made while they are read, and this {type(model).__name__} is in memory already: save "
+            "it and give its directory, or leave load_in_4bit off"
+        )
+    return model
 
 
 class PackedPolicy(nn.Module):

@@ -1,14 +1,15 @@
 """A model directory as it lies on disk, before any of it becomes a model.
 
 Always true: weights are read from safetensors only; a pickle is refused by its name and never opened; a name that is
-neither a directory here nor a hub id that can be reached is an error that says so.
+neither a directory here nor a hub id that can be reached is an error that says so; a LoRA adapter leads to the model
+that it names.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rlhf_ray.errors import ModelLoadError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-FROM_HUB = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+FROM_HUB, CODE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*.py"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,18 @@ class Checkpoint:
 
     directory: Path
     file_of: dict[str, str]
+    adapter: Path | None = None
+    """The directory that was asked for, where that is a LoRA adapter over this model."""
 
     @classmethod
-    def open(cls, name: str, revision: str | None = None) -> Checkpoint:
+    def open(cls, name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
         """Find the directory or hub id ``name`` and list its tensors."""
-        directory = find_directory(name, revision)
+        directory = find_directory(name, revision, code=trust_remote_code)
+        base = base_of(directory)
+        if base is not None:
+            return replace(cls.open(*base, trust_remote_code=trust_remote_code), adapter=directory)
         if not (directory / "config.json").is_file():
-            hint = " It holds a LoRA adapter: merge it into its base first." if _is_adapter(directory) else ""
-            raise ModelLoadError(f"{directory} has no config.json, so it is not a model directory.{hint}")
+            raise ModelLoadError(f"{directory} has no config.json, so it is not a model directory")
         return cls(directory, _tensor_files(directory))
 
     @property
@@ -58,20 +63,57 @@ class Checkpoint:
 
     def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
         """Read the config."""
+        raw = self.raw_config()
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method")
+            raise ModelLoadError(
+                f"{self.directory} holds weights that are quantised already ({method}), which is not served: give the "
+                "model in bf16, and ask for nf4 where it shall be quantised here"
+            )
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
         except (ValueError, OSError, KeyError) as error:
+            if "auto_map" in raw and not trust_remote_code:
+                raise ModelLoadError(
+                    f"{self.directory} brings Python code of its own (auto_map in config.json), which is not run: read "
+                    "it, and set trust_remote_code where you trust it"
+                ) from error
             raise ModelLoadError(f"{self.directory / 'config.json'} cannot be read: {error}") from error
         return config
 
     def raw_config(self) -> dict[str, Any]:
         """Read what the config says itself, without transformers' defaults."""
-        raw: dict[str, Any] = json.loads((self.directory / "config.json").read_text("utf-8"))
-        return raw
+        return _read_json(self.directory / "config.json")
 
 
-def find_directory(name: str, revision: str | None = None) -> Path:
-    """Return the local directory of a path or a hub id."""
+def base_of(directory: Path) -> tuple[str, str | None] | None:
+    """The model that the adapter in ``directory`` lies over, and its revision; None where it holds no adapter."""
+    path = directory / "adapter_config.json"
+    if not path.is_file() or any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
+        return None
+    config = _read_json(path)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelLoadError(f"{path} does not say which model it belongs to: set base_model_name_or_path")
+    try:
+        find_directory(base, config.get("revision"))
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{directory} is a LoRA adapter of {base}: {error}") from error
+    return base, config.get("revision")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path} cannot be read: it holds no JSON object")
+    return content
+
+
+def find_directory(name: str, revision: str | None = None, *, code: bool = False) -> Path:
+    """Return the local directory of a path or a hub id; Python files come from a hub only with ``code``."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -80,7 +122,7 @@ def find_directory(name: str, revision: str | None = None) -> Path:
     if not is_hub_id(name):
         raise ModelLoadError(f"model path {name!r} does not exist: give a directory, or a hub id such as org/name")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FROM_HUB))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FROM_HUB + CODE * code))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         raise ModelLoadError(
             f"model {name!r} is no directory here and could not be fetched from the hub ({type(error).__name__}): "
@@ -90,7 +132,7 @@ def find_directory(name: str, revision: str | None = None) -> Path:
 
 def _tensor_files(directory: Path) -> dict[str, str]:
     if (directory / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
+        weight_map: dict[str, str] = _read_json(directory / INDEX).get("weight_map", {})
         missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
         if missing:
             raise ModelLoadError(
@@ -110,7 +152,3 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{directory / WEIGHTS} cannot be read: {error}") from error
-
-
-def _is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file()

@@ -7,6 +7,7 @@ head.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -60,20 +61,25 @@ def find_head(checkpoint: Checkpoint, prefix: str) -> str | None:
 def read_head(checkpoint: Checkpoint, name: str, hidden: int) -> tuple[ScoreHead, float]:
     """Read the head called ``name`` and its bias (0 without one)."""
     weight = checkpoint.read(f"{name}.weight")
-    if weight.shape[0] != 1:
-        raise ModelLoadError(
-            f"the head {name}.weight of {checkpoint.directory} has {weight.shape[0]} outputs (num_labels), "
-            "but a reward model or critic needs 1: choose another checkpoint, or ask for a fresh head"
-        )
-    if weight.shape[1] != hidden:
-        raise ModelLoadError(
-            f"the head {name}.weight of {checkpoint.directory} reads {weight.shape[1]} features, but the "
-            f"model has {hidden}: the checkpoint is not of one piece"
-        )
+    check_head(weight, f"{name}.weight", checkpoint.directory, hidden)
     head = ScoreHead(hidden)
     head.weight.data.copy_(weight)
     bias = float(checkpoint.read(f"{name}.bias").float()) if f"{name}.bias" in checkpoint.names else 0.0
     return head, bias
+
+
+def check_head(weight: Tensor, name: str, directory: Path, hidden: int) -> None:
+    """Refuse a weight that is no head to one number over ``hidden`` features."""
+    if weight.shape[0] != 1:
+        raise ModelLoadError(
+            f"the head {name} of {directory} has {weight.shape[0]} outputs (num_labels), "
+            "but a reward model or critic needs 1: choose another checkpoint, or ask for a fresh head"
+        )
+    if weight.shape[1] != hidden:
+        raise ModelLoadError(
+            f"the head {name} of {directory} reads {weight.shape[1]} features, but the "
+            f"model has {hidden}: the checkpoint is not of one piece"
+        )
 
 
 def head_tensors(checkpoint: Checkpoint) -> set[str]:

@@ -22,6 +22,7 @@ from rlhf_ray.models.backends import REGISTERED, choose_backend
 from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.log_probs import LogProbHead
 from rlhf_ray.models.packed import check_packable, packed_forward
+from rlhf_ray.models.quantization import four_bit, prepare_four_bit
 from rlhf_ray.models.sharded import in_shards, load_in_shards, wants_shards
 from rlhf_ray.trajectories.packing import Packed
 
@@ -39,14 +40,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def refuse_unserved(*, load_in_4bit: bool = False, use_liger_kernel: bool = False) -> None:
-    """Refuse what a signature names and this version does not serve."""
-    if load_in_4bit:
-        raise ModelLoadError("4-bit (NF4) models are not served yet: load the model in bf16, with LoRA to train less")
-    if use_liger_kernel:
-        raise ModelLoadError("Liger kernels are not served yet: leave use_liger_kernel off")
-
-
 def load_weights(
     auto: type[AutoModel] | type[AutoModelForCausalLM],
     checkpoint: Checkpoint,
@@ -56,11 +49,15 @@ def load_weights(
     ds_config: Mapping[str, Any] | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint; ``heads`` are tensors of it that the model does not take and that are read elsewhere.
 
     Where ``ds_config`` asks for ZeRO-3 the model is built in shards, on all ranks together.
     """
+    quantized: dict[str, Any] = {}
+    if load_in_4bit:
+        quantized = {"quantization_config": four_bit(dtype, in_shards=wants_shards(ds_config))}
     if ds_config is not None and wants_shards(ds_config):
         return load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
     config = checkpoint.config(trust_remote_code=trust_remote_code)
@@ -75,11 +72,14 @@ def load_weights(
                 ignore_mismatched_sizes=True,  # they are reported then, and refused below by their names
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
+                **quantized,
             )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {error}") from error
     _check_info(checkpoint, type(model).__name__, info, heads)
     _align(model)
+    if load_in_4bit:
+        prepare_four_bit(model)
     return model
 
 
@@ -150,6 +150,17 @@ def turn_dropout_off(model: PreTrainedModel) -> None:
         for name, value in config.to_dict().items():
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
+
+
+def checkpoint_gradients(model: PreTrainedModel, options: dict[str, Any] | None) -> None:
+    """Recompute layers in the backward pass, non-reentrant by default.
+
+    Reentrant checkpointing gives gradients only to what has an input with gradients: under adapters, where the
+    embedding is frozen, its output is given one.
+    """
+    model.gradient_checkpointing_enable(options or {"use_reentrant": False})
+    if not model.get_input_embeddings().weight.requires_grad:
+        model.enable_input_require_grads()
 
 
 def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:

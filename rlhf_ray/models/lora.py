@@ -7,6 +7,7 @@ and what is exported is the merged weight ``W + scaling * B A``, so that no read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.mixtures import expert_parameters
+from rlhf_ray.models.quantization import bitsandbytes
 
-ADAPTER = "default"
+ADAPTER, EVERY_LINEAR = "default", "all-linear"
 
 
 def add_lora(
@@ -26,21 +29,61 @@ def add_lora(
     dropout: float = 0.0,
     targets: str | Sequence[str] | None = None,
 ) -> None:
-    """Put an adapter on the target layers (default: every linear layer) and freeze the rest."""
-    from peft import LoraConfig  # slow to import, and only models with adapters need it
+    """Put an adapter on the target layers (default: every linear layer; of a mixture of experts, those of attention)
+    and freeze the rest.
+    """
+    wanted = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
+    if wanted == EVERY_LINEAR and expert_parameters(model):
+        wanted = sorted({name.rpartition(".")[2] for name in _linear(model) if "attn" in name or "attention" in name})
+    _check_targets(model, wanted)
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, bias="none")
+    inject(model, config)
 
-    wanted = "all-linear" if targets is None else targets if isinstance(targets, str) else list(targets)
-    adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, bias="none")
+
+def peft() -> ModuleType:
+    """The package: slow to import, and only models with adapters need it."""
+    bitsandbytes()  # PEFT imports it, which would look for kernels on a hub
+    import peft
+
+    return peft
+
+
+def inject(model: PreTrainedModel, config: Any) -> None:
+    """Put the adapter that PEFT's ``config`` describes on the model."""
+    wanted = config.target_modules
     try:
-        model.add_adapter(adapter, ADAPTER)
+        model.add_adapter(config, ADAPTER)
     except ValueError as error:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        )
-        raise ModelLoadError(
-            f"LoRA targets {wanted!r} do not fit {type(model).__name__}: choose all-linear or some of "
-            f"{', '.join(sorted(linear))}"
-        ) from error
+        raise _unfit(model, wanted, "do") from error
+    if not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in adapted_layers(model).values()):
+        raise _unfit(model, wanted, "do")  # PEFT reads some names as those of experts
+
+
+def _check_targets(model: PreTrainedModel, wanted: str | list[str]) -> None:
+    """Refuse a list of which a name fits no layer: PEFT leaves it out without a word where another one fits."""
+    if isinstance(wanted, str):
+        return
+    names = [f".{name}" for name in _linear(model)]
+    for target in wanted:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise _unfit(model, target, "does")
+
+
+def _unfit(model: PreTrainedModel, wanted: object, do: str) -> ModelLoadError:
+    linear = {name.rpartition(".")[2] for name in _linear(model)}
+    experts = (
+        " (the experts of a mixture are 3-D parameters, which no adapter reaches)" if expert_parameters(model) else ""
+    )
+    return ModelLoadError(
+        f"LoRA targets {wanted!r} {do} not fit {type(model).__name__}: choose all-linear or some of "
+        f"{', '.join(sorted(linear))}{experts}"
+    )
+
+
+def _linear(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers, without the output layer."""
+    output = model.get_output_embeddings()
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output]
 
 
 def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The names that weights have on disk.
 
 Always true: what comes out is what ``from_pretrained`` and vLLM read: experts of a mixture one by one although they
-live in one tensor, adapters merged, tied weights once, a head as ``score.weight``.
+live in one tensor, adapters merged, 4-bit weights dequantised, tied weights once, a head as ``score.weight``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_ray.models.heads import ON_DISK
 from rlhf_ray.models.lora import merged
+from rlhf_ray.models.quantization import dequantized
 from rlhf_ray.models.regression import SequenceRegression
 
 
@@ -25,7 +26,9 @@ def disk_names(
     ``tensors`` may be any group of (live name, whole tensor) that holds whole layers, such as the groups of
     ``Engine.full_state``. Persistent buffers come with the parameters of their module.
     """
-    given = dict(model.named_parameters() if tensors is None else tensors)
+    if tensors is None:
+        tensors = ((name, dequantized(parameter)) for name, parameter in model.named_parameters())
+    given = dict(tensors)
     given |= _buffers(model, given)
     if isinstance(model, SequenceRegression):
         yield from _regression_names(model, given)

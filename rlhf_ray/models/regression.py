@@ -17,9 +17,10 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.adapters import adapter_head, adapter_head_name, load_adapter, refuse_second_adapter
 from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
-from rlhf_ray.models.load import load_weights, prepare, prove, refuse_unserved, torch_dtype
+from rlhf_ray.models.load import checkpoint_gradients, load_weights, prepare, prove, torch_dtype
 from rlhf_ray.models.lora import add_lora
 from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, unpad
 from rlhf_ray.trajectories.packing import Packed
@@ -96,7 +97,7 @@ class SequenceRegression(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass (non-reentrant by default)."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        checkpoint_gradients(self.backbone, gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
@@ -201,35 +202,28 @@ def get_llm_for_sequence_regression(
     ``init_value_head`` any causal language model, which gets a fresh head of kind ``head_init`` drawn from ``seed``.
     Where ``ds_config`` asks for ZeRO-3 the backbone is built in shards, on all ranks together.
     """
-    refuse_unserved(load_in_4bit=load_in_4bit)
     _class_of(model_type)
-    checkpoint = Checkpoint.open(model_name_or_path, revision)
+    checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
+    refuse_second_adapter(model_name_or_path, checkpoint.adapter, lora_rank)
     raw = checkpoint.raw_config()
     prefix = raw.get("value_head_prefix", value_head_prefix)
-    found = find_head(checkpoint, prefix)
-    if found is None and not init_value_head:
-        raise ModelLoadError(
-            f"{checkpoint.directory} has no score head ({prefix}.weight): it is no reward model or critic. Ask for a "
-            "fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
-        )
-    heads = OUTPUT_LAYERS | head_tensors(checkpoint) | {f"{prefix}.weight", f"{prefix}.bias"}
+    normalization = _normalization(raw, checkpoint, normalize_reward)
+    _require_head(checkpoint, prefix, init_value_head)
     backbone = load_weights(
         AutoModel,
         checkpoint,
         torch_dtype(param_dtype),
-        heads=heads,
+        heads=OUTPUT_LAYERS | head_tensors(checkpoint) | {f"{prefix}.weight", f"{prefix}.bias"},
         ds_config=ds_config,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        load_in_4bit=load_in_4bit,
     )
-    hidden, bias = backbone.config.get_text_config().hidden_size, 0.0
-    if found is None or init_value_head:
-        head = make_head(backbone, head_init, seed)
-        origin = f"fresh, {head_init}, seed {seed}" + (f", in place of {found}" if found else "")
-    else:
-        head, bias = read_head(checkpoint, found, hidden)
-        bias = float(raw.get("score_bias", bias))
-        origin = f"loaded from {found}"
+    head, bias, origin = (
+        _loaded_head(checkpoint, prefix, backbone)
+        if not init_value_head
+        else _fresh(checkpoint, prefix, backbone, head_init, seed)
+    )
     model = wrap_backbone(
         backbone,
         head,
@@ -238,11 +232,13 @@ def get_llm_for_sequence_regression(
         head_origin=origin,
         packing_samples=packing_samples,
         score_bias=bias,
-        normalization=_normalization(raw, checkpoint, normalize_reward),
+        normalization=normalization,
         attention=attn_implementation,
         strict_attention=strict_attention,
     )
-    if lora_rank:
+    if checkpoint.adapter is not None:
+        load_adapter(model.backbone, checkpoint.adapter, inside=f"{model.backbone_name}.")
+    elif lora_rank:
         add_lora(model.backbone, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
     from rlhf_ray.models.report import describe
 
@@ -282,6 +278,36 @@ def make_head(backbone: PreTrainedModel, init: HeadInit, seed: int) -> ScoreHead
     """Make a fresh head for a backbone."""
     config = backbone.config.get_text_config()
     return fresh_head(config.hidden_size, init, initializer_range=config.initializer_range, seed=seed)
+
+
+def _require_head(checkpoint: Checkpoint, prefix: str, init_value_head: bool) -> None:
+    """Before anything is loaded: a head that is missing is an error unless a fresh one was asked for."""
+    beside = checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None
+    if init_value_head or beside or find_head(checkpoint, prefix) is not None:
+        return
+    raise ModelLoadError(
+        f"{checkpoint.adapter or checkpoint.directory} has no score head ({prefix}.weight): it is no reward model or "
+        "critic. Ask for a fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
+    )
+
+
+def _loaded_head(checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel) -> tuple[ScoreHead, float, str]:
+    """The head, its bias, and where it was found: with the adapter first, since it was trained with it."""
+    hidden = backbone.config.get_text_config().hidden_size
+    if checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None:
+        return adapter_head(checkpoint.adapter, hidden), 0.0, "loaded with the adapter"
+    found = find_head(checkpoint, prefix)
+    assert found is not None  # _require_head has looked
+    head, bias = read_head(checkpoint, found, hidden)
+    return head, float(checkpoint.raw_config().get("score_bias", bias)), f"loaded from {found}"
+
+
+def _fresh(
+    checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel, init: HeadInit, seed: int
+) -> tuple[ScoreHead, float, str]:
+    found = find_head(checkpoint, prefix)
+    origin = f"fresh, {init}, seed {seed}" + (f", in place of {found}" if found else "")
+    return make_head(backbone, init, seed), 0.0, origin
 
 
 def _class_of(model_type: str) -> type[SequenceRegression]:

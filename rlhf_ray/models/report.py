@@ -11,6 +11,8 @@ from torch import nn
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.load import DTYPES
 from rlhf_ray.models.lora import ADAPTER, adapted_layers
+from rlhf_ray.models.mixtures import expert_parameters
+from rlhf_ray.models.quantization import dequantized_like, four_bit_layers
 from rlhf_ray.models.regression import RewardModel, SequenceRegression
 
 
@@ -24,7 +26,7 @@ def describe(model: Actor | SequenceRegression) -> str:
         f"attention {model.attention}" + (f" ({model.attention_note})" if model.attention_note else ""),
         _head(model),
         _tokens(model),
-        "no quantisation",
+        _quantization(inner),
         _lora(inner),
     ]
     if isinstance(model, SequenceRegression):
@@ -39,9 +41,18 @@ def _role(model: Actor | SequenceRegression) -> str:
 
 
 def _parameters(model: nn.Module) -> str:
-    sizes = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
     return f"{_count(total)} parameters" + ("" if trained == total else f" ({_count(trained)} trainable)")
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Numbers in the whole parameter, also where it lies in shards or two of them share a byte."""
+    four_bit = dequantized_like(parameter)
+    if four_bit is not None:
+        return four_bit.numel()
+    size: int = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+    return size
 
 
 def _count(number: int) -> str:
@@ -64,11 +75,20 @@ def _tokens(model: Actor | SequenceRegression) -> str:
     return f"pad {config.pad_token_id}, eos {config.eos_token_id}"
 
 
+def _quantization(model: nn.Module) -> str:
+    layers = four_bit_layers(model)
+    return f"NF4 on {len(layers)} layers{_not_experts(model)}" if layers else "no quantisation"
+
+
 def _lora(model: nn.Module) -> str:
     layers = list(adapted_layers(model).values())
     if not layers:
         return "no LoRA"
-    return f"LoRA rank {layers[0].r[ADAPTER]} on {len(layers)} layers"
+    return f"LoRA rank {layers[0].r[ADAPTER]} on {len(layers)} layers{_not_experts(model)}"
+
+
+def _not_experts(model: nn.Module) -> str:
+    return " (not on the experts, which are 3-D parameters)" if expert_parameters(model) else ""
 
 
 def _normalization(model: SequenceRegression) -> str:

@@ -6,6 +6,9 @@ give the same weights on every rank and in every process, and leave the global r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.load import refuse_unserved, torch_dtype
+from rlhf_ray.models.load import torch_dtype
 from rlhf_ray.models.lora import add_lora
 from rlhf_ray.models.make import make_model
 from rlhf_ray.models.regression import SequenceRegression, get_llm_for_sequence_regression, make_head, wrap_backbone
+from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.tokens import check_vocabulary, load_tokenizer, prepare_padding
 
 
@@ -27,10 +31,10 @@ def load_policy(config: ModelConfig, *, ds_config: dict[str, Any] | None = None,
     ``seed`` draws what is fresh besides a made model, which has its own seed: the adapters of LoRA.
     """
     tokenizer = load_tokenizer(config)
-    with torch.random.fork_rng(devices=[]):
+    with _source(config, tokenizer) as source, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         actor = Actor(
-            _make(config, tokenizer) if config.path is None else config.path,
+            source,
             attn_implementation=config.attention,
             strict_attention=config.attention != "auto",
             param_dtype=config.dtype,
@@ -57,21 +61,24 @@ def load_regression(
     """Load or make a reward model or critic that can pad; what is fresh (head, adapters, rows) is drawn from
     ``seed``."""
     tokenizer = load_tokenizer(config)
-    with torch.random.fork_rng(devices=[]):
+    if config.path is None and normalize_reward:
+        raise ModelLoadError(
+            "a model made on the spot has no mean and std to normalise rewards with: leave normalize off"
+        )
+    with _source(config, tokenizer) as source, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.path is None:
-            refuse_unserved(load_in_4bit=config.quantization is not None)
-            model = _make_regression(config, model_type, tokenizer, seed, normalize_reward)
+        if isinstance(source, PreTrainedModel):
+            model = _wrap_made(source, config, model_type, seed)
         else:
             model = get_llm_for_sequence_regression(
-                config.path,
+                source,
                 model_type,
                 attn_implementation=config.attention,
                 strict_attention=config.attention != "auto",
                 param_dtype=config.dtype,
                 load_in_4bit=config.quantization is not None,
                 ds_config=ds_config,
-                init_value_head=config.head_init is not None,
+                init_value_head=config.path is None or config.head_init is not None,
                 head_init=config.head_init or "inv_sqrt",
                 value_head_prefix=config.value_head_prefix,
                 normalize_reward=normalize_reward,
@@ -80,10 +87,25 @@ def load_regression(
                 trust_remote_code=config.trust_remote_code,
                 **_lora(config),
             )
-    prepare_padding(model.backbone, tokenizer, seed=seed)
+    prepare_padding(model.backbone, tokenizer, seed=seed, ds_config=ds_config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+@contextmanager
+def _source(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | PreTrainedModel]:
+    """What to load from: a path, or a made model; that one lies in a directory for as long as reading it into 4 bits
+    takes.
+    """
+    if config.path is not None:
+        yield config.path
+    elif config.quantization is None:
+        yield _make(config, tokenizer)
+    else:
+        with TemporaryDirectory() as directory:
+            save_pretrained(_make(config, tokenizer), None, directory)
+            yield directory
 
 
 def _make(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -99,14 +121,8 @@ def _make(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     return model.to(torch_dtype(config.dtype))
 
 
-def _make_regression(
-    config: ModelConfig, model_type: str, tokenizer: PreTrainedTokenizerBase, seed: int, normalize_reward: bool
-) -> SequenceRegression:
-    if normalize_reward:
-        raise ModelLoadError(
-            "a model made on the spot has no mean and std to normalise rewards with: leave normalize off"
-        )
-    backbone, init = _make(config, tokenizer).base_model, config.head_init or "inv_sqrt"
+def _wrap_made(made: PreTrainedModel, config: ModelConfig, model_type: str, seed: int) -> SequenceRegression:
+    backbone, init = made.base_model, config.head_init or "inv_sqrt"
     model = wrap_backbone(
         backbone,
         make_head(backbone, init, seed),

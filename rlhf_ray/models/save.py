@@ -7,19 +7,24 @@ cannot map to sequence classification are said so); weights are safetensors unde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.adapters import PREFIX, adapter_name
+from rlhf_ray.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from rlhf_ray.models.heads import ON_DISK
+from rlhf_ray.models.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.names import disk_names
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.tokens import add_pad_token
@@ -59,6 +64,42 @@ def save_pretrained(
     save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
+def save_adapter(
+    model: Actor | SequenceRegression,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    *,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write only the adapter of ``model``, and its head, as PEFT does; the base stays where it is.
+
+    ``tensors`` are whole parameters by their live names where the model itself does not hold them (ZeRO-3).
+    """
+    inner = model.model if isinstance(model, Actor) else model.backbone
+    if not adapted_layers(inner):
+        raise ModelLoadError(f"this {type(inner).__name__} has no LoRA adapter to save: use save_pretrained")
+    config = deepcopy(inner.peft_config[ADAPTER])
+    if not config.base_model_name_or_path:
+        raise ModelLoadError(
+            "the base of this adapter lies in no directory, so an adapter alone could not be loaded again: save the base "
+            "first and load it from there, or use save_pretrained, which merges"
+        )
+    whole = dict(
+        (model.model if isinstance(model, Actor) else model).named_parameters() if tensors is None else tensors
+    )
+    state = {adapter_name(name): _own(tensor.detach()) for name, tensor in whole.items() if ".lora_" in name}
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    if isinstance(model, SequenceRegression):
+        config.task_type, config.modules_to_save = "SEQ_CLS", [ON_DISK]
+        state[f"{PREFIX}{ON_DISK}.weight"] = _own(whole[f"{model.value_head_prefix}.weight"].detach())
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(target))
+    save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+
+
 def _own(tensor: Tensor) -> Tensor:
     """Return a tensor on CPU that shares its memory with no other: experts are views of one tensor."""
     whole = tensor.detach().to("cpu").contiguous()
@@ -69,6 +110,7 @@ def _config(
     model: PreTrainedModel | SequenceRegression, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], prefix: str
 ) -> Any:
     config = deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)  # what is written is dequantised
     config.dtype = str(_dtype(weights, f"{prefix}.weight")).removeprefix("torch.")
     if isinstance(model, SequenceRegression):
         config.architectures = [_architecture(model)]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from rlhf_ray.trajectories.packing import Packed
@@ -42,6 +46,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
 }  # fmt: skip
+MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "olmo2": lambda: Olmo2Config(**SIZES),
+    "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+}
+ALL_FAMILIES = FAMILIES | MORE_FAMILIES
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,14 +69,31 @@ def causal() -> Callable[..., PreTrainedModel]:
     """A causal model of a family with transformers' own eager attention: ``causal(family, seed)``."""
 
     def make(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-        config = FAMILIES[family]()
-        for name, value in changes.items():
-            setattr(config, name, value)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        return random_model(family, seed, **changes)
 
     return make
+
+
+def random_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    config = ALL_FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def save_random(family: str, directory: Path, seed: int = 0) -> Path:
+    random_model(family, seed).save_pretrained(directory)
+    return directory
+
+
+def shake_adapters(model: nn.Module) -> None:
+    """Fresh adapters change nothing: give them weights that do."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
 
 
 @pytest.fixture
@@ -111,11 +138,12 @@ def pad() -> Callable[..., tuple[Tensor, Tensor]]:
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """A word-level tokenizer over ``w3 w4 ...`` with ``<pad> <s> </s>`` at 0, 1, 2."""
 
-    def make(size: int = VOCABULARY, *, pad: bool = True) -> PreTrainedTokenizerFast:
-        words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, size))]
-        inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
-        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
-        return PreTrainedTokenizerFast(tokenizer_object=inner, **special, **({"pad_token": "<pad>"} if pad else {}))
+    return word_tokenizer
 
-    return make
+
+def word_tokenizer(size: int = VOCABULARY, *, pad: bool = True) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, size))]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special, **({"pad_token": "<pad>"} if pad else {}))

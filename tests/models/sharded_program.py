@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood
+from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.engine import Engine, destroy_process_group, init_process_group
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models import log_probs
+from rlhf_ray.models import load_regression, log_probs
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.names import disk_names
 from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
 from rlhf_ray.models.report import describe
-from rlhf_ray.models.save import save_pretrained
+from rlhf_ray.models.save import save_adapter, save_pretrained
 from rlhf_ray.trajectories import TrajectoryBatch, pack
 
 WORLD = 2
+INFERENCE = EngineConfig(zero=3)
+SHARDS = deepspeed_config(INFERENCE, dtype="fp32", trainable=False, world_size=WORLD, whole_below=0)
+TARGETS = ["q_proj", "v_proj"]
 
 
 def share(module: nn.Module) -> float:
@@ -35,45 +40,151 @@ def share(module: nn.Module) -> float:
     return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
 
 
+def ragged(rank: int) -> TrajectoryBatch:
+    """Sequences in which all tokens but the first are actions: three on one rank, one on the other."""
+    generator = torch.Generator().manual_seed(rank)
+    sequences = [torch.randint(3, 48, (length,), generator=generator) for length in ((9, 4, 17), (2,))[rank]]
+    masks = [[False] + [True] * (len(sequence) - 1) for sequence in sequences]
+    return TrajectoryBatch.from_sequences(sequences, action_mask=masks)
+
+
+def run(module: nn.Module, function: Callable[[nn.Module], Tensor]) -> list[float]:
+    """Call a module as an engine that does not train it."""
+    engine = Engine(module, INFERENCE, dtype="fp32", total_updates=None, trainable=False)
+    out = engine.evaluate(function)
+    engine.close()
+    return list(out.tolist())
+
+
+def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
+    """Log-probs and scores of a model in shards, and the model as it is written from there."""
+    batch, name = ragged(rank), str(directory / family)
+    actor = Actor(name, param_dtype="fp32", ds_config=SHARDS)
+    found: dict[str, Any] = {"share": share(actor), "report": describe(actor)}
+    engine = Engine(PackedPolicy(actor), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
+    found["log_probs"] = engine.evaluate(lambda module: module(pack(batch)).log_probs).tolist()
+    state = {n: t for group in engine.full_state(actor.model) for n, t in disk_names(actor.model, group)}
+    if rank == 0:
+        save_pretrained(actor, None, directory / f"{family} saved", state=state)
+    engine.close()
+    reward = get_llm_for_sequence_regression(
+        name, "reward", param_dtype="fp32", ds_config=SHARDS, init_value_head=True, seed=3
+    )
+    found["scores"] = run(PackedRegression(reward), lambda module: module(pack(batch), "scores"))
+    return found
+
+
+def grown(rank: int, directory: Path) -> dict[str, Any]:
+    """A reward model whose tokenizer has more tokens than the embedding has rows."""
+    config = ModelConfig(path=str(directory / "unpadded"), dtype="fp32", head_init="inv")
+    reward = load_regression(config, "reward", ds_config=SHARDS, seed=5)
+    embedding = reward.get_input_embeddings()
+    rows = tuple(embedding.weight.ds_shape)
+    ids = torch.tensor([50, 7, 55, 48])
+    batch = TrajectoryBatch.from_sequences([ids])
+    scores = run(PackedRegression(reward), lambda module: module(pack(batch), "scores"))
+    return {"rows": rows, "share": share(embedding), "ids": ids.tolist(), "scores": scores}
+
+
+def adapted(rank: int, directory: Path) -> dict[str, Any]:
+    """An adapter directory over its base in shards, and written again from there."""
+    reward = get_llm_for_sequence_regression(str(directory / "adapter"), "reward", param_dtype="fp32", ds_config=SHARDS)
+    engine = Engine(PackedRegression(reward), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
+    scores = engine.evaluate(lambda module: module(pack(ragged(rank)), "scores")).tolist()
+    whole = [pair for group in engine.full_state(reward) for pair in group]
+    if rank == 0:
+        save_adapter(reward, None, directory / "adapter saved", tensors=whole)
+    engine.close()
+    return {"scores": scores}
+
+
+def trained(rank: int, directory: Path, family: str, zero: int, lora: bool) -> dict[str, Any]:
+    """Two updates on ragged ranks: what they moved, on rank 0."""
+    optimizer = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.9), eps=1e-3)
+    config = EngineConfig(zero=zero, optimizer=optimizer)
+    settings = deepspeed_config(config, dtype="fp32", trainable=True, world_size=WORLD, whole_below=0)
+    torch.manual_seed(7)
+    options = {"lora_rank": 2, "target_modules": TARGETS} if lora else {}
+    actor = Actor(str(directory / family), param_dtype="fp32", ds_config=settings, **options)
+    engine = Engine(PackedPolicy(actor), config, dtype="fp32", total_updates=4, trainable=True)
+
+    def step(module: nn.Module, batch: TrajectoryBatch) -> LossOutput:
+        return NegativeLogLikelihood()(module(pack(batch)), batch)
+
+    norms = []
+    for _ in range(2):
+        report = engine.accumulate([ragged(rank)], step, 30.0)
+        norms.append(engine.apply(skip=not report.finite).grad_norm)
+    state = {n: t.flatten().tolist() for group in engine.full_state(actor.model) for n, t in group}
+    engine.close()
+    return {"norms": norms, "state": state}
+
+
+class Listed(nn.Module):
+    """A mixture whose experts are modules of their own, as in models that bring their code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, inputs: Tensor, expert: int) -> Tensor:
+        out: Tensor = self.experts[expert](inputs)
+        return out
+
+
+class Routed(nn.Module):
+    """A model around it, in which each rank takes another expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.entry, self.mixture = nn.Linear(4, 4), Listed()
+
+    def forward(self, inputs: Tensor, expert: int) -> Tensor:
+        out: Tensor = self.mixture(self.entry(inputs), expert)
+        return out
+
+
+def listed(rank: int) -> dict[str, Any]:
+    """Ranks that call other experts meet all the same, forward and backward."""
+    inputs, model = torch.linspace(-1, 1, 12).view(3, 4), Routed()
+    expected = model(inputs, rank).detach()
+    (model(inputs, 0).sum() + model(inputs, 1).sum()).backward()
+    whole = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    config = EngineConfig(zero=3, optimizer=OptimizerConfig(learning_rate=0.1))
+    engine = Engine(Routed(), config, dtype="fp32", total_updates=2, trainable=True)
+    found = engine.evaluate(lambda module: module(inputs, rank))
+    engine.accumulate([rank], lambda module, expert: LossOutput(module(inputs, expert).sum(), {}), 1.0)
+    norm = engine.apply(skip=False).grad_norm
+    engine.close()
+    return {"equal": torch.allclose(found, expected, atol=1e-6), "norm": norm, "whole": float(whole)}
+
+
+def refusals(directory: Path) -> list[str]:
+    """What is said of checkpoints that are something else, and of 4 bits in shards."""
+    said = []
+    cases = (("misshapen", {}), ("headless", {}), ("llama", {"load_in_4bit": True}))
+    for family, options in cases:
+        try:
+            Actor(str(directory / family), param_dtype="fp32", ds_config=SHARDS, **options)
+        except ModelLoadError as error:
+            said.append(str(error))
+    return said
+
+
 def main(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
     init_process_group(rank, WORLD, "127.0.0.1", port, timeout_s=60.0)
-    engine_config = EngineConfig(zero=3)
-    settings = deepspeed_config(engine_config, dtype="fp32", trainable=False, world_size=WORLD, whole_below=0)
-    lengths = ((9, 4, 17), (2,))[rank]
-    generator = torch.Generator().manual_seed(rank)
-    batch = TrajectoryBatch.from_sequences([torch.randint(3, 48, (n,), generator=generator) for n in lengths])
     log_probs.LOGITS_AT_ONCE, log_probs.FEWEST_TOKENS_AT_ONCE = 1, 3  # ten chunks on one rank, one on the other
-    found: dict[str, Any] = {"refused": []}
-
-    def run(module: nn.Module, kind: str) -> Tensor:
-        engine = Engine(module, engine_config, dtype="fp32", total_updates=None, trainable=False)
-        out: Tensor = engine.evaluate(
-            lambda inner: inner(pack(batch)).log_probs if kind == "log_probs" else inner(pack(batch), kind)
-        )
-        if kind == "log_probs":
-            actor = module.actor
-            state = {n: t for group in engine.full_state(actor.model) for n, t in disk_names(actor.model, group)}
-            if rank == 0:
-                save_pretrained(actor, None, directory / "saved", state=state)
-        engine.close()
-        return out
-
-    for family in ("llama", "gemma2"):
-        name = str(directory / family)
-        actor = Actor(name, param_dtype="fp32", ds_config=settings)
-        found[f"{family} share"], found[f"{family} report"] = share(actor), describe(actor)
-        found[f"{family} log_probs"] = run(PackedPolicy(actor), "log_probs").tolist()
-        reward = get_llm_for_sequence_regression(
-            name, "reward", param_dtype="fp32", ds_config=settings, init_value_head=True, seed=3
-        )
-        found[f"{family} scores"] = run(PackedRegression(reward), "scores").tolist()
-    for family in ("mixtral", "misshapen"):
-        try:
-            Actor(str(directory / family), param_dtype="fp32", ds_config=settings)
-        except ModelLoadError as error:
-            found["refused"].append(str(error))
-    found["tokens"] = [batch["token_ids"].tolist(), batch.offsets.tolist()]
+    batch = ragged(rank)
+    found: dict[str, Any] = {"tokens": [batch["token_ids"].tolist(), batch.offsets.tolist()]}
+    for family in ("llama", "gemma2", "mixtral", "olmoe"):
+        found[family] = numbers(rank, directory, family)
+    found["grown"], found["adapted"] = grown(rank, directory), adapted(rank, directory)
+    for family, lora in (("mixtral", False), ("olmoe", True)):
+        for zero in (0, 3):
+            found[f"{family} trained at {zero}"] = trained(rank, directory, family, zero, lora)
+    found["listed"], found["refused"] = listed(rank), refusals(directory)
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     destroy_process_group()

@@ -107,7 +107,7 @@ def test_tied_embeddings_stay_tied(causal: Make) -> None:
     ("arguments", "message"),
     [
         ({"load_in_4bit": True}, "4-bit"),
-        ({"use_liger_kernel": True}, "Liger"),
+        ({"use_liger_kernel": True}, r"Liger kernels cannot be used here: there is no GPU. Leave use_liger_kernel off"),
         ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
         ({"attn_implementation": "varlen", "strict_attention": True}, "varlen cannot be used here: there is no GPU"),
         ({"lora_rank": 2, "target_modules": ["nonsense"]}, r"nonsense.*k_proj"),

@@ -36,8 +36,6 @@ def test_paths_that_are_no_model(tmp_path: Path, directory: Path, monkeypatch: p
     refused(directory / "config.json", "is a file: give the directory")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json")
-    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    refused(tmp_path / "empty", "LoRA adapter: merge it")
 
 
 def test_hub_ids_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +79,18 @@ def test_configs_that_cannot_be_read(directory: Path) -> None:
     refused(directory, "config.json cannot be read: .*llamma")
     path.write_text("{")
     refused(directory, "config.json cannot be read")
+
+
+def test_code_that_a_model_brings_is_not_run(directory: Path) -> None:
+    marker = directory / "ran"
+    (directory / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    own = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    (directory / "config.json").write_text(json.dumps({"model_type": "own-kind", "auto_map": own}))
+    refused(directory, r"brings Python code of its own.*trust_remote_code")
+    assert not marker.exists()
+    with pytest.raises(Exception, match=r"Config"):  # asked for, it is run, and here defines nothing
+        Actor(str(directory), trust_remote_code=True)
+    assert marker.exists()
 
 
 def test_shards_that_are_missing(directory: Path) -> None:

@@ -58,6 +58,16 @@ def test_dtypes_and_heads_are_as_asked() -> None:
     assert load_policy(made(gradient_checkpointing=True)).model.is_gradient_checkpointing
 
 
+def test_models_made_in_four_bits_are_those_made_whole(tmp_path: Path) -> None:
+    """Read into 4 bits from a directory that is gone afterwards; embeddings stay as they are."""
+    for load in (load_policy, lambda config: load_regression(config, "critic", seed=2)):
+        whole, quantized = load(made(dtype="bf16")), load(made(dtype="bf16", quantization="nf4", lora={"rank": 2}))
+        assert "NF4 on 14 layers, LoRA rank 2 on 14 layers" in describe(quantized)
+        embeddings = [model.backbone.embed_tokens.weight for model in (whole, quantized)]
+        assert torch.equal(*embeddings) and embeddings[0].dtype == torch.bfloat16
+    assert torch.equal(whole.head.weight, quantized.head.weight) and quantized.head.weight.requires_grad
+
+
 def test_a_model_that_was_saved_comes_back(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(made())
     packed = Packed(torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 3, 5]), torch.tensor([0, 1, 2, 0, 1]))
@@ -98,7 +108,6 @@ def test_a_reward_model_whose_tokenizer_cannot_pad_gets_a_pad_token(
     ("changes", "message"),
     [
         ({"attention": "flash_attention_2"}, "flash_attention_2 cannot be used here: there is no GPU"),
-        ({"quantization": "nf4", "dtype": "bf16"}, "4-bit"),
         ({"lora": {"rank": 2, "targets": ["nonsense"]}}, "nonsense"),
     ],
 )

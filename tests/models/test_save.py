@@ -26,6 +26,8 @@ from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.trajectories.packing import Packed
 
+from .conftest import shake_adapters
+
 Make = Callable[..., PreTrainedModel]
 
 
@@ -145,13 +147,6 @@ def test_architectures_that_transformers_cannot_map_are_ours_only(
     assert "only this project reads" in caplog.text
     again = get_llm_for_sequence_regression(str(tmp_path / "reward"), "reward", param_dtype="fp32")
     assert torch.equal(PackedRegression(again)(packed, "scores"), PackedRegression(reward)(packed, "scores"))
-
-
-def shake_adapters(model: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
 
 
 def test_adapters_are_merged(tmp_path: Path, causal: Make, packed: Packed) -> None:

@@ -1,0 +1,103 @@
+"""Weights in 4 bits (NF4 with double quantisation), as QLoRA holds a frozen base.
+
+Always true: what is in 4 bits is frozen, and is never an embedding, an output layer, a head or the experts of a mixture
+(3-D parameters, which bitsandbytes does not know); a layer computes with its dequantised weight, in training and in
+evaluation alike; what leaves the model is dequantised.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from rlhf_ray.errors import ModelLoadError
+
+INSTALL = "pip install bitsandbytes"
+
+
+def bitsandbytes() -> ModuleType | None:
+    """The package, or None where it is not installed.
+
+    It would fetch compiled kernels from a hub while it is imported, where the package ``kernels`` is installed: here
+    its import finds none, and its complaint about that is not shown.
+    """
+    if find_spec("bitsandbytes") is None:
+        return None
+    if "bitsandbytes" not in sys.modules:
+        hidden = sys.modules.get("kernels", ...)
+        logging.disable(logging.WARNING)
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+        try:
+            import bitsandbytes as _  # noqa: F401
+        finally:
+            logging.disable(logging.NOTSET)
+            del sys.modules["kernels"]
+            if isinstance(hidden, ModuleType):
+                sys.modules["kernels"] = hidden
+    return sys.modules["bitsandbytes"]
+
+
+def four_bit(dtype: torch.dtype, *, in_shards: bool) -> BitsAndBytesConfig:
+    """What transformers needs to know to read linear layers into 4 bits and to compute with them in ``dtype``."""
+    if in_shards:
+        raise ModelLoadError(
+            "4-bit (NF4) weights cannot be sharded (ZeRO-3): use ZeRO stage 2 or less, or leave the quantisation out"
+        )
+    if bitsandbytes() is None:
+        raise ModelLoadError(
+            f"4-bit (NF4) needs the package bitsandbytes, which is not installed: {INSTALL}, or load the model in bf16"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def prepare_four_bit(model: nn.Module) -> None:
+    """Freeze the whole model, and make its layers in 4 bits compute in evaluation as they do in training.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs a weight anew when it first evaluates: the scales lose digits, the
+    numbers change, and from then on no gradient passes through the layer, in training neither.
+    """
+    model.requires_grad_(False)
+    for layer in four_bit_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False
+
+
+def four_bit_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers in 4 bits, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if any(_is_four_bit(parameter) for parameter in layer.parameters(recurse=False))
+    }
+
+
+def dequantized(parameter: Tensor) -> Tensor:
+    """The weight that a layer computes with; any other parameter as it is."""
+    package = bitsandbytes() if _is_four_bit(parameter) else None
+    if package is None:
+        return parameter
+    whole: Tensor = package.functional.dequantize_4bit(parameter.detach(), parameter.quant_state)  # type: ignore[attr-defined]
+    return whole
+
+
+def dequantized_like(parameter: Tensor) -> Tensor | None:
+    """An empty tensor on no device with the shape and dtype of the dequantised weight; None where it is none."""
+    if not _is_four_bit(parameter):
+        return None
+    state = parameter.quant_state  # type: ignore[attr-defined]
+    return torch.empty(state.shape, dtype=state.dtype, device="meta")
+
+
+def _is_four_bit(parameter: object) -> bool:
+    return isinstance(parameter, Tensor) and type(parameter).__name__ == "Params4bit"
