@@ -5,8 +5,9 @@ this module checks itself; buffers (rotary frequencies) keep their precision.
 
 transformers merges the whole state dict on every rank, and DeepSpeed's ``zero.Init`` around a constructor casts what
 the constructor computes. So the structure is built empty here, and each module is filled and handed to ``zero.Init``
-by itself. Where a parameter lies on disk in parts (the experts of a mixture) transformers is asked which of its rows go
-into which part.
+by itself. All are filled in one workspace, out of which ``zero.Init`` copies this rank's share: memory that is taken and
+freed anew for each would stay with the process in pieces. Where a parameter lies on disk in parts (the experts of a
+mixture) transformers is asked which of its rows go into which part.
 """
 
 from __future__ import annotations
@@ -60,20 +61,22 @@ def load_in_shards(
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     parts, named = _parts(checkpoint, model), {id(tensor): name for name, tensor in model.named_parameters()}
+    owners = list(model.named_modules())[::-1]  # inside out: zero.Init takes the parameters of children along
+    workspace = torch.empty(max(_own_size(owner) for _, owner in owners), dtype=dtype)
     filled: dict[int, nn.Parameter] = {}
-    inside_out = list(model.named_modules())[::-1]  # zero.Init takes the parameters of children along
-    for path, owner in progress(inside_out, f"building {checkpoint.directory.name} in shards"):
+    for path, owner in progress(owners, f"building {checkpoint.directory.name} in shards"):
         for name, buffer in owner.named_buffers(recurse=False):
             for part in parts.get(_join(path, name), []):
                 buffer.copy_(checkpoint.read(part.name))
-        fresh = False
+        used = 0
         for name, empty in list(owner.named_parameters(recurse=False)):
             if id(empty) not in filled:
-                fresh = True
-                weight = _read(checkpoint, parts[named[id(empty)]], empty, dtype)
+                weight = workspace[used : used + empty.numel()].view(empty.shape)
+                _fill(weight, checkpoint, parts[named[id(empty)]])
                 filled[id(empty)] = nn.Parameter(weight, requires_grad=empty.requires_grad)
+                used += empty.numel()
             setattr(owner, name, filled[id(empty)])
-        if fresh:
+        if used:
             zero.Init(module=owner, config_dict_or_path=dict(ds_config))
     return model
 
@@ -149,13 +152,16 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _read(checkpoint: Checkpoint, parts: list[Part], empty: Tensor, dtype: torch.dtype) -> Tensor:
+def _own_size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _fill(weight: Tensor, checkpoint: Checkpoint, parts: list[Part]) -> None:
     """Fill a parameter from its parts, one of them in memory at a time."""
-    weight, filled = torch.empty(empty.shape, dtype=dtype), 0
-    width = empty.shape[-1:] if empty.dim() > 1 else torch.Size()
+    width, filled = weight.shape[-1:] if weight.dim() > 1 else torch.Size(), 0
     for part in parts:
         tensor = checkpoint.read(part.name)
-        expected = empty.shape if part.rows is None else part.rows.shape + width
+        expected = weight.shape if part.rows is None else part.rows.shape + width
         if tensor.shape != expected:
             raise ModelLoadError(
                 f"{part.name} in {checkpoint.directory} has shape {tuple(tensor.shape)}, but its config says "
@@ -164,8 +170,7 @@ def _read(checkpoint: Checkpoint, parts: list[Part], empty: Tensor, dtype: torch
         if part.rows is None:
             weight.copy_(tensor)
         else:
-            weight.view(-1, *width)[part.rows.flatten()] = tensor.reshape(-1, *width).to(dtype)
+            weight.view(-1, *width)[part.rows.flatten()] = tensor.reshape(-1, *width).to(weight.dtype)
         filled += tensor.numel()
     if filled != weight.numel():
         raise ModelLoadError(f"{checkpoint.directory} cannot be built in shards: use ZeRO stage 2 or less")
-    return weight

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +92,29 @@ def random_model(family: str, seed: int = 0, **changes: object) -> PreTrainedMod
 def save_random(family: str, directory: Path, seed: int = 0) -> Path:
     random_model(family, seed).save_pretrained(directory)
     return directory
+
+
+def run_ranks(program: Path, directory: Path, *, timeout_s: float = 240.0) -> list[Any]:
+    """Run ``program`` (RANK PORT DIRECTORY) as two ranks, which end by the deadline; what they wrote, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join([str(program.parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(rank), str(port), str(directory)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)[-6000:]
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 def shake_adapters(model: nn.Module) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +16,10 @@ from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_re
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
 
-from .conftest import save_random, shake_adapters, word_tokenizer
+from .conftest import run_ranks, save_random, shake_adapters, word_tokenizer
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 FAMILIES_IN_SHARDS = ("llama", "gemma2", "mixtral", "olmoe")
-
-
-def run_ranks(directory: Path) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = os.pathsep.join([str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), str(port), str(directory)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)[-6000:]
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     )
     shake_adapters(reward)
     save_adapter(reward, None, directory / "adapter")
-    return directory, run_ranks(directory)
+    return directory, run_ranks(PROGRAM, directory)
 
 
 def test_numbers_are_those_of_the_whole_model(measured: tuple[Path, list[dict[str, Any]]]) -> None:

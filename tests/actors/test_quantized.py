@@ -1,0 +1,56 @@
+"""A policy in 4 bits with adapters trains in an engine, and publishes what the trainer computes with, dequantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
+from rlhf_ray.algorithms.losses import NegativeLogLikelihood
+from rlhf_ray.config.schema import RoleConfig
+from rlhf_ray.models import load_policy, save_pretrained
+from rlhf_ray.models.actor import Actor, PackedPolicy
+from rlhf_ray.models.quantization import four_bit_layers
+from rlhf_ray.rollout.wire import to_tensor
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.packing import pack
+
+SEQUENCES = [[5, 6, 7, 8, 9], [10, 11, 12]]
+
+
+def role(zero: int, dtype: str) -> RoleConfig:
+    optimizer = {"learning_rate": 0.02}
+    make = {"shape": "llama-tiny", "tokenizer_from": "world", "seed": 1}
+    model = {"make": make, "dtype": dtype, "quantization": "nf4", "lora": {"rank": 4}, "gradient_checkpointing": True}
+    return RoleConfig.model_validate({"model": model, "engine": {"zero": zero, "optimizer": optimizer}})
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_training_improves_and_what_is_published_is_what_was_trained(zero: int, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    worker = PolicyWorker()
+    line = worker.setup(WorkerSetup(role(zero, "bf16"), seed=0, total_updates=16))
+    assert "NF4 on 14 layers, LoRA rank 4 on 14 layers" in line
+    masks = [[False] + [True] * (len(sequence) - 1) for sequence in SEQUENCES]
+    batch = TrajectoryBatch.from_sequences(SEQUENCES, action_mask=masks)
+    frozen = {n: p.weight.clone() for n, p in four_bit_layers(worker.actor).items()}
+    losses = []
+    for _ in range(16):
+        report = worker.accumulate(batch, [(0, 1)], NegativeLogLikelihood(), 6.0)
+        assert not worker.apply(skip=not report.finite).skipped
+        losses.append(report.loss)
+    assert losses[-1] < 0.95 * losses[0]  # the embedding and the output layer are frozen
+    layers = four_bit_layers(worker.actor)
+    assert len(frozen) == 14 and all(torch.equal(layers[name].weight, weight) for name, weight in frozen.items())
+
+    ((_, trained),) = worker.log_probs(batch, [(0, 1)])
+    published = worker.publish_weights(1)
+    state = {name: to_tensor(array) for bucket in published.buckets for name, array in bucket}
+    plain = load_policy(worker.config.model.model_copy(update={"quantization": None, "lora": None}))
+    save_pretrained(plain, None, tmp_path / "rollout", state=state)
+    rollout = PackedPolicy(Actor(str(tmp_path / "rollout"), param_dtype="bf16"))(pack(batch)).log_probs.detach()
+    start = PackedPolicy(plain)(pack(batch)).log_probs.detach()
+    moved, apart = (float((each - rollout).norm()) for each in (start, torch.as_tensor(trained)))
+    assert apart < 0.1 * moved and moved > 0.5, (apart, moved)

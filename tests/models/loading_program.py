@@ -1,0 +1,79 @@
+"""One of two ranks that load models into workers under ZeRO-3, and how much memory that takes at its peak.
+
+Usage: loading_program.py RANK PORT DIRECTORY
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from rlhf_ray.actors.workers import ReferenceWorker, RewardWorker, WorkerSetup
+from rlhf_ray.config.schema import RoleConfig
+from rlhf_ray.engine import destroy_process_group
+
+WORLD, SECONDS_BETWEEN = 2, 0.002
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+
+class Peak(threading.Thread):
+    """Watches the memory of this process until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.most = anonymous()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            self.most = max(self.most, anonymous())
+            time.sleep(SECONDS_BETWEEN)
+
+    def stop(self) -> int:
+        self.done.set()
+        self.join()
+        return self.most - self.before
+
+
+def setup(path: Path, port: int) -> WorkerSetup:
+    model = {"path": str(path), "dtype": "bf16", "head_init": "zero"}
+    role = RoleConfig.model_validate({"model": model, "engine": {"zero": 3}, "ranks": WORLD})
+    return WorkerSetup(role, seed=0, address=f"127.0.0.1:{port}")
+
+
+def close(worker: ReferenceWorker | RewardWorker) -> None:
+    worker.engine.close()
+    destroy_process_group()
+
+
+def main(rank: int, port: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    peaks = {}
+    for family, kind in (("llama", ReferenceWorker), ("mixtral", RewardWorker)):
+        tiny, worker = kind(rank, WORLD), kind(rank, WORLD)
+        tiny.setup(setup(directory / f"{family} tiny", port))  # imports what loading needs
+        close(tiny)
+        del tiny
+        gc.collect()
+        peak = Peak()
+        peak.start()
+        worker.setup(setup(directory / family, port + 1))
+        peaks[family] = peak.stop()
+        close(worker)
+        port += 2
+    (directory / f"rank{rank}.json").write_text(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
