@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from rlhf_ray.algorithms.kl import sequence_kl
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.console import get_logger
 from rlhf_ray.errors import StaleWeightsError
 from rlhf_ray.trainers.experience import TERM, Experience, TextSample, TokenizedPrompt
 from rlhf_ray.trainers.gold import gold_function, world_gold
 from rlhf_ray.trainers.ppo_progress import PpoProgress
-from rlhf_ray.trainers.self_check import log_prob_difference
+from rlhf_ray.trainers.self_check import LOG_PROB_LIMITS, log_prob_difference
 from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+ERRORS_BELOW_ZERO = 4.0
+"""Standard errors by which a mean KL must be below 0 before it is called negative."""
 
 
 def step_metrics(
@@ -25,6 +30,9 @@ def step_metrics(
     prompts: Mapping[int, TokenizedPrompt],
 ) -> dict[str, float]:
     """Scores, lengths, staleness, the difference between rollout and trainer, and what survives decode and encode."""
+    told = negative_kl(batch, experience.config)
+    if told is not None:
+        get_logger("ppo").warning("%s", told)
     mask, offsets = batch["action_mask"], batch.offsets
     kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], mask, offsets, "k3")
     prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
@@ -46,6 +54,29 @@ def step_metrics(
         scores = gold_function(gold, ExitStack())(samples)
         metrics["gold/mean"] = sum(scores) / len(scores)
     return metrics
+
+
+def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
+    """What a KL below zero, beyond its noise, says about how answers were sampled; none where it is not.
+
+    E[log p - log q] >= 0 where the samples are p's own, so a mean clearly below 0 says that they are not.
+    """
+    kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets).double()
+    mean, error = float(kl.mean()), float(kl.std(unbiased=False)) / len(kl) ** 0.5
+    if mean + ERRORS_BELOW_ZERO * error >= 0.0:
+        return None
+    difference, rollout = float(log_prob_difference(batch).max()), config.rollout
+    limit = max(LOG_PROB_LIMITS[dtype] for dtype in (config.policy.model.dtype, rollout.dtype))
+    told = f"KL from the reference is {mean:.3g} nats, {-mean / error:.1f} standard errors below 0: answers are not drawn from "
+    if difference > limit:
+        return (
+            f"{told}the policy that is measured. Rollout and trainer differ by {difference:.2g} nats in a token's log-prob: "
+            f"compare rollout.dtype ({rollout.dtype}) with policy.model.dtype ({config.policy.model.dtype})"
+        )
+    return (
+        f"{told}the whole distribution. Something cuts or sharpens it: rollout.temperature is {rollout.temperature:g}, top_p "
+        f"{rollout.top_p:g}, top_k {rollout.top_k}, min_p {rollout.min_p:g}; top_p 1, top_k 0 and min_p 0 leave it whole"
+    )
 
 
 def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:

@@ -1,0 +1,59 @@
+"""A KL below zero, beyond its noise, says that the samples are not the policy's own, and names the setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf_ray.config.schema import ModelConfig, RolloutConfig
+from rlhf_ray.trainers.ppo_metrics import negative_kl
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+VOCABULARY, SEQUENCES, LENGTH = 20, 400, 5
+
+
+class Config:
+    """The two sections that are looked at."""
+
+    class policy:
+        model = ModelConfig.model_construct(dtype="fp32")
+
+    rollout = RolloutConfig(dtype="fp32")
+
+
+def sampled(*, top_k: int | None = None, rollout_shift: float = 0.0) -> TrajectoryBatch:
+    """One token after the other from p, or from its ``top_k`` likeliest tokens; the reference q is another one."""
+    torch.manual_seed(0)
+    p, q = torch.randn(2, VOCABULARY).log_softmax(-1).unbind()
+    drawn_from = p.exp()
+    if top_k is not None:
+        drawn_from = drawn_from.where(p >= p.topk(top_k).values[-1], 0.0)
+        q = (p + 0.5 * (p - p.topk(top_k).values[-1])).log_softmax(-1)  # likes the likeliest tokens even more
+    tokens = torch.multinomial(drawn_from, SEQUENCES * LENGTH, replacement=True).view(SEQUENCES, LENGTH)
+    batch = TrajectoryBatch.from_sequences(
+        [[0, *row] for row in tokens.tolist()], action_mask=[[False] + [True] * LENGTH] * SEQUENCES
+    )
+    ids = batch["token_ids"]
+    return batch.with_columns(log_probs=p[ids], reference_log_probs=q[ids], rollout_log_probs=p[ids] + rollout_shift)
+
+
+def told(batch: TrajectoryBatch) -> str | None:
+    config: Any = Config
+    return negative_kl(batch, config)
+
+
+def test_samples_of_the_policy_have_no_negative_kl() -> None:
+    batch = sampled()
+    assert told(batch) is None
+    assert told(batch.with_columns(reference_log_probs=batch["log_probs"])) is None, "at the start it is 0"
+
+
+def test_a_cut_distribution_is_named() -> None:
+    message = told(sampled(top_k=3)) or ""
+    assert "standard errors below 0" in message and "top_p 1, top_k 0 and min_p 0 leave it whole" in message
+
+
+def test_another_model_in_the_rollout_is_named() -> None:
+    message = told(sampled(top_k=3, rollout_shift=0.2)) or ""
+    assert "Rollout and trainer differ by 0.2 nats" in message and "rollout.dtype (fp32)" in message
