@@ -72,7 +72,8 @@ def _reward_model_rules(config: RewardModelConfig) -> list[Rule]:
 
     size = "batch.pairs_per_update", lambda: config.batch.pairs_per_update
     rules = (_is_trained, _made_has_head, *_ANY, _repeats(lambda: config.run), _shares(*size), fits)
-    return [*_on("reward", lambda: config.reward, *rules), lambda: _sums_have_no_pairs(config)]
+    between = (_sums_have_no_pairs, _says_what_is_held_out)
+    return [*_on("reward", lambda: config.reward, *rules), *(lambda rule=rule: rule(config) for rule in between)]
 
 
 def _sums_have_no_pairs(config: RewardModelConfig) -> Iterator[Problem]:
@@ -93,7 +94,7 @@ def _ppo_rules(config: PpoConfig) -> list[Rule]:
     forward = (_is_not_trained, _shares(*step), *every)
     between = (
         _rollout_repeats, _rollout_fits, _sampling_is_plain, _every_engine_works, _engine_devices, _policy_learns,
-        _world_has_enough, _gold_knows_the_prompts,
+        _world_has_enough, _gold_knows_the_prompts, _prompts_stay_whole,
     )  # fmt: skip
     return [
         *_on("policy", lambda: config.policy, *trained, _has_no_head),
@@ -120,6 +121,16 @@ def _serve_rules(config: ServeConfig) -> list[Rule]:
         lambda: _closed_by_default(config),
         lambda: _requests_fit(config),
     ]
+
+
+def _says_what_is_held_out(config: RewardModelConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.world is None and data.evaluation_path is None and data.evaluation_fraction is None:
+        yield (
+            "data.evaluation_fraction",
+            "missing: say which share of the pairs is held out to evaluate on, such as 0.05, or 0 for none; or name held-out "
+            "pairs in data.evaluation_path",
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- roles
@@ -287,6 +298,12 @@ def _gold_knows_the_prompts(config: PpoConfig) -> Iterator[Problem]:
     for key, name in (named | {"evaluation.gold": config.evaluation.gold}).items():
         if name == "world.gold" and (config.data.world is None or config.data.world.task != "customers"):
             yield key, "world.gold scores answers to the customers of the generated world: set data.world to {}"
+
+
+def _prompts_stay_whole(config: PpoConfig) -> Iterator[Problem]:
+    if config.data.too_long != "drop":
+        text = "but what is scored must be what was asked, so a prompt that is sampled from is dropped or whole: set it to drop"
+        yield "data.too_long", f"{config.data.too_long}, {text}"
 
 
 # --------------------------------------------------------------------------------------------------------------- serve

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray import environment
+from rlhf_ray.config.pairs import Keys
 from rlhf_ray.config.parsing import Problem, attempt
-from rlhf_ray.config.rows import Needs, row_problems
+from rlhf_ray.config.rows import pair_problem, row_problem, row_problems
 from rlhf_ray.config.schema import (
     DataConfig,
     MakeConfig,
@@ -25,6 +27,7 @@ from rlhf_ray.config.schema import (
     Section,
     ServeConfig,
     SftConfig,
+    SourceConfig,
 )
 from rlhf_ray.errors import ConfigError
 
@@ -54,12 +57,12 @@ def file_problems(config: Section, *, partial: bool = False) -> list[Problem]:
 def hub_ids(config: Section) -> list[str]:
     """The models and data sets of ``config`` that only a hub can have, so that the job must be allowed to ask it."""
     names = [model.path for _, model in _models(config)]
-    names += [path for data in _datas(config) for path in (data.path, data.evaluation_path)]
+    names += [path for data in _datas(config) for _, path in _data_paths(data)]
     return sorted({name for name in names if name is not None and _on_hub(name)})
 
 
 def _rules(config: Section) -> Iterator[Callable[[], Iterable[Problem]]]:
-    own_data = [data.path for data in _datas(config)]
+    own_data = [path for data in _datas(config) for _, path in _data_paths(data)]
     for key, model in _models(config):
         yield lambda key=key, model=model: _model_problems(key, model, own_data)  # type: ignore[misc]
     for data in _datas(config):
@@ -101,7 +104,7 @@ def _on_hub(name: str) -> bool:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def _model_problems(key: str, model: ModelConfig, own_data: Sequence[str | None]) -> Iterator[Problem]:
+def _model_problems(key: str, model: ModelConfig, own_data: Sequence[str]) -> Iterator[Problem]:
     if model.make is not None and model.make.tokenizer_from not in own_data:
         yield from _made_problems(f"{key}.make.tokenizer_from", model.make)
     if model.path is None or _on_hub(model.path):
@@ -310,23 +313,37 @@ def _names(module: ast.Module) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------- the rest
 
 
-def _needs(config: Section, data: DataConfig) -> Needs:
-    if isinstance(config, SftConfig):
-        return [(data.prompt_key, data.answer_key)]
+def _data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Every file of rows after its key, as far as the section goes."""
+    found = [("data.path", data.__dict__.get("path")), ("data.evaluation_path", data.__dict__.get("evaluation_path"))]
+    for name, source in data.__dict__.get("sources", {}).items():
+        found.append((f"data.sources.{name}.path", source.__dict__.get("path")))
+    yield from ((key, path) for key, path in found if path is not None)
+
+
+def _row_check(config: Section, data: DataConfig, source: SourceConfig) -> Callable[[Any], str]:
+    """What is asked of each row of a file."""
+    keys = Keys(str(source.prompt_key), str(source.chosen_key), str(source.rejected_key))
     if isinstance(config, RewardModelConfig):
-        return [(data.chosen_key, data.rejected_key)]
-    return [(data.prompt_key,), (data.chosen_key, data.rejected_key)]
+        return partial(pair_problem, keys=keys, turns=data.apply_chat_template)
+    if isinstance(config, SftConfig):
+        return partial(row_problem, needs=[(keys.prompt, str(source.answer_key))])
+    return partial(row_problem, needs=[(keys.prompt,), keys[1:]])
 
 
 def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
-    for key, name in (("data.path", data.path), ("data.evaluation_path", data.evaluation_path)):
-        if name is None or _on_hub(name):
+    files = [(f"data.sources.{name}.path" if name else "data.path", file) for name, file in data.files.items()]
+    if data.evaluation_file is not None:
+        files.append(("data.evaluation_path", data.evaluation_file))
+    for key, source in files:
+        if _on_hub(source.path):
             continue
-        path = Path(name)
+        path = Path(source.path)
         if not path.exists():
             yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
         else:
-            yield from ((key, text) for text in row_problems(path, _needs(config, data)))
+            check = _row_check(config, data, source)
+            yield from ((key, text) for text in row_problems(path, problem_of=check))
 
 
 def _root_problems(config: Section) -> Iterator[Problem]:

@@ -89,12 +89,17 @@ def _name_own_data(values: Mapping[str, Any]) -> None:
     own = values.get("data")
     if not isinstance(own, dict):
         return
-    origin = "world" if own.get("world") is not None else own.get("path")
+    origin = "world" if own.get("world") is not None else own.get("path") or _first_path(own.get("sources"))
     for role in values.values():
         model = role.get("model") if isinstance(role, dict) else None
         make = model.get("make") if isinstance(model, dict) else None
         if isinstance(make, dict) and make.get("tokenizer_from") == OWN_DATA and isinstance(origin, str):
             make["tokenizer_from"] = origin
+
+
+def _first_path(sources: Any) -> Any:
+    first = next(iter(sources.values()), None) if isinstance(sources, dict) else None
+    return first.get("path") if isinstance(first, dict) else None
 
 
 def _located(problem: Problem, document: Document, renamed: Mapping[str, str]) -> str:

@@ -74,7 +74,12 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "generate_max_len": (("rollout.max_new_tokens",), ""),
     # data
     "prompt_data": (("data.path",), ""),
-    "dataset": (("data.path",), ""),
+    "dataset": (("data.path",), "several files are data.sources"),
+    "dataset_probs": (("data.sources",), "each with a weight: how many times an epoch goes through its rows"),
+    "prompt_data_probs": (("data.sources",), "each with a weight: how many times an epoch goes through its rows"),
+    "apply_chat_template": (("data.apply_chat_template",), ""),
+    "chosen_key": (("data.chosen_key",), ""),
+    "rejected_key": (("data.rejected_key",), ""),
     "eval_dataset": (("data.evaluation_path",), ""),
     "input_key": (("data.prompt_key",), ""),
     "output_key": (("data.answer_key",), ""),

@@ -13,7 +13,9 @@ from rlhf_ray.config.schema import JobConfig, Section
 
 Job = TypeVar("Job", bound=Section)
 
-PATH_KEYS = {"root", "path", "evaluation_path", "tokenizer_from", "token_file"}
+NAMED_KEYS = {"path", "evaluation_path", "tokenizer_from"}
+"""Keys of what may also have a name: on a hub, or in this project."""
+PATH_KEYS = {"root", "cache", "token_file"} | NAMED_KEYS
 
 
 def run_directory(config: JobConfig) -> Path:
@@ -31,7 +33,7 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
         return {name: _absolute(item, directory, name) for name, item in value.items()}
     if key == "function" and isinstance(value, str) and ".py:" in value:
         return str(directory / value)
-    if key in PATH_KEYS and isinstance(value, str) and not _is_name(value, directory):
+    if key in PATH_KEYS and isinstance(value, str) and not (key in NAMED_KEYS and _is_name(value, directory)):
         return str(directory / Path(value).expanduser())
     return value
 

@@ -6,12 +6,15 @@ tokens counted, by :mod:`rlhf_ray.data`, which refuses a row for the same reason
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.formats import raw_rows
+from rlhf_ray.config.messages import text_problem
+from rlhf_ray.config.pairs import Keys, LayoutError, read_pair
 from rlhf_ray.errors import DataError
 
 LIMIT = 100
@@ -20,12 +23,16 @@ Needs = Sequence[Sequence[str]]
 """Sets of keys; a row needs all keys of one of them."""
 
 
-def row_problems(path: Path, needs: Needs) -> list[str]:
-    """What is wrong with the first rows of ``path``; each message starts with the file (and the line)."""
+def row_problems(path: Path, needs: Needs = (), *, problem_of: Callable[[Any], str] | None = None) -> list[str]:
+    """What is wrong with the first rows of ``path``; each message starts with the file (and the line).
+
+    A row needs texts under all keys of one of the sets in ``needs``, or is as ``problem_of`` wants it.
+    """
+    problem_of = problem_of or partial(row_problem, needs=needs)
     count, bad = 0, []
     try:
         for count, (place, row) in enumerate(islice(raw_rows(path), LIMIT), 1):  # noqa: B007 (the count is what is wanted)
-            wrong = row_problem(row, needs)
+            wrong = problem_of(row)
             if wrong:
                 bad.append(f"{place}: {wrong}")
     except DataError as error:
@@ -36,27 +43,32 @@ def row_problems(path: Path, needs: Needs) -> list[str]:
 
 
 def row_problem(row: Any, needs: Needs) -> str:
-    """What is wrong with one row; empty where it is fine."""
-    if not isinstance(row, dict):
-        return f"a row is a mapping of keys to values, but this is a {type(row).__name__}"
+    """What is wrong with a row of texts; empty where it is fine."""
+    problem = key_problem(row, needs)
+    if problem:
+        return problem
     present = [keys for keys in needs if all(key in row for key in keys)]
-    if needs and not present:
-        missing = " or ".join(" and ".join(repr(key) for key in keys) for keys in needs)
-        return f"no {missing}; its keys are {', '.join(map(repr, row))}"
     wrong = {key: text_problem(row[key]) for keys in present[:1] for key in keys}
     return " and ".join(f"{key!r} must hold a text{problem}" for key, problem in wrong.items() if problem)
 
 
-def text_problem(value: Any) -> str:
-    """Why ``value`` is no text that can be tokenized, to be put after "must hold a text"; empty where it is one."""
-    if isinstance(value, list):
-        return ", this is a list: write a conversation as one text, with its chat template applied"
-    if not isinstance(value, str):
-        return ", this is empty" if value is None else f", this is of type {type(value).__name__}"
-    if not value:
-        return ", this is empty"
+def pair_problem(row: Any, keys: Keys, *, turns: bool) -> str:
+    """What is wrong with a row of preferences; empty where it is fine."""
+    problem = key_problem(row, [keys[1:]])
+    if problem:
+        return problem
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f", this has half a surrogate pair at character {error.start + 1}"
+        read_pair(row, keys, turns=turns)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def key_problem(row: Any, needs: Needs) -> str:
+    """What a row lacks of the keys that it needs; empty where it lacks nothing."""
+    if not isinstance(row, dict):
+        return f"a row is a mapping of keys to values, but this is a {type(row).__name__}"
+    if needs and not any(all(key in row for key in keys) for keys in needs):
+        missing = " or ".join(" and ".join(repr(key) for key in keys) for keys in needs)
+        return f"no {missing}; its keys are {', '.join(map(repr, row))}"
     return ""

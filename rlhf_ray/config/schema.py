@@ -32,6 +32,7 @@ from rlhf_ray.config.roles import (
     Section,
     TokenBudget,
 )
+from rlhf_ray.config.sources import DataConfig, SourceConfig, WorldConfig
 
 __all__ = [
     "JOBS",
@@ -69,6 +70,7 @@ __all__ = [
     "SequenceBatchConfig",
     "ServeConfig",
     "SftConfig",
+    "SourceConfig",
     "TokenBudget",
     "TrainingConfig",
     "WorldConfig",
@@ -142,52 +144,6 @@ class PairBatchConfig(TokenBudget):
     """Sizes of preference training: ``pairs_per_update`` is global."""
 
     pairs_per_update: Positive
-
-
-class WorldConfig(Section):
-    """The generated world (docs/world.md): how much of it to make, and from which seed."""
-
-    seed: NonNegative = 0
-    task: Literal["customers", "arithmetic"] = "customers"
-    """Letters of customers, judged by a gold score; or short sums, which a function verifies."""
-    demonstrations: Positive = 6000
-    pairs: Positive = 12000
-    evaluation_pairs: Positive = 1000
-    prompts: Positive = 4000
-    evaluation_prompts: Positive = 300
-
-
-class DataConfig(Section):
-    """Where rows come from: exactly one of ``world`` and ``path``."""
-
-    world: WorldConfig | None = None
-    path: str | None = None
-    evaluation_path: str | None = None
-    evaluation_fraction: Fraction | None = None
-    """Share of ``path`` held out; none and no ``evaluation_path`` means that nothing is evaluated."""
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
-    chosen_key: str = "chosen"
-    rejected_key: str = "rejected"
-    max_tokens: Positive = 512
-    """Longest training sequence, prompt included; longer rows are dropped and counted."""
-    max_prompt_tokens: Positive = 256
-    max_rows: Positive | None = None
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.world is not None and self.path is not None:
-            yield "", f"world and path ({self.path}) exclude each other: add data.world=null or data.path=null"
-        if self.world is None and self.path is None:
-            yield "", "set one of world (the generated world: {}) and path (a data file)"
-        if self.evaluation_path is not None and self.evaluation_fraction is not None:
-            yield "", "evaluation_path and evaluation_fraction exclude each other: remove one (set it to null)"
-        if self.world is not None and (self.evaluation_path is not None or self.evaluation_fraction is not None):
-            yield "", "the generated world holds out its own rows: remove evaluation_path and evaluation_fraction"
-        if self.world is not None and self.max_rows is not None:
-            yield (
-                "max_rows",
-                f"{self.max_rows} limits a file, but the rows are made: set demonstrations, pairs or prompts",
-            )
 
 
 class RolloutConfig(Section):

@@ -20,8 +20,8 @@ class Demonstration:
 
 
 def read_demonstrations(
-    path: str | Path, prompt_key: str = "prompt", answer_key: str = "answer"
+    path: str | Path, prompt_key: str = "prompt", answer_key: str = "answer", *, max_rows: int | None = None
 ) -> list[Demonstration]:
     """Every demonstration of a data file; the keys name its columns."""
-    rows = read_rows(path, [(prompt_key, answer_key)])
+    rows = read_rows(path, [(prompt_key, answer_key)], max_rows=max_rows)
     return [Demonstration(row.text(prompt_key), row.text(answer_key)) for row in rows]

@@ -1,17 +1,21 @@
 """From rows to token ids.
 
-Always true: a row is encoded whole or dropped and counted, its end is never cut; an answer ends in exactly one
-end-of-sequence token; a prompt has the same ids wherever it stands: alone, where it is sampled from, before a demonstration
-and before both sides of a pair.
+Always true: a row is encoded whole or dropped and counted; where that is asked for, the prompt of a pair loses its beginning,
+the same in both sides; the end is never cut. An answer that is text ends in exactly one end-of-sequence token, a
+conversation as its template ends it; a prompt that is text has the same ids wherever it stands: alone, where it is sampled
+from, before a demonstration and before both sides of a pair.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from rlhf_ray.console import progress
+from rlhf_ray.data.chat import render
 from rlhf_ray.data.demonstrations import Demonstration
 from rlhf_ray.data.preferences import PreferencePair
 from rlhf_ray.data.prompts import Prompt
@@ -23,15 +27,16 @@ Drops = Counter[str]
 
 
 class EncodedPair(NamedTuple):
-    """Both sides with the prompt before each, and how many tokens that is."""
+    """Both sides with the prompt before each, how many tokens that is, and how many it has lost."""
 
     chosen: Ids
     rejected: Ids
     prompt_length: int
+    cut: int = 0
 
 
-TEXTS_AT_ONCE = 1024
-"""Enough to be fast, few enough to hold little besides the ids."""
+TEXTS_AT_ONCE = 256
+"""Enough to be fast, few enough to hold little besides the ids and to show progress."""
 TOO_LONG, EQUAL, EMPTY = "too long", "with two equal sides", "without a token"
 
 
@@ -75,16 +80,70 @@ def encode_demonstrations(
 
 
 def encode_pairs(
-    tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, drops: Drops
+    tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, drops: Drops, *, cut_prompt: bool = False
 ) -> list[EncodedPair | None]:
     """One entry a row, none for those that are dropped, which ``drops`` counts."""
+    outcomes = pair_outcomes(tokenizer, rows, max_tokens, cut_prompt=cut_prompt)
+    drops.update(outcome for outcome in outcomes if isinstance(outcome, str))
+    return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
+
+
+def pair_outcomes(
+    tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, *, cut_prompt: bool = False
+) -> list[EncodedPair | str]:
+    """One entry a row: its ids, or why it is dropped."""
+    talks = [row for row in rows if not isinstance(row.prompt, str)]
+    texts = [row for row in rows if isinstance(row.prompt, str)]
+    of_talks, of_texts = iter(_conversation_pairs(tokenizer, talks)), iter(_text_pairs(tokenizer, texts))
+    whole = [next(of_texts if isinstance(row.prompt, str) else of_talks) for row in rows]
+    return [_fitted(pair, max_tokens, tokenizer.bos_token_id, cut_prompt=cut_prompt) for pair in whole]
+
+
+def _fitted(pair: EncodedPair, max_tokens: int, start: int | None, *, cut_prompt: bool) -> EncodedPair | str:
+    """The pair within the limit, or why it is dropped; of a prompt that is cut its first token stays where it is a start."""
+    if pair.chosen == pair.rejected:
+        return EQUAL
+    excess = max(len(pair.chosen), len(pair.rejected)) - max_tokens
+    if excess <= 0:
+        return pair
+    first = int(pair.prompt_length > 0 and pair.chosen[0] == start)
+    if not cut_prompt or pair.prompt_length - first <= excess:
+        return TOO_LONG
+    chosen, rejected = (side[:first] + side[first + excess :] for side in pair[:2])
+    return EncodedPair(chosen, rejected, pair.prompt_length - excess, excess)
+
+
+def _text_pairs(tokenizer: Any, rows: Sequence[PreferencePair]) -> list[EncodedPair]:
     encoded = _continued(tokenizer, [row.prompt for row in rows], [[row.chosen, row.rejected] for row in rows])
-    results = []
-    for prompt, (chosen, rejected) in encoded:
-        longest = max(len(chosen), len(rejected))
-        problem = EQUAL if chosen == rejected else _length_problem(prompt, max_tokens - longest)
-        results.append(_kept(EncodedPair(prompt + chosen, prompt + rejected, len(prompt)), problem, drops))
-    return results
+    return [EncodedPair(prompt + chosen, prompt + rejected, len(prompt)) for prompt, (chosen, rejected) in encoded]
+
+
+def _conversation_pairs(tokenizer: Any, rows: Sequence[PreferencePair]) -> list[EncodedPair]:
+    texts: list[str] = []
+    for row in progress(rows, f"rendering {len(rows)} conversations") if len(rows) > TEXTS_AT_ONCE else rows:
+        sides = [
+            render(tokenizer, [*row.prompt, *answer], tools=row.tools, where=row.where)
+            for answer in (row.chosen, row.rejected)
+        ]
+        texts += [*sides, _rendered_prompt(tokenizer, row, sides)]
+    ids = _tokenize(tokenizer, texts, special=False)
+    pairs = []
+    for chosen, rejected, prompt in zip(ids[0::3], ids[1::3], ids[2::3], strict=True):
+        shared = chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
+        pairs.append(EncodedPair(chosen, rejected, len(prompt) if shared else 0))
+    return pairs
+
+
+def _rendered_prompt(tokenizer: Any, row: PreferencePair, sides: Sequence[str]) -> str:
+    """What both sides begin with before the assistant's answer, as far as the template can say it."""
+    for answer_follows in (True, False):
+        try:
+            text = render(tokenizer, row.prompt, tools=row.tools, answer_follows=answer_follows)
+        except DataError:  # some templates want a conversation to end with an answer
+            continue
+        if all(side.startswith(text) for side in sides):
+            return text
+    return ""
 
 
 def _length_problem(prompt: Ids, max_tokens: int) -> str:
@@ -134,11 +193,18 @@ def _prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Ids]:
+    """Ids of each text; the tokenizers' own code runs outside of Python's lock, so threads work side by side."""
     parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
-    encoded: list[Ids] = []
-    for part in parts if len(parts) < 2 else progress(parts, f"tokenizing {len(texts)} texts"):
-        encoded += tokenizer(part, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-    return encoded
+
+    def encode(part: list[str]) -> list[Ids]:
+        return list(tokenizer(part, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+
+    if len(parts) < 2:
+        return [ids for part in parts for ids in encode(part)]
+    first = encode(parts[0])  # alone: the first call settles the tokenizer's own switches
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        rest = progress(threads.map(encode, parts[1:]), f"tokenizing {len(texts)} texts", total=len(parts) - 1)
+        return [*first, *(ids for part in rest for ids in part)]
 
 
 def _ended(tokenizer: Any, answer: Ids) -> Ids:

@@ -1,14 +1,19 @@
 """Preference pairs: two answers to one prompt, the better one first.
 
 Always true: one pair a row, in the order of the file; where a row does not say its prompt, the prompt and each answer joined
-are its two texts; either all pairs of a file have a margin, a finite number, or none has.
+are its two sides; the three are texts or lists of messages; either all pairs of a file have a margin, a finite number, or
+none has; the same holds for grades.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from rlhf_ray.config.pairs import Keys, PairParts, read_pair
+from rlhf_ray.config.rows import pair_problem
 from rlhf_ray.data.rows import Row, is_in_all, read_rows
 
 ANSWER_BEGINS = "\n\nAssistant:"
@@ -16,43 +21,63 @@ ANSWER_BEGINS = "\n\nAssistant:"
 SOURCE_KEYS = ("source", "subset")
 """Columns that name where a row comes from (``subset`` is RewardBench's); the first that is there counts."""
 
+Messages = Sequence[Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt, the better and the worse answer."""
+    """A prompt, the better and the worse answer: three texts, or three lists of messages."""
 
-    prompt: str
-    chosen: str
-    rejected: str
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
     margin: float | None = None
     source: str = ""
     grade: float | None = None
     """By how much the chosen side is better: 0 is a tie."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Functions that a conversation may call."""
+    where: str = field(default="", compare=False)
+    """File and line."""
 
 
 def read_preferences(
-    path: str | Path, prompt_key: str = "prompt", chosen_key: str = "chosen", rejected_key: str = "rejected"
+    path: str | Path,
+    prompt_key: str = "prompt",
+    chosen_key: str = "chosen",
+    rejected_key: str = "rejected",
+    *,
+    turns: bool = False,
+    max_rows: int | None = None,
 ) -> list[PreferencePair]:
-    """Every pair of a data file; where its rows have no ``prompt_key``, the prompt is what both texts begin with.
+    """Every pair of a data file; where its rows have no ``prompt_key``, the prompt is what both sides begin with.
 
-    Columns ``margin`` and ``grade`` are read where they are there, and as the source the first of ``SOURCE_KEYS``.
+    Columns ``margin``, ``grade``, ``system`` and ``tools`` are read where they are there, and as the source the first of
+    ``SOURCE_KEYS``. With ``turns`` texts become messages.
     """
-    rows = read_rows(path, [(chosen_key, rejected_key)])
-    explicit = is_in_all(rows, prompt_key)
-    for key in ("margin", "grade"):
+    keys = Keys(prompt_key, chosen_key, rejected_key)
+    rows = read_rows(path, problem_of=lambda row: pair_problem(row, keys, turns=turns), max_rows=max_rows)
+    for key in (prompt_key, "margin", "grade"):
         is_in_all(rows, key)
-    pairs = []
-    for row in rows:
-        chosen, rejected = row.text(chosen_key), row.text(rejected_key)
-        if explicit:
-            prompt = row.text(prompt_key)
-        else:
-            prompt = implicit_prompt(row, chosen_key, rejected_key)
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        pairs.append(
-            PreferencePair(prompt, chosen, rejected, row.number("margin"), source_of(row), row.number("grade"))
-        )
-    return pairs
+    return [_pair(row, keys, turns=turns) for row in rows]
+
+
+def _pair(row: Row, keys: Keys, *, turns: bool) -> PreferencePair:
+    parts = read_pair(row.values, keys, turns=turns)
+    prompt = parts.prompt or implicit_prompt(row, keys, parts)
+    chosen, rejected = parts.chosen, parts.rejected
+    if not parts.prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return PreferencePair(
+        prompt,
+        chosen,
+        rejected,
+        margin=row.number("margin"),
+        source=source_of(row),
+        grade=row.number("grade"),
+        tools=parts.tools,
+        where=row.where,
+    )
 
 
 def source_of(row: Row) -> str:
@@ -60,16 +85,31 @@ def source_of(row: Row) -> str:
     return next((row.short_text(key) or "" for key in SOURCE_KEYS if key in row), "")
 
 
-def implicit_prompt(row: Row, chosen_key: str, rejected_key: str) -> str:
-    """The prompt of a row whose two texts hold it; an error where they have nothing in common."""
-    prompt = shared_prompt(row.text(chosen_key), row.text(rejected_key))
+# ------------------------------------------------------------------------------------------------------ implicit prompts
+
+
+def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
+    """The prompt of a row whose two sides hold it; an error where they have nothing in common."""
+    chosen, rejected = parts.chosen, parts.rejected
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt: str | Messages = shared_prompt(chosen, rejected)
+    else:
+        prompt = shared_messages(chosen, rejected)  # type: ignore[arg-type]
     if not prompt:
-        keys = ", ".join(map(repr, row.values))
+        names = ", ".join(map(repr, row.values))
         raise row.error(
-            f"{chosen_key!r} and {rejected_key!r} begin differently, so they do not hold the prompt: set data.prompt_key "
-            f"to the key that does; its keys are {keys}"
+            f"{keys.chosen!r} and {keys.rejected!r} begin differently, so they do not hold the prompt: set data.prompt_key "
+            f"to the key that does; its keys are {names}"
         )
     return prompt
+
+
+def shared_messages(chosen: Messages, rejected: Messages) -> Messages:
+    """The messages that both conversations begin with, so that at least one is left of each."""
+    end = 0
+    while end < min(len(chosen), len(rejected)) - 1 and chosen[end] == rejected[end]:
+        end += 1
+    return chosen[:end]
 
 
 def shared_prompt(chosen: str, rejected: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config.pairs import Keys, PairParts
 from rlhf_ray.data.preferences import ANSWER_BEGINS, implicit_prompt
 from rlhf_ray.data.rows import Row, is_in_all, read_rows
 
@@ -26,10 +27,15 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | Path, prompt_key: str = "prompt", *, chosen_key: str = "chosen", rejected_key: str = "rejected"
+    path: str | Path,
+    prompt_key: str = "prompt",
+    *,
+    chosen_key: str = "chosen",
+    rejected_key: str = "rejected",
+    max_rows: int | None = None,
 ) -> list[Prompt]:
     """Every prompt of a data file: under ``prompt_key``, or where there is none what both sides of a pair begin with."""
-    rows = read_rows(path, [(prompt_key,), (chosen_key, rejected_key)])
+    rows = read_rows(path, [(prompt_key,), (chosen_key, rejected_key)], max_rows=max_rows)
     explicit = is_in_all(rows, prompt_key)
     return [
         Prompt(
@@ -43,7 +49,8 @@ def read_prompts(
 
 
 def _prompt_of_pair(row: Row, chosen_key: str, rejected_key: str) -> str:
-    prompt = implicit_prompt(row, chosen_key, rejected_key)
+    sides = PairParts("", row.text(chosen_key), row.text(rejected_key))
+    prompt = str(implicit_prompt(row, Keys("prompt", chosen_key, rejected_key), sides))
     if ANSWER_BEGINS not in prompt and ANSWER_BEGINS in row.text(chosen_key):
         raise row.error("its two dialogues part before the first answer, so they have no prompt: leave the row out")
     return prompt

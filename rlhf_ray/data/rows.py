@@ -1,19 +1,22 @@
 """Rows of a data file, whatever its format, each with the place it came from.
 
-Always true: rows come in the order of the file; every row has the keys that were asked for, with a text in each; whatever
-is wrong ends in one :class:`DataError` that begins with the file and the line and quotes no text.
+Always true: rows come in the order of the file; every row has the keys that were asked for, with what must stand
+there; whatever is wrong ends in one :class:`DataError` that begins with the file and the line and quotes no text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.formats import raw_rows
-from rlhf_ray.config.rows import Needs, row_problem, text_problem
+from rlhf_ray.config.messages import text_problem
+from rlhf_ray.config.rows import Needs, row_problem
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
 
@@ -62,14 +65,24 @@ class Row:
         return DataError(f"{self.where}: {problem}")
 
 
-def read_rows(path: str | Path, needs: Needs = ()) -> list[Row]:
-    """Every row of a file or of the folder of a saved data set; each has all keys of one of the sets in ``needs``."""
+def read_rows(
+    path: str | Path,
+    needs: Needs = (),
+    *,
+    problem_of: Callable[[Any], str] | None = None,
+    max_rows: int | None = None,
+) -> list[Row]:
+    """Every row of a file or of the folder of a saved data set, or the first ``max_rows`` of them.
+
+    Each has texts under all keys of one of the sets in ``needs``, or is as ``problem_of`` wants it.
+    """
+    problem_of = problem_of or partial(row_problem, needs=needs)
     place = Path(path)
     if not place.exists():
         raise DataError(f"{path}: {_missing(str(path))}")
     rows = []
-    for where, values in raw_rows(place):
-        problem = row_problem(values, needs)
+    for where, values in islice(raw_rows(place), max_rows):
+        problem = problem_of(values)
         if problem:
             raise DataError(
                 f"{where}: {problem}: mend the row, or set the keys of the data section to those of the file"

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot, and the fingerprint by which two processes know that theirs are the same.
+"""Tokenizers made on the spot, and fingerprints by which two processes, or two runs, know that theirs are the same.
 
 Always true: a tokenizer made here decodes what it encoded to the very same text (the word tokenizer: texts of the generated
 world), knows ``<pad>``, ``<eos>`` and ``<unk>`` as its first three tokens, and adds no special token by itself; the same
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,3 +127,22 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What decides how a conversation is written as text, as a hash."""
     return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+
+
+def encoding_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides which ids a text or a conversation gets from this tokenizer, as a hash: also what it adds by itself,
+    its chat template, and the versions of the libraries that run it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        adds: Any = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if "path" not in name}
+    else:
+        adds = json.loads(backend.to_str()).get("post_processor")
+    parts = {
+        "vocabulary": fingerprint(tokenizer),
+        "adds": adds,
+        "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "template": tokenizer.chat_template,
+        "libraries": [f"{name} {version(name)}" for name in ("tokenizers", "transformers")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

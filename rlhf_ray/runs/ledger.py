@@ -7,10 +7,11 @@ and lie in ``ledger.void.jsonl``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.data.order import Part
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.monitoring.jsonl import JsonLines
 
@@ -70,27 +71,31 @@ class Ledger:
             )
         return voided
 
-    def verify(self, prompt_ids: Collection[int]) -> int:
-        """Check that each epoch used each of ``prompt_ids`` once, and say how many epochs are complete.
+    def verify(self, prompt_ids: Sequence[int], parts: Sequence[Part] = ()) -> int:
+        """Check that no epoch used a prompt more often than it should, and say how many epochs are complete.
 
-        Epochs follow each other without a gap; the last may be under way. ``IntegrityError`` names prompt and steps.
+        An epoch takes from each of ``parts``, which follow each other in ``prompt_ids``, so many prompts, and all of them
+        equally often; without parts it takes each once. ``IntegrityError`` names prompt and steps.
         """
-        size, known = len(prompt_ids), set(prompt_ids)
-        if size == 0 or size != len(known):
-            raise ValueError(f"an epoch of {size} prompts with {len(known)} different ids: each needs an id of its own")
-        used: dict[int, int] = {}
+        size = len(prompt_ids)
+        if size == 0 or size != len(set(prompt_ids)):
+            raise ValueError(f"{size} prompts with {len(set(prompt_ids))} different ids: each needs an id of its own")
+        parts = parts or [Part(size, size)]
+        part_of = dict(zip(prompt_ids, (part for part in parts for _ in range(part.size)), strict=True))
+        epoch_size = sum(part.per_epoch for part in parts)
+        steps: dict[int, list[int]] = {}
         for consumed, (step, prompt) in enumerate(self._consumed()):
-            if consumed % size == 0:
-                used = {}
-            if prompt not in known:
+            if prompt not in part_of:
                 raise IntegrityError(f"{self.path}: step {step} used prompt {prompt}, which is not in the data")
-            if prompt in used:
+            epoch, used = consumed // epoch_size + 1, steps.setdefault(prompt, [])
+            due = -(-part_of[prompt].per_epoch * epoch // part_of[prompt].size)
+            if len(used) >= due:
                 raise IntegrityError(
-                    f"{self.path}: prompt {prompt} was used twice in epoch {consumed // size + 1}, "
-                    f"in step {used[prompt]} and in step {step}"
+                    f"{self.path}: prompt {prompt} was used once too often in epoch {epoch}, "
+                    f"in step {used[-1]} and in step {step}"
                 )
-            used[prompt] = step
-        return sum(1 for _ in self._consumed()) // size
+            used.append(step)
+        return sum(map(len, steps.values())) // epoch_size
 
     def _consumed(self) -> Iterator[tuple[int, int]]:
         """Step and prompt, in the order in which prompts were used."""

@@ -1,23 +1,28 @@
-"""The rows that a config names, ready to be trained on: read, encoded, counted, split.
+"""The rows that a config names, ready to be trained on: read, encoded, counted, split, mixed.
 
-Always true: everything is read before a cluster is joined; what is dropped is counted and said; an empty result is an error
-that names the file and the way out, never a run over nothing; prompts of both halves are numbered through.
+Always true: everything is read before a cluster is joined; no prompt is on both sides of a split that is made here; what is
+dropped is counted and said; an empty result is an error that names the file and the way out, never a run over nothing;
+prompts of both halves are numbered through.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
+import numpy
 import torch
 
-from rlhf_ray.config.schema import DataConfig, WorldConfig
+from rlhf_ray.config.pairs import Keys
+from rlhf_ray.config.schema import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.demonstrations import Demonstration, read_demonstrations
-from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_pairs, encode_prompts
-from rlhf_ray.data.preferences import PreferencePair, read_preferences
+from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts
+from rlhf_ray.data.holdout import hold_out
+from rlhf_ray.data.order import Part
+from rlhf_ray.data.pairs import PairExample, PairFile, PairRow, pairs_of_file, pairs_of_rows
 from rlhf_ray.data.prompts import Prompt, read_prompts
 from rlhf_ray.data.world import World
 from rlhf_ray.errors import DataError
@@ -33,9 +38,21 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True)
 class Split(Generic[Row]):
-    """Rows to train on and rows held out."""
+    """Rows to train on, one file after the other, and rows held out."""
 
     train: list[Row]
+    held_out: list[Row]
+    parts: list[Part]
+    """The files of ``train``: how many rows each has, and how many of them an epoch takes."""
+    dropped: Drops = field(default_factory=Drops)
+    """How many rows of both halves were dropped, by reason."""
+
+
+@dataclass(frozen=True)
+class _Rows(Generic[Row]):
+    """Rows before they are encoded: those to train on by file, and those held out."""
+
+    files: list[list[Row]]
     held_out: list[Row]
 
 
@@ -47,29 +64,15 @@ class DemonstrationExample:
     action_mask: list[bool]
 
 
-@dataclass(frozen=True, eq=False)
-class PairExample:
-    """Token ids of a preference pair, the prompt before both answers, and what its row says beside them."""
-
-    chosen: Sequence[int]
-    rejected: Sequence[int]
-    margin: float | None = None
-    grade: float | None = None
-    """By how much the chosen side is better: 0 is a tie."""
-    source: str = ""
-    prompt_length: int = 0
-    """Tokens of the prompt; the same in both sides."""
-
-
 def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[DemonstrationExample]:
-    """Encoded demonstrations of the world or of a file."""
+    """Encoded demonstrations of the world or of files."""
     if data.world is not None:
         world = World(data.world.seed)
         arithmetic = data.world.task == "arithmetic"
         demonstrations = world.arithmetic_demonstrations if arithmetic else world.demonstrations
-        rows = Split(demonstrations(data.world.demonstrations), demonstrations(500, "evaluation"))
+        rows = _Rows([demonstrations(data.world.demonstrations)], demonstrations(500, "evaluation"))
     else:
-        rows = _read(data, seed, lambda path: read_demonstrations(path, data.prompt_key, data.answer_key))
+        rows = _read(data, seed, _demonstrations, lambda row: row.prompt)
 
     def encode(half: Sequence[Demonstration], drops: Drops) -> list[DemonstrationExample]:
         encoded = encode_demonstrations(tokenizer, half, data.max_tokens, drops)
@@ -79,35 +82,46 @@ def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split
 
 
 def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExample]:
-    """Encoded preference pairs of the world or of a file; those held out of the world have no flipped labels."""
+    """Encoded preference pairs of the world or of files; those held out of the world have no flipped labels."""
+    cut_prompt = data.too_long == "cut_prompt"
+
+    def read(name: str, source: SourceConfig, max_rows: int | None) -> list[PairRow]:
+        keys = Keys(str(source.prompt_key), str(source.chosen_key), str(source.rejected_key))
+        file = PairFile(source.path, keys, data.max_tokens, data.apply_chat_template, cut_prompt, max_rows)
+        return pairs_of_file(file, tokenizer, data.cache, source=name)
+
     if data.world is not None:
         world = World(data.world.seed)
-        held_out = world.preferences(data.world.evaluation_pairs, "evaluation", flipped=0.0)
-        rows = Split(world.preferences(data.world.pairs), held_out)
+        made = (
+            world.preferences(data.world.pairs),
+            world.preferences(data.world.evaluation_pairs, "evaluation", flipped=0.0),
+        )
+        train, held_out = (pairs_of_rows(rows, tokenizer, data.max_tokens, cut_prompt=cut_prompt) for rows in made)
+        rows = _Rows([train], held_out)
     else:
-        keys = (data.prompt_key, data.chosen_key, data.rejected_key)
-        rows = _read(data, seed, lambda path: read_preferences(path, *keys))
+        rows = _read(data, seed, read, lambda row: row.prompt)
 
-    def encode(half: Sequence[PreferencePair], drops: Drops) -> list[PairExample]:
-        encoded = encode_pairs(tokenizer, half, data.max_tokens, drops)
-        pairs = zip(encoded, half, strict=True)
-        return [
-            PairExample(*sides, row.margin, row.grade, row.source, prompt_length)
-            for (*sides, prompt_length), row in ((pair, row) for pair, row in pairs if pair is not None)
-        ]
+    def kept(half: Sequence[PairRow], drops: Drops) -> list[PairExample]:
+        drops.update(row.pair for row in half if isinstance(row.pair, str))
+        return [row.pair for row in half if isinstance(row.pair, PairExample)]
 
-    return _encoded(rows, data, encode)
+    examples = _encoded(rows, data, kept)
+    _check_labels(examples.train, _name(data))
+    cut = sum(pair.cut > 0 for pair in chain(examples.train, examples.held_out))
+    if cut:
+        get_logger("data").info("%s: %d prompts were cut at their beginning (data.too_long)", _name(data), cut)
+    return examples
 
 
 def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[TokenizedPrompt]:
-    """Encoded prompts of the world or of a file; those held out continue the numbers."""
-    if data.world is not None:
-        rows = _world_prompts(data.world)
-    else:
-        keys = {"chosen_key": data.chosen_key, "rejected_key": data.rejected_key}
-        rows = _read(data, seed, lambda path: read_prompts(path, data.prompt_key, **keys))
-    count = len(rows.train)
-    numbered = Split(list(enumerate(rows.train)), list(enumerate(rows.held_out, count)))
+    """Encoded prompts of the world or of files; those held out continue the numbers."""
+    made = data.world
+    rows = _read(data, seed, _prompts, lambda row: row.text) if made is None else _world_prompts(made)
+    files, first = [], 0
+    for file in rows.files:
+        files.append(list(enumerate(file, first)))
+        first += len(file)
+    numbered = _Rows(files, list(enumerate(rows.held_out, first)))
 
     def encode(half: Sequence[tuple[int, Prompt]], drops: Drops) -> list[TokenizedPrompt]:
         encoded = encode_prompts(tokenizer, [row for _, row in half], data.max_prompt_tokens, drops)
@@ -120,47 +134,120 @@ def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[Toke
     return _encoded(numbered, data, encode)
 
 
-def _world_prompts(made: WorldConfig) -> Split[Prompt]:
+def _world_prompts(made: WorldConfig) -> _Rows[Prompt]:
     world = World(made.seed)
     if made.task == "arithmetic":
-        sums = Split(world.arithmetic_prompts("ppo"), world.arithmetic_prompts("evaluation"))
-        return Split(sums.train[: made.prompts], sums.held_out[: made.evaluation_prompts])
-    return Split(world.prompts("ppo", made.prompts), world.prompts("evaluation", made.evaluation_prompts))
+        halves = world.arithmetic_prompts("ppo"), world.arithmetic_prompts("evaluation")
+        return _Rows([halves[0][: made.prompts]], halves[1][: made.evaluation_prompts])
+    return _Rows([world.prompts("ppo", made.prompts)], world.prompts("evaluation", made.evaluation_prompts))
 
 
-def _read(data: DataConfig, seed: int, read: Callable[[str], list[Row]]) -> Split[Row]:
-    """Rows of ``data.path``; held out is ``evaluation_path``, or a share drawn by ``seed``, or nothing."""
-    assert data.path is not None, "a data section names a world or a path"
-    rows = read(data.path)[: data.max_rows]
-    if data.evaluation_path is not None:
-        return Split(rows, read(data.evaluation_path))
-    order = list(range(len(rows)))
-    random.Random(f"{seed}/held-out").shuffle(order)
-    held_out = set(order[: round((data.evaluation_fraction or 0.0) * len(rows))])
-    return Split(
-        [row for number, row in enumerate(rows) if number not in held_out],
-        [row for number, row in enumerate(rows) if number in held_out],
-    )
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _demonstrations(name: str, source: SourceConfig, max_rows: int | None) -> list[Demonstration]:
+    return read_demonstrations(source.path, str(source.prompt_key), str(source.answer_key), max_rows=max_rows)
+
+
+def _prompts(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
+    keys = {"chosen_key": str(source.chosen_key), "rejected_key": str(source.rejected_key)}
+    rows = read_prompts(source.path, str(source.prompt_key), **keys, max_rows=max_rows)
+    return [replace(row, source=row.source or name) for row in rows]
+
+
+def _read(
+    data: DataConfig,
+    seed: int,
+    read: Callable[[str, SourceConfig, int | None], list[Row]],
+    prompt_of: Callable[[Row], Hashable],
+) -> _Rows[Row]:
+    """Rows of every file; held out are those of ``evaluation_path``, or a share of the prompts, drawn by ``seed``."""
+    files = [read(name, source, data.max_rows) for name, source in data.files.items()]
+    if data.evaluation_file is not None:
+        held_out = read("", data.evaluation_file, None)
+        _warn_of_shared_prompts(
+            {prompt_of(row) for file in files for row in file}, list(map(prompt_of, held_out)), data
+        )
+        return _Rows(files, held_out)
+    fraction = data.evaluation_fraction or 0.0
+    rows = list(chain(*files))
+    chosen = hold_out(list(map(prompt_of, rows)), fraction, seed)
+    if fraction and not chosen:
+        raise DataError(
+            f"{_name(data)}: a share of {fraction:g} (data.evaluation_fraction) of {len(rows)} rows holds out no whole prompt: "
+            "raise it, or set it to 0 to evaluate nothing"
+        )
+    number, kept = 0, []
+    for file in files:
+        kept.append([row for place, row in enumerate(file, number) if place not in chosen])
+        number += len(file)
+    return _Rows(kept, [rows[place] for place in sorted(chosen)])
+
+
+def _warn_of_shared_prompts(trained: set[Hashable], held_out: list[Hashable], data: DataConfig) -> None:
+    shared = sum(prompt in trained for prompt in held_out)
+    if shared:
+        get_logger("data").warning(
+            "%s: %d of %d held-out rows have a prompt that is trained on: figures will be too good",
+            data.evaluation_path,
+            shared,
+            len(held_out),
+        )
+
+
+def _name(data: DataConfig) -> str:
+    return ", ".join(source.path for source in data.files.values()) or "the generated world"
 
 
 def _encoded(
-    rows: Split[Row], data: DataConfig, encode: Callable[[Sequence[Row], Drops], list[Example]]
+    rows: _Rows[Row], data: DataConfig, encode: Callable[[Sequence[Row], Drops], list[Example]]
 ) -> Split[Example]:
-    """Encode both halves and say what was dropped."""
-    source = data.path or "the generated world"
-    halves, reasons = [], Drops()
-    for name, half in (("training", rows.train), ("held-out", rows.held_out)):
-        drops = Drops()
-        halves.append(encode(half, drops))
-        if drops:
-            told = ", ".join(f"{count} {reason}" for reason, count in drops.items())
-            get_logger("data").info("%s: of %d %s rows dropped: %s", source, len(half), name, told)
-        reasons += drops
-    if not halves[0]:
-        told = ", ".join(reasons) or "there were none"
-        raise DataError(f"{source}: no row is left to train on ({told}); raise data.max_tokens or data.max_prompt_tokens, "
-                        "or give other rows")  # fmt: skip
-    return Split(*halves)
+    """Encode all rows and say what was dropped."""
+    sources = [(source.path, source.weight) for source in data.files.values()] or [("the generated world", 1.0)]
+    dropped, files = Drops(), []
+    for (path, _), file in zip(sources, rows.files, strict=True):
+        files.append(_counted(path, "training", file, encode, dropped))
+    held_out = _counted(data.evaluation_path or _name(data), "held-out", rows.held_out, encode, dropped)
+    parts = [Part.weighted(len(file), weight) for (_, weight), file in zip(sources, files, strict=True)]
+    return Split(list(chain(*files)), held_out, parts, dropped)
+
+
+def _counted(
+    path: str, half: str, rows: Sequence[Row], encode: Callable[[Sequence[Row], Drops], list[Example]], dropped: Drops
+) -> list[Example]:
+    drops = Drops()
+    examples = encode(rows, drops)
+    told = ", ".join(f"{count} {reason}" for reason, count in drops.items())
+    if not examples and (rows or half == "training"):
+        purpose = "train" if half == "training" else "evaluate"
+        raise DataError(f"{path}: no row is left to {purpose} on ({told or 'there were none'}); raise data.max_tokens or "
+                        "data.max_prompt_tokens, or give other rows")  # fmt: skip
+    if drops:
+        get_logger("data").info("%s: of %d %s rows dropped: %s", path, len(rows), half, told)
+    dropped.update(drops)
+    return examples
+
+
+def _check_labels(pairs: Sequence[PairExample], name: str) -> None:
+    """Refuse numbers that only some pairs have and grades that never differ; warn of a side that never does."""
+    for column in PAIR_COLUMNS:
+        count = sum(getattr(pair, column) is not None for pair in pairs)
+        if 0 < count < len(pairs):
+            raise DataError(f"{name}: {count} of {len(pairs)} pairs have a {column!r}: fill it in all files or none")
+    grades = {pair.grade for pair in pairs}
+    if len(pairs) > 1 and len(grades) == 1 and None not in grades:
+        raise DataError(
+            f"{name}: 'grade' is {pairs[0].grade:g} in all {len(pairs)} pairs, from which no grade can be learned: leave the "
+            "column out, or give pairs of several grades"
+        )
+    for side in ("chosen", "rejected"):
+        answers = (tuple(getattr(pair, side)[pair.prompt_length :]) for pair in pairs)
+        first = next(answers)
+        if len(pairs) > 1 and all(answer == first for answer in answers):
+            get_logger("data").warning("%s: the %s answer is the same in all %d pairs", name, side, len(pairs))
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def demonstration_batch(examples: Sequence[DemonstrationExample]) -> TrajectoryBatch:
@@ -172,10 +259,11 @@ def demonstration_batch(examples: Sequence[DemonstrationExample]) -> TrajectoryB
 
 def pair_batch(examples: Sequence[PairExample]) -> TrajectoryBatch:
     """Sequence 2i is chosen, 2i+1 rejected, each with its pair's ``margin`` and ``grade`` where the pairs have them."""
-    batch = TrajectoryBatch.from_sequences(
-        [side for example in examples for side in (example.chosen, example.rejected)]
-    )
-    columns = {name: [getattr(example, name) for example in examples for _ in range(2)] for name in PAIR_COLUMNS}
-    return batch.with_columns(
-        **{name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items() if None not in column}
-    )
+    sides = [numpy.asarray(side) for example in examples for side in (example.chosen, example.rejected)]
+    offsets = numpy.concatenate([[0], numpy.cumsum([len(side) for side in sides])])
+    columns = {"token_ids": torch.from_numpy(numpy.concatenate(sides).astype(numpy.int64))}
+    for name in PAIR_COLUMNS:
+        numbers = [getattr(example, name) for example in examples]
+        if None not in numbers:
+            columns[name] = torch.tensor(numbers, dtype=torch.float32).repeat_interleave(2)
+    return TrajectoryBatch(torch.from_numpy(offsets.astype(numpy.int64)), columns)

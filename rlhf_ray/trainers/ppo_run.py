@@ -102,7 +102,7 @@ def build(
         run_directory=run,
         groups=groups,
         sampler=sampler,
-        prompts=PromptStream(prompts.train, config.run.seed),
+        prompts=PromptStream(prompts.train, prompts.parts, config.run.seed),
         experience=experience,
         learner=learner,
         evaluation=evaluation,

@@ -27,7 +27,7 @@ def train_reward_model(
     tokenizer = load_tokenizer(config.reward.model)
     examples = pair_examples(config.data, tokenizer, config.run.seed)
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
-    task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, unit=2)
+    task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, examples.parts, unit=2)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
         reward = session.reward(config.reward, total_updates=updates).load().result()

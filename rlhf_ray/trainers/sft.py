@@ -21,7 +21,8 @@ def train_sft(
     """Train, evaluate, and write ``final/``."""
     tokenizer = load_tokenizer(config.policy.model)
     examples = demonstration_examples(config.data, tokenizer, config.run.seed)
-    task = Task(examples.train, demonstration_batch, NegativeLogLikelihood(), config.batch.sequences_per_update)
+    size = config.batch.sequences_per_update
+    task = Task(examples.train, demonstration_batch, NegativeLogLikelihood(), size, examples.parts)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()

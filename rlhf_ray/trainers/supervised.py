@@ -14,7 +14,7 @@ from rlhf_ray.actors.groups import Group, SharedBatch
 from rlhf_ray.algorithms.denominators import DenominatorKind, denominator
 from rlhf_ray.config.schema import RewardModelConfig, SftConfig
 from rlhf_ray.console import progress
-from rlhf_ray.data.order import ShuffledOrder
+from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
 from rlhf_ray.planning.arithmetic import training_items, updates
@@ -43,6 +43,8 @@ class Task:
     loss: SummedLoss
     per_update: int
     """Examples of one optimizer update, over all ranks."""
+    parts: Sequence[Part]
+    """The files that the examples come from: how many each has, and how many of them an epoch takes."""
     unit: int = 1
     """Sequences of one example; they stay in one micro-batch."""
 
@@ -77,9 +79,9 @@ class SupervisedTrainer:
         self.journal = journal
         self.evaluate = evaluate
         self.max_tokens = max_tokens
-        self.order = ShuffledOrder(config.run.seed, len(task.examples))
+        self.order = ShuffledOrder(config.run.seed, task.parts)
         self.progress = SupervisedProgress()
-        self.total_examples = training_items(len(task.examples), config.epochs)
+        self.total_examples = training_items(self.order.epoch_size, config.epochs)
         self.total = total_updates(config.epochs, task)
 
     def run(self) -> dict[str, float]:
@@ -128,7 +130,7 @@ class SupervisedTrainer:
         state = self.commits.restore()
         if state is not None:
             self.progress = SupervisedProgress(**state["progress"])
-            self.order = ShuffledOrder.from_state(state["order"], len(self.task.examples))
+            self.order = ShuffledOrder.from_state(state["order"], self.task.parts)
 
 
 def learn(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
@@ -146,7 +148,8 @@ def cut(batch: TrajectoryBatch, *, ranks: int, max_tokens: int, unit: int = 1) -
 
 def total_updates(epochs: float, task: Task) -> int:
     """Optimizer updates of a run; the last one may be smaller."""
-    items = training_items(len(task.examples), epochs)
+    size = sum(part.per_epoch for part in task.parts)
+    items = training_items(size, epochs)
     if items < 1:
-        raise RequestError(f"epochs {epochs:g} of {len(task.examples)} examples is less than one example: raise epochs")
+        raise RequestError(f"epochs {epochs:g} of {size} examples is less than one example: raise epochs")
     return updates(items, task.per_update)

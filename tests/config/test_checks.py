@@ -134,7 +134,7 @@ CASES = [
      "reward.function: world.gold scores answers to the customers of the generated world: set data.world to {}"),
     ("sft", ["data.path=rows.jsonl"],
      "data: world and path (rows.jsonl) exclude each other: add data.world=null or data.path=null"),
-    ("sft", ["data.world=null"], "data: set one of world (the generated world: {}) and path (a data file)"),
+    ("sft", ["data.world=null"], "data: set one of world (the generated world: {}), path (a data file) and sources (several)"),
     ("sft", ["data={path: a.jsonl, evaluation_path: b.jsonl, evaluation_fraction: 0.1}"],
      "data: evaluation_path and evaluation_fraction exclude each other"),
     ("sft", ["data.evaluation_fraction=0.1"], "data: the generated world holds out its own rows"),

@@ -46,9 +46,8 @@ def rows_problems(here, name, content, kind="sft"):
     if kind == "sft":
         return sft_problems(rows=name)
     text = SFT.replace("MODEL", "org/name").replace("DATA", name).replace("kind: sft", "kind: rm")
-    return check_files(
-        parse_config(text.replace("policy:", "reward:").replace("sequences_per_update", "pairs_per_update"))
-    )
+    text = text.replace("policy:", "reward:").replace("sequences_per_update", "pairs_per_update")
+    return check_files(parse_config(text, ["data.evaluation_fraction=0"]))
 
 
 # -------------------------------------------------------------------------------------------------------------- models

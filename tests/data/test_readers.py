@@ -137,9 +137,14 @@ def test_empty_columns_of_a_table_are_no_columns(write):
     ("row", "told"),
     [
         ({"prompt": "p", "chosen": "c"}, "no 'chosen' and 'rejected'; its keys are 'prompt', 'chosen'"),
-        ({"prompt": "p", "chosen": "c", "rejected": ""}, "'rejected' must hold a text, this is empty"),
-        ({"prompt": "p", "chosen": "c", "rejected": [{"role": "user", "content": "r"}]}, "'rejected' must hold a text"),
-        ({"prompt": [], "chosen": "c", "rejected": "r"}, "'prompt' must hold a text"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": ""},
+            "'rejected' must hold a text or a list of messages, this is empty",
+        ),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": 7},
+            "'rejected' must hold a text or a list of messages, this is of type int",
+        ),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "source": ["s"]}, "'source' must hold a text"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_path_that_is_not_there_tells_the_way_out(tmp_path):
         ({"prompt": 7}, "'prompt' must hold a text, this is of type int"),
         (
             {"prompt": [{"role": "user", "content": "secret"}]},
-            "'prompt' must hold a text, this is a list: write a conv",
+            "'prompt' must hold a text, this is a list: write it as one text",
         ),
         ({"prompt": "secret\ud800"}, "'prompt' must hold a text, this has half a surrogate pair at character 7"),
     ],

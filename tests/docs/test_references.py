@@ -22,6 +22,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`batch` of rm": schema.PairBatchConfig,
     "`data`": schema.DataConfig,
     "`data.world`": schema.WorldConfig,
+    "`data.sources.NAME`": schema.SourceConfig,
     "A role: `policy`, `critic`, `reference`, `reward`": schema.RoleConfig,
     "`ROLE.model`": schema.ModelConfig,
     "`ROLE.model.make`": schema.MakeConfig,

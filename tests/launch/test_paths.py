@@ -22,6 +22,14 @@ def test_relative_paths_are_read_from_the_directory(tmp_path):
     assert config.policy.model.path == str(tmp_path / "runs/a/final")
 
 
+def test_paths_of_sources_and_paths_that_never_are_names(tmp_path):
+    sources = "{a: {path: a.jsonl}, b: {path: Org/set}, c: {path: /b.jsonl}}"
+    data = absolute(tmp_path, f"data={{sources: {sources}, cache: rows/kept, max_prompt_tokens: 64}}").data
+    assert [source.path for source in data.sources.values()] == [str(tmp_path / "a.jsonl"), "Org/set", "/b.jsonl"]
+    assert data.cache == str(tmp_path / "rows/kept"), "a folder inside a folder, not a data set of a hub"
+    assert absolute(tmp_path).data.cache == str(Path.home() / ".cache/rlhf_ray")
+
+
 def test_hub_ids_and_absolute_paths_stay(tmp_path):
     config = absolute(tmp_path, "policy.model.path=Qwen/Qwen3-0.6B", "critic.model.path=/models/critic")
     assert config.policy.model.path == "Qwen/Qwen3-0.6B"
@@ -42,7 +50,7 @@ def test_a_tokenizer_of_the_world_and_a_function_of_a_package_stay(tmp_path):
 
 
 def test_nothing_else_changes(tmp_path):
-    config = load_config("demo-sft", [f"run.root={tmp_path}"])
+    config = load_config("demo-sft", [f"run.root={tmp_path}", f"data.cache={tmp_path}/cache"])
     assert with_absolute_paths(config, Path("/elsewhere")) == config
 
 

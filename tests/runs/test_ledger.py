@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.monitoring import JsonLines
 from rlhf_ray.runs import Ledger, LedgerEntry
@@ -70,7 +71,7 @@ def test_a_prompt_used_twice_in_an_epoch_is_named_with_both_steps(tmp_path: Path
     ledger.append(1, [0, 1, 2])
     ledger.append(2, [2, 1])
     ledger.append(3, [2, 0])
-    with pytest.raises(IntegrityError, match="prompt 2 was used twice in epoch 2, in step 2 and in step 3"):
+    with pytest.raises(IntegrityError, match="prompt 2 was used once too often in epoch 2, in step 2 and in step 3"):
         ledger.verify([0, 1, 2])
 
 
@@ -86,3 +87,24 @@ def test_a_prompt_that_is_not_in_the_data_is_named(tmp_path: Path) -> None:
     ledger.append(1, [7])
     with pytest.raises(IntegrityError, match="step 1 used prompt 7, which is not in the data"):
         ledger.verify([0, 1])
+
+
+WEIGHTED = st.builds(Part.weighted, st.integers(1, 6), st.sampled_from([0.3, 0.5, 1.0, 1.5, 2.0]))
+
+
+@given(parts=st.lists(WEIGHTED, min_size=1, max_size=3), count=st.integers(0, 40), per_step=st.integers(1, 7))
+def test_the_stream_of_a_mixture_is_accounted_for_and_a_prompt_too_much_is_found(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[Part], count: int, per_step: int
+) -> None:
+    order = ShuffledOrder(0, parts)
+    stream, prompts = order.take(count), range(sum(part.size for part in parts))
+    ledger = Ledger(tmp_path_factory.mktemp("ledger") / "ledger.jsonl")
+    lines = [stream[start : start + per_step] for start in range(0, len(stream), per_step)]
+    ledger._lines.extend({"step": step, "attempt": 1, "prompt_ids": ids} for step, ids in enumerate(lines, 1))
+    assert ledger.verify(prompts, parts) == order.epoch
+    due = -(-parts[0].per_epoch // parts[0].size)
+    if due < order.epoch_size:
+        wrong = Ledger(tmp_path_factory.mktemp("ledger") / "ledger.jsonl")
+        wrong.append(1, [0] * (due + 1))
+        with pytest.raises(IntegrityError, match="prompt 0 was used once too often in epoch 1"):
+            wrong.verify(prompts, parts)

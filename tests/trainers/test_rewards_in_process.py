@@ -7,6 +7,7 @@ the policy's; figures come for each source; all that is logged stands in the glo
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.data.grammar import NAMES
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo_run import train_ppo
@@ -39,10 +41,11 @@ def single_thread() -> None:
 
 def rows(directory: Path, *sources: str) -> Path:
     path = directory / "rows.jsonl"
+    items = ("kettle", "lamp", "radio", "tent", "clock", "chair")
     lines = [
-        {"prompt": f"Hello. I am Anna. My {item} never came.\n", "label": str(number % 2),
+        {"prompt": f"Hello. I am {name}. My {item} never came.\n", "label": str(number % 2),
          "source": sources[number % len(sources)]}
-        for number, item in enumerate(("kettle", "lamp", "radio", "tent", "clock", "chair") * 8)
+        for number, (name, item) in enumerate(product(NAMES[:8], items))
     ]  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "mine.py").write_text(FUNCTION)

@@ -1,0 +1,107 @@
+"""Where the rows of a job come from. The vocabulary of the ``data`` section.
+
+Always true: see :mod:`rlhf_ray.config.schema`, which holds the rest and the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf_ray.config.roles import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+
+class WorldConfig(Section):
+    """The generated world (docs/world.md): how much of it to make, and from which seed."""
+
+    seed: NonNegative = 0
+    task: Literal["customers", "arithmetic"] = "customers"
+    """Letters of customers, judged by a gold score; or short sums, which a function verifies."""
+    demonstrations: Positive = 6000
+    pairs: Positive = 12000
+    evaluation_pairs: Positive = 1000
+    prompts: Positive = 4000
+    evaluation_prompts: Positive = 300
+
+
+class SourceConfig(Section):
+    """One of several files of rows; a key that is null is the one of the ``data`` section."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+    """How many times an epoch goes through its rows: 2 uses each twice, 0.5 one half of them, the other half next time."""
+    prompt_key: str | None = None
+    answer_key: str | None = None
+    chosen_key: str | None = None
+    rejected_key: str | None = None
+
+
+class DataConfig(Section):
+    """Where rows come from: exactly one of ``world``, ``path`` and ``sources``."""
+
+    world: WorldConfig | None = None
+    path: str | None = None
+    sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], SourceConfig] = {}  # noqa: RUF012 (pydantic copies it)
+    """Several files by name, which is the source of their rows that do not name theirs."""
+    evaluation_path: str | None = None
+    evaluation_fraction: Fraction | None = None
+    """Share of the training rows held out, by whole prompts; 0 evaluates nothing."""
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    apply_chat_template: bool = False
+    """Whether plain texts become turns of a conversation: the prompt the user's, the answer the assistant's."""
+    max_tokens: Positive = 512
+    """Longest training sequence, prompt included."""
+    too_long: Literal["drop", "cut_prompt"] = "drop"
+    """What happens to longer pairs: dropped and counted, or their prompt loses its beginning; an answer is never cut."""
+    max_prompt_tokens: Positive = 256
+    max_rows: Positive | None = None
+    cache: str | None = "~/.cache/rlhf_ray"
+    """Where encoded rows are kept for the next run over the same files; null keeps none."""
+
+    @property
+    def files(self) -> dict[str, SourceConfig]:
+        """The files of training rows by the names of their sources, each with all its keys; ``path`` alone has no name."""
+        files = self.sources if self.path is None else {"": SourceConfig(path=self.path)}
+        return {name: self._with_keys(source) for name, source in files.items()}
+
+    @property
+    def evaluation_file(self) -> SourceConfig | None:
+        """The file of rows that are held out, if there is one."""
+        return None if self.evaluation_path is None else self._with_keys(SourceConfig(path=self.evaluation_path))
+
+    def _with_keys(self, source: SourceConfig) -> SourceConfig:
+        keys = ("prompt_key", "answer_key", "chosen_key", "rejected_key")
+        own = {key: getattr(self, key) for key in keys if getattr(source, key) is None}
+        return source.model_copy(update=own)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        given = [name for name in ("world", "path", "sources") if getattr(self, name) not in (None, {})]
+        if len(given) > 1:
+            ways = " or ".join(f"data.{name}={'{}' if name == 'sources' else 'null'}" for name in given)
+            path = f" ({self.path})" if self.path is not None else ""
+            yield "", f"{' and '.join(given)}{path} exclude each other: add {ways}"
+        if not given:
+            yield "", "set one of world (the generated world: {}), path (a data file) and sources (several)"
+        if self.evaluation_path is not None and self.evaluation_fraction is not None:
+            yield "", "evaluation_path and evaluation_fraction exclude each other: remove one (set it to null)"
+        if self.world is not None:
+            yield from self._conflicts_of_world()
+
+    def _conflicts_of_world(self) -> Iterator[tuple[str, str]]:
+        if self.evaluation_path is not None or self.evaluation_fraction is not None:
+            yield "", "the generated world holds out its own rows: remove evaluation_path and evaluation_fraction"
+        if self.max_rows is not None:
+            yield (
+                "max_rows",
+                f"{self.max_rows} limits a file, but the rows are made: set demonstrations, pairs or prompts",
+            )
+        if self.apply_chat_template:
+            yield (
+                "apply_chat_template",
+                "the generated world is plain text, whose words have no template: set it to false",
+            )

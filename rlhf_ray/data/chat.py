@@ -1,0 +1,40 @@
+"""Conversations as token ids, through the tokenizer's own chat template.
+
+Always true: a conversation is rendered once, as a whole, and its ids are those of that text alone: nothing is added before,
+between or after; a tokenizer without a template, or a template that refuses, is an error that names the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_ray.errors import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def render(
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    answer_follows: bool = False,
+    where: str = "",
+) -> str:
+    """The text of a conversation; with ``answer_follows`` up to where the assistant begins to answer."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{where}: holds a conversation, but the tokenizer has no chat template: start from a model whose tokenizer has "
+            "one, put a chat_template.jinja beside its tokenizer.json, or write the rows as plain texts"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=None if tools is None else [dict(tool) for tool in tools],
+            tokenize=False,
+            add_generation_prompt=answer_follows,
+        )
+    except Exception as error:  # a template is a program of its own, and refuses what it does not serve with any error
+        raise DataError(f"{where}: the tokenizer's chat template refuses the conversation: {error}") from error
+    return str(text)
