@@ -48,10 +48,6 @@ def _set(document: Document, key: str, value: Any) -> str | None:
         if inner is None:
             inner = section[parent] = {}
             document.origins[here] = ORIGIN
-        if isinstance(inner, list) and depth < len(parents):
-            inner = {str(number): item for number, item in enumerate(inner)}
-            if parents[depth] not in inner:
-                return f"{key}: {here} is a list with the places {', '.join(inner) or 'of none'}, not {parents[depth]}"
         if not isinstance(inner, dict):
             return f"{key}: {here} is the value {inner!r}, which has no keys of its own"
         section = inner

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, StorageError
-from rlhf_ray.storage import begin_directory, commit, verify
+from rlhf_ray.storage import begin_directory, commit, storage_errors, verify
 
 TABLE = "table.arrow"
 
@@ -42,8 +42,13 @@ def cached(folder: str | Path | None, key: str, make: Callable[[], pa.Table]) ->
 
 def _keep(entry: Path, table: pa.Table) -> None:
     pending = begin_directory(entry, replace=True)
-    with pa.OSFile(str(pending.path / TABLE), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    try:
+        path = str(pending.path / TABLE)
+        with storage_errors(entry), pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    except BaseException:
+        pending.abort()
+        raise
     commit(pending, {"rows": len(table)})
 
 

@@ -135,6 +135,35 @@ def test_long_rows_are_dropped_whole_and_counted(byte_tokenizer, texts, limit):
         assert dict(drops) == ({TOO_LONG: fitted.count(None)} if None in fitted else {})
 
 
+@pytest.mark.parametrize("template", [PLAIN, STARTING, BOTH])
+@quick
+@given(prompt=LETTERS, one=LETTERS, other=LETTERS, limit=st.integers(2, 30))
+def test_a_prompt_that_is_cut_loses_its_beginning_and_nothing_else_is_cut(
+    spaced_tokenizer, template, prompt, one, other, limit
+):
+    tokenizer, row = spaced_tokenizer(template), PreferencePair(prompt, one, other)
+    whole = encode_pair(tokenizer, row, MANY)
+    drops = Drops()
+    (cut,) = encode_pairs(tokenizer, [row], limit, drops, cut_prompt=True)
+    start = int(template != PLAIN)
+    if whole is None:
+        assert drops == {EQUAL: 1}
+        return
+    longest, length = max(map(len, whole[:2])), whole.prompt_length
+    if cut is None:
+        assert drops == {TOO_LONG: 1}
+        assert longest - length + start >= limit, "no token of the prompt would be left"
+        return
+    assert max(map(len, cut[:2])) == min(longest, limit), "not a token more is cut than must be"
+    assert cut.cut == max(longest - limit, 0)
+    assert cut.prompt_length == length - cut.cut > 0
+    for before, after in zip(whole[:2], cut[:2], strict=True):
+        assert after == before[:start] + before[start + cut.cut :], "the start stays, the answer stays"
+    assert encode_pairs(tokenizer, [row], limit, Drops()) == [whole if not cut.cut else None], (
+        "only where it is asked for"
+    )
+
+
 def test_many_rows_are_the_rows_one_by_one(byte_tokenizer):
     rows = [Prompt(number, f"row {number}") for number in range(TEXTS_AT_ONCE + 7)]
     encoded = encode_prompts(byte_tokenizer, rows, MANY, Drops())

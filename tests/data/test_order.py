@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections import Counter
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.data.order import ShuffledOrder
+from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.errors import RequestError
 
 SIZES = st.integers(1, 30)
@@ -35,6 +37,42 @@ def test_however_rows_are_taken_and_resumed_the_stream_is_the_same(seed, size, c
         order = ShuffledOrder.from_state(json.loads(json.dumps(order.state())), size)
     assert taken == whole[: len(taken)]
     assert order.take(2 * size) == whole[len(taken) :], "a resumed stream goes on, over the end of an epoch too"
+
+
+PARTS = st.lists(st.builds(Part, st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 9), parts=PARTS, epochs=st.integers(1, 4))
+def test_a_mixture_is_exact_in_every_epoch_and_uses_the_rows_of_a_part_equally(seed, parts, epochs):
+    order, used = ShuffledOrder(seed, parts), Counter()
+    ends = list(accumulate(part.size for part in parts))
+    for epoch in range(1, epochs + 1):
+        rows = order.take(order.epoch_size)
+        assert Counter(bisect(ends, row) for row in rows) == {place: part.per_epoch for place, part in enumerate(parts)}
+        used.update(rows)
+        for place, part in enumerate(parts):
+            counts = [used[row] for row in range(ends[place] - part.size, ends[place])]
+            assert sum(counts) == epoch * part.per_epoch
+            assert max(counts) - min(counts) <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 9), parts=PARTS, counts=COUNTS)
+def test_a_mixture_killed_anywhere_goes_on_with_the_very_next_row(seed, parts, counts):
+    whole = ShuffledOrder(seed, parts).take(sum(counts) + 50)
+    order, taken = ShuffledOrder(seed, parts), []
+    for count in counts:
+        taken += order.take(count)
+        order = ShuffledOrder.from_state(json.loads(json.dumps(order.state())), parts)
+    assert taken + order.take(50) == whole
+
+
+def test_weights_say_how_often_an_epoch_uses_each_row():
+    assert [Part.weighted(10, weight).per_epoch for weight in (1, 2, 0.5, 0.25, 0.01)] == [10, 20, 5, 2, 1]
+    halves = ShuffledOrder(0, [Part.weighted(10, 0.5)])
+    assert sorted(halves.take(5) + halves.take(5)) == list(range(10)), "the other half next time"
+    assert ShuffledOrder(3, [Part(8, 8)]).take(16) == ShuffledOrder(3, 8).take(16), "one part is no mixture"
 
 
 def test_epochs_and_seeds_differ():
@@ -63,3 +101,5 @@ def test_bad_orders_are_refused():
     state = ShuffledOrder(0, 3).state()
     with pytest.raises(RequestError, match="has 4 rows, but had 3 when this order was saved"):
         ShuffledOrder.from_state(state, 4)
+    with pytest.raises(RequestError, match=r"has 3 \(an epoch takes 6\) rows, but had 3 when"):
+        ShuffledOrder.from_state(state, [Part(3, 6)])
