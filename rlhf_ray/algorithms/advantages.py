@@ -1,5 +1,7 @@
 """Advantages and returns over ragged sequences whose actions may have gaps.
 
+An estimator is a frozen dataclass that is called with a batch and its token rewards; ``needs`` names the columns it reads.
+
 Always true: the recursion runs over a sequence's actions alone, as if the tokens between them were not there: the value
 after an action is that of the state in which the next action was chosen, and neither gamma nor lambda decays over a
 gap. What stands at other tokens, NaN included, has no influence; they get 0.
@@ -7,11 +9,78 @@ gap. What stands at other tokens, NaN included, has no influence; they get 0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from rlhf_ray.algorithms.masked import count_actions, expect_shape
+from rlhf_ray.algorithms.groups import Baseline, group_baseline
+from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, segment_sum, sequence_of_token
+
+if TYPE_CHECKING:
+    from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+
+class Estimator(Protocol):
+    """From token rewards to advantages, and to the returns that a critic learns, where there is one."""
+
+    needs: ClassVar[tuple[str, ...]]
+
+    def __call__(
+        self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"] | None]: ...
+
+
+@dataclass(frozen=True)
+class Gae:
+    """:func:`gae` with the critic's values; after the last action ``bootstrap_value`` where the batch brings one."""
+
+    gamma: float
+    lam: float
+
+    needs: ClassVar[tuple[str, ...]] = ("values",)
+
+    def __call__(
+        self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"] | None]:
+        """Advantages and returns."""
+        bootstrap = batch.tensors.get("bootstrap_value")
+        return gae(
+            token_rewards, batch["values"], batch["action_mask"], batch.offsets,
+            gamma=self.gamma, lam=self.lam, bootstrap_value=bootstrap,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RewardToGo:
+    """:func:`reward_to_go`: what follows an action, without a baseline (REINFORCE; with whitening, REINFORCE++)."""
+
+    gamma: float
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N"], None]:
+        """The returns as advantages; there is no critic to learn them."""
+        return reward_to_go(token_rewards, batch["action_mask"], batch.offsets, gamma=self.gamma), None
+
+
+@dataclass(frozen=True)
+class AgainstGroup:
+    """The whole answer's reward against those of the other answers to its prompt, the same for all its actions."""
+
+    baseline: Baseline
+
+    needs: ClassVar[tuple[str, ...]] = ("prompt_id",)
+
+    def __call__(self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N"], None]:
+        """The sum of each answer's token rewards, a KL penalty in them included, by :func:`group_baseline`."""
+        mask, offsets = batch["action_mask"], batch.offsets
+        rewards = segment_sum(keep(token_rewards, mask).double(), offsets)
+        acted = count_actions(mask, offsets) > 0
+        advantages = group_baseline(rewards, batch["prompt_id"], acted, self.baseline)
+        return keep(advantages[sequence_of_token(offsets)].to(token_rewards.dtype), mask), None
 
 
 def gae(
@@ -37,6 +106,16 @@ def gae(
     delta = token_rewards[action_mask].double() + gamma * following - action_values
     advantages = _discounted_sums(delta, counts, gamma * lam)
     return _at_actions(advantages, action_mask, values), _at_actions(advantages + action_values, action_mask, values)
+
+
+def reward_to_go(
+    token_rewards: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"], *, gamma: float
+) -> Float[Tensor, "N"]:
+    """``G_k = r_k + gamma G_{k+1}`` over the actions k of a sequence (Williams 1992); float64 inside."""
+    expect_shape("action_mask", action_mask, token_rewards.shape)
+    rewards = token_rewards[action_mask].double()
+    sums = _discounted_sums(rewards, count_actions(action_mask, offsets), gamma)
+    return _at_actions(sums, action_mask, token_rewards)
 
 
 def _next_values(

@@ -17,18 +17,19 @@ from rlhf_ray.algorithms.masked import count_actions
 if TYPE_CHECKING:
     from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-DenominatorKind = Literal["tokens", "sequences", "pairs"]
+DenominatorKind = Literal["tokens", "answers", "sequences", "pairs"]
 
 
 def denominator(kind: DenominatorKind, batch: TrajectoryBatch, sequences: Sequence[int]) -> float:
-    """Count the action tokens, the sequences or the pairs among ``sequences`` (rows of ``batch``)."""
+    """Count among ``sequences`` (rows of ``batch``) the action tokens, the sequences that have any, all sequences or pairs."""
     if kind == "sequences":
         count = len(sequences)
     elif kind == "pairs":
         count = _pairs(sequences)
-    elif kind == "tokens":
-        actions = count_actions(batch["action_mask"], batch.offsets)
-        count = int(actions[torch.as_tensor(tuple(sequences), dtype=torch.int64)].sum())
+    elif kind in ("tokens", "answers"):
+        every = count_actions(batch["action_mask"], batch.offsets)
+        actions = every[torch.as_tensor(tuple(sequences), dtype=torch.int64)]
+        count = int(actions.sum() if kind == "tokens" else (actions > 0).sum())
     else:
         raise ValueError(f"denominator {kind!r} is unknown: use one of {', '.join(get_args(DenominatorKind))}")
     return float(max(count, 1))

@@ -65,6 +65,36 @@ def sequence_kl(
     return segment_sum(token_kl(log_probs, reference, action_mask, estimator), offsets)
 
 
+KlGradient = Literal["unbiased", "plain"]
+
+
+def kl_loss(
+    log_probs: Float[Tensor, "N"],
+    log_ratio: Float[Tensor, "N"],
+    reference: Float[Tensor, "N"],
+    action_mask: Bool[Tensor, "N"],
+    *,
+    estimator: KlEstimator,
+    gradient: KlGradient,
+) -> Float[Tensor, "N"]:
+    """The estimate at each action as a term of the policy loss; ``log_ratio`` is that to the policy that sampled.
+
+    ``plain`` is the estimator with its own gradient, which for k3 is not that of the KL and for k1 is 0 on average.
+    ``unbiased``: the value is ``w k`` and the gradient ``w r grad log p``, with ``w = p / p_old`` taken as a number. Its
+    expectation over the old policy's samples is the gradient of KL(p || p_ref): ``E_p[r grad log p]`` (for k3 the same,
+    sample by sample, as differentiating ``w k3``: DeepSeek-V3.2; TRL's ``use_bias_correction_kl``).
+    """
+    estimate = token_kl(log_probs, reference, action_mask, estimator)
+    if gradient == "plain":
+        return estimate
+    if gradient != "unbiased":
+        raise ValueError(f"KL gradient {gradient!r} is unknown: use unbiased or plain")
+    kept = keep(log_probs, action_mask)
+    weight = log_ratio.detach().exp()
+    toward = (kept - keep(reference, action_mask)).detach()
+    return weight * (estimate.detach() + toward * (kept - kept.detach()))
+
+
 @dataclass(frozen=True)
 class FixedKl:
     """A coefficient that stays as it is."""

@@ -1,32 +1,37 @@
 """From one score a sequence to one reward a token.
 
-Always true: a score lands at the last action of its sequence, where the sampled end of sequence stands if there is one;
-the token rewards of a sequence add up to its score minus the coefficient times its KL; and they are 0 wherever the
-policy chose nothing. A sequence without an action gets no reward.
+Always true: a score lands at the last action of its sequence, where the sampled end of sequence stands if there is one, or
+is spread evenly over its actions; the token rewards of a sequence add up to its score minus the coefficient times its KL;
+and they are 0 wherever the policy chose nothing. A sequence without an action gets no reward.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from jaxtyping import Bool, Float, Int8, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from rlhf_ray.algorithms.masked import expect_shape, sequence_of_token
-from rlhf_ray.trajectories.columns import FinishReason
+from rlhf_ray.algorithms.masked import count_actions, expect_shape, sequence_of_token
 
-
-def missing_eos(score: Float[Tensor, "B"], finish_reason: Int8[Tensor, "B"], penalty: float) -> Float[Tensor, "B"]:
-    """Subtract ``penalty`` from the score of every answer that did not end by itself (TRL's rule; N+ overwrites)."""
-    expect_shape("finish_reason", finish_reason, score.shape)
-    return torch.where(finish_reason == FinishReason.STOP, score, score - penalty)
+Placement = Literal["last_action", "spread"]
 
 
 def place_scores(
-    score: Float[Tensor, "B"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"]
+    score: Float[Tensor, "B"],
+    action_mask: Bool[Tensor, "N"],
+    offsets: Int64[Tensor, "B+1"],
+    placement: Placement = "last_action",
 ) -> Float[Tensor, "N"]:
-    """Put each score at the last action of its sequence, and 0 elsewhere."""
+    """Put each score at the last action of its sequence, or an equal part at each of its actions; 0 elsewhere."""
     expect_shape("score", score, (len(offsets) - 1,))
     rows = sequence_of_token(offsets)
+    if placement == "spread":
+        parts = score / count_actions(action_mask, offsets).clamp(min=1)
+        return torch.where(action_mask, parts[rows], torch.zeros_like(parts[rows]))
+    if placement != "last_action":
+        raise ValueError(f"placement {placement!r} is unknown: use last_action or spread")
     positions = torch.arange(len(action_mask), device=action_mask.device)
     nowhere = torch.full_like(offsets[1:], -1)
     last = nowhere.scatter_reduce(0, rows, torch.where(action_mask, positions, -1), reduce="amax")
@@ -41,8 +46,9 @@ def shape_rewards(
     offsets: Int64[Tensor, "B+1"],
     *,
     kl_coefficient: float,
+    placement: Placement = "last_action",
 ) -> Float[Tensor, "N"]:
-    """``r_t = [t is the last action] * score - kl_coefficient * kl_t`` at actions, and 0 elsewhere."""
+    """``r_t = score_t - kl_coefficient * kl_t`` at actions, and 0 elsewhere; the score is placed as ``placement`` says."""
     expect_shape("kl", kl, action_mask.shape)
     penalty = torch.where(action_mask, kl_coefficient * kl, torch.zeros_like(kl))
-    return place_scores(score, action_mask, offsets) - penalty
+    return place_scores(score, action_mask, offsets, placement) - penalty

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from rlhf_ray.config.algorithm_checks import ALGORITHM_RULES
 from rlhf_ray.config.parsing import Problem, attempt
 from rlhf_ray.config.schema import (
     PpoConfig,
@@ -93,8 +94,8 @@ def _ppo_rules(config: PpoConfig) -> list[Rule]:
     trained = (_is_trained, _shares(*update), *every)
     forward = (_is_not_trained, _shares(*step), *every)
     between = (
-        _rollout_repeats, _rollout_fits, _sampling_is_plain, _every_engine_works, _engine_devices, _policy_learns,
-        _world_has_enough, _gold_knows_the_prompts, _prompts_stay_whole,
+        _rollout_repeats, _rollout_fits, _sampling_is_plain, _every_engine_works, _engine_devices,
+        _world_has_enough, _gold_knows_the_prompts, _prompts_stay_whole, *ALGORITHM_RULES,
     )  # fmt: skip
     return [
         *_on("policy", lambda: config.policy, *trained, _has_no_head),
@@ -266,15 +267,6 @@ def _engine_devices(config: PpoConfig) -> Iterator[Problem]:
         yield (
             "rollout.resources.gpus_per_rank",
             f"{gpus:g}, but rollout.tensor_parallel is {parallel}: an engine takes one GPU each; set the same number",
-        )
-
-
-def _policy_learns(config: PpoConfig) -> Iterator[Problem]:
-    warmup = config.algorithm.critic_warmup_steps
-    if warmup >= config.steps:
-        yield (
-            "algorithm.critic_warmup_steps",
-            f"{warmup}, but the run has {config.steps} steps, so the policy would never train: lower it or raise steps",
         )
 
 

@@ -193,7 +193,7 @@ def _config_of(model: ModelConfig) -> Mapping[str, Any]:
 def _same_tokenizers(config: PpoConfig) -> Iterator[Problem]:
     """Critic and reference read the policy's token ids, so they must have the policy's tokenizer."""
     policy = config.policy.model
-    others = [("critic", config.critic.model)]
+    others = [] if config.critic is None else [("critic", config.critic.model)]
     if config.reference is not None:
         others.append(("reference", config.reference.model))
     for key, model in others:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import yaml
 
+from rlhf_ray.config.algorithm import with_preset
 from rlhf_ray.config.checks import check
 from rlhf_ray.config.files import file_problems
 from rlhf_ray.config.overrides import apply_overrides
@@ -53,6 +54,7 @@ def parse_config(
     apply_overrides(document, overrides)
     job, kind_problems = _job(document.values, kind)
     _name_own_data(document.values)
+    _name_parts(document.values)
     parsed = parse(JOBS[job], {**document.values, "kind": job})
     found = [*kind_problems, *parsed.problems, *check(parsed.config, partial=not parsed.complete)]
     if files:
@@ -100,6 +102,13 @@ def _name_own_data(values: Mapping[str, Any]) -> None:
 def _first_path(sources: Any) -> Any:
     first = next(iter(sources.values()), None) if isinstance(sources, dict) else None
     return first.get("path") if isinstance(first, dict) else None
+
+
+def _name_parts(values: dict[str, Any]) -> None:
+    """Write out the parts that an algorithm's name chooses, so that every problem is told about the parts that would run."""
+    algorithm = values.get("algorithm")
+    if isinstance(algorithm, dict):
+        values["algorithm"] = with_preset(algorithm)
 
 
 def _located(problem: Problem, document: Document, renamed: Mapping[str, str]) -> str:

@@ -98,7 +98,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "entropy_coef": (("algorithm.entropy_coefficient",), ""),
     "freezing_actor_steps": (("algorithm.critic_warmup_steps",), ""),
     "normalize_reward": (("reward.normalize|normalize",), ""),
-    "reward_clip_range": (("reward.clip",), "one number c clips to [-c, c]"),
+    "reward_clip_range": (("algorithm.shaping.clip",), "one number c clips to [-c, c]"),
     # the run
     "save_path": (("run.root", "run.name"), "the result is written to root/name/final"),
     "ckpt_path": (("run.root", "run.name"), "checkpoints are written to root/name/checkpoints"),

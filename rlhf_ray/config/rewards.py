@@ -96,7 +96,6 @@ class RewardConfig(RewardSourceConfig):
 
     mixture: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], RewardTermConfig] = {}  # noqa: RUF012 (pydantic copies it)
     """Terms by their names, which stand in the metrics ``reward_term/NAME``."""
-    clip: PositiveFloat | None = None
     on_failure: Literal["drop", "stop"] = "stop"
     hold_s: NonNegativeFloat = 100.0
     max_dropped_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5

@@ -12,6 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rlhf_ray.config.algorithm import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    KlConfig,
+    MissingEosConfig,
+    OverlongConfig,
+    ShapingConfig,
+    TooShortConfig,
+)
 from rlhf_ray.config.reward_training import NormalizationConfig, RewardLossConfig, RewardTrainingRole
 from rlhf_ray.config.rewards import SHIPPED_FUNCTIONS, RewardConfig, RewardSourceConfig, RewardTermConfig
 from rlhf_ray.config.roles import (
@@ -45,14 +54,17 @@ __all__ = [
     "Dtype",
     "EngineConfig",
     "EvaluationConfig",
+    "ImportanceConfig",
     "JobConfig",
     "KlConfig",
     "LoraConfig",
     "MakeConfig",
+    "MissingEosConfig",
     "ModelConfig",
     "MonitoringConfig",
     "NormalizationConfig",
     "OptimizerConfig",
+    "OverlongConfig",
     "PairBatchConfig",
     "PpoConfig",
     "PpoEvaluationConfig",
@@ -70,8 +82,10 @@ __all__ = [
     "SequenceBatchConfig",
     "ServeConfig",
     "SftConfig",
+    "ShapingConfig",
     "SourceConfig",
     "TokenBudget",
+    "TooShortConfig",
     "TrainingConfig",
     "WorldConfig",
 ]
@@ -165,34 +179,6 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = 300.0
 
 
-class KlConfig(Section):
-    coefficient: NonNegativeFloat = 0.05
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    target: PositiveFloat | None = None
-    """Adaptive control (Ziegler et al. 2019) towards this many nats a sequence; none keeps the coefficient fixed."""
-    horizon: Positive = 10000
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.target is not None and self.coefficient == 0.0:
-            yield "coefficient", "0 stays 0 under adaptive control (target is set): start it above 0, such as 0.05"
-
-
-class AlgorithmConfig(Section):
-    name: Literal["ppo"] = "ppo"
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
-    value_clip: PositiveFloat | None = 0.2
-    entropy_coefficient: NonNegativeFloat = 0.0
-    whiten_advantages: bool = True
-    kl: KlConfig = KlConfig()
-    missing_eos_penalty: float | None = None
-    """Subtracted from the score of an answer that was cut off; none leaves such scores alone."""
-    critic_warmup_steps: NonNegative = 0
-    max_staleness: NonNegative = 0
-
-
 class EvaluationConfig(Section):
     every_steps: NonNegative = 0
     """0 evaluates only at the end."""
@@ -283,7 +269,8 @@ class PpoConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     batch: BatchConfig
     policy: RoleConfig
-    critic: RoleConfig
+    critic: RoleConfig | None = None
+    """None where the algorithm has no critic."""
     reference: RoleConfig | None = None
     """None: the starting policy, on one rank, forward only (``reference_role``)."""
     reward: RewardConfig
@@ -297,8 +284,10 @@ class PpoConfig(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
 
     @property
-    def reference_role(self) -> RoleConfig:
-        """The reference as it runs: ``reference``, or the starting policy without adapters."""
+    def reference_role(self) -> RoleConfig | None:
+        """The reference as it runs: ``reference``, or the starting policy without adapters; none where no KL is measured."""
+        if not self.algorithm.kl.measure:
+            return None
         if self.reference is not None:
             return self.reference
         start = self.policy.model.model_copy(update={"lora": None, "gradient_checkpointing": False})

@@ -101,7 +101,7 @@ _METRICS = {
         ("weights/version", "versions", "Publications of the policy's weights to the rollout engines"),
     ],
     "Reward": [
-        ("reward/mean", "score", "Mean score that the step trained on: normalised and clipped, before KL"),
+        ("reward/mean", "score", "Mean score that the step trained on: shaped, before KL"),
         ("reward/std", "score", "Standard deviation of the scores that the step trained on"),
         ("reward/after_kl", "score", "Mean over sequences of the sum of token rewards: score and KL penalty together"),
         ("reward/learned", "score", "Mean score of the reward model, as it comes from the model"),
@@ -112,10 +112,11 @@ _METRICS = {
     "Distance from the reference": [
         ("kl/k1", "nats/sequence", "KL from the reference, summed over a sequence: mean log-ratio (k1)"),
         ("kl/k3", "nats/sequence", "The same by the estimator that is never negative (k3)"),
-        ("kl/coefficient", "", "Weight of the KL penalty in the token rewards"),
+        ("kl/coefficient", "", "Weight of the KL, in the token rewards or in the loss"),
     ],
     "Losses": [
-        ("loss/policy", "", "Clipped policy loss"),
+        ("loss/policy", "", "Policy loss, without KL and entropy"),
+        ("loss/kl", "nats/token", "KL term of the policy loss, before its coefficient"),
         ("loss/value", "score²", "Clipped value loss"),
         ("loss/sft", "nats/token", "Negative log-likelihood of the demonstrations"),
         ("loss/rm", "nats/pair", "Ranking loss of the preference pairs, label smoothing included"),
@@ -137,6 +138,7 @@ _METRICS = {
     "Advantages and critic": [
         ("advantages/mean", "score", "Mean advantage before whitening"),
         ("advantages/std", "score", "Standard deviation of the advantages before whitening"),
+        ("groups/without_signal", "share", "Share of answers whose prompt's answers all score the same"),
         ("returns/mean", "score", "Mean return"),
         ("values/mean", "score", "Mean value that the critic predicted"),
         ("explained_variance", "", "Share of the variance of returns that the values explain; 0 is the mean's"),
@@ -158,6 +160,12 @@ _METRICS = {
     ],
     "Rollout": [
         ("rollout/log_prob_difference", "nats", "Largest difference of one token's log-prob, rollout to trainer"),
+        ("rollout/log_prob_difference_mean", "nats", "Mean absolute difference of log-probs, rollout to trainer"),
+        ("rollout/kl", "nats/token", "KL of the rollout engine's policy from the trainer's, same weights (k3)"),
+        ("importance/mean", "", "Mean importance weight of the actions, after its bounds"),
+        ("importance/largest", "", "Largest importance weight before its bounds"),
+        ("importance/limited_share", "share", "Share of actions whose importance weight is cut or masked"),
+        ("importance/effective_share", "share", "Effective sample size of the importance weights, over the actions"),
         ("rollout/staleness", "versions", "Age of the oldest weights that sampled a token of the step"),
         ("rollout/tokens_per_second", "tokens/s", "Tokens sampled in a second of rollout"),
     ],

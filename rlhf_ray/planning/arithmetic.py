@@ -86,7 +86,8 @@ def _ppo(config: PpoConfig) -> Iterator[Line]:
     )
     yield Line("longest sequence", f"{longest} tokens", "max_prompt_tokens + max_new_tokens")
     for name, role in (("policy", config.policy), ("critic", config.critic)):
-        yield from _trained(name, role, batch, batch.sequences_per_update, longest, "sequences")
+        if role is not None:
+            yield from _trained(name, role, batch, batch.sequences_per_update, longest, "sequences")
 
 
 def _epochs(config: SftConfig | RewardModelConfig, rows: int | None) -> Iterator[Line]:

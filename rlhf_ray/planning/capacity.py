@@ -33,9 +33,9 @@ class Bundle:
 def needed(config: JobConfig) -> list[Bundle]:
     """One bundle for every rank and every rollout engine of the job, role by role."""
     if isinstance(config, PpoConfig):
-        bundles = [*_ranks("policy", config.policy), *_ranks("critic", config.critic)]
-        bundles += _ranks("reference", config.reference_role)
-        bundles += [bundle for key, role in config.reward.roles.items() for bundle in _ranks(key, role)]
+        roles = {"policy": config.policy, "critic": config.critic, "reference": config.reference_role}
+        present = {key: role for key, role in roles.items() if role is not None} | config.reward.roles
+        bundles = [bundle for key, role in present.items() for bundle in _ranks(key, role)]
         return bundles + _bundles("rollout", config.rollout.engines, config.rollout.resources)
     if isinstance(config, SftConfig):
         return _ranks("policy", config.policy)

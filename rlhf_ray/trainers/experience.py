@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup
-from rlhf_ray.algorithms.ppo import prepare_ppo
+from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
+from rlhf_ray.trainers.algorithm import preparation_of
+from rlhf_ray.trainers.groups import Groups
 from rlhf_ray.trainers.learner import Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 
@@ -76,14 +77,13 @@ class Experience:
         self,
         config: PpoConfig,
         *,
-        policy: PolicyGroup,
-        critic: CriticGroup,
-        reference: ReferenceGroup,
+        groups: Groups,
         rewards: RewardSource,
         tokenizer: Any,
     ) -> None:
         self.config = config
-        self.policy, self.critic, self.reference = policy, critic, reference
+        self.groups = groups
+        self.preparation = preparation_of(config)
         self.rewards = rewards
         self.tokenizer = tokenizer
 
@@ -102,12 +102,7 @@ class Experience:
         out as configured; where the batch must be ``complete`` it is an error.
         """
         schedules = cut(trajectories)
-        shared = self.policy.share(trajectories)
-        pending = {
-            "log_probs": self.policy.log_probs(shared, schedules.policy),
-            "values": self.critic.values(shared, schedules.critic),
-            "reference_log_probs": self.reference.log_probs(shared, schedules.reference),
-        }
+        pending = self.groups.columns(trajectories, schedules)
         with phase("scoring"):
             samples = self.samples(trajectories, prompts)
             results = self.score(samples)
@@ -182,16 +177,8 @@ class Experience:
         get_logger("ppo").warning("%s; dropped %d of %d prompts with all their samples", told, len(lost), len(prompts))
         return [row for row, sample in enumerate(samples) if sample.prompt_id not in lost]
 
-    def advantages(self, batch: TrajectoryBatch, kl_coefficient: float) -> tuple[TrajectoryBatch, dict[str, float]]:
-        """The batch with token rewards, advantages and returns; the objective's metrics."""
-        algorithm = self.config.algorithm
-        return prepare_ppo(
-            batch,
-            kl_coefficient=kl_coefficient,
-            kl_estimator=algorithm.kl.estimator,
-            gamma=algorithm.gamma,
-            lam=algorithm.lam,
-            whiten_advantages=algorithm.whiten_advantages,
-            reward_clip=self.config.reward.clip,
-            missing_eos_penalty=algorithm.missing_eos_penalty,
-        )
+    def advantages(
+        self, batch: TrajectoryBatch, kl_coefficient: float, moments: RunningMoments
+    ) -> tuple[TrajectoryBatch, dict[str, float]]:
+        """The batch with token rewards, advantages, returns and weights; the objective's metrics."""
+        return self.preparation(batch, kl_coefficient=kl_coefficient, moments=moments)

@@ -13,20 +13,19 @@ from dataclasses import dataclass, field
 
 from rlhf_ray.actors.groups import Group, SharedBatch
 from rlhf_ray.algorithms.denominators import denominator
-from rlhf_ray.algorithms.losses import PolicyLoss, ValueLoss
+from rlhf_ray.algorithms.losses import ValueLoss
+from rlhf_ray.algorithms.policy_loss import PolicyLoss
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.trainers.algorithm import policy_loss_of, preparation_of, value_loss_of
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, Update, make_schedule
 
+TRAINED = ("policy", "critic")
+"""Roles that learn, where a run has them."""
 
-@dataclass(frozen=True)
-class Schedules:
-    """How one step's batch is cut: one schedule a role, those of policy and critic with the same updates."""
-
-    policy: Schedule
-    critic: Schedule
-    reference: Schedule
+Schedules = Mapping[str, Schedule]
+"""How one step's batch is cut, by role; those of policy and critic have the same updates."""
 
 
 @dataclass
@@ -69,23 +68,13 @@ class Outcome:
 class Learner:
     """The training half of a PPO step."""
 
-    def __init__(self, config: PpoConfig, policy: Group, critic: Group, reference: Group) -> None:
+    def __init__(self, config: PpoConfig, groups: Mapping[str, Group]) -> None:
         self.config = config
-        self.policy = policy
-        self.critic = critic
-        self.reference = reference
-        algorithm = config.algorithm
-        self.policy_loss = PolicyLoss(
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            entropy_coefficient=algorithm.entropy_coefficient,
-        )
-        self.value_loss = ValueLoss(clip=algorithm.value_clip)
-        self.budgets = {
-            "policy": config.policy.training_tokens(config.batch),
-            "critic": config.critic.training_tokens(config.batch),
-            "reference": config.reference_role.forward_tokens(config.batch),
-        }
+        self.groups = {role: group for role, group in groups.items() if role in ("policy", "critic", "reference")}
+        self.preparation = preparation_of(config)
+        self.policy_loss = policy_loss_of(config)
+        self.value_loss = value_loss_of(config)
+        self.budgets = {role: _budget(config, role) for role in self.groups}
 
     def schedules(self, trajectories: TrajectoryBatch, step: int) -> Schedules:
         """Cut one step's batch for every role; the sequences of an update are drawn without clocks or global state."""
@@ -93,37 +82,55 @@ class Learner:
         order = list(range(len(lengths)))
         random.Random(f"{self.config.run.seed}/{step}/updates").shuffle(order)
         size = self.config.batch.sequences_per_update
-
-        def cut(group: Group, role: str, per_update: int | None) -> Schedule:
-            return make_schedule(
-                lengths, ranks=group.size, max_tokens=self.budgets[role], sequences_per_update=per_update, order=order
+        return {
+            role: make_schedule(
+                lengths,
+                ranks=group.size,
+                max_tokens=self.budgets[role],
+                sequences_per_update=size if role in TRAINED else None,
+                order=order,
             )
+            for role, group in self.groups.items()
+        }
 
-        return Schedules(
-            policy=cut(self.policy, "policy", size),
-            critic=cut(self.critic, "critic", size),
-            reference=cut(self.reference, "reference", None),
-        )
-
-    def learn(self, batch: TrajectoryBatch, schedules: Schedules, *, train_policy: bool) -> Outcome:
+    def learn(
+        self, batch: TrajectoryBatch, schedules: Schedules, *, train_policy: bool, kl_coefficient: float
+    ) -> Outcome:
         """All updates of all passes over one step's batch."""
-        shared = self.policy.share(batch)
+        shared = self.groups["policy"].share(self.preparation.trained(batch))
+        losses: dict[str, PolicyLoss | ValueLoss] = {
+            "policy": self.policy_loss.with_kl_coefficient(kl_coefficient),
+            "critic": self.value_loss,
+        }
+        roles = [role for role in TRAINED if role in self.groups and (role != "policy" or train_policy)]
         outcome = Outcome()
         for _ in range(self.config.batch.passes_per_step):
-            for policy_update, critic_update in zip(schedules.policy.updates, schedules.critic.updates, strict=True):
-                self._update(shared, policy_update if train_policy else None, critic_update, outcome)
+            for updates in zip(*(schedules[role].updates for role in roles), strict=True):
+                jobs = {role: (update, losses[role]) for role, update in zip(roles, updates, strict=True)}
+                self._update(shared, jobs, outcome)
         return outcome
 
     def _update(
-        self, shared: SharedBatch, policy_update: Update | None, critic_update: Update, outcome: Outcome
+        self, shared: SharedBatch, jobs: Mapping[str, tuple[Update, PolicyLoss | ValueLoss]], outcome: Outcome
     ) -> None:
-        """Accumulate on both, let all ranks vote, apply on both or on none."""
-        tokens = denominator(self.policy_loss.denominator, shared.batch, critic_update.sequences)
-        pending = {"critic": self.critic.accumulate(shared, critic_update, self.value_loss, tokens)}
-        if policy_update is not None:
-            pending["policy"] = self.policy.accumulate(shared, policy_update, self.policy_loss, tokens)
+        """Accumulate on all roles, let all ranks vote, apply on all or on none."""
+        pending = {
+            role: self.groups[role].accumulate(
+                shared, update, loss, denominator(loss.denominator, shared.batch, update.sequences)
+            )
+            for role, (update, loss) in jobs.items()
+        }
         reports = {role: one.result() for role, one in pending.items()}
         skip = not all(report.finite for report in reports.values())
-        groups = {"policy": self.policy, "critic": self.critic}
-        steps = {role: groups[role].apply(skip) for role in reports}
+        steps = {role: self.groups[role].apply(skip) for role in reports}
         outcome.add(reports, {role: one.result() for role, one in steps.items()})
+
+
+def _budget(config: PpoConfig, role: str) -> int:
+    """Tokens of a micro-batch of a role."""
+    if role == "reference":
+        assert config.reference_role is not None
+        return config.reference_role.forward_tokens(config.batch)
+    trained = config.policy if role == "policy" else config.critic
+    assert trained is not None
+    return trained.training_tokens(config.batch)

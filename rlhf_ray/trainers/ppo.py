@@ -84,16 +84,19 @@ class PpoTrainer:
         batch, schedules, samples = self.experience.gather(
             trajectories, by_id, partial(self.learner.schedules, step=progress.step), phase=phase
         )
-        batch, objective = self.experience.advantages(batch, progress.kl.coefficient)
+        progress.see(batch)
+        batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
         metrics = step_metrics(self.experience, progress, batch, samples, by_id) | objective
         with phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
-            outcome = self.learner.learn(batch, schedules, train_policy=train_policy)
+            outcome = self.learner.learn(
+                batch, schedules, train_policy=train_policy, kl_coefficient=progress.kl.coefficient
+            )
         if outcome.policy_applied:
             with phase("weights"):
                 self.publish(progress.weight_version + 1)
 
-        progress.finish_step(outcome, kl=objective["kl/k1"], sequences=len(batch))
+        progress.finish_step(outcome, objective, sequences=len(batch))
         self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prompts])
         if self.commits.due(progress.step):
             with phase("checkpoint"):
@@ -147,6 +150,6 @@ class PpoTrainer:
         comparison = self.compare()
         if comparison is not None:
             self.journal.closing(*closing(comparison, self.config.algorithm.name, self.config.evaluation.pass_at))
-        self.commits.final({"": (self.groups.policy, {}), "critic": (self.groups.critic, {})})
+        self.commits.final(self.groups.results)
         self.journal.finish()
         get_logger("ppo").info("done: %s", self.run_directory.path)

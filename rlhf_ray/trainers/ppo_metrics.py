@@ -33,13 +33,10 @@ def step_metrics(
     told = negative_kl(batch, experience.config)
     if told is not None:
         get_logger("ppo").warning("%s", told)
-    mask, offsets = batch["action_mask"], batch.offsets
-    kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], mask, offsets, "k3")
+    mask = batch["action_mask"]
     prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
     versions = batch["weight_version"][mask]
     metrics = {
-        "kl/k3": float(kl.mean()),
-        "kl/coefficient": progress.kl.coefficient,
         "reward/learned": float(batch["score"].mean()),
         "length/prompt": prompt_tokens / len(batch),
         "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
@@ -59,8 +56,11 @@ def step_metrics(
 def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
     """What a KL below zero, beyond its noise, says about how answers were sampled; none where it is not.
 
-    E[log p - log q] >= 0 where the samples are p's own, so a mean clearly below 0 says that they are not.
+    E[log p - log q] >= 0 where the samples are p's own, so a mean clearly below 0 says that they are not. Without a
+    reference nothing is said.
     """
+    if "reference_log_probs" not in batch:
+        return None
     kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets).double()
     mean, error = float(kl.mean()), float(kl.std(unbiased=False)) / len(kl) ** 0.5
     if mean + ERRORS_BELOW_ZERO * error >= 0.0:

@@ -6,11 +6,8 @@ wrote; the self-check stands before the first step; ``final/`` holds the weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.schema import PpoConfig
@@ -23,6 +20,7 @@ from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import Split, tokenized_prompts
 from rlhf_ray.trainers.experience import Experience, TokenizedPrompt
 from rlhf_ray.trainers.gold import gold_of
+from rlhf_ray.trainers.groups import Groups
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.learner import Learner
 from rlhf_ray.trainers.ppo import PpoTrainer
@@ -32,18 +30,7 @@ from rlhf_ray.trainers.prompts import PromptStream
 from rlhf_ray.trainers.reward_sources import reward_source
 from rlhf_ray.trainers.sampler import Sampler
 from rlhf_ray.trainers.self_check import SelfCheck
-from rlhf_ray.trainers.session import Place, Session
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The model groups of a PPO run."""
-
-    policy: PolicyGroup
-    critic: CriticGroup
-    reference: ReferenceGroup
-    rewards: Mapping[str, RewardGroup]
-    """By the keys of their sections."""
+from rlhf_ray.trainers.session import Place, Session, Started
 
 
 def train_ppo(
@@ -72,19 +59,17 @@ def build(
 ) -> PpoTrainer:
     """Start every group and put the trainer together."""
     groups, placed = start_groups(config, session)
-    commits = Commits(run, config.checkpoint, {"policy": groups.policy, "critic": groups.critic}, checkpoint)
+    commits = Commits(run, config.checkpoint, groups.trained, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
     setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
     sampler = Sampler(config, session.fleet(placed, setup))
     conversations = any(prompt.messages is not None for prompt in prompts.train)
     rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
-    learner = Learner(config, groups.policy, groups.critic, groups.reference)
+    learner = Learner(config, groups.by_role)
     experience = Experience(
         config,
-        policy=groups.policy,
-        critic=groups.critic,
-        reference=groups.reference,
+        groups=groups,
         rewards=rewards,
         tokenizer=tokenizer,
     )
@@ -115,10 +100,14 @@ def build(
 
 def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
     """All model groups, loaded, and the rollout engines, placed: first every process is placed, then all load at once."""
-    updates = config.steps * updates_per_step(config)
-    policy = session.policy(config.policy, total_updates=updates, temperature=config.rollout.temperature)
-    critic = session.critic(config.critic, total_updates=updates)
-    reference = session.reference(config.reference_role, temperature=config.rollout.temperature)
+    updates, temperature = config.steps * updates_per_step(config), config.rollout.temperature
+    started: dict[str, Started[Any]] = {
+        "policy": session.policy(config.policy, total_updates=updates, temperature=temperature)
+    }
+    if config.critic is not None:
+        started["critic"] = session.critic(config.critic, total_updates=updates)
+    if config.reference_role is not None:
+        started["reference"] = session.reference(config.reference_role, temperature=temperature)
     rewards = {
         key: session.reward(
             role,
@@ -129,7 +118,7 @@ def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Rank
         for key, role in config.reward.roles.items()
     }
     engines = session.engines(config.rollout)
-    loading = policy.load(), critic.load(), reference.load()
+    loading = {role: one.load() for role, one in started.items()}
     scoring = {key: reward.load() for key, reward in rewards.items()}
-    scorers = {key: one.result() for key, one in scoring.items()}
-    return Groups(loading[0].result(), loading[1].result(), loading[2].result(), scorers), engines
+    groups = {role: one.result() for role, one in loading.items()}
+    return Groups(**groups, rewards={key: one.result() for key, one in scoring.items()}), engines

@@ -78,13 +78,15 @@ class SelfCheck:
 
     def first_ratio(self, batch: TrajectoryBatch, schedules: Schedules) -> Check:
         """With old log-probs from a call of their own, the first update sees ratios of exactly 1."""
-        update = schedules.policy.updates[0]
+        update = schedules["policy"].updates[0]
         # Signs as in training, so that ratios above and below 1 count; the update is dropped.
         neutral = batch.with_columns(advantages=torch.ones(batch.num_tokens))
-        shared = self.learner.policy.share(neutral)
-        count = denominator("tokens", batch, update.sequences)
-        report = self.learner.policy.accumulate(shared, update, self.learner.policy_loss, count).result()
-        self.learner.policy.apply(True).result()
+        policy = self.learner.groups["policy"]
+        shared = policy.share(neutral)
+        loss = self.learner.policy_loss
+        count = denominator(loss.denominator, batch, update.sequences)
+        report = policy.accumulate(shared, update, loss, count).result()
+        policy.apply(True).result()
         total, actions = report.metrics["ratio/mean"]
         divergence = report.metrics["approximate_kl"][0]
         exact = total == actions and divergence == 0.0

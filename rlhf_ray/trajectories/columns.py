@@ -44,6 +44,7 @@ PER_TOKEN: Mapping[str, torch.dtype] = MappingProxyType(
         "token_rewards": torch.float32,
         "advantages": torch.float32,
         "returns": torch.float32,
+        "importance_weights": torch.float32,
     }
 )
 """Columns with one number a token, standing at the token they are about."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from rlhf_ray.algorithms.ppo import PPO_METRICS, prepare_ppo
 
 from rlhf_ray.algorithms.advantages import gae
 from rlhf_ray.algorithms.kl import kl_k3
 from rlhf_ray.algorithms.masked import whiten
-from rlhf_ray.algorithms.ppo import PPO_METRICS, prepare_ppo
 from rlhf_ray.errors import MissingColumnError
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason

@@ -1,0 +1,143 @@
+"""What an algorithm needs before its first update: token rewards, advantages, returns and weights of a scored batch.
+
+Always true: the batch given is not changed; the one returned has the columns ``token_rewards``, ``advantages`` and
+``importance_weights``, and ``returns`` where there is a critic, with 0 at every token that is no action. A NaN in a score,
+a log-prob or a value at an action reaches the advantages, so that the update is voted down, not hidden.
+
+The order: shape the scores (:mod:`~rlhf_ray.algorithms.shaping`), place them, subtract the KL penalty, whiten the token
+rewards, estimate advantages, whiten those. Whitening covers all actions of the batch, never a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_ray.algorithms.advantages import Estimator
+from rlhf_ray.algorithms.groups import without_signal
+from rlhf_ray.algorithms.importance import ImportanceCorrection, trained_actions
+from rlhf_ray.algorithms.kl import KlEstimator, sequence_kl, token_kl
+from rlhf_ray.algorithms.masked import count_actions, masked_mean, segment_sum, whiten
+from rlhf_ray.algorithms.moments import RunningMoments
+from rlhf_ray.algorithms.rewards import Placement, place_scores, shape_rewards
+from rlhf_ray.algorithms.shaping import RewardShaping
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.columns import FinishReason
+
+Whitening = Literal["none", "population", "unbiased"]
+"""The variance divided by n (Ziegler et al. 2019, N+, OpenRLHF) or by n - 1 (TRL)."""
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The parts of an algorithm that work on a whole step before its updates."""
+
+    shaping: RewardShaping
+    estimator: Estimator
+    importance: ImportanceCorrection
+    kl_penalty: KlEstimator | None = None
+    """Of the KL in the token rewards; none where the KL stands in the loss or nowhere."""
+    placement: Placement = "last_action"
+    whiten_rewards: Whitening = "none"
+    """Keeps the mean (N+, detail 26)."""
+    whiten_advantages: Whitening = "none"
+    leave_out_truncated: bool = False
+    """Answers that did not end by themselves move baselines and whitening, but have no loss."""
+
+    def __call__(
+        self, batch: TrajectoryBatch, *, kl_coefficient: float, moments: RunningMoments
+    ) -> tuple[TrajectoryBatch, Numbers]:
+        """The batch with what the losses need, and the objective's metrics."""
+        batch.require("action_mask", "score", "finish_reason", "log_probs", "rollout_log_probs", *self.estimator.needs)
+        mask, offsets = batch["action_mask"], batch.offsets
+        score = self.shaping(batch["score"], batch["finish_reason"], count_actions(mask, offsets), moments)
+        token_rewards = self._token_rewards(batch, score, kl_coefficient)
+        metrics = self._metrics(batch, score, token_rewards)
+        token_rewards = whitened(token_rewards, mask, self.whiten_rewards, shift_mean=False)
+        advantages, returns = self.estimator(batch, token_rewards)
+        metrics |= _advantage_metrics(advantages, mask)
+        advantages = whitened(advantages, mask, self.whiten_advantages)
+        weights, difference = self.importance(batch["log_probs"], batch["rollout_log_probs"], mask, offsets)
+        batch = batch.with_columns(token_rewards=token_rewards, advantages=advantages, importance_weights=weights)
+        if returns is not None:
+            batch = batch.with_columns(returns=returns)
+            metrics |= _critic_metrics(batch["values"], returns, mask)
+        return batch, metrics | difference
+
+    def trained(self, batch: TrajectoryBatch) -> TrajectoryBatch:
+        """The batch as the losses see it: the same sequences, without the actions of those that are left out."""
+        if not self.leave_out_truncated:
+            return batch
+        ended = batch["finish_reason"] == FinishReason.STOP
+        return batch.with_columns(action_mask=trained_actions(batch["action_mask"], batch.offsets, ended))
+
+    def _token_rewards(
+        self, batch: TrajectoryBatch, score: Float[Tensor, "B"], kl_coefficient: float
+    ) -> Float[Tensor, "N"]:
+        mask, offsets = batch["action_mask"], batch.offsets
+        if self.kl_penalty is None:
+            return place_scores(score, mask, offsets, self.placement)
+        kl = token_kl(batch["log_probs"], batch["reference_log_probs"], mask, self.kl_penalty)
+        return shape_rewards(score, kl, mask, offsets, kl_coefficient=kl_coefficient, placement=self.placement)
+
+    def _metrics(self, batch: TrajectoryBatch, score: Tensor, token_rewards: Tensor) -> Numbers:
+        """Means over sequences; KL in nats where there is a reference."""
+        mask, offsets = batch["action_mask"], batch.offsets
+        every, actions = torch.ones(len(batch), dtype=torch.bool, device=batch.device), count_actions(mask, offsets)
+        stopped = (batch["finish_reason"] == FinishReason.STOP).float()
+        metrics = {
+            "reward/mean": masked_mean(score, every),
+            "reward/std": _variance(score, every).sqrt(),
+            "reward/after_kl": masked_mean(segment_sum(token_rewards, offsets), every),
+            "length/response": masked_mean(actions.float(), every),
+            "truncated/share": 1.0 - masked_mean(stopped, every),
+        }
+        if "reference_log_probs" in batch:
+            for name, estimator in _KL_METRICS.items():
+                kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], mask, offsets, estimator)
+                metrics[name] = masked_mean(kl, every)
+        if "prompt_id" in batch:
+            silent = without_signal(batch["score"], batch["prompt_id"], actions > 0)
+            metrics["groups/without_signal"] = masked_mean(silent.float(), every)
+        return {name: float(value) for name, value in metrics.items()}
+
+
+_KL_METRICS: dict[str, KlEstimator] = {"kl/k1": "k1", "kl/k3": "k3"}
+
+
+def whitened(
+    x: Float[Tensor, "N"], mask: Bool[Tensor, "N"], kind: Whitening, *, shift_mean: bool = True
+) -> Float[Tensor, "N"]:
+    """``x`` whitened as ``kind`` says; ``none`` is ``x`` itself."""
+    if kind == "none":
+        return x
+    return whiten(x, mask, unbiased=kind == "unbiased", shift_mean=shift_mean)
+
+
+def _advantage_metrics(advantages: Tensor, mask: Tensor) -> Numbers:
+    """Before whitening."""
+    return {
+        "advantages/mean": float(masked_mean(advantages, mask)),
+        "advantages/std": float(_variance(advantages, mask).sqrt()),
+    }
+
+
+def _critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> Numbers:
+    """How much of the returns' variance the critic foresaw; 0 where the returns do not vary."""
+    variance = _variance(returns, mask)
+    explained = torch.where(variance <= 1e-8, 0.0, 1.0 - _variance(returns - values, mask) / variance)
+    return {
+        "returns/mean": float(masked_mean(returns, mask)),
+        "values/mean": float(masked_mean(values, mask)),
+        "explained_variance": float(explained),
+    }
+
+
+def _variance(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"]) -> Float[Tensor, ""]:
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)

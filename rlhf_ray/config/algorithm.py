@@ -1,0 +1,233 @@
+"""Which mathematics a PPO run uses: an algorithm is a name for a choice of parts.
+
+Always true: ``name`` decides nothing by itself. It fills in the parts that a config leaves out, once, when the config is
+read; the resolved config says every part, and only the parts are looked at afterwards. The defaults of the fields are
+those of ``ppo``; ``PRESETS`` says what another name chooses otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.roles import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+
+AlgorithmName = Literal[
+    "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gspo", "dapo", "cispo"
+]
+Whitening = Literal["none", "population", "unbiased"]
+
+NO_KL = {"coefficient": 0.0, "measure": False}
+WITHOUT_CRITIC = {"lam": None, "value_clip": None, "whitening": "none"}
+AGAINST_GROUP = {**WITHOUT_CRITIC, "advantages": "group_norm"}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "ppo": {},
+        # Shao et al. 2024
+        "grpo": {
+            **AGAINST_GROUP,
+            "aggregation": "sequences",
+            "kl": {"coefficient": 0.04, "estimator": "k3", "applied_to": "loss"},
+        },
+        # Liu et al. 2025
+        "dr_grpo": {**WITHOUT_CRITIC, "advantages": "group_mean", "aggregation": "constant", "kl": NO_KL},
+        # Ahmadian et al. 2024, with the clipped ratio of the whole answer that TRL adds
+        "rloo": {
+            **WITHOUT_CRITIC,
+            "advantages": "leave_one_out",
+            "ratio": "trajectory",
+            "aggregation": "sequences",
+        },
+        # Hu et al. 2025
+        "reinforce++": {**WITHOUT_CRITIC, "advantages": "reward_to_go", "whitening": "population"},
+        "reinforce++_baseline": {
+            **WITHOUT_CRITIC,
+            "advantages": "group_mean",
+            "whitening": "population",
+            "kl": {"estimator": "k2", "applied_to": "loss"},
+        },
+        # Zheng et al. 2025
+        "gspo": {
+            **AGAINST_GROUP,
+            "ratio": "sequence",
+            "aggregation": "sequences",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "kl": NO_KL,
+        },
+        # Yu et al. 2025
+        "dapo": {
+            **AGAINST_GROUP,
+            "clip_high": 0.28,
+            "dynamic_sampling": 3,
+            "shaping": {"overlong": {"buffer_fraction": 0.2, "penalty": 1.0}},
+            "kl": NO_KL,
+        },
+        # MiniMax-M1 2025; the bound is ScaleRL's (Khatri et al. 2025)
+        "cispo": {**AGAINST_GROUP, "objective": "cispo", "clip_low": None, "clip_high": 4.0, "kl": NO_KL},
+    }
+)
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An ``algorithm`` section with the parts that its name chooses, where it says none itself."""
+    name = values.get("name", "ppo")
+    return _filled(values, PRESETS.get(name, {}) if isinstance(name, str) else {})
+
+
+def _filled(values: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(values)
+    for key, chosen in preset.items():
+        given = filled.setdefault(key, chosen)
+        if isinstance(given, Mapping) and isinstance(chosen, Mapping):
+            filled[key] = _filled(given, chosen)
+    return filled
+
+
+class KlConfig(Section):
+    coefficient: NonNegativeFloat = 0.05
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    applied_to: Literal["reward", "loss"] = "reward"
+    """A penalty in the token rewards, or a term of the policy loss."""
+    gradient: Literal["unbiased", "plain"] = "unbiased"
+    """Of the term in the loss: that of the KL, or the estimator's own."""
+    target: PositiveFloat | None = None
+    """Adaptive control (Ziegler et al. 2019) towards this many nats a sequence; none keeps the coefficient fixed."""
+    horizon: Positive = 10000
+    measure: bool = True
+    """Whether there is a reference at all; without one no KL is known."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.target is not None and self.coefficient == 0.0:
+            yield "coefficient", "0 stays 0 under adaptive control (target is set): start it above 0, such as 0.05"
+        if not self.measure and self.coefficient > 0.0:
+            yield (
+                "coefficient",
+                f"{self.coefficient:g} needs a reference, but measure is false: set measure to true, or coefficient to 0",
+            )
+        if self.gradient == "plain" and self.applied_to == "reward":
+            yield "gradient", "plain has no effect: a penalty in the rewards has no gradient; remove it"
+        if self.gradient == "plain" and self.applied_to == "loss" and self.estimator == "k1":
+            yield (
+                "gradient",
+                "plain k1 in the loss pulls nowhere (its gradient is 0 on average): set it to unbiased, or estimator to k2",
+            )
+
+
+class MissingEosConfig(Section):
+    rule: Literal["subtract", "replace", "scale"]
+    value: float
+
+
+class OverlongConfig(Section):
+    buffer_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """The last part of ``rollout.max_new_tokens``, over which the penalty grows."""
+    penalty: PositiveFloat = 1.0
+
+
+class TooShortConfig(Section):
+    tokens: Positive
+    penalty: PositiveFloat = 1.0
+
+
+class ShapingConfig(Section):
+    """What becomes of a score before it is placed on tokens, in this order."""
+
+    normalize: Literal["none", "running", "running_scale"] = "none"
+    scale: PositiveFloat = 1.0
+    clip: PositiveFloat | None = None
+    overlong: OverlongConfig | None = None
+    too_short: TooShortConfig | None = None
+    missing_eos: MissingEosConfig | None = None
+    placement: Literal["last_action", "spread"] = "last_action"
+    whitening: Whitening = "none"
+
+
+class ImportanceConfig(Section):
+    """Correction for the difference between rollout engine and trainer."""
+
+    level: Literal["none", "token", "sequence"] = "token"
+    rule: Literal["truncate", "mask"] = "truncate"
+    low: NonNegativeFloat = 0.0
+    high: PositiveFloat = 2.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not self.low < 1.0 < self.high:
+            yield (
+                "",
+                f"low {self.low:g} and high {self.high:g} must have 1, the weight of equal log-probs, between them",
+            )
+
+
+class AlgorithmConfig(Section):
+    name: AlgorithmName = "ppo"
+    advantages: Literal["gae", "reward_to_go", "leave_one_out", "group_mean", "group_norm"] = "gae"
+    gamma: Fraction = 1.0
+    lam: Fraction | None = 0.95
+    """Of ``gae`` only."""
+    whitening: Whitening = "population"
+    """Of the advantages, over all actions of the step."""
+    objective: Literal["clip", "cispo"] = "clip"
+    ratio: Literal["token", "sequence", "trajectory"] = "token"
+    aggregation: Literal["tokens", "sequences", "constant"] = "tokens"
+    clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    value_clip: PositiveFloat | None = 0.2
+    entropy_coefficient: NonNegativeFloat = 0.0
+    mask_truncated: bool = False
+    dynamic_sampling: NonNegative = 0
+    """How many times more prompts may be sampled where all samples of a prompt score the same; 0 keeps such prompts."""
+    kl: KlConfig = KlConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    critic_warmup_steps: NonNegative = 0
+    max_staleness: NonNegative = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_parts(cls, values: Any) -> Any:
+        return with_preset(values) if isinstance(values, Mapping) else values
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantages come from values."""
+        return self.advantages == "gae"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether the advantages come from other answers to the same prompt."""
+        return self.advantages in ("leave_one_out", "group_mean", "group_norm")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from self._critic_conflicts()
+        if self.compares_samples and self.gamma != 1.0:
+            yield (
+                "gamma",
+                f"{self.gamma:g} has no effect: advantages {self.advantages} gives all actions of an answer the same; set "
+                "it to 1",
+            )
+        if self.objective == "clip" and self.clip_low is None:
+            yield "clip_low", "null, but objective clip needs a lower bound: set it, such as 0.2"
+        if self.objective == "cispo" and self.dual_clip is not None:
+            yield "dual_clip", f"{self.dual_clip:g} has no effect: objective cispo bounds every weight; set it to null"
+        if self.objective == "cispo" and self.ratio != "token":
+            yield "ratio", f"{self.ratio}, but objective cispo weighs each token by its own: set it to token"
+
+    def _critic_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.has_critic and self.lam is None:
+            yield "lam", "null, but advantages gae needs it: set it, such as 0.95"
+        if self.has_critic:
+            return
+        for name, value in (("lam", self.lam), ("value_clip", self.value_clip)):
+            if value is not None:
+                yield name, f"{value:g} has no effect: advantages {self.advantages} uses no critic; set it to null"
+        if self.critic_warmup_steps:
+            yield (
+                "critic_warmup_steps",
+                f"{self.critic_warmup_steps}, but advantages {self.advantages} uses no critic: set it to 0",
+            )

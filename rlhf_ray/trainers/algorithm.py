@@ -1,0 +1,78 @@
+"""From the parts that a config names to the functions that they are.
+
+Always true: this is the only place that reads the ``algorithm`` section's parts; who calls what is made here never asks
+which algorithm runs.
+"""
+
+from __future__ import annotations
+
+from rlhf_ray.algorithms.advantages import AgainstGroup, Estimator, Gae, RewardToGo
+from rlhf_ray.algorithms.importance import ImportanceCorrection
+from rlhf_ray.algorithms.losses import ValueLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, Objective, PolicyLoss
+from rlhf_ray.algorithms.preparation import Preparation
+from rlhf_ray.algorithms.shaping import MissingEos, Overlong, RewardShaping, TooShort
+from rlhf_ray.config.schema import AlgorithmConfig, PpoConfig, ShapingConfig
+
+
+def preparation_of(config: PpoConfig) -> Preparation:
+    """What happens to a scored batch before its updates."""
+    algorithm, importance = config.algorithm, config.algorithm.importance
+    in_rewards = algorithm.kl.applied_to == "reward" and algorithm.kl.measure
+    return Preparation(
+        shaping=_shaping(algorithm.shaping, config.rollout.max_new_tokens),
+        estimator=_estimator(algorithm),
+        importance=ImportanceCorrection(importance.level, importance.rule, importance.low, importance.high),
+        kl_penalty=algorithm.kl.estimator if in_rewards else None,
+        placement=algorithm.shaping.placement,
+        whiten_rewards=algorithm.shaping.whitening,
+        whiten_advantages=algorithm.whitening,
+        leave_out_truncated=algorithm.mask_truncated,
+    )
+
+
+def policy_loss_of(config: PpoConfig) -> PolicyLoss:
+    """The loss of the policy, with the KL coefficient that a run starts with."""
+    algorithm, kl = config.algorithm, config.algorithm.kl
+    in_loss = kl.applied_to == "loss" and kl.measure
+    return PolicyLoss(
+        _objective(algorithm),
+        ratio=algorithm.ratio,
+        aggregation=algorithm.aggregation,
+        constant_tokens=config.rollout.max_new_tokens,
+        entropy_coefficient=algorithm.entropy_coefficient,
+        kl=KlTerm(kl.coefficient, kl.estimator, kl.gradient) if in_loss else None,
+    )
+
+
+def value_loss_of(config: PpoConfig) -> ValueLoss:
+    """The loss of the critic, where there is one."""
+    return ValueLoss(clip=config.algorithm.value_clip)
+
+
+def _objective(algorithm: AlgorithmConfig) -> Objective:
+    if algorithm.objective == "cispo":
+        return Cispo(algorithm.clip_low, algorithm.clip_high)
+    assert algorithm.clip_low is not None
+    return Clipped(algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
+
+
+def _estimator(algorithm: AlgorithmConfig) -> Estimator:
+    if algorithm.advantages == "gae":
+        assert algorithm.lam is not None
+        return Gae(algorithm.gamma, algorithm.lam)
+    if algorithm.advantages == "reward_to_go":
+        return RewardToGo(algorithm.gamma)
+    return AgainstGroup(algorithm.advantages)
+
+
+def _shaping(shaping: ShapingConfig, longest: int) -> RewardShaping:
+    overlong, too_short, missing = shaping.overlong, shaping.too_short, shaping.missing_eos
+    return RewardShaping(
+        normalize=shaping.normalize,
+        scale=shaping.scale,
+        clip=shaping.clip,
+        overlong=overlong and Overlong(longest, round(overlong.buffer_fraction * longest), overlong.penalty),
+        too_short=too_short and TooShort(too_short.tokens, too_short.penalty),
+        missing_eos=missing and MissingEos(missing.rule, missing.value),
+    )
