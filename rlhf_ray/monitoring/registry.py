@@ -153,6 +153,11 @@ _METRICS = {
     "Sequences": [
         ("length/response", "tokens", "Mean length of the answers"),
         ("length/prompt", "tokens", "Mean length of the prompts"),
+        (
+            "prompts/sampled",
+            "prompts",
+            "Prompts that were sampled for the step; more than its own with dynamic sampling",
+        ),
         ("prompts/dropped", "prompts", "Prompts dropped with all their samples because one of them has no reward"),
         ("truncated/share", "share", "Share of answers cut off at the longest allowed length"),
         ("round_trip/failed_share", "share", "Share of samples whose ids do not survive decoding and encoding"),

@@ -56,6 +56,23 @@ class TextSample:
     """The prompt's conversation with the response as its last turn, where the prompt is one."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Answers as texts, and what the reward source said about each."""
+
+    samples: list[TextSample]
+    results: list[ScoreResult]
+
+    def select(self, rows: Sequence[int]) -> Scored:
+        """These answers, in this order."""
+        return Scored([self.samples[row] for row in rows], [self.results[row] for row in rows])
+
+    @staticmethod
+    def join(parts: Sequence[Scored]) -> Scored:
+        """One after another."""
+        return Scored([one for part in parts for one in part.samples], [one for part in parts for one in part.results])
+
+
 TERM = "term_"
 """Begins the column of one term of a mixture."""
 
@@ -95,17 +112,18 @@ class Experience:
         *,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
         complete: bool = False,
+        scored: Scored | None = None,
     ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
         """The batch with scores, reference log-probs, values and log-probs, the schedules that made them, the texts.
 
-        The groups compute while the rewards are fetched; ``phase`` times what is waited for. What has no reward is left
-        out as configured; where the batch must be ``complete`` it is an error.
+        The groups compute while the rewards are fetched, unless these are known already (``scored``); ``phase`` times what
+        is waited for. What has no reward is left out as configured; where the batch must be ``complete`` it is an error.
         """
         schedules = cut(trajectories)
         pending = self.groups.columns(trajectories, schedules)
         with phase("scoring"):
-            samples = self.samples(trajectories, prompts)
-            results = self.score(samples)
+            scored = scored or self.scored(trajectories, prompts)
+            samples, results = scored.samples, scored.results
             if complete:
                 self._require_all(results)
         with phase("log_probs"):
@@ -115,6 +133,11 @@ class Experience:
             return self.gather(trajectories.select(kept), prompts, cut, phase=phase)
         columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
         return trajectories.with_columns(**columns), schedules, samples
+
+    def scored(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> Scored:
+        """Every sampled answer as text, with its reward or why it has none."""
+        samples = self.samples(trajectories, prompts)
+        return Scored(samples, self.score(samples))
 
     def samples(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> list[TextSample]:
         """Every sampled answer as text."""

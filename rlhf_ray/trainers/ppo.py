@@ -9,27 +9,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.collecting import Collector
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.experience import Experience
+from rlhf_ray.trainers.groups import Groups
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.learner import Learner
 from rlhf_ray.trainers.ppo_closing import closing, show_samples
 from rlhf_ray.trainers.ppo_evaluation import Comparison, PpoEvaluation
-from rlhf_ray.trainers.ppo_metrics import refuse_stale, sample_rows, step_metrics
+from rlhf_ray.trainers.ppo_metrics import sample_rows, step_metrics
 from rlhf_ray.trainers.ppo_progress import PpoProgress
 from rlhf_ray.trainers.prompts import PromptStream
 from rlhf_ray.trainers.sampler import Sampler
 from rlhf_ray.trainers.self_check import SelfCheck
 from rlhf_ray.trainers.stopping import stop_requested
-
-if TYPE_CHECKING:
-    from rlhf_ray.trainers.ppo_run import Groups
 
 
 @dataclass
@@ -41,6 +39,7 @@ class PpoTrainer:
     groups: Groups
     sampler: Sampler
     prompts: PromptStream
+    collector: Collector
     experience: Experience
     learner: Learner
     evaluation: PpoEvaluation
@@ -75,18 +74,14 @@ class PpoTrainer:
     def step(self) -> None:
         """One step of PPO, as the data travels."""
         phase, progress = self.journal.phase, self.progress
-        prompts = self.prompts.take(self.config.batch.prompts_per_step)
-        by_id = {prompt.prompt_id: prompt for prompt in prompts}
-
-        with phase("rollout"):
-            trajectories = self.sampler.generate(prompts, progress.step)
-            refuse_stale(trajectories, progress.weight_version, self.config.algorithm.max_staleness)
+        cut = partial(self.learner.schedules, step=progress.step)
+        collected = self.collector.collect(progress.step, progress.weight_version, phase)
         batch, schedules, samples = self.experience.gather(
-            trajectories, by_id, partial(self.learner.schedules, step=progress.step), phase=phase
+            collected.trajectories, collected.by_id, cut, phase=phase, scored=collected.scored
         )
         progress.see(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
-        metrics = step_metrics(self.experience, progress, batch, samples, by_id) | objective
+        metrics = step_metrics(self.experience, progress, batch, samples, collected) | objective
         with phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
             outcome = self.learner.learn(
@@ -97,7 +92,7 @@ class PpoTrainer:
                 self.publish(progress.weight_version + 1)
 
         progress.finish_step(outcome, objective, sequences=len(batch))
-        self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prompts])
+        self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in collected.prompts])
         if self.commits.due(progress.step):
             with phase("checkpoint"):
                 self.commit()

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import StaleWeightsError
+from rlhf_ray.trainers.collecting import Collected
 from rlhf_ray.trainers.experience import TERM, Experience, TextSample, TokenizedPrompt
 from rlhf_ray.trainers.gold import gold_function, world_gold
 from rlhf_ray.trainers.ppo_progress import PpoProgress
@@ -27,13 +27,14 @@ def step_metrics(
     progress: PpoProgress,
     batch: TrajectoryBatch,
     samples: Sequence[TextSample],
-    prompts: Mapping[int, TokenizedPrompt],
+    collected: Collected,
 ) -> dict[str, float]:
     """Scores, lengths, staleness, the difference between rollout and trainer, and what survives decode and encode."""
     told = negative_kl(batch, experience.config)
     if told is not None:
         get_logger("ppo").warning("%s", told)
     mask = batch["action_mask"]
+    prompts = collected.by_id
     prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
     versions = batch["weight_version"][mask]
     metrics = {
@@ -42,7 +43,8 @@ def step_metrics(
         "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
         "rollout/staleness": float(progress.weight_version - versions.min()),
         "round_trip/failed_share": failed_round_trips(experience, samples, prompts, batch),
-        "prompts/dropped": float(len(prompts) - len(set(batch["prompt_id"].tolist()))),
+        "prompts/sampled": float(len(collected.prompts)),
+        "prompts/dropped": float(_prompts(collected.trajectories) - _prompts(batch)),
     }
     terms = [name for name in batch.columns if name.startswith(TERM)]
     metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
@@ -79,12 +81,8 @@ def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
     )
 
 
-def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
-    """Raise :class:`StaleWeightsError` where a token was sampled by weights more than ``bound`` versions old."""
-    oldest = int(batch["weight_version"][batch["action_mask"]].min())
-    if version - oldest > bound:
-        raise StaleWeightsError(f"a token was sampled by weight version {oldest}, now is {version}, and "
-                                f"algorithm.max_staleness is {bound}: raise it, or sample again")  # fmt: skip
+def _prompts(batch: TrajectoryBatch) -> int:
+    return len(batch["prompt_id"].unique())
 
 
 def failed_round_trips(

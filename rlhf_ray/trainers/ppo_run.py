@@ -16,6 +16,7 @@ from rlhf_ray.models import load_tokenizer
 from rlhf_ray.planning.arithmetic import updates_per_step
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.collecting import collector_of
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import Split, tokenized_prompts
 from rlhf_ray.trainers.experience import Experience, TokenizedPrompt
@@ -82,12 +83,14 @@ def build(
         cut=lambda batch: learner.schedules(batch, step=0),
         directory=run.path / "evaluation",
     )
+    stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
     return PpoTrainer(
         config,
         run_directory=run,
         groups=groups,
         sampler=sampler,
-        prompts=PromptStream(prompts.train, prompts.parts, config.run.seed),
+        prompts=stream,
+        collector=collector_of(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
         evaluation=evaluation,

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.kl import token_kl
 from rlhf_ray.algorithms.masked import segment_sum
-from rlhf_ray.algorithms.rewards import missing_eos, place_scores, shape_rewards
-from rlhf_ray.trajectories.columns import FinishReason
+from rlhf_ray.algorithms.rewards import place_scores, shape_rewards
 
 
 @settings(deadline=None, max_examples=50)
@@ -55,11 +54,18 @@ def test_the_penalty_stands_at_its_own_token_and_masked_kl_has_no_influence() ->
     assert rewards.tolist() == pytest.approx([0.0, -0.05, 0.0, 3.1])
 
 
-def test_only_an_answer_that_ended_by_itself_is_spared() -> None:
-    reasons = torch.tensor([FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT], dtype=torch.int8)
-    score = torch.tensor([1.0, 1.0, -1.0])
-    assert missing_eos(score, reasons, 0.75).tolist() == [1.0, 0.25, -1.75]
-    assert score.tolist() == [1.0, 1.0, -1.0]
+@settings(deadline=None, max_examples=30)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_a_spread_score_is_equal_parts_that_add_up(ragged, lengths, seed) -> None:
+    batch = ragged(lengths, seed)
+    mask, offsets = batch["action_mask"], batch.offsets
+    placed = place_scores(batch["score"], mask, offsets, "spread")
+    acted = segment_sum(mask.long(), offsets) > 0
+    torch.testing.assert_close(segment_sum(placed, offsets), torch.where(acted, batch["score"], 0.0))
+    for row in range(len(batch)):
+        part = slice(int(offsets[row]), int(offsets[row + 1]))
+        assert len(set(placed[part][mask[part]].tolist())) <= 1
+        assert (placed[part][~mask[part]] == 0).all()
 
 
 def test_shapes_that_would_broadcast_are_refused() -> None:
@@ -68,5 +74,5 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         place_scores(torch.zeros(2), mask, offsets)
     with pytest.raises(ValueError, match=r"kl has shape \(1,\)"):
         shape_rewards(torch.zeros(1), torch.zeros(1), mask, offsets, kl_coefficient=1.0)
-    with pytest.raises(ValueError, match=r"finish_reason has shape \(1,\)"):
-        missing_eos(torch.zeros(2), torch.zeros(1, dtype=torch.int8), 1.0)
+    with pytest.raises(ValueError, match="placement 'first' is unknown: use last_action or spread"):
+        place_scores(torch.zeros(1), mask, offsets, "first")

@@ -107,7 +107,7 @@ def test_every_wrong_value_is_listed_at_once_with_its_key(job):
             "policy.engine.optimizer.betas=[0.9, '0.95']",
             "policy.engine.optimizer.betas: [0.9, '0.95'] is not a list of 2, each a number from 0 to below 1",
         ),
-        ("algorithm.missing_eos_penalty=.inf", "algorithm.missing_eos_penalty: .inf is not a number or null"),
+        ("algorithm.shaping.clip=.inf", "algorithm.shaping.clip: .inf is not a number above 0 or null"),
         ("algorithm.gamma=1.01", "algorithm.gamma: 1.01 is not a number from 0 to 1"),
         ("policy=5", "policy: 5 is not a section with keys model, engine, ranks, resources"),
         ("policy=null", "policy: null is not a section with keys model, engine, ranks, resources"),

@@ -14,6 +14,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt, score_columns
+from rlhf_ray.trainers.groups import Groups
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CONFIG = """
@@ -62,17 +63,14 @@ class Text:
         return " ".join(map(str, ids))
 
 
-class Cut:
-    policy = critic = reference = None
-
-
+CUT = {"policy": None, "critic": None, "reference": None}
 PROMPTS = {number: TokenizedPrompt(number, f"p{number}", (number,), source=f"s{number % 2}") for number in range(4)}
 
 
 def gather(source: Bad, *overrides: str, **options: Any) -> TrajectoryBatch:
     config: Any = parse_config(CONFIG, overrides)
     groups: Any = Columns()
-    experience = Experience(config, policy=groups, critic=groups, reference=groups, rewards=source, tokenizer=Text())
+    experience = Experience(config, groups=Groups(groups, groups, groups), rewards=source, tokenizer=Text())
     sequences = [[prompt, 5, 6] for prompt in PROMPTS for _ in range(2)]
     batch = TrajectoryBatch.from_sequences(
         sequences,
@@ -81,7 +79,7 @@ def gather(source: Bad, *overrides: str, **options: Any) -> TrajectoryBatch:
         sample_index=[0, 1] * 4,
         finish_reason=[0] * 8,
     )
-    return experience.gather(batch, PROMPTS, lambda trajectories: Cut(), **options)[0]  # type: ignore[arg-type, return-value]
+    return experience.gather(batch, PROMPTS, lambda trajectories: CUT, **options)[0]  # type: ignore[arg-type, return-value]
 
 
 def test_a_prompt_is_dropped_with_all_its_samples() -> None:

@@ -109,10 +109,10 @@ def test_poisoned_updates_are_skipped_by_policy_and_critic_and_end_the_run(
     run = start(config)
     learn = Learner.learn
 
-    def poisoned(self: Learner, batch: Any, schedules: Any, *, train_policy: bool) -> Any:
+    def poisoned(self: Learner, batch: Any, schedules: Any, **options: Any) -> Any:
         returns = batch["returns"].clone()
         returns[batch["action_mask"].nonzero()[0]] = float("nan")
-        return learn(self, batch.with_columns(returns=returns), schedules, train_policy=train_policy)
+        return learn(self, batch.with_columns(returns=returns), schedules, **options)
 
     monkeypatch.setattr(Learner, "learn", poisoned)
     with pytest.raises(NumericalError, match="2 updates in a row had NaN or Inf"):

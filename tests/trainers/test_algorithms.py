@@ -1,0 +1,66 @@
+"""Every algorithm runs through the same loop, with the groups it needs and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.config.algorithm import PRESETS
+from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.ppo_run import train_ppo
+from rlhf_ray.trainers.session import ThisProcess
+
+TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
+SMALL = [
+    "policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
+    "monitoring.ray_metrics=false", "evaluation.prompts=2", "checkpoint.every_steps=0", "steps=2",
+    "batch.prompts_per_step=4", "batch.samples_per_prompt=4", "batch.sequences_per_update=8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run(root: Path, *overrides: str) -> tuple[RunDirectory, list[dict[str, float]]]:
+    """A run of two steps and the metrics of its steps."""
+    config: Any = load_config(TINY_PPO, [f"run.root={root}", *SMALL, *overrides], kind="ppo")
+    directory = RunDirectory.create(Path(config.run.root) / config.run.name, dump_config(config))
+    train_ppo(config, directory, None, place=ThisProcess(config.cluster))
+    return directory, [line for line in directory.metrics.read() if "reward/learned" in line]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_algorithm_learns_with_the_groups_it_needs(tmp_path: Path, name: str) -> None:
+    has_critic, has_kl = name == "ppo", name in ("ppo", "grpo", "rloo", "reinforce++", "reinforce++_baseline")
+    changes = [f"algorithm.name={name}", "algorithm.dynamic_sampling=0", "algorithm.kl={}"]
+    changes += [] if has_critic else ["critic=null"]
+    directory, steps = run(tmp_path, *changes, *([] if has_kl else ["reference=null"]))
+    assert [line["update"] for line in steps] == [2.0, 4.0]
+    assert all(line["grad_norm/policy"] > 0 and line["updates/skipped"] == 0 for line in steps)
+    for line in steps:
+        assert ("kl/k1" in line) == has_kl
+        assert ("loss/value" in line) == ("explained_variance" in line) == has_critic
+        assert ("loss/kl" in line) == (name in ("grpo", "reinforce++_baseline"))
+    assert (directory.final / "critic").exists() == has_critic
+
+
+def test_dynamic_sampling_learns_from_prompts_whose_answers_differ_and_accounts_for_all(tmp_path: Path) -> None:
+    function = tmp_path / "rewards.py"
+    function.write_text(
+        "def score(prompts, responses, labels, finished):\n"
+        "    alike = [len(prompt) % 2 == 0 for prompt in prompts]\n"
+        "    return [1.0 if same else float(len(text)) for same, text in zip(alike, responses)]\n"
+    )
+    reward = "reward={function: " + f"{function}:score" + "}"
+    directory, steps = run(tmp_path, reward, "algorithm.dynamic_sampling=5")
+    assert all(line["groups/without_signal"] == 0.0 for line in steps)
+    assert any(line["prompts/sampled"] > 4 for line in steps)
+    assert all(line["prompts/dropped"] == 0.0 for line in steps)
+    used = [len(entry.prompt_ids) for entry in directory.ledger.entries()]
+    assert used == [int(line["prompts/sampled"]) for line in steps]
