@@ -67,6 +67,10 @@ def _rules(config: Section) -> Iterator[Callable[[], Iterable[Problem]]]:
         yield lambda key=key, model=model: _model_problems(key, model, own_data)  # type: ignore[misc]
     for data in _datas(config):
         yield lambda data=data: _data_problems(config, data)  # type: ignore[misc]
+    if isinstance(config, SftConfig):
+        yield lambda: _context_problems("policy.model", config.policy.model, config.data)
+    if isinstance(config, RewardModelConfig):
+        yield lambda: _context_problems("reward.model", config.reward.model, config.data)
     if isinstance(config, PpoConfig):
         yield lambda: _same_tokenizers(config)
         yield lambda: _rollout_serves(config)
@@ -344,6 +348,13 @@ def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
         else:
             check = _row_check(config, data, source)
             yield from ((key, text) for text in row_problems(path, problem_of=check))
+
+
+def _context_problems(key: str, model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    """The longest row must fit the positions that the model knows, where it lies here."""
+    positions = _config_of(model).get("max_position_embeddings")
+    if isinstance(positions, int) and data.max_tokens > positions:
+        yield "data.max_tokens", f"{data.max_tokens} is more than {model.path} reads ({key}): lower it to {positions}"
 
 
 def _root_problems(config: Section) -> Iterator[Problem]:

@@ -6,7 +6,8 @@ tokens counted, by :mod:`rlhf_ray.data`, which refuses a row for the same reason
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,9 @@ from rlhf_ray.config.pairs import Keys, LayoutError, read_pair
 from rlhf_ray.errors import DataError
 
 LIMIT = 100
+
+PAIR_NUMBERS = ("margin", "grade")
+"""Optional columns of preferences: one number a pair, which some losses read."""
 
 Needs = Sequence[Sequence[str]]
 """Sets of keys; a row needs all keys of one of them."""
@@ -61,7 +65,22 @@ def pair_problem(row: Any, keys: Keys, *, turns: bool) -> str:
         read_pair(row, keys, turns=turns)
     except LayoutError as error:
         return str(error)
-    return ""
+    return " and ".join(filter(None, (number_problem(row, key) for key in PAIR_NUMBERS)))
+
+
+def number_problem(row: Mapping[str, Any], key: str) -> str:
+    """Why there is no finite number under ``key``, not even as text; empty where there is one, or nothing at all."""
+    value = row.get(key)
+    if value in (None, ""):
+        return ""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isfinite(number):
+        return ""
+    shown = repr(value) if isinstance(value, int | float) else f"a {type(value).__name__} that is none"
+    return f"{key!r} must hold a finite number, this is {shown}"
 
 
 def key_problem(row: Any, needs: Needs) -> str:

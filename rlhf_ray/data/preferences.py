@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.pairs import Keys, PairParts, read_pair
-from rlhf_ray.config.rows import pair_problem
+from rlhf_ray.config.rows import PAIR_NUMBERS, pair_problem
 from rlhf_ray.data.rows import Row, is_in_all, read_rows
 
 ANSWER_BEGINS = "\n\nAssistant:"
@@ -57,7 +57,7 @@ def read_preferences(
     """
     keys = Keys(prompt_key, chosen_key, rejected_key)
     rows = read_rows(path, problem_of=lambda row: pair_problem(row, keys, turns=turns), max_rows=max_rows)
-    for key in (prompt_key, "margin", "grade"):
+    for key in (prompt_key, *PAIR_NUMBERS):
         is_in_all(rows, key)
     return [_pair(row, keys, turns=turns) for row in rows]
 
@@ -94,7 +94,7 @@ def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt: str | Messages = shared_prompt(chosen, rejected)
     else:
-        prompt = shared_messages(chosen, rejected)  # type: ignore[arg-type]
+        prompt = shared_messages(chosen, rejected)
     if not prompt:
         names = ", ".join(map(repr, row.values))
         raise row.error(

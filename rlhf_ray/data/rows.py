@@ -6,7 +6,6 @@ there; whatever is wrong ends in one :class:`DataError` that begins with the fil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 from rlhf_ray.config.formats import raw_rows
 from rlhf_ray.config.messages import text_problem
-from rlhf_ray.config.rows import Needs, row_problem
+from rlhf_ray.config.rows import Needs, number_problem, row_problem
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
 
@@ -42,16 +41,10 @@ class Row:
 
     def number(self, key: str) -> float | None:
         """The finite number under ``key``, also as text; none where there is nothing."""
-        if key not in self:
-            return None
-        value = self.values[key]
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise self.error(f"{key!r} must hold a finite number, this is {_short(value)}")
-        return number
+        problem = number_problem(self.values, key)
+        if problem:
+            raise self.error(problem)
+        return float(self.values[key]) if key in self else None
 
     def short_text(self, key: str) -> str | None:
         """A text or number under ``key`` as text; none where there is nothing."""
@@ -112,7 +105,3 @@ def _missing(path: str) -> str:
             f"datasets.load_dataset({path!r}, split='train').save_to_disk('rows'), and name that folder"
         )
     return "no such file or folder: name a data file, such as pairs.jsonl.gz"
-
-
-def _short(value: Any) -> str:
-    return repr(value) if isinstance(value, int | float) else f"a {type(value).__name__} that is none"

@@ -16,6 +16,7 @@ import numpy
 import torch
 
 from rlhf_ray.config.pairs import Keys
+from rlhf_ray.config.rows import PAIR_NUMBERS
 from rlhf_ray.config.schema import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.demonstrations import Demonstration, read_demonstrations
@@ -28,9 +29,6 @@ from rlhf_ray.data.world import World
 from rlhf_ray.errors import DataError
 from rlhf_ray.trainers.experience import TokenizedPrompt
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-
-PAIR_COLUMNS = ("margin", "grade")
-"""What a loss may read beside the scores: one number a pair."""
 
 Row = TypeVar("Row")
 Example = TypeVar("Example")
@@ -230,7 +228,7 @@ def _counted(
 
 def _check_labels(pairs: Sequence[PairExample], name: str) -> None:
     """Refuse numbers that only some pairs have and grades that never differ; warn of a side that never does."""
-    for column in PAIR_COLUMNS:
+    for column in PAIR_NUMBERS:
         count = sum(getattr(pair, column) is not None for pair in pairs)
         if 0 < count < len(pairs):
             raise DataError(f"{name}: {count} of {len(pairs)} pairs have a {column!r}: fill it in all files or none")
@@ -262,7 +260,7 @@ def pair_batch(examples: Sequence[PairExample]) -> TrajectoryBatch:
     sides = [numpy.asarray(side) for example in examples for side in (example.chosen, example.rejected)]
     offsets = numpy.concatenate([[0], numpy.cumsum([len(side) for side in sides])])
     columns = {"token_ids": torch.from_numpy(numpy.concatenate(sides).astype(numpy.int64))}
-    for name in PAIR_COLUMNS:
+    for name in PAIR_NUMBERS:
         numbers = [getattr(example, name) for example in examples]
         if None not in numbers:
             columns[name] = torch.tensor(numbers, dtype=torch.float32).repeat_interleave(2)

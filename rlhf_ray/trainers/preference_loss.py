@@ -9,16 +9,17 @@ from collections.abc import Sequence
 
 from rlhf_ray.algorithms.rankings import Focal, Hinge, LogExp, Ordinal, Ranking, Scaled, Sigmoid
 from rlhf_ray.algorithms.reward_losses import RewardLoss
+from rlhf_ray.config.rows import PAIR_NUMBERS
 from rlhf_ray.config.schema import RewardLossConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import DataError
-from rlhf_ray.trainers.datasets import PAIR_COLUMNS, PairExample
+from rlhf_ray.trainers.datasets import PairExample
 
 
 def make_loss(config: RewardLossConfig, examples: Sequence[PairExample]) -> RewardLoss:
     """The loss over ``examples``, those held out among them."""
     ranking = _ranking(config, examples)
-    given = [name for name in PAIR_COLUMNS if all(getattr(one, name) is not None for one in examples)]
+    given = [name for name in PAIR_NUMBERS if all(getattr(one, name) is not None for one in examples)]
     if ranking.needs and ranking.reads not in given:
         raise DataError(
             f"loss.name {config.name} reads the {ranking.reads} of each pair, but the rows have none: add a column "

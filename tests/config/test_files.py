@@ -225,6 +225,57 @@ def test_each_kind_needs_its_own_keys(here, texts):
     assert check_files(parse_config(texts["ppo"], [*ppo, "data.prompt_key=question"])) == []
 
 
+PAIR = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": [], "chosen": "c", "rejected": "r"}, "rows.jsonl:2: 'prompt': holds no message"),
+        (
+            {"chosen": [{"role": "user", "content": "q"}], "rejected": "r"},
+            "rows.jsonl:2: 'chosen' is a conversation and",
+        ),
+        ({"chosen": "c", "rejected": "r", "margin": "high"}, "rows.jsonl:2: 'margin' must hold a finite number"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": ""},
+            "rows.jsonl:2: 'rejected' must hold a text or a list of messages",
+        ),
+        (
+            {"chosen": [{"role": "assistant", "content": "c"}], "rejected": [{"role": "assistant", "content": "r"}]},
+            "rows.jsonl:2: message 1 of 'chosen' is of 'assistant', but 'system' or 'developer' or 'user' was expected",
+        ),
+    ],
+)
+def test_a_bad_pair_is_named_with_file_and_line(here, row, told):
+    (found,) = rows_problems(here, "rows.jsonl", PAIR + json.dumps(row) + "\n", kind="rm")
+    assert told in found
+
+
+def test_every_source_is_looked_at_with_its_own_keys(here, texts):
+    (here / "a.jsonl").write_text(PAIR)
+    (here / "b.jsonl").write_text('{"better": "c", "worse": "r"}\n')
+    sources = "a: {path: a.jsonl}, b: {path: b.jsonl}, c: {path: nowhere.jsonl}, d: {path: Org/set}"
+    data = f"data={{sources: {{{sources}}}, evaluation_fraction: 0.1}}"
+    config = parse_config(texts["rm"], [data])
+    assert check_files(config) == [
+        "data.sources.b.path: b.jsonl:1: no 'chosen' and 'rejected'; its keys are 'better', 'worse'",
+        "data.sources.c.path: nowhere.jsonl does not exist: name a data file, as in data.sources.c.path=pairs.jsonl.gz",
+    ]
+    assert hub_ids(config) == ["Org/set"]
+    good = ["data.sources.b.chosen_key=better", "data.sources.b.rejected_key=worse", "data.sources.c.path=a.jsonl"]
+    assert check_files(parse_config(texts["rm"], [data, *good])) == []
+
+
+def test_what_is_longer_than_the_models_context(here, texts):
+    make_model(here / "model", max_position_embeddings=256)
+    told = "data.max_tokens: 512 is more than model reads ({}.model): lower it to 256"
+    for kind, role in (("rm", "reward"), ("sft", "policy")):
+        config = [f"{role}.model={{path: model, dtype: fp32{', head_init: zero' if kind == 'rm' else ''}}}"]
+        assert check_files(parse_config(texts[kind], config)) == [told.format(role)]
+        assert check_files(parse_config(texts[kind], [*config, "data.max_tokens=256"])) == []
+
+
 def test_the_evaluation_file_is_looked_at_too(here):
     (here / "rows.jsonl").write_text(LINE)
     config = parse_config(

@@ -100,6 +100,14 @@ def test_rows_without_a_layout(values, told):
     assert pair_problem(values, KEYS, turns=False) == str(error.value)
 
 
+@pytest.mark.parametrize("key", ["margin", "grade"])
+def test_a_number_that_is_none(key):
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    assert pair_problem(row | {key: "0.5"}, KEYS, turns=False) == pair_problem(row | {key: ""}, KEYS, turns=False) == ""
+    told = f"'{key}' must hold a finite number, this is a str that is none"
+    assert pair_problem(row | {key: "much"}, KEYS, turns=False) == told
+
+
 def test_whole_dialogues_as_text_cannot_become_turns():
     with pytest.raises(LayoutError, match=r"nothing under 'prompt', but data\.apply_chat_template makes turns"):
         read(True, chosen="pc", rejected="pr")
