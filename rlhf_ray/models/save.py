@@ -16,13 +16,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.adapters import PREFIX, adapter_name
 from rlhf_ray.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from rlhf_ray.models.classification import classifier_of, unreadable
 from rlhf_ray.models.heads import ON_DISK
 from rlhf_ray.models.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.names import disk_names
@@ -136,11 +137,7 @@ def _dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
 
 def _architecture(model: SequenceRegression) -> str:
     """Name the class that transformers reads this as."""
-    kind = type(model.config)
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return str(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind].__name__)
-    name = type(model.backbone).__name__
-    get_logger(__name__).warning(
-        "transformers has no sequence classification for %s: only this project reads the directory", name
-    )
-    return name
+    reason = unreadable(model.config)
+    if reason is not None:
+        get_logger(__name__).warning("%s", reason)
+    return classifier_of(model.config) or type(model.backbone).__name__

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    OlmoeConfig,
+    Glm4MoeConfig,
+    Olmo2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     pipeline,
@@ -26,7 +27,7 @@ from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.trajectories.packing import Packed
 
-from .conftest import shake_adapters
+from .conftest import save_random, shake_adapters
 
 Make = Callable[..., PreTrainedModel]
 
@@ -130,23 +131,52 @@ def test_a_bias_is_kept_as_metadata(tmp_path: Path, causal: Make, packed: Packed
     torch.testing.assert_close(again(ids), theirs(ids).logits[:, 0] + 0.75, atol=1e-5, rtol=1e-5)
 
 
-def test_architectures_that_transformers_cannot_map_are_ours_only(
-    tmp_path: Path, packed: Packed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_olmoe_is_read_by_the_auto_class_where_this_project_is_imported(
+    tmp_path: Path, packed: Packed, sequences: list[Tensor], said: pytest.LogCaptureFixture
 ) -> None:
-    from rlhf_ray.console import get_logger
+    """transformers maps OLMo2 itself, and that class stays."""
+    assert "transformers" in AutoModelForSequenceClassification._model_mapping[Olmo2Config].__module__
+    for family in ("olmoe", "olmo2"):
+        reward = get_llm_for_sequence_regression(
+            str(save_random(family, tmp_path / "base")), "reward", param_dtype="fp32", init_value_head=True
+        ).eval()
+        save_pretrained(reward, None, tmp_path / family)
+        theirs, info = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / family, output_loading_info=True, attn_implementation="eager"
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        with torch.no_grad():
+            expected = torch.cat([theirs(input_ids=sequence[None]).logits[:, 0] for sequence in sequences])
+            torch.testing.assert_close(PackedRegression(reward)(packed, "scores"), expected, atol=1e-5, rtol=1e-5)
+        assert ("only this project reads" in said.text) == (family == "olmoe") and not said.clear()
+    assert json.loads((tmp_path / "olmoe/config.json").read_text())["architectures"] == [
+        "OlmoeForSequenceClassification"
+    ]
 
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    caplog.set_level("INFO", logger=get_logger().name)
-    config = OlmoeConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_experts=4,
-        num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
+
+def test_architectures_that_transformers_cannot_map_are_ours_only(
+    tmp_path: Path, packed: Packed, said: pytest.LogCaptureFixture
+) -> None:
+    config = Glm4MoeConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+        first_k_dense_replace=1, pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     reward = get_llm_for_sequence_regression(str(tmp_path / "base"), "reward", param_dtype="fp32", init_value_head=True)
     save_pretrained(reward, None, tmp_path / "reward")
-    assert "only this project reads" in caplog.text
+    assert "no sequence classification for glm4_moe: only this project reads it" in said.text
     again = get_llm_for_sequence_regression(str(tmp_path / "reward"), "reward", param_dtype="fp32")
     assert torch.equal(PackedRegression(again)(packed, "scores"), PackedRegression(reward)(packed, "scores"))
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    from rlhf_ray.console import get_logger
+
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    caplog.set_level("INFO", logger=get_logger().name)
+    return caplog
 
 
 def test_adapters_are_merged(tmp_path: Path, causal: Make, packed: Packed) -> None:
