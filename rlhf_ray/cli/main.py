@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rlhf_ray import __version__, environment
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, RlhfRayError
 
-COMMANDS = ("train", "check", "plan", "submit", "resume", "status", "report", "serve", "demo")
+COMMANDS = ("train", "check", "plan", "submit", "resume", "status", "report", "serve", "export", "doctor", "demo")
 
 EPILOG = "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed"
 
@@ -48,7 +48,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = parse(arguments)
-    environment.prepare()
+    hub = "source" in given and environment.is_hub_id(given.source)
+    environment.prepare(environment.for_process(hub=hub))
     try:
         return int(given.run(given))
     except RlhfRayError as error:

@@ -53,6 +53,12 @@ def save_pretrained(
     weights = dict(disk_names(inner) if state is None else state)
     if isinstance(inner, SequenceRegression):
         weights[f"{head_prefix}.weight"] = weights.pop(f"{ON_DISK}.weight")
+        if head_prefix != ON_DISK:
+            get_logger(__name__).warning(
+                "the head is called %s: OpenRLHF and this project read it, plain transformers and vLLM look for %s",
+                head_prefix,
+                ON_DISK,
+            )
         if tokenizer is not None and inner.config.pad_token_id is not None:
             add_pad_token(tokenizer)
     config = _config(inner, weights, metadata or {}, head_prefix)
@@ -126,6 +132,11 @@ def _config(
             )
     else:
         config.architectures = [type(model).__name__]
+    if not type(model.config).__module__.startswith("transformers."):
+        get_logger(__name__).warning(
+            "%s brings Python code of its own, which is not written: copy its *.py files beside the weights",
+            config.architectures[0],
+        )
     for name, value in metadata.items():
         setattr(config, name, value)
     return config

@@ -1,0 +1,78 @@
+"""``rlhf-ray export``: a plain Hugging Face directory out of a run, a model directory or an adapter.
+
+Always true: what is written stands whole or not at all, and holds adapters merged, a score head as ``score``, safetensors
+and a tokenizer; nothing that exists is written over; where plain transformers or vLLM would not read it, or would read other
+scores, that is said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_ray import storage
+from rlhf_ray.config.schema import Dtype, ModelConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import RequestError
+from rlhf_ray.models import load_policy, load_regression, load_tokenizer, save_pretrained
+from rlhf_ray.models.adapters import adapter_head_name
+from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.heads import ON_DISK, find_head
+
+STORED: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FINAL = "final"
+
+
+def export(
+    source: str, target: str, *, dtype: Dtype | None = None, head_prefix: str = ON_DISK, trust_remote_code: bool = False
+) -> Path:
+    """Write ``source`` (a run directory, a model directory, an adapter, a hub id) to ``target``, a new directory.
+
+    ``dtype`` defaults to what the weights are stored in; ``head_prefix`` names the head for OpenRLHF.
+    """
+    path = _model_of(source)
+    if Path(target).exists():
+        raise RequestError(
+            f"{target} exists already, and nothing is written over: remove it, or name another directory"
+        )
+    checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
+    scored = _has_head(checkpoint)
+    if head_prefix != ON_DISK and not scored:
+        raise RequestError(f"--head-prefix names a score head, but {path} has none: leave it out")
+    config = ModelConfig(path=path, dtype=dtype or _stored(checkpoint), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(config)
+    model = load_regression(config, "reward") if scored else load_policy(config)
+    pending = storage.begin_directory(target)
+    try:
+        save_pretrained(model, tokenizer, pending.path, head_prefix=head_prefix)
+        pending.commit()
+    except BaseException:
+        pending.abort()
+        raise
+    merged = f", the adapter {checkpoint.adapter} merged" if checkpoint.adapter is not None else ""
+    kind = f"score head {head_prefix}" if scored else "language model"
+    get_logger(__name__).info("wrote %s: %s in %s, %s%s", target, path, config.dtype, kind, merged)
+    return pending.target
+
+
+def _model_of(source: str) -> str:
+    """The model directory of a run; anything else as it is."""
+    directory = Path(source).expanduser()
+    if not (directory / "config.yaml").is_file():
+        return source
+    if not (directory / FINAL).is_dir():
+        raise RequestError(
+            f"run {source} has no {FINAL}/ yet, which is written at its end: rlhf-ray resume {source} goes on with it"
+        )
+    return str(directory / FINAL)
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    """Whether it is a reward model or critic."""
+    prefix = checkpoint.raw_config().get("value_head_prefix", ON_DISK)
+    beside = checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None
+    return beside or find_head(checkpoint, prefix) is not None
+
+
+def _stored(checkpoint: Checkpoint) -> Dtype:
+    raw = checkpoint.raw_config()
+    return STORED.get(raw.get("dtype", raw.get("torch_dtype")), "fp32")

@@ -1,0 +1,81 @@
+"""The doctor finds what is missing or wrong, says what mends it, and tells what jobs need from what they can do without."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from rlhf_ray.cli.main import main
+from rlhf_ray.launch import doctor
+from rlhf_ray.launch.doctor import Finding, examine, exit_code, report
+
+Lines = dict[tuple[str, str], Finding]
+
+
+def lines() -> Lines:
+    return {(finding.section, finding.name): finding for finding in examine()}
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Other versions of some packages; an empty one is not installed."""
+    true = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name.replace("-", "_"), true(name)))
+
+
+def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("torch", torch.__version__, "sdpa", "works", "nf4", "liger", "RAM", "GiB available", "ready: "):
+        assert part in shown
+    assert "needed, and not right" not in shown
+
+
+def test_every_package_that_is_asked_for_is_looked_at() -> None:
+    asked = {Requirement(text).name for text in metadata.requires("rlhf-ray") or [] if "extra" not in text}
+    assert len(asked) > 10 and asked <= {name for section, name in lines() if section == "versions"}
+
+
+@pytest.mark.parametrize(
+    ("versions", "name", "state", "fix", "needed"),
+    [
+        ({"transformers": "5.20.1"}, "transformers", "5.20.1, but", "pip install 'transformers", True),
+        ({"ray": ""}, "ray", "not installed", "pip install 'ray", True),
+        ({"torchvision": "0.28.0"}, "torchvision", "breaks", "pip uninstall -y torchvision", True),
+        ({"rlhf_ray": ""}, "rlhf-ray", "not installed", "pip install --no-deps -e .", True),
+    ],
+)
+def test_packages_that_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], name: str, state: str, fix: str, needed: bool
+) -> None:
+    pretend(monkeypatch, **versions)
+    finding = lines()["versions", name]
+    assert state in finding.state and finding.fix.startswith(fix) and finding.needed == needed
+    shown = report(examine())
+    assert "needed, and not right:" in shown and finding.fix in shown and "ready:" not in shown
+    assert exit_code(examine()) == 1
+
+
+def test_what_jobs_can_do_without_costs_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, bitsandbytes="")
+    assert lines()["quantisation", "nf4"].fix == "pip install bitsandbytes"
+    assert "not here, and not needed for everything:" in report(examine()) and exit_code(examine()) == 0
+
+
+def test_without_torch_the_rest_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert ("memory", "RAM") in lines() and not any(section == "attention" for section, _ in lines())
+
+
+def test_a_driver_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi answers, and torch is a CPU build."""
+    monkeypatch.setattr(doctor, "accelerator", lambda: "cuda")
+    finding = lines()["accelerators", "GPU"]
+    assert "torch sees none" in finding.state and "requirements/gpu.txt" in finding.fix and finding.needed
+
+
+def test_the_recipes_are_those_of_the_machine() -> None:
+    cpu, gpu = doctor._first_steps("cpu"), doctor._first_steps("cuda")
+    assert "hh-rm" in cpu and "70b" not in cpu and "llama-3-70b-4nodes" in gpu and "demo-ppo" not in gpu
