@@ -48,7 +48,7 @@ def unreadable(config: PreTrainedConfig) -> str | None:
         return f"transformers has no sequence classification for {config.model_type}: only this project reads it"
     if type(config) in REGISTERED:
         return (
-            f"transformers itself has no sequence classification for {config.model_type}: only this project reads it, and "
+            f"transformers itself has no sequence classification for {config.model_type}: this project reads it, vLLM, and "
             f"AutoModelForSequenceClassification after `import {__name__}`"
         )
     return None

@@ -59,6 +59,14 @@ def save_pretrained(
                 head_prefix,
                 ON_DISK,
             )
+        elif inner.value_head_prefix != ON_DISK:
+            get_logger(__name__).warning(
+                "the head is written as %s; OpenRLHF looks for it under %s, as config.json says: rlhf-ray export with "
+                "--head-prefix %s writes it so",
+                ON_DISK,
+                inner.value_head_prefix,
+                inner.value_head_prefix,
+            )
         if tokenizer is not None and inner.config.pad_token_id is not None:
             add_pad_token(tokenizer)
     config = _config(inner, weights, metadata or {}, head_prefix)

@@ -18,7 +18,7 @@ from rlhf_ray import environment
 
 environment.prepare()
 
-from . import expected, reward_losses, trl_log_probs, trl_reward, trl_training  # noqa: E402
+from . import expected, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_training  # noqa: E402
 from .expected import TOLERANCE, Expected, differences  # noqa: E402
 
 Inputs = dict[str, Any]
@@ -68,13 +68,12 @@ def cut_the_last_token(inputs: Inputs) -> None:
     inputs["steps"][1][0]["rejected"].pop()
 
 
-def set_in(section: str, name: str, value: object) -> Callable[[Inputs], None]:
+def set_in(section: str, name: str | int, value: object) -> Callable[[Inputs], None]:
     def change(inputs: Inputs) -> None:
-        *path, last = [*section.split("/"), name]
-        for key in path:
-            inputs = inputs[key]
-        assert inputs[last] != value
-        inputs[last] = value
+        for key in filter(None, section.split("/")):
+            inputs = inputs[int(key) if key.isdigit() else key]
+        assert inputs[name] != value
+        inputs[name] = value
 
     return change
 
@@ -137,6 +136,32 @@ def test_another_output_layer_or_weight_is_noticed(name: str) -> None:
     trl = Expected.read("trl_log_probs")
     inputs = trl.inputs | {name: trl.inputs[name] * np.float32(1.001)}
     assert above_the_bar(differences(trl_log_probs.ours(inputs), trl.values))
+
+
+def test_reward_models_and_critics_equal_openrlhfs() -> None:
+    """Loaded from what this project writes, which OpenRLHF writes again under the same names."""
+    openrlhf = Expected.read("openrlhf_models")
+    assert openrlhf.inputs == openrlhf_models.make_inputs() and set(openrlhf.inputs["batches"]) == {"left", "right"}
+    found = differences(openrlhf_models.ours(openrlhf.inputs), openrlhf.values)
+    assert above_the_bar(found) == {} and len(found) > 3 * 8 + 3 * 20
+
+
+@pytest.mark.parametrize(
+    ("change", "noticed"),
+    [
+        (set_in("", "mean", 0.251), "normalised"),
+        (set_in("", "std", 1.51), "normalised"),
+        (set_in("batches/right/mask/0", 8, 0), "scores, right"),
+        (set_in("batches/left/action_mask/1", 1, 0), "values, left"),
+    ],
+)
+def test_another_normalisation_or_place_of_the_score_is_noticed(change: Callable[[Inputs], None], noticed: str) -> None:
+    openrlhf = Expected.read("openrlhf_models")
+    inputs = copy.deepcopy(openrlhf.inputs)
+    change(inputs)
+    inputs["cases"] = {"llama": inputs["cases"]["llama"]}
+    found = differences(openrlhf_models.ours(inputs), openrlhf.values)
+    assert all(found[name] > NOTICED for name in found if name.startswith("llama/") and noticed in name)
 
 
 def test_the_committed_inputs_are_those_of_the_program(reward: Expected) -> None:
