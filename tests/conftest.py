@@ -34,6 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def project_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the project's logger says, whoever set up logging before."""
+    from rlhf_ray.console import get_logger
+
+    get_logger().addHandler(caplog.handler)
+    yield caplog
+    get_logger().removeHandler(caplog.handler)
+
+
+@pytest.fixture
 def crash_everywhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> CrashEverywhere:
     """What a crash of an action at any line leaves behind, seen state by state.
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.console import get_logger
 from rlhf_ray.data import cache as room
 from rlhf_ray.data.cache import cached, content_hash, key_of
 from rlhf_ray.storage import atomic, manifest
@@ -27,12 +26,6 @@ class Made:
     def __call__(self):
         self.times += 1
         return self.table
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    return caplog
 
 
 def test_what_is_kept_is_made_once(tmp_path):
@@ -62,30 +55,30 @@ def test_any_byte_that_changes_is_noticed_and_the_entry_made_again(tmp_path, pla
 
 
 @pytest.mark.parametrize("name", ["table.arrow", "manifest.json"])
-def test_a_file_that_is_gone_or_cut_is_noticed(tmp_path, name, warnings):
+def test_a_file_that_is_gone_or_cut_is_noticed(tmp_path, name, project_log):
     for damage in (lambda file: file.unlink(), lambda file: os.truncate(file, 10)):
         cached(tmp_path, "key", lambda: TABLE)
         damage(tmp_path / "key" / name)
         make = Made()
         assert cached(tmp_path, "key", make).equals(TABLE)
         assert make.times == 1
-    assert "it is made again" in warnings.text
+    assert "it is made again" in project_log.text
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_no_more(tmp_path, warnings):
+def test_a_folder_that_cannot_be_written_is_said_and_no_more(tmp_path, project_log):
     (tmp_path / "file").write_text("in the way")
     assert cached(tmp_path / "file", "key", Made()).equals(TABLE)
-    assert "encoded rows are not kept for the next run (data.cache)" in warnings.text
+    assert "encoded rows are not kept for the next run (data.cache)" in project_log.text
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path, warnings, monkeypatch):
+def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path, project_log, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pa.ipc, "new_file", full)
     assert cached(tmp_path, "key", Made()).equals(TABLE)
-    assert "data.cache" in warnings.text
-    assert "disk full" in warnings.text
+    assert "data.cache" in project_log.text
+    assert "disk full" in project_log.text
     assert list(tmp_path.iterdir()) == []
 
 
