@@ -154,9 +154,10 @@ class Cluster:
         return started
 
     def stop(self, ranks: RayRanks) -> None:
-        """Stop one group before the run ends."""
-        self._groups.remove(ranks)
-        ranks.stop()
+        """Stop one group before the run ends; one that is stopped already stays so."""
+        if ranks in self._groups:
+            self._groups.remove(ranks)
+            ranks.stop()
 
 
 def _resources(answer: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ def add_arguments(commands: Any) -> None:
     command.add_argument("--token-file", help="tokens that may ask, one a line; needed for any host but this machine")
     command.add_argument("--normalize", action="store_true", help="answer normalised rewards instead of raw scores")
     command.add_argument("--detach", action="store_true", help="leave it running on the cluster")
+    command.add_argument("--reload", action="store_true", help="put the model in the place of the one that is served")
     command.set_defaults(run=run)
 
 
@@ -24,7 +25,7 @@ def run(given: argparse.Namespace) -> int:
     import json
 
     from rlhf_ray.config.loading import load_config
-    from rlhf_ray.launch.serve import serve
+    from rlhf_ray.launch.serve import reload, serve
 
     options = {
         "reward.model.path": given.model,
@@ -35,4 +36,4 @@ def run(given: argparse.Namespace) -> int:
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     config = load_config("serve", [*overrides, *given.overrides], kind="serve", files=True)
-    return serve(config, detach=given.detach)
+    return reload(config) if given.reload else serve(config, detach=given.detach)

@@ -119,6 +119,8 @@ def _rewards(config: PpoConfig, *rules: RoleRule) -> list[Rule]:
 def _serve_rules(config: ServeConfig) -> list[Rule]:
     return [
         *_on("reward", lambda: config.reward, _is_not_trained, *_ANY),
+        lambda: _further_models(config),
+        lambda: _named_once(config),
         lambda: _closed_by_default(config),
         lambda: _requests_fit(config),
     ]
@@ -307,6 +309,17 @@ def _closed_by_default(config: ServeConfig) -> Iterator[Problem]:
             "host",
             f"{config.host} is open to others: set token_file to a file that holds a token, or host to 127.0.0.1",
         )
+
+
+def _further_models(config: ServeConfig) -> Iterator[Problem]:
+    for name, role in config.models.items():
+        for rule in (_is_not_trained, *_ANY):
+            yield from rule(f"models.{name}", role)
+
+
+def _named_once(config: ServeConfig) -> Iterator[Problem]:
+    if config.name in config.models:
+        yield "name", f"{config.name} is also one of models: give the first model another name"
 
 
 def _requests_fit(config: ServeConfig) -> Iterator[Problem]:

@@ -88,6 +88,8 @@ def _models(config: Section) -> Iterator[tuple[str, ModelConfig]]:
     if isinstance(roles.get("reward"), RewardConfig):
         mixture = roles["reward"].__dict__.get("mixture", {})
         roles |= {f"reward.mixture.{name}": term for name, term in mixture.items()}
+    if isinstance(config, ServeConfig):
+        roles |= {f"models.{name}": role for name, role in config.__dict__.get("models", {}).items()}
     for name, role in roles.items():
         model = role.__dict__.get("model") if isinstance(role, Section) else None
         if isinstance(model, ModelConfig):

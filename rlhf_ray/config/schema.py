@@ -41,6 +41,7 @@ from rlhf_ray.config.roles import (
     Section,
     TokenBudget,
 )
+from rlhf_ray.config.serving import ServiceConfig
 from rlhf_ray.config.sources import DataConfig, SourceConfig, WorldConfig
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "Section",
     "SequenceBatchConfig",
     "ServeConfig",
+    "ServiceConfig",
     "SftConfig",
     "ShapingConfig",
     "SourceConfig",
@@ -298,22 +300,24 @@ class PpoConfig(Section):
         )
 
 
-class ServeConfig(Section):
-    """A reward model served over HTTP."""
+class ServeConfig(ServiceConfig):
+    """Reward models served over HTTP."""
 
     kind: Literal["serve"]
     run: RunConfig
     cluster: ClusterConfig = ClusterConfig()
     reward: RoleConfig
-    normalize: bool = False
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 5000
-    token_file: str | None = None
-    max_batch_tokens: Positive = 8192
-    max_items: Positive = 1024
-    max_body_bytes: Positive = 8_000_000
+    name: Annotated[str, Field(min_length=1)] = "reward"
+    """What requests may call it, besides its path."""
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w.-]*$")], RoleConfig] = {}  # noqa: RUF012 (pydantic copies it)
+    """Further models, by the names that requests call them."""
+    replicas: Positive = 1
     max_tokens: Positive = 4096
-    max_queue_items: Positive = 4096
+
+    @property
+    def served(self) -> dict[str, RoleConfig]:
+        """Every model by its name, the one for requests that name none first."""
+        return {self.name: self.reward, **self.models}
 
 
 TrainingConfig = SftConfig | RewardModelConfig | PpoConfig

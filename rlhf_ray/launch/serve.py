@@ -1,8 +1,8 @@
 """``rlhf-ray serve``: bring a reward model up behind HTTP, and keep it up until asked to stop.
 
 Always true: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line;
-a service whose model died ends, with an error; a stopped one leaves no process behind. Only with ``--detach`` does a
-service outlive the command.
+a service whose model died restarts it, and ends with an error where that fails; a stopped one leaves no process behind.
+Only with ``--detach`` does a service outlive the command.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from rlhf_ray import environment
@@ -24,17 +25,20 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
 from rlhf_ray.planning.capacity import needed
 from rlhf_ray.serving.auth import read_tokens, require_closed
+from rlhf_ray.serving.handle import find_service, gateway_name
 from rlhf_ray.serving.server import WebServer
 
 SECONDS_BETWEEN_CHECKS = 5.0
 CHECK_TIMEOUT_S = 90.0
+"""Beyond the time that requests are held while a reward group restarts."""
 STOP_TIMEOUT_S = 30.0
 
 
 def serve(config: ServeConfig, *, detach: bool) -> int:
     """Serve until SIGINT or SIGTERM; with ``detach`` return as soon as it answers and leave it running."""
-    tokens = read_tokens(config.token_file)
-    require_closed(config.host, tokens)
+    require_closed(config.host, read_tokens(config.token_file))
+    if config.token_file is not None:  # the gateway reads it again when it changes, from another directory
+        config = config.model_copy(update={"token_file": str(Path(config.token_file).expanduser().absolute())})
     if detach and config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
         raise RequestError(
             "--detach leaves the service on a Ray cluster, but this command would start one and take it along when it "
@@ -47,20 +51,37 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
             _asked_by_signals(),
             Cluster(config.cluster, config.run, needed=needed(config), hub=hub, namespace=SERVICE_NAMESPACE),
             _asked_by_signals(),  # again: Ray puts a handler of its own in their place when it starts
-            _gateway(config, tokens, hub=hub, detach=detach) as gateway,
+            _gateway(config, hub=hub, detach=detach) as gateway,
         ):
             if not detach:
-                _watch(gateway)
+                _watch(gateway, CHECK_TIMEOUT_S + config.hold_s)
     except (KeyboardInterrupt, SystemExit):  # the second is what Ray's handler raises
         get_logger("serving").info("stopped")
     return EXIT_DONE
 
 
+def reload(config: ServeConfig) -> int:
+    """Put ``reward.model`` in the place of the model ``name`` of the service ``run.name``, which goes on meanwhile."""
+    if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+        raise RequestError("--reload changes a service that runs on a Ray cluster: give cluster.address=auto")
+    model = config.reward.model
+    if model.path is None:
+        raise RequestError("--reload needs the path of a model")
+    path = str(Path(model.path).absolute()) if Path(model.path).exists() else model.path
+    with Cluster(config.cluster, config.run, hub=bool(hub_ids(config)), namespace=SERVICE_NAMESPACE):
+        service = find_service(
+            config.run.name, timeout_s=config.cluster.placement_timeout_s + config.cluster.start_timeout_s
+        )
+        version = service.call("reload", [(path, config.name, model.revision)]).result()[0]
+    get_logger("serving").info("%s: version %s is served", config.name, version)
+    return EXIT_DONE
+
+
 @contextmanager
-def _gateway(config: ServeConfig, tokens: tuple[str, ...], *, hub: bool, detach: bool) -> Iterator[RayRanks]:
+def _gateway(config: ServeConfig, *, hub: bool, detach: bool) -> Iterator[RayRanks]:
     """The gateway, answering; stopped at the end unless it came up detached."""
-    name = f"gateway/{config.run.name}"
-    gateway = _start(config, tokens, name, hub=hub, detach=detach)
+    name = gateway_name(config.run.name)
+    gateway = _start(config, name, hub=hub, detach=detach)
     up = False
     try:
         limit = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
@@ -76,7 +97,7 @@ def _gateway(config: ServeConfig, tokens: tuple[str, ...], *, hub: bool, detach:
             _stop(gateway, gracefully=up)
 
 
-def _start(config: ServeConfig, tokens: tuple[str, ...], name: str, *, hub: bool, detach: bool) -> RayRanks:
+def _start(config: ServeConfig, name: str, *, hub: bool, detach: bool) -> RayRanks:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -90,7 +111,7 @@ def _start(config: ServeConfig, tokens: tuple[str, ...], name: str, *, hub: bool
             lifetime="detached" if detach else None,
             runtime_env={"env_vars": environment.for_process(hub=hub)},
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),  # its port is on this machine
-        ).remote(config, tokens, hub)
+        ).remote(config, hub)
     except ValueError as error:
         raise RequestError(
             f"a service named {config.run.name} runs on this cluster already: stop it, or give another run.name"
@@ -108,11 +129,11 @@ def _stop(gateway: RayRanks, *, gracefully: bool) -> None:
         gateway.stop()
 
 
-def _watch(gateway: RayRanks) -> NoReturn:
+def _watch(gateway: RayRanks, timeout_s: float) -> NoReturn:
     """Wait for a signal, or raise what the service died of."""
     while True:
         time.sleep(SECONDS_BETWEEN_CHECKS)
-        gateway.call("check", [()], timeout_s=CHECK_TIMEOUT_S).result()
+        gateway.call("check", [()], timeout_s=timeout_s).result()
 
 
 @contextmanager

@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import ClusterConfig, JobConfig, PpoConfig, ResourcesConfig, RoleConfig, SftConfig
+from rlhf_ray.config.schema import (
+    ClusterConfig,
+    JobConfig,
+    PpoConfig,
+    ResourcesConfig,
+    RoleConfig,
+    ServeConfig,
+    SftConfig,
+)
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
 
@@ -39,6 +47,8 @@ def needed(config: JobConfig) -> list[Bundle]:
         return bundles + _bundles("rollout", config.rollout.engines, config.rollout.resources)
     if isinstance(config, SftConfig):
         return _ranks("policy", config.policy)
+    if isinstance(config, ServeConfig):
+        return [bundle for name, role in config.served.items() for bundle in _ranks(name, role)] * config.replicas
     return _ranks("reward", config.reward)
 
 

@@ -1,16 +1,17 @@
 """Items of many callers, scored together: while one batch is in the model the next one fills.
 
 Always true: every accepted item gets exactly one result or one error; batches keep to the token budget by an estimate that
-never reads the tokenizer; callers are served in turn, so that one with many items cannot starve one with a single item;
-what is not accepted is refused at once; what its caller gave up is never scored.
+never reads the tokenizer; urgent items go first; callers are served in turn, so that one with many items or many requests
+cannot starve one with a single item; what is not accepted is refused at once; what its caller gave up is never scored.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from rlhf_ray.errors import RlhfRayError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -31,88 +32,145 @@ class Waiting:
 
     request: ScoreRequest
     answer: asyncio.Future[ScoreResult]
-
-    @property
-    def tokens(self) -> int:
-        """About how many tokens it has."""
-        return estimated_tokens(self.request)
+    tokens: int
+    """About how many it has."""
+    since: float = field(default_factory=time.monotonic)
 
 
 class FairQueue:
     """Items in order within a caller, callers in turn."""
 
     def __init__(self) -> None:
-        self._callers: OrderedDict[object, deque[tuple[int, Waiting]]] = OrderedDict()
+        self._callers: OrderedDict[object, deque[Waiting]] = OrderedDict()
         self.items = 0
+        self.tokens = 0
 
     def put(self, caller: object, waiting: Sequence[Waiting]) -> None:
-        """Add a caller with its items, last in turn."""
+        """Add items of a caller: behind those it has, or last in turn."""
         if waiting:
-            self._callers[caller] = deque((one.tokens, one) for one in waiting)
-            self.items += len(waiting)
+            self._callers.setdefault(caller, deque()).extend(waiting)
+            self._count(waiting, 1)
 
-    def drop(self, caller: object) -> None:
-        """Forget what a caller still waits for."""
-        self.items -= len(self._callers.pop(caller, ()))
+    def drop(self, caller: object, waiting: Iterable[Waiting]) -> None:
+        """Forget these items of a caller."""
+        queue = self._callers.get(caller)
+        unwanted = set(map(id, waiting))
+        dropped = [one for one in queue or () if id(one) in unwanted]
+        if queue is None or not dropped:
+            return
+        self._count(dropped, -1)
+        kept = deque(one for one in queue if id(one) not in unwanted)
+        if kept:
+            self._callers[caller] = kept
+        else:
+            del self._callers[caller]
 
-    def take(self, max_tokens: int) -> list[Waiting]:
+    def take(self, max_tokens: int, *, at_least_one: bool = True) -> list[Waiting]:
         """One item of each caller in turn, within the budget; a single item may be over it."""
         batch: list[Waiting] = []
         left = max_tokens
         while self._callers:
             caller, queue = self._callers.popitem(last=False)
-            tokens, waiting = queue[0]
-            if batch and tokens > left:
+            waiting = queue[0]
+            if waiting.tokens > left and (batch or not at_least_one):
                 self._callers[caller] = queue
                 self._callers.move_to_end(caller, last=False)  # first in turn for the next batch
                 break
             queue.popleft()
-            self.items -= 1
+            self._count([waiting], -1)
             if queue:
                 self._callers[caller] = queue  # last in turn
             if not waiting.answer.done():
                 batch.append(waiting)
-                left -= tokens
+                left -= waiting.tokens
         return batch
+
+    def _count(self, waiting: Sequence[Waiting], sign: int) -> None:
+        self.items += sign * len(waiting)
+        self.tokens += sign * sum(one.tokens for one in waiting)
 
 
 class Batcher:
-    """Collects items while a forward runs; one forward at a time."""
+    """Collects items while forwards run; one forward at a time on each of ``scorers``, which are replicas."""
 
-    def __init__(self, score: Score, *, max_tokens: int, max_items: int) -> None:
-        self._score = score
+    def __init__(
+        self,
+        *scorers: Score,
+        max_tokens: int,
+        max_items: int,
+        max_queue_tokens: int | None = None,
+        on_batch: Callable[[Sequence[Waiting]], None] = lambda _: None,
+    ) -> None:
+        self._scorers = scorers
         self._max_tokens = max_tokens
         self._max_items = max_items
-        self._queue = FairQueue()
-        self._worker: asyncio.Task[None] | None = None
+        self._max_queue_tokens = max_queue_tokens
+        self._on_batch = on_batch
+        self._urgent, self._ordinary = FairQueue(), FairQueue()
+        self._workers: dict[int, asyncio.Task[None]] = {}
 
     @property
     def waiting(self) -> int:
         """Items that wait for a forward."""
-        return self._queue.items
+        return self._urgent.items + self._ordinary.items
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Results of one caller's items, in order; raises :class:`OverloadedError` when they do not fit the queue."""
-        if self._queue.items + len(requests) > self._max_items:
-            raise OverloadedError(
-                f"{self._queue.items} items are waiting and the queue holds {self._max_items}: try again"
-            )
-        loop, caller = asyncio.get_running_loop(), object()
-        mine = [Waiting(request, loop.create_future()) for request in requests]
-        self._queue.put(caller, mine)
-        if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._work())
+    @property
+    def waiting_tokens(self) -> int:
+        """About how many tokens they have."""
+        return self._urgent.tokens + self._ordinary.tokens
+
+    async def score(
+        self, requests: Sequence[ScoreRequest], *, caller: object = None, urgent: bool = False
+    ) -> list[ScoreResult]:
+        """Results of one request's items, in order; raises :class:`OverloadedError` when they do not fit the queue.
+
+        Requests of one ``caller`` share its turn; without one, each request is a caller of its own.
+        """
+        loop, caller = asyncio.get_running_loop(), object() if caller is None else caller
+        mine = [Waiting(request, loop.create_future(), estimated_tokens(request)) for request in requests]
+        if not urgent:  # those are few, and what waits for them is a training step
+            self._refuse_overload(mine)
+        queue = self._urgent if urgent else self._ordinary
+        queue.put(caller, mine)
+        self._start_workers(loop)
         try:
             return list(await asyncio.gather(*(waiting.answer for waiting in mine)))
         finally:
-            self._queue.drop(caller)
+            queue.drop(caller, mine)
             for waiting in mine:
                 waiting.answer.cancel()  # of one that has its result already, this changes nothing
 
-    async def _work(self) -> None:
-        while batch := self._queue.take(self._max_tokens):
+    async def drained(self) -> None:
+        """Wait until nothing waits and no forward runs."""
+        while workers := [worker for worker in self._workers.values() if not worker.done()]:
+            await asyncio.wait(workers)
+
+    def _refuse_overload(self, mine: Sequence[Waiting]) -> None:
+        if self.waiting + len(mine) > self._max_items:
+            raise OverloadedError(f"{self.waiting} items are waiting and the queue holds {self._max_items}: try again")
+        tokens = sum(waiting.tokens for waiting in mine)
+        limit = self._max_queue_tokens
+        if limit is not None and self.waiting_tokens and self.waiting_tokens + tokens > limit:
+            raise OverloadedError(
+                f"about {self.waiting_tokens} tokens are waiting and the queue holds {limit}: try again"
+            )
+
+    def _start_workers(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number, score in enumerate(self._scorers):
+            worker = self._workers.get(number)
+            if worker is None or worker.done():
+                self._workers[number] = loop.create_task(self._work(score))
+
+    def _take(self) -> list[Waiting]:
+        batch = self._urgent.take(self._max_tokens)
+        left = self._max_tokens - sum(waiting.tokens for waiting in batch)
+        return batch + self._ordinary.take(left, at_least_one=not batch)
+
+    async def _work(self, score: Score) -> None:
+        while batch := self._take():
+            self._on_batch(batch)
             try:
-                results = await self._score([waiting.request for waiting in batch])
+                results = await score([waiting.request for waiting in batch])
                 if len(results) != len(batch):
                     raise ScoringError(f"{len(batch)} items were scored, but {len(results)} results came back")
             except Exception as error:

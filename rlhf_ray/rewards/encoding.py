@@ -1,6 +1,7 @@
 """From a score request to the token ids that the reward model reads.
 
-Always true: nothing is added to token ids or text, nothing is stripped; a conversation, and a prompt with its response,
+Always true: nothing is added to token ids, nor to text that does not ask for special tokens, and those it has already are
+not added twice; nothing is stripped; a conversation, and a prompt with its response,
 are written by the template of the reward model's tokenizer, or without one as in training: with start and end tokens, once.
 An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
@@ -44,7 +45,8 @@ def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
     if request.token_ids is not None:
         return list(request.token_ids)
     if request.text is not None:
-        return list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
+        plain = list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
+        return _with_special_tokens(tokenizer, request.text, plain) if request.add_special_tokens else plain
     if request.messages is not None:
         return _conversation(tokenizer, [dict(message) for message in request.messages])
     assert request.prompt is not None and request.response is not None, "a request holds one representation"
@@ -56,6 +58,22 @@ def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
     except DataError as error:
         raise ScoringError(str(error)) from error
     return [*before, *after]
+
+
+def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[int]:
+    """The ids with what the tokenizer puts around a text, less the start or end token that the text has itself.
+
+    An empty text stays empty: special tokens alone are no answer to score.
+    """
+    if not plain:
+        return []
+    whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if plain[:1] == [start] and whole[:2] == [start, start]:
+        whole = whole[1:]
+    if plain[-1:] == [end] and whole[-2:] == [end, end]:
+        whole = whole[:-1]
+    return whole
 
 
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -2,7 +2,8 @@
 
 Always true: a request holds exactly one representation; a result holds finite numbers or an error, never both and never
 neither. Token ids are scored as they are. Text is tokenised as it stands, without adding or removing anything: special
-tokens are expected in it. Messages and a prompt with its response go through the reward model's own template.
+tokens are expected in it, unless it asks for the tokenizer's. Messages and a prompt with its response go through the
+reward model's own template.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class ScoreRequest:
     response: str | None = None
     truncate: bool = False
     """Cut an over-long item from the left instead of refusing it; the result says so."""
+    add_special_tokens: bool = False
+    """Give a text the special tokens that its tokenizer adds, where they do not stand in it already."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.response is None):
@@ -38,6 +41,8 @@ class ScoreRequest:
         if len(given) != 1:
             found = ", ".join(given) or "nothing"
             raise RequestError(f"give exactly one of token_ids, text, messages, or prompt with response; found {found}")
+        if self.add_special_tokens and self.text is None:
+            raise RequestError("add_special_tokens is for text: ids are scored as they are, a template adds its own")
         for name, text in self.texts():
             try:
                 text.encode()

@@ -1,107 +1,106 @@
-"""The scoring backend as a plain ASGI app: it knows a batcher and a description, and no cluster.
+"""The scoring backend as a plain ASGI app: it knows models and protocols, and no cluster.
 
-Always true: an answer holds finite numbers or an error, in the order of the items; nothing is truncated unless an item asks
-for it; overload is answered at once with 503 and Retry-After; a caller that went away costs nothing more; texts reach no
-log.
+Always true: every route stands behind the token gate but the two that say whether the service is up; every failure is an
+answer with a status, a kind and a sentence; texts reach no log.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
 import time
 import traceback
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.schema import ServiceConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import GroupError, RlhfRayError
-from rlhf_ray.rewards.batcher import Batcher, OverloadedError
-from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.auth import TokenGate
-from rlhf_ray.serving.bodies import BodyError, openrlhf_requests, read_json, reward_requests
-from rlhf_ray.serving.counters import Counters
+from rlhf_ray.serving.auth import OPEN_ROUTES, Keys, RateLimit, TokenGate
+from rlhf_ray.serving.bodies import BodyReader
+from rlhf_ray.serving.core import ScoringCore, caller_of
+from rlhf_ray.serving.metrics import Metrics
+from rlhf_ray.serving.models import Models
+from rlhf_ray.serving.openapi import document, page
+from rlhf_ray.serving.protocol import Protocol
+from rlhf_ray.serving.protocols import PROTOCOLS
+from rlhf_ray.serving.refusals import Refusal, plain
+from rlhf_ray.serving.tracing import NoTracer, Tracer
 
-OVERLOADED_RETRY_S, FAILED_RETRY_S = 1, 5
 READY_IF_SCORED_WITHIN_S = 60.0
-STATUS_OF = {"item": 422, "model": 500, "source": 503}
-"""How an answer says whose fault it is that an item has no reward."""
+NOBODY_WAITS = 499
+"""Nobody reads it; nginx counts such requests under this number."""
 
-
-class Backend(Protocol):
-    """What scores: the reward group behind the app."""
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """One result a request, in order."""
-
-    def describe(self) -> Mapping[str, Any]:
-        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class ScoringApp:
     """Routes of the scoring backend."""
 
-    def __init__(self, backend: Backend, config: ServeConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self.backend = backend
-        self.config = config
-        self.clock = clock
-        self.counters = Counters()
-        self.batcher = Batcher(self._score, max_tokens=config.max_batch_tokens, max_items=config.max_queue_items)
-        self.max_items = min(config.max_items, config.max_queue_items)
-        self._last_score = -math.inf
+    def __init__(self, models: Models, config: ServiceConfig, metrics: Metrics, tracer: Tracer) -> None:
+        self.models, self.config, self.metrics, self.tracer = models, config, metrics, tracer
+        self.core = ScoringCore(models, config)
+        self.rate = RateLimit(config.requests_per_minute)
+        self.bodies = BodyReader(
+            max_bytes=config.max_body_bytes,
+            max_bytes_together=config.max_bodies_bytes,
+            timeout_s=config.body_timeout_s,
+        )
+        metrics.watch("waiting_items", "Items that wait for a forward", lambda: models.waiting)
+        metrics.watch("waiting_tokens", "About how many tokens they have", lambda: models.waiting_tokens)
+        metrics.watch("body_bytes", "Bytes of bodies that are held", lambda: self.bodies.held)
 
-    async def _score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        began = self.clock()
-        results = await self.backend.score(requests)
-        ended = self.clock()
-        if any(result.error is None for result in results):
-            self._last_score = ended
-        self.counters.forward(items=len(results), tokens=sum(r.tokens for r in results), seconds=ended - began)
-        return results
+    def scoring(self, protocol: Protocol) -> Endpoint:
+        """The endpoint of one protocol."""
 
-    # ------------------------------------------------------------------------------------------------------- scoring
+        async def endpoint(http: Request) -> Response:
+            began = time.monotonic()
+            try:
+                with self.tracer.request(protocol.name) as span, self.bodies.reserving(http):
+                    response = await self._answer(protocol, http, began, span)
+            except ClientDisconnect:
+                response = Response(status_code=NOBODY_WAITS)
+            except Refusal as refusal:
+                response = self.refuse(protocol.name, refusal, protocol.refuse)
+                if refusal.kind == "overloaded":
+                    self.metrics.refusal_seconds.observe(time.monotonic() - began)
+            except Exception as error:  # its message may hold a text
+                response = self.refuse(protocol.name, _unexpected(http, error), protocol.refuse)
+            self.metrics.requests.labels(protocol.name, response.status_code).inc()
+            return response
 
-    async def get_reward(self, http: Request) -> Response:
-        """OpenRLHF's protocol: ``{"query": [text], ...}`` to ``{"rewards", "scores", "extra_logs"}``."""
-        requests = openrlhf_requests(await read_json(http, self.config.max_body_bytes))
-        results = await self._results(http, requests)
-        for position, result in enumerate(results):
+        return endpoint
+
+    async def _answer(self, protocol: Protocol, http: Request, began: float, span: Any) -> Response:
+        self.rate.spend(caller_of(http))
+        asked = protocol.read(await self.bodies.json(http))
+        read = time.monotonic()
+        scored = await self.core.score(http, asked)
+        back = time.monotonic()
+        response = JSONResponse(asked.answer(scored))
+        response.headers["X-Request-Id"] = scored.request_id
+        response.headers["X-Model-Version"] = scored.version
+        if truncated := sum(result.truncated for result in scored.results):
+            response.headers["X-Truncated-Items"] = str(truncated)
+        for result in scored.results:
             if result.fault is not None:
-                raise BodyError(STATUS_OF[result.fault], f"query {position}: {result.error}")
-        rewards = [result.reward if self.config.normalize else result.raw for result in results]
-        return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": {}})
+                self.metrics.failed_items.labels(result.fault).inc()
+        ended = time.monotonic()
+        self.metrics.stage_seconds.labels("read").observe(read - began)
+        self.metrics.stage_seconds.labels("answer").observe(ended - back)
+        self.metrics.request_seconds.labels(protocol.name).observe(ended - began)
+        span.tell(items=len(scored.results), tokens=scored.tokens, version=scored.version, seconds=ended - began)
+        return response
 
-    async def reward(self, http: Request) -> Response:
-        """This project's protocol: items in any representation; a bad item fails alone."""
-        items = reward_requests(await read_json(http, self.config.max_body_bytes))
-        scored = iter(await self._results(http, [item for item in items if isinstance(item, ScoreRequest)]))
-        results = [next(scored) if isinstance(item, ScoreRequest) else ScoreResult.failed(item) for item in items]
-        identity = http.headers.get("x-request-id") or uuid.uuid4().hex
-        model = self.backend.describe()["model"]
-        return JSONResponse({"request_id": identity, "model": model, "results": [vars(result) for result in results]})
-
-    async def _results(self, http: Request, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """Results of all items, or :class:`ClientDisconnect` as soon as nobody waits for them any more."""
-        if len(requests) > self.max_items:
-            raise BodyError(413, f"{len(requests)} items in one request, the limit is {self.max_items}")
-        scoring = asyncio.create_task(self.batcher.score(requests))
-        leaving = asyncio.create_task(_left(http))
-        try:
-            await asyncio.wait({scoring, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not scoring.done():
-                raise ClientDisconnect
-            return scoring.result()
-        finally:
-            scoring.cancel()
-            leaving.cancel()
+    def refuse(self, where: str, refusal: Refusal, form: Callable[[Refusal], Any] = plain) -> Response:
+        """The answer that says why there are no scores."""
+        self.metrics.errors.labels(refusal.kind).inc()
+        headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
+        return JSONResponse(form(refusal), refusal.status, headers)
 
     # ------------------------------------------------------------------------------------------------------- operating
 
@@ -111,72 +110,72 @@ class ScoringApp:
 
     async def ready(self, http: Request) -> Response:
         """The weights are loaded and gave a score lately; asks for one where nobody did."""
-        if self.clock() - self._last_score > READY_IF_SCORED_WITHIN_S:
-            try:
-                (result,) = await self.batcher.score([ScoreRequest(token_ids=(0,))])
-            except RlhfRayError:
-                return Response(status_code=503)
-            if result.error is not None:
-                return Response(status_code=503)
-        return Response(status_code=200)
+        ready = [await model.ready(READY_IF_SCORED_WITHIN_S) for model in self.models.all]
+        return Response(status_code=200 if all(ready) else 503)
 
     async def info(self, http: Request) -> Response:
         """What is served and within which limits."""
-        limits = {"items": self.max_items, "body_bytes": self.config.max_body_bytes}
-        return JSONResponse({**self.backend.describe(), "normalize": self.config.normalize, "limits": limits})
+        first, *_ = described = [{"name": model.name, **model.describe()} for model in self.models.all]
+        limits = {"items": self.core.max_items, "body_bytes": self.config.max_body_bytes}
+        activation = "raw scores unless use_activation is true"
+        told = {"normalize": self.config.normalize, "limits": limits, "activation": activation, "models": described}
+        return JSONResponse({**first, **told})
 
-    async def metrics(self, http: Request) -> Response:
+    async def list_models(self, http: Request) -> Response:
+        """The models in OpenAI's form."""
+        rows = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "rlhf_ray", "version": told["version"],
+             "max_model_len": told.get("max_tokens")}
+            for model in self.models.all for told in [model.describe()] for name in sorted(model.names)
+        ]  # fmt: skip
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def text_metrics(self, http: Request) -> Response:
         """Prometheus text."""
-        return PlainTextResponse(self.counters.text(waiting=self.batcher.waiting))
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, http: Request) -> Response:
+        """The description of all routes, for programs."""
+        return JSONResponse(document(PROTOCOLS, open_routes=OPEN_ROUTES))
+
+    async def docs(self, http: Request) -> Response:
+        """The description of all routes, for people; it loads nothing from anywhere."""
+        return HTMLResponse(page(document(PROTOCOLS, open_routes=OPEN_ROUTES)))
+
+    async def unknown(self, http: Request, error: Exception) -> Response:
+        """What a route or method that does not exist answers."""
+        assert isinstance(error, HTTPException)
+        kind = "method_not_allowed" if error.status_code == 405 else "not_found"
+        message = {"not_found": "no such route: see /docs", "method_not_allowed": "another method is needed: see /docs"}
+        return self.refuse("routes", Refusal(kind, message[kind]))
 
 
-async def _left(http: Request) -> None:
-    """Wait until the client is gone; its body has been read."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def create_app(backend: Backend, config: ServeConfig, tokens: tuple[str, ...] = ()) -> Starlette:
+def create_app(
+    models: Models,
+    config: ServiceConfig,
+    metrics: Metrics,
+    keys: Callable[[], Keys] = dict,
+    tracer: Tracer | None = None,
+) -> Starlette:
     """The app with its routes behind the token gate."""
-    scoring = ScoringApp(backend, config)
-    routes = [
-        Route("/get_reward", _guarded(scoring.get_reward, scoring.counters), methods=["POST"]),
-        Route("/v1/reward", _guarded(scoring.reward, scoring.counters), methods=["POST"]),
-        Route("/health", scoring.health),
-        Route("/ready", scoring.ready),
-        Route("/info", scoring.info),
-        Route("/metrics", scoring.metrics),
-    ]
-    return Starlette(routes=routes, middleware=[Middleware(TokenGate, tokens=tokens)])
+    app = ScoringApp(models, config, metrics, tracer or NoTracer())
+    operating: Mapping[str, Endpoint] = {
+        "/health": app.health,
+        "/ready": app.ready,
+        "/info": app.info,
+        "/v1/models": app.list_models,
+        "/metrics": app.text_metrics,
+        "/openapi.json": app.openapi,
+        "/docs": app.docs,
+    }
+    routes = [Route(path, app.scoring(protocol), methods=["POST"]) for protocol in PROTOCOLS for path in protocol.paths]
+    routes += [Route(path, endpoint) for path, endpoint in operating.items()]
+    gate = Middleware(TokenGate, keys=keys, on_refusal=lambda _, refusal: metrics.errors.labels(refusal.kind).inc())
+    return Starlette(routes=routes, middleware=[gate], exception_handlers={404: app.unknown, 405: app.unknown})
 
 
-def _guarded(
-    endpoint: Callable[[Request], Awaitable[Response]], counters: Counters
-) -> Callable[[Request], Awaitable[Response]]:
-    """``endpoint`` with its failures as answers: what was wrong, and what to do."""
-
-    async def guarded(http: Request) -> Response:
-        try:
-            response = await endpoint(http)
-        except ClientDisconnect:
-            response = Response(status_code=499)  # nobody reads it; nginx counts such requests under this number
-        except BodyError as error:
-            response = _answer(error.status, str(error))
-        except OverloadedError as error:
-            response = _answer(503, str(error), retry_after_s=OVERLOADED_RETRY_S)
-        except GroupError as error:
-            get_logger("serving").error("%s", error)
-            response = _answer(503, f"the reward group failed in {error.phase}", retry_after_s=FAILED_RETRY_S)
-        except Exception as error:  # its message may hold a text
-            where = "".join(traceback.format_tb(error.__traceback__))
-            get_logger("serving").error("%s: %s at\n%s", http.url.path, type(error).__name__, where)
-            response = _answer(500, "the server failed; its log says where")
-        counters.request(http.url.path, response.status_code)
-        return response
-
-    return guarded
-
-
-def _answer(status: int, error: str, *, retry_after_s: int | None = None) -> JSONResponse:
-    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    return JSONResponse({"error": error}, status, headers)
+def _unexpected(http: Request, error: Exception) -> Refusal:
+    """What nobody thought of: the log says where it happened, and not what it says, which may be a text."""
+    where: Sequence[str] = traceback.format_tb(error.__traceback__)
+    get_logger("serving").error("%s: %s at\n%s", http.scope["path"], type(error).__name__, "".join(where))
+    return Refusal("server", "the server failed; its log says where")

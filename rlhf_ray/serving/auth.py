@@ -1,41 +1,86 @@
 """Who may ask: one token, or several named ones, for every route but the two that say whether the service is up.
 
-Always true: a route that nobody thought of is closed; tokens are compared in constant time; a token never reaches a log.
+Always true: a route that nobody thought of is closed; tokens are compared in constant time; a token never reaches a log; a
+token file that changed counts within a second, and one that cannot be read any more changes nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import hmac
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
+from rlhf_ray.serving.refusals import Refusal, plain
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 SHORTEST_TOKEN = 16
+SECONDS_BETWEEN_LOOKS = 1.0
+KEY = "rlhf_ray.key"
+"""Where a request's scope names the key that opened it."""
+
+Keys = Mapping[str, str]
+"""Names by their tokens."""
 
 
-def read_tokens(path: str | None) -> tuple[str, ...]:
+def read_tokens(path: str | None) -> Keys:
     """Tokens of a file: one a line, ``name:token`` or bare; ``#`` begins a comment. No path means no token."""
     if path is None:
-        return ()
+        return {}
     try:
         lines = [line.strip() for line in Path(path).expanduser().read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"token_file {path} cannot be read ({error}): write one token a line into it") from error
-    tokens = tuple(line.rpartition(":")[2] for line in lines if line and not line.startswith("#"))
-    short = [number for number, token in enumerate(tokens, 1) if len(token) < SHORTEST_TOKEN]
-    if short or not tokens:
+    pairs = [line.rpartition(":") for line in lines if line and not line.startswith("#")]
+    keys = {token: name or f"key {number}" for number, (name, _, token) in enumerate(pairs, 1)}
+    short = [number for number, (_, _, token) in enumerate(pairs, 1) if len(token) < SHORTEST_TOKEN]
+    if short or not keys:
         what = f"token {short[0]} is shorter than {SHORTEST_TOKEN} characters" if short else "there is no token in it"
         raise RequestError(
             f"token_file {path}: {what}; make one with: python -c 'import secrets; print(secrets.token_hex())'"
         )
-    return tokens
+    return keys
+
+
+class TokenFile:
+    """The keys of a file, read again when it changes."""
+
+    def __init__(self, path: str | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = None if path is None else Path(path).expanduser()
+        self._clock = clock
+        self._keys = read_tokens(path)
+        self._looked, self._seen = clock(), self._state()
+
+    def __call__(self) -> Keys:
+        """The keys that open now."""
+        if self._path is not None and self._clock() - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._looked = self._clock()
+            if (state := self._state()) != self._seen:
+                self._seen = state
+                self._read_again()
+        return self._keys
+
+    def _read_again(self) -> None:
+        try:
+            self._keys = read_tokens(str(self._path))
+        except RequestError as error:
+            get_logger("serving").warning("%s; the tokens of before still open", error)
+            return
+        get_logger("serving").info("token_file %s changed: %d keys open now", self._path, len(self._keys))
+
+    def _state(self) -> tuple[int, int] | None:
+        try:
+            known = self._path.stat() if self._path is not None else None
+        except OSError:
+            return None
+        return None if known is None else (known.st_mtime_ns, known.st_size)
 
 
 def require_closed(host: str, tokens: Iterable[str]) -> None:
@@ -48,28 +93,35 @@ def require_closed(host: str, tokens: Iterable[str]) -> None:
 class TokenGate:
     """ASGI middleware: lets a request through when its token is known, or none is set."""
 
-    def __init__(self, app: ASGIApp, tokens: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: Callable[[], Keys], on_refusal: Callable[[str, Refusal], None]) -> None:
         self.app = app
-        self.tokens = tuple(token.encode() for token in tokens)
+        self.keys = keys
+        self.on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or not self.tokens or self._allowed(scope):
+        if scope["type"] == "lifespan" or self._allowed(scope):
             await self.app(scope, receive, send)
             return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        refusal = JSONResponse({"error": "a token is required: send it as Authorization: Bearer TOKEN"}, 401,
-                               {"WWW-Authenticate": "Bearer"})  # fmt: skip
-        await refusal(scope, receive, send)
+        refusal = Refusal("token_required", "a token is required: send it as Authorization: Bearer TOKEN")
+        self.on_refusal("token gate", refusal)
+        response = JSONResponse(plain(refusal), refusal.status, {"WWW-Authenticate": "Bearer"})
+        await response(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        if scope["type"] == "http" and scope["path"] in OPEN_ROUTES and scope["method"] in ("GET", "HEAD"):
+        keys = self.keys()
+        if not keys or (
+            scope["type"] == "http" and scope["path"] in OPEN_ROUTES and scope["method"] in ("GET", "HEAD")
+        ):
             return True
         given = presented_token(Headers(scope=scope).get("authorization", ""))
         # Every token is compared, so that the time says nothing about which one was near.
-        matches = [hmac.compare_digest(given, token) for token in self.tokens]
-        return any(matches)
+        matches = [name for token, name in keys.items() if hmac.compare_digest(given, token.encode())]
+        if matches:
+            scope[KEY] = matches[0]
+        return bool(matches)
 
 
 def presented_token(authorization: str) -> bytes:
@@ -83,3 +135,24 @@ def presented_token(authorization: str) -> bytes:
         except ValueError:
             return b""
     return b""
+
+
+class RateLimit:
+    """At most so many requests a minute of one key: a bucket that fills evenly."""
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def spend(self, key: str) -> None:
+        """Count one request; raises the refusal where the key has none left."""
+        if self._per_minute is None:
+            return
+        now, full = self._clock(), float(self._per_minute)
+        left, since = self._buckets.get(key, (full, now))
+        left = min(full, left + (now - since) * full / 60)
+        if left < 1:
+            self._buckets[key] = (left, now)
+            raise Refusal("rate_limited", f"this key may ask {self._per_minute} times a minute: ask again later")
+        self._buckets[key] = (left - 1, now)

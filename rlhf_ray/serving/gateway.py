@@ -1,87 +1,160 @@
-"""The gateway actor: owns the reward group and the web server in front of it.
+"""The gateway actor: owns the reward groups and the web server in front of them.
 
-Always true: the group lives and dies with the gateway, never with a request or a redeploy; the gateway answers only after
-the weights are loaded; forwards wait in a thread, never in the event loop.
+Always true: groups live and die with the gateway, never with a request or a redeploy; it answers only after the weights
+are loaded; a group that died is restarted by its gateway while requests wait; a new version takes over only once it is
+loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.config.schema import ServeConfig
-from rlhf_ray.errors import RequestError
+from rlhf_ray.config.schema import ModelConfig, RoleConfig, ServeConfig
+from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
+from rlhf_ray.serving.auth import TokenFile
+from rlhf_ray.serving.backend import GroupBackend
+from rlhf_ray.serving.core import limits_of
+from rlhf_ray.serving.metrics import Metrics
+from rlhf_ray.serving.models import Models, ServedModel
 from rlhf_ray.serving.server import WebServer
+from rlhf_ray.serving.tracing import OpenTelemetryTracer
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
 
 HEALTH_TIMEOUT_S = 60.0
+Value = TypeVar("Value")
 
 
-class GroupBackend:
-    """A reward group as the app's backend."""
-
-    def __init__(self, group: RewardGroup, config: ServeConfig) -> None:
-        model, described = config.reward.model, group.describe().result()
-        name = model.path or f"made:{model.make.shape if model.make else ''}"
-        self._description = {"model": name, "revision": model.revision, "dtype": model.dtype, **described}
-        mean, std = described["mean"], described["std"]
-        if config.normalize and mean is None:
-            raise RequestError(
-                f"normalize is asked for, but the config.json of {name} holds no mean with a std above 0: train the "
-                "reward model with this project, write them there, or leave it off"
-            )
-        self._group = group
-        self._normalization = (0.0, 1.0) if mean is None else (mean, std)
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """One result a request, in order."""
-        results = await asyncio.to_thread(lambda: self._group.score(requests).result())
-        return [result.normalised(*self._normalization) for result in results]
-
-    def describe(self) -> Mapping[str, Any]:
-        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""
-        return self._description
-
-
-@ray.remote(num_cpus=0, max_concurrency=4)
+@ray.remote(num_cpus=0, concurrency_groups={"scoring": 64, "control": 4})
 class Gateway:
-    """One served reward model."""
+    """Served reward models."""
 
-    def __init__(self, config: ServeConfig, tokens: tuple[str, ...], hub: bool) -> None:
+    def __init__(self, config: ServeConfig, hub: bool) -> None:
         self.config = config
-        self.tokens = tokens
         self.cluster = Cluster(config.cluster, config.run, hub=hub, namespace=SERVICE_NAMESPACE)
+        self.started = 0
 
+    @ray.method(concurrency_group="control")
     def start(self) -> str:
-        """Take the port, load the model, answer; returns the address."""
+        """Take the port, load the models, answer; returns the address."""
+        config = self.config
+        self.server = WebServer(config.host, config.port, header_timeout_s=config.header_timeout_s)
+        keys = TokenFile(config.token_file)
+        tracer = OpenTelemetryTracer() if config.tracing else None
+        self.cluster.__enter__()
+        metrics = Metrics()
+        self.models = Models(
+            [ServedModel(name, self._replicas(name, role), limits_of(config), metrics)
+             for name, role in config.served.items()]
+        )  # fmt: skip
+        self.server.start(create_app(self.models, config, metrics, keys, tracer))
+        return self.server.address
+
+    def _replicas(self, name: str, role: RoleConfig) -> list[GroupBackend]:
+        """All replicas of a model, loaded side by side."""
+        groups: list[RewardGroup] = []
+        try:
+            groups = [self._place(name, role) for _ in range(self.config.replicas)]
+            loading = [self._load(group, role) for group in groups]
+            for one in loading:
+                one.result()
+            return [self._backend(name, role, group) for group in groups]
+        except Exception:
+            for group in groups:
+                self._stop_group(group)
+            raise
+
+    def _backend(self, name: str, role: RoleConfig, group: RewardGroup) -> GroupBackend:
+        def again(old: RewardGroup) -> RewardGroup:
+            self._stop_group(old)
+            new = self._place(name, role)
+            try:
+                self._load(new, role).result()
+            except Exception:
+                self._stop_group(new)
+                raise
+            return new
+
+        return GroupBackend(group, role.model, normalize=self.config.normalize, again=again, stop=self._stop_group)
+
+    def _place(self, name: str, role: RoleConfig) -> RewardGroup:
         from rlhf_ray.actors.groups import RewardGroup
+
+        self.started += 1  # names of actors that end are free only a moment later
+        called = name if self.started == 1 else f"{name}-{self.started}"
+        return RewardGroup(self.cluster.start("reward", role.ranks, role.resources, name=called))
+
+    def _load(self, group: RewardGroup, role: RoleConfig) -> Any:
         from rlhf_ray.actors.workers import WorkerSetup
 
-        self.server = WebServer(self.config.host, self.config.port)
-        self.cluster.__enter__()
-        role = self.config.reward
-        self.group = RewardGroup(self.cluster.start("reward", role.ranks, role.resources))
         setup = WorkerSetup(
             role, seed=0, max_tokens=self.config.max_batch_tokens, max_item_tokens=self.config.max_tokens
         )
-        self.group.setup(setup, timeout_s=self.config.cluster.start_timeout_s).result()
-        self.server.start(create_app(GroupBackend(self.group, self.config), self.config, self.tokens))
-        return self.server.address
+        return group.setup(setup, timeout_s=self.config.cluster.start_timeout_s)
 
+    def _stop_group(self, group: RewardGroup) -> None:
+        self.cluster.stop(group.ranks)
+
+    @ray.method(concurrency_group="scoring")
+    def score(self, requests: Sequence[ScoreRequest], model: str | None = None) -> list[ScoreResult]:
+        """Scores for a job of the same cluster: before those that come over HTTP."""
+        version = self._named(model).current
+        return self._in_loop(version.batcher.score(requests, caller="cluster", urgent=True))
+
+    @ray.method(concurrency_group="scoring")
+    def describe(self, model: str | None = None) -> Mapping[str, Any]:
+        """What is served under a name."""
+        return self._named(model).describe()
+
+    @ray.method(concurrency_group="control")
+    def reload(self, path: str, model: str | None = None, revision: str | None = None) -> str:
+        """Load ``path`` beside what is served, and let it take over; returns the new version."""
+        served = self._named(model)
+        role = self.config.served[served.name]
+        new = ModelConfig(path=path, revision=revision, dtype=role.model.dtype, attention=role.model.attention)
+        replicas = self._replicas(served.name, role.model_copy(update={"model": new}))
+
+        async def replace() -> None:
+            await asyncio.shield(served.replace(replicas))
+
+        self._in_loop(replace())
+        return served.current.name
+
+    @ray.method(concurrency_group="control")
     def check(self) -> str:
-        """The group's report; raises the typed error of a rank that is gone."""
-        self.group.health(timeout_s=HEALTH_TIMEOUT_S).result()
-        return self.group.report_line
+        """The first group's report, after all were seen alive; restarts one that is not."""
+        lines = [self._check(model, backend) for model in self.models.all for backend in model.current.backends]
+        return lines[0]
 
+    def _check(self, model: ServedModel, backend: Any) -> str:
+        group = backend.group
+        try:
+            group.health(timeout_s=HEALTH_TIMEOUT_S).result()
+        except GroupError:
+            if backend.group is group and self.config.hold_s > 0:
+                deadline = model.clock() + self.config.hold_s
+                self._in_loop(model.current.restart(backend, deadline))
+        return str(backend.group.report_line)
+
+    @ray.method(concurrency_group="control")
     def stop(self) -> None:
-        """Finish what is being answered, then stop the reward group."""
+        """Finish what is being answered, then stop the reward groups."""
         self.server.stop()
         self.cluster.__exit__(None, None, None)
+
+    def _named(self, model: str | None) -> ServedModel:
+        try:
+            return self.models.named(model)
+        except RequestError as error:
+            raise RequestError(str(error)) from None
+
+    def _in_loop(self, work: Coroutine[Any, Any, Value]) -> Value:
+        return asyncio.run_coroutine_threadsafe(work, self.server.loop).result()

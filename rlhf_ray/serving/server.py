@@ -1,31 +1,84 @@
 """One ASGI app on one port, in a thread.
 
 Always true: the port is taken before anything slow begins, so that a taken one is an error at once; nothing listens before
-``start``; after ``start`` the address answers; ``stop`` lets what is being answered finish, for a while.
+``start``; after ``start`` the address answers; a connection whose headers do not arrive in time, or are too large, is closed;
+``stop`` lets what is being answered finish, for a while.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rlhf_ray.errors import RequestError, RlhfRayError
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection, so that they close it first and send into no closed one."""
+MAX_HEADER_BYTES = 65_536
 START_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 10
+
+
+class HeaderDeadline(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, which by itself waits for the rest of a request's headers for ever, and reads any number."""
+
+    def __init__(self, *arguments: Any, header_timeout_s: float, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._header_timeout_s = header_timeout_s
+        self._waiting: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._begin()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._header_bytes += len(data)
+        if self._waiting is not None and self._header_bytes > MAX_HEADER_BYTES:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        if self._waiting is None:
+            self._begin()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._end()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end()
+        super().connection_lost(exc)
+
+    def _begin(self) -> None:
+        loop, self._header_bytes = asyncio.get_running_loop(), 0
+        self._waiting = loop.call_later(self._header_timeout_s, self.transport.close)
+
+    def _end(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
 
 
 class WebServer:
     """A port, and what answers there."""
 
-    def __init__(self, host: str, port: int) -> None:
+    loop: asyncio.AbstractEventLoop
+    """Where the app runs; there from ``start`` on."""
+
+    def __init__(self, host: str, port: int, *, header_timeout_s: float = 10.0) -> None:
+        self._header_timeout_s = header_timeout_s
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,6 +99,7 @@ class WebServer:
         """Answer with ``app`` from now on."""
         config = uvicorn.Config(
             app,
+            http=partial(HeaderDeadline, header_timeout_s=self._header_timeout_s),  # type: ignore[arg-type]
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -55,7 +109,7 @@ class WebServer:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="web server", daemon=True
+            target=self._run, args=(config.get_loop_factory(),), name="web server", daemon=True
         )
         self._thread.start()
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -63,6 +117,15 @@ class WebServer:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 raise RlhfRayError(f"the web server did not start at {self.address}")
             time.sleep(0.01)
+
+    def _run(self, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None) -> None:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        assert self._server is not None, "made by start"
+        self.loop = asyncio.get_running_loop()
+        await self._server.serve(sockets=[self._socket])
 
     def stop(self) -> None:
         """Answer no longer."""

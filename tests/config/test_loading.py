@@ -55,7 +55,7 @@ def test_every_key_with_two_letters_swapped_is_found_again(problems, job):
         assert told[slip] == f"{slip}: unknown key; did you mean {key}? (command line)"
 
 
-MAPPINGS = {"reward.mixture", "data.sources"}
+MAPPINGS = {"reward.mixture", "data.sources", "models"}
 """Keys whose values are sections by names that the user gives."""
 
 

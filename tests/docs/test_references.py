@@ -133,7 +133,13 @@ def test_every_section_is_on_the_page() -> None:
         value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, roles.Section)
     }
     jobs = set(schema.JOBS.values())
-    abstract = {roles.Section, roles.TokenBudget, schema.RewardSourceConfig, schema.RewardTrainingRole}
+    abstract = {
+        roles.Section,
+        roles.TokenBudget,
+        schema.RewardSourceConfig,
+        schema.RewardTrainingRole,
+        schema.ServiceConfig,
+    }
     assert sections - jobs - abstract <= set(SECTIONS.values())
 
 

@@ -253,3 +253,72 @@ def test_the_estimate_counts_bytes_of_all_texts_of_an_item(first: str, second: s
     turns_of = ScoreRequest(messages=({"role": "", "content": first}, {"role": "", "content": second}))
     size = len(first.encode()) + len(second.encode())
     assert estimated_tokens(pair) == estimated_tokens(turns_of) == 1 + size // 3
+
+
+def test_requests_of_one_caller_share_its_turn() -> None:
+    async def run() -> Model:
+        model = Model(gate=asyncio.Event())
+        batcher = Batcher(model, max_tokens=4, max_items=100)
+        asking = [asyncio.create_task(batcher.score([item(0)], caller="first"))]
+        await turns(3)
+        asking += [asyncio.create_task(batcher.score([item(name)], caller="many")) for name in range(10, 16)]
+        asking += [asyncio.create_task(batcher.score([item(name)], caller="few")) for name in range(20, 22)]
+        await turns(3)
+        model.gate.set()
+        await asyncio.gather(*asking)
+        return model
+
+    assert asyncio.run(run()).names == [[0], [10, 20, 11, 21], [12, 13, 14, 15]]
+
+
+def test_urgent_items_go_first_and_are_not_refused() -> None:
+    async def run() -> Model:
+        model = Model(gate=asyncio.Event())
+        batcher = Batcher(model, max_tokens=3, max_items=4)
+        asking = [asyncio.create_task(batcher.score([item(0)]))]
+        await turns(3)
+        asking += [asyncio.create_task(batcher.score([item(name)])) for name in range(1, 5)]
+        await turns(3)
+        asking.append(asyncio.create_task(batcher.score([item(name) for name in range(10, 14)], urgent=True)))
+        await turns(3)
+        assert batcher.waiting == 8
+        model.gate.set()
+        await asyncio.gather(*asking)
+        return model
+
+    assert asyncio.run(run()).names == [[0], [10, 11, 12], [13, 1, 2], [3, 4]]
+
+
+def test_the_queue_is_bounded_in_tokens_too() -> None:
+    async def run() -> None:
+        model = Model(gate=asyncio.Event())
+        batcher = Batcher(model, max_tokens=BUDGET, max_items=100, max_queue_tokens=8)
+        asking = [asyncio.create_task(batcher.score([item(0)]))]
+        await turns(3)
+        asking.append(asyncio.create_task(batcher.score([item(1, tokens=9)])))
+        await turns(3)
+        assert batcher.waiting_tokens == 9, "a single request may be over it: it could be sent never else"
+        with pytest.raises(OverloadedError, match="about 9 tokens are waiting and the queue holds 8"):
+            await batcher.score([item(2)])
+        model.gate.set()
+        await asyncio.gather(*asking)
+        assert (batcher.waiting, batcher.waiting_tokens) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_replicas_score_side_by_side() -> None:
+    async def run() -> tuple[Model, Model]:
+        models = Model(gate=asyncio.Event()), Model(gate=asyncio.Event())
+        batcher = Batcher(*models, max_tokens=2, max_items=100)
+        asking = [asyncio.create_task(batcher.score([item(name)])) for name in range(4)]
+        await turns(5)
+        assert [model.names for model in models] == [[[0, 1]], [[2, 3]]]
+        for model in models:
+            assert model.gate is not None
+            model.gate.set()
+        assert [result.raw for asked in asking for result in await asked] == [0.0, 1.0, 2.0, 3.0]
+        await asyncio.wait_for(batcher.drained(), timeout=5)
+        return models
+
+    asyncio.run(run())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.data.demonstrations import Demonstration
@@ -112,3 +113,25 @@ def test_what_is_too_long_is_refused_or_loses_its_beginning() -> None:
     assert cut == EncodedItem(written("bcde"), truncated=True)
     whole = encode_request(PLAIN, ScoreRequest(text="abcd", truncate=True), max_tokens=4, vocabulary=VOCABULARY)
     assert not whole.truncated
+
+
+@pytest.mark.parametrize("text", ["a", f"a{EOS}", f"{BOS}a", f"{BOS}a{EOS}", f"{BOS}{BOS}a", f"a{BOS}", BOS])
+def test_special_tokens_that_are_asked_for_are_there_once(text: str) -> None:
+    ids = encoded(ScoreRequest(text=text, add_special_tokens=True))
+    assert ids == written(text if text.startswith(BOS) else BOS + text), (
+        "the tokenizer puts a start token before a text"
+    )
+
+
+def test_an_end_token_is_not_added_twice_either() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 1), (EOS, 2)]
+    )
+    for text in ("a", f"{BOS}a", f"a{EOS}", f"{BOS}a{EOS}"):
+        assert encoded(ScoreRequest(text=text, add_special_tokens=True), tokenizer) == written(f"{BOS}a{EOS}")
+
+
+def test_an_empty_text_stays_empty() -> None:
+    with pytest.raises(ScoringError, match="the item is empty"):
+        encoded(ScoreRequest(text="", add_special_tokens=True))

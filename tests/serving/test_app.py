@@ -23,10 +23,10 @@ from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.app import ScoringApp, create_app
-from rlhf_ray.serving.gateway import GroupBackend
+from rlhf_ray.serving.backend import GroupBackend
 
 from .reward_models import BOS, EOS, MEAN, STD, Reference, save_reward_model
+from .services import served_models, service
 
 get_logger()  # set up before pytest looks where to listen
 MakeConfig = Callable[..., ServeConfig]
@@ -50,6 +50,11 @@ def load(path: Path, config: MakeConfig) -> RewardGroup:
     return group
 
 
+def backend_of(group: RewardGroup, config: ServeConfig) -> GroupBackend:
+    """The group as a gateway puts it behind the app."""
+    return GroupBackend(group, config.reward.model, normalize=config.normalize)
+
+
 @pytest.fixture(scope="module")
 def groups() -> dict[Path, RewardGroup]:
     return {}
@@ -69,7 +74,7 @@ def app(group: RewardGroup, config: MakeConfig, model: Path) -> Callable[..., St
 
     def make(**values: object) -> Starlette:
         settings = config(str(model), **values)
-        return create_app(GroupBackend(group, settings), settings)
+        return service(settings, backend_of(group, settings))
 
     return make
 
@@ -186,9 +191,9 @@ def test_normalising_needs_statistics(tmp_path: Path, config: MakeConfig, statis
     path = save_reward_model(tmp_path, statistics=statistics)
     group = load(path, config)
     with pytest.raises(RequestError, match="holds no mean with a std above 0"):
-        GroupBackend(group, config(str(path), normalize=True))
+        backend_of(group, config(str(path), normalize=True))
     settings = config(str(path))
-    (result,) = items(create_app(GroupBackend(group, settings), settings), {"text": "abc"})
+    (result,) = items(service(settings, backend_of(group, settings)), {"text": "abc"})
     assert result["reward"] == result["raw"] is not None
 
 
@@ -222,7 +227,7 @@ def test_the_first_rank_alone_tells_what_is_wrong_with_an_item(
 def test_openrlhfs_answer_has_a_number_for_every_query_or_none_at_all(app: Callable[..., Starlette]) -> None:
     response = post(app(), "/get_reward", {"query": ["abc", "x" * (LIMIT + 1)]})
     assert response.status_code == 422
-    assert response.json()["error"].startswith(f"query 1: the item has {LIMIT + 1} tokens, the limit is {LIMIT}")
+    assert response.json()["error"].startswith(f"item 1: the item has {LIMIT + 1} tokens, the limit is {LIMIT}")
     assert post(app(), "/get_reward", {"query": []}).json() == {"rewards": [], "scores": [], "extra_logs": {}}
 
 
@@ -245,10 +250,10 @@ def test_an_item_may_be_no_longer_than_the_model_reads(tmp_path: Path, config: M
 def test_a_model_that_returns_no_number_gives_an_error_never_nan(tmp_path: Path, config: MakeConfig) -> None:
     path = save_reward_model(tmp_path, nan=True)
     settings = config(str(path))
-    broken = create_app(GroupBackend(load(path, config), settings), settings)
+    broken = service(settings, backend_of(load(path, config), settings))
     single = post(broken, "/get_reward", {"query": ["abc"]})
     assert single.status_code == 500
-    assert single.json() == {"error": "query 0: the model returned nan, which is not a finite reward"}
+    assert single.json() == {"error": "item 0: the model returned nan, which is not a finite reward", "kind": "model"}
     batch = post(broken, "/v1/reward", {"items": [{"text": "abc"}]})
     (result,) = json.loads(batch.text, parse_constant=lambda name: pytest.fail(f"{name} in an answer"))["results"]
     assert (result["raw"], result["reward"], result["fault"]) == (None, None, "model")
@@ -280,12 +285,12 @@ def test_a_request_larger_than_the_queue_is_told_so(app: Callable[..., Starlette
 
 
 def test_a_dead_group_is_told_as_such_and_asked_again_later(model: Path, config: MakeConfig) -> None:
-    group, settings = load(model, config), config(str(model))
-    served = create_app(GroupBackend(group, settings), settings)
+    group, settings = load(model, config), config(str(model), hold_s=0.0)
+    served = service(settings, backend_of(group, settings))
     group.stop()
     response = post(served, "/get_reward", {"query": ["abc"]})
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-    assert response.json() == {"error": "the reward group failed in score"}
+    assert response.json() == {"error": "the reward group failed in score", "kind": "source"}
     assert ask(served, lambda client: client.get("/ready")).status_code == 503
 
 
@@ -296,7 +301,7 @@ class Gated(GroupBackend):
     """The real backend, but forwards wait for ``open``."""
 
     def __init__(self, group: RewardGroup, config: ServeConfig) -> None:
-        super().__init__(group, config)
+        super().__init__(group, config.reward.model, normalize=config.normalize)
         self.open = asyncio.Event()
         self.scored: list[ScoreRequest] = []
 
@@ -325,7 +330,7 @@ def test_overload_is_answered_while_the_model_is_busy(group: RewardGroup, config
         gated.open.set()
         return refused, [await first, await waiting]
 
-    refused, answered = ask(create_app(gated, settings), crowd)
+    refused, answered = ask(service(settings, gated), crowd)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert "2 items are waiting and the queue holds 2" in refused.json()["error"]
     assert [response.status_code for response in answered] == [200, 200]
@@ -345,22 +350,24 @@ def test_clients_that_ask_while_the_model_is_busy_share_one_forward(
             asking.append(asyncio.create_task(client.post("/get_reward", json={"query": [text]})))
             while len(gated.scored) != 1:
                 await settle()
-        while "waiting_items 39\n" not in (await client.get("/metrics")).text:
+        while "waiting_items 39.0\n" not in (await client.get("/metrics")).text:
             await settle()
         gated.open.set()
         rewards = [(await one).json()["rewards"][0] for one in asking]
         return rewards, (await client.get("/metrics")).text
 
-    rewards, metrics = ask(create_app(gated, settings), crowd)
+    rewards, metrics = ask(service(settings, gated), crowd)
     assert rewards == [close(reference.of_text(text)) for text in texts]
-    assert "rlhf_scoring_items_total 40\n" in metrics
-    assert "rlhf_scoring_forwards_total 2\n" in metrics, "the first one's, and one for all who came during it"
+    assert 'rlhf_scoring_items_total{model="reward"} 40.0\n' in metrics
+    assert 'rlhf_scoring_forwards_total{model="reward"} 2.0\n' in metrics, (
+        "the first one's, and one for all who came during it"
+    )
 
 
 def test_a_client_that_left_costs_nothing_more(group: RewardGroup, config: MakeConfig, model: Path) -> None:
     settings = config(str(model))
     gated = Gated(group, settings)
-    app = create_app(gated, settings)
+    app = service(settings, gated)
 
     async def run() -> list[Any]:
         gone, sent = asyncio.Event(), []
@@ -386,8 +393,8 @@ def test_a_client_that_left_costs_nothing_more(group: RewardGroup, config: MakeC
             gated.open.set()
             assert (await busy).status_code == 200
             after = await client.get("/metrics")
-        assert 'requests_total{route="/get_reward",status="499"} 1' in after.text
-        assert "waiting_items 0" in after.text
+        assert 'requests_total{protocol="openrlhf",status="499"} 1' in after.text
+        assert "waiting_items 0.0" in after.text
         return sent
 
     asyncio.run(asyncio.wait_for(run(), timeout=30))
@@ -407,8 +414,8 @@ def test_texts_reach_no_log(
 
     settings = config(str(model))
     served, failing = (
-        create_app(GroupBackend(group, settings), settings),
-        create_app(Failing(group, settings), settings),
+        service(settings, backend_of(group, settings)),
+        service(settings, Failing(group, settings.reward.model, normalize=False)),
     )
     bodies = [{"query": [SECRET]}, {"query": [SECRET * 100]}, {"query": [SECRET, 1]}, {"query": SECRET}]
     for path, key in (("/get_reward", "query"), ("/v1/reward", "items")):
@@ -416,7 +423,7 @@ def test_texts_reach_no_log(
             post(served, path, {key: body["query"]})
     broken = post(failing, "/get_reward", {"query": [SECRET]})
     assert broken.status_code == 500
-    assert broken.json() == {"error": "the server failed; its log says where"}
+    assert broken.json() == {"error": "the server failed; its log says where", "kind": "server"}
     assert "/get_reward: ValueError at" in caplog.text, "what failed is told, and where"
     assert "in score" in caplog.text
     out, err = capfd.readouterr()
@@ -430,37 +437,45 @@ def test_ready_means_a_score_lately(group: RewardGroup, config: MakeConfig, mode
     now = [1000.0]
     settings = config(str(model))
     gated = Gated(group, settings)
-    scoring = ScoringApp(gated, settings, clock=lambda: now[0])
+    models = served_models(settings, gated, clock=lambda: now[0])
 
-    async def run() -> list[int]:
+    async def run() -> list[bool]:
         gated.open.set()
         statuses = []
         for seconds in (0.0, 59.0, 2.0):
             now[0] += seconds
-            statuses.append((await scoring.ready(None)).status_code)  # type: ignore[arg-type]
+            statuses.append(await models.all[0].ready(60.0))
         return statuses
 
-    assert asyncio.run(run()) == [200, 200, 200]
+    assert asyncio.run(run()) == [True, True, True]
     assert [request.token_ids for request in gated.scored] == [(0,), (0,)], "one forward a minute, not one a question"
 
 
 def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: RewardGroup, model: Path) -> None:
     served = app(max_items=7, max_body_bytes=1234)
     info = ask(served, lambda client: client.get("/info")).json()
-    assert info == {
-        "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "normalize": False,
+    described = {
+        "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "version": "1", "name": "reward",
         **{part: group.describe().result()[part] for part in ("fingerprint", "template")}, "max_tokens": LIMIT,
-        "limits": {"items": 7, "body_bytes": 1234},
     }  # fmt: skip
+    assert info == {
+        **described, "models": [described], "normalize": False, "limits": {"items": 7, "body_bytes": 1234},
+        "activation": "raw scores unless use_activation is true",
+    }  # fmt: skip
+    (row, alias) = ask(served, lambda client: client.get("/v1/models")).json()["data"]
+    assert {row["id"], alias["id"]} == {"reward", str(model)}
+    assert row["max_model_len"] == LIMIT
     response = post(served, "/v1/reward", {"items": [{"text": "abc"}, {"text": ""}]})
     post(served, "/v1/reward", {})
     metrics = ask(served, lambda client: client.get("/metrics"))
     assert metrics.headers["content-type"].startswith("text/plain")
     lines = metrics.text.splitlines()
-    assert 'rlhf_scoring_requests_total{route="/v1/reward",status="200"} 1' in lines
-    assert 'rlhf_scoring_requests_total{route="/v1/reward",status="422"} 1' in lines
-    for name, value in {"forwards_total": 1, "items_total": 2, "tokens_total": 3, "waiting_items": 0}.items():
-        assert f"rlhf_scoring_{name} {value}" in lines
+    assert 'rlhf_scoring_requests_total{protocol="reward",status="200"} 1.0' in lines
+    assert 'rlhf_scoring_requests_total{protocol="reward",status="422"} 1.0' in lines
+    for name, value in {"forwards_total": 1, "items_total": 2, "tokens_total": 3}.items():
+        assert f'rlhf_scoring_{name}{{model="reward"}} {value}.0' in lines
+    for line in ("waiting_items 0.0", 'errors_total{kind="wrong_body"} 1.0', 'failed_items_total{fault="item"} 1.0'):
+        assert f"rlhf_scoring_{line}" in lines
     assert response.json()["model"] == str(model)
 
 

@@ -18,9 +18,12 @@ from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving import auth
-from rlhf_ray.serving.app import create_app
-from rlhf_ray.serving.auth import OPEN_ROUTES, presented_token, read_tokens, require_closed
+from rlhf_ray.serving.auth import OPEN_ROUTES, RateLimit, TokenFile, presented_token, read_tokens, require_closed
+from rlhf_ray.serving.refusals import Refusal
 
+from .services import Lengths, service
+
+KEYS = {"first-token-of-two": "ppo", "second-token-of-two": "key 2"}
 TOKENS = ("first-token-of-two", "second-token-of-two")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 COMMON_ROUTES = (
@@ -36,19 +39,16 @@ COMMON_ROUTES = (
 )
 
 
-class Down:
+class Down(Lengths):
     """A reward group that is gone."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         raise GroupError("reward", 0, "score", "its process died")
 
-    def describe(self) -> Mapping[str, Any]:
-        return {"model": "down"}
-
 
 @pytest.fixture
 def app(config: Callable[..., ServeConfig]) -> Starlette:
-    return create_app(Down(), config(), TOKENS)
+    return service(config(hold_s=0.0), Down(), keys=lambda: KEYS)
 
 
 def statuses(app: Starlette, asked: Sequence[tuple[str, str]], headers: dict[str, str] | None = None) -> list[int]:
@@ -85,7 +85,7 @@ def basic(user: str, password: str) -> str:
 def test_a_token_opens_as_bearer_and_as_password(app: Starlette, token: str, form: str) -> None:
     header = basic("x", token) if form == "basic" else form.format(token)
     asked = [("GET", "/info"), ("GET", "/metrics"), ("POST", "/get_reward"), ("GET", "/docs")]
-    assert statuses(app, asked, {"authorization": header}) == [200, 200, 400, 404]
+    assert statuses(app, asked, {"authorization": header}) == [200, 200, 400, 200]
 
 
 def test_a_client_that_only_knows_a_url_gives_the_token_in_it(app: Starlette) -> None:
@@ -132,7 +132,7 @@ def test_websockets_are_refused_too(app: Starlette) -> None:
 
 
 def test_without_tokens_everything_is_open(config: Callable[..., ServeConfig]) -> None:
-    assert statuses(create_app(Down(), config()), [("GET", "/info")]) == [200]
+    assert statuses(service(config(hold_s=0.0), Down()), [("GET", "/info")]) == [200]
 
 
 @pytest.mark.parametrize("token", [*TOKENS, "neither-of-the-two"])
@@ -161,8 +161,8 @@ def test_no_token_is_presented_where_there_is_none() -> None:
 def test_tokens_are_read_one_a_line_with_or_without_a_name(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"# ours\n{TOKENS[0]}\n\n  ppo:{TOKENS[1]}  \n")
-    assert read_tokens(str(file)) == TOKENS
-    assert read_tokens(None) == ()
+    assert read_tokens(str(file)) == {TOKENS[0]: "key 1", TOKENS[1]: "ppo"}
+    assert read_tokens(None) == {}
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,52 @@ def test_another_address_needs_a_token(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_this_machine_needs_none(host: str) -> None:
     require_closed(host, ())
+
+
+def test_a_changed_file_counts_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
+    file, now = tmp_path / "tokens", [0.0]
+    file.write_text(f"a:{TOKENS[0]}\n")
+    keys = TokenFile(str(file), clock=lambda: now[0])
+    assert keys() == {TOKENS[0]: "a"}
+    file.write_text(f"a:{TOKENS[0]}\nbee:{TOKENS[1]}\n")
+    now[0] += 1.0
+    assert keys() == {TOKENS[0]: "a", TOKENS[1]: "bee"}, "old and new open while callers change over"
+    file.write_text(f"bee:{TOKENS[1]}\n")
+    now[0] += 1.0
+    assert keys() == {TOKENS[1]: "bee"}
+    for content in ("", "bee:short\n"):
+        file.write_text(content)
+        now[0] += 1.0
+        assert keys() == {TOKENS[1]: "bee"}
+    file.unlink()
+    now[0] += 1.0
+    assert keys() == {TOKENS[1]: "bee"}
+
+
+def test_a_key_has_its_share_of_requests_and_no_other_pays_for_it() -> None:
+    now = [0.0]
+    limit = RateLimit(3, clock=lambda: now[0])
+    for _ in range(3):
+        limit.spend("a")
+    with pytest.raises(Refusal) as caught:
+        limit.spend("a")
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 5)
+    limit.spend("b")
+    now[0] += 20.0
+    limit.spend("a")
+    with pytest.raises(Refusal):
+        limit.spend("a")
+
+
+def test_a_limit_is_told_with_429_and_only_to_its_key(config: Callable[..., ServeConfig]) -> None:
+    app = service(config(requests_per_minute=1), Lengths(), keys=lambda: KEYS)
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            given = [TOKENS[0], TOKENS[0], TOKENS[1]]
+            headers = [{"authorization": f"Bearer {token}"} for token in given]
+            return [
+                (await client.post("/get_reward", json={"query": ["a"]}, headers=one)).status_code for one in headers
+            ]
+
+    assert asyncio.run(ask()) == [200, 429, 200]

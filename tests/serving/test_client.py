@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -23,8 +23,9 @@ from starlette.routing import Route
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards import AsyncRewardClient, RewardClient, ScoreRequest, ScoreResult
-from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.server import WebServer
+
+from .services import Lengths, service
 
 TOKEN = "a-token-that-is-long"
 REQUESTS = [
@@ -36,10 +37,11 @@ REQUESTS = [
 ]
 
 
-class Echo:
+class Echo(Lengths):
     """Scores an item by what it holds; refuses an empty text."""
 
     def __init__(self) -> None:
+        super().__init__("echo")
         self.asked: list[ScoreRequest] = []
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
@@ -51,9 +53,6 @@ class Echo:
             return ScoreResult.failed("the item is empty")
         result = ScoreResult.of(float(len(repr(request))), 7, truncated=request.truncate)
         return result.normalised(1.0, 2.0)
-
-    def describe(self) -> Mapping[str, Any]:
-        return {"model": "echo"}
 
 
 Score = Callable[..., list[ScoreResult]]
@@ -100,7 +99,7 @@ def backend() -> Echo:
 @pytest.fixture
 def address(backend: Echo, serve: Callable[[Starlette], WebServer], config: Callable[..., ServeConfig]) -> str:
     """A scoring backend behind a token."""
-    return serve(create_app(backend, config(), (TOKEN,))).address
+    return serve(service(config(), backend, keys=lambda: {TOKEN: "test"})).address
 
 
 def test_every_representation_gets_there_and_comes_back_in_order(score: Score, address: str, backend: Echo) -> None:
@@ -132,7 +131,7 @@ def test_the_token_is_shown_nowhere(score: Score, serve: Callable[..., WebServer
 def test_a_batch_beyond_the_servers_limit_is_an_error_that_tells_the_limit(
     score: Score, serve: Callable[..., WebServer], config: Callable[..., ServeConfig]
 ) -> None:
-    server = serve(create_app(Echo(), config(max_items=3)))
+    server = serve(service(config(max_items=3), Echo()))
     with pytest.raises(RequestError, match=r"413: .*5 items in one request, the limit is 3"):
         score(server.address, REQUESTS)
 
@@ -216,7 +215,7 @@ def test_an_answer_may_say_more(score: Score, serve: Callable[..., WebServer]) -
 
 def test_a_server_that_is_not_there_yet_is_waited_for(score: Score, config: Callable[..., ServeConfig]) -> None:
     server = WebServer("127.0.0.1", 0)
-    timer = threading.Timer(0.6, server.start, [create_app(Echo(), config())])
+    timer = threading.Timer(0.6, server.start, [service(config(), Echo())])
     timer.start()
     try:
         assert len(score(server.address, REQUESTS)) == len(REQUESTS)
@@ -267,6 +266,6 @@ def test_many_calls_at_once_share_a_pool(address: str, backend: Echo) -> None:
 
 
 def test_a_transport_of_ones_own_is_used(config: Callable[..., ServeConfig]) -> None:
-    app = create_app(Echo(), config())
+    app = service(config(), Echo())
     results = score_async("http://anywhere", ONE, transport=httpx.ASGITransport(app))
     assert len(results) == 1

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
@@ -18,14 +17,16 @@ import pytest
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.app import create_app
-from rlhf_ray.serving.server import WebServer
+from rlhf_ray.serving.server import MAX_HEADER_BYTES, WebServer
+
+from .services import Lengths, service
 
 
-class Slow:
+class Slow(Lengths):
     """Scores every item as 0.5 once it may."""
 
     def __init__(self) -> None:
+        super().__init__("slow")
         self.began, self.may = threading.Event(), threading.Event()
         self.scored: list[str | None] = []
 
@@ -35,9 +36,6 @@ class Slow:
         while not self.may.is_set():
             await asyncio.sleep(0.005)
         return [ScoreResult.of(0.5)] * len(requests)
-
-    def describe(self) -> dict[str, Any]:
-        return {"model": "slow"}
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def test_nothing_listens_before_start_and_then_the_address_answers(
 ) -> None:
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.address}/health")
-    server.start(create_app(Slow(), config()))
+    server.start(service(config(), Slow()))
     socket.create_connection(place(server)).close()  # at once: nothing is slow about this
     assert httpx.get(f"{server.address}/health").status_code == 200
 
@@ -66,7 +64,7 @@ def test_nothing_listens_before_start_and_then_the_address_answers(
 def test_nothing_answers_after_stop(config: Callable[..., ServeConfig]) -> None:
     before = threading.active_count()
     server = WebServer("127.0.0.1", 0)
-    server.start(create_app(Slow(), config()))
+    server.start(service(config(), Slow()))
     server.stop()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.address}/health")
@@ -96,7 +94,7 @@ def test_ipv6_is_written_as_addresses_are() -> None:
 
 def test_stop_lets_a_request_finish(config: Callable[..., ServeConfig]) -> None:
     backend, server = Slow(), WebServer("127.0.0.1", 0)
-    server.start(create_app(backend, config()))
+    server.start(service(config(), backend))
     with ThreadPoolExecutor(2) as pool:
         asking = pool.submit(httpx.post, f"{server.address}/get_reward", json={"query": ["a"]})
         assert backend.began.wait(5)
@@ -109,7 +107,7 @@ def test_stop_lets_a_request_finish(config: Callable[..., ServeConfig]) -> None:
 
 def test_a_client_that_hangs_up_is_not_scored(server: WebServer, config: Callable[..., ServeConfig]) -> None:
     backend = Slow()
-    server.start(create_app(backend, config()))
+    server.start(service(config(), backend))
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(httpx.post, f"{server.address}/get_reward", json={"query": ["busy"]})
         assert backend.began.wait(5)
@@ -117,8 +115,8 @@ def test_a_client_that_hangs_up_is_not_scored(server: WebServer, config: Callabl
         with socket.create_connection(place(server)) as leaving:
             head = f"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             leaving.sendall(head.encode() + body)
-            wait_for(server, "rlhf_scoring_waiting_items 1")
-        wait_for(server, "rlhf_scoring_waiting_items 0")
+            wait_for(server, "rlhf_scoring_waiting_items 1.0")
+        wait_for(server, "rlhf_scoring_waiting_items 0.0")
         backend.may.set()
         assert busy.result(timeout=10).status_code == 200
     assert backend.scored == ["busy"]
@@ -129,3 +127,32 @@ def wait_for(server: WebServer, line: str) -> None:
     while line not in (text := httpx.get(f"{server.address}/metrics").text):
         assert time.monotonic() < deadline, text
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_headers_that_do_not_arrive_are_not_waited_for(config: Callable[..., ServeConfig], begun: bytes) -> None:
+    server = WebServer("127.0.0.1", 0, header_timeout_s=0.3)
+    server.start(service(config(), Slow()))
+    try:
+        began = time.monotonic()
+        with socket.create_connection(place(server)) as slow:
+            slow.sendall(begun)
+            slow.settimeout(10)
+            assert slow.recv(100) == b""
+        assert 0.2 < time.monotonic() - began < 5
+        with httpx.Client(base_url=server.address) as client:  # a connection that idles between requests stays
+            assert client.get("/health").status_code == 200
+            time.sleep(0.6)
+            assert client.get("/health").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_headers_without_end_are_not_read(server: WebServer, config: Callable[..., ServeConfig]) -> None:
+    server.start(service(config(), Slow()))
+    with socket.create_connection(place(server)) as endless:
+        endless.settimeout(10)
+        endless.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                endless.sendall(b"x" * MAX_HEADER_BYTES)

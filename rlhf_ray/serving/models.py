@@ -1,0 +1,202 @@
+"""The models behind the service: each with its versions, its replicas and its queue.
+
+Always true: all items of a request are scored by one version; a new version takes new requests while the old one answers
+those it has, so that none is dropped; a batch whose reward group died is scored again, whole, once the group is back, for
+as long as requests are held; a score is never made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import CapacityError, GroupError, RlhfRayError
+from rlhf_ray.rewards.batcher import Batcher, Waiting
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.serving.metrics import Metrics
+from rlhf_ray.serving.refusals import Refusal
+
+TRIES_OF_A_BATCH = 3
+"""A batch that a group died of so often is given up: it may be what kills it."""
+SECONDS_BETWEEN_RESTARTS = 1.0
+
+
+class Backend(Protocol):
+    """What scores: one replica of a reward model."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        """One result a request, in order."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""
+
+    async def restart(self) -> None:
+        """Come back after a failure; raises the typed error where that fails."""
+
+    async def close(self) -> None:
+        """Free what it holds."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model's queue takes and how long it holds on."""
+
+    batch_tokens: int
+    queue_items: int
+    queue_tokens: int
+    hold_s: float
+
+
+class Version:
+    """One version of a model: its replicas, and the queue in front of them."""
+
+    def __init__(
+        self, model: str, name: str, backends: Sequence[Backend], limits: Limits, metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.model, self.name, self.backends = model, name, tuple(backends)
+        self.last_score = -math.inf
+        self._limits, self._metrics, self._clock = limits, metrics, clock
+        self.batcher = Batcher(
+            *(lambda requests, backend=backend: self._held(backend, requests) for backend in self.backends),
+            max_tokens=limits.batch_tokens,
+            max_items=limits.queue_items,
+            max_queue_tokens=limits.queue_tokens,
+            on_batch=self._leaves_the_queue,
+        )
+
+    def _leaves_the_queue(self, batch: Sequence[Waiting]) -> None:
+        self._metrics.batch(batch, time.monotonic())
+
+    async def _held(self, backend: Backend, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        """Results of one batch; where the group fails, those of another attempt once it is back."""
+        deadline = self._clock() + self._limits.hold_s
+        for attempt in range(1, TRIES_OF_A_BATCH + 1):
+            try:
+                return await self._forward(backend, requests)
+            except GroupError as error:
+                get_logger("serving").error("%s: %s", self.model, error)
+                if attempt == TRIES_OF_A_BATCH or self._limits.hold_s == 0:
+                    raise
+                await self.restart(backend, deadline)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _forward(self, backend: Backend, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        began = self._clock()
+        results = await backend.score(requests)
+        ended = self._clock()
+        if any(result.error is None for result in results):
+            self.last_score = ended
+        tokens = sum(result.tokens for result in results)
+        self._metrics.forward(self.model, items=len(results), tokens=tokens, seconds=ended - began)
+        return results
+
+    async def restart(self, backend: Backend, deadline: float) -> None:
+        """Bring a replica back; raises what it failed of where that does not work before ``deadline``."""
+        while True:
+            self._metrics.restarts.labels(self.model).inc()
+            try:
+                async with asyncio.timeout(max(deadline - self._clock(), 0.0)):
+                    await backend.restart()
+            except (GroupError, CapacityError) as error:
+                if self._clock() + SECONDS_BETWEEN_RESTARTS >= deadline:
+                    raise
+                get_logger("serving").error(
+                    "%s: the reward group does not come back (%s): trying again", self.model, error
+                )
+                await asyncio.sleep(SECONDS_BETWEEN_RESTARTS)
+            except TimeoutError:
+                raise GroupError("reward", None, "restart", "it did not come back in time") from None
+            else:
+                get_logger("serving").info("%s: the reward group is back", self.model)
+                return
+
+    async def close(self) -> None:
+        """Answer what waits, then free the replicas."""
+        await self.batcher.drained()
+        for backend in self.backends:
+            await backend.close()
+
+
+class ServedModel:
+    """One model under a name, in its newest version."""
+
+    def __init__(
+        self,
+        name: str,
+        backends: Sequence[Backend],
+        limits: Limits,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._limits, self._metrics, self.clock = limits, metrics, clock
+        self._count = 0
+        self._closing: set[asyncio.Task[None]] = set()
+        self.current = self._version(backends)
+
+    def _version(self, backends: Sequence[Backend]) -> Version:
+        self._count += 1
+        return Version(self.name, str(self._count), backends, self._limits, self._metrics, self.clock)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The newest version."""
+        return {**self.current.backends[0].describe(), "version": self.current.name}
+
+    @property
+    def names(self) -> set[str]:
+        """What requests may call it."""
+        return {self.name, str(self.current.backends[0].describe()["model"])}
+
+    def replace(self, backends: Sequence[Backend]) -> asyncio.Task[None]:
+        """Serve a new version from now on; the task ends when the old one has answered all it had, and is gone."""
+        old, self.current = self.current, self._version(backends)
+        self._metrics.reloads.labels(self.name).inc()
+        get_logger("serving").info("%s: version %s takes requests from now on", self.name, self.current.name)
+        closing = asyncio.get_running_loop().create_task(old.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return closing
+
+    async def ready(self, within_s: float) -> bool:
+        """Whether it gave a score within so many seconds; asks for one where nobody did."""
+        version = self.current
+        if self.clock() - version.last_score <= within_s:
+            return True
+        try:
+            (result,) = await version.batcher.score([ScoreRequest(token_ids=(0,))], urgent=True)
+        except RlhfRayError:
+            return False
+        return result.error is None
+
+
+class Models:
+    """All models of a service; the first is meant where a request names none."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.all = tuple(models)
+
+    def named(self, name: str | None) -> ServedModel:
+        """The model that a request asks for."""
+        if name is None:
+            return self.all[0]
+        found = next((model for model in self.all if name in model.names), None)
+        if found is None:
+            known = ", ".join(sorted(set().union(*(model.names for model in self.all))))
+            raise Refusal("unknown_model", f"no such model is served here: {known}")
+        return found
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait for a forward, of all models."""
+        return sum(model.current.batcher.waiting for model in self.all)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """About how many tokens they have."""
+        return sum(model.current.batcher.waiting_tokens for model in self.all)

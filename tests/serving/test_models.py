@@ -1,0 +1,163 @@
+"""All items of a request are scored by one version; a new version drops no request; a batch whose group died is scored
+again, whole, once the group is back; what does not come back is an error, never a made-up score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.errors import GroupError
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.serving.metrics import Metrics
+from rlhf_ray.serving.models import TRIES_OF_A_BATCH, Limits, ServedModel
+
+from .services import Lengths
+
+MakeConfig = Callable[..., ServeConfig]
+
+
+class Mortal(Lengths):
+    """Dies at the forwards that ``deaths`` numbers, and stays dead until restarted; some restarts fail."""
+
+    def __init__(self, deaths: Sequence[int] = (), failing_restarts: int = 0, plus: float = 0.0) -> None:
+        super().__init__("mortal", plus)
+        self.deaths, self.failing = set(deaths), failing_restarts
+        self.forwards, self.restarts, self.alive = 0, 0, True
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        self.forwards += 1
+        self.alive &= self.forwards not in self.deaths
+        await self.gate.wait()
+        if not self.alive:
+            raise GroupError("reward", 0, "score", "its process died")
+        return await super().score(requests)
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        await asyncio.sleep(0)
+        if self.restarts <= self.failing:
+            raise GroupError("reward", 0, "setup", "no room")
+        self.alive = True
+
+
+def served(*backends: Mortal, hold_s: float = 100.0, batch_tokens: int = 8) -> ServedModel:
+    limits = Limits(batch_tokens=batch_tokens, queue_items=1000, queue_tokens=10_000, hold_s=hold_s)
+    return ServedModel("reward", backends, limits, Metrics())
+
+
+def items(*lengths: int) -> list[ScoreRequest]:
+    return [ScoreRequest(token_ids=(7,) * length) for length in lengths]
+
+
+async def score(model: ServedModel, *lengths: int) -> list[float | None]:
+    return [result.raw for result in await model.current.batcher.score(items(*lengths))]
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_twenty_deaths_lose_no_reward_and_make_none_up() -> None:
+    async def run() -> tuple[list[list[float | None]], Mortal]:
+        backend = Mortal(deaths=range(2, 61, 3))
+        model = served(backend)
+        asked = [(1 + i % 5, 1 + i % 3) for i in range(200)]
+        answers = await asyncio.gather(*(score(model, *lengths) for lengths in asked))
+        assert answers == [[float(length) for length in lengths] for lengths in asked]
+        return answers, backend
+
+    _, backend = asyncio.run(asyncio.wait_for(run(), timeout=60))
+    assert backend.restarts == 20, "every death was met by one restart"
+
+
+def test_a_group_that_comes_back_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ray.serving.models.SECONDS_BETWEEN_RESTARTS", 0.01)
+
+    async def run() -> Mortal:
+        backend = Mortal(deaths=[1], failing_restarts=3)
+        assert await score(served(backend), 3) == [3.0]
+        return backend
+
+    assert asyncio.run(run()).restarts == 4
+
+
+@pytest.mark.parametrize("hold_s", [0.0, 0.05])
+def test_a_group_that_does_not_come_back_is_an_error_within_the_time(hold_s: float) -> None:
+    async def run() -> None:
+        model = served(Mortal(deaths=[1], failing_restarts=10**6), hold_s=hold_s)
+        with pytest.raises(GroupError):
+            await asyncio.wait_for(score(model, 3), timeout=5)
+
+    asyncio.run(run())
+
+
+def test_a_restart_that_hangs_ends_with_the_time() -> None:
+    class Hanging(Mortal):
+        async def restart(self) -> None:
+            await asyncio.sleep(60)
+
+    async def run() -> None:
+        with pytest.raises(GroupError, match="did not come back in time"):
+            await asyncio.wait_for(score(served(Hanging(deaths=[1]), hold_s=0.05), 3), timeout=5)
+
+    asyncio.run(run())
+
+
+def test_a_batch_that_kills_every_group_is_given_up_and_others_go_on() -> None:
+    async def run() -> list[float | None]:
+        backend = Mortal(deaths=range(1, TRIES_OF_A_BATCH + 1))
+        model = served(backend)
+        with pytest.raises(GroupError, match="its process died"):
+            await score(model, 3)
+        await backend.restart()
+        return await score(model, 4)
+
+    assert asyncio.run(run()) == [4.0]
+
+
+def test_the_other_replica_works_on_while_one_restarts() -> None:
+    async def run() -> None:
+        dead, alive = Mortal(deaths=[1]), Mortal()
+        back = asyncio.Event()
+
+        async def restart() -> None:
+            await back.wait()
+            dead.alive = True
+
+        dead.restart = restart  # type: ignore[method-assign]
+        model = served(dead, alive, batch_tokens=1)
+        first = asyncio.create_task(score(model, 1))
+        await turns()
+        assert await asyncio.wait_for(score(model, 1, 1, 1), timeout=5) == [1.0] * 3
+        assert not first.done()
+        back.set()
+        assert await asyncio.wait_for(first, timeout=5) == [1.0]
+
+    asyncio.run(run())
+
+
+def test_a_new_version_takes_new_requests_and_the_old_one_answers_its_own() -> None:
+    async def run() -> None:
+        old, new = Mortal(), Mortal(plus=100.0)
+        old.gate.clear()
+        model = served(old, batch_tokens=2)
+        before = [asyncio.create_task(score(model, 1, 1, 1, 1)) for _ in range(5)]
+        await turns()
+        closing = model.replace([new])
+        assert (model.describe()["version"], model.current.name) == ("2", "2")
+        after = await score(model, 1, 1)
+        assert after == [101.0, 101.0]
+        assert not closing.done() and not old.closed, "the old one still has requests"
+        old.gate.set()
+        assert await asyncio.gather(*before) == [[1.0] * 4] * 5, "no request was dropped, or scored by two versions"
+        await asyncio.wait_for(closing, timeout=5)
+        assert old.closed and not new.closed
+
+    asyncio.run(run())
