@@ -1,0 +1,36 @@
+"""``rlhf-ray score MODEL --input F --output F``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(commands: Any) -> None:
+    """Add this verb."""
+    command = commands.add_parser("score", help="score a file of items with a reward model")
+    command.add_argument("model", help="a directory or hub id of a reward model")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
+    )
+    command.add_argument(
+        "--input", required=True, type=Path, help="rows with token_ids, text, messages, or prompt, response"
+    )
+    command.add_argument("--output", required=True, type=Path, help="a .jsonl file: the rows, each with its score")
+    command.add_argument(
+        "--truncate", action="store_true", help="cut what is too long from the left instead of refusing it"
+    )
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Check, score, say what has no score."""
+    import json
+
+    from rlhf_ray.config.loading import load_config
+    from rlhf_ray.launch.score import score
+
+    model = f"reward.model.path={json.dumps(given.model)}"
+    config = load_config("serve", [model, "run.name=score", *given.overrides], kind="serve", files=True)
+    return score(config, given.input, given.output, truncate=given.truncate)

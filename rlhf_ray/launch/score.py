@@ -1,0 +1,74 @@
+"""``rlhf-ray score``: score a file of items with a reward model, on Ray or with a service that runs.
+
+Always true: the same command goes on with what was interrupted; the exit code is 0 only when every row has its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.config.files import hub_ids
+from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import EXIT_DONE
+from rlhf_ray.pending import Pending
+from rlhf_ray.planning.capacity import needed
+from rlhf_ray.rewards.offline import Output, input_identity, score_file
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.source import Scorer
+
+ROWS_PER_CALL = 512
+
+
+def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) -> int:
+    """Score every row of ``source`` with ``config.reward`` into ``target``."""
+    model = config.reward.model
+    about = {
+        "model": model.model_dump(),
+        "files": _files(model.path),
+        "max_tokens": config.max_tokens,
+        "truncate": truncate,
+    }
+    output = Output(target, {**input_identity(source), **about})
+    if output.done:
+        get_logger().info("%s: %d rows are scored already, going on after them", target, output.done)
+    with Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config))) as cluster:
+        scorer = _load(cluster, config)
+        failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
+    if failed:
+        get_logger().warning("%s: %d rows have an error instead of a score", target, failed)
+    return EXIT_DONE
+
+
+def _files(model: str | None) -> Mapping[str, Any]:
+    """What tells the model's files from other ones under the same name, without reading them."""
+    directory = Path(model or "")
+    files = sorted(directory.iterdir()) if model and directory.is_dir() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _load(cluster: Cluster, config: ServeConfig) -> Scorer:
+    from rlhf_ray.actors.groups import RewardGroup
+    from rlhf_ray.actors.workers import WorkerSetup
+
+    role = config.reward
+    group = RewardGroup(cluster.start("reward", role.ranks, role.resources))
+    setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
+    group.setup(setup, timeout_s=config.cluster.start_timeout_s).result()
+    return _Normalising(group, group.describe().result())
+
+
+class _Normalising:
+    """A reward group whose results are normalised too, where the model's directory says how."""
+
+    def __init__(self, group: Any, described: Mapping[str, Any]) -> None:
+        mean, std = described["mean"], described["std"]
+        self._group, self._statistics = group, (0.0, 1.0) if mean is None else (mean, std)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
+        """One result a request, in order."""
+        scored: Pending[list[ScoreResult]] = self._group.score(requests)
+        return scored.then(lambda results: [result.normalised(*self._statistics) for result in results])

@@ -1,0 +1,161 @@
+"""Files of items in, files of scores out.
+
+Always true: the output holds one line for each row of the input, in its order, with the row's own columns and its score or
+error; what was interrupted goes on where the last whole line ends, and only over the same input with the same model; a
+finished file is never written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rlhf_ray.config.formats import raw_rows
+from rlhf_ray.console import progress
+from rlhf_ray.errors import DataError, RequestError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.source import Scorer
+from rlhf_ray.storage import storage_errors, write_file
+
+SCORE = "score"
+"""The column that is added to each row."""
+COLUMNS = ("token_ids", "text", "messages", "prompt", "response")
+AHEAD = 2
+"""Chunks that are with the model at a time, so that it never waits for the file."""
+
+
+class Output:
+    """A file of scores that grows line by line, and beside it what it is the scores of, until it is whole."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._about = path.with_name(path.name + ".unfinished")
+        self._identity = json.dumps(identity, sort_keys=True)
+        self.done = self._begun()
+
+    def _begun(self) -> int:
+        """How many whole lines are there already."""
+        if not self._about.exists():
+            if self.path.exists():
+                raise RequestError(f"{self.path} exists and is finished: remove it, or give another --output")
+            return 0
+        if self._about.read_text("utf-8") != self._identity:
+            raise RequestError(
+                f"{self.path} was begun with another input, model or limit ({self._about.name} says which): give the same "
+                "again to go on with it, or remove both files"
+            )
+        if not self.path.exists():
+            return 0
+        with storage_errors(self.path), self.path.open("r+b") as file:
+            lines, whole = 0, 0
+            for line in file:
+                if line.endswith(b"\n"):
+                    lines, whole = lines + 1, whole + len(line)
+            file.truncate(whole)
+        return lines
+
+    def __enter__(self) -> Output:
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self._about, self._identity)
+            self._file: BinaryIO = self.path.open("ab")
+        return self
+
+    def write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[ScoreResult]) -> None:
+        """Add lines, on disk when this returns."""
+        lines = [
+            json.dumps({**row, SCORE: asdict(result)}, ensure_ascii=False, allow_nan=False)
+            for row, result in zip(rows, results, strict=True)
+        ]
+        with storage_errors(self.path):
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Say that it is whole."""
+        with storage_errors(self.path):
+            self._about.unlink()
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def input_identity(path: Path) -> Mapping[str, Any]:
+    """What tells an input from another: size and hash of a file."""
+    if not path.is_file():
+        raise RequestError(f"{path} is no file: name a file of rows, such as items.jsonl")
+    with path.open("rb") as file:
+        return {"input": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def score_file(source: Path, output: Output, scorer: Scorer, *, chunk: int, truncate: bool = False) -> int:
+    """Score what the output lacks of ``source``; returns how many rows have an error in this run."""
+    failed = 0
+    with output:
+        rows = islice(_rows(source), output.done, None)
+        for chunk_rows, results in _ahead(rows, scorer, chunk, truncate):
+            output.write(chunk_rows, results)
+            failed += sum(result.error is not None for result in results)
+    output.finish()
+    return failed
+
+
+def _rows(source: Path) -> Iterator[Mapping[str, Any]]:
+    for where, row in progress(raw_rows(source), "rows read"):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: a row must be an object with columns, not {type(row).__name__}")
+        if SCORE in row:
+            raise DataError(f"{where}: there is a column {SCORE!r} already, where the score is to stand: rename it")
+        yield row
+
+
+def _ahead(
+    rows: Iterator[Mapping[str, Any]], scorer: Scorer, chunk: int, truncate: bool
+) -> Iterator[tuple[tuple[Mapping[str, Any], ...], list[ScoreResult]]]:
+    """Chunks with their results, in order, while the next ones are with the model."""
+    waiting: deque[tuple[tuple[Mapping[str, Any], ...], Pending[list[ScoreResult]]]] = deque()
+    while chunk_rows := tuple(islice(rows, chunk)):
+        waiting.append((chunk_rows, _score(chunk_rows, scorer, truncate)))
+        if len(waiting) >= AHEAD:
+            done, pending = waiting.popleft()
+            yield done, pending.result()
+    while waiting:
+        done, pending = waiting.popleft()
+        yield done, pending.result()
+
+
+def _score(rows: Sequence[Mapping[str, Any]], scorer: Scorer, truncate: bool) -> Pending[list[ScoreResult]]:
+    items = [row_item(row, truncate=truncate) for row in rows]
+    requests = [item for item in items if isinstance(item, ScoreRequest)]
+
+    def in_order(results: list[ScoreResult]) -> list[ScoreResult]:
+        scored = iter(results)
+        return [next(scored) if isinstance(item, ScoreRequest) else item for item in items]
+
+    return scorer.score(requests).then(in_order) if requests else Pending.done(in_order([]))
+
+
+def row_item(row: Mapping[str, Any], *, truncate: bool = False) -> ScoreRequest | ScoreResult:
+    """What a row asks to be scored, by the columns of ``/v1/reward``'s items; its failed result where that is nothing."""
+    given: dict[str, Any] = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    try:
+        if "token_ids" in given:
+            given["token_ids"] = tuple(map(int, given["token_ids"]))
+        if "messages" in given:
+            given["messages"] = tuple(
+                {"role": str(turn["role"]), "content": str(turn["content"])} for turn in given["messages"]
+            )
+        return ScoreRequest(**given, truncate=truncate)
+    except RequestError as error:
+        return ScoreResult.failed(str(error))
+    except (TypeError, ValueError, KeyError) as error:
+        return ScoreResult.failed(f"token_ids or messages are not of their form ({type(error).__name__})")

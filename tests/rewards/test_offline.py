@@ -1,0 +1,142 @@
+"""One line for each row, in order, with its own columns and its score or error; what was interrupted goes on where the last
+whole line ends, over the same input only; a finished file is never written over.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import DataError, GroupError, RequestError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.offline import AHEAD, Output, input_identity, row_item, score_file
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+ROWS: list[dict[str, Any]] = [
+    {"text": "abc", "mine": 1},
+    {"prompt": "a", "response": "bcde", "mine": None},
+    {"mine": "nothing to score"},
+    {"messages": TURNS},
+    {"token_ids": [1, 2]},
+    {"token_ids": ["x"]},
+    {"text": "ünï"},
+]
+SCORES = [3.0, 5.0, None, 3.0, 2.0, None, 3.0]
+
+
+class Lengths:
+    """Scores an item as its length; dies at its ``dies``-th call."""
+
+    def __init__(self, dies: int | None = None) -> None:
+        self.calls, self.dies, self.pending, self.most = 0, dies, 0, 0
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
+        self.calls += 1
+        self.pending += 1
+        self.most = max(self.most, self.pending)
+        call = self.calls
+
+        def wait() -> list[ScoreResult]:
+            self.pending -= 1
+            if call == self.dies:
+                raise GroupError("reward", 0, "score", "its process died")
+            return [ScoreResult.of(float(self._length(request))) for request in requests]
+
+        return Pending(wait)
+
+    def _length(self, request: ScoreRequest) -> int:
+        if request.token_ids is not None:
+            return len(request.token_ids)
+        texts = [turn["content"] for turn in request.messages] if request.messages else [t for _, t in request.texts()]
+        return sum(map(len, texts))
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return path
+
+
+def run(source: Path, target: Path, scorer: Lengths, *, chunk: int = 2, **about: Any) -> int:
+    return score_file(source, Output(target, {**input_identity(source), **about}), scorer, chunk=chunk)
+
+
+def scores(target: Path) -> list[float | None]:
+    return [json.loads(line)["score"]["raw"] for line in target.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_every_row_has_its_line_with_its_columns_and_its_score(tmp_path: Path, name: str, chunk: int) -> None:
+    target = tmp_path / "out" / "scores.jsonl"
+    scorer = Lengths()
+    assert run(write(tmp_path / name, ROWS), target, scorer, chunk=chunk) == 2
+    assert scores(target) == SCORES
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [{key: value for key, value in line.items() if key != "score"} for line in lines] == ROWS
+    assert [bool(line["score"]["error"]) for line in lines] == [score is None for score in SCORES]
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    assert scorer.most <= AHEAD
+
+
+@pytest.mark.parametrize("dies", [1, 2, 3])
+@pytest.mark.parametrize("torn", [0, 1, 20])
+def test_what_was_interrupted_goes_on_after_its_last_whole_line(tmp_path: Path, dies: int, torn: int) -> None:
+    source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "scores.jsonl"
+    with pytest.raises(GroupError):
+        run(source, target, Lengths(dies))
+    before = target.read_bytes()
+    target.write_bytes(before[: max(len(before) - torn, 0)])
+    whole = before[: max(len(before) - torn, 0)].count(b"\n")
+    again = Lengths()
+    run(source, target, again)
+    assert scores(target) == SCORES
+    assert again.calls <= -(-(len(ROWS) - whole) // 2), "what was scored is not scored again"
+
+
+def test_another_input_or_model_does_not_go_on(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "scores.jsonl"
+    with pytest.raises(GroupError):
+        run(source, target, Lengths(2), model="one")
+    with pytest.raises(RequestError, match="was begun with another input, model or limit"):
+        run(source, target, Lengths(), model="two")
+    with pytest.raises(RequestError, match="was begun with another"):
+        run(write(source, ROWS[1:]), target, Lengths(), model="one")
+
+
+def test_a_finished_file_is_not_written_over(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "scores.jsonl"
+    run(source, target, Lengths())
+    kept = target.read_bytes()
+    with pytest.raises(RequestError, match="exists and is finished"):
+        run(source, target, Lengths())
+    assert target.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([{"text": "a", "score": 1}], "rename it"), ([[1]], "must be an object")]
+)
+def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path: Path, rows: list[Any], message: str) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"text": "a"}, *rows])
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: .*{message}"):
+        run(source, tmp_path / "scores.jsonl", Lengths())
+
+
+def test_a_missing_input_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="is no file"):
+        input_identity(tmp_path / "absent")
+
+
+def test_a_row_asks_as_an_item_of_the_service_does() -> None:
+    assert row_item({"text": "a", "prompt": None, "other": 1}, truncate=True) == ScoreRequest(text="a", truncate=True)
+    both = row_item({"text": "a", "token_ids": [1]})
+    assert isinstance(both, ScoreResult) and "exactly one of" in str(both.error)
