@@ -115,6 +115,11 @@ class Batcher:
         return self._urgent.items + self._ordinary.items
 
     @property
+    def full(self) -> bool:
+        """Whether not even one more item would be taken."""
+        return self.waiting >= self._max_items
+
+    @property
     def waiting_tokens(self) -> int:
         """About how many tokens they have."""
         return self._urgent.tokens + self._ordinary.tokens

@@ -77,6 +77,7 @@ class ScoringApp:
 
     async def _answer(self, protocol: Protocol, http: Request, began: float, span: Any) -> Response:
         self.rate.spend(caller_of(http))
+        self.models.refuse_when_full()
         asked = protocol.read(await self.bodies.json(http))
         read = time.monotonic()
         scored = await self.core.score(http, asked)

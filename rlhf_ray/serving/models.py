@@ -191,6 +191,11 @@ class Models:
             raise Refusal("unknown_model", f"no such model is served here: {known}")
         return found
 
+    def refuse_when_full(self) -> None:
+        """Refuse a request whose body nobody has read yet, where no queue has a place: that is what costs least."""
+        if all(model.current.batcher.full for model in self.all):
+            raise Refusal("overloaded", f"{self.waiting} items are waiting, as many as the queue holds: try again")
+
     @property
     def waiting(self) -> int:
         """Items that wait for a forward, of all models."""

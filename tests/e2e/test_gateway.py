@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from rlhf_ray import environment
@@ -53,11 +54,9 @@ def address(models: tuple[Path, Path]) -> Iterator[str]:
 
 
 def reward_processes() -> list[int]:
-    """Process ids of the reward ranks that live, as Ray knows them."""
-    from ray.util.state import list_actors
-
-    actors = list_actors(filters=[("class_name", "=", "RewardModelActor"), ("state", "=", "ALIVE")])
-    return [actor.pid for actor in actors]
+    """Process ids of the reward ranks that live: this process started their Ray."""
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if "RewardModelActor" in " ".join(child.cmdline())]
 
 
 def ask(address: str, text: str) -> float:
@@ -85,7 +84,9 @@ def test_a_job_of_the_cluster_scores_by_name(address: str, models: tuple[Path, P
     reference = Reference(models[0])
     scorer = ServedScorer("gateway-test")
     results = scorer.score([ScoreRequest(text=text) for text in TEXTS[:3]]).result()
-    assert [result.raw for result in results] == [pytest.approx(reference.of_text(text), abs=1e-5) for text in TEXTS[:3]]
+    assert [result.raw for result in results] == [
+        pytest.approx(reference.of_text(text), abs=1e-5) for text in TEXTS[:3]
+    ]
     assert scorer.describe()["model"] == str(models[0])
     with pytest.raises(RequestError, match="no such model is served here"):
         ServedScorer("gateway-test", "absent").score([ScoreRequest(text="a")]).result()

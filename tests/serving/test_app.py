@@ -332,7 +332,7 @@ def test_overload_is_answered_while_the_model_is_busy(group: RewardGroup, config
 
     refused, answered = ask(service(settings, gated), crowd)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-    assert "2 items are waiting and the queue holds 2" in refused.json()["error"]
+    assert "2 items are waiting, as many as the queue holds" in refused.json()["error"]
     assert [response.status_code for response in answered] == [200, 200]
     assert [request.text for request in gated.scored] == ["a", "b", "c"]
 

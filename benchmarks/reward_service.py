@@ -1,0 +1,111 @@
+"""A reward model of a made shape: as a group in this process, and as a service at a port, for parts that measure serving.
+
+Always true: the service is the app that ``rlhf-ray serve`` puts behind its port, over the worker of its ranks; only Ray is
+left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.actors.ranks import InProcessRanks
+from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.config.schema import ModelConfig, ResourcesConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.models import make_model, save_pretrained
+from rlhf_ray.models.regression import make_head, wrap_backbone
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.serving.app import create_app
+from rlhf_ray.serving.backend import GroupBackend
+from rlhf_ray.serving.core import limits_of
+from rlhf_ray.serving.metrics import Metrics
+from rlhf_ray.serving.models import Backend, Models, ServedModel
+from rlhf_ray.serving.server import WebServer
+
+VOCABULARY = 4096
+
+
+def save_model(directory: Path, shape: str) -> Path:
+    """A reward model with a tokenizer of single bytes: items come as ids."""
+    letters = {letter: number for number, letter in enumerate(("<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())))}
+    inner = Tokenizer(models.BPE(letters, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    backbone = make_model(shape, VOCABULARY, seed=0, pad_token_id=0)
+    head = make_head(backbone.base_model, "inv_sqrt", 0)
+    model = wrap_backbone(
+        backbone.base_model, head, "reward", attention="auto", strict_attention=False, head_origin="fresh"
+    )
+    save_pretrained(model, tokenizer, directory, metadata={})
+    return directory
+
+
+def role_of(directory: Path, *, threads: int) -> RoleConfig:
+    """The model as a role, in bf16."""
+    resources = ResourcesConfig(threads_per_rank=threads)
+    return RoleConfig(model=ModelConfig(path=str(directory), dtype="bf16"), resources=resources)
+
+
+def load_group(role: RoleConfig, *, max_batch_tokens: int) -> RewardGroup:
+    """The model's only rank, in this process."""
+    group = RewardGroup(InProcessRanks("reward", RewardWorker()))
+    group.setup(WorkerSetup(role, seed=0, max_tokens=max_batch_tokens), timeout_s=600.0).result()
+    return group
+
+
+class Instant:
+    """A model that costs nothing: what is left is the transport."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        return [ScoreResult.of(0.5, len(request.token_ids or ())) for request in requests]
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"model": "instant"}
+
+    async def restart(self) -> None:
+        raise AssertionError("it does not fail")
+
+    async def close(self) -> None:
+        """It holds nothing."""
+
+
+class Service:
+    """A running service: where it is, and what it counts."""
+
+    def __init__(self, server: WebServer, metrics: Metrics, models: Models) -> None:
+        self.host, port = server.address.removeprefix("http://").rsplit(":", 1)
+        self.port = int(port)
+        self.metrics, self.models = metrics, models
+
+
+@contextmanager
+def serving(
+    role: RoleConfig, backend: Callable[[ServeConfig], Backend] | RewardGroup, **settings: Any
+) -> Iterator[Service]:
+    """The app at a free port of this machine."""
+    config = ServeConfig(kind="serve", run=RunConfig(name="load"), reward=role, port=0, **settings)
+    if isinstance(backend, RewardGroup):
+        scoring: Backend = GroupBackend(backend, role.model, normalize=False)
+    else:
+        scoring = backend(config)
+    metrics = Metrics()
+    models = Models([ServedModel(config.name, [scoring], limits_of(config), metrics)])
+    server = WebServer(config.host, config.port)
+    server.start(create_app(models, config, metrics))
+    try:
+        yield Service(server, metrics, models)
+    finally:
+        server.stop()
+
+
+def bodies(sequences: Sequence[Sequence[int]], items: int) -> list[str]:
+    """Bodies of ``/v1/reward`` with so many items each."""
+    asked = [{"token_ids": list(sequence)} for sequence in sequences]
+    return [json.dumps({"items": asked[start : start + items]}) for start in range(0, len(asked), items)]
