@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from rlhf_ray import __version__, environment
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, RlhfRayError
 
-COMMANDS = ("train", "check", "plan", "submit", "resume", "status", "report", "serve", "score", "export", "doctor", "demo")
+COMMANDS = (
+    "train",
+    "check",
+    "plan",
+    "submit",
+    "resume",
+    "status",
+    "report",
+    "serve",
+    "score",
+    "export",
+    "doctor",
+    "demo",
+)
 
 EPILOG = "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed"
 
