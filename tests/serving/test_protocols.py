@@ -101,6 +101,8 @@ EXCHANGES: list[tuple[str, str, dict[str, Any], list[ScoreRequest], Any]] = [
      [ScoreRequest(text="abc"), ScoreRequest(text="d")], OPENRLHF),
     ("verl with vLLM", "/classify", {"model": "lengths", "input": "abc", "activation": False},
      [text("abc")], listing(classified(3.0), 3)),
+    ("verl 0.9 with vLLM", "/classify", {"model": "lengths", "input": "abc", "use_activation": False},
+     [text("abc")], listing(classified(3.0), 3)),
     ("verl with SGLang", "/v1/embeddings", {"model": "lengths", "input": "abc"}, [text("abc")], listing(embedded([3.0]), 3)),
     ("vLLM, activation", "/classify", {"input": ["abc", "d"], "use_activation": True},
      [text("abc"), text("d")], listing(classified(sigmoid(3.0), sigmoid(1.0)), 4)),

@@ -1,0 +1,73 @@
+"""Runs in the clients' environment: asks a service through one client, as its project does, and prints the scores."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+from itertools import cycle
+from types import SimpleNamespace
+
+
+def with_token(address: str, token: str) -> str:
+    """The address for clients that take nothing else."""
+    return address.replace("http://", f"http://x:{token}@")
+
+
+def openrlhf(address: str, token: str, texts: list[str]) -> list[float]:
+    """OpenRLHF's executor, which posts one sample a request; its file is loaded without the rest of the package."""
+    sys.modules["openrlhf.utils.logging_utils"] = SimpleNamespace(init_logger=logging.getLogger)
+    package = importlib.util.find_spec("openrlhf")
+    spec = importlib.util.spec_from_file_location("agent", f"{package.submodule_search_locations[0]}/utils/agent.py")
+    agent = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agent)
+    executor = agent.SingleTurnAgentExecutor.__new__(agent.SingleTurnAgentExecutor)
+    executor.reward_endpoints = [f"{with_token(address, token)}/get_reward"]
+    executor._reward_endpoint_cycle = cycle(executor.reward_endpoints)
+
+    async def run() -> list[float]:
+        calls = (executor._fetch_rewards_via_http([text], [text], [None]) for text in texts)
+        return [answer[0]["rewards"][0] for answer in await asyncio.gather(*calls)]
+
+    return asyncio.run(run())
+
+
+def openai(address: str, token: str, texts: list[str]) -> list[float]:
+    """openai's client, which asks for base64 by itself."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{address}/v1", api_key=token)
+    answer = client.embeddings.create(model="reward", input=texts, encoding_format="float")
+    return [row.embedding[0] for row in answer.data]
+
+
+def openai_base64(address: str, token: str, texts: list[str]) -> list[float]:
+    """The same in base64, which it asks for by itself where nothing is said."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{address}/v1", api_key=token)
+    assert client.models.list().data[0].id
+    return [row.embedding[0] for row in client.embeddings.create(model="reward", input=texts).data]
+
+
+def huggingface_hub(address: str, token: str, texts: list[str]) -> list[float]:
+    """Hugging Face's client, which is what text-embeddings-inference's page shows, at its route of predictions."""
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(model=f"{address}/predict", token=token)
+    return [client.text_classification(text)[0].score for text in texts]
+
+
+def curl(address: str, token: str, texts: list[str]) -> list[float]:
+    """curl, as anybody types it."""
+    body = json.dumps({"query": texts})
+    command = ["curl", "-sSf", "-H", f"Authorization: Bearer {token}", "-d", body, f"{address}/get_reward"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["rewards"]
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    print(json.dumps(globals()[asked["client"]](asked["address"], asked["token"], asked["texts"])))
