@@ -28,6 +28,7 @@ bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part for one 
 
 parity: setup  ## compare with independent implementations, each in an environment of its own
 	@$(PYTHON_BIN) -m tests.parity.run
+	@$(PYTHON_BIN) -m tests.parity.clients
 
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign

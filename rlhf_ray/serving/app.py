@@ -28,6 +28,7 @@ from rlhf_ray.serving.models import Models
 from rlhf_ray.serving.openapi import document, page
 from rlhf_ray.serving.protocol import Protocol
 from rlhf_ray.serving.protocols import PROTOCOLS
+from rlhf_ray.serving.protocols.tei import info_keys
 from rlhf_ray.serving.refusals import Refusal, plain
 from rlhf_ray.serving.tracing import NoTracer, Tracer
 
@@ -120,7 +121,7 @@ class ScoringApp:
         limits = {"items": self.core.max_items, "body_bytes": self.config.max_body_bytes}
         activation = "raw scores unless use_activation is true"
         told = {"normalize": self.config.normalize, "limits": limits, "activation": activation, "models": described}
-        return JSONResponse({**first, **told})
+        return JSONResponse({**info_keys(first, self.config), **first, **told})
 
     async def list_models(self, http: Request) -> Response:
         """The models in OpenAI's form."""

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 from itertools import cycle
@@ -53,12 +54,25 @@ def openai_base64(address: str, token: str, texts: list[str]) -> list[float]:
     return [row.embedding[0] for row in client.embeddings.create(model="reward", input=texts).data]
 
 
-def huggingface_hub(address: str, token: str, texts: list[str]) -> list[float]:
-    """Hugging Face's client, which is what text-embeddings-inference's page shows, at its route of predictions."""
-    from huggingface_hub import InferenceClient
+def tei(address: str, token: str, texts: list[str]) -> list[float]:
+    """A client of text-embeddings-inference, at its predictions; it asks ``/info`` first."""
+    from tei_client import HttpClient
 
-    client = InferenceClient(model=f"{address}/predict", token=token)
-    return [client.text_classification(text)[0].score for text in texts]
+    client = HttpClient(address, headers={"Authorization": f"Bearer {token}"})
+    return [result.scores[0].score for result in client.classify(texts, raw_scores=True)]
+
+
+def haystack(address: str, token: str, texts: list[str]) -> list[float]:
+    """Haystack's ranker on text-embeddings-inference, at its reranking."""
+    from haystack import Document
+    from haystack.utils import Secret
+    from haystack_integrations.components.rankers.huggingface_api import HuggingFaceTEIRanker
+
+    ranker = HuggingFaceTEIRanker(url=address, raw_scores=True, token=Secret.from_token(token))
+    ranked = ranker.run(query="why? ", documents=[Document(content=text) for text in texts])["documents"]
+    scores = {document.content: document.score for document in ranked}
+    assert [document.score for document in ranked] == sorted(scores.values(), reverse=True)
+    return [scores[text] for text in texts]
 
 
 def curl(address: str, token: str, texts: list[str]) -> list[float]:
@@ -69,5 +83,6 @@ def curl(address: str, token: str, texts: list[str]) -> list[float]:
 
 
 if __name__ == "__main__":
+    os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
     asked = json.load(sys.stdin)
     print(json.dumps(globals()[asked["client"]](asked["address"], asked["token"], asked["texts"])))

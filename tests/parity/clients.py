@@ -33,14 +33,20 @@ from ..serving.services import service
 
 ROOT = Path(__file__).parents[2]
 DIRECTORY = ROOT / ".venv-clients"
-PACKAGES = ("aiohttp==3.14.5", "openai==3.52.0", "requests", "huggingface_hub")
+PACKAGES = (
+    "aiohttp==3.14.5",
+    "openai==3.52.0",
+    "tei-client==0.2.4",
+    "haystack-ai==3.4.1",
+    "huggingface-api-haystack==3.1.0",
+)
 WITHOUT_DEPENDENCIES = ("openrlhf==0.11.2",)
 """Their client needs none of what the rest of the package does."""
 TOKEN = "a-token-of-the-clients"
 TEXTS = [f"{BOS}why? because.{EOS}", "  spaces kept ", "ünï", "a" * 50]
 TOLERANCE = 1e-5
 
-CLIENTS = ("openrlhf", "openai", "openai_base64", "huggingface_hub", "curl")
+CLIENTS = ("openrlhf", "openai", "openai_base64", "tei", "haystack", "curl")
 
 
 def python() -> Path:
@@ -68,7 +74,9 @@ def expectations(group: RewardGroup) -> dict[str, list[float]]:
     """What each client must get, by how its protocol reads texts."""
     as_they_are = reference(group, [ScoreRequest(text=text) for text in TEXTS])
     with_special = reference(group, [ScoreRequest(text=text, add_special_tokens=True) for text in TEXTS])
-    return {name: as_they_are if name in ("openrlhf", "curl") else with_special for name in CLIENTS}
+    pairs = reference(group, [ScoreRequest(prompt="why? ", response=text) for text in TEXTS])
+    read_as = {"openrlhf": as_they_are, "curl": as_they_are, "haystack": pairs}
+    return {name: read_as.get(name, with_special) for name in CLIENTS}
 
 
 def ask(name: str, address: str) -> list[float]:
@@ -97,7 +105,8 @@ def run(compare: Callable[[str, list[float], list[float]], bool]) -> bool:
         backend = GroupBackend(group, role.model, normalize=False)
         server.start(service(config, backend, keys=lambda: {TOKEN: "clients"}))
         try:
-            return all([compare(name, ask(name, server.address), expected[name]) for name in CLIENTS])
+            compared = [compare(name, ask(name, server.address), expected[name]) for name in CLIENTS]
+            return all(compared)
         finally:
             server.stop()
 

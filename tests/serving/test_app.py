@@ -33,6 +33,11 @@ MakeConfig = Callable[..., ServeConfig]
 LIMIT = 200
 TEXTS = [f"{BOS}why? because.{EOS}", "  no special tokens, spaces kept  ", f"ünï\n{EOS}", "a", f"{EOS}", "x" * LIMIT]
 SECRET = "my-secret-text"
+TEI_KEYS = (
+    "model_id", "model_sha", "model_dtype", "max_input_length", "max_batch_tokens", "max_client_batch_size",
+    "max_concurrent_requests", "max_batch_requests", "tokenization_workers", "sha", "docker_label",
+)  # fmt: skip
+"""What clients of text-embeddings-inference look for."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -458,6 +463,9 @@ def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: Re
         "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "version": "1", "name": "reward",
         **{part: group.describe().result()[part] for part in ("fingerprint", "template")}, "max_tokens": LIMIT,
     }  # fmt: skip
+    of_tei = {name: info.pop(name) for name in (*TEI_KEYS, "model_type")}
+    assert (of_tei["model_id"], of_tei["max_input_length"]) == (str(model), LIMIT)
+    assert of_tei["model_type"]["classifier"]["id2label"] == {"0": "LABEL_0"}
     assert info == {
         **described, "models": [described], "normalize": False, "limits": {"items": 7, "body_bytes": 1234},
         "activation": "raw scores unless use_activation is true",

@@ -6,8 +6,10 @@ asks for it, and from the left only: the score is read at the last token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from rlhf_ray.config.serving import ServiceConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.serving.bodies import field, item, kind, text_of
 from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
@@ -49,6 +51,24 @@ def read_rerank(body: Body) -> Asked:
         return [{"index": index, "score": scores[index], **({"text": texts[index]} if told else {})} for index in best]
 
     return Asked(items, answer)
+
+
+def info_keys(described: Mapping[str, Any], config: ServiceConfig) -> dict[str, Any]:
+    """What its clients look for in ``/info``: a classifier of one class."""
+    return {
+        "model_id": described["model"],
+        "model_sha": described.get("revision"),
+        "model_dtype": str(described.get("dtype")),
+        "model_type": {"classifier": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}},
+        "max_input_length": described.get("max_tokens"),
+        "max_batch_tokens": config.max_batch_tokens,
+        "max_client_batch_size": config.max_items,
+        "max_concurrent_requests": config.max_queue_items,
+        "max_batch_requests": None,
+        "tokenization_workers": None,
+        "sha": None,
+        "docker_label": None,
+    }
 
 
 def _one(position: int, given: Any, truncate: bool) -> ScoreRequest:
