@@ -2,11 +2,13 @@
 
 Always true: a call reaches every rank, has a deadline, and ends in one value a rank (in rank order) or in one typed error
 that names role, rank, phase and cause. The first rank that fails ends the call at once: its peers may sit in a collective
-that will never complete. Nothing here knows what the ranks compute.
+that will never complete. Calls from several threads reach all ranks in one order, or ranks would meet in different
+collectives. Nothing here knows what the ranks compute.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -51,6 +53,7 @@ class InProcessRanks:
     def __init__(self, role: str, worker: Any) -> None:
         self.role = role
         self.worker = worker
+        self._one_at_a_time = threading.RLock()
 
     def call(
         self,
@@ -61,7 +64,8 @@ class InProcessRanks:
         timeout_s: float | None = None,
     ) -> Pending[list[Any]]:
         try:
-            value = getattr(self.worker, method)(*arguments[0])
+            with self._one_at_a_time:
+                value = getattr(self.worker, method)(*arguments[0])
         except RlhfRayError:
             raise
         except Exception as error:
@@ -89,6 +93,7 @@ class RayRanks:
         self.size = len(self.actors)
         self.timeout_s = timeout_s
         self._on_stop = on_stop
+        self._one_order = threading.Lock()
 
     def call(
         self,
@@ -123,7 +128,8 @@ class RayRanks:
         self._on_stop()
 
     def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return [getattr(actor, method).remote(*given) for actor, given in zip(self.actors, arguments, strict=True)]
+        with self._one_order:
+            return [getattr(actor, method).remote(*given) for actor, given in zip(self.actors, arguments, strict=True)]
 
 
 def gather(references: Sequence[Any], role: str, phase: str, deadline: float, limit: float) -> list[Any]:

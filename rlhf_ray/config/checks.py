@@ -17,6 +17,7 @@ from rlhf_ray.config.schema import (
     RunConfig,
     Section,
     ServeConfig,
+    ServiceConfig,
     SftConfig,
     TokenBudget,
 )
@@ -95,7 +96,7 @@ def _ppo_rules(config: PpoConfig) -> list[Rule]:
     forward = (_is_not_trained, _shares(*step), *every)
     between = (
         _rollout_repeats, _rollout_fits, _sampling_is_plain, _every_engine_works, _engine_devices,
-        _world_has_enough, _gold_knows_the_prompts, _prompts_stay_whole, *ALGORITHM_RULES,
+        _world_has_enough, _gold_knows_the_prompts, _prompts_stay_whole, _exposed, *ALGORITHM_RULES,
     )  # fmt: skip
     return [
         *_on("policy", lambda: config.policy, *trained, _has_no_head),
@@ -303,7 +304,16 @@ def _prompts_stay_whole(config: PpoConfig) -> Iterator[Problem]:
 # --------------------------------------------------------------------------------------------------------------- serve
 
 
-def _closed_by_default(config: ServeConfig) -> Iterator[Problem]:
+def _exposed(config: PpoConfig) -> Iterator[Problem]:
+    if config.expose is None:
+        return
+    if not config.reward.roles:
+        yield "expose", "there is no reward model in this job whose scores it could answer: remove it"
+    for key, problem in _closed_by_default(config.expose):
+        yield f"expose.{key}", problem
+
+
+def _closed_by_default(config: ServiceConfig) -> Iterator[Problem]:
     if config.host not in LOOPBACK and config.token_file is None:
         yield (
             "host",

@@ -76,6 +76,7 @@ def _rules(config: Section) -> Iterator[Callable[[], Iterable[Problem]]]:
         yield lambda: _rollout_serves(config)
         yield lambda: _reward_problems(config)
         yield lambda: _stop_token_problems(config)
+        yield lambda: _token_problems("expose.token_file", config.expose.token_file if config.expose else None)
     if isinstance(config, ServeConfig):
         yield lambda: _token_problems("token_file", config.token_file)
     else:

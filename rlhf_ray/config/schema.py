@@ -284,6 +284,8 @@ class PpoConfig(Section):
     evaluation: PpoEvaluationConfig = PpoEvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    expose: ServiceConfig | None = None
+    """A port that answers with the scores of this run's reward models, while it runs."""
 
     @property
     def reference_role(self) -> RoleConfig | None:

@@ -16,6 +16,7 @@ from rlhf_ray.models import load_tokenizer
 from rlhf_ray.planning.arithmetic import updates_per_step
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.serving.exposed import expose
 from rlhf_ray.trainers.collecting import collector_of
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import Split, tokenized_prompts
@@ -67,6 +68,8 @@ def build(
     sampler = Sampler(config, session.fleet(placed, setup))
     conversations = any(prompt.messages is not None for prompt in prompts.train)
     rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
+    if config.expose is not None:
+        expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
     learner = Learner(config, groups.by_role)
     experience = Experience(
         config,

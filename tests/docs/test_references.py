@@ -47,7 +47,8 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`evaluation` of ppo": schema.PpoEvaluationConfig,
     "`checkpoint`": schema.CheckpointConfig,
     "`monitoring`": schema.MonitoringConfig,
-    "serve, beside `run` and `cluster`": schema.ServeConfig,
+    "`expose` of ppo, and part of serve": schema.ServiceConfig,
+    "serve, beside `run`, `cluster` and the keys above": schema.ServeConfig,
 }
 ELSEWHERE = {
     schema.PpoEvaluationConfig: set(schema.EvaluationConfig.model_fields),
@@ -57,7 +58,7 @@ ELSEWHERE = {
     schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
     schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},
     schema.RewardTermConfig: set(schema.RewardSourceConfig.model_fields),
-    schema.ServeConfig: {"kind", "run", "cluster"},
+    schema.ServeConfig: {"kind", "run", "cluster"} | set(schema.ServiceConfig.model_fields),
 }
 """Keys that the page gives in another table."""
 

@@ -1,0 +1,47 @@
+"""A PPO run with ``expose`` answers with the scores of the reward model that it trains against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.trainers import ppo_run
+from rlhf_ray.trainers.session import ThisProcess
+from tests.trainers.test_rewards_in_process import TINY_PPO, made, rows, start
+
+
+def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, float | None] = {}
+    really = ppo_run.expose
+
+    def expose_and_ask(groups: Any, roles: Any, config: Any, cleanup: Any) -> str:
+        address = really(groups, roles, config, cleanup)
+        answer = httpx.post(f"{address}/v1/reward", json={"items": [{"token_ids": [5, 6, 7]}]}, timeout=30).json()
+        seen["over HTTP"] = answer["results"][0]["raw"]
+        seen["in the run"] = groups["reward"].score([ScoreRequest(token_ids=(5, 6, 7))]).result()[0].raw
+        return address
+
+    monkeypatch.setattr(ppo_run, "expose", expose_and_ask)
+    config, run = start(tmp_path, rows(tmp_path, "notes"), f"{{model: {made('world')}}}", "expose.port=0", "steps=1")
+    ppo_run.train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    assert seen["over HTTP"] is not None
+    assert seen["over HTTP"] == pytest.approx(seen["in the run"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["expose.host=0.0.0.0"], "expose.host: 0.0.0.0 is open to others: set token_file"),
+        (["expose.port=5001", "reward={function: exact_match}"], "expose: there is no reward model in this job"),
+        (["expose.token_file=absent"], "expose.token_file: absent does not exist"),
+    ],
+)
+def test_what_cannot_be_exposed_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(TINY_PPO, overrides, kind="ppo", files=True)
