@@ -30,6 +30,7 @@ from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepsp
 from rlhf_ray.engine.weights import DiskWeights, gathered_groups
 from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.models.mixtures import expert_blocks
+from rlhf_ray.models.quantization import four_bit_layers
 from rlhf_ray.models.regression import SequenceRegression
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -200,7 +201,8 @@ class Engine:
     def load_shards(self, directory: Path) -> None:
         """Continue bit for bit from ``save_shards`` by a group of the same shape."""
         self._expect(pending=False, call="load_shards")
-        self.updates = shards.load(self._deepspeed, directory, self._identity())
+        quantized = bool(four_bit_layers(self.module))
+        self.updates = shards.load(self._deepspeed, directory, self._identity(), quantized=quantized)
 
     def _identity(self) -> dict[str, int | str]:
         return {"zero": self.config.zero, "dtype": self.dtype, "ranks": self.world_size}

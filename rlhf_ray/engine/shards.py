@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from rlhf_ray.errors import IntegrityError, RequestError
 
@@ -36,8 +37,8 @@ def files_of(ranks: int) -> list[str]:
     return [IDENTITY_FILE, *(_random_name(rank) for rank in range(ranks))]
 
 
-def load(engine: Any, directory: Path, identity: dict[str, int | str]) -> int:
-    """Restore this rank's shards; returns how many updates they had seen."""
+def load(engine: Any, directory: Path, identity: dict[str, int | str], *, quantized: bool = False) -> int:
+    """Restore this rank's shards; returns how many updates they had seen. ``quantized``: some weights are in 4 bits."""
     stored = _read_identity(directory)
     updates = stored.pop("updates")
     if stored != identity:
@@ -45,11 +46,28 @@ def load(engine: Any, directory: Path, identity: dict[str, int | str]) -> int:
             f"{directory} was saved by an engine with {_words(stored)}, but this one has {_words(identity)}: "
             "resume with the settings of the run"
         )
-    path, _ = engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
+    path, _ = engine.load_checkpoint(
+        str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=_load_module if quantized else None
+    )
     if path is None:
         raise IntegrityError(f"{directory}: DeepSpeed found no shards of rank {dist.get_rank()}")
     _restore_random_state(load_file(str(_random_file(directory))))
     return int(updates)
+
+
+def _load_module(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a module with weights in 4 bits: torch writes their scales beside them, and does not read them again.
+
+    The scales are frozen with the weights, so they must be what the module has of its checkpoint already.
+    """
+    held = dst.state_dict()
+    scales = held.keys() - dict(dst.named_parameters()).keys() - dict(dst.named_buffers()).keys()
+    changed = sorted(name for name in scales if name not in src or not src[name].cpu().equal(held[name].cpu()))
+    if changed:
+        raise IntegrityError(
+            f"the model that was loaded is not the one that was quantised before: {changed[0]} differs"
+        )
+    dst.load_state_dict({name: tensor for name, tensor in src.items() if name not in scales})
 
 
 def _read_identity(directory: Path) -> dict[str, Any]:

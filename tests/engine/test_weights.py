@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from rlhf_ray.engine import DiskWeights
 from rlhf_ray.engine.weights import gathered_groups, layer_of, layers
+from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.make import make_model
+from rlhf_ray.models.names import disk_names
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,13 @@ def test_weights_on_disk_are_those_of_the_model_in_the_wire_dtype() -> None:
     assert [(name, t.dtype, tuple(t.shape)) for name, t in source] == source.metadata()
     assert {tensor.dtype for _, tensor in DiskWeights(model, receive=True)} == {torch.float32}
     assert not list(DiskWeights(model, receive=False))
+
+
+def test_weights_in_four_bits_are_described_and_come_dequantised(tmp_path: Path) -> None:
+    make_model("llama-tiny", 32).save_pretrained(tmp_path)
+    model = Actor(str(tmp_path), load_in_4bit=True, lora_rank=2).model
+    source = DiskWeights(model, receive=True)
+    assert [(name, t.dtype, tuple(t.shape)) for name, t in source] == source.metadata()
+    found, plain = dict(source), make_model("llama-tiny", 32).state_dict()
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in plain.items()}
+    assert all(found[name].equal(tensor) for name, tensor in disk_names(model)) and len(found) == len(plain)

@@ -1,4 +1,5 @@
-"""Whether a GPU computes what the CPU computes: packed attention, and log-probabilities in chunks.
+"""Whether a GPU computes what the CPU computes: packed attention, log-probabilities in chunks, weights in 4 bits, Liger's
+kernels.
 
 Always true: the reference is transformers' own padded model with SDPA in fp32 on the CPU, or the plain formula; half
 precision may be off by twice what the reference itself is off in half precision on the CPU, and no more.
@@ -7,19 +8,20 @@ precision may be off by twice what the reference itself is off in half precision
 from __future__ import annotations
 
 import copy
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.sequences import padded_batches, ragged_sequences
-from rlhf_ray.models import Actor, packed_forward
+from rlhf_ray.models import Actor, PackedPolicy, packed_forward, save_pretrained
 from rlhf_ray.models.log_probs import LogProbHead
-from rlhf_ray.trajectories import TrajectoryBatch, pack
+from rlhf_ray.trajectories import Packed, TrajectoryBatch, pack
 
 VOCABULARY = 512
 HALF_AS_GOOD = 2.0
-FP32_TOLERANCE = 1e-4
+FP32_TOLERANCE, HALF_PRECISION = 1e-4, 2e-2
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024,
@@ -68,6 +70,49 @@ def log_probs_agree(dtype: torch.dtype, device: str, *, tokens: int = 3000, voca
     if wrong:
         raise AssertionError(f"chunked and naive differ in {dtype} by more than {limit}: {wrong}")
     return f"off by {max(off.values()):.1e} at most"
+
+
+def four_bit_agrees(device: str, *, count: int = 8, longest: int = 200) -> str:
+    """Compare a policy in NF4 with a plain one of its dequantised weights, and its adapters' gradients, in bf16."""
+    with TemporaryDirectory() as directory:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).save_pretrained(directory)
+        options = {"param_dtype": "bf16", "lora_rank": 4, "device_map": {"": device}}
+        ours = Actor(directory, load_in_4bit=True, **options)
+        save_pretrained(ours, None, f"{directory}/plain")
+        plain = Actor(f"{directory}/plain", **options)
+    with torch.no_grad():
+        for name, parameter in plain.model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(ours.model.get_parameter(name))
+    packed = pack(TrajectoryBatch.from_sequences(ragged_sequences(count, VOCABULARY, longest=longest))).to(device)
+    off = {}
+    results = [_log_probs_and_adapter_gradient(actor, packed) for actor in (ours, plain)]
+    for name, a, b in zip(("log-probs", "gradients of adapters"), *results, strict=True):
+        off[name] = _off(a, b)
+    wrong = {name: number for name, number in off.items() if not number <= HALF_PRECISION}
+    if wrong:
+        raise AssertionError(f"NF4 and its dequantised weights differ by more than {HALF_PRECISION}: {wrong}")
+    return f"off by {max(off.values()):.1e} at most"
+
+
+def liger_agrees(device: str) -> str:
+    """Compare log-probs with Liger's kernels in the model and without, in bf16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).to(device)
+    packed = pack(TrajectoryBatch.from_sequences(ragged_sequences(8, VOCABULARY, longest=200))).to(device)
+    plain = PackedPolicy(Actor(copy.deepcopy(model)))(packed).log_probs
+    off = _off(PackedPolicy(Actor(model, use_liger_kernel=True))(packed).log_probs, plain)
+    if not off <= HALF_PRECISION:
+        raise AssertionError(f"log-probs with Liger's kernels are off by {off:.2e} (limit {HALF_PRECISION})")
+    return f"off by {off:.1e}"
+
+
+def _log_probs_and_adapter_gradient(actor: Actor, packed: Packed) -> tuple[Tensor, Tensor]:
+    log_probs = PackedPolicy(actor)(packed).log_probs
+    log_probs.sum().backward()
+    name = next(name for name, _ in actor.model.named_parameters() if name.endswith("lora_B.default.weight"))
+    return log_probs.detach(), actor.model.get_parameter(name).grad
 
 
 def _padded(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,18 @@ def _log_probs(dtype: str) -> Callable[[], str]:
     return run
 
 
+def _four_bit() -> str:
+    from tests.gpu.agreement import four_bit_agrees
+
+    return four_bit_agrees("cuda")
+
+
+def _liger() -> str:
+    from tests.gpu.agreement import liger_agrees
+
+    return liger_agrees("cuda")
+
+
 def _throughput(model: str) -> Callable[[], Figures]:
     def run() -> Figures:
         from tests.gpu.throughput import measure
@@ -80,6 +92,8 @@ CHECKS = (
     ),
     Check("chunked_log_probs_equal_naive_fp32", MODELS, _log_probs("float32")),
     Check("chunked_log_probs_equal_naive_bf16", MODELS, _log_probs("bfloat16")),
+    Check("nf4_equals_its_dequantised_weights", (*MODELS, "bitsandbytes", "peft"), _four_bit),
+    Check("liger_equals_plain", (*MODELS, "liger_kernel"), _liger),
     Check("throughput_llama_120m", MODELS, _throughput("llama-120m")),
     Check("throughput_qwen3_0.6b", MODELS, _throughput("qwen3-0.6b")),
     Check("ppo_on_one_gpu", (*MODELS, "pydantic", "ray", "deepspeed", "vllm"), _whole_stack),

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.names import disk_names
 from rlhf_ray.models.segments import Group, Segments
 from tests.gpu import agreement, throughput
 from tests.gpu.run import CHECKS, Check, _run
@@ -46,6 +48,18 @@ def test_a_check_that_fails_is_a_failure_and_one_that_lacks_something_is_not(
 def test_attention_and_log_probs_agree_on_the_cpu(dtype: torch.dtype) -> None:
     assert "hidden states off by" in agreement.attention_agrees("sdpa", dtype, "cpu", count=4, longest=60)
     assert "off by" in agreement.log_probs_agree(dtype, "cpu", tokens=300, vocabulary=4096)
+
+
+def test_four_bits_agree_on_the_cpu_and_other_weights_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "off by" in agreement.four_bit_agrees("cpu", count=2, longest=30)
+    write = agreement.save_pretrained
+
+    def write_another(actor: Actor, tokenizer: None, directory: str) -> None:
+        write(actor, tokenizer, directory, state={name: 1.1 * tensor for name, tensor in disk_names(actor.model)})
+
+    monkeypatch.setattr(agreement, "save_pretrained", write_another)
+    with pytest.raises(AssertionError, match="NF4 and its dequantised weights differ"):
+        agreement.four_bit_agrees("cpu", count=2, longest=30)
 
 
 def test_attention_that_looks_past_its_segment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,8 @@ def trained(rank: int, directory: Path, family: str, zero: int, lora: bool) -> d
     torch.manual_seed(7)
     options = {"lora_rank": 2, "target_modules": TARGETS} if lora else {}
     actor = Actor(str(directory / family), param_dtype="fp32", ds_config=settings, **options)
+    if lora:
+        actor.gradient_checkpointing_enable()
     engine = Engine(PackedPolicy(actor), config, dtype="fp32", total_updates=4, trainable=True)
 
     def step(module: nn.Module, batch: TrajectoryBatch) -> LossOutput:
