@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 from rlhf_ray.console import progress
 from rlhf_ray.data.chat import render
@@ -21,6 +22,8 @@ from rlhf_ray.data.preferences import PreferencePair
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.errors import DataError
 
+Row = TypeVar("Row")
+Encoded = TypeVar("Encoded")
 Ids = list[int]
 Drops = Counter[str]
 """How many rows were dropped, by reason."""
@@ -35,7 +38,7 @@ class EncodedPair(NamedTuple):
     cut: int = 0
 
 
-TEXTS_AT_ONCE = 256
+ROWS_AT_ONCE = 256
 """Enough to be fast, few enough to hold little besides the ids and to show progress."""
 TOO_LONG, EQUAL, EMPTY = "too long", "with two equal sides", "without a token"
 
@@ -61,19 +64,37 @@ def encode_pair(tokenizer: Any, row: PreferencePair, max_tokens: int) -> Encoded
     return encode_pairs(tokenizer, [row], max_tokens, Drops())[0]
 
 
+def in_parts(rows: Sequence[Row], what: str, encode: Callable[[Sequence[Row]], Encoded]) -> Iterator[Encoded]:
+    """What ``encode`` makes of each stretch of ``rows``, in their order; shows progress where there are several.
+
+    The tokenizers' own code runs outside of Python's lock, so threads work side by side.
+    """
+    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    if len(parts) < 2:
+        yield from map(encode, parts)
+        return
+    yield encode(parts[0])  # alone: the first call settles the tokenizer's own switches
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        rest = threads.map(encode, parts[1:])
+        yield from progress(rest, f"encoding {len(rows)} {what}, {ROWS_AT_ONCE} at a time", total=len(parts) - 1)
+
+
 def encode_prompts(tokenizer: Any, rows: Sequence[Prompt], max_tokens: int, drops: Drops) -> list[Ids | None]:
     """One entry a row, none for those that are dropped, which ``drops`` counts."""
-    encoded = _prompt_ids(tokenizer, [row.text for row in rows])
-    return [_kept(ids, _length_problem(ids, max_tokens), drops) for ids in encoded]
+    encoded = in_parts(rows, "prompts", lambda part: _prompt_ids(tokenizer, [row.text for row in part]))
+    return [_kept(ids, _length_problem(ids, max_tokens), drops) for part in encoded for ids in part]
 
 
 def encode_demonstrations(
     tokenizer: Any, rows: Sequence[Demonstration], max_tokens: int, drops: Drops
 ) -> list[tuple[Ids, list[bool]] | None]:
     """One entry a row, none for those that are dropped, which ``drops`` counts."""
-    encoded = _continued(tokenizer, [row.prompt for row in rows], [[row.answer] for row in rows])
+
+    def encode(part: Sequence[Demonstration]) -> list[tuple[Ids, list[Ids]]]:
+        return _continued(tokenizer, [row.prompt for row in part], [[row.answer] for row in part])
+
     results = []
-    for prompt, (answer,) in encoded:
+    for prompt, (answer,) in chain.from_iterable(in_parts(rows, "demonstrations", encode)):
         example = (prompt + answer, [False] * len(prompt) + [True] * len(answer))
         results.append(_kept(example, _length_problem(prompt, max_tokens - len(answer)), drops))
     return results
@@ -83,7 +104,11 @@ def encode_pairs(
     tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, drops: Drops, *, cut_prompt: bool = False
 ) -> list[EncodedPair | None]:
     """One entry a row, none for those that are dropped, which ``drops`` counts."""
-    outcomes = pair_outcomes(tokenizer, rows, max_tokens, cut_prompt=cut_prompt)
+
+    def encode(part: Sequence[PreferencePair]) -> list[EncodedPair | str]:
+        return pair_outcomes(tokenizer, part, max_tokens, cut_prompt=cut_prompt)
+
+    outcomes = list(chain.from_iterable(in_parts(rows, "pairs", encode)))
     drops.update(outcome for outcome in outcomes if isinstance(outcome, str))
     return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
 
@@ -120,7 +145,7 @@ def _text_pairs(tokenizer: Any, rows: Sequence[PreferencePair]) -> list[EncodedP
 
 def _conversation_pairs(tokenizer: Any, rows: Sequence[PreferencePair]) -> list[EncodedPair]:
     texts: list[str] = []
-    for row in progress(rows, f"rendering {len(rows)} conversations") if len(rows) > TEXTS_AT_ONCE else rows:
+    for row in rows:
         sides = [
             render(tokenizer, [*row.prompt, *answer], tools=row.tools, where=row.where)
             for answer in (row.chosen, row.rejected)
@@ -193,18 +218,9 @@ def _prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Ids]:
-    """Ids of each text; the tokenizers' own code runs outside of Python's lock, so threads work side by side."""
-    parts = [list(texts[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)]
-
-    def encode(part: list[str]) -> list[Ids]:
-        return list(tokenizer(part, add_special_tokens=special, return_attention_mask=False)["input_ids"])
-
-    if len(parts) < 2:
-        return [ids for part in parts for ids in encode(part)]
-    first = encode(parts[0])  # alone: the first call settles the tokenizer's own switches
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        rest = progress(threads.map(encode, parts[1:]), f"tokenizing {len(texts)} texts", total=len(parts) - 1)
-        return [*first, *(ids for part in rest for ids in part)]
+    if not texts:
+        return []
+    return list(tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"])
 
 
 def _ended(tokenizer: Any, answer: Ids) -> Ids:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from rlhf_ray.config.pairs import Keys
 from rlhf_ray.data.cache import cached, content_hash, key_of
-from rlhf_ray.data.encode import EncodedPair, pair_outcomes
+from rlhf_ray.data.encode import EncodedPair, in_parts, pair_outcomes
 from rlhf_ray.data.preferences import PreferencePair, read_preferences
 from rlhf_ray.data.tokenizers import encoding_fingerprint
 
@@ -84,7 +84,7 @@ def pairs_of_file(
 
     def make() -> pa.Table:
         rows = read_preferences(file.path, *file.keys, turns=file.turns, max_rows=file.max_rows)
-        return _table(rows, pair_outcomes(tokenizer, rows, file.max_tokens, cut_prompt=file.cut_prompt))
+        return _encoded(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
 
     if cache is None or not Path(file.path).exists():
         return _rows(make(), source)
@@ -102,7 +102,17 @@ def pairs_of_rows(
     rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool = False
 ) -> list[PairRow]:
     """The same for rows that are at hand."""
-    return _rows(_table(rows, pair_outcomes(tokenizer, rows, max_tokens, cut_prompt=cut_prompt)))
+    return _rows(_encoded(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
+
+
+def _encoded(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
+    """Part by part, so that little besides the table is held at once."""
+
+    def encode(part: Sequence[PreferencePair]) -> pa.Table:
+        return _table(part, pair_outcomes(tokenizer, part, max_tokens, cut_prompt=cut_prompt))
+
+    parts = list(in_parts(rows, "pairs", encode))
+    return pa.concat_tables(parts) if parts else _table([], [])
 
 
 def _table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair | str]) -> pa.Table:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.data.demonstrations import Demonstration
 from rlhf_ray.data.encode import (
     EQUAL,
-    TEXTS_AT_ONCE,
+    ROWS_AT_ONCE,
     TOO_LONG,
     Drops,
     encode_answers,
@@ -165,7 +165,7 @@ def test_a_prompt_that_is_cut_loses_its_beginning_and_nothing_else_is_cut(
 
 
 def test_many_rows_are_the_rows_one_by_one(byte_tokenizer):
-    rows = [Prompt(number, f"row {number}") for number in range(TEXTS_AT_ONCE + 7)]
+    rows = [Prompt(number, f"row {number}") for number in range(ROWS_AT_ONCE + 7)]
     encoded = encode_prompts(byte_tokenizer, rows, MANY, Drops())
     assert [byte_tokenizer.decode(ids) for ids in encoded] == [row.text for row in rows]
     assert encode_prompts(byte_tokenizer, [], MANY, Drops()) == []
