@@ -22,7 +22,6 @@ from rlhf_ray.models.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.liger import use_liger
 from rlhf_ray.models.load import (
-    checkpoint_gradients,
     install_log_prob_head,
     load_weights,
     prepare,
@@ -201,7 +200,7 @@ class Actor(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass (non-reentrant by default)."""
-        checkpoint_gradients(self.model, gradient_checkpointing_kwargs)
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""

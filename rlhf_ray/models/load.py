@@ -152,17 +152,6 @@ def turn_dropout_off(model: PreTrainedModel) -> None:
                 setattr(config, name, 0.0)
 
 
-def checkpoint_gradients(model: PreTrainedModel, options: dict[str, Any] | None) -> None:
-    """Recompute layers in the backward pass, non-reentrant by default.
-
-    Reentrant checkpointing gives gradients only to what has an input with gradients: under adapters, where the
-    embedding is frozen, its output is given one.
-    """
-    model.gradient_checkpointing_enable(options or {"use_reentrant": False})
-    if not model.get_input_embeddings().weight.requires_grad:
-        model.enable_input_require_grads()
-
-
 def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
     """Put the chunked log-prob head in the place of the output layer; its parameters stay what they are."""
     layer = model.get_output_embeddings()

@@ -20,7 +20,7 @@ from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.adapters import adapter_head, adapter_head_name, load_adapter, refuse_second_adapter
 from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
-from rlhf_ray.models.load import checkpoint_gradients, load_weights, prepare, prove, torch_dtype
+from rlhf_ray.models.load import load_weights, prepare, prove, torch_dtype
 from rlhf_ray.models.lora import add_lora
 from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, unpad
 from rlhf_ray.trajectories.packing import Packed
@@ -97,7 +97,7 @@ class SequenceRegression(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass (non-reentrant by default)."""
-        checkpoint_gradients(self.backbone, gradient_checkpointing_kwargs)
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""

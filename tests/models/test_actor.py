@@ -83,10 +83,17 @@ def test_packed_alignment_temperature_entropy_and_wanted(causal: Make, sequences
     torch.testing.assert_close(some.entropy, outputs.entropy * wanted, atol=1e-6, rtol=0)
 
 
-def test_a_mixture_exposes_the_auxiliary_loss_of_its_router(causal: Make) -> None:
-    actor = Actor(causal("mixtral"), param_dtype="fp32")
-    output = actor(torch.arange(3, 11)[None], return_output=True)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "olmoe"])
+def test_a_mixture_exposes_the_auxiliary_loss_of_its_router(
+    family: str, causal: Make, sequences: list[Tensor], pad: Pad
+) -> None:
+    """That of transformers, in which padding does not count."""
+    ids, mask = pad(sequences, "left")
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    theirs = causal(family)(input_ids=ids, attention_mask=mask, position_ids=positions, output_router_logits=True)
+    output = Actor(causal(family), param_dtype="fp32")(ids, attention_mask=mask, return_output=True)
     assert output.aux_loss.requires_grad and float(output.aux_loss.detach()) > 0
+    torch.testing.assert_close(output.aux_loss, theirs.aux_loss, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_is_off(causal: Make, packed: Packed) -> None:

@@ -63,6 +63,17 @@ def test_embeddings_never_shrink_and_new_rows_follow_the_seed(causal: Make, make
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_new_rows_lie_near_the_mean_of_the_old_in_the_output_layer_too(
+    causal: Make, make_tokenizer: MakeTokenizer
+) -> None:
+    """So that a token that was never trained is not the most probable one."""
+    model = causal()
+    grow_embeddings(model, make_tokenizer(60))
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        old, new = layer.weight[:48], layer.weight[48:]
+        assert float(((new - old.mean(0)) / old.std(0)).abs().max()) < 0.05 and len(new) == 16
+
+
 def test_a_tokenizer_larger_than_a_policy_is_refused(causal: Make, make_tokenizer: MakeTokenizer) -> None:
     check_vocabulary(causal(), make_tokenizer(48))
     with pytest.raises(ModelLoadError, match=r"49 tokens, but the model's embedding has 48 rows"):
