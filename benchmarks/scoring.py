@@ -1,4 +1,4 @@
-"""Part ``scoring``: a reward model offline and over HTTP, the clients on the same cores.
+"""Part ``scoring``: a reward model offline, against its peers, and over HTTP, the clients on the same cores.
 
 Always true: both sides of a ratio are measured in turns, in this run, over the same items and with the same threads; a
 request that fails ends the measurement.
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks import scoring_peers
 from benchmarks.figures import Figure, Figures
 from benchmarks.load import Order, Outcome, run
 from benchmarks.reward_service import VOCABULARY, Instant, Service, bodies, load_group, role_of, save_model, serving
@@ -41,19 +42,20 @@ class Size:
     repeats: int
 
 
-FULL = Size("llama-120m", "llama-14m", 512, 2048, 4000, 20.0, 3)
+FULL = Size("llama-120m", "llama-14m", 128, 1024, 4000, 20.0, 3)
 QUICK = Size("llama-tiny", "llama-tiny", 64, 128, 128, 0.5, 1)
 
 
 def measure(quick: bool = False) -> Figures:
-    """Rates over HTTP as shares of the offline scorer's, the transport alone, and latencies under load."""
+    """Rates over HTTP as shares of the offline scorer's, the transport alone, latencies under load, and the peers."""
     size = QUICK if quick else FULL
     before = torch.get_num_threads()
     try:
         with TemporaryDirectory() as name:
-            return {**_large(Path(name), size), **_small(Path(name), size), **_transport(Path(name), size)}
+            over_http = {**_large(Path(name), size), **_small(Path(name), size), **_transport(Path(name), size)}
     finally:
         torch.set_num_threads(before)
+    return {**over_http, **scoring_peers.measure(quick)}
 
 
 def _large(directory: Path, size: Size) -> Figures:

@@ -12,7 +12,7 @@ from benchmarks.figures import Figure, record, table
 
 SCORING = {
     "scoring.http_vs_offline", "scoring.http_vs_forward_per_request", "scoring.http_batched_vs_offline",
-    "scoring.transport_requests_per_second",
+    "scoring.transport_requests_per_second", "scoring.offline_vs_padded",
     *(f"scoring.latency_p{share}_at_{load}" for share in (50, 99) for load in (50, 80, 100)),
 }  # fmt: skip
 NAMES = {"models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "weights.update_ms", *SCORING}
