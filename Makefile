@@ -32,6 +32,7 @@ parity: setup  ## compare with independent implementations, each in an environme
 
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign
+	@$(PYTHON_BIN) -m tests.faults.serving
 
 gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out
 	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run

@@ -5,30 +5,23 @@ job of the cluster scores by the service's name; a new version takes over withou
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from rlhf_ray import environment
-from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.cli.main import main
-from rlhf_ray.config.schema import ClusterConfig, ModelConfig, ResourcesConfig, RoleConfig, RunConfig, ServeConfig
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, RequestError
 from rlhf_ray.rewards import ScoreRequest
-from rlhf_ray.serving.gateway import Gateway
-from rlhf_ray.serving.handle import ServedScorer, find_service, gateway_name
+from rlhf_ray.serving.handle import ServedScorer, find_service
 
+from ..faults.serving import ASKERS, LIMIT_S, ask, campaign, gateway, reward_processes
 from ..serving.reward_models import MEAN, STD, Reference, save_reward_model
 
 TEXTS = [f"number {number}" for number in range(200)]
-LIMIT_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -40,46 +33,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def address(models: tuple[Path, Path]) -> Iterator[str]:
     """A service on a Ray of its own; this process is a job of that cluster."""
-    role = RoleConfig(
-        model=ModelConfig(path=str(models[0]), dtype="fp32"), resources=ResourcesConfig(cpus_per_rank=0.2)
-    )
-    cluster = ClusterConfig(num_cpus=1, object_store_mb=80)
-    config = ServeConfig(kind="serve", run=RunConfig(name="gateway-test"), cluster=cluster, reward=role, port=0)
-    with Cluster(config.cluster, config.run, namespace=SERVICE_NAMESPACE):
-        name = gateway_name(config.run.name)
-        runtime = {"env_vars": environment.for_process()}
-        actor = Gateway.options(name=name, namespace=SERVICE_NAMESPACE, runtime_env=runtime).remote(config, False)
-        gateway = find_service(config.run.name, timeout_s=LIMIT_S)
-        yield gateway.call("start", [()]).result()[0]
-        gateway.call("stop", [()]).result()
-        del actor
+    with gateway(models[0], "gateway-test") as address:
+        yield address
 
 
-def reward_processes() -> list[int]:
-    """Process ids of the reward ranks that live: this process started their Ray."""
-    children = psutil.Process().children(recursive=True)
-    return [child.pid for child in children if "RewardModelActor" in " ".join(child.cmdline())]
-
-
-def ask(address: str, text: str) -> float:
-    """As OpenRLHF's client asks: one text a request."""
-    response = httpx.post(f"{address}/get_reward", json={"query": [text]}, timeout=LIMIT_S)
-    assert response.status_code == 200, response.text
-    reward: float = response.json()["rewards"][0]
-    return reward
+def reward(address: str, text: str) -> float:
+    """As OpenRLHF's client gets it."""
+    found = ask(address, text)
+    assert found is not None
+    return found
 
 
 def test_a_killed_group_comes_back_and_no_reward_is_lost_or_wrong(address: str, models: tuple[Path, Path]) -> None:
-    reference = Reference(models[0])
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, address, text) for text in TEXTS[:20]]
-        (victim,) = reward_processes()
-        os.kill(victim, signal.SIGKILL)
-        asked += [pool.submit(ask, address, text) for text in TEXTS[20:]]
-        rewards = [one.result(timeout=LIMIT_S) for one in asked]
-    assert rewards == [pytest.approx(reference.of_text(text), rel=0, abs=1e-5) for text in TEXTS]
+    before = reward_processes()
+    finding = campaign(address, models[0], restarts=1)
+    assert (finding.kills, finding.lost, finding.wrong) == (1, [], [])
+    assert finding.asked >= 2 * ASKERS
     assert 'rlhf_scoring_restarts_total{model="reward"} 1.0' in httpx.get(f"{address}/metrics").text
-    assert reward_processes() not in ([], [victim])
+    assert len(reward_processes()) == len(before) == 1 and reward_processes() != before
 
 
 def test_a_job_of_the_cluster_scores_by_name(address: str, models: tuple[Path, Path]) -> None:
@@ -128,7 +99,7 @@ def test_a_new_version_takes_over_without_a_dropped_request(address: str, models
 
     def keep_asking() -> None:
         while not over.is_set():
-            rewards.append(ask(address, TEXTS[0]))
+            rewards.append(reward(address, TEXTS[0]))
 
     with ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(keep_asking) for _ in range(2)]
@@ -139,6 +110,6 @@ def test_a_new_version_takes_over_without_a_dropped_request(address: str, models
     assert version == ["2"]
     expected = [old.of_text(TEXTS[0]), new.of_text(TEXTS[0])]
     assert abs(expected[0] - expected[1]) > 1e-3
-    assert all(min(abs(reward - one) for one in expected) < 1e-5 for reward in rewards)
-    assert ask(address, TEXTS[0]) == pytest.approx(expected[1], abs=1e-5)
+    assert all(min(abs(given - one) for one in expected) < 1e-5 for given in rewards)
+    assert reward(address, TEXTS[0]) == pytest.approx(expected[1], abs=1e-5)
     assert len(reward_processes()) == 1, "the old version is gone"
