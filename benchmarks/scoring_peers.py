@@ -34,7 +34,7 @@ AGREES_TO = 0.1
 
 def measure(quick: bool = False) -> Figures:
     """Items a second as multiples of the peers'."""
-    shape, count, repeats = ("llama-tiny", 24, 1) if quick else ("llama-14m", 1024, 3)
+    shape, count, repeats = ("llama-tiny", 24, 1) if quick else ("llama-14m", 256, 3)
     before = torch.get_num_threads()
     try:
         with TemporaryDirectory() as name:
