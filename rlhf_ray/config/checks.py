@@ -64,7 +64,7 @@ def _sft_rules(config: SftConfig) -> list[Rule]:
 
     size = "batch.sequences_per_update", lambda: config.batch.sequences_per_update
     rules = (_is_trained, _has_no_head, *_ANY, _repeats(lambda: config.run), _shares(*size), fits)
-    return _on("policy", lambda: config.policy, *rules)
+    return [*_on("policy", lambda: config.policy, *rules), lambda: _has_no_pairs(config)]
 
 
 def _reward_model_rules(config: RewardModelConfig) -> list[Rule]:
@@ -96,7 +96,7 @@ def _ppo_rules(config: PpoConfig) -> list[Rule]:
     forward = (_is_not_trained, _shares(*step), *every)
     between = (
         _rollout_repeats, _rollout_fits, _sampling_is_plain, _every_engine_works, _engine_devices,
-        _world_has_enough, _gold_knows_the_prompts, _prompts_stay_whole, _exposed, *ALGORITHM_RULES,
+        _world_has_enough, _gold_knows_the_prompts, _has_no_pairs, _exposed, *ALGORITHM_RULES,
     )  # fmt: skip
     return [
         *_on("policy", lambda: config.policy, *trained, _has_no_head),
@@ -125,6 +125,18 @@ def _serve_rules(config: ServeConfig) -> list[Rule]:
         lambda: _closed_by_default(config),
         lambda: _requests_fit(config),
     ]
+
+
+def _has_no_pairs(config: SftConfig | PpoConfig) -> Iterator[Problem]:
+    """Keys that only preference pairs have."""
+    if config.data.too_long != "drop":
+        yield (
+            "data.too_long",
+            f"{config.data.too_long} is for preference pairs: this job's rows are dropped or whole; remove it",
+        )
+    if config.data.apply_chat_template:
+        text = "is for preference pairs: write this job's prompts as the template would, and remove it"
+        yield "data.apply_chat_template", text
 
 
 def _says_what_is_held_out(config: RewardModelConfig) -> Iterator[Problem]:
@@ -293,12 +305,6 @@ def _gold_knows_the_prompts(config: PpoConfig) -> Iterator[Problem]:
     for key, name in (named | {"evaluation.gold": config.evaluation.gold}).items():
         if name == "world.gold" and (config.data.world is None or config.data.world.task != "customers"):
             yield key, "world.gold scores answers to the customers of the generated world: set data.world to {}"
-
-
-def _prompts_stay_whole(config: PpoConfig) -> Iterator[Problem]:
-    if config.data.too_long != "drop":
-        text = "but what is scored must be what was asked, so a prompt that is sampled from is dropped or whole: set it to drop"
-        yield "data.too_long", f"{config.data.too_long}, {text}"
 
 
 # --------------------------------------------------------------------------------------------------------------- serve
