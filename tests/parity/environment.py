@@ -24,7 +24,9 @@ PINS = (
 )
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 """Of this process's variables; others could tell a trainer that it is one rank of a group."""
-OPENRLHF = "openrlhf==0.11.2"
+BESIDE = {"openrlhf": "openrlhf==0.11.2", "trl-1.12": "trl==1.12.0", "torchtune": "torchtune==0.6.1"}
+"""Pure Python that cannot be installed there: OpenRLHF brings a package called tests, TRL 1.12 is TRL too, and torchtune
+wants what the others cannot have. Each is read as files, from a folder of its own beside site-packages."""
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -66,9 +68,9 @@ def _install(interpreter: Path) -> None:
         elsewhere = ["--timeout", "15", "--retries", "2", "--index-url", TORCH_INDEX]
         _must([*pip, *elsewhere, *only_torch])
     _must([*pip, "-r", requirements, "-c", versions])
-    # Pure Python in wheels for 3.10 to 3.12, which bring a package called tests: read as files, beside site-packages.
-    beside = ["--no-deps", "--only-binary", ":all:", "--python-version", "3.12", "--target", DIRECTORY / "openrlhf"]
-    _must([*pip, *beside, OPENRLHF])
+    for folder, pin in BESIDE.items():
+        beside = ["--no-deps", "--only-binary", ":all:", "--python-version", "3.12", "--target", DIRECTORY / folder]
+        _must([*pip, *beside, pin])
 
 
 def _must(command: list[str | Path]) -> None:
