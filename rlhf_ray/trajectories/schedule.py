@@ -94,6 +94,22 @@ def make_schedule(
     return Schedule(ranks, max_tokens, tuple(_make_update(chunk, ranks, max_tokens) for chunk in chunks))
 
 
+def deal_packs(lengths: Sequence[int], *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
+    """All sequences in one update for a pass without gradients, whose packs do not depend on the number of ranks.
+
+    They are those of a single rank, dealt: every sequence has the same company in its forward, and so the same bits come
+    out, however many ranks share the work. For training :func:`make_schedule` does better, which balances.
+    """
+    alone = make_schedule(lengths, ranks=1, max_tokens=max_tokens, unit=unit)
+    _check_sizes(ranks, max_tokens, 1, unit)
+    updates = []
+    for update in alone.updates:
+        packs = [_Bin(work=sum(work(lengths[i]) for i in pack), units=[_Unit(pack, 0, 0.0)]) for pack in update.rank(0)]
+        shares = _deal(packs, ranks, -(-len(packs) // ranks))
+        updates.append(Update(tuple(tuple(bin.micro_batch() for bin in share) for share in shares)))
+    return Schedule(ranks, max_tokens, tuple(updates))
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """Sequences that stay together."""

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import RequestError
-from rlhf_ray.trajectories.schedule import Schedule, Update, make_schedule, work
+from rlhf_ray.trajectories.schedule import Schedule, Update, deal_packs, make_schedule, work
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,20 @@ def test_every_rank_has_the_same_number_and_only_its_last_is_a_dummy(problem: Pr
 
 
 @settings(max_examples=60, deadline=None)
+@given(problems())
+def test_dealt_packs_are_those_of_one_rank_however_many_there_are(problem: Problem) -> None:
+    packs, shares = set(), []
+    for ranks in (1, problem.ranks):
+        dealt = deal_packs(problem.lengths, ranks=ranks, max_tokens=problem.max_tokens, unit=problem.unit)
+        shares = [dealt.rank(rank) for rank in range(ranks)]
+        packs.add(frozenset(filter(None, chain.from_iterable(shares))))
+        assert sorted(chain.from_iterable(chain.from_iterable(shares))) == list(range(len(problem.lengths)))
+        assert len({len(share) for share in shares}) == 1
+        assert all(share[:-1] == tuple(filter(None, share[:-1])) for share in shares)
+    alone = make_schedule(problem.lengths, ranks=1, max_tokens=problem.max_tokens, unit=problem.unit)
+    assert packs == {frozenset(alone.rank(0))}
+
+
 @given(problems())
 def test_units_stay_together_next_to_each_other_and_in_order(problem: Problem) -> None:
     for update, chunk in zip(problem.solve().updates, problem.chunks(), strict=True):
