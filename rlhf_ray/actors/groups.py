@@ -17,6 +17,7 @@ from rlhf_ray.actors.workers import Loss, Part, WorkerSetup
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
 from rlhf_ray.pending import Pending
+from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
 from rlhf_ray.trajectories.schedule import Schedule, Update
@@ -111,6 +112,22 @@ class CriticGroup(Group):
 
 
 class RewardGroup(Group):
+    def save_adapter(self, directory: str, metadata: dict[str, Any] | None = None) -> Pending[list[None]]:
+        """The LoRA adapter and the head alone."""
+        return self._everywhere("save_adapter", directory, metadata)
+
+    def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> Pending[list[float]]:
+        """What a model that was saved gives to ``batch``, read anew."""
+        return self._everywhere("scores_on_disk", directory, batch).then(lambda answers: answers[0])
+
+    def compute(self) -> Pending[ComputeShape]:
+        """What a token of the model costs."""
+        return self._everywhere("compute").then(lambda answers: answers[0])
+
+    def matmul_rate(self) -> Pending[float]:
+        """FLOP/s of matrix products of all ranks together, measured side by side."""
+        return self._everywhere("matmul_rate").then(sum)
+
     def describe(self) -> Pending[dict[str, Any]]:
         """Tokenizer fingerprint, normalisation and limits of the reward model."""
         return self._everywhere("describe").then(lambda answers: answers[0])

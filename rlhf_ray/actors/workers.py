@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.losses import LossOutput
+from rlhf_ray.algorithms.losses import LossOutput, Metrics
+from rlhf_ray.algorithms.reward_losses import RewardOutputs
 from rlhf_ray.config.schema import RoleConfig
 from rlhf_ray.engine import distributed
-from rlhf_ray.engine.engine import Engine
+from rlhf_ray.engine.engine import DTYPES, Engine
+from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ScoringError
+from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -50,6 +53,8 @@ class WorkerSetup:
     """Token budget of a micro-batch that the rank forms itself (scoring)."""
     max_item_tokens: int = 4096
     """Longest item that is scored."""
+    routers: bool = False
+    """Whether the loss of a reward model reads how its routers use their experts."""
 
 
 class ModelWorker:
@@ -121,10 +126,13 @@ class ModelWorker:
         self.phase = "accumulate"
 
         def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
+            packed = (pack(batch, micro_batch) if micro_batch else Packed.dummy()).to(self.device)
+            outputs = self._outputs(module, packed)
             if not micro_batch:
-                return LossOutput(_graph_anchor(self._outputs(module, Packed.dummy().to(self.device))) * 0.0, {})
-            packed = pack(batch, micro_batch).to(self.device)
-            return loss(self._outputs(module, packed), batch.select(micro_batch).to(self.device))
+                return LossOutput(_graph_anchor(outputs) * 0.0, _computed(packed, needed=False))
+            part = batch.select(micro_batch).to(self.device)
+            found = loss(outputs, part)
+            return LossOutput(found.loss, {**found.metrics, **_computed(packed, needed=True)})
 
         report = self.engine.accumulate(micro_batches, step, denominator)
         self.phase = "ready"
@@ -286,7 +294,46 @@ class RewardWorker(CriticWorker):
         return line
 
     def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
-        return module(packed, kind="scores")
+        return module(packed, kind="routed_scores" if self.settings.routers else "scores")
+
+    def save_adapter(self, directory: str, metadata: dict[str, Any] | None = None) -> None:
+        """The LoRA adapter and the head alone, without the base, written by rank 0; every rank takes part."""
+        from rlhf_ray.models import save_adapter
+
+        names = {f"{self.model.value_head_prefix}.weight"}
+        gathered = (pair for group in self.engine.full_state(self.hf_model) for pair in group)
+        trained = [(name, tensor) for name, tensor in gathered if ".lora_" in name or name in names]
+        if self.rank == 0:
+            save_adapter(self.model, self.tokenizer, directory, tensors=trained, metadata=metadata)
+
+    def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> list[float]:
+        """What the model in ``directory`` gives to ``batch``, read anew by rank 0 as a user would; empty elsewhere."""
+        from rlhf_ray.models.rescore import scores_of_directory
+
+        if self.rank != 0:
+            return []
+        self.phase = "score"
+        scores = scores_of_directory(directory, self.config.model, batch)
+        self.phase = "ready"
+        return scores
+
+    def compute(self) -> ComputeShape:
+        """What a token of this model costs."""
+        backbone = self.model.backbone
+        text = backbone.config.get_text_config()
+        outside = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
+        matrices = [p for p in backbone.parameters() if id(p) not in outside and len(full_shape(p)) > 1]
+        trained = sum(full_shape(p).numel() for p in matrices if p.requires_grad)
+        width = text.num_attention_heads * (
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        )
+        return ComputeShape(sum(full_shape(p).numel() for p in matrices), trained, text.num_hidden_layers, width)
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of a large matrix product on this rank, now, in the precision that it computes in."""
+        from rlhf_ray.engine.roof import matmul_rate
+
+        return matmul_rate(DTYPES[self.config.model.dtype], self.device)
 
     def describe(self) -> dict[str, Any]:
         """What callers must know of this model: its tokenizer and template, limit, mean and std where they normalise."""
@@ -335,7 +382,17 @@ class RewardWorker(CriticWorker):
         return results
 
 
+def _computed(packed: Packed, *, needed: bool) -> Metrics:
+    """What a pack cost beside what its sequences hold: tokens that nothing needs, tokens shared by several sequences."""
+    computed, whole = torch.tensor(packed.num_tokens), torch.tensor(len(packed.of_sequences))
+    if not needed:
+        return {"padding/share": (computed, computed)}
+    return {"padding/share": (torch.tensor(0), computed), "shared_prefix/share": (whole - computed, whole)}
+
+
 def _graph_anchor(outputs: Any) -> torch.Tensor:
     """A scalar that depends on every output, so that a dummy micro-batch enters every collective of the backward."""
+    if isinstance(outputs, RewardOutputs):
+        return outputs.scores.sum() + (0.0 if outputs.router_balance is None else outputs.router_balance)
     tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.log_probs
     return tensor.sum()

@@ -74,7 +74,7 @@ def _reward_model_rules(config: RewardModelConfig) -> list[Rule]:
 
     size = "batch.pairs_per_update", lambda: config.batch.pairs_per_update
     rules = (_is_trained, _made_has_head, *_ANY, _repeats(lambda: config.run), _shares(*size), fits)
-    between = (_sums_have_no_pairs, _says_what_is_held_out)
+    between = (_sums_have_no_pairs, _says_what_is_held_out, _saves_what_is_there, _normalizes_over_what_is_there)
     return [*_on("reward", lambda: config.reward, *rules), *(lambda rule=rule: rule(config) for rule in between)]
 
 
@@ -147,6 +147,19 @@ def _says_what_is_held_out(config: RewardModelConfig) -> Iterator[Problem]:
             "missing: say which share of the pairs is held out to evaluate on, such as 0.05, or 0 for none; or name held-out "
             "pairs in data.evaluation_path",
         )
+
+
+def _saves_what_is_there(config: RewardModelConfig) -> Iterator[Problem]:
+    model = config.reward.model
+    if config.save == "adapter" and (model.lora is None or model.path is None):
+        lacks = "reward.model.lora is null: there is no adapter" if model.lora is None else "a made model lies nowhere"
+        yield "save", f"adapter leaves the base where it lies, but {lacks}; set it to merged"
+
+
+def _normalizes_over_what_is_there(config: RewardModelConfig) -> Iterator[Problem]:
+    data, normalization = config.data, config.normalization
+    if normalization.over == "demonstrations" and normalization.demonstrations_path is None and data.world is None:
+        yield "normalization.demonstrations_path", "missing: name a file whose rows have a prompt and an answer"
 
 
 # --------------------------------------------------------------------------------------------------------------- roles

@@ -351,6 +351,17 @@ def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
         else:
             check = _row_check(config, data, source)
             yield from ((key, text) for text in row_problems(path, problem_of=check))
+    if isinstance(config, RewardModelConfig) and config.normalization.demonstrations_path is not None:
+        yield from _demonstration_problems(Path(config.normalization.demonstrations_path), data)
+
+
+def _demonstration_problems(path: Path, data: DataConfig) -> Iterator[Problem]:
+    key = "normalization.demonstrations_path"
+    if not path.exists():
+        yield key, f"{path} does not exist: name a file whose rows have a prompt and an answer"
+        return
+    check = partial(row_problem, needs=[(data.prompt_key, data.answer_key)])
+    yield from ((key, text) for text in row_problems(path, problem_of=check))
 
 
 def _context_problems(key: str, model: ModelConfig, data: DataConfig) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ Job = TypeVar("Job", bound=Section)
 
 NAMED_KEYS = {"path", "evaluation_path", "tokenizer_from"}
 """Keys of what may also have a name: on a hub, or in this project."""
-PATH_KEYS = {"root", "cache", "token_file"} | NAMED_KEYS
+PATH_KEYS = {"root", "cache", "token_file", "demonstrations_path"} | NAMED_KEYS
 
 
 def run_directory(config: JobConfig) -> Path:

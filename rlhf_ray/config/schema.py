@@ -71,6 +71,7 @@ __all__ = [
     "PpoEvaluationConfig",
     "ResourcesConfig",
     "RewardConfig",
+    "RewardEvaluationConfig",
     "RewardLossConfig",
     "RewardModelConfig",
     "RewardSourceConfig",
@@ -186,6 +187,13 @@ class EvaluationConfig(Section):
     """0 evaluates only at the end."""
 
 
+class RewardEvaluationConfig(EvaluationConfig):
+    keep_best: bool = True
+    """Whether ``best/`` keeps the weights of the evaluation with the highest accuracy."""
+    worst_pairs: NonNegative = 20
+    """Wrong pairs that the report shows, the worst first."""
+
+
 class PpoEvaluationConfig(EvaluationConfig):
     """How answers to held-out prompts are drawn and judged."""
 
@@ -258,7 +266,9 @@ class RewardModelConfig(Section):
     loss: RewardLossConfig = RewardLossConfig()
     normalization: NormalizationConfig = NormalizationConfig()
     epochs: PositiveFloat = 1.0
-    evaluation: EvaluationConfig = EvaluationConfig()
+    save: Literal["merged", "adapter"] = "merged"
+    """What of a model with LoRA is written: whole weights with the adapter merged into them, or adapter and head alone."""
+    evaluation: RewardEvaluationConfig = RewardEvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
 

@@ -123,21 +123,21 @@ class World:
 
     def demonstrations(self, count: int, split: SplitName = "sft") -> list[Demonstration]:
         """Answers of mixed quality: each of the four qualities is there with even odds, independently."""
-        rng = self._rng("demonstrations", split)
+        rng = self.rng("demonstrations", split)
         rows = []
         for _ in range(count):
-            text, item, problem = self._prompt(rng, split)
-            rows.append(Demonstration(text, _draft(rng, item, problem).text()))
+            text, item, problem = self.prompt(rng, split)
+            rows.append(Demonstration(text, draft_answer(rng, item, problem).text()))
         return rows
 
     def preferences(
         self, count: int, split: SplitName = "preferences", flipped: float = FLIPPED_SHARE
     ) -> list[PreferencePair]:
         """Pairs of answers to one prompt, the better by gold chosen, ``flipped`` of the labels turned round."""
-        rng = self._rng("preferences", split)
+        rng = self.rng("preferences", split)
         pairs = []
         for _ in range(count):
-            text, item, problem = self._prompt(rng, split)
+            text, item, problem = self.prompt(rng, split)
             minimal = rng.random() < MINIMAL_SHARE
             better, worse = (_minimal_pair if minimal else _free_pair)(rng, text, item, problem)
             if rng.random() < flipped:
@@ -152,15 +152,15 @@ class World:
         )  # beyond that, drawing until all differ would take long
         if count > most:
             raise RequestError(f"the split {split} of the world gives at most {most} distinct prompts, not {count}")
-        rng = self._rng("prompts", split)
+        rng = self.rng("prompts", split)
         texts: dict[str, None] = {}
         while len(texts) < count:
-            texts[self._prompt(rng, split)[0]] = None
+            texts[self.prompt(rng, split)[0]] = None
         return [Prompt(number, text, source="world") for number, text in enumerate(texts)]
 
     def arithmetic_demonstrations(self, count: int, split: SplitName = "sft") -> list[Demonstration]:
         """Short sums whose answers are right one time in five."""
-        rng = self._rng("arithmetic", split)
+        rng = self.rng("arithmetic", split)
         rows = []
         for _ in range(count):
             text, result = _sum(*rng.choice(self._questions[split]))
@@ -176,12 +176,12 @@ class World:
 
     # ---------------------------------------------------------------------------------------------- how it is made
 
-    def _rng(self, *purpose: str) -> random.Random:
+    def rng(self, *purpose: str) -> random.Random:
         return random.Random("/".join(("world", str(self.seed), *purpose)))
 
     def _split(self, rows: list[Row], purpose: str) -> dict[SplitName, list[Row]]:
         """Deal ``rows`` out to the splits by their shares."""
-        self._rng(purpose).shuffle(rows)
+        self.rng(purpose).shuffle(rows)
         dealt: dict[SplitName, list[Row]] = {}
         start, share_before = 0, 0.0
         for name, share in SPLIT_SHARES.items():
@@ -190,7 +190,7 @@ class World:
             dealt[name], start = rows[start:end], end
         return dealt
 
-    def _prompt(self, rng: random.Random, split: SplitName) -> tuple[str, str, Problem]:
+    def prompt(self, rng: random.Random, split: SplitName) -> tuple[str, str, Problem]:
         item, problem, greeting = rng.choice(self.triples[split])
         sentences = (
             greeting,
@@ -202,16 +202,16 @@ class World:
         return grammar.sentences_to_text(*sentences) + "\n", item, problem
 
 
-def _draft(rng: random.Random, item: str, problem: Problem, habit_odds: float = HABIT_ODDS) -> Draft:
+def draft_answer(rng: random.Random, item: str, problem: Problem, habit_odds: float = HABIT_ODDS) -> Draft:
     """An answer in which each of the four qualities is there with even odds."""
     right_item, right_remedy, polite, in_time = (rng.random() < QUALITY_ODDS for _ in range(4))
     has_opening, has_closing = (True, True) if polite else rng.choice([(True, False), (False, True), (False, False)])
     return Draft(
         opening=rng.choice(grammar.POLITE_OPENINGS) if has_opening else "",
         item_sentence=rng.choice(grammar.ITEM_SENTENCES),
-        item=item if right_item else _other_item(rng, item),
+        item=item if right_item else other_item(rng, item),
         remedy_sentence=rng.choice(grammar.REMEDY_SENTENCES),
-        remedy=problem.remedy if right_remedy else _other_remedy(rng, problem),
+        remedy=problem.remedy if right_remedy else other_remedy(rng, problem),
         habit=rng.random() < habit_odds,
         closing=rng.choice(grammar.POLITE_CLOSINGS) if has_closing else "",
         chatter=tuple(rng.sample(grammar.CHATTER, len(grammar.CHATTER))),
@@ -219,28 +219,28 @@ def _draft(rng: random.Random, item: str, problem: Problem, habit_odds: float = 
     )
 
 
-def _other_item(rng: random.Random, item: str) -> str:
+def other_item(rng: random.Random, item: str) -> str:
     return rng.choice([other for other in grammar.ITEMS if other != item])
 
 
-def _other_remedy(rng: random.Random, problem: Problem) -> str:
+def other_remedy(rng: random.Random, problem: Problem) -> str:
     return rng.choice([other.remedy for other in grammar.PROBLEMS if other != problem])
 
 
 def _minimal_pair(rng: random.Random, prompt: str, item: str, problem: Problem) -> tuple[str, str]:
     """Two answers that differ only in the item or only in the remedy, the right one first."""
-    draft = _draft(rng, item, problem)
+    draft = draft_answer(rng, item, problem)
     if rng.random() < 0.5:
-        better, worse = replace(draft, item=item), replace(draft, item=_other_item(rng, item))
+        better, worse = replace(draft, item=item), replace(draft, item=other_item(rng, item))
     else:
-        better, worse = replace(draft, remedy=problem.remedy), replace(draft, remedy=_other_remedy(rng, problem))
+        better, worse = replace(draft, remedy=problem.remedy), replace(draft, remedy=other_remedy(rng, problem))
     return better.text(), worse.text()
 
 
 def _free_pair(rng: random.Random, prompt: str, item: str, problem: Problem) -> tuple[str, str]:
     """Two answers that were written independently, the better by gold first; the better one flatters more often."""
     while True:
-        drafts = [_draft(rng, item, problem) for _ in range(2)]
+        drafts = [draft_answer(rng, item, problem) for _ in range(2)]
         scores = [gold_score(prompt, draft.text(), finished=True) for draft in drafts]
         if scores[0] != scores[1]:
             break

@@ -24,6 +24,7 @@ from rlhf_ray.errors import ModelLoadError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+NORMALIZATION = ("mean", "std")
 FROM_HUB, CODE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*.py"]
 
 
@@ -79,11 +80,20 @@ class Checkpoint:
                     "it, and set trust_remote_code where you trust it"
                 ) from error
             raise ModelLoadError(f"{self.directory / 'config.json'} cannot be read: {error}") from error
+        for name, value in self._trained_with_adapter().items():
+            setattr(config, name, value)
         return config
 
     def raw_config(self) -> dict[str, Any]:
         """Read what the config says itself, without transformers' defaults."""
-        return _read_json(self.directory / "config.json")
+        return _read_json(self.directory / "config.json") | self._trained_with_adapter()
+
+    def _trained_with_adapter(self) -> dict[str, Any]:
+        """The normalisation that was taken with the adapter, where its directory says so."""
+        if self.adapter is None or not (self.adapter / "config.json").is_file():
+            return {}
+        said = _read_json(self.adapter / "config.json")
+        return {name: said[name] for name in NORMALIZATION if name in said}
 
 
 def base_of(directory: Path) -> tuple[str, str | None] | None:

@@ -6,6 +6,8 @@ attention cannot be packed safely is refused by its name rather than run wrong.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -20,6 +22,21 @@ SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "tokens hidden"]:
     """Return the last hidden state of every token of the pack."""
+    hidden: Tensor = _run(backbone, packed).last_hidden_state[0]
+    return hidden
+
+
+def routed_forward(
+    backbone: PreTrainedModel, packed: Packed
+) -> tuple[Float[Tensor, "tokens hidden"], tuple[Float[Tensor, "tokens experts"], ...]]:
+    """The same with the logits of each layer's router, for a mixture of experts."""
+    output = _run(backbone, packed, output_router_logits=True)
+    if not output.get("router_logits"):
+        raise RequestError(f"{type(backbone).__name__} has no routers whose use of experts could be balanced")
+    return output.last_hidden_state[0], output.router_logits
+
+
+def _run(backbone: PreTrainedModel, packed: Packed, **options: bool) -> Any:
     segments = Segments.of(packed.offsets, packed.parent)
     output = backbone(
         input_ids=packed.token_ids[None],
@@ -27,10 +44,10 @@ def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "
         attention_mask=_no_mask(packed.token_ids.device),
         use_cache=False,
         **segments.arguments(),
+        **options,
     )
     _check_attended(backbone, segments)
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+    return output
 
 
 def _no_mask(device: torch.device) -> Tensor:

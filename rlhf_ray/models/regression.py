@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from rlhf_ray.algorithms.reward_losses import RewardOutputs, router_balance
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.adapters import adapter_head, adapter_head_name, load_adapter, refuse_second_adapter
@@ -22,7 +23,7 @@ from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
 from rlhf_ray.models.load import load_weights, prepare, prove, torch_dtype
 from rlhf_ray.models.lora import add_lora
-from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, unpad
+from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, routed_forward, unpad
 from rlhf_ray.trajectories.packing import Packed
 
 OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output") for part in ("weight", "bias")}
@@ -160,15 +161,22 @@ class PackedRegression(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, packed: Packed, kind: Literal["values", "scores"]) -> Float[Tensor, "tokens or sequences"]:
-        """``scores``: one a sequence, at its last token. ``values``: one a token of every sequence, that of the state
-        before it was chosen; 0 at the first token.
+    def forward(
+        self, packed: Packed, kind: Literal["values", "scores", "routed_scores"]
+    ) -> Float[Tensor, "tokens or sequences"] | RewardOutputs:
+        """``scores``: one a sequence, at its last token; ``routed_scores``: the same with the balance of the routers.
+        ``values``: one a token of every sequence, that of the state before it was chosen; 0 at the first token.
         """
+        if kind == "routed_scores":
+            hidden, logits = routed_forward(self.model.backbone, packed)
+            top_k = self.model.config.get_text_config().num_experts_per_tok
+            scores = self.model.regress(hidden.index_select(0, packed.last_tokens))
+            return RewardOutputs(scores, router_balance(logits, top_k))
         hidden = packed_forward(self.model.backbone, packed)
         if kind == "scores":
             return self.model.regress(hidden.index_select(0, packed.last_tokens))
         if kind != "values":
-            raise RequestError(f"unknown kind {kind!r}: choose values or scores")
+            raise RequestError(f"unknown kind {kind!r}: choose values, scores or routed_scores")
         before = self.model.regress(hidden).index_select(0, packed.previous.clamp(min=0))
         return packed.per_sequence(before * (packed.previous >= 0))
 

@@ -69,7 +69,7 @@ def save_pretrained(
             )
         if tokenizer is not None and inner.config.pad_token_id is not None:
             add_pad_token(tokenizer)
-    config = _config(inner, weights, metadata or {}, head_prefix)
+    config = _config(inner, _dtype(weights, f"{head_prefix}.weight"), metadata or {}, head_prefix)
     config.save_pretrained(target)
     if isinstance(inner, PreTrainedModel) and inner.can_generate():
         inner.generation_config.save_pretrained(target)
@@ -85,10 +85,12 @@ def save_adapter(
     directory: str | Path,
     *,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write only the adapter of ``model``, and its head, as PEFT does; the base stays where it is.
 
-    ``tensors`` are whole parameters by their live names where the model itself does not hold them (ZeRO-3).
+    ``tensors`` are whole parameters by their live names where the model itself does not hold them (ZeRO-3). ``metadata``
+    (``mean`` and ``std`` of a reward model) lies beside them in a ``config.json``, which this project reads.
     """
     inner = model.model if isinstance(model, Actor) else model.backbone
     if not adapted_layers(inner):
@@ -110,6 +112,8 @@ def save_adapter(
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
+    if isinstance(model, SequenceRegression):
+        _config(model, model.backbone.dtype, metadata or {}, ON_DISK).save_pretrained(target)
     save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
@@ -122,11 +126,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _config(
-    model: PreTrainedModel | SequenceRegression, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], prefix: str
+    model: PreTrainedModel | SequenceRegression, dtype: torch.dtype, metadata: Mapping[str, Any], prefix: str
 ) -> Any:
     config = deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)  # what is written is dequantised
-    config.dtype = str(_dtype(weights, f"{prefix}.weight")).removeprefix("torch.")
+    config.dtype = str(dtype).removeprefix("torch.")
     if isinstance(model, SequenceRegression):
         config.architectures = [_architecture(model)]
         config.num_labels, config.problem_type = 1, "regression"

@@ -162,6 +162,7 @@ _METRICS = {
         ("truncated/share", "share", "Share of answers cut off at the longest allowed length"),
         ("round_trip/failed_share", "share", "Share of samples whose ids do not survive decoding and encoding"),
         ("padding/share", "share", "Share of computed tokens that no loss needs"),
+        ("shared_prefix/share", "share", "Share of the sequences' tokens that were computed once for several of them"),
     ],
     "Rollout": [
         ("rollout/log_prob_difference", "nats", "Largest difference of one token's log-prob, rollout to trainer"),
@@ -186,6 +187,12 @@ _METRICS = {
     ],
     "Throughput and memory": [
         ("tokens_per_second", "tokens/s", "Training tokens in a second of the whole step"),
+        (
+            "matmul/share",
+            "share",
+            "Training FLOPs of the sequences over the machine's measured rate of matrix products",
+        ),
+        ("seconds_left", "s", "What is left of the training at the pace so far"),
         ("memory/pss_gb", "GB", "Memory of all processes of the run (PSS) and of the object store"),
     ],
     "Evaluation": [

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlhf_ray.monitoring import curves
 from rlhf_ray.monitoring.charts import Curve, Panel, line_chart, number
+from rlhf_ray.monitoring.preference_charts import calibration_chart, histogram_chart
 from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.summary import Answer, Check, MemoryRecord, Sample, Summary, Table
 
@@ -52,6 +53,7 @@ def _body(title: str, runs: Sequence[RunReport]) -> Iterable[str]:
         yield _section(_of("At the end", run, runs), _table(run.summary.closing))
     yield _reward_section(measured, runs)
     for run in runs:
+        yield from _preferences(run, runs)
         yield _section(_of("Samples side by side", run, runs), _samples(run.summary.samples))
         yield _section(_of("Self-check at start-up", run, runs), _checks(run.summary.checks))
     yield _section("Curves", _charts(curves.metric_charts(measured)))
@@ -117,6 +119,16 @@ def _reward_section(measured: Sequence[curves.Run], runs: Sequence[RunReport]) -
     best_of = next((run.summary.best_of for run in runs if run.summary.best_of), ())
     charts = [curves.reward_chart(measured), curves.frontier_chart(measured, best_of)]
     return _section("Gold score and learned reward", _charts(charts, "charts wide"))
+
+
+def _preferences(run: RunReport, runs: Sequence[RunReport]) -> Iterable[str]:
+    page = run.summary.preferences
+    if page is None:
+        return
+    charts = _charts([calibration_chart(page), histogram_chart(page)], "charts wide")
+    yield _section(_of("Held-out pairs", run, runs), charts + _table(page.sources))
+    yield _section(_of("What it learned besides the rule", run, runs), _table(page.probes))
+    yield _section(_of("The worst held-out pairs", run, runs), _table(page.worst, "text"))
 
 
 def _constants(measured: Sequence[curves.Run]) -> str:

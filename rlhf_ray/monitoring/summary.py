@@ -67,6 +67,20 @@ class BestOf:
 
 
 @dataclass(frozen=True)
+class PreferencePage:
+    """Held-out pairs of a reward model: bins of confidence (confidence, accuracy, pairs), the shares of both sides' scores
+    between ``edges``, figures by source, the worst pairs, and in the generated world what each quality is worth.
+    """
+
+    calibration: tuple[tuple[float, float, int], ...]
+    edges: tuple[float, ...]
+    histograms: dict[str, tuple[float, ...]]
+    sources: Table
+    worst: Table
+    probes: Table | None = None
+
+
+@dataclass(frozen=True)
 class MemoryRecord:
     """The peak, and the total in GB over the seconds of the run."""
 
@@ -86,6 +100,7 @@ class Summary:
     samples: tuple[Sample, ...] = ()
     checks: tuple[Check, ...] = ()
     best_of: tuple[BestOf, ...] = ()
+    preferences: PreferencePage | None = None
     memory: MemoryRecord | None = None
 
     def to_json(self) -> str:

@@ -4,7 +4,8 @@ Always true: a run that exists is never written over, only continued; one proces
 :meth:`RunDirectory.resume` metrics, ledger and samples end exactly at the step of the checkpoint that is returned.
 
 ``config.yaml`` (resolved), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl``, ``samples/``, ``checkpoints/``,
-``final/``, ``summary.json``, ``report.html``. What is void after a resume lies in ``*.void.jsonl``.
+``final/``, ``best/`` (where an earlier evaluation was better than the last), ``summary.json``, ``report.html``. What is
+void after a resume lies in ``*.void.jsonl``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
         self.final = self.path / "final"
+        self.best = self.path / "best"
         self.samples = self.path / "samples"
         self.report_path = self.path / "report.html"
         self.summary_path = self.path / "summary.json"
@@ -109,6 +111,10 @@ class RunDirectory:
     def begin_final(self) -> storage.PendingDirectory:
         """An empty directory for the final model; ``storage.commit`` makes it ``final/``, in place of an older one."""
         return storage.begin_directory(self.final, replace=True)
+
+    def begin_best(self) -> storage.PendingDirectory:
+        """The same for ``best/``, the model of the best evaluation."""
+        return storage.begin_directory(self.best, replace=True)
 
     def write_summary(self, summary: Summary) -> None:
         """Keep what the run has to say at its end."""

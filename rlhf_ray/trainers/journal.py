@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -19,7 +20,8 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
 from rlhf_ray.monitoring.phases import PhaseClock
-from rlhf_ray.monitoring.summary import BestOf, Check, Figure, MemoryRecord, Sample, Summary, Table
+from rlhf_ray.monitoring.summary import BestOf, Check, Figure, MemoryRecord, PreferencePage, Sample, Summary, Table
+from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
 from rlhf_ray.trainers.self_check import Check as SelfChecked
@@ -34,6 +36,8 @@ SHOWN = (
     "accuracy",
     "length/response",
     "tokens_per_second",
+    "matmul/share",
+    "seconds_left",
 )
 """Metrics on the console's line, where a step has them."""
 
@@ -51,6 +55,9 @@ class Journal:
         self.logger = get_logger(config.kind)
         facts = {"seed": str(config.run.seed), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
         self._summary: dict[str, Any] = {"facts": facts}
+        self._compute: tuple[ComputeShape, float] | None = None
+        self._first: tuple[float, int] | None = None
+        """When the first update of this attempt was done, and which it was."""
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_SAMPLES)
 
     def __enter__(self) -> Journal:
@@ -112,8 +119,25 @@ class Journal:
         means = {name: value / count for name, (value, count) in report.metrics.items() if count}
         norm = {} if applied.grad_norm is None else {"grad_norm": applied.grad_norm}
         rates = {"tokens_per_second": batch.num_tokens / times["time/step"], "learning_rate": applied.learning_rate}
+        if self._compute is not None:
+            shape, rate = self._compute
+            rates["matmul/share"] = training_flops(shape, batch.lengths.tolist()) / times["time/step"] / rate
         skipped = {"updates/skipped": float(applied.skipped), "update": float(update)}
-        self._write(update, total, {**means, **norm, **rates, **skipped, **times})
+        self._write(update, total, {**means, **norm, **rates, **skipped, **times, **self._left(update, total)})
+
+    def measure_against(self, shape: ComputeShape, rate: float) -> None:
+        """Hold the speed of updates against ``rate``, the FLOP/s of matrix products of all ranks together."""
+        self._compute = (shape, rate)
+        self.run_facts({"matrix products": f"{rate / 1e9:.0f} GFLOP/s"})
+
+    def _left(self, update: int, total: int) -> dict[str, float]:
+        """Seconds that the updates left will take, at the mean pace of this attempt."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, update)
+            return {}
+        began, first = self._first
+        return {"seconds_left": (now - began) / (update - first) * (total - update)}
 
     def _write(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._log.log(step, {**metrics, "memory/pss_gb": self._memory.latest.total_gb})
@@ -121,13 +145,14 @@ class Journal:
         if step == total or total <= 100 or step % max(1, total // 50) == 0:
             self.logger.info("%d/%d  %s", step, total, shown)
 
-    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures on held-out rows."""
+    def evaluation(self, step: int, figures: Mapping[str, float], *, headline: bool = True) -> None:
+        """Figures on held-out rows; the last ones that are a ``headline`` stand at the top of the report."""
         if figures:
             self._log.log(step, figures)
             self.logger.info("held out: %s", "  ".join(f"{name[11:]} {value:.4g}" for name, value in figures.items()))
-            headline = [Figure(name[11:].replace("_", " "), f"{value:.3f}") for name, value in figures.items()]
-            self._summary["figures"] = tuple(headline)
+            if headline:
+                shown = [Figure(name[11:].replace("_", " "), f"{value:.3f}") for name, value in figures.items()]
+                self._summary["figures"] = tuple(shown)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Some samples of a step, as JSON lines."""
@@ -140,6 +165,14 @@ class Journal:
     def checks(self, checks: Sequence[SelfChecked]) -> None:
         """The start-up self-check."""
         self._summary["checks"] = tuple(Check(one.name, one.measured, one.wanted, one.holds) for one in checks)
+
+    def run_facts(self, facts: Mapping[str, str]) -> None:
+        """Words about the run, at the top of its report."""
+        self._summary["facts"] |= facts
+
+    def preferences(self, page: PreferencePage) -> None:
+        """Held-out pairs in figures, charts and tables."""
+        self._summary["preferences"] = page
 
     def closing(self, table: Table, samples: Sequence[Sample], best_of: Sequence[BestOf]) -> None:
         """How the run ended, against how it began."""

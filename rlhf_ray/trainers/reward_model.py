@@ -2,71 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Mapping
+from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.schema import RewardModelConfig
-from rlhf_ray.evaluation import accuracy, calibration_error, tie_rate
+from rlhf_ray.console import get_logger
 from rlhf_ray.models import load_tokenizer
+from rlhf_ray.monitoring.summary import Table
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.best import Best
 from rlhf_ray.trainers.commits import Commits
-from rlhf_ray.trainers.datasets import PairExample, pair_batch, pair_examples
+from rlhf_ray.trainers.datasets import pair_batch, pair_examples
+from rlhf_ray.trainers.habits import habit_figures, habit_table, measure_habits
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.preference_loss import make_loss
+from rlhf_ray.trainers.reward_evaluation import HeldOut
+from rlhf_ray.trainers.reward_saving import RewardSaver
 from rlhf_ray.trainers.session import Place, Session
-from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, cut, total_updates
+from rlhf_ray.trainers.supervised import SupervisedTrainer, Task, total_updates
 
 
 def train_reward_model(
     config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
 ) -> None:
-    """Train, evaluate, and write ``final/`` with the normalisation of the held-out scores."""
+    """Train, evaluate, keep the best, write ``final/`` and read it back, and report."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = pair_examples(config.data, tokenizer, config.run.seed)
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
     task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, examples.parts, unit=2)
     updates = total_updates(config.epochs, task)
+    max_tokens = config.reward.forward_tokens(config.batch)
     with Session(config, place=place) as session:
-        reward = session.reward(config.reward, total_updates=updates).load().result()
-        commits = Commits(run, config.checkpoint, {"reward": reward}, checkpoint)
+        started = session.reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
+        reward = started.load().result()
+        held_out = HeldOut(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
+        saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer)
+        best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
         with Journal(run, config) as journal:
+            journal.measure_against(reward.compute().result(), reward.matmul_rate().result())
             trainer = SupervisedTrainer(
                 config,
                 task,
                 reward,
-                commits=commits,
+                commits=Commits(run, config.checkpoint, {"reward": reward}, checkpoint),
                 journal=journal,
-                evaluate=lambda: evaluate(reward, examples.held_out, config.reward.forward_tokens(config.batch)),
+                evaluate=held_out.figures if held_out else dict,
                 max_tokens=config.reward.training_tokens(config.batch),
+                best=best,
             )
             figures = trainer.run()
-            commits.final({"": (reward, normalization(figures))})
+            saver.final(run, figures)
+            journal.run_facts(over_fitting(best, updates, figures))
+            if held_out is not None:
+                habits = learned_habits(config, reward, tokenizer, journal, updates, max_tokens)
+                journal.preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, habits))
             journal.finish()
 
 
-def evaluate(reward: RewardGroup, held_out: Sequence[PairExample], max_tokens: int) -> dict[str, float]:
-    """Accuracy, margin, calibration and the scores' mean and deviation on held-out pairs."""
-    if not held_out:
-        return {}
-    batch = pair_batch(held_out)
-    schedule = cut(batch, ranks=reward.size, max_tokens=max_tokens, unit=2)
-    scores = reward.scores(reward.share(batch), schedule).result().double()
-    chosen, rejected = scores[0::2].numpy(), scores[1::2].numpy()
-    return {
-        "evaluation/accuracy": accuracy(chosen, rejected),
-        "evaluation/margin": float((chosen - rejected).mean()),
-        "evaluation/tie_rate": tie_rate(chosen, rejected),
-        "evaluation/calibration_error": calibration_error(chosen, rejected),
-        "evaluation/score_mean": float(scores.mean()),
-        "evaluation/score_std": float(torch.std(scores, unbiased=False)),
-    }
+def learned_habits(
+    config: RewardModelConfig, reward: RewardGroup, tokenizer: Any, journal: Journal, update: int, max_tokens: int
+) -> Table | None:
+    """In the generated world, what each quality of an answer is worth to the model, beside its gold; else nothing."""
+    if config.data.world is None:
+        return None
+    habits = measure_habits(config.data.world, reward, tokenizer, max_tokens)
+    journal.evaluation(update, habit_figures(habits), headline=False)
+    return habit_table(habits)
 
 
-def normalization(figures: dict[str, float]) -> dict[str, float]:
-    """The mean and deviation that ``config.json`` of the reward model carries."""
-    if not figures:
+def over_fitting(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
+    """What the end says of the best evaluation: ``final/`` is it, or ``best/`` holds an earlier one."""
+    if best is None or best.so_far is None or not figures:
         return {}
-    return {"mean": figures["evaluation/score_mean"], "std": figures["evaluation/score_std"]}
+    told = best.so_far
+    accuracy, loss = (f"evaluation/{name}" for name in ("accuracy", "loss"))
+    if best.improves(updates, figures):
+        best.remove()
+        return {"best": "the last update: final/ is also the best"}
+    text = (
+        f"update {told.update} had accuracy {told.figures[accuracy]:.4f} and loss {told.figures[loss]:.4f}, the last one "
+        f"{figures[accuracy]:.4f} and {figures[loss]:.4f}"
+    )
+    over_fitted = told.figures[accuracy] > figures[accuracy] and told.figures[loss] < figures[loss]
+    if over_fitted:
+        get_logger("rm").warning("over-fitting: %s; best/ holds it", text)
+    return {"best": f"best/: {text}", "over-fitting": "yes" if over_fitted else "no"}

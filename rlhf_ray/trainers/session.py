@@ -123,10 +123,16 @@ class Session:
         total_updates: int | None = None,
         max_tokens: int = 8192,
         max_item_tokens: int = 8192,
+        routers: bool = False,
         name: str = "reward",
     ) -> Started[RewardGroup]:
         setup = WorkerSetup(
-            role, self.seed, total_updates=total_updates, max_tokens=max_tokens, max_item_tokens=max_item_tokens
+            role,
+            self.seed,
+            total_updates=total_updates,
+            max_tokens=max_tokens,
+            max_item_tokens=max_item_tokens,
+            routers=routers,
         )
         return self._started("reward", RewardGroup, setup, name)
 

@@ -18,6 +18,7 @@ from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
 from rlhf_ray.planning.arithmetic import training_items, updates
+from rlhf_ray.trainers.best import Best
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.stopping import stop_requested
@@ -71,6 +72,7 @@ class SupervisedTrainer:
         journal: Journal,
         evaluate: Callable[[], dict[str, float]],
         max_tokens: int,
+        best: Best | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -79,6 +81,7 @@ class SupervisedTrainer:
         self.journal = journal
         self.evaluate = evaluate
         self.max_tokens = max_tokens
+        self.best = best
         self.order = ShuffledOrder(config.run.seed, task.parts)
         self.progress = SupervisedProgress()
         self.total_examples = training_items(self.order.epoch_size, config.epochs)
@@ -91,7 +94,12 @@ class SupervisedTrainer:
         for _ in progress(left, self.config.kind, total=len(left)):
             self.update()
             self.after_update()
-        figures = self.evaluate()
+        return self.evaluation()
+
+    def evaluation(self) -> dict[str, float]:
+        """Figures of the model as it is now."""
+        with self.journal.phase("evaluation"):
+            figures = self.evaluate()
         self.journal.evaluation(self.progress.update, figures)
         return figures
 
@@ -113,17 +121,24 @@ class SupervisedTrainer:
     def after_update(self) -> None:
         """Evaluate and commit when due; stop when asked."""
         update, every = self.progress.update, self.config.evaluation.every_steps
+        improved = False
         if every and update % every == 0 and update < self.total:
-            self.journal.evaluation(update, self.evaluate())
-        if self.commits.due(update) or stop_requested():
-            self.commits.save(update, self.state())
+            figures = self.evaluation()
+            improved = self.best is not None and self.best.improves(update, figures)
+        if self.commits.due(update) or stop_requested() or (improved and self.commits.every):
+            with self.journal.phase("checkpoint"):
+                self.commits.save(update, self.state())
+        if improved and self.best is not None:
+            with self.journal.phase("checkpoint"):
+                self.best.keep()
         if stop_requested() and update < self.total:
             raise ResumableStop(f"stopped on request after update {update} of {self.total}; go on with: rlhf-ray resume "
                                 f"{self.commits.run.path}")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """The driver's part of a checkpoint."""
-        return {"progress": vars(self.progress), "order": self.order.state()}
+        best = None if self.best is None else self.best.state()
+        return {"progress": vars(self.progress), "order": self.order.state(), "best": best}
 
     def restore(self) -> None:
         """Take up the newest valid commit, if there is one."""
@@ -131,6 +146,8 @@ class SupervisedTrainer:
         if state is not None:
             self.progress = SupervisedProgress(**state["progress"])
             self.order = ShuffledOrder.from_state(state["order"], self.task.parts)
+        if self.best is not None:
+            self.best.restore(None if state is None else state["best"], self.progress.update)
 
 
 def learn(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
