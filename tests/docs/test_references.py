@@ -44,6 +44,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`loss` of rm": schema.RewardLossConfig,
     "`normalization` of rm": schema.NormalizationConfig,
     "`evaluation`": schema.EvaluationConfig,
+    "`evaluation` of rm": schema.RewardEvaluationConfig,
     "`evaluation` of ppo": schema.PpoEvaluationConfig,
     "`checkpoint`": schema.CheckpointConfig,
     "`monitoring`": schema.MonitoringConfig,
@@ -51,6 +52,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "serve, beside `run`, `cluster` and the keys above": schema.ServeConfig,
 }
 ELSEWHERE = {
+    schema.RewardEvaluationConfig: set(schema.EvaluationConfig.model_fields),
     schema.PpoEvaluationConfig: set(schema.EvaluationConfig.model_fields),
     reward_training.RewardOptimizerConfig: set(schema.OptimizerConfig.model_fields)
     - {"learning_rate", "schedule", "warmup_fraction", "final_fraction"},
