@@ -56,7 +56,7 @@ class ScoredPairs:
             raise RequestError(
                 f"the columns of scored pairs have {', '.join(map(str, sorted(sizes)))} entries: give one a pair"
             )
-        return cls(*scores, *columns, tuple(sources), whole)
+        return cls(scores[0], scores[1], columns[0], columns[1], columns[2], tuple(sources), whole)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -115,9 +115,14 @@ class ScoredPairs:
     def take(self, rows: Sequence[int]) -> ScoredPairs:
         """Some of the pairs."""
         places = np.asarray(rows, dtype=np.int64)
-        columns = (self.chosen, self.rejected, self.loss, self.chosen_length, self.rejected_length)
         return ScoredPairs(
-            *(one[places] for one in columns), tuple(self.sources[i] for i in rows), self.decided[places]
+            chosen=self.chosen[places],
+            rejected=self.rejected[places],
+            loss=self.loss[places],
+            chosen_length=self.chosen_length[places],
+            rejected_length=self.rejected_length[places],
+            sources=tuple(self.sources[row] for row in rows),
+            decided=self.decided[places],
         )
 
 
