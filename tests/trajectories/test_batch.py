@@ -236,7 +236,7 @@ def test_every_known_column_has_the_dtype_of_the_contract() -> None:
         "action_mask": "bool",
         "weight_version": "int32",
         **dict.fromkeys(["rollout_log_probs", "log_probs", "reference_log_probs", "values"], "float32"),
-        **dict.fromkeys(["token_rewards", "advantages", "returns"], "float32"),
+        **dict.fromkeys(["token_rewards", "advantages", "returns", "importance_weights"], "float32"),
         "prompt_id": "int64",
         "sample_index": "int32",
         "finish_reason": "int8",
