@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_ray import environment
 from rlhf_ray.config.pairs import Keys
 from rlhf_ray.config.parsing import Problem, attempt
-from rlhf_ray.config.rows import pair_problem, row_problem, row_problems
+from rlhf_ray.config.rows import pair_problem, prompt_problem, row_problem, row_problems
 from rlhf_ray.config.schema import (
     DataConfig,
     MakeConfig,
@@ -335,7 +335,7 @@ def _row_check(config: Section, data: DataConfig, source: SourceConfig) -> Calla
         return partial(pair_problem, keys=keys, turns=data.apply_chat_template)
     if isinstance(config, SftConfig):
         return partial(row_problem, needs=[(keys.prompt, str(source.answer_key))])
-    return partial(row_problem, needs=[(keys.prompt,), keys[1:]])
+    return partial(prompt_problem, keys=keys, turns=data.apply_chat_template)
 
 
 def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:

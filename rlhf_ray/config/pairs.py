@@ -64,6 +64,8 @@ def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> 
 def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
     """The conversation under ``key`` that an answer of the assistant is to follow, the system's column before it."""
     messages = [*_system(values, prompt := _cell(values, key)), *_turns(prompt, "user")]
+    if messages[-1]["role"] == "assistant":
+        raise LayoutError(f"{key!r} ends with 'assistant', who is to answer next: leave the last message out")
     _check_turns([(key, messages), ("answer", [{"role": "assistant"}])])
     return messages
 

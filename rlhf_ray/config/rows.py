@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.formats import raw_rows
-from rlhf_ray.config.messages import text_problem
-from rlhf_ray.config.pairs import Keys, LayoutError, read_pair
+from rlhf_ray.config.messages import is_conversation, text_problem
+from rlhf_ray.config.pairs import Keys, LayoutError, read_pair, read_prompt_messages, read_tools
 from rlhf_ray.errors import DataError
 
 LIMIT = 100
@@ -81,6 +81,24 @@ def number_problem(row: Mapping[str, Any], key: str) -> str:
         return ""
     shown = repr(value) if isinstance(value, int | float) else f"a {type(value).__name__} that is none"
     return f"{key!r} must hold a finite number, this is {shown}"
+
+
+def prompt_problem(row: Any, keys: Keys, *, turns: bool) -> str:
+    """What is wrong with a row that gives a prompt, under a key of its own or as the beginning of a pair."""
+    problem = key_problem(row, [(keys.prompt,), keys[1:]])
+    if problem:
+        return problem
+    try:
+        if keys.prompt not in row:
+            read_pair(row, keys)
+        elif is_conversation(row[keys.prompt]) or turns:
+            read_prompt_messages(row, keys.prompt)
+            read_tools(row)
+        else:
+            return row_problem(row, [(keys.prompt,)])
+    except LayoutError as error:
+        return str(error)
+    return ""
 
 
 def key_problem(row: Any, needs: Needs) -> str:

@@ -81,8 +81,25 @@ def in_parts(rows: Sequence[Row], what: str, encode: Callable[[Sequence[Row]], E
 
 def encode_prompts(tokenizer: Any, rows: Sequence[Prompt], max_tokens: int, drops: Drops) -> list[Ids | None]:
     """One entry a row, none for those that are dropped, which ``drops`` counts."""
-    encoded = in_parts(rows, "prompts", lambda part: _prompt_ids(tokenizer, [row.text for row in part]))
+    encoded = in_parts(rows, "prompts", lambda part: _ids_of_prompts(tokenizer, part))
     return [_kept(ids, _length_problem(ids, max_tokens), drops) for part in encoded for ids in part]
+
+
+def prompt_text(tokenizer: Any, row: Prompt) -> str:
+    """The text that is sampled from; a conversation as the tokenizer's chat template writes it, up to the answer."""
+    if row.messages is None:
+        return row.text
+    return render(tokenizer, row.messages, tools=row.tools, answer_follows=True, where=row.where)
+
+
+def _ids_of_prompts(tokenizer: Any, rows: Sequence[Prompt]) -> list[Ids]:
+    """Texts begun as the tokenizer begins one; a conversation as its template wrote it, with nothing added."""
+    texts = [index for index, row in enumerate(rows) if row.messages is None]
+    talks = [index for index, row in enumerate(rows) if row.messages is not None]
+    ids = dict(zip(texts, _prompt_ids(tokenizer, [rows[index].text for index in texts]), strict=True))
+    rendered = [prompt_text(tokenizer, rows[index]) for index in talks]
+    ids |= zip(talks, _tokenize(tokenizer, rendered, special=False), strict=True)
+    return [ids[index] for index in range(len(rows))]
 
 
 def encode_demonstrations(

@@ -7,8 +7,10 @@ prompts of both halves are numbered through.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +22,7 @@ from rlhf_ray.config.rows import PAIR_NUMBERS
 from rlhf_ray.config.schema import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.demonstrations import Demonstration, read_demonstrations
-from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts
+from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, prompt_text
 from rlhf_ray.data.holdout import hold_out
 from rlhf_ray.data.order import Part
 from rlhf_ray.data.pairs import PairExample, PairFile, PairRow, pairs_of_file, pairs_of_rows
@@ -114,7 +116,11 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
 def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[TokenizedPrompt]:
     """Encoded prompts of the world or of files; those held out continue the numbers."""
     made = data.world
-    rows = _read(data, seed, _prompts, lambda row: row.text) if made is None else _world_prompts(made)
+    rows = (
+        _read(data, seed, partial(_prompts, turns=data.apply_chat_template), _prompt_key)
+        if made is None
+        else _world_prompts(made)
+    )
     files, first = [], 0
     for file in rows.files:
         files.append(list(enumerate(file, first)))
@@ -124,7 +130,14 @@ def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[Toke
     def encode(half: Sequence[tuple[int, Prompt]], drops: Drops) -> list[TokenizedPrompt]:
         encoded = encode_prompts(tokenizer, [row for _, row in half], data.max_prompt_tokens, drops)
         return [
-            TokenizedPrompt(number, row.text, tuple(ids), row.label, source=row.source)
+            TokenizedPrompt(
+                number,
+                prompt_text(tokenizer, row),
+                tuple(ids),
+                row.label,
+                source=row.source,
+                messages=None if row.messages is None else tuple(row.messages),
+            )
             for (number, row), ids in zip(half, encoded, strict=True)
             if ids is not None
         ]
@@ -147,9 +160,14 @@ def _demonstrations(name: str, source: SourceConfig, max_rows: int | None) -> li
     return read_demonstrations(source.path, str(source.prompt_key), str(source.answer_key), max_rows=max_rows)
 
 
-def _prompts(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
+def _prompt_key(row: Prompt) -> Hashable:
+    """The same for two rows with the same prompt."""
+    return row.text or json.dumps([row.messages, row.tools], sort_keys=True)
+
+
+def _prompts(name: str, source: SourceConfig, max_rows: int | None, *, turns: bool) -> list[Prompt]:
     keys = {"chosen_key": str(source.chosen_key), "rejected_key": str(source.rejected_key)}
-    rows = read_prompts(source.path, str(source.prompt_key), **keys, max_rows=max_rows)
+    rows = read_prompts(source.path, str(source.prompt_key), **keys, turns=turns, max_rows=max_rows)
     return [replace(row, source=row.source or name) for row in rows]
 
 

@@ -130,7 +130,8 @@ class Experience:
             columns = {name: column.result() for name, column in pending.items()}
         kept = self._kept(samples, results)
         if len(kept) < len(trajectories):
-            return self.gather(trajectories.select(kept), prompts, cut, phase=phase)
+            rest = trajectories.select(kept)
+            return self.gather(rest, prompts, cut, phase=phase, scored=scored.select(kept))
         columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
         return trajectories.with_columns(**columns), schedules, samples
 

@@ -169,6 +169,33 @@ def test_word_problems(write):
     assert read_prompts(write(rows), "answer") == [Prompt(0, "It is\n#### 2")], "a prompt is not its own label"
 
 
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "why?"},
+]
+
+
+def test_prompts_that_are_conversations(write):
+    tools = [{"name": "clock"}]
+    rows = [{"prompt": TALK, "label": "7", "source": "s", "tools": tools}, {"prompt": TALK[2:], "system": "be brief"}]
+    first, second = read_prompts(write(rows))
+    assert (first.messages, first.label, first.source, first.tools, first.text) == (TALK, "7", "s", tools, "")
+    assert second.messages == [{"role": "system", "content": "be brief"}, TALK[2]]
+    assert first.where.endswith("rows.jsonl:1")
+
+
+def test_texts_become_turns_where_that_is_asked_for(write):
+    (prompt,) = read_prompts(write([{"prompt": "why?", "system": "be brief"}]), turns=True)
+    assert prompt.messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
+
+
+def test_prompts_of_pairs_of_conversations_are_what_both_begin_with(write):
+    sides = [[*TALK, {"role": "assistant", "content": answer}] for answer in ("yes", "no")]
+    (prompt,) = read_prompts(write([{"chosen": sides[0], "rejected": sides[1]}]))
+    assert prompt.messages == TALK
+
+
 def test_prompts_of_pairs(write):
     rows = [
         {"chosen": f"{ASKED} Yes.", "rejected": f"{ASKED} No."},
@@ -187,6 +214,9 @@ def test_prompts_of_pairs(write):
         ({"prompt": None, "chosen": "c", "rejected": "c d"}, "'prompt' must hold a text"),
         ({"chosen": "one", "rejected": "two"}, "'chosen' and 'rejected' begin differently"),
         ({"chosen": f"\n\nHuman: a{ANSWER_BEGINS} x", "rejected": f"\n\nHuman: b{ANSWER_BEGINS} x"}, "its two dialogues part"),
+        ({"prompt": []}, "'prompt': holds no message"),
+        ({"prompt": TALK[:2]}, "'prompt' ends with 'assistant', who is to answer next: leave the last message out"),
+        ({"prompt": [{"role": "user"}]}, "'prompt': message 1 must hold a text under 'content'"),
         ({"prompt": "p", "label": ["x"]}, "'label' must hold a text"),
         ({"prompt": "p", "label": True}, "'label' must hold a text"),
     ],

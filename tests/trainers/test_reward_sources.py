@@ -1,0 +1,94 @@
+"""Ids reach a reward model only where its tokenizer, and for conversations its chat template, is the policy's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.loading import parse_config
+from rlhf_ray.data.tokenizers import fingerprint, make_tokenizer, template_fingerprint
+from rlhf_ray.errors import RequestError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.function_process import FunctionProcess
+from rlhf_ray.rewards.function_source import FunctionSource
+from rlhf_ray.rewards.source import ModelSource
+from rlhf_ray.trainers.reward_sources import SHIPPED, reward_source
+
+CONFIG = """
+kind: ppo
+run: {name: small}
+steps: 3
+policy: {model: {path: org/name}, engine: {optimizer: {learning_rate: 1e-3}}}
+critic: {model: {path: org/name}, engine: {optimizer: {learning_rate: 1e-3}}}
+reward: REWARD
+data: {world: {}}
+batch: {prompts_per_step: 16, sequences_per_update: 8}
+"""
+
+
+class Told:
+    """A reward group that describes itself."""
+
+    def __init__(self, **told: Any) -> None:
+        self.told: Mapping[str, Any] = told
+
+    def describe(self) -> Pending[Mapping[str, Any]]:
+        return Pending.done(self.told)
+
+
+def source(
+    reward: str, group: Told | None = None, *, conversations: bool = False, cleanup: ExitStack | None = None
+) -> Any:
+    config: Any = parse_config(CONFIG.replace("REWARD", reward))
+    groups: Any = {} if group is None else {"reward": group}
+    return reward_source(config, groups, POLICY, conversations=conversations, cleanup=cleanup or ExitStack())
+
+
+POLICY = make_tokenizer("world")
+POLICY.chat_template = "{{ messages }}"
+OTHER = copy.deepcopy(POLICY)
+OTHER.chat_template = "{{ messages }} "
+MODEL = "{model: {path: org/reward}}"
+
+
+@pytest.mark.parametrize("conversations", [False, True])
+def test_the_template_counts_where_there_are_conversations(conversations: bool) -> None:
+    same = Told(fingerprint=fingerprint(POLICY), template=template_fingerprint(POLICY))
+    another = Told(fingerprint=fingerprint(OTHER), template=template_fingerprint(OTHER))
+    assert source(MODEL, same, conversations=conversations).same_tokenizer
+    assert source(MODEL, another, conversations=conversations).same_tokenizer is not conversations
+
+
+@pytest.mark.parametrize("conversations", [False, True])
+def test_another_tokenizer_reads_text(conversations: bool) -> None:
+    group = Told(fingerprint="another", template=template_fingerprint(POLICY))
+    assert not source(MODEL, group, conversations=conversations).same_tokenizer
+
+
+def test_normalisation_needs_the_statistics_of_the_model() -> None:
+    told = {"fingerprint": "", "template": ""}
+    normalized = source("{model: {path: org/reward}, normalize: true}", Told(**told, mean=1.0, std=2.0))
+    assert isinstance(normalized, ModelSource) and (normalized.mean, normalized.std) == (1.0, 2.0)
+    with pytest.raises(
+        RequestError, match=r"reward.normalize is true, but the reward model's config.json has no mean and std"
+    ):
+        source("{model: {path: org/reward}, normalize: true}", Told(**told, mean=None, std=None))
+
+
+def test_functions_of_the_project_run_here_and_those_of_a_user_in_a_process_that_ends_with_the_run(
+    tmp_path: Path,
+) -> None:
+    for name in SHIPPED:
+        assert isinstance(source(f"{{function: {name}}}"), FunctionSource)
+    (tmp_path / "mine.py").write_text("def f(responses):\n    return [1.0] * len(responses)\n")
+    with ExitStack() as cleanup:
+        mine = source(f"{{function: '{tmp_path / 'mine.py'}:f', samples_per_call: 3}}", cleanup=cleanup)
+        assert isinstance(mine.caller, FunctionProcess) and mine.samples_per_call == 3
+        process = mine.caller._process
+        assert process.poll() is None
+    assert process.poll() is not None
