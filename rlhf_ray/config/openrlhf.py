@@ -16,7 +16,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     # models
     "pretrain": (("policy.model.path|reward.model.path",), ""),
     "model_name_or_path": (("ROLE.model.path",), ""),
-    "reward_pretrain": (("reward.model.path",), ""),
+    "reward_pretrain": (("reward.model.path",), "several models are terms of reward.mixture"),
     "critic_pretrain": (("critic.model.path",), ""),
     "remote_rm_url": (("reward.url",), "for a server of another kind, reward.function may ask it"),
     "bf16": (("ROLE.model.dtype",), ""),
@@ -106,6 +106,8 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "max_ckpt_num": (("checkpoint.keep",), ""),
     "load_checkpoint": ((), "a run goes on with `rlhf-ray resume RUN_DIR`"),
     "eval_steps": (("evaluation.every_steps",), ""),
+    "eval_n_samples_per_prompt": (("evaluation.samples_per_prompt",), ""),
+    "eval_temperature": (("evaluation.greedy",), "true for temperature 0; else rollout.temperature holds"),
     "use_tensorboard": (("monitoring.tensorboard",), ""),
 }
 
