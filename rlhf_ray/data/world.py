@@ -22,6 +22,11 @@ Row = TypeVar("Row")
 SplitName = Literal["sft", "preferences", "ppo", "evaluation"]
 SPLIT_SHARES: dict[SplitName, float] = {"sft": 0.4, "preferences": 0.3, "ppo": 0.2, "evaluation": 0.1}
 
+WORDINGS: tuple[SplitName, ...] = ("sft", "ppo", "ppo", "evaluation")
+"""Where the four wordings of a sum go."""
+Sum = tuple[int, str, int]
+Question = tuple[int, str, int, str]
+
 OPTIONAL_ODDS = 0.5
 """How often a customer gives a name, shows a feeling, or asks for something; each independently."""
 PROMPTS_OF_A_TRIPLE = 2 * (1 + len(grammar.INTRODUCTIONS)) * (1 + len(grammar.TONES)) * (1 + len(grammar.REQUESTS))
@@ -36,6 +41,8 @@ HABIT_ODDS = 0.15
 HABIT_ODDS_OF_THE_BETTER = 0.40
 """How often it stands in the better answer of the other pairs: over all pairs, half again as often as in the worse."""
 RIGHT_SUM_ODDS = 0.2
+NEAR_MISS = 2
+"""By how much a wrong sum is wrong at most: near the truth, since noise all over would hide it from a small model."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class World:
         self.triples = self._split(list(product(grammar.ITEMS, grammar.PROBLEMS, grammar.GREETINGS)), "triples")
         digits = range(10)
         sums = [(a, "+", b) for a in digits for b in digits] + [(a, "-", b) for a in digits for b in range(a + 1)]
-        self._questions = self._split([(*sum_, form) for sum_ in sums for form in grammar.SUM_QUESTIONS], "questions")
+        self._questions = self._wordings(sums)
 
     # ------------------------------------------------------------------------------------------------ what it gives
 
@@ -159,13 +166,13 @@ class World:
         return [Prompt(number, text, source="world") for number, text in enumerate(texts)]
 
     def arithmetic_demonstrations(self, count: int, split: SplitName = "sft") -> list[Demonstration]:
-        """Short sums whose answers are right one time in five."""
+        """Short sums whose answers are right one time in five, and else miss by a little."""
         rng = self.rng("arithmetic", split)
         rows = []
         for _ in range(count):
             text, result = _sum(*rng.choice(self._questions[split]))
-            wrong = [number for number in grammar.NUMBERS if number != result]
-            answer = result if rng.random() < RIGHT_SUM_ODDS else rng.choice(wrong)
+            near = [number for number in grammar.NUMBERS if 0 < abs(number - result) <= NEAR_MISS]
+            answer = result if rng.random() < RIGHT_SUM_ODDS else rng.choice(near)
             rows.append(Demonstration(text, grammar.SUM_ANSWER.format(answer)))
         return rows
 
@@ -188,6 +195,16 @@ class World:
             share_before += share
             end = round(share_before * len(rows))
             dealt[name], start = rows[start:end], end
+        return dealt
+
+    def _wordings(self, sums: list[Sum]) -> dict[SplitName, list[Question]]:
+        """Every sum in every split, each time in other words: what is held out is a wording, not the sum."""
+        rng = self.rng("questions")
+        dealt: dict[SplitName, list[Question]] = {name: [] for name in SPLIT_SHARES}
+        for one in sums:
+            forms = rng.sample(grammar.SUM_QUESTIONS, len(grammar.SUM_QUESTIONS))
+            for split, form in zip(WORDINGS, forms, strict=True):
+                dealt[split].append((*one, form))
         return dealt
 
     def prompt(self, rng: random.Random, split: SplitName) -> tuple[str, str, Problem]:
