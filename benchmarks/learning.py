@@ -28,18 +28,34 @@ METHOD = (
 )
 
 SHARED = ["monitoring.ray_metrics=false", "checkpoint.every_steps=0"]
-POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4"]
-GROUPS = ["batch.prompts_per_step=32", "batch.samples_per_prompt=4", "critic=null"]
+POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4", "evaluation.best_of=0"]
+LEARNED = ["reward.normalize=true", "algorithm.shaping.missing_eos={rule: replace, value: -1.0}"]
+"""Normalised, and -1 for an answer that was cut off, about which the reward model knows nothing (Huang et al. 2024)."""
+GROUPS = ["critic=null", "batch.prompts_per_step=32", "batch.samples_per_prompt=4"]
 RECIPES: Mapping[str, Sequence[str]] = {
-    "ppo": [*POLICY, "algorithm.kl.coefficient=0.1", "evaluation.best_of=64"],
+    "ppo": [*POLICY, *LEARNED, "algorithm.name=ppo", "algorithm.kl.coefficient=0.03", "evaluation.best_of=64"],
+    "grpo": [*POLICY, *LEARNED, *GROUPS, "algorithm.name=grpo", "algorithm.kl.coefficient=0.08"],
+    "rloo": [*POLICY, *LEARNED, *GROUPS, "algorithm.name=rloo", "algorithm.kl.coefficient=0.03"],
+    "reinforce++": [*POLICY, *LEARNED, "critic=null", "algorithm.name=reinforce++", "algorithm.kl.coefficient=0.03"],
 }
 """Overrides of the recipe demo-ppo, by algorithm."""
-WITHOUT_KL = [*POLICY, "algorithm.kl.coefficient=0.0", "steps=80", "evaluation.every_steps=10"]
+WITHOUT_KL = [
+    *POLICY, *LEARNED, "algorithm.kl.coefficient=0.0", "steps=60", "evaluation.every_steps=10",
+    "batch.prompts_per_step=64", "batch.sequences_per_update=32", "batch.passes_per_step=2",
+    "policy.engine.optimizer.learning_rate=6.0e-4", "critic.engine.optimizer.learning_rate=1.0e-3",
+]  # fmt: skip
+"""Faster than the others, so that a minute shows what the KL term prevents."""
+SUMS = [
+    *POLICY, *GROUPS, "algorithm.name=grpo", "algorithm.kl.coefficient=0.0", "reward={function: world.arithmetic}",
+    "batch.samples_per_prompt=8", "batch.sequences_per_update=128", "policy.engine.optimizer.learning_rate=5.0e-4",
+    "steps=60", "rollout.max_new_tokens=8", "data.world.evaluation_prompts=155", "evaluation.prompts=155",
+    "evaluation.samples_per_prompt=2", "evaluation.pass_at=[1]",
+]  # fmt: skip
 QUICK_SFT = ["data.world.demonstrations=64", "policy.model.make.shape=llama-tiny"]
 QUICK_RM = ["data.world.pairs=32", "data.world.evaluation_pairs=16"]
 QUICK = [
     "steps=2", "batch.prompts_per_step=4", "batch.samples_per_prompt=4", "batch.sequences_per_update=8",
-    "evaluation.prompts=8", "evaluation.best_of=4", "evaluation.every_steps=1",
+    "evaluation.prompts=8", "evaluation.best_of=4", "evaluation.every_steps=1", "evaluation.samples_shown=0",
 ]  # fmt: skip
 
 
@@ -68,14 +84,20 @@ def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     from rlhf_ray.trainers.sft import train_sft
 
     home = root / f"seed-{piece.seed}"
-    if finished(home / piece.name):
+    directory = home / directory_name(piece.name)
+    if finished(directory):
         return
     recipe, overrides = _job(home, piece, quick)
     config = training_config(load_config(recipe, overrides, files=True))
-    run = RunDirectory.create(home / piece.name, dump_config(config))
+    run = RunDirectory.create(directory, dump_config(config))
     train: Any = {"sft": train_sft, "rm": train_reward_model, "ppo": train_ppo}[config.kind]
     train(config, run, None, place=ThisProcess(config.cluster))
     run.release()
+
+
+def directory_name(piece: str) -> str:
+    """Where a piece runs: its name without signs."""
+    return piece.replace("+", "p")
 
 
 def finished(directory: Path) -> bool:
@@ -85,7 +107,12 @@ def finished(directory: Path) -> bool:
 
 def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
     """Recipe and overrides of a piece."""
-    place = [f"run.root={home}", f"run.name={piece.name}", f"run.seed={piece.seed}", f"data.world.seed={piece.seed}"]
+    place = [
+        f"run.root={home}",
+        f"run.name={directory_name(piece.name)}",
+        f"run.seed={piece.seed}",
+        f"data.world.seed={piece.seed}",
+    ]
     common = [*place, *SHARED]
     sums = ["data.world.task=arithmetic"]
     if piece.name in ("sft", "sums_sft"):
@@ -99,9 +126,10 @@ def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
             *(QUICK_RM if quick else []),
         ]
     start = "sums_sft" if piece.name == "sums" else "sft"
+    chosen = {**RECIPES, "without_kl": WITHOUT_KL, "sums": [*SUMS, *sums]}[piece.name]
+    judges = [role for role in ("critic", "reward") if not any(part.startswith(f"{role}=") for part in chosen)]
     roles = [f"{role}.model.path={home}/{start}/final" for role in ("policy", "reference")]
-    roles += [] if piece.name == "sums" else [f"{role}.model.path={home}/rm/final" for role in ("critic", "reward")]
-    chosen = {**RECIPES, "without_kl": WITHOUT_KL, "sums": SUMS}[piece.name]
+    roles += [f"{role}.model.path={home}/rm/final" for role in judges]
     return "demo-ppo", [*common, *roles, *chosen, *(QUICK if quick else [])]
 
 
@@ -120,7 +148,7 @@ def figures(root: Path, seeds: Sequence[int] = SEEDS) -> Figures:
     method = METHOD.format(seeds=", ".join(map(str, seeds)))
     found: Figures = {}
     for name in RECIPES:
-        last = [evaluations(home / name)[-1] for home in homes]
+        last = [evaluations(home / directory_name(name))[-1] for home in homes]
         kl = max(line["evaluation/kl"] for line in last)
         told = f"{name}: {method}; KL at most {kl:.2f} nats"
         found[f"ppo.{name}.gold_win_rate"] = Figure(
@@ -183,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pieces", type=int, help="run at most so many pieces")
     given = parser.parse_args(arguments)
     environment.prepare()
-    left = [piece for piece in pieces() if not finished(given.root / f"seed-{piece.seed}" / piece.name)]
+    left = [piece for piece in pieces() if not finished(given.root / f"seed-{piece.seed}" / directory_name(piece.name))]
     for piece in left[: given.pieces]:
         print("piece", json.dumps(asdict(piece)), flush=True)
         run_piece(given.root, piece)

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.figures import LATEST, Figures, record, table
 from rlhf_ray import environment
 
-PARTS = ("models", "scoring", "weights")
+PARTS = ("learning", "models", "scoring", "weights")
 """Modules of this directory; ``measure(quick)`` of each returns its figures."""
 
 
