@@ -19,16 +19,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf_ray.models.segments import Group, Segments
+from rlhf_ray.models.segments import COLUMNS, Group, Segments
 
 LONGEST_EXPLICIT = 512
-"""Segments that attend to up to so many tokens keep their probabilities (half precision on CPU)."""
+"""Tokens that one may attend to while all probabilities are kept (half precision on CPU)."""
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-"""Where products are several times as fast as in fp32, and the scores of torch's kernel are not."""
+"""Where products on CPU are faster than in fp32, and torch's kernel is not."""
 SCORES_AT_ONCE = 1 << 19
 """Scores of one explicit product: they should stay in the cache between product, softmax and product."""
 QUERIES_AT_ONCE = 128
-"""Queries of one explicit product: later keys than the last of them are left out."""
+"""Queries of one explicit product: keys behind the last of them are left out."""
+FEW_SHARERS = 4
+"""Up to so many gradients of a shared token are added in their own precision, more in fp32."""
 
 
 def segment_attention(
@@ -49,9 +51,9 @@ def segment_attention(
     keys, values = (_ToRows.apply(tensor, segments, True) for tensor in (key, value))
     outputs = []
     for group, q, k, v in zip(segments.groups, queries, keys, values, strict=True):
-        columns = group.context + group.longest
-        bites = window if window is not None and window < columns else None
-        q, k, v = q.view(-1, group.longest, q.shape[-1]), *(t.view(-1, columns, t.shape[-1]) for t in (k, v))
+        bites = window if window is not None and window < group.context + group.longest else None
+        q = q.view(-1, group.longest, q.shape[-1])
+        k, v = (rows.view(-1, group.columns, rows.shape[-1]) for rows in (k, v))
         out = _group_attention(q, k, v, group, segments, scaling, bites, softcap)
         outputs.append(out.reshape(query.shape[0], -1, v.shape[-1]))
     return _ToTokens.apply(segments, *outputs)
@@ -73,20 +75,23 @@ class _ToRows(torch.autograd.Function):
         segments: Segments = ctx.segments
         rows = segments.key_rows if ctx.as_keys else segments.query_rows
         own = torch.cat(gradients, 1).index_select(1, rows)
-        return _add_contexts(own, gradients, segments.groups) if ctx.as_keys else own, None, None
+        return _add_contexts(own, gradients, segments) if ctx.as_keys else own, None, None
 
 
 def _add_contexts(
-    own: Tensor, gradients: Sequence[Tensor], groups: Sequence[Group]
+    own: Float[Tensor, "heads tokens dim"], gradients: Sequence[Float[Tensor, "heads rows dim"]], segments: Segments
 ) -> Float[Tensor, "heads tokens dim"]:
-    """Add to the gradient of each token what it gets as the context of other segments, in fp32."""
-    if not any(group.context for group in groups):
+    """Add to the gradient of each token what it gets as the context of other segments."""
+    if segments.most_sharers == 0:
         return own
-    total = own.float()
-    for group, gradient in zip(groups, gradients, strict=True):
-        by_segment = gradient.view(len(own), -1, group.context + group.longest, own.shape[-1])
-        for segment, column, token, length in group.borrowed:
-            total[:, token : token + length] += by_segment[:, segment, column : column + length]
+    total = own if segments.most_sharers <= FEW_SHARERS else own.float()
+    for group, gradient in zip(segments.groups, gradients, strict=True):
+        by_run = gradient.view(len(own), -1, group.columns, own.shape[-1])
+        for place, run in enumerate(group.runs):
+            column = 0
+            for token, length in run.context:
+                total[:, token : token + length] += by_run[:, place, column : column + length]
+                column += length
     return total.to(own.dtype)
 
 
@@ -117,9 +122,11 @@ def _group_attention(
 ) -> Float[Tensor, "batch query value_dim"]:
     if softcap is not None:
         return _capped(q, k, v, segments.mask(group, window, q.dtype), scaling, softcap)
-    if q.device.type == "cpu" and q.dtype in LOW_PRECISION and k.shape[1] <= LONGEST_EXPLICIT:
-        return _Explicit.apply(q, k, v, segments.mask(group, window, q.dtype), scaling)
+    if q.device.type == "cpu" and q.dtype in LOW_PRECISION and group.columns <= LONGEST_EXPLICIT:
+        return _Explicit.apply(q, k, v, segments.mask(group, window, q.dtype), group.context, scaling)
     mask = None if window is None and not group.context else segments.mask(group, window, q.dtype)
+    if mask is None:
+        k, v = k[:, : group.longest], v[:, : group.longest]
     q, k, v = q[:, None], k[:, None], v[:, None]
     return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)[:, 0]
 
@@ -129,8 +136,7 @@ def _capped(
 ) -> Float[Tensor, "batch query value_dim"]:
     at_once = max(1, SCORES_AT_ONCE // mask.numel())
     outputs = []
-    for tile in zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True):
-        q, k, v = tile
+    for q, k, v in zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True):
         scores = softcap * torch.tanh(torch.bmm(q, k.transpose(1, 2)).float() * (scaling / softcap))
         outputs.append(torch.bmm(torch.softmax(scores + mask, -1).to(v.dtype), v))
     return torch.cat(outputs)
@@ -139,45 +145,41 @@ def _capped(
 class _Explicit(torch.autograd.Function):
     """``P = softmax(scaling * q k^T + mask)``, ``out = P v``, in tiles whose scores stay in the cache.
 
-    Backward, with ``D = rowsum(dout * out)`` (Dao et al. 2022, section B.4): ``dS = P * (dout v^T - D)``,
-    ``dq = scaling * dS k``, ``dk = scaling * dS^T q``, ``dv = P^T dout``. Half precision in and out, fp32 inside products
-    and softmax.
+    Backward: ``dP = dout v^T``, ``dS = P * (dP - rowsum(P * dP))``, ``dq = scaling * dS k``, ``dk = scaling * dS^T q``,
+    ``dv = P^T dout``. Half precision in and out, fp32 inside products and softmax.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, context: int, scaling: float) -> Tensor:
         out = q.new_empty(*q.shape[:2], v.shape[-1])
+        ctx.tiles, ctx.scaling = list(_tiles(len(q), *mask.shape, context)), scaling
         kept = []
-        ctx.tiles, ctx.scaling = list(_tiles(len(q), *mask.shape)), scaling
         for some, rows, columns in ctx.tiles:
             scores = torch.baddbmm(mask[rows, columns], q[some, rows], k[some, columns].transpose(1, 2), alpha=scaling)
-            probabilities = torch.softmax(scores, -1)
-            out[some, rows] = torch.bmm(probabilities, v[some, columns])
-            kept.append(probabilities)
-        ctx.save_for_backward(q, k, v, out, *kept)
+            kept.append(torch.softmax(scores, -1))
+            out[some, rows] = torch.bmm(kept[-1], v[some, columns])
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         for_q, for_k, for_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        weighted = (gradient.float() * out).sum(-1, keepdim=True).neg_().to(q.dtype)
-        for (some, rows, columns), probabilities in zip(ctx.tiles, kept, strict=True):
+        for (some, rows, columns), p in zip(ctx.tiles, kept, strict=True):
             above = gradient[some, rows]
-            for_v[some, columns] += torch.bmm(probabilities.transpose(1, 2), above)
-            for_scores = torch.baddbmm(weighted[some, rows], above, v[some, columns].transpose(1, 2)).mul_(
-                probabilities
-            )
+            for_v[some, columns] += torch.bmm(p.transpose(1, 2), above)
+            for_p = torch.bmm(above, v[some, columns].transpose(1, 2))
+            for_scores = torch.ops.aten._softmax_backward_data(for_p, p, -1, p.dtype)
             for_q[some, rows] = torch.bmm(for_scores, k[some, columns])
             for_k[some, columns] += torch.bmm(for_scores.transpose(1, 2), q[some, rows])
-        return for_q.mul_(ctx.scaling), for_k.mul_(ctx.scaling), for_v, None, None
+        return for_q.mul_(ctx.scaling), for_k.mul_(ctx.scaling), for_v, None, None, None
 
 
-def _tiles(batch: int, queries: int, keys: int) -> Iterator[tuple[slice, slice, slice]]:
+def _tiles(batch: int, queries: int, keys: int, context: int) -> Iterator[tuple[slice, slice, slice]]:
     """Parts of the batch, blocks of their queries, and the keys up to the last query of each block."""
     for first in range(0, queries, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, queries)
-        seen = keys - queries + last
+        seen = min(keys, -(-(context + last) // COLUMNS) * COLUMNS)
         at_once = max(1, SCORES_AT_ONCE // ((last - first) * seen))
         for start in range(0, batch, at_once):
             yield slice(start, start + at_once), slice(first, last), slice(0, seen)

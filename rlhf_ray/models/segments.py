@@ -1,12 +1,13 @@
 """Where the segments of one forward pass begin, what each continues, and how they are batched for attention.
 
-Always true: every token is a real query of exactly one group; all segments of a group have a context of the same length
-(the tokens of the segments that they continue), so that one mask serves them all; padding repeats a token of its own
-segment.
+Always true: every token is a real query of exactly one group; all runs of a group have a context of the same length (the
+tokens that they continue), so that one causal mask serves them all; padding repeats a token of its own run, later than
+all of its real ones.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,21 +20,54 @@ from torch import Tensor
 from rlhf_ray.trajectories.packing import lineage
 
 
-@dataclass(frozen=True)
-class Group:
-    """Segments of similar length, run as one batch padded to the longest.
+COLUMNS = 32
+"""Keys are padded to a multiple of so many: torch's softmax on CPU is slow on the rest of a row."""
 
-    ``queries`` (segments * longest,) names the token that stands in each row, the last of the segment in padding; ``real``
-    is 0 in padding, None without any. ``keys`` (segments * (context + longest),) has the context before each segment.
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens in a row of which each continues the one before: a segment, or several right behind each other.
+
+    ``context`` has the ranges (first token, length) that the run continues, in order.
     """
 
-    longest: int
-    context: int
+    start: int
+    length: int
+    context: tuple[tuple[int, int], ...]
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens that the run continues."""
+        return sum(length for _, length in self.context)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of similar length, run as one batch padded to the longest.
+
+    ``queries`` (runs * longest,) names the token that stands in each row, the last of the run in padding; ``real`` is 0 in
+    padding, None without any. ``keys`` (runs * columns,) has the context before each run, and padding behind.
+    """
+
+    runs: tuple[Run, ...]
     queries: Int64[Tensor, "rows"]
     keys: Int64[Tensor, "key_rows"]
     real: Float[Tensor, "rows 1"] | None
-    borrowed: tuple[tuple[int, int, int, int], ...]
-    """What the context of each segment is made of: (segment of the group, column, first token, length)."""
+
+    @property
+    def longest(self) -> int:
+        """Queries of each run."""
+        return self.runs[0].length
+
+    @property
+    def context(self) -> int:
+        """Keys before the first query of each run."""
+        return self.runs[0].context_length
+
+    @property
+    def columns(self) -> int:
+        """Keys of each run."""
+        return len(self.keys) // len(self.runs)
 
 
 @dataclass(eq=False)
@@ -86,75 +120,74 @@ class Segments:
 
     @cached_property
     def key_rows(self) -> Int64[Tensor, "tokens"]:
-        """The row of each token in its own segment among the key rows of all groups."""
+        """The row of each token in its own run among the key rows of all groups."""
+        return self._rows_of_tokens([(group.columns, group.context) for group in self.groups])
+
+    @cached_property
+    def most_sharers(self) -> int:
+        """Runs that continue one token, at most, besides its own."""
         if self.parent is None:
-            return self.query_rows
-        return self._rows_of_tokens([(group.context + group.longest, group.context) for group in self.groups])
+            return 0
+        counts = Counter(start for group in self.groups for run in group.runs for start, _ in run.context)
+        return max(counts.values(), default=0)
 
     def mask(self, group: Group, window: int | None, dtype: torch.dtype) -> Float[Tensor, "query key"]:
         """Return the additive causal mask of a group, with a sliding window if it bites."""
         key = (group.longest, group.context, window, dtype)
         if key not in self.masks:
-            rows, columns = group.longest, group.context + group.longest
-            seen = torch.ones(rows, columns, dtype=torch.bool, device=self.cu_seq_lens.device).tril(group.context)
+            seen = torch.ones(group.longest, group.columns, dtype=torch.bool, device=self.cu_seq_lens.device)
+            seen = seen.tril(group.context)
             if window is not None:
                 seen = seen.triu(group.context + 1 - window)
             self.masks[key] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
         return self.masks[key]
 
-    def _groups(self) -> Iterator[Group]:
-        """Sort by context and length, and cut where a shorter segment would waste more than about an eighth of its rows."""
+    def _runs(self) -> list[Run]:
+        """Join a segment to the one right before it where it continues that one; the others are runs of their own."""
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        ancestors = [line[:-1] for line in lineage(self.parent or (-1,) * len(self.lengths))]
-        contexts = [sum(self.lengths[ancestor] for ancestor in line) for line in ancestors]
-        order = [segment for segment, length in enumerate(self.lengths) if length]
-        order.sort(key=lambda segment: (contexts[segment], -self.lengths[segment]))
-        while order:
-            longest, context = self.lengths[order[0]], contexts[order[0]]
-            shortest = longest - max(4, longest // 8)
-            members = [s for s in order if contexts[s] == context and self.lengths[s] >= shortest]
-            order = order[len(members) :]
-            borrowed: list[tuple[int, int, int, int]] = []
-            for place, segment in enumerate(members):
-                column = 0
-                for ancestor in ancestors[segment]:
-                    borrowed.append((place, column, starts[ancestor], self.lengths[ancestor]))
-                    column += self.lengths[ancestor]
-            yield self._group([(starts[s], self.lengths[s]) for s in members], longest, context, tuple(borrowed))
+        lines = lineage(self.parent or (-1,) * len(self.lengths))
+        runs: list[Run] = []
+        for segment, length in enumerate(self.lengths):
+            if len(lines[segment]) > 1 and lines[segment][-2] == segment - 1:
+                last = runs.pop()
+                runs.append(Run(last.start, last.length + length, last.context))
+            else:
+                context = tuple((starts[one], self.lengths[one]) for one in lines[segment][:-1])
+                runs.append(Run(starts[segment], length, context))
+        return runs
 
-    def _group(
-        self,
-        members: Sequence[tuple[int, int]],
-        longest: int,
-        context: int,
-        borrowed: tuple[tuple[int, int, int, int], ...],
-    ) -> Group:
+    def _groups(self) -> Iterator[Group]:
+        """Sort by context and length, and cut where a shorter run would waste more than about an eighth of its rows."""
+        order = sorted(self._runs(), key=lambda run: (run.context_length, -run.length))
+        while order:
+            context, longest = order[0].context_length, order[0].length
+            shortest = longest - max(4, longest // 8)
+            members = [run for run in order if run.context_length == context and run.length >= shortest]
+            order = order[len(members) :]
+            yield self._group(tuple(members))
+
+    def _group(self, runs: tuple[Run, ...]) -> Group:
         device = self.cu_seq_lens.device
-        first, sizes = (torch.tensor(numbers)[:, None] for numbers in zip(*members, strict=True))
-        steps = torch.arange(longest)[None]
-        own = first + steps.minimum(sizes - 1)
-        keys = own
-        if context:
-            before = torch.empty(len(members), context, dtype=torch.int64)
-            for place, column, start, length in borrowed:
-                before[place, column : column + length] = torch.arange(start, start + length)
-            keys = torch.cat([before, own], 1)
+        longest, context = runs[0].length, runs[0].context_length
+        first, sizes = (torch.tensor(numbers)[:, None] for numbers in zip(*((r.start, r.length) for r in runs), strict=True))
+        columns = -(-(context + longest) // COLUMNS) * COLUMNS
+        rows = first + torch.arange(columns - context).minimum(sizes - 1)
+        before = [torch.cat([torch.arange(start, start + size) for start, size in run.context]) for run in runs if context]
+        keys = torch.cat([torch.stack(before), rows], 1) if context else rows
+        steps = torch.arange(longest)
         real = None if int(sizes.min()) == longest else (steps < sizes).float().reshape(-1, 1).to(device)
-        queries = own.flatten().to(device)
-        return Group(longest, context, queries, keys.flatten().to(device) if context else queries, real, borrowed)
+        return Group(runs, rows[:, :longest].flatten().to(device), keys.flatten().to(device), real)
 
     def _rows_of_tokens(self, columns: Sequence[tuple[int, int]]) -> Int64[Tensor, "tokens"]:
-        """Rows of the own tokens of each group, whose segments have ``columns`` (count, first own one)."""
-        rows = torch.empty(sum(self.lengths), dtype=torch.int64, device=self.cu_seq_lens.device)
+        """Rows of the own tokens of each group, whose runs have ``columns`` (count, first own one)."""
+        rows = torch.empty(sum(self.lengths), dtype=torch.int64)
         base = 0
         for group, (count, first) in zip(self.groups, columns, strict=True):
-            segments = len(group.queries) // group.longest
-            places = torch.arange(segments, device=rows.device)[:, None] * count + base + first
-            places = (places + torch.arange(group.longest, device=rows.device)).flatten()
-            real = slice(None) if group.real is None else group.real[:, 0].bool()
-            rows[group.queries[real]] = places[real]
-            base += segments * count
-        return rows
+            for place, run in enumerate(group.runs):
+                row = base + place * count + first
+                rows[run.start : run.start + run.length] = torch.arange(row, row + run.length)
+            base += len(group.runs) * count
+        return rows.to(self.cu_seq_lens.device)
 
     # ------------------------------------------------------------------------------------------- sequences, each whole
 

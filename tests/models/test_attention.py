@@ -142,4 +142,5 @@ def test_groups_hold_every_token_once_and_waste_little(lengths: list[int], share
     keys = torch.cat([group.keys for group in segments.groups])
     assert torch.equal(keys[segments.key_rows], torch.arange(sum(lengths)))
     for group in segments.groups:
+        assert len({run.context_length for run in group.runs}) == 1
         assert group.real is None or float(group.real.mean()) > 0.5 or group.longest <= 8
