@@ -17,7 +17,13 @@ from pathlib import Path
 from benchmarks.figures import LATEST, Figures, record, table
 from rlhf_ray import environment
 
-PARTS = ("learning", "models", "scoring", "weights")
+PARTS = (
+    "learning",
+    "log_probs",
+    "models",
+    "scoring",
+    "weights",
+)
 """Modules of this directory; ``measure(quick)`` of each returns its figures."""
 
 

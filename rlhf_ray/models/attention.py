@@ -136,9 +136,9 @@ def _capped(
 ) -> Float[Tensor, "batch query value_dim"]:
     at_once = max(1, SCORES_AT_ONCE // mask.numel())
     outputs = []
-    for q, k, v in zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True):
-        scores = softcap * torch.tanh(torch.bmm(q, k.transpose(1, 2)).float() * (scaling / softcap))
-        outputs.append(torch.bmm(torch.softmax(scores + mask, -1).to(v.dtype), v))
+    for some_q, some_k, some_v in zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True):
+        scores = softcap * torch.tanh(torch.bmm(some_q, some_k.transpose(1, 2)).float() * (scaling / softcap))
+        outputs.append(torch.bmm(torch.softmax(scores + mask, -1).to(v.dtype), some_v))
     return torch.cat(outputs)
 
 

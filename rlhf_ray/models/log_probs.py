@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LOGITS_AT_ONCE = 1 << 20
-FEWEST_TOKENS_AT_ONCE = 256
+"""Few enough to stay in the cache of a processor."""
+FEWEST_TOKENS_AT_ONCE = 128
+"""Fewer would read the whole weight for next to nothing."""
+AS_MANY_ON_A_GPU = 8
+"""A GPU needs more at once to be busy, and has the memory for it."""
 
 
-def chunk_size(vocabulary: int) -> int:
+def chunk_size(vocabulary: int, *, on_gpu: bool = False) -> int:
     """Tokens whose logits are held at once."""
-    return max(FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+    return max(FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary) * (AS_MANY_ON_A_GPU if on_gpu else 1)
 
 
 class LogProbHead(nn.Linear):
@@ -94,7 +98,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         log_probs, normalisers, entropies = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(3))
         wide = _widen(weight, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(len(targets), weight.shape[0]):
+            for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
                 logits = _cap_in_place(_logits(hidden[part], wide, bias), softcap).div_(temperature)
                 normalisers[part] = normaliser = logits.logsumexp(-1)
                 log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser
@@ -107,30 +111,25 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, log_prob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, *_ = ctx.saved_tensors
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         wide = _widen(weight, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(len(targets), weight.shape[0]):
-                capped = _cap_in_place(_logits(hidden[part], wide, bias), ctx.softcap)
-                log_p = (capped / ctx.temperature).sub_(normalisers[part, None])
-                p = log_p.exp()
-                gradient = p * -log_prob_gradient[part, None]
-                gradient.scatter_add_(1, targets[part, None], log_prob_gradient[part, None])
-                if ctx.with_entropy:
-                    surprise = log_p.add_(entropies[part, None])
-                    gradient.sub_(surprise.mul_(p).mul_(entropy_gradient[part, None]))
-                gradient.div_(ctx.temperature)
-                if ctx.softcap is not None:
-                    gradient.mul_(1 - (capped / ctx.softcap) ** 2)
+            for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
+                gradient = _logits_gradient(
+                    ctx, part, _logits(hidden[part], wide, bias), log_prob_gradient, entropy_gradient
+                )
                 if for_bias is not None:
                     for_bias += gradient.sum(0)
                 narrow = gradient.to(weight.dtype)
+                del gradient
                 if for_hidden is not None:
                     for_hidden[part] = narrow @ weight
-                if for_weight is not None:
+                if for_weight is not None and weight.dtype == torch.float32:
+                    for_weight.addmm_(narrow.t(), hidden[part].float())
+                elif for_weight is not None:
                     for_weight += narrow.t() @ hidden[part].to(weight.dtype)
         return (
             for_hidden,
@@ -143,8 +142,26 @@ class _ChunkedLogProbs(torch.autograd.Function):
         )
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = chunk_size(vocabulary)
+def _logits_gradient(
+    ctx: Any, part: slice, logits: Float[Tensor, "chunk vocabulary"], for_log_probs: Tensor, for_entropy: Tensor
+) -> Float[Tensor, "chunk vocabulary"]:
+    """The gradient of a chunk's logits before the cap, in their memory where nothing else needs them."""
+    _, _, _, targets, normalisers, entropies = ctx.saved_tensors
+    capped = _cap_in_place(logits, ctx.softcap)
+    slope = None if ctx.softcap is None else (capped / ctx.softcap).square_().neg_().add_(1.0)
+    log_p = capped.div_(ctx.temperature).sub_(normalisers[part, None])
+    p = log_p.exp() if ctx.with_entropy else log_p.exp_()
+    surprise = log_p.add_(entropies[part, None]).mul_(p).mul_(for_entropy[part, None]) if ctx.with_entropy else None
+    gradient = p.mul_(-for_log_probs[part, None])
+    gradient.scatter_add_(1, targets[part, None], for_log_probs[part, None])
+    if surprise is not None:
+        gradient.sub_(surprise)
+    gradient.div_(ctx.temperature)
+    return gradient if slope is None else gradient.mul_(slope)
+
+
+def _chunks(tokens: int, vocabulary: int, on_gpu: bool) -> list[slice]:
+    size = chunk_size(vocabulary, on_gpu=on_gpu)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rlhf_ray.trajectories.packing import lineage
 
-
 COLUMNS = 32
 """Keys are padded to a multiple of so many: torch's softmax on CPU is slow on the rest of a row."""
 
@@ -169,10 +168,14 @@ class Segments:
     def _group(self, runs: tuple[Run, ...]) -> Group:
         device = self.cu_seq_lens.device
         longest, context = runs[0].length, runs[0].context_length
-        first, sizes = (torch.tensor(numbers)[:, None] for numbers in zip(*((r.start, r.length) for r in runs), strict=True))
+        first, sizes = (
+            torch.tensor(numbers)[:, None] for numbers in zip(*((r.start, r.length) for r in runs), strict=True)
+        )
         columns = -(-(context + longest) // COLUMNS) * COLUMNS
         rows = first + torch.arange(columns - context).minimum(sizes - 1)
-        before = [torch.cat([torch.arange(start, start + size) for start, size in run.context]) for run in runs if context]
+        before = [
+            torch.cat([torch.arange(start, start + size) for start, size in run.context]) for run in runs if context
+        ]
         keys = torch.cat([torch.stack(before), rows], 1) if context else rows
         steps = torch.arange(longest)
         real = None if int(sizes.min()) == longest else (steps < sizes).float().reshape(-1, 1).to(device)

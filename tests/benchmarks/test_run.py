@@ -20,7 +20,11 @@ LEARNED = {
 }
 LEARNED |= {"ppo.best_of_n.gold_win_rate", "ppo.grpo.pass_rate", "ppo.grpo.pass_rate_start"}
 LEARNED |= {"ppo.without_kl.gold_fall", "ppo.without_kl.reward_rise"}
-NAMES = {"models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "weights.update_ms", *SCORING, *LEARNED}
+MODELS = {
+    "models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "models.log_probs_memory_vs_naive",
+    "models.log_probs_memory_vs_naive_at_half_length",
+}  # fmt: skip
+NAMES = {"weights.update_ms", *MODELS, *SCORING, *LEARNED}
 
 
 def kept(path: Path) -> dict[str, dict[str, object]]:
