@@ -64,6 +64,15 @@ def _penalties_fit(config: PpoConfig) -> Iterator[Problem]:
         )
 
 
+def _policy_is_the_same_twice(config: PpoConfig) -> Iterator[Problem]:
+    lora = config.policy.model.lora
+    if lora is not None and lora.dropout > 0.0:
+        yield (
+            "policy.model.lora.dropout",
+            f"{lora.dropout:g}, but the ratio compares the same policy before and after an update: set it to 0",
+        )
+
+
 def _policy_learns(config: PpoConfig) -> Iterator[Problem]:
     warmup = config.algorithm.critic_warmup_steps
     if warmup >= config.steps:
@@ -78,5 +87,6 @@ ALGORITHM_RULES: tuple[Callable[[PpoConfig], Iterator[Problem]], ...] = (
     _samples_to_compare,
     _reference_is_used,
     _penalties_fit,
+    _policy_is_the_same_twice,
     _policy_learns,
 )

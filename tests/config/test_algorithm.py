@@ -84,6 +84,8 @@ REFUSED = [
      "algorithm.shaping.too_short.tokens: 33 is above rollout.max_new_tokens 32: no answer could be long enough"),
     (["algorithm.critic_warmup_steps=3"],
      "algorithm.critic_warmup_steps: 3, but the run has 3 steps, so the policy would never train"),
+    (["policy.model.lora={rank: 4, dropout: 0.1}"],
+     "policy.model.lora.dropout: 0.1, but the ratio compares the same policy before and after an update: set it to 0"),
     # parts of the algorithm
     (["algorithm.kl={coefficient: 0, target: 6.0}"],
      "algorithm.kl.coefficient: 0 stays 0 under adaptive control (target is set): start it above 0, such as 0.05"),

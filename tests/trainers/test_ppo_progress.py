@@ -1,0 +1,60 @@
+"""What the driver remembers between two steps comes back from a checkpoint as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.config.schema import KlConfig
+from rlhf_ray.trainers.learner import Outcome
+from rlhf_ray.trainers.ppo_progress import PpoProgress
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+ADAPTIVE = KlConfig(coefficient=0.1, target=6.0, horizon=100)
+STEPS = st.lists(st.tuples(st.floats(0, 30), st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=4)), max_size=5)
+
+
+def batch_of(scores: list[float]) -> TrajectoryBatch:
+    return TrajectoryBatch.from_sequences([[1]] * len(scores), score=scores)
+
+
+def after(steps: list[tuple[float, list[float]]], progress: PpoProgress) -> PpoProgress:
+    for kl, scores in steps:
+        progress.see(batch_of(scores))
+        progress.finish_step(Outcome(updates=2, skipped=1), {"kl/k1": kl}, sequences=len(scores))
+    return progress
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=STEPS, more=STEPS, config=st.sampled_from([ADAPTIVE, KlConfig()]))
+def test_a_restored_run_goes_on_as_if_it_had_never_stopped(steps, more, config) -> None:
+    whole = after([*steps, *more], PpoProgress.start(config))
+    state = json.loads(json.dumps(after(steps, PpoProgress.start(config)).state()))
+    resumed = PpoProgress.start(config)
+    resumed.restore(state)
+    assert after(more, resumed) == whole
+    assert resumed.state() == whole.state()
+
+
+def test_the_coefficient_follows_the_kl_and_stands_still_without_one() -> None:
+    progress = PpoProgress.start(ADAPTIVE)
+    objectives: list[dict[str, Any]] = [{"kl/k1": 12.0}, {"kl/k1": 1.0}, {}, {"kl/k1": math.nan}]
+    found = []
+    for objective in objectives:
+        progress.finish_step(Outcome(updates=1), objective, sequences=50)
+        found.append(progress.metrics()["kl/coefficient"])
+    assert found == pytest.approx([0.11, 0.099, 0.099, 0.099])
+    assert PpoProgress.start(KlConfig()).metrics()["kl/coefficient"] == 0.05
+
+
+def test_moments_are_those_of_every_score_as_it_came() -> None:
+    progress = after([(0.0, [1.0, 3.0]), (0.0, [5.0])], PpoProgress.start(KlConfig()))
+    every = torch.tensor([1.0, 3.0, 5.0])
+    assert progress.moments.mean == pytest.approx(3.0)
+    assert progress.moments.deviation == pytest.approx(every.std(correction=0).item())
