@@ -1,0 +1,78 @@
+"""One of several ranks that train a reward model at every ZeRO stage, and score held-out pairs before: no Ray.
+
+Usage: reward_rank_program.py RANK WORLD_SIZE PORT DIRECTORY
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray import environment
+
+UPDATES, PAIRS, HELD_OUT, BUDGET = 8, 8, 24, 160
+STAGES = (0, 1, 2, 3)
+
+
+def measure(
+    rank: int, world: int, directory: Path, stages: tuple[int, ...], address: str | None = None
+) -> dict[str, Any]:
+    """This rank's share of the losses of every update and of the held-out scores, by stage."""
+    from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+    from rlhf_ray.algorithms.reward_losses import RewardLoss
+    from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
+    from rlhf_ray.data.encode import Drops, encode_pairs
+    from rlhf_ray.data.pairs import PairExample
+    from rlhf_ray.data.tokenizers import make_tokenizer
+    from rlhf_ray.data.world import World
+    from rlhf_ray.trainers.datasets import pair_batch
+    from rlhf_ray.trainers.supervised import cut
+    from rlhf_ray.trajectories.schedule import deal_packs
+
+    class Rank(RewardWorker):
+        """A worker that meets its group once, for all stages."""
+
+        def _meet(self, given: str | None) -> None:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                super()._meet(address)
+
+    rows = World(5).preferences(UPDATES * PAIRS + HELD_OUT)
+    encoded = encode_pairs(make_tokenizer("world"), rows, 80, Drops())
+    pairs = [PairExample(pair.chosen, pair.rejected) for pair in encoded if pair is not None]
+    held_out, loss = pair_batch(pairs[UPDATES * PAIRS :]), RewardLoss(centering=0.01)
+    found: dict[str, Any] = {}
+    for zero in stages:
+        optimizer = OptimizerConfig(learning_rate=3e-3, eps=1e-6)
+        role = RoleConfig(
+            model=ModelConfig(path=str(directory / "model"), dtype="fp32"),
+            engine=EngineConfig(zero=zero, optimizer=optimizer),
+        )
+        worker = Rank(rank, world)
+        worker.setup(WorkerSetup(role, seed=1, total_updates=UPDATES))
+        packs = deal_packs(held_out.lengths.tolist(), ranks=world, max_tokens=BUDGET, unit=2).rank(rank)
+        scores = {
+            str(i): float(s) for ids, part in worker.scores(held_out, packs) for i, s in zip(ids, part, strict=True)
+        }
+        losses = []
+        for update in range(UPDATES):
+            batch = pair_batch(pairs[update * PAIRS : (update + 1) * PAIRS])
+            share = cut(batch, ranks=world, max_tokens=BUDGET, unit=2).updates[0].rank(rank)
+            losses.append(worker.accumulate(batch, share, loss, PAIRS).loss)
+            worker.apply(False)
+        found[str(zero)] = {"scores": scores, "losses": losses}
+        worker.engine.close()
+    return found
+
+
+def main(rank: int, world: int, port: int, directory: Path) -> None:
+    found = measure(rank, world, directory, STAGES, f"127.0.0.1:{port}")
+    (directory / f"measured-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
