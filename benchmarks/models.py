@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from benchmarks.figures import Figure, Figures
-from benchmarks.sequences import padded_batches, ragged_sequences
+from benchmarks.sequences import LONGEST, REAL_PAIRS, padded_batches, ragged_sequences, real_sequences
 from rlhf_ray.models import PackedRegression
 from rlhf_ray.models.make import make_config
 from rlhf_ray.models.regression import make_head, wrap_backbone
@@ -36,6 +36,8 @@ class Contest:
     packed: PackedRegression
     packs: list[Packed]
     padded: PreTrainedModel
+    origin: str
+    """What the sequences are: made ones, or those of real pairs, which lie together in a pack and share their prompt."""
     batches: list[tuple[Tensor, Tensor]]
     order: list[int]
     """Which sequence each score of the packs is of."""
@@ -64,18 +66,18 @@ def measure(quick: bool = False) -> Figures:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        contest = _contest("llama-tiny", 32, 24) if quick else _contest("llama-14m", 32, 512)
+        contest = _contest("llama-tiny", 32, 24) if quick else _contest("llama-14m", 128, 512)
         with torch.no_grad():
             _require_agreement(contest)
             scoring = _ratio(contest.score_packed, contest.score_padded)
         training = _ratio(contest.train_packed, contest.train_padded)
     finally:
         torch.set_num_threads(before)
-    sequences, tokens = len(contest.order), sum(part.num_tokens for part in contest.packs)
+    sequences, tokens = len(contest.order), sum(int(mask.sum()) for _, mask in contest.batches)
     method = (
-        f"{sequences} made sequences, {tokens} tokens, {contest.padded.config.hidden_size} wide, bf16, one thread: CPU "
-        f"seconds of transformers with SDPA on padded batches of {ROWS} in arrival order over those of this project on "
-        f"packs, {{}}; median of {REPEATS} alternating pairs"
+        f"{sequences} {contest.origin} sequences, {tokens} tokens, {contest.padded.config.hidden_size} wide, bf16, one "
+        f"thread: CPU seconds of transformers with SDPA on padded batches of {ROWS} in arrival order over those of this "
+        f"project on packs, {{}}; median of {REPEATS} alternating pairs"
     )
     return {
         "models.packed_vs_padded_training": Figure(training, "x", True, method.format("forward and backward")),
@@ -94,13 +96,18 @@ def _contest(shape: str, count: int, longest: int) -> Contest:
     model = wrap_backbone(
         backbone, head, "reward", attention="auto", strict_attention=True, head_origin="fresh, as on the padded side"
     )
-    sequences = ragged_sequences(count, VOCABULARY, longest=longest)
+    real = longest == LONGEST and REAL_PAIRS.is_file()
+    sequences = (real_sequences if real else ragged_sequences)(count, VOCABULARY, longest=longest)
     batch = TrajectoryBatch.from_sequences(sequences)
-    micro_batches = make_schedule(batch.lengths.tolist(), ranks=1, max_tokens=8 * longest).rank(0)
+    micro_batches = make_schedule(batch.lengths.tolist(), ranks=1, max_tokens=8 * longest, unit=2 if real else 1).rank(
+        0
+    )
+    packs = [pack(batch, indices) for indices in micro_batches]
     return Contest(
         PackedRegression(model).train(),
-        [pack(batch, indices) for indices in micro_batches],
+        packs,
         padded.train(),
+        "real paired" if real else "made",
         padded_batches(sequences, ROWS),
         [index for indices in micro_batches for index in indices],
     )

@@ -1,12 +1,14 @@
-"""Made sequences whose lengths are spread like those of real preference pairs.
+"""Sequences of a benchmark: real preference pairs where they lie beside the repository, else made ones of like lengths.
 
-Always true: the same arguments give the same sequences; no token is below ``FIRST_TOKEN``, so that any lower id can pad.
+Always true: the same arguments give the same sequences; no token of a made one is below ``FIRST_TOKEN``, so that any lower
+id can pad.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -34,6 +36,25 @@ def ragged_sequences(count: int, vocabulary: int, *, longest: int = LONGEST, see
         torch.randint(FIRST_TOKEN, vocabulary, (length,), generator=generator)
         for length in ragged_lengths(count, longest=longest, seed=seed)
     ]
+
+
+REAL_PAIRS = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless_pairs.jsonl.gz"
+
+
+def real_sequences(count: int, vocabulary: int, *, longest: int = LONGEST, path: Path = REAL_PAIRS) -> list[Tensor]:
+    """Both sides of real pairs, chosen before rejected, in the order of the file; those beyond ``longest`` are left out."""
+    from rlhf_ray.data.preferences import read_preferences
+    from rlhf_ray.data.tokenizers import make_tokenizer
+
+    tokenizer = make_tokenizer(str(path), vocabulary)
+    found: list[Tensor] = []
+    for pair in read_preferences(str(path)):
+        sides = [tokenizer(pair.prompt + answer)["input_ids"] for answer in (pair.chosen, pair.rejected)]
+        if max(map(len, sides)) <= longest:
+            found += [torch.tensor(side) for side in sides]
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
 def padded_batches(sequences: list[Tensor], rows: int) -> list[tuple[Tensor, Tensor]]:
