@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import shutil
 import sys
@@ -34,13 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def project_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the project's logger says, whoever set up logging before."""
+def project_log() -> Iterator[io.StringIO]:
+    """What the project's logger says, whoever set up logging or pytest's capture of it before."""
     from rlhf_ray.console import get_logger
 
-    get_logger().addHandler(caplog.handler)
-    yield caplog
-    get_logger().removeHandler(caplog.handler)
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    get_logger().addHandler(handler)
+    yield said
+    get_logger().removeHandler(handler)
 
 
 @pytest.fixture

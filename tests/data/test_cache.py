@@ -62,13 +62,13 @@ def test_a_file_that_is_gone_or_cut_is_noticed(tmp_path, name, project_log):
         make = Made()
         assert cached(tmp_path, "key", make).equals(TABLE)
         assert make.times == 1
-    assert "it is made again" in project_log.text
+    assert "it is made again" in project_log.getvalue()
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_no_more(tmp_path, project_log):
     (tmp_path / "file").write_text("in the way")
     assert cached(tmp_path / "file", "key", Made()).equals(TABLE)
-    assert "encoded rows are not kept for the next run (data.cache)" in project_log.text
+    assert "encoded rows are not kept for the next run (data.cache)" in project_log.getvalue()
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path, project_log, monkeypatch):
@@ -77,8 +77,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path, project_log, mo
 
     monkeypatch.setattr(pa.ipc, "new_file", full)
     assert cached(tmp_path, "key", Made()).equals(TABLE)
-    assert "data.cache" in project_log.text
-    assert "disk full" in project_log.text
+    assert "data.cache" in project_log.getvalue()
+    assert "disk full" in project_log.getvalue()
     assert list(tmp_path.iterdir()) == []
 
 
