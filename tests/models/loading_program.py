@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import socket
 import sys
 import threading
 import time
@@ -52,9 +53,15 @@ def setup(path: Path, port: int) -> WorkerSetup:
     return WorkerSetup(role, seed=0, address=f"127.0.0.1:{port}")
 
 
-def close(worker: ReferenceWorker | RewardWorker) -> None:
+def close(worker: ReferenceWorker | RewardWorker) -> int:
+    """Leave the group; the port at which the ranks meet again, where nobody else listens."""
     worker.engine.close()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found = [probe.getsockname()[1] if worker.rank == 0 else 0]
+    torch.distributed.broadcast_object_list(found, src=0)
     destroy_process_group()
+    return found[0]
 
 
 def main(rank: int, port: int, directory: Path) -> None:
@@ -63,15 +70,14 @@ def main(rank: int, port: int, directory: Path) -> None:
     for family, kind in (("llama", ReferenceWorker), ("mixtral", RewardWorker)):
         tiny, worker = kind(rank, WORLD), kind(rank, WORLD)
         tiny.setup(setup(directory / f"{family} tiny", port))  # imports what loading needs
-        close(tiny)
+        port = close(tiny)
         del tiny
         gc.collect()
         peak = Peak()
         peak.start()
-        worker.setup(setup(directory / family, port + 1))
+        worker.setup(setup(directory / family, port))
         peaks[family] = peak.stop()
-        close(worker)
-        port += 2
+        port = close(worker)
     (directory / f"rank{rank}.json").write_text(json.dumps(peaks))
 
 
