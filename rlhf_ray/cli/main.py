@@ -24,6 +24,7 @@ COMMANDS = (
     "report",
     "serve",
     "score",
+    "evaluate",
     "export",
     "doctor",
     "demo",

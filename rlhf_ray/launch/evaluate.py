@@ -1,0 +1,88 @@
+"""``rlhf-ray evaluate``: what a reward model makes of a file of preferences.
+
+Always true: the figures are those of the evaluation in training, over the same packs; what was dropped is said; nothing of
+the pairs' text is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray import storage
+from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.config.files import hub_ids
+from rlhf_ray.config.pairs import Keys
+from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.console import get_logger, say, table
+from rlhf_ray.data.pairs import PairExample, PairFile, pairs_of_file
+from rlhf_ray.errors import EXIT_DONE, DataError
+from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
+from rlhf_ray.evaluation.scored_pairs import ScoredPairs
+from rlhf_ray.planning.capacity import needed
+
+WORST = 50
+"""Pairs in the file of figures."""
+
+
+def evaluate(config: ServeConfig, file: Path, keys: Keys, *, turns: bool, output: Path | None) -> int:
+    """Score every pair of ``file`` with ``config.reward``; print the tables, write all figures to ``output``."""
+    from rlhf_ray.actors.groups import RewardGroup
+    from rlhf_ray.actors.workers import WorkerSetup
+    from rlhf_ray.algorithms.reward_losses import RewardLoss
+    from rlhf_ray.models import load_tokenizer
+    from rlhf_ray.trainers.reward_evaluation import HeldOut
+
+    tokenizer = load_tokenizer(config.reward.model)
+    pairs = _pairs(file, keys, tokenizer, config.max_tokens, turns=turns)
+    with Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config))) as cluster:
+        role = config.reward
+        group = RewardGroup(cluster.start("reward", role.ranks, role.resources))
+        setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
+        group.setup(setup, timeout_s=config.cluster.start_timeout_s).result()
+        budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
+        held_out = HeldOut(group, pairs, RewardLoss(), budget)
+        held_out.figures()
+        page = held_out.page(tokenizer, WORST, None)
+    assert held_out.scored is not None
+    figures = tell(held_out.scored)
+    if output is not None:
+        shown = {**figures, "calibration": page.calibration, "worst": asdict(page.worst)}
+        storage.write_file(output, json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
+    return EXIT_DONE
+
+
+def tell(scored: ScoredPairs) -> dict[str, Any]:
+    """Print the figures of all pairs, of each source and of RewardBench's sections; also as plain values."""
+    from rlhf_ray.trainers.reward_evaluation import source_table
+
+    figures = scored.figures()
+    say(table("all pairs", ("figure", "value"), [(name, f"{value:.4g}") for name, value in figures.items()]))
+    sources = source_table(scored)
+    say(table("by source", sources.headers, sources.rows))
+    by_source = {source: part.figures() for source, part in scored.by_source().items()}
+    accuracies = {source: part["accuracy"] for source, part in by_source.items() if "accuracy" in part}
+    sections = section_scores(accuracies)
+    if sections:
+        say(table("RewardBench", ("section", "score"), [(name, f"{score:.4f}") for name, score in sections.items()]))
+        missing = missing_subsets(accuracies)
+        if missing:
+            get_logger().warning("these are not the leaderboard's scores: %s are missing", ", ".join(missing))
+    return {"figures": figures, "sources": by_source, "rewardbench": sections}
+
+
+def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool) -> list[PairExample]:
+    if not file.exists():
+        raise DataError(f"{file} does not exist: name a file of preference pairs")
+    rows = pairs_of_file(PairFile(str(file), keys, max_tokens, turns), tokenizer)
+    pairs = [row.pair for row in rows if isinstance(row.pair, PairExample)]
+    dropped = Counter(row.pair for row in rows if isinstance(row.pair, str))
+    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if not pairs:
+        raise DataError(f"{file}: no pair is left to evaluate on ({told or 'there were none'}); raise max_tokens")
+    if dropped:
+        get_logger("data").info("%s: of %d pairs dropped: %s", file, len(rows), told)
+    return pairs
