@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,28 +20,39 @@ from rlhf_ray.config.pairs import Keys
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger, say, table
 from rlhf_ray.data.pairs import PairExample, PairFile, pairs_of_file
-from rlhf_ray.errors import EXIT_DONE, DataError
+from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.evaluation.scored_pairs import ScoredPairs
 from rlhf_ray.planning.capacity import needed
+from rlhf_ray.trainers.session import Place
 
 WORST = 50
 """Pairs in the file of figures."""
 
 
-def evaluate(config: ServeConfig, file: Path, keys: Keys, *, turns: bool, output: Path | None) -> int:
-    """Score every pair of ``file`` with ``config.reward``; print the tables, write all figures to ``output``."""
+def evaluate(
+    config: ServeConfig, file: Path, keys: Keys, *, turns: bool, output: Path | None, place: Place | None = None
+) -> int:
+    """Score every pair of ``file`` with ``config.reward``; print the tables, write all figures to ``output``.
+
+    The model lives in ``place``, on Ray without one.
+    """
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.workers import WorkerSetup
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
     from rlhf_ray.trainers.reward_evaluation import HeldOut
 
+    if output is not None and not output.parent.is_dir():
+        raise RequestError(
+            f"--output {output}: the folder {output.parent} does not exist: make it, or name another file"
+        )
     tokenizer = load_tokenizer(config.reward.model)
     pairs = _pairs(file, keys, tokenizer, config.max_tokens, turns=turns)
-    with Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config))) as cluster:
+    cluster = Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config)))
+    with cluster if place is None else nullcontext(place) as here:
         role = config.reward
-        group = RewardGroup(cluster.start("reward", role.ranks, role.resources))
+        group = RewardGroup(here.start("reward", role.ranks, role.resources))
         setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
         group.setup(setup, timeout_s=config.cluster.start_timeout_s).result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
@@ -82,7 +94,9 @@ def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bo
     dropped = Counter(row.pair for row in rows if isinstance(row.pair, str))
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not pairs:
-        raise DataError(f"{file}: no pair is left to evaluate on ({told or 'there were none'}); raise max_tokens")
+        raise DataError(
+            f"{file}: no pair is left to evaluate on ({told or 'there were none'}); give other rows, or raise max_tokens"
+        )
     if dropped:
         get_logger("data").info("%s: of %d pairs dropped: %s", file, len(rows), told)
     return pairs
