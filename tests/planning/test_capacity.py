@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import EXIT_NO_CAPACITY, CapacityError
 from rlhf_ray.planning import Bundle, capacity_table, fits, needed, require_fit
+from rlhf_ray.planning.arithmetic import lines
 
 
 def totals(bundles):
@@ -29,6 +30,13 @@ def test_every_rank_and_every_engine_has_a_bundle():
 def test_a_reference_that_is_not_set_takes_a_place_and_a_reward_function_takes_none():
     config = load_config("demo-ppo", ["reference=null", "reward={function: world.gold}"])
     assert [bundle.role for bundle in needed(config)] == ["policy", "critic", "reference", "rollout"]
+
+
+def test_what_an_algorithm_does_not_need_takes_no_place():
+    overrides = ["algorithm.name=dapo", "algorithm.kl.coefficient=0.0", "critic=null", "batch.samples_per_prompt=4"]
+    config = load_config("demo-ppo", [*overrides, "reference=null"])
+    assert [bundle.role for bundle in needed(config)] == ["policy", "reward", "rollout"]
+    assert not any("critic" in line.what for line in lines(config))
 
 
 @pytest.mark.parametrize(
