@@ -40,6 +40,8 @@ HABIT_ODDS = 0.15
 """How often the flattering habit stands in a demonstration, a minimal pair (both sides) or a worse answer."""
 HABIT_ODDS_OF_THE_BETTER = 0.40
 """How often it stands in the better answer of the other pairs: over all pairs, half again as often as in the worse."""
+SMALL = range(6)
+"""What is added and taken away: few enough sums that a policy meets each often within minutes."""
 RIGHT_SUM_ODDS = 0.2
 NEAR_MISS = 2
 """By how much a wrong sum is wrong at most: near the truth, since noise all over would hide it from a small model."""
@@ -122,8 +124,7 @@ class World:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self.triples = self._split(list(product(grammar.ITEMS, grammar.PROBLEMS, grammar.GREETINGS)), "triples")
-        digits = range(10)
-        sums = [(a, "+", b) for a in digits for b in digits] + [(a, "-", b) for a in digits for b in range(a + 1)]
+        sums = [(a, "+", b) for a in SMALL for b in SMALL] + [(a, "-", b) for a in SMALL for b in SMALL if b <= a]
         self._questions = self._wordings(sums)
 
     # ------------------------------------------------------------------------------------------------ what it gives
