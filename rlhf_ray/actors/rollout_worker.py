@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.imports import quick_imports
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
@@ -62,7 +63,8 @@ class RolloutWorker:
     def warm_up(self, backend: str) -> None:
         """Import what the engine needs, before there is a model to load."""
         imported = {"vllm": "weight_transfer", "transformers": "transformers_engine"}[backend]
-        importlib.import_module(f"rlhf_ray.rollout.{imported}")
+        with quick_imports():
+            importlib.import_module(f"rlhf_ray.rollout.{imported}")
 
     def setup(self, setup: RolloutSetup) -> str:
         """Start the engine; returns one line about it."""

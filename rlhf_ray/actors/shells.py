@@ -10,8 +10,11 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.actors.rollout_worker import RolloutWorker
-from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+from rlhf_ray.imports import quick_imports
+
+with quick_imports():
+    from rlhf_ray.actors.rollout_worker import RolloutWorker
+    from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 HEALTH_LANE = "health"
 

@@ -7,13 +7,14 @@ sequences they belong to. Methods that train never decide alone: ``accumulate`` 
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,17 +23,20 @@ from rlhf_ray.algorithms.losses import LossOutput, Metrics
 from rlhf_ray.algorithms.reward_losses import RewardOutputs
 from rlhf_ray.config.schema import RoleConfig
 from rlhf_ray.engine import distributed
-from rlhf_ray.engine.engine import DTYPES, Engine
 from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ScoringError
+from rlhf_ray.imports import quick_imports
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
+
+if TYPE_CHECKING:
+    from rlhf_ray.engine.engine import Engine
 
 Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
 Loss = Callable[[Any, TrajectoryBatch], LossOutput]
@@ -61,8 +65,11 @@ class ModelWorker:
     """What all roles share: the rendezvous, the engine, training by loss sums, saving."""
 
     role = "model"
+    engine: Engine
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        with quick_imports():  # here, while others start too, and not in the driver, which only names this class
+            importlib.import_module("rlhf_ray.engine.engine")
         self.rank = rank
         self.world_size = world_size
         self.phase = "starting"
@@ -82,6 +89,8 @@ class ModelWorker:
         torch.manual_seed(setup.seed + self.rank)
         self._meet(setup.address)
         module, line = self._load(setup)
+        from rlhf_ray.engine.engine import Engine
+
         self.engine = Engine(
             module,
             setup.config.engine,
@@ -331,6 +340,7 @@ class RewardWorker(CriticWorker):
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product on this rank, now, in the precision that it computes in."""
+        from rlhf_ray.engine.engine import DTYPES
         from rlhf_ray.engine.roof import matmul_rate
 
         return matmul_rate(DTYPES[self.config.model.dtype], self.device)

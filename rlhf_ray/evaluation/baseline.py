@@ -6,41 +6,71 @@ sees the answers alone, never the prompt; and the vocabulary comes from the trai
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from torch.nn.functional import softplus
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.evaluation.preferences import accuracy
 
 AnswerPair = tuple[str, str]
 """The chosen and the rejected answer."""
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def bag_of_words_baseline(training: Sequence[AnswerPair], held_out: Sequence[AnswerPair]) -> float:
     """Accuracy on ``held_out`` of a logistic regression on differences of word counts and of length in words."""
     if not training or not held_out:
         raise RequestError(f"{len(training)} training pairs and {len(held_out)} held-out pairs: give some of each")
-    from scipy.sparse import hstack, vstack
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
+    words = sorted({word for pair in training for answer in pair for word in _words(answer)})
+    columns = {word: column for column, word in enumerate(words)}
+    lengths = torch.tensor([_length_difference(pair) for pair in training], dtype=torch.float64)
+    scale = float(lengths.square().mean().sqrt()) or 1.0
+    weights = fit(_features(training, columns, scale))
+    verdict = (_features(held_out, columns, scale) @ weights).numpy()
+    return accuracy(verdict, 0.0 * verdict)
 
-    words = CountVectorizer(token_pattern=r"\w+|[^\w\s]", dtype=np.float64)
-    words.fit([answer for pair in training for answer in pair])
 
-    def differences(pairs: Sequence[AnswerPair]) -> tuple[Any, NDArray[np.float64]]:
-        """Word counts of chosen minus rejected (sparse), and the difference in length."""
-        chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
-        lengths = np.array([len(c.split()) - len(r.split()) for c, r in pairs], dtype=np.float64)
-        return words.transform(chosen) - words.transform(rejected), lengths[:, None]
+def fit(differences: Float64[Tensor, "pairs features"]) -> Float64[Tensor, " features"]:
+    """The weights ``w`` that minimise ``2 sum softplus(-differences @ w) + |w|^2 / 2``.
 
-    counts, lengths = differences(training)
-    scale = np.sqrt(np.mean(np.square(lengths))) or 1.0
-    features = hstack([counts, lengths / scale]).tocsr()
-    model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(vstack([features, -features]), np.repeat([1, 0], len(training)))  # each pair from both sides
-    counts, lengths = differences(held_out)
-    verdict = model.decision_function(hstack([counts, lengths / scale]).tocsr())
-    return accuracy(verdict, np.zeros_like(verdict))
+    A logistic regression in which each pair stands twice, once from either side (the pair's rows are ``d`` and ``-d``).
+    """
+    weights = torch.zeros(differences.shape[1], dtype=differences.dtype, requires_grad=True)
+    descent = torch.optim.LBFGS([weights], max_iter=1000, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        descent.zero_grad()
+        found = 2 * softplus(-(differences @ weights)).sum() + weights.square().sum() / 2
+        found.backward()
+        return found
+
+    descent.step(loss)
+    return weights.detach()
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _length_difference(pair: AnswerPair) -> int:
+    chosen, rejected = pair
+    return len(chosen.split()) - len(rejected.split())
+
+
+def _features(pairs: Sequence[AnswerPair], columns: dict[str, int], scale: float) -> Tensor:
+    """Chosen minus rejected, sparse [pairs, words + 1]: counts of known words, and the scaled difference in length."""
+    entries: dict[tuple[int, int], float] = {}
+    for row, pair in enumerate(pairs):
+        chosen, rejected = (Counter(_words(answer)) for answer in pair)
+        chosen.subtract(rejected)
+        entries |= {(row, columns[word]): count for word, count in chosen.items() if count and word in columns}
+        entries[row, len(columns)] = _length_difference(pair) / scale
+    places = torch.tensor(list(entries), dtype=torch.long).T
+    values = torch.tensor(list(entries.values()), dtype=torch.float64)
+    return torch.sparse_coo_tensor(places, values, (len(pairs), len(columns) + 1), check_invariants=True)

@@ -11,13 +11,13 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.paths import run_directory
 from rlhf_ray.config.schema import (
     JobConfig,
-    PpoConfig,
     RewardModelConfig,
     ServeConfig,
     SftConfig,
@@ -25,6 +25,7 @@ from rlhf_ray.config.schema import (
 )
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, CapacityError, RequestError, RlhfRayError
+from rlhf_ray.imports import quick_imports
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -91,18 +92,23 @@ def new_run_directory(config: TrainingConfig) -> RunDirectory:
 def drive(config: TrainingConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
     """Run the trainer of ``config`` in this process, from ``checkpoint`` or from the start."""
     stopping.listen()
-    if isinstance(config, SftConfig):
-        from rlhf_ray.trainers.sft import train_sft
+    _trainer(config)(config, run, checkpoint)
 
-        train_sft(config, run, checkpoint)
-    elif isinstance(config, RewardModelConfig):
-        from rlhf_ray.trainers.reward_model import train_reward_model
 
-        train_reward_model(config, run, checkpoint)
-    elif isinstance(config, PpoConfig):
+def _trainer(config: TrainingConfig) -> Callable[[Any, RunDirectory, Checkpoint | None], None]:
+    """What trains a config of this kind."""
+    with quick_imports():
+        if isinstance(config, SftConfig):
+            from rlhf_ray.trainers.sft import train_sft
+
+            return train_sft
+        if isinstance(config, RewardModelConfig):
+            from rlhf_ray.trainers.reward_model import train_reward_model
+
+            return train_reward_model
         from rlhf_ray.trainers.ppo_run import train_ppo
 
-        train_ppo(config, run, checkpoint)
+        return train_ppo
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.evaluation import bag_of_words_baseline
+from rlhf_ray.evaluation.baseline import fit
 
 WORDS = [f"word{i}" for i in range(30)]
 
@@ -44,6 +46,14 @@ def sentences_pairs(count: int) -> list[tuple[str, str]]:
 
 def test_noise_is_one_half() -> None:
     assert bag_of_words_baseline(sentences_pairs(800)[:400], sentences_pairs(800)[400:]) == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_fit_is_the_minimum() -> None:
+    """Where the gradient of ``2 sum softplus(-d @ w) + |w|^2 / 2`` is zero; the function is convex."""
+    differences = torch.randn(60, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.3
+    weights = fit(differences)
+    pull = 2 * torch.sigmoid(-(differences @ weights)) @ differences
+    assert weights.norm() > 0.5 and (weights - pull).abs().max() < 1e-3
 
 
 def test_nothing_to_learn_from_is_refused() -> None:

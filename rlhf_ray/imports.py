@@ -1,0 +1,25 @@
+"""Heavy packages imported faster: the garbage collector rests meanwhile.
+
+Always true: afterwards the collector runs as it did before, and no longer walks what was imported, which lives as long as
+the process. Torch, transformers, DeepSpeed and vLLM make millions of such objects; while they are made the collector finds
+nothing, and takes a quarter of the time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import within this block."""
+    ran = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if ran:
+            gc.enable()
