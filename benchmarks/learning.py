@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning --root DIR [--pieces N]     the same in pieces of a few minutes, gone on with at any time
 
-Always true: all algorithms of a seed start from the same policy and the same reward model, made here; a figure is taken on
-held-out prompts, sampled at temperature 1 on both sides, ties counting one half, and the worst seed is the figure.
+Always true: all algorithms of a seed start from the same policy and learn from the same reward model, made here; a figure
+is taken on held-out prompts, sampled at temperature 1 on both sides, ties counting one half, and the worst seed is the figure.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ METHOD = (
 
 SHARED = ["monitoring.ray_metrics=false", "checkpoint.every_steps=0"]
 POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4", "evaluation.best_of=0"]
-JUDGE = ["reward.ranks=1", "data.world.pairs=19200"]
-"""Of the recipe world-rm: what a policy can learn is bounded by what its judge knows."""
+JUDGES = {"rm": ("world-rm", ["data.world.pairs=19200"]), "demo_rm": ("demo-rm", [])}
+"""Reward models: recipe and overrides. What a policy can learn is bounded by what its judge knows."""
 LEARNED = ["reward.normalize=true", "algorithm.shaping.missing_eos={rule: replace, value: -1.0}"]
 """Normalised, and -1 for an answer that was cut off, about which the reward model knows nothing (Huang et al. 2024)."""
 GROUPS = ["critic=null", "batch.prompts_per_step=32", "batch.samples_per_prompt=4"]
 RECIPES: Mapping[str, Sequence[str]] = {
-    "ppo": [*POLICY, *LEARNED, "algorithm.name=ppo", "algorithm.kl.coefficient=0.03", "evaluation.best_of=64"],
+    "ppo": [*POLICY, *LEARNED, "algorithm.name=ppo", "algorithm.kl.coefficient=0.03", "evaluation.best_of=32"],
     "grpo": [*POLICY, *LEARNED, *GROUPS, "algorithm.name=grpo", "algorithm.kl.coefficient=0.08"],
     "rloo": [*POLICY, *LEARNED, *GROUPS, "algorithm.name=rloo", "algorithm.kl.coefficient=0.03"],
     "reinforce++": [*POLICY, *LEARNED, "critic=null", "algorithm.name=reinforce++", "algorithm.kl.coefficient=0.03"],
@@ -44,7 +44,7 @@ WITHOUT_KL = [
     "batch.prompts_per_step=64", "batch.sequences_per_update=32", "batch.passes_per_step=2",
     "policy.engine.optimizer.learning_rate=6.0e-4", "critic.engine.optimizer.learning_rate=1.0e-3",
 ]  # fmt: skip
-"""Faster than the others, so that a minute shows what the KL term prevents."""
+"""Faster than the others, and against the demo's reward model, which knows less: a minute shows what the KL term prevents."""
 SUMS = [
     *POLICY, *GROUPS, "algorithm.name=grpo", "algorithm.kl.coefficient=0.04", "reward={function: world.arithmetic}",
     "batch.samples_per_prompt=16", "batch.sequences_per_update=256", "steps=120", "rollout.max_new_tokens=8",
@@ -71,7 +71,7 @@ class Piece:
 
 def pieces(seeds: Iterable[int] = SEEDS) -> list[Piece]:
     """Everything, a seed after the other."""
-    names = ["sft", "rm", *RECIPES, "without_kl", "sums_sft", "sums"]
+    names = ["sft", "rm", *RECIPES, "demo_rm", "without_kl", "sums_sft", "sums"]
     return [Piece(seed, name) for seed in seeds for name in names]
 
 
@@ -120,18 +120,16 @@ def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
     if piece.name in ("sft", "sums_sft"):
         task = sums if piece.name == "sums_sft" else []
         return "demo-sft", [*common, "policy.ranks=1", *task, *(QUICK_SFT if quick else [])]
-    if piece.name == "rm":
-        return "world-rm", [
-            *common,
-            *JUDGE,
-            f"reward.model.path={home}/sft/final",
-            *(QUICK_RM if quick else []),
-        ]
+    if piece.name in JUDGES:
+        recipe, chosen = JUDGES[piece.name]
+        start = f"reward.model.path={home}/sft/final"
+        return recipe, [*common, "reward.ranks=1", *chosen, start, *(QUICK_RM if quick else [])]
     start = "sums_sft" if piece.name == "sums" else "sft"
     chosen = {**RECIPES, "without_kl": WITHOUT_KL, "sums": [*SUMS, *sums]}[piece.name]
     judges = [role for role in ("critic", "reward") if not any(part.startswith(f"{role}=") for part in chosen)]
     roles = [f"{role}.model.path={home}/{start}/final" for role in ("policy", "reference")]
-    roles += [f"{role}.model.path={home}/rm/final" for role in judges]
+    judge = "demo_rm" if piece.name == "without_kl" else "rm"
+    roles += [f"{role}.model.path={home}/{judge}/final" for role in judges]
     return "demo-ppo", [*common, *roles, *chosen, *(QUICK if quick else [])]
 
 
@@ -157,13 +155,13 @@ def figures(root: Path, seeds: Sequence[int] = SEEDS) -> Figures:
         found[f"ppo.{name}.kl"] = _worst(kls, "nats", f"{name}: KL (k1, a sequence) of the same runs", higher=False)
     found["ppo.best_of_n.gold_win_rate"] = _worst(
         [_best_of_at(home / "ppo") for home in homes], "share",
-        f"best of n samples of SFT, n at most 64, by the same reward model, at no more KL than PPO's; {METHOD}",
+        f"best of n samples of SFT, n at most 32, by the same reward model, at no more KL than PPO's; {METHOD}",
     )  # fmt: skip
     falls, rises = zip(*(over_optimised(evaluations(home / "without_kl")) for home in homes), strict=True)
     found["ppo.without_kl.gold_fall"] = _worst(
         falls,
         "share",
-        "PPO without the KL term: how far gold falls from its peak, as a share of it, on held-out prompts",
+        "PPO without the KL term, against the demo's reward model: what share of its peak gold loses, on held-out prompts",
     )
     found["ppo.without_kl.reward_rise"] = _worst(
         rises, "score", "what the learned reward gains meanwhile, from the peak of gold to the end"
