@@ -9,8 +9,12 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from itertools import cycle
 from types import SimpleNamespace
+
+PROMPT = "why? "
+"""Of the clients that ask for the scores of answers."""
 
 
 def with_token(address: str, token: str) -> str:
@@ -69,7 +73,7 @@ def haystack(address: str, token: str, texts: list[str]) -> list[float]:
     from haystack_integrations.components.rankers.huggingface_api import HuggingFaceTEIRanker
 
     ranker = HuggingFaceTEIRanker(url=address, raw_scores=True, token=Secret.from_token(token))
-    ranked = ranker.run(query="why? ", documents=[Document(content=text) for text in texts])["documents"]
+    ranked = ranker.run(query=PROMPT, documents=[Document(content=text) for text in texts])["documents"]
     scores = {document.content: document.score for document in ranked}
     assert [document.score for document in ranked] == sorted(scores.values(), reverse=True)
     return [scores[text] for text in texts]
@@ -80,6 +84,70 @@ def curl(address: str, token: str, texts: list[str]) -> list[float]:
     body = json.dumps({"query": texts})
     command = ["curl", "-sSf", "-H", f"Authorization: Bearer {token}", "-d", body, f"{address}/get_reward"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["rewards"]
+
+
+def verl_vllm(address: str, token: str, texts: list[str]) -> list[float]:
+    """verl's reward loop as it asks vLLM: at ``/classify``."""
+    return _verl("vllm", address, token, texts)
+
+
+def verl_sglang(address: str, token: str, texts: list[str]) -> list[float]:
+    """verl's reward loop as it asks SGLang: at ``/v1/embeddings``."""
+    return _verl("sglang", address, token, texts)
+
+
+def _verl(engine: str, address: str, token: str, texts: list[str]) -> list[float]:
+    """verl's worker over answers to one prompt: it decodes them, and puts them into the reward model's template."""
+    import numpy as np
+    import torch
+    from omegaconf import OmegaConf
+    from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+    from verl.protocol import DataProto
+
+    reward = {
+        "reward_model": {"enable": True, "model_path": asked["model"], "rollout": {"name": engine}},
+        "custom_reward_function": {"path": None},
+        "reward_manager": {"source": "register", "name": "naive"},
+    }
+    policy = {"model": {"tokenizer_path": asked["model"], "path": asked["model"]}}
+    config = OmegaConf.create({"actor_rollout_ref": policy, "reward": reward})
+    worker = RewardLoopWorker(config, with_token(address, token).removeprefix("http://"))
+    encode = worker.input_tokenizer
+    answers = [torch.tensor(encode(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    longest = max(map(len, answers))
+    padded = [torch.nn.functional.pad(answer, (0, longest - len(answer))) for answer in answers]
+    held = [torch.arange(longest) < len(answer) for answer in answers]
+    prompts = np.empty(len(texts), dtype=object)
+    prompts[:] = [[{"role": "user", "content": PROMPT}] for _ in texts]
+    batch = DataProto.from_dict(
+        {"responses": torch.stack(padded), "attention_mask": torch.stack(held).long()}, {"raw_prompt": prompts}
+    )
+    return [row["reward_score"] for row in worker.loop.run_until_complete(worker.compute_score_batch(batch))]
+
+
+def trl(address: str, token: str, texts: list[str]) -> list[float]:
+    """TRL's GRPO trainer with this project's adapter among its reward functions, which it awaits in a loop of its own."""
+    sys.path.append(asked["project"])
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlhf_ray.rewards.adapters import remote_reward
+
+    tokenizer = AutoTokenizer.from_pretrained(asked["model"])
+    policy = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                    num_attention_heads=1, num_key_value_heads=1)
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        options = GRPOConfig(directory, use_cpu=True, report_to=[], per_device_train_batch_size=2, num_generations=2)
+        trainer = GRPOTrainer(
+            policy, remote_reward(address, token=token), options, Dataset.from_dict({"prompt": [PROMPT]}),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        rows = [{"prompt": PROMPT} for _ in texts]
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        return trainer._calculate_rewards(rows, [PROMPT] * len(texts), texts, ids)[:, 0].tolist()
 
 
 if __name__ == "__main__":
