@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.asked import anonymous
 from benchmarks.figures import Figure, Figures
 
 VOCABULARY, HIDDEN = 1 << 17, 512
@@ -62,23 +63,14 @@ def _run(side: str, tokens: int, vocabulary: int, directory: Path) -> Found:
     assert process.stdin is not None and process.stdout is not None
     if json.loads(process.stdout.readline() or "null") != "imported":
         raise RuntimeError(f"the {side} side of log_probs did not start (exit code {process.wait()})")
-    before = peak = _anonymous(process.pid)
+    before = peak = anonymous(process.pid)
     process.stdin.close()
     while process.poll() is None:
-        peak = max(peak, _anonymous(process.pid))
+        peak = max(peak, anonymous(process.pid))
         time.sleep(0.002)
     if process.returncode != 0:
         raise RuntimeError(f"the {side} side of log_probs at {tokens} tokens ended with exit code {process.returncode}")
     return Found(peak - before, results)
-
-
-def _anonymous(process: int) -> int:
-    """Bytes of anonymous memory that a process has now."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:  # it ended
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def _difference(one: Path, other: Path) -> float:
@@ -89,7 +81,7 @@ def _difference(one: Path, other: Path) -> float:
 
 
 def _side(side: str, tokens: int, vocabulary: int, results: Path) -> None:
-    """Log-probs of random targets and their gradients;."""
+    """Log-probs of random targets and their gradients."""
     import torch
 
     from rlhf_ray.models.log_probs import LogProbHead

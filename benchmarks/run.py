@@ -21,6 +21,7 @@ PARTS = (
     "learning",
     "log_probs",
     "models",
+    "reward_training",
     "scoring",
     "weights",
 )

@@ -68,10 +68,9 @@ class FullPrecisionSums:
 
     def _move(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        if parameter in self._sums:
-            self._sums[parameter] += parameter.grad
-        else:
-            self._sums[parameter] = parameter.grad.float()
+        before = self._sums.get(parameter)
+        # One micro-batch alone needs no sum: it stays as it is until a second one comes.
+        self._sums[parameter] = parameter.grad if before is None else before.float().add_(parameter.grad)
         parameter.grad = None
 
     def hand_over(self) -> None:

@@ -24,7 +24,9 @@ MODELS = {
     "models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "models.log_probs_memory_vs_naive",
     "models.log_probs_memory_vs_naive_at_half_length",
 }  # fmt: skip
-NAMES = {"weights.update_ms", *MODELS, *SCORING, *LEARNED}
+ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
+"""What can be measured without TRL beside."""
+NAMES = {"weights.update_ms", *MODELS, *ALONE, *SCORING, *LEARNED}
 
 
 def kept(path: Path) -> dict[str, dict[str, object]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -155,6 +156,16 @@ def test_final_says_to_plain_transformers_what_it_said_in_training(whole: tuple[
     assert kept == (1, "regression", "score") and told["pad_token_id"] == load_tokenizer_of(run).pad_token_id
     accuracy = float((scores[0::2] > scores[1::2]).float().mean())
     assert accuracy == pytest.approx(values(run, "evaluation/accuracy")[-1], abs=1e-6)
+
+
+def test_the_page_explains_every_number_that_is_logged(whole: tuple[RunDirectory, list[Any]]) -> None:
+    page = (Path(__file__).parents[2] / "docs/reward_training.md").read_text()
+    cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
+    told = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    logged = {name.removeprefix("evaluation/") for line in whole[0].metrics.read() for name in line}
+    habits = {name for name in logged if name.startswith("habit/")}
+    assert habits and "habit/NAME" in told
+    assert logged - habits <= told
 
 
 def test_the_best_evaluation_is_kept_where_it_is_not_the_last(whole: tuple[RunDirectory, list[Any]]) -> None:
