@@ -35,6 +35,8 @@ class Waiting:
     tokens: int
     """About how many it has."""
     since: float = field(default_factory=time.monotonic)
+    on_forward: Callable[[], None] | None = None
+    """Called when it leaves the queue."""
 
 
 class FairQueue:
@@ -125,14 +127,22 @@ class Batcher:
         return self._urgent.tokens + self._ordinary.tokens
 
     async def score(
-        self, requests: Sequence[ScoreRequest], *, caller: object = None, urgent: bool = False
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        caller: object = None,
+        urgent: bool = False,
+        on_forward: Callable[[], None] | None = None,
     ) -> list[ScoreResult]:
         """Results of one request's items, in order; raises :class:`OverloadedError` when they do not fit the queue.
 
-        Requests of one ``caller`` share its turn; without one, each request is a caller of its own.
+        Requests of one ``caller`` share its turn; without one, each request is a caller of its own. ``on_forward`` is
+        called when the first item leaves the queue.
         """
         loop, caller = asyncio.get_running_loop(), object() if caller is None else caller
         mine = [Waiting(request, loop.create_future(), estimated_tokens(request)) for request in requests]
+        for waiting in mine[:1]:
+            waiting.on_forward = on_forward
         if not urgent:  # those are few, and what waits for them is a training step
             self._refuse_overload(mine)
         queue = self._urgent if urgent else self._ordinary
@@ -174,6 +184,9 @@ class Batcher:
     async def _work(self, score: Score) -> None:
         while batch := self._take():
             self._on_batch(batch)
+            for waiting in batch:
+                if waiting.on_forward is not None:
+                    waiting.on_forward()
             try:
                 results = await score([waiting.request for waiting in batch])
                 if len(results) != len(batch):

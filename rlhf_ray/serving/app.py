@@ -77,12 +77,15 @@ class ScoringApp:
         return endpoint
 
     async def _answer(self, protocol: Protocol, http: Request, began: float, span: Any) -> Response:
+        span.stage("read")
         self.rate.spend(caller_of(http))
         self.models.refuse_when_full()
         asked = protocol.read(await self.bodies.json(http))
         read = time.monotonic()
-        scored = await self.core.score(http, asked)
+        span.stage("queue")
+        scored = await self.core.score(http, asked, lambda: span.stage("forward"))
         back = time.monotonic()
+        span.stage("answer")
         response = JSONResponse(asked.answer(scored))
         response.headers["X-Request-Id"] = scored.request_id
         response.headers["X-Model-Version"] = scored.version
@@ -149,7 +152,9 @@ class ScoringApp:
         assert isinstance(error, HTTPException)
         kind = "method_not_allowed" if error.status_code == 405 else "not_found"
         message = {"not_found": "no such route: see /docs", "method_not_allowed": "another method is needed: see /docs"}
-        return self.refuse("routes", Refusal(kind, message[kind]))
+        response = self.refuse("routes", Refusal(kind, message[kind]))
+        response.headers.update(error.headers or {})  # the methods that are allowed
+        return response
 
 
 def create_app(

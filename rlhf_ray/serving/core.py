@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -45,14 +45,17 @@ class ScoringCore:
         self.max_items = min(config.max_items, config.max_queue_items)
         self._normalize = config.normalize
 
-    async def score(self, http: Request, asked: Asked) -> Scored:
-        """Results of all items asked for; raises a :class:`Refusal`, or :class:`ClientDisconnect` where nobody waits."""
+    async def score(self, http: Request, asked: Asked, on_forward: Callable[[], None] = lambda: None) -> Scored:
+        """Results of all items asked for; raises a :class:`Refusal`, or :class:`ClientDisconnect` where nobody waits.
+
+        ``on_forward`` is called when the first of them leaves the queue.
+        """
         if len(asked.items) > self.max_items:
             raise Refusal("too_many_items", f"{len(asked.items)} items in one request, the limit is {self.max_items}")
         model = self.models.named(asked.model)
         version = model.current
         requests = [item for item in asked.items if isinstance(item, ScoreRequest)]
-        scored = iter(await self._scores(http, version, requests))
+        scored = iter(await self._scores(http, version, requests, on_forward))
         results = [next(scored) if isinstance(item, ScoreRequest) else item for item in asked.items]
         if not asked.tells_errors:
             _refuse_errors(results)
@@ -65,9 +68,11 @@ class ScoringCore:
             normalize=self._normalize,
         )
 
-    async def _scores(self, http: Request, version: Version, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+    async def _scores(
+        self, http: Request, version: Version, requests: Sequence[ScoreRequest], on_forward: Callable[[], None]
+    ) -> Sequence[ScoreResult]:
         """Results of all items, or :class:`ClientDisconnect` as soon as nobody waits for them any more."""
-        scoring = asyncio.create_task(version.batcher.score(requests, caller=caller_of(http)))
+        scoring = asyncio.create_task(version.batcher.score(requests, caller=caller_of(http), on_forward=on_forward))
         leaving = asyncio.create_task(_left(http))
         try:
             await asyncio.wait({scoring, leaving}, return_when=asyncio.FIRST_COMPLETED)
