@@ -1,6 +1,6 @@
-"""Hostile requests against the whole app over a real reward model, in this process.
+"""Hostile requests against the whole app over a real reward model, in this process, and over HTTP from Schemathesis.
 
-    python -m tests.serving.fuzz [--requests 20000] [--seed 0]
+    python -m tests.serving.fuzz [--requests 20000] [--examples 100] [--seed 0]
 
 Always true, whatever is sent: the answer is a score or a documented refusal with a kind and a sentence; it is JSON without
 NaN; no unexpected 5xx; nothing that was sent is in the log; no connection is opened; a good request afterwards is scored as
@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,10 +38,11 @@ from rlhf_ray.serving.backend import GroupBackend
 from rlhf_ray.serving.protocols import PROTOCOLS
 from rlhf_ray.serving.refusals import KINDS
 
+from . import openapi_requests
 from .reward_models import BOS, EOS, PAD, save_reward_model
 from .services import service
 
-MARK = "fuzzed-secret"
+MARK, TOKEN = "fuzzed-secret", "a-token-of-the-fuzzing"
 LIMIT, MAX_ITEMS, MAX_BODY = 64, 16, 100_000
 STATUSES = {200, *(status for status, _ in KINDS.values())} - {500}
 GOOD = {"query": [f"{BOS}good{EOS}"]}
@@ -200,9 +201,15 @@ def watching_connections() -> Iterator[list[str]]:
         _connections = None
 
 
+def asking(app: Starlette) -> httpx.AsyncClient:
+    """A client in this process, with the token."""
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
+
+
 async def send(app: Starlette, requests: Sequence[tuple[str, bytes, dict[str, str]]], finding: Finding) -> None:
     """All requests, a few at a time."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with asking(app) as client:
 
         async def one(path: str, content: bytes, headers: dict[str, str]) -> None:
             finding.look(path, content, await client.post(path, content=content, headers=headers))
@@ -213,7 +220,7 @@ async def send(app: Starlette, requests: Sequence[tuple[str, bytes, dict[str, st
 
 async def good_score(app: Starlette) -> float:
     """The score of the good request."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with asking(app) as client:
         return float((await client.post("/get_reward", json=GOOD)).json()["rewards"][0])
 
 
@@ -227,7 +234,7 @@ def fuzz(app: Starlette, count: int, seed: int = 0, report: Callable[[str], None
         for start in range(0, count, 1000):
             asyncio.run(send(app, [sender.request() for _ in range(min(1000, count - start))], finding))
             before = before or process.memory_full_info().pss
-            report(f"{start + 1000} of {count}: {dict(finding.statuses)}")
+            report(f"{min(start + 1000, count)} of {count}: {dict(finding.statuses)}")
         grown = process.memory_full_info().pss / before
         if asyncio.run(good_score(app)) != expected:
             finding.problems.append("a good request is scored otherwise than before")
@@ -240,7 +247,7 @@ def fuzz(app: Starlette, count: int, seed: int = 0, report: Callable[[str], None
 
 
 def fuzzed_app(directory: Path) -> Starlette:
-    """The app over a tiny reward model."""
+    """The app over a tiny reward model, with its token on."""
     path = save_reward_model(directory)
     role = RoleConfig(model=ModelConfig(path=str(path), dtype="fp32"))
     config = ServeConfig(
@@ -248,7 +255,20 @@ def fuzzed_app(directory: Path) -> Starlette:
     )  # fmt: skip
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
     group.setup(WorkerSetup(role, seed=0, max_tokens=256, max_item_tokens=LIMIT), timeout_s=60.0).result()
-    return service(config, GroupBackend(group, role.model, normalize=False))
+    return service(config, GroupBackend(group, role.model, normalize=False), keys=lambda: {TOKEN: "fuzz"})
+
+
+def over_http(app: Starlette, examples: int, seed: int) -> openapi_requests.Told:
+    """Schemathesis's requests to an app that has answered many, under what always holds."""
+    process = psutil.Process()
+    with watching_connections() as opened:
+        before = process.memory_full_info().pss
+        told = openapi_requests.send(app, TOKEN, examples, seed)
+        grown = process.memory_full_info().pss / before
+    problems = [*told.problems, *(f"a connection was opened: {one}" for one in opened)]
+    if grown > GROWTH:
+        problems.append(f"memory grew by {grown - 1:.1%} under Schemathesis")
+    return replace(told, problems=problems)
 
 
 def main() -> None:
@@ -256,14 +276,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.serving.fuzz", description="hostile requests against the scoring app")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--examples", type=int, default=100, help="of Schemathesis, an operation")
     given = parser.parse_args()
     environment.prepare()
+    openapi_requests.command()
     with TemporaryDirectory() as name:
-        finding = fuzz(fuzzed_app(Path(name)), given.requests, given.seed, print)
-    print(f"statuses {dict(finding.statuses)}; kinds {dict(finding.kinds)}")
-    for problem in finding.problems[:50]:
+        app = fuzzed_app(Path(name))
+        finding = fuzz(app, given.requests, given.seed, print)
+        print(f"statuses {dict(finding.statuses)}; kinds {dict(finding.kinds)}", flush=True)
+        told = over_http(app, given.examples, given.seed)
+    problems = finding.problems + told.problems
+    print(
+        f"{finding.statuses.total()} requests in this process, {told.requests} of Schemathesis: {len(problems)} problems"
+    )
+    for problem in problems[:50]:
         print(f"PROBLEM: {problem}")
-    raise SystemExit(bool(finding.problems))
+    raise SystemExit(bool(problems))
 
 
 if __name__ == "__main__":

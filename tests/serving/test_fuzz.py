@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from . import fuzz
+from . import fuzz, openapi_requests
 
 
 def test_hostile_requests_get_scores_or_refusals_and_leave_nothing(tmp_path: Path) -> None:
@@ -40,6 +41,31 @@ def test_a_bad_answer_is_noticed(status: int, content: bytes, problem: str) -> N
     finding = fuzz.Finding()
     finding.look("/rm", b"{}", httpx.Response(status, content=content))
     assert problem in finding.problems[0]
+
+
+REPORT: dict[str, Any] = {
+    "failures": [], "errors": [], "complete": True, "stop_reason": "completed",
+    "operations": {"tested": 19, "total": 19}, "test_cases": {"generated": 2000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "exit_code", "problems"),
+    [
+        ({}, 0, []),
+        ({"failures": [{"title": "Server error", "operations": ["POST /rm", "POST /score"]}]}, 0,
+         ["Server error: POST /rm, POST /score"]),
+        ({"errors": ["no schema"]}, 0, ["Schemathesis: no schema"]),
+        ({"operations": {"tested": 18, "total": 19}}, 0, ["18 of 19 operations were asked: completed"]),
+        ({"complete": False, "stop_reason": "interrupted"}, 0, ["19 of 19 operations were asked: interrupted"]),
+        ({}, 1, ["what it said"]),
+    ],
+)  # fmt: skip
+def test_whatever_schemathesis_finds_or_leaves_out_is_a_problem(
+    changed: dict[str, Any], exit_code: int, problems: list[str]
+) -> None:
+    told = openapi_requests.told({**REPORT, **changed}, exit_code, "what it said")
+    assert (told.requests, told.problems) == (2000, problems)
 
 
 def test_connections_and_log_lines_are_noticed() -> None:

@@ -254,7 +254,12 @@ def test_an_identity_that_is_no_plain_name_is_not_given_back(app: Starlette) -> 
 
 def test_no_other_route_and_no_other_method_answers(app: Starlette) -> None:
     assert (get(app, "/nothing").status_code, get(app, "/nothing").json()["kind"]) == (404, "not_found")
-    assert (get(app, "/classify").status_code, get(app, "/classify").json()["kind"]) == (405, "method_not_allowed")
+    refused = get(app, "/classify")
+    assert (refused.status_code, refused.json()["kind"], refused.headers["allow"]) == (
+        405,
+        "method_not_allowed",
+        "POST",
+    )
 
 
 def test_the_openapi_document_names_exactly_the_routes_and_every_example_works(app: Starlette) -> None:
