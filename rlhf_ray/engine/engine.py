@@ -67,7 +67,7 @@ class Engine:
         self.total_updates, self.updates, self._pending = total_updates, 0, False
         if not trainable:
             module.requires_grad_(False)
-        if casts_in_engine(config, trainable):
+        if casts_in_engine(config, trainable) or config.zero == 3:
             cast_parameters(module, DTYPES[dtype])
         whole_below = max(
             (shape.numel() for shape in map(full_shape, module.parameters()) if len(shape) < 2), default=0
@@ -236,9 +236,13 @@ def _keep_mixtures_whole(module: nn.Module) -> None:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating-point parameters in place, as DeepSpeed does; buffers keep their precision."""
+    """Cast floating-point parameters in place, as DeepSpeed does; buffers keep their precision.
+
+    Parameters in shards have theirs since they were built. The others beside them (a head, adapters) DeepSpeed would leave as
+    they are, and then fail, as it joins the shards of all.
+    """
     for parameter in module.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -17,11 +17,16 @@ from rlhf_ray.trajectories.packing import pack
 
 
 def scores_of_directory(directory: str | Path, config: ModelConfig, batch: TrajectoryBatch) -> list[float]:
-    """Raw scores of ``batch``, pair by pair, by the model in ``directory``, in the precision of ``config``."""
+    """Raw scores of ``batch``, pair by pair, by the model in ``directory``, in the precision of ``config``.
+
+    An adapter is read over the base that it was trained over, in 4 bits where that was so.
+    """
+    adapter = (Path(directory) / "adapter_config.json").exists()
     read = ModelConfig(
         path=str(directory),
         dtype=config.dtype,
         attention="sdpa",
+        quantization=config.quantization if adapter else None,
         trust_remote_code=config.trust_remote_code,
         value_head_prefix=config.value_head_prefix,
     )

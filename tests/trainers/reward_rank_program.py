@@ -14,12 +14,14 @@ from rlhf_ray import environment
 
 UPDATES, PAIRS, HELD_OUT, BUDGET = 8, 8, 24, 160
 STAGES = (0, 1, 2, 3)
+HALF = ((3, "bf16"),)
+"""Stages in half precision, where a head that is not in shards stands beside parameters that are."""
 
 
 def measure(
-    rank: int, world: int, directory: Path, stages: tuple[int, ...], address: str | None = None
+    rank: int, world: int, directory: Path, stages: tuple[tuple[int, str], ...], address: str | None = None
 ) -> dict[str, Any]:
-    """This rank's share of the losses of every update and of the held-out scores, by stage."""
+    """This rank's share of the losses of every update and of the held-out scores, by stage and dtype."""
     from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
@@ -45,10 +47,10 @@ def measure(
     pairs = [PairExample(pair.chosen, pair.rejected) for pair in encoded if pair is not None]
     held_out, loss = pair_batch(pairs[UPDATES * PAIRS :]), RewardLoss(centering=0.01)
     found: dict[str, Any] = {}
-    for zero in stages:
+    for zero, dtype in stages:
         optimizer = OptimizerConfig(learning_rate=3e-3, eps=1e-6)
         role = RoleConfig(
-            model=ModelConfig(path=str(directory / "model"), dtype="fp32"),
+            model=ModelConfig(path=str(directory / "model"), dtype=dtype),
             engine=EngineConfig(zero=zero, optimizer=optimizer),
         )
         worker = Rank(rank, world)
@@ -63,13 +65,14 @@ def measure(
             share = cut(batch, ranks=world, max_tokens=BUDGET, unit=2).updates[0].rank(rank)
             losses.append(worker.accumulate(batch, share, loss, PAIRS).loss)
             worker.apply(False)
-        found[str(zero)] = {"scores": scores, "losses": losses}
+        found[f"{zero} {dtype}"] = {"scores": scores, "losses": losses}
         worker.engine.close()
     return found
 
 
 def main(rank: int, world: int, port: int, directory: Path) -> None:
-    found = measure(rank, world, directory, STAGES, f"127.0.0.1:{port}")
+    whole = tuple((zero, "fp32") for zero in STAGES)
+    found = measure(rank, world, directory, whole + HALF, f"127.0.0.1:{port}")
     (directory / f"measured-{rank}.json").write_text(json.dumps(found))
 
 

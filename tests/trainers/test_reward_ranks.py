@@ -54,19 +54,27 @@ def two(directory: Path) -> Measured:
 
 @pytest.fixture(scope="module")
 def one(directory: Path) -> dict[str, Any]:
-    return program.measure(0, 1, directory, (0,))["0"]
+    return program.measure(0, 1, directory, ((0, "fp32"),))["0 fp32"]
+
+
+def curve_of(measured: Measured, stage: str) -> list[float]:
+    return [sum(pair) for pair in zip(*(rank[stage]["losses"] for rank in measured), strict=True)]
 
 
 @pytest.mark.parametrize("zero", program.STAGES)
 def test_the_loss_curve_is_that_of_one_rank(zero: int, one: dict[str, Any], two: Measured) -> None:
-    curve = [sum(pair) for pair in zip(*(rank[str(zero)]["losses"] for rank in two), strict=True)]
+    curve = curve_of(two, f"{zero} fp32")
     assert curve == pytest.approx(one["losses"], abs=1e-4)
     assert max(curve) - min(curve) > 0.01, "a curve that moves"
 
 
+def test_a_model_in_shards_trains_in_half_precision_beside_its_head(one: dict[str, Any], two: Measured) -> None:
+    assert curve_of(two, "3 bf16") == pytest.approx(one["losses"], abs=0.02)
+
+
 def test_held_out_scores_are_the_same_bits_for_any_number_of_ranks(one: dict[str, Any], two: Measured) -> None:
-    scores = two[0]["0"]["scores"] | two[1]["0"]["scores"]
-    assert len(two[0]["0"]["scores"]) < len(scores) == 2 * program.HELD_OUT
+    scores = two[0]["0 fp32"]["scores"] | two[1]["0 fp32"]["scores"]
+    assert len(two[0]["0 fp32"]["scores"]) < len(scores) == 2 * program.HELD_OUT
     assert scores == one["scores"]
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers import reward_model
+from rlhf_ray.trainers import reward_model, reward_saving
 from rlhf_ray.trainers.datasets import demonstration_examples, pair_examples
 
 from . import reward_runs
@@ -221,6 +221,14 @@ def test_an_adapter_is_saved_alone_with_its_head_and_normalisation(tmp_path: Pat
         scores = loaded(ids)
     expected = (plain_scores(merged.final, ids.tolist()) - plain["mean"]) / plain["std"]
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_over_four_bits_is_read_back_over_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = train(config_of(tmp_path / "base", *SHORT)).final
+    model = f"reward.model={{path: {base}, head_init: inv_sqrt, make: null, dtype: bf16, quantization: nf4, lora: {{rank: 4}}}}"
+    monkeypatch.setitem(reward_saving.AGREES_TO, "bf16", 0.01)  # over whole weights scores differ by more
+    run = train(config_of(tmp_path / "adapter", *SHORT, model, "save=adapter", "run.deterministic=false"))
+    assert (run.final / "adapter_model.safetensors").exists()
 
 
 def test_a_directory_that_says_something_else_when_read_back_is_not_kept(
