@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -18,6 +19,8 @@ import pytest
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 ENGINE_MODULE = "vllm.v1.engine.llm_engine"
 
+gc.disable()  # while tests and what they test are imported; on again when all are collected
+
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_has_a_process_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -31,8 +34,14 @@ def vllm_has_a_process_of_its_own(request: pytest.FixtureRequest) -> Iterator[No
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where everything runs in one process, vLLM comes last."""
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
+    """Modules that take long come first, so that the others fill the gaps; where everything runs in one process, vLLM last."""
+    items.sort(key=lambda item: (item.get_closest_marker("vllm") is not None, item.get_closest_marker("early") is None))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is no garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import psutil
 import pytest
 
 DEADLINE_S = 300
-OURS = ("rlhf_ray", "ray::", "raylet", "gcs_server")
+MARK = "RLHF_RAY_END_TO_END"
+SHARED_MEMORY = "/dev/shm"
 
 
 def command(*arguments: object) -> list[str]:
@@ -28,31 +31,39 @@ def run(*arguments: object, expect: int = 0) -> str:
     return told
 
 
-def our_processes() -> dict[int, str]:
-    """Processes of this project and of Ray on this machine, by id."""
+def marked_processes(mark: str) -> dict[int, str]:
+    """What was started by the process that carries ``mark`` in its environment and lives, by id, however deep."""
     found = {}
     for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if process.info["pid"] != os.getpid() and any(word in line for word in OURS) and "pytest" not in line:
-            found[process.info["pid"]] = line
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found[process.pid] = " ".join(process.info["cmdline"] or ())
     return found
 
 
-def shared_memory() -> set[str]:
-    """What lies in the machine's shared memory."""
-    return set(os.listdir("/dev/shm"))
+def unheld_memory() -> set[str]:
+    """Names in the machine's shared memory that no living process has mapped or open: nobody will remove them."""
+    held = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            held |= {Path(one.path).name for one in process.memory_maps() if one.path.startswith(SHARED_MEMORY)}
+            held |= {Path(one.path).name for one in process.open_files() if one.path.startswith(SHARED_MEMORY)}
+    return set(os.listdir(SHARED_MEMORY)) - held
 
 
 @pytest.fixture(scope="package", autouse=True)
 def nothing_left() -> Iterator[None]:
-    """After the last end-to-end test no process and no shared memory of theirs is left."""
-    processes, memory = set(our_processes()), shared_memory()
+    """After the last end-to-end test of a process no process that it started and no shared memory of theirs is left."""
+    mark, memory = uuid.uuid4().hex, unheld_memory()
+    os.environ[MARK] = mark
     yield
-    left = {pid: line for pid, line in our_processes().items() if pid not in processes}
+    left = marked_processes(mark)
     psutil.wait_procs([psutil.Process(pid) for pid in left if psutil.pid_exists(pid)], timeout=20)
-    left = {pid: line for pid, line in left.items() if psutil.pid_exists(pid)}
+    left = marked_processes(mark)
+    del os.environ[MARK]
     assert not left, f"left running: {left}"
-    assert not shared_memory() - memory, f"left in shared memory: {shared_memory() - memory}"
+    left_over = unheld_memory() - memory
+    assert not left_over, f"left in shared memory: {left_over}"
 
 
 def metrics(run_directory: Path) -> Sequence[dict[str, float]]:

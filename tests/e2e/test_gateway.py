@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,4 +113,7 @@ def test_a_new_version_takes_over_without_a_dropped_request(address: str, models
     assert abs(expected[0] - expected[1]) > 1e-3
     assert all(min(abs(given - one) for one in expected) < 1e-5 for given in rewards)
     assert reward(address, TEXTS[0]) == pytest.approx(expected[1], abs=1e-5)
+    deadline = time.monotonic() + LIMIT_S
+    while len(reward_processes()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert len(reward_processes()) == 1, "the old version is gone"

@@ -1,7 +1,7 @@
 """Jobs on a running cluster, the way a user submits them.
 
-One head with token authentication serves all tests, and one without serves a job after it; each is a process group of its
-own, which is all that is ended afterwards.
+One head with token authentication serves most tests, and one without serves the rest after it, PPO on the whole stack among
+them; each is a process group of its own, which is all that is ended afterwards.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ import pytest
 
 from rlhf_ray.monitoring.registry import PHASES
 from rlhf_ray.runs.directory import RunDirectory
+from tests.e2e.conftest import DEADLINE_S, metrics
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "http://127.0.0.1:8299"
 START_TIMEOUT_S = 120.0
+WHOLE_STACK = Path(__file__).with_name("ppo_tiny.yaml")
 WRONG = ("data.world=null", "data.path=./gone.jsonl", "policy.model.make.tokenizer_from=world")
 SMALL = (
     "demo-sft",
@@ -55,7 +57,7 @@ class Head:
     def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """A command of this environment as a client of the head."""
         process = self.start(*command, cwd=cwd)
-        out, told = process.communicate(timeout=120)
+        out, told = process.communicate(timeout=DEADLINE_S)
         return subprocess.CompletedProcess(command, process.returncode, out, told)
 
     def start(self, *command: str, cwd: Path) -> subprocess.Popen[str]:
@@ -181,8 +183,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 with_tokens = pytest.mark.parametrize("head", ["token"], indirect=True)
+without_tokens = pytest.mark.parametrize("head", ["disabled"], indirect=True)
 
 
+@with_tokens
 def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tmp_path):
     with Watch(head) as watch:
         done = head.run("rlhf_ray", "submit", *SMALL, "run.name=submitted", "--address", ADDRESS, cwd=tmp_path)
@@ -195,7 +199,6 @@ def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tm
     assert phases == set(PHASES)
 
 
-@with_tokens
 def test_a_request_that_only_the_driver_finds_wrong_ends_with_2(head, tmp_path):
     done = head.run("rlhf_ray", "submit", *SMALL, *WRONG, "run.name=wrong", "--address", ADDRESS, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -203,12 +206,29 @@ def test_a_request_that_only_the_driver_finds_wrong_ends_with_2(head, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@with_tokens
 def test_ray_job_submit_runs_the_same_command(head, tmp_path):
     entry = ["python", "-m", "rlhf_ray", "train", "sft", *SMALL, "run.name=raw", f"run.root={tmp_path}"]
     done = head.run("ray.scripts.scripts", "job", "submit", "--address", ADDRESS, "--", *entry, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4/4  loss/sft" in done.stdout + done.stderr
     assert (tmp_path / "raw/final/model.safetensors").is_file()
+
+
+@without_tokens
+def test_ray_job_submit_trains_ppo_until_it_pleases_the_reward_model(head, tmp_path):
+    """Two ranks at ZeRO-2 and long enough to learn: the reward rises well beyond what its noise explains."""
+    options = ["policy.engine.zero=2", "run.deterministic=false", "steps=30", "checkpoint.every_steps=0"]
+    options += ["batch.prompts_per_step=64", "batch.sequences_per_update=32", "evaluation.prompts=1"]
+    entry = ["python", "-m", "rlhf_ray", "train", "ppo", str(WHOLE_STACK), f"run.root={tmp_path}", *options]
+    done = head.run("ray.scripts.scripts", "job", "submit", "--address", ADDRESS, "--", *entry, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30/30  reward/learned" in done.stdout + done.stderr
+    steps = metrics(tmp_path / "tiny")
+    first, last = ([step["reward/learned"] for step in part] for part in (steps[:5], steps[-5:]))
+    noise = steps[0]["reward/std"] / (5 * 64) ** 0.5
+    assert sum(last) / 5 - sum(first) / 5 > 4 * noise
+    assert max(step["rollout/log_prob_difference"] for step in steps) <= 1e-4
 
 
 @with_tokens

@@ -21,6 +21,8 @@ import pytest
 
 import rlhf_ray
 
+pytestmark = pytest.mark.early
+
 PROGRAM = Path(__file__).parent / "rank_program.py"
 DEADLINE_S = 540
 GRADIENT_BAR, UPDATE_BAR = 2e-6, 1e-4

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from .conftest import run_ranks, save_random, word_tokenizer
 
+pytestmark = pytest.mark.early
+
 PROGRAM = Path(__file__).with_name("loading_program.py")
 BAR = 0.6
 """Of the model's size, for two ranks: half of it is theirs."""

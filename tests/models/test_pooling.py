@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from rlhf_ray.models.regression import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
 
 from .conftest import random_model, word_tokenizer
+
+pytestmark = pytest.mark.early
 
 PROGRAM = Path(__file__).with_name("pooling_program.py")
 FAMILIES = ("mixtral", "llama", "gemma2")

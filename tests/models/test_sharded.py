@@ -18,6 +18,8 @@ from rlhf_ray.trajectories.packing import pack
 
 from .conftest import run_ranks, save_random, shake_adapters, word_tokenizer
 
+pytestmark = pytest.mark.early
+
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 FAMILIES_IN_SHARDS = ("llama", "gemma2", "mixtral", "olmoe")
 

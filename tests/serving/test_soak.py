@@ -12,6 +12,8 @@ from benchmarks.reward_service import Service, role_of, serving
 
 from . import soak
 
+pytestmark = pytest.mark.early
+
 CAPACITY_REQUESTS, STEADY_S, SHORT_S = 300, 60.0, 5.0
 
 

@@ -15,6 +15,8 @@ import pytest
 from rlhf_ray import storage
 from rlhf_ray.storage import atomic, manifest
 
+pytestmark = pytest.mark.early
+
 STORAGE = (atomic, manifest, shutil)
 OLD = {"weights.bin": b"old" * 50}
 NEW = {"weights.bin": b"new" * 70, "rank-0/state.json": b'{"step": 2}'}

@@ -24,6 +24,8 @@ from rlhf_ray.trainers.reward_model import train_reward_model
 from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.trainers.sft import train_sft
 
+pytestmark = pytest.mark.early
+
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 ONE_PROCESS = ["policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
                "monitoring.ray_metrics=false", "evaluation.prompts=4"]  # fmt: skip

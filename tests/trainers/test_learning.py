@@ -21,6 +21,8 @@ from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.trainers.sft import train_sft
 from tests.trainers.glossary import unexplained
 
+pytestmark = pytest.mark.early
+
 WIN_RATE_FLOOR = 0.70
 KL_LIMIT = 6.0
 SECONDS = 60.0

@@ -22,6 +22,8 @@ from rlhf_ray.trainers.datasets import pair_batch
 from . import reward_rank_program as program
 from .reward_runs import config_of
 
+pytestmark = pytest.mark.early
+
 Measured = list[dict[str, Any]]
 
 

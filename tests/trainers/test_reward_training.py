@@ -30,6 +30,8 @@ from rlhf_ray.trainers.datasets import demonstration_examples, pair_examples
 from . import reward_runs
 from .reward_runs import RECORD, config_of, record_pairs, train
 
+pytestmark = pytest.mark.early
+
 UPDATES = 15
 """Two epochs of 60 pairs, 8 an update."""
 
