@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -35,6 +36,8 @@ class Contest:
 
     packed: PackedRegression
     packs: list[Packed]
+    whole: list[Packed]
+    """The same packs, every sequence whole: nothing that it begins with in common with others is shared."""
     padded: PreTrainedModel
     origin: str
     """What the sequences are: made ones, or those of real pairs, which lie together in a pack and share their prompt."""
@@ -42,14 +45,14 @@ class Contest:
     order: list[int]
     """Which sequence each score of the packs is of."""
 
-    def score_packed(self) -> Tensor:
-        return torch.cat([self.packed(part, "scores") for part in self.packs])
+    def score_packed(self, packs: list[Packed]) -> Tensor:
+        return torch.cat([self.packed(part, "scores") for part in packs])
 
     def score_padded(self) -> Tensor:
         return torch.cat([self._padded_scores(ids, mask) for ids, mask in self.batches])
 
-    def train_packed(self) -> None:
-        for part in self.packs:
+    def train_packed(self, packs: list[Packed]) -> None:
+        for part in packs:
             self.packed(part, "scores").sum().backward()
 
     def train_padded(self) -> None:
@@ -67,22 +70,34 @@ def measure(quick: bool = False) -> Figures:
     torch.set_num_threads(1)
     try:
         contest = _contest("llama-tiny", 32, 24) if quick else _contest("llama-14m", 128, 512)
-        with torch.no_grad():
-            _require_agreement(contest)
-            scoring = _ratio(contest.score_packed, contest.score_padded)
-        training = _ratio(contest.train_packed, contest.train_padded)
+        _require_agreement(contest)
+        figures: Figures = {}
+        for packs, suffix, sharing in (
+            (contest.packs, "", "what neighbours begin with in common computed once"),
+            (contest.whole, "_unshared", "nothing shared"),
+        ):
+            with torch.no_grad():
+                scoring = _ratio(partial(contest.score_packed, packs), contest.score_padded)
+            training = _ratio(partial(contest.train_packed, packs), contest.train_padded)
+            told = f"{_method(contest)}, {sharing}"
+            figures |= {
+                f"models.packed_vs_padded_training{suffix}": Figure(
+                    training, "x", True, f"{told}; forward and backward"
+                ),
+                f"models.packed_vs_padded_scoring{suffix}": Figure(scoring, "x", True, f"{told}; forward"),
+            }
     finally:
         torch.set_num_threads(before)
+    return figures
+
+
+def _method(contest: Contest) -> str:
     sequences, tokens = len(contest.order), sum(int(mask.sum()) for _, mask in contest.batches)
-    method = (
+    return (
         f"{sequences} {contest.origin} sequences, {tokens} tokens, {contest.padded.config.hidden_size} wide, bf16, one "
         f"thread: CPU seconds of transformers with SDPA on padded batches of {ROWS} in arrival order over those of this "
-        f"project on packs, {{}}; median of {REPEATS} alternating pairs"
+        f"project on packs, median of {REPEATS} alternating pairs"
     )
-    return {
-        "models.packed_vs_padded_training": Figure(training, "x", True, method.format("forward and backward")),
-        "models.packed_vs_padded_scoring": Figure(scoring, "x", True, method.format("forward")),
-    }
 
 
 def _contest(shape: str, count: int, longest: int) -> Contest:
@@ -106,6 +121,7 @@ def _contest(shape: str, count: int, longest: int) -> Contest:
     return Contest(
         PackedRegression(model).train(),
         packs,
+        [pack(batch, indices, share_prefixes=False) for indices in micro_batches],
         padded.train(),
         "real paired" if real else "made",
         padded_batches(sequences, ROWS),
@@ -114,10 +130,14 @@ def _contest(shape: str, count: int, longest: int) -> Contest:
 
 
 def _require_agreement(contest: Contest) -> None:
-    ours, theirs = contest.score_packed(), contest.score_padded()[contest.order]
-    difference = float((ours - theirs).abs().max() / theirs.std())
-    if not difference < AGREES_TO:
-        raise AssertionError(f"packed and padded scores differ by {difference:.3g} of their spread: nothing to compare")
+    with torch.no_grad():
+        theirs = contest.score_padded()[contest.order]
+        for packs in (contest.packs, contest.whole):
+            difference = float((contest.score_packed(packs) - theirs).abs().max() / theirs.std())
+            if not difference < AGREES_TO:
+                raise AssertionError(
+                    f"packed and padded scores differ by {difference:.3g} of their spread: nothing to compare"
+                )
 
 
 def _ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> float:

@@ -27,7 +27,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 """Where products on CPU are faster than in fp32, and torch's kernel is not."""
 SCORES_AT_ONCE = 1 << 19
 """Scores of one explicit product: they should stay in the cache between product, softmax and product."""
-QUERIES_AT_ONCE = 128
+QUERIES_AT_ONCE = 96
 """Queries of one explicit product: keys behind the last of them are left out."""
 FEW_SHARERS = 4
 """Up to so many gradients of a shared token are added in their own precision, more in fp32."""
@@ -68,6 +68,7 @@ class _ToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, segments: Segments, as_keys: bool) -> tuple[Tensor, ...]:
         ctx.segments, ctx.as_keys = segments, as_keys
+        tokens = tokens.contiguous()  # once: index_select would do it for every group
         return tuple(tokens.index_select(1, group.keys if as_keys else group.queries) for group in segments.groups)
 
     @staticmethod

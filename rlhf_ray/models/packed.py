@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.by_token import reading
 from rlhf_ray.models.segments import Segments
 from rlhf_ray.trajectories.packing import Packed
 
@@ -24,6 +25,12 @@ def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "
     """Return the last hidden state of every token of the pack."""
     hidden: Tensor = _run(backbone, packed).last_hidden_state[0]
     return hidden
+
+
+def last_token_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "sequences hidden"]:
+    """Return the last hidden state of the last token of each sequence, and compute no other in the last layer."""
+    with reading(backbone, packed.last_tokens):
+        return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
 
 
 def routed_forward(

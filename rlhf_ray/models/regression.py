@@ -23,7 +23,7 @@ from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
 from rlhf_ray.models.load import load_weights, prepare, prove, torch_dtype
 from rlhf_ray.models.lora import add_lora
-from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, routed_forward, unpad
+from rlhf_ray.models.packed import last_token_forward, packed_forward, pad_back, padded_positions, routed_forward, unpad
 from rlhf_ray.trajectories.packing import Packed
 
 OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output") for part in ("weight", "bias")}
@@ -172,11 +172,11 @@ class PackedRegression(nn.Module):
             top_k = self.model.config.get_text_config().num_experts_per_tok
             scores = self.model.regress(hidden.index_select(0, packed.last_tokens))
             return RewardOutputs(scores, router_balance(logits, top_k))
-        hidden = packed_forward(self.model.backbone, packed)
         if kind == "scores":
-            return self.model.regress(hidden.index_select(0, packed.last_tokens))
+            return self.model.regress(last_token_forward(self.model.backbone, packed))
         if kind != "values":
             raise RequestError(f"unknown kind {kind!r}: choose values, scores or routed_scores")
+        hidden = packed_forward(self.model.backbone, packed)
         before = self.model.regress(hidden).index_select(0, packed.previous.clamp(min=0))
         return packed.per_sequence(before * (packed.previous >= 0))
 

@@ -25,7 +25,8 @@ LEARNED = {
 LEARNED |= {"ppo.best_of_n.gold_win_rate", "ppo.grpo.pass_rate", "ppo.grpo.pass_rate_start"}
 LEARNED |= {"ppo.without_kl.gold_fall", "ppo.without_kl.reward_rise"}
 MODELS = {
-    "models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "models.log_probs_memory_vs_naive",
+    "models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "models.packed_vs_padded_training_unshared",
+    "models.packed_vs_padded_scoring_unshared", "models.log_probs_memory_vs_naive",
     "models.log_probs_memory_vs_naive_at_half_length",
 }  # fmt: skip
 ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
