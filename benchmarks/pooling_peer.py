@@ -1,7 +1,7 @@
 """vLLM's pooling runner in a process of its own, scoring the same ids whenever it is told to.
 
-Always true: it scores with the weights of the directory it is given, its prefix cache off; each turn ends in one line with
-its seconds and its scores.
+Always true: it scores with the weights of the directory it is given, its prefix cache off, or on and empty before each
+turn; a turn ends in one line with its seconds and its scores.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 class PoolingPeer:
     """The process, asked turn by turn."""
 
-    def __init__(self, directory: Path, sequences: Sequence[Sequence[int]], *, threads: int) -> None:
-        order = {"directory": str(directory), "sequences": [list(sequence) for sequence in sequences]}
+    def __init__(self, directory: Path, sequences: Sequence[Sequence[int]], *, threads: int, shared: bool) -> None:
+        order = {"directory": str(directory), "shared": shared, "sequences": [list(sequence) for sequence in sequences]}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.pooling_peer", str(threads)],
             stdin=subprocess.PIPE,
@@ -76,10 +76,11 @@ def main() -> None:
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=2048,
-        enable_prefix_caching=False,
+        enable_prefix_caching=order["shared"],
         pooler_config=PoolerConfig(use_activation=False),
     )
     for _ in sys.stdin:
+        model.reset_prefix_cache()
         began = time.monotonic()
         outputs = model.classify(prompts, use_tqdm=False)
         seconds = time.monotonic() - began

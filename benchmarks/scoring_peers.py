@@ -1,13 +1,17 @@
 """Of part ``scoring``: the offline scorer against transformers on padded batches and against vLLM's pooling runner.
 
-Always true: all sides hold the same weights in bf16, score the same items with as many threads, without shared prefixes,
-in turns; their scores agree before a ratio counts.
+Always true: all sides hold the same weights in bf16, score the same items with as many threads, in turns, and either
+none of them shares prefixes or all do; their scores agree before a ratio counts.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median, pstdev
 from tempfile import TemporaryDirectory
@@ -19,6 +23,7 @@ from benchmarks.figures import Figure, Figures
 from benchmarks.pooling_peer import PoolingPeer
 from benchmarks.reward_service import VOCABULARY, load_group, role_of, save_model
 from benchmarks.sequences import padded_batches, ragged_sequences
+from rlhf_ray.actors import workers
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.formats import raw_rows
 from rlhf_ray.data.tokenizers import make_tokenizer
@@ -39,39 +44,66 @@ def measure(quick: bool = False) -> Figures:
     try:
         with TemporaryDirectory() as name:
             directory = save_model(Path(name) / "model", shape)
-            sequences, source = _sequences(count)
-            return _measure(directory, shape, sequences, source, repeats, with_vllm=not quick)
+            contest = _Contest(directory, *_sequences(count), shape, repeats)
+            figures = contest.against_padded()
+            if not quick:
+                figures |= contest.against_pooling(shared=False) | contest.against_pooling(shared=True)
+            return figures
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(
-    directory: Path, shape: str, sequences: list[list[int]], source: str, repeats: int, *, with_vllm: bool
-) -> Figures:
-    group = load_group(role_of(directory, threads=THREADS), max_batch_tokens=8192)
-    told = f"{shape}, bf16, {len(sequences)} {source}, {THREADS} threads, no shared prefixes; median of {repeats} turns"
-    figures: Figures = {}
-    ours, theirs = [], []
-    padded = _Padded(directory, sequences)
-    _agree(_ours(group, sequences)[1], padded.score()[1], "transformers")
-    for _ in range(repeats):
-        ours.append(_ours(group, sequences)[0])
-        theirs.append(padded.score()[0])
-    figures["scoring.offline_vs_padded"] = Figure(
-        _ratio(theirs, ours),
-        "x",
-        True,
-        f"seconds of transformers on padded batches of {ROWS} as they come over ours; {told}",
-    )
-    if with_vllm:
-        with PoolingPeer(directory, sequences, threads=THREADS) as peer:
-            _agree(_ours(group, sequences)[1], peer.score()[1], "vLLM's pooling runner")
-            turns = [(_ours(group, sequences)[0], peer.score()[0]) for _ in range(repeats)]
-        figures["scoring.offline_vs_vllm_pooling"] = Figure(
-            _ratio([turn[1] for turn in turns], [turn[0] for turn in turns]), "x", True,
-            f"seconds of vLLM's pooling runner, prefix cache off, over ours; {told}",
-        )  # fmt: skip
-    return figures
+@dataclass(frozen=True)
+class _Contest:
+    """The items that all sides score, in turns."""
+
+    directory: Path
+    sequences: list[list[int]]
+    source: str
+    shape: str
+    repeats: int
+
+    @cached_property
+    def group(self) -> RewardGroup:
+        return load_group(role_of(self.directory, threads=THREADS), max_batch_tokens=8192)
+
+    def against_padded(self) -> Figures:
+        padded = _Padded(self.directory, self.sequences)
+        ratio = self._ratio(padded.score, "transformers", shared=False)
+        method = (
+            f"seconds of transformers on padded batches of {ROWS} as they come over ours; {self._told(shared=False)}"
+        )
+        return {"scoring.offline_vs_padded": Figure(ratio, "x", True, method)}
+
+    def against_pooling(self, *, shared: bool) -> Figures:
+        with PoolingPeer(self.directory, self.sequences, threads=THREADS, shared=shared) as peer:
+            ratio = self._ratio(peer.score, "vLLM's pooling runner", shared=shared)
+        name = f"scoring.offline_vs_vllm_pooling{'_shared' if shared else ''}"
+        method = f"seconds of vLLM's pooling runner over ours; {self._told(shared=shared)}"
+        return {name: Figure(ratio, "x", True, method)}
+
+    def _ratio(self, theirs: Callable[[], tuple[float, list[float]]], peer: str, *, shared: bool) -> float:
+        """Seconds of theirs over those of ours, after a turn of each whose scores must agree."""
+        with nullcontext() if shared else _nothing_shared():
+            _agree(_ours(self.group, self.sequences)[1], theirs()[1], peer)
+            turns = [(_ours(self.group, self.sequences)[0], theirs()[0]) for _ in range(self.repeats)]
+        return median(other / one for one, other in turns)
+
+    def _told(self, *, shared: bool) -> str:
+        sharing = "prefixes shared by both sides, from nothing in each turn" if shared else "no shared prefixes"
+        items = f"{len(self.sequences)} {self.source}"
+        return f"{self.shape}, bf16, {items}, {THREADS} threads, {sharing}; median of {self.repeats} turns"
+
+
+@contextmanager
+def _nothing_shared() -> Iterator[None]:
+    """Within it, packs hold every sequence whole."""
+    own = workers.pack
+    workers.pack = partial(own, share_prefixes=False)
+    try:
+        yield
+    finally:
+        workers.pack = own
 
 
 class _Padded:
@@ -100,17 +132,15 @@ def _sequences(count: int) -> tuple[list[list[int]], str]:
     if not REAL_PAIRS.exists():
         return [sequence.tolist() for sequence in ragged_sequences(count, VOCABULARY)], "made items"
     tokenizer = make_tokenizer(REAL_PAIRS, VOCABULARY)
-    texts = [row[side] for _, row in raw_rows(REAL_PAIRS) for side in ("chosen", "rejected")]
-    random.Random(0).shuffle(texts)
-    encoded = tokenizer(texts[:count], add_special_tokens=False)["input_ids"]
-    return [ids[-LONGEST:] for ids in encoded], "sides of real pairs"
+    rows = [row for _, row in raw_rows(REAL_PAIRS)]
+    random.Random(0).shuffle(rows)
+    texts = [row[side] for row in rows[: count // 2] for side in ("chosen", "rejected")]
+    random.Random(1).shuffle(texts)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [ids[-LONGEST:] for ids in encoded], "sides of real pairs, shuffled"
 
 
 def _agree(ours: list[float], theirs: list[float], peer: str) -> None:
     off = sum(abs(one - other) for one, other in zip(ours, theirs, strict=True)) / len(ours) / pstdev(ours)
     if not off < AGREES_TO:
         raise AssertionError(f"our scores and those of {peer} differ by {off:.3g} of their spread: nothing to compare")
-
-
-def _ratio(theirs: list[float], ours: list[float]) -> float:
-    return median(other / one for other, one in zip(theirs, ours, strict=True))

@@ -32,7 +32,7 @@ from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-from rlhf_ray.trajectories.packing import Packed, pack
+from rlhf_ray.trajectories.packing import Packed, families, pack
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
 Loss = Callable[[Any, TrajectoryBatch], LossOutput]
+
+
+FAMILIES_PER_RANK = 4
+"""Items that begin alike are cut into so many parts a rank at least, where they are all there is."""
 
 
 @dataclass(frozen=True)
@@ -379,12 +383,18 @@ class RewardWorker(CriticWorker):
         return results + self._score_encoded(encoded) if encoded else results
 
     def _score_encoded(self, encoded: dict[int, EncodedItem]) -> list[tuple[int, ScoreResult]]:
+        """Items that begin alike lie in one pack, which computes that once; no rank goes idle for it."""
         positions, items = list(encoded), list(encoded.values())
-        batch = TrajectoryBatch.from_sequences([item.token_ids for item in items])
-        budget = max(self.settings.max_tokens, max(len(item.token_ids) for item in items))
-        schedule = make_schedule(batch.lengths.tolist(), ranks=self.world_size, max_tokens=budget)
+        sequences = [item.token_ids for item in items]
+        longest = max(map(len, sequences))
+        budget = max(self.settings.max_tokens, longest)
+        fair = sum(map(len, sequences)) // (FAMILIES_PER_RANK * self.world_size)
+        together = families(sequences, max(longest, min(budget, fair)))
+        lengths = [sum(len(sequences[number]) for number in family) for family in together]
+        schedule = make_schedule(lengths, ranks=self.world_size, max_tokens=budget)
+        packs = [tuple(number for i in some for number in together[i]) for some in schedule.rank(self.rank)]
         results = []
-        for indices, scores in self.scores(batch, schedule.rank(self.rank)):
+        for indices, scores in self.scores(TrajectoryBatch.from_sequences(sequences), packs):
             for index, score in zip(indices, scores.tolist(), strict=True):
                 item = items[index]
                 result = ScoreResult.of(score, len(item.token_ids), truncated=item.truncated)

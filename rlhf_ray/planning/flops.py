@@ -1,7 +1,8 @@
 """Floating-point operations of a model over ragged sequences.
 
 Always true: what is counted is matrix products alone (linear layers and causal attention), of the sequences as they are,
-whatever is computed twice or shared; so the same work has the same number under every packing.
+whatever is computed twice, shared or left out because nothing reads it; so the same work has the same number under every
+packing.
 """
 
 from __future__ import annotations

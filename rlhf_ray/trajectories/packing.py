@@ -158,6 +158,23 @@ def pack(
     return _share(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
 
 
+def families(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
+    """All sequences by their numbers, those that begin alike together and in an order in which a pack shares what they
+    begin with; a family is cut before its tokens, each sequence whole, are more than ``max_tokens``.
+    """
+    found: list[tuple[int, ...]] = []
+    start, room = None, 0
+    for number in sorted(range(len(sequences)), key=lambda number: tuple(sequences[number])):
+        sequence = sequences[number]
+        if start is not None and tuple(sequence[:SHORTEST_SHARED]) == start and len(sequence) <= room:
+            found[-1] += (number,)
+        else:
+            found.append((number,))
+            start, room = tuple(sequence[:SHORTEST_SHARED]), max_tokens
+        room -= len(sequence)
+    return found
+
+
 def _share(whole: Packed, chosen: TrajectoryBatch) -> Packed:
     """The same sequences with what runs of neighbours have in common taken out before each run."""
     cuts = chosen.offsets.tolist()

@@ -118,7 +118,10 @@ def test_gradient_checkpointing_reaches_the_adapters(tmp_path: Path, packed: Pac
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         PackedRegression(model)(packed, "scores").sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
-    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*gradients, strict=True))
+    for a, b in zip(*gradients, strict=True):  # checkpointed, the last layer computes what no score reads as well
+        largest = float(a.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(a, b, atol=1e-6 * largest, rtol=1e-6)
 
 
 def test_only_the_adapters_own_dropout_is_on(tmp_path: Path, packed: Packed) -> None:

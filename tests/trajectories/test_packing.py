@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.trajectories import packing
 from rlhf_ray.trajectories.batch import BatchError, TrajectoryBatch
-from rlhf_ray.trajectories.packing import Packed, pack
+from rlhf_ray.trajectories.packing import Packed, families, pack
 from rlhf_ray.trajectories.schedule import make_schedule
 
 sequences = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=5), min_size=1, max_size=6)
@@ -152,3 +152,32 @@ def test_a_pack_without_segments_is_refused() -> None:
     nothing = torch.empty(0, dtype=torch.int64)
     with pytest.raises(BatchError, match=r"at least one segment: use Packed.dummy\(\)"):
         Packed(nothing, torch.tensor([0]), nothing)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), min_size=1, max_size=6)), max_size=12),
+    st.integers(8, 40),
+)
+def test_families_have_every_sequence_once_begin_alike_and_fit(
+    drawn: list[tuple[int, list[int]]], max_tokens: int
+) -> None:
+    sequences = [[before] * 2 + rest for before, rest in drawn]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SHORTEST_SHARED", 2)
+        found = families(sequences, max_tokens)
+    assert sorted(number for family in found for number in family) == list(range(len(sequences)))
+    for family in found:
+        assert len({tuple(sequences[number][:2]) for number in family}) == 1
+        assert sum(len(sequences[number]) for number in family) <= max_tokens
+    heads = [sequences[family[0]][:2] for family in found]
+    if sum(map(len, sequences)) <= max_tokens:
+        assert len(found) == len({tuple(head) for head in heads}), "a family is cut only for its size"
+
+
+def test_answers_to_one_prompt_are_found_wherever_they_stand() -> None:
+    one, other = list(range(100, 130)), list(range(200, 230))
+    sequences = [[*one, 1], [*other, 2], [*one, 3, 4], [7], [*other, 5]]
+    assert families(sequences, 1000) == [(3,), (0, 2), (1, 4)]
+    batch = TrajectoryBatch.from_sequences(sequences)
+    assert pack(batch, [3, 0, 2, 1, 4]).num_tokens == 1 + 30 + 1 + 2 + 30 + 1 + 1

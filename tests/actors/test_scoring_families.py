@@ -1,0 +1,42 @@
+"""Requests that begin alike are scored in one pack, with the scores that each has alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.actors.ranks import InProcessRanks
+from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.config.schema import ModelConfig, RoleConfig
+from rlhf_ray.rewards.request import ScoreRequest
+from tests.serving.reward_models import save_reward_model
+
+
+@pytest.mark.parametrize("max_tokens", [40, 4096])
+def test_answers_to_one_prompt_share_it_wherever_they_stand(tmp_path: Path, max_tokens: int) -> None:
+    directory = save_reward_model(tmp_path / "model")
+    worker = RewardWorker()
+    group = RewardGroup(InProcessRanks("reward", worker))
+    role = RoleConfig(model=ModelConfig(path=str(directory), dtype="fp32"))
+    group.setup(WorkerSetup(role, seed=0, max_tokens=max_tokens), timeout_s=60.0).result()
+    one, other = tuple(range(40, 70)), tuple(range(80, 110))
+    items = [(*one, 1), (*other, 2), (*one, 3, 4), (), (7,), (*other, 5)]
+    ran: list[int] = []
+    worker.model.get_input_embeddings().register_forward_hook(lambda _, __, out: ran.append(out.shape[1]))
+
+    def score(asked: list[tuple[int, ...]]) -> list[float | None]:
+        return [result.raw for result in group.score([ScoreRequest(token_ids=ids) for ids in asked]).result()]
+
+    together = score(items)
+    tokens = sum(ran)
+    alone = [score([item])[0] for item in items]
+    assert together[3] is None and alone[3] is None, "an item without tokens has an error, the others their scores"
+    torch.testing.assert_close(
+        *(torch.tensor([number for number in scores if number is not None]) for scores in (together, alone)),
+        atol=1e-5, rtol=1e-5,
+    )  # fmt: skip
+    whole = sum(map(len, items))
+    assert tokens == (whole if max_tokens == 40 else whole - len(one) - len(other))
