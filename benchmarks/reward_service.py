@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, ResourcesConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.config.schema import ModelConfig, ResourcesConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.models import make_model, save_pretrained
 from rlhf_ray.models.regression import make_head, wrap_backbone
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -47,13 +47,13 @@ def save_model(directory: Path, shape: str) -> Path:
     return directory
 
 
-def role_of(directory: Path, *, threads: int) -> RoleConfig:
+def role_of(directory: Path, *, threads: int) -> ScoringRole:
     """The model as a role, in bf16."""
     resources = ResourcesConfig(threads_per_rank=threads)
-    return RoleConfig(model=ModelConfig(path=str(directory), dtype="bf16"), resources=resources)
+    return ScoringRole(model=ModelConfig(path=str(directory), dtype="bf16"), resources=resources)
 
 
-def load_group(role: RoleConfig, *, max_batch_tokens: int) -> RewardGroup:
+def load_group(role: ScoringRole, *, max_batch_tokens: int) -> RewardGroup:
     """The model's only rank, in this process."""
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
     group.setup(WorkerSetup(role, seed=0, max_tokens=max_batch_tokens), timeout_s=600.0).result()
@@ -87,7 +87,7 @@ class Service:
 
 @contextmanager
 def serving(
-    role: RoleConfig, backend: Callable[[ServeConfig], Backend] | RewardGroup, **settings: Any
+    role: ScoringRole, backend: Callable[[ServeConfig], Backend] | RewardGroup, **settings: Any
 ) -> Iterator[Service]:
     """The app at a free port of this machine."""
     config = ServeConfig(kind="serve", run=RunConfig(name="load"), reward=role, port=0, **settings)

@@ -21,7 +21,7 @@ import torch
 
 from rlhf_ray.algorithms.losses import LossOutput, Metrics
 from rlhf_ray.algorithms.reward_losses import RewardOutputs
-from rlhf_ray.config.schema import RoleConfig
+from rlhf_ray.config.schema import RoleConfig, ScoringRole
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.engine.report import Applied, Report
@@ -37,6 +37,7 @@ from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
 if TYPE_CHECKING:
     from rlhf_ray.engine.engine import Engine
+    from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
 Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
 Loss = Callable[[Any, TrajectoryBatch], LossOutput]
@@ -289,22 +290,41 @@ class CriticWorker(ModelWorker):
 
 
 class RewardWorker(CriticWorker):
-    """The reward model: owns the reward tokenizer and template; scores requests, and trains on pairs."""
+    """The reward model: owns the reward tokenizer and template; scores requests, and trains on pairs.
+
+    Where the role's scorer is vLLM, that scores in the place of an engine, and the model is nowhere else.
+    """
 
     role = "reward"
     model_type = "reward"
+    pooling: VllmScorer | None = None
 
     def setup(self, setup: WorkerSetup) -> str:
         from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
         from rlhf_ray.models import load_tokenizer
 
-        line = super().setup(setup)
+        with_vllm = isinstance(setup.config, ScoringRole) and setup.config.scorer == "vllm"
+        line = self._start_vllm(setup) if with_vllm else super().setup(setup)
         self.tokenizer = load_tokenizer(setup.config.model)
         self.fingerprint, self.template = fingerprint(self.tokenizer), template_fingerprint(self.tokenizer)
-        self.vocabulary = self.hf_model.get_input_embeddings().num_embeddings
-        positions = self.hf_model.config.get_text_config().to_dict().get("max_position_embeddings")
+        if self.pooling is not None:
+            self.model_config, self.vocabulary = self.pooling.config, self.pooling.vocabulary
+        else:
+            self.model_config = self.hf_model.config
+            self.vocabulary = self.hf_model.get_input_embeddings().num_embeddings
+        positions = self.model_config.get_text_config().to_dict().get("max_position_embeddings")
         self.max_item_tokens = min(setup.max_item_tokens, positions or setup.max_item_tokens)
         return line
+
+    def _start_vllm(self, setup: WorkerSetup) -> str:
+        from rlhf_ray.rollout.vllm_scorer import VllmScorer
+
+        self.config, self.settings = setup.config, setup
+        self.pooling = VllmScorer(
+            setup.config.model, max_item_tokens=setup.max_item_tokens, gpus=setup.config.resources.gpus_per_rank
+        )
+        self.phase = "ready"
+        return f"{setup.config.model.path}: reward in vLLM's pooling runner, {setup.config.model.dtype}"
 
     def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
         return module(packed, kind="routed_scores" if self.settings.routers else "scores")
@@ -351,7 +371,7 @@ class RewardWorker(CriticWorker):
 
     def describe(self) -> dict[str, Any]:
         """What callers must know of this model: its tokenizer and template, limit, mean and std where they normalise."""
-        values = self.hf_model.config.to_dict()
+        values = self.model_config.to_dict()
         mean, std = values.get("mean"), values.get("std")
         if mean is None or std is None or not math.isfinite(mean) or not 0 < std < math.inf:
             mean = std = None
@@ -361,7 +381,13 @@ class RewardWorker(CriticWorker):
     def scores(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:
         """One score a sequence, read at its last token."""
         self.phase = "score"
-        parts = self.forward_parts(batch, micro_batches, lambda module, packed: module(packed, kind="scores"))
+        if self.pooling is not None:
+            rows = tuple(index for micro_batch in micro_batches for index in micro_batch)
+            part = batch.select(rows)
+            sequences = [ids.tolist() for ids in part["token_ids"].split(part.lengths.tolist())]
+            parts: list[Part] = [(rows, np.asarray(self.pooling.scores(sequences), dtype=np.float32))]
+        else:
+            parts = self.forward_parts(batch, micro_batches, lambda module, packed: module(packed, kind="scores"))
         self.phase = "ready"
         return parts
 

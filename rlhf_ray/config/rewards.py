@@ -19,6 +19,8 @@ from rlhf_ray.config.roles import (
     PositiveFloat,
     ResourcesConfig,
     RoleConfig,
+    Scorer,
+    ScoringRole,
     Section,
 )
 
@@ -35,6 +37,7 @@ class RewardSourceConfig(Section):
     ranks: Positive = 1
     resources: ResourcesConfig = ResourcesConfig()
     max_tokens_per_micro_batch: Positive | None = None
+    scorer: Scorer = "packed"
     function: str | None = None
     """``package.module:name``, ``path.py:name``, or one of :data:`SHIPPED_FUNCTIONS`."""
     url: str | None = None
@@ -45,16 +48,17 @@ class RewardSourceConfig(Section):
     samples_per_call: Positive | None = None
 
     @property
-    def role(self) -> RoleConfig | None:
+    def role(self) -> ScoringRole | None:
         """The reward model as a role; none where something else gives the rewards."""
         if self.model is None:
             return None
-        return RoleConfig.model_construct(  # its parts are validated
+        return ScoringRole.model_construct(  # its parts are validated
             model=self.model,
             engine=self.engine,
             ranks=self.ranks,
             resources=self.resources,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            scorer=self.scorer,
         )
 
     @property
@@ -74,6 +78,10 @@ class RewardSourceConfig(Section):
             yield "token_file", "it holds the token of a scoring backend: set url too, or remove it"
         if self.normalize and function is not None:
             yield "normalize", "the mean and deviation stand in a reward model's directory: a function has none"
+        if self.scorer != "packed" and self.role is None:
+            yield "scorer", f"{self.scorer} runs a reward model: set model too, or remove it"
+        if self.role is not None:
+            yield from self.role.conflicts()
         if self.samples_per_call is not None and self.model is not None:
             yield "samples_per_call", "a reward model forms its batches by tokens: set max_tokens_per_micro_batch"
 

@@ -38,6 +38,7 @@ from rlhf_ray.config.roles import (
     PositiveFloat,
     ResourcesConfig,
     RoleConfig,
+    ScoringRole,
     Section,
     TokenBudget,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "RoleConfig",
     "RolloutConfig",
     "RunConfig",
+    "ScoringRole",
     "Section",
     "SequenceBatchConfig",
     "ServeConfig",
@@ -318,16 +320,16 @@ class ServeConfig(ServiceConfig):
     kind: Literal["serve"]
     run: RunConfig
     cluster: ClusterConfig = ClusterConfig()
-    reward: RoleConfig
+    reward: ScoringRole
     name: Annotated[str, Field(min_length=1)] = "reward"
     """What requests may call it, besides its path."""
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w.-]*$")], RoleConfig] = {}  # noqa: RUF012 (pydantic copies it)
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w.-]*$")], ScoringRole] = {}  # noqa: RUF012 (pydantic copies it)
     """Further models, by the names that requests call them."""
     replicas: Positive = 1
     max_tokens: Positive = 4096
 
     @property
-    def served(self) -> dict[str, RoleConfig]:
+    def served(self) -> dict[str, ScoringRole]:
         """Every model by its name, the one for requests that name none first."""
         return {self.name: self.reward, **self.models}
 

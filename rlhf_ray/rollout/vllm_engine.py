@@ -36,7 +36,7 @@ class VllmEngine(RolloutEngine):
     def __init__(self, model_dir: str | Path, config: RolloutConfig, **settings: Any) -> None:
         """``settings`` are those of :class:`RolloutEngine`."""
         super().__init__(model_dir, config, **settings)
-        on_cpu = _prepare_process()
+        on_cpu = prepare_process()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
             from vllm import LLMEngine
@@ -141,7 +141,7 @@ class VllmEngine(RolloutEngine):
         del self._engine
 
 
-def _prepare_process() -> bool:
+def prepare_process() -> bool:
     """Set what vLLM reads when it is imported; return whether it will compute on the CPU."""
     on_cpu = environment.accelerator() == "cpu"
     environment.prepare()

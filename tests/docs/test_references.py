@@ -33,6 +33,7 @@ SECTIONS: dict[str, type[roles.Section]] = {
     "`ROLE.resources`": schema.ResourcesConfig,
     "`reward` of ppo": schema.RewardConfig,
     "`reward.mixture.NAME`": schema.RewardTermConfig,
+    "`reward` and `models.NAME` of serve": roles.ScoringRole,
     "`rollout`": schema.RolloutConfig,
     "`algorithm`": schema.AlgorithmConfig,
     "`algorithm.kl`": schema.KlConfig,
@@ -59,6 +60,7 @@ ELSEWHERE = {
     schema.SequenceBatchConfig: set(roles.TokenBudget.model_fields),
     schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
     schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},
+    roles.ScoringRole: set(roles.RoleConfig.model_fields),
     schema.RewardTermConfig: set(schema.RewardSourceConfig.model_fields),
     schema.ServeConfig: {"kind", "run", "cluster"} | set(schema.ServiceConfig.model_fields),
 }

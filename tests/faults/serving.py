@@ -25,7 +25,7 @@ import psutil
 
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.config.schema import ClusterConfig, ModelConfig, ResourcesConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.config.schema import ClusterConfig, ModelConfig, ResourcesConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.serving.handle import find_service, gateway_name
 from tests.serving.reward_models import Reference, save_reward_model
 
@@ -40,7 +40,7 @@ def gateway(model: Path, name: str) -> Iterator[str]:
     """A service on a Ray that this process starts and is a job of; its address."""
     from rlhf_ray.serving.gateway import Gateway
 
-    role = RoleConfig(model=ModelConfig(path=str(model), dtype="fp32"), resources=ResourcesConfig(cpus_per_rank=0.2))
+    role = ScoringRole(model=ModelConfig(path=str(model), dtype="fp32"), resources=ResourcesConfig(cpus_per_rank=0.2))
     cluster = ClusterConfig(num_cpus=1, object_store_mb=80)
     config = ServeConfig(kind="serve", run=RunConfig(name=name), cluster=cluster, reward=role, port=0)
     with Cluster(config.cluster, config.run, namespace=SERVICE_NAMESPACE):

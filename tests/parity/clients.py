@@ -24,7 +24,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.serving.backend import GroupBackend
 from rlhf_ray.serving.server import WebServer
@@ -125,7 +125,7 @@ def run(compare: Callable[[str, list[float], list[float]], bool]) -> bool:
     """Every client against one service; whether ``compare`` says yes to all."""
     with TemporaryDirectory() as directory:
         model = save_reward_model(Path(directory))
-        role = RoleConfig(model=ModelConfig(path=str(model), dtype="fp32"))
+        role = ScoringRole(model=ModelConfig(path=str(model), dtype="fp32"))
         group = RewardGroup(InProcessRanks("reward", RewardWorker()))
         group.setup(WorkerSetup(role, seed=0), timeout_s=60.0).result()
         config = ServeConfig(kind="serve", run=RunConfig(name="clients"), reward=role)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rlhf_ray.config.schema import ModelConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards import adapters, compute_score, remote_reward
 from rlhf_ray.rewards.request import ScoreRequest
@@ -29,7 +29,7 @@ def backend() -> Lengths:
 
 @pytest.fixture
 def transport(backend: Lengths) -> httpx.ASGITransport:
-    role = RoleConfig(model=ModelConfig(path="model"))
+    role = ScoringRole(model=ModelConfig(path="model"))
     config = ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role)
     return httpx.ASGITransport(service(config, backend, keys=lambda: {TOKEN: "test"}))
 

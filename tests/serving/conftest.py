@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import ModelConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
 
 environment.prepare()
 
@@ -18,7 +18,7 @@ def config() -> Callable[..., ServeConfig]:
     """``config(max_items=3, ...)``: a service of the model directory ``path``."""
 
     def make(path: str = "model", **values: object) -> ServeConfig:
-        role = RoleConfig(model=ModelConfig(path=path, dtype="fp32"))
+        role = ScoringRole(model=ModelConfig(path=path, dtype="fp32"))
         return ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role, **values)
 
     return make

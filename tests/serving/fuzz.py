@@ -32,7 +32,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, RoleConfig, RunConfig, ServeConfig
+from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.backend import GroupBackend
 from rlhf_ray.serving.protocols import PROTOCOLS
@@ -249,7 +249,7 @@ def fuzz(app: Starlette, count: int, seed: int = 0, report: Callable[[str], None
 def fuzzed_app(directory: Path) -> Starlette:
     """The app over a tiny reward model, with its token on."""
     path = save_reward_model(directory)
-    role = RoleConfig(model=ModelConfig(path=str(path), dtype="fp32"))
+    role = ScoringRole(model=ModelConfig(path=str(path), dtype="fp32"))
     config = ServeConfig(
         kind="serve", run=RunConfig(name="fuzz"), reward=role, max_items=MAX_ITEMS, max_body_bytes=MAX_BODY, max_tokens=LIMIT
     )  # fmt: skip

@@ -1,0 +1,85 @@
+"""vLLM's pooling runner as what scores behind the reward actor.
+
+Always true: scores are raw, one a sequence in the order of the sequences, read at the last token of ids that come from
+outside (vLLM never sees text); what it would score otherwise than this project's own forward is refused with the way out.
+vLLM changes its process (threads, process groups): one scorer a process, and no trainer beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.errors import RequestError
+from rlhf_ray.rollout.vllm_engine import DTYPES, prepare_process
+
+CPU_CACHE_BYTES = 2**30
+"""Keys and values of what is scored at once; memory is taken as it is filled."""
+GPU_SHARE = 0.9
+HEAD = "ForSequenceClassification"
+OTHERWISE = "or set scorer to packed"
+
+
+class VllmScorer:
+    """A reward model in vLLM."""
+
+    def __init__(self, model: ModelConfig, *, max_item_tokens: int, gpus: float) -> None:
+        """``max_item_tokens`` bounds a sequence, as the model's positions do; ``gpus`` is the share of one to use."""
+        self.config = servable_config(model)
+        text = self.config.get_text_config()
+        self.vocabulary: int = text.vocab_size
+        positions = text.to_dict().get("max_position_embeddings")
+        self.max_item_tokens = min(max_item_tokens, positions or max_item_tokens)
+        on_cpu = prepare_process()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
+            from vllm import LLM
+            from vllm.config import PoolerConfig
+
+            self._llm = LLM(
+                model.path,
+                runner="pooling",
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=DTYPES[model.dtype],
+                max_model_len=self.max_item_tokens,
+                enforce_eager=on_cpu,
+                kv_cache_memory_bytes=CPU_CACHE_BYTES if on_cpu else None,
+                gpu_memory_utilization=GPU_SHARE * min(gpus, 1.0) if gpus else GPU_SHARE,
+                enable_prefix_caching=False,  # a score must not depend on what was scored before
+                use_tqdm_on_load=False,
+                pooler_config=PoolerConfig(use_activation=False),
+            )
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The raw score of each sequence of token ids."""
+        prompts: Any = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        return [output.outputs.probs[0] for output in self._llm.classify(prompts, use_tqdm=False)]
+
+
+def servable_config(model: ModelConfig) -> Any:
+    """The model's configuration, where vLLM's pooling runner gives it the scores that this project does."""
+    from transformers import AutoConfig
+
+    assert model.path is not None, "the config holds scorer vllm only with a path"
+    if (Path(model.path) / "adapter_config.json").is_file():
+        raise RequestError(
+            f"{model.path} is an adapter, and vLLM scores merged models: rlhf-ray export it, {OTHERWISE}"
+        )
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    architecture = (config.architectures or ["no architecture"])[0]
+    if not architecture.endswith(HEAD) or config.num_labels != 1:
+        found = architecture if not architecture.endswith(HEAD) else f"{architecture} with {config.num_labels} outputs"
+        raise RequestError(
+            f"{model.path} holds {found}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write "
+            f"one with rlhf-ray export, {OTHERWISE}"
+        )
+    if config.to_dict().get("score_bias"):
+        raise RequestError(
+            f"the head of {model.path} has a bias (score_bias {config.score_bias:g}), which vLLM would leave out: set "
+            "scorer to packed"
+        )
+    return config
