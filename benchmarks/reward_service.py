@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -76,6 +77,17 @@ class Instant:
         """It holds nothing."""
 
 
+def instant_app() -> Starlette:
+    """The app with no model behind."""
+    config = ServeConfig(kind="serve", run=RunConfig(name="load"), reward=ScoringRole(model=ModelConfig(path="none")))
+    return _app(config, Instant(), Metrics())[0]
+
+
+def _app(config: ServeConfig, backend: Backend, metrics: Metrics) -> tuple[Starlette, Models]:
+    models = Models([ServedModel(config.name, [backend], limits_of(config), metrics)])
+    return create_app(models, config, metrics), models
+
+
 class Service:
     """A running service: where it is, and what it counts."""
 
@@ -96,9 +108,9 @@ def serving(
     else:
         scoring = backend(config)
     metrics = Metrics()
-    models = Models([ServedModel(config.name, [scoring], limits_of(config), metrics)])
+    app, models = _app(config, scoring, metrics)
     server = WebServer(config.host, config.port)
-    server.start(create_app(models, config, metrics))
+    server.start(app)
     try:
         yield Service(server, metrics, models)
     finally:

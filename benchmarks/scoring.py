@@ -18,6 +18,7 @@ import torch
 from benchmarks import scoring_peers
 from benchmarks.figures import Figure, Figures
 from benchmarks.load import Order, Outcome, run
+from benchmarks.ray_serve import behind_ray_serve
 from benchmarks.reward_service import VOCABULARY, Instant, Service, bodies, load_group, role_of, save_model, serving
 from benchmarks.sequences import ragged_sequences
 from rlhf_ray.actors.groups import RewardGroup
@@ -40,10 +41,12 @@ class Size:
     transport: int
     seconds: float
     repeats: int
+    ray_serve: bool
+    """Whether the transport behind Ray Serve is measured too, which starts Ray."""
 
 
-FULL = Size("llama-120m", "llama-14m", 128, 1024, 4000, 20.0, 3)
-QUICK = Size("llama-tiny", "llama-tiny", 64, 128, 128, 0.5, 1)
+FULL = Size("llama-120m", "llama-14m", 128, 1024, 4000, 20.0, 3, True)
+QUICK = Size("llama-tiny", "llama-tiny", 64, 128, 128, 0.5, 1, False)
 
 
 def measure(quick: bool = False) -> Figures:
@@ -69,8 +72,8 @@ def _large(directory: Path, size: Size) -> Figures:
         rates = _in_turns(
             size.repeats,
             lambda: _offline(group, sequences),
-            lambda: _over_http(service, sequences, 1),
-            lambda: _over_http(one_by_one, sequences, 1),
+            lambda: _over_http(service.host, service.port, sequences, 1),
+            lambda: _over_http(one_by_one.host, one_by_one.port, sequences, 1),
         )
         offline, http, single = rates
         capacity = median(http)
@@ -103,7 +106,9 @@ def _small(directory: Path, size: Size) -> Figures:
     sequences = _sequences(size.small_items)
     with serving(role, group, max_batch_tokens=BATCH_TOKENS) as service:
         offline, http = _in_turns(
-            size.repeats, lambda: _offline(group, sequences), lambda: _over_http(service, sequences, 64, clients=4)
+            size.repeats,
+            lambda: _offline(group, sequences),
+            lambda: _over_http(service.host, service.port, sequences, 64, clients=4),
         )
     method = (
         f"{size.small}, bf16, {len(sequences)} made items, {THREADS} threads, requests of 64 items from 4 clients on the "
@@ -113,11 +118,18 @@ def _small(directory: Path, size: Size) -> Figures:
 
 
 def _transport(directory: Path, size: Size) -> Figures:
-    role = role_of(directory / "none", threads=1)
+    role, sequences = role_of(directory / "none", threads=1), [[1, 2, 3]] * size.transport
+    method = f"{size.transport} requests of one item from {CLIENTS} clients on the same cores, no model behind, {{}}"
     with serving(role, lambda _: Instant()) as service:
-        rate = _over_http(service, [[1, 2, 3]] * size.transport, 1)
-    method = f"{size.transport} requests of one item from {CLIENTS} clients on the same cores, no model behind, uvicorn"
-    return {"scoring.transport_requests_per_second": Figure(rate, "requests/s", True, method)}
+        rate = _over_http(service.host, service.port, sequences, 1)
+    figures = {"scoring.transport_requests_per_second": Figure(rate, "requests/s", True, method.format("uvicorn"))}
+    if size.ray_serve:
+        with behind_ray_serve() as (host, port):
+            _over_http(host, port, sequences[:CLIENTS], 1)
+            rate = _over_http(host, port, sequences, 1)
+        told = method.format("the same app in one replica behind Ray Serve's proxy")
+        figures["scoring.transport_ray_serve_requests_per_second"] = Figure(rate, "requests/s", True, told)
+    return figures
 
 
 def _sequences(count: int) -> list[list[int]]:
@@ -134,9 +146,9 @@ def _offline(group: RewardGroup, sequences: list[list[int]]) -> float:
     return len(requests) / elapsed
 
 
-def _over_http(service: Service, sequences: list[list[int]], items: int, clients: int = CLIENTS) -> float:
+def _over_http(host: str, port: int, sequences: list[list[int]], items: int, clients: int = CLIENTS) -> float:
     """Items a second of as many clients as are told."""
-    outcome = run(Order(service.host, service.port, "/v1/reward", bodies(sequences, items), clients))
+    outcome = run(Order(host, port, "/v1/reward", bodies(sequences, items), clients))
     _require_answers(outcome)
     return len(sequences) / outcome.elapsed
 
