@@ -27,7 +27,10 @@ METHOD = (
 
 SHARED = ["monitoring.ray_metrics=false", "checkpoint.every_steps=0"]
 POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4", "evaluation.best_of=0"]
-JUDGES = {"rm": ("world-rm", ["data.world.pairs=19200"]), "demo_rm": ("demo-rm", [])}
+JUDGES = {
+    "rm": ("world-rm", ["data.world.pairs=19200", "reward.engine.optimizer.learning_rate=1.0e-3"]),
+    "demo_rm": ("demo-rm", []),
+}
 """Reward models: recipe and overrides. What a policy can learn is bounded by what its judge knows."""
 LEARNED = ["reward.normalize=true", "algorithm.shaping.missing_eos={rule: replace, value: -1.0}"]
 """Normalised, and -1 for an answer that was cut off, about which the reward model knows nothing (Huang et al. 2024)."""
