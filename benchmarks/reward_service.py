@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.config.schema import ModelConfig, ResourcesConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.models import make_model, save_pretrained
 from rlhf_ray.models.regression import make_head, wrap_backbone

@@ -15,7 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 from rlhf_ray.actors import workers
-from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
 from rlhf_ray.data.pairs import PairExample

@@ -13,8 +13,9 @@ import ray
 from rlhf_ray.imports import quick_imports
 
 with quick_imports():
+    from rlhf_ray.actors.reward_worker import RewardWorker
     from rlhf_ray.actors.rollout_worker import RolloutWorker
-    from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+    from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker
 
 HEALTH_LANE = "health"
 

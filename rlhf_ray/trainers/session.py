@@ -13,8 +13,9 @@ from typing import Generic, Protocol, TypeVar
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.groups import CriticGroup, Group, PolicyGroup, ReferenceGroup, RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks, Ranks
+from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup, RolloutWorker
-from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker, WorkerSetup
+from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, WorkerSetup
 from rlhf_ray.config.files import hub_ids
 from rlhf_ray.config.schema import ClusterConfig, JobConfig, ResourcesConfig, RoleConfig, RolloutConfig
 from rlhf_ray.console import get_logger

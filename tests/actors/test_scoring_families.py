@@ -9,7 +9,8 @@ import torch
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.config.schema import ModelConfig, RoleConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from tests.serving.reward_models import save_reward_model

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf_ray.actors.workers import ReferenceWorker, RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import ReferenceWorker, WorkerSetup
 from rlhf_ray.config.schema import RoleConfig
 from rlhf_ray.engine import destroy_process_group
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
 from rlhf_ray.errors import RequestError

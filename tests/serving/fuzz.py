@@ -31,7 +31,8 @@ from starlette.applications import Starlette
 from rlhf_ray import environment
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.backend import GroupBackend

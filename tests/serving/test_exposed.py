@@ -12,7 +12,8 @@ import pytest
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.config.schema import ServeConfig, ServiceConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest

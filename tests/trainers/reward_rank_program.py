@@ -22,7 +22,8 @@ def measure(
     rank: int, world: int, directory: Path, stages: tuple[tuple[int, str], ...], address: str | None = None
 ) -> dict[str, Any]:
     """This rank's share of the losses of every update and of the held-out scores, by stage and dtype."""
-    from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+    from rlhf_ray.actors.reward_worker import RewardWorker
+    from rlhf_ray.actors.workers import WorkerSetup
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
     from rlhf_ray.data.encode import Drops, encode_pairs

@@ -84,7 +84,8 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     """Counts are the same; means are within 1e-6."""
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.ranks import InProcessRanks
-    from rlhf_ray.actors.workers import RewardWorker, WorkerSetup
+    from rlhf_ray.actors.reward_worker import RewardWorker
+    from rlhf_ray.actors.workers import WorkerSetup
     from rlhf_ray.trainers.datasets import pair_examples
 
     config = config_of(tmp_path)
