@@ -4,6 +4,7 @@ given wrong is told before anything is started; no text of a pair reaches the te
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,19 @@ def plain_margins(model: Path, rows: list[dict[str, Any]]) -> list[float]:
 
 
 def test_figures_are_those_of_plain_transformers(
-    model: Path, rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    project_log: io.StringIO,
 ) -> None:
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=100"], kind="serve", files=True)
     place, output = ThisProcess(config.cluster), tmp_path / "figures.json"
     code = evaluate(config, tmp_path / "pairs.jsonl", Keys(), turns=False, output=output, place=place)
-    told, shown = json.loads(output.read_text()), capsys.readouterr()
+    told, shown, logged = json.loads(output.read_text()), capsys.readouterr(), project_log.getvalue()
     margins = plain_margins(model, rows)
     assert code == 0
-    assert told["figures"]["pairs"] == 40 and "of 42 pairs dropped: 1 " in shown.err
+    assert told["figures"]["pairs"] == 40 and "of 42 pairs dropped: 1 " in logged
     assert told["figures"]["margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
     right = [margin > 0 for margin in margins]
     shares = {subset: sum(right[place::4]) / 10 for place, subset in enumerate(SUBSETS)}
@@ -80,10 +85,10 @@ def test_figures_are_those_of_plain_transformers(
     section = (984 * shares["math-prm"] + 328 * code_share) / (984 + 328)
     assert told["rewardbench"] == {"Reasoning": pytest.approx(section)}
     assert f"{section:.4f}" in shown.err and all(subset in shown.err for subset in SUBSETS)
-    assert "not the leaderboard's scores: hep-cpp" in shown.err
+    assert "not the leaderboard's scores: hep-cpp" in logged
     wrong = sorted(margin for margin in margins if margin <= 0)
     assert [float(row[0]) for row in told["worst"]["rows"]] == pytest.approx(wrong, abs=0.006)
-    assert not any(row["chosen"] in shown.out + shown.err for row in rows)
+    assert not any(row["chosen"] in shown.out + shown.err + logged for row in rows)
 
 
 @pytest.mark.parametrize(
