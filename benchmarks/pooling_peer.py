@@ -7,67 +7,41 @@ turn; a turn ends in one line with its seconds and its scores.
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from benchmarks.asked import Asked
 
-class PoolingPeer:
-    """The process, asked turn by turn."""
+
+class PoolingPeer(Asked):
+    """The process."""
 
     def __init__(self, directory: Path, sequences: Sequence[Sequence[int]], *, threads: int, shared: bool) -> None:
-        order = {"directory": str(directory), "shared": shared, "sequences": [list(sequence) for sequence in sequences]}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.pooling_peer", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        self._tell(json.dumps(order))
+        settings = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }  # fmt: skip
+        super().__init__([sys.executable, "-m", "benchmarks.pooling_peer"], {**os.environ, **settings})
+        self.ask(directory=str(directory), shared=shared, sequences=[list(sequence) for sequence in sequences])
         self.score()
 
     def score(self) -> tuple[float, list[float]]:
         """One turn: seconds and scores."""
-        self._tell("score")
-        assert self._process.stdout is not None, "opened above"
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                told: dict[str, Any] = json.loads(line)
-                return float(told["seconds"]), list(told["scores"])
-        raise RuntimeError("vLLM's pooling runner ended: its output above says why")
-
-    def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None, "opened above"
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-
-    def __enter__(self) -> PoolingPeer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.ask()
+        told = self.answer()
+        return float(told["seconds"]), list(told["scores"])
 
 
 def main() -> None:
     """Load once; then a turn for every line."""
-    import os
-
-    threads = sys.argv[1]
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }  # fmt: skip
     from vllm import LLM
     from vllm.config import PoolerConfig
 
+    _answer(imported=True)
     order = json.loads(sys.stdin.readline())
     prompts = [{"prompt_token_ids": sequence} for sequence in order["sequences"]]
     model = LLM(
@@ -84,7 +58,11 @@ def main() -> None:
         began = time.monotonic()
         outputs = model.classify(prompts, use_tqdm=False)
         seconds = time.monotonic() - began
-        print(json.dumps({"seconds": seconds, "scores": [output.outputs.probs[0] for output in outputs]}), flush=True)
+        _answer(seconds=seconds, scores=[output.outputs.probs[0] for output in outputs])
+
+
+def _answer(**told: Any) -> None:
+    print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

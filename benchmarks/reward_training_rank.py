@@ -10,11 +10,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
-from unittest.mock import patch
 
-from rlhf_ray.actors import workers
+from benchmarks.whole_packs import nothing_shared
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
@@ -22,7 +22,6 @@ from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, R
 from rlhf_ray.data.pairs import PairExample
 from rlhf_ray.trainers.datasets import pair_batch
 from rlhf_ray.trainers.supervised import cut
-from rlhf_ray.trajectories import pack
 
 PAIRS_PER_UPDATE = 8
 
@@ -41,7 +40,7 @@ class Rank:
     def turn(self, first: int, updates: int, *, share: bool) -> dict[str, Any]:
         """Seconds and this rank's losses of ``updates`` updates from number ``first`` of the epoch on."""
         began = time.perf_counter()
-        with patch.object(workers, "pack", pack if share else _pack_whole):
+        with nullcontext() if share else nothing_shared():
             losses = [
                 self._update(self.pairs[update * PAIRS_PER_UPDATE : (update + 1) * PAIRS_PER_UPDATE])
                 for update in range(first, first + updates)
@@ -56,10 +55,6 @@ class Rank:
         applied = self.worker.apply(not report.finite)
         assert not applied.skipped
         return report.loss
-
-
-def _pack_whole(*arguments: Any) -> Any:
-    return pack(*arguments, share_prefixes=False)
 
 
 def main() -> None:

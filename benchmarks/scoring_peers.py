@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import median, pstdev
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from benchmarks.figures import Figure, Figures
 from benchmarks.pooling_peer import PoolingPeer
 from benchmarks.reward_service import VOCABULARY, load_group, role_of, save_model
 from benchmarks.sequences import padded_batches, ragged_sequences
-from rlhf_ray.actors import workers
+from benchmarks.whole_packs import nothing_shared
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.formats import raw_rows
 from rlhf_ray.data.tokenizers import make_tokenizer
@@ -84,7 +84,7 @@ class _Contest:
 
     def _ratio(self, theirs: Callable[[], tuple[float, list[float]]], peer: str, *, shared: bool) -> float:
         """Seconds of theirs over those of ours, after a turn of each whose scores must agree."""
-        with nullcontext() if shared else _nothing_shared():
+        with nullcontext() if shared else nothing_shared():
             _agree(_ours(self.group, self.sequences)[1], theirs()[1], peer)
             turns = [(_ours(self.group, self.sequences)[0], theirs()[0]) for _ in range(self.repeats)]
         return median(other / one for one, other in turns)
@@ -93,17 +93,6 @@ class _Contest:
         sharing = "prefixes shared by both sides, from nothing in each turn" if shared else "no shared prefixes"
         items = f"{len(self.sequences)} {self.source}"
         return f"{self.shape}, bf16, {items}, {THREADS} threads, {sharing}; median of {self.repeats} turns"
-
-
-@contextmanager
-def _nothing_shared() -> Iterator[None]:
-    """Within it, packs hold every sequence whole."""
-    own = workers.pack
-    workers.pack = partial(own, share_prefixes=False)
-    try:
-        yield
-    finally:
-        workers.pack = own
 
 
 class _Padded:

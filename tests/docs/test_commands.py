@@ -213,5 +213,7 @@ def test_a_python_example_compiles_and_its_imports_resolve(page: str, code: str)
 
 @pytest.mark.parametrize(("page", "text"), examples("yaml"))
 def test_a_yaml_example_is_a_config(page: str, text: str) -> None:
-    if "kind" in yaml.safe_load(text):
-        parse_config(text, source=page)
+    fields = yaml.safe_load(text)
+    assert isinstance(fields, dict) and fields, "an example that says nothing"
+    if "kind" in fields:
+        assert parse_config(text, source=page).kind == fields["kind"]
