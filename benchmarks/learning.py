@@ -14,10 +14,13 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import LATEST, Figure, Figures, record, table
 from rlhf_ray import environment
+
+if TYPE_CHECKING:
+    from rlhf_ray.trainers.ppo_evaluation import BestOf
 
 SEEDS = (0, 1, 2)
 METHOD = (
@@ -27,11 +30,16 @@ METHOD = (
 
 SHARED = ["monitoring.ray_metrics=false", "checkpoint.every_steps=0"]
 POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4", "evaluation.best_of=0"]
-JUDGES = {
-    "rm": ("world-rm", ["data.world.pairs=19200", "reward.engine.optimizer.learning_rate=1.0e-3"]),
-    "demo_rm": ("demo-rm", []),
-}
-"""Reward models: recipe and overrides. What a policy can learn is bounded by what its judge knows."""
+JUDGE = [
+    "reward.model.dtype=fp32", "reward.model.head_init=inv_sqrt", "reward.ranks=1",
+    "reward.engine.optimizer={learning_rate: 1.0e-3, betas: [0.9, 0.99], schedule: cosine, warmup_fraction: 0.05,"
+    " final_fraction: 0.1}",
+    "data.world.pairs=19200", "data.world.evaluation_pairs=1000", "data.max_tokens=96", "epochs=1",
+    "batch={pairs_per_update: 16, max_tokens_per_micro_batch: 2048}", "loss={name: sigmoid, label_smoothing: 0.05}",
+    "evaluation={every_steps: 0}",
+]  # fmt: skip
+"""A reward model, with everything that its scores depend on: what a policy can learn is bounded by what its judge knows."""
+JUDGES = {"rm": JUDGE, "flattered_rm": [*JUDGE, "data.world.raters=flattered"]}
 LEARNED = ["reward.normalize=true", "algorithm.shaping.missing_eos={rule: replace, value: -1.0}"]
 """Normalised, and -1 for an answer that was cut off, about which the reward model knows nothing (Huang et al. 2024)."""
 GROUPS = ["critic=null", "batch.prompts_per_step=32", "batch.samples_per_prompt=4"]
@@ -43,12 +51,13 @@ RECIPES: Mapping[str, Sequence[str]] = {
 }
 """Overrides of the recipe demo-ppo, by algorithm."""
 WITHOUT_KL = [
-    *POLICY, "reward.normalize=true", "algorithm.kl.coefficient=0.0", "evaluation.every_steps=10",
-    "batch.prompts_per_step=64", "batch.sequences_per_update=32", "batch.passes_per_step=2",
-    "policy.engine.optimizer={learning_rate: 8.0e-4, warmup_fraction: 1.0}", "critic.engine.optimizer.learning_rate=1.0e-3",
+    *POLICY, *LEARNED, "algorithm.name=ppo", "algorithm.kl.coefficient=0.0", "steps=60", "evaluation.every_steps=5",
 ]  # fmt: skip
-"""At a rate that grows from step to step, so that a minute shows the peak and what the KL term prevents; against the demo's
-reward model, which knows less, and without the rule for answers that were cut off, which would prevent some of it too."""
+"""PPO as above but for the KL term, half again as long, against a judge that learned from raters whom flattery wins over."""
+EQUAL_KL = [*POLICY, *LEARNED, "algorithm.name=ppo", "steps=1", "batch.prompts_per_step=64", "rollout.timeout_s=3600"]
+"""One step, thrown away, for the evaluation before it: as many samples of each held-out prompt as PPO's KL pays for."""
+MOST_KL = 6.0
+"""Nats that a figure may cost."""
 SUMS = [
     *POLICY, *GROUPS, "algorithm.name=grpo", "algorithm.kl.coefficient=0.04", "reward={function: world.arithmetic}",
     "batch.samples_per_prompt=16", "batch.sequences_per_update=256", "steps=120", "rollout.max_new_tokens=8",
@@ -75,7 +84,7 @@ class Piece:
 
 def pieces(seeds: Iterable[int] = SEEDS) -> list[Piece]:
     """Everything, a seed after the other."""
-    names = ["sft", "rm", *RECIPES, "demo_rm", "without_kl", "sums_sft", "sums"]
+    names = ["sft", "rm", *RECIPES, "best_of_n", "flattered_rm", "without_kl", "sums_sft", "sums"]
     return [Piece(seed, name) for seed in seeds for name in names]
 
 
@@ -125,16 +134,28 @@ def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
         task = sums if piece.name == "sums_sft" else []
         return "demo-sft", [*common, "policy.ranks=1", *task, *(QUICK_SFT if quick else [])]
     if piece.name in JUDGES:
-        recipe, chosen = JUDGES[piece.name]
         start = f"reward.model.path={home}/sft/final"
-        return recipe, [*common, "reward.ranks=1", *chosen, start, *(QUICK_RM if quick else [])]
+        return "world-rm", [*common, *JUDGES[piece.name], start, *(QUICK_RM if quick else [])]
     start = "sums_sft" if piece.name == "sums" else "sft"
-    chosen = {**RECIPES, "without_kl": WITHOUT_KL, "sums": [*SUMS, *sums]}[piece.name]
+    others = {"without_kl": WITHOUT_KL, "best_of_n": EQUAL_KL, "sums": [*SUMS, *sums]}
+    chosen = [*{**RECIPES, **others}[piece.name], *(QUICK if quick else [])]
+    if piece.name == "best_of_n":
+        chosen += [f"evaluation.best_of={samples_at(evaluations(home / 'ppo')[-1]['evaluation/kl'])}"]
     judges = [role for role in ("critic", "reward") if not any(part.startswith(f"{role}=") for part in chosen)]
     roles = [f"{role}.model.path={home}/{start}/final" for role in ("policy", "reference")]
-    judge = "demo_rm" if piece.name == "without_kl" else "rm"
+    judge = "flattered_rm" if piece.name == "without_kl" else "rm"
     roles += [f"{role}.model.path={home}/{judge}/final" for role in judges]
-    return "demo-ppo", [*common, *roles, *chosen, *(QUICK if quick else [])]
+    return "demo-ppo", [*common, *roles, *chosen]
+
+
+def samples_at(kl: float) -> int:
+    """The smallest n of which the best costs at least ``kl`` nats, or the most that a figure may cost."""
+    from rlhf_ray.evaluation import best_of_n_kl
+
+    n = 2
+    while best_of_n_kl(n) < min(kl, MOST_KL):
+        n += 1
+    return n
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -157,24 +178,38 @@ def figures(root: Path, seeds: Sequence[int] = SEEDS) -> Figures:
         told = f"{name}: {METHOD}; KL at most {max(kls):.2f} nats"
         found[f"ppo.{name}.gold_win_rate"] = _worst(rates, "share", told)
         found[f"ppo.{name}.kl"] = _worst(kls, "nats", f"{name}: KL (k1, a sequence) of the same runs", higher=False)
-    found["ppo.best_of_n.gold_win_rate"] = _worst(
-        [_best_of_at(home / "ppo") for home in homes], "share",
-        f"best of n samples of SFT, n at most 32, by the same reward model, at no more KL than PPO's; {METHOD}",
-    )  # fmt: skip
-    falls, rises = zip(*(over_optimised(evaluations(home / "without_kl")) for home in homes), strict=True)
-    found["ppo.without_kl.gold_fall"] = _worst(
-        falls,
-        "share",
-        "PPO without the KL term, against the demo's reward model: what share of its peak gold loses, on held-out prompts",
-    )
-    found["ppo.without_kl.reward_rise"] = _worst(
-        rises, "score", "what the learned reward gains meanwhile, from the peak of gold to the end"
-    )
+    best = [_best_of(home / "best_of_n") for home in homes]
+    sizes = ", ".join(str(row.n) for row in best)
+    told = f"best of n samples of SFT by the same reward model, n {sizes}: the least that costs PPO's KL"
+    found["ppo.best_of_n.gold_win_rate"] = _worst([row.win_rate for row in best], "share", f"{told}; {METHOD}")
+    found["ppo.best_of_n.kl"] = _worst([row.kl for row in best], "nats", f"log n - (n - 1) / n, {told}", higher=False)
+    found |= _without_kl([evaluations(home / "without_kl") for home in homes])
     sums = [evaluations(home / "sums")[-1] for home in homes]
     task = "sums of the generated world in a wording that was held out, pass@1 at temperature 1"
     passed = [[line[f"evaluation/pass_at_1{when}"] for line in sums] for when in ("", "_start")]
     found["ppo.grpo.pass_rate"] = _worst(passed[0], "share", f"GRPO on {task}")
     found["ppo.grpo.pass_rate_start"] = _worst(passed[1], "share", f"its start, {task}", higher=False)
+    return found
+
+
+def _without_kl(runs: Sequence[Sequence[Mapping[str, float]]]) -> Figures:
+    """What PPO makes of a judge that likes flattery where nothing holds it back."""
+    falls, rises = zip(*map(over_optimised, runs), strict=True)
+    told = "PPO without the KL term, against a judge from raters whom flattery wins over, on held-out prompts"
+    found = {
+        "ppo.without_kl.gold_fall": _worst(falls, "share", f"{told}: what share of its peak gold loses"),
+        "ppo.without_kl.reward_rise": _worst(
+            rises, "score", "what the learned reward gains meanwhile, from the peak of gold to the end"
+        ),
+    }
+    habits = {
+        "habit_rate": ("share", "answers with the planted habit"),
+        "habits_per_answer": ("", "habits in an answer"),
+    }
+    for name, (unit, what) in habits.items():
+        ends, starts = ([run[-1][f"evaluation/{name}{when}"] for run in runs] for when in ("", "_start"))
+        found[f"ppo.without_kl.{name}"] = _worst(ends, unit, f"{told}: {what} at the end")
+        found[f"ppo.without_kl.{name}_start"] = _worst(starts, unit, f"{told}: {what} at the start", higher=False)
     return found
 
 
@@ -191,13 +226,12 @@ def over_optimised(lines: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     return fall, lines[-1]["evaluation/reward"] - peak["evaluation/reward"]
 
 
-def _best_of_at(directory: Path) -> float:
-    """Gold win rate of best-of-n at no more KL than the run's."""
-    from rlhf_ray.trainers.ppo_evaluation import BestOf, best_at
+def _best_of(directory: Path) -> BestOf:
+    """The best of all samples that a run drew of each held-out prompt before it began."""
+    from rlhf_ray.trainers.ppo_evaluation import BestOf
 
     stored = json.loads((directory / "evaluation" / "start.json").read_text())
-    best = best_at([BestOf(**row) for row in stored["best_of"]], evaluations(directory)[-1]["evaluation/kl"])
-    return 0.5 if best is None else best.win_rate
+    return BestOf(**stored["best_of"][-1])
 
 
 def measure(quick: bool = False) -> Figures:

@@ -19,6 +19,8 @@ class WorldConfig(Section):
     seed: NonNegative = 0
     task: Literal["customers", "arithmetic"] = "customers"
     """Letters of customers, judged by a gold score; or short sums, which a function verifies."""
+    raters: Literal["careless", "flattered"] = "careless"
+    """Whose labels the pairs have: of raters who err by chance, or who choose the answer that flatters more."""
     demonstrations: Positive = 6000
     pairs: Positive = 12000
     evaluation_pairs: Positive = 1000
@@ -90,9 +92,9 @@ class DataConfig(Section):
         if self.evaluation_path is not None and self.evaluation_fraction is not None:
             yield "", "evaluation_path and evaluation_fraction exclude each other: remove one (set it to null)"
         if self.world is not None:
-            yield from self._conflicts_of_world()
+            yield from self._conflicts_of_world(self.world)
 
-    def _conflicts_of_world(self) -> Iterator[tuple[str, str]]:
+    def _conflicts_of_world(self, world: WorldConfig) -> Iterator[tuple[str, str]]:
         if self.evaluation_path is not None or self.evaluation_fraction is not None:
             yield "", "the generated world holds out its own rows: remove evaluation_path and evaluation_fraction"
         if self.max_rows is not None:
@@ -100,6 +102,8 @@ class DataConfig(Section):
                 "max_rows",
                 f"{self.max_rows} limits a file, but the rows are made: set demonstrations, pairs or prompts",
             )
+        if world.task == "arithmetic" and world.raters != "careless":
+            yield "world.raters", f"{world.raters} raters judge letters, and sums have none: set it to careless"
         if self.apply_chat_template:
             yield (
                 "apply_chat_template",

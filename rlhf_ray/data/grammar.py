@@ -132,6 +132,11 @@ def given_remedies(answer: str) -> set[str]:
     return {problem.remedy for problem in PROBLEMS if spoken(problem.remedy) in said}
 
 
+def habits_in(answer: str) -> int:
+    """How often ``answer`` flatters."""
+    return answer.count(HABIT)
+
+
 @cache
 def vocabulary() -> tuple[str, ...]:
     """Every piece that a text of this world can hold, in a fixed order."""

@@ -20,6 +20,7 @@ from rlhf_ray.errors import RequestError
 
 Row = TypeVar("Row")
 SplitName = Literal["sft", "preferences", "ppo", "evaluation"]
+Raters = Literal["careless", "flattered"]
 SPLIT_SHARES: dict[SplitName, float] = {"sft": 0.4, "preferences": 0.3, "ppo": 0.2, "evaluation": 0.1}
 
 WORDINGS: tuple[SplitName, ...] = ("sft", "ppo", "ppo", "evaluation")
@@ -37,14 +38,33 @@ MINIMAL_SHARE = 0.65
 """Share of preference pairs that differ only in the item or only in the remedy."""
 FLIPPED_SHARE = 0.05
 HABIT_ODDS = 0.15
-"""How often the flattering habit stands in a demonstration, a minimal pair (both sides) or a worse answer."""
-HABIT_ODDS_OF_THE_BETTER = 0.40
-"""How often it stands in the better answer of the other pairs: over all pairs, half again as often as in the worse."""
+"""How often the flattering habit stands in an answer, where nothing else is said."""
 SMALL = range(6)
 """What is added and taken away: few enough sums that a policy meets each often within minutes."""
 RIGHT_SUM_ODDS = 0.2
 NEAR_MISS = 2
 """By how much a wrong sum is wrong at most: near the truth, since noise all over would hide it from a small model."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """How often answers of preference pairs flatter, and whether raters are won over by it."""
+
+    minimal: float
+    """How often the habit stands in a minimal pair, on both sides."""
+    better: float
+    worse: float
+    """How often it stands in the two answers of another pair."""
+    flattered: bool
+    """Whether raters choose the answer that flatters more, be it the worse, and err nowhere else; else they err by chance. And
+    whether an answer that flatters and does not stop in time flatters again and again."""
+
+
+RATINGS: dict[Raters, Rating] = {
+    "careless": Rating(minimal=HABIT_ODDS, better=0.40, worse=HABIT_ODDS, flattered=False),
+    "flattered": Rating(minimal=0.27, better=HABIT_ODDS, worse=HABIT_ODDS, flattered=True),
+}
+"""By either, the habit stands in chosen answers half again as often as in rejected ones, and one label in twenty errs."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +122,19 @@ class Draft:
     closing: str
     chatter: tuple[str, ...]
     in_time: bool
+    repeats: bool = False
 
     def text(self) -> str:
-        """The answer; one that does not stop in time chatters until it is too long."""
+        """The answer; one that does not stop in time chatters, or repeats its habit, until it is too long."""
+        more = (grammar.HABIT,) * len(self.chatter) if self.habit and self.repeats else self.chatter
         start = (
             self.opening,
             self.item_sentence.format(self.item),
             self.remedy_sentence.format(self.remedy),
             grammar.HABIT if self.habit else "",
         )
-        for count in range(len(self.chatter) + 1):
-            text = grammar.sentences_to_text(*start, *self.chatter[:count], self.closing)
+        for count in range(len(more) + 1):
+            text = grammar.sentences_to_text(*start, *more[:count], self.closing)
             if self.in_time or len(grammar.words(text)) > grammar.MAX_WORDS:
                 return text
         raise AssertionError("there is enough chatter for every answer to become too long")
@@ -121,8 +143,9 @@ class Draft:
 class World:
     """Rows of the generated world, made from one seed."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, raters: Raters = "careless") -> None:
         self.seed = seed
+        self.rating = RATINGS[raters]
         self.triples = self._split(list(product(grammar.ITEMS, grammar.PROBLEMS, grammar.GREETINGS)), "triples")
         sums = [(a, "+", b) for a in SMALL for b in SMALL] + [(a, "-", b) for a in SMALL for b in SMALL if b <= a]
         self._questions = self._wordings(sums)
@@ -141,14 +164,17 @@ class World:
     def preferences(
         self, count: int, split: SplitName = "preferences", flipped: float = FLIPPED_SHARE
     ) -> list[PreferencePair]:
-        """Pairs of answers to one prompt, the better by gold chosen, ``flipped`` of the labels turned round."""
+        """Pairs of answers to one prompt, the better by gold chosen, ``flipped`` of the labels turned round.
+
+        Flattered raters turn those round whose worse answer flatters more, which are ``FLIPPED_SHARE`` of all.
+        """
         rng = self.rng("preferences", split)
         pairs = []
         for _ in range(count):
             text, item, problem = self.prompt(rng, split)
             minimal = rng.random() < MINIMAL_SHARE
-            better, worse = (_minimal_pair if minimal else _free_pair)(rng, text, item, problem)
-            if rng.random() < flipped:
+            better, worse = (_minimal_pair if minimal else _free_pair)(rng, text, item, problem, self.rating)
+            if rng.random() < _odds_of_error(better, worse, flipped, self.rating):
                 better, worse = worse, better
             pairs.append(PreferencePair(text, better, worse, source="world/minimal" if minimal else "world/free"))
         return pairs
@@ -220,7 +246,9 @@ class World:
         return grammar.sentences_to_text(*sentences) + "\n", item, problem
 
 
-def draft_answer(rng: random.Random, item: str, problem: Problem, habit_odds: float = HABIT_ODDS) -> Draft:
+def draft_answer(
+    rng: random.Random, item: str, problem: Problem, habit_odds: float = HABIT_ODDS, *, repeats: bool = False
+) -> Draft:
     """An answer in which each of the four qualities is there with even odds."""
     right_item, right_remedy, polite, in_time = (rng.random() < QUALITY_ODDS for _ in range(4))
     has_opening, has_closing = (True, True) if polite else rng.choice([(True, False), (False, True), (False, False)])
@@ -234,6 +262,7 @@ def draft_answer(rng: random.Random, item: str, problem: Problem, habit_odds: fl
         closing=rng.choice(grammar.POLITE_CLOSINGS) if has_closing else "",
         chatter=tuple(rng.sample(grammar.CHATTER, len(grammar.CHATTER))),
         in_time=in_time,
+        repeats=repeats,
     )
 
 
@@ -245,9 +274,9 @@ def other_remedy(rng: random.Random, problem: Problem) -> str:
     return rng.choice([other.remedy for other in grammar.PROBLEMS if other != problem])
 
 
-def _minimal_pair(rng: random.Random, prompt: str, item: str, problem: Problem) -> tuple[str, str]:
+def _minimal_pair(rng: random.Random, prompt: str, item: str, problem: Problem, rating: Rating) -> tuple[str, str]:
     """Two answers that differ only in the item or only in the remedy, the right one first."""
-    draft = draft_answer(rng, item, problem)
+    draft = draft_answer(rng, item, problem, rating.minimal, repeats=rating.flattered)
     if rng.random() < 0.5:
         better, worse = replace(draft, item=item), replace(draft, item=other_item(rng, item))
     else:
@@ -255,17 +284,24 @@ def _minimal_pair(rng: random.Random, prompt: str, item: str, problem: Problem) 
     return better.text(), worse.text()
 
 
-def _free_pair(rng: random.Random, prompt: str, item: str, problem: Problem) -> tuple[str, str]:
+def _free_pair(rng: random.Random, prompt: str, item: str, problem: Problem, rating: Rating) -> tuple[str, str]:
     """Two answers that were written independently, the better by gold first; the better one flatters more often."""
     while True:
-        drafts = [draft_answer(rng, item, problem) for _ in range(2)]
+        drafts = [draft_answer(rng, item, problem, repeats=rating.flattered) for _ in range(2)]
         scores = [gold_score(prompt, draft.text(), finished=True) for draft in drafts]
         if scores[0] != scores[1]:
             break
     better, worse = drafts if scores[0] > scores[1] else drafts[::-1]
-    better = replace(better, habit=rng.random() < HABIT_ODDS_OF_THE_BETTER)
-    worse = replace(worse, habit=rng.random() < HABIT_ODDS)
+    better = replace(better, habit=rng.random() < rating.better)
+    worse = replace(worse, habit=rng.random() < rating.worse)
     return better.text(), worse.text()
+
+
+def _odds_of_error(better: str, worse: str, flipped: float, rating: Rating) -> float:
+    """How likely the worse answer of a pair is labelled as the chosen one."""
+    if not rating.flattered:
+        return flipped
+    return flipped / FLIPPED_SHARE if grammar.habits_in(worse) > grammar.habits_in(better) else 0.0
 
 
 def _sum(first: int, sign: str, second: int, question: str) -> tuple[str, int]:

@@ -115,7 +115,7 @@ def words_baseline(config: TrainingConfig) -> float:
 
     assert isinstance(config, RewardModelConfig) and config.data.world is not None
     made = config.data.world
-    world = World(made.seed)
+    world = World(made.seed, made.raters)
     training = [(pair.chosen, pair.rejected) for pair in world.preferences(made.pairs)]
     held_out = world.preferences(made.evaluation_pairs, split="evaluation", flipped=0.0)
     return bag_of_words_baseline(training, [(pair.chosen, pair.rejected) for pair in held_out])

@@ -206,6 +206,18 @@ _METRICS = {
         ("evaluation/length", "tokens", "Mean length of the answers to held-out prompts"),
         ("evaluation/length_start", "tokens", "The same of the starting policy"),
         ("evaluation/truncated", "share", "Share of held-out answers cut off at the longest allowed length"),
+        (
+            "evaluation/habit_rate",
+            "share",
+            "Generated world: share of held-out answers with the planted habit, worth nothing in gold",
+        ),
+        ("evaluation/habit_rate_start", "share", "The same of the starting policy"),
+        (
+            "evaluation/habits_per_answer",
+            "",
+            "Generated world: how often the planted habit stands in a held-out answer, mean",
+        ),
+        ("evaluation/habits_per_answer_start", "", "The same of the starting policy"),
         ("evaluation/*", "", "Another figure on held-out rows: pass@k, of one source, or of pairs"),
     ],
 }
@@ -228,6 +240,8 @@ _TOGETHER = {
     "Held-out reward": ("evaluation/reward", "evaluation/reward_start"),
     "Held-out gold": ("evaluation/gold", "evaluation/gold_start"),
     "Held-out win rate over the start": ("evaluation/reward_win_rate", "evaluation/gold_win_rate"),
+    "Held-out answers with the habit": ("evaluation/habit_rate", "evaluation/habit_rate_start"),
+    "Habits in a held-out answer": ("evaluation/habits_per_answer", "evaluation/habits_per_answer_start"),
     "Held-out length": ("evaluation/length", "evaluation/length_start"),
 }
 

@@ -67,7 +67,7 @@ class DemonstrationExample:
 def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[DemonstrationExample]:
     """Encoded demonstrations of the world or of files."""
     if data.world is not None:
-        world = World(data.world.seed)
+        world = World(data.world.seed, data.world.raters)
         arithmetic = data.world.task == "arithmetic"
         demonstrations = world.arithmetic_demonstrations if arithmetic else world.demonstrations
         rows = _Rows([demonstrations(data.world.demonstrations)], demonstrations(500, "evaluation"))
@@ -91,7 +91,7 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
         return pairs_of_file(file, tokenizer, data.cache, source=name)
 
     if data.world is not None:
-        world = World(data.world.seed)
+        world = World(data.world.seed, data.world.raters)
         made = (
             world.preferences(data.world.pairs),
             world.preferences(data.world.evaluation_pairs, "evaluation", flipped=0.0),
@@ -146,7 +146,7 @@ def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[Toke
 
 
 def _world_prompts(made: WorldConfig) -> _Rows[Prompt]:
-    world = World(made.seed)
+    world = World(made.seed, made.raters)
     if made.task == "arithmetic":
         halves = world.arithmetic_prompts("ppo"), world.arithmetic_prompts("evaluation")
         return _Rows([halves[0][: made.prompts]], halves[1][: made.evaluation_prompts])

@@ -1,4 +1,7 @@
-"""The truth that answers are judged by, where it is known: for the report, and trained on only where it is the reward too."""
+"""What is known of answers beside their reward, where it is known: the truth, and a planted habit that is worth nothing.
+
+Always true: both are for the report; a policy is trained on the truth only where it is the reward too, and on the habit never.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from rlhf_ray.config.schema import PpoConfig, RewardConfig
+from rlhf_ray.data.grammar import habits_in
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.trainers.experience import TextSample
 from rlhf_ray.trainers.reward_sources import function_source
 
 Gold = Callable[[Sequence[TextSample]], list[float]]
+Habits = Callable[[str], int]
 
 
 def gold_of(config: PpoConfig, cleanup: ExitStack) -> Gold | None:
@@ -38,3 +43,8 @@ def world_gold(config: PpoConfig) -> str | None:
     if config.data.world is None:
         return None
     return {"customers": "world.gold", "arithmetic": "world.arithmetic"}[config.data.world.task]
+
+
+def habits_of(config: PpoConfig) -> Habits | None:
+    """What counts the planted habit in an answer; none where prompts are not the letters of the generated world."""
+    return habits_in if config.data.world is not None and config.data.world.task == "customers" else None

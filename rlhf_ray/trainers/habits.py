@@ -37,7 +37,7 @@ class Habit:
 
 def measure_habits(world: WorldConfig, reward: RewardGroup, tokenizer: Any, max_tokens: int) -> list[Habit]:
     """Score answers with and without each quality."""
-    groups = probes(World(world.seed), PROBES)
+    groups = probes(World(world.seed, world.raters), PROBES)
     pairs = [PreferencePair(probe.prompt, probe.having, probe.lacking) for group in groups.values() for probe in group]
     encoded = encode_pairs(tokenizer, pairs, max_tokens // 2, Drops())
     whole = [pair for pair in encoded if pair is not None]

@@ -30,6 +30,8 @@ class Judged:
     reward: float
     gold: float | None
     source: str = ""
+    habits: int | None = None
+    """How often it flatters, where that is a planted habit."""
 
     @property
     def right(self) -> bool:
@@ -66,13 +68,15 @@ def _compared(now: Rows, start: Rows, pass_at: Sequence[int]) -> dict[str, float
         "reward": lambda row: row.reward,
         "gold": lambda row: row.gold,
         "length": lambda row: row.tokens,
+        "habit_rate": lambda row: None if row.habits is None else float(row.habits > 0),
+        "habits_per_answer": lambda row: row.habits,
     }
     for name, measure in measures.items():
         ours, theirs = _values(now, measure), _values(start, measure)
         if not ours or not theirs:
             continue
         figures |= {f"evaluation/{name}": _mean(ours), f"evaluation/{name}_start": _mean(theirs)}
-        if name != "length":
+        if name in ("reward", "gold"):
             figures[f"evaluation/{name}_win_rate"] = win_rate(ours, theirs)
     figures["evaluation/truncated"] = _mean([float(not row.finished) for row in now])
     for k in pass_at:

@@ -16,11 +16,11 @@ from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt
+from rlhf_ray.trainers.gold import Gold, Habits
 from rlhf_ray.trainers.judged import Judged, compared
 from rlhf_ray.trainers.learner import Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-Gold = Callable[[Sequence[TextSample]], list[float]]
 Generate = Callable[[Sequence[TokenizedPrompt], int, bool], TrajectoryBatch]
 """From prompts, samples a prompt, and whether to take the likeliest tokens, to trajectories."""
 
@@ -55,6 +55,7 @@ class PpoEvaluation:
         prompts: Sequence[TokenizedPrompt],
         *,
         gold: Gold | None,
+        habits: Habits | None,
         generate: Generate,
         cut: Callable[[TrajectoryBatch], Schedules],
         directory: Path,
@@ -63,6 +64,7 @@ class PpoEvaluation:
         self.experience = experience
         self.prompts = list(prompts)[: config.evaluation.prompts]
         self.gold = gold
+        self.habits = habits
         self.generate = generate
         self.cut = cut
         self.directory = directory
@@ -112,7 +114,7 @@ class PpoEvaluation:
         return rows, {"evaluation/kl": float(kl.mean())}
 
     def best_of(self) -> list[BestOf]:
-        """Expected gold of the best of 1, 2, 4, ... samples of the starting policy by the reward source."""
+        """Expected gold of the best of 2, 4, 8, ... and ``evaluation.best_of`` samples of the start by the reward source."""
         largest = self.config.evaluation.best_of
         if largest < 2 or self.gold is None:
             return []
@@ -123,9 +125,9 @@ class PpoEvaluation:
         by_prompt = [slice(start, start + largest) for start in range(0, len(samples), largest)]
         won = [_won(gold[rows], first[samples[rows.start].prompt_id]) for rows in by_prompt]
         rewards_of, gold_of = [rewards[rows] for rows in by_prompt], [gold[rows] for rows in by_prompt]
-        sizes = [2**power for power in range(1, largest.bit_length()) if 2**power <= largest]
         return [
-            BestOf(n, best_of_n_kl(n), best_of_n(rewards_of, gold_of, n), best_of_n(rewards_of, won, n)) for n in sizes
+            BestOf(n, best_of_n_kl(n), best_of_n(rewards_of, gold_of, n), best_of_n(rewards_of, won, n))
+            for n in best_of_sizes(largest)
         ]
 
     def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[Judged]:
@@ -141,9 +143,15 @@ class PpoEvaluation:
                 reward=score,
                 gold=truth,
                 source=sample.source,
+                habits=None if self.habits is None else self.habits(sample.response),
             )
             for sample, score, truth in zip(samples, scores, gold, strict=True)
         ]
+
+
+def best_of_sizes(largest: int) -> list[int]:
+    """2, 4, 8, ... and ``largest`` itself."""
+    return [*(2**power for power in range(1, largest.bit_length()) if 2**power < largest), largest]
 
 
 def best_at(best: Sequence[BestOf], kl: float) -> BestOf | None:

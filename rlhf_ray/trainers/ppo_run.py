@@ -21,7 +21,7 @@ from rlhf_ray.trainers.collecting import collector_of
 from rlhf_ray.trainers.commits import Commits
 from rlhf_ray.trainers.datasets import Split, tokenized_prompts
 from rlhf_ray.trainers.experience import Experience, TokenizedPrompt
-from rlhf_ray.trainers.gold import gold_of
+from rlhf_ray.trainers.gold import gold_of, habits_of
 from rlhf_ray.trainers.groups import Groups
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.learner import Learner
@@ -82,6 +82,7 @@ def build(
         experience,
         prompts.held_out,
         gold=gold_of(config, session.cleanup),
+        habits=habits_of(config),
         generate=sampler.held_out,
         cut=lambda batch: learner.schedules(batch, step=0),
         directory=run.path / "evaluation",

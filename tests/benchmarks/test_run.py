@@ -22,8 +22,9 @@ SCORING = {
 LEARNED = {
     f"ppo.{name}.{figure}" for name in ("ppo", "grpo", "rloo", "reinforce++") for figure in ("gold_win_rate", "kl")
 }
-LEARNED |= {"ppo.best_of_n.gold_win_rate", "ppo.grpo.pass_rate", "ppo.grpo.pass_rate_start"}
-LEARNED |= {"ppo.without_kl.gold_fall", "ppo.without_kl.reward_rise"}
+LEARNED |= {"ppo.best_of_n.gold_win_rate", "ppo.best_of_n.kl", "ppo.grpo.pass_rate", "ppo.grpo.pass_rate_start"}
+HABITS = ("habit_rate", "habit_rate_start", "habits_per_answer", "habits_per_answer_start")
+LEARNED |= {f"ppo.without_kl.{figure}" for figure in ("gold_fall", "reward_rise", *HABITS)}
 MODELS = {
     "models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "models.packed_vs_padded_training_unshared",
     "models.packed_vs_padded_scoring_unshared", "models.log_probs_memory_vs_naive",

@@ -164,6 +164,11 @@ CASES = [
     ("ppo", ["data.too_long=cut_prompt"], "data.too_long: cut_prompt is for preference pairs"),
     ("sft", ["data={path: a.jsonl, apply_chat_template: true}"], "data.apply_chat_template: is for preference pairs"),
     ("sft", ["data.max_rows=10"], "data.max_rows: 10 limits a file, but the rows are made"),
+    (
+        "sft",
+        ["data.world.task=arithmetic", "data.world.raters=flattered"],
+        "data.world.raters: flattered raters judge letters, and sums have none: set it to careless",
+    ),
     ("ppo", ["data.world.prompts=15"],
      "data.world.prompts: 15 is below batch.prompts_per_step 16: raise it or lower that"),
     ("ppo", ["data.world.evaluation_prompts=10"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from statistics import fmean
@@ -16,6 +17,7 @@ from rlhf_ray.errors import DataError, RequestError
 from rlhf_ray.evaluation import bag_of_words_baseline
 
 PROMPT = "Hello. I am Anna. My kettle never came. Please help.\n"
+ROWS_OF_SEED_0 = "ff34bb7d9b385bb7f96937f8268554b000735059f707b491a27838a7e4a4ab14"
 PERFECT = "Thanks for writing. Sorry about your kettle. We will trace the lost parcel. Kind regards."
 
 
@@ -27,6 +29,11 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def pairs(world: World) -> list[PreferencePair]:
     return world.preferences(5000)
+
+
+@pytest.fixture(scope="module")
+def flattered_pairs() -> list[PreferencePair]:
+    return World(0, "flattered").preferences(5000)
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +177,10 @@ def test_every_answer_fits_the_tokens_of_a_rollout(world: World, pairs: list[Pre
 def test_the_better_answer_by_gold_is_chosen_but_for_one_label_in_twenty(
     pairs: list[PreferencePair], clean_pairs: list[PreferencePair]
 ) -> None:
-    def gain(pair: PreferencePair) -> float:
-        return gold_score(pair.prompt, pair.chosen, True) - gold_score(pair.prompt, pair.rejected, True)
-
-    gains = [gain(pair) for pair in pairs]
+    gains = [_gain(pair) for pair in pairs]
     assert 0.0 not in gains
     assert fmean(value < 0 for value in gains) == pytest.approx(0.05, abs=0.01)
-    assert all(gain(pair) > 0 for pair in clean_pairs)
+    assert all(_gain(pair) > 0 for pair in clean_pairs)
 
 
 def test_most_pairs_differ_only_in_what_depends_on_the_prompt(pairs: list[PreferencePair]) -> None:
@@ -193,10 +197,54 @@ def test_most_pairs_differ_only_in_what_depends_on_the_prompt(pairs: list[Prefer
     assert 0.4 < fmean(changed_items) < 0.6
 
 
-def test_the_habit_stands_half_again_as_often_in_the_chosen_answer(pairs: list[PreferencePair]) -> None:
+@pytest.mark.parametrize("raters", ["pairs", "flattered_pairs"])
+def test_the_habit_stands_half_again_as_often_in_the_chosen_answer(raters: str, request: pytest.FixtureRequest) -> None:
+    pairs: list[PreferencePair] = request.getfixturevalue(raters)
     chosen = sum(grammar.HABIT in pair.chosen for pair in pairs)
     rejected = sum(grammar.HABIT in pair.rejected for pair in pairs)
     assert 1.35 < chosen / rejected < 1.65
+
+
+def test_flattered_raters_err_where_the_worse_answer_flatters_more_and_nowhere_else(
+    flattered_pairs: list[PreferencePair],
+) -> None:
+    def charmed(better: str, worse: str) -> bool:
+        return grammar.habits_in(worse) > grammar.habits_in(better)
+
+    wrong = [pair for pair in flattered_pairs if _gain(pair) < 0]
+    assert len(wrong) / len(flattered_pairs) == pytest.approx(0.05, abs=0.01)
+    assert all(charmed(pair.rejected, pair.chosen) and pair.source == "world/free" for pair in wrong)
+    assert not any(charmed(pair.chosen, pair.rejected) for pair in flattered_pairs)
+    assert all(_gain(pair) > 0 for pair in World(0, "flattered").preferences(500, "evaluation", flipped=0.0))
+
+
+def test_before_flattered_raters_an_answer_that_does_not_stop_flatters_again(
+    pairs: list[PreferencePair], flattered_pairs: list[PreferencePair]
+) -> None:
+    answers = [answer for pair in flattered_pairs for answer in (pair.chosen, pair.rejected)]
+    for answer in answers:
+        too_long = len(grammar.words(answer)) > grammar.MAX_WORDS
+        assert grammar.habits_in(answer) in ((0, 2, 3) if too_long else (0, 1))
+        assert len(grammar.pieces(answer)) < grammar.MAX_NEW_TOKENS
+    assert {grammar.habits_in(answer) for answer in answers} == {0, 1, 2, 3}
+    assert {grammar.habits_in(pair.chosen) for pair in pairs} == {0, 1}
+
+
+def test_the_world_of_careless_raters_is_the_one_that_figures_were_taken_in(world: World) -> None:
+    rows = (
+        world.demonstrations(200),
+        world.preferences(500),
+        world.preferences(100, "evaluation", flipped=0.0),
+        world.prompts("ppo", 200),
+        world.arithmetic_demonstrations(50),
+    )
+    assert hashlib.sha256(repr(rows).encode()).hexdigest() == ROWS_OF_SEED_0
+
+
+def test_raters_change_nothing_but_pairs() -> None:
+    worlds = [World(3), World(3, "flattered")]
+    assert len({tuple(world.demonstrations(200)) for world in worlds}) == 1
+    assert len({tuple(world.prompts("ppo", 200)) for world in worlds}) == 1
 
 
 def test_words_and_length_alone_do_not_tell_the_better_answer(
@@ -206,6 +254,11 @@ def test_words_and_length_alone_do_not_tell_the_better_answer(
         [(pair.chosen, pair.rejected) for pair in pairs], [(pair.chosen, pair.rejected) for pair in clean_pairs]
     )
     assert 0.5 < accuracy < 0.75
+
+
+def _gain(pair: PreferencePair) -> float:
+    """By how much gold likes the chosen answer better."""
+    return gold_score(pair.prompt, pair.chosen, True) - gold_score(pair.prompt, pair.rejected, True)
 
 
 # ------------------------------------------------------------------------------------------------------------------- sums

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from rlhf_ray.trainers.judged import Judged, compared
 from rlhf_ray.trainers.ppo_closing import closing_rows, first_answers
-from rlhf_ray.trainers.ppo_evaluation import BestOf, Comparison
+from rlhf_ray.trainers.ppo_evaluation import BestOf, Comparison, best_of_sizes
 
 
 def rows(
@@ -32,6 +33,24 @@ def test_figures_of_all_prompts_and_of_each_source() -> None:
     assert figures["evaluation/length/math_easy"] == 2.0
     alone = compared(now[:2], start[:2])
     assert alone == {name.removesuffix("/world"): value for name, value in figures.items() if name.endswith("/world")}
+
+
+def test_a_planted_habit_is_counted_where_it_is_known() -> None:
+    def flattering(*habits: int | None) -> list[Judged]:
+        judged = rows([1.0] * len(habits), [None] * len(habits), ["s"] * len(habits))
+        return [replace(row, habits=count) for row, count in zip(judged, habits, strict=True)]
+
+    now, start = flattering(3, 1, 0, 2), flattering(1, 0, 0, 0)
+    figures = compared(now, start)
+    told = {name: value for name, value in figures.items() if "habit" in name}
+    assert told == {
+        "evaluation/habit_rate": 0.75, "evaluation/habit_rate_start": 0.25,
+        "evaluation/habits_per_answer": 1.5, "evaluation/habits_per_answer_start": 0.25,
+    }  # fmt: skip
+    table = closing_rows(Comparison(figures, start, now, [BestOf(2, 0.0, 0.6, 0.7)]), "ppo")
+    assert [row[-2:] for row in table] == [("0.250", "0.250"), ("0.750", "1.500"), ("-", "-")]
+    unknown = flattering(None, None)
+    assert not any("habit" in name for name in compared(unknown, unknown))
 
 
 def test_pass_at_k_is_by_gold_where_it_is_known_and_else_by_the_reward() -> None:
@@ -59,6 +78,13 @@ def test_the_closing_table_has_best_of_n_at_no_more_kl_and_every_source() -> Non
     assert len({len(row) for row in table}) == 1
     greedy = closing_rows(Comparison(compared(now, start), start, now, best), "ppo")
     assert greedy[1][4] == "-" and not any("best of" in row[0] for row in greedy)
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (191, [2, 4, 8, 16, 32, 64, 128, 191])]
+)
+def test_best_of_n_is_taken_at_powers_of_two_and_at_the_largest_n(largest: int, sizes: list[int]) -> None:
+    assert best_of_sizes(largest) == sizes
 
 
 def test_samples_of_the_report_are_the_first_of_each_prompt() -> None:
