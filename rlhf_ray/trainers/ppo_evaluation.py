@@ -2,7 +2,7 @@
 
 Always true: both sides answer the same held-out prompts in the same way, sampled at the training temperature or greedily;
 what the starting policy answered is kept with the run, so that a resumed run compares with the same answers; best-of-n of
-the starting policy stands beside, with the KL that picking costs.
+the starting policy stands beside, with the KL that picking costs, and picks by the shaped rewards that the run trains on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from rlhf_ray.algorithms.kl import sequence_kl
+from rlhf_ray.algorithms.masked import count_actions
+from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt
@@ -114,13 +118,13 @@ class PpoEvaluation:
         return rows, {"evaluation/kl": float(kl.mean())}
 
     def best_of(self) -> list[BestOf]:
-        """Expected gold of the best of 2, 4, 8, ... and ``evaluation.best_of`` samples of the start by the reward source."""
+        """Expected gold of the best of 2, 4, 8, ... and ``evaluation.best_of`` samples of the start by their shaped rewards."""
         largest = self.config.evaluation.best_of
         if largest < 2 or self.gold is None:
             return []
         trajectories = self.generate(self.prompts, largest, False)
         samples = self.experience.samples(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
-        rewards, gold = self.experience.rewards_of(samples), self.gold(samples)
+        rewards, gold = self._shaped(trajectories, self.experience.rewards_of(samples)), self.gold(samples)
         first = {row.prompt_id: float(row.gold or 0.0) for row in reversed(self.start)}
         by_prompt = [slice(start, start + largest) for start in range(0, len(samples), largest)]
         won = [_won(gold[rows], first[samples[rows.start].prompt_id]) for rows in by_prompt]
@@ -129,6 +133,14 @@ class PpoEvaluation:
             BestOf(n, best_of_n_kl(n), best_of_n(rewards_of, gold_of, n), best_of_n(rewards_of, won, n))
             for n in best_of_sizes(largest)
         ]
+
+    def _shaped(self, trajectories: TrajectoryBatch, rewards: Sequence[float]) -> list[float]:
+        """What training would make of the rewards: a judge that knows nothing of answers cut off picks none of them."""
+        score = torch.tensor(rewards)
+        tokens = count_actions(trajectories["action_mask"], trajectories.offsets)
+        moments = RunningMoments().update(score)
+        shaped = self.experience.preparation.shaping(score, trajectories["finish_reason"], tokens, moments)
+        return [float(value) for value in shaped]
 
     def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[Judged]:
         lengths = {prompt.prompt_id: len(prompt.token_ids) for prompt in self.prompts}
