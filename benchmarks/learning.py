@@ -204,7 +204,7 @@ def _without_kl(runs: Sequence[Sequence[Mapping[str, float]]]) -> Figures:
     }
     habits = {
         "habit_rate": ("share", "answers with the planted habit"),
-        "habits_per_answer": ("", "habits in an answer"),
+        "habits_per_answer": ("habits", "habits in an answer"),
     }
     for name, (unit, what) in habits.items():
         ends, starts = ([run[-1][f"evaluation/{name}{when}"] for run in runs] for when in ("", "_start"))
