@@ -57,7 +57,7 @@ def evaluate(
         group.setup(setup, timeout_s=config.cluster.start_timeout_s).result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
         held_out = HeldOut(group, pairs, RewardLoss(), budget)
-        held_out.figures()
+        held_out.figures(shown=True)
         page = held_out.page(tokenizer, WORST, None)
     assert held_out.scored is not None
     figures = tell(held_out.scored)

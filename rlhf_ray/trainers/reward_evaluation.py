@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.algorithms.reward_losses import RewardLoss, decided
+from rlhf_ray.console import progress
 from rlhf_ray.data.pairs import PairExample
 from rlhf_ray.evaluation.scored_pairs import ScoredPairs, histogram
 from rlhf_ray.monitoring.summary import PreferencePage, Table
@@ -19,21 +22,30 @@ from rlhf_ray.trajectories.schedule import deal_packs
 
 SHOWN_CHARACTERS = 400
 """Of a prompt's end and of an answer's beginning, in the table of the worst pairs."""
+PAIRS_AT_ONCE = 1024
+"""Of one call: a long file shows how far it is, and a deadline is one of a part."""
 
 
 class HeldOut:
-    """Pairs that are scored as often as needed; the batch is made and shared once."""
+    """Pairs that are scored as often as needed; their batches are made and shared once."""
 
     def __init__(self, reward: RewardGroup, pairs: Sequence[PairExample], loss: RewardLoss, max_tokens: int) -> None:
         self.reward, self.pairs, self.loss = reward, pairs, loss
         self.batch = pair_batch(pairs)
-        self._shared = reward.share(self.batch)
-        self._schedule = deal_packs(self.batch.lengths.tolist(), ranks=reward.size, max_tokens=max_tokens, unit=2)
+        self._parts = []
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            part = pair_batch(pairs[start : start + PAIRS_AT_ONCE])
+            schedule = deal_packs(part.lengths.tolist(), ranks=reward.size, max_tokens=max_tokens, unit=2)
+            self._parts.append((reward.share(part), schedule))
         self.scored: ScoredPairs | None = None
 
-    def figures(self) -> dict[str, float]:
-        """Score all pairs as the model is now; the figures by the names under which they are logged."""
-        scores = self.reward.scores(self._shared, self._schedule).result().double()
+    def figures(self, *, shown: bool = False) -> dict[str, float]:
+        """Score all pairs as the model is now; the figures by the names under which they are logged.
+
+        ``shown`` shows how far it is, where nothing else does.
+        """
+        parts = progress(self._parts, f"scored, {PAIRS_AT_ONCE} pairs at once") if shown else self._parts
+        scores = torch.cat([self.reward.scores(*part).result() for part in parts]).double()
         chosen, rejected = scores[0::2], scores[1::2]
         self.scored = ScoredPairs.of(
             chosen.numpy(),

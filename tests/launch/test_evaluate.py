@@ -21,6 +21,7 @@ from rlhf_ray.data.world import World
 from rlhf_ray.launch.evaluate import evaluate
 from rlhf_ray.models import load_tokenizer, save_pretrained
 from rlhf_ray.models.roles import load_regression
+from rlhf_ray.trainers import reward_evaluation
 from rlhf_ray.trainers.session import ThisProcess
 
 SUBSETS = ("hep-go", "hep-rust", "math-prm", "house")
@@ -63,13 +64,17 @@ def plain_margins(model: Path, rows: list[dict[str, Any]]) -> list[float]:
     return [score(row["prompt"] + row["chosen"]) - score(row["prompt"] + row["rejected"]) for row in rows]
 
 
+@pytest.mark.parametrize("at_once", [reward_evaluation.PAIRS_AT_ONCE, 7])
 def test_figures_are_those_of_plain_transformers(
+    at_once: int,
     model: Path,
     rows: list[dict[str, Any]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     project_log: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reward_evaluation, "PAIRS_AT_ONCE", at_once)
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=100"], kind="serve", files=True)
     place, output = ThisProcess(config.cluster), tmp_path / "figures.json"
     code = evaluate(config, tmp_path / "pairs.jsonl", Keys(), turns=False, output=output, place=place)
