@@ -13,6 +13,11 @@ from typing import Literal
 
 Device = Literal["cpu", "cuda"]
 
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+KERNELS_KEPT = 256
+"""oneDNN keeps a kernel of a megabyte or more for every shape of a half-precision product, a thousand of them by default.
+Packs differ in their lengths, so that a process would grow for hours; a pass needs fewer than these."""
+
 
 def accelerator() -> Device:
     """``cuda`` where NVIDIA's driver answers, else ``cpu``; without importing torch."""
@@ -43,6 +48,7 @@ def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = 
     }
     if (device or accelerator()) == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
+        variables |= dict.fromkeys(KERNEL_CACHES, str(KERNELS_KEPT))
     return variables
 
 

@@ -68,7 +68,7 @@ def _by_token(forward: Forward, read: Int64[Tensor, "read"] | None, part: int | 
 
     def by_token(hidden: Float[Tensor, "1 tokens width"]) -> Float[Tensor, "1 tokens out"]:
         rows = hidden if read is None else hidden.index_select(1, read)
-        out = forward(rows) if part is None else torch.cat([forward(some) for some in rows.split(part, 1)], 1)
+        out = forward(rows) if part is None else torch.cat([forward(some[None]) for some in rows[0].split(part)], 1)
         return out if read is None else out.new_zeros(1, hidden.shape[1], out.shape[-1]).index_copy(1, read, out)
 
     return by_token
