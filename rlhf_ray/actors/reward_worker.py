@@ -25,6 +25,7 @@ from rlhf_ray.trajectories.packing import Packed, families
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
 if TYPE_CHECKING:
+    from rlhf_ray.models.streams import Streams
     from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
 FAMILIES_PER_RANK = 4
@@ -37,6 +38,8 @@ class RewardWorker(CriticWorker):
     role = "reward"
     model_type = "reward"
     pooling: VllmScorer | None = None
+    streams: Streams | None = None
+    """Where a rank that only scores has several threads of a CPU."""
 
     def setup(self, setup: WorkerSetup) -> str:
         from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
@@ -51,9 +54,18 @@ class RewardWorker(CriticWorker):
         else:
             self.model_config = self.hf_model.config
             self.vocabulary = self.hf_model.get_input_embeddings().num_embeddings
+            self.streams = self._streams(setup)
         positions = self.model_config.get_text_config().to_dict().get("max_position_embeddings")
         self.max_item_tokens = min(setup.max_item_tokens, positions or setup.max_item_tokens)
         return line
+
+    def _streams(self, setup: WorkerSetup) -> Streams | None:
+        from rlhf_ray.models.sharded import in_shards
+        from rlhf_ray.models.streams import Streams
+
+        threads = setup.config.resources.threads_per_rank
+        alone = setup.total_updates is None and self.device.type == "cpu" and not in_shards(self.hf_model)
+        return Streams(threads) if threads > 1 and alone else None
 
     def _start_vllm(self, setup: WorkerSetup) -> str:
         from rlhf_ray.rollout.vllm_scorer import VllmScorer
@@ -117,7 +129,9 @@ class RewardWorker(CriticWorker):
         told = {"fingerprint": self.fingerprint, "template": self.template}
         return {**told, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
 
-    def scores(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:
+    def scores(
+        self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch], streams: Streams | None = None
+    ) -> list[Part]:
         """One score a sequence, read at its last token."""
         self.phase = "score"
         if self.pooling is not None:
@@ -126,7 +140,9 @@ class RewardWorker(CriticWorker):
             sequences = [ids.tolist() for ids in part["token_ids"].split(part.lengths.tolist())]
             parts: list[Part] = [(rows, np.asarray(self.pooling.scores(sequences), dtype=np.float32))]
         else:
-            parts = self.forward_parts(batch, micro_batches, lambda module, packed: module(packed, kind="scores"))
+            parts = self.forward_parts(
+                batch, micro_batches, lambda module, packed: module(packed, kind="scores"), streams
+            )
         self.phase = "ready"
         return parts
 
@@ -148,18 +164,23 @@ class RewardWorker(CriticWorker):
         return results + self._score_encoded(encoded) if encoded else results
 
     def _score_encoded(self, encoded: dict[int, EncodedItem]) -> list[tuple[int, ScoreResult]]:
-        """Items that begin alike lie in one pack, which computes that once; no rank goes idle for it."""
+        """Items that begin alike lie in one pack, which computes that once; no rank and no stream goes idle for it."""
         positions, items = list(encoded), list(encoded.values())
         sequences = [item.token_ids for item in items]
-        longest = max(map(len, sequences))
-        budget = max(self.settings.max_tokens, longest)
-        fair = sum(map(len, sequences)) // (FAMILIES_PER_RANK * self.world_size)
+        longest, streams = max(map(len, sequences)), self.streams.threads if self.streams else 1
+        budget = max(self.settings.max_tokens // streams, longest)
+        fair = sum(map(len, sequences)) // (FAMILIES_PER_RANK * self.world_size * streams)
         together = families(sequences, max(longest, min(budget, fair)))
         lengths = [sum(len(sequences[number]) for number in family) for family in together]
-        schedule = make_schedule(lengths, ranks=self.world_size, max_tokens=budget)
-        packs = [tuple(number for i in some for number in together[i]) for some in schedule.rank(self.rank)]
+        schedule = make_schedule(lengths, ranks=self.world_size * streams, max_tokens=budget)
+        own = range(self.rank * streams, (self.rank + 1) * streams)
+        packs = [
+            tuple(number for i in some for number in together[i]) for stream in own for some in schedule.rank(stream)
+        ]
+        if self.streams is not None:
+            packs = [pack for pack in packs if pack]  # dummies are for ranks that meet in every forward
         results = []
-        for indices, scores in self.scores(TrajectoryBatch.from_sequences(sequences), packs):
+        for indices, scores in self.scores(TrajectoryBatch.from_sequences(sequences), packs, self.streams):
             for index, score in zip(indices, scores.tolist(), strict=True):
                 item = items[index]
                 result = ScoreResult.of(score, len(item.token_ids), truncated=item.truncated)

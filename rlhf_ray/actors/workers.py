@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
     from rlhf_ray.engine.engine import Engine
+    from rlhf_ray.models.streams import Streams
 
 Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
 Loss = Callable[[Any, TrajectoryBatch], LossOutput]
@@ -156,15 +157,23 @@ class ModelWorker:
         batch: TrajectoryBatch,
         micro_batches: Sequence[MicroBatch],
         forward: Callable[[torch.nn.Module, Packed], torch.Tensor],
+        streams: Streams | None = None,
     ) -> list[Part]:
-        """``forward`` without gradients on each micro-batch, in float32, with the sequences that it covers."""
-        parts: list[Part] = []
-        for micro_batch in micro_batches:
-            packed = pack(batch, micro_batch) if micro_batch else Packed.dummy()
-            values = self.engine.evaluate(lambda module, packed=packed: forward(module, packed.to(self.device)))
-            if micro_batch:
-                parts.append((micro_batch, values.float().cpu().numpy()))
-        return parts
+        """``forward`` without gradients on each micro-batch, in float32, with the sequences that it covers.
+
+        ``streams`` run several side by side, where there are several.
+        """
+        packs = (pack(batch, micro_batch) if micro_batch else Packed.dummy() for micro_batch in micro_batches)
+        values: Iterable[torch.Tensor]
+        if streams is not None and len(micro_batches) > 1:
+            values = self.engine.evaluate(lambda module: streams.map(module, forward, packs))
+        else:
+            values = (
+                self.engine.evaluate(lambda module, packed=packed: forward(module, packed.to(self.device)))
+                for packed in packs
+            )
+        parts = zip(micro_batches, values, strict=True)
+        return [(micro_batch, value.float().cpu().numpy()) for micro_batch, value in parts if micro_batch]
 
     # ---------------------------------------------------------------------------------------------------------- files
 

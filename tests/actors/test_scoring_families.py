@@ -1,7 +1,9 @@
-"""Requests that begin alike are scored in one pack, with the scores that each has alone."""
+"""Requests that begin alike are scored in one pack, with the scores that each has alone, on however many threads."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,18 +13,45 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, RoleConfig
+from rlhf_ray.config.schema import ModelConfig, ResourcesConfig, RoleConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from tests.serving.reward_models import save_reward_model
+
+
+def reward_group(worker: RewardWorker, directory: Path, *, max_tokens: int = 4096, threads: int = 1) -> RewardGroup:
+    group = RewardGroup(InProcessRanks("reward", worker))
+    model, resources = ModelConfig(path=str(directory), dtype="fp32"), ResourcesConfig(threads_per_rank=threads)
+    role = RoleConfig(model=model, resources=resources)
+    group.setup(WorkerSetup(role, seed=0, max_tokens=max_tokens), timeout_s=60.0).result()
+    return group
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("items", [1, 2, 9])
+def test_scores_do_not_depend_on_the_threads(tmp_path: Path, items: int, threads: None) -> None:
+    directory = save_reward_model(tmp_path / "model")
+    requests = [ScoreRequest(token_ids=tuple(range(20, 30 + 7 * number))) for number in range(items)]
+    found, passes = {}, Counter[int]()
+    for count in (1, 3):
+        worker = RewardWorker()
+        group = reward_group(worker, directory, threads=count)
+        worker.model.get_input_embeddings().register_forward_hook(lambda *_, count=count: passes.update([count]))
+        found[count] = torch.tensor([result.raw for result in group.score(requests).result()])
+    torch.testing.assert_close(found[3], found[1], atol=1e-5, rtol=1e-5)
+    assert passes == {1: 1, 3: min(items, 3)}, "several items run side by side, one runs alone"
 
 
 @pytest.mark.parametrize("max_tokens", [40, 4096])
 def test_answers_to_one_prompt_share_it_wherever_they_stand(tmp_path: Path, max_tokens: int) -> None:
     directory = save_reward_model(tmp_path / "model")
     worker = RewardWorker()
-    group = RewardGroup(InProcessRanks("reward", worker))
-    role = RoleConfig(model=ModelConfig(path=str(directory), dtype="fp32"))
-    group.setup(WorkerSetup(role, seed=0, max_tokens=max_tokens), timeout_s=60.0).result()
+    group = reward_group(worker, directory, max_tokens=max_tokens)
     one, other = tuple(range(40, 70)), tuple(range(80, 110))
     items = [(*one, 1), (*other, 2), (*one, 3, 4), (), (7,), (*other, 5)]
     ran: list[int] = []
