@@ -23,7 +23,7 @@ class PoolingPeer(Asked):
     def __init__(self, directory: Path, sequences: Sequence[Sequence[int]], *, threads: int, shared: bool) -> None:
         settings = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "MKL_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1",
         }  # fmt: skip
         super().__init__([sys.executable, "-m", "benchmarks.pooling_peer"], {**os.environ, **settings})
         self.ask(directory=str(directory), shared=shared, sequences=[list(sequence) for sequence in sequences])
