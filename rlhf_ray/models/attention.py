@@ -15,14 +15,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
 from rlhf_ray.models.segments import COLUMNS, Group, Segments
 
-LONGEST_EXPLICIT = 512
-"""Tokens that one may attend to while all probabilities are kept (half precision on CPU)."""
+LONGEST_KEPT = 512
+"""Tokens that one may attend to in explicit products while all probabilities are kept for a backward pass."""
+LONGEST_EXPLICIT = 2048
+"""Tokens that one may attend to in explicit products without one; beyond, the mask is as large as what they save."""
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 """Where products on CPU are faster than in fp32, and torch's kernel is not."""
 SCORES_AT_ONCE = 1 << 19
@@ -43,12 +45,17 @@ def segment_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "heads tokens value_dim"]:
-    """Causal attention within each segment: ``softmax(scaling * q k^T + mask) v``, scores capped by ``softcap``."""
+    """Causal attention within each segment: ``softmax(scaling * q k^T + mask) v``, scores capped by ``softcap``.
+
+    Where ``segments`` names tokens that are read, the results of all others are zero.
+    """
     repeats = query.shape[0] // key.shape[0]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    queries = _ToRows.apply(query, segments, False)
     keys, values = (_ToRows.apply(tensor, segments, True) for tensor in (key, value))
+    if segments.read is not None:
+        return _read_attention(query, keys, values, segments, segments.read, scaling, window, softcap)
+    queries = _ToRows.apply(query, segments, False)
     outputs = []
     for group, q, k, v in zip(segments.groups, queries, keys, values, strict=True):
         bites = window if window is not None and window < group.context + group.longest else None
@@ -57,6 +64,33 @@ def segment_attention(
         out = _group_attention(q, k, v, group, segments, scaling, bites, softcap)
         outputs.append(out.reshape(query.shape[0], -1, v.shape[-1]))
     return _ToTokens.apply(segments, *outputs)
+
+
+def _read_attention(
+    query: Float[Tensor, "heads tokens dim"],
+    keys: Sequence[Float[Tensor, "heads key_rows dim"]],
+    values: Sequence[Float[Tensor, "heads key_rows value_dim"]],
+    segments: Segments,
+    read: Int64[Tensor, "read"],
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Float[Tensor, "heads tokens value_dim"]:
+    """What the tokens of ``read`` attend to: one query each, with the keys of its run."""
+    outputs, found = [], []
+    for group, (tokens, run, step), k, v in zip(segments.groups, segments.by_group(read), keys, values, strict=True):
+        k, v = (rows.view(len(rows), -1, group.columns, rows.shape[-1]) for rows in (k, v))
+        if run.tolist() != list(range(len(group.runs))):  # mostly one of each, and a copy less
+            k, v = k.index_select(1, run), v.index_select(1, run)
+        scores = (query[:, tokens, None] @ k.transpose(2, 3)).float() * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        behind = torch.arange(group.columns, device=run.device) - (group.context + step)[:, None, None]
+        unseen = behind > 0 if window is None else (behind > 0) | (behind <= -window)
+        outputs.append((torch.softmax(scores.masked_fill(unseen, float("-inf")), -1).to(v.dtype) @ v).squeeze(2))
+        found.append(tokens)
+    out = torch.cat(outputs, 1)
+    return out.new_zeros(*query.shape[:2], out.shape[-1]).index_copy(1, torch.cat(found), out)
 
 
 class _ToRows(torch.autograd.Function):
@@ -123,7 +157,8 @@ def _group_attention(
 ) -> Float[Tensor, "batch query value_dim"]:
     if softcap is not None:
         return _capped(q, k, v, segments.mask(group, window, q.dtype), scaling, softcap)
-    if q.device.type == "cpu" and q.dtype in LOW_PRECISION and group.columns <= LONGEST_EXPLICIT:
+    longest = LONGEST_KEPT if q.requires_grad or k.requires_grad or v.requires_grad else LONGEST_EXPLICIT
+    if q.device.type == "cpu" and q.dtype in LOW_PRECISION and group.columns <= longest:
         return _Explicit.apply(q, k, v, segments.mask(group, window, q.dtype), group.context, scaling)
     mask = None if window is None and not group.context else segments.mask(group, window, q.dtype)
     if mask is None:
@@ -156,9 +191,11 @@ class _Explicit(torch.autograd.Function):
         ctx.tiles, ctx.scaling = list(_tiles(len(q), *mask.shape, context)), scaling
         kept = []
         for some, rows, columns in ctx.tiles:
-            scores = torch.baddbmm(mask[rows, columns], q[some, rows], k[some, columns].transpose(1, 2), alpha=scaling)
-            kept.append(torch.softmax(scores, -1))
-            out[some, rows] = torch.bmm(kept[-1], v[some, columns])
+            keys = k[some, columns].contiguous().transpose(1, 2)  # with gaps between matrices the product copies slowly
+            p = torch.softmax(torch.baddbmm(mask[rows, columns], q[some, rows], keys, alpha=scaling), -1)
+            out[some, rows] = torch.bmm(p, v[some, columns])
+            if any(ctx.needs_input_grad):
+                kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         return out
 

@@ -3,9 +3,9 @@
 Always true: the hidden states of the tokens that are read, and every gradient, are those of the whole pass; the hidden
 states of the others are finite, and nothing else is promised of them; afterwards the modules are what they were.
 
-A score is read at one token a sequence. The last layer's keys and values come from every token, but its queries, the
-projection of what they attend to and its MLP only from those: in a model of six layers a seventh of all products,
-forward and backward. Without gradients, on CPU, norms and MLPs of all layers run in parts: what they compute in between
+A score is read at one token a sequence. The last layer's keys and values come from every token, but its queries, what they
+attend to, its projection and the MLP only from those: in a model of six layers a seventh of all products, forward and
+backward. Without gradients, on CPU, norms and MLPs of all layers run in parts: what they compute in between
 is several times as wide as their input, and would go through memory.
 """
 
@@ -13,16 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_ray.models.segments import Segments
 from rlhf_ray.models.sharded import in_shards
 
-LAST_LAYER = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+ATTENTION = "self_attn"
+LAST_LAYER = ("post_attention_layernorm", "mlp", f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj")
 """Modules, by transformers' names, that the last layer needs for tokens that are read; one that a model lacks runs whole."""
+FINAL_NORM = "norm"
+"""The module behind the last layer, for which the same is true."""
 IN_PARTS = ("mlp", "input_layernorm", "post_attention_layernorm")
 """Modules of every layer that run in parts."""
 NUMBERS_AT_ONCE = 1 << 19
@@ -30,7 +35,7 @@ NUMBERS_AT_ONCE = 1 << 19
 FEWEST_TOKENS_AT_ONCE = 256
 """Fewer would read the weights for next to nothing."""
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 
 
 @contextmanager
@@ -51,6 +56,11 @@ def reading(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterato
                 part = _tokens_at_once(module) if name in in_parts else None
                 if read is not None or part is not None:
                     changed.enter_context(_other_forward(module, _by_token(module.forward, read, part)))
+                if for_read and name == ATTENTION and number == len(layers):
+                    changed.enter_context(_other_forward(module, _attending(module.forward, tokens)))
+        norm = getattr(backbone, FINAL_NORM, None)
+        if for_read and norm is not None:
+            changed.enter_context(_other_forward(norm, _by_token(norm.forward, tokens, None)))
         yield
 
 
@@ -72,6 +82,19 @@ def _by_token(forward: Forward, read: Int64[Tensor, "read"] | None, part: int | 
         return out if read is None else out.new_zeros(1, hidden.shape[1], out.shape[-1]).index_copy(1, read, out)
 
     return by_token
+
+
+def _attending(forward: Forward, tokens: Int64[Tensor, "read"]) -> Forward:
+    """``forward`` of a layer's attention, which computes what ``tokens`` attend to."""
+
+    def attending(*args: Any, packed_segments: Segments, **given: Any) -> Any:
+        packed_segments.read = tokens
+        try:
+            return forward(*args, packed_segments=packed_segments, **given)
+        finally:
+            packed_segments.read = None
+
+    return attending
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class Segments:
     """Layers that have attended so far."""
     windowed: int = 0
     """Layers among them that asked for a sliding window."""
+    read: Int64[Tensor, "read"] | None = None
+    """The only tokens whose results are used in the layer that runs now; None: all."""
 
     @classmethod
     def of(cls, offsets: Int[Tensor, "segments+1"], parent: Int64[Tensor, "segments"] | None = None) -> Segments:
@@ -121,6 +123,17 @@ class Segments:
     def key_rows(self) -> Int64[Tensor, "tokens"]:
         """The row of each token in its own run among the key rows of all groups."""
         return self._rows_of_tokens([(group.columns, group.context) for group in self.groups])
+
+    def by_group(self, tokens: Int64[Tensor, "some"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each group: those of ``tokens`` that are its own, in the order of its runs; the run of each, its query there."""
+        rows, order = self.query_rows[tokens].sort()
+        base = 0
+        for group in self.groups:
+            end = base + len(group.queries)
+            first, last = torch.searchsorted(rows, rows.new_tensor([base, end])).tolist()
+            place = rows[first:last] - base
+            yield tokens[order[first:last]], place // group.longest, place % group.longest
+            base = end
 
     @cached_property
     def most_sharers(self) -> int:

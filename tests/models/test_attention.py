@@ -91,6 +91,7 @@ def test_explicit_products_equal_one_query_at_a_time(segments: Segments, window:
 def test_half_precision_agrees_on_every_path(
     monkeypatch: pytest.MonkeyPatch, window: int | None, explicit_up_to: int, parent: list[int] | None
 ) -> None:
+    monkeypatch.setattr(attention, "LONGEST_KEPT", explicit_up_to)
     monkeypatch.setattr(attention, "LONGEST_EXPLICIT", explicit_up_to)
     monkeypatch.setattr(attention, "SCORES_AT_ONCE", 1500)
     segments = segments_of([30, 12, 11, 3, 30, 1, 29, 26], parent)
@@ -99,8 +100,32 @@ def test_half_precision_agrees_on_every_path(
     expected = reference(q, k, v, segments, 0.35, window, None)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+    with torch.no_grad():
+        assert torch.equal(segment_attention(q, k, v, segments, scaling=0.35, window=window), out), "kept or not"
     for a, b in zip(gradients(out, [q, k, v]), gradients(expected, [q, k, v]), strict=True):
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 1e-2
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    segments=forests(),
+    places=st.sets(st.integers(0, 359), min_size=1, max_size=9),
+    window=st.none() | st.integers(1, 45),
+    softcap=st.none() | st.just(2.0),
+)
+def test_tokens_that_are_read_get_what_they_would_and_others_nothing(
+    segments: Segments, places: set[int], window: int | None, softcap: float | None
+) -> None:
+    """Any tokens, several of a segment or none, in any order, with gradients."""
+    tokens = sum(segments.lengths)
+    q, k, v = inputs(tokens)
+    segments.read = torch.tensor(list({place % tokens for place in places}))
+    out = segment_attention(q, k, v, segments, scaling=0.5, window=window, softcap=softcap)
+    expected = torch.zeros_like(out, dtype=torch.float64)
+    expected[:, segments.read] = reference(q, k, v, segments, 0.5, window, softcap)[:, segments.read]
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+    for mine, theirs in zip(gradients(out, [q, k, v]), gradients(expected, [q, k, v]), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_other_segments_and_later_tokens_have_no_influence() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_ray.models import by_token
+from rlhf_ray.models import backends, by_token
+from rlhf_ray.models.attention import segment_attention
 from rlhf_ray.models.packed import last_token_forward, packed_forward
 from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -84,6 +85,15 @@ def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
     monkeypatch.setattr(
         by_token, "_by_token", lambda f, *given: forward(lambda rows: ran.append(rows.shape[1]) or f(rows), *given)
     )
+    attended: list[list[int] | None] = []
+    monkeypatch.setattr(
+        backends,
+        "segment_attention",
+        lambda *given, **options: (
+            attended.append(None if given[-1].read is None else given[-1].read.tolist())
+            or segment_attention(*given, **options)
+        ),
+    )
     with torch.no_grad():
         last_token_forward(module.model.backbone, packed)
     read, tokens = len(packed.sequences), packed.num_tokens
@@ -91,4 +101,5 @@ def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
     assert sum(seen["layers.0.mlp.down_proj"]) == tokens
     assert max(seen["layers.0.mlp.down_proj"]) == 16
     assert seen["layers.1.self_attn.k_proj"] == [tokens]
-    assert ran.count(read) == len(by_token.LAST_LAYER), "the MLP and both projections"
+    assert ran.count(read) == len(by_token.LAST_LAYER) + 1, "the MLP, norms before and behind it, both projections"
+    assert attended == [None, packed.last_tokens.tolist()], "the last layer attends for them alone"

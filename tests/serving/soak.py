@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,11 +227,16 @@ def main() -> None:
         load.capacity(200)
         capacity = load.capacity(2000)
         print(f"capacity: {capacity:.0f} requests/s", flush=True)
-        lengths: Mapping[str, float] = {"steady": given.steady_s, "overload": given.overload_s}
-        findings = [steady(load, capacity, lengths["steady"]), overload(load, capacity, lengths["overload"])]
-        findings.append(hanging_up(load, capacity, min(60.0, given.overload_s)))
-    for finding in findings:
-        print(f"{finding.name}: {finding}{''.join(f' BROKEN: {promise}' for promise in finding.broken)}")
+        findings = []
+        for campaign, seconds in (
+            (steady, given.steady_s),
+            (overload, given.overload_s),
+            (hanging_up, min(60.0, given.overload_s)),
+        ):
+            finding = campaign(load, capacity, seconds)
+            broken = "".join(f" BROKEN: {promise}" for promise in finding.broken)
+            print(f"{finding.name}, {seconds:.0f} s: {finding}{broken}", flush=True)
+            findings.append(finding)
     raise SystemExit(any(finding.broken for finding in findings))
 
 
