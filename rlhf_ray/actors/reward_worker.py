@@ -164,10 +164,25 @@ class RewardWorker(CriticWorker):
         return results + self._score_encoded(encoded) if encoded else results
 
     def _score_encoded(self, encoded: dict[int, EncodedItem]) -> list[tuple[int, ScoreResult]]:
-        """Items that begin alike lie in one pack, which computes that once; no rank and no stream goes idle for it."""
         positions, items = list(encoded), list(encoded.values())
         sequences = [item.token_ids for item in items]
-        longest, streams = max(map(len, sequences)), self.streams.threads if self.streams else 1
+        results = []
+        for indices, scores in self.scores(
+            TrajectoryBatch.from_sequences(sequences), self._own_packs(sequences), self.streams
+        ):
+            for index, score in zip(indices, scores.tolist(), strict=True):
+                item = items[index]
+                result = ScoreResult.of(score, len(item.token_ids), truncated=item.truncated)
+                results.append((positions[index], result))
+        return results
+
+    def _own_packs(self, sequences: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        """What this rank scores of ``sequences``: those that begin alike lie in one pack, which computes that once.
+
+        No rank and no stream goes idle for it.
+        """
+        streams = 1 if self.streams is None else self.streams.threads
+        longest = max(map(len, sequences))
         budget = max(self.settings.max_tokens // streams, longest)
         fair = sum(map(len, sequences)) // (FAMILIES_PER_RANK * self.world_size * streams)
         together = families(sequences, max(longest, min(budget, fair)))
@@ -175,14 +190,9 @@ class RewardWorker(CriticWorker):
         schedule = make_schedule(lengths, ranks=self.world_size * streams, max_tokens=budget)
         own = range(self.rank * streams, (self.rank + 1) * streams)
         packs = [
-            tuple(number for i in some for number in together[i]) for stream in own for some in schedule.rank(stream)
+            tuple(number for family in pack for number in together[family])
+            for stream in own
+            for pack in schedule.rank(stream)
         ]
-        if self.streams is not None:
-            packs = [pack for pack in packs if pack]  # dummies are for ranks that meet in every forward
-        results = []
-        for indices, scores in self.scores(TrajectoryBatch.from_sequences(sequences), packs, self.streams):
-            for index, score in zip(indices, scores.tolist(), strict=True):
-                item = items[index]
-                result = ScoreResult.of(score, len(item.token_ids), truncated=item.truncated)
-                results.append((positions[index], result))
-        return results
+        # Empty ones are for ranks that meet in every forward; streams do not.
+        return packs if self.streams is None else [pack for pack in packs if pack]

@@ -181,9 +181,8 @@ class World:
 
     def prompts(self, split: SplitName = "ppo", count: int = 4000) -> list[Prompt]:
         """Distinct prompts, numbered from 0."""
-        most = (
-            len(self.triples[split]) * PROMPTS_OF_A_TRIPLE // 4
-        )  # beyond that, drawing until all differ would take long
+        # Beyond a quarter of all that there are, drawing until all differ would take long.
+        most = len(self.triples[split]) * PROMPTS_OF_A_TRIPLE // 4
         if count > most:
             raise RequestError(f"the split {split} of the world gives at most {most} distinct prompts, not {count}")
         rng = self.rng("prompts", split)
