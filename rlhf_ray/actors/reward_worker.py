@@ -22,7 +22,7 @@ from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, families
-from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
+from rlhf_ray.trajectories.schedule import MicroBatch, alike_packs, make_schedule
 
 if TYPE_CHECKING:
     from rlhf_ray.models.streams import Streams
@@ -179,20 +179,15 @@ class RewardWorker(CriticWorker):
     def _own_packs(self, sequences: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """What this rank scores of ``sequences``: those that begin alike lie in one pack, which computes that once.
 
-        No rank and no stream goes idle for it.
+        No rank and no stream goes idle for it. Ranks that may meet in every forward get as many packs each.
         """
         streams = 1 if self.streams is None else self.streams.threads
-        longest = max(map(len, sequences))
-        budget = max(self.settings.max_tokens // streams, longest)
-        fair = sum(map(len, sequences)) // (FAMILIES_PER_RANK * self.world_size * streams)
-        together = families(sequences, max(longest, min(budget, fair)))
-        lengths = [sum(len(sequences[number]) for number in family) for family in together]
-        schedule = make_schedule(lengths, ranks=self.world_size * streams, max_tokens=budget)
-        own = range(self.rank * streams, (self.rank + 1) * streams)
-        packs = [
-            tuple(number for family in pack for number in together[family])
-            for stream in own
-            for pack in schedule.rank(stream)
-        ]
-        # Empty ones are for ranks that meet in every forward; streams do not.
-        return packs if self.streams is None else [pack for pack in packs if pack]
+        lengths, parts = list(map(len, sequences)), self.world_size * streams
+        budget = max(self.settings.max_tokens // streams, *lengths)
+        together = families(sequences, max(*lengths, min(budget, sum(lengths) // (FAMILIES_PER_RANK * parts))))
+        if self.streams is not None or self.world_size == 1:
+            return alike_packs(lengths, together, parts=parts, max_tokens=budget)[self.rank :: self.world_size]
+        schedule = make_schedule(
+            [sum(lengths[i] for i in family) for family in together], ranks=parts, max_tokens=budget
+        )
+        return [tuple(i for family in pack for i in together[family]) for pack in schedule.rank(self.rank)]

@@ -110,6 +110,36 @@ def deal_packs(lengths: Sequence[int], *, ranks: int, max_tokens: int, unit: int
     return Schedule(ranks, max_tokens, tuple(updates))
 
 
+def alike_packs(
+    lengths: Sequence[int], units: Sequence[Sequence[int]], *, parts: int, max_tokens: int
+) -> list[MicroBatch]:
+    """All sequences in packs of about equal work whose lengths are alike, longest first, for a pass in which no ranks meet.
+
+    ``units`` are sequences that stay together, in their order; each is as long as its longest. There are as many packs as
+    ``max_tokens`` asks for, rounded up to ``parts``, or fewer. On CPU attention runs sequences of one length as a batch.
+    """
+    _check_sizes(parts, max_tokens, 1, 1)
+    made = [_make_unit(tuple(unit), lengths, max_tokens) for unit in units]
+    made.sort(key=lambda unit: -max(lengths[sequence] for sequence in unit.sequences))
+    count = parts * -(-sum(unit.tokens for unit in made) // (parts * max_tokens))
+    while len(packs := _cut(made, count, max_tokens)) > count:
+        count += parts
+    return packs
+
+
+def _cut(units: Sequence[_Unit], count: int, max_tokens: int) -> list[MicroBatch]:
+    """Cut where the work so far is closest to the next of ``count`` equal shares, or before a pack would be too large."""
+    share, done = sum(unit.work for unit in units) / max(count, 1), 0.0
+    bins: list[_Bin] = []
+    for unit in units:
+        full = not bins or bins[-1].tokens + unit.tokens > max_tokens
+        if full or done + unit.work / 2 > share * len(bins):
+            bins.append(_Bin())
+        bins[-1].add(unit)
+        done += unit.work
+    return [tuple(chain.from_iterable(unit.sequences for unit in bin.units)) for bin in bins]
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """Sequences that stay together."""
