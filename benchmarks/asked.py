@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -51,7 +51,7 @@ class Asked:
         while not self._watching.wait(SECONDS_BETWEEN_LOOKS):
             self.peak = max(self.peak, anonymous(self._process.pid) - self._imported)
 
-    def __enter__(self) -> Asked:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

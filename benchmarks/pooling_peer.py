@@ -1,48 +1,26 @@
-"""vLLM's pooling runner in a process of its own, scoring the same ids whenever it is told to.
+"""vLLM's pooling runner as a peer of the offline scorer.
 
-Always true: it scores with the weights of the directory it is given, its prefix cache off, or on and empty before each
-turn; a turn ends in one line with its seconds and its scores.
+Always true: it scores in bf16 with the weights of the directory it is given, its prefix cache off, or on and empty before
+each turn.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.asked import Asked
+from benchmarks.peer import Score, take_turns
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
+}  # fmt: skip
 
 
-class PoolingPeer(Asked):
-    """The process."""
-
-    def __init__(self, directory: Path, sequences: Sequence[Sequence[int]], *, threads: int, shared: bool) -> None:
-        settings = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1",
-        }  # fmt: skip
-        super().__init__([sys.executable, "-m", "benchmarks.pooling_peer"], {**os.environ, **settings})
-        self.ask(directory=str(directory), shared=shared, sequences=[list(sequence) for sequence in sequences])
-        self.score()
-
-    def score(self) -> tuple[float, list[float]]:
-        """One turn: seconds and scores."""
-        self.ask()
-        told = self.answer()
-        return float(told["seconds"]), list(told["scores"])
-
-
-def main() -> None:
-    """Load once; then a turn for every line."""
+def load(order: dict[str, Any]) -> Score:
+    """The model; ``shared`` turns the prefix cache on."""
     from vllm import LLM
     from vllm.config import PoolerConfig
 
-    _answer(imported=True)
-    order = json.loads(sys.stdin.readline())
     prompts = [{"prompt_token_ids": sequence} for sequence in order["sequences"]]
     model = LLM(
         order["directory"],
@@ -53,17 +31,13 @@ def main() -> None:
         enable_prefix_caching=order["shared"],
         pooler_config=PoolerConfig(use_activation=False),
     )
-    for _ in sys.stdin:
+
+    def score() -> list[float]:
         model.reset_prefix_cache()
-        began = time.monotonic()
-        outputs = model.classify(prompts, use_tqdm=False)
-        seconds = time.monotonic() - began
-        _answer(seconds=seconds, scores=[output.outputs.probs[0] for output in outputs])
+        return [output.outputs.probs[0] for output in model.classify(prompts, use_tqdm=False)]
 
-
-def _answer(**told: Any) -> None:
-    print(json.dumps(told), flush=True)
+    return score
 
 
 if __name__ == "__main__":
-    main()
+    take_turns(load)

@@ -1,7 +1,7 @@
 """Of part ``scoring``: the offline scorer against transformers on padded batches and against vLLM's pooling runner.
 
-Always true: all sides hold the same weights in bf16, score the same items with as many threads, in turns, and either
-none of them shares prefixes or all do; their scores agree before a ratio counts.
+Always true: all sides hold the same weights in bf16, score the same items with as many threads, in turns, each peer in a
+process of its own, and either none of them shares prefixes or all do; their scores agree before a ratio counts.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median, pstdev
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from benchmarks.figures import Figure, Figures
-from benchmarks.pooling_peer import PoolingPeer
+from benchmarks.peer import ScoringPeer
 from benchmarks.reward_service import VOCABULARY, load_group, role_of, save_model
-from benchmarks.sequences import padded_batches, ragged_sequences
+from benchmarks.sequences import ragged_sequences
 from benchmarks.whole_packs import nothing_shared
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.formats import raw_rows
@@ -39,7 +39,7 @@ AGREES_TO = 0.1
 
 def measure(quick: bool = False) -> Figures:
     """Items a second as multiples of the peers'."""
-    shape, count, repeats = ("llama-tiny", 24, 1) if quick else ("llama-14m", 256, 3)
+    shape, count, repeats = ("llama-tiny", 24, 1) if quick else ("llama-14m", 256, 5)
     before = torch.get_num_threads()
     try:
         with TemporaryDirectory() as name:
@@ -68,19 +68,22 @@ class _Contest:
         return load_group(role_of(self.directory, threads=THREADS), max_batch_tokens=8192)
 
     def against_padded(self) -> Figures:
-        padded = _Padded(self.directory, self.sequences)
-        ratio = self._ratio(padded.score, "transformers", shared=False)
+        with self._peer("benchmarks.padded_peer", rows=ROWS) as peer:
+            ratio = self._ratio(peer.score, "transformers", shared=False)
         method = (
             f"seconds of transformers on padded batches of {ROWS} as they come over ours; {self._told(shared=False)}"
         )
         return {"scoring.offline_vs_padded": Figure(ratio, "x", True, method)}
 
     def against_pooling(self, *, shared: bool) -> Figures:
-        with PoolingPeer(self.directory, self.sequences, threads=THREADS, shared=shared) as peer:
+        with self._peer("benchmarks.pooling_peer", shared=shared) as peer:
             ratio = self._ratio(peer.score, "vLLM's pooling runner", shared=shared)
         name = f"scoring.offline_vs_vllm_pooling{'_shared' if shared else ''}"
         method = f"seconds of vLLM's pooling runner over ours; {self._told(shared=shared)}"
         return {name: Figure(ratio, "x", True, method)}
+
+    def _peer(self, program: str, **order: Any) -> ScoringPeer:
+        return ScoringPeer(program, self.directory, self.sequences, threads=THREADS, **order)
 
     def _ratio(self, theirs: Callable[[], tuple[float, list[float]]], peer: str, *, shared: bool) -> float:
         """Seconds of theirs over those of ours, after a turn of each whose scores must agree."""
@@ -93,20 +96,6 @@ class _Contest:
         sharing = "prefixes shared by both sides, from nothing in each turn" if shared else "no shared prefixes"
         items = f"{len(self.sequences)} {self.source}"
         return f"{self.shape}, bf16, {items}, {THREADS} threads, {sharing}; median of {self.repeats} turns"
-
-
-class _Padded:
-    def __init__(self, directory: Path, sequences: list[list[int]]) -> None:
-        self._model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.bfloat16).eval()
-        self._batches = padded_batches([torch.tensor(sequence) for sequence in sequences], ROWS)
-
-    @torch.inference_mode()
-    def score(self) -> tuple[float, list[float]]:
-        began = time.monotonic()
-        logits = [
-            self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits for ids, mask in self._batches
-        ]
-        return time.monotonic() - began, torch.cat(logits).float()[:, 0].tolist()
 
 
 def _ours(group: RewardGroup, sequences: list[list[int]]) -> tuple[float, list[float]]:
