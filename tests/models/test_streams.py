@@ -110,10 +110,10 @@ from torch import nn
 from rlhf_ray.models import streams
 streams.KEPT = {kept}
 side_by_side, faults = streams.Streams(2), []
-for _ in range(12):
+for _ in range(40):
     side_by_side.map(nn.Identity(), lambda *_: sum([torch.ones(1_000_000) for _ in range(10)]), [None] * 2)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[5])
+print(faults[-1] - faults[19])
 """
     return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
