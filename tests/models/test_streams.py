@@ -110,10 +110,10 @@ from torch import nn
 from rlhf_ray.models import streams
 streams.KEPT = {kept}
 side_by_side, faults = streams.Streams(2), []
-for _ in range(40):
+for _ in range(100):
     side_by_side.map(nn.Identity(), lambda *_: sum([torch.ones(1_000_000) for _ in range(10)]), [None] * 2)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[19])
+print(faults[-1] - faults[39])
 """
     return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
@@ -121,4 +121,4 @@ print(faults[-1] - faults[19])
 def test_what_a_pass_frees_stays_with_the_process() -> None:
     """With glibc: else thousands of its pages go back to the system and are asked for again."""
     kept, given_back = faults_of_later_passes("streams.KEPT"), faults_of_later_passes("{}")
-    assert kept < 0.1 * given_back, (kept, given_back)
+    assert kept < 0.25 * given_back, (kept, given_back)
