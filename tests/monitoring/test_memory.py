@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
 import time
+from mmap import PAGESIZE
 from multiprocessing.shared_memory import SharedMemory
 
 import pytest
@@ -70,9 +72,10 @@ def test_the_sampler_sees_a_peak_that_has_passed() -> None:
 
     with MemorySampler(interval_s=0.02) as sampler:
         start = sampler.latest.total_gb
-        held = bytearray(b"x") * 80_000_000
+        held = mmap.mmap(-1, 80_000_000)  # and not from what other tests have freed in this process
+        held[::PAGESIZE] = bytes(len(range(0, len(held), PAGESIZE)))
         measure_twice(sampler)
-        del held
+        held.close()
         measure_twice(sampler)
     peak = sampler.stop()
     assert peak.total_gb - start == pytest.approx(0.08, abs=0.02)
