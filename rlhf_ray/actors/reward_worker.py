@@ -16,13 +16,15 @@ import torch
 from rlhf_ray.actors.workers import CriticWorker, Part, WorkerSetup
 from rlhf_ray.config.schema import ScoringRole
 from rlhf_ray.engine.optimizer import full_shape
+from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.trajectories.alike import alike_packs
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, families
-from rlhf_ray.trajectories.schedule import MicroBatch, alike_packs, make_schedule
+from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
 if TYPE_CHECKING:
     from rlhf_ray.models.streams import Streams
@@ -65,7 +67,10 @@ class RewardWorker(CriticWorker):
 
         threads = setup.config.resources.threads_per_rank
         alone = setup.total_updates is None and self.device.type == "cpu" and not in_shards(self.hf_model)
-        return Streams(threads) if threads > 1 and alone else None
+        if threads == 1 or not alone:
+            return None
+        keep_freed_memory()
+        return Streams(threads)
 
     def _start_vllm(self, setup: WorkerSetup) -> str:
         from rlhf_ray.rollout.vllm_scorer import VllmScorer
@@ -186,7 +191,8 @@ class RewardWorker(CriticWorker):
         budget = max(self.settings.max_tokens // streams, *lengths)
         together = families(sequences, max(*lengths, min(budget, sum(lengths) // (FAMILIES_PER_RANK * parts))))
         if self.streams is not None or self.world_size == 1:
-            return alike_packs(lengths, together, parts=parts, max_tokens=budget)[self.rank :: self.world_size]
+            packs = alike_packs(lengths, together, ranks=self.world_size, streams=streams, max_tokens=budget)
+            return packs[self.rank]
         schedule = make_schedule(
             [sum(lengths[i] for i in family) for family in together], ranks=parts, max_tokens=budget
         )

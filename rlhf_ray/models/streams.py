@@ -3,9 +3,6 @@
 Always true: the results are those of the packs one after another, in their order; no weight is copied; outside of a pass the
 threads of the process are what they were.
 
-What a pass frees stays with the process for the next: the system would hand the same pages out again one fault at a
-time, which costs a twentieth of a pass.
-
 The threads of one operation wait for each other at its end, thousands of times a pass. Packs that run side by side, one
 thread each, do not.
 """
@@ -13,7 +10,6 @@ thread each, do not.
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -24,12 +20,6 @@ from torch import Tensor, nn
 
 from rlhf_ray.trajectories.packing import Packed
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-"""Of glibc's ``mallopt``: free bytes above which a heap shrinks, bytes by which it grows at least, and the size from which a
-block is mapped alone."""
-KEPT = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
-"""The largest that it takes, and as much as one heap of a thread has."""
-
 Forward = Callable[[nn.Module, Packed], Tensor]
 
 
@@ -37,7 +27,6 @@ class Streams:
     """Threads that each run whole packs, without gradients, through a module."""
 
     def __init__(self, threads: int) -> None:
-        _keep_what_is_freed()
         self.threads = threads
         self._module: nn.Module | None = None
         self._free: SimpleQueue[nn.Module] = SimpleQueue()
@@ -54,19 +43,13 @@ class Streams:
                 self._free.put(same_weights(module))
         return list(self._pool.map(lambda packed: self._run(forward, packed), packs))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _run(self, forward: Forward, packed: Packed) -> Tensor:
         module = self._free.get()
         try:
             return forward(module, packed)
         finally:
             self._free.put(module)
-
-
-def _keep_what_is_freed() -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, or none that does anything
-    for option, value in KEPT.items() if mallopt is not None else ():
-        mallopt(option, value)
 
 
 def _compute_alone() -> None:

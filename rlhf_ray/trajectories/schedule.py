@@ -85,10 +85,10 @@ def make_schedule(
     """
     order = range(len(lengths)) if order is None else order
     per_update = max(len(order), 1) if sequences_per_update is None else sequences_per_update
-    _check_sizes(ranks, max_tokens, per_update, unit)
+    check_sizes(ranks, max_tokens, per_update, unit)
     _check_order(order, len(lengths), unit)
     _check_multiple("sequences_per_update", sequences_per_update, unit)
-    units = [_make_unit(tuple(order[i : i + unit]), lengths, max_tokens) for i in range(0, len(order), unit)]
+    units = [make_unit(tuple(order[i : i + unit]), lengths, max_tokens) for i in range(0, len(order), unit)]
     step = per_update // unit or 1
     chunks = (units[i : i + step] for i in range(0, len(units), step))
     return Schedule(ranks, max_tokens, tuple(_make_update(chunk, ranks, max_tokens) for chunk in chunks))
@@ -101,47 +101,17 @@ def deal_packs(lengths: Sequence[int], *, ranks: int, max_tokens: int, unit: int
     out, however many ranks share the work. For training :func:`make_schedule` does better, which balances.
     """
     alone = make_schedule(lengths, ranks=1, max_tokens=max_tokens, unit=unit)
-    _check_sizes(ranks, max_tokens, 1, unit)
+    check_sizes(ranks, max_tokens, 1, unit)
     updates = []
     for update in alone.updates:
-        packs = [_Bin(work=sum(work(lengths[i]) for i in pack), units=[_Unit(pack, 0, 0.0)]) for pack in update.rank(0)]
+        packs = [_Bin(work=sum(work(lengths[i]) for i in pack), units=[Unit(pack, 0, 0.0)]) for pack in update.rank(0)]
         shares = _deal(packs, ranks, -(-len(packs) // ranks))
         updates.append(Update(tuple(tuple(bin.micro_batch() for bin in share) for share in shares)))
     return Schedule(ranks, max_tokens, tuple(updates))
 
 
-def alike_packs(
-    lengths: Sequence[int], units: Sequence[Sequence[int]], *, parts: int, max_tokens: int
-) -> list[MicroBatch]:
-    """All sequences in packs of about equal work whose lengths are alike, longest first, for a pass in which no ranks meet.
-
-    ``units`` are sequences that stay together, in their order; each is as long as its longest. There are as many packs as
-    ``max_tokens`` asks for, rounded up to ``parts``, or fewer. On CPU attention runs sequences of one length as a batch.
-    """
-    _check_sizes(parts, max_tokens, 1, 1)
-    made = [_make_unit(tuple(unit), lengths, max_tokens) for unit in units]
-    made.sort(key=lambda unit: -max(lengths[sequence] for sequence in unit.sequences))
-    count = parts * -(-sum(unit.tokens for unit in made) // (parts * max_tokens))
-    while len(packs := _cut(made, count, max_tokens)) > count:
-        count += parts
-    return packs
-
-
-def _cut(units: Sequence[_Unit], count: int, max_tokens: int) -> list[MicroBatch]:
-    """Cut where the work so far is closest to the next of ``count`` equal shares, or before a pack would be too large."""
-    share, done = sum(unit.work for unit in units) / max(count, 1), 0.0
-    bins: list[_Bin] = []
-    for unit in units:
-        full = not bins or bins[-1].tokens + unit.tokens > max_tokens
-        if full or done + unit.work / 2 > share * len(bins):
-            bins.append(_Bin())
-        bins[-1].add(unit)
-        done += unit.work
-    return [tuple(chain.from_iterable(unit.sequences for unit in bin.units)) for bin in bins]
-
-
 @dataclass(frozen=True, slots=True)
-class _Unit:
+class Unit:
     """Sequences that stay together."""
 
     sequences: tuple[int, ...]
@@ -155,9 +125,9 @@ class _Bin:
 
     tokens: int = 0
     work: float = 0.0
-    units: list[_Unit] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
 
-    def add(self, unit: _Unit) -> None:
+    def add(self, unit: Unit) -> None:
         self.units.append(unit)
         self.tokens += unit.tokens
         self.work += unit.work
@@ -167,14 +137,14 @@ class _Bin:
         return tuple(chain.from_iterable(sorted(unit.sequences for unit in self.units)))
 
 
-def _make_update(units: Sequence[_Unit], ranks: int, max_tokens: int) -> Update:
+def _make_update(units: Sequence[Unit], ranks: int, max_tokens: int) -> Update:
     tight = _best_fit(units, max_tokens)
     per_rank = -(-len(tight) // ranks)
     bins = _spread(units, ranks * per_rank, max_tokens) or tight
     return Update(tuple(tuple(bin.micro_batch() for bin in share) for share in _deal(bins, ranks, per_rank)))
 
 
-def _best_fit(units: Iterable[_Unit], max_tokens: int) -> list[_Bin]:
+def _best_fit(units: Iterable[Unit], max_tokens: int) -> list[_Bin]:
     """Fill as few bins as best-fit decreasing does: the longest unit first, into the fullest bin that has room."""
     bins: list[_Bin] = []
     room: list[tuple[int, int]] = []  # (tokens left, number of the bin), ascending
@@ -191,7 +161,7 @@ def _best_fit(units: Iterable[_Unit], max_tokens: int) -> list[_Bin]:
     return bins
 
 
-def _spread(units: Sequence[_Unit], count: int, max_tokens: int) -> list[_Bin] | None:
+def _spread(units: Sequence[Unit], count: int, max_tokens: int) -> list[_Bin] | None:
     """Fill ``count`` bins with even work: the most work first, into the bin with the least that has room.
 
     A bin that once lacked room waits until all have: then the one with most room is next. None if that has too little.
@@ -233,7 +203,8 @@ def _deal(bins: Sequence[_Bin], ranks: int, per_rank: int) -> list[list[_Bin]]:
     return shares
 
 
-def _make_unit(sequences: tuple[int, ...], lengths: Sequence[int], max_tokens: int) -> _Unit:
+def make_unit(sequences: tuple[int, ...], lengths: Sequence[int], max_tokens: int) -> Unit:
+    """The unit of these sequences; one that is empty, or does not fit into ``max_tokens``, is refused by its number."""
     tokens = [lengths[sequence] for sequence in sequences]
     if min(tokens) < 1:
         raise RequestError(
@@ -244,7 +215,7 @@ def _make_unit(sequences: tuple[int, ...], lengths: Sequence[int], max_tokens: i
             f"{_name(sequences)} {sum(tokens)} tokens, but max_tokens_per_micro_batch is {max_tokens}: "
             f"set it to {sum(tokens)} or more, or shorten the sequences"
         )
-    return _Unit(sequences, sum(tokens), sum(work(length) for length in tokens))
+    return Unit(sequences, sum(tokens), sum(work(length) for length in tokens))
 
 
 def _name(sequences: tuple[int, ...]) -> str:
@@ -253,7 +224,8 @@ def _name(sequences: tuple[int, ...]) -> str:
     return f"sequences {', '.join(map(str, sequences))}, which stay in one micro-batch, have together"
 
 
-def _check_sizes(ranks: int, max_tokens: int, sequences_per_update: int, unit: int) -> None:
+def check_sizes(ranks: int, max_tokens: int, sequences_per_update: int, unit: int) -> None:
+    """Refuse sizes below 1, by name."""
     sizes = {"ranks": ranks, "max_tokens": max_tokens, "sequences_per_update": sequences_per_update, "unit": unit}
     for name, size in sizes.items():
         if size < 1:

@@ -47,6 +47,24 @@ def test_scores_do_not_depend_on_the_threads(tmp_path: Path, items: int, threads
     assert passes == {1: 1, 3: min(items, 3)}, "several items run side by side, one runs alone"
 
 
+def test_ranks_with_several_threads_each_score_every_item_once(tmp_path: Path, threads: None) -> None:
+    """Each rank gets all items and finds its own share without asking the others."""
+    directory = save_reward_model(tmp_path / "model")
+    requests = [ScoreRequest(token_ids=tuple(range(20, 23 + number % 70))) for number in range(150)]
+    alone = [result.raw for result in reward_group(RewardWorker(), directory).score(requests).result()]
+    worker = RewardWorker()
+    reward_group(worker, directory, max_tokens=512, threads=2)
+    found: dict[int, float | None] = {}
+    for worker.rank, worker.world_size in ((0, 3), (1, 3), (2, 3)):
+        share = dict(worker.score(requests))
+        assert share.keys().isdisjoint(found) and 30 < len(share) < 80
+        found |= {position: result.raw for position, result in share.items()}
+    assert found.keys() == set(range(150))
+    torch.testing.assert_close(
+        torch.tensor([found[position] for position in range(150)]), torch.tensor(alone), atol=1e-5, rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("max_tokens", [40, 4096])
 def test_answers_to_one_prompt_share_it_wherever_they_stand(tmp_path: Path, max_tokens: int) -> None:
     directory = save_reward_model(tmp_path / "model")

@@ -4,8 +4,6 @@ the process keeps its threads.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -100,25 +98,3 @@ def test_the_copy_holds_no_weight_of_its_own(module: nn.Module) -> None:
     own, shared = dict(module.named_parameters()), dict(other.named_parameters())
     assert own.keys() == shared.keys() and all(own[name] is shared[name] for name in own)
     assert all(one is not another for one, another in zip(module.modules(), other.modules(), strict=True))
-
-
-def faults_of_later_passes(kept: str) -> int:
-    """Pages that passes ask the system for once they are warm: each frees 40 MB in each of two threads."""
-    program = f"""
-import resource, torch
-from torch import nn
-from rlhf_ray.models import streams
-streams.KEPT = {kept}
-side_by_side, faults = streams.Streams(2), []
-for _ in range(100):
-    side_by_side.map(nn.Identity(), lambda *_: sum([torch.ones(1_000_000) for _ in range(10)]), [None] * 2)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[39])
-"""
-    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-
-
-def test_what_a_pass_frees_stays_with_the_process() -> None:
-    """With glibc: else thousands of its pages go back to the system and are asked for again."""
-    kept, given_back = faults_of_later_passes("streams.KEPT"), faults_of_later_passes("{}")
-    assert kept < 0.25 * given_back, (kept, given_back)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import RequestError
-from rlhf_ray.trajectories.schedule import Schedule, Update, alike_packs, deal_packs, make_schedule, work
+from rlhf_ray.trajectories.schedule import Schedule, Update, deal_packs, make_schedule, work
 
 
 @dataclass(frozen=True)
@@ -132,31 +132,6 @@ def test_dealt_packs_are_those_of_one_rank_however_many_there_are(problem: Probl
         assert all(share[:-1] == tuple(filter(None, share[:-1])) for share in shares)
     alone = make_schedule(problem.lengths, ranks=1, max_tokens=problem.max_tokens, unit=problem.unit)
     assert packs == {frozenset(alone.rank(0))}
-
-
-@settings(max_examples=60, deadline=None)
-@given(problems())
-def test_alike_packs_hold_all_once_by_length(problem: Problem) -> None:
-    units = problem.units(problem.order)
-    packs = alike_packs(problem.lengths, units, parts=problem.ranks, max_tokens=problem.max_tokens)
-    assert sorted(chain.from_iterable(packs)) == list(range(len(problem.lengths)))
-    assert all(packs) and all(problem.tokens(pack) <= problem.max_tokens for pack in packs)
-    assert set(chain.from_iterable(problem.units(list(pack)) for pack in packs)) == set(units)
-    lengths = [[max(problem.lengths[i] for i in unit) for unit in problem.units(list(pack))] for pack in packs]
-    assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
-    assert packs == alike_packs(problem.lengths, units, parts=problem.ranks, max_tokens=problem.max_tokens)
-
-
-@settings(max_examples=60, deadline=None)
-@given(problems())
-def test_alike_packs_are_even_where_the_budget_allows(problem: Problem) -> None:
-    """A cut is at most half a unit off: no pack has a whole one more than its share."""
-    units = problem.units(problem.order)
-    works = [sum(work(problem.lengths[i]) for i in unit) for unit in units]
-    packs = alike_packs(problem.lengths, units, parts=problem.ranks, max_tokens=sum(problem.lengths) or 1)
-    assert len(packs) <= problem.ranks
-    for pack in packs:
-        assert sum(work(problem.lengths[i]) for i in pack) <= sum(works) / problem.ranks + max(works) * (1 + 1e-9)
 
 
 @given(problems())
