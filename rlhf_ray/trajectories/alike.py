@@ -1,11 +1,12 @@
 """Packs of like lengths for a pass in which no ranks meet: each stream of a rank takes the next as soon as it is free.
 
 Always true: every sequence is in exactly one pack; no pack has more than ``max_tokens`` tokens; a unit is never split;
-every rank has the longest units first; all streams end within the work of :data:`FEWEST` tokens and two of the longest
-units of each other; equal input gives equal packs.
+every rank has the longest units first; all streams end within the work of :data:`FEWEST` tokens and of one unit, the
+largest, of each other; equal input gives equal packs.
 
 On CPU, attention runs sequences of one length as a batch. Each pack has a part of what is left (guided self-scheduling,
-Polychronopoulos and Kuck 1987), so that large ones go first and small ones fill the end.
+Polychronopoulos and Kuck 1987), so that large ones go first and small ones fill the end; what fits into one pack a stream
+is shared out evenly.
 
 Pure Python over lengths: no tensor, no clock, no chance.
 """
@@ -35,28 +36,27 @@ def alike_packs(
     made = [make_unit(tuple(unit), lengths, max_tokens) for unit in units]
     made.sort(key=lambda unit: -max(lengths[sequence] for sequence in unit.sequences))
     dealt: list[list[MicroBatch]] = [[] for _ in range(ranks)]
-    works = [0.0] * ranks
-    for pack in _cut(made, ranks * streams, max_tokens):
-        rank = works.index(min(works))
-        dealt[rank].append(tuple(chain.from_iterable(unit.sequences for unit in pack)))
-        works[rank] += sum(unit.work for unit in pack)
+    ends = [0.0] * (ranks * streams)
+    for pack in _cut(made, len(ends), max_tokens):
+        first_free = ends.index(min(ends))
+        dealt[first_free % ranks].append(tuple(chain.from_iterable(unit.sequences for unit in pack)))
+        ends[first_free] += sum(unit.work for unit in pack)
     return dealt
 
 
 def _cut(units: Sequence[Unit], streams: int, max_tokens: int) -> list[list[Unit]]:
     """Cut where a pack is closest to its share, or before it would be too large."""
     left = sum(unit.work for unit in units)
+    few = streams == 1 or sum(unit.tokens for unit in units) <= streams * max_tokens
     packs: list[list[Unit]] = []
     share = work = tokens = 0.0
     for unit in units:
         if not packs or tokens + unit.tokens > max_tokens or work + unit.work / 2 > share:
-            share, work, tokens = _share(left, streams, streams - len(packs)), 0.0, 0
+            idle = max(1, streams - len(packs))
+            fewest = left if few and len(packs) < streams else FEWEST
+            share = max(OF_EQUAL_SHARE * left / streams, min(fewest, left / idle))
             packs.append([])
+            work, tokens = 0.0, 0
         packs[-1].append(unit)
         work, tokens, left = work + unit.work, tokens + unit.tokens, left - unit.work
     return packs
-
-
-def _share(left: float, streams: int, idle: int) -> float:
-    """The work of the next pack, where so many streams have got none yet."""
-    return left if streams == 1 else max(OF_EQUAL_SHARE * left / streams, min(FEWEST, left / max(idle, 1)))
