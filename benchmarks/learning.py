@@ -20,7 +20,7 @@ from benchmarks.figures import LATEST, Figure, Figures, record, table
 from rlhf_ray import environment
 
 if TYPE_CHECKING:
-    from rlhf_ray.trainers.ppo_evaluation import BestOf
+    from rlhf_ray.trainers.ppo.evaluation import BestOf
 
 SEEDS = (0, 1, 2)
 METHOD = (
@@ -93,10 +93,10 @@ def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     from rlhf_ray.config.loading import dump_config, load_config
     from rlhf_ray.launch.driver import training_config
     from rlhf_ray.runs.directory import RunDirectory
-    from rlhf_ray.trainers.ppo_run import train_ppo
-    from rlhf_ray.trainers.reward_model import train_reward_model
+    from rlhf_ray.trainers.ppo.build import train_ppo
     from rlhf_ray.trainers.session import ThisProcess
-    from rlhf_ray.trainers.sft import train_sft
+    from rlhf_ray.trainers.supervised.reward_model import train_reward_model
+    from rlhf_ray.trainers.supervised.sft import train_sft
 
     home = root / f"seed-{piece.seed}"
     directory = home / directory_name(piece.name)
@@ -228,7 +228,7 @@ def over_optimised(lines: Sequence[Mapping[str, float]]) -> tuple[float, float]:
 
 def _best_of(directory: Path) -> BestOf:
     """The best of all samples that a run drew of each held-out prompt before it began."""
-    from rlhf_ray.trainers.ppo_evaluation import BestOf
+    from rlhf_ray.trainers.ppo.evaluation import BestOf
 
     stored = json.loads((directory / "evaluation" / "start.json").read_text())
     return BestOf(**stored["best_of"][-1])

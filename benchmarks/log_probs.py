@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.asked import anonymous
 from benchmarks.figures import Figure, Figures
+from benchmarks.line_process import anonymous
 
 VOCABULARY, HIDDEN = 1 << 17, 512
 AGREES_TO = 1e-6
@@ -84,7 +84,7 @@ def _side(side: str, tokens: int, vocabulary: int, results: Path) -> None:
     """Log-probs of random targets and their gradients."""
     import torch
 
-    from rlhf_ray.models.log_probs import LogProbHead
+    from rlhf_ray.models.forward.log_probs import LogProbHead
 
     print(json.dumps("imported"), flush=True)
     sys.stdin.read()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.asked import Asked
+from benchmarks.line_process import Asked
 from rlhf_ray.environment import KERNEL_CACHES
 
 Score = Callable[[], list[float]]

@@ -26,9 +26,9 @@ from rlhf_ray.models.regression import make_head, wrap_backbone
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.backend import GroupBackend
-from rlhf_ray.serving.core import limits_of
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Backend, Models, ServedModel
+from rlhf_ray.serving.scoring import limits_of
 from rlhf_ray.serving.server import WebServer
 
 VOCABULARY = 4096

@@ -18,16 +18,16 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.asked import Asked
 from benchmarks.figures import Figure, Figures
+from benchmarks.line_process import Asked
 from benchmarks.reward_service import VOCABULARY, save_model
 from benchmarks.reward_training_rank import PAIRS_PER_UPDATE, Rank
 from benchmarks.sequences import LONGEST, REAL_PAIRS, ragged_sequences, real_sequences
 from rlhf_ray.console import progress
-from rlhf_ray.data.pairs import PairExample
+from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.data.load import pair_batch
 from rlhf_ray.environment import for_process
 from rlhf_ray.planning.flops import ComputeShape, training_flops
-from rlhf_ray.trainers.datasets import pair_batch
 from rlhf_ray.trajectories import pack
 from tests.parity import environment
 

@@ -19,9 +19,9 @@ from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
-from rlhf_ray.data.pairs import PairExample
-from rlhf_ray.trainers.datasets import pair_batch
-from rlhf_ray.trainers.supervised import cut
+from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.data.load import pair_batch
+from rlhf_ray.trainers.supervised.loop import cut
 
 PAIRS_PER_UPDATE = 8
 

@@ -25,9 +25,9 @@ from benchmarks.reward_service import VOCABULARY, load_group, role_of, save_mode
 from benchmarks.sequences import ragged_sequences
 from benchmarks.whole_packs import nothing_shared
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.config.formats import raw_rows
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.rows.formats import raw_rows
 
 THREADS = 2
 ROWS = 16

@@ -43,8 +43,8 @@ REAL_PAIRS = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless_pairs.
 
 def real_sequences(count: int, vocabulary: int, *, longest: int = LONGEST, path: Path = REAL_PAIRS) -> list[Tensor]:
     """Both sides of real pairs, chosen before rejected, in the order of the file; those beyond ``longest`` are left out."""
-    from rlhf_ray.data.preferences import read_preferences
     from rlhf_ray.data.tokenizers import make_tokenizer
+    from rlhf_ray.rows.preferences import read_preferences
 
     tokenizer = make_tokenizer(str(path), vocabulary)
     found: list[Tensor] = []

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_ray.data.demonstrations import Demonstration
-from rlhf_ray.data.grammar import HABIT, MAX_NEW_TOKENS
-from rlhf_ray.data.preferences import PreferencePair
-from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.tokenizers import make_word_tokenizer
-from rlhf_ray.data.world import World, gold_score
 from rlhf_ray.evaluation import accuracy, bag_of_words_baseline, win_rate
+from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.preferences import PreferencePair
+from rlhf_ray.rows.prompts import Prompt
+from rlhf_ray.world.generate import World, gold_score
+from rlhf_ray.world.language import HABIT, MAX_NEW_TOKENS
 
 Row = TypeVar("Row")
 Ids = list[int]

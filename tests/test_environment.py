@@ -15,7 +15,7 @@ def faults_of_later_passes(*, keeping: bool) -> int:
 import resource, torch
 from torch import nn
 from rlhf_ray.environment import keep_freed_memory
-from rlhf_ray.models.streams import Streams
+from rlhf_ray.models.forward.parallel_packs import Streams
 if {keeping}:
     keep_freed_memory()
 streams, faults = Streams(2), []

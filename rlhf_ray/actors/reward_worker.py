@@ -21,13 +21,13 @@ from rlhf_ray.errors import ScoringError
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.trajectories.alike import alike_packs
 from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.length_packs import alike_packs
 from rlhf_ray.trajectories.packing import Packed, families
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
 if TYPE_CHECKING:
-    from rlhf_ray.models.streams import Streams
+    from rlhf_ray.models.forward.parallel_packs import Streams
     from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
 FAMILIES_PER_RANK = 4
@@ -62,8 +62,8 @@ class RewardWorker(CriticWorker):
         return line
 
     def _streams(self, setup: WorkerSetup) -> Streams | None:
-        from rlhf_ray.models.sharded import in_shards
-        from rlhf_ray.models.streams import Streams
+        from rlhf_ray.models.forward.parallel_packs import Streams
+        from rlhf_ray.models.weights.sharded import in_shards
 
         threads = setup.config.resources.threads_per_rank
         alone = setup.total_updates is None and self.device.type == "cpu" and not in_shards(self.hf_model)
@@ -97,7 +97,7 @@ class RewardWorker(CriticWorker):
 
     def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> list[float]:
         """What the model in ``directory`` gives to ``batch``, read anew by rank 0 as a user would; empty elsewhere."""
-        from rlhf_ray.models.rescore import scores_of_directory
+        from rlhf_ray.models.reread import scores_of_directory
 
         if self.rank != 0:
             return []
@@ -121,7 +121,7 @@ class RewardWorker(CriticWorker):
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product on this rank, now, in the precision that it computes in."""
         from rlhf_ray.engine.engine import DTYPES
-        from rlhf_ray.engine.roof import matmul_rate
+        from rlhf_ray.engine.matmul_rate import matmul_rate
 
         return matmul_rate(DTYPES[self.config.model.dtype], self.device)
 

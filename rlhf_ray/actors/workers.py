@@ -31,7 +31,7 @@ from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
     from rlhf_ray.engine.engine import Engine
-    from rlhf_ray.models.streams import Streams
+    from rlhf_ray.models.forward.parallel_packs import Streams
 
 Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
 Loss = Callable[[Any, TrajectoryBatch], LossOutput]
@@ -197,7 +197,7 @@ class ModelWorker:
 
     def disk_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole weights by their names on disk, on rank 0; the other ranks take part and get none."""
-        from rlhf_ray.models.names import disk_names
+        from rlhf_ray.models.disk_names import disk_names
 
         for group in self.engine.full_state(self.hf_model):
             yield from disk_names(self.hf_model, group)
@@ -213,7 +213,7 @@ class _CausalWorker(ModelWorker):
 
     def _load(self, setup: WorkerSetup) -> tuple[torch.nn.Module, str]:
         from rlhf_ray.models import PackedPolicy, load_policy
-        from rlhf_ray.models.report import describe
+        from rlhf_ray.models.describe import describe
 
         self.actor = load_policy(setup.config.model, ds_config=self._ds_config(setup), seed=setup.seed)
         return PackedPolicy(self.actor), describe(self.actor)
@@ -265,7 +265,7 @@ class CriticWorker(ModelWorker):
 
     def _load(self, setup: WorkerSetup) -> tuple[torch.nn.Module, str]:
         from rlhf_ray.models import PackedRegression, load_regression
-        from rlhf_ray.models.report import describe
+        from rlhf_ray.models.describe import describe
 
         self.model = load_regression(
             setup.config.model, self.model_type, ds_config=self._ds_config(setup), seed=setup.seed

@@ -35,7 +35,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ValueLoss": ".losses",
         "denominator": ".denominators",
         "gae": ".advantages",
-        "group_baseline": ".groups",
+        "group_baseline": ".group_baselines",
         "kl_controller": ".kl",
         "kl_k1": ".kl",
         "kl_k2": ".kl",

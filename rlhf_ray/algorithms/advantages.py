@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from rlhf_ray.algorithms.groups import Baseline, group_baseline
+from rlhf_ray.algorithms.group_baselines import Baseline, group_baseline
 from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, segment_sum, sequence_of_token
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import Estimator
-from rlhf_ray.algorithms.groups import without_signal
+from rlhf_ray.algorithms.group_baselines import without_signal
 from rlhf_ray.algorithms.importance import ImportanceCorrection, trained_actions
 from rlhf_ray.algorithms.kl import KlEstimator, sequence_kl, token_kl
 from rlhf_ray.algorithms.masked import count_actions, masked_mean, segment_sum, whiten

@@ -30,8 +30,8 @@ def run(given: argparse.Namespace) -> int:
     import json
 
     from rlhf_ray.config.loading import load_config
-    from rlhf_ray.config.pairs import Keys
     from rlhf_ray.launch.evaluate import evaluate
+    from rlhf_ray.rows.layouts import Keys
 
     model = f"reward.model.path={json.dumps(given.model)}"
     config = load_config("serve", [model, "run.name=evaluate", *given.overrides], kind="serve", files=True)

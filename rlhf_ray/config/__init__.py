@@ -5,9 +5,9 @@ from rlhf_ray.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "check_files": ".files",
+        "check_files": ".preflight",
         "dump_config": ".loading",
-        "hub_ids": ".files",
+        "hub_ids": ".preflight",
         "load_config": ".loading",
         "parse_config": ".loading",
         "recipes": ".recipes",

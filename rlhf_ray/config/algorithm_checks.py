@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlhf_ray.config.parsing import Problem
 from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.validation import Problem
 
 
 def _critic_where_needed(config: PpoConfig) -> Iterator[Problem]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from rlhf_ray.config.algorithm_checks import ALGORITHM_RULES
-from rlhf_ray.config.parsing import Problem, attempt
 from rlhf_ray.config.schema import (
     PpoConfig,
     RewardModelConfig,
@@ -21,6 +20,7 @@ from rlhf_ray.config.schema import (
     SftConfig,
     TokenBudget,
 )
+from rlhf_ray.config.validation import Problem, attempt
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

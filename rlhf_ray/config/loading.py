@@ -16,12 +16,12 @@ import yaml
 
 from rlhf_ray.config.algorithm import with_preset
 from rlhf_ray.config.checks import check
-from rlhf_ray.config.files import file_problems
 from rlhf_ray.config.overrides import apply_overrides
-from rlhf_ray.config.parsing import Problem, parse, show
+from rlhf_ray.config.preflight import file_problems
 from rlhf_ray.config.reading import SEPARATOR, Document, read_mapping
 from rlhf_ray.config.recipes import find
 from rlhf_ray.config.schema import JOBS, JobConfig
+from rlhf_ray.config.validation import Problem, parse, show
 from rlhf_ray.errors import ConfigError
 
 OWN_DATA = "data"

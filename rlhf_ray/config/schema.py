@@ -21,6 +21,7 @@ from rlhf_ray.config.algorithm import (
     ShapingConfig,
     TooShortConfig,
 )
+from rlhf_ray.config.data_section import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.config.reward_training import NormalizationConfig, RewardLossConfig, RewardTrainingRole
 from rlhf_ray.config.rewards import SHIPPED_FUNCTIONS, RewardConfig, RewardSourceConfig, RewardTermConfig
 from rlhf_ray.config.roles import (
@@ -43,7 +44,6 @@ from rlhf_ray.config.roles import (
     TokenBudget,
 )
 from rlhf_ray.config.serving import ServiceConfig
-from rlhf_ray.config.sources import DataConfig, SourceConfig, WorldConfig
 
 __all__ = [
     "JOBS",

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from rlhf_ray.console import progress
 from rlhf_ray.data.chat import render
-from rlhf_ray.data.demonstrations import Demonstration
-from rlhf_ray.data.preferences import PreferencePair
-from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.errors import DataError
+from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.preferences import PreferencePair
+from rlhf_ray.rows.prompts import Prompt
 
 Row = TypeVar("Row")
 Encoded = TypeVar("Encoded")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from rlhf_ray.config.files import not_one_token
-from rlhf_ray.data import grammar
-from rlhf_ray.data.rows import read_rows
+from rlhf_ray.config.preflight import not_one_token
 from rlhf_ray.errors import RequestError
+from rlhf_ray.rows.read import read_rows
+from rlhf_ray.world import language
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,9 +42,9 @@ def make_tokenizer(source: str | Path, vocabulary: int = 4096) -> PreTrainedToke
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word or mark of the generated world."""
-    numbers = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *grammar.vocabulary()))}
+    numbers = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *language.vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(grammar.PIECE), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(language.PIECE), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer)
 

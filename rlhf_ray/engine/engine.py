@@ -29,9 +29,9 @@ from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
 from rlhf_ray.engine.weights import DiskWeights, gathered_groups
 from rlhf_ray.errors import RequestError, RlhfRayError
-from rlhf_ray.models.mixtures import expert_blocks
-from rlhf_ray.models.quantization import four_bit_layers
 from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.weights.experts import expert_blocks
+from rlhf_ray.models.weights.quantization import four_bit_layers
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.engine.optimizer import full_shape
-from rlhf_ray.models.names import disk_names
-from rlhf_ray.models.quantization import dequantized, dequantized_like
+from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.weights.quantization import dequantized, dequantized_like
 
 Group = list[tuple[str, Tensor]]
 

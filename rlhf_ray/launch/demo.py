@@ -19,7 +19,7 @@ from rlhf_ray.config.schema import RewardModelConfig, TrainingConfig
 from rlhf_ray.console import get_logger, say, table
 from rlhf_ray.launch.driver import drive, exit_code, new_run_directory, training_config
 from rlhf_ray.monitoring.memory import MemorySampler
-from rlhf_ray.monitoring.summary import Figure, MemoryRecord
+from rlhf_ray.monitoring.report.summary import Figure, MemoryRecord
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
 
@@ -110,8 +110,8 @@ def last_figure(run: RunDirectory, name: str) -> float:
 
 def words_baseline(config: TrainingConfig) -> float:
     """What logistic regression on length and words of the answers gets on the same pairs."""
-    from rlhf_ray.data.world import World
     from rlhf_ray.evaluation import bag_of_words_baseline
+    from rlhf_ray.world.generate import World
 
     assert isinstance(config, RewardModelConfig) and config.data.world is not None
     made = config.data.world

@@ -147,7 +147,7 @@ def _accelerators() -> Iterator[Finding]:
 def _attention() -> Iterator[Finding]:
     import torch
 
-    from rlhf_ray.models.backends import KERNELS, obstacle
+    from rlhf_ray.models.forward.attention_backends import KERNELS, obstacle
 
     for backend in KERNELS:
         reason = obstacle(backend, torch.bfloat16)
@@ -158,8 +158,8 @@ def _attention() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from rlhf_ray.models.liger import liger_obstacle
-    from rlhf_ray.models.quantization import INSTALL
+    from rlhf_ray.models.forward.liger import liger_obstacle
+    from rlhf_ray.models.weights.quantization import INSTALL
 
     version = _version("bitsandbytes")
     state = f"works (bitsandbytes {version})" if version else "the package bitsandbytes is not installed"

@@ -99,14 +99,14 @@ def _trainer(config: TrainingConfig) -> Callable[[Any, RunDirectory, Checkpoint 
     """What trains a config of this kind."""
     with quick_imports():
         if isinstance(config, SftConfig):
-            from rlhf_ray.trainers.sft import train_sft
+            from rlhf_ray.trainers.supervised.sft import train_sft
 
             return train_sft
         if isinstance(config, RewardModelConfig):
-            from rlhf_ray.trainers.reward_model import train_reward_model
+            from rlhf_ray.trainers.supervised.reward_model import train_reward_model
 
             return train_reward_model
-        from rlhf_ray.trainers.ppo_run import train_ppo
+        from rlhf_ray.trainers.ppo.build import train_ppo
 
         return train_ppo
 

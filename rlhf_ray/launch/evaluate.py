@@ -15,15 +15,15 @@ from typing import Any
 
 from rlhf_ray import storage
 from rlhf_ray.actors.cluster import Cluster
-from rlhf_ray.config.files import hub_ids
-from rlhf_ray.config.pairs import Keys
+from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger, say, table
-from rlhf_ray.data.pairs import PairExample, PairFile, pairs_of_file
+from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.evaluation.scored_pairs import ScoredPairs
 from rlhf_ray.planning.capacity import needed
+from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.trainers.session import Place
 
 WORST = 50
@@ -41,7 +41,7 @@ def evaluate(
     from rlhf_ray.actors.workers import WorkerSetup
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
-    from rlhf_ray.trainers.reward_evaluation import HeldOut
+    from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
 
     if output is not None and not output.parent.is_dir():
         raise RequestError(
@@ -69,7 +69,7 @@ def evaluate(
 
 def tell(scored: ScoredPairs) -> dict[str, Any]:
     """Print the figures of all pairs, of each source and of RewardBench's sections; also as plain values."""
-    from rlhf_ray.trainers.reward_evaluation import source_table
+    from rlhf_ray.trainers.supervised.reward_evaluation import source_table
 
     figures = scored.figures()
     say(table("all pairs", ("figure", "value"), [(name, f"{value:.4g}") for name, value in figures.items()]))

@@ -14,9 +14,9 @@ from rlhf_ray.config.schema import Dtype, ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models import load_policy, load_regression, load_tokenizer, save_pretrained
-from rlhf_ray.models.adapters import adapter_head_name
-from rlhf_ray.models.checkpoint import Checkpoint
 from rlhf_ray.models.heads import ON_DISK, find_head
+from rlhf_ray.models.weights.adapters import adapter_head_name
+from rlhf_ray.models.weights.checkpoint import Checkpoint
 
 STORED: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FINAL = "final"

@@ -19,13 +19,13 @@ from typing import NoReturn
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.actors.ranks import RayRanks
-from rlhf_ray.config.files import hub_ids
+from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
 from rlhf_ray.planning.capacity import needed
 from rlhf_ray.serving.auth import read_tokens, require_closed
-from rlhf_ray.serving.handle import find_service, gateway_name
+from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from rlhf_ray.serving.server import WebServer
 
 SECONDS_BETWEEN_CHECKS = 5.0

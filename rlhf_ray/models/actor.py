@@ -18,19 +18,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_ray.algorithms.losses import PolicyOutputs
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
-from rlhf_ray.models.adapters import load_adapter, refuse_second_adapter
-from rlhf_ray.models.checkpoint import Checkpoint
-from rlhf_ray.models.liger import use_liger
-from rlhf_ray.models.load import (
+from rlhf_ray.models.forward.liger import use_liger
+from rlhf_ray.models.forward.log_probs import LogProbHead
+from rlhf_ray.models.forward.packed import packed_forward, padded_positions, unpad
+from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
+from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.load import (
     install_log_prob_head,
     load_weights,
     prepare,
     prove,
     torch_dtype,
 )
-from rlhf_ray.models.log_probs import LogProbHead
-from rlhf_ray.models.lora import add_lora
-from rlhf_ray.models.packed import packed_forward, padded_positions, unpad
+from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
 
@@ -93,7 +93,7 @@ class Actor(nn.Module):
             model.config.output_router_logits = True
         self.temperature, self.packing_samples = temperature, packing_samples
         if isinstance(pretrain_or_model, str):
-            from rlhf_ray.models.report import describe
+            from rlhf_ray.models.describe import describe
 
             get_logger(__name__).info("%s: %s", pretrain_or_model, describe(self))
 

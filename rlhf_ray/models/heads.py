@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.weights.checkpoint import Checkpoint
 
 HeadInit = Literal["hf", "inv_sqrt", "inv", "zero"]
 HEAD_INITS: tuple[HeadInit, ...] = ("hf", "inv_sqrt", "inv", "zero")

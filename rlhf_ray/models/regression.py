@@ -18,12 +18,19 @@ from transformers import AutoModel, PreTrainedModel
 from rlhf_ray.algorithms.reward_losses import RewardOutputs, router_balance
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
-from rlhf_ray.models.adapters import adapter_head, adapter_head_name, load_adapter, refuse_second_adapter
-from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.forward.packed import (
+    last_token_forward,
+    packed_forward,
+    pad_back,
+    padded_positions,
+    routed_forward,
+    unpad,
+)
 from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
-from rlhf_ray.models.load import load_weights, prepare, prove, torch_dtype
-from rlhf_ray.models.lora import add_lora
-from rlhf_ray.models.packed import last_token_forward, packed_forward, pad_back, padded_positions, routed_forward, unpad
+from rlhf_ray.models.weights.adapters import adapter_head, adapter_head_name, load_adapter, refuse_second_adapter
+from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.load import load_weights, prepare, prove, torch_dtype
+from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
 OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output") for part in ("weight", "bias")}
@@ -248,7 +255,7 @@ def get_llm_for_sequence_regression(
         load_adapter(model.backbone, checkpoint.adapter, inside=f"{model.backbone_name}.")
     elif lora_rank:
         add_lora(model.backbone, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
-    from rlhf_ray.models.report import describe
+    from rlhf_ray.models.describe import describe
 
     get_logger(__name__).info("%s: %s", model_name_or_path, describe(model))
     return model

@@ -21,14 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.adapters import PREFIX, adapter_name
-from rlhf_ray.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from rlhf_ray.models.classification import classifier_of, unreadable
+from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.heads import ON_DISK
-from rlhf_ray.models.lora import ADAPTER, adapted_layers
-from rlhf_ray.models.names import disk_names
 from rlhf_ray.models.regression import SequenceRegression
-from rlhf_ray.models.tokens import add_pad_token
+from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
+from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from rlhf_ray.models.weights.classification import classifier_of, unreadable
+from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
+from rlhf_ray.models.weights.tokenizer import add_pad_token
 
 
 def save_pretrained(

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from rlhf_ray.monitoring.jsonl import JsonLines
 from rlhf_ray.monitoring.registry import REGISTRY
+from rlhf_ray.storage.jsonl import JsonLines
 
 
 class Sink(Protocol):

@@ -17,12 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rlhf_ray.config.formats import raw_rows
 from rlhf_ray.console import progress
 from rlhf_ray.errors import DataError, RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import Scorer
+from rlhf_ray.rows.formats import raw_rows
 from rlhf_ray.storage import storage_errors, write_file
 
 SCORE = "score"

@@ -23,10 +23,10 @@ from typing import Any
 from rlhf_ray import storage
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
-from rlhf_ray.monitoring.jsonl import JsonLines
-from rlhf_ray.monitoring.summary import Summary
+from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.runs.ledger import Ledger
+from rlhf_ray.storage.jsonl import JsonLines
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}

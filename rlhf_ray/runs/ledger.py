@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlhf_ray.data.order import Part
 from rlhf_ray.errors import IntegrityError
-from rlhf_ray.monitoring.jsonl import JsonLines
+from rlhf_ray.storage.jsonl import JsonLines
 
 
 @dataclass(frozen=True)

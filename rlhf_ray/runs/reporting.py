@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from rlhf_ray import storage
-from rlhf_ray.monitoring.report import RunReport, render_report
+from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.runs.directory import RunDirectory
 
 

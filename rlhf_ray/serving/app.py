@@ -22,7 +22,6 @@ from rlhf_ray.config.schema import ServiceConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.auth import OPEN_ROUTES, Keys, RateLimit, TokenGate
 from rlhf_ray.serving.bodies import BodyReader
-from rlhf_ray.serving.core import ScoringCore, caller_of
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Models
 from rlhf_ray.serving.openapi import document, page
@@ -30,6 +29,7 @@ from rlhf_ray.serving.protocol import Protocol
 from rlhf_ray.serving.protocols import PROTOCOLS
 from rlhf_ray.serving.protocols.tei import info_keys
 from rlhf_ray.serving.refusals import Refusal, plain
+from rlhf_ray.serving.scoring import ScoringCore, caller_of
 from rlhf_ray.serving.tracing import NoTracer, Tracer
 
 READY_IF_SCORED_WITHIN_S = 60.0

@@ -20,9 +20,9 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.auth import TokenFile
 from rlhf_ray.serving.backend import GroupBackend
-from rlhf_ray.serving.core import limits_of
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Models, ServedModel
+from rlhf_ray.serving.scoring import limits_of
 from rlhf_ray.serving.server import WebServer
 from rlhf_ray.serving.tracing import OpenTelemetryTracer
 

@@ -20,11 +20,20 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
 from rlhf_ray.monitoring.phases import PhaseClock
-from rlhf_ray.monitoring.summary import BestOf, Check, Figure, MemoryRecord, PreferencePage, Sample, Summary, Table
+from rlhf_ray.monitoring.report.summary import (
+    BestOf,
+    Check,
+    Figure,
+    MemoryRecord,
+    PreferencePage,
+    Sample,
+    Summary,
+    Table,
+)
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
-from rlhf_ray.trainers.self_check import Check as SelfChecked
+from rlhf_ray.trainers.ppo.self_check import Check as SelfChecked
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 SHOWN = (

@@ -16,7 +16,7 @@ from rlhf_ray.actors.ranks import InProcessRanks, Ranks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup, RolloutWorker
 from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker, WorkerSetup
-from rlhf_ray.config.files import hub_ids
+from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.schema import ClusterConfig, JobConfig, ResourcesConfig, RoleConfig, RolloutConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.pending import Pending

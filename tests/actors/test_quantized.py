@@ -13,7 +13,7 @@ from rlhf_ray.config.schema import RoleConfig
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.models import load_policy, save_pretrained
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.quantization import four_bit_layers
+from rlhf_ray.models.weights.quantization import four_bit_layers
 from rlhf_ray.rollout.wire import to_tensor
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack

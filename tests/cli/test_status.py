@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray import storage
 from rlhf_ray.cli.main import main
-from rlhf_ray.monitoring.summary import Summary
+from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.directory import RunDirectory
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.config.keys import keys_of, roles_of
 from rlhf_ray.config.openrlhf import FLAGS, hint
 from rlhf_ray.config.schema import JOBS
+from rlhf_ray.config.spelling import keys_of, roles_of
 
 ALL_KEYS = {key for job in JOBS.values() for key in keys_of(job)}
 ALL_ROLES = {role for job in JOBS.values() for role in roles_of(job)}

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.data.encode import EQUAL, Drops, encode_pair, encode_pairs
-from rlhf_ray.data.preferences import PreferencePair, read_preferences
 from rlhf_ray.errors import DataError
+from rlhf_ray.rows.preferences import PreferencePair, read_preferences
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"

@@ -7,7 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.demonstrations import Demonstration
 from rlhf_ray.data.encode import (
     EQUAL,
     ROWS_AT_ONCE,
@@ -21,10 +20,11 @@ from rlhf_ray.data.encode import (
     encode_prompt,
     encode_prompts,
 )
-from rlhf_ray.data.preferences import PreferencePair
-from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError
+from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.preferences import PreferencePair
+from rlhf_ray.rows.prompts import Prompt
 
 PLAIN, STARTING, BOTH = "$A", "<s> $A", "<s> $A </s>"
 LETTERS = st.text("ab ?\n", min_size=1, max_size=12)

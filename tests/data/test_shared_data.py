@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.data.encode import Drops, encode_pairs
-from rlhf_ray.data.preferences import ANSWER_BEGINS, read_preferences
-from rlhf_ray.data.prompts import read_prompts
-from rlhf_ray.data.rows import read_rows
 from rlhf_ray.data.tokenizers import EOS, make_tokenizer
+from rlhf_ray.rows.preferences import ANSWER_BEGINS, read_preferences
+from rlhf_ray.rows.prompts import read_prompts
+from rlhf_ray.rows.read import read_rows
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PAIRS = SHARED / "hh_harmless_pairs.jsonl.gz"

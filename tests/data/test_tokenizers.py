@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from rlhf_ray.data import grammar
 from rlhf_ray.data.tokenizers import fingerprint, make_tokenizer, stop_token_ids, template_fingerprint
-from rlhf_ray.data.world import World
 from rlhf_ray.errors import DataError, RequestError
+from rlhf_ray.world import language
+from rlhf_ray.world.generate import World
 
 ROWS = [
     {"chosen": "\n\nHuman: café?\n\nAssistant: Sure, here it is — “ok” 🙂.", "rejected": "no"},
@@ -50,7 +50,7 @@ def test_every_text_of_the_world_is_one_token_a_word_and_comes_back(words: PreTr
     for text in world_texts():
         ids = words(text)["input_ids"]
         assert words.unk_token_id not in ids
-        assert words.convert_ids_to_tokens(ids) == grammar.pieces(text)
+        assert words.convert_ids_to_tokens(ids) == language.pieces(text)
         assert words.decode(ids) == text
 
 

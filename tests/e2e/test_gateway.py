@@ -17,7 +17,7 @@ import pytest
 from rlhf_ray.cli.main import main
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, RequestError
 from rlhf_ray.rewards import ScoreRequest
-from rlhf_ray.serving.handle import ServedScorer, find_service
+from rlhf_ray.serving.cluster_client import ServedScorer, find_service
 
 from ..faults.serving import ASKERS, LIMIT_S, ask, campaign, gateway, reward_processes
 from ..serving.reward_models import MEAN, STD, Reference, save_reward_model

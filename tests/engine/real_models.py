@@ -12,7 +12,7 @@ from toy import distance, engine_config, make_batch
 from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood
 from rlhf_ray.engine import Engine
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.make import make_model
+from rlhf_ray.models.weights.tiny_llama import make_model
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
 

@@ -11,8 +11,8 @@ from torch import nn
 from rlhf_ray.engine import DiskWeights
 from rlhf_ray.engine.weights import gathered_groups, layer_of, layers
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.make import make_model
-from rlhf_ray.models.names import disk_names
+from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.weights.tiny_llama import make_model
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ import psutil
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.config.schema import ClusterConfig, ModelConfig, ResourcesConfig, RunConfig, ScoringRole, ServeConfig
-from rlhf_ray.serving.handle import find_service, gateway_name
+from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from tests.serving.reward_models import Reference, save_reward_model
 
 TRIES, SECONDS_BETWEEN_TRIES, TIMEOUT_S = 5, 1.0, 180.0

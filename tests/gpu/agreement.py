@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.sequences import padded_batches, ragged_sequences
 from rlhf_ray.models import Actor, PackedPolicy, packed_forward, save_pretrained
-from rlhf_ray.models.log_probs import LogProbHead
+from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, pack
 
 VOCABULARY = 512

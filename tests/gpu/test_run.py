@@ -13,8 +13,8 @@ import torch
 
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.names import disk_names
-from rlhf_ray.models.segments import Group, Segments
+from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.forward.segments import Group, Segments
 from tests.gpu import agreement, throughput
 from tests.gpu.run import CHECKS, Check, _run
 from tests.gpu.stack import CONFIG, OVERRIDES

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 from benchmarks.figures import Figure, Figures
 from benchmarks.sequences import ragged_sequences
 from rlhf_ray.models import Actor, PackedPolicy
-from rlhf_ray.models.make import make_config
+from rlhf_ray.models.weights.tiny_llama import make_config
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, make_schedule, pack
 
 REPEATS = 5

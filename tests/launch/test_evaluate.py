@@ -15,14 +15,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.pairs import Keys
 from rlhf_ray.config.schema import MakeConfig, ModelConfig
-from rlhf_ray.data.world import World
 from rlhf_ray.launch.evaluate import evaluate
 from rlhf_ray.models import load_tokenizer, save_pretrained
-from rlhf_ray.models.roles import load_regression
-from rlhf_ray.trainers import reward_evaluation
+from rlhf_ray.models.from_config import load_regression
+from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.trainers.session import ThisProcess
+from rlhf_ray.trainers.supervised import reward_evaluation
+from rlhf_ray.world.generate import World
 
 SUBSETS = ("hep-go", "hep-rust", "math-prm", "house")
 

@@ -20,11 +20,12 @@ from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.engine import Engine, destroy_process_group, init_process_group
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models import load_regression, log_probs
+from rlhf_ray.models import load_regression
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.names import disk_names
+from rlhf_ray.models.describe import describe
+from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.forward import log_probs
 from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
-from rlhf_ray.models.report import describe
 from rlhf_ray.models.save import save_adapter, save_pretrained
 from rlhf_ray.trajectories import TrajectoryBatch, pack
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_ray.models import attention
-from rlhf_ray.models.attention import segment_attention
-from rlhf_ray.models.segments import Segments
+from rlhf_ray.models.forward import attention
+from rlhf_ray.models.forward.attention import segment_attention
+from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.trajectories.packing import lineage
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8

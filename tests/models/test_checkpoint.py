@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.checkpoint import Checkpoint
+from rlhf_ray.models.weights.checkpoint import Checkpoint
 
 Make = Callable[..., PreTrainedModel]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.models import log_probs
-from rlhf_ray.models.log_probs import LogProbHead, chunk_size
+from rlhf_ray.models.forward import log_probs
+from rlhf_ray.models.forward.log_probs import LogProbHead, chunk_size
 
 HIDDEN, VOCABULARY, TOKENS = 16, 50, 23
 

@@ -20,8 +20,8 @@ from transformers import (
 
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.load import prepare
-from rlhf_ray.models.packed import packed_forward, pad_back, padded_positions, unpad
+from rlhf_ray.models.forward.packed import packed_forward, pad_back, padded_positions, unpad
+from rlhf_ray.models.weights.load import prepare
 from rlhf_ray.trajectories.packing import Packed
 
 Make = Callable[..., PreTrainedModel]

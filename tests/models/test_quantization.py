@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models import quantization
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.names import disk_names
-from rlhf_ray.models.quantization import dequantized, four_bit_layers
+from rlhf_ray.models.describe import describe
+from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
-from rlhf_ray.models.report import describe
 from rlhf_ray.models.save import save_pretrained
+from rlhf_ray.models.weights import quantization
+from rlhf_ray.models.weights.quantization import dequantized, four_bit_layers
 from rlhf_ray.trajectories.packing import Packed
 
 from .conftest import random_model, save_random, shake_adapters
@@ -136,7 +136,7 @@ def test_no_kernel_is_fetched_from_a_hub() -> None:
 import sys, types
 kernels = sys.modules["kernels"] = types.ModuleType("kernels")
 kernels.get_kernel = lambda *names, **options: print("fetched", names)
-from rlhf_ray.models.quantization import bitsandbytes
+from rlhf_ray.models.weights.quantization import bitsandbytes
 assert bitsandbytes() is sys.modules["bitsandbytes"] and sys.modules["kernels"] is kernels
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

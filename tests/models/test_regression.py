@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.describe import describe
 from rlhf_ray.models.heads import fresh_head
 from rlhf_ray.models.regression import (
     CriticModel,
@@ -21,7 +22,6 @@ from rlhf_ray.models.regression import (
     SequenceRegression,
     get_llm_for_sequence_regression,
 )
-from rlhf_ray.models.report import describe
 from rlhf_ray.trajectories.packing import Packed
 
 from .conftest import FAMILIES

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.lora import add_lora
-from rlhf_ray.models.names import disk_names
+from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
+from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
 from .conftest import save_random, shake_adapters

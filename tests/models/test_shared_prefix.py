@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_ray.models import backends
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.load import prove
+from rlhf_ray.models.forward import attention_backends as backends
+from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
-from rlhf_ray.models.segments import Segments
+from rlhf_ray.models.weights.load import prove
 from rlhf_ray.trajectories import packing
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_shares_as_well(causal: Make) -> None:
 def test_loading_proves_it(causal: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that forgets what a segment continues is caught before anything is trained."""
     from rlhf_ray.errors import ModelLoadError
-    from rlhf_ray.models import packed
+    from rlhf_ray.models.forward import packed
 
     model = Actor(causal(), param_dtype="fp32").model
     monkeypatch.setattr(packed.Segments, "of", classmethod(lambda cls, offsets, parent=None: _forgetful(cls, offsets)))

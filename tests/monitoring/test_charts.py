@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.monitoring.charts import (
+from rlhf_ray.monitoring.report.charts import (
     LEFT,
     RIGHT,
     SHOWN_POINTS,

@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.monitoring import REGISTRY, Check, Figure, MemoryRecord, Sample, Summary, Table, render_report
-from rlhf_ray.monitoring.report import RunReport
-from rlhf_ray.monitoring.summary import Answer, BestOf
+from rlhf_ray.monitoring.report.page import RunReport
+from rlhf_ray.monitoring.report.summary import Answer, BestOf
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import gae, reward_to_go
 from rlhf_ray.algorithms.denominators import denominator
-from rlhf_ray.algorithms.groups import group_baseline
+from rlhf_ray.algorithms.group_baselines import group_baseline
 from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_loss, token_kl
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs, ValueLoss

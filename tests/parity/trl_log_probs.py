@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlhf_ray.models.log_probs import LogProbHead
+from rlhf_ray.models.forward.log_probs import LogProbHead
 
 TOKENS, HIDDEN, VOCABULARY = 24, 8, 40
 TEMPERATURES = [1.0, 0.7]

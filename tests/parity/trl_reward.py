@@ -25,9 +25,9 @@ from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
+from rlhf_ray.data.load import PairExample, pair_batch
 from rlhf_ray.models import save_pretrained
-from rlhf_ray.trainers.datasets import PairExample, pair_batch
-from rlhf_ray.trainers.supervised import cut, learn
+from rlhf_ray.trainers.supervised.loop import cut, learn
 
 PAD, EOS = 0, 1
 """No sequence holds PAD, by which TRL finds its end. Some hold EOS before their end, and some do not end with it."""

@@ -35,8 +35,8 @@ def make_inputs(seed: int = 24) -> dict[str, Any]:
 def real_pairs(file: Path, seed: int = 25) -> dict[str, Any]:
     """Pairs of a data file with no side longer than the model's positions, in the order of the file."""
     from rlhf_ray.data.encode import Drops, encode_pairs
-    from rlhf_ray.data.preferences import read_preferences
     from rlhf_ray.data.tokenizers import make_tokenizer
+    from rlhf_ray.rows.preferences import read_preferences
 
     tokenizer = make_tokenizer(file, REAL_SIZES["vocab_size"])
     longest = REAL_SIZES["max_position_embeddings"]

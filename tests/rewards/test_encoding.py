@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.demonstrations import Demonstration
 from rlhf_ray.data.encode import encode_demonstration
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.rows.demonstrations import Demonstration
 
 from ..serving.reward_models import BOS, EOS, make_tokenizer
 

@@ -16,10 +16,10 @@ import pytest
 
 from rlhf_ray import storage
 from rlhf_ray.errors import RequestError
-from rlhf_ray.monitoring import Check, Figure, JsonLines, MetricsLog, Sample, Summary, Table, jsonl
-from rlhf_ray.monitoring.summary import Answer
+from rlhf_ray.monitoring import Check, Figure, JsonLines, MetricsLog, Sample, Summary, Table
+from rlhf_ray.monitoring.report.summary import Answer
 from rlhf_ray.runs import RunDirectory, checkpoints, directory, ledger, write_report
-from rlhf_ray.storage import atomic
+from rlhf_ray.storage import atomic, jsonl
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 CONFIG = "kind: ppo\nrun:\n  name: demo\n"

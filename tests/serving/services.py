@@ -12,9 +12,9 @@ from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.auth import Keys
-from rlhf_ray.serving.core import limits_of
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Backend, Models, ServedModel
+from rlhf_ray.serving.scoring import limits_of
 
 
 def served_models(

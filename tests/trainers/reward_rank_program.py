@@ -27,12 +27,12 @@ def measure(
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
     from rlhf_ray.data.encode import Drops, encode_pairs
-    from rlhf_ray.data.pairs import PairExample
+    from rlhf_ray.data.encoded_pairs import PairExample
+    from rlhf_ray.data.load import pair_batch
     from rlhf_ray.data.tokenizers import make_tokenizer
-    from rlhf_ray.data.world import World
-    from rlhf_ray.trainers.datasets import pair_batch
-    from rlhf_ray.trainers.supervised import cut
+    from rlhf_ray.trainers.supervised.loop import cut
     from rlhf_ray.trajectories.schedule import deal_packs
+    from rlhf_ray.world.generate import World
 
     class Rank(RewardWorker):
         """A worker that meets its group once, for all stages."""

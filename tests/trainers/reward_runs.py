@@ -43,8 +43,8 @@ def train(config: Any, *, resume: bool = False) -> Any:
     """Run it here, from its start or its last commit; returns the run directory, released."""
     from rlhf_ray.config.loading import dump_config
     from rlhf_ray.runs.directory import RunDirectory
-    from rlhf_ray.trainers.reward_model import train_reward_model
     from rlhf_ray.trainers.session import ThisProcess
+    from rlhf_ray.trainers.supervised.reward_model import train_reward_model
 
     path, checkpoint = Path(config.run.root) / config.run.name, None
     if resume:
@@ -60,7 +60,7 @@ def train(config: Any, *, resume: bool = False) -> Any:
 
 def record_pairs(file: Path) -> None:
     """From now on, keep a line of every update's pairs."""
-    from rlhf_ray.trainers import reward_model
+    from rlhf_ray.trainers.supervised import reward_model
 
     make = reward_model.pair_batch
 

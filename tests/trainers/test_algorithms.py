@@ -11,7 +11,7 @@ import torch
 from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.ppo_run import train_ppo
+from rlhf_ray.trainers.ppo.build import train_ppo
 from rlhf_ray.trainers.session import ThisProcess
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.best import Best
+from rlhf_ray.trainers.supervised.best import Best
 
 FIGURE = "evaluation/accuracy"
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.trainers.algorithm import preparation_of
-from rlhf_ray.trainers.experience import TextSample, TokenizedPrompt
-from rlhf_ray.trainers.judged import Judged
-from rlhf_ray.trainers.ppo_evaluation import BestOf, PpoEvaluation
+from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.trainers.ppo.algorithm import preparation_of
+from rlhf_ray.trainers.ppo.answers import Judged
+from rlhf_ray.trainers.ppo.evaluation import BestOf, PpoEvaluation
+from rlhf_ray.trainers.ppo.experience import TextSample
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import parse_config
+from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
-from rlhf_ray.trainers.experience import Experience, TextSample, TokenizedPrompt, score_columns
-from rlhf_ray.trainers.groups import Groups
+from rlhf_ray.trainers.ppo.experience import Experience, TextSample, score_columns
+from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CONFIG = """

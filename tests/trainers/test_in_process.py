@@ -18,11 +18,11 @@ from rlhf_ray.config.schema import TrainingConfig
 from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
-from rlhf_ray.trainers.learner import Learner
-from rlhf_ray.trainers.ppo_run import train_ppo
-from rlhf_ray.trainers.reward_model import train_reward_model
+from rlhf_ray.trainers.ppo.build import train_ppo
+from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.session import ThisProcess
-from rlhf_ray.trainers.sft import train_sft
+from rlhf_ray.trainers.supervised.reward_model import train_reward_model
+from rlhf_ray.trainers.supervised.sft import train_sft
 
 pytestmark = pytest.mark.early
 

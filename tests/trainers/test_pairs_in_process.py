@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from rlhf_ray.config.loading import dump_config, parse_config
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import ResumableStop
-from rlhf_ray.models.make import make_model
+from rlhf_ray.models.weights.tiny_llama import make_model
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers import reward_model, stopping
+from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.session import ThisProcess
+from rlhf_ray.trainers.supervised import reward_model
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"

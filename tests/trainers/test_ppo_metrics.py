@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.config.schema import ModelConfig, RolloutConfig
-from rlhf_ray.trainers.ppo_metrics import negative_kl
+from rlhf_ray.trainers.ppo.metrics import negative_kl
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 VOCABULARY, SEQUENCES, LENGTH = 20, 400, 5

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.config.schema import KlConfig
-from rlhf_ray.trainers.learner import Outcome
-from rlhf_ray.trainers.ppo_progress import PpoProgress
+from rlhf_ray.trainers.ppo.progress import PpoProgress
+from rlhf_ray.trainers.ppo.update import Outcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 ADAPTIVE = KlConfig(coefficient=0.1, target=6.0, horizon=100)

@@ -6,9 +6,9 @@ import pytest
 
 from rlhf_ray.algorithms.rankings import Focal, Hinge, LogExp, Ordinal, Scaled, Sigmoid
 from rlhf_ray.config.schema import RewardLossConfig
+from rlhf_ray.data.load import PairExample
 from rlhf_ray.errors import DataError
-from rlhf_ray.trainers.datasets import PairExample
-from rlhf_ray.trainers.preference_loss import make_loss
+from rlhf_ray.trainers.supervised.preference_loss import make_loss
 
 
 def pairs(*, margins: tuple[float | None, ...] = (None, None), grades: tuple[float | None, ...] = (None, None)):

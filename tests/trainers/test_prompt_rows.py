@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.schema import DataConfig, WorldConfig
+from rlhf_ray.data.load import tokenized_prompts
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError
-from rlhf_ray.trainers.datasets import tokenized_prompts
 
 TEMPLATE = (
     "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"

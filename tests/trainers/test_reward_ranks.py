@@ -14,10 +14,10 @@ import torch
 
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.schema import MakeConfig, ModelConfig
+from rlhf_ray.data.load import pair_batch
 from rlhf_ray.models import load_tokenizer, save_pretrained
-from rlhf_ray.models.roles import load_regression
-from rlhf_ray.trainers import reward_evaluation
-from rlhf_ray.trainers.datasets import pair_batch
+from rlhf_ray.models.from_config import load_regression
+from rlhf_ray.trainers.supervised import reward_evaluation
 
 from . import reward_rank_program as program
 from .reward_runs import config_of
@@ -86,7 +86,7 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     from rlhf_ray.actors.ranks import InProcessRanks
     from rlhf_ray.actors.reward_worker import RewardWorker
     from rlhf_ray.actors.workers import WorkerSetup
-    from rlhf_ray.trainers.datasets import pair_examples
+    from rlhf_ray.data.load import pair_examples
 
     config = config_of(tmp_path)
     reward = RewardGroup(InProcessRanks("reward", RewardWorker()))

@@ -17,7 +17,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.function_source import FunctionSource
 from rlhf_ray.rewards.source import ModelSource
-from rlhf_ray.trainers.reward_sources import SHIPPED, reward_source
+from rlhf_ray.trainers.ppo.rewards import SHIPPED, reward_source
 
 CONFIG = """
 kind: ppo

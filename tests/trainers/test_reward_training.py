@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_ray.data.load import demonstration_examples, pair_examples
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers import reward_model, reward_saving
-from rlhf_ray.trainers.datasets import demonstration_examples, pair_examples
+from rlhf_ray.trainers.supervised import reward_model, reward_saving
 
 from . import reward_runs
 from .reward_runs import RECORD, config_of, record_pairs, train

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.data.grammar import NAMES
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.ppo_run import train_ppo
+from rlhf_ray.trainers.ppo.build import train_ppo
 from rlhf_ray.trainers.session import ThisProcess
+from rlhf_ray.world.language import NAMES
 from tests.trainers.glossary import unexplained
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"

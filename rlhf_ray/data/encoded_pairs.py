@@ -1,0 +1,153 @@
+"""Preference pairs as they are trained on: token ids, numbers and sources, encoded once and kept.
+
+Always true: one entry a row, in the order of the file, whether its pair is used or dropped; what is read from the cache is
+what encoding the file again would give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from rlhf_ray.data.cache import cached, content_hash, key_of
+from rlhf_ray.data.encode import EncodedPair, in_parts, pair_outcomes
+from rlhf_ray.data.tokenizers import encoding_fingerprint
+from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import PreferencePair, read_preferences
+
+FORMAT = 1
+"""Raised when the same file and settings give another table."""
+IDS = pa.large_list(pa.int32())
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.string(),
+        "problem": pa.string(),
+        "chosen": IDS,
+        "rejected": IDS,
+        "prompt_length": pa.int32(),
+        "cut": pa.int32(),
+        "margin": pa.float64(),
+        "grade": pa.float64(),
+        "source": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PairExample:
+    """Token ids of a preference pair, the prompt before both answers, and what its row says beside them."""
+
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    margin: float | None = None
+    grade: float | None = None
+    """By how much the chosen side is better: 0 is a tie."""
+    source: str = ""
+    prompt_length: int = 0
+    """Tokens of the prompt, the same in both sides; 0 where the template does not tell where the answer begins."""
+    cut: int = 0
+    """Tokens that the prompt has lost."""
+
+
+class PairRow(NamedTuple):
+    """What became of one row: a pair, or the reason why it is dropped; its prompt as a hash."""
+
+    prompt: str
+    pair: PairExample | str
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """A file of preferences and how it is read: with the tokenizer, all that decides what its pairs are."""
+
+    path: str
+    keys: Keys
+    max_tokens: int
+    turns: bool = False
+    """Whether texts become messages."""
+    cut_prompt: bool = False
+    """Whether the prompt of a pair that is too long loses its beginning; else the pair is dropped."""
+    max_rows: int | None = None
+
+
+def pairs_of_file(
+    file: PairFile, tokenizer: Any, cache: str | Path | None = None, *, source: str = ""
+) -> list[PairRow]:
+    """Every row of a file, from the folder ``cache`` where that holds it; ``source`` is that of rows that name none."""
+
+    def make() -> pa.Table:
+        rows = read_preferences(file.path, *file.keys, turns=file.turns, max_rows=file.max_rows)
+        return _encoded(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
+
+    if cache is None or not Path(file.path).exists():
+        return _rows(make(), source)
+    settings = {name: value for name, value in asdict(file).items() if name != "path"}
+    about = {
+        "format": FORMAT,
+        "settings": settings,
+        "content": content_hash(file.path),
+        "tokenizer": encoding_fingerprint(tokenizer),
+    }
+    return _rows(cached(cache, f"pairs-{key_of(about)}", make), source)
+
+
+def pairs_of_rows(
+    rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool = False
+) -> list[PairRow]:
+    """The same for rows that are at hand."""
+    return _rows(_encoded(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
+
+
+def _encoded(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
+    """Part by part, so that little besides the table is held at once."""
+
+    def encode(part: Sequence[PreferencePair]) -> pa.Table:
+        return _table(part, pair_outcomes(tokenizer, part, max_tokens, cut_prompt=cut_prompt))
+
+    parts = list(in_parts(rows, "pairs", encode))
+    return pa.concat_tables(parts) if parts else _table([], [])
+
+
+def _table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair | str]) -> pa.Table:
+    kept = [EncodedPair([], [], 0) if isinstance(outcome, str) else outcome for outcome in outcomes]
+    columns = {
+        "prompt": [_prompt_hash(row) for row in rows],
+        "problem": [outcome if isinstance(outcome, str) else "" for outcome in outcomes],
+        **{name: [getattr(pair, name) for pair in kept] for name in EncodedPair._fields},
+        **{name: [getattr(row, name) for row in rows] for name in ("margin", "grade", "source")},
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _prompt_hash(row: PreferencePair) -> str:
+    """The same for two rows with the same prompt and tools, whatever else they hold."""
+    prompt = row.prompt.strip() if isinstance(row.prompt, str) else [row.prompt, row.tools]
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _rows(table: pa.Table, source: str = "") -> list[PairRow]:
+    chosen, rejected = _ids(table["chosen"]), _ids(table["rejected"])
+    names = ("prompt", "problem", "margin", "grade", "source", "prompt_length", "cut")
+    rest = zip(*(table[name].to_pylist() for name in names), strict=True)
+    return [
+        PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *lengths))
+        for better, worse, (prompt, problem, margin, grade, own_source, *lengths) in zip(
+            chosen, rejected, rest, strict=True
+        )
+    ]
+
+
+def _ids(column: pa.ChunkedArray) -> list[Any]:
+    """Views of one array of ids, one a row."""
+    views = []
+    for chunk in column.chunks:
+        flat, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        views += [flat[start:end] for start, end in pairwise(ends)]
+    return views

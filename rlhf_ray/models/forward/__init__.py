@@ -1,0 +1,1 @@
+"""The forward pass over packed sequences: attention, segments, log-probs, parallel packs."""

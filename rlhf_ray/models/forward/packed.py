@@ -1,0 +1,135 @@
+"""Running a model on a pack: the only way this project's own code runs one.
+
+Always true: the hidden states of a sequence are those of the sequence run alone, whatever it shares; a model whose
+attention cannot be packed safely is refused by its name rather than run wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.forward.last_tokens import reading
+from rlhf_ray.models.forward.segments import Segments
+from rlhf_ray.trajectories.packing import Packed
+
+SERVED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "tokens hidden"]:
+    """Return the last hidden state of every token of the pack."""
+    hidden: Tensor = _run(backbone, packed).last_hidden_state[0]
+    return hidden
+
+
+def last_token_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "sequences hidden"]:
+    """Return the last hidden state of the last token of each sequence, and compute no other in the last layer."""
+    with reading(backbone, packed.last_tokens):
+        return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
+
+
+def routed_forward(
+    backbone: PreTrainedModel, packed: Packed
+) -> tuple[Float[Tensor, "tokens hidden"], tuple[Float[Tensor, "tokens experts"], ...]]:
+    """The same with the logits of each layer's router, for a mixture of experts."""
+    output = _run(backbone, packed, output_router_logits=True)
+    if not output.get("router_logits"):
+        raise RequestError(f"{type(backbone).__name__} has no routers whose use of experts could be balanced")
+    return output.last_hidden_state[0], output.router_logits
+
+
+def _run(backbone: PreTrainedModel, packed: Packed, **options: bool) -> Any:
+    segments = Segments.of(packed.offsets, packed.parent)
+    output = backbone(
+        input_ids=packed.token_ids[None],
+        position_ids=packed.position_ids[None],
+        attention_mask=_no_mask(packed.token_ids.device),
+        use_cache=False,
+        **segments.arguments(),
+        **options,
+    )
+    _check_attended(backbone, segments)
+    return output
+
+
+def _no_mask(device: torch.device) -> Tensor:
+    """Return a mask that transformers hands on as it is, because it has four dimensions, and that no attention can
+    apply.
+
+    A registered backend knows the segments and ignores it; attention that bypasses the backends fails on its shape.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Refuse, by name, a model whose description already says that its attention cannot be packed."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if not model.is_backend_compatible():
+        raise ModelLoadError(
+            f"{name} cannot be run packed: its attention does not go through transformers' attention "
+            "interface. Choose another model"
+        )
+    unserved = set(_layer_types(config)) - SERVED_LAYERS
+    if unserved:
+        raise ModelLoadError(
+            f"{name} cannot be run packed: it has layers of type {', '.join(sorted(unserved))}, and "
+            f"packs serve {', '.join(sorted(SERVED_LAYERS))}. Choose another model"
+        )
+
+
+def _check_attended(backbone: PreTrainedModel, segments: Segments) -> None:
+    """Compare what the layers did in this pass with what the config says that they are."""
+    config = backbone.config.get_text_config()
+    layers = config.num_hidden_layers
+    if segments.attended != layers:
+        raise ModelLoadError(
+            f"{type(backbone).__name__} cannot be run packed: {segments.attended} of its {layers} layers "
+            "attended within the segments. Choose another model"
+        )
+    windows = _windowed_layers(config)
+    if segments.windowed < windows:
+        raise ModelLoadError(
+            f"{type(backbone).__name__} cannot be run packed: {windows} of its layers have a sliding "
+            f"window, but {segments.windowed} said so to the attention. Choose another model"
+        )
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    return list(config.layer_types or ()) if hasattr(config, "layer_types") else []
+
+
+def _windowed_layers(config: PreTrainedConfig) -> int:
+    types = _layer_types(config)
+    everywhere = not types and hasattr(config, "sliding_window") and config.sliding_window is not None
+    return config.num_hidden_layers if everywhere else types.count("sliding_attention")
+
+
+def padded_positions(attention_mask: Tensor) -> Int64[Tensor, "batch length"]:
+    """Count positions from the first attended token of each row; padding stands at 1, as in transformers."""
+    attended = attention_mask.long()
+    return (attended.cumsum(1) - 1).masked_fill(attended == 0, 1)
+
+
+def unpad(token_ids: Int64[Tensor, "batch length"], attention_mask: Tensor) -> tuple[Packed, Int64[Tensor, "tokens"]]:
+    """Pack the attended tokens of a padded batch; also return where each stood in the flattened batch."""
+    attended = attention_mask.bool()
+    lengths = attended.sum(1)
+    if not bool((lengths > 0).all()):
+        raise RequestError(f"row {int((lengths == 0).nonzero()[0])} of the attention mask attends to nothing")
+    places = attended.flatten().nonzero()[:, 0]
+    positions = (attended.cumsum(1) - 1).flatten()[places]
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Packed(token_ids.flatten()[places], offsets, positions), places
+
+
+def pad_back(
+    tokens: Float[Tensor, "tokens hidden"], places: Int64[Tensor, "tokens"], batch: int, length: int
+) -> Float[Tensor, "batch length hidden"]:
+    """Put results per token where :func:`unpad` found the tokens; padding is zero."""
+    out = tokens.new_zeros(batch * length, tokens.shape[-1])
+    return out.index_put((places,), tokens).view(batch, length, -1)

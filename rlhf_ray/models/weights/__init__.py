@@ -1,0 +1,1 @@
+"""Weights on disk and in memory: reading, sharding, adapters, quantisation, tokenizers."""

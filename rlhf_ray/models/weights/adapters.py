@@ -1,0 +1,117 @@
+"""Reading directories that hold a LoRA adapter over another model, in PEFT's layout.
+
+Always true: every tensor of the adapter's file is used or the directory is refused; what an adapter asks for beyond
+plain LoRA is refused by name, since it would not be merged right; a pickle is never opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.heads import ON_DISK, ScoreHead, check_head
+from rlhf_ray.models.weights.lora import ADAPTER, inject, peft
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT writes in front of every name."""
+HEADS = {f"{ON_DISK}.weight", "value_head.weight"}
+
+
+def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -> None:
+    """Put the adapter of ``directory`` on ``model``; a head that lies with it is read by ``adapter_head``.
+
+    ``inside`` is where ``model`` stands in the model that the adapter was made for: ``model.`` for a backbone.
+    """
+    inject(model, _plain_lora(directory))
+    parameters = {inside + name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    found = {_live(name): tensor for name, tensor in _read(directory).items() if name not in HEADS}
+    different = sorted(parameters.keys() ^ found.keys())
+    if different:
+        raise ModelLoadError(
+            f"the adapter {directory} does not belong to a {type(model).__name__}: only one of them has {different[0]}"
+            + (f" (and {len(different) - 1} others differ)" if len(different) > 1 else "")
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != found[name].shape:
+            raise ModelLoadError(
+                f"{name} of the adapter {directory} has shape {tuple(found[name].shape)}, but its model needs "
+                f"{tuple(parameter.shape)}: it belongs to a model of another size"
+            )
+        parameter.data.copy_(found[name])
+
+
+def adapter_head_name(directory: Path) -> str | None:
+    """The tensor of an adapter that is the head of a reward model or critic; None where it has none."""
+    return next(iter(HEADS & _read(directory).keys()), None)
+
+
+def adapter_head(directory: Path, hidden: int) -> ScoreHead:
+    """That head."""
+    name = adapter_head_name(directory)
+    assert name is not None
+    weight = _read(directory)[name]
+    check_head(weight, name, directory, hidden)
+    head = ScoreHead(hidden)
+    head.weight.data.copy_(weight)
+    return head
+
+
+def refuse_second_adapter(name: str, adapter: Path | None, rank: int) -> None:
+    """Refuse to put a fresh adapter over one that was loaded."""
+    if adapter is not None and rank:
+        raise ModelLoadError(
+            f"{name} is a LoRA adapter already: leave lora_rank out (in a config, lora) to go on training it, or merge it "
+            "first with rlhf-ray export"
+        )
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    pickle = directory / "adapter_model.bin"
+    if not (directory / WEIGHTS).is_file():
+        if pickle.is_file():
+            raise ModelLoadError(
+                f"{directory} holds its adapter as pickle ({pickle.name}), which can run code when opened and is never "
+                "read: convert it to safetensors"
+            )
+        raise ModelLoadError(f"{directory} has no {WEIGHTS}: copy the whole adapter")
+    try:
+        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(directory / WEIGHTS).items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+
+
+def _plain_lora(directory: Path) -> Any:
+    config = peft().PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, peft().LoraConfig):
+        raise ModelLoadError(f"the adapter {directory} is of type {config.peft_type}: only LoRA adapters are served")
+    beyond = {
+        "use_dora": config.use_dora,
+        "bias": config.bias != "none",
+        "lora_bias": config.lora_bias,
+        "target_parameters": bool(config.target_parameters),
+    }
+    if any(beyond.values()):
+        names = ", ".join(name for name, used in beyond.items() if used)
+        raise ModelLoadError(
+            f"the adapter {directory} uses {names}, which is not served: merge it into its base with PEFT, and give that"
+        )
+    config.modules_to_save, config.inference_mode = None, False
+    return config
+
+
+def _live(name: str) -> str:
+    """A live name: with the adapter's own name before the last part."""
+    path, _, last = name.rpartition(".")
+    return f"{path}.{ADAPTER}.{last}"
+
+
+def adapter_name(live: str) -> str:
+    """The name that a live parameter of an adapter has in PEFT's file."""
+    return PREFIX + live.replace(f".{ADAPTER}.", ".")

@@ -1,0 +1,213 @@
+"""Loading transformers models for training and scoring.
+
+Always true: every weight of a loaded model came from its checkpoint (missing or misshapen ones are errors, whatever
+transformers would make up for them); dropout is off; the attention backend is one that packs, proved on the spot with
+short sequences, of which two share a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from rlhf_ray.console import get_logger, stderr
+from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.forward.attention_backends import REGISTERED, choose_backend
+from rlhf_ray.models.forward.log_probs import LogProbHead
+from rlhf_ray.models.forward.packed import check_packable, packed_forward
+from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.quantization import four_bit, prepare_four_bit
+from rlhf_ray.models.weights.sharded import in_shards, load_in_shards, wants_shards
+from rlhf_ray.trajectories.packing import Packed
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+AGREES_TO = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+"""Largest relative difference between packed and ordinary outputs in the check at loading: a model that mixes
+segments is off by about 1, and half precision may route a token of a mixture of experts elsewhere."""
+ALIGNMENT = 64
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Translate the name of a dtype."""
+    if name not in DTYPES:
+        raise ModelLoadError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_weights(
+    auto: type[AutoModel] | type[AutoModelForCausalLM],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    heads: Collection[str] = (),
+    ds_config: Mapping[str, Any] | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint; ``heads`` are tensors of it that the model does not take and that are read elsewhere.
+
+    Where ``ds_config`` asks for ZeRO-3 the model is built in shards, on all ranks together.
+    """
+    quantized: dict[str, Any] = {}
+    if load_in_4bit:
+        quantized = {"quantization_config": four_bit(dtype, in_shards=wants_shards(ds_config))}
+    if ds_config is not None and wants_shards(ds_config):
+        return load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
+    config = checkpoint.config(trust_remote_code=trust_remote_code)
+    try:
+        with _quiet_transformers():
+            model, info = auto.from_pretrained(
+                checkpoint.directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported then, and refused below by their names
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                **quantized,
+            )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {error}") from error
+    _check_info(checkpoint, type(model).__name__, info, heads)
+    _align(model)
+    if load_in_4bit:
+        prepare_four_bit(model)
+    return model
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Move weights to memory as torch allocates it: read from a file they lie anywhere, and matrix products on CPU give
+    other last digits for other alignments, so that a saved and loaded model would differ from itself.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load report, which this project gives in one line, and in logs its progress bar too."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled() and not stderr.is_terminal
+    transformers_logging.set_verbosity_error()
+    if bar:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads: Collection[str]) -> None:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched or info["error_msgs"]:
+        found = "; ".join(
+            f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            for what, names in (("missing", missing), ("of another shape", mismatched), ("errors", info["error_msgs"]))
+            if names
+        )
+        raise ModelLoadError(
+            f"{checkpoint.directory} does not hold the weights of a {model} ({found}): it is another kind of model"
+        )
+    unread = sorted(set(info["unexpected_keys"]) - set(heads))
+    if unread:
+        get_logger(__name__).info(
+            "%s does not use %d tensors of %s: %s", model, len(unread), checkpoint.directory, ", ".join(unread[:4])
+        )
+
+
+def prepare(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[str, str | None]:
+    """Make a model ready to run packed: dropout off, the attention backend set and proved.
+
+    Returns the backend and, where it is not the one asked for, why.
+    """
+    turn_dropout_off(model)
+    check_packable(model)
+    backend, note = choose_backend(attention, model.dtype, strict=strict)
+    model.set_attn_implementation(REGISTERED[backend])
+    return backend, note
+
+
+def turn_dropout_off(model: PreTrainedModel) -> None:
+    """Set every dropout to 0: modules, rates that attention passes on, and the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+                setattr(config, name, 0.0)
+
+
+def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
+    """Put the chunked log-prob head in the place of the output layer; its parameters stay what they are."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, LogProbHead):
+        return layer
+    if not isinstance(layer, nn.Linear):
+        raise ModelLoadError(
+            f"{type(model).__name__} has no linear output layer, so it gives no log-probabilities here"
+        )
+    config = model.config.get_text_config()
+    head = LogProbHead.around(
+        layer, config.final_logit_softcapping if hasattr(config, "final_logit_softcapping") else None
+    )
+    model.set_output_embeddings(head)
+    return head
+
+
+@torch.no_grad()
+def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
+    """Run short sequences packed and one by one, and refuse a model for which that differs.
+
+    For a causal model the logits are compared, so that one which changes them after its output layer is refused too. A
+    model in shards cannot run before an engine holds it: what is known of its kind must do.
+    """
+    if in_shards(model):
+        return
+    device, training = model.get_input_embeddings().weight.device, model.training
+    rows = model.get_input_embeddings().num_embeddings
+    prefix, *others = (
+        torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (7, 2), (4, 3), (2, 3))
+    )
+    sequences = [torch.cat([prefix, others[0]]), torch.cat([prefix, others[1]]), others[2]]
+    packed = Packed(
+        torch.cat([prefix, *others]),
+        torch.tensor([0, 5, 7, 10, 13], device=device),
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 0, 1, 2], device=device),
+        torch.tensor([-1, 0, 0, -1], device=device),
+    )
+    model.eval()
+    try:
+        alone = torch.cat([_ordinary(model, sequence) for sequence in sequences])
+        together = packed.per_sequence(packed_forward(backbone, packed))
+    finally:
+        model.train(training)
+    head = model.get_output_embeddings() if model is not backbone else None
+    if isinstance(head, LogProbHead):
+        together = head.capped(head(together))
+    difference = float((together - alone).float().norm() / alone.float().norm())
+    if not difference <= AGREES_TO[model.dtype]:
+        raise ModelLoadError(
+            f"{type(model).__name__} gives other outputs packed than alone (relative difference {difference:.2g}): it "
+            "mixes segments, or changes its logits after the output layer. Choose another model"
+        )
+
+
+def _ordinary(model: PreTrainedModel, sequence: Tensor) -> Tensor:
+    output = model(input_ids=sequence[None], attention_mask=torch.ones_like(sequence)[None], use_cache=False)
+    tensor: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
+    return tensor

@@ -1,0 +1,114 @@
+"""Low-rank adapters on a transformers model, and the weights that they amount to.
+
+Always true: the model keeps its structure (adapters are put into its layers), only adapters and heads are trainable,
+and what is exported is the merged weight ``W + scaling * B A``, so that no reader needs to know about adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.weights.experts import expert_parameters
+from rlhf_ray.models.weights.quantization import bitsandbytes
+
+ADAPTER, EVERY_LINEAR = "default", "all-linear"
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] | None = None,
+) -> None:
+    """Put an adapter on the target layers (default: every linear layer; of a mixture of experts, those of attention)
+    and freeze the rest.
+    """
+    wanted = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
+    if wanted == EVERY_LINEAR and expert_parameters(model):
+        wanted = sorted({name.rpartition(".")[2] for name in _linear(model) if "attn" in name or "attention" in name})
+    _check_targets(model, wanted)
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, bias="none")
+    inject(model, config)
+
+
+def peft() -> ModuleType:
+    """The package: slow to import, and only models with adapters need it."""
+    bitsandbytes()  # PEFT imports it, which would look for kernels on a hub
+    import peft
+
+    return peft
+
+
+def inject(model: PreTrainedModel, config: Any) -> None:
+    """Put the adapter that PEFT's ``config`` describes on the model."""
+    wanted = config.target_modules
+    try:
+        model.add_adapter(config, ADAPTER)
+    except ValueError as error:
+        raise _unfit(model, wanted, "do") from error
+    if not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in adapted_layers(model).values()):
+        raise _unfit(model, wanted, "do")  # PEFT reads some names as those of experts
+
+
+def _check_targets(model: PreTrainedModel, wanted: str | list[str]) -> None:
+    """Refuse a list of which a name fits no layer: PEFT leaves it out without a word where another one fits."""
+    if isinstance(wanted, str):
+        return
+    names = [f".{name}" for name in _linear(model)]
+    for target in wanted:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise _unfit(model, target, "does")
+
+
+def _unfit(model: PreTrainedModel, wanted: object, do: str) -> ModelLoadError:
+    linear = {name.rpartition(".")[2] for name in _linear(model)}
+    experts = (
+        " (the experts of a mixture are 3-D parameters, which no adapter reaches)" if expert_parameters(model) else ""
+    )
+    return ModelLoadError(
+        f"LoRA targets {wanted!r} {do} not fit {type(model).__name__}: choose all-linear or some of "
+        f"{', '.join(sorted(linear))}{experts}"
+    )
+
+
+def _linear(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers, without the output layer."""
+    output = model.get_output_embeddings()
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output]
+
+
+def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the three tensors of each adapted layer by its merged weight, under the layer's own name."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        layer, base, parameter = name.rpartition(".base_layer.")
+        if not base:
+            whole[name] = tensor
+        elif parameter == "weight":
+            whole[f"{layer}.weight"] = _merge(model.get_submodule(layer), layer, tensors)
+        else:
+            whole[f"{layer}.{parameter}"] = tensor
+    return whole
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that hold an adapter, by name (with ``r`` and ``scaling`` by adapter)."""
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
+def _merge(layer: Any, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    weight = tensors[f"{name}.base_layer.weight"]
+    down, up = tensors[f"{name}.lora_A.{ADAPTER}.weight"], tensors[f"{name}.lora_B.{ADAPTER}.weight"]
+    change = layer.scaling[ADAPTER] * (up.float() @ down.float())
+    return torch.add(weight.float(), change).to(weight.dtype)

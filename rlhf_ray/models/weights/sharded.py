@@ -1,0 +1,176 @@
+"""Building a model in shards for ZeRO-3, tensor by tensor from safetensors.
+
+Always true: no rank ever holds more than one module's own parameters whole; every weight came from the checkpoint, which
+this module checks itself; buffers (rotary frequencies) keep their precision.
+
+transformers merges the whole state dict on every rank, and DeepSpeed's ``zero.Init`` around a constructor casts what
+the constructor computes. So the structure is built empty here, and each module is filled and handed to ``zero.Init``
+by itself. All are filled in one workspace, out of which ``zero.Init`` copies this rank's share: memory that is taken and
+freed anew for each would stay with the process in pieces. Where a parameter lies on disk in parts (the experts of a
+mixture) transformers is asked which of its rows go into which part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from rlhf_ray.console import progress
+from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.weights.checkpoint import Checkpoint
+
+
+def wants_shards(ds_config: Mapping[str, Any] | None) -> bool:
+    """Whether a DeepSpeed configuration asks for ZeRO-3."""
+    return ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
+
+
+def in_shards(model: nn.Module) -> bool:
+    """Whether a model's parameters lie in shards."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor on disk, and which rows of a live parameter it holds (None: it is the whole parameter)."""
+
+    name: str
+    rows: Tensor | None
+
+
+def load_in_shards(
+    auto: type[AutoModel] | type[AutoModelForCausalLM],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    ds_config: Mapping[str, Any],
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Do what ``load_weights`` does, on all ranks together; torch.distributed must be initialised."""
+    from accelerate import init_empty_weights
+    from deepspeed import zero
+
+    config = checkpoint.config(trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    parts, named = _parts(checkpoint, model), {id(tensor): name for name, tensor in model.named_parameters()}
+    owners = list(model.named_modules())[::-1]  # inside out: zero.Init takes the parameters of children along
+    workspace = torch.empty(max(_own_size(owner) for _, owner in owners), dtype=dtype)
+    filled: dict[int, nn.Parameter] = {}
+    for path, owner in progress(owners, f"building {checkpoint.directory.name} in shards"):
+        for name, buffer in owner.named_buffers(recurse=False):
+            for part in parts.get(_join(path, name), []):
+                buffer.copy_(checkpoint.read(part.name))
+        used = 0
+        for name, empty in list(owner.named_parameters(recurse=False)):
+            if id(empty) not in filled:
+                weight = workspace[used : used + empty.numel()].view(empty.shape)
+                _fill(weight, checkpoint, parts[named[id(empty)]])
+                filled[id(empty)] = nn.Parameter(weight, requires_grad=empty.requires_grad)
+                used += empty.numel()
+            setattr(owner, name, filled[id(empty)])
+        if used:
+            zero.Init(module=owner, config_dict_or_path=dict(ds_config))
+    return model
+
+
+def grow_rows(embedding: nn.Embedding, added: Callable[[Tensor], Tensor], ds_config: Mapping[str, Any]) -> None:
+    """Put the rows that ``added`` makes from the old ones under an embedding in shards, on all ranks together."""
+    from deepspeed import zero
+
+    with zero.GatheredParameters([embedding.weight]):
+        old = embedding.weight.detach()
+        weight = nn.Parameter(torch.cat([old, added(old).to(old)]), requires_grad=embedding.weight.requires_grad)
+    embedding.weight, embedding.num_embeddings = weight, len(weight)
+    zero.Init(module=embedding, config_dict_or_path=dict(ds_config))
+
+
+def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Part]]:
+    """Find what holds every parameter and persistent buffer, as the checkpoint spells it; ties are one parameter."""
+    parameters = dict(model.named_parameters())
+    tied = {id(parameter) for parameter in parameters.values()}
+    layout = _layout(model, parameters)
+    for live in model.state_dict():
+        if live not in layout and id(_find(model, live)) not in tied:
+            layout[live] = [Part(live, None)]
+    lacking = [part.name for parts in layout.values() for part in parts if not _spelling(checkpoint, model, part.name)]
+    if lacking:
+        raise ModelLoadError(
+            f"{checkpoint.directory} does not hold the weights of a {type(model).__name__}: it has no {lacking[0]}"
+            + (f" and {len(lacking) - 1} others" if len(lacking) > 1 else "")
+            + ". It is another kind of model"
+        )
+    return {
+        live: [Part(_spelling(checkpoint, model, part.name), part.rows) for part in parts]
+        for live, parts in layout.items()
+    }
+
+
+def _layout(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
+    """Which tensors on disk make up each parameter.
+
+    Every row of every parameter gets a number, and transformers takes the numbers apart as it would the rows; they are
+    two wide, since it drops dimensions of one.
+    """
+    numbered, first, names = {}, [0], list(parameters)
+    for name in names:
+        shape = parameters[name].shape
+        lead = shape[:-1] if len(shape) > 1 else shape
+        numbers = torch.arange(first[-1], first[-1] + lead.numel()).view(lead)
+        numbered[name] = torch.stack([numbers, numbers], -1) if len(shape) > 1 else numbers
+        first.append(first[-1] + lead.numel())
+    starts = torch.tensor(first)
+    layout: dict[str, list[Part]] = {name: [] for name in names}
+    for disk, numbers in revert_weight_conversion(model, numbered).items():
+        index = int(torch.searchsorted(starts, numbers.flatten()[0], right=True)) - 1
+        name = names[index]
+        rows = numbers[..., 0] - first[index] if len(parameters[name].shape) > 1 else numbers - first[index]
+        layout[name].append(Part(disk, None if torch.equal(numbers, numbered[name]) else rows))
+    return layout
+
+
+def _spelling(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> str:
+    """How the checkpoint spells a name: with the prefix of the base model or without; empty where it has none."""
+    prefix = f"{model.base_model_prefix}."
+    return next((s for s in (name, prefix + name, name.removeprefix(prefix)) if s in checkpoint.names), "")
+
+
+def _find(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), last)
+    return tensor
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _own_size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _fill(weight: Tensor, checkpoint: Checkpoint, parts: list[Part]) -> None:
+    """Fill a parameter from its parts, one of them in memory at a time."""
+    width, filled = weight.shape[-1:] if weight.dim() > 1 else torch.Size(), 0
+    for part in parts:
+        tensor = checkpoint.read(part.name)
+        expected = weight.shape if part.rows is None else part.rows.shape + width
+        if tensor.shape != expected:
+            raise ModelLoadError(
+                f"{part.name} in {checkpoint.directory} has shape {tuple(tensor.shape)}, but its config says "
+                f"{tuple(expected)}"
+            )
+        if part.rows is None:
+            weight.copy_(tensor)
+        else:
+            weight.view(-1, *width)[part.rows.flatten()] = tensor.reshape(-1, *width).to(weight.dtype)
+        filled += tensor.numel()
+    if filled != weight.numel():
+        raise ModelLoadError(f"{checkpoint.directory} cannot be built in shards: use ZeRO stage 2 or less")

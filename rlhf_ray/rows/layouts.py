@@ -1,0 +1,177 @@
+"""What a row of preferences says: four layouts, told apart by the row itself.
+
+Always true: the prompt stands under a key of its own (explicit) or is what both sides begin with (implicit), and both sides
+are texts (standard) or lists of messages (conversation); a row that is none of these is a :class:`LayoutError` that
+says what was expected and quotes no text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_ray.rows.conversations import (
+    Message,
+    is_conversation,
+    plain_messages,
+    shape_problem,
+    text_problem,
+    turn_problem,
+)
+
+SYSTEM, TOOLS = "system", "tools"
+"""Optional columns: what the system says before a conversation, and the functions that it may call."""
+
+
+class LayoutError(ValueError):
+    """What is wrong with a row, to be put after its place."""
+
+
+class Keys(NamedTuple):
+    """Columns of preferences."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+class PairParts(NamedTuple):
+    """Both sides of a row as they are written: texts, or messages; ``prompt`` is empty where the sides hold it."""
+
+    prompt: str | Sequence[Message]
+    chosen: str | Sequence[Message]
+    rejected: str | Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def is_conversation(self) -> bool:
+        return not isinstance(self.chosen, str)
+
+
+def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> PairParts:
+    """The two sides of a row; with ``turns`` texts become the user's and the assistant's messages."""
+    chosen, rejected = (_cell(values, key) for key in keys[1:])
+    prompt = _cell(values, keys.prompt) if _is_there(values, keys.prompt) else ""
+    if is_conversation(chosen) != is_conversation(rejected):
+        kinds = [f"{key!r} is {_kind(side)}" for key, side in zip(keys[1:], (chosen, rejected), strict=True)]
+        raise LayoutError(f"{' and '.join(kinds)}: write both in the same form")
+    if isinstance(chosen, str) and isinstance(prompt, str):
+        if not turns:
+            _refuse_beside_texts(values)
+            return PairParts(prompt, chosen, rejected)
+        if not prompt:
+            raise LayoutError(
+                f"nothing under {keys.prompt!r}, but data.apply_chat_template makes turns of prompts and answers: name the "
+                "column of the prompts in data.prompt_key"
+            )
+    return _conversation(values, keys, prompt, _turns(chosen, "assistant"), _turns(rejected, "assistant"))
+
+
+def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
+    """The conversation under ``key`` that an answer of the assistant is to follow, the system's column before it."""
+    messages = [*_system(values, prompt := _cell(values, key)), *_turns(prompt, "user")]
+    if messages[-1]["role"] == "assistant":
+        raise LayoutError(f"{key!r} ends with 'assistant', who is to answer next: leave the last message out")
+    _check_turns([(key, messages), ("answer", [{"role": "assistant"}])])
+    return messages
+
+
+def read_tools(values: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The functions that a conversation may call: a list, or a list written as JSON; none where there are none."""
+    if not _is_there(values, TOOLS):
+        return None
+    tools = values[TOOLS]
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise LayoutError(f"{TOOLS!r} must hold a list of functions, and this text is not JSON") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise LayoutError(
+            f"{TOOLS!r} must hold a list of functions, each a mapping; this is of type {type(tools).__name__}"
+        )
+    return tools or None
+
+
+# -------------------------------------------------------------------------------------------------------- conversations
+
+
+def _conversation(
+    values: Mapping[str, Any], keys: Keys, prompt: Any, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> PairParts:
+    whole = _holds(chosen, prompt) and _holds(rejected, prompt)
+    prompt = () if whole else _turns(prompt, "user")
+    system = _system(values, prompt or chosen)
+    if prompt:
+        prompt = [*system, *prompt]
+    else:
+        chosen, rejected = [*system, *chosen], [*system, *rejected]
+    for key, side in ((keys.chosen, chosen), (keys.rejected, rejected)):
+        _check_turns([(keys.prompt, prompt), (key, side)] if prompt else [(key, side)])
+    return PairParts(tuple(prompt), tuple(chosen), tuple(rejected), read_tools(values))
+
+
+def _holds(side: Sequence[Message], prompt: Any) -> bool:
+    """Whether a side is a whole conversation that holds the prompt: as its first messages, or as what the user asks."""
+    if isinstance(prompt, str):
+        asked = [message.get("content") for message in side if message["role"] == "user"]
+        return bool(asked) and (not prompt or prompt in asked)
+    return list(side[: len(prompt)]) == plain_messages(prompt)
+
+
+def _check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> None:
+    problem = turn_problem(parts)
+    if problem:
+        raise LayoutError(problem)
+
+
+def _system(values: Mapping[str, Any], first: Any) -> list[Message]:
+    """The message of the system's column, which the conversation must not hold already."""
+    if not _is_there(values, SYSTEM):
+        return []
+    if problem := text_problem(values[SYSTEM]):
+        raise LayoutError(f"{SYSTEM!r} must hold a text{problem}")
+    if is_conversation(first) and first and first[0]["role"] == SYSTEM:
+        raise LayoutError(
+            f"{SYSTEM!r} holds a text, but the conversation begins with a message of the system: keep one"
+        )
+    return [{"role": SYSTEM, "content": values[SYSTEM]}]
+
+
+def _turns(cell: Any, role: str) -> list[Message]:
+    if is_conversation(cell):
+        return plain_messages(cell)
+    return [{"role": role, "content": cell}] if cell else []
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def _is_there(values: Mapping[str, Any], key: str) -> bool:
+    """Whether there is something under ``key``; an empty cell of a table is nothing."""
+    return values.get(key) not in (None, "")
+
+
+def _cell(values: Mapping[str, Any], key: str) -> Any:
+    """The text or the messages under ``key``."""
+    value = values.get(key)
+    if is_conversation(value):
+        if problem := shape_problem(value):
+            raise LayoutError(f"{key!r}: {problem}")
+    elif problem := text_problem(value):
+        raise LayoutError(f"{key!r} must hold a text or a list of messages{problem}")
+    return value
+
+
+def _kind(cell: Any) -> str:
+    return "a conversation" if is_conversation(cell) else "a text"
+
+
+def _refuse_beside_texts(values: Mapping[str, Any]) -> None:
+    for key in (SYSTEM, TOOLS):
+        if _is_there(values, key):
+            raise LayoutError(
+                f"there is something under {key!r}, for which a plain text has no place: set data.apply_chat_template=true, or "
+                "write the row as messages"
+            )

@@ -1,0 +1,141 @@
+"""Preference pairs: two answers to one prompt, the better one first.
+
+Always true: one pair a row, in the order of the file; where a row does not say its prompt, the prompt and each answer joined
+are its two sides; the three are texts or lists of messages; either all pairs of a file have a margin, a finite number, or
+none has; the same holds for grades.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.rows.checks import PAIR_NUMBERS, pair_problem
+from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
+from rlhf_ray.rows.read import Row, is_in_all, read_rows
+
+ANSWER_BEGINS = "\n\nAssistant:"
+"""What stands before each answer in a dialogue of the HH data."""
+SOURCE_KEYS = ("source", "subset")
+"""Columns that name where a row comes from (``subset`` is RewardBench's); the first that is there counts."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt, the better and the worse answer: three texts, or three lists of messages."""
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    margin: float | None = None
+    source: str = ""
+    grade: float | None = None
+    """By how much the chosen side is better: 0 is a tie."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Functions that a conversation may call."""
+    where: str = field(default="", compare=False)
+    """File and line."""
+
+
+def read_preferences(
+    path: str | Path,
+    prompt_key: str = "prompt",
+    chosen_key: str = "chosen",
+    rejected_key: str = "rejected",
+    *,
+    turns: bool = False,
+    max_rows: int | None = None,
+) -> list[PreferencePair]:
+    """Every pair of a data file; where its rows have no ``prompt_key``, the prompt is what both sides begin with.
+
+    Columns ``margin``, ``grade``, ``system`` and ``tools`` are read where they are there, and as the source the first of
+    ``SOURCE_KEYS``. With ``turns`` texts become messages.
+    """
+    keys = Keys(prompt_key, chosen_key, rejected_key)
+    rows = read_rows(path, problem_of=lambda row: pair_problem(row, keys, turns=turns), max_rows=max_rows)
+    for key in (prompt_key, *PAIR_NUMBERS):
+        is_in_all(rows, key)
+    return [_pair(row, keys, turns=turns) for row in rows]
+
+
+def _pair(row: Row, keys: Keys, *, turns: bool) -> PreferencePair:
+    parts = read_pair(row.values, keys, turns=turns)
+    prompt = parts.prompt or implicit_prompt(row, keys, parts)
+    chosen, rejected = parts.chosen, parts.rejected
+    if not parts.prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return PreferencePair(
+        prompt,
+        chosen,
+        rejected,
+        margin=row.number("margin"),
+        source=source_of(row),
+        grade=row.number("grade"),
+        tools=parts.tools,
+        where=row.where,
+    )
+
+
+def source_of(row: Row) -> str:
+    """Where a row comes from, for tables by source; empty where it does not say."""
+    return next((row.short_text(key) or "" for key in SOURCE_KEYS if key in row), "")
+
+
+# ------------------------------------------------------------------------------------------------------ implicit prompts
+
+
+def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
+    """The prompt of a row whose two sides hold it; an error where they have nothing in common."""
+    chosen, rejected = parts.chosen, parts.rejected
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt: str | Messages = shared_prompt(chosen, rejected)
+    else:
+        prompt = shared_messages(chosen, rejected)
+    if not prompt:
+        names = ", ".join(map(repr, row.values))
+        raise row.error(
+            f"{keys.chosen!r} and {keys.rejected!r} begin differently, so they do not hold the prompt: set data.prompt_key "
+            f"to the key that does; its keys are {names}"
+        )
+    return prompt
+
+
+def shared_messages(chosen: Messages, rejected: Messages) -> Messages:
+    """The messages that both conversations begin with, so that at least one is left of each."""
+    end = 0
+    while end < min(len(chosen), len(rejected)) - 1 and chosen[end] == rejected[end]:
+        end += 1
+    return chosen[:end]
+
+
+def shared_prompt(chosen: str, rejected: str) -> str:
+    """What both texts begin with, up to where an answer begins in a dialogue, else to the end of a word."""
+    end = _shared_length(chosen, rejected)
+    dialogue = chosen.rfind(ANSWER_BEGINS, 0, end)
+    if dialogue >= 0:
+        return chosen[: dialogue + len(ANSWER_BEGINS)]
+    while _cuts_a_word(chosen, end) or _cuts_a_word(rejected, end):
+        end -= 1
+    return chosen[:end]
+
+
+def _shared_length(one: str, other: str) -> int:
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _cuts_a_word(text: str, end: int) -> bool:
+    """Whether ``end`` lies inside a word of ``text``; the space before a word belongs to it, as in most tokenizers."""
+    if end in (0, len(text)) or text[end].isspace():
+        return False
+    return text[end - 1] in " \t" or (text[end - 1].isalnum() and text[end].isalnum())

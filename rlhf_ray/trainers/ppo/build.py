@@ -1,0 +1,129 @@
+"""A PPO run from config to ``final/``: reads, starts, checks, trains, compares, writes.
+
+Always true: all data is read before the cluster is joined; the rollout engines start from a directory that the policy group
+wrote; the self-check stands before the first step; ``final/`` holds the weights that were evaluated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.rollout_worker import RolloutSetup
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.data.load import Split, TokenizedPrompt, tokenized_prompts
+from rlhf_ray.data.tokenizers import stop_token_ids
+from rlhf_ray.models import load_tokenizer
+from rlhf_ray.planning.arithmetic import updates_per_step
+from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.serving.expose_run import expose
+from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
+from rlhf_ray.trainers.ppo.experience import Experience
+from rlhf_ray.trainers.ppo.gold import gold_of, habits_of
+from rlhf_ray.trainers.ppo.loop import PpoTrainer
+from rlhf_ray.trainers.ppo.progress import PpoProgress
+from rlhf_ray.trainers.ppo.rewards import reward_source
+from rlhf_ray.trainers.ppo.roles import Groups
+from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, collector_of
+from rlhf_ray.trainers.ppo.self_check import SelfCheck
+from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trainers.session import Place, Session, Started
+
+
+def train_ppo(
+    config: PpoConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
+    """Run, or go on with, a whole PPO job; ``place`` other than a cluster is for tests and one-process runs."""
+    tokenizer = load_tokenizer(config.policy.model)
+    stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
+    prompts = tokenized_prompts(config.data, tokenizer, config.run.seed)
+    with Session(config, place=place) as session, Journal(run, config) as journal:
+        trainer = build(config, run, session, journal, tokenizer, stop_tokens, prompts, checkpoint)
+        trainer.start()
+        trainer.run()
+        trainer.finish()
+
+
+def build(
+    config: PpoConfig,
+    run: RunDirectory,
+    session: Session,
+    journal: Journal,
+    tokenizer: Any,
+    stop_tokens: tuple[int, ...],
+    prompts: Split[TokenizedPrompt],
+    checkpoint: Checkpoint | None,
+) -> PpoTrainer:
+    """Start every group and put the trainer together."""
+    groups, placed = start_groups(config, session)
+    commits = Commits(run, config.checkpoint, groups.trained, checkpoint)
+    start_directory = run.path / "rollout-start"
+    groups.policy.save_pretrained(str(start_directory)).result()
+    setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
+    sampler = Sampler(config, session.fleet(placed, setup))
+    conversations = any(prompt.messages is not None for prompt in prompts.train)
+    rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
+    if config.expose is not None:
+        expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
+    learner = Learner(config, groups.by_role)
+    experience = Experience(
+        config,
+        groups=groups,
+        rewards=rewards,
+        tokenizer=tokenizer,
+    )
+    evaluation = PpoEvaluation(
+        config,
+        experience,
+        prompts.held_out,
+        gold=gold_of(config, session.cleanup),
+        habits=habits_of(config),
+        generate=sampler.held_out,
+        cut=lambda batch: learner.schedules(batch, step=0),
+        directory=run.path / "evaluation",
+    )
+    stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
+    return PpoTrainer(
+        config,
+        run_directory=run,
+        groups=groups,
+        sampler=sampler,
+        prompts=stream,
+        collector=collector_of(config, stream, sampler, experience),
+        experience=experience,
+        learner=learner,
+        evaluation=evaluation,
+        self_check=SelfCheck(config, experience, learner),
+        commits=commits,
+        journal=journal,
+        progress=PpoProgress.start(config.algorithm.kl),
+    )
+
+
+def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
+    """All model groups, loaded, and the rollout engines, placed: first every process is placed, then all load at once."""
+    updates, temperature = config.steps * updates_per_step(config), config.rollout.temperature
+    started: dict[str, Started[Any]] = {
+        "policy": session.policy(config.policy, total_updates=updates, temperature=temperature)
+    }
+    if config.critic is not None:
+        started["critic"] = session.critic(config.critic, total_updates=updates)
+    if config.reference_role is not None:
+        started["reference"] = session.reference(config.reference_role, temperature=temperature)
+    rewards = {
+        key: session.reward(
+            role,
+            max_tokens=role.forward_tokens(config.batch),
+            max_item_tokens=config.rollout.max_model_tokens,
+            name=key.replace(".mixture.", "-"),
+        )
+        for key, role in config.reward.roles.items()
+    }
+    engines = session.engines(config.rollout)
+    loading = {role: one.load() for role, one in started.items()}
+    scoring = {key: reward.load() for key, reward in rewards.items()}
+    groups = {role: one.result() for role, one in loading.items()}
+    return Groups(**groups, rewards={key: one.result() for key, one in scoring.items()}), engines

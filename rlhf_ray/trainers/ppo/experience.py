@@ -1,0 +1,196 @@
+"""From sampled tokens to a batch one can learn from: rewards, reference, values, log-probs, advantages.
+
+Always true: everything that can run at once does; a sample without a reward is never trained on: its prompt is dropped with
+all its samples, or the run stops, as configured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_ray.algorithms.moments import RunningMoments
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.errors import ScoringError
+from rlhf_ray.rewards.mixture import MixedResult
+from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.source import RewardSource, score_or_hold
+from rlhf_ray.trainers.ppo.algorithm import preparation_of
+from rlhf_ray.trainers.ppo.roles import Groups
+from rlhf_ray.trainers.ppo.update import Schedules
+from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """One sampled answer as text."""
+
+    prompt_id: int
+    sample_index: int
+    prompt: str
+    response: str
+    label: str | None
+    finished: bool
+    token_ids: tuple[int, ...]
+    """Prompt and response, as sampled."""
+    source: str = ""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """The prompt's conversation with the response as its last turn, where the prompt is one."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers as texts, and what the reward source said about each."""
+
+    samples: list[TextSample]
+    results: list[ScoreResult]
+
+    def select(self, rows: Sequence[int]) -> Scored:
+        """These answers, in this order."""
+        return Scored([self.samples[row] for row in rows], [self.results[row] for row in rows])
+
+    @staticmethod
+    def join(parts: Sequence[Scored]) -> Scored:
+        """One after another."""
+        return Scored([one for part in parts for one in part.samples], [one for part in parts for one in part.results])
+
+
+TERM = "term_"
+"""Begins the column of one term of a mixture."""
+
+
+def score_columns(results: Sequence[ScoreResult]) -> dict[str, list[float]]:
+    """The columns ``score`` and, of a mixture, one for each term, of results that all have a reward."""
+    columns = {"score": [float(result.reward) for result in results if result.reward is not None]}
+    for result in results:
+        if isinstance(result, MixedResult) and result.terms is not None:
+            for name, reward in result.terms.items():
+                columns.setdefault(f"{TERM}{name}", []).append(reward)
+    return columns
+
+
+class Experience:
+    """The forward half of a PPO step."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        *,
+        groups: Groups,
+        rewards: RewardSource,
+        tokenizer: Any,
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.preparation = preparation_of(config)
+        self.rewards = rewards
+        self.tokenizer = tokenizer
+
+    def gather(
+        self,
+        trajectories: TrajectoryBatch,
+        prompts: Mapping[int, TokenizedPrompt],
+        cut: Callable[[TrajectoryBatch], Schedules],
+        *,
+        phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        complete: bool = False,
+        scored: Scored | None = None,
+    ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
+        """The batch with scores, reference log-probs, values and log-probs, the schedules that made them, the texts.
+
+        The groups compute while the rewards are fetched, unless these are known already (``scored``); ``phase`` times what
+        is waited for. What has no reward is left out as configured; where the batch must be ``complete`` it is an error.
+        """
+        schedules = cut(trajectories)
+        pending = self.groups.columns(trajectories, schedules)
+        with phase("scoring"):
+            scored = scored or self.scored(trajectories, prompts)
+            samples, results = scored.samples, scored.results
+            if complete:
+                self._require_all(results)
+        with phase("log_probs"):
+            columns = {name: column.result() for name, column in pending.items()}
+        kept = self._kept(samples, results)
+        if len(kept) < len(trajectories):
+            rest = trajectories.select(kept)
+            return self.gather(rest, prompts, cut, phase=phase, scored=scored.select(kept))
+        columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
+        return trajectories.with_columns(**columns), schedules, samples
+
+    def scored(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> Scored:
+        """Every sampled answer as text, with its reward or why it has none."""
+        samples = self.samples(trajectories, prompts)
+        return Scored(samples, self.score(samples))
+
+    def samples(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> list[TextSample]:
+        """Every sampled answer as text."""
+        samples = []
+        offsets = trajectories.offsets.tolist()
+        token_ids = trajectories["token_ids"].tolist()
+        indices = trajectories["sample_index"].tolist()
+        finished = (trajectories["finish_reason"] == FinishReason.STOP).tolist()
+        for row, prompt_id in enumerate(trajectories["prompt_id"].tolist()):
+            prompt = prompts[prompt_id]
+            ids = token_ids[offsets[row] : offsets[row + 1]]
+            response = self.tokenizer.decode(ids[len(prompt.token_ids) :], skip_special_tokens=True)
+            said = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
+            samples.append(
+                TextSample(
+                    prompt_id=prompt_id,
+                    sample_index=indices[row],
+                    prompt=prompt.text,
+                    response=response,
+                    label=prompt.label,
+                    finished=finished[row],
+                    token_ids=tuple(ids),
+                    source=prompt.source,
+                    messages=said,
+                )
+            )
+        return samples
+
+    def score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
+        """One result a sample; what fails is tried again while the reward's ``hold_s`` lasts."""
+        return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
+
+    def rewards_of(self, samples: Sequence[TextSample]) -> list[float]:
+        """The reward of every sample; raises :class:`ScoringError` where one has none."""
+        results = self.score(samples)
+        self._require_all(results)
+        return [float(result.reward) for result in results if result.reward is not None]
+
+    def _require_all(self, results: Sequence[ScoreResult]) -> None:
+        failed = [result.error for result in results if result.error is not None]
+        if failed:
+            raise ScoringError(f"no reward for {len(failed)} of {len(results)} samples, such as: {failed[0]}")
+
+    def _kept(self, samples: Sequence[TextSample], results: Sequence[ScoreResult]) -> list[int]:
+        """Rows of prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop."""
+        failed = [row for row, result in enumerate(results) if result.error is not None]
+        if not failed:
+            return list(range(len(results)))
+        lost = {samples[row].prompt_id for row in failed}
+        prompts, first, reward = {sample.prompt_id for sample in samples}, samples[failed[0]], self.config.reward
+        told = (
+            f"no reward for {len(failed)} of {len(samples)} samples after {reward.hold_s:g} s, such as sample "
+            f"{first.sample_index} of prompt {first.prompt_id}: {results[failed[0]].error}"
+        )
+        if reward.on_failure == "stop":
+            raise ScoringError(f"{told}; mend the reward source, or set reward.on_failure to drop")
+        if len(lost) > reward.max_dropped_share * len(prompts):
+            raise ScoringError(f"{told}; {len(lost)} of {len(prompts)} prompts would be dropped, more than "
+                               f"reward.max_dropped_share {reward.max_dropped_share:g}: mend the reward source")  # fmt: skip
+        get_logger("ppo").warning("%s; dropped %d of %d prompts with all their samples", told, len(lost), len(prompts))
+        return [row for row, sample in enumerate(samples) if sample.prompt_id not in lost]
+
+    def advantages(
+        self, batch: TrajectoryBatch, kl_coefficient: float, moments: RunningMoments
+    ) -> tuple[TrajectoryBatch, dict[str, float]]:
+        """The batch with token rewards, advantages, returns and weights; the objective's metrics."""
+        return self.preparation(batch, kl_coefficient=kl_coefficient, moments=moments)

@@ -1,0 +1,148 @@
+"""Proximal policy optimisation (Schulman et al. 2017) for language models: the driver's loop.
+
+Always true: a step is sampled by one weight version and scored, valued and learned from as one batch; the schedule is made
+once a step and serves log-probs, values and the first pass, so that the first ratio is exactly 1; an update is applied by
+policy and critic on every rank or by none; a step counts only once its prompts are in the ledger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import NumericalError, ResumableStop
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.ppo.comparison_table import closing, show_samples
+from rlhf_ray.trainers.ppo.evaluation import Comparison, PpoEvaluation
+from rlhf_ray.trainers.ppo.experience import Experience
+from rlhf_ray.trainers.ppo.metrics import sample_rows, step_metrics
+from rlhf_ray.trainers.ppo.progress import PpoProgress
+from rlhf_ray.trainers.ppo.roles import Groups
+from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler
+from rlhf_ray.trainers.ppo.self_check import SelfCheck
+from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trainers.stopping import stop_requested
+
+
+@dataclass
+class PpoTrainer:
+    """Runs the steps that are left of a PPO run."""
+
+    config: PpoConfig
+    run_directory: RunDirectory
+    groups: Groups
+    sampler: Sampler
+    prompts: PromptStream
+    collector: Collector
+    experience: Experience
+    learner: Learner
+    evaluation: PpoEvaluation
+    self_check: SelfCheck
+    commits: Commits
+    journal: Journal
+    progress: PpoProgress
+
+    def start(self) -> None:
+        """Take up the last commit if there is one, give the engines the weights, check, look at the start."""
+        state = self.commits.restore()
+        if state is not None:
+            self.progress.restore(state["progress"])
+            self.prompts.restore(state["prompts"])
+            self.prompts.account(self.run_directory.ledger)
+        self.publish(self.progress.weight_version)
+        with self.journal.phase("evaluation"):
+            if state is None:
+                self.check()
+            self.evaluation.before(resumed=state is not None)
+
+    def run(self) -> None:
+        """All steps that are left; raises :class:`ResumableStop` when asked to stop between two of them."""
+        self.journal.clock.take()  # what starting took is no step's time
+        while self.progress.step < self.config.steps:
+            self.step()
+            if stop_requested() and self.progress.step < self.config.steps:
+                self.commit()
+                raise ResumableStop(f"stopped on request after step {self.progress.step} of {self.config.steps}; go on "
+                                    f"with: rlhf-ray resume {self.run_directory.path}")  # fmt: skip
+
+    def step(self) -> None:
+        """One step of PPO, as the data travels."""
+        phase, progress = self.journal.phase, self.progress
+        cut = partial(self.learner.schedules, step=progress.step)
+        collected = self.collector.collect(progress.step, progress.weight_version, phase)
+        batch, schedules, samples = self.experience.gather(
+            collected.trajectories, collected.by_id, cut, phase=phase, scored=collected.scored
+        )
+        progress.see(batch)
+        batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
+        metrics = step_metrics(self.experience, progress, batch, samples, collected) | objective
+        with phase("update"):
+            train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
+            outcome = self.learner.learn(
+                batch, schedules, train_policy=train_policy, kl_coefficient=progress.kl.coefficient
+            )
+        if outcome.policy_applied:
+            with phase("weights"):
+                self.publish(progress.weight_version + 1)
+
+        progress.finish_step(outcome, objective, sequences=len(batch))
+        self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in collected.prompts])
+        if self.commits.due(progress.step):
+            with phase("checkpoint"):
+                self.commit()
+        self.journal.samples(progress.step, sample_rows(samples, batch))
+        self.journal.step(progress.step, self.config.steps, metrics | outcome.metrics | progress.metrics(), batch)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Evaluate when due; stop a run whose numbers stay broken."""
+        step, every = self.progress.step, self.config.evaluation.every_steps
+        if every and step % every == 0 and step < self.config.steps:
+            self.compare()
+        if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
+            raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: look "
+                                 "at the last metrics, lower the learning rate, or resume an earlier checkpoint")  # fmt: skip
+
+    def publish(self, version: int) -> None:
+        """The policy's weights, to every rollout engine, under ``version``."""
+        self.progress.weight_version = version
+        self.sampler.update_weights(version, self.groups.policy.publish_weights(version).result())
+
+    def commit(self) -> None:
+        """Make everything up to the last step survive a kill."""
+        state = {"progress": self.progress.state(), "prompts": self.prompts.state()}
+        self.commits.save(self.progress.step, state)
+
+    def check(self) -> None:
+        """The start-up self-check, on a few training prompts that are not consumed."""
+        prompts = self.prompts.peek(min(8, self.config.batch.prompts_per_step))
+        trajectories = self.sampler.generate(prompts, 0)
+        by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        cut = partial(self.learner.schedules, step=0)
+        batch, schedules, samples = self.experience.gather(trajectories, by_id, cut)
+        self.journal.checks(self.self_check.run(batch, schedules, samples))
+
+    def compare(self) -> Comparison | None:
+        """The policy as it is now against the start, on the held-out prompts."""
+        if not self.evaluation.possible:
+            return None
+        with self.journal.phase("evaluation"):
+            comparison = self.evaluation.now()
+        self.journal.evaluation(self.progress.step, comparison.figures)
+        show_samples(comparison, self.config.algorithm.name, self.config.evaluation.samples_shown)
+        return comparison
+
+    def finish(self) -> None:
+        """The last comparison, the account of prompts, and ``final/`` with the critic beside it."""
+        epochs = self.prompts.account(self.run_directory.ledger)
+        get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
+        comparison = self.compare()
+        if comparison is not None:
+            self.journal.closing(*closing(comparison, self.config.algorithm.name, self.config.evaluation.pass_at))
+        self.commits.final(self.groups.results)
+        self.journal.finish()
+        get_logger("ppo").info("done: %s", self.run_directory.path)

@@ -1,0 +1,109 @@
+"""What a PPO step logs beside the objective and the losses.
+
+Always true: every number is of this step's batch; the gold score is shown and never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from rlhf_ray.algorithms.kl import sequence_kl
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.trainers.ppo.experience import TERM, Experience, TextSample
+from rlhf_ray.trainers.ppo.gold import gold_function, world_gold
+from rlhf_ray.trainers.ppo.progress import PpoProgress
+from rlhf_ray.trainers.ppo.sampling import Collected
+from rlhf_ray.trainers.ppo.self_check import LOG_PROB_LIMITS, log_prob_difference
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+ERRORS_BELOW_ZERO = 4.0
+"""Standard errors by which a mean KL must be below 0 before it is called negative."""
+
+
+def step_metrics(
+    experience: Experience,
+    progress: PpoProgress,
+    batch: TrajectoryBatch,
+    samples: Sequence[TextSample],
+    collected: Collected,
+) -> dict[str, float]:
+    """Scores, lengths, staleness, the difference between rollout and trainer, and what survives decode and encode."""
+    told = negative_kl(batch, experience.config)
+    if told is not None:
+        get_logger("ppo").warning("%s", told)
+    mask = batch["action_mask"]
+    prompts = collected.by_id
+    prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
+    versions = batch["weight_version"][mask]
+    metrics = {
+        "reward/learned": float(batch["score"].mean()),
+        "length/prompt": prompt_tokens / len(batch),
+        "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
+        "rollout/staleness": float(progress.weight_version - versions.min()),
+        "round_trip/failed_share": failed_round_trips(experience, samples, prompts, batch),
+        "prompts/sampled": float(len(collected.prompts)),
+        "prompts/dropped": float(_prompts(collected.trajectories) - _prompts(batch)),
+    }
+    terms = [name for name in batch.columns if name.startswith(TERM)]
+    metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
+    gold = world_gold(experience.config)
+    if gold is not None:
+        scores = gold_function(gold, ExitStack())(samples)
+        metrics["gold/mean"] = sum(scores) / len(scores)
+    return metrics
+
+
+def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
+    """What a KL below zero, beyond its noise, says about how answers were sampled; none where it is not.
+
+    E[log p - log q] >= 0 where the samples are p's own, so a mean clearly below 0 says that they are not. Without a
+    reference nothing is said.
+    """
+    if "reference_log_probs" not in batch:
+        return None
+    kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets).double()
+    mean, error = float(kl.mean()), float(kl.std(unbiased=False)) / len(kl) ** 0.5
+    if mean + ERRORS_BELOW_ZERO * error >= 0.0:
+        return None
+    difference, rollout = float(log_prob_difference(batch).max()), config.rollout
+    limit = max(LOG_PROB_LIMITS[dtype] for dtype in (config.policy.model.dtype, rollout.dtype))
+    told = f"KL from the reference is {mean:.3g} nats, {-mean / error:.1f} standard errors below 0: answers are not drawn from "
+    if difference > limit:
+        return (
+            f"{told}the policy that is measured. Rollout and trainer differ by {difference:.2g} nats in a token's log-prob: "
+            f"compare rollout.dtype ({rollout.dtype}) with policy.model.dtype ({config.policy.model.dtype})"
+        )
+    return (
+        f"{told}the whole distribution. Something cuts or sharpens it: rollout.temperature is {rollout.temperature:g}, top_p "
+        f"{rollout.top_p:g}, top_k {rollout.top_k}, min_p {rollout.min_p:g}; top_p 1, top_k 0 and min_p 0 leave it whole"
+    )
+
+
+def _prompts(batch: TrajectoryBatch) -> int:
+    return len(batch["prompt_id"].unique())
+
+
+def failed_round_trips(
+    experience: Experience,
+    samples: Sequence[TextSample],
+    prompts: Mapping[int, TokenizedPrompt],
+    batch: TrajectoryBatch,
+) -> float:
+    """Share of samples whose ids are not what their text encodes to: a reward by text then reads other tokens."""
+    failed = 0
+    for sample, prompt_id in zip(samples, batch["prompt_id"].tolist(), strict=True):
+        answer = list(sample.token_ids[len(prompts[prompt_id].token_ids) :])
+        text = experience.tokenizer.decode(answer, skip_special_tokens=False)
+        failed += experience.tokenizer(text, add_special_tokens=False)["input_ids"] != answer
+    return failed / len(samples)
+
+
+def sample_rows(samples: Sequence[TextSample], batch: TrajectoryBatch) -> list[dict[str, object]]:
+    """Samples of a step as they are kept in ``samples/``."""
+    return [
+        {"prompt": sample.prompt, "response": sample.response, "finished": sample.finished, "score": round(score, 4)}
+        for sample, score in zip(samples, batch["score"].tolist(), strict=True)
+    ]

@@ -1,0 +1,107 @@
+"""The reward of a PPO run, put together from its config: models, functions, scoring backends, or a mixture of them.
+
+Always true: token ids reach a reward model only where its tokenizer, and for conversations its chat template, is the
+policy's; a user's function runs in a process of its own, which ends with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.config.schema import PpoConfig, RewardSourceConfig, RewardTermConfig
+from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
+from rlhf_ray.errors import RequestError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards import verifiers
+from rlhf_ray.rewards.client import RewardClient
+from rlhf_ray.rewards.function_process import FunctionProcess
+from rlhf_ray.rewards.function_source import FunctionSource, InThisProcess
+from rlhf_ray.rewards.functions import RewardFunction
+from rlhf_ray.rewards.mixture import MixtureSource, Term
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.source import ModelSource, RewardSource
+from rlhf_ray.serving.auth import read_tokens
+from rlhf_ray.world.generate import arithmetic_score, gold_score
+
+
+def _world_gold(prompts: list[str], responses: list[str], finished: list[bool]) -> list[float]:
+    return [gold_score(*sample) for sample in zip(prompts, responses, finished, strict=True)]
+
+
+def _world_arithmetic(responses: list[str], labels: list[str | None], finished: list[bool]) -> list[float]:
+    return [arithmetic_score(str(label), *rest) for label, *rest in zip(labels, responses, finished, strict=True)]
+
+
+SHIPPED: Mapping[str, RewardFunction] = {
+    "gsm8k": verifiers.gsm8k,
+    "exact_match": verifiers.exact_match,
+    "world.gold": _world_gold,
+    "world.arithmetic": _world_arithmetic,
+}
+
+
+class Backend:
+    """A scoring backend as a scorer: one attempt a call, which the run's own holding repeats."""
+
+    def __init__(self, client: RewardClient) -> None:
+        self.client = client
+
+    def score(self, requests: list[ScoreRequest]) -> Pending[list[ScoreResult]]:
+        """One result a request, in order."""
+        return Pending(lambda: self.client.score(requests))
+
+
+def reward_source(
+    config: PpoConfig, groups: Mapping[str, RewardGroup], tokenizer: Any, *, conversations: bool, cleanup: ExitStack
+) -> RewardSource:
+    """The configured source; ``conversations`` says whether prompts are some, ``cleanup`` ends what it starts."""
+
+    def reads_ids(told: Mapping[str, Any]) -> bool:
+        same_template = not conversations or told.get("template") == template_fingerprint(tokenizer)
+        return told.get("fingerprint") == fingerprint(tokenizer) and same_template
+
+    def one(key: str, source: RewardSourceConfig) -> RewardSource:
+        if source.function is not None:
+            return function_source(source.function, source, cleanup)
+        if source.url is None:
+            return _model_source(key, source, groups[key], groups[key].describe().result(), reads_ids)
+        tokens = read_tokens(source.token_file) if source.token_file is not None else ()
+        client = RewardClient(source.url, token=tokens[0] if tokens else None, timeout_s=source.timeout_s, hold_s=0.0)
+        cleanup.callback(client.close)
+        return _model_source(key, source, Backend(client), client.info(), reads_ids)
+
+    sources = {key: one(key, source) for key, source in config.reward.sources.items()}
+    if not config.reward.mixture:
+        return sources["reward"]
+    weights = {
+        key: source.weight for key, source in config.reward.sources.items() if isinstance(source, RewardTermConfig)
+    }
+    return MixtureSource({key.rpartition(".")[2]: Term(source, weights[key]) for key, source in sources.items()})
+
+
+def function_source(name: str, settings: RewardSourceConfig, cleanup: ExitStack) -> FunctionSource:
+    """A function of the project in this process, a user's in one of its own."""
+    if name in SHIPPED:
+        return FunctionSource(name, InThisProcess(name, SHIPPED[name], settings.timeout_s), settings.samples_per_call)
+    process = FunctionProcess(name, settings.timeout_s)
+    cleanup.callback(process.close)
+    return FunctionSource(name, process, settings.samples_per_call)
+
+
+def _model_source(
+    key: str,
+    source: RewardSourceConfig,
+    scorer: Any,
+    told: Mapping[str, Any],
+    reads_ids: Callable[[Mapping[str, Any]], bool],
+) -> ModelSource:
+    mean, std = 0.0, 1.0
+    if source.normalize:
+        if told.get("mean") is None or not told.get("std"):
+            raise RequestError(f"{key}.normalize is true, but the reward model's config.json has no mean and std: train it "
+                               f"here with held-out pairs, or set {key}.normalize to false")  # fmt: skip
+        mean, std = float(told["mean"]), float(told["std"])
+    return ModelSource(scorer, same_tokenizer=reads_ids(told), mean=mean, std=std)

@@ -1,0 +1,208 @@
+"""The samples of one step: prompts are taken from the stream, answered by the rollout engines, and chosen to learn from.
+
+Always true: each epoch hands out every prompt exactly once (or as often as the weight of its file says), in an order that
+only the seed decides, and the stream's state is all that a resumed run needs to go on with the very next prompt. No two
+requests of a call have the same name, even where an epoch ends inside a step and a prompt comes twice; seeds are set in
+deterministic mode only, since they cost the engines their fast sampler. Every prompt that was taken is named, so that the
+ledger counts it once; no token is older than ``algorithm.max_staleness``; and a step has samples of at most
+``batch.prompts_per_step`` prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from rlhf_ray.algorithms.group_baselines import without_signal
+from rlhf_ray.algorithms.masked import count_actions
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.data.order import Part, ShuffledOrder
+from rlhf_ray.errors import StaleWeightsError
+from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.requests import make_requests
+from rlhf_ray.runs.ledger import Ledger
+from rlhf_ray.trainers.ppo.experience import Experience, Scored
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+HELD_OUT = -1
+"""The ``step`` in the seeds of held-out samples: no training step has it."""
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class PromptStream:
+    """Prompts without end."""
+
+    def __init__(self, prompts: Sequence[TokenizedPrompt], parts: Sequence[Part], seed: int) -> None:
+        self._prompts = prompts
+        self._parts = parts
+        self._order = ShuffledOrder(seed, parts)
+
+    def take(self, count: int) -> list[TokenizedPrompt]:
+        """The next ``count`` prompts, no prompt twice among them unless an epoch ends in between."""
+        return [self._prompts[index] for index in self._order.take(count)]
+
+    def peek(self, count: int) -> list[TokenizedPrompt]:
+        """``count`` prompts from the beginning of the list; none is consumed."""
+        return list(self._prompts[:count])
+
+    def account(self, ledger: Ledger) -> int:
+        """Check that every epoch so far used each prompt as often as it should, and say how many are complete."""
+        return ledger.verify([prompt.prompt_id for prompt in self._prompts], self._parts)
+
+    def state(self) -> dict[str, Any]:
+        return self._order.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._order = ShuffledOrder.from_state(state, self._parts)
+
+
+class Sampler:
+    """The rollout engines of a run."""
+
+    def __init__(self, config: PpoConfig, fleet: Fleet) -> None:
+        self.config = config
+        self.fleet = fleet
+
+    def generate(self, prompts: Sequence[TokenizedPrompt], step: int) -> TrajectoryBatch:
+        """``samples_per_prompt`` answers to each prompt."""
+        return self._generate(prompts, self.config.batch.samples_per_prompt, step)
+
+    def held_out(self, prompts: Sequence[TokenizedPrompt], samples: int, greedy: bool) -> TrajectoryBatch:
+        """``samples`` answers to each held-out prompt, or the greedy one."""
+        return self._generate(prompts, samples, HELD_OUT, greedy=greedy)
+
+    def update_weights(self, version: int, weights: Any) -> None:
+        self.fleet.update_weights(version, weights)
+
+    def _generate(
+        self, prompts: Sequence[TokenizedPrompt], samples: int, step: int, *, greedy: bool = False
+    ) -> TrajectoryBatch:
+        times = Counter(prompt.prompt_id for prompt in prompts)
+        unique = {prompt.prompt_id: prompt for prompt in prompts}
+        requests = [
+            request
+            for prompt_id, prompt in unique.items()
+            for request in make_requests(
+                [(prompt_id, prompt.token_ids)],
+                samples_per_prompt=samples * times[prompt_id],
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                run_seed=self.config.run.seed if self.config.run.deterministic else None,
+                step=step,
+                greedy=greedy,
+            )
+        ]
+        return self.fleet.generate(requests, self.config.rollout.timeout_s)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One step's samples; their scores where it took those to choose them."""
+
+    prompts: list[TokenizedPrompt]
+    """All that were taken, also those whose samples are left out."""
+    trajectories: TrajectoryBatch
+    scored: Scored | None = None
+
+    @property
+    def by_id(self) -> dict[int, TokenizedPrompt]:
+        return {prompt.prompt_id: prompt for prompt in self.prompts}
+
+
+class Collector(Protocol):
+    """One way to collect a step's samples."""
+
+    def collect(self, step: int, version: int, phase: Phase) -> Collected: ...
+
+
+@dataclass(frozen=True)
+class Once:
+    """Take the prompts of a step and sample each: whatever comes is learned from."""
+
+    config: PpoConfig
+    prompts: PromptStream
+    sampler: Sampler
+
+    def collect(self, step: int, version: int, phase: Phase) -> Collected:
+        """Samples of ``batch.prompts_per_step`` prompts."""
+        return self.take(self.config.batch.prompts_per_step, step, version, phase)
+
+    def take(self, count: int, step: int, version: int, phase: Phase) -> Collected:
+        """Samples of the next ``count`` prompts."""
+        prompts = self.prompts.take(count)
+        with phase("rollout"):
+            trajectories = self.sampler.generate(prompts, step)
+            refuse_stale(trajectories, version, self.config.algorithm.max_staleness)
+        return Collected(prompts, trajectories)
+
+
+@dataclass(frozen=True)
+class UntilInformative:
+    """Dynamic sampling (DAPO, Yu et al. 2025): sample further prompts for those whose answers all score the same.
+
+    At most ``algorithm.dynamic_sampling`` times; a step then learns from what there is, and if nothing differs at all, from
+    its last samples, which move nothing. What has no score is left to the rule for failures, once, at the end.
+    """
+
+    once: Once
+    experience: Experience
+
+    def collect(self, step: int, version: int, phase: Phase) -> Collected:
+        """Samples of up to ``batch.prompts_per_step`` prompts whose answers differ in score."""
+        wanted, taken, kept = self.once.config.batch.prompts_per_step, list[TokenizedPrompt](), list[Collected]()
+        sampled = None
+        for _ in range(1 + self.once.config.algorithm.dynamic_sampling):
+            missing = wanted - sum(len(part.prompts) for part in kept)
+            if missing == 0:
+                break
+            sampled = self.once.take(missing, step, version, phase)
+            taken += sampled.prompts
+            with phase("scoring"):
+                scored = self.experience.scored(sampled.trajectories, sampled.by_id)
+            sampled = replace(sampled, scored=scored)
+            kept += [part for part in [informative(sampled)] if part.prompts]
+        assert sampled is not None, "a step has at least one prompt"
+        if not kept:
+            get_logger("ppo").warning("step %d: all answers to each of %d prompts score the same", step + 1, len(taken))
+        return joined(taken, kept or [sampled])
+
+
+def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
+    """Raise :class:`StaleWeightsError` where a token was sampled by weights more than ``bound`` versions old."""
+    oldest = int(batch["weight_version"][batch["action_mask"]].min())
+    if version - oldest > bound:
+        raise StaleWeightsError(f"a token was sampled by weight version {oldest}, now is {version}, and "
+                                f"algorithm.max_staleness is {bound}: raise it, or sample again")  # fmt: skip
+
+
+def informative(sampled: Collected) -> Collected:
+    """The samples of those prompts whose scores differ, or of which one has no score."""
+    assert sampled.scored is not None
+    trajectories, scored = sampled.trajectories, sampled.scored
+    rewards = torch.tensor([math.nan if result.reward is None else result.reward for result in scored.results])
+    acted = count_actions(trajectories["action_mask"], trajectories.offsets) > 0
+    silent = without_signal(rewards, trajectories["prompt_id"], acted)
+    rows = (~silent).nonzero()[:, 0].tolist()
+    heard = set(trajectories["prompt_id"][~silent].tolist())
+    prompts = [prompt for prompt in sampled.prompts if prompt.prompt_id in heard]
+    return Collected(prompts, trajectories.select(rows), scored.select(rows))
+
+
+def joined(taken: list[TokenizedPrompt], parts: list[Collected]) -> Collected:
+    """The samples of all parts as one step's, of which all of ``taken`` is used up."""
+    trajectories = TrajectoryBatch.concatenate([part.trajectories for part in parts])
+    return Collected(taken, trajectories, Scored.join([part.scored for part in parts if part.scored is not None]))
+
+
+def collector_of(config: PpoConfig, prompts: PromptStream, sampler: Sampler, experience: Experience) -> Collector:
+    """The way of collecting that the config names."""
+    once = Once(config, prompts, sampler)
+    return UntilInformative(once, experience) if config.algorithm.dynamic_sampling else once

@@ -1,0 +1,125 @@
+"""What a PPO run proves about itself before its first step, on a few samples of its own.
+
+Always true: the checks use the very calls that training uses and leave no trace: the update they accumulate is dropped.
+Each says what it measured, what it allows, and what to look at when it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_ray.algorithms.denominators import denominator
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.console import get_logger, table
+from rlhf_ray.errors import NumericalError
+from rlhf_ray.trainers.ppo.experience import Experience, TextSample
+from rlhf_ray.trainers.ppo.update import Learner, Schedules
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+LOG_PROB_LIMITS = {"fp32": 1e-4, "bf16": 5e-1, "fp16": 5e-2}
+"""Largest difference of one token's log-prob between trainer and rollout that is rounding and not a fault."""
+SCORE_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+"""Largest difference of one score in another batch, relative to the scores' size."""
+CHECKED_ALONE = 4
+"""Samples that are scored once more, one by one."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its name, what was measured, the limit in words, whether it holds, what to do if not."""
+
+    name: str
+    measured: str
+    wanted: str
+    holds: bool
+    way_out: str = ""
+
+
+class SelfCheck:
+    """The start-up checks of a PPO run."""
+
+    def __init__(self, config: PpoConfig, experience: Experience, learner: Learner) -> None:
+        self.config = config
+        self.experience = experience
+        self.learner = learner
+
+    def run(self, batch: TrajectoryBatch, schedules: Schedules, samples: Sequence[TextSample]) -> list[Check]:
+        """Check a batch with all its columns; raises :class:`NumericalError` with the table where one fails."""
+        checks = [
+            self.same_log_probs(batch),
+            self.first_ratio(batch, schedules),
+            self.score_alone(batch, samples),
+            self.tokenizers(),
+        ]
+        rows = [(check.name, check.measured, check.wanted, "yes" if check.holds else "NO") for check in checks]
+        sheet = table("start-up self-check", ("what", "measured", "wanted", "holds"), rows)
+        failed = [check for check in checks if not check.holds]
+        if failed:
+            ways = "\n".join(f"{check.name}: {check.way_out}" for check in failed)
+            raise NumericalError(f"the start-up self-check failed\n{sheet}\n{ways}")
+        get_logger("ppo").info("\n%s", sheet)
+        return checks
+
+    def same_log_probs(self, batch: TrajectoryBatch) -> Check:
+        """Trainer and rollout give the same log-probs to the same tokens."""
+        largest = float(log_prob_difference(batch).max())
+        dtypes = {self.config.policy.model.dtype, self.config.rollout.dtype}
+        limit = max(LOG_PROB_LIMITS[dtype] for dtype in dtypes)
+        return Check(
+            "trainer and rollout log-probs",
+            f"differ by {largest:.1e} nats at most",
+            f"<= {limit:g}",
+            largest <= limit,
+            "compare policy.model.dtype with rollout.dtype, and rollout.temperature with what the engine samples at",
+        )
+
+    def first_ratio(self, batch: TrajectoryBatch, schedules: Schedules) -> Check:
+        """With old log-probs from a call of their own, the first update sees ratios of exactly 1."""
+        update = schedules["policy"].updates[0]
+        # Signs as in training, so that ratios above and below 1 count; the update is dropped.
+        neutral = batch.with_columns(advantages=torch.ones(batch.num_tokens))
+        policy = self.learner.groups["policy"]
+        shared = policy.share(neutral)
+        loss = self.learner.policy_loss
+        count = denominator(loss.denominator, batch, update.sequences)
+        report = policy.accumulate(shared, update, loss, count).result()
+        policy.apply(True).result()
+        total, actions = report.metrics["ratio/mean"]
+        divergence = report.metrics["approximate_kl"][0]
+        exact = total == actions and divergence == 0.0
+        return Check(
+            "first ratio",
+            f"mean {total / actions:.9g}, divergence {divergence:.1e}",
+            "exactly 1 and 0",
+            exact,
+            "log-probs and training must run the same packs in the same precision, without dropout",
+        )
+
+    def score_alone(self, batch: TrajectoryBatch, samples: Sequence[TextSample]) -> Check:
+        """The reward of a text does not depend on the batch it is scored in."""
+        few = list(samples[:CHECKED_ALONE])
+        together = batch["score"][: len(few)]
+        alone = torch.tensor([self.experience.rewards_of([sample])[0] for sample in few])
+        largest = float((together - alone).abs().max())
+        dtypes = [role.model.dtype for role in self.config.reward.roles.values()]
+        limit = max(SCORE_LIMITS[dtype] for dtype in [*dtypes, "fp32"]) * max(1.0, float(together.abs().max()))
+        return Check(
+            "reward alone and in a batch",
+            f"differ by {largest:.1e} at most",
+            f"<= {limit:.1e}",
+            largest <= limit,
+            "the reward source must score each sample by itself",
+        )
+
+    def tokenizers(self) -> Check:
+        """What the reward sources read: ids only where the tokenizer is the policy's."""
+        return Check("what the reward reads", self.experience.rewards.reads, "ids, or text", True)
+
+
+def log_prob_difference(batch: TrajectoryBatch) -> torch.Tensor:
+    """Absolute differences between trainer and rollout log-probs at the actions."""
+    mask = batch["action_mask"]
+    return (batch["log_probs"][mask] - batch["rollout_log_probs"][mask]).abs()

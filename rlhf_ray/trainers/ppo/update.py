@@ -1,0 +1,136 @@
+"""From a batch with advantages to new weights: schedules, denominators, accumulate, vote, apply.
+
+Always true: policy and critic see the same sequences in the same update; the denominator of an update counts all its
+sequences over all ranks and micro-batches; if any rank of either saw NaN or Inf, both leave their weights as they were.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rlhf_ray.actors.groups import Group, SharedBatch
+from rlhf_ray.algorithms.denominators import denominator
+from rlhf_ray.algorithms.losses import ValueLoss
+from rlhf_ray.algorithms.policy_loss import PolicyLoss
+from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.trainers.ppo.algorithm import policy_loss_of, preparation_of, value_loss_of
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.schedule import Schedule, Update, make_schedule
+
+TRAINED = ("policy", "critic")
+"""Roles that learn, where a run has them."""
+
+Schedules = Mapping[str, Schedule]
+"""How one step's batch is cut, by role; those of policy and critic have the same updates."""
+
+
+@dataclass
+class Outcome:
+    """What the updates of one step came to."""
+
+    updates: int = 0
+    skipped: int = 0
+    policy_applied: bool = False
+    last_skips: int = 0
+    """Skipped updates since the last applied one."""
+    sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    latest: dict[str, float] = field(default_factory=dict)
+
+    def add(self, reports: Mapping[str, Report], applied: Mapping[str, Applied]) -> None:
+        """Count one update."""
+        self.updates += 1
+        if any(one.skipped for one in applied.values()):
+            self.skipped += 1
+            self.last_skips += 1
+            return
+        self.last_skips = 0
+        self.policy_applied |= "policy" in applied
+        for report in reports.values():
+            for name, (total, count) in report.metrics.items():
+                self.sums[name][0] += total
+                self.sums[name][1] += count
+        for role, one in applied.items():
+            assert one.grad_norm is not None
+            self.latest[f"grad_norm/{role}"] = one.grad_norm
+            self.latest[f"learning_rate/{role}"] = one.learning_rate
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over all tokens of all applied updates."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        return {**means, **self.latest, "updates/skipped": float(self.skipped)}
+
+
+class Learner:
+    """The training half of a PPO step."""
+
+    def __init__(self, config: PpoConfig, groups: Mapping[str, Group]) -> None:
+        self.config = config
+        self.groups = {role: group for role, group in groups.items() if role in ("policy", "critic", "reference")}
+        self.preparation = preparation_of(config)
+        self.policy_loss = policy_loss_of(config)
+        self.value_loss = value_loss_of(config)
+        self.budgets = {role: _budget(config, role) for role in self.groups}
+
+    def schedules(self, trajectories: TrajectoryBatch, step: int) -> Schedules:
+        """Cut one step's batch for every role; the sequences of an update are drawn without clocks or global state."""
+        lengths = trajectories.lengths.tolist()
+        order = list(range(len(lengths)))
+        random.Random(f"{self.config.run.seed}/{step}/updates").shuffle(order)
+        size = self.config.batch.sequences_per_update
+        return {
+            role: make_schedule(
+                lengths,
+                ranks=group.size,
+                max_tokens=self.budgets[role],
+                sequences_per_update=size if role in TRAINED else None,
+                order=order,
+            )
+            for role, group in self.groups.items()
+        }
+
+    def learn(
+        self, batch: TrajectoryBatch, schedules: Schedules, *, train_policy: bool, kl_coefficient: float
+    ) -> Outcome:
+        """All updates of all passes over one step's batch."""
+        shared = self.groups["policy"].share(self.preparation.trained(batch))
+        losses: dict[str, PolicyLoss | ValueLoss] = {
+            "policy": self.policy_loss.with_kl_coefficient(kl_coefficient),
+            "critic": self.value_loss,
+        }
+        roles = [role for role in TRAINED if role in self.groups and (role != "policy" or train_policy)]
+        outcome = Outcome()
+        for _ in range(self.config.batch.passes_per_step):
+            for updates in zip(*(schedules[role].updates for role in roles), strict=True):
+                jobs = {role: (update, losses[role]) for role, update in zip(roles, updates, strict=True)}
+                self._update(shared, jobs, outcome)
+        return outcome
+
+    def _update(
+        self, shared: SharedBatch, jobs: Mapping[str, tuple[Update, PolicyLoss | ValueLoss]], outcome: Outcome
+    ) -> None:
+        """Accumulate on all roles, let all ranks vote, apply on all or on none."""
+        pending = {
+            role: self.groups[role].accumulate(
+                shared, update, loss, denominator(loss.denominator, shared.batch, update.sequences)
+            )
+            for role, (update, loss) in jobs.items()
+        }
+        reports = {role: one.result() for role, one in pending.items()}
+        skip = not all(report.finite for report in reports.values())
+        steps = {role: self.groups[role].apply(skip) for role in reports}
+        outcome.add(reports, {role: one.result() for role, one in steps.items()})
+
+
+def _budget(config: PpoConfig, role: str) -> int:
+    """Tokens of a micro-batch of a role."""
+    if role == "reference":
+        assert config.reference_role is not None
+        return config.reference_role.forward_tokens(config.batch)
+    trained = config.policy if role == "policy" else config.critic
+    assert trained is not None
+    return trained.training_tokens(config.batch)

@@ -1,0 +1,1 @@
+"""Training on examples: supervised fine-tuning and reward models."""

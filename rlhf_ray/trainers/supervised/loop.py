@@ -1,0 +1,172 @@
+"""Training on examples that are there already: the loop that SFT and reward-model training share.
+
+Always true: every example is seen exactly once an epoch, in an order that only the seed decides and that a resumed run
+continues; an update's loss is normalised by its own count over all ranks; an update with NaN or Inf changes no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_ray.actors.groups import Group, SharedBatch
+from rlhf_ray.algorithms.denominators import DenominatorKind, denominator
+from rlhf_ray.config.schema import RewardModelConfig, SftConfig
+from rlhf_ray.console import progress
+from rlhf_ray.data.order import Part, ShuffledOrder
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
+from rlhf_ray.planning.arithmetic import training_items, updates
+from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.stopping import stop_requested
+from rlhf_ray.trainers.supervised.best import Best
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.schedule import Schedule, make_schedule
+
+
+class SummedLoss(Protocol):
+    """A loss over a micro-batch that knows what it is divided by."""
+
+    @property
+    def denominator(self) -> DenominatorKind: ...
+
+    def __call__(self, outputs: Any, micro_batch: TrajectoryBatch) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: examples of one or more sequences, and the loss over them."""
+
+    examples: Sequence[Any]
+    make_batch: Callable[[Sequence[Any]], TrajectoryBatch]
+    loss: SummedLoss
+    per_update: int
+    """Examples of one optimizer update, over all ranks."""
+    parts: Sequence[Part]
+    """The files that the examples come from: how many each has, and how many of them an epoch takes."""
+    unit: int = 1
+    """Sequences of one example; they stay in one micro-batch."""
+
+
+@dataclass
+class SupervisedProgress:
+    """Where a run stands; all that the driver must remember."""
+
+    update: int = 0
+    examples: int = 0
+    consecutive_skips: int = 0
+
+
+class SupervisedTrainer:
+    """Runs the updates that are left."""
+
+    def __init__(
+        self,
+        config: SftConfig | RewardModelConfig,
+        task: Task,
+        group: Group,
+        *,
+        commits: Commits,
+        journal: Journal,
+        evaluate: Callable[[], dict[str, float]],
+        max_tokens: int,
+        best: Best | None = None,
+    ) -> None:
+        self.config = config
+        self.task = task
+        self.group = group
+        self.commits = commits
+        self.journal = journal
+        self.evaluate = evaluate
+        self.max_tokens = max_tokens
+        self.best = best
+        self.order = ShuffledOrder(config.run.seed, task.parts)
+        self.progress = SupervisedProgress()
+        self.total_examples = training_items(self.order.epoch_size, config.epochs)
+        self.total = total_updates(config.epochs, task)
+
+    def run(self) -> dict[str, float]:
+        """All updates that are left, then the last evaluation; returns its figures."""
+        self.restore()
+        left = range(self.progress.update, self.total)
+        for _ in progress(left, self.config.kind, total=len(left)):
+            self.update()
+            self.after_update()
+        return self.evaluation()
+
+    def evaluation(self) -> dict[str, float]:
+        """Figures of the model as it is now."""
+        with self.journal.phase("evaluation"):
+            figures = self.evaluate()
+        self.journal.evaluation(self.progress.update, figures)
+        return figures
+
+    def update(self) -> None:
+        """One optimizer update."""
+        count = min(self.task.per_update, self.total_examples - self.progress.examples)
+        chosen = [self.task.examples[index] for index in self.order.take(count)]
+        batch = self.task.make_batch(chosen)
+        schedule = cut(batch, ranks=self.group.size, max_tokens=self.max_tokens, unit=self.task.unit)
+        report, applied = learn(self.group, self.group.share(batch), schedule, self.task.loss)
+        self.progress.update += 1
+        self.progress.examples += count
+        self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
+        self.journal.update(self.progress.update, self.total, report, applied, batch)
+        if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
+            raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: "
+                                 "lower the learning rate, or look for a bad example")  # fmt: skip
+
+    def after_update(self) -> None:
+        """Evaluate and commit when due; stop when asked."""
+        update, every = self.progress.update, self.config.evaluation.every_steps
+        improved = False
+        if every and update % every == 0 and update < self.total:
+            figures = self.evaluation()
+            improved = self.best is not None and self.best.improves(update, figures)
+        if self.commits.due(update) or stop_requested() or (improved and self.commits.every):
+            with self.journal.phase("checkpoint"):
+                self.commits.save(update, self.state())
+        if improved and self.best is not None:
+            with self.journal.phase("checkpoint"):
+                self.best.keep()
+        if stop_requested() and update < self.total:
+            raise ResumableStop(f"stopped on request after update {update} of {self.total}; go on with: rlhf-ray resume "
+                                f"{self.commits.run.path}")  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """The driver's part of a checkpoint."""
+        best = None if self.best is None else self.best.state()
+        return {"progress": vars(self.progress), "order": self.order.state(), "best": best}
+
+    def restore(self) -> None:
+        """Take up the newest valid commit, if there is one."""
+        state = self.commits.restore()
+        if state is not None:
+            self.progress = SupervisedProgress(**state["progress"])
+            self.order = ShuffledOrder.from_state(state["order"], self.task.parts)
+        if self.best is not None:
+            self.best.restore(None if state is None else state["best"], self.progress.update)
+
+
+def learn(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
+    """One update on all ranks: accumulate, vote, apply."""
+    update = schedule.updates[0]
+    count = denominator(loss.denominator, shared.batch, update.sequences)
+    report = group.accumulate(shared, update, loss, count).result()
+    return report, group.apply(not report.finite).result()
+
+
+def cut(batch: TrajectoryBatch, *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
+    """The whole batch as one update."""
+    return make_schedule(batch.lengths.tolist(), ranks=ranks, max_tokens=max_tokens, unit=unit)
+
+
+def total_updates(epochs: float, task: Task) -> int:
+    """Optimizer updates of a run; the last one may be smaller."""
+    size = sum(part.per_epoch for part in task.parts)
+    items = training_items(size, epochs)
+    if items < 1:
+        raise RequestError(f"epochs {epochs:g} of {size} examples is less than one example: raise epochs")
+    return updates(items, task.per_update)

@@ -1,0 +1,62 @@
+"""The loss that a config asks for, fitted to the pairs at hand.
+
+Always true: a loss is made only for pairs that have what it reads, and a number of a pair that no loss would read is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_ray.algorithms.rankings import Focal, Hinge, LogExp, Ordinal, Ranking, Scaled, Sigmoid
+from rlhf_ray.algorithms.reward_losses import RewardLoss
+from rlhf_ray.config.schema import RewardLossConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.load import PairExample
+from rlhf_ray.errors import DataError
+from rlhf_ray.rows.checks import PAIR_NUMBERS
+
+
+def make_loss(config: RewardLossConfig, examples: Sequence[PairExample]) -> RewardLoss:
+    """The loss over ``examples``, those held out among them."""
+    ranking = _ranking(config, examples)
+    given = [name for name in PAIR_NUMBERS if all(getattr(one, name) is not None for one in examples)]
+    if ranking.needs and ranking.reads not in given:
+        raise DataError(
+            f"loss.name {config.name} reads the {ranking.reads} of each pair, but the rows have none: add a column "
+            f"{ranking.reads}, or choose another loss"
+        )
+    unread = [name for name in given if name != ranking.reads]
+    if unread:
+        get_logger("data").info("the loss %s does not read the pairs' %s", config.name, " and ".join(unread))
+    if config.name == "scaled" and min(one.margin or 0.0 for one in examples) < 0:
+        raise DataError("loss.name scaled weighs pairs by their margin, but some are negative: make them 0 or more")
+    return RewardLoss(ranking, config.label_smoothing, config.centering, config.router_balance)
+
+
+def _ranking(config: RewardLossConfig, examples: Sequence[PairExample]) -> Ranking:
+    if config.name == "ordinal":
+        return Ordinal(_thresholds(config, [one.grade for one in examples if one.grade is not None]))
+    plain: dict[str, Ranking] = {
+        "sigmoid": Sigmoid(),
+        "logexp": LogExp(),
+        "hinge": Hinge(config.hinge_margin),
+        "focal": Focal(config.focal_gamma),
+        "scaled": Scaled(),
+    }
+    return plain[config.name]
+
+
+def _thresholds(config: RewardLossConfig, grades: Sequence[float]) -> tuple[float, ...]:
+    """One a grade: those of the config, or half way between the whole numbers up to the highest grade."""
+    wrong = next((grade for grade in grades if grade < 0 or grade != int(grade)), None)
+    if wrong is not None:
+        raise DataError(f"the grade {wrong:g} of a pair is none of 0, 1, 2, ...: 0 is a tie, 1 the weakest preference")
+    highest = int(max(grades, default=1))
+    if config.thresholds is None:
+        return tuple(grade + 0.5 for grade in range(max(highest, 1)))
+    if highest > len(config.thresholds):
+        raise DataError(
+            f"the highest grade of the pairs is {highest}, but loss.thresholds has {len(config.thresholds)} numbers: give "
+            "one a grade"
+        )
+    return tuple(config.thresholds)

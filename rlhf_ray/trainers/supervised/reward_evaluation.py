@@ -1,0 +1,104 @@
+"""Held-out pairs scored by a reward model in training, and what the report shows of them.
+
+Always true: packs do not depend on the number of ranks, so neither does any figure, to the last bit; every figure is
+computed here, over all pairs at once, never on a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.algorithms.reward_losses import RewardLoss, decided
+from rlhf_ray.console import progress
+from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.data.load import pair_batch
+from rlhf_ray.evaluation.scored_pairs import ScoredPairs, histogram
+from rlhf_ray.monitoring.report.summary import PreferencePage, Table
+from rlhf_ray.trajectories.schedule import deal_packs
+
+SHOWN_CHARACTERS = 400
+"""Of a prompt's end and of an answer's beginning, in the table of the worst pairs."""
+PAIRS_AT_ONCE = 1024
+"""Of one call: a long file shows how far it is, and a deadline is one of a part."""
+
+
+class HeldOut:
+    """Pairs that are scored as often as needed; their batches are made and shared once."""
+
+    def __init__(self, reward: RewardGroup, pairs: Sequence[PairExample], loss: RewardLoss, max_tokens: int) -> None:
+        self.reward, self.pairs, self.loss = reward, pairs, loss
+        self.batch = pair_batch(pairs)
+        self._parts = []
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            part = pair_batch(pairs[start : start + PAIRS_AT_ONCE])
+            schedule = deal_packs(part.lengths.tolist(), ranks=reward.size, max_tokens=max_tokens, unit=2)
+            self._parts.append((reward.share(part), schedule))
+        self.scored: ScoredPairs | None = None
+
+    def figures(self, *, shown: bool = False) -> dict[str, float]:
+        """Score all pairs as the model is now; the figures by the names under which they are logged.
+
+        ``shown`` shows how far it is, where nothing else does.
+        """
+        parts = progress(self._parts, f"scored, {PAIRS_AT_ONCE} pairs at once") if shown else self._parts
+        scores = torch.cat([self.reward.scores(*part).result() for part in parts]).double()
+        chosen, rejected = scores[0::2], scores[1::2]
+        self.scored = ScoredPairs.of(
+            chosen.numpy(),
+            rejected.numpy(),
+            loss=self.loss.per_pair(chosen - rejected, self.batch).numpy(),
+            chosen_length=[len(pair.chosen) - pair.prompt_length for pair in self.pairs],
+            rejected_length=[len(pair.rejected) - pair.prompt_length for pair in self.pairs],
+            sources=[pair.source for pair in self.pairs],
+            decided=decided(self.batch).numpy(),
+        )
+        return {f"evaluation/{name}": value for name, value in self.scored.figures().items()}
+
+    def page(self, tokenizer: Any, worst: int, probes: Table | None) -> PreferencePage:
+        """What the report shows of the last scores."""
+        assert self.scored is not None, "figures are taken before a page is made of them"
+        edges, shares = histogram({"chosen": self.scored.chosen, "rejected": self.scored.rejected})
+        return PreferencePage(
+            calibration=tuple((one.confidence, one.accuracy, one.count) for one in self.scored.calibration()),
+            edges=tuple(edges),
+            histograms={side: tuple(column) for side, column in shares.items()},
+            sources=source_table(self.scored),
+            worst=self._worst(tokenizer, worst),
+            probes=probes,
+        )
+
+    def _worst(self, tokenizer: Any, count: int) -> Table:
+        assert self.scored is not None
+        rows = []
+        for place in self.scored.worst(count):
+            pair = self.pairs[place]
+            prompt = tokenizer.decode(pair.chosen[: pair.prompt_length])[-SHOWN_CHARACTERS:]
+            answers = (tokenizer.decode(side[pair.prompt_length :]) for side in (pair.chosen, pair.rejected))
+            scores = (self.scored.margin[place], self.scored.chosen[place], self.scored.rejected[place])
+            rows.append(
+                (*(f"{score:.2f}" for score in scores), pair.source, prompt, *(a[:SHOWN_CHARACTERS] for a in answers))
+            )
+        headers = ("margin", "chosen", "rejected", "source", "prompt (its end)", "chosen answer", "rejected answer")
+        return Table(headers, tuple(rows))
+
+
+def source_table(scored: ScoredPairs) -> Table:
+    """Figures of each source, the largest first, and of all pairs."""
+    headers = ("source", "pairs", "accuracy", "margin", "loss", "calibration error", "tie rate")
+    keys = ("pairs", "accuracy", "margin", "loss", "calibration_error", "tie_rate")
+    named = {source or "(no source)": part for source, part in scored.by_source().items()}
+    parts = named if len(named) == 1 else {**named, "all": scored}
+    rows = []
+    for source, part in parts.items():
+        figures = part.figures()
+        cells = (f"{figures[key]:.0f}" if key == "pairs" else _cell(figures.get(key)) for key in keys)
+        rows.append((source, *cells))
+    return Table(headers, tuple(rows))
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,91 @@
+"""Reward-model training: one number an answer, learned from which of two was preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.load import pair_batch, pair_examples
+from rlhf_ray.models import load_tokenizer
+from rlhf_ray.monitoring.report.summary import Table
+from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.session import Place, Session
+from rlhf_ray.trainers.supervised.best import Best
+from rlhf_ray.trainers.supervised.habits import habit_figures, habit_table, measure_habits
+from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, total_updates
+from rlhf_ray.trainers.supervised.preference_loss import make_loss
+from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
+from rlhf_ray.trainers.supervised.reward_saving import RewardSaver
+
+
+def train_reward_model(
+    config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
+    """Train, evaluate, keep the best, write ``final/`` and read it back, and report."""
+    tokenizer = load_tokenizer(config.reward.model)
+    examples = pair_examples(config.data, tokenizer, config.run.seed)
+    loss = make_loss(config.loss, [*examples.train, *examples.held_out])
+    task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, examples.parts, unit=2)
+    updates = total_updates(config.epochs, task)
+    max_tokens = config.reward.forward_tokens(config.batch)
+    with Session(config, place=place) as session:
+        started = session.reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
+        reward = started.load().result()
+        held_out = HeldOut(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
+        saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer)
+        best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
+        with Journal(run, config) as journal:
+            journal.measure_against(reward.compute().result(), reward.matmul_rate().result())
+            trainer = SupervisedTrainer(
+                config,
+                task,
+                reward,
+                commits=Commits(run, config.checkpoint, {"reward": reward}, checkpoint),
+                journal=journal,
+                evaluate=held_out.figures if held_out else dict,
+                max_tokens=config.reward.training_tokens(config.batch),
+                best=best,
+            )
+            figures = trainer.run()
+            saver.final(run, figures)
+            journal.run_facts(over_fitting(best, updates, figures))
+            if held_out is not None:
+                habits = learned_habits(config, reward, tokenizer, journal, updates, max_tokens)
+                journal.preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, habits))
+            journal.finish()
+
+
+def learned_habits(
+    config: RewardModelConfig, reward: RewardGroup, tokenizer: Any, journal: Journal, update: int, max_tokens: int
+) -> Table | None:
+    """In the generated world, what each quality of an answer is worth to the model, beside its gold; else nothing."""
+    if config.data.world is None:
+        return None
+    habits = measure_habits(config.data.world, reward, tokenizer, max_tokens)
+    journal.evaluation(update, habit_figures(habits), headline=False)
+    return habit_table(habits)
+
+
+def over_fitting(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
+    """What the end says of the best evaluation: ``final/`` is it, or ``best/`` holds an earlier one."""
+    if best is None or best.so_far is None or not figures:
+        return {}
+    told = best.so_far
+    accuracy, loss = (f"evaluation/{name}" for name in ("accuracy", "loss"))
+    if best.improves(updates, figures):
+        best.remove()
+        return {"best": "the last update: final/ is also the best"}
+    text = (
+        f"update {told.update} had accuracy {told.figures[accuracy]:.4f} and loss {told.figures[loss]:.4f}, the last one "
+        f"{figures[accuracy]:.4f} and {figures[loss]:.4f}"
+    )
+    over_fitted = told.figures[accuracy] > figures[accuracy] and told.figures[loss] < figures[loss]
+    if over_fitted:
+        get_logger("rm").warning("over-fitting: %s; best/ holds it", text)
+    return {"best": f"best/: {text}", "over-fitting": "yes" if over_fitted else "no"}

@@ -1,0 +1,101 @@
+"""Writing a reward model so that others score with it, and proving that they can.
+
+Always true: a directory that is committed here was read again from disk, and its scores of some pairs were those of the
+model in training; the mean and deviation in its config are over what the config says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlhf_ray import storage
+from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.data.load import demonstration_examples, pair_batch
+from rlhf_ray.errors import IntegrityError
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.schedule import deal_packs
+
+RESCORED_PAIRS = 8
+AGREES_TO = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+"""Largest difference of a score, in units of 1 plus its size: half precision computes otherwise on another device, in another
+pack, and where an adapter was merged."""
+
+
+class RewardSaver:
+    """Saves the model of ``reward`` as it is now."""
+
+    def __init__(
+        self, config: RewardModelConfig, reward: RewardGroup, pairs: Sequence[PairExample], tokenizer: Any
+    ) -> None:
+        """``pairs`` are some to score again."""
+        self.config, self.reward = config, reward
+        self.max_tokens = config.reward.forward_tokens(config.batch)
+        self._again = pair_batch(sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))[:RESCORED_PAIRS])
+        self._demonstrations = self._read_demonstrations(tokenizer)
+
+    def final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
+        """``final/``, whole or not at all."""
+        pending = run.begin_final()
+        try:
+            self.save(pending, figures)
+        except BaseException:
+            pending.abort()
+            raise
+        storage.commit(pending, expected=["config.json"])
+
+    def save(self, pending: storage.PendingDirectory, figures: Mapping[str, float]) -> None:
+        """Fill a directory, read it back and compare; ``figures`` are those of the evaluation of these weights."""
+        save = self.reward.save_adapter if self.config.save == "adapter" else self.reward.save_pretrained
+        save(str(pending.path), self.normalization(figures)).result()
+        live = self.scores(self._again)
+        read = torch.tensor(self.reward.scores_on_disk(str(pending.path), self._again).result())
+        off = float(((live - read).abs() / (1.0 + live.abs())).max())
+        bound = AGREES_TO[self.config.reward.model.dtype]
+        if not off <= bound:
+            raise IntegrityError(
+                f"{pending.target.name}/ was written and read again, but its scores of {len(live)} sequences differ from those "
+                f"of the model in training by up to {off:.2g} of 1 + |score| (bound {bound:g}): it was not kept"
+            )
+        get_logger("rm").info("%s/: read back, scores equal to %.1e", pending.target.name, off)
+
+    def normalization(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """The ``mean`` and ``std`` of ``config.json``; empty where nothing was evaluated or asked for."""
+        over = self.config.normalization.over
+        if over == "demonstrations":
+            assert self._demonstrations is not None
+            return {"mean": float(self.scores(self._demonstrations).mean()), "std": 1.0}
+        if over == "nothing" or "evaluation/score_mean" not in figures:
+            return {}
+        if not figures["evaluation/score_std"] > 0.0:
+            get_logger("rm").warning("all held-out scores are equal: neither mean nor std is written")
+            return {}
+        return {"mean": figures["evaluation/score_mean"], "std": figures["evaluation/score_std"]}
+
+    def scores(self, batch: TrajectoryBatch) -> torch.Tensor:
+        """(B,) raw scores by the model in training."""
+        schedule = deal_packs(batch.lengths.tolist(), ranks=self.reward.size, max_tokens=self.max_tokens)
+        return self.reward.scores(self.reward.share(batch), schedule).result().double()
+
+    def _read_demonstrations(self, tokenizer: Any) -> TrajectoryBatch | None:
+        normalization, rows = self.config.normalization, self.config.data
+        if normalization.over != "demonstrations":
+            return None
+        if normalization.demonstrations_path is not None:
+            whole = {
+                "world": None,
+                "sources": {},
+                "evaluation_path": None,
+                "evaluation_fraction": None,
+                "max_rows": None,
+            }
+            rows = rows.model_copy(update={**whole, "path": normalization.demonstrations_path})
+        examples = demonstration_examples(rows, tokenizer, self.config.run.seed)
+        held_out = examples.held_out or examples.train
+        return TrajectoryBatch.from_sequences([example.token_ids for example in held_out])

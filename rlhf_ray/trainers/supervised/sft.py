@@ -1,0 +1,53 @@
+"""Supervised fine-tuning: the policy learns demonstrations."""
+
+from __future__ import annotations
+
+from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.algorithms.losses import NegativeLogLikelihood
+from rlhf_ray.config.schema import SftConfig
+from rlhf_ray.data.load import DemonstrationExample, demonstration_batch, demonstration_examples
+from rlhf_ray.models import load_tokenizer
+from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.session import Place, Session
+from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, cut, total_updates
+
+
+def train_sft(
+    config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
+    """Train, evaluate, and write ``final/``."""
+    tokenizer = load_tokenizer(config.policy.model)
+    examples = demonstration_examples(config.data, tokenizer, config.run.seed)
+    size = config.batch.sequences_per_update
+    task = Task(examples.train, demonstration_batch, NegativeLogLikelihood(), size, examples.parts)
+    updates = total_updates(config.epochs, task)
+    with Session(config, place=place) as session:
+        policy = session.policy(config.policy, total_updates=updates).load().result()
+        commits = Commits(run, config.checkpoint, {"policy": policy}, checkpoint)
+        with Journal(run, config) as journal:
+            trainer = SupervisedTrainer(
+                config,
+                task,
+                policy,
+                commits=commits,
+                journal=journal,
+                evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
+                max_tokens=config.policy.training_tokens(config.batch),
+            )
+            trainer.run()
+            commits.final({"": (policy, {})})
+            journal.finish()
+
+
+def evaluate(policy: PolicyGroup, held_out: list[DemonstrationExample], max_tokens: int) -> dict[str, float]:
+    """Mean negative log-likelihood of the held-out answers' tokens, in nats."""
+    if not held_out:
+        return {}
+    batch = demonstration_batch(held_out)
+    schedule = cut(batch, ranks=policy.size, max_tokens=max_tokens)
+    log_probs = policy.log_probs(policy.share(batch), schedule).result()
+    answer = log_probs[batch["action_mask"]].double()
+    return {"evaluation/loss": -float(answer.mean())}

@@ -1,0 +1,402 @@
+"""Files that a job names are looked at before anything starts: each mistake with its path and line, nothing loaded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from rlhf_ray.config.loading import load_config, parse_config
+from rlhf_ray.config.preflight import check_files, hub_ids
+from rlhf_ray.errors import ConfigError
+
+SFT = """
+kind: sft
+run: {name: small}
+policy: {model: {path: MODEL}, engine: {optimizer: {learning_rate: 1e-3}}}
+data: {path: DATA}
+batch: {sequences_per_update: 8}
+"""
+TOKENIZER = {"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [], "normalizer": None}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_model(directory, **config):
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    (directory / "model.safetensors").write_bytes(b"")
+    (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    return directory
+
+
+def sft_problems(model="org/name", rows="org/rows"):
+    return check_files(parse_config(SFT.replace("MODEL", str(model)).replace("DATA", str(rows))))
+
+
+def rows_problems(here, name, content, kind="sft"):
+    path = here / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if kind == "sft":
+        return sft_problems(rows=name)
+    text = SFT.replace("MODEL", "org/name").replace("DATA", name).replace("kind: sft", "kind: rm")
+    text = text.replace("policy:", "reward:").replace("sequences_per_update", "pairs_per_update")
+    return check_files(parse_config(text, ["data.evaluation_fraction=0"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_hub_id_is_no_problem_and_is_known_as_one():
+    assert sft_problems() == []
+    assert hub_ids(parse_config(SFT.replace("MODEL", "org/name").replace("DATA", "rows.jsonl"))) == ["org/name"]
+
+
+def test_a_good_directory_is_no_problem(here):
+    assert sft_problems(make_model(here / "model")) == []
+
+
+def test_a_model_path_that_does_not_exist(here):
+    found = sft_problems("models/llama/8b")
+    assert found == [
+        "policy.model.path: models/llama/8b does not exist: name a model directory, or a hub id as org/name."
+    ]
+    assert "would be the result of run demo-sft: train that first" in sft_problems("runs/demo-sft/final")[0]
+    assert "does not exist" in sft_problems("gpt2")[0]
+
+
+def test_a_slip_in_a_folder_that_is_here_is_not_taken_for_a_hub_id(here):
+    make_model(here / "models" / "llama")
+    assert sft_problems("models/llama") == []
+    assert "models/lama does not exist" in sft_problems("models/lama")[0]
+
+
+def test_a_file_is_not_a_model(here):
+    (here / "model.bin").write_text("")
+    assert "model.bin is a file, but a model is a directory" in sft_problems(here / "model.bin")[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", None, "has no config.json: it is not a model directory"),
+        ("config.json", "{", "config.json:1: not JSON"),
+        ("config.json", "[]", "config.json: not a JSON object"),
+        ("config.json", "{}", "names no model_type"),
+        ("tokenizer.json", None, "has no tokenizer.json: save the tokenizer beside the model"),
+        ("tokenizer.json", '{\n"model": ', "tokenizer.json:2: not JSON"),
+        ("model.safetensors", None, "holds no weights (*.safetensors)"),
+    ],
+)
+def test_a_directory_that_is_no_model_says_what_it_lacks(here, file, content, told):
+    model = make_model(here / "model")
+    if content is None:
+        (model / file).unlink()
+    else:
+        (model / file).write_text(content)
+    found = sft_problems(model)
+    assert len(found) == 1
+    assert told in found[0]
+    assert found[0].startswith("policy.model.path: ")
+
+
+def test_pickled_weights_are_refused_by_name(here):
+    model = make_model(here / "model")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "only as pickle (pytorch_model.bin), which may run code: save them as safetensors" in sft_problems(model)[0]
+
+
+def test_all_that_a_directory_lacks_comes_at_once(here):
+    (here / "empty").mkdir()
+    assert len(sft_problems(here / "empty")) == 3
+
+
+def test_an_adapter_needs_its_base(here):
+    adapter = here / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "missing/base/model"}))
+    assert "is an adapter of missing/base/model, which does not exist" in sft_problems(adapter)[0]
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    assert sft_problems(adapter) == []
+
+
+def test_a_tokenizer_made_from_a_missing_file(texts, here):
+    made = parse_config(texts["sft"].replace("tokenizer_from: world", "tokenizer_from: rows.jsonl"))
+    assert check_files(made) == [
+        "policy.model.make.tokenizer_from: rows.jsonl does not exist: "
+        "name a data file, world, or data for the job's own data"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+GOOD = {"prompt": "p", "answer": "a"}
+LINE = json.dumps(GOOD) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", LINE * 3),
+        ("rows.jsonl", "\n" + LINE),
+        ("rows.jsonl.gz", gzip.compress(LINE.encode(), mtime=0)),
+        ("rows.json", json.dumps([GOOD])),
+        ("rows.csv", "prompt,answer\np,a\n"),
+    ],
+)
+def test_good_rows_are_no_problem(here, name, content):
+    assert rows_problems(here, name, content) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", "", "data.path: rows.jsonl: holds no rows"),
+        ("rows.jsonl", "\n\n", "data.path: rows.jsonl: holds no rows"),
+        ("rows.json", "[]", "data.path: rows.json: holds no rows"),
+        ("rows.csv", "prompt,answer\n", "data.path: rows.csv: holds no rows"),
+        (
+            "rows.jsonl",
+            LINE + '{"prompt": "p", "reply": "a"}\n' + LINE,
+            "data.path: rows.jsonl:2: no 'prompt' and 'answer'; its keys are 'prompt', 'reply'",
+        ),
+        ("rows.jsonl", LINE + "{oops\n", "data.path: rows.jsonl:2: not JSON: "),
+        ("rows.jsonl", LINE + "[1]\n", "rows.jsonl:2: a row is a mapping of keys to values, but this is a list"),
+        ("rows.jsonl", LINE + '{"prompt": 3, "answer": "a"}\n', "rows.jsonl:2: 'prompt' must hold a text, this is of type int"),
+        ("rows.jsonl", '{"prompt": [{"role": "u"}], "answer": "a"}', "rows.jsonl:1: 'prompt' must hold a text, this is a l"),
+        ("rows.jsonl", LINE + '{"prompt": "p", "answer": ""}\n', "rows.jsonl:2: 'answer' must hold a text"),
+        ("rows.jsonl", '{"x": 1}\n' * 7, "rows.jsonl:1: no 'prompt' and 'answer'; its keys are 'x' (7 of the first 7 rows "),
+        ("rows.json", "[{\n]", "data.path: rows.json:2: not JSON: "),
+        ("rows.json", '{"prompt": "p"}', "rows.json:1: a .json file is a list of rows"),
+        ("rows.json", '[{"prompt": "p"}]', "rows.json:1: no 'prompt' and 'answer'"),
+        ("rows.csv", "prompt,reply\np,a\n", "rows.csv:2: no 'prompt' and 'answer'"),
+        ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read: "),
+        ("rows.jsonl.gz", gzip.compress(LINE.encode() * 50, mtime=0)[:-12], "rows.jsonl.gz: cannot be read: "),
+        ("rows.jsonl", b'{"prompt": "\xff"}', "rows.jsonl:1: not UTF-8: "),
+        ("rows.parquet", b"PAR1 not", "rows.parquet: not a parquet file: "),
+        ("rows.txt", "text", "rows.txt: not a format that is read here: .jsonl, .jsonl.gz, "),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_with_file_and_line(here, name, content, told):
+    found = rows_problems(here, name, content)
+    assert len(found) == 1
+    assert told in found[0]
+
+
+def test_only_the_first_hundred_rows_are_looked_at(here):
+    assert rows_problems(here, "rows.jsonl", LINE * 100 + "{oops\n") == []
+    assert "rows.jsonl:100: not JSON" in rows_problems(here, "rows.jsonl", LINE * 99 + "{oops\n")[0]
+
+
+def test_parquet_rows(here):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"prompt": ["p"] * 3, "answer": ["a", "b", None]}), here / "rows.parquet")
+    assert "rows.parquet: row 3: 'answer' must hold a text" in sft_problems(rows="rows.parquet")[0]
+    parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), here / "none.parquet")
+    assert "none.parquet: holds no rows" in sft_problems(rows="none.parquet")[0]
+
+
+def test_a_data_path_that_does_not_exist(here):
+    told = "data.path: rows.jsonl does not exist: name a data file, as in data.path=pairs.jsonl.gz"
+    assert sft_problems(rows="rows.jsonl") == [told]
+    (here / "empty").mkdir()
+    assert "data.path: empty: not the folder of a saved data set" in sft_problems(rows="empty")[0]
+
+
+def test_each_kind_needs_its_own_keys(here, texts):
+    pair = json.dumps({"chosen": "c", "rejected": "r"})
+    assert rows_problems(here, "rows.jsonl", pair, kind="rm") == []
+    assert "no 'chosen' and 'rejected'" in rows_problems(here, "rows.jsonl", LINE, kind="rm")[0]
+    ppo = [*("data.world=null", "data.path=rows.jsonl"), "reward={function: rewards:score}"]
+    for row, fine in ((pair, True), ('{"prompt": "p"}', True), ('{"question": "q"}', False)):
+        (here / "rows.jsonl").write_text(row)
+        assert (check_files(parse_config(texts["ppo"], ppo)) == []) == fine
+    told = check_files(parse_config(texts["ppo"], ppo))
+    assert told == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"]
+    assert check_files(parse_config(texts["ppo"], [*ppo, "data.prompt_key=question"])) == []
+
+
+PAIR = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": [], "chosen": "c", "rejected": "r"}, "rows.jsonl:2: 'prompt': holds no message"),
+        (
+            {"chosen": [{"role": "user", "content": "q"}], "rejected": "r"},
+            "rows.jsonl:2: 'chosen' is a conversation and",
+        ),
+        ({"chosen": "c", "rejected": "r", "margin": "high"}, "rows.jsonl:2: 'margin' must hold a finite number"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": ""},
+            "rows.jsonl:2: 'rejected' must hold a text or a list of messages",
+        ),
+        (
+            {"chosen": [{"role": "assistant", "content": "c"}], "rejected": [{"role": "assistant", "content": "r"}]},
+            "rows.jsonl:2: message 1 of 'chosen' is of 'assistant', but 'system' or 'developer' or 'user' was expected",
+        ),
+    ],
+)
+def test_a_bad_pair_is_named_with_file_and_line(here, row, told):
+    (found,) = rows_problems(here, "rows.jsonl", PAIR + json.dumps(row) + "\n", kind="rm")
+    assert told in found
+
+
+def test_every_source_is_looked_at_with_its_own_keys(here, texts):
+    (here / "a.jsonl").write_text(PAIR)
+    (here / "b.jsonl").write_text('{"better": "c", "worse": "r"}\n')
+    sources = "a: {path: a.jsonl}, b: {path: b.jsonl}, c: {path: nowhere.jsonl}, d: {path: Org/set}"
+    data = f"data={{sources: {{{sources}}}, evaluation_fraction: 0.1}}"
+    config = parse_config(texts["rm"], [data])
+    assert check_files(config) == [
+        "data.sources.b.path: b.jsonl:1: no 'chosen' and 'rejected'; its keys are 'better', 'worse'",
+        "data.sources.c.path: nowhere.jsonl does not exist: name a data file, as in data.sources.c.path=pairs.jsonl.gz",
+    ]
+    assert hub_ids(config) == ["Org/set"]
+    good = ["data.sources.b.chosen_key=better", "data.sources.b.rejected_key=worse", "data.sources.c.path=a.jsonl"]
+    assert check_files(parse_config(texts["rm"], [data, *good])) == []
+
+
+def test_what_is_longer_than_the_models_context(here, texts):
+    make_model(here / "model", max_position_embeddings=256)
+    told = "data.max_tokens: 512 is more than model reads ({}.model): lower it to 256"
+    for kind, role in (("rm", "reward"), ("sft", "policy")):
+        config = [f"{role}.model={{path: model, dtype: fp32{', head_init: zero' if kind == 'rm' else ''}}}"]
+        assert check_files(parse_config(texts[kind], config)) == [told.format(role)]
+        assert check_files(parse_config(texts[kind], [*config, "data.max_tokens=256"])) == []
+
+
+def test_the_evaluation_file_is_looked_at_too(here):
+    (here / "rows.jsonl").write_text(LINE)
+    config = parse_config(
+        SFT.replace("MODEL", "org/name").replace("DATA", "rows.jsonl"), ["data.evaluation_path=held.jsonl"]
+    )
+    assert check_files(config) == [
+        "data.evaluation_path: held.jsonl does not exist: name a data file, as in data.evaluation_path=pairs.jsonl.gz"
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- ppo
+
+
+def ppo(here, texts, *overrides, **policy_config):
+    if not (here / "policy").exists():
+        make_model(here / "policy", **policy_config)
+    models = [f"{role}.model={{path: policy, dtype: fp32}}" for role in ("policy", "critic", "reference", "reward")]
+    return check_files(parse_config(texts["ppo"], [*models, *overrides]))
+
+
+def test_critic_and_reference_read_the_policys_tokens(here, texts):
+    assert ppo(here, texts) == []
+    other = make_model(here / "other")
+    assert ppo(here, texts, "critic.model.path=other") == []
+    same = {**TOKENIZER, "post_processor": {"type": "TemplateProcessing"}}
+    (other / "tokenizer.json").write_text(json.dumps(same))
+    assert ppo(here, texts, "critic.model.path=other") == [], "the template is not the tokenizer"
+    (other / "tokenizer.json").write_text(json.dumps({**TOKENIZER, "added_tokens": [{"id": 1, "content": "<x>"}]}))
+    for role in ("critic", "reference"):
+        found = ppo(here, texts, f"{role}.model.path=other")
+        assert len(found) == 1
+        assert found[0].startswith(f"{role}.model: its tokenizer (other) is not the policy's (policy), whose token ids")
+    assert ppo(here, texts, "reward.model.path=other") == [], "the reward owns its tokenizer"
+
+
+def test_made_tokenizers_are_compared_by_how_they_are_made(here, texts):
+    make = "{shape: llama-tiny, tokenizer_from: rows.jsonl, vocabulary: 300}"
+    (here / "rows.jsonl").write_text(LINE)
+    found = check_files(parse_config(texts["ppo"], [f"policy.model.make={make}"]))
+    assert [problem.partition(":")[0] for problem in found] == ["critic.model", "reference.model"]
+    both = [f"{role}.model.make={make}" for role in ("policy", "critic", "reference")]
+    assert check_files(parse_config(texts["ppo"], both)) == []
+    assert len(check_files(parse_config(texts["ppo"], [*both, "critic.model.make.vocabulary=301"]))) == 1
+
+
+def test_the_rollout_must_be_able_to_serve_the_policy(here, texts):
+    parallel = ["rollout.tensor_parallel=4", "rollout.resources.gpus_per_rank=4"]
+    found = ppo(here, texts, *parallel, num_attention_heads=6, max_position_embeddings=256)
+    assert found == [
+        "rollout.tensor_parallel: 4 does not divide the 6 attention heads of policy",
+        "rollout.max_model_tokens: 512 is more than policy reads: lower it to 256",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "content", "told"),
+    [
+        ("rewards.py:score", None, "reward.function: rewards.py does not exist: name a Python file, as path.py:name"),
+        (
+            "rewards.py:score",
+            "def other(): ...",
+            "reward.function: rewards.py defines no 'score'; it defines nothing_of_the_kind, other",
+        ),
+        ("rewards.py:score", "x = (", "reward.function: rewards.py:1: not Python: "),
+    ],
+)
+def test_a_reward_function_is_looked_for_and_never_run(here, texts, function, content, told):
+    if content is not None:
+        (here / "rewards.py").write_text(f"import nothing_of_the_kind\n{content}" if "def" in content else content)
+    found = check_files(parse_config(texts["ppo"], [f"reward={{function: {function}}}"]))
+    assert len(found) == 1
+    assert found[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    "line", ["def score(x): ...", "async def score(x): ...", "from elsewhere import score", "score = print"]
+)
+def test_a_reward_function_that_is_there(here, texts, line):
+    (here / "rewards.py").write_text(f"import nothing_of_the_kind\n{line}\n")
+    assert check_files(parse_config(texts["ppo"], ["reward={function: rewards.py:score}"])) == []
+    assert "nothing_of_the_kind" not in sys.modules
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_a_token_file_must_hold_a_token(here, texts):
+    config = parse_config(texts["serve"], ["token_file=token"])
+    assert "token_file: token does not exist" in check_files(config)[0]
+    (here / "token").write_text("\n")
+    assert "token_file: token is empty" in check_files(config)[0]
+    (here / "token").write_text("secret\n")
+    assert check_files(config) == []
+
+
+def test_runs_are_written_under_a_directory(here, texts):
+    (here / "runs").write_text("")
+    assert "run.root: runs is a file" in check_files(parse_config(texts["sft"]))[0]
+
+
+def test_files_come_with_the_other_problems(here):
+    with pytest.raises(ConfigError) as error:
+        load_config("demo-ppo", ["stepps=3", "policy.engine.zero=9"], files=True)
+    starts = [problem.partition(":")[0] for problem in error.value.problems]
+    assert starts == [
+        "stepps", "policy.engine.zero", "policy.model.path", "critic.model.path", "reference.model.path",
+        "reward.model.path",
+    ]  # fmt: skip
+
+
+def test_the_recipes_for_gpus_are_accepted_where_their_models_are_not():
+    for name in ("qwen3-0.6b-1gpu", "llama-3-8b-8gpu", "llama-3-70b-4nodes"):
+        assert hub_ids(load_config(name, files=True))
+
+
+def test_the_recipes_for_pairs_take_a_file(here):
+    (here / "pairs.jsonl").write_text(
+        json.dumps({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"})
+    )
+    make_model(here / "runs" / "hh-rm" / "final")
+    for name in ("hh-rm", "hh-ppo"):
+        config = load_config(name, ["data.path=pairs.jsonl"], files=True)
+        role = config.reward if name == "hh-rm" else config.policy
+        assert role.model.make.tokenizer_from == "pairs.jsonl"

@@ -1,0 +1,136 @@
+"""One entry a row, used or dropped; what is read from the cache is what encoding the file again would give."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from rlhf_ray.data import encoded_pairs as room
+from rlhf_ray.data.encode import EQUAL, TOO_LONG
+from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file, pairs_of_rows
+from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import read_preferences
+from tests.data.test_chat import CHATML, assistant, user
+
+TEXTS = [
+    {"prompt": "how?", "chosen": " so", "rejected": " not so", "margin": 0.5, "grade": 1, "source": "a"},
+    {"prompt": "how? ", "chosen": " so", "rejected": " so", "margin": 0, "grade": 0, "source": ""},
+    {"prompt": "what?", "chosen": " this " * 99, "rejected": " that", "margin": 1, "grade": 2, "source": "b"},
+    {"prompt": "who?", "chosen": " you", "rejected": " me", "margin": 2, "grade": 0, "source": "b"},
+]
+
+
+def plain(rows):
+    """Rows as plain values, so that they compare."""
+    return [
+        (row.prompt, row.pair)
+        if isinstance(row.pair, str)
+        else (row.prompt, {**asdict(row.pair), "chosen": list(row.pair.chosen), "rejected": list(row.pair.rejected)})
+        for row in rows
+    ]
+
+
+@pytest.fixture
+def file(write):
+    return PairFile(str(write(TEXTS)), Keys(), max_tokens=60)
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """Counts how often rows are encoded."""
+    counted, encode = [], room.pair_outcomes
+    monkeypatch.setattr(room, "pair_outcomes", lambda *given, **more: counted.append(1) or encode(*given, **more))
+    return counted
+
+
+def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
+    rows = pairs_of_file(file, byte_tokenizer, source="mine")
+    assert [row.pair if isinstance(row.pair, str) else "" for row in rows] == ["", EQUAL, TOO_LONG, ""]
+    pair, last = rows[0].pair, rows[3].pair
+    assert byte_tokenizer.decode(pair.chosen) == "how? so<eos>"
+    assert byte_tokenizer.decode(pair.rejected) == "how? not so<eos>"
+    assert byte_tokenizer.decode(pair.chosen[: pair.prompt_length]) == "how?"
+    assert (pair.margin, pair.grade, pair.source, pair.cut) == (0.5, 1.0, "a", 0)
+    assert (last.margin, last.grade, last.source) == (2.0, 0.0, "b")
+    assert rows[0].prompt == rows[1].prompt, "spaces around it make no other prompt"
+    assert len({row.prompt for row in rows}) == 3
+    assert plain(pairs_of_rows(read_preferences(file.path), byte_tokenizer, 60)) == plain(
+        pairs_of_file(file, byte_tokenizer)
+    )
+
+
+def test_rows_that_name_no_source_have_that_of_their_file(byte_tokenizer, write):
+    path = write([{"prompt": "p", "chosen": " a", "rejected": " b"}])
+    for source in ("mine", ""):
+        (row,) = pairs_of_file(PairFile(str(path), Keys(), 60), byte_tokenizer, source=source)
+        assert row.pair.source == source
+        assert (row.pair.margin, row.pair.grade) == (None, None)
+
+
+def test_the_cache_gives_what_encoding_gives(byte_tokenizer, file, tmp_path, encodings):
+    fresh = plain(pairs_of_file(file, byte_tokenizer, source="mine"))
+    for times in (2, 2, 2):
+        assert plain(pairs_of_file(file, byte_tokenizer, tmp_path / "cache", source="mine")) == fresh
+        assert len(encodings) == times
+    assert plain(pairs_of_file(file, byte_tokenizer, tmp_path / "cache")) == plain(pairs_of_file(file, byte_tokenizer))
+
+
+def test_whatever_decides_the_ids_is_in_the_key(
+    byte_tokenizer, spaced_tokenizer, file, tmp_path, encodings, monkeypatch
+):
+    def encodes(one, tokenizer=byte_tokenizer):
+        before = len(encodings)
+        pairs_of_file(one, tokenizer, tmp_path / "cache")
+        return len(encodings) - before
+
+    assert encodes(file)
+    assert not encodes(file)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    assert not encodes(replace(file, path=str(moved))), "where a file lies does not count"
+    for change in (
+        {"max_tokens": 61},
+        {"cut_prompt": True},
+        {"max_rows": 2},
+        {"keys": Keys(chosen="rejected")},
+    ):
+        assert encodes(replace(file, **change)), change
+        assert not encodes(replace(file, **change)), change
+    for template in ("<s> $A", "<s> $A </s>"):
+        assert encodes(file, spaced_tokenizer(template)), "what a tokenizer adds by itself counts"
+    monkeypatch.setattr(byte_tokenizer, "chat_template", CHATML)
+    assert encodes(file), "the template counts"
+    assert encodes(replace(file, turns=True))
+    monkeypatch.setattr(byte_tokenizer, "chat_template", None)
+    assert not encodes(file)
+    with moved.open("a") as added:
+        added.write(json.dumps(TEXTS[3]) + "\n")
+    assert encodes(replace(file, path=str(moved))), "the content counts"
+
+
+def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monkeypatch, write, tmp_path):
+    """Tables give every message all fields, null where a message has none."""
+    monkeypatch.setattr(byte_tokenizer, "chat_template", CHATML)
+    call = {"role": "assistant", "content": "wait", "tool_calls": [{"function": {"name": "f"}}]}
+    answer = {"role": "tool", "content": "7"}
+    talks = [
+        {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": [user("q")], "chosen": [call, answer, assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": [user("other")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(talks), tmp_path / "rows.parquet")
+    found = [
+        pairs_of_file(PairFile(str(path), Keys(), 99), byte_tokenizer)
+        for path in (write(talks), tmp_path / "rows.parquet")
+    ]
+    assert plain(found[0]) == plain(found[1])
+    assert [row.prompt == found[0][0].prompt for row in found[0]] == [True, True, False]
+    assert all(isinstance(row.pair, PairExample) for row in found[0])
+    whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in talks]
+    assert plain(pairs_of_file(PairFile(str(write(whole)), Keys(), 99), byte_tokenizer)) == plain(found[0]), (
+        "implicit prompts"
+    )

@@ -1,0 +1,108 @@
+"""Scores from the last tokens alone, in parts, are those of the whole pass, and so are their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_ray.models.forward import attention_backends as backends
+from rlhf_ray.models.forward import last_tokens
+from rlhf_ray.models.forward.attention import segment_attention
+from rlhf_ray.models.forward.packed import last_token_forward, packed_forward
+from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.packing import Packed, pack
+from tests.models.conftest import ALL_FAMILIES, LENGTHS, VOCABULARY
+
+Make = Callable[..., PreTrainedModel]
+
+
+def regression(causal: Make, family: str = "llama") -> PackedRegression:
+    backbone = causal(family).base_model
+    head = make_head(backbone, "inv_sqrt", 0)
+    return PackedRegression(
+        wrap_backbone(backbone, head, "reward", attention="sdpa", strict_attention=True, head_origin="")
+    )
+
+
+@pytest.fixture
+def packed() -> Packed:
+    """Sequences of several lengths; the first two share more than half of their tokens."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in (*LENGTHS, 22)]
+    sequences[1] = torch.cat([sequences[-1][:18], sequences[1]])
+    return pack(TrajectoryBatch.from_sequences([sequences[-1], *sequences[1:-1]]))
+
+
+def whole_scores(module: PackedRegression, packed: Packed) -> Tensor:
+    return module.model.regress(packed_forward(module.model.backbone, packed).index_select(0, packed.last_tokens))
+
+
+def with_gradients(module: nn.Module, scores: Tensor) -> tuple[Tensor, list[Tensor]]:
+    module.zero_grad()
+    (scores * torch.linspace(1.0, 2.0, len(scores))).sum().backward()
+    return scores.detach(), [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_equal_to_the_whole_pass(
+    causal: Make, packed: Packed, family: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert packed.parent is not None, "a prefix is shared"
+    monkeypatch.setattr(last_tokens, "NUMBERS_AT_ONCE", 0)
+    monkeypatch.setattr(last_tokens, "FEWEST_TOKENS_AT_ONCE", 5)
+    module = regression(causal, family).train()
+    expected, their_gradients = with_gradients(module, whole_scores(module, packed))
+    if checkpointed:
+        module.model.gradient_checkpointing_enable()
+    found, gradients = with_gradients(module, module(packed, "scores"))
+    with torch.no_grad():
+        evaluated = module(packed, "scores")
+    for scores in (found, evaluated):
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(gradients, their_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max().clamp(min=1e-3)), rtol=1e-5)
+    assert not [name for name, each in module.named_modules() if "forward" in vars(each)], "modules are as before"
+
+
+def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
+    causal: Make, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saving is real."""
+    monkeypatch.setattr(last_tokens, "NUMBERS_AT_ONCE", 0)
+    monkeypatch.setattr(last_tokens, "FEWEST_TOKENS_AT_ONCE", 16)
+    module = regression(causal)
+    seen: dict[str, list[int]] = {}
+    for name, each in module.model.backbone.named_modules():
+        if name.endswith(("down_proj", "q_proj", "k_proj", "o_proj")):
+            each.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, []).append(out.shape[1]))
+    forward = last_tokens._token_by_token
+    ran: list[int] = []
+    monkeypatch.setattr(
+        last_tokens,
+        "_token_by_token",
+        lambda f, *given: forward(lambda rows: ran.append(rows.shape[1]) or f(rows), *given),
+    )
+    attended: list[list[int] | None] = []
+    monkeypatch.setattr(
+        backends,
+        "segment_attention",
+        lambda *given, **options: (
+            attended.append(None if given[-1].read is None else given[-1].read.tolist())
+            or segment_attention(*given, **options)
+        ),
+    )
+    with torch.no_grad():
+        last_token_forward(module.model.backbone, packed)
+    read, tokens = len(packed.sequences), packed.num_tokens
+    assert seen["layers.1.mlp.down_proj"] == [read]
+    assert sum(seen["layers.0.mlp.down_proj"]) == tokens
+    assert max(seen["layers.0.mlp.down_proj"]) == 16
+    assert seen["layers.1.self_attn.k_proj"] == [tokens]
+    assert ran.count(read) == len(last_tokens.LAST_LAYER) + 1, "the MLP, norms before and behind it, both projections"
+    assert attended == [None, packed.last_tokens.tolist()], "the last layer attends for them alone"

@@ -1,0 +1,210 @@
+"""Rows come in the order of the file, with the keys that were asked for; what is wrong is told by file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from rlhf_ray.errors import DataError
+from rlhf_ray.rows.checks import row_problems
+from rlhf_ray.rows.read import is_in_all, read_rows
+
+ROWS = [{"prompt": "Wie geht's?\n", "answer": 'gut, "sehr"'}, {"prompt": "e\u0301\u2028\x85x", "answer": "b\r\nc"}]
+
+
+def as_csv(rows):
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
+
+
+def as_arrow(path, rows, make=pyarrow.ipc.new_stream):
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, make(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_as(path, rows):
+    """Write rows in the format that the name says."""
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1)
+        return
+    if name.endswith(".arrow"):
+        as_arrow(path, rows, pyarrow.ipc.new_file if "file" in name else pyarrow.ipc.new_stream)
+        return
+    if name.endswith(".jsonl"):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    else:
+        content = as_csv(rows) if name.endswith(".csv") else json.dumps(rows, indent=1, ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+
+
+FORMATS = ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "parquet", "file.arrow", "stream.arrow"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    write_as(path, ROWS * 2)
+    rows = read_rows(path, [("prompt", "answer")])
+    assert [dict(row.values) for row in rows] == ROWS * 2
+    assert row_problems(path, [("prompt", "answer")]) == []
+    assert all(row.where.startswith(f"{path}:") for row in rows)
+    assert len({row.where for row in rows}) == 4
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=5))
+def test_the_place_of_a_row_is_the_line_where_it_begins(tmp_path, suffix, texts):
+    """Whatever is in a row, a reader who goes to its line finds it."""
+    path = tmp_path / f"rows.{suffix}"
+    rows = [{"mark": f"row{number}.", "text": text} for number, text in enumerate(texts)]
+    if suffix == "json":
+        path.write_text("[\n\n" + ",\n\n".join(json.dumps(row) for row in rows) + "]", encoding="utf-8")
+    else:
+        write_as(path, rows)
+    read = read_rows(path)
+    assert [dict(row.values) for row in read] == rows
+    lines = path.read_bytes().split(b"\n")
+    for number, row in enumerate(read):
+        assert f"row{number}.".encode() in lines[int(row.where.rpartition(":")[2]) - 1]
+
+
+def test_the_folder_of_a_saved_data_set(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, row in zip(names, ROWS, strict=True):
+        as_arrow(folder / name, [row])
+    as_arrow(folder / "cache-0123.arrow", [{"prompt": "left by a map", "answer": "x"}])
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    assert [dict(row.values) for row in read_rows(folder)] == ROWS
+    assert row_problems(folder, [("question",)]) != []
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["saved", "test"]}')
+    with pytest.raises(DataError, match=r"holds several splits.*name one of .*/saved, .*/test"):
+        read_rows(tmp_path)
+
+
+def test_a_folder_that_is_no_saved_data_set_names_its_files(tmp_path):
+    with pytest.raises(DataError, match=r"no state\.json.*this folder has none"):
+        read_rows(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"name a data file, such as a\.jsonl"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", '{"a": 1}\n{"a": \n', ":2: not JSON: Expecting value at column"),
+        ("rows.jsonl", b'{"a": "x"}\n{"a": "\xff"}\n', ":2: not UTF-8: invalid start byte at byte 8"),
+        ("rows.jsonl", "[" * 200_000, ":1: not JSON: "),
+        ("rows.jsonl", '{"a": ' + "9" * 5000 + "}", ":1: not JSON: "),
+        ("rows.jsonl", '{"a": 1}\n"text"\n', ":2: a row is a mapping of keys to values, but this is a str"),
+        ("rows.jsonl", '{"a": "x"}{"a": "y"}', ":1: not JSON: Extra data at column 11"),
+        ("rows.jsonl", "", ": holds no rows"),
+        ("rows.jsonl", "\n \n", ": holds no rows"),
+        ("rows.jsonl.gz", b"no gzip", ": cannot be read: Not a gzipped file"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-20], ": cannot be read: "),
+        ("rows.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 99, ": cannot be read: "),
+        ("rows.json", "", ":1: a .json file is a list of rows"),
+        ("rows.json", "[]", ": holds no rows"),
+        ("rows.json", " [ ] ", ": holds no rows"),
+        ("rows.json", '[{"a": 1},\n{"a": }]', ":2: not JSON: "),
+        ("rows.json", '[{"a": 1},\n{"a": 2}', ":2: not JSON: expected a ',' or ']' after a row"),
+        ("rows.json", '[{"a": 1}\n{"a": 2}]', ":2: not JSON: expected a ',' or ']' after a row"),
+        ("rows.json", '[{"a": 1}]\n[]', ":1: not JSON: expected nothing after the list"),
+        ("rows.json", '[{"a": 1},]', ":1: not JSON: "),
+        ("rows.json", '[{"a": 1},\n3]', ":2: a row is a mapping of keys to values, but this is a int"),
+        ("rows.csv", "a,b\n1,2\n3\n", ":3: 1 cells, but the header names 2 columns"),
+        ("rows.csv", "a,b\n1,2,3\n", ":2: 3 cells, but the header names 2 columns"),
+        ("rows.csv", "a,a\n1,2\n", ":1: two columns have the same name"),
+        ("rows.csv", 'a,b\n1,"2\n', ":2: not CSV: "),
+        ("rows.csv", "a,b\n", ": holds no rows"),
+        ("rows.csv", "", ": holds no rows"),
+        ("rows.parquet", b"PAR1 no PAR1", ": not a parquet file: "),
+        ("rows.arrow", b"no arrow", ": not an Arrow file: "),
+        ("rows.txt", "text", ": not a format that is read here: .jsonl, "),
+        ("rows.parquet.gz", b"", ": not a format that is read here: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where_and_why(write, name, content, told):
+    path = write(content, name)
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert f"{path}{told}" in str(error.value)
+    assert f"{path}{told}" in row_problems(path, ())[0], "the look beforehand finds the same"
+
+
+def test_a_path_that_is_not_there_tells_the_way_out(tmp_path):
+    with pytest.raises(DataError, match="no such file or folder: name a data file"):
+        read_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"are not downloaded here: save it once, .*load_dataset\('Org/set'"):
+        read_rows("Org/set")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"answer": "x"}, "no 'prompt'; its keys are 'answer'"),
+        ({"prompt": ""}, "'prompt' must hold a text, this is empty"),
+        ({"prompt": None}, "'prompt' must hold a text, this is empty"),
+        ({"prompt": 7}, "'prompt' must hold a text, this is of type int"),
+        (
+            {"prompt": [{"role": "user", "content": "secret"}]},
+            "'prompt' must hold a text, this is a list: write it as one text",
+        ),
+        ({"prompt": "secret\ud800"}, "'prompt' must hold a text, this has half a surrogate pair at character 7"),
+    ],
+)
+def test_a_row_without_its_text_is_told_by_line_and_never_quoted(write, row, told):
+    path = write([{"prompt": "secret"}, row])
+    with pytest.raises(DataError) as error:
+        read_rows(path, [("prompt",)])
+    assert str(error.value).startswith(f"{path}:2: {told}")
+    assert "secret" not in str(error.value)
+    assert row_problems(path, [("prompt",)])[0].startswith(f"{path}:2: {told}")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
+    for name, content in (("a.jsonl", '{"a": "x"}'), ("a.csv", "a\nx\n"), ("a.json", '[{"a": "x"}]')):
+        assert read_rows(write(b"\xef\xbb\xbf" + content.encode(), name), [("a",)])[0].text("a") == "x"
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(1, 1.0), (-0.5, -0.5), ("2.5", 2.5), (None, None), ("", None), (0, 0.0)],
+)
+def test_numbers(write, value, number):
+    assert read_rows(write([{"x": value}]))[0].number("x") == number
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", "secret", True, [1], {}, "1e999", 10**400])
+def test_what_is_no_finite_number_is_told_by_line(write, value):
+    path = write([{"x": 1}, {"x": value}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 'x' must hold a finite number, this is ") as error:
+        read_rows(path)[1].number("x")
+    assert "secret" not in str(error.value)
+
+
+def test_a_column_is_in_all_rows_or_in_none(write):
+    rows = read_rows(write([{"x": 1}, {"x": 0}, {"x": None}, {}]))
+    assert is_in_all(rows[:2], "x")
+    assert not is_in_all(rows[2:], "x")
+    for order, bad, good in ((rows[1:3], 3, 2), (rows[2:0:-1], 3, 2)):
+        with pytest.raises(
+            DataError, match=rf"jsonl:{bad}: nothing under 'x', but .*jsonl:{good}: fill it in all rows"
+        ):
+            is_in_all(order, "x")
