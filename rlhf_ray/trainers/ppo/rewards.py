@@ -68,8 +68,8 @@ def reward_source(
             return function_source(source.function, source, cleanup)
         if source.url is None:
             return _model_source(key, source, groups[key], groups[key].describe().result(), reads_ids)
-        tokens = read_tokens(source.token_file) if source.token_file is not None else ()
-        client = RewardClient(source.url, token=tokens[0] if tokens else None, timeout_s=source.timeout_s, hold_s=0.0)
+        token = next(iter(read_tokens(source.token_file)), None)
+        client = RewardClient(source.url, token=token, timeout_s=source.timeout_s, hold_s=0.0)
         cleanup.callback(client.close)
         return _model_source(key, source, Backend(client), client.info(), reads_ids)
 
