@@ -75,3 +75,8 @@ class GroupBackend:
 def model_name(model: ModelConfig) -> str:
     """The path or hub id of a model, or the shape that was made."""
     return model.path or f"made:{model.make.shape if model.make else ''}"
+
+
+def with_weights_of(model: ModelConfig, path: str, revision: str | None) -> ModelConfig:
+    """The model at ``path``, held in memory and computed with exactly as ``model`` is."""
+    return model.model_copy(update={"path": path, "revision": revision, "make": None})

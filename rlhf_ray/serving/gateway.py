@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.config.schema import ModelConfig, RoleConfig, ServeConfig
+from rlhf_ray.config.schema import RoleConfig, ServeConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.auth import TokenFile
-from rlhf_ray.serving.backend import GroupBackend
+from rlhf_ray.serving.backend import GroupBackend, with_weights_of
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Models, ServedModel
 from rlhf_ray.serving.scoring import limits_of
@@ -119,8 +119,8 @@ class Gateway:
         """Load ``path`` beside what is served, and let it take over; returns the new version."""
         served = self._named(model)
         role = self.config.served[served.name]
-        new = ModelConfig(path=path, revision=revision, dtype=role.model.dtype, attention=role.model.attention)
-        replicas = self._replicas(served.name, role.model_copy(update={"model": new}))
+        new = role.model_copy(update={"model": with_weights_of(role.model, path, revision)})
+        replicas = self._replicas(served.name, new)
 
         async def replace() -> None:
             await asyncio.shield(served.replace(replicas))
