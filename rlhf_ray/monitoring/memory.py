@@ -1,8 +1,9 @@
-"""Memory of a tree of processes and of the object store that they share.
+"""Measure the memory of a tree of processes and of the shared memory that they hold open.
 
-Always true: ``pss_gb`` is the sum over all processes of their proportional set size, in which a page shared by several
-counts once; ``object_store_gb`` is what their open files in ``/dev/shm`` hold, each counted once. Pages of the object
-store that a process has mapped are in both, so the total is an upper bound.
+Invariants: ``pss_gb`` is the sum of the proportional set sizes (PSS) of all processes, so that a page which several
+processes share counts once. ``object_store_gb`` is the size of the files in ``/dev/shm`` that the processes hold open,
+each counted once; Ray's object store lies there. A page of the object store that a process has mapped is in both
+figures, so the total is an upper bound.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 GB = 1e9
 SHARED_MEMORY = "/dev/shm/"
+BYTES_PER_BLOCK = 512
+"""The unit of ``st_blocks``, whatever the file system's own block size is (POSIX ``sys/stat.h``)."""
 
 
 @dataclass(frozen=True)
@@ -34,84 +39,85 @@ class MemoryUse:
 
 
 def memory_use(roots: Iterable[int]) -> MemoryUse:
-    """Memory of the processes ``roots`` and of all that descend from them, now."""
-    processes = descendants(roots)
-    pss = sum(map(_pss_bytes, processes))
-    store: dict[tuple[int, int], int] = {}
+    """Measure the memory that the processes ``roots`` and all their descendants use now.
+
+    ``roots`` are process ids. A process that has ended, or ends meanwhile, counts as nothing.
+    """
+    processes = process_tree(roots)
+    shared_files: dict[tuple[int, int], int] = {}
     for process in processes:
-        store |= _shared_files(process)
-    return MemoryUse(pss / GB, sum(store.values()) / GB, len(processes))
+        shared_files |= _shared_files(process.pid)
+    pss_bytes = sum(map(_pss_bytes, processes))
+    return MemoryUse(pss_bytes / GB, sum(shared_files.values()) / GB, len(processes))
 
 
-def descendants(roots: Iterable[int]) -> list[int]:
-    """The process ids ``roots``, as far as they live, and all that descend from them."""
-    children: dict[int, list[int]] = {}
-    alive = set()
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended while we looked
+def process_tree(roots: Iterable[int]) -> list[psutil.Process]:
+    """The processes with the ids ``roots`` that are alive and all their descendants, each once."""
+    tree: dict[int, psutil.Process] = {}
+    for root in roots:
+        if root in tree:  # a descendant of an earlier root: its own descendants are there too
             continue
-        alive.add(int(path.name))
-        children.setdefault(int(fields[1]), []).append(int(path.name))
-    found: set[int] = set()
-    open_ends = [root for root in roots if root in alive]
-    while open_ends:
-        process = open_ends.pop()
-        if process not in found:
-            found.add(process)
-            open_ends += children.get(process, [])
-    return sorted(found)
+        try:
+            process = psutil.Process(root)
+            tree |= {member.pid: member for member in (process, *process.children(recursive=True))}
+        except psutil.NoSuchProcess:
+            continue
+    return list(tree.values())
 
 
-def _pss_bytes(process: int) -> int:
+def _pss_bytes(process: psutil.Process) -> int:
     try:
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # it ended while we looked
-        pass
-    return 0
+        return int(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
+        return 0
 
 
-def _shared_files(process: int) -> dict[tuple[int, int], int]:
-    """Bytes held by each open file in shared memory, by device and inode; files without a name count too."""
+def _shared_files(process_id: int) -> dict[tuple[int, int], int]:
+    """Bytes of each shared-memory file that a process holds open, by device and inode.
+
+    Ray removes the name of its object store right after opening it. ``psutil.Process.open_files`` leaves such files
+    out, so this reads ``/proc`` itself.
+    """
     try:
-        descriptors = list(Path(f"/proc/{process}/fd").iterdir())
-    except OSError:  # it ended while we looked
+        descriptors = list(Path(f"/proc/{process_id}/fd").iterdir())
+    except OSError:  # it has ended, or belongs to another user
         return {}
     files = {}
     for descriptor in descriptors:
         try:
             if os.readlink(descriptor).startswith(SHARED_MEMORY):
                 status = os.stat(descriptor)
-                files[status.st_dev, status.st_ino] = status.st_blocks * 512
-        except OSError:  # it was closed while we looked
+                files[status.st_dev, status.st_ino] = status.st_blocks * BYTES_PER_BLOCK
+        except OSError:  # it was closed meanwhile
             continue
     return files
 
 
 class MemorySampler:
-    """A thread that measures a tree of processes each second, until :meth:`stop` or the end of a ``with`` block."""
+    """A thread that measures a tree of processes once an interval, from :meth:`start` to :meth:`stop`.
+
+    ``roots`` are process ids; without any, the tree starts at this process. ``history`` holds the measurements with the
+    seconds since the start. As a context manager it starts on entry and stops on exit.
+    """
 
     def __init__(self, roots: Iterable[int] = (), interval_s: float = 1.0) -> None:
         self._roots = tuple(roots) or (os.getpid(),)
         self._interval_s = interval_s
-        self._ended = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
-        self._begin = time.monotonic()
+        self._started_at = time.monotonic()
         self.history: list[tuple[float, MemoryUse]] = []
 
     def start(self) -> MemorySampler:
-        """Begin; the first measurement is taken at once."""
-        self._begin = time.monotonic()
+        """Take the first measurement and start the thread."""
+        self._started_at = time.monotonic()
         self._measure()
         self._thread.start()
         return self
 
     def stop(self) -> MemoryUse:
-        """End, and return the moment of the largest total."""
-        self._ended.set()
+        """End the thread and return the measurement with the largest total."""
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
         return self.peak
@@ -135,8 +141,8 @@ class MemorySampler:
         self.stop()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._interval_s):
+        while not self._stopped.wait(self._interval_s):
             self._measure()
 
     def _measure(self) -> None:
-        self.history.append((time.monotonic() - self._begin, memory_use(self._roots)))
+        self.history.append((time.monotonic() - self._started_at, memory_use(self._roots)))

@@ -13,7 +13,7 @@ from multiprocessing.shared_memory import SharedMemory
 import pytest
 
 from rlhf_ray.monitoring import MemorySampler, memory_use
-from rlhf_ray.monitoring.memory import MemoryUse, descendants
+from rlhf_ray.monitoring.memory import MemoryUse, process_tree
 
 CHILD = """
 import subprocess, sys
@@ -43,7 +43,7 @@ def test_memory_counts_the_whole_tree_and_nothing_else() -> None:
         both = memory_use([root.pid, other.pid, root.pid])
         assert both.processes == 3
         assert both.pss_gb - use.pss_gb == pytest.approx(0.05, abs=0.02)
-        assert {root.pid, other.pid} < set(descendants([os.getpid()]))
+        assert {root.pid, other.pid} < {process.pid for process in process_tree([os.getpid()])}
     finally:
         for process in (root, other):
             process.communicate(timeout=30)

@@ -1,7 +1,7 @@
 """Line charts as SVG text, drawn without any library and readable on light and on dark ground.
 
 Always true: every finite point lies inside its panel, at the place that the labelled axes say; a value that is not
-there breaks the line; colours come from CSS variables only (``report.css``), so that one chart serves both grounds.
+there breaks the line; colours come from CSS variables only (``style.css``), so that one chart serves both grounds.
 """
 
 from __future__ import annotations

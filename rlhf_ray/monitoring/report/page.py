@@ -17,7 +17,7 @@ from rlhf_ray.monitoring.report.charts import Curve, Panel, line_chart, number
 from rlhf_ray.monitoring.report.preferences import calibration_chart, histogram_chart
 from rlhf_ray.monitoring.report.summary import Answer, Check, MemoryRecord, Sample, Summary, Table
 
-STYLE = Path(__file__).with_name("report.css")
+STYLE = Path(__file__).with_name("style.css")
 
 
 @dataclass(frozen=True)
