@@ -26,6 +26,7 @@ from rlhf_ray.config.schema import (
     SftConfig,
     SourceConfig,
 )
+from rlhf_ray.config.tokenizer_identity import same_tokenizer_files
 from rlhf_ray.config.validation import Problem, attempt
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rows.checks import pair_problem, prompt_problem, row_problem, row_problems
@@ -33,8 +34,6 @@ from rlhf_ray.rows.layouts import Keys
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-TOKENIZER_PARTS = ("model", "added_tokens", "normalizer")
-"""What makes two tokenizers the same: vocabulary and merges, added tokens, normaliser; not the template."""
 
 
 def check_files(config: Section) -> list[str]:
@@ -228,11 +227,9 @@ def _tokenizers_differ(one: ModelConfig, other: ModelConfig) -> bool:
     if one.path is None or other.path is None or one.path == other.path:
         return False
     files = Path(one.path) / "tokenizer.json", Path(other.path) / "tokenizer.json"
-    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+    if not all(isinstance(_read_json(file), dict) for file in files):  # reported where the models are checked
         return False
-    contents = [_read_json(file) for file in files]
-    parts = [[content.get(part) for part in TOKENIZER_PARTS] for content in contents if isinstance(content, dict)]
-    return len(parts) == 2 and parts[0] != parts[1]
+    return not same_tokenizer_files(*files)
 
 
 def _rollout_serves(config: PpoConfig) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rlhf_ray.config.preflight import not_one_token
+from rlhf_ray.config.tokenizer_identity import tokenizer_identity
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rows.read import read_rows
 from rlhf_ray.world import language
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 PAD, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and the special tokens."""
-PARTS_THAT_DECIDE_IDS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 
 
 def make_tokenizer(source: str | Path, vocabulary: int = 4096) -> PreTrainedTokenizerFast:
@@ -104,8 +104,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             "added": tokenizer.get_added_vocab(),
         }
     else:
-        description = json.loads(backend.to_str())
-        parts = {part: description.get(part) for part in PARTS_THAT_DECIDE_IDS}
+        parts = tokenizer_identity(json.loads(backend.to_str()))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
