@@ -13,7 +13,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "PER_SEQUENCE": ".columns",
         "PER_TOKEN": ".columns",
-        "BatchError": ".columns",
+        "BatchError": ".column_checks",
+        "COLUMNS": ".columns",
+        "Column": ".columns",
+        "FINISH_REASONS": ".columns",
         "FinishReason": ".columns",
         "MicroBatch": ".schedule",
         "Packed": ".packing",

@@ -20,17 +20,15 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from rlhf_ray.errors import MissingColumnError
-from rlhf_ray.trajectories.columns import (
-    PER_SEQUENCE,
-    PER_TOKEN,
+from rlhf_ray.trajectories.column_checks import (
     BatchError,
-    FinishReason,
     as_tensor,
     check_column,
     check_offsets,
     describe,
     make_column,
 )
+from rlhf_ray.trajectories.columns import PER_SEQUENCE, PER_TOKEN, FinishReason
 
 __all__ = [
     "PER_SEQUENCE",

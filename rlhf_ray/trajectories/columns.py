@@ -1,64 +1,230 @@
-"""What a column of a trajectory batch may hold: its name decides its shape and its dtype.
+"""The columns that a trajectory batch may hold: the shape, dtype, meaning, unit and writer of each.
 
-Always true: a known name has exactly the dtype of its table; any other name is one number a sequence; a number is never
-changed on its way into a column (2.5 for an integer, or an integer that does not fit, is refused), except that floats
-are rounded to float32; and no column carries a gradient.
+Invariants:
+
+- A column is listed here once, with everything a reader must know about it; the tables in ``docs/algorithms.md`` are these.
+- A batch may also hold columns that are not listed. They hold one number per sequence, of one of :data:`FREE_DTYPES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Literal
 
-import numpy
 import torch
-from jaxtyping import Int64
-from torch import Tensor
-
-from rlhf_ray.errors import RlhfRayError
 
 
 class FinishReason(IntEnum):
-    """Why a sequence ended: it sampled the end of sequence, reached its length limit, or was aborted."""
+    """Why sampling of an answer ended."""
 
     STOP = 0
     LENGTH = 1
     ABORT = 2
 
 
-class BatchError(RlhfRayError, ValueError):
-    """A trajectory batch, or what was to go into it, breaks a rule; the message names the column."""
+@dataclass(frozen=True)
+class FinishReasonFacts:
+    """The documentation of one finish reason."""
+
+    meaning: str
+    writer: str
+    """Who sets it; modules of the package stand in backquotes."""
 
 
-PER_TOKEN: Mapping[str, torch.dtype] = MappingProxyType(
+_ENGINES = "`rollout/vllm_engine.py`, `rollout/transformers_engine.py`"
+
+FINISH_REASONS: Mapping[FinishReason, FinishReasonFacts] = MappingProxyType(
     {
-        "token_ids": torch.int64,
-        "action_mask": torch.bool,
-        "weight_version": torch.int32,
-        "rollout_log_probs": torch.float32,
-        "log_probs": torch.float32,
-        "reference_log_probs": torch.float32,
-        "values": torch.float32,
-        "token_rewards": torch.float32,
-        "advantages": torch.float32,
-        "returns": torch.float32,
-        "importance_weights": torch.float32,
+        FinishReason.STOP: FinishReasonFacts(
+            "The policy ended the answer itself: it sampled the end of sequence or one of `rollout.stop_tokens`, which is "
+            "the last action of the answer. The only reason that counts as finished.",
+            _ENGINES,
+        ),
+        FinishReason.LENGTH: FinishReasonFacts(
+            "The answer reached `rollout.max_new_tokens` and was cut off; its last action is an ordinary token.",
+            _ENGINES,
+        ),
+        FinishReason.ABORT: FinishReasonFacts(
+            "Something outside the policy ended the answer early. It is treated as cut off.",
+            "a collector of your own; the engines sample an interrupted answer again instead",
+        ),
     }
 )
-"""Columns with one number a token, standing at the token they are about."""
 
-PER_SEQUENCE: Mapping[str, torch.dtype] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Column:
+    """The documentation of one column, and the shape and dtype that are checked."""
+
+    over: Literal["tokens", "sequences"]
+    """One number for each token, standing at the token it describes, or one for each sequence."""
+    dtype: torch.dtype | None
+    """None where any of :data:`FREE_DTYPES` will do."""
+    unit: str
+    meaning: str
+    writer: str
+    """Who makes the column; modules of the package stand in backquotes."""
+
+
+_GATHER = "`rollout/requests.py`, from what the engines sampled"
+_PREPARATION = "`algorithms/preparation.py`"
+_PAIRS = "`data/load.py`, from the rows of the data"
+
+COLUMNS: Mapping[str, Column] = MappingProxyType(
     {
-        "prompt_id": torch.int64,
-        "sample_index": torch.int32,
-        "finish_reason": torch.int8,
-        "score": torch.float32,
-        "bootstrap_value": torch.float32,
+        "token_ids": Column(
+            "tokens",
+            torch.int64,
+            "index in the policy's vocabulary",
+            "The prompt and the answer, as the model reads them.",
+            f"{_GATHER}; `data/load.py` for supervised jobs",
+        ),
+        "action_mask": Column(
+            "tokens",
+            torch.bool,
+            "true or false",
+            "True where the policy sampled the token, or in supervised fine-tuning should have. The sampled end of "
+            "sequence is an action; the first token of a sequence never is.",
+            f"{_GATHER}; `data/load.py` for demonstrations",
+        ),
+        "weight_version": Column(
+            "tokens",
+            torch.int32,
+            "number of the publication",
+            "The version of the weights that sampled the token; -1 at tokens that were not sampled.",
+            _GATHER,
+        ),
+        "rollout_log_probs": Column(
+            "tokens",
+            torch.float32,
+            "nats",
+            "The rollout engine's log-probability of the token given those before it, at the sampling temperature; 0 at "
+            "tokens that were not sampled.",
+            _GATHER,
+        ),
+        "log_probs": Column(
+            "tokens",
+            torch.float32,
+            "nats",
+            "The trainer's log-probability of the token at the sampling temperature, under the policy's weights before the "
+            "first update of the step.",
+            "the policy group (`trainers/ppo/roles.py`)",
+        ),
+        "reference_log_probs": Column(
+            "tokens",
+            torch.float32,
+            "nats",
+            "The same under the reference model, which KL is measured against.",
+            "the reference group (`trainers/ppo/roles.py`), where `algorithm.kl.measure` is true",
+        ),
+        "values": Column(
+            "tokens",
+            torch.float32,
+            "discounted token reward",
+            "The critic's estimate, before the first update of the step, of the return from the state in which the token "
+            "was chosen.",
+            "the critic group (`trainers/ppo/roles.py`), where there is a critic",
+        ),
+        "token_rewards": Column(
+            "tokens",
+            torch.float32,
+            "shaped score",
+            "The reward of the action: its part of the shaped score, less the KL penalty where KL is in the reward; 0 at "
+            "other tokens.",
+            _PREPARATION,
+        ),
+        "advantages": Column(
+            "tokens",
+            torch.float32,
+            "shaped score, or its standard deviations after whitening",
+            "How much better the action was than expected; 0 at other tokens.",
+            _PREPARATION,
+        ),
+        "returns": Column(
+            "tokens",
+            torch.float32,
+            "discounted token reward",
+            "What the critic learns to predict at the action; 0 at other tokens.",
+            f"{_PREPARATION}, where there is a critic",
+        ),
+        "importance_weights": Column(
+            "tokens",
+            torch.float32,
+            "ratio of probabilities",
+            "The weight of the action in the policy loss, which corrects for the difference between the rollout engine and "
+            "the trainer; 0 at other tokens.",
+            _PREPARATION,
+        ),
+        "prompt_id": Column(
+            "sequences",
+            torch.int64,
+            "row of the prompt in the data",
+            "Which prompt the sequence answers. Answers with the same number form a group.",
+            _GATHER,
+        ),
+        "sample_index": Column(
+            "sequences",
+            torch.int32,
+            "count from 0",
+            "Which of the answers to its prompt the sequence is.",
+            _GATHER,
+        ),
+        "finish_reason": Column(
+            "sequences",
+            torch.int8,
+            "number of a `FinishReason`",
+            "Why sampling of the answer ended.",
+            _GATHER,
+        ),
+        "score": Column(
+            "sequences",
+            torch.float32,
+            "the reward source's own",
+            "The reward of the answer as its source gave it, after `reward.normalize` and before `algorithm.shaping`.",
+            "`trainers/ppo/experience.py`",
+        ),
+        "bootstrap_value": Column(
+            "sequences",
+            torch.float32,
+            "discounted token reward",
+            "The value of the state after the last action, for an answer whose episode goes on. Without this column the "
+            "value is 0.",
+            "a collector of your own",
+        ),
+        "margin": Column(
+            "sequences",
+            None,
+            "score",
+            "By how much the chosen side of the pair should win; for the loss `scaled`, how much the pair counts. The same for "
+            "both sides.",
+            _PAIRS,
+        ),
+        "grade": Column(
+            "sequences",
+            None,
+            "grade of `loss.name: ordinal`",
+            "By how many grades the chosen side of the pair is better; 0 is a tie. The same for both sides.",
+            _PAIRS,
+        ),
     }
 )
-"""Known columns with one number a sequence. Any other name is a free column: one number a sequence, of FREE_DTYPES."""
+"""Every column that the project reads. A mixture of rewards adds ``term_NAME``, the score of each term."""
+
+
+def _dtypes(over: str) -> Mapping[str, torch.dtype]:
+    return MappingProxyType(
+        {name: column.dtype for name, column in COLUMNS.items() if column.over == over and column.dtype is not None}
+    )
+
+
+PER_TOKEN = _dtypes("tokens")
+"""The dtypes of the columns with one number per token."""
+
+PER_SEQUENCE = _dtypes("sequences")
+"""The dtypes of the columns with one number per sequence that are listed with a dtype."""
 
 FREE_DTYPES = (
     torch.bool,
@@ -71,108 +237,4 @@ FREE_DTYPES = (
     torch.float32,
     torch.float64,
 )
-"""What a free column may be: what travels as a plain array."""
-
-
-def check_offsets(offsets: Tensor) -> None:
-    """Refuse offsets that do not start at 0 or that cut an empty sequence."""
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) == 0:
-        raise BatchError(f"offsets must be an int64 tensor of shape (sequences + 1,), not {describe(offsets)}")
-    # A batch reaches a device only through `to`, checked before; reading values there would wait for the device.
-    if offsets.device.type != "cpu":
-        return
-    if offsets[0] != 0:
-        raise BatchError(f"offsets must start at 0, not at {int(offsets[0])}")
-    empty = (offsets.diff() <= 0).nonzero()
-    if len(empty):
-        row = int(empty[0])
-        raise BatchError(
-            f"sequence {row} has {int(offsets[row + 1] - offsets[row])} tokens (offsets {int(offsets[row])} to "
-            f"{int(offsets[row + 1])}): every sequence needs at least one"
-        )
-
-
-def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "sequences+1"], tokens: int) -> None:
-    """Refuse a column whose shape, dtype, device or gradient is not what its name says."""
-    per_token = name in PER_TOKEN
-    size, what = (tokens, "tokens") if per_token else (len(offsets) - 1, "sequences")
-    if tuple(column.shape) != (size,):
-        shape = tuple(column.shape)
-        raise BatchError(f"column {name!r} has shape {shape}, but the batch has {size} {what}: it must be ({size},)")
-    wanted = PER_TOKEN.get(name) or PER_SEQUENCE.get(name)
-    if wanted is not None and column.dtype != wanted:
-        raise BatchError(f"column {name!r} must be {_short(wanted)}, not {_short(column.dtype)}: convert it first")
-    if wanted is None and column.dtype not in FREE_DTYPES:
-        allowed = ", ".join(_short(dtype) for dtype in FREE_DTYPES)
-        raise BatchError(f"free column {name!r} must be one of {allowed}, not {_short(column.dtype)}: convert it first")
-    if column.device != offsets.device:
-        raise BatchError(f"column {name!r} is on {column.device}, but the batch is on {offsets.device}")
-    if column.requires_grad:
-        raise BatchError(f"column {name!r} carries a gradient: a batch holds numbers, detach() it first")
-    if name == "action_mask":
-        _check_first_tokens(column, offsets)
-
-
-def _check_first_tokens(action_mask: Tensor, offsets: Tensor) -> None:
-    if offsets.device.type != "cpu" or len(offsets) == 1:
-        return
-    wrong = action_mask[offsets[:-1]].nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise BatchError(
-            f"action_mask marks the first token of sequence {row}: nothing stands before it to sample from"
-        )
-
-
-def make_column(name: str, numbers: Any, lengths: Sequence[int]) -> Tensor:
-    """Make a column from a tensor (as it is), an array (as it is) or lists of numbers.
-
-    A per-token column given as a list has one entry a sequence, each as long as its sequence.
-    """
-    if isinstance(numbers, Tensor):
-        return numbers
-    if isinstance(numbers, numpy.ndarray):
-        return as_tensor(name, numbers)
-    if name not in PER_TOKEN:
-        return _exactly(name, numbers, PER_SEQUENCE.get(name))
-    if len(numbers) != len(lengths):
-        raise BatchError(f"column {name!r} has {len(numbers)} sequences, but the batch has {len(lengths)}")
-    pieces = [_exactly(name, piece, PER_TOKEN[name]) for piece in numbers]
-    for row, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
-        if tuple(piece.shape) != (length,):
-            shape = tuple(piece.shape)
-            raise BatchError(f"column {name!r} of sequence {row} has shape {shape}, but that has {length} tokens")
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=PER_TOKEN[name])
-
-
-def as_tensor(name: str, array: numpy.ndarray[Any, Any]) -> Tensor:
-    """Share an array's memory, which may be read-only: nothing in this project writes into a column."""
-    try:
-        return torch.from_numpy(array)
-    except (TypeError, ValueError) as error:
-        raise BatchError(f"column {name!r} cannot be a tensor: {error}") from error
-
-
-def _exactly(name: str, numbers: Any, dtype: torch.dtype | None) -> Tensor:
-    """Turn numbers into a tensor of the dtype; refuse where an integer or a flag would not equal its number."""
-    try:
-        given = torch.as_tensor(numbers)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BatchError(f"column {name!r} must be made of numbers: {error}") from error
-    if dtype is None or given.dtype == dtype:
-        return given
-    column = given.to(dtype)
-    if not dtype.is_floating_point and not torch.equal(column.to(torch.float64), given.to(torch.float64)):
-        wrong = (column.to(torch.float64) != given.to(torch.float64)).nonzero()[0]
-        number = given[tuple(wrong)].item()
-        raise BatchError(f"column {name!r} is {_short(dtype)} and cannot hold {number!r}")
-    return column
-
-
-def describe(tensor: Tensor) -> str:
-    """Say what was given: dtype and shape."""
-    return f"a tensor of {_short(tensor.dtype)} with shape {tuple(tensor.shape)}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+"""What a column without a listed dtype may be: everything that travels as a plain array."""

@@ -17,7 +17,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-from rlhf_ray.trajectories.columns import BatchError, check_offsets, describe
+from rlhf_ray.trajectories.column_checks import BatchError, check_offsets, describe
 
 DUMMY_TOKENS = 2
 """Tokens of a dummy pack: one to predict and one to predict it from."""
