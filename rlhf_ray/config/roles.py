@@ -6,7 +6,7 @@ Always true: see :mod:`rlhf_ray.config.schema`, which holds the rest and the job
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,12 +25,27 @@ Schedule = Literal[
 Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
 
 
+class Absent(Exception):
+    """A key whose value was wrong or missing was read, so what needs it cannot be checked."""
+
+
 class Section(BaseModel):
-    """One block of a config: unknown keys and wrong types are errors, values never change after parsing."""
+    """One block of a config: unknown keys and wrong types are errors, values never change after parsing.
+
+    Reading a declared key that a partial config lacks raises :class:`Absent`; any other unknown name is an
+    ``AttributeError``, as everywhere.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
+
+    if not TYPE_CHECKING:  # a type checker must go on refusing names that no field has
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise Absent(f"{type(self).__name__}.{name}")
+            return super().__getattr__(name)
 
     def is_default(self, key: str) -> bool:
         """Whether ``key`` has its default: a config that was written out names every key."""

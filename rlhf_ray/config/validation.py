@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from rlhf_ray.config.schema import Section
+from rlhf_ray.config.roles import Absent, Section
 from rlhf_ray.config.spelling import Settled, entries_of, join, section_of, settle, wanted
 
 Problem = tuple[str, str]
@@ -50,13 +50,16 @@ def parse(job: type[Section], values: Mapping[str, Any]) -> Parsed:
 
 
 def attempt(rules: Iterable[Callable[[], Iterable[Problem]]], *, partial: bool) -> list[Problem]:
-    """What ``rules`` find. In a partial config a rule ends where it meets a value that is absent."""
+    """Every problem that ``rules`` yield. In a partial config a rule ends where it reads an absent value.
+
+    Only :class:`Absent` ends a rule quietly: a mistake in a rule itself is raised whatever else is wrong with the config.
+    """
     problems: list[Problem] = []
     for rule in rules:
         try:
             for problem in rule():  # what came before an absent value counts
                 problems.append(problem)
-        except AttributeError:
+        except Absent:
             if not partial:
                 raise
     return problems
