@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass, replace
 from html.parser import HTMLParser
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -76,12 +78,55 @@ def test_the_page_needs_nothing_from_anywhere() -> None:
     assert "http" not in html and "url(" not in html and "@import" not in html
 
 
-def test_text_of_models_and_data_is_shown_and_never_run() -> None:
-    run = RunReport("<b>run</b>", every_metric(), SUMMARY, "key: </pre><script>")
-    page = Page(render_report([run]))
-    for text in ("<b>run</b>", "<script>alert(1)</script> & more", "key: </pre><script>"):
-        assert text in page.text
-    assert "b" not in {tag for tag in page.tags if tag == "script"}
+HOSTILE = "<script>alert(1)</script>'\"&"
+"""Would run, close an attribute or begin an entity wherever it was not escaped."""
+
+
+def hostile(kind: Any) -> Any:
+    """A value of a type in which every text is :data:`HOSTILE`."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{field.name: hostile(hints[field.name]) for field in fields(kind)})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return tuple(hostile(argument) for argument in arguments if argument is not Ellipsis)
+    if origin is dict:
+        return {hostile(arguments[0]): hostile(arguments[1])}
+    if origin in (Union, UnionType):
+        return hostile(arguments[0])
+    values: dict[Any, Any] = {str: HOSTILE, float: 0.5, int: 1, bool: False}
+    return values[kind]
+
+
+def hostile_summary() -> Summary:
+    """A summary whose every text is hostile, with numbers that can be drawn."""
+    summary = hostile(Summary)
+    page = replace(summary.preferences, edges=(0.0, 1.0), histograms={HOSTILE: (1.0,)})
+    return replace(summary, preferences=page)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_text_of_models_and_data_is_shown_and_never_run(count: int) -> None:
+    run = RunReport(HOSTILE, every_metric(), hostile_summary(), HOSTILE)
+    html = render_report([run] * count)
+    page = Page(html)
+    assert "script" not in page.tags and "<script" not in html
+    assert {name for name, _ in page.attributes} <= {
+        name for name, _ in Page(render_report([RunReport("plain", every_metric(), SUMMARY)] * count)).attributes
+    }, "no text has opened an attribute"
+    expected = page_texts(run.summary) + 3 + (count - 1)
+    assert page.text.count(HOSTILE) >= expected * count, "every text is on the page as it was written"
+
+
+def page_texts(value: Any) -> int:
+    """How many texts a summary holds."""
+    if isinstance(value, str):
+        return 1
+    if isinstance(value, dict):
+        return sum(map(page_texts, (*value.keys(), *value.values())))
+    if isinstance(value, tuple):
+        return sum(map(page_texts, value))
+    return sum(page_texts(getattr(value, field.name)) for field in fields(value)) if is_dataclass(value) else 0
 
 
 def test_every_logged_metric_is_on_the_page() -> None:
