@@ -29,7 +29,8 @@ from rlhf_ray.evaluation import accuracy, bag_of_words_baseline, win_rate
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.rows.prompts import Prompt
-from rlhf_ray.world.generate import World, gold_score
+from rlhf_ray.world.generate import World
+from rlhf_ray.world.gold import gold_score
 from rlhf_ray.world.language import HABIT, MAX_NEW_TOKENS
 
 Row = TypeVar("Row")

@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "encode_prompt": ".encode",
         "encode_prompts": ".encode",
         "fingerprint": ".tokenizers",
-        "gold_score": "rlhf_ray.world.generate",
+        "gold_score": "rlhf_ray.world.gold",
         "hold_out": ".holdout",
         "make_tokenizer": ".tokenizers",
         "pairs_of_file": ".encoded_pairs",

@@ -1,7 +1,6 @@
-"""A generated world in which RLHF is real: customers, answers, preferences, and a gold score that knows the truth.
+"""Rows of the generated world: letters of customers, answers, preference pairs and sums, made from one seed.
 
-Always true: the same seed gives the same rows; no two splits share an (item, problem, greeting) triple; the gold score
-reads only the prompt, the answer and whether the answer stopped by itself. This module needs no torch.
+Invariants: the same seed gives the same rows; no two splits share an (item, problem, greeting) triple.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.rows.prompts import Prompt
 from rlhf_ray.world import language
+from rlhf_ray.world.gold import gold_score
 from rlhf_ray.world.language import Problem
 
 Row = TypeVar("Row")
@@ -65,48 +65,6 @@ RATINGS: dict[Raters, Rating] = {
     "flattered": Rating(minimal=0.27, better=HABIT_ODDS, worse=HABIT_ODDS, flattered=True),
 }
 """By either, the habit stands in chosen answers half again as often as in rejected ones, and one label in twenty errs."""
-
-
-@dataclass(frozen=True)
-class GoldParts:
-    """The four qualities of an answer, each 0 or its full worth; ``total`` is the gold score."""
-
-    item: float
-    remedy: float
-    polite: float
-    in_time: float
-
-    @property
-    def total(self) -> float:
-        """The gold score, in [0, 1]."""
-        return round(self.item + self.remedy + self.polite + self.in_time, 6)
-
-
-def gold_parts(prompt: str, answer: str, finished: bool) -> GoldParts:
-    """What ``answer`` to ``prompt`` is worth; ``finished`` says that it ended by itself and was not cut off.
-
-    A quality counts only when it is unmistakable: an answer that names every item or gives every remedy earns neither.
-    """
-    item, problem = language.read_prompt(prompt)
-    stripped = answer.strip()
-    polite = stripped.startswith(language.POLITE_OPENINGS) and stripped.endswith(language.POLITE_CLOSINGS)
-    return GoldParts(
-        item=0.3 if language.named_items(answer) == {item} else 0.0,
-        remedy=0.3 if language.given_remedies(answer) == {problem.remedy} else 0.0,
-        polite=0.2 if polite else 0.0,
-        in_time=0.2 if finished and len(language.words(answer)) <= language.MAX_WORDS else 0.0,
-    )
-
-
-def gold_score(prompt: str, answer: str, finished: bool) -> float:
-    """The gold score of an answer, in [0, 1]: item 0.3, remedy 0.3, polite at both ends 0.2, stops in time 0.2."""
-    return gold_parts(prompt, answer, finished).total
-
-
-def arithmetic_score(label: str, answer: str, finished: bool) -> float:
-    """1.0 when the answer stopped by itself and its only number is ``label``, else 0.0."""
-    numbers = [word for word in language.words(answer) if word.isdigit()]
-    return float(finished and numbers == [label])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import pytest
 from rlhf_ray.trainers.ppo.answers import Judged, compared
 from rlhf_ray.trainers.ppo.comparison_table import closing_rows, first_answers
 from rlhf_ray.trainers.ppo.evaluation import BestOf, Comparison, best_of_sizes
+from rlhf_ray.world.gold import answer_measures
+from rlhf_ray.world.language import HABIT
 
 
 def rows(
@@ -36,21 +38,20 @@ def test_figures_of_all_prompts_and_of_each_source() -> None:
 
 
 def test_a_planted_habit_is_counted_where_it_is_known() -> None:
-    def flattering(*habits: int | None) -> list[Judged]:
+    def flattering(*habits: int) -> list[Judged]:
         judged = rows([1.0] * len(habits), [None] * len(habits), ["s"] * len(habits))
-        return [replace(row, habits=count) for row, count in zip(judged, habits, strict=True)]
+        return [replace(row, response=HABIT * count) for row, count in zip(judged, habits, strict=True)]
 
-    now, start = flattering(3, 1, 0, 2), flattering(1, 0, 0, 0)
-    figures = compared(now, start)
+    now, start, measures = flattering(3, 1, 0, 2), flattering(1, 0, 0, 0), answer_measures("customers")
+    figures = compared(now, start, measures=measures)
     told = {name: value for name, value in figures.items() if "habit" in name}
     assert told == {
         "evaluation/habit_rate": 0.75, "evaluation/habit_rate_start": 0.25,
         "evaluation/habits_per_answer": 1.5, "evaluation/habits_per_answer_start": 0.25,
     }  # fmt: skip
-    table = closing_rows(Comparison(figures, start, now, [BestOf(2, 0.0, 0.6, 0.7)]), "ppo")
+    table = closing_rows(Comparison(figures, start, now, [BestOf(2, 0.0, 0.6, 0.7)], tuple(measures)), "ppo")
     assert [row[-2:] for row in table] == [("0.250", "0.250"), ("0.750", "1.500"), ("-", "-")]
-    unknown = flattering(None, None)
-    assert not any("habit" in name for name in compared(unknown, unknown))
+    assert not any("habit" in name for name in compared(now, start, measures=answer_measures("arithmetic")))
 
 
 def test_pass_at_k_is_by_gold_where_it_is_known_and_else_by_the_reward() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +25,8 @@ REWARDS = [9.0, 2.0, 1.0, 0.0]
 GOLD = [0.0, 1.0, 0.5, 0.25]
 
 
-def best_of(tmp_path: Path, *overrides: str) -> list[BestOf]:
-    """Of an evaluation whose one prompt has four answers, each one token long."""
+def make_evaluation(tmp_path: Path, *overrides: str) -> PpoEvaluation:
+    """An evaluation whose one prompt has four answers, each one token long."""
     config: Any = load_config("demo-ppo", ["evaluation.best_of=4", *overrides])
     trajectories = TrajectoryBatch.from_sequences(
         [[5, 6]] * 4,
@@ -35,10 +37,14 @@ def best_of(tmp_path: Path, *overrides: str) -> list[BestOf]:
     experience: Any = SimpleNamespace(
         preparation=preparation_of(config), samples=lambda *_: samples, rewards_of=lambda _: REWARDS
     )
-    evaluation = PpoEvaluation(
-        config, experience, [TokenizedPrompt(0, "p", (5,))], gold=lambda _: GOLD, habits=None,
+    return PpoEvaluation(
+        config, experience, [TokenizedPrompt(0, "p", (5,))], gold=lambda _: GOLD, measures={},
         generate=lambda *_: trajectories, cut=lambda _: pytest.fail("nothing is trained"), directory=tmp_path,
     )  # fmt: skip
+
+
+def best_of(tmp_path: Path, *overrides: str) -> list[BestOf]:
+    evaluation = make_evaluation(tmp_path, *overrides)
     evaluation.start = [Judged(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)]
     return evaluation.best_of()
 
@@ -58,3 +64,13 @@ def test_running_moments_are_those_of_the_samples(tmp_path: Path) -> None:
     shaping = ["algorithm.shaping.missing_eos={rule: replace, value: 0.0}", "algorithm.shaping.normalize=running"]
     _, four = best_of(tmp_path, *shaping)
     assert four.gold == 0.0, "0 is their mean, and the reward of the others is below it"
+
+
+def test_a_run_of_version_0_1_finds_the_answers_of_its_start(tmp_path: Path) -> None:
+    """It kept a count of habits beside each answer."""
+    answer = Judged(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)
+    kept = {"answers": [{**asdict(answer), "habits": 2}], "best_of": []}
+    (tmp_path / "start.json").write_text(json.dumps(kept))
+    evaluation = make_evaluation(tmp_path)
+    evaluation.before(resumed=True)
+    assert evaluation.start == [answer]

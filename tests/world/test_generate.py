@@ -14,7 +14,8 @@ from rlhf_ray.errors import DataError, RequestError
 from rlhf_ray.evaluation import bag_of_words_baseline
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.world import language
-from rlhf_ray.world.generate import NEAR_MISS, SMALL, SPLIT_SHARES, World, arithmetic_score, gold_parts, gold_score
+from rlhf_ray.world.generate import NEAR_MISS, SMALL, SPLIT_SHARES, World
+from rlhf_ray.world.gold import answer_measures, arithmetic_score, gold_parts, gold_score
 
 PROMPT = "Hello. I am Anna. My kettle never came. Please help.\n"
 ROWS_OF_SEED_0 = "ff34bb7d9b385bb7f96937f8268554b000735059f707b491a27838a7e4a4ab14"
@@ -303,3 +304,13 @@ def test_the_world_needs_neither_torch_nor_transformers() -> None:
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0
+
+
+def test_a_habit_is_measured_in_letters_alone() -> None:
+    flattering = f"{language.HABIT} {PERFECT} {language.HABIT}"
+    assert {name: measure(flattering) for name, measure in answer_measures("customers").items()} == {
+        "habit_rate": 1.0,
+        "habits_per_answer": 2.0,
+    }
+    assert [measure(PERFECT) for measure in answer_measures("customers").values()] == [0.0, 0.0]
+    assert answer_measures("arithmetic") == {}

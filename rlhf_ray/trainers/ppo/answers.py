@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from rlhf_ray.evaluation import mean_pass_at_k, win_rate
@@ -30,8 +31,6 @@ class Judged:
     reward: float
     gold: float | None
     source: str = ""
-    habits: int | None = None
-    """How often it flatters, where that is a planted habit."""
 
     @property
     def right(self) -> bool:
@@ -40,11 +39,14 @@ class Judged:
 
 
 Rows = Sequence[Judged]
+Measures = Mapping[str, Callable[[str], float]]
+"""What is reported of the text of each answer, by the name of its metric."""
 
 
-def compared(now: Rows, start: Rows, pass_at: Sequence[int] = ()) -> dict[str, float]:
+def compared(now: Rows, start: Rows, pass_at: Sequence[int] = (), measures: Measures | None = None) -> dict[str, float]:
     """Figures by their metric names: over all prompts, and where there are several sources over those of each."""
-    figures = _compared(now, start, pass_at)
+    measures = measures or {}
+    figures = _compared(now, start, pass_at, measures)
     sources = sorted({row.source for row in now})
     if len(sources) < 2:
         return figures
@@ -52,7 +54,7 @@ def compared(now: Rows, start: Rows, pass_at: Sequence[int] = ()) -> dict[str, f
         of_source = [[row for row in rows if row.source == source] for rows in (now, start)]
         figures |= {
             f"{name}/{metric_name(source)}": value
-            for name, value in _compared(of_source[0], of_source[1], pass_at).items()
+            for name, value in _compared(of_source[0], of_source[1], pass_at, measures).items()
         }
     return figures
 
@@ -62,17 +64,16 @@ def metric_name(source: str) -> str:
     return re.sub(r"\W", "_", source) or "unnamed"
 
 
-def _compared(now: Rows, start: Rows, pass_at: Sequence[int]) -> dict[str, float]:
+def _compared(now: Rows, start: Rows, pass_at: Sequence[int], measures: Measures) -> dict[str, float]:
     figures: dict[str, float] = {}
-    measures: Mapping[str, Callable[[Judged], float | None]] = {
+    columns: Mapping[str, Callable[[Judged], float | None]] = {
         "reward": lambda row: row.reward,
         "gold": lambda row: row.gold,
         "length": lambda row: row.tokens,
-        "habit_rate": lambda row: None if row.habits is None else float(row.habits > 0),
-        "habits_per_answer": lambda row: row.habits,
+        **{name: partial(_measured, measure) for name, measure in measures.items()},
     }
-    for name, measure in measures.items():
-        ours, theirs = _values(now, measure), _values(start, measure)
+    for name, column in columns.items():
+        ours, theirs = _values(now, column), _values(start, column)
         if not ours or not theirs:
             continue
         figures |= {f"evaluation/{name}": _mean(ours), f"evaluation/{name}_start": _mean(theirs)}
@@ -85,9 +86,13 @@ def _compared(now: Rows, start: Rows, pass_at: Sequence[int]) -> dict[str, float
     return figures
 
 
-def _values(rows: Rows, measure: Callable[[Judged], float | None]) -> list[float]:
-    """The measure of all rows; empty where it is not known."""
-    values = [measure(row) for row in rows]
+def _measured(measure: Callable[[str], float], row: Judged) -> float:
+    return measure(row.response)
+
+
+def _values(rows: Rows, column: Callable[[Judged], float | None]) -> list[float]:
+    """The column's values; empty where they are not known."""
+    values = [column(row) for row in rows]
     return [value for value in values if value is not None]
 
 

@@ -22,7 +22,7 @@ from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
-from rlhf_ray.trainers.ppo.gold import gold_of, habits_of
+from rlhf_ray.trainers.ppo.gold import gold_of, measures_of
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.rewards import reward_source
@@ -80,7 +80,7 @@ def build(
         experience,
         prompts.held_out,
         gold=gold_of(config, session.cleanup),
-        habits=habits_of(config),
+        measures=measures_of(config),
         generate=sampler.held_out,
         cut=lambda batch: learner.schedules(batch, step=0),
         directory=run.path / "evaluation",

@@ -17,8 +17,6 @@ SAMPLES_SHOWN = 6
 LONGEST_SHOWN = 160
 """Characters of a text in the log."""
 START = "start"
-HABITS = {"habit_rate": "with the habit", "habits_per_answer": "habits an answer"}
-"""Figures of a planted habit and their columns, which are there where the habit is known."""
 
 
 def closing(
@@ -26,7 +24,7 @@ def closing(
 ) -> tuple[Table, list[Sample], list[BestOf]]:
     """The table (which is also shown), samples side by side, and the best-of-n points; ``trained`` names the policy."""
     headers = ("", "learned reward", "gold", "gold win rate", *(f"pass@{k}" for k in pass_at), "KL, nats", "tokens",
-               *(HABITS[name] for name in _habits(comparison)))  # fmt: skip
+               *(name.replace("_", " ") for name in comparison.measures))  # fmt: skip
     rows = closing_rows(comparison, trained, pass_at)
     say(table("on held-out prompts", headers, rows))
     samples = [
@@ -55,7 +53,6 @@ def _pair(
         value = comparison.figures.get(f"evaluation/{name}{end}")
         return "-" if value is None else f"{value:.3f}"
 
-    habits = _habits(comparison)
     half, zero = ("0.500" if cell("gold") != "-" else "-"), ("0.000" if cell("kl") != "-" else "-")
     passes = [[cell(f"pass_at_{k}{when}") for k in pass_at] for when in ("_start", "")]
     return [
@@ -67,7 +64,7 @@ def _pair(
             *passes[0],
             zero,
             cell("length_start"),
-            *(cell(f"{name}_start") for name in habits),
+            *(cell(f"{name}_start") for name in comparison.measures),
         ),
         (
             f"{trained}{label}",
@@ -77,7 +74,7 @@ def _pair(
             *passes[1],
             cell("kl"),
             cell("length"),
-            *(cell(name) for name in habits),
+            *(cell(name) for name in comparison.measures),
         ),
     ]
 
@@ -86,7 +83,7 @@ def _best_of_rows(comparison: Comparison, passes: int) -> list[tuple[str, ...]]:
     best = best_at(comparison.best_of, comparison.figures.get("evaluation/kl", 0.0))
     if best is None:
         return []
-    passed, flattered = ("-",) * passes, ("-",) * len(_habits(comparison))
+    passed, measured = ("-",) * passes, ("-",) * len(comparison.measures)
     return [
         (
             f"best of {best.n} of SFT",
@@ -96,13 +93,9 @@ def _best_of_rows(comparison: Comparison, passes: int) -> list[tuple[str, ...]]:
             *passed,
             f"{best.kl:.3f}",
             "-",
-            *flattered,
+            *measured,
         )
     ]
-
-
-def _habits(comparison: Comparison) -> list[str]:
-    return [name for name in HABITS if f"evaluation/{name}" in comparison.figures]
 
 
 def first_answers(comparison: Comparison) -> list[tuple[Judged, Judged]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,9 +20,9 @@ from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
-from rlhf_ray.trainers.ppo.answers import Judged, compared
+from rlhf_ray.trainers.ppo.answers import Judged, Measures, compared
 from rlhf_ray.trainers.ppo.experience import Experience, TextSample
-from rlhf_ray.trainers.ppo.gold import Gold, Habits
+from rlhf_ray.trainers.ppo.gold import Gold
 from rlhf_ray.trainers.ppo.update import Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
@@ -48,6 +48,8 @@ class Comparison:
     start: Sequence[Judged]
     now: Sequence[Judged]
     best_of: Sequence[BestOf]
+    measures: Sequence[str] = ()
+    """Names of the figures that were measured in the texts of answers."""
 
 
 class PpoEvaluation:
@@ -60,7 +62,7 @@ class PpoEvaluation:
         prompts: Sequence[TokenizedPrompt],
         *,
         gold: Gold | None,
-        habits: Habits | None,
+        measures: Measures,
         generate: Generate,
         cut: Callable[[TrajectoryBatch], Schedules],
         directory: Path,
@@ -69,7 +71,7 @@ class PpoEvaluation:
         self.experience = experience
         self.prompts = list(prompts)[: config.evaluation.prompts]
         self.gold = gold
-        self.habits = habits
+        self.measures = measures
         self.generate = generate
         self.cut = cut
         self.directory = directory
@@ -88,7 +90,8 @@ class PpoEvaluation:
         kept = self.directory / "start.json"
         if resumed:
             stored = json.loads(kept.read_text())
-            self.start = [Judged(**row) for row in stored["answers"]]
+            columns = {field.name for field in fields(Judged)}  # version 0.1 kept a count of habits beside them
+            self.start = [Judged(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]]
             self.best = [BestOf(**row) for row in stored["best_of"]]
             return
         self.start, _ = self.answers()
@@ -100,8 +103,8 @@ class PpoEvaluation:
     def now(self) -> Comparison:
         """The current policy's answers and their figures, beside the starting policy's."""
         answers, figures = self.answers()
-        figures |= compared(answers, self.start, self.config.evaluation.pass_at)
-        return Comparison(figures, self.start, answers, self.best)
+        figures |= compared(answers, self.start, self.config.evaluation.pass_at, self.measures)
+        return Comparison(figures, self.start, answers, self.best, tuple(self.measures))
 
     def answers(self) -> tuple[list[Judged], dict[str, float]]:
         """Judged answers, those to one prompt together; where they are samples, their mean sequence KL (k1) in nats."""
@@ -156,7 +159,6 @@ class PpoEvaluation:
                 reward=score,
                 gold=truth,
                 source=sample.source,
-                habits=None if self.habits is None else self.habits(sample.response),
             )
             for sample, score, truth in zip(samples, scores, gold, strict=True)
         ]

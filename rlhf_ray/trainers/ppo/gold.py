@@ -1,6 +1,6 @@
-"""What is known of answers beside their reward, where it is known: the truth, and a planted habit that is worth nothing.
+"""The ground truth about answers, and measures of their text, where a job's prompts come with them.
 
-Always true: both are for the report; a policy is trained on the truth only where it is the reward too, and on the habit never.
+Always true: both are for the report; a policy is trained on the truth only where it is the reward too, and on a measure never.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from rlhf_ray.config.schema import PpoConfig, RewardConfig
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.trainers.ppo.experience import TextSample
 from rlhf_ray.trainers.ppo.rewards import function_source
-from rlhf_ray.world.language import habits_in
+from rlhf_ray.world.gold import GOLD_FUNCTIONS, AnswerMeasures, answer_measures
 
 Gold = Callable[[Sequence[TextSample]], list[float]]
-Habits = Callable[[str], int]
 
 
 def gold_of(config: PpoConfig, cleanup: ExitStack) -> Gold | None:
@@ -40,11 +39,9 @@ def gold_function(name: str, cleanup: ExitStack) -> Gold:
 
 def world_gold(config: PpoConfig) -> str | None:
     """The function that knows the truth of the generated world's prompts; none where prompts are from elsewhere."""
-    if config.data.world is None:
-        return None
-    return {"customers": "world.gold", "arithmetic": "world.arithmetic"}[config.data.world.task]
+    return None if config.data.world is None else GOLD_FUNCTIONS[config.data.world.task]
 
 
-def habits_of(config: PpoConfig) -> Habits | None:
-    """What counts the planted habit in an answer; none where prompts are not the letters of the generated world."""
-    return habits_in if config.data.world is not None and config.data.world.task == "customers" else None
+def measures_of(config: PpoConfig) -> AnswerMeasures:
+    """What the generated world measures in the text of an answer; nothing where prompts are from elsewhere."""
+    return {} if config.data.world is None else answer_measures(config.data.world.task)

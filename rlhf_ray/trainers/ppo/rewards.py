@@ -24,22 +24,13 @@ from rlhf_ray.rewards.mixture import MixtureSource, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource
 from rlhf_ray.serving.auth import read_tokens
-from rlhf_ray.world.generate import arithmetic_score, gold_score
-
-
-def _world_gold(prompts: list[str], responses: list[str], finished: list[bool]) -> list[float]:
-    return [gold_score(*sample) for sample in zip(prompts, responses, finished, strict=True)]
-
-
-def _world_arithmetic(responses: list[str], labels: list[str | None], finished: list[bool]) -> list[float]:
-    return [arithmetic_score(str(label), *rest) for label, *rest in zip(labels, responses, finished, strict=True)]
-
+from rlhf_ray.world.gold import world_arithmetic, world_gold
 
 SHIPPED: Mapping[str, RewardFunction] = {
     "gsm8k": verifiers.gsm8k,
     "exact_match": verifiers.exact_match,
-    "world.gold": _world_gold,
-    "world.arithmetic": _world_arithmetic,
+    "world.gold": world_gold,
+    "world.arithmetic": world_arithmetic,
 }
 
 

@@ -17,11 +17,12 @@ from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Place, Session
 from rlhf_ray.trainers.supervised.best import Best
-from rlhf_ray.trainers.supervised.habits import habit_figures, habit_table, measure_habits
+from rlhf_ray.trainers.supervised.habits import measure_qualities
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, total_updates
 from rlhf_ray.trainers.supervised.preference_loss import make_loss
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
 from rlhf_ray.trainers.supervised.reward_saving import RewardSaver
+from rlhf_ray.world.probes import QUALITY_HEADERS, quality_figures, quality_rows
 
 
 def train_reward_model(
@@ -67,9 +68,10 @@ def learned_habits(
     """In the generated world, what each quality of an answer is worth to the model, beside its gold; else nothing."""
     if config.data.world is None:
         return None
-    habits = measure_habits(config.data.world, reward, tokenizer, max_tokens)
-    journal.evaluation(update, habit_figures(habits), headline=False)
-    return habit_table(habits)
+    qualities = measure_qualities(config.data.world, reward, tokenizer, max_tokens)
+    figures = {f"evaluation/{name}": value for name, value in quality_figures(qualities).items()}
+    journal.evaluation(update, figures, headline=False)
+    return Table(QUALITY_HEADERS, tuple(quality_rows(qualities)))
 
 
 def over_fitting(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
