@@ -48,7 +48,9 @@ class Bad:
 
 
 class Columns:
-    """Groups that answer a column of zeros."""
+    """A group of one rank that answers a column of zeros."""
+
+    size = 1
 
     def share(self, batch: TrajectoryBatch) -> TrajectoryBatch:
         return batch
@@ -64,14 +66,13 @@ class Text:
         return " ".join(map(str, ids))
 
 
-CUT = {"policy": None, "critic": None, "reference": None}
 PROMPTS = {number: TokenizedPrompt(number, f"p{number}", (number,), source=f"s{number % 2}") for number in range(4)}
 
 
 def gather(source: Bad, *overrides: str, **options: Any) -> TrajectoryBatch:
     config: Any = parse_config(CONFIG, overrides)
     groups: Any = Columns()
-    experience = Experience(config, groups=Groups(groups, groups, groups), rewards=source, tokenizer=Text())
+    experience = Experience(config, groups=Groups(config, groups, groups, groups), rewards=source, tokenizer=Text())
     sequences = [[prompt, 5, 6] for prompt in PROMPTS for _ in range(2)]
     batch = TrajectoryBatch.from_sequences(
         sequences,
@@ -80,7 +81,7 @@ def gather(source: Bad, *overrides: str, **options: Any) -> TrajectoryBatch:
         sample_index=[0, 1] * 4,
         finish_reason=[0] * 8,
     )
-    return experience.gather(batch, PROMPTS, lambda trajectories: CUT, **options)[0]  # type: ignore[arg-type, return-value]
+    return experience.gather(batch, PROMPTS, step=0, **options)[0]
 
 
 def test_a_prompt_is_dropped_with_all_its_samples() -> None:

@@ -68,7 +68,7 @@ def build(
     rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
     if config.expose is not None:
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
-    learner = Learner(config, groups.by_role)
+    learner = Learner(config, groups)
     experience = Experience(
         config,
         groups=groups,
@@ -82,7 +82,6 @@ def build(
         gold=gold_of(config, session.cleanup),
         measures=measures_of(config),
         generate=sampler.held_out,
-        cut=lambda batch: learner.schedules(batch, step=0),
         directory=run.path / "evaluation",
     )
     stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
@@ -126,4 +125,4 @@ def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Rank
     loading = {role: one.load() for role, one in started.items()}
     scoring = {key: reward.load() for key, reward in rewards.items()}
     groups = {role: one.result() for role, one in loading.items()}
-    return Groups(**groups, rewards={key: one.result() for key, one in scoring.items()}), engines
+    return Groups(config, **groups, rewards={key: one.result() for key, one in scoring.items()}), engines

@@ -23,7 +23,6 @@ from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.trainers.ppo.answers import Judged, Measures, compared
 from rlhf_ray.trainers.ppo.experience import Experience, TextSample
 from rlhf_ray.trainers.ppo.gold import Gold
-from rlhf_ray.trainers.ppo.update import Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Generate = Callable[[Sequence[TokenizedPrompt], int, bool], TrajectoryBatch]
@@ -64,7 +63,6 @@ class PpoEvaluation:
         gold: Gold | None,
         measures: Measures,
         generate: Generate,
-        cut: Callable[[TrajectoryBatch], Schedules],
         directory: Path,
     ) -> None:
         self.config = config
@@ -73,7 +71,6 @@ class PpoEvaluation:
         self.gold = gold
         self.measures = measures
         self.generate = generate
-        self.cut = cut
         self.directory = directory
         self.start: list[Judged] = []
         self.best: list[BestOf] = []
@@ -112,7 +109,7 @@ class PpoEvaluation:
         batch, _, samples = self.experience.gather(
             self.generate(self.prompts, asked.samples_per_prompt, asked.greedy),
             {prompt.prompt_id: prompt for prompt in self.prompts},
-            self.cut,
+            step=0,
             complete=True,
         )
         rows = self._judged(samples, batch["score"].tolist())

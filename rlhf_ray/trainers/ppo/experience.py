@@ -22,8 +22,7 @@ from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
 from rlhf_ray.trainers.ppo.algorithm import preparation_of
-from rlhf_ray.trainers.ppo.roles import Groups
-from rlhf_ray.trainers.ppo.update import Schedules
+from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 
 
@@ -96,8 +95,8 @@ class Experience:
         self,
         trajectories: TrajectoryBatch,
         prompts: Mapping[int, TokenizedPrompt],
-        cut: Callable[[TrajectoryBatch], Schedules],
         *,
+        step: int,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
         complete: bool = False,
         scored: Scored | None = None,
@@ -107,7 +106,7 @@ class Experience:
         The groups compute while the rewards are fetched, unless these are known already (``scored``); ``phase`` times what
         is waited for. What has no reward is left out as configured; where the batch must be ``complete`` it is an error.
         """
-        schedules = cut(trajectories)
+        schedules = self.groups.schedules(trajectories, step)
         pending = self.groups.columns(trajectories, schedules)
         with phase("scoring"):
             scored = scored or self.scored(trajectories, prompts)
@@ -119,7 +118,7 @@ class Experience:
         kept = self._kept(samples, results)
         if len(kept) < len(trajectories):
             rest = trajectories.select(kept)
-            return self.gather(rest, prompts, cut, phase=phase, scored=scored.select(kept))
+            return self.gather(rest, prompts, step=step, phase=phase, scored=scored.select(kept))
         columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
         return trajectories.with_columns(**columns), schedules, samples
 

@@ -8,7 +8,6 @@ policy and critic on every rank or by none; a step counts only once its prompts 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
@@ -72,10 +71,9 @@ class PpoTrainer:
     def step(self) -> None:
         """One step of PPO, as the data travels."""
         phase, progress = self.journal.phase, self.progress
-        cut = partial(self.learner.schedules, step=progress.step)
         collected = self.collector.collect(progress.step, progress.weight_version, phase)
         batch, schedules, samples = self.experience.gather(
-            collected.trajectories, collected.by_id, cut, phase=phase, scored=collected.scored
+            collected.trajectories, collected.by_id, step=progress.step, phase=phase, scored=collected.scored
         )
         progress.see(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
@@ -122,8 +120,7 @@ class PpoTrainer:
         prompts = self.prompts.peek(min(8, self.config.batch.prompts_per_step))
         trajectories = self.sampler.generate(prompts, 0)
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
-        cut = partial(self.learner.schedules, step=0)
-        batch, schedules, samples = self.experience.gather(trajectories, by_id, cut)
+        batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
         self.journal.checks(self.self_check.run(batch, schedules, samples))
 
     def compare(self) -> Comparison | None:

@@ -1,11 +1,13 @@
-"""The model groups of a PPO run: those that its algorithm and its rewards need, and no others.
+"""The model groups of a PPO run, and how they divide a step's batch among their ranks.
 
-Always true: the columns of a batch come from the groups that are there, all at once; who reads a column that no group
-gives is told its name.
+Invariants: there are only the groups that the algorithm and the rewards need. Policy and critic see the same sequences in
+the same update. Which sequences these are depends on the seed and the step alone. The columns of a batch come from all
+groups at once.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,40 +15,67 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.groups import CriticGroup, Group, PolicyGroup, ReferenceGroup, RewardGroup
+from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.pending import Pending
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-from rlhf_ray.trajectories.schedule import Schedule
+from rlhf_ray.trajectories.schedule import Schedule, make_schedule
+
+TRAINED = ("policy", "critic")
+"""Roles that learn, where a run has them."""
+
+Schedules = Mapping[str, Schedule]
+"""How the batch of one step is divided, by role; those of policy and critic have the same updates."""
 
 
 @dataclass(frozen=True)
 class Groups:
     """No critic where the algorithm has none, no reference where no KL is measured, no reward where a function scores."""
 
+    config: PpoConfig
     policy: PolicyGroup
     critic: CriticGroup | None = None
     reference: ReferenceGroup | None = None
     rewards: Mapping[str, RewardGroup] = field(default_factory=dict)
-    """By the keys of their sections."""
+    """Reward models by the keys of their sections in the config."""
 
     @property
     def by_role(self) -> dict[str, Group]:
-        """Those that are there, without the rewards'."""
+        """All groups but those of reward models."""
         every = {"policy": self.policy, "critic": self.critic, "reference": self.reference}
         return {role: group for role, group in every.items() if group is not None}
 
     @property
     def trained(self) -> dict[str, Group]:
-        """Those that learn, and that a checkpoint holds."""
-        return {role: group for role, group in self.by_role.items() if role in ("policy", "critic")}
+        """The groups that learn; a checkpoint holds the state of each."""
+        return {role: group for role, group in self.by_role.items() if role in TRAINED}
 
     @property
     def results(self) -> dict[str, tuple[Group, Mapping[str, Any]]]:
-        """Those whose models stand in ``final/``, by their place there."""
+        """The groups whose models are written to ``final/``, each with its directory there and facts for its config."""
         return {"" if role == "policy" else role: (group, {}) for role, group in self.trained.items()}
 
-    def columns(
-        self, trajectories: TrajectoryBatch, schedules: Mapping[str, Schedule]
-    ) -> dict[str, Pending[torch.Tensor]]:
+    def schedules(self, trajectories: TrajectoryBatch, step: int) -> Schedules:
+        """Divide one step's batch for every role.
+
+        Make them once a step, right after the rollout: log-probs, values and the first pass must use the same packs, so
+        that the first ratio is exactly 1.
+        """
+        lengths = trajectories.lengths.tolist()
+        order = list(range(len(lengths)))
+        random.Random(f"{self.config.run.seed}/{step}/updates").shuffle(order)
+        size = self.config.batch.sequences_per_update
+        return {
+            role: make_schedule(
+                lengths,
+                ranks=group.size,
+                max_tokens=self._tokens_per_micro_batch(role),
+                sequences_per_update=size if role in TRAINED else None,
+                order=order,
+            )
+            for role, group in self.by_role.items()
+        }
+
+    def columns(self, trajectories: TrajectoryBatch, schedules: Schedules) -> dict[str, Pending[torch.Tensor]]:
         """Log-probs, values and reference log-probs, begun on all groups at once."""
         shared = self.policy.share(trajectories)
         pending = {"log_probs": self.policy.log_probs(shared, schedules["policy"])}
@@ -55,3 +84,11 @@ class Groups:
         if self.reference is not None:
             pending["reference_log_probs"] = self.reference.log_probs(shared, schedules["reference"])
         return pending
+
+    def _tokens_per_micro_batch(self, role: str) -> int:
+        if role == "reference":
+            assert self.config.reference_role is not None
+            return self.config.reference_role.forward_tokens(self.config.batch)
+        trained = self.config.policy if role == "policy" else self.config.critic
+        assert trained is not None
+        return trained.training_tokens(self.config.batch)

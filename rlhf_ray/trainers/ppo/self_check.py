@@ -16,7 +16,8 @@ from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
 from rlhf_ray.trainers.ppo.experience import Experience, TextSample
-from rlhf_ray.trainers.ppo.update import Learner, Schedules
+from rlhf_ray.trainers.ppo.roles import Schedules
+from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 LOG_PROB_LIMITS = {"fp32": 1e-4, "bf16": 5e-1, "fp16": 5e-2}
@@ -81,7 +82,7 @@ class SelfCheck:
         update = schedules["policy"].updates[0]
         # Signs as in training, so that ratios above and below 1 count; the update is dropped.
         neutral = batch.with_columns(advantages=torch.ones(batch.num_tokens))
-        policy = self.learner.groups["policy"]
+        policy = self.learner.groups.policy
         shared = policy.share(neutral)
         loss = self.learner.policy_loss
         count = denominator(loss.denominator, batch, update.sequences)

@@ -1,4 +1,4 @@
-"""From a batch with advantages to new weights: schedules, denominators, accumulate, vote, apply.
+"""From a batch with advantages to new weights: denominators, accumulate, vote, apply.
 
 Always true: policy and critic see the same sequences in the same update; the denominator of an update counts all its
 sequences over all ranks and micro-batches; if any rank of either saw NaN or Inf, both leave their weights as they were.
@@ -6,26 +6,20 @@ sequences over all ranks and micro-batches; if any rank of either saw NaN or Inf
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rlhf_ray.actors.groups import Group, SharedBatch
+from rlhf_ray.actors.groups import SharedBatch
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import ValueLoss
 from rlhf_ray.algorithms.policy_loss import PolicyLoss
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.trainers.ppo.algorithm import policy_loss_of, preparation_of, value_loss_of
+from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-from rlhf_ray.trajectories.schedule import Schedule, Update, make_schedule
-
-TRAINED = ("policy", "critic")
-"""Roles that learn, where a run has them."""
-
-Schedules = Mapping[str, Schedule]
-"""How one step's batch is cut, by role; those of policy and critic have the same updates."""
+from rlhf_ray.trajectories.schedule import Update
 
 
 @dataclass
@@ -68,41 +62,23 @@ class Outcome:
 class Learner:
     """The training half of a PPO step."""
 
-    def __init__(self, config: PpoConfig, groups: Mapping[str, Group]) -> None:
+    def __init__(self, config: PpoConfig, groups: Groups) -> None:
         self.config = config
-        self.groups = {role: group for role, group in groups.items() if role in ("policy", "critic", "reference")}
+        self.groups = groups
         self.preparation = preparation_of(config)
         self.policy_loss = policy_loss_of(config)
         self.value_loss = value_loss_of(config)
-        self.budgets = {role: _budget(config, role) for role in self.groups}
-
-    def schedules(self, trajectories: TrajectoryBatch, step: int) -> Schedules:
-        """Cut one step's batch for every role; the sequences of an update are drawn without clocks or global state."""
-        lengths = trajectories.lengths.tolist()
-        order = list(range(len(lengths)))
-        random.Random(f"{self.config.run.seed}/{step}/updates").shuffle(order)
-        size = self.config.batch.sequences_per_update
-        return {
-            role: make_schedule(
-                lengths,
-                ranks=group.size,
-                max_tokens=self.budgets[role],
-                sequences_per_update=size if role in TRAINED else None,
-                order=order,
-            )
-            for role, group in self.groups.items()
-        }
 
     def learn(
         self, batch: TrajectoryBatch, schedules: Schedules, *, train_policy: bool, kl_coefficient: float
     ) -> Outcome:
         """All updates of all passes over one step's batch."""
-        shared = self.groups["policy"].share(self.preparation.trained(batch))
+        shared = self.groups.policy.share(self.preparation.trained(batch))
         losses: dict[str, PolicyLoss | ValueLoss] = {
             "policy": self.policy_loss.with_kl_coefficient(kl_coefficient),
             "critic": self.value_loss,
         }
-        roles = [role for role in TRAINED if role in self.groups and (role != "policy" or train_policy)]
+        roles = [role for role in self.groups.trained if role != "policy" or train_policy]
         outcome = Outcome()
         for _ in range(self.config.batch.passes_per_step):
             for updates in zip(*(schedules[role].updates for role in roles), strict=True):
@@ -115,22 +91,12 @@ class Learner:
     ) -> None:
         """Accumulate on all roles, let all ranks vote, apply on all or on none."""
         pending = {
-            role: self.groups[role].accumulate(
+            role: self.groups.trained[role].accumulate(
                 shared, update, loss, denominator(loss.denominator, shared.batch, update.sequences)
             )
             for role, (update, loss) in jobs.items()
         }
         reports = {role: one.result() for role, one in pending.items()}
         skip = not all(report.finite for report in reports.values())
-        steps = {role: self.groups[role].apply(skip) for role in reports}
+        steps = {role: self.groups.trained[role].apply(skip) for role in reports}
         outcome.add(reports, {role: one.result() for role, one in steps.items()})
-
-
-def _budget(config: PpoConfig, role: str) -> int:
-    """Tokens of a micro-batch of a role."""
-    if role == "reference":
-        assert config.reference_role is not None
-        return config.reference_role.forward_tokens(config.batch)
-    trained = config.policy if role == "policy" else config.critic
-    assert trained is not None
-    return trained.training_tokens(config.batch)
