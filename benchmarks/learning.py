@@ -90,11 +90,11 @@ def pieces(seeds: Iterable[int] = SEEDS) -> list[Piece]:
 
 def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     """Run one job in its own directory below ``root``, or pass where it is finished."""
+    from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.config.loading import dump_config, load_config
     from rlhf_ray.launch.driver import training_config
     from rlhf_ray.runs.directory import RunDirectory
     from rlhf_ray.trainers.ppo.build import train_ppo
-    from rlhf_ray.trainers.session import ThisProcess
     from rlhf_ray.trainers.supervised.reward_model import train_reward_model
     from rlhf_ray.trainers.supervised.sft import train_sft
 

@@ -1,7 +1,7 @@
-"""The Ray cluster as a run sees it: join or start it, hold groups in placement groups, leave nothing behind.
+"""A job's connection to Ray: join or start a cluster, start groups of ranks in placement groups, clean up at the end.
 
-Always true: nothing is placed before the whole job is known to fit; a group is placed as a whole or not at all, within a
-deadline; leaving the ``with`` block stops every actor this run started, and Ray itself where this run started it.
+Invariants: nothing is placed before the whole job is known to fit; a group is placed as a whole or not at all, within a
+deadline; leaving the ``with`` block stops every actor that this job started, and Ray itself if this job started it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray import environment
 from rlhf_ray.actors.ranks import RayRanks
-from rlhf_ray.config.schema import ClusterConfig, ResourcesConfig, RunConfig
+from rlhf_ray.config.preflight import hub_ids
+from rlhf_ray.config.schema import ClusterConfig, JobConfig, RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError, RequestError
-from rlhf_ray.planning.capacity import Bundle, offered_here, require_fit
+from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+    from rlhf_ray.actors.place import RankSpec
 
 SERVICE_NAMESPACE = "rlhf-serve"
 
@@ -31,7 +37,7 @@ def actor_name(run: str, role: str, rank: int) -> str:
 
 
 class Cluster:
-    """A connection to Ray for one run."""
+    """A connection to Ray for one job."""
 
     def __init__(
         self,
@@ -50,6 +56,12 @@ class Cluster:
         self._groups: list[RayRanks] = []
         self._joined = False
 
+    @classmethod
+    def for_job(cls, config: JobConfig, *, namespace: str | None = None, check_room: bool = True) -> Cluster:
+        """The cluster of a job. With ``check_room``, entering it refuses a job whose ranks do not fit."""
+        bundles = needed(config) if check_room else ()
+        return cls(config.cluster, config.run, needed=bundles, hub=bool(hub_ids(config)), namespace=namespace)
+
     def __enter__(self) -> Cluster:
         import ray
 
@@ -57,9 +69,8 @@ class Cluster:
             self._joined = True
         else:
             self._connect(ray)
-        free = _resources(ray.available_resources())
         try:
-            require_fit(self.needed, free)
+            require_fit(self.needed, _cpus_and_gpus(ray.available_resources()))
         except CapacityError:
             self.__exit__(None, None, None)
             raise
@@ -73,8 +84,8 @@ class Cluster:
                 ray.init(address=address, **options)
             except ConnectionError as error:
                 raise RequestError(
-                    f"cluster.address {address}: no Ray cluster answers there ({error}); where one runs that asks for a "
-                    "token, set RAY_AUTH_MODE=token"
+                    f"cluster.address {address}: no Ray cluster answers there ({error}). If a cluster with token "
+                    "authentication runs there, set RAY_AUTH_MODE=token"
                 ) from error
             return
         offered = offered_here(self.config)
@@ -99,66 +110,67 @@ class Cluster:
         if not self._joined:
             ray.shutdown()
 
-    def start(
-        self,
-        role: str,
-        ranks: int,
-        resources: ResourcesConfig,
-        *,
-        first_rank: int = 0,
-        name: str | None = None,
-    ) -> RayRanks:
-        """Place and start ranks ``first_rank``... of ``role``, called ``name`` where a run has several of that role.
-
-        Their models are not loaded yet.
-        """
-        import ray
-        from ray.util.placement_group import placement_group, remove_placement_group
+    def start(self, spec: RankSpec) -> RayRanks:
+        """Place and start the ranks of ``spec``; they have no model yet."""
+        from ray.util.placement_group import remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from rlhf_ray.actors.shells import remote_class
 
-        called = name or role
-        bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
-        bundle = {name: amount for name, amount in bundle.items() if amount > 0}
-        group = placement_group([bundle] * ranks, strategy="PACK", name=f"rlhf/{self.run.name}/{called}/{first_rank}")
-        if not group.wait(timeout_seconds=self.config.placement_timeout_s):
-            remove_placement_group(group)
-            needed = [Bundle(role=called, cpus=resources.cpus_per_rank, gpus=resources.gpus_per_rank)] * ranks
-            require_fit(needed, _resources(ray.available_resources()))
-            raise CapacityError(
-                f"{called}: no place for {ranks} ranks of {bundle} within {self.config.placement_timeout_s:g} s, although "
-                "the cluster's free total would do: no single node has room for one; lower cpus_per_rank or gpus_per_rank"
-            )
+        placement = self._reserve(spec)
+        resources = spec.resources
         variables = environment.for_process(
             threads=resources.threads_per_rank, hub=self.hub, device="cuda" if resources.gpus_per_rank > 0 else "cpu"
         )
-        actor_class = remote_class(role)
+        actor_class = remote_class(spec.role)
         actors = [
             actor_class.options(
-                name=actor_name(self.run.name, called, first_rank + rank),
+                name=actor_name(self.run.name, spec.group_name, spec.first_rank + index),
                 namespace=self.namespace,
                 num_cpus=resources.cpus_per_rank,
                 num_gpus=resources.gpus_per_rank,
                 max_restarts=0,
                 runtime_env={"env_vars": variables},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            ).remote(first_rank + rank, ranks)
-            for rank in range(ranks)
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index),
+            ).remote(spec.first_rank + index, spec.ranks)
+            for index in range(spec.ranks)
         ]
-        started = RayRanks(
-            called, actors, timeout_s=self.config.call_timeout_s, on_stop=lambda: remove_placement_group(group)
+        ranks = RayRanks(
+            spec.group_name,
+            actors,
+            timeout_s=self.config.call_timeout_s,
+            on_stop=lambda: remove_placement_group(placement),
         )
-        self._groups.append(started)
-        get_logger().info("%s: %d rank%s placed", called, ranks, "" if ranks == 1 else "s")
-        return started
+        self._groups.append(ranks)
+        get_logger().info("%s: %d rank%s placed", spec.group_name, spec.ranks, "" if spec.ranks == 1 else "s")
+        return ranks
+
+    def _reserve(self, spec: RankSpec) -> PlacementGroup:
+        """A placement group with room for every rank of ``spec``, or :class:`CapacityError`."""
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        amounts = {"CPU": spec.resources.cpus_per_rank, "GPU": spec.resources.gpus_per_rank}
+        bundle = {resource: amount for resource, amount in amounts.items() if amount > 0}
+        name = f"rlhf/{self.run.name}/{spec.group_name}/{spec.first_rank}"
+        placement = placement_group([bundle] * spec.ranks, strategy="PACK", name=name)
+        if placement.wait(timeout_seconds=self.config.placement_timeout_s):
+            return placement
+        remove_placement_group(placement)
+        bundles = [Bundle(spec.group_name, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank)] * spec.ranks
+        require_fit(bundles, _cpus_and_gpus(ray.available_resources()))
+        raise CapacityError(
+            f"{spec.group_name}: no place for {spec.ranks} ranks of {bundle} within "
+            f"{self.config.placement_timeout_s:g} s. The cluster has enough in total, but no single node has room for "
+            "one rank: lower cpus_per_rank or gpus_per_rank"
+        )
 
     def stop(self, ranks: RayRanks) -> None:
-        """Stop one group before the run ends; one that is stopped already stays so."""
+        """Stop one group before the run ends. A second call does nothing."""
         if ranks in self._groups:
             self._groups.remove(ranks)
             ranks.stop()
 
 
-def _resources(answer: Mapping[str, float]) -> dict[str, float]:
-    return {"CPU": float(answer.get("CPU", 0.0)), "GPU": float(answer.get("GPU", 0.0))}
+def _cpus_and_gpus(resources: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}

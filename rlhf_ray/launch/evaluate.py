@@ -15,16 +15,14 @@ from typing import Any
 
 from rlhf_ray import storage
 from rlhf_ray.actors.cluster import Cluster
-from rlhf_ray.config.preflight import hub_ids
+from rlhf_ray.actors.place import Place, place_scoring_group
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger, say, table
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.evaluation.scored_pairs import ScoredPairs
-from rlhf_ray.planning.capacity import needed
 from rlhf_ray.rows.layouts import Keys
-from rlhf_ray.trainers.session import Place
 
 WORST = 50
 """Pairs in the file of figures."""
@@ -37,8 +35,6 @@ def evaluate(
 
     The model lives in ``place``, on Ray without one.
     """
-    from rlhf_ray.actors.groups import RewardGroup
-    from rlhf_ray.actors.workers import WorkerSetup
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
     from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
@@ -49,12 +45,8 @@ def evaluate(
         )
     tokenizer = load_tokenizer(config.reward.model)
     pairs = _pairs(file, keys, tokenizer, config.max_tokens, turns=turns)
-    cluster = Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config)))
-    with cluster if place is None else nullcontext(place) as here:
-        role = config.reward
-        group = RewardGroup(here.start("reward", role.ranks, role.resources))
-        setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
-        group.setup(setup, timeout_s=config.cluster.start_timeout_s).result()
+    with Cluster.for_job(config) if place is None else nullcontext(place) as here:
+        group = place_scoring_group(here, config, config.reward).load().result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
         held_out = HeldOut(group, pairs, RewardLoss(), budget)
         held_out.figures(shown=True)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.cluster import Cluster
-from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE
 from rlhf_ray.pending import Pending
-from rlhf_ray.planning.capacity import needed
 from rlhf_ray.rewards.offline import Output, input_identity, score_file
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import Scorer
@@ -35,7 +33,7 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
     output = Output(target, {**input_identity(source), **about})
     if output.done:
         get_logger().info("%s: %d rows are scored already, going on after them", target, output.done)
-    with Cluster(config.cluster, config.run, needed=needed(config), hub=bool(hub_ids(config))) as cluster:
+    with Cluster.for_job(config) as cluster:
         scorer = _load(cluster, config)
         failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
     if failed:
@@ -51,13 +49,9 @@ def _files(model: str | None) -> Mapping[str, Any]:
 
 
 def _load(cluster: Cluster, config: ServeConfig) -> Scorer:
-    from rlhf_ray.actors.groups import RewardGroup
-    from rlhf_ray.actors.workers import WorkerSetup
+    from rlhf_ray.actors.place import place_scoring_group
 
-    role = config.reward
-    group = RewardGroup(cluster.start("reward", role.ranks, role.resources))
-    setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
-    group.setup(setup, timeout_s=config.cluster.start_timeout_s).result()
+    group = place_scoring_group(cluster, config, config.reward).load().result()
     return _Normalising(group, group.describe().result())
 
 

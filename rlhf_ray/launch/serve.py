@@ -23,7 +23,6 @@ from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
-from rlhf_ray.planning.capacity import needed
 from rlhf_ray.serving.auth import read_tokens, require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from rlhf_ray.serving.server import WebServer
@@ -45,13 +44,12 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
             "ends: start one (ray start --head) and give cluster.address=auto"
         )
     WebServer(config.host, config.port).stop()  # a port that is taken is told before anything starts
-    hub = bool(hub_ids(config))
     try:
         with (
             _asked_by_signals(),
-            Cluster(config.cluster, config.run, needed=needed(config), hub=hub, namespace=SERVICE_NAMESPACE),
+            Cluster.for_job(config, namespace=SERVICE_NAMESPACE),
             _asked_by_signals(),  # again: Ray puts a handler of its own in their place when it starts
-            _gateway(config, hub=hub, detach=detach) as gateway,
+            _gateway(config, detach=detach) as gateway,
         ):
             if not detach:
                 _watch(gateway, CHECK_TIMEOUT_S + config.hold_s)
@@ -68,7 +66,7 @@ def reload(config: ServeConfig) -> int:
     if model.path is None:
         raise RequestError("--reload needs the path of a model")
     path = str(Path(model.path).absolute()) if Path(model.path).exists() else model.path
-    with Cluster(config.cluster, config.run, hub=bool(hub_ids(config)), namespace=SERVICE_NAMESPACE):
+    with Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False):
         service = find_service(
             config.run.name, timeout_s=config.cluster.placement_timeout_s + config.cluster.start_timeout_s
         )
@@ -78,10 +76,10 @@ def reload(config: ServeConfig) -> int:
 
 
 @contextmanager
-def _gateway(config: ServeConfig, *, hub: bool, detach: bool) -> Iterator[RayRanks]:
+def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
     """The gateway, answering; stopped at the end unless it came up detached."""
     name = gateway_name(config.run.name)
-    gateway = _start(config, name, hub=hub, detach=detach)
+    gateway = _start(config, name, detach=detach)
     up = False
     try:
         limit = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
@@ -97,7 +95,7 @@ def _gateway(config: ServeConfig, *, hub: bool, detach: bool) -> Iterator[RayRan
             _stop(gateway, gracefully=up)
 
 
-def _start(config: ServeConfig, name: str, *, hub: bool, detach: bool) -> RayRanks:
+def _start(config: ServeConfig, name: str, *, detach: bool) -> RayRanks:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -109,9 +107,9 @@ def _start(config: ServeConfig, name: str, *, hub: bool, detach: bool) -> RayRan
             name=name,
             namespace=SERVICE_NAMESPACE,
             lifetime="detached" if detach else None,
-            runtime_env={"env_vars": environment.for_process(hub=hub)},
+            runtime_env={"env_vars": environment.for_process(hub=bool(hub_ids(config)))},
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),  # its port is on this machine
-        ).remote(config, hub)
+        ).remote(config)
     except ValueError as error:
         raise RequestError(
             f"a service named {config.run.name} runs on this cluster already: stop it, or give another run.name"

@@ -28,6 +28,7 @@ from rlhf_ray.serving.tracing import OpenTelemetryTracer
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
+    from rlhf_ray.actors.place import PlacedGroup
 
 HEALTH_TIMEOUT_S = 60.0
 Value = TypeVar("Value")
@@ -37,9 +38,9 @@ Value = TypeVar("Value")
 class Gateway:
     """Served reward models."""
 
-    def __init__(self, config: ServeConfig, hub: bool) -> None:
+    def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        self.cluster = Cluster(config.cluster, config.run, hub=hub, namespace=SERVICE_NAMESPACE)
+        self.cluster = Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False)
         self.started = 0
 
     @ray.method(concurrency_group="control")
@@ -60,45 +61,34 @@ class Gateway:
 
     def _replicas(self, name: str, role: RoleConfig) -> list[GroupBackend]:
         """All replicas of a model, loaded side by side."""
-        groups: list[RewardGroup] = []
+        placed: list[PlacedGroup[RewardGroup]] = []
         try:
-            groups = [self._place(name, role) for _ in range(self.config.replicas)]
-            loading = [self._load(group, role) for group in groups]
-            for one in loading:
-                one.result()
-            return [self._backend(name, role, group) for group in groups]
+            placed = [self._place(name, role) for _ in range(self.config.replicas)]
+            loading = [replica.load() for replica in placed]
+            return [self._backend(name, role, pending.result()) for pending in loading]
         except Exception:
-            for group in groups:
-                self._stop_group(group)
+            for replica in placed:
+                self._stop_group(replica.group)
             raise
 
     def _backend(self, name: str, role: RoleConfig, group: RewardGroup) -> GroupBackend:
         def again(old: RewardGroup) -> RewardGroup:
             self._stop_group(old)
-            new = self._place(name, role)
+            replacement = self._place(name, role)
             try:
-                self._load(new, role).result()
+                return replacement.load().result()
             except Exception:
-                self._stop_group(new)
+                self._stop_group(replacement.group)
                 raise
-            return new
 
         return GroupBackend(group, role.model, normalize=self.config.normalize, again=again, stop=self._stop_group)
 
-    def _place(self, name: str, role: RoleConfig) -> RewardGroup:
-        from rlhf_ray.actors.groups import RewardGroup
+    def _place(self, name: str, role: RoleConfig) -> PlacedGroup[RewardGroup]:
+        from rlhf_ray.actors.place import place_scoring_group
 
         self.started += 1  # names of actors that end are free only a moment later
         called = name if self.started == 1 else f"{name}-{self.started}"
-        return RewardGroup(self.cluster.start("reward", role.ranks, role.resources, name=called))
-
-    def _load(self, group: RewardGroup, role: RoleConfig) -> Any:
-        from rlhf_ray.actors.workers import WorkerSetup
-
-        setup = WorkerSetup(
-            role, seed=0, max_tokens=self.config.max_batch_tokens, max_item_tokens=self.config.max_tokens
-        )
-        return group.setup(setup, timeout_s=self.config.cluster.start_timeout_s)
+        return place_scoring_group(self.cluster, self.config, role, name=called)
 
     def _stop_group(self, group: RewardGroup) -> None:
         self.cluster.stop(group.ranks)

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import InProcessRanks, RayRanks
 from rlhf_ray.config.schema import ClusterConfig, ResourcesConfig, RunConfig
 from rlhf_ray.errors import CapacityError, DeadlineError, GroupError, ModelLoadError
@@ -101,7 +102,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_is_placed(cluster:
     resources = ResourcesConfig(cpus_per_rank=4.0)
     short = Cluster(cluster.config.model_copy(update={"placement_timeout_s": 1.0}), cluster.run)
     with pytest.raises(CapacityError, match=r"policy"):
-        short.start("policy", 1, resources)
+        short.start(RankSpec("policy", 1, resources))
 
 
 def test_in_this_process_a_failure_is_the_same_typed_error() -> None:

@@ -46,7 +46,7 @@ def gateway(model: Path, name: str) -> Iterator[str]:
     with Cluster(config.cluster, config.run, namespace=SERVICE_NAMESPACE):
         runtime = {"env_vars": environment.for_process()}
         actor = Gateway.options(name=gateway_name(name), namespace=SERVICE_NAMESPACE, runtime_env=runtime).remote(
-            config, False
+            config
         )
         service = find_service(name, timeout_s=LIMIT_S)
         yield service.call("start", [()]).result()[0]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.schema import MakeConfig, ModelConfig
@@ -20,7 +21,6 @@ from rlhf_ray.launch.evaluate import evaluate
 from rlhf_ray.models import load_tokenizer, save_pretrained
 from rlhf_ray.models.from_config import load_regression
 from rlhf_ray.rows.layouts import Keys
-from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.trainers.supervised import reward_evaluation
 from rlhf_ray.world.generate import World
 

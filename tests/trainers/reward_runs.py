@@ -41,9 +41,9 @@ def config_of(root: Path, *overrides: str) -> Any:
 
 def train(config: Any, *, resume: bool = False) -> Any:
     """Run it here, from its start or its last commit; returns the run directory, released."""
+    from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.config.loading import dump_config
     from rlhf_ray.runs.directory import RunDirectory
-    from rlhf_ray.trainers.session import ThisProcess
     from rlhf_ray.trainers.supervised.reward_model import train_reward_model
 
     path, checkpoint = Path(config.run.root) / config.run.name, None

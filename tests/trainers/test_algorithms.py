@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.build import train_ppo
-from rlhf_ray.trainers.session import ThisProcess
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 SMALL = [

@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.trainers.ppo import build as ppo_run
-from rlhf_ray.trainers.session import ThisProcess
 from tests.trainers.test_rewards_in_process import TINY_PPO, made, rows, start
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.schema import TrainingConfig
 from rlhf_ray.errors import NumericalError, ResumableStop
@@ -20,7 +21,6 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.build import train_ppo
 from rlhf_ray.trainers.ppo.update import Learner
-from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.trainers.supervised.reward_model import train_reward_model
 from rlhf_ray.trainers.supervised.sft import train_sft
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.build import train_ppo
-from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.trainers.supervised.sft import train_sft
 from tests.trainers.glossary import unexplained
 

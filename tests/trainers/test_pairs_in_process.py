@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, parse_config
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import ResumableStop
 from rlhf_ray.models.weights.tiny_llama import make_model
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
-from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.trainers.supervised import reward_model
 
 TEMPLATE = (

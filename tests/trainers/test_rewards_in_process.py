@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.build import train_ppo
-from rlhf_ray.trainers.session import ThisProcess
 from rlhf_ray.world.language import NAMES
 from tests.trainers.glossary import unexplained
 

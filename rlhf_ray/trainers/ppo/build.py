@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.schema import PpoConfig
@@ -30,7 +31,7 @@ from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, collector_of
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
-from rlhf_ray.trainers.session import Place, Session, Started
+from rlhf_ray.trainers.session import Session
 
 
 def train_ppo(
@@ -105,7 +106,7 @@ def build(
 def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
     """All model groups, loaded, and the rollout engines, placed: first every process is placed, then all load at once."""
     updates, temperature = config.steps * updates_per_step(config), config.rollout.temperature
-    started: dict[str, Started[Any]] = {
+    started: dict[str, PlacedGroup[Any]] = {
         "policy": session.policy(config.policy, total_updates=updates, temperature=temperature)
     }
     if config.critic is not None:

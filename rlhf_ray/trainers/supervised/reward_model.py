@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.actors.place import Place
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import pair_batch, pair_examples
@@ -15,7 +16,7 @@ from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.session import Place, Session
+from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trainers.supervised.habits import measure_qualities
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, total_updates

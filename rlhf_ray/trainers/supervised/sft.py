@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.place import Place
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
 from rlhf_ray.config.schema import SftConfig
 from rlhf_ray.data.load import DemonstrationExample, demonstration_batch, demonstration_examples
@@ -11,7 +12,7 @@ from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.session import Place, Session
+from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, cut, total_updates
 
 

@@ -1,0 +1,76 @@
+"""Where the ranks of a job run, and how a group of them is started there.
+
+A place is the Ray cluster (``cluster.py``) or the current process (``this_process.py``). Whoever needs a group describes
+its ranks once and does not know which place it gets.
+
+Invariants: placing starts processes but loads no model; loading ends in a group that is ready, or in one typed error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from rlhf_ray.actors.groups import Group, RewardGroup
+from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.config.schema import ClusterConfig, ResourcesConfig, RoleConfig, ServeConfig
+from rlhf_ray.pending import Pending
+
+AnyGroup = TypeVar("AnyGroup", bound=Group)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """The ranks of one group: which worker runs in them, how many there are, and what each of them takes."""
+
+    role: str
+    ranks: int
+    resources: ResourcesConfig
+    first_rank: int = 0
+    """The number of the first rank. Rollout engines are started one by one, each under its own number."""
+    name: str | None = None
+    """The name of the group, if a job has several groups of the same role."""
+
+    @property
+    def group_name(self) -> str:
+        """What the group is called in logs, errors and actor names."""
+        return self.name or self.role
+
+
+class Place(Protocol):
+    """Somewhere ranks can run."""
+
+    config: ClusterConfig
+
+    def start(self, spec: RankSpec) -> Ranks:
+        """Start the ranks of ``spec``; they have no model yet."""
+
+
+@dataclass(frozen=True)
+class PlacedGroup(Generic[AnyGroup]):
+    """A group whose ranks have a place but no model yet. Their processes start while others are being placed."""
+
+    group: AnyGroup
+    setup: WorkerSetup
+    timeout_s: float
+
+    def load(self) -> Pending[AnyGroup]:
+        """Begin to load the model on every rank; the value is the group, ready."""
+        return self.group.setup(self.setup, timeout_s=self.timeout_s).then(lambda line: self.group)
+
+
+def place_group(
+    place: Place, role: str, kind: type[AnyGroup], setup: WorkerSetup, *, name: str | None = None
+) -> PlacedGroup[AnyGroup]:
+    """Start the ranks of a model group as its section of the config asks, without loading the model."""
+    spec = RankSpec(role, setup.config.ranks, setup.config.resources, name=name)
+    return PlacedGroup(kind(place.start(spec)), setup, place.config.start_timeout_s)
+
+
+def place_scoring_group(
+    place: Place, config: ServeConfig, role: RoleConfig, *, name: str | None = None
+) -> PlacedGroup[RewardGroup]:
+    """Start the ranks of a reward model that only scores, within the limits of ``config``."""
+    setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
+    return place_group(place, "reward", RewardGroup, setup, name=name)

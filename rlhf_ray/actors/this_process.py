@@ -1,0 +1,26 @@
+"""The current process as a place for ranks: plain workers, one rank a role, without Ray.
+
+Tests run whole jobs here, and so does ``rlhf-ray train --in-process``, where a debugger reaches every rank.
+"""
+
+from __future__ import annotations
+
+from rlhf_ray.actors.place import RankSpec
+from rlhf_ray.actors.ranks import InProcessRanks
+from rlhf_ray.actors.reward_worker import RewardWorker
+from rlhf_ray.actors.rollout_worker import RolloutWorker
+from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker
+from rlhf_ray.config.schema import ClusterConfig
+
+WORKERS = {worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)}
+
+
+class ThisProcess:
+    """Runs every rank as an object in this process."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+    def start(self, spec: RankSpec) -> InProcessRanks:
+        """One worker; more ranks of a role need more processes."""
+        return InProcessRanks(spec.group_name, WORKERS[spec.role](spec.first_rank, spec.ranks))
