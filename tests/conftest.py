@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -54,6 +55,23 @@ def project_log() -> Iterator[io.StringIO]:
     get_logger().addHandler(handler)
     yield said
     get_logger().removeHandler(handler)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows, or text or bytes as they are, into a file of this name."""
+
+    def write_file(content: Iterable[Any] | str | bytes, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_bytes(content.encode())
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        return path
+
+    return write_file
 
 
 @pytest.fixture

@@ -11,6 +11,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_ray.config.roles import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlhf_ray.rows.demonstrations import DemonstrationReader
+from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.rows.prompts import PromptReader
 
 
 class WorldConfig(Section):
@@ -76,6 +80,18 @@ class DataConfig(Section):
         """The file of rows that are held out, if there is one."""
         return None if self.evaluation_path is None else self._with_keys(SourceConfig(path=self.evaluation_path))
 
+    def preference_reader(self, source: SourceConfig) -> PreferenceReader:
+        """What reads preference pairs from ``source``, which is one of ``files`` or the ``evaluation_file``."""
+        return PreferenceReader(_pair_keys(source), self.apply_chat_template)
+
+    def prompt_reader(self, source: SourceConfig) -> PromptReader:
+        """What reads prompts from ``source``."""
+        return PromptReader(_pair_keys(source), self.apply_chat_template)
+
+    def demonstration_reader(self, source: SourceConfig) -> DemonstrationReader:
+        """What reads demonstrations from ``source``."""
+        return DemonstrationReader(str(source.prompt_key), str(source.answer_key))
+
     def _with_keys(self, source: SourceConfig) -> SourceConfig:
         keys = ("prompt_key", "answer_key", "chosen_key", "rejected_key")
         own = {key: getattr(self, key) for key in keys if getattr(source, key) is None}
@@ -109,3 +125,7 @@ class DataConfig(Section):
                 "apply_chat_template",
                 "the generated world is plain text, whose words have no template: set it to false",
             )
+
+
+def _pair_keys(source: SourceConfig) -> Keys:
+    return Keys(str(source.prompt_key), str(source.chosen_key), str(source.rejected_key))

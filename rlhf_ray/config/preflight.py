@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from rlhf_ray.config.schema import (
 from rlhf_ray.config.tokenizer_identity import same_tokenizer_files
 from rlhf_ray.config.validation import Problem, attempt
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.rows.checks import pair_problem, prompt_problem, row_problem, row_problems
-from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.demonstrations import DemonstrationReader
+from rlhf_ray.rows.read import RowReader, first_problem
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -325,14 +324,13 @@ def _data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
     yield from ((key, path) for key, path in found if path is not None)
 
 
-def _row_check(config: Section, data: DataConfig, source: SourceConfig) -> Callable[[Any], str]:
-    """What is asked of each row of a file."""
-    keys = Keys(str(source.prompt_key), str(source.chosen_key), str(source.rejected_key))
+def _row_reader(config: Section, data: DataConfig, source: SourceConfig) -> RowReader[Any]:
+    """What the job reads the rows of a file with."""
     if isinstance(config, RewardModelConfig):
-        return partial(pair_problem, keys=keys, turns=data.apply_chat_template)
+        return data.preference_reader(source)
     if isinstance(config, SftConfig):
-        return partial(row_problem, needs=[(keys.prompt, str(source.answer_key))])
-    return partial(prompt_problem, keys=keys, turns=data.apply_chat_template)
+        return data.demonstration_reader(source)
+    return data.prompt_reader(source)
 
 
 def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
@@ -345,9 +343,8 @@ def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
         path = Path(source.path)
         if not path.exists():
             yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
-        else:
-            check = _row_check(config, data, source)
-            yield from ((key, text) for text in row_problems(path, problem_of=check))
+        elif problem := first_problem(path, _row_reader(config, data, source)):
+            yield key, problem
     if isinstance(config, RewardModelConfig) and config.normalization.demonstrations_path is not None:
         yield from _demonstration_problems(Path(config.normalization.demonstrations_path), data)
 
@@ -357,8 +354,8 @@ def _demonstration_problems(path: Path, data: DataConfig) -> Iterator[Problem]:
     if not path.exists():
         yield key, f"{path} does not exist: name a file whose rows have a prompt and an answer"
         return
-    check = partial(row_problem, needs=[(data.prompt_key, data.answer_key)])
-    yield from ((key, text) for text in row_problems(path, problem_of=check))
+    if problem := first_problem(path, DemonstrationReader(data.prompt_key, data.answer_key)):
+        yield key, problem
 
 
 def _context_problems(key: str, model: ModelConfig, data: DataConfig) -> Iterator[Problem]:

@@ -19,8 +19,8 @@ import pyarrow as pa
 from rlhf_ray.data.cache import cached, content_hash, key_of
 from rlhf_ray.data.encode import EncodedPair, in_parts, pair_outcomes
 from rlhf_ray.data.tokenizers import encoding_fingerprint
-from rlhf_ray.rows.layouts import Keys
-from rlhf_ray.rows.preferences import PreferencePair, read_preferences
+from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
+from rlhf_ray.rows.read import read_file
 
 FORMAT = 1
 """Raised when the same file and settings give another table."""
@@ -68,10 +68,8 @@ class PairFile:
     """A file of preferences and how it is read: with the tokenizer, all that decides what its pairs are."""
 
     path: str
-    keys: Keys
+    reader: PreferenceReader
     max_tokens: int
-    turns: bool = False
-    """Whether texts become messages."""
     cut_prompt: bool = False
     """Whether the prompt of a pair that is too long loses its beginning; else the pair is dropped."""
     max_rows: int | None = None
@@ -83,7 +81,7 @@ def pairs_of_file(
     """Every row of a file, from the folder ``cache`` where that holds it; ``source`` is that of rows that name none."""
 
     def make() -> pa.Table:
-        rows = read_preferences(file.path, *file.keys, turns=file.turns, max_rows=file.max_rows)
+        rows = list(read_file(file.path, file.reader, max_rows=file.max_rows))
         return _encoded(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
 
     if cache is None or not Path(file.path).exists():

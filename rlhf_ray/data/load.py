@@ -8,9 +8,8 @@ prompts of both halves are numbered through.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -24,10 +23,10 @@ from rlhf_ray.data.encoded_pairs import PairExample, PairFile, PairRow, pairs_of
 from rlhf_ray.data.holdout import hold_out
 from rlhf_ray.data.order import Part
 from rlhf_ray.errors import DataError
-from rlhf_ray.rows.checks import PAIR_NUMBERS
-from rlhf_ray.rows.demonstrations import Demonstration, read_demonstrations
-from rlhf_ray.rows.layouts import Keys
-from rlhf_ray.rows.prompts import Prompt, read_prompts
+from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.preferences import PAIR_NUMBERS
+from rlhf_ray.rows.prompts import Prompt
+from rlhf_ray.rows.read import read_file
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.world.generate import World
 
@@ -84,7 +83,11 @@ def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split
         demonstrations = world.arithmetic_demonstrations if arithmetic else world.demonstrations
         rows = _Rows([demonstrations(data.world.demonstrations)], demonstrations(500, "evaluation"))
     else:
-        rows = _read(data, seed, _demonstrations, lambda row: row.prompt)
+
+        def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Demonstration]:
+            return list(read_file(source.path, data.demonstration_reader(source), max_rows=max_rows))
+
+        rows = _read(data, seed, read, lambda row: row.prompt)
 
     def encode(half: Sequence[Demonstration], drops: Drops) -> list[DemonstrationExample]:
         encoded = encode_demonstrations(tokenizer, half, data.max_tokens, drops)
@@ -98,8 +101,7 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
     cut_prompt = data.too_long == "cut_prompt"
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[PairRow]:
-        keys = Keys(str(source.prompt_key), str(source.chosen_key), str(source.rejected_key))
-        file = PairFile(source.path, keys, data.max_tokens, data.apply_chat_template, cut_prompt, max_rows)
+        file = PairFile(source.path, data.preference_reader(source), data.max_tokens, cut_prompt, max_rows)
         return pairs_of_file(file, tokenizer, data.cache, source=name)
 
     if data.world is not None:
@@ -127,12 +129,12 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
 
 def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[TokenizedPrompt]:
     """Encoded prompts of the world or of files; those held out continue the numbers."""
-    made = data.world
-    rows = (
-        _read(data, seed, partial(_prompts, turns=data.apply_chat_template), _prompt_key)
-        if made is None
-        else _world_prompts(made)
-    )
+
+    def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
+        rows = read_file(source.path, data.prompt_reader(source), max_rows=max_rows)
+        return [row if row.source else replace(row, source=name) for row in rows]
+
+    rows = _read(data, seed, read, _prompt_key) if data.world is None else _world_prompts(data.world)
     files, first = [], 0
     for file in rows.files:
         files.append(list(enumerate(file, first)))
@@ -168,19 +170,9 @@ def _world_prompts(made: WorldConfig) -> _Rows[Prompt]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _demonstrations(name: str, source: SourceConfig, max_rows: int | None) -> list[Demonstration]:
-    return read_demonstrations(source.path, str(source.prompt_key), str(source.answer_key), max_rows=max_rows)
-
-
 def _prompt_key(row: Prompt) -> Hashable:
     """The same for two rows with the same prompt."""
     return row.text or json.dumps([row.messages, row.tools], sort_keys=True)
-
-
-def _prompts(name: str, source: SourceConfig, max_rows: int | None, *, turns: bool) -> list[Prompt]:
-    keys = {"chosen_key": str(source.chosen_key), "rejected_key": str(source.rejected_key)}
-    rows = read_prompts(source.path, str(source.prompt_key), **keys, turns=turns, max_rows=max_rows)
-    return [replace(row, source=row.source or name) for row in rows]
 
 
 def _read(

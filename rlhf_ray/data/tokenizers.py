@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from rlhf_ray.config.preflight import not_one_token
 from rlhf_ray.config.tokenizer_identity import tokenizer_identity
 from rlhf_ray.errors import RequestError
-from rlhf_ray.rows.read import read_rows
+from rlhf_ray.rows.read import AnyRow, read_file
 from rlhf_ray.world import language
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def make_byte_pair_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTraine
 
 def read_texts(path: str | Path) -> Iterator[str]:
     """Every text in the rows of a data file, messages included."""
-    for row in read_rows(path):
+    for row in read_file(path, AnyRow()):
         yield from _texts_in(row.values)
 
 

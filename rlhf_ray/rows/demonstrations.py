@@ -1,14 +1,16 @@
-"""Demonstrations: prompts with the answers to learn.
+"""Demonstrations: prompts with the answers that a model is to learn.
 
-Always true: one demonstration a row, in the order of the file, with neither side empty.
+Invariant: one demonstration a row, in the order of the file, with neither side empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_ray.rows.read import read_rows
+from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.row import KeySets, Row
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,26 @@ class Demonstration:
     answer: str
 
 
+@dataclass(frozen=True)
+class DemonstrationReader:
+    """Reads a row with a text under each of two keys."""
+
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    uniform: Sequence[str] = ()
+
+    @property
+    def needs(self) -> KeySets:
+        """Both keys."""
+        return [(self.prompt_key, self.answer_key)]
+
+    def read(self, row: Row) -> Demonstration:
+        """The demonstration of one row."""
+        return Demonstration(*row.texts((self.prompt_key, self.answer_key)))
+
+
 def read_demonstrations(
     path: str | Path, prompt_key: str = "prompt", answer_key: str = "answer", *, max_rows: int | None = None
 ) -> list[Demonstration]:
     """Every demonstration of a data file; the keys name its columns."""
-    rows = read_rows(path, [(prompt_key, answer_key)], max_rows=max_rows)
-    return [Demonstration(row.text(prompt_key), row.text(answer_key)) for row in rows]
+    return list(read_file(path, DemonstrationReader(prompt_key, answer_key), max_rows=max_rows))

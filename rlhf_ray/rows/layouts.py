@@ -1,6 +1,6 @@
-"""What a row of preferences says: four layouts, told apart by the row itself.
+"""The layouts in which a row can hold a preference or a prompt, told apart by the row itself.
 
-Always true: the prompt stands under a key of its own (explicit) or is what both sides begin with (implicit), and both sides
+Invariants: the prompt stands under a key of its own (explicit) or is what both sides begin with (implicit), and both sides
 are texts (standard) or lists of messages (conversation); a row that is none of these is a :class:`LayoutError` that
 says what was expected and quotes no text.
 """
@@ -19,13 +19,10 @@ from rlhf_ray.rows.conversations import (
     text_problem,
     turn_problem,
 )
+from rlhf_ray.rows.row import LayoutError, is_filled
 
 SYSTEM, TOOLS = "system", "tools"
 """Optional columns: what the system says before a conversation, and the functions that it may call."""
-
-
-class LayoutError(ValueError):
-    """What is wrong with a row, to be put after its place."""
 
 
 class Keys(NamedTuple):
@@ -52,7 +49,7 @@ class PairParts(NamedTuple):
 def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> PairParts:
     """The two sides of a row; with ``turns`` texts become the user's and the assistant's messages."""
     chosen, rejected = (_cell(values, key) for key in keys[1:])
-    prompt = _cell(values, keys.prompt) if _is_there(values, keys.prompt) else ""
+    prompt = _cell(values, keys.prompt) if is_filled(values, keys.prompt) else ""
     if is_conversation(chosen) != is_conversation(rejected):
         kinds = [f"{key!r} is {_kind(side)}" for key, side in zip(keys[1:], (chosen, rejected), strict=True)]
         raise LayoutError(f"{' and '.join(kinds)}: write both in the same form")
@@ -71,15 +68,20 @@ def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> 
 def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
     """The conversation under ``key`` that an answer of the assistant is to follow, the system's column before it."""
     messages = [*_system(values, prompt := _cell(values, key)), *_turns(prompt, "user")]
+    check_answer_follows(key, messages)
+    return messages
+
+
+def check_answer_follows(key: str, messages: Sequence[Message]) -> None:
+    """Refuse a conversation, named by ``key``, that an answer of the assistant cannot follow."""
     if messages[-1]["role"] == "assistant":
         raise LayoutError(f"{key!r} ends with 'assistant', who is to answer next: leave the last message out")
     _check_turns([(key, messages), ("answer", [{"role": "assistant"}])])
-    return messages
 
 
 def read_tools(values: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The functions that a conversation may call: a list, or a list written as JSON; none where there are none."""
-    if not _is_there(values, TOOLS):
+    if not is_filled(values, TOOLS):
         return None
     tools = values[TOOLS]
     if isinstance(tools, str):
@@ -128,7 +130,7 @@ def _check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> None:
 
 def _system(values: Mapping[str, Any], first: Any) -> list[Message]:
     """The message of the system's column, which the conversation must not hold already."""
-    if not _is_there(values, SYSTEM):
+    if not is_filled(values, SYSTEM):
         return []
     if problem := text_problem(values[SYSTEM]):
         raise LayoutError(f"{SYSTEM!r} must hold a text{problem}")
@@ -148,11 +150,6 @@ def _turns(cell: Any, role: str) -> list[Message]:
 # ---------------------------------------------------------------------------------------------------------------- cells
 
 
-def _is_there(values: Mapping[str, Any], key: str) -> bool:
-    """Whether there is something under ``key``; an empty cell of a table is nothing."""
-    return values.get(key) not in (None, "")
-
-
 def _cell(values: Mapping[str, Any], key: str) -> Any:
     """The text or the messages under ``key``."""
     value = values.get(key)
@@ -170,7 +167,7 @@ def _kind(cell: Any) -> str:
 
 def _refuse_beside_texts(values: Mapping[str, Any]) -> None:
     for key in (SYSTEM, TOOLS):
-        if _is_there(values, key):
+        if is_filled(values, key):
             raise LayoutError(
                 f"there is something under {key!r}, for which a plain text has no place: set data.apply_chat_template=true, or "
                 "write the row as messages"

@@ -1,8 +1,8 @@
 """Preference pairs: two answers to one prompt, the better one first.
 
-Always true: one pair a row, in the order of the file; where a row does not say its prompt, the prompt and each answer joined
-are its two sides; the three are texts or lists of messages; either all pairs of a file have a margin, a finite number, or
-none has; the same holds for grades.
+Invariants: one pair a row, in the order of the file. Where a row does not name its prompt, the prompt followed by each answer
+gives back the two sides of the row. Prompt and answers are all texts or all lists of messages. Either all pairs of a file
+have a margin, a finite number, or none has; the same holds for grades.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from rlhf_ray.rows.checks import PAIR_NUMBERS, pair_problem
 from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
-from rlhf_ray.rows.read import Row, is_in_all, read_rows
+from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.row import KeySets, LayoutError, Row
 
+PAIR_NUMBERS = ("margin", "grade")
+"""Optional columns: one number a pair, which some losses read."""
 ANSWER_BEGINS = "\n\nAssistant:"
-"""What stands before each answer in a dialogue of the HH data."""
+"""What stands before each answer in a dialogue of Anthropic's HH data (hh-rlhf)."""
 SOURCE_KEYS = ("source", "subset")
 """Columns that name where a row comes from (``subset`` is RewardBench's); the first that is there counts."""
 
@@ -41,6 +43,33 @@ class PreferencePair:
     """File and line."""
 
 
+@dataclass(frozen=True)
+class PreferenceReader:
+    """Reads a pair in any of the layouts of :mod:`rlhf_ray.rows.layouts`; with ``turns`` texts become messages."""
+
+    keys: Keys = Keys()  # noqa: RUF009 (a NamedTuple cannot change)
+    turns: bool = False
+
+    @property
+    def needs(self) -> KeySets:
+        """The two sides; the prompt may be what both begin with."""
+        return [(self.keys.chosen, self.keys.rejected)]
+
+    @property
+    def uniform(self) -> Sequence[str]:
+        """The prompt and the numbers."""
+        return (self.keys.prompt, *PAIR_NUMBERS)
+
+    def read(self, row: Row) -> PreferencePair:
+        """The pair of one row."""
+        parts = read_pair(row.values, self.keys, turns=self.turns)
+        margin, grade = row.numbers(PAIR_NUMBERS)
+        prompt, chosen, rejected = parts.prompt or implicit_prompt(row, self.keys, parts), parts.chosen, parts.rejected
+        if not parts.prompt:
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return PreferencePair(prompt, chosen, rejected, margin, read_source(row), grade, parts.tools, row.where)
+
+
 def read_preferences(
     path: str | Path,
     prompt_key: str = "prompt",
@@ -55,37 +84,13 @@ def read_preferences(
     Columns ``margin``, ``grade``, ``system`` and ``tools`` are read where they are there, and as the source the first of
     ``SOURCE_KEYS``. With ``turns`` texts become messages.
     """
-    keys = Keys(prompt_key, chosen_key, rejected_key)
-    rows = read_rows(path, problem_of=lambda row: pair_problem(row, keys, turns=turns), max_rows=max_rows)
-    for key in (prompt_key, *PAIR_NUMBERS):
-        is_in_all(rows, key)
-    return [_pair(row, keys, turns=turns) for row in rows]
+    reader = PreferenceReader(Keys(prompt_key, chosen_key, rejected_key), turns)
+    return list(read_file(path, reader, max_rows=max_rows))
 
 
-def _pair(row: Row, keys: Keys, *, turns: bool) -> PreferencePair:
-    parts = read_pair(row.values, keys, turns=turns)
-    prompt = parts.prompt or implicit_prompt(row, keys, parts)
-    chosen, rejected = parts.chosen, parts.rejected
-    if not parts.prompt:
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return PreferencePair(
-        prompt,
-        chosen,
-        rejected,
-        margin=row.number("margin"),
-        source=source_of(row),
-        grade=row.number("grade"),
-        tools=parts.tools,
-        where=row.where,
-    )
-
-
-def source_of(row: Row) -> str:
+def read_source(row: Row) -> str:
     """Where a row comes from, for tables by source; empty where it does not say."""
     return next((row.short_text(key) or "" for key in SOURCE_KEYS if key in row), "")
-
-
-# ------------------------------------------------------------------------------------------------------ implicit prompts
 
 
 def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
@@ -93,13 +98,13 @@ def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
     chosen, rejected = parts.chosen, parts.rejected
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt: str | Messages = shared_prompt(chosen, rejected)
-    else:
-        prompt = shared_messages(chosen, rejected)
+    else:  # read_pair refuses a text beside a conversation
+        prompt = shared_messages(cast("Messages", chosen), cast("Messages", rejected))
     if not prompt:
         names = ", ".join(map(repr, row.values))
-        raise row.error(
-            f"{keys.chosen!r} and {keys.rejected!r} begin differently, so they do not hold the prompt: set data.prompt_key "
-            f"to the key that does; its keys are {names}"
+        raise LayoutError(
+            f"{keys.chosen!r} and {keys.rejected!r} begin differently, so they do not hold the prompt",
+            f"set data.prompt_key to the key that does; its keys are {names}",
         )
     return prompt
 

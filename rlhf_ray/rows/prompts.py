@@ -1,6 +1,6 @@
 """Prompts to sample answers to, with the labels that a reward function may compare answers with.
 
-Always true: one prompt a row, numbered from 0 in the order of the file, none empty; a prompt is a text, or a conversation
+Invariants: one prompt a row, numbered from 0 in the order of the file, none empty; a prompt is a text, or a conversation
 that the assistant is to answer next.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.rows.checks import prompt_problem
 from rlhf_ray.rows.conversations import is_conversation
-from rlhf_ray.rows.layouts import Keys, read_pair, read_prompt_messages, read_tools
-from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, implicit_prompt, source_of
-from rlhf_ray.rows.read import Row, is_in_all, read_rows
+from rlhf_ray.rows.layouts import Keys, check_answer_follows, read_pair, read_prompt_messages, read_tools
+from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, implicit_prompt, read_source
+from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.row import KeySets, LayoutError, Row
 
 LABEL_KEYS = ("label", "answer")
 """Columns of labels; the first that is there counts."""
@@ -37,6 +37,43 @@ class Prompt:
     """File and line."""
 
 
+@dataclass(frozen=True)
+class PromptReader:
+    """Reads the prompt under a key of its own, or else what both sides of a pair begin with.
+
+    With ``turns`` a text becomes what the user says.
+    """
+
+    keys: Keys = Keys()  # noqa: RUF009 (a NamedTuple cannot change)
+    turns: bool = False
+
+    @property
+    def needs(self) -> KeySets:
+        """The prompt, or the two sides of a pair."""
+        return [(self.keys.prompt,), (self.keys.chosen, self.keys.rejected)]
+
+    @property
+    def uniform(self) -> Sequence[str]:
+        """The prompt."""
+        return (self.keys.prompt,)
+
+    def read(self, row: Row) -> Prompt:
+        """The prompt of one row."""
+        key = self.keys.prompt
+        if key not in row.values:
+            prompt, tools = _prompt_of_pair(row, self.keys)
+        elif self.turns or is_conversation(row.values[key]):
+            prompt, tools = read_prompt_messages(row.values, key), read_tools(row.values)
+        else:
+            prompt, tools = row.text(key), None
+        if isinstance(prompt, str) and self.turns:
+            prompt = [{"role": "user", "content": prompt}]
+        label, source = _label(row, key), read_source(row)
+        if isinstance(prompt, str):
+            return Prompt(row.number, prompt, label, source, where=row.where)
+        return Prompt(row.number, "", label, source, prompt, tools, row.where)
+
+
 def read_prompts(
     path: str | Path,
     prompt_key: str = "prompt",
@@ -46,34 +83,21 @@ def read_prompts(
     turns: bool = False,
     max_rows: int | None = None,
 ) -> list[Prompt]:
-    """Every prompt of a data file: under ``prompt_key``, or where there is none what both sides of a pair begin with.
-
-    With ``turns`` a text becomes what the user says.
-    """
-    keys = Keys(prompt_key, chosen_key, rejected_key)
-    rows = read_rows(path, problem_of=lambda row: prompt_problem(row, keys, turns=turns), max_rows=max_rows)
-    explicit = is_in_all(rows, prompt_key)
-    return [_prompt(number, row, keys, explicit=explicit, turns=turns) for number, row in enumerate(rows)]
+    """Every prompt of a data file, as :class:`PromptReader` reads it."""
+    reader = PromptReader(Keys(prompt_key, chosen_key, rejected_key), turns)
+    return list(read_file(path, reader, max_rows=max_rows))
 
 
-def _prompt(number: int, row: Row, keys: Keys, *, explicit: bool, turns: bool) -> Prompt:
-    cell: Any = row.values[keys.prompt] if explicit else _prompt_of_pair(row, keys)
-    label, source = _label(row, keys.prompt), source_of(row)
-    if is_conversation(cell) or turns:
-        messages = read_prompt_messages({**row.values, keys.prompt: cell}, keys.prompt)
-        return Prompt(number, "", label, source, messages, read_tools(row.values), row.where)
-    return Prompt(number, cell, label, source, where=row.where)
-
-
-def _prompt_of_pair(row: Row, keys: Keys) -> str | list[Mapping[str, Any]]:
-    """What both sides of a pair begin with."""
+def _prompt_of_pair(row: Row, keys: Keys) -> tuple[str | Messages, Sequence[Mapping[str, Any]] | None]:
+    """What both sides of a pair begin with, and its tools."""
     parts = read_pair(row.values, keys)
     prompt = implicit_prompt(row, keys, parts)
     if not isinstance(prompt, str):
-        return list(prompt)
+        check_answer_follows(keys.prompt, prompt)
+        return list(prompt), parts.tools
     if ANSWER_BEGINS not in prompt and ANSWER_BEGINS in parts.chosen:
-        raise row.error("its two dialogues part before the first answer, so they have no prompt: leave the row out")
-    return prompt
+        raise LayoutError("its two dialogues part before the first answer, so they have no prompt", "leave the row out")
+    return prompt, None
 
 
 def _label(row: Row, prompt_key: str) -> str | None:

@@ -1,101 +1,128 @@
-"""Rows of a data file, whatever its format, each with the place it came from.
+"""Reading a data file row by row: ``check`` reads the first rows of a file, a job reads all of them, by the same reader.
 
-Always true: rows come in the order of the file; every row has the keys that were asked for, with what must stand
-there; whatever is wrong ends in one :class:`DataError` that begins with the file and the line and quotes no text.
+Invariants: rows come in the order of the file, and each is read once; whatever is wrong ends in one :class:`DataError` that
+begins with the file and the line and quotes no text; ``check`` reads at most ``ROWS_CHECKED`` rows of a file and refuses
+none that a job would take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
-from rlhf_ray.rows.checks import Needs, number_problem, row_problem
-from rlhf_ray.rows.conversations import text_problem
 from rlhf_ray.rows.formats import raw_rows
+from rlhf_ray.rows.row import KeySets, LayoutError, Row, make_row
+
+ROWS_CHECKED = 100
+WAY_OUT = "mend the row, or set the keys of the data section to those of the file"
+
+Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
+
+
+class RowReader(Protocol[Value_co]):
+    """What a kind of row needs, and what it becomes."""
+
+    @property
+    def needs(self) -> KeySets:
+        """A row must have all keys of one of these sets."""
+        ...
+
+    @property
+    def uniform(self) -> Sequence[str]:
+        """Columns that must be filled in all rows of a file or in none, since no reading suits both."""
+        ...
+
+    def read(self, row: Row) -> Value_co:
+        """The value of a row that has the keys it needs; raises :class:`LayoutError` for one that is wrong."""
+        ...
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row and where it stands."""
+class AnyRow:
+    """Reads a row as it is, with texts under all keys of the first set in ``needs`` that it has."""
 
-    values: Mapping[str, Any]
-    where: str
+    needs: KeySets = ()
+    uniform: Sequence[str] = ()
 
-    def __contains__(self, key: str) -> bool:
-        """Whether there is something under ``key``; an empty cell of a table is nothing."""
-        return self.values.get(key) not in (None, "")
-
-    def text(self, key: str) -> str:
-        """The text under ``key``."""
-        value = self.values.get(key)
-        problem = text_problem(value)
-        if problem:
-            raise self.error(f"{key!r} must hold a text{problem}")
-        return str(value)
-
-    def number(self, key: str) -> float | None:
-        """The finite number under ``key``, also as text; none where there is nothing."""
-        problem = number_problem(self.values, key)
-        if problem:
-            raise self.error(problem)
-        return float(self.values[key]) if key in self else None
-
-    def short_text(self, key: str) -> str | None:
-        """A text or number under ``key`` as text; none where there is nothing."""
-        if key not in self:
-            return None
-        value = self.values[key]
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else self.text(key)
-
-    def error(self, problem: str) -> DataError:
-        """What is wrong with this row, to be raised."""
-        return DataError(f"{self.where}: {problem}")
+    def read(self, row: Row) -> Row:
+        """The row itself."""
+        keys = next((keys for keys in self.needs if all(key in row.values for key in keys)), ())
+        row.texts(keys)
+        return row
 
 
-def read_rows(
-    path: str | Path,
-    needs: Needs = (),
-    *,
-    problem_of: Callable[[Any], str] | None = None,
-    max_rows: int | None = None,
-) -> list[Row]:
-    """Every row of a file or of the folder of a saved data set, or the first ``max_rows`` of them.
+def read_row(reader: RowReader[Value], row: Row) -> Value:
+    """The value of one row, with nothing assumed about it."""
+    row.require(reader.needs)
+    return reader.read(row)
 
-    Each has texts under all keys of one of the sets in ``needs``, or is as ``problem_of`` wants it.
-    """
-    problem_of = problem_of or partial(row_problem, needs=needs)
+
+def read_rows(path: str | Path, needs: KeySets = (), *, max_rows: int | None = None) -> list[Row]:
+    """All rows of a file as they are, each with texts under all keys of one of the sets in ``needs``."""
+    return list(read_file(path, AnyRow(needs), max_rows=max_rows))
+
+
+def read_file(path: str | Path, reader: RowReader[Value], *, max_rows: int | None = None) -> Iterator[Value]:
+    """What the reader makes of each row of a file or of the folder of a saved data set, or of the first ``max_rows``."""
     place = Path(path)
     if not place.exists():
         raise DataError(f"{path}: {_missing(str(path))}")
-    rows = []
-    for where, values in islice(raw_rows(place), max_rows):
-        problem = problem_of(values)
-        if problem:
-            raise DataError(
-                f"{where}: {problem}: mend the row, or set the keys of the data section to those of the file"
-            )
-        rows.append(Row(values, where))
-    if not rows:
+    uniform, count = _UniformColumns(reader.uniform), 0
+    for count, (where, values) in enumerate(islice(raw_rows(place), max_rows), 1):
+        try:
+            value = _read(reader, values, where, count - 1, uniform)
+        except LayoutError as error:
+            raise DataError(f"{where}: {error}: {error.way_out or WAY_OUT}") from error
+        yield value
+    if not count:
         raise DataError(f"{path}: holds no rows, at least one was expected")
-    return rows
 
 
-def is_in_all(rows: Sequence[Row], key: str) -> bool:
-    """Whether every row has ``key``; raises where only some have it, since no reading suits both."""
-    first = key in rows[0]
-    for row in rows:
-        if (key in row) != first:
-            have, lack = (row, rows[0]) if not first else (rows[0], row)
-            raise lack.error(
-                f"nothing under {key!r}, but there is something in {have.where}: fill it in all rows or none"
-            )
-    return first
+def first_problem(path: Path, reader: RowReader[Any]) -> str:
+    """What is wrong with the first rows of a file: the first row that is, and how many are; empty where none is."""
+    uniform, count, problems = _UniformColumns(reader.uniform), 0, []
+    try:
+        for count, (where, values) in enumerate(islice(raw_rows(path), ROWS_CHECKED), 1):
+            try:
+                _read(reader, values, where, count - 1, uniform)
+            except LayoutError as error:
+                problems.append(": ".join(filter(None, (where, str(error), error.way_out))))
+    except DataError as error:
+        problems.append(str(error))
+    if not problems:
+        return "" if count else f"{path}: holds no rows"
+    return problems[0] + (f" ({len(problems)} of the first {count} rows are wrong)" if len(problems) > 1 else "")
+
+
+def _read(reader: RowReader[Value], values: Any, where: str, number: int, uniform: _UniformColumns) -> Value:
+    row = make_row(values, where, number)
+    value = read_row(reader, row)
+    uniform.compare(row)
+    return value
+
+
+class _UniformColumns:
+    """Compares each row with the first one: a column is filled in both or in neither."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        self.first: Row | None = None
+
+    def compare(self, row: Row) -> None:
+        first = self.first = self.first or row
+        for column in self.columns:
+            if (column in row) != (column in first):
+                having, lacking = (row, first) if column in row else (first, row)
+                raise DataError(
+                    f"{lacking.where}: nothing under {column!r}, but there is something in {having.where}: fill it in all "
+                    "rows or none"
+                )
 
 
 def _missing(path: str) -> str:

@@ -213,7 +213,7 @@ def test_a_data_path_that_does_not_exist(here):
 
 
 def test_each_kind_needs_its_own_keys(here, texts):
-    pair = json.dumps({"chosen": "c", "rejected": "r"})
+    pair = json.dumps({"chosen": "p c", "rejected": "p r"})
     assert rows_problems(here, "rows.jsonl", pair, kind="rm") == []
     assert "no 'chosen' and 'rejected'" in rows_problems(here, "rows.jsonl", LINE, kind="rm")[0]
     ppo = [*("data.world=null", "data.path=rows.jsonl"), "reward={function: rewards:score}"]
@@ -254,7 +254,7 @@ def test_a_bad_pair_is_named_with_file_and_line(here, row, told):
 
 def test_every_source_is_looked_at_with_its_own_keys(here, texts):
     (here / "a.jsonl").write_text(PAIR)
-    (here / "b.jsonl").write_text('{"better": "c", "worse": "r"}\n')
+    (here / "b.jsonl").write_text('{"better": "p c", "worse": "p r"}\n')
     sources = "a: {path: a.jsonl}, b: {path: b.jsonl}, c: {path: nowhere.jsonl}, d: {path: Org/set}"
     data = f"data={{sources: {{{sources}}}, evaluation_fraction: 0.1}}"
     config = parse_config(texts["rm"], [data])

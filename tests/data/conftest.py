@@ -1,36 +1,15 @@
-"""Files and tokenizers that the tests of this room read."""
+"""Tokenizers that the tests of this room read with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.data.tokenizers import make_tokenizer
-
-Write = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows, or text or bytes as they are, into a file of this name."""
-
-    def write_file(content: Iterable[Any] | str | bytes, name: str = "rows.jsonl") -> Path:
-        path = tmp_path / name
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif isinstance(content, str):
-            path.write_bytes(content.encode())
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-        return path
-
-    return write_file
 
 
 @pytest.fixture(scope="session")

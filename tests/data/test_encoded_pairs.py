@@ -13,7 +13,7 @@ from rlhf_ray.data import encoded_pairs as room
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file, pairs_of_rows
 from rlhf_ray.rows.layouts import Keys
-from rlhf_ray.rows.preferences import read_preferences
+from rlhf_ray.rows.preferences import PreferenceReader, read_preferences
 from tests.data.test_chat import CHATML, assistant, user
 
 TEXTS = [
@@ -36,7 +36,7 @@ def plain(rows):
 
 @pytest.fixture
 def file(write):
-    return PairFile(str(write(TEXTS)), Keys(), max_tokens=60)
+    return PairFile(str(write(TEXTS)), PreferenceReader(), max_tokens=60)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
 def test_rows_that_name_no_source_have_that_of_their_file(byte_tokenizer, write):
     path = write([{"prompt": "p", "chosen": " a", "rejected": " b"}])
     for source in ("mine", ""):
-        (row,) = pairs_of_file(PairFile(str(path), Keys(), 60), byte_tokenizer, source=source)
+        (row,) = pairs_of_file(PairFile(str(path), PreferenceReader(), 60), byte_tokenizer, source=source)
         assert row.pair.source == source
         assert (row.pair.margin, row.pair.grade) == (None, None)
 
@@ -96,7 +96,7 @@ def test_whatever_decides_the_ids_is_in_the_key(
         {"max_tokens": 61},
         {"cut_prompt": True},
         {"max_rows": 2},
-        {"keys": Keys(chosen="rejected")},
+        {"reader": PreferenceReader(Keys(chosen="rejected"))},
     ):
         assert encodes(replace(file, **change)), change
         assert not encodes(replace(file, **change)), change
@@ -104,7 +104,7 @@ def test_whatever_decides_the_ids_is_in_the_key(
         assert encodes(file, spaced_tokenizer(template)), "what a tokenizer adds by itself counts"
     monkeypatch.setattr(byte_tokenizer, "chat_template", CHATML)
     assert encodes(file), "the template counts"
-    assert encodes(replace(file, turns=True))
+    assert encodes(replace(file, reader=PreferenceReader(turns=True)))
     monkeypatch.setattr(byte_tokenizer, "chat_template", None)
     assert not encodes(file)
     with moved.open("a") as added:
@@ -124,13 +124,13 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(talks), tmp_path / "rows.parquet")
     found = [
-        pairs_of_file(PairFile(str(path), Keys(), 99), byte_tokenizer)
+        pairs_of_file(PairFile(str(path), PreferenceReader(), 99), byte_tokenizer)
         for path in (write(talks), tmp_path / "rows.parquet")
     ]
     assert plain(found[0]) == plain(found[1])
     assert [row.prompt == found[0][0].prompt for row in found[0]] == [True, True, False]
     assert all(isinstance(row.pair, PairExample) for row in found[0])
     whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in talks]
-    assert plain(pairs_of_file(PairFile(str(write(whole)), Keys(), 99), byte_tokenizer)) == plain(found[0]), (
-        "implicit prompts"
-    )
+    assert plain(pairs_of_file(PairFile(str(write(whole)), PreferenceReader(), 99), byte_tokenizer)) == plain(
+        found[0]
+    ), "implicit prompts"

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from rlhf_ray.rows.checks import pair_problem
 from rlhf_ray.rows.layouts import Keys, LayoutError, read_pair
+from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
+from rlhf_ray.rows.read import read_row
+from rlhf_ray.rows.row import Row
 
 KEYS = Keys()
 USER, GOOD, BAD = (
@@ -16,6 +18,10 @@ USER, GOOD, BAD = (
 SYSTEM = {"role": "system", "content": "s"}
 TOOL = {"type": "function", "function": {"name": "f"}}
 TALK = ((USER,), (GOOD,), (BAD,))
+
+
+def read_preference(values) -> PreferencePair:
+    return read_row(PreferenceReader(KEYS), Row(values, "here"))
 
 
 def read(turns=False, **values):
@@ -97,15 +103,24 @@ def test_rows_without_a_layout(values, told):
     with pytest.raises(LayoutError) as error:
         read_pair(values, KEYS)
     assert str(error.value).startswith(told)
-    assert pair_problem(values, KEYS, turns=False) == str(error.value)
+    with pytest.raises(LayoutError) as of_reader:
+        read_preference(values)
+    assert str(of_reader.value) == str(error.value)
 
 
 @pytest.mark.parametrize("key", ["margin", "grade"])
 def test_a_number_that_is_none(key):
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    assert pair_problem(row | {key: "0.5"}, KEYS, turns=False) == pair_problem(row | {key: ""}, KEYS, turns=False) == ""
-    told = f"'{key}' must hold a finite number, this is a str that is none"
-    assert pair_problem(row | {key: "much"}, KEYS, turns=False) == told
+    assert getattr(read_preference(row | {key: "0.5"}), key) == 0.5
+    assert getattr(read_preference(row | {key: ""}), key) is None
+    with pytest.raises(LayoutError) as error:
+        read_preference(row | {key: "much"})
+    assert str(error.value) == f"'{key}' must hold a finite number, this is a str that is none"
+
+
+def test_both_numbers_that_are_none_are_named():
+    with pytest.raises(LayoutError, match=r"'margin' must hold .* and 'grade' must hold a finite number, this is nan"):
+        read_preference({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "x", "grade": float("nan")})
 
 
 def test_whole_dialogues_as_text_cannot_become_turns():
@@ -116,4 +131,6 @@ def test_whole_dialogues_as_text_cannot_become_turns():
 def test_other_keys():
     row = {"q": "p", "better": "c", "worse": "r"}
     assert read_pair(row, Keys("q", "better", "worse"))[:3] == ("p", "c", "r")
-    assert pair_problem(row, KEYS, turns=False) == "no 'chosen' and 'rejected'; its keys are 'q', 'better', 'worse'"
+    with pytest.raises(LayoutError) as error:
+        read_preference(row)
+    assert str(error.value) == "no 'chosen' and 'rejected'; its keys are 'q', 'better', 'worse'"

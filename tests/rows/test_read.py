@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 
 import pyarrow
 import pytest
@@ -13,9 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.data.load import pair_examples, tokenized_prompts
+from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError
-from rlhf_ray.rows.checks import row_problems
-from rlhf_ray.rows.read import is_in_all, read_rows
+from rlhf_ray.rows import preferences, prompts
+from rlhf_ray.rows.layouts import read_pair
+from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.rows.read import ROWS_CHECKED, AnyRow, first_problem, read_file, read_rows
+from rlhf_ray.rows.row import LayoutError
 
 ROWS = [{"prompt": "Wie geht's?\n", "answer": 'gut, "sehr"'}, {"prompt": "e\u0301\u2028\x85x", "answer": "b\r\nc"}]
 
@@ -59,7 +66,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     write_as(path, ROWS * 2)
     rows = read_rows(path, [("prompt", "answer")])
     assert [dict(row.values) for row in rows] == ROWS * 2
-    assert row_problems(path, [("prompt", "answer")]) == []
+    assert first_problem(path, AnyRow([("prompt", "answer")])) == ""
     assert all(row.where.startswith(f"{path}:") for row in rows)
     assert len({row.where for row in rows}) == 4
 
@@ -91,7 +98,7 @@ def test_the_folder_of_a_saved_data_set(tmp_path):
     as_arrow(folder / "cache-0123.arrow", [{"prompt": "left by a map", "answer": "x"}])
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     assert [dict(row.values) for row in read_rows(folder)] == ROWS
-    assert row_problems(folder, [("question",)]) != []
+    assert first_problem(folder, AnyRow([("question",)]))
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["saved", "test"]}')
     with pytest.raises(DataError, match=r"holds several splits.*name one of .*/saved, .*/test"):
         read_rows(tmp_path)
@@ -145,7 +152,7 @@ def test_a_file_that_cannot_be_read_says_where_and_why(write, name, content, tol
     with pytest.raises(DataError) as error:
         read_rows(path)
     assert f"{path}{told}" in str(error.value)
-    assert f"{path}{told}" in row_problems(path, ())[0], "the look beforehand finds the same"
+    assert f"{path}{told}" in first_problem(path, AnyRow()), "the look beforehand finds the same"
 
 
 def test_a_path_that_is_not_there_tells_the_way_out(tmp_path):
@@ -175,7 +182,7 @@ def test_a_row_without_its_text_is_told_by_line_and_never_quoted(write, row, tol
         read_rows(path, [("prompt",)])
     assert str(error.value).startswith(f"{path}:2: {told}")
     assert "secret" not in str(error.value)
-    assert row_problems(path, [("prompt",)])[0].startswith(f"{path}:2: {told}")
+    assert first_problem(path, AnyRow([("prompt",)])).startswith(f"{path}:2: {told}")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
@@ -188,23 +195,88 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
     [(1, 1.0), (-0.5, -0.5), ("2.5", 2.5), (None, None), ("", None), (0, 0.0)],
 )
 def test_numbers(write, value, number):
-    assert read_rows(write([{"x": value}]))[0].number("x") == number
+    assert read_rows(write([{"x": value}]))[0].numbers(["x"]) == [number]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", "secret", True, [1], {}, "1e999", 10**400])
 def test_what_is_no_finite_number_is_told_by_line(write, value):
     path = write([{"x": 1}, {"x": value}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: 'x' must hold a finite number, this is ") as error:
-        read_rows(path)[1].number("x")
+    with pytest.raises(LayoutError, match=r"'x' must hold a finite number, this is ") as error:
+        read_rows(path)[1].numbers(["x"])
     assert "secret" not in str(error.value)
 
 
-def test_a_column_is_in_all_rows_or_in_none(write):
-    rows = read_rows(write([{"x": 1}, {"x": 0}, {"x": None}, {}]))
-    assert is_in_all(rows[:2], "x")
-    assert not is_in_all(rows[2:], "x")
-    for order, bad, good in ((rows[1:3], 3, 2), (rows[2:0:-1], 3, 2)):
-        with pytest.raises(
-            DataError, match=rf"jsonl:{bad}: nothing under 'x', but .*jsonl:{good}: fill it in all rows"
-        ):
-            is_in_all(order, "x")
+@pytest.mark.parametrize(
+    ("rows", "lacking", "having"),
+    [
+        ([{"x": 1}, {"x": 0}], 0, 0),
+        ([{"x": None}, {}, {"x": ""}], 0, 0),
+        ([{"x": 1}, {"x": 0}, {"x": None}], 3, 1),
+        ([{}, {"x": ""}, {"x": 0}], 1, 3),
+    ],
+)
+def test_a_column_is_in_all_rows_or_in_none(write, rows, lacking, having):
+    path, reader = write(rows), AnyRow(uniform=("x",))
+    if not lacking:
+        assert len(list(read_file(path, reader))) == len(rows)
+        assert first_problem(path, reader) == ""
+        return
+    told = rf"jsonl:{lacking}: nothing under 'x', but .*jsonl:{having}: fill it in all rows"
+    with pytest.raises(DataError, match=told):
+        list(read_file(path, reader))
+    assert re.search(told, first_problem(path, reader))
+
+
+class Counting:
+    """Reads pairs, and counts how often."""
+
+    needs, uniform = PreferenceReader().needs, PreferenceReader().uniform
+
+    def __init__(self):
+        self.times = 0
+
+    def read(self, row):
+        self.times += 1
+        return PreferenceReader().read(row)
+
+
+def test_rows_are_read_once_and_only_as_far_as_they_are_wanted(write):
+    path = write([{"prompt": "p", "chosen": "c", "rejected": "r"}] * 250)
+    reader = Counting()
+    assert first_problem(path, reader) == "" and reader.times == ROWS_CHECKED == 100
+    reader = Counting()
+    assert len(list(read_file(path, reader))) == reader.times == 250
+    reader = Counting()
+    assert len(list(read_file(path, reader, max_rows=7))) == reader.times == 7
+
+
+@pytest.mark.parametrize("load", [pair_examples, tokenized_prompts], ids=["pairs", "prompts"])
+def test_a_job_parses_each_row_of_its_files_once(write, monkeypatch, load):
+    """And ``check`` the first hundred, with the same function."""
+    parsed = []
+
+    def counted(values, *args, **options):
+        parsed.append(values)
+        return read_pair(values, *args, **options)
+
+    monkeypatch.setattr(preferences, "read_pair", counted)
+    monkeypatch.setattr(prompts, "read_pair", counted)
+    path = write(
+        [{"chosen": f"what is {number}? this", "rejected": f"what is {number}? that"} for number in range(150)]
+    )
+    data = DataConfig(path=str(path), evaluation_fraction=0.1, cache=None)
+    load(data, make_tokenizer(path, 300), 0)
+    assert len(parsed) == 150
+    (source,) = data.files.values()
+    reader = data.preference_reader(source) if load is pair_examples else data.prompt_reader(source)
+    assert first_problem(path, reader) == ""
+    assert len(parsed) == 250
+
+
+def test_check_sees_what_a_job_would_refuse_in_the_first_rows(write):
+    """Sides that begin differently hold no prompt; ``check`` names the same way out."""
+    path = write([{"question": "q", "chosen": "yes", "rejected": "no"}])
+    with pytest.raises(DataError) as error:
+        list(read_file(path, PreferenceReader()))
+    assert str(error.value) == first_problem(path, PreferenceReader())
+    assert "set data.prompt_key to the key that does; its keys are 'question'" in str(error.value)

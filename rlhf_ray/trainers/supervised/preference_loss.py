@@ -13,7 +13,7 @@ from rlhf_ray.config.schema import RewardLossConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import PairExample
 from rlhf_ray.errors import DataError
-from rlhf_ray.rows.checks import PAIR_NUMBERS
+from rlhf_ray.rows.preferences import PAIR_NUMBERS
 
 
 def make_loss(config: RewardLossConfig, examples: Sequence[PairExample]) -> RewardLoss:
