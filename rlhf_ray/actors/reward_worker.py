@@ -63,7 +63,7 @@ class RewardWorker(CriticWorker):
 
     def _streams(self, setup: WorkerSetup) -> Streams | None:
         from rlhf_ray.models.forward.parallel_packs import Streams
-        from rlhf_ray.models.weights.sharded import in_shards
+        from rlhf_ray.models.forward.shards import in_shards
 
         threads = setup.config.resources.threads_per_rank
         alone = setup.total_updates is None and self.device.type == "cpu" and not in_shards(self.hf_model)
@@ -120,8 +120,8 @@ class RewardWorker(CriticWorker):
 
     def matmul_rate(self) -> float:
         """FLOP/s of a large matrix product on this rank, now, in the precision that it computes in."""
-        from rlhf_ray.engine.engine import DTYPES
         from rlhf_ray.engine.matmul_rate import matmul_rate
+        from rlhf_ray.models.dtypes import DTYPES
 
         return matmul_rate(DTYPES[self.config.model.dtype], self.device)
 

@@ -197,10 +197,7 @@ class ModelWorker:
 
     def disk_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole weights by their names on disk, on rank 0; the other ranks take part and get none."""
-        from rlhf_ray.models.disk_names import disk_names
-
-        for group in self.engine.full_state(self.hf_model):
-            yield from disk_names(self.hf_model, group)
+        return self.engine.disk_weights(self.hf_model)
 
     @property
     def hf_model(self) -> Any:
@@ -213,7 +210,7 @@ class _CausalWorker(ModelWorker):
 
     def _load(self, setup: WorkerSetup) -> tuple[torch.nn.Module, str]:
         from rlhf_ray.models import PackedPolicy, load_policy
-        from rlhf_ray.models.describe import describe
+        from rlhf_ray.models.description import describe
 
         self.actor = load_policy(setup.config.model, ds_config=self._ds_config(setup), seed=setup.seed)
         return PackedPolicy(self.actor), describe(self.actor)
@@ -265,7 +262,7 @@ class CriticWorker(ModelWorker):
 
     def _load(self, setup: WorkerSetup) -> tuple[torch.nn.Module, str]:
         from rlhf_ray.models import PackedRegression, load_regression
-        from rlhf_ray.models.describe import describe
+        from rlhf_ray.models.description import describe
 
         self.model = load_regression(
             setup.config.model, self.model_type, ds_config=self._ds_config(setup), seed=setup.seed

@@ -12,7 +12,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Applied": ".report",
-        "DiskWeights": ".weights",
         "Engine": ".engine",
         "Report": ".report",
         "SkippableAdamW": ".optimizer",

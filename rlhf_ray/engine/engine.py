@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.losses import LossOutput
-from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.config.schema import Dtype, EngineConfig
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.distributed import agree, extremes, require_process_group
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
@@ -27,14 +27,13 @@ from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_grou
 from rlhf_ray.engine.report import Applied, Report, Totals
 from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
-from rlhf_ray.engine.weights import DiskWeights, gathered_groups
+from rlhf_ray.engine.weights import disk_weights, gathered_groups
 from rlhf_ray.errors import RequestError, RlhfRayError
+from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.experts import expert_blocks
 from rlhf_ray.models.weights.quantization import four_bit_layers
 
-Dtype = Literal["bf16", "fp16", "fp32"]
-DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MicroBatch = TypeVar("MicroBatch")
 Result = TypeVar("Result")
 
@@ -214,11 +213,13 @@ class Engine:
         """
         yield from gathered_groups(self.module if module is None else module, receive=self.rank == 0)
 
-    def disk_weights(
-        self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype | None = None
-    ) -> DiskWeights:
-        """The weights of ``model``, which the wrapped module holds, by their names on disk; rank 0 receives them."""
-        return DiskWeights(model, dtype, receive=self.rank == 0)
+    def disk_weights(self, model: PreTrainedModel | SequenceRegression) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of ``model``, which the wrapped module holds, by the names that they have on disk.
+
+        Collective under ZeRO-3, like :meth:`full_state`. This feeds saved directories and the rollout engines.
+        """
+        for group in disk_weights(model, receive=self.rank == 0):
+            yield from group
 
     def close(self) -> None:
         """Free what DeepSpeed holds beyond this object."""

@@ -1,8 +1,8 @@
-"""Whole weights of a model that may lie in parts on many ranks, and as they are written and sent.
+"""Whole weights of a model that ZeRO-3 may have split over many ranks, one layer at a time.
 
-Always true: every parameter comes exactly once (a tied one under its first name), whole, and in the same order on every
-rank; under ZeRO-3 all ranks walk together, and a group holds the parameters of one layer, so that never more than one
-layer is whole at a time; a weight is dequantised and cast once, straight from what was trained to what is sent.
+Invariants: every parameter comes exactly once (a tied one under its first name), whole, and in the same order on every
+rank. Under ZeRO-3 all ranks walk together, and a group holds the parameters of one layer, so that no more than one layer
+is whole at a time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.regression import SequenceRegression
-from rlhf_ray.models.weights.quantization import dequantized, dequantized_like
+from rlhf_ray.models.weights.quantization import dequantized
 
 Group = list[tuple[str, Tensor]]
 
@@ -46,42 +45,13 @@ def gathered_groups(module: nn.Module, *, receive: bool) -> Iterator[Group]:
         yield group
 
 
-class DiskWeights:
-    """The weights of a model by their names on disk, in the shape of vLLM's ``WeightSource``: iterate as often as needed.
+def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) -> Iterator[Group]:
+    """Walk the layers of ``model`` as :func:`gathered_groups` does, and give each weight the name it has on disk.
 
-    Collective under ZeRO-3: every rank iterates to the end. Where ``receive`` is false the groups are empty. Weights are
-    cast to ``dtype``; none leaves them as they are trained.
+    Adapters are merged and 4-bit weights dequantised.
     """
-
-    def __init__(
-        self, model: PreTrainedModel | SequenceRegression, dtype: torch.dtype | None = None, *, receive: bool
-    ) -> None:
-        self._model, self._dtype, self._receive = model, dtype, receive
-
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of all that iteration yields, in its order, without moving a weight."""
-        described = []
-        for layer in layers(self._model):
-            empty = [(name, _described(parameter)) for name, parameter in layer]
-            for name, tensor in self._converted(empty):
-                described.append((name, tensor.dtype, tuple(tensor.shape)))
-        return described
-
-    def iter_groups(self) -> Iterator[Group]:
-        """The weights, a layer at a time."""
-        for group in gathered_groups(self._model, receive=self._receive):
-            yield self._converted(group) if group else []
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights one by one."""
-        for group in self.iter_groups():
-            yield from group
-
-    def _converted(self, group: Group) -> Group:
-        return [(name, self._cast(tensor).contiguous()) for name, tensor in disk_names(self._model, group)]
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
+    for group in gathered_groups(model, receive=receive):
+        yield list(disk_names(model, group)) if group else []
 
 
 def _whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
@@ -92,12 +62,6 @@ def _whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[
 
     context: contextlib.AbstractContextManager[object] = deepspeed.zero.GatheredParameters(sharded)
     return context
-
-
-def _described(parameter: nn.Parameter) -> Tensor:
-    """An empty tensor like the whole weight."""
-    four_bit = dequantized_like(parameter)
-    return torch.empty(full_shape(parameter), dtype=parameter.dtype, device="meta") if four_bit is None else four_bit
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

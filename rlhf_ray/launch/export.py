@@ -14,16 +14,20 @@ from rlhf_ray.config.schema import Dtype, ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models import load_policy, load_regression, load_tokenizer, save_pretrained
-from rlhf_ray.models.heads import ON_DISK, find_head
-from rlhf_ray.models.weights.adapters import adapter_head_name
-from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.dtypes import LONG_NAMES
+from rlhf_ray.models.heads import adapter_head_name, find_head
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 
-STORED: dict[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 FINAL = "final"
 
 
 def export(
-    source: str, target: str, *, dtype: Dtype | None = None, head_prefix: str = ON_DISK, trust_remote_code: bool = False
+    source: str,
+    target: str,
+    *,
+    dtype: Dtype | None = None,
+    head_prefix: str = HEAD_NAME,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write ``source`` (a run directory, a model directory, an adapter, a hub id) to ``target``, a new directory.
 
@@ -36,7 +40,7 @@ def export(
         )
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
     scored = _has_head(checkpoint)
-    if head_prefix != ON_DISK and not scored:
+    if head_prefix != HEAD_NAME and not scored:
         raise RequestError(f"--head-prefix names a score head, but {path} has none: leave it out")
     config = ModelConfig(path=path, dtype=dtype or _stored(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(config)
@@ -68,11 +72,12 @@ def _model_of(source: str) -> str:
 
 def _has_head(checkpoint: Checkpoint) -> bool:
     """Whether it is a reward model or critic."""
-    prefix = checkpoint.raw_config().get("value_head_prefix", ON_DISK)
+    prefix = checkpoint.raw_config().get("value_head_prefix", HEAD_NAME)
     beside = checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None
     return beside or find_head(checkpoint, prefix) is not None
 
 
 def _stored(checkpoint: Checkpoint) -> Dtype:
     raw = checkpoint.raw_config()
-    return STORED.get(raw.get("dtype", raw.get("torch_dtype")), "fp32")
+    long_name = raw.get("dtype", raw.get("torch_dtype"))
+    return next((name for name, known in LONG_NAMES.items() if known == long_name), "fp32")

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_ray.algorithms.losses import PolicyOutputs
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.description import ModelFacts, describe
+from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.forward.liger import use_liger
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import packed_forward, padded_positions, unpad
@@ -28,7 +30,6 @@ from rlhf_ray.models.weights.load import (
     load_weights,
     prepare,
     prove,
-    torch_dtype,
 )
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
@@ -93,8 +94,6 @@ class Actor(nn.Module):
             model.config.output_router_logits = True
         self.temperature, self.packing_samples = temperature, packing_samples
         if isinstance(pretrain_or_model, str):
-            from rlhf_ray.models.describe import describe
-
             get_logger(__name__).info("%s: %s", pretrain_or_model, describe(self))
 
     @property
@@ -113,6 +112,17 @@ class Actor(nn.Module):
     def config(self) -> Any:
         """The model's config."""
         return self.model.config
+
+    def facts(self) -> ModelFacts:
+        """Return what the line on loading says of this policy in particular."""
+        tied = self.model.get_input_embeddings().weight is self.log_prob_head.weight
+        return ModelFacts(
+            role="policy",
+            inner=self.model,
+            head="log-probs fp32 in chunks" + (", embeddings tied" if tied else ""),
+            attention=self.attention,
+            attention_note=self.attention_note,
+        )
 
     def forward(
         self,

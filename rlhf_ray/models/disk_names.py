@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlhf_ray.models.heads import ON_DISK
 from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.lora import merged
 from rlhf_ray.models.weights.quantization import dequantized
 
@@ -42,7 +42,7 @@ def _regression_names(model: SequenceRegression, given: dict[str, Tensor]) -> It
     for name, tensor in revert_weight_conversion(model.backbone, merged(model.backbone, inside)).items():
         yield start + name, tensor
     if head in given:
-        yield f"{ON_DISK}.weight", given[head]
+        yield f"{HEAD_NAME}.weight", given[head]
 
 
 def _buffers(model: nn.Module, given: Iterable[str]) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.regression import SequenceRegression, get_llm_for_sequence_regression, make_head, wrap_backbone
 from rlhf_ray.models.save import save_pretrained
-from rlhf_ray.models.weights.load import torch_dtype
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.models.weights.tiny_llama import make_model
 from rlhf_ray.models.weights.tokenizer import check_vocabulary, load_tokenizer, prepare_padding

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.adapters import HEADS, read_adapter
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 
 HeadInit = Literal["hf", "inv_sqrt", "inv", "zero"]
 HEAD_INITS: tuple[HeadInit, ...] = ("hf", "inv_sqrt", "inv", "zero")
-ON_DISK = "score"
-OTHER_LAYOUTS = ("score", "value_head", "v_head.summary")
+OTHER_LAYOUTS = (HEAD_NAME, "value_head", "v_head.summary")
 """Where else a head may lie: transformers and this project; OpenRLHF's older default; TRL's value-head models."""
 
 
@@ -66,6 +66,22 @@ def read_head(checkpoint: Checkpoint, name: str, hidden: int) -> tuple[ScoreHead
     head.weight.data.copy_(weight)
     bias = float(checkpoint.read(f"{name}.bias").float()) if f"{name}.bias" in checkpoint.names else 0.0
     return head, bias
+
+
+def adapter_head_name(directory: Path) -> str | None:
+    """Return the name of the head that lies beside an adapter, or None if there is none."""
+    return next(iter(HEADS & read_adapter(directory).keys()), None)
+
+
+def read_adapter_head(directory: Path, hidden: int) -> ScoreHead:
+    """Read the head that lies beside an adapter."""
+    name = adapter_head_name(directory)
+    assert name is not None
+    weight = read_adapter(directory)[name]
+    check_head(weight, name, directory, hidden)
+    head = ScoreHead(hidden)
+    head.weight.data.copy_(weight)
+    return head
 
 
 def check_head(weight: Tensor, name: str, directory: Path, hidden: int) -> None:

@@ -18,6 +18,8 @@ from transformers import AutoModel, PreTrainedModel
 from rlhf_ray.algorithms.reward_losses import RewardOutputs, router_balance
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError, RequestError
+from rlhf_ray.models.description import ModelFacts, describe
+from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.forward.packed import (
     last_token_forward,
     packed_forward,
@@ -26,10 +28,19 @@ from rlhf_ray.models.forward.packed import (
     routed_forward,
     unpad,
 )
-from rlhf_ray.models.heads import HeadInit, ScoreHead, find_head, fresh_head, head_tensors, read_head
-from rlhf_ray.models.weights.adapters import adapter_head, adapter_head_name, load_adapter, refuse_second_adapter
+from rlhf_ray.models.heads import (
+    HeadInit,
+    ScoreHead,
+    adapter_head_name,
+    find_head,
+    fresh_head,
+    head_tensors,
+    read_adapter_head,
+    read_head,
+)
+from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
-from rlhf_ray.models.weights.load import load_weights, prepare, prove, torch_dtype
+from rlhf_ray.models.weights.load import load_weights, prepare, prove
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
@@ -40,6 +51,7 @@ OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output
 class SequenceRegression(nn.Module):
     """A backbone under its usual name (``model``) and a head under ``value_head_prefix``."""
 
+    role: str
     normalizes_in_training: bool
 
     def __init__(
@@ -83,6 +95,22 @@ class SequenceRegression(nn.Module):
         """The backbone's embedding."""
         return self.backbone.get_input_embeddings()
 
+    def facts(self) -> ModelFacts:
+        """Return what the line on loading says of this model in particular."""
+        bias = f", bias {self.score_bias:.4g}" if self.score_bias else ""
+        return ModelFacts(
+            role=self.role,
+            inner=self.backbone,
+            head=f"head {self.value_head_prefix} fp32 ({self.head_origin}{bias})",
+            attention=self.attention,
+            attention_note=self.attention_note,
+            normalization=(
+                "not normalised"
+                if self.normalization is None
+                else "normalised by mean {:.4g}, std {:.4g}".format(*self.normalization)
+            ),
+        )
+
     def regress(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
         """Apply the head, its bias, and the normalisation where it holds."""
         raw: Tensor = self.head(hidden) + self.score_bias
@@ -115,6 +143,7 @@ class SequenceRegression(nn.Module):
 class RewardModel(SequenceRegression):
     """One score a sequence; normalises in eval mode only."""
 
+    role = "reward"
     normalizes_in_training = False
 
     def forward(
@@ -137,6 +166,7 @@ class RewardModel(SequenceRegression):
 class CriticModel(SequenceRegression):
     """One value a token; normalises always, and so learns returns of normalised rewards."""
 
+    role = "critic"
     normalizes_in_training = True
 
     def forward(
@@ -255,8 +285,6 @@ def get_llm_for_sequence_regression(
         load_adapter(model.backbone, checkpoint.adapter, inside=f"{model.backbone_name}.")
     elif lora_rank:
         add_lora(model.backbone, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
-    from rlhf_ray.models.describe import describe
-
     get_logger(__name__).info("%s: %s", model_name_or_path, describe(model))
     return model
 
@@ -310,7 +338,7 @@ def _loaded_head(checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel)
     """The head, its bias, and where it was found: with the adapter first, since it was trained with it."""
     hidden = backbone.config.get_text_config().hidden_size
     if checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None:
-        return adapter_head(checkpoint.adapter, hidden), 0.0, "loaded with the adapter"
+        return read_adapter_head(checkpoint.adapter, hidden), 0.0, "loaded with the adapter"
     found = find_head(checkpoint, prefix)
     assert found is not None  # _require_head has looked
     head, bias = read_head(checkpoint, found, hidden)

@@ -22,10 +22,10 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import disk_names
-from rlhf_ray.models.heads import ON_DISK
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.classification import classifier_of, unreadable
 from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.weights.tokenizer import add_pad_token
@@ -38,7 +38,7 @@ def save_pretrained(
     *,
     state: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
-    head_prefix: str = ON_DISK,
+    head_prefix: str = HEAD_NAME,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write ``model`` to a directory.
@@ -52,18 +52,18 @@ def save_pretrained(
     target.mkdir(parents=True, exist_ok=True)
     weights = dict(disk_names(inner) if state is None else state)
     if isinstance(inner, SequenceRegression):
-        weights[f"{head_prefix}.weight"] = weights.pop(f"{ON_DISK}.weight")
-        if head_prefix != ON_DISK:
+        weights[f"{head_prefix}.weight"] = weights.pop(f"{HEAD_NAME}.weight")
+        if head_prefix != HEAD_NAME:
             get_logger(__name__).warning(
                 "the head is called %s: OpenRLHF and this project read it, plain transformers and vLLM look for %s",
                 head_prefix,
-                ON_DISK,
+                HEAD_NAME,
             )
-        elif inner.value_head_prefix != ON_DISK:
+        elif inner.value_head_prefix != HEAD_NAME:
             get_logger(__name__).warning(
                 "the head is written as %s; OpenRLHF looks for it under %s, as config.json says: rlhf-ray export with "
                 "--head-prefix %s writes it so",
-                ON_DISK,
+                HEAD_NAME,
                 inner.value_head_prefix,
                 inner.value_head_prefix,
             )
@@ -107,13 +107,13 @@ def save_adapter(
     state = {adapter_name(name): _own(tensor.detach()) for name, tensor in whole.items() if ".lora_" in name}
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     if isinstance(model, SequenceRegression):
-        config.task_type, config.modules_to_save = "SEQ_CLS", [ON_DISK]
-        state[f"{PREFIX}{ON_DISK}.weight"] = _own(whole[f"{model.value_head_prefix}.weight"].detach())
+        config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME]
+        state[f"{PREFIX}{HEAD_NAME}.weight"] = _own(whole[f"{model.value_head_prefix}.weight"].detach())
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
     if isinstance(model, SequenceRegression):
-        _config(model, model.backbone.dtype, metadata or {}, ON_DISK).save_pretrained(target)
+        _config(model, model.backbone.dtype, metadata or {}, HEAD_NAME).save_pretrained(target)
     save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
@@ -134,7 +134,7 @@ def _config(
     if isinstance(model, SequenceRegression):
         config.architectures = [_architecture(model)]
         config.num_labels, config.problem_type = 1, "regression"
-        config.value_head_prefix = prefix if prefix != ON_DISK else model.value_head_prefix
+        config.value_head_prefix = prefix if prefix != HEAD_NAME else model.value_head_prefix
         if model.score_bias:
             config.score_bias = model.score_bias
             get_logger(__name__).warning(

@@ -20,12 +20,12 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_ray import environment
 from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import WireError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_ROWS = 128
 """Requests that are decoded together."""
 

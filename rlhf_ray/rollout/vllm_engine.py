@@ -22,11 +22,11 @@ from torch import Tensor
 from rlhf_ray import environment
 from rlhf_ray.config.schema import RolloutConfig
 from rlhf_ray.errors import RequestError
+from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -60,7 +60,7 @@ class VllmEngine(RolloutEngine):
             model=str(self.model_dir),
             skip_tokenizer_init=True,
             generation_config="vllm",  # sampling settings of the model's directory would change the distribution
-            dtype=DTYPES[config.dtype],
+            dtype=LONG_NAMES[config.dtype],
             max_model_len=config.max_model_tokens,
             tensor_parallel_size=config.tensor_parallel,
             seed=self.stream_seed,

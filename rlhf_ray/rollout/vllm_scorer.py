@@ -14,7 +14,8 @@ from typing import Any
 
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import RequestError
-from rlhf_ray.rollout.vllm_engine import DTYPES, prepare_process
+from rlhf_ray.models.dtypes import LONG_NAMES
+from rlhf_ray.rollout.vllm_engine import prepare_process
 
 CPU_CACHE_BYTES = 2**30
 """Keys and values of what is scored at once; memory is taken as it is filled."""
@@ -44,7 +45,7 @@ class VllmScorer:
                 runner="pooling",
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
-                dtype=DTYPES[model.dtype],
+                dtype=LONG_NAMES[model.dtype],
                 max_model_len=self.max_item_tokens,
                 enforce_eager=on_cpu,
                 kv_cache_memory_bytes=CPU_CACHE_BYTES if on_cpu else None,

@@ -55,15 +55,12 @@ def train_policy(
         report = engine.accumulate(RAGGED[world][rank], policy_step, denominator)
         norms.append(engine.apply(skip=not report.finite).grad_norm)
     engine.evaluate(lambda module: module(pack(batch_of(RAGGED[world][rank][0])), with_entropy=True))
-    source = engine.disk_weights(actor.model, torch.float32)
-    metadata, passes = source.metadata(), [list(source.iter_groups()) for _ in range(2)]
-    disk = {name: tensor for group in passes[0] for name, tensor in group}
-    again = {name: tensor for group in passes[1] for name, tensor in group}
-    found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in disk.items()]
+    groups = len(list(engine.full_state(actor.model)))
+    disk, again = ({name: tensor.float() for name, tensor in engine.disk_weights(actor.model)} for _ in range(2))
     engine.close()
     return disk, {
-        "norms": norms, "names": list(disk), "groups": len(passes[0]),
-        "as_described": rank > 0 or metadata == found, "again": all(disk[name].equal(again[name]) for name in disk),
+        "norms": norms, "names": list(disk), "groups": groups,
+        "again": all(disk[name].equal(again[name]) for name in disk),
     }  # fmt: skip
 
 

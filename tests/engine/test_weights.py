@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlhf_ray.engine import DiskWeights
-from rlhf_ray.engine.weights import gathered_groups, layer_of, layers
+from rlhf_ray.engine.weights import disk_weights, gathered_groups, layer_of, layers
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.weights.tiny_llama import make_model
@@ -43,22 +43,21 @@ def test_groups_are_copies() -> None:
     assert list(gathered_groups(module, receive=False)) == [[], []]
 
 
-def test_weights_on_disk_are_those_of_the_model_in_the_wire_dtype() -> None:
+def named(groups: Iterable[list[tuple[str, Tensor]]]) -> dict[str, Tensor]:
+    return {name: tensor for group in groups for name, tensor in group}
+
+
+def test_weights_on_disk_are_those_of_the_model() -> None:
     model = make_model("llama-tiny", 32)
-    source = DiskWeights(model, torch.bfloat16, receive=True)
-    expected = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    found = dict(source)
+    expected, found = model.state_dict(), named(disk_weights(model, receive=True))
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
-    assert [(name, t.dtype, tuple(t.shape)) for name, t in source] == source.metadata()
-    assert {tensor.dtype for _, tensor in DiskWeights(model, receive=True)} == {torch.float32}
-    assert not list(DiskWeights(model, receive=False))
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert not named(disk_weights(model, receive=False))
 
 
-def test_weights_in_four_bits_are_described_and_come_dequantised(tmp_path: Path) -> None:
+def test_weights_in_four_bits_come_dequantised(tmp_path: Path) -> None:
     make_model("llama-tiny", 32).save_pretrained(tmp_path)
     model = Actor(str(tmp_path), load_in_4bit=True, lora_rank=2).model
-    source = DiskWeights(model, receive=True)
-    assert [(name, t.dtype, tuple(t.shape)) for name, t in source] == source.metadata()
-    found, plain = dict(source), make_model("llama-tiny", 32).state_dict()
+    found, plain = named(disk_weights(model, receive=True)), make_model("llama-tiny", 32).state_dict()
     assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in plain.items()}
     assert all(found[name].equal(tensor) for name, tensor in disk_names(model)) and len(found) == len(plain)

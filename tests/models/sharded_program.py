@@ -22,7 +22,7 @@ from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models import load_regression
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.describe import describe
+from rlhf_ray.models.description import describe
 from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.forward import log_probs
 from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.describe import describe
+from rlhf_ray.models.description import describe
 from rlhf_ray.trajectories.packing import Packed
 
 Make = Callable[..., PreTrainedModel]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.describe import describe
+from rlhf_ray.models.description import describe
 from rlhf_ray.models.disk_names import disk_names
 from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained

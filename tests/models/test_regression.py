@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
-from rlhf_ray.models.describe import describe
+from rlhf_ray.models.description import describe
 from rlhf_ray.models.heads import fresh_head
 from rlhf_ray.models.regression import (
     CriticModel,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.models.forward.segments import Segments
-from rlhf_ray.models.weights.sharded import in_shards
+from rlhf_ray.models.forward.shards import in_shards
 
 ATTENTION = "self_attn"
 LAST_LAYER = ("post_attention_layernorm", "mlp", f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj")

@@ -15,23 +15,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.heads import ON_DISK, ScoreHead, check_head
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.lora import ADAPTER, inject, peft
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT writes in front of every name."""
-HEADS = {f"{ON_DISK}.weight", "value_head.weight"}
+HEADS = {f"{HEAD_NAME}.weight", "value_head.weight"}
+"""Tensors beside an adapter that are the head of a reward model or critic."""
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -> None:
-    """Put the adapter of ``directory`` on ``model``; a head that lies with it is read by ``adapter_head``.
+    """Put the adapter of ``directory`` on ``model``; a head that lies with it is read by ``models.heads``.
 
     ``inside`` is where ``model`` stands in the model that the adapter was made for: ``model.`` for a backbone.
     """
     inject(model, _plain_lora(directory))
     parameters = {inside + name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    found = {_live(name): tensor for name, tensor in _read(directory).items() if name not in HEADS}
+    found = {_live(name): tensor for name, tensor in read_adapter(directory).items() if name not in HEADS}
     different = sorted(parameters.keys() ^ found.keys())
     if different:
         raise ModelLoadError(
@@ -47,22 +48,6 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -
         parameter.data.copy_(found[name])
 
 
-def adapter_head_name(directory: Path) -> str | None:
-    """The tensor of an adapter that is the head of a reward model or critic; None where it has none."""
-    return next(iter(HEADS & _read(directory).keys()), None)
-
-
-def adapter_head(directory: Path, hidden: int) -> ScoreHead:
-    """That head."""
-    name = adapter_head_name(directory)
-    assert name is not None
-    weight = _read(directory)[name]
-    check_head(weight, name, directory, hidden)
-    head = ScoreHead(hidden)
-    head.weight.data.copy_(weight)
-    return head
-
-
 def refuse_second_adapter(name: str, adapter: Path | None, rank: int) -> None:
     """Refuse to put a fresh adapter over one that was loaded."""
     if adapter is not None and rank:
@@ -72,7 +57,8 @@ def refuse_second_adapter(name: str, adapter: Path | None, rank: int) -> None:
         )
 
 
-def _read(directory: Path) -> dict[str, Tensor]:
+def read_adapter(directory: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter, without the prefix of PEFT."""
     pickle = directory / "adapter_model.bin"
     if not (directory / WEIGHTS).is_file():
         if pickle.is_file():

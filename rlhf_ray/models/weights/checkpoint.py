@@ -24,6 +24,8 @@ from rlhf_ray.errors import ModelLoadError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+HEAD_NAME = "score"
+"""What transformers, vLLM and this project call a score head on disk."""
 NORMALIZATION = ("mean", "std")
 FROM_HUB, CODE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*.py"]
 

@@ -21,23 +21,16 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.forward.attention_backends import REGISTERED, choose_backend
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import check_packable, packed_forward
+from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.models.weights.quantization import four_bit, prepare_four_bit
-from rlhf_ray.models.weights.sharded import in_shards, load_in_shards, wants_shards
+from rlhf_ray.models.weights.sharded import load_in_shards, wants_shards
 from rlhf_ray.trajectories.packing import Packed
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AGREES_TO = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 """Largest relative difference between packed and ordinary outputs in the check at loading: a model that mixes
 segments is off by about 1, and half precision may route a token of a mixture of experts elsewhere."""
 ALIGNMENT = 64
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Translate the name of a dtype."""
-    if name not in DTYPES:
-        raise ModelLoadError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def load_weights(

@@ -31,11 +31,6 @@ def wants_shards(ds_config: Mapping[str, Any] | None) -> bool:
     return ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
 
 
-def in_shards(model: nn.Module) -> bool:
-    """Whether a model's parameters lie in shards."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 @dataclass(frozen=True)
 class Part:
     """A tensor on disk, and which rows of a live parameter it holds (None: it is the whole parameter)."""

@@ -18,8 +18,9 @@ from rlhf_ray.config.preflight import TOKENIZER_FILES
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.checkpoint import base_of, find_directory
-from rlhf_ray.models.weights.sharded import grow_rows, in_shards
+from rlhf_ray.models.weights.sharded import grow_rows
 
 PAD_TOKEN = "<|pad|>"
 ROWS_TO_MULTIPLE_OF = 8
