@@ -34,11 +34,10 @@ def make_evaluation(tmp_path: Path, *overrides: str) -> PpoEvaluation:
         finish_reason=torch.tensor([FinishReason.LENGTH, *[FinishReason.STOP] * 3], dtype=torch.int8),
     )
     samples = [TextSample(0, index, "p", "r", None, index > 0, (5, 6)) for index in range(4)]
-    experience: Any = SimpleNamespace(
-        preparation=preparation_of(config), samples=lambda *_: samples, rewards_of=lambda _: REWARDS
-    )
+    experience: Any = SimpleNamespace(samples=lambda *_: samples, rewards_of=lambda _: REWARDS)
+    shaping = preparation_of(config).shaping
     return PpoEvaluation(
-        config, experience, [TokenizedPrompt(0, "p", (5,))], gold=lambda _: GOLD, measures={},
+        config, experience, [TokenizedPrompt(0, "p", (5,))], shaping=shaping, gold=lambda _: GOLD, measures={},
         generate=lambda *_: trajectories, directory=tmp_path,
     )  # fmt: skip
 

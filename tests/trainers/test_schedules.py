@@ -18,6 +18,7 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.trainers.ppo.algorithm import preparation_of
 from rlhf_ray.trainers.ppo.experience import Experience, TextSample
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.update import Learner
@@ -108,8 +109,11 @@ def sequences(schedule: Schedule) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("failing", [None, 2], ids=["all scored", "one prompt dropped"])
 def test_the_schedule_of_the_forward_passes_is_that_of_the_first_pass(failing: int | None) -> None:
     groups, recorders = make_groups()
-    learner = Learner(groups.config, groups)
-    experience = Experience(groups.config, groups=groups, rewards=Rewards(failing), tokenizer=Text())
+    preparation = preparation_of(groups.config)
+    learner = Learner(groups.config, groups, preparation)
+    experience = Experience(
+        groups.config, groups=groups, preparation=preparation, rewards=Rewards(failing), tokenizer=Text()
+    )
     batch, schedules, _ = experience.gather(make_trajectories(), PROMPTS, step=1)
     batch = batch.with_columns(rollout_log_probs=batch["log_probs"])
     batch, _ = experience.advantages(batch, 0.05, RunningMoments())

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import groupby
 
 from rlhf_ray.evaluation import mean_pass_at_k, win_rate
+from rlhf_ray.trainers.ppo.gold import Measures
 
 RIGHT_AT = 1.0
 """The score from which on an answer counts as right."""
@@ -39,8 +40,6 @@ class Judged:
 
 
 Rows = Sequence[Judged]
-Measures = Mapping[str, Callable[[str], float]]
-"""What is reported of the text of each answer, by the name of its metric."""
 
 
 def compared(now: Rows, start: Rows, pass_at: Sequence[int] = (), measures: Measures | None = None) -> dict[str, float]:

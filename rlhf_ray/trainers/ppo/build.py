@@ -21,10 +21,12 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.expose_run import expose
 from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.ppo.algorithm import preparation_of
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
-from rlhf_ray.trainers.ppo.gold import gold_of, measures_of
+from rlhf_ray.trainers.ppo.gold import make_ground_truth
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
+from rlhf_ray.trainers.ppo.metrics import StepMetrics
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.rewards import reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
@@ -69,19 +71,17 @@ def build(
     rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
     if config.expose is not None:
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
-    learner = Learner(config, groups)
-    experience = Experience(
-        config,
-        groups=groups,
-        rewards=rewards,
-        tokenizer=tokenizer,
-    )
+    preparation = preparation_of(config)
+    learner = Learner(config, groups, preparation)
+    experience = Experience(config, groups=groups, preparation=preparation, rewards=rewards, tokenizer=tokenizer)
+    truth = make_ground_truth(config, session.cleanup)
     evaluation = PpoEvaluation(
         config,
         experience,
         prompts.held_out,
-        gold=gold_of(config, session.cleanup),
-        measures=measures_of(config),
+        shaping=preparation.shaping,
+        gold=truth.of_evaluations,
+        measures=truth.measures,
         generate=sampler.held_out,
         directory=run.path / "evaluation",
     )
@@ -95,6 +95,7 @@ def build(
         collector=collector_of(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
+        metrics=StepMetrics(config, tokenizer, truth.of_steps),
         evaluation=evaluation,
         self_check=SelfCheck(config, experience, learner),
         commits=commits,

@@ -17,12 +17,13 @@ import torch
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.algorithms.masked import count_actions
 from rlhf_ray.algorithms.moments import RunningMoments
+from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
-from rlhf_ray.trainers.ppo.answers import Judged, Measures, compared
+from rlhf_ray.trainers.ppo.answers import Judged, compared
 from rlhf_ray.trainers.ppo.experience import Experience, TextSample
-from rlhf_ray.trainers.ppo.gold import Gold
+from rlhf_ray.trainers.ppo.gold import Gold, Measures
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Generate = Callable[[Sequence[TokenizedPrompt], int, bool], TrajectoryBatch]
@@ -60,6 +61,7 @@ class PpoEvaluation:
         experience: Experience,
         prompts: Sequence[TokenizedPrompt],
         *,
+        shaping: RewardShaping,
         gold: Gold | None,
         measures: Measures,
         generate: Generate,
@@ -68,6 +70,7 @@ class PpoEvaluation:
         self.config = config
         self.experience = experience
         self.prompts = list(prompts)[: config.evaluation.prompts]
+        self.shaping = shaping
         self.gold = gold
         self.measures = measures
         self.generate = generate
@@ -140,7 +143,7 @@ class PpoEvaluation:
         score = torch.tensor(rewards)
         tokens = count_actions(trajectories["action_mask"], trajectories.offsets)
         moments = RunningMoments().update(score)
-        shaped = self.experience.preparation.shaping(score, trajectories["finish_reason"], tokens, moments)
+        shaped = self.shaping(score, trajectories["finish_reason"], tokens, moments)
         return [float(value) for value in shaped]
 
     def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[Judged]:

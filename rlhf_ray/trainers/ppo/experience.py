@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.algorithms.moments import RunningMoments
+from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
@@ -21,7 +22,6 @@ from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
-from rlhf_ray.trainers.ppo.algorithm import preparation_of
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 
@@ -82,12 +82,13 @@ class Experience:
         config: PpoConfig,
         *,
         groups: Groups,
+        preparation: Preparation,
         rewards: RewardSource,
         tokenizer: Any,
     ) -> None:
         self.config = config
         self.groups = groups
-        self.preparation = preparation_of(config)
+        self.preparation = preparation
         self.rewards = rewards
         self.tokenizer = tokenizer
 

@@ -1,47 +1,59 @@
-"""The ground truth about answers, and measures of their text, where a job's prompts come with them.
+"""The ground truth about answers, where it is known, and what else is measured of their text.
 
-Always true: both are for the report; a policy is trained on the truth only where it is the reward too, and on a measure never.
+Invariants: everything here is reported, never trained on, unless the config names the same function as the reward. This is
+the only place of PPO training that asks the generated world about answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 from rlhf_ray.config.schema import PpoConfig, RewardConfig
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.trainers.ppo.experience import TextSample
 from rlhf_ray.trainers.ppo.rewards import function_source
-from rlhf_ray.world.gold import GOLD_FUNCTIONS, AnswerMeasures, answer_measures
+from rlhf_ray.world.gold import GOLD_FUNCTIONS, answer_measures
 
 Gold = Callable[[Sequence[TextSample]], list[float]]
+"""Scores samples by the truth, in order."""
+Measures = Mapping[str, Callable[[str], float]]
+"""What an evaluation reports about the text of each answer, by the name of its metric."""
 
 
-def gold_of(config: PpoConfig, cleanup: ExitStack) -> Gold | None:
-    """What scores samples by the truth: ``evaluation.gold``, or the generated world's own; none where neither is there."""
-    name = config.evaluation.gold or world_gold(config)
-    return None if name is None else gold_function(name, cleanup)
+@dataclass(frozen=True)
+class GroundTruth:
+    """What is known about the answers of a run beside their reward."""
+
+    of_steps: Gold | None = None
+    """Scores the samples of every step: the generated world's own truth, which costs nothing."""
+    of_evaluations: Gold | None = None
+    """Scores the answers to held-out prompts: ``evaluation.gold``, or else the generated world's truth."""
+    measures: Measures = field(default_factory=dict)
 
 
-def gold_function(name: str, cleanup: ExitStack) -> Gold:
-    """The function ``name`` as a gold score; what it fails at is an error."""
+def make_ground_truth(config: PpoConfig, cleanup: ExitStack) -> GroundTruth:
+    """What a job knows about answers; ``cleanup`` ends the processes that this starts."""
+    world = config.data.world
+    of_steps = None if world is None else make_gold(GOLD_FUNCTIONS[world.task], cleanup)
+    named = config.evaluation.gold
+    return GroundTruth(
+        of_steps=of_steps,
+        of_evaluations=of_steps if named is None else make_gold(named, cleanup),
+        measures={} if world is None else answer_measures(world.task),
+    )
+
+
+def make_gold(name: str, cleanup: ExitStack) -> Gold:
+    """The reward function called ``name`` as a gold score, which raises :class:`ScoringError` where the function fails."""
     source = function_source(name, RewardConfig(function=name), cleanup)
 
-    def gold(samples: Sequence[TextSample]) -> list[float]:
+    def score(samples: Sequence[TextSample]) -> list[float]:
         results = source.score(samples).result()
-        failed = next((result.error for result in results if result.error is not None), None)
-        if failed is not None:
-            raise ScoringError(f"no gold score (evaluation.gold): {failed}")
+        error = next((result.error for result in results if result.error is not None), None)
+        if error is not None:
+            raise ScoringError(f"no gold score (evaluation.gold): {error}")
         return [float(result.reward) for result in results if result.reward is not None]
 
-    return gold
-
-
-def world_gold(config: PpoConfig) -> str | None:
-    """The function that knows the truth of the generated world's prompts; none where prompts are from elsewhere."""
-    return None if config.data.world is None else GOLD_FUNCTIONS[config.data.world.task]
-
-
-def measures_of(config: PpoConfig) -> AnswerMeasures:
-    """What the generated world measures in the text of an answer; nothing where prompts are from elsewhere."""
-    return {} if config.data.world is None else answer_measures(config.data.world.task)
+    return score

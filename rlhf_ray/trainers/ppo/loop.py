@@ -18,7 +18,7 @@ from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.comparison_table import closing, show_samples
 from rlhf_ray.trainers.ppo.evaluation import Comparison, PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
-from rlhf_ray.trainers.ppo.metrics import sample_rows, step_metrics
+from rlhf_ray.trainers.ppo.metrics import StepMetrics, sample_rows
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler
@@ -39,6 +39,7 @@ class PpoTrainer:
     collector: Collector
     experience: Experience
     learner: Learner
+    metrics: StepMetrics
     evaluation: PpoEvaluation
     self_check: SelfCheck
     commits: Commits
@@ -77,7 +78,7 @@ class PpoTrainer:
         )
         progress.see(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
-        metrics = step_metrics(self.experience, progress, batch, samples, collected) | objective
+        measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
         with phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
             outcome = self.learner.learn(
@@ -93,7 +94,8 @@ class PpoTrainer:
             with phase("checkpoint"):
                 self.commit()
         self.journal.samples(progress.step, sample_rows(samples, batch))
-        self.journal.step(progress.step, self.config.steps, metrics | outcome.metrics | progress.metrics(), batch)
+        metrics = measured | objective | outcome.metrics | progress.metrics()
+        self.journal.step(progress.step, self.config.steps, metrics, batch)
         self.after_step()
 
     def after_step(self) -> None:

@@ -6,15 +6,15 @@ Always true: every number is of this step's batch; the gold score is shown and n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
-from rlhf_ray.trainers.ppo.experience import TERM, Experience, TextSample
-from rlhf_ray.trainers.ppo.gold import gold_function, world_gold
-from rlhf_ray.trainers.ppo.progress import PpoProgress
+from rlhf_ray.trainers.ppo.experience import TERM, TextSample
+from rlhf_ray.trainers.ppo.gold import Gold
 from rlhf_ray.trainers.ppo.sampling import Collected
 from rlhf_ray.trainers.ppo.self_check import LOG_PROB_LIMITS, log_prob_difference
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -23,37 +23,41 @@ ERRORS_BELOW_ZERO = 4.0
 """Standard errors by which a mean KL must be below 0 before it is called negative."""
 
 
-def step_metrics(
-    experience: Experience,
-    progress: PpoProgress,
-    batch: TrajectoryBatch,
-    samples: Sequence[TextSample],
-    collected: Collected,
-) -> dict[str, float]:
-    """Scores, lengths, staleness, the difference between rollout and trainer, and what survives decode and encode."""
-    told = negative_kl(batch, experience.config)
-    if told is not None:
-        get_logger("ppo").warning("%s", told)
-    mask = batch["action_mask"]
-    prompts = collected.by_id
-    prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
-    versions = batch["weight_version"][mask]
-    metrics = {
-        "reward/learned": float(batch["score"].mean()),
-        "length/prompt": prompt_tokens / len(batch),
-        "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
-        "rollout/staleness": float(progress.weight_version - versions.min()),
-        "round_trip/failed_share": failed_round_trips(experience, samples, prompts, batch),
-        "prompts/sampled": float(len(collected.prompts)),
-        "prompts/dropped": float(_prompts(collected.trajectories) - _prompts(batch)),
-    }
-    terms = [name for name in batch.columns if name.startswith(TERM)]
-    metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
-    gold = world_gold(experience.config)
-    if gold is not None:
-        scores = gold_function(gold, ExitStack())(samples)
-        metrics["gold/mean"] = sum(scores) / len(scores)
-    return metrics
+@dataclass(frozen=True)
+class StepMetrics:
+    """Measures the batch of each step; ``gold`` scores its samples where the truth about them is known."""
+
+    config: PpoConfig
+    tokenizer: Any
+    gold: Gold | None = None
+
+    def measure(
+        self, batch: TrajectoryBatch, samples: Sequence[TextSample], collected: Collected, *, weight_version: int
+    ) -> dict[str, float]:
+        """Scores, lengths, staleness, and how far rollout and trainer, and tokens and text, differ.
+
+        ``weight_version`` is that of the weights which are about to learn.
+        """
+        warning = negative_kl(batch, self.config)
+        if warning is not None:
+            get_logger("ppo").warning("%s", warning)
+        prompts = collected.by_id
+        prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
+        metrics = {
+            "reward/learned": float(batch["score"].mean()),
+            "length/prompt": prompt_tokens / len(batch),
+            "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
+            "rollout/staleness": float(weight_version - batch["weight_version"][batch["action_mask"]].min()),
+            "round_trip/failed_share": failed_round_trips(self.tokenizer, samples, prompts),
+            "prompts/sampled": float(len(collected.prompts)),
+            "prompts/dropped": float(_count_prompts(collected.trajectories) - _count_prompts(batch)),
+        }
+        terms = [name for name in batch.columns if name.startswith(TERM)]
+        metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
+        if self.gold is not None:
+            scores = self.gold(samples)
+            metrics["gold/mean"] = sum(scores) / len(scores)
+        return metrics
 
 
 def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
@@ -82,22 +86,13 @@ def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
     )
 
 
-def _prompts(batch: TrajectoryBatch) -> int:
-    return len(batch["prompt_id"].unique())
-
-
-def failed_round_trips(
-    experience: Experience,
-    samples: Sequence[TextSample],
-    prompts: Mapping[int, TokenizedPrompt],
-    batch: TrajectoryBatch,
-) -> float:
+def failed_round_trips(tokenizer: Any, samples: Sequence[TextSample], prompts: Mapping[int, TokenizedPrompt]) -> float:
     """Share of samples whose ids are not what their text encodes to: a reward by text then reads other tokens."""
     failed = 0
-    for sample, prompt_id in zip(samples, batch["prompt_id"].tolist(), strict=True):
-        answer = list(sample.token_ids[len(prompts[prompt_id].token_ids) :])
-        text = experience.tokenizer.decode(answer, skip_special_tokens=False)
-        failed += experience.tokenizer(text, add_special_tokens=False)["input_ids"] != answer
+    for sample in samples:
+        answer = list(sample.token_ids[len(prompts[sample.prompt_id].token_ids) :])
+        text = tokenizer.decode(answer, skip_special_tokens=False)
+        failed += tokenizer(text, add_special_tokens=False)["input_ids"] != answer
     return failed / len(samples)
 
 
@@ -107,3 +102,7 @@ def sample_rows(samples: Sequence[TextSample], batch: TrajectoryBatch) -> list[d
         {"prompt": sample.prompt, "response": sample.response, "finished": sample.finished, "score": round(score, 4)}
         for sample, score in zip(samples, batch["score"].tolist(), strict=True)
     ]
+
+
+def _count_prompts(batch: TrajectoryBatch) -> int:
+    return len(batch["prompt_id"].unique())

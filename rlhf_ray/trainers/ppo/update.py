@@ -14,9 +14,10 @@ from rlhf_ray.actors.groups import SharedBatch
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import ValueLoss
 from rlhf_ray.algorithms.policy_loss import PolicyLoss
+from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.trainers.ppo.algorithm import policy_loss_of, preparation_of, value_loss_of
+from rlhf_ray.trainers.ppo.algorithm import policy_loss_of, value_loss_of
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Update
@@ -62,10 +63,10 @@ class Outcome:
 class Learner:
     """The training half of a PPO step."""
 
-    def __init__(self, config: PpoConfig, groups: Groups) -> None:
+    def __init__(self, config: PpoConfig, groups: Groups, preparation: Preparation) -> None:
         self.config = config
         self.groups = groups
-        self.preparation = preparation_of(config)
+        self.preparation = preparation
         self.policy_loss = policy_loss_of(config)
         self.value_loss = value_loss_of(config)
 

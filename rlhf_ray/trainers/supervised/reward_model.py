@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.place import Place
 from rlhf_ray.config.schema import RewardModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import pair_batch, pair_examples
 from rlhf_ray.models import load_tokenizer
-from rlhf_ray.monitoring.report.summary import Table
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.best import Best
-from rlhf_ray.trainers.supervised.habits import measure_qualities
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, total_updates
 from rlhf_ray.trainers.supervised.preference_loss import make_loss
+from rlhf_ray.trainers.supervised.probes import measure_probes
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
 from rlhf_ray.trainers.supervised.reward_saving import RewardSaver
-from rlhf_ray.world.probes import QUALITY_HEADERS, quality_figures, quality_rows
 
 
 def train_reward_model(
@@ -58,21 +54,12 @@ def train_reward_model(
             saver.final(run, figures)
             journal.run_facts(over_fitting(best, updates, figures))
             if held_out is not None:
-                habits = learned_habits(config, reward, tokenizer, journal, updates, max_tokens)
-                journal.preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, habits))
+                probes = measure_probes(config.data, reward, tokenizer, max_tokens)
+                if probes is not None:
+                    journal.evaluation(updates, probes.figures, headline=False)
+                table = None if probes is None else probes.table
+                journal.preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
             journal.finish()
-
-
-def learned_habits(
-    config: RewardModelConfig, reward: RewardGroup, tokenizer: Any, journal: Journal, update: int, max_tokens: int
-) -> Table | None:
-    """In the generated world, what each quality of an answer is worth to the model, beside its gold; else nothing."""
-    if config.data.world is None:
-        return None
-    qualities = measure_qualities(config.data.world, reward, tokenizer, max_tokens)
-    figures = {f"evaluation/{name}": value for name, value in quality_figures(qualities).items()}
-    journal.evaluation(update, figures, headline=False)
-    return Table(QUALITY_HEADERS, tuple(quality_rows(qualities)))
 
 
 def over_fitting(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
