@@ -15,7 +15,17 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+import jaxtyping
 import pytest
+
+CHECKED_ROOMS = (
+    "rlhf_ray.algorithms",
+    "rlhf_ray.evaluation.baseline",
+    "rlhf_ray.trajectories.batch",
+    "rlhf_ray.trajectories.packing",
+)
+"""Where every call under pytest checks its arguments and its result against their annotations: types, dtypes and shapes."""
+jaxtyping.install_import_hook(CHECKED_ROOMS, "beartype.beartype")  # before anything imports these rooms
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 ENGINE_MODULE = "vllm.v1.engine.llm_engine"
@@ -43,6 +53,12 @@ def pytest_collection_finish() -> None:
     """What was imported stays, and is no garbage."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture
+def outside_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No annotation is checked, as in a real run: for tests of what the package itself refuses."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

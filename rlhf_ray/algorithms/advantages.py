@@ -10,7 +10,7 @@ gap. What stands at other tokens, NaN included, has no influence; they get 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.group_baselines import Baseline, group_baseline
 from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, segment_sum, sequence_of_token
-
-if TYPE_CHECKING:
-    from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """From token rewards to advantages, and to the returns that a critic learns, where there is one."""
 
@@ -87,11 +86,11 @@ def gae(
     token_rewards: Float[Tensor, "N"],
     values: Float[Tensor, "N"],
     action_mask: Bool[Tensor, "N"],
-    offsets: Int64[Tensor, "B+1"],
+    offsets: Int64[Tensor, "cuts"],
     *,
     gamma: float,
     lam: float,
-    bootstrap_value: Float[Tensor, "B"] | None = None,
+    bootstrap_value: Float[Tensor, "cuts-1"] | None = None,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """Generalised advantage estimation (Schulman et al. 2015), and returns = advantages + values.
 
@@ -109,7 +108,7 @@ def gae(
 
 
 def reward_to_go(
-    token_rewards: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"], *, gamma: float
+    token_rewards: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"], *, gamma: float
 ) -> Float[Tensor, "N"]:
     """``G_k = r_k + gamma G_{k+1}`` over the actions k of a sequence (Williams 1992); float64 inside."""
     expect_shape("action_mask", action_mask, token_rewards.shape)

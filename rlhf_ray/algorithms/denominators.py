@@ -8,14 +8,12 @@ nothing counts has the gradient 0 instead of NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from rlhf_ray.algorithms.masked import count_actions
-
-if TYPE_CHECKING:
-    from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 DenominatorKind = Literal["tokens", "answers", "sequences", "pairs"]
 

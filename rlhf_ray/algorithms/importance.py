@@ -41,7 +41,7 @@ class ImportanceCorrection:
         log_probs: Float[Tensor, "N"],
         rollout_log_probs: Float[Tensor, "N"],
         action_mask: Bool[Tensor, "N"],
-        offsets: Int64[Tensor, "B+1"],
+        offsets: Int64[Tensor, "cuts"],
     ) -> tuple[Float[Tensor, "N"], dict[str, float]]:
         """The weights and their metrics."""
         expect_shape("rollout_log_probs", rollout_log_probs, log_probs.shape)
@@ -65,7 +65,7 @@ class ImportanceCorrection:
         return bounded, {name: float(value) for name, value in metrics.items()}
 
     def _weights(
-        self, log_ratio: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"]
+        self, log_ratio: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]
     ) -> Float[Tensor, "N"]:
         if self.level == "none":
             return torch.ones_like(log_ratio)
@@ -83,7 +83,7 @@ def _effective_share(weights: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"]
 
 
 def trained_actions(
-    action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"], kept: Bool[Tensor, "B"]
+    action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"], kept: Bool[Tensor, "cuts-1"]
 ) -> Bool[Tensor, "N"]:
     """The actions of the sequences that are kept: an answer that is left out has no loss and is in no denominator."""
     expect_shape("kept", kept, count_actions(action_mask, offsets).shape)

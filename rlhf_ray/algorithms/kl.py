@@ -58,9 +58,9 @@ def sequence_kl(
     log_probs: Float[Tensor, "N"],
     reference: Float[Tensor, "N"],
     action_mask: Bool[Tensor, "N"],
-    offsets: Int64[Tensor, "B+1"],
+    offsets: Int64[Tensor, "cuts"],
     estimator: KlEstimator = "k1",
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, "cuts-1"]:
     """The estimate summed over each sequence's actions, in nats."""
     return segment_sum(token_kl(log_probs, reference, action_mask, estimator), offsets)
 

@@ -11,7 +11,7 @@ A loss is a frozen dataclass, so that it can be sent to another process; call it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import DenominatorKind
 from rlhf_ray.algorithms.masked import expect_shape, keep
-
-if TYPE_CHECKING:
-    from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 

@@ -47,18 +47,18 @@ def whiten(
     return whitened.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def segment_sum(values: Num[Tensor, "N"], offsets: Int64[Tensor, "B+1"]) -> Num[Tensor, "B"]:
+def segment_sum(values: Num[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Num[Tensor, "cuts-1"]:
     """The sum of each sequence's tokens; a NaN stays in its own sequence. Mask with :func:`keep` first."""
     return values.new_zeros(len(offsets) - 1).index_add(0, sequence_of_token(offsets), values)
 
 
-def sequence_of_token(offsets: Int64[Tensor, "B+1"]) -> Int64[Tensor, "N"]:
+def sequence_of_token(offsets: Int64[Tensor, "cuts"]) -> Int64[Tensor, "N"]:
     """The row of the sequence to which each token belongs."""
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
     return torch.repeat_interleave(rows, offsets.diff())
 
 
-def count_actions(action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"]) -> Int64[Tensor, "B"]:
+def count_actions(action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Int64[Tensor, "cuts-1"]:
     """How many tokens of each sequence count."""
     return segment_sum(action_mask.long(), offsets)
 

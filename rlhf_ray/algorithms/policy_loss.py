@@ -8,7 +8,7 @@ update the ratio is exactly 1 at every level, so that nothing is clipped and the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -18,9 +18,7 @@ from rlhf_ray.algorithms.denominators import DenominatorKind
 from rlhf_ray.algorithms.kl import KlEstimator, KlGradient, kl_loss
 from rlhf_ray.algorithms.losses import LossOutput, Metrics, PolicyOutputs, entropy_of, metric
 from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, segment_sum, sequence_of_token
-
-if TYPE_CHECKING:
-    from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 MAX_LOG_RATIO = 20.0
 """exp overflows float32 at 88; a ratio beyond e^20 is cut there and gives no gradient (as OpenRLHF)."""
@@ -29,6 +27,7 @@ RatioLevel = Literal["token", "sequence", "trajectory"]
 Aggregation = Literal["tokens", "sequences", "constant"]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is maximised at each action, and at which actions the bound on the ratio takes its gradient."""
 
@@ -148,7 +147,7 @@ class PolicyLoss:
             loss = loss - self.entropy_coefficient * (share * entropy).sum()
         return LossOutput(loss, metrics)
 
-    def _shares(self, mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"]) -> Float[Tensor, "N"]:
+    def _shares(self, mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Float[Tensor, "N"]:
         """What each action's term weighs in the sum; 0 at other tokens."""
         if self.aggregation == "tokens":
             return mask.float()
@@ -167,7 +166,7 @@ class PolicyLoss:
 
 
 def ratio_at(
-    level: RatioLevel, log_ratio: Float[Tensor, "N"], mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "B+1"]
+    level: RatioLevel, log_ratio: Float[Tensor, "N"], mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]
 ) -> Float[Tensor, "N"]:
     """The log-ratio of each action's unit, at each action: its own, or the mean or sum over its sequence's actions."""
     if level == "token":

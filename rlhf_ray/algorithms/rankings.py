@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 Column = Literal["margin", "grade"]
 
 
+@runtime_checkable
 class Ranking(Protocol):
     """A loss a pair. ``number`` is the pair's own number, none where the data have no such column."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,9 +18,7 @@ from rlhf_ray.algorithms.denominators import DenominatorKind
 from rlhf_ray.algorithms.losses import LossOutput, Metrics
 from rlhf_ray.algorithms.masked import expect_shape
 from rlhf_ray.algorithms.rankings import Ranking, Sigmoid
-
-if TYPE_CHECKING:
-    from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 
 @dataclass(frozen=True)

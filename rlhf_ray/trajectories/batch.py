@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import numpy
 import torch
 from jaxtyping import Int64, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_ray.errors import MissingColumnError
@@ -40,7 +40,7 @@ __all__ = [
     "scatter_tokens",
 ]
 
-Array = numpy.ndarray[Any, Any]
+Array = NDArray[Any]
 
 # Arrays from Ray's object store are read-only and columns are never written: torch's warning about it says nothing new.
 # A filter set once, not a context around each call: contexts restore a process-wide list and race between threads.
@@ -51,7 +51,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 class TrajectoryBatch:
     """Ragged trajectories: ``offsets`` (sequences + 1,) and named columns over tokens or over sequences."""
 
-    offsets: Int64[Tensor, "sequences+1"]
+    offsets: Int64[Tensor, "cuts"]
     tensors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -148,7 +148,8 @@ class TrajectoryBatch:
         return name in self.tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        self.require(name)
+        if name not in self.tensors:
+            self.require(name)
         return self.tensors[name]
 
     def require(self, *names: str) -> None:
@@ -211,7 +212,7 @@ class TrajectoryBatch:
 
 
 def scatter_tokens(
-    parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "part_tokens"]]], batch: TrajectoryBatch
+    parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "_"]]], batch: TrajectoryBatch
 ) -> Shaped[Tensor, "tokens"]:
     """Put per-token results of micro-batches at the tokens of the batch they are about.
 
@@ -225,7 +226,7 @@ def scatter_tokens(
 
 
 def scatter_sequences(
-    parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "part_sequences"]]], batch: TrajectoryBatch
+    parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "_"]]], batch: TrajectoryBatch
 ) -> Shaped[Tensor, "sequences"]:
     """Put per-sequence results of micro-batches in the order of the batch; the rules are those of `scatter_tokens`."""
     rows, values = _gather_parts(parts, batch, torch.ones_like(batch.lengths))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy
 import torch
 from jaxtyping import Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_ray.errors import RlhfRayError
@@ -45,7 +46,7 @@ def check_offsets(offsets: Tensor) -> None:
         )
 
 
-def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "sequences+1"], tokens: int) -> None:
+def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "cuts"], tokens: int) -> None:
     """Refuse a column whose shape, dtype, device or gradient is not what its name says."""
     per_token = name in PER_TOKEN
     size, what = (tokens, "tokens") if per_token else (len(offsets) - 1, "sequences")
@@ -98,7 +99,7 @@ def make_column(name: str, numbers: Any, lengths: Sequence[int]) -> Tensor:
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=PER_TOKEN[name])
 
 
-def as_tensor(name: str, array: numpy.ndarray[Any, Any]) -> Tensor:
+def as_tensor(name: str, array: NDArray[Any]) -> Tensor:
     """Share an array's memory, which may be read-only: nothing in this project writes into a column."""
     try:
         return torch.from_numpy(array)

@@ -35,9 +35,9 @@ class Packed:
     """
 
     token_ids: Int64[Tensor, "tokens"]
-    offsets: Int64[Tensor, "segments+1"]
+    offsets: Int64[Tensor, "cuts"]
     position_ids: Int64[Tensor, "tokens"]
-    parent: Int64[Tensor, "segments"] | None = None
+    parent: Int64[Tensor, "cuts-1"] | None = None
 
     def __post_init__(self) -> None:
         check_offsets(self.offsets)

@@ -143,11 +143,11 @@ def test_the_order_of_sequences_is_nothing(ragged, data, lengths, seed) -> None:
 def test_no_actions_and_no_sequences() -> None:
     nothing = torch.zeros(2, dtype=torch.bool)
     advantages, returns = gae(
-        torch.zeros(2), torch.full((2,), math.nan), nothing, torch.tensor([0, 1, 2]), gamma=1, lam=1
+        torch.zeros(2), torch.full((2,), math.nan), nothing, torch.tensor([0, 1, 2]), gamma=1.0, lam=1.0
     )
     assert advantages.tolist() == returns.tolist() == [0.0, 0.0]
     empty = torch.zeros(0)
-    assert gae(empty, empty, empty.bool(), torch.tensor([0]), gamma=1, lam=1)[0].shape == (0,)
+    assert gae(empty, empty, empty.bool(), torch.tensor([0]), gamma=1.0, lam=1.0)[0].shape == (0,)
 
 
 def test_inputs_stay_as_they_were(ragged) -> None:
@@ -156,9 +156,10 @@ def test_inputs_stay_as_they_were(ragged) -> None:
     assert all(torch.equal(batch[column], twin[column]) for column in batch.columns)
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_shapes_that_would_broadcast_are_refused() -> None:
     mask, offsets = torch.tensor([False, True]), torch.tensor([0, 2])
     with pytest.raises(ValueError, match=r"token_rewards has shape \(1,\)"):
-        gae(torch.zeros(1), torch.zeros(2), mask, offsets, gamma=1, lam=1)
+        gae(torch.zeros(1), torch.zeros(2), mask, offsets, gamma=1.0, lam=1.0)
     with pytest.raises(ValueError, match=r"bootstrap_value has shape \(2,\)"):
-        gae(torch.zeros(2), torch.zeros(2), mask, offsets, gamma=1, lam=1, bootstrap_value=torch.zeros(2))
+        gae(torch.zeros(2), torch.zeros(2), mask, offsets, gamma=1.0, lam=1.0, bootstrap_value=torch.zeros(2))

@@ -25,6 +25,7 @@ def test_an_update_in_which_nothing_counts_divides_by_one(ragged, kind) -> None:
     assert denominator("tokens", ragged([1, 1], 0), [0, 1]) == 1.0
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_half_a_pair_and_an_unknown_kind_are_refused(ragged) -> None:
     with pytest.raises(ValueError, match="3 sequences are not whole pairs"):
         denominator("pairs", ragged([2, 2, 2], 0), [0, 1, 2])

@@ -107,6 +107,7 @@ def test_an_answers_reward_is_all_its_token_rewards_and_goes_to_all_its_actions(
     assert advantages.tolist() == pytest.approx(wanted, abs=1e-4, rel=1e-4)
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_an_unknown_baseline_is_refused() -> None:
     with pytest.raises(ValueError, match="baseline 'median' is unknown: use leave_one_out, group_mean or group_norm"):
         run([1.0], [0], "median")

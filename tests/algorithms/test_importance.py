@@ -84,6 +84,7 @@ def test_a_nan_at_an_action_stays(ragged, level, rule) -> None:
     assert run(batch.with_columns(rollout_log_probs=changed), level, rule)[0].isnan().any()
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_sequences_that_are_left_out_have_no_actions() -> None:
     mask, offsets = torch.tensor([False, True, False, True, True]), torch.tensor([0, 2, 5])
     assert trained_actions(mask, offsets, torch.tensor([False, True])).tolist() == [False, False, False, True, True]
@@ -91,6 +92,7 @@ def test_sequences_that_are_left_out_have_no_actions() -> None:
         trained_actions(mask, offsets, torch.tensor([True]))
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_an_unknown_level_is_refused(ragged) -> None:
     with pytest.raises(ValueError, match="level 'word' is unknown: use none, token or sequence"):
         run(ragged([3], 0), "word")

@@ -69,6 +69,7 @@ def test_a_sequence_sums_its_actions(ragged, estimator) -> None:
         assert kl[row].item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_an_unknown_estimator_and_a_wrong_shape_are_refused() -> None:
     mask = torch.ones(2, dtype=torch.bool)
     with pytest.raises(ValueError, match="'k4' is unknown: use one of k1, k2, k3"):

@@ -286,6 +286,7 @@ def test_a_loss_travels_between_processes(loss) -> None:
     assert twin.denominator == loss.denominator in {"tokens", "answers", "pairs"}
 
 
+@pytest.mark.usefixtures("outside_pytest")
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_a_shape_that_would_broadcast_is_refused(ragged, name) -> None:
     batch = ragged([5, 4], 0)

@@ -84,6 +84,7 @@ def test_nan_stays_in_its_own_sequence() -> None:
     assert sums[1].isnan()
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask has shape \(1,\), but \(3,\) is needed"):
         masked_sum(torch.zeros(3), torch.ones(1, dtype=torch.bool))

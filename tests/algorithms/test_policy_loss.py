@@ -254,15 +254,17 @@ def test_the_plain_gradients_are_those_of_other_things() -> None:
 # --------------------------------------------------------------------------------------------------------- wrong choices
 
 
+@pytest.mark.usefixtures("outside_pytest")
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("parts", "refusal"),
     [
-        (PolicyLoss(PLAIN, ratio="word"), "ratio 'word' is unknown: use token, sequence or trajectory"),
-        (PolicyLoss(PLAIN, aggregation="mean"), "aggregation 'mean' is unknown: use tokens, sequences or constant"),
-        (PolicyLoss(PLAIN, kl=KlTerm(0.1, "k4")), "KL estimator 'k4' is unknown: use one of k1, k2, k3"),
-        (PolicyLoss(PLAIN, kl=KlTerm(0.1, "k1", "none")), "KL gradient 'none' is unknown: use unbiased or plain"),
+        ({"ratio": "word"}, "ratio 'word' is unknown: use token, sequence or trajectory"),
+        ({"aggregation": "mean"}, "aggregation 'mean' is unknown: use tokens, sequences or constant"),
+        ({"kl": ("k4", "unbiased")}, "KL estimator 'k4' is unknown: use one of k1, k2, k3"),
+        ({"kl": ("k1", "none")}, "KL gradient 'none' is unknown: use unbiased or plain"),
     ],
 )
-def test_an_unknown_part_is_refused(ragged, loss, told) -> None:
-    with pytest.raises(ValueError, match=told):
-        loss(PolicyOutputs(torch.zeros(9)), ragged([5, 4], 0))
+def test_an_unknown_part_is_refused(ragged, parts, refusal) -> None:
+    kl = KlTerm(0.1, *parts.pop("kl")) if "kl" in parts else None
+    with pytest.raises(ValueError, match=refusal):
+        PolicyLoss(PLAIN, kl=kl, **parts)(PolicyOutputs(torch.zeros(9)), ragged([5, 4], 0))

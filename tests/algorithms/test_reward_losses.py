@@ -81,6 +81,7 @@ def test_a_nan_score_reaches_the_loss() -> None:
     assert out.metrics["accuracy"][0].item() == 0
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_scores_must_be_one_a_sequence_and_whole_pairs() -> None:
     with pytest.raises(ValueError, match=r"scores of the reward model has shape \(4, 1\)"):
         RewardLoss()(torch.zeros(4, 1), pairs(2))

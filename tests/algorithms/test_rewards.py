@@ -68,6 +68,7 @@ def test_a_spread_score_is_equal_parts_that_add_up(ragged, lengths, seed) -> Non
         assert (placed[part][~mask[part]] == 0).all()
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_shapes_that_would_broadcast_are_refused() -> None:
     mask, offsets = torch.tensor([False, True]), torch.tensor([0, 2])
     with pytest.raises(ValueError, match=r"score has shape \(2,\)"):

@@ -87,6 +87,7 @@ def test_running_normalisation_uses_the_moments_of_the_run(kind, expected) -> No
     assert shape(RewardShaping(normalize=kind), 5.0) == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_wrong_shapes_and_an_unknown_rule_are_refused() -> None:
     with pytest.raises(ValueError, match=r"finish_reason has shape \(1,\)"):
         MissingEos("replace", 1.0)(torch.zeros(2), STOP)

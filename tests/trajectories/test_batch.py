@@ -317,6 +317,7 @@ def test_a_wrong_column_is_refused_by_name(columns: dict[str, Any], words: list[
     assert isinstance(caught.value, RlhfRayError)
 
 
+@pytest.mark.usefixtures("outside_pytest")
 @pytest.mark.parametrize(
     ("offsets", "words"),
     [

@@ -118,6 +118,7 @@ def test_to_moves_everything() -> None:
     assert packed.to("cpu").parent is not None
 
 
+@pytest.mark.usefixtures("outside_pytest")
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
