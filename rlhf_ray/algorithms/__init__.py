@@ -43,11 +43,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kl_loss": ".kl",
         "masked_mean": ".masked",
         "masked_sum": ".masked",
-        "place_scores": ".rewards",
+        "place_scores": ".token_rewards",
         "reward_to_go": ".advantages",
         "segment_sum": ".masked",
         "sequence_kl": ".kl",
-        "shape_rewards": ".rewards",
+        "make_token_rewards": ".token_rewards",
         "whiten": ".masked",
     },
 )

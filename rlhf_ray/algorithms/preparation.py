@@ -23,8 +23,8 @@ from rlhf_ray.algorithms.importance import ImportanceCorrection, trained_actions
 from rlhf_ray.algorithms.kl import KlEstimator, sequence_kl, token_kl
 from rlhf_ray.algorithms.masked import count_actions, masked_mean, segment_sum, whiten
 from rlhf_ray.algorithms.moments import RunningMoments
-from rlhf_ray.algorithms.rewards import Placement, place_scores, shape_rewards
 from rlhf_ray.algorithms.shaping import RewardShaping
+from rlhf_ray.algorithms.token_rewards import Placement, make_token_rewards, place_scores
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
 
@@ -84,7 +84,7 @@ class Preparation:
         if self.kl_penalty is None:
             return place_scores(score, mask, offsets, self.placement)
         kl = token_kl(batch["log_probs"], batch["reference_log_probs"], mask, self.kl_penalty)
-        return shape_rewards(score, kl, mask, offsets, kl_coefficient=kl_coefficient, placement=self.placement)
+        return make_token_rewards(score, kl, mask, offsets, kl_coefficient=kl_coefficient, placement=self.placement)
 
     def _metrics(self, batch: TrajectoryBatch, score: Tensor, token_rewards: Tensor) -> Numbers:
         """Means over sequences; KL in nats where there is a reference."""

@@ -22,8 +22,8 @@ from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_loss, token_kl
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs, ValueLoss
 from rlhf_ray.algorithms.masked import masked_mean, whiten
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
-from rlhf_ray.algorithms.rewards import shape_rewards
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, TooShort
+from rlhf_ray.algorithms.token_rewards import make_token_rewards
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 
 LENGTHS = [10, 3, 7, 1, 9, 10, 4, 6]
@@ -171,7 +171,7 @@ def _kl_gradient(us: Ours, estimator: str, gradient: str) -> np.ndarray:
 
 
 def _placed(us: Ours) -> Values:
-    rewards = shape_rewards(us.scores.clamp(-1.5, 1.5), _kl(us, "k1"), us.mask, us.offsets, kl_coefficient=BETA)
+    rewards = make_token_rewards(us.scores.clamp(-1.5, 1.5), _kl(us, "k1"), us.mask, us.offsets, kl_coefficient=BETA)
     return {"rewards/clipped and placed, minus KL": us.padded(rewards)}
 
 
@@ -270,7 +270,7 @@ def trl_ppo(inputs: Mapping[str, Any]) -> Values:
         "torchtune whitening/mean": masked_mean(kept, us.mask).numpy(),
     }
     kl = token_kl(us.column["log_probs"], us.column["reference_log_probs"], us.mask)
-    rewards = shape_rewards(us.scores, kl, us.mask, us.offsets, kl_coefficient=BETA)
+    rewards = make_token_rewards(us.scores, kl, us.mask, us.offsets, kl_coefficient=BETA)
     advantages, returns = gae(rewards, us.column["old_values"], us.mask, us.offsets, gamma=GAMMA, lam=LAM)
     values |= {
         "torchtune step/rewards": us.padded(rewards),
@@ -288,7 +288,7 @@ def trl_ppo(inputs: Mapping[str, Any]) -> Values:
 def _trl_step(us: Ours, estimator: str, *, whiten_rewards: bool) -> Values:
     kl = token_kl(us.column["old_log_probs"], us.column["reference_log_probs"], us.mask, estimator)  # type: ignore[arg-type]
     scores = MissingEos("subtract", 0.8)(us.scores, us.batch["finish_reason"])
-    rewards = shape_rewards(scores, kl, us.mask, us.offsets, kl_coefficient=BETA)
+    rewards = make_token_rewards(scores, kl, us.mask, us.offsets, kl_coefficient=BETA)
     if whiten_rewards:
         rewards = whiten(rewards, us.mask, unbiased=True, shift_mean=False)
     advantages, returns = gae(rewards, us.column["old_values"], us.mask, us.offsets, gamma=GAMMA, lam=LAM)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.kl import token_kl
 from rlhf_ray.algorithms.masked import segment_sum
-from rlhf_ray.algorithms.rewards import place_scores, shape_rewards
+from rlhf_ray.algorithms.token_rewards import make_token_rewards, place_scores
 
 
 @settings(deadline=None, max_examples=50)
@@ -41,7 +41,7 @@ def test_token_rewards_add_up_to_the_score_minus_the_penalty(ragged, lengths, se
     batch = ragged(lengths, seed)
     mask, offsets = batch["action_mask"], batch.offsets
     kl = token_kl(batch["log_probs"], batch["reference_log_probs"], mask)
-    rewards = shape_rewards(batch["score"], kl, mask, offsets, kl_coefficient=coefficient)
+    rewards = make_token_rewards(batch["score"], kl, mask, offsets, kl_coefficient=coefficient)
     acted = segment_sum(mask.long(), offsets) > 0
     expected = torch.where(acted, batch["score"], 0.0) - coefficient * segment_sum(kl, offsets)
     torch.testing.assert_close(segment_sum(rewards, offsets), expected, atol=1e-5, rtol=1e-5)
@@ -50,7 +50,7 @@ def test_token_rewards_add_up_to_the_score_minus_the_penalty(ragged, lengths, se
 def test_the_penalty_stands_at_its_own_token_and_masked_kl_has_no_influence() -> None:
     mask = torch.tensor([False, True, False, True])
     kl = torch.tensor([math.nan, 0.5, math.inf, -1.0])
-    rewards = shape_rewards(torch.tensor([3.0]), kl, mask, torch.tensor([0, 4]), kl_coefficient=0.1)
+    rewards = make_token_rewards(torch.tensor([3.0]), kl, mask, torch.tensor([0, 4]), kl_coefficient=0.1)
     assert rewards.tolist() == pytest.approx([0.0, -0.05, 0.0, 3.1])
 
 
@@ -74,6 +74,6 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
     with pytest.raises(ValueError, match=r"score has shape \(2,\)"):
         place_scores(torch.zeros(2), mask, offsets)
     with pytest.raises(ValueError, match=r"kl has shape \(1,\)"):
-        shape_rewards(torch.zeros(1), torch.zeros(1), mask, offsets, kl_coefficient=1.0)
+        make_token_rewards(torch.zeros(1), torch.zeros(1), mask, offsets, kl_coefficient=1.0)
     with pytest.raises(ValueError, match="placement 'first' is unknown: use last_action or spread"):
         place_scores(torch.zeros(1), mask, offsets, "first")

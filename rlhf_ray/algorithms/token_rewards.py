@@ -39,7 +39,7 @@ def place_scores(
     return score.new_zeros(len(action_mask)).index_copy(0, last[acted], score[acted])
 
 
-def shape_rewards(
+def make_token_rewards(
     score: Float[Tensor, "B"],
     kl: Float[Tensor, "N"],
     action_mask: Bool[Tensor, "N"],
