@@ -1,7 +1,7 @@
-"""Request bodies as JSON, and what is wrong with their values.
+"""Reads the body of a request as a JSON object, within limits of size and time.
 
-Always true: a body is read only up to the limits of size and time; NaN, Infinity and compressed bodies are refused; what
-is refused is said with the key and the value's type, never with its text, which stays out of answers and logs.
+Invariants: a body is read only up to its limits; the bytes that are held for all requests together are bounded; NaN,
+Infinity and compressed bodies are refused; a refusal never holds a part of the body.
 """
 
 from __future__ import annotations
@@ -10,22 +10,12 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from rlhf_ray.errors import RequestError
-from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.serving.fields import type_name
 from rlhf_ray.serving.refusals import Refusal
-
-Kind = TypeVar("Kind")
-NAMES: Mapping[type, str] = {
-    bool: "true or false",
-    str: "a text",
-    int: "a whole number",
-    list: "a list",
-    dict: "an object",
-}
 
 
 class BodyReader:
@@ -40,10 +30,10 @@ class BodyReader:
     @contextmanager
     def reserving(self, request: Request) -> Iterator[None]:
         """Hold as many bytes as the request says it sends, or may send, until it is answered."""
-        told = request.headers.get("content-length", "")
-        if told.isdigit() and int(told) > self.max_bytes:
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > self.max_bytes:
             self._too_large()
-        size = int(told) if told.isdigit() else self.max_bytes
+        size = int(length) if length.isdigit() else self.max_bytes
         if self.held + size > self.max_bytes_together:
             raise Refusal("overloaded", f"{self.held} bytes of other requests are held: try again")
         self.held += size
@@ -85,66 +75,9 @@ def parse_object(content: bytes) -> Mapping[str, Any]:
     except ValueError as error:
         raise Refusal("not_json", "the body is not JSON (NaN and Infinity are not, either)") from error
     if not isinstance(body, dict):
-        raise Refusal("wrong_body", f"the body must be a JSON object, not {kind(body)}")
+        raise Refusal("wrong_body", f"the body must be a JSON object, not {type_name(body)}")
     return body
 
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(name)
-
-
-def kind(value: Any) -> str:
-    """What a value is, without telling it."""
-    return "nothing" if value is None else type(value).__name__
-
-
-def field(body: Mapping[str, Any], name: str, form: type[Kind], default: Kind) -> Kind:
-    """``body[name]``, which must be of the form; ``default`` where it is missing or null."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
-        raise Refusal("wrong_body", f"{name} must be {NAMES[form]}, not {kind(value)}")
-    return value
-
-
-def text_of(value: Any, name: str) -> str:
-    """A text; ``name`` says where it stands."""
-    if not isinstance(value, str):
-        raise Refusal("wrong_body", f"{name} must be a text, not {kind(value)}")
-    return value
-
-
-def is_ids(value: Any) -> bool:
-    """A list of whole numbers."""
-    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
-
-
-def is_messages(value: Any) -> bool:
-    """A conversation."""
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    )
-
-
-def messages_of(value: Any, name: str = "messages") -> tuple[Mapping[str, str], ...]:
-    """A conversation."""
-    if not is_messages(value):
-        raise Refusal("wrong_body", f"{name} must be a list of objects with the texts role and content")
-    return tuple(value)
-
-
-def item(name: str, **values: Any) -> ScoreRequest:
-    """A request of ``values``; ``name`` says where they stand."""
-    try:
-        return ScoreRequest(**values)
-    except RequestError as error:
-        raise Refusal("item", f"{name}: {error}") from error
-
-
-def refuse_unserved(body: Mapping[str, Any], unserved: Mapping[str, str]) -> None:
-    """Refuse keys that would change a score and are not served; ``unserved`` tells why, or what to do instead."""
-    for name, why in unserved.items():
-        if body.get(name) not in (None, False, 0, {}, []):
-            raise Refusal("unsupported", f"{name} is not served: {why}")

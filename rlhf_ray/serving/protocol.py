@@ -1,7 +1,7 @@
 """What every protocol is: a pure translation from a body to items, and from their results to an answer.
 
-Always true: a protocol sees neither the network nor the model; it names every number it answers from a result that has
-one, since a request whose items cannot all be answered is refused before (unless the protocol tells errors itself).
+Invariants: a protocol sees neither the network nor the model; every number in its answer comes from a result that has one,
+since a request with an item that cannot be scored is refused before (unless the answer has a place for errors).
 """
 
 from __future__ import annotations
@@ -9,56 +9,68 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.refusals import Refusal, plain
 
-Body = Mapping[str, Any]
-Schema = Mapping[str, Any]
+if TYPE_CHECKING:
+    from rlhf_ray.serving.fields import Body
+
+
+class Usage(TypedDict):
+    """How many tokens were scored, in the words of OpenAI's interface."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The results of one request, and what an answer tells beside them."""
+class ScoredRequest:
+    """The results of one request, and what an answer says besides."""
 
     results: Sequence[ScoreResult]
+    """One result per item, in the order of the items."""
     model: str
     version: str
     request_id: str
     created: int
     """Seconds since 1970."""
     normalize: bool
-    """Whether protocols that tell one number an item tell the normalised one."""
+    """Whether a protocol with one number per item answers the normalised reward instead of the raw score."""
 
     def numbers(self, *, activation: bool = False) -> list[float]:
-        """One number an item; with ``activation`` 1 / (1 + exp(-number))."""
-        found = [result.reward if self.normalize else result.raw for result in self.results]
-        numbers = [number for number in found if number is not None]
-        assert len(numbers) == len(found), "a request with an item that has no number is refused before"
+        """One number per item; with ``activation`` its sigmoid."""
+        chosen = [result.reward if self.normalize else result.raw for result in self.results]
+        numbers = [number for number in chosen if number is not None]
+        assert len(numbers) == len(chosen), "a request with an item that has no number is refused before"
         return [sigmoid(number) for number in numbers] if activation else numbers
 
     @property
     def tokens(self) -> int:
-        """Tokens of all items."""
+        """Tokens of all items together."""
         return sum(result.tokens for result in self.results)
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Tokens, as OpenAI's interface tells them."""
+    def usage(self) -> Usage:
+        """The tokens in the words of OpenAI's interface."""
         return {"prompt_tokens": self.tokens, "total_tokens": self.tokens, "completion_tokens": 0}
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """What a body asks for."""
 
     items: Sequence[ScoreRequest | ScoreResult]
-    """Items in order; one that is not well formed is its failed result already."""
-    answer: Callable[[Scored], Any]
+    """The items in order; one that is not well formed stands here as its failed result."""
+    answer: Callable[[ScoredRequest], Any]
+    """Makes the body of the answer."""
     model: str | None = None
-    """The name of the model asked for; none means the first that is served."""
-    tells_errors: bool = False
+    """The name of the model asked for; None means the first that is served."""
+    reports_errors: bool = False
     """Whether the answer has a place for an item without a score."""
     request_id: str | None = None
 
@@ -70,12 +82,16 @@ class Protocol:
     name: str
     paths: tuple[str, ...]
     summary: str
-    read: Callable[[Body], Asked]
-    request: Schema
-    """JSON schema of the body, with examples."""
-    response: Schema
+    bodies: tuple[type[Body], ...]
+    """The forms that a body may have; the first one that claims a body reads it."""
+    answer: Any
+    """The type of its answers, from which their JSON schema is made."""
     refuse: Callable[[Refusal], Any] = plain
-    """The body of an answer that holds no scores."""
+    """Makes the body of an answer without scores."""
+
+    def read(self, values: Mapping[str, Any]) -> ParsedRequest:
+        """The items of a body; raises a :class:`Refusal` for a body that is not of the protocol's form."""
+        return next(form for form in self.bodies if form.claims(values)).read(values)
 
 
 def sigmoid(number: float) -> float:

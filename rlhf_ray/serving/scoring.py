@@ -20,7 +20,7 @@ from rlhf_ray.rewards.batcher import OverloadedError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.auth import KEY
 from rlhf_ray.serving.models import Limits, Models, Version
-from rlhf_ray.serving.protocol import Asked, Scored
+from rlhf_ray.serving.protocol import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import Refusal
 
 IDENTITY = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -45,7 +45,9 @@ class ScoringCore:
         self.max_items = min(config.max_items, config.max_queue_items)
         self._normalize = config.normalize
 
-    async def score(self, http: Request, asked: Asked, on_forward: Callable[[], None] = lambda: None) -> Scored:
+    async def score(
+        self, http: Request, asked: ParsedRequest, on_forward: Callable[[], None] = lambda: None
+    ) -> ScoredRequest:
         """Results of all items asked for; raises a :class:`Refusal`, or :class:`ClientDisconnect` where nobody waits.
 
         ``on_forward`` is called when the first of them leaves the queue.
@@ -57,9 +59,9 @@ class ScoringCore:
         requests = [item for item in asked.items if isinstance(item, ScoreRequest)]
         scored = iter(await self._scores(http, version, requests, on_forward))
         results = [next(scored) if isinstance(item, ScoreRequest) else item for item in asked.items]
-        if not asked.tells_errors:
+        if not asked.reports_errors:
             _refuse_errors(results)
-        return Scored(
+        return ScoredRequest(
             results=results,
             model=asked.model or str(version.backends[0].describe()["model"]),
             version=version.name,
@@ -102,7 +104,7 @@ def caller_of(http: Request) -> str:
     return str(http.scope.get(KEY) or (http.client.host if http.client else ""))
 
 
-def request_identity(http: Request, asked: Asked) -> str:
+def request_identity(http: Request, asked: ParsedRequest) -> str:
     """The identity of a request: the caller's, where it gave a plain one."""
     given = http.headers.get("x-request-id") or asked.request_id or ""
     return given if IDENTITY.fullmatch(given) else uuid.uuid4().hex

@@ -92,9 +92,10 @@ class Sender:
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
-        self.examples = [(path, one.request["example"]) for one in PROTOCOLS for path in one.paths]
+        self.examples = [(path, one.bodies[0].example) for one in PROTOCOLS for path in one.paths]
         self.keys = sorted(
-            {key for one in PROTOCOLS for key in one.request["properties"]} | {"truncate", "text", "role"}
+            {key for one in PROTOCOLS for form in one.bodies for key in form.model_fields}
+            | {"truncate", "text", "role"}
         )
 
     def request(self) -> tuple[str, bytes, dict[str, str]]:
@@ -102,24 +103,24 @@ class Sender:
         path, example = self.draw.choice(self.examples)
         body = json.loads(json.dumps(example))
         for _ in range(self.draw.randrange(1, 4)):
-            body = self._spoil(body)
+            body = self.spoil(body)
         content = json.dumps(body).encode()
         if self.draw.random() < 0.05:
             content = self._torn(content)
         return path, content, {}
 
-    def _spoil(self, value: Any, depth: int = 0) -> Any:
+    def spoil(self, value: Any, depth: int = 0) -> Any:
         if self.draw.random() < 0.25 or depth > 4 or not isinstance(value, dict | list) or not value:
             return self._any(2)
         if isinstance(value, dict):
             key = self.draw.choice(self.keys) if self.draw.random() < 0.3 else self.draw.choice(list(value))
             if self.draw.random() < 0.15:
                 return {name: one for name, one in value.items() if name != key}
-            return {**value, key: self._spoil(value.get(key), depth + 1)}
+            return {**value, key: self.spoil(value.get(key), depth + 1)}
         at = self.draw.randrange(len(value))
         if self.draw.random() < 0.3:
             return value * self.draw.choice((0, 2, 20))
-        return [*value[:at], self._spoil(value[at], depth + 1), *value[at + 1 :]]
+        return [*value[:at], self.spoil(value[at], depth + 1), *value[at + 1 :]]
 
     def _any(self, depth: int) -> Any:
         kind = self.draw.randrange(6 if depth else 4)

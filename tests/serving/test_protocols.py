@@ -191,7 +191,8 @@ REFUSED = [
     ("/classify", {}, 422, "wrong_body", "input must be a text, texts, token ids or lists of them, not nothing"),
     ("/classify", {"input": [[1], SECRET, 2.5]}, 422, "wrong_body", "input 2 must be a text or token ids, not float"),
     ("/classify", {"input": "a", "messages": TURNS}, 422, "wrong_body", "not both"),
-    ("/classify", {"messages": [{"role": SECRET}]}, 422, "wrong_body", "messages must be a list of objects"),
+    ("/classify", {"messages": [{"role": SECRET}]}, 422, "wrong_body", "messages 0 content must be a text, not nothing"),
+    ("/classify", {"messages": SECRET}, 422, "wrong_body", "messages must be a list of objects with the texts role"),
     ("/classify", {"input": "a", "activation": True, "softmax": False}, 422, "wrong_body", "say different things"),
     ("/classify", {"input": "a", "activation": "no"}, 422, "wrong_body", "activation must be true or false, not str"),
     ("/classify", {"input": "a", "truncate_prompt_tokens": 5}, 422, "unsupported", "-1 only"),
@@ -216,8 +217,8 @@ REFUSED = [
     ("/predict", {"inputs": [["a"], []]}, 422, "wrong_body", "one text or a pair, not 0 of them"),
     ("/predict", {"inputs": "a", "truncate": True, "truncation_direction": "Right"}, 422, "unsupported", "left only"),
     ("/rm", {"prompt": "a"}, 422, "wrong_body", "response must be a text, not nothing"),
-    ("/rm", {"prompt": 5, "response": "a"}, 422, "wrong_body", "prompt must be a text, not int"),
-    ("/rm", {"prompt": ["a"], "response": "a"}, 422, "wrong_body", "prompt must be a list of objects"),
+    ("/rm", {"prompt": 5, "response": "a"}, 422, "wrong_body", "prompt must be a text or a conversation, not int"),
+    ("/rm", {"prompt": ["a"], "response": "a"}, 422, "wrong_body", "prompt 0 must be an object, not str"),
     ("/rm", {"prompt": "", "response": ""}, 422, "item", "item 0: the item is empty"),
 ]  # fmt: skip
 

@@ -8,125 +8,105 @@ from __future__ import annotations
 import base64
 import struct
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
 
-from rlhf_ray.serving.bodies import field
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
-from rlhf_ray.serving.protocols.inputs import COMMON, MESSAGES, TEXT_OR_IDS, activation, inputs, model_of, request_id_of
-from rlhf_ray.serving.refusals import Refusal, as_openai
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from rlhf_ray.serving.fields import Only
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+from rlhf_ray.serving.protocols.inputs import InputBody, Listing, listing
+from rlhf_ray.serving.refusals import as_openai
 
 LABEL = "LABEL_0"
 """What transformers calls the only class."""
+WrittenScore = list[float] | str
 
 
-def read_classify(body: Body) -> Asked:
-    """The items of a ``/classify`` body."""
-    squashed = activation(body)
+class Classified(TypedDict):
+    """One item of an answer of ``/classify``."""
 
-    def answer(scored: Scored) -> Any:
-        rows = enumerate(scored.numbers(activation=squashed))
-        listed = [{"index": index, "label": LABEL, "probs": [score], "num_classes": 1} for index, score in rows]
-        return listing("classify", scored, listed)
-
-    return Asked(inputs(body), answer, model=model_of(body), request_id=request_id_of(body))
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
 
 
-def read_pooling(body: Body) -> Asked:
-    """The items of a ``/pooling`` body."""
-    task = field(body, "task", str, "classify")
-    if task != "classify":
-        raise Refusal("unsupported", "task is served as classify only: one score a sequence")
-    dtype = field(body, "embed_dtype", str, "float32")
-    if dtype != "float32":
-        raise Refusal("unsupported", "embed_dtype is served as float32 only")
-    squashed, write = activation(body), number_writer(body)
+class ClassifyBody(InputBody):
+    """The body of ``/classify``."""
 
-    def answer(scored: Scored) -> Any:
-        rows = enumerate(scored.numbers(activation=squashed))
-        return listing(
-            "pool", scored, [{"index": index, "object": "pooling", "data": write(score)} for index, score in rows]
-        )
+    example: ClassVar = {"input": ["why? because."], "use_activation": False}
 
-    return Asked(inputs(body), answer, model=model_of(body), request_id=request_id_of(body))
+    def parse(self) -> ParsedRequest:
+        sigmoid = self.applies_sigmoid()
 
+        def answer(scored: ScoredRequest) -> Listing[Classified]:
+            scores = enumerate(scored.numbers(activation=sigmoid))
+            rows: list[Classified] = [
+                {"index": index, "label": LABEL, "probs": [score], "num_classes": 1} for index, score in scores
+            ]
+            return listing("classify", scored, rows)
 
-def number_writer(body: Body) -> Any:
-    """How a vector of one number is written: as a list, or as base64 of its float32 bytes."""
-    form = field(body, "encoding_format", str, "float")
-    order = field(body, "endianness", str, "little")
-    if form not in ("float", "base64"):
-        raise Refusal("unsupported", "encoding_format is served as float and base64")
-    if order not in ("native", "little", "big"):
-        raise Refusal("wrong_body", "endianness must be native, little or big")
-    if form == "float":
-        return lambda score: [score]
-    big = (sys.byteorder if order == "native" else order) == "big"
-    return lambda score: base64.b64encode(struct.pack(">f" if big else "<f", score)).decode()
+        return self.request(self.items(), answer)
 
 
-def listing(prefix: str, scored: Scored, rows: list[Any]) -> dict[str, Any]:
-    """An answer of OpenAI's shape."""
-    return {
-        "id": f"{prefix}-{scored.request_id}",
-        "object": "list",
-        "created": scored.created,
-        "model": scored.model,
-        "data": rows,
-        "usage": scored.usage,
-    }
+class EncodedBody(InputBody):
+    """A body that says how the vector of one score is written."""
+
+    encoding_format: Annotated[str, Only(("float", "base64"), "is served as float and base64")] | None = None
+    endianness: Annotated[Literal["native", "little", "big"] | None, Field(title="native, little or big")] = None
+
+    def writer(self) -> Callable[[float], WrittenScore]:
+        """Writes a score as a list of one number, or as base64 of its float32 bytes."""
+        if self.encoding_format != "base64":
+            return lambda score: [score]
+        order = sys.byteorder if self.endianness == "native" else self.endianness
+        form = ">f" if order == "big" else "<f"
+        return lambda score: base64.b64encode(struct.pack(form, score)).decode()
 
 
-def listing_schema(row: dict[str, Any]) -> dict[str, Any]:
-    """The schema of :func:`listing`."""
-    required = ["id", "object", "created", "model", "data", "usage"]
-    rows = {"type": "array", "items": {"type": "object", "required": list(row), "properties": row}}
-    kinds = {"id": "string", "object": "string", "created": "integer", "model": "string", "usage": "object"}
-    return {
-        "type": "object",
-        "required": required,
-        "properties": {**{name: {"type": kind} for name, kind in kinds.items()}, "data": rows},
-    }
+class Pooled(TypedDict):
+    """One item of an answer of ``/pooling``."""
+
+    index: int
+    object: str
+    data: WrittenScore
 
 
-_REQUEST = {"type": "object", "properties": {"input": TEXT_OR_IDS, "messages": MESSAGES, **COMMON}}
-_NUMBERS = {"type": "array", "items": {"type": "number"}}
+class PoolingBody(EncodedBody):
+    """The body of ``/pooling``."""
+
+    task: Annotated[str, Only(("classify",), "is served as classify only: one score a sequence")] | None = None
+    embed_dtype: Annotated[str, Only(("float32",), "is served as float32 only")] | None = None
+    example: ClassVar = {"input": [[1, 5, 6]], "encoding_format": "base64"}
+
+    def parse(self) -> ParsedRequest:
+        sigmoid, write = self.applies_sigmoid(), self.writer()
+
+        def answer(scored: ScoredRequest) -> Listing[Pooled]:
+            scores = enumerate(scored.numbers(activation=sigmoid))
+            rows: list[Pooled] = [
+                {"index": index, "object": "pooling", "data": write(score)} for index, score in scores
+            ]
+            return listing("pool", scored, rows)
+
+        return self.request(self.items(), answer)
+
+
 CLASSIFY = Protocol(
     name="classify",
     paths=("/classify", "/v1/classify"),
     summary="Scores as vLLM's and SGLang's classify answers them; raw unless the activation is asked for",
-    read=read_classify,
-    request={**_REQUEST, "example": {"input": ["why? because."], "use_activation": False}},
-    response=listing_schema(
-        {
-            "index": {"type": "integer"},
-            "label": {"type": "string"},
-            "probs": _NUMBERS,
-            "num_classes": {"type": "integer"},
-        }
-    ),
+    bodies=(ClassifyBody,),
+    answer=Listing[Classified],
     refuse=as_openai,
 )
-ENCODING = {
-    "encoding_format": {"enum": ["float", "base64", None]},
-    "endianness": {"enum": ["native", "little", "big", None]},
-}
 POOLING = Protocol(
     name="pooling",
     paths=("/pooling",),
     summary="Scores as vLLM's pooling answers them for reward models",
-    read=read_pooling,
-    request={
-        "type": "object",
-        "properties": {
-            **_REQUEST["properties"],
-            **ENCODING,
-            "task": {"enum": ["classify", None]},
-            "embed_dtype": {"enum": ["float32", None]},
-        },
-        "example": {"input": [[1, 5, 6]], "encoding_format": "base64"},
-    },
-    response=listing_schema(
-        {"index": {"type": "integer"}, "object": {"type": "string"}, "data": {"anyOf": [_NUMBERS, {"type": "string"}]}}
-    ),
+    bodies=(PoolingBody,),
+    answer=Listing[Pooled],
     refuse=as_openai,
 )

@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, ClassVar
 
-from rlhf_ray.serving.bodies import field
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
-from rlhf_ray.serving.protocols.classify import ENCODING, listing, listing_schema, number_writer
-from rlhf_ray.serving.protocols.inputs import COMMON, MESSAGES, TEXT_OR_IDS, activation, inputs, model_of, request_id_of
-from rlhf_ray.serving.refusals import Refusal, as_openai
+from typing_extensions import TypedDict
+
+from rlhf_ray.serving.fields import Only
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+from rlhf_ray.serving.protocols.classify import EncodedBody, WrittenScore
+from rlhf_ray.serving.protocols.inputs import Listing, listing
+from rlhf_ray.serving.refusals import as_openai
 
 
-def read(body: Body) -> Asked:
-    """The items of a body."""
-    if field(body, "dimensions", int, 1) != 1:
-        raise Refusal("unsupported", "dimensions is served as 1 only: the score is the whole embedding")
-    squashed, write = activation(body), number_writer(body)
+class Embedded(TypedDict):
+    """One item of an answer."""
 
-    def answer(scored: Scored) -> Any:
-        rows = enumerate(scored.numbers(activation=squashed))
-        listed = [{"index": index, "object": "embedding", "embedding": write(score)} for index, score in rows]
-        return listing("embd", scored, listed)
+    index: int
+    object: str
+    embedding: WrittenScore
 
-    return Asked(inputs(body), answer, model=model_of(body), request_id=request_id_of(body))
+
+class EmbeddingsBody(EncodedBody):
+    """The body of ``/v1/embeddings``."""
+
+    dimensions: Annotated[int, Only((1,), "is served as 1 only: the score is the whole embedding")] | None = None
+    example: ClassVar = {"input": "why? because.", "model": "reward", "encoding_format": "float"}
+
+    def parse(self) -> ParsedRequest:
+        sigmoid, write = self.applies_sigmoid(), self.writer()
+
+        def answer(scored: ScoredRequest) -> Listing[Embedded]:
+            scores = enumerate(scored.numbers(activation=sigmoid))
+            rows: list[Embedded] = [
+                {"index": index, "object": "embedding", "embedding": write(score)} for index, score in scores
+            ]
+            return listing("embd", scored, rows)
+
+        return self.request(self.items(), answer)
 
 
 EMBEDDINGS = Protocol(
     name="embeddings",
     paths=("/v1/embeddings",),
     summary="Scores as embeddings of one number",
-    read=read,
-    request={
-        "type": "object",
-        "properties": {
-            "input": TEXT_OR_IDS,
-            "messages": MESSAGES,
-            **COMMON,
-            **ENCODING,
-            "dimensions": {"enum": [1, None]},
-        },
-        "example": {"input": "why? because.", "model": "reward", "encoding_format": "float"},
-    },
-    response=listing_schema(
-        {
-            "index": {"type": "integer"},
-            "object": {"type": "string"},
-            "embedding": {"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]},
-        }
-    ),
+    bodies=(EmbeddingsBody,),
+    answer=Listing[Embedded],
     refuse=as_openai,
 )

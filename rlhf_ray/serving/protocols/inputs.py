@@ -1,4 +1,4 @@
-"""The inputs that vLLM's, SGLang's and OpenAI's interfaces have in common.
+"""The fields that the bodies of vLLM's, SGLang's and OpenAI's interfaces have in common.
 
 ``input`` is a text, a list of texts, token ids or a list of lists of token ids; or ``messages`` is a conversation. As
 there, a text gets the special tokens of the reward model's tokenizer (never a second time, where it begins or ends with
@@ -7,96 +7,152 @@ them) unless ``add_special_tokens`` is false; ids are scored as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field, Tag
+from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.bodies import field, is_ids, item, kind, messages_of, refuse_unserved
-from rlhf_ray.serving.protocol import Body
+from rlhf_ray.serving.fields import (
+    AsIds,
+    AsList,
+    AsText,
+    Body,
+    Conversation,
+    JsonList,
+    Only,
+    TokenIds,
+    Unserved,
+    make_item,
+    one_of,
+    type_name,
+)
+from rlhf_ray.serving.protocol import ParsedRequest, ScoredRequest, Usage
 from rlhf_ray.serving.refusals import Refusal
 
-ACTIVATION_KEYS = ("use_activation", "activation", "softmax")
-UNSERVED: Mapping[str, str] = {
-    "chat_template": "the reward model's own template is used",
-    "chat_template_kwargs": "the reward model's own template is used as it stands",
-    "add_generation_prompt": "a conversation is scored at its last answer",
-    "continue_final_message": "a conversation is scored at its last answer",
-    "mm_processor_kwargs": "there is text only",
-    "normalize": "set normalize where the service is started",
-}
-
-TEXT_OR_IDS = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-    ],
-    "description": "a text, texts, token ids, or lists of token ids",
-}
-MESSAGES = {"type": "array", "items": {"type": "object"}, "description": "a conversation, instead of input"}
-COMMON = {
-    "model": {"type": "string"},
-    "use_activation": {"type": "boolean", "description": "apply the sigmoid; raw scores by default"},
-    "activation": {"type": "boolean", "description": "an older name of use_activation"},
-    "softmax": {"type": "boolean", "description": "an older name of use_activation"},
-    "truncate_prompt_tokens": {"enum": [-1, None], "description": "-1 cuts what is too long from the left"},
-    "add_special_tokens": {"type": "boolean", "default": True},
-    "request_id": {"type": "string"},
-}
+INPUT = "a text, texts, token ids or lists of them"
+TEMPLATE = "the reward model's own template is used"
+LAST_ANSWER = "a conversation is scored at its last answer"
 
 
-def inputs(body: Body) -> list[ScoreRequest]:
-    """The items of ``input`` or ``messages``."""
-    refuse_unserved(body, UNSERVED)
-    truncate = truncation(body)
-    if "messages" in body:
-        if body.get("input") is not None:
-            raise Refusal("wrong_body", "give input or messages, not both")
-        return [item("messages", messages=messages_of(body["messages"]), truncate=truncate)]
-    given = body.get("input")
-    add = field(body, "add_special_tokens", bool, True)
-    if isinstance(given, str):
-        return [item("input", text=given, truncate=truncate, add_special_tokens=add)]
-    if not isinstance(given, list):
-        raise Refusal("wrong_body", f"input must be a text, texts, token ids or lists of them, not {kind(given)}")
-    if given and is_ids(given):
-        return [item("input", token_ids=tuple(given), truncate=truncate)]
-    return [_one(f"input {position}", value, truncate, add) for position, value in enumerate(given)]
-
-
-def _one(name: str, value: Any, truncate: bool, add: bool) -> ScoreRequest:
+def _branch_of_one(value: Any) -> Tag | None:
     if isinstance(value, str):
-        return item(name, text=value, truncate=truncate, add_special_tokens=add)
-    if is_ids(value):
-        return item(name, token_ids=tuple(value), truncate=truncate)
-    raise Refusal("wrong_body", f"{name} must be a text or token ids, not {kind(value)}")
+        return AsText
+    return AsIds if isinstance(value, list) else None
 
 
-def activation(body: Body) -> bool:
-    """Whether the sigmoid is asked for, under any of the names it had; raw scores where nothing is said."""
-    said = {name: field(body, name, bool, False) for name in ACTIVATION_KEYS if body.get(name) is not None}
-    if len(set(said.values())) > 1:
-        raise Refusal("wrong_body", f"{' and '.join(said)} say different things: keep one")
-    return any(said.values())
+def _branch_of_input(value: Any) -> Tag | None:
+    if isinstance(value, list):
+        return AsIds if value and type(value[0]) is int else AsList
+    return AsText if isinstance(value, str) else None
 
 
-def truncation(body: Body) -> bool:
-    """Whether an item that is too long is to be cut from the left."""
-    limit = field(body, "truncate_prompt_tokens", int, 0)
-    side = field(body, "truncation_side", str, "left")
-    if body.get("truncate_prompt_tokens") is not None and limit != -1:
-        raise Refusal("unsupported", "truncate_prompt_tokens is served as -1 only: cut at the model's limit")
-    if limit and side != "left":
-        raise Refusal("unsupported", "truncation_side is served as left only: the score is read at the last token")
-    return limit == -1
+OneInput = Annotated[
+    Annotated[str, AsText] | Annotated[TokenIds, AsIds],
+    one_of(_branch_of_one, "a text or token ids"),
+]
+Input = Annotated[
+    Annotated[str, AsText] | Annotated[TokenIds, AsIds] | Annotated[list[OneInput], JsonList(), AsList],
+    one_of(_branch_of_input, INPUT),
+]
 
 
-def model_of(body: Body) -> str | None:
-    """The model that a body names."""
-    return field(body, "model", str, "") or None
+class CommonBody(Body):
+    """What every body of these interfaces may say."""
+
+    model: str | None = None
+    request_id: str | None = None
+    use_activation: Annotated[bool | None, Field(description="apply the sigmoid; scores are raw by default")] = None
+    activation: Annotated[bool | None, Field(description="an older name of use_activation")] = None
+    softmax: Annotated[bool | None, Field(description="an older name of use_activation")] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Only((-1,), "is served as -1 only: cut at the model's limit")] | None,
+        Field(description="-1 cuts an item that is too long from the left"),
+    ] = None
+    truncation_side: Annotated[str | None, Field(description="left, where truncation is asked for")] = None
+    chat_template: Annotated[Any, Unserved(TEMPLATE)] = None
+    chat_template_kwargs: Annotated[Any, Unserved(f"{TEMPLATE} as it stands")] = None
+    add_generation_prompt: Annotated[Any, Unserved(LAST_ANSWER)] = None
+    continue_final_message: Annotated[Any, Unserved(LAST_ANSWER)] = None
+    mm_processor_kwargs: Annotated[Any, Unserved("there is text only")] = None
+    normalize: Annotated[Any, Unserved("set normalize where the service is started")] = None
+
+    def applies_sigmoid(self) -> bool:
+        """Whether the sigmoid is asked for, under any of the names it had; raw scores where nothing is said."""
+        names = {"use_activation": self.use_activation, "activation": self.activation, "softmax": self.softmax}
+        flags = {name: flag for name, flag in names.items() if flag is not None}
+        if len(set(flags.values())) > 1:
+            raise Refusal("wrong_body", f"{' and '.join(flags)} say different things: keep one")
+        return any(flags.values())
+
+    def truncates(self) -> bool:
+        """Whether an item that is too long is to be cut from the left."""
+        if self.truncate_prompt_tokens is not None and self.truncation_side not in (None, "left"):
+            raise Refusal("unsupported", "truncation_side is served as left only: the score is read at the last token")
+        return self.truncate_prompt_tokens is not None
+
+    def request(self, items: Sequence[ScoreRequest], answer: Callable[[ScoredRequest], Any]) -> ParsedRequest:
+        """What is asked for: these items, of the model and under the identity that the body names."""
+        return ParsedRequest(items, answer, model=self.model or None, request_id=self.request_id or None)
 
 
-def request_id_of(body: Body) -> str | None:
-    """The identity that a body gives its request."""
-    return field(body, "request_id", str, "") or None
+class InputBody(CommonBody):
+    """A body with ``input`` or ``messages``."""
+
+    input: Annotated[
+        Input | None, Field(title=INPUT, description="a text, texts, token ids, or lists of token ids")
+    ] = None
+    messages: Annotated[
+        Conversation,
+        Field(
+            title="a list of objects with the texts role and content", description="a conversation, instead of input"
+        ),
+    ] = ()
+    add_special_tokens: Annotated[
+        bool | None, Field(description="to texts, as the tokenizer does; true by default")
+    ] = None
+
+    def items(self) -> list[ScoreRequest]:
+        """The items of ``input`` or ``messages``."""
+        truncate = self.truncates()
+        if "messages" in self.model_fields_set:
+            if self.input is not None:
+                raise Refusal("wrong_body", "give input or messages, not both")
+            return [make_item("messages", messages=self.messages, truncate=truncate)]
+        if self.input is None:
+            raise Refusal("wrong_body", f"input must be {INPUT}, not {type_name(self.input)}")
+        if isinstance(self.input, list):
+            return [self._item(f"input {position}", one, truncate) for position, one in enumerate(self.input)]
+        return [self._item("input", self.input, truncate)]
+
+    def _item(self, name: str, one: str | tuple[int, ...], truncate: bool) -> ScoreRequest:
+        if isinstance(one, tuple):
+            return make_item(name, token_ids=one, truncate=truncate)
+        return make_item(name, text=one, truncate=truncate, add_special_tokens=self.add_special_tokens is not False)
+
+
+Row = TypeVar("Row")
+
+
+class Listing(TypedDict, Generic[Row]):
+    """An answer in the shape of OpenAI's lists."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[Row]
+    usage: Usage
+
+
+def listing(prefix: str, scored: ScoredRequest, rows: list[Row]) -> Listing[Row]:
+    """The answer with these rows; ``prefix`` begins its identity."""
+    return {
+        "id": f"{prefix}-{scored.request_id}",
+        "object": "list",
+        "created": scored.created,
+        "model": scored.model,
+        "data": rows,
+        "usage": scored.usage,
+    }

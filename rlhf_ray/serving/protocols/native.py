@@ -2,119 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar, cast
+
+from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, with_config
+from typing_extensions import TypedDict
 
 from rlhf_ray.errors import RequestError
-from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.bodies import field, is_ids, is_messages, kind
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
-from rlhf_ray.serving.refusals import Refusal
+from rlhf_ray.rewards.request import Fault, ScoreRequest, ScoreResult
+from rlhf_ray.serving.fields import Body, Conversation, TokenIds, explain, type_name
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
 
 
-def read(body: Body) -> Asked:
-    """The items of a body; one that is not well formed fails alone."""
-    items = body.get("items")
-    if not isinstance(items, list):
-        raise Refusal("wrong_body", f"items must be a list, not {kind(items)}")
-    model = field(body, "model", str, "") or None
-    return Asked([_item(one) for one in items], _answer, model=model, tells_errors=True)
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class Item(TypedDict, total=False):
+    """Exactly one of token_ids, text, messages, or prompt with response."""
+
+    token_ids: TokenIds
+    text: str
+    messages: Conversation
+    prompt: str
+    response: str
+    truncate: Annotated[bool, Field(description="cut an item that is too long from the left; false by default")]
+    add_special_tokens: Annotated[bool, Field(description="to a text, as its tokenizer does; false by default")]
 
 
-def _item(given: Any) -> ScoreRequest | ScoreResult:
-    if not isinstance(given, dict):
-        return ScoreResult.failed(f"an item must be a JSON object, not {kind(given)}")
-    if not given.keys() <= _CHECKS.keys():
+KEYS = frozenset(Item.__annotations__)
+
+
+def _read_item(value: Any, validate: ValidatorFunctionWrapHandler) -> ScoreRequest | ScoreResult:
+    """The item, or its failed result where it is not well formed."""
+    if not isinstance(value, dict):
+        return ScoreResult.failed(f"an item must be a JSON object, not {type_name(value)}")
+    if not value.keys() <= KEYS:
         return ScoreResult.failed(
             "unknown key: an item has token_ids, text, messages, or prompt and response; and it may have truncate, or "
             "with text add_special_tokens"
         )
-    wrong = next((name for name, (_, right) in _CHECKS.items() if name in given and not right(given[name])), None)
-    if wrong is not None:
-        return ScoreResult.failed(f"{wrong} must be {_CHECKS[wrong][0]}")
-    sequences = {name: tuple(given[name]) for name in ("token_ids", "messages") if name in given}
     try:
-        return ScoreRequest(**{**given, **sequences})
+        return ScoreRequest(**validate(value))
+    except ValidationError as error:
+        return ScoreResult.failed(explain(error.errors(include_url=False)[0])[1])
     except RequestError as error:
         return ScoreResult.failed(str(error))
 
 
-def _answer(scored: Scored) -> Any:
+class RewardBody(Body):
+    """The body of ``/v1/reward``; an item that is not well formed fails alone."""
+
+    items: Annotated[list[Annotated[Item, WrapValidator(_read_item)]], Field(title="a list")]
+    model: str | None = None
+    example: ClassVar = {
+        "items": [{"prompt": "why? ", "response": "because."}, {"token_ids": [1, 5, 6], "truncate": True}]
+    }
+
+    def parse(self) -> ParsedRequest:
+        items = cast("list[ScoreRequest | ScoreResult]", self.items)  # which is what _read_item makes of them
+        return ParsedRequest(items, _answer, model=self.model or None, reports_errors=True)
+
+
+class Result(TypedDict):
+    """The result of one item: two numbers, or an error and its fault."""
+
+    raw: Annotated[float | None, Field(description="the model's output")]
+    reward: Annotated[
+        float | None, Field(description="normalised where the model's directory has a mean and a deviation")
+    ]
+    tokens: int
+    truncated: bool
+    error: str | None
+    fault: Fault | None
+
+
+class Results(TypedDict):
+    """An answer: one result per item, in the order of the items."""
+
+    request_id: str
+    model: str
+    version: str
+    results: list[Result]
+
+
+def _answer(scored: ScoredRequest) -> Results:
     return {
         "request_id": scored.request_id,
         "model": scored.model,
         "version": scored.version,
-        "results": [vars(result) for result in scored.results],
+        "results": [_result(result) for result in scored.results],
     }
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _result(result: ScoreResult) -> Result:
+    return {
+        "raw": result.raw,
+        "reward": result.reward,
+        "tokens": result.tokens,
+        "truncated": result.truncated,
+        "error": result.error,
+        "fault": result.fault,
+    }
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "token_ids": ("a list of whole numbers", is_ids),
-    "messages": ("a list of objects with the texts role and content", is_messages),
-    "text": ("a text", _is_text),
-    "prompt": ("a text", _is_text),
-    "response": ("a text", _is_text),
-    "truncate": ("true or false", _is_flag),
-    "add_special_tokens": ("true or false", _is_flag),
-}
-_NUMBER = {"type": ["number", "null"]}
-_MESSAGE = {
-    "type": "object",
-    "required": ["role", "content"],
-    "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
-}
-_ITEM = {
-    "type": "object",
-    "properties": {
-        "token_ids": {"type": "array", "items": {"type": "integer"}},
-        "text": {"type": "string"},
-        "messages": {"type": "array", "items": _MESSAGE},
-        "prompt": {"type": "string"},
-        "response": {"type": "string"},
-        "truncate": {"type": "boolean", "default": False, "description": "cut an item that is too long from the left"},
-        "add_special_tokens": {"type": "boolean", "default": False, "description": "of a text, as its tokenizer does"},
-    },
-    "description": "exactly one of token_ids, text, messages, or prompt with response",
-}
-_RESULT = {
-    "type": "object",
-    "required": ["raw", "reward", "tokens", "truncated", "error", "fault"],
-    "properties": {
-        "raw": {**_NUMBER, "description": "the model's output"},
-        "reward": {**_NUMBER, "description": "normalised where the model's directory has a mean and a deviation"},
-        "tokens": {"type": "integer"},
-        "truncated": {"type": "boolean"},
-        "error": {"type": ["string", "null"]},
-        "fault": {"enum": ["item", "model", "source", None]},
-    },
-}
 REWARD = Protocol(
     name="reward",
     paths=("/v1/reward",),
     summary="Scores of items in any representation; a bad item fails alone",
-    read=read,
-    request={
-        "type": "object",
-        "required": ["items"],
-        "properties": {"items": {"type": "array", "items": _ITEM}, "model": {"type": "string"}},
-        "example": {"items": [{"prompt": "why? ", "response": "because."}, {"token_ids": [1, 5, 6], "truncate": True}]},
-    },
-    response={
-        "type": "object",
-        "required": ["request_id", "model", "version", "results"],
-        "properties": {
-            "request_id": {"type": "string"},
-            "model": {"type": "string"},
-            "version": {"type": "string"},
-            "results": {"type": "array", "items": _RESULT},
-        },
-    },
+    bodies=(RewardBody,),
+    answer=Results,
 )

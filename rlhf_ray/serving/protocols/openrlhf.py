@@ -6,48 +6,53 @@ it (``prompts``; ``labels`` or ``metadata``) is for reward functions and is not 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from rlhf_ray.serving.bodies import item, kind, text_of
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
-from rlhf_ray.serving.refusals import Refusal
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from rlhf_ray.serving.fields import Body, JsonList, make_item
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
 
-def read(body: Body) -> Asked:
-    """The items of a body, of whichever generation."""
-    queries = body.get("query")
-    if not isinstance(queries, list):
-        raise Refusal("wrong_body", f"query must be a list of texts, not {kind(queries)}")
-    names = [f"query {position}" for position in range(len(queries))]
-    items = [item(name, text=text_of(query, name)) for name, query in zip(names, queries, strict=True)]
-    return Asked(items, _answer)
+Unread = Annotated[Any, Field(description="not read")]
 
 
-def _answer(scored: Scored) -> Any:
+class Rewards(TypedDict):
+    """An answer: the scores under both of the names that generations of the client look for."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, Any]
+
+
+class GetRewardBody(Body):
+    """The body of ``/get_reward``."""
+
+    query: Annotated[
+        tuple[str, ...],
+        JsonList(),
+        Field(title="a list of texts", description="whole texts with their special tokens in them"),
+    ]
+    prompts: Unread = None
+    labels: Unread = None
+    metadata: Unread = None
+    example: ClassVar = {"query": ["<bos>why? because.<eos>"], "prompts": ["<bos>why?"], "labels": [None]}
+
+    def parse(self) -> ParsedRequest:
+        return ParsedRequest(
+            [make_item(f"query {position}", text=text) for position, text in enumerate(self.query)], _answer
+        )
+
+
+def _answer(scored: ScoredRequest) -> Rewards:
     rewards = scored.numbers()
     return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
 
 
-_NUMBERS = {"type": "array", "items": {"type": "number"}}
 GET_REWARD = Protocol(
     name="openrlhf",
     paths=("/get_reward",),
     summary="Scores of whole texts, as OpenRLHF's remote reward model answers them",
-    read=read,
-    request={
-        "type": "object",
-        "required": ["query"],
-        "properties": {
-            "query": {"type": "array", "items": {"type": "string"}, "description": "texts with their special tokens"},
-            "prompts": {"description": "not read"},
-            "labels": {"description": "not read"},
-            "metadata": {"description": "not read"},
-        },
-        "example": {"query": ["<bos>why? because.<eos>"], "prompts": ["<bos>why?"], "labels": [None]},
-    },
-    response={
-        "type": "object",
-        "required": ["rewards", "scores", "extra_logs"],
-        "properties": {"rewards": _NUMBERS, "scores": _NUMBERS, "extra_logs": {"type": "object"}},
-    },
+    bodies=(GetRewardBody,),
+    answer=Rewards,
 )

@@ -6,154 +6,219 @@ shared with text-embeddings-inference, whose bodies have ``texts`` in place of `
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.bodies import field, item, kind, refuse_unserved, text_of
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
+from rlhf_ray.serving.fields import Document, Texts, Unserved, make_item
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
 from rlhf_ray.serving.protocols import tei
-from rlhf_ray.serving.protocols.classify import listing, listing_schema
-from rlhf_ray.serving.protocols.inputs import COMMON, UNSERVED, activation, model_of, request_id_of, truncation
+from rlhf_ray.serving.protocols.inputs import TEMPLATE, CommonBody, Listing, listing
 from rlhf_ray.serving.refusals import Refusal, as_openai, as_tei
 
-PAIRED = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
-UNSERVED_PAIRS = {
-    **UNSERVED,
-    "max_tokens_per_query": "parts of a pair are not cut",
-    "max_tokens_per_doc": "parts of a pair are not cut",
-    "instruction": "the reward model's own template is used as it stands",
-}
+NOT_CUT = "parts of a pair are not cut"
+PairedTexts = Annotated[Texts, Field(title="a text or a list of texts")]
 
 
-def read_score(body: Body) -> Asked:
-    """The pairs of a ``/score`` body: one with each of several, or one with one."""
-    refuse_unserved(body, UNSERVED_PAIRS)
-    names = next((pair for pair in PAIRED if all(name in body for name in pair)), None)
-    if names is None:
-        raise Refusal("wrong_body", f"give {', or '.join(' and '.join(pair) for pair in PAIRED)}")
-    first, second = (_texts(body[name], name) for name in names)
-    if len(first) == 1:
-        first = first * len(second)
-    if len(first) != len(second):
-        raise Refusal(
-            "wrong_body", f"{names[0]} has {len(first)} texts and {names[1]} {len(second)}: give as many, or one"
-        )
-    squashed, truncate = activation(body), truncation(body)
+class PairBody(CommonBody):
+    """What the bodies of pairs have in common."""
 
-    def answer(scored: Scored) -> Any:
-        rows = enumerate(scored.numbers(activation=squashed))
-        return listing("score", scored, [{"index": index, "object": "score", "score": score} for index, score in rows])
-
-    pairs = [_pair(position, *pair, truncate) for position, pair in enumerate(zip(first, second, strict=True))]
-    return Asked(pairs, answer, model=model_of(body), request_id=request_id_of(body))
+    max_tokens_per_query: Annotated[Any, Unserved(NOT_CUT)] = None
+    max_tokens_per_doc: Annotated[Any, Unserved(NOT_CUT)] = None
+    instruction: Annotated[Any, Unserved(f"{TEMPLATE} as it stands")] = None
 
 
-def read_rerank(body: Body) -> Asked:
-    """The documents of a rerank body, each an answer to the query; the best first."""
-    refuse_unserved(body, UNSERVED_PAIRS)
-    query = text_of(body.get("query"), "query")
-    documents = _texts(body.get("documents"), "documents")
-    top = field(body, "top_n", int, 0)
-    if top < 0:
-        raise Refusal("wrong_body", "top_n must be 0 (all) or more")
-    told = field(body, "return_documents", bool, True)
-    squashed, truncate = activation(body), truncation(body)
+class ScoredPair(TypedDict):
+    """One pair of an answer of ``/score``."""
 
-    def answer(scored: Scored) -> Any:
-        scores = scored.numbers(activation=squashed)
-        best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: top or None]
-        shown = {index: {"document": {"text": documents[index]}} if told else {} for index in best}
-        results = [{"index": index, **shown[index], "relevance_score": scores[index]} for index in best]
-        usage = {"prompt_tokens": scored.tokens, "total_tokens": scored.tokens}
-        return {"id": f"rerank-{scored.request_id}", "model": scored.model, "usage": usage, "results": results}
-
-    pairs = [_pair(position, query, document, truncate) for position, document in enumerate(documents)]
-    return Asked(pairs, answer, model=model_of(body), request_id=request_id_of(body))
+    index: int
+    object: str
+    score: float
 
 
-def read_either(body: Body) -> Asked:
-    """A rerank body of text-embeddings-inference where it has ``texts``, else the other form."""
-    return tei.read_rerank(body) if "texts" in body else read_rerank(body)
+class ScoreBody(PairBody):
+    """The body of ``/score``: one prompt with each of several responses, or as many prompts as responses.
+
+    The forms below differ in the keys of the two; this one is left for a body that has none of them.
+    """
+
+    keys: ClassVar[tuple[str, str] | None] = None
+    """Under which keys the prompts and the responses stand."""
+    example: ClassVar = {}
+
+    @classmethod
+    def claims(cls, values: Mapping[str, Any]) -> bool:
+        """A body with both keys."""
+        return cls.keys is None or values.keys() >= set(cls.keys)
+
+    def parse(self) -> ParsedRequest:
+        pairs, sigmoid = self._pairs(), self.applies_sigmoid()
+
+        def answer(scored: ScoredRequest) -> Listing[ScoredPair]:
+            scores = enumerate(scored.numbers(activation=sigmoid))
+            rows: list[ScoredPair] = [{"index": index, "object": "score", "score": score} for index, score in scores]
+            return listing("score", scored, rows)
+
+        return self.request(pairs, answer)
+
+    def _pairs(self) -> list[ScoreRequest]:
+        truncate = self.truncates()
+        if self.keys is None:
+            known = ", or ".join(" and ".join(form.keys) for form in SCORE_FORMS if form.keys is not None)
+            raise Refusal("wrong_body", f"give {known}")
+        prompts, responses = self.sides()
+        if len(prompts) == 1:
+            prompts = prompts * len(responses)
+        if len(prompts) != len(responses):
+            first, second = self.keys
+            raise Refusal(
+                "wrong_body",
+                f"{first} has {len(prompts)} texts and {second} {len(responses)}: give as many, or one",
+            )
+        pairs = enumerate(zip(prompts, responses, strict=True))
+        return [_pair(position, prompt, response, truncate) for position, (prompt, response) in pairs]
+
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The prompts and the responses."""
+        return (), ()
 
 
-def _texts(value: Any, name: str) -> list[str]:
-    """A text or texts; a document may be an object with the text ``text``."""
-    if isinstance(value, str | dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise Refusal("wrong_body", f"{name} must be a text or a list of texts, not {kind(value)}")
-    found = [one.get("text") if isinstance(one, dict) else one for one in value]
-    return [text_of(one, f"{name} {position}") for position, one in enumerate(found)]
+class TextsBody(ScoreBody):
+    """Pairs in ``text_1`` and ``text_2``."""
+
+    text_1: PairedTexts
+    text_2: PairedTexts
+    keys: ClassVar = ("text_1", "text_2")
+    example: ClassVar = {"text_1": "why? ", "text_2": ["because.", "no."]}
+
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.text_1, self.text_2
+
+
+class DocumentsBody(ScoreBody):
+    """Pairs in ``queries`` and ``documents``."""
+
+    queries: PairedTexts
+    documents: PairedTexts
+    keys: ClassVar = ("queries", "documents")
+    example: ClassVar = {"queries": ["why? ", "how? "], "documents": ["because.", "so."]}
+
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.queries, self.documents
+
+
+class ItemsBody(ScoreBody):
+    """Pairs in ``queries`` and ``items``."""
+
+    queries: PairedTexts
+    items: PairedTexts
+    keys: ClassVar = ("queries", "items")
+    example: ClassVar = {"queries": "why? ", "items": ["because.", "no."]}
+
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.queries, self.items
+
+
+class DataBody(ScoreBody):
+    """Pairs in ``data_1`` and ``data_2``."""
+
+    data_1: PairedTexts
+    data_2: PairedTexts
+    keys: ClassVar = ("data_1", "data_2")
+    example: ClassVar = {"data_1": "why? ", "data_2": "because."}
+
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.data_1, self.data_2
+
+
+SCORE_FORMS = (TextsBody, DocumentsBody, ItemsBody, DataBody, ScoreBody)
+
+
+class RankedDocument(TypedDict):
+    """One document of an answer; ``index`` is its position in the body."""
+
+    index: int
+    relevance_score: float
+    document: NotRequired[Document]
+
+
+class RerankUsage(TypedDict):
+    """How many tokens were scored."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Reranked(TypedDict):
+    """An answer of ``/rerank``."""
+
+    id: str
+    model: str
+    usage: RerankUsage
+    results: list[RankedDocument]
+
+
+class RerankBody(PairBody):
+    """The body of ``/rerank``: documents, each an answer to the query."""
+
+    query: Annotated[str, Field(title="a text")]
+    documents: PairedTexts
+    top_n: Annotated[int | None, Field(ge=0, title="0 (all) or more", description="how many to answer, best first")] = (
+        None
+    )
+    return_documents: Annotated[bool | None, Field(description="whether the answer holds them; true by default")] = None
+    example: ClassVar = {"query": "why? ", "documents": ["because.", "no."], "top_n": 1}
+
+    def parse(self) -> ParsedRequest:
+        sigmoid, truncate = self.applies_sigmoid(), self.truncates()
+
+        def answer(scored: ScoredRequest) -> Reranked:
+            scores = scored.numbers(activation=sigmoid)
+            best = tei.best_first(scores)[: self.top_n or None]
+            return {
+                "id": f"rerank-{scored.request_id}",
+                "model": scored.model,
+                "usage": {"prompt_tokens": scored.tokens, "total_tokens": scored.tokens},
+                "results": [self._row(index, scores[index]) for index in best],
+            }
+
+        pairs = [_pair(position, self.query, text, truncate) for position, text in enumerate(self.documents)]
+        return self.request(pairs, answer)
+
+    def _row(self, index: int, score: float) -> RankedDocument:
+        if self.return_documents is False:
+            return {"index": index, "relevance_score": score}
+        return {"index": index, "document": {"text": self.documents[index]}, "relevance_score": score}
 
 
 def _pair(position: int, prompt: str, response: str, truncate: bool) -> ScoreRequest:
-    return item(f"pair {position}", prompt=prompt, response=response, truncate=truncate)
+    return make_item(f"pair {position}", prompt=prompt, response=response, truncate=truncate)
 
 
-_TEXT = {"type": "string"}
-_TEXT_OR_TEXTS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
-_COMMON = {name: value for name, value in COMMON.items() if name != "add_special_tokens"}
 SCORE = Protocol(
     name="score",
     paths=("/score", "/v1/score"),
     summary="Scores of pairs, each a prompt and its response, as vLLM's score answers them",
-    read=read_score,
-    request={
-        "type": "object",
-        "properties": {name: _TEXT_OR_TEXTS for pair in PAIRED for name in pair} | _COMMON,
-        "description": f"{', or '.join(' and '.join(pair) for pair in PAIRED)}",
-        "example": {"text_1": "why? ", "text_2": ["because.", "no."]},
-    },
-    response=listing_schema({"index": {"type": "integer"}, "object": _TEXT, "score": {"type": "number"}}),
+    bodies=SCORE_FORMS,
+    answer=Listing[ScoredPair],
     refuse=as_openai,
 )
-_RESULT = {
-    "type": "object",
-    "required": ["index", "relevance_score"],
-    "properties": {"index": {"type": "integer"}, "relevance_score": {"type": "number"}, "document": {"type": "object"}},
-}
-_RERANK = {
-    "type": "object",
-    "required": ["id", "model", "usage", "results"],
-    "properties": {
-        "id": _TEXT,
-        "model": _TEXT,
-        "usage": {"type": "object"},
-        "results": {"type": "array", "items": _RESULT},
-    },
-}
-_DOCUMENTS = {
-    "query": _TEXT,
-    "documents": {"type": "array", "items": {"anyOf": [_TEXT, {"type": "object"}]}},
-    "top_n": {"type": ["integer", "null"], "minimum": 0},
-    "return_documents": {"type": ["boolean", "null"]},
-    **_COMMON,
-}
 RERANK = Protocol(
     name="rerank",
     paths=("/v1/rerank", "/v2/rerank"),
     summary="Answers to a query, best first, as Jina's, Cohere's and vLLM's rerank answer it",
-    read=read_rerank,
-    request={
-        "type": "object",
-        "required": ["query", "documents"],
-        "properties": _DOCUMENTS,
-        "example": {"query": "why? ", "documents": ["because.", "no."], "top_n": 1},
-    },
-    response=_RERANK,
+    bodies=(RerankBody,),
+    answer=Reranked,
     refuse=as_openai,
 )
 RERANK_OR_TEI = Protocol(
     name="rerank_or_tei",
     paths=("/rerank",),
     summary="The same; with texts in place of documents, as text-embeddings-inference answers it",
-    read=read_either,
-    request={
-        "type": "object",
-        "required": ["query"],
-        "properties": {**_DOCUMENTS, **tei.RERANK_KEYS},
-        "example": {"query": "why? ", "texts": ["because.", "no."]},
-    },
-    response={"anyOf": [_RERANK, tei.RERANK_ANSWER]},
+    bodies=(tei.RerankBody, RerankBody),
+    answer=list[tei.Ranked] | Reranked,
     refuse=as_tei,
 )

@@ -7,24 +7,46 @@ last turn and goes through the reward model's template.
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, Tag
+
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.bodies import item, messages_of, text_of
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
+from rlhf_ray.serving.fields import AsList, AsText, Body, Conversation, make_item, one_of
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+
+PROMPT = "a text or a conversation"
 
 
-def read(body: Body) -> Asked:
-    """The one item of a body; ``label`` is for reward functions and is not read."""
-    return Asked([_item(body.get("prompt"), text_of(body.get("response"), "response"))], _answer)
+def _branch(value: Any) -> Tag | None:
+    if isinstance(value, str):
+        return AsText
+    return AsList if isinstance(value, list) else None
 
 
-def _item(prompt: object, response: str) -> ScoreRequest:
-    if isinstance(prompt, list):
-        turns = (*messages_of(prompt, "prompt"), {"role": "assistant", "content": response})
-        return item("the sample", messages=turns)
-    return item("the sample", text=text_of(prompt, "prompt") + response)
+class RmBody(Body):
+    """The body of ``/rm``."""
+
+    prompt: Annotated[
+        Annotated[str, AsText] | Annotated[Conversation, AsList],
+        one_of(_branch, PROMPT),
+        Field(title=PROMPT),
+    ]
+    response: Annotated[str, Field(title="a text")]
+    label: Annotated[Any, Field(description="not read")] = None
+    example: ClassVar = {"prompt": "<bos>why? ", "response": "because.", "label": None}
+
+    def parse(self) -> ParsedRequest:
+        return ParsedRequest([self._item()], _answer)
+
+    def _item(self) -> ScoreRequest:
+        if isinstance(self.prompt, str):
+            return make_item("the sample", text=self.prompt + self.response)
+        turns = (*self.prompt, {"role": "assistant", "content": self.response})
+        return make_item("the sample", messages=turns)
 
 
-def _answer(scored: Scored) -> float:
+def _answer(scored: ScoredRequest) -> float:
     return scored.numbers()[0]
 
 
@@ -32,16 +54,6 @@ RM = Protocol(
     name="slime",
     paths=("/rm",),
     summary="The score of one sample as a bare number, as slime's remote reward model answers it",
-    read=read,
-    request={
-        "type": "object",
-        "required": ["prompt", "response"],
-        "properties": {
-            "prompt": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
-            "response": {"type": "string"},
-            "label": {"description": "not read"},
-        },
-        "example": {"prompt": "<bos>why? ", "response": "because.", "label": None},
-    },
-    response={"type": "number"},
+    bodies=(RmBody,),
+    answer=float,
 )

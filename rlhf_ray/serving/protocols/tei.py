@@ -7,60 +7,144 @@ asks for it, and from the left only: the score is read at the last token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar, NotRequired
+
+from pydantic import AfterValidator, Field, Tag
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from rlhf_ray.config.serving import ServiceConfig
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.bodies import field, item, kind, text_of
-from rlhf_ray.serving.protocol import Asked, Body, Protocol, Scored
+from rlhf_ray.serving.fields import AsList, AsPair, AsText, Body, JsonList, make_item, one_of
+from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
 from rlhf_ray.serving.refusals import Refusal, as_tei
 
 LABEL = "LABEL_0"
+INPUTS = "a text, a pair of texts, or a list of such lists"
 
 
-def read_predict(body: Body) -> Asked:
-    """``inputs``: a text, a pair of texts, or a list of lists of one or two texts."""
-    given = body.get("inputs")
-    truncate, squashed = _truncation(body), _squashed(body)
-    several = isinstance(given, list) and all(isinstance(one, list) for one in given)
-    if not several and not isinstance(given, str | list):
-        raise Refusal(
-            "wrong_body", f"inputs must be a text, a pair of texts, or a list of such lists, not {kind(given)}"
+def _one_or_two(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if not 1 <= len(texts) <= 2:
+        raise PydanticCustomError(
+            "wrong_body", "must be one text or a pair, not {count} of them", {"count": len(texts)}
         )
-    items = [_one(position, one, truncate) for position, one in enumerate(given if several else [given])]
-
-    def answer(scored: Scored) -> Any:
-        rows = [[{"score": score, "label": LABEL}] for score in scored.numbers(activation=squashed)]
-        return rows if several else rows[0]
-
-    return Asked(items, answer)
+    return texts
 
 
-def read_rerank(body: Body) -> Asked:
-    """``texts``, each an answer to ``query``; the best first."""
-    query, texts = text_of(body.get("query"), "query"), body.get("texts")
-    if not isinstance(texts, list):
-        raise Refusal("wrong_body", f"texts must be a list of texts, not {kind(texts)}")
-    truncate, squashed = _truncation(body), _squashed(body)
-    told = field(body, "return_text", bool, False)
-    items = [_one(position, [query, text], truncate) for position, text in enumerate(texts)]
-
-    def answer(scored: Scored) -> Any:
-        scores = scored.numbers(activation=squashed)
-        best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-        return [{"index": index, "score": scores[index], **({"text": texts[index]} if told else {})} for index in best]
-
-    return Asked(items, answer)
+OneOrTwo = Annotated[
+    tuple[str, ...], JsonList(), AfterValidator(_one_or_two), Field(json_schema_extra={"minItems": 1, "maxItems": 2})
+]
 
 
-def info_keys(described: Mapping[str, Any], config: ServiceConfig) -> dict[str, Any]:
+def _branch(value: Any) -> Tag | None:
+    if isinstance(value, list):
+        return AsList if all(isinstance(one, list) for one in value) else AsPair
+    return AsText if isinstance(value, str) else None
+
+
+class Prediction(TypedDict):
+    """The only class of an item and its score."""
+
+    score: float
+    label: str
+
+
+class Ranked(TypedDict):
+    """One text of an answer of ``/rerank``; ``index`` is its position in the body."""
+
+    index: int
+    score: float
+    text: NotRequired[str]
+
+
+class TeiBody(Body):
+    """What both bodies may say."""
+
+    raw_scores: Annotated[bool | None, Field(description="false applies the sigmoid; true by default")] = None
+    truncate: Annotated[bool | None, Field(description="cut an item that is too long from the left")] = None
+    truncation_direction: Annotated[str | None, Field(description="left, where truncation is asked for")] = None
+
+    def truncates(self) -> bool:
+        """Whether an item that is too long is to be cut from the left."""
+        direction = "left" if self.truncation_direction is None else self.truncation_direction
+        if self.truncate and direction.lower() != "left":
+            raise Refusal(
+                "unsupported", "truncation_direction is served as left only: the score is read at the last token"
+            )
+        return bool(self.truncate)
+
+    def applies_sigmoid(self) -> bool:
+        """Whether the sigmoid is asked for."""
+        return self.raw_scores is False
+
+
+class PredictBody(TeiBody):
+    """The body of ``/predict``."""
+
+    inputs: Annotated[
+        Annotated[str, AsText] | Annotated[OneOrTwo, AsPair] | Annotated[list[OneOrTwo], JsonList(), AsList],
+        one_of(_branch, INPUTS),
+        Field(title=INPUTS),
+    ]
+    example: ClassVar = {"inputs": [["why? ", "because."]], "raw_scores": True}
+
+    def parse(self) -> ParsedRequest:
+        truncate, sigmoid = self.truncates(), self.applies_sigmoid()
+        several = isinstance(self.inputs, list)
+        inputs = self.inputs if isinstance(self.inputs, list) else [self.inputs]
+
+        def answer(scored: ScoredRequest) -> list[Prediction] | list[list[Prediction]]:
+            rows: list[list[Prediction]] = [
+                [{"score": score, "label": LABEL}] for score in scored.numbers(activation=sigmoid)
+            ]
+            return rows if several else rows[0]
+
+        return ParsedRequest([_item(position, one, truncate) for position, one in enumerate(inputs)], answer)
+
+
+class RerankBody(TeiBody):
+    """The body of ``/rerank``: ``texts``, each an answer to ``query``."""
+
+    query: Annotated[str, Field(title="a text")]
+    texts: Annotated[tuple[str, ...], JsonList(), Field(title="a list of texts")]
+    return_text: Annotated[bool | None, Field(description="whether the answer holds the texts; false by default")] = (
+        None
+    )
+    example: ClassVar = {"query": "why? ", "texts": ["because.", "no."]}
+
+    @classmethod
+    def claims(cls, values: Mapping[str, Any]) -> bool:
+        """A body with ``texts``: vLLM's has ``documents``."""
+        return "texts" in values
+
+    def parse(self) -> ParsedRequest:
+        truncate, sigmoid = self.truncates(), self.applies_sigmoid()
+
+        def answer(scored: ScoredRequest) -> list[Ranked]:
+            scores = scored.numbers(activation=sigmoid)
+            return [self._row(index, scores[index]) for index in best_first(scores)]
+
+        pairs = [_item(position, (self.query, text), truncate) for position, text in enumerate(self.texts)]
+        return ParsedRequest(pairs, answer)
+
+    def _row(self, index: int, score: float) -> Ranked:
+        row: Ranked = {"index": index, "score": score}
+        return {**row, "text": self.texts[index]} if self.return_text else row
+
+
+def best_first(scores: list[float]) -> list[int]:
+    """Positions by falling score; of equal scores the first one first."""
+    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+
+
+def info_keys(description: Mapping[str, Any], config: ServiceConfig) -> dict[str, Any]:
     """What its clients look for in ``/info``: a classifier of one class."""
     return {
-        "model_id": described["model"],
-        "model_sha": described.get("revision"),
-        "model_dtype": str(described.get("dtype")),
+        "model_id": description["model"],
+        "model_sha": description.get("revision"),
+        "model_dtype": str(description.get("dtype")),
         "model_type": {"classifier": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}},
-        "max_input_length": described.get("max_tokens"),
+        "max_input_length": description.get("max_tokens"),
         "max_batch_tokens": config.max_batch_tokens,
         "max_client_batch_size": config.max_items,
         "max_concurrent_requests": config.max_queue_items,
@@ -71,62 +155,19 @@ def info_keys(described: Mapping[str, Any], config: ServiceConfig) -> dict[str, 
     }
 
 
-def _one(position: int, given: Any, truncate: bool) -> ScoreRequest:
-    name = f"input {position}"
-    parts = [given] if isinstance(given, str) else given
-    if not 1 <= len(parts) <= 2:
-        raise Refusal("wrong_body", f"{name} must be one text or a pair, not {len(parts)} of them")
-    texts = [text_of(part, name) for part in parts]
+def _item(position: int, one: str | tuple[str, ...], truncate: bool) -> ScoreRequest:
+    name = f"inputs {position}"
+    texts = (one,) if isinstance(one, str) else one
     if len(texts) == 2:
-        return item(name, prompt=texts[0], response=texts[1], truncate=truncate)
-    return item(name, text=texts[0], truncate=truncate, add_special_tokens=True)
+        return make_item(name, prompt=texts[0], response=texts[1], truncate=truncate)
+    return make_item(name, text=texts[0], truncate=truncate, add_special_tokens=True)
 
 
-def _truncation(body: Body) -> bool:
-    truncate = field(body, "truncate", bool, False)
-    side = field(body, "truncation_direction", str, "left")
-    if truncate and side.lower() != "left":
-        raise Refusal("unsupported", "truncation_direction is served as left only: the score is read at the last token")
-    return truncate
-
-
-def _squashed(body: Body) -> bool:
-    return not field(body, "raw_scores", bool, True)
-
-
-_TEXT = {"type": "string"}
-_KEYS = {
-    "raw_scores": {"type": ["boolean", "null"], "description": "false applies the sigmoid; true by default"},
-    "truncate": {"type": ["boolean", "null"]},
-    "truncation_direction": {"enum": ["left", "Left", None]},
-}
-RERANK_KEYS = {**_KEYS, "texts": {"type": "array", "items": _TEXT}, "return_text": {"type": ["boolean", "null"]}}
-_PREDICTION = {
-    "type": "object",
-    "required": ["score", "label"],
-    "properties": {"score": {"type": "number"}, "label": _TEXT},
-}
-_PREDICTIONS = {"type": "array", "items": _PREDICTION}
-RERANK_ANSWER = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": ["index", "score"],
-        "properties": {"index": {"type": "integer"}, "score": {"type": "number"}, "text": _TEXT},
-    },
-}
-_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 2}
 PREDICT = Protocol(
     name="predict",
     paths=("/predict",),
     summary="Scores as text-embeddings-inference's predict answers them",
-    read=read_predict,
-    request={
-        "type": "object",
-        "required": ["inputs"],
-        "properties": {"inputs": {"anyOf": [_TEXT, _TEXTS, {"type": "array", "items": _TEXTS}]}, **_KEYS},
-        "example": {"inputs": [["why? ", "because."]], "raw_scores": True},
-    },
-    response={"anyOf": [_PREDICTIONS, {"type": "array", "items": _PREDICTIONS}]},
+    bodies=(PredictBody,),
+    answer=list[Prediction] | list[list[Prediction]],
     refuse=as_tei,
 )
