@@ -23,8 +23,8 @@ lint: setup
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 
-bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part for one part)
-	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY))
+bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]); KEEP=1: into the committed reference.json too
+	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(KEEP)),--keep)
 
 parity: setup  ## compare with independent implementations, each in an environment of its own
 	@$(PYTHON_BIN) -m tests.parity.run

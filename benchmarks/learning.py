@@ -1,9 +1,11 @@
-"""Part ``learning``: what each algorithm makes of the generated world, on three seeds, in one process without Ray.
+"""Part ``learning``: how well each algorithm learns the generated world on three seeds, in one process without Ray.
 
-    python -m benchmarks.learning --root DIR [--pieces N]     the same in pieces of a few minutes, gone on with at any time
+    python -m benchmarks.learning --root DIR [--pieces N] [--keep]
 
-Always true: all algorithms of a seed start from the same policy and learn from the same reward model, made here; a figure
-is taken on held-out prompts, sampled at temperature 1 on both sides, ties counting one half, and the worst seed is the figure.
+runs the same work in pieces of a few minutes; the command can be stopped and repeated at any time.
+
+Invariant: all algorithms of a seed start from the same policy and learn from the same reward model, which are made here.
+What is measured of the finished runs stands in ``learning_figures``.
 """
 
 from __future__ import annotations
@@ -14,19 +16,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.figures import LATEST, Figure, Figures, record, table
+from benchmarks.figures import LATEST, REFERENCE, Figures, record, table
 from rlhf_ray import environment
 
-if TYPE_CHECKING:
-    from rlhf_ray.trainers.ppo.evaluation import BestOf
-
 SEEDS = (0, 1, 2)
-METHOD = (
-    "Llama of 0.5M parameters, reward model trained on pairs, transformers as sampler, plain classes in one process; gold win "
-    "rate over SFT on 300 held-out prompts, temperature 1 on both sides, ties half"
-)
 
 SHARED = ["monitoring.ray_metrics=false", "checkpoint.every_steps=0"]
 POLICY = ["rollout.backend=transformers", "policy.engine.optimizer.learning_rate=3.0e-4", "evaluation.best_of=0"]
@@ -52,12 +47,16 @@ RECIPES: Mapping[str, Sequence[str]] = {
 """Overrides of the recipe demo-ppo, by algorithm."""
 WITHOUT_KL = [
     *POLICY, *LEARNED, "algorithm.name=ppo", "algorithm.kl.coefficient=0.0", "steps=60", "evaluation.every_steps=5",
+    "monitoring.samples_per_log=128",
 ]  # fmt: skip
-"""PPO as above but for the KL term, half again as long, against a judge that learned from raters whom flattery wins over."""
+"""PPO without the KL term, for 60 steps, against a reward model that learned from raters whom flattery wins over. All
+answers of a step are kept."""
 EQUAL_KL = [*POLICY, *LEARNED, "algorithm.name=ppo", "steps=1", "batch.prompts_per_step=64", "rollout.timeout_s=3600"]
-"""One step, thrown away, for the evaluation before it: as many samples of each held-out prompt as PPO's KL pays for."""
+"""For best-of-n: only the evaluation before the first step counts, with n samples of each held-out prompt."""
+BEST_OF_N = {"best_of_n": EQUAL_KL, "best_of_n_by_score": [*EQUAL_KL, "algorithm.shaping.missing_eos=null"]}
+"""By the rewards that PPO trains on, and by the reward model's scores alone."""
 MOST_KL = 6.0
-"""Nats that a figure may cost."""
+"""Upper bound, in nats, of the KL at which best-of-n is compared: n grows with its exponential."""
 SUMS = [
     *POLICY, *GROUPS, "algorithm.name=grpo", "algorithm.kl.coefficient=0.04", "reward={function: world.arithmetic}",
     "batch.samples_per_prompt=16", "batch.sequences_per_update=256", "steps=120", "rollout.max_new_tokens=8",
@@ -76,20 +75,20 @@ QUICK = [
 
 @dataclass(frozen=True)
 class Piece:
-    """One part of the work on one seed; pieces of a seed run in order."""
+    """One job of one seed; the jobs of a seed run in order."""
 
     seed: int
     name: str
 
 
 def pieces(seeds: Iterable[int] = SEEDS) -> list[Piece]:
-    """Everything, a seed after the other."""
-    names = ["sft", "rm", *RECIPES, "best_of_n", "flattered_rm", "without_kl", "sums_sft", "sums"]
+    """All jobs, seed by seed."""
+    names = ["sft", "rm", *RECIPES, *BEST_OF_N, "flattered_rm", "without_kl", "sums_sft", "sums"]
     return [Piece(seed, name) for seed in seeds for name in names]
 
 
 def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
-    """Run one job in its own directory below ``root``, or pass where it is finished."""
+    """Run one job in its own directory below ``root``; does nothing where it has finished before."""
     from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.config.loading import dump_config, load_config
     from rlhf_ray.launch.driver import training_config
@@ -98,11 +97,10 @@ def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     from rlhf_ray.trainers.supervised.reward_model import train_reward_model
     from rlhf_ray.trainers.supervised.sft import train_sft
 
-    home = root / f"seed-{piece.seed}"
-    directory = home / directory_name(piece.name)
+    directory = piece_directory(root, piece)
     if finished(directory):
         return
-    recipe, overrides = _job(home, piece, quick)
+    recipe, overrides = _job(directory.parent, piece, quick)
     config = training_config(load_config(recipe, overrides, files=True))
     run = RunDirectory.create(directory, dump_config(config))
     train: Any = {"sft": train_sft, "rm": train_reward_model, "ppo": train_ppo}[config.kind]
@@ -110,8 +108,13 @@ def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     run.release()
 
 
+def piece_directory(root: Path, piece: Piece) -> Path:
+    """Where a piece runs."""
+    return root / f"seed-{piece.seed}" / directory_name(piece.name)
+
+
 def directory_name(piece: str) -> str:
-    """Where a piece runs: its name without signs."""
+    """The name of a piece without characters that are awkward in paths."""
     return piece.replace("+", "p")
 
 
@@ -137,9 +140,9 @@ def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
         start = f"reward.model.path={home}/sft/final"
         return "world-rm", [*common, *JUDGES[piece.name], start, *(QUICK_RM if quick else [])]
     start = "sums_sft" if piece.name == "sums" else "sft"
-    others = {"without_kl": WITHOUT_KL, "best_of_n": EQUAL_KL, "sums": [*SUMS, *sums]}
+    others = {**BEST_OF_N, "without_kl": WITHOUT_KL, "sums": [*SUMS, *sums]}
     chosen = [*{**RECIPES, **others}[piece.name], *(QUICK if quick else [])]
-    if piece.name == "best_of_n":
+    if piece.name in BEST_OF_N:
         chosen += [f"evaluation.best_of={samples_at(evaluations(home / 'ppo')[-1]['evaluation/kl'])}"]
     judges = [role for role in ("critic", "reward") if not any(part.startswith(f"{role}=") for part in chosen)]
     roles = [f"{role}.model.path={home}/{start}/final" for role in ("policy", "reference")]
@@ -148,8 +151,14 @@ def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
     return "demo-ppo", [*common, *roles, *chosen]
 
 
+def evaluations(directory: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics that hold figures on held-out rows."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(name.startswith("evaluation/") for name in line)]
+
+
 def samples_at(kl: float) -> int:
-    """The smallest n of which the best costs at least ``kl`` nats, or the most that a figure may cost."""
+    """The smallest n whose best sample costs at least ``kl`` nats, or :data:`MOST_KL` where that is less."""
     from rlhf_ray.evaluation import best_of_n_kl
 
     n = 2
@@ -158,84 +167,10 @@ def samples_at(kl: float) -> int:
     return n
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
-
-
-def evaluations(directory: Path) -> list[dict[str, float]]:
-    """The lines of metrics that hold figures on held-out prompts."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if any(name.startswith("evaluation/") for name in line)]
-
-
-def figures(root: Path, seeds: Sequence[int] = SEEDS) -> Figures:
-    """The worst seed of everything, from finished runs; each figure's method tells all seeds."""
-    homes = [root / f"seed-{seed}" for seed in seeds]
-    found: Figures = {}
-    for name in RECIPES:
-        last = [evaluations(home / directory_name(name))[-1] for home in homes]
-        kls = [line["evaluation/kl"] for line in last]
-        rates = [line["evaluation/gold_win_rate"] for line in last]
-        told = f"{name}: {METHOD}; KL at most {max(kls):.2f} nats"
-        found[f"ppo.{name}.gold_win_rate"] = _worst(rates, "share", told)
-        found[f"ppo.{name}.kl"] = _worst(kls, "nats", f"{name}: KL (k1, a sequence) of the same runs", higher=False)
-    best = [_best_of(home / "best_of_n") for home in homes]
-    sizes = ", ".join(str(row.n) for row in best)
-    told = f"best of n samples of SFT by the same reward model, n {sizes}: the least that costs PPO's KL"
-    found["ppo.best_of_n.gold_win_rate"] = _worst([row.win_rate for row in best], "share", f"{told}; {METHOD}")
-    found["ppo.best_of_n.kl"] = _worst([row.kl for row in best], "nats", f"log n - (n - 1) / n, {told}", higher=False)
-    found |= _without_kl([evaluations(home / "without_kl") for home in homes])
-    sums = [evaluations(home / "sums")[-1] for home in homes]
-    task = "sums of the generated world in a wording that was held out, pass@1 at temperature 1"
-    passed = [[line[f"evaluation/pass_at_1{when}"] for line in sums] for when in ("", "_start")]
-    found["ppo.grpo.pass_rate"] = _worst(passed[0], "share", f"GRPO on {task}")
-    found["ppo.grpo.pass_rate_start"] = _worst(passed[1], "share", f"its start, {task}", higher=False)
-    return found
-
-
-def _without_kl(runs: Sequence[Sequence[Mapping[str, float]]]) -> Figures:
-    """What PPO makes of a judge that likes flattery where nothing holds it back."""
-    falls, rises = zip(*map(over_optimised, runs), strict=True)
-    told = "PPO without the KL term, against a judge from raters whom flattery wins over, on held-out prompts"
-    found = {
-        "ppo.without_kl.gold_fall": _worst(falls, "share", f"{told}: what share of its peak gold loses"),
-        "ppo.without_kl.reward_rise": _worst(
-            rises, "score", "what the learned reward gains meanwhile, from the peak of gold to the end"
-        ),
-    }
-    habits = {
-        "habit_rate": ("share", "answers with the planted habit"),
-        "habits_per_answer": ("habits", "habits in an answer"),
-    }
-    for name, (unit, what) in habits.items():
-        ends, starts = ([run[-1][f"evaluation/{name}{when}"] for run in runs] for when in ("", "_start"))
-        found[f"ppo.without_kl.{name}"] = _worst(ends, unit, f"{told}: {what} at the end")
-        found[f"ppo.without_kl.{name}_start"] = _worst(starts, unit, f"{told}: {what} at the start", higher=False)
-    return found
-
-
-def _worst(values: Sequence[float], unit: str, method: str, *, higher: bool = True) -> Figure:
-    """The worst seed's figure."""
-    by_seed = ", ".join(f"{value:.3f}" for value in values)
-    return Figure(min(values) if higher else max(values), unit, higher, f"{method}; worst seed of {by_seed}")
-
-
-def over_optimised(lines: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """From the peak of gold to the end: the share of it that is lost, and what the learned reward gained."""
-    peak = max(lines, key=lambda line: line["evaluation/gold"])
-    fall = 1.0 - lines[-1]["evaluation/gold"] / peak["evaluation/gold"]
-    return fall, lines[-1]["evaluation/reward"] - peak["evaluation/reward"]
-
-
-def _best_of(directory: Path) -> BestOf:
-    """The best of all samples that a run drew of each held-out prompt before it began."""
-    from rlhf_ray.trainers.ppo.evaluation import BestOf
-
-    stored = json.loads((directory / "evaluation" / "start.json").read_text())
-    return BestOf(**stored["best_of"][-1])
-
-
 def measure(quick: bool = False) -> Figures:
-    """All pieces, one after the other, in a directory that is thrown away."""
+    """Run all pieces, one after the other, in a temporary directory."""
+    from benchmarks.learning_figures import figures
+
     seeds = SEEDS[:1] if quick else SEEDS
     with tempfile.TemporaryDirectory() as directory:
         for piece in pieces(seeds):
@@ -244,20 +179,24 @@ def measure(quick: bool = False) -> Figures:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Go on with what is left, and keep the figures once all of it is done."""
+    """Run pieces that have not finished, and keep the figures once all have."""
+    from benchmarks.learning_figures import figures
+
     parser = argparse.ArgumentParser(prog="benchmarks.learning", description="the part learning, in pieces")
     parser.add_argument("--root", type=Path, required=True, help="where runs are kept")
-    parser.add_argument("--pieces", type=int, help="run at most so many pieces")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--pieces", type=int, help="run at most this many pieces")
+    parser.add_argument("--keep", action="store_true", help=f"also merge the figures into {REFERENCE.name}")
+    options = parser.parse_args(arguments)
     environment.prepare()
-    left = [piece for piece in pieces() if not finished(given.root / f"seed-{piece.seed}" / directory_name(piece.name))]
-    for piece in left[: given.pieces]:
+    unfinished = [piece for piece in pieces() if not finished(piece_directory(options.root, piece))]
+    for piece in unfinished[: options.pieces]:
         print("piece", json.dumps(asdict(piece)), flush=True)
-        run_piece(given.root, piece)
-    if given.pieces is None or given.pieces >= len(left):
-        found = figures(given.root)
-        print(table(found))
-        record(found, LATEST)
+        run_piece(options.root, piece)
+    if options.pieces is None or options.pieces >= len(unfinished):
+        measured = figures(options.root)
+        print(table(measured))
+        for path in (LATEST, REFERENCE) if options.keep else (LATEST,):
+            record(measured, path)
 
 
 if __name__ == "__main__":

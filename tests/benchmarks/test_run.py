@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.figures import Figure, record, table
+from benchmarks.figures import REFERENCE, Figure, read, record, table
+from benchmarks.run import PARTS, main
 
 pytestmark = pytest.mark.early
 
@@ -22,33 +24,66 @@ SCORING = {
 LEARNED = {
     f"ppo.{name}.{figure}" for name in ("ppo", "grpo", "rloo", "reinforce++") for figure in ("gold_win_rate", "kl")
 }
-LEARNED |= {"ppo.best_of_n.gold_win_rate", "ppo.best_of_n.kl", "ppo.grpo.pass_rate", "ppo.grpo.pass_rate_start"}
+LEARNED |= {"ppo.best_of_n.gold_win_rate", "ppo.best_of_n.kl", "ppo.best_of_n.samples"}
+LEARNED |= {"ppo.best_of_n_by_score.gold_win_rate", "ppo.reward_model_accuracy"}
+LEARNED |= {"ppo.grpo.pass_rate", "ppo.grpo.pass_rate_start"}
 HABITS = ("habit_rate", "habit_rate_start", "habits_per_answer", "habits_per_answer_start")
-LEARNED |= {f"ppo.without_kl.{figure}" for figure in ("gold_fall", "reward_rise", *HABITS)}
+PEAKS = {f"{name}_{moment}" for name in ("gold", "reward", "kl") for moment in ("peak", "end")}
+QUALITIES = ("in_time", "in_time_start", "polite", "polite_start")
+LEARNED |= {
+    f"ppo.without_kl.{figure}"
+    for figure in ("gold_fall", "reward_rise", "reward_model_accuracy", *HABITS, *PEAKS, *QUALITIES)
+}
 MODELS = {
     "models.packed_vs_padded_training", "models.packed_vs_padded_scoring", "models.packed_vs_padded_training_unshared",
     "models.packed_vs_padded_scoring_unshared", "models.log_probs_memory_vs_naive",
     "models.log_probs_memory_vs_naive_at_half_length",
 }  # fmt: skip
 ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
-"""What can be measured without TRL beside."""
+"""What can be measured without TRL beside it."""
 NAMES = {"weights.update_ms", *MODELS, *ALONE, *SCORING, *LEARNED}
 
 
-def kept(path: Path) -> dict[str, dict[str, object]]:
-    return json.loads(path.read_text())["figures"]
+def stored(path: Path) -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = json.loads(path.read_text())["figures"]
+    return figures
 
 
 def test_a_newer_figure_replaces_its_own_name_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "results" / "latest.json"
     record({"a.one": Figure(1.0, "x", True, "first"), "a.two": Figure(2.0, "s", False, "first")}, path)
-    record({"a.two": Figure(3.0, "s", False, "second"), "b": Figure(4.0, "x", True, "second")}, path)
-    found = kept(path)
-    assert {name: figure["value"] for name, figure in found.items()} == {"a.one": 1.0, "a.two": 3.0, "b": 4.0}
-    assert found["a.two"] == {"value": 3.0, "unit": "s", "higher_is_better": False, "method": "second"}
+    before = stored(path)["a.one"]
+    record({"a.two": Figure(3.0, "s", False, "second"), "b": Figure(4.0, "x", True, "second", (4.0, 5.0))}, path)
+    figures = stored(path)
+    assert {name: figure["value"] for name, figure in figures.items()} == {"a.one": 1.0, "a.two": 3.0, "b": 4.0}
+    assert figures["a.one"] == before
+    assert (
+        figures["a.two"] | {"value": 3.0, "unit": "s", "higher_is_better": False, "method": "second"}
+        == figures["a.two"]
+    )
     content = json.loads(path.read_text())
     assert set(content) == {"figures", "machine", "versions", "date"}
-    assert content["versions"]["torch"] and content["machine"]["cores"] >= 1
+    for origin in (content, *figures.values()):
+        assert origin["versions"]["torch"] and origin["machine"]["cores"] >= 1 and origin["date"]
+    assert read(path)["b"] == Figure(4.0, "x", True, "second", (4.0, 5.0))
+
+
+def test_the_worst_seed_is_the_figure() -> None:
+    assert Figure.worst([0.9, 0.8, 0.95], "share", "how").value == 0.8
+    assert Figure.worst([0.9, 0.8, 0.95], "nats", "how", higher_is_better=False).value == 0.95
+
+
+@pytest.mark.parametrize("file", [["--keep"], ["--results", str(REFERENCE)]])
+def test_a_quick_run_is_never_kept(file: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--quick", "--only", "weights", *file])
+    assert "a quick run measures nothing" in capsys.readouterr().err
+
+
+def test_a_part_that_does_not_exist_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--quick", "--only", "models,modles"])
+    assert "modles is no part: choose from demo, learning" in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_for_each_figure() -> None:
@@ -57,14 +92,16 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 
 
 def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path) -> None:
+    """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""
     path = tmp_path / "figures.json"
     record({"faults.kills": Figure(3.0, "kills", True, "kept from before")}, path)
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--results", str(path)]
+    parts = ",".join(part for part in PARTS if part != "demo")
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--only", parts, "--results", str(path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env={**os.environ})
     assert done.returncode == 0, done.stderr[-3000:]
-    found = kept(path)
-    assert set(found) == {*NAMES, "faults.kills"} and found["faults.kills"]["value"] == 3.0
-    assert all(found[name]["method"] for name in NAMES)
-    assert all(found[name]["value"] > 0 for name in NAMES - LEARNED), "two steps learn nothing"
+    figures = stored(path)
+    assert set(figures) == {*NAMES, "faults.kills"} and figures["faults.kills"]["value"] == 3.0
+    assert all(figures[name]["method"] for name in NAMES)
+    assert all(figures[name]["value"] > 0 for name in NAMES - LEARNED), "two steps learn nothing"
     assert {line.split()[0] for line in done.stdout.splitlines() if line.strip()} >= NAMES
