@@ -30,6 +30,8 @@ jaxtyping.install_import_hook(CHECKED_ROOMS, "beartype.beartype")  # before anyt
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 ENGINE_MODULE = "vllm.v1.engine.llm_engine"
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub; the libraries read this when they are imported
+
 gc.disable()  # while tests and what they test are imported; on again when all are collected
 
 

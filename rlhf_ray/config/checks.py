@@ -141,11 +141,11 @@ def _has_no_pairs(config: SftConfig | PpoConfig) -> Iterator[Problem]:
 
 def _says_what_is_held_out(config: RewardModelConfig) -> Iterator[Problem]:
     data = config.data
-    if data.world is None and data.evaluation_path is None and data.evaluation_fraction is None:
+    if data.world is None and data.evaluation_file is None and data.evaluation_fraction is None:
         yield (
             "data.evaluation_fraction",
             "missing: say which share of the pairs is held out to evaluate on, such as 0.05, or 0 for none; or name held-out "
-            "pairs in data.evaluation_path",
+            "pairs in data.evaluation_path, or a split of them in data.evaluation_split",
         )
 
 

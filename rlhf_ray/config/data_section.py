@@ -15,6 +15,7 @@ from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.prompts import PromptReader
+from rlhf_ray.rows.sources import RowSource
 
 
 class WorldConfig(Section):
@@ -33,9 +34,11 @@ class WorldConfig(Section):
 
 
 class SourceConfig(Section):
-    """One of several files of rows; a key that is null is the one of the ``data`` section."""
+    """One of several files or data sets of rows; a key that is null is the one of the ``data`` section."""
 
     path: str
+    split: str | None = None
+    config: str | None = None
     weight: PositiveFloat = 1.0
     """How many times an epoch goes through its rows: 2 uses each twice, 0.5 one half of them, the other half next time."""
     prompt_key: str | None = None
@@ -43,15 +46,27 @@ class SourceConfig(Section):
     chosen_key: str | None = None
     rejected_key: str | None = None
 
+    @property
+    def rows(self) -> RowSource:
+        """Where its rows are."""
+        return RowSource(self.path, self.split, self.config)
+
 
 class DataConfig(Section):
     """Where rows come from: exactly one of ``world``, ``path`` and ``sources``."""
 
     world: WorldConfig | None = None
     path: str | None = None
+    """A data file, a folder of a data set, or ``org/name`` on a hub."""
+    split: str | None = None
+    """Which split of a data set holds the training rows; null: its only one, or else ``train``."""
+    config: str | None = None
+    """Which configuration (subset) of a data set; null where it has only one."""
     sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], SourceConfig] = {}  # noqa: RUF012 (pydantic copies it)
     """Several files by name, which is the source of their rows that do not name theirs."""
     evaluation_path: str | None = None
+    evaluation_split: str | None = None
+    """The split of ``evaluation_path``, or where that is null of ``path``, whose rows are held out."""
     evaluation_fraction: Fraction | None = None
     """Share of the training rows held out, by whole prompts; 0 evaluates nothing."""
     prompt_key: str = "prompt"
@@ -77,8 +92,26 @@ class DataConfig(Section):
 
     @property
     def evaluation_file(self) -> SourceConfig | None:
-        """The file of rows that are held out, if there is one."""
-        return None if self.evaluation_path is None else self._with_keys(SourceConfig(path=self.evaluation_path))
+        """The file or split of rows that are held out, if there is one."""
+        path = self.evaluation_path or (self.path if self.evaluation_split is not None else None)
+        if path is None:
+            return None
+        return self._with_keys(SourceConfig(path=path)).model_copy(update={"split": self.evaluation_split})
+
+    def over(self, path: str) -> DataConfig:
+        """The same section over all rows of another file."""
+        own = (
+            "world",
+            "sources",
+            "split",
+            "config",
+            "evaluation_path",
+            "evaluation_split",
+            "evaluation_fraction",
+            "max_rows",
+        )
+        empty = {key: type(self).model_fields[key].default for key in own}
+        return self.model_copy(update={**empty, "path": path})
 
     def preference_reader(self, source: SourceConfig) -> PreferenceReader:
         """What reads preference pairs from ``source``, which is one of ``files`` or the ``evaluation_file``."""
@@ -93,7 +126,7 @@ class DataConfig(Section):
         return DemonstrationReader(str(source.prompt_key), str(source.answer_key))
 
     def _with_keys(self, source: SourceConfig) -> SourceConfig:
-        keys = ("prompt_key", "answer_key", "chosen_key", "rejected_key")
+        keys = ("split", "config", "prompt_key", "answer_key", "chosen_key", "rejected_key")
         own = {key: getattr(self, key) for key in keys if getattr(source, key) is None}
         return source.model_copy(update=own)
 
@@ -105,14 +138,20 @@ class DataConfig(Section):
             yield "", f"{' and '.join(given)}{path} exclude each other: add {ways}"
         if not given:
             yield "", "set one of world (the generated world: {}), path (a data file) and sources (several)"
-        if self.evaluation_path is not None and self.evaluation_fraction is not None:
-            yield "", "evaluation_path and evaluation_fraction exclude each other: remove one (set it to null)"
+        held_out = [name for name in ("evaluation_path", "evaluation_split") if getattr(self, name) is not None]
+        if held_out and self.evaluation_fraction is not None:
+            yield "", f"{held_out[0]} and evaluation_fraction exclude each other: remove one (set it to null)"
+        if held_out == ["evaluation_split"] and self.path is None and self.world is None:
+            yield "", "evaluation_split is a split of evaluation_path, or else of path: set one of them"
         if self.world is not None:
             yield from self._conflicts_of_world(self.world)
 
     def _conflicts_of_world(self, world: WorldConfig) -> Iterator[tuple[str, str]]:
         if self.evaluation_path is not None or self.evaluation_fraction is not None:
             yield "", "the generated world holds out its own rows: remove evaluation_path and evaluation_fraction"
+        for key in ("split", "config", "evaluation_split"):
+            if getattr(self, key) is not None:
+                yield key, "the rows of the generated world are made and have no splits or configurations: remove it"
         if self.max_rows is not None:
             yield (
                 "max_rows",

@@ -336,14 +336,15 @@ def _row_reader(config: Section, data: DataConfig, source: SourceConfig) -> RowR
 def _data_problems(config: Section, data: DataConfig) -> Iterator[Problem]:
     files = [(f"data.sources.{name}.path" if name else "data.path", file) for name, file in data.files.items()]
     if data.evaluation_file is not None:
-        files.append(("data.evaluation_path", data.evaluation_file))
+        key = "data.evaluation_split" if data.evaluation_path is None else "data.evaluation_path"
+        files.append((key, data.evaluation_file))
     for key, source in files:
         if _on_hub(source.path):
             continue
         path = Path(source.path)
         if not path.exists():
             yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
-        elif problem := first_problem(path, _row_reader(config, data, source)):
+        elif problem := first_problem(source.rows, _row_reader(config, data, source)):
             yield key, problem
     if isinstance(config, RewardModelConfig) and config.normalization.demonstrations_path is not None:
         yield from _demonstration_problems(Path(config.normalization.demonstrations_path), data)

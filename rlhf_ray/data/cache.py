@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ def key_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def content_hash(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+def content_hash(*paths: str | Path) -> str:
+    """SHA-256 of files, and of the names and contents of all files in folders; wherever they lie."""
     digest = hashlib.sha256()
-    for name, file in _files(Path(path)):
+    for name, file in chain.from_iterable(_files(Path(path)) for path in paths):
         with open(file, "rb") as stream:
             digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
     return digest.hexdigest()

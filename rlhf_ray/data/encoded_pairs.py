@@ -21,6 +21,7 @@ from rlhf_ray.data.encode import EncodedPair, in_parts, pair_outcomes
 from rlhf_ray.data.tokenizers import encoding_fingerprint
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.sources import RowSource, content_files
 
 FORMAT = 1
 """Raised when the same file and settings give another table."""
@@ -65,9 +66,9 @@ class PairRow(NamedTuple):
 
 @dataclass(frozen=True)
 class PairFile:
-    """A file of preferences and how it is read: with the tokenizer, all that decides what its pairs are."""
+    """A file or data set of preferences and how it is read: with the tokenizer, all that decides what its pairs are."""
 
-    path: str
+    rows: RowSource
     reader: PreferenceReader
     max_tokens: int
     cut_prompt: bool = False
@@ -81,16 +82,17 @@ def pairs_of_file(
     """Every row of a file, from the folder ``cache`` where that holds it; ``source`` is that of rows that name none."""
 
     def make() -> pa.Table:
-        rows = list(read_file(file.path, file.reader, max_rows=file.max_rows))
+        rows = list(read_file(file.rows, file.reader, max_rows=file.max_rows))
         return _encoded(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
 
-    if cache is None or not Path(file.path).exists():
+    if cache is None:
         return _rows(make(), source)
-    settings = {name: value for name, value in asdict(file).items() if name != "path"}
+    settings = asdict(file)
+    del settings["rows"]["path"]  # where the rows lie does not count, what they are does
     about = {
         "format": FORMAT,
         "settings": settings,
-        "content": content_hash(file.path),
+        "content": content_hash(*content_files(file.rows)),
         "tokenizer": encoding_fingerprint(tokenizer),
     }
     return _rows(cached(cache, f"pairs-{key_of(about)}", make), source)

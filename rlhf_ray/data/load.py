@@ -85,7 +85,7 @@ def demonstration_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split
     else:
 
         def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Demonstration]:
-            return list(read_file(source.path, data.demonstration_reader(source), max_rows=max_rows))
+            return list(read_file(source.rows, data.demonstration_reader(source), max_rows=max_rows))
 
         rows = _read(data, seed, read, lambda row: row.prompt)
 
@@ -101,7 +101,7 @@ def pair_examples(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExam
     cut_prompt = data.too_long == "cut_prompt"
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[PairRow]:
-        file = PairFile(source.path, data.preference_reader(source), data.max_tokens, cut_prompt, max_rows)
+        file = PairFile(source.rows, data.preference_reader(source), data.max_tokens, cut_prompt, max_rows)
         return pairs_of_file(file, tokenizer, data.cache, source=name)
 
     if data.world is not None:
@@ -131,7 +131,7 @@ def tokenized_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[Toke
     """Encoded prompts of the world or of files; those held out continue the numbers."""
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
-        rows = read_file(source.path, data.prompt_reader(source), max_rows=max_rows)
+        rows = read_file(source.rows, data.prompt_reader(source), max_rows=max_rows)
         return [row if row.source else replace(row, source=name) for row in rows]
 
     rows = _read(data, seed, read, _prompt_key) if data.world is None else _world_prompts(data.world)
@@ -209,25 +209,29 @@ def _warn_of_shared_prompts(trained: set[Hashable], held_out: list[Hashable], da
     if shared:
         get_logger("data").warning(
             "%s: %d of %d held-out rows have a prompt that is trained on: figures will be too good",
-            data.evaluation_path,
+            _held_out_name(data),
             shared,
             len(held_out),
         )
 
 
 def _name(data: DataConfig) -> str:
-    return ", ".join(source.path for source in data.files.values()) or "the generated world"
+    return ", ".join(str(source.rows) for source in data.files.values()) or "the generated world"
+
+
+def _held_out_name(data: DataConfig) -> str:
+    return _name(data) if data.evaluation_file is None else str(data.evaluation_file.rows)
 
 
 def _encoded(
     rows: _Rows[Row], data: DataConfig, encode: Callable[[Sequence[Row], Drops], list[Example]]
 ) -> Split[Example]:
     """Encode all rows and say what was dropped."""
-    sources = [(source.path, source.weight) for source in data.files.values()] or [("the generated world", 1.0)]
+    sources = [(str(source.rows), source.weight) for source in data.files.values()] or [("the generated world", 1.0)]
     dropped, files = Drops(), []
     for (path, _), file in zip(sources, rows.files, strict=True):
         files.append(_counted(path, "training", file, encode, dropped))
-    held_out = _counted(data.evaluation_path or _name(data), "held-out", rows.held_out, encode, dropped)
+    held_out = _counted(_held_out_name(data), "held-out", rows.held_out, encode, dropped)
     parts = [Part.weighted(len(file), weight) for (_, weight), file in zip(sources, files, strict=True)]
     return Split(list(chain(*files)), held_out, parts, dropped)
 

@@ -20,6 +20,7 @@ from rlhf_ray.config.preflight import not_one_token
 from rlhf_ray.config.tokenizer_identity import tokenizer_identity
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rows.read import AnyRow, read_file
+from rlhf_ray.rows.sources import as_source, every_split
 from rlhf_ray.world import language
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ def make_byte_pair_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTraine
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Every text in the rows of a data file, messages included."""
-    for row in read_file(path, AnyRow()):
-        yield from _texts_in(row.values)
+    """Every text in the rows of a data file, or of all splits of a data set; messages included."""
+    for source in every_split(as_source(path)):
+        for row in read_file(source, AnyRow()):
+            yield from _texts_in(row.values)
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -23,6 +23,8 @@ from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.evaluation.scored_pairs import ScoredPairs
 from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.rows.sources import RowSource
 
 WORST = 50
 """Pairs in the file of figures."""
@@ -81,7 +83,7 @@ def tell(scored: ScoredPairs) -> dict[str, Any]:
 def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool) -> list[PairExample]:
     if not file.exists():
         raise DataError(f"{file} does not exist: name a file of preference pairs")
-    rows = pairs_of_file(PairFile(str(file), keys, max_tokens, turns), tokenizer)
+    rows = pairs_of_file(PairFile(RowSource(str(file)), PreferenceReader(keys, turns), max_tokens), tokenizer)
     pairs = [row.pair for row in rows if isinstance(row.pair, PairExample)]
     dropped = Counter(row.pair for row in rows if isinstance(row.pair, str))
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.row import KeySets, Row
+from rlhf_ray.rows.sources import AnySource
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DemonstrationReader:
 
 
 def read_demonstrations(
-    path: str | Path, prompt_key: str = "prompt", answer_key: str = "answer", *, max_rows: int | None = None
+    source: AnySource, prompt_key: str = "prompt", answer_key: str = "answer", *, max_rows: int | None = None
 ) -> list[Demonstration]:
-    """Every demonstration of a data file; the keys name its columns."""
-    return list(read_file(path, DemonstrationReader(prompt_key, answer_key), max_rows=max_rows))
+    """Every demonstration of a data file or data set; the keys name its columns."""
+    return list(read_file(source, DemonstrationReader(prompt_key, answer_key), max_rows=max_rows))

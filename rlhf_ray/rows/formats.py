@@ -1,8 +1,9 @@
-"""Raw rows of a data file, whatever its format.
+"""Raw rows of one data file, whatever its format: JSON lines, a JSON list, CSV, Parquet or Arrow.
 
-Always true: rows come one by one, in the order of the file, each with the place where it begins: ``file:line``, or
-``file: row n`` in tables, which have no lines; whatever is wrong with a file is one :class:`DataError` that begins with
-that place and holds nothing of the rows' texts; reading needs no library that a job's processes load later.
+Invariants: rows come one by one, in the order of the file, each with the place where it begins: ``file:line``, or
+``file: row n`` in tables, which have no lines. Whatever is wrong with a file is one :class:`DataError` that begins with
+that place and holds nothing of the rows' texts. Values come as they are written: a date stays a text, and in CSV every cell
+is one. Reading needs neither the ``datasets`` library nor a copy of the file.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ BLANKS = " \t\r\n"
 
 
 def raw_rows(path: Path) -> PlacedRows:
-    """Rows of a file, or of the folder of a saved data set; read only as far as they are taken."""
+    """Rows of a file, read only as far as they are taken."""
     try:
-        yield from _saved_rows(path) if path.is_dir() else _reader(path)(path)
+        yield from _reader(path)(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
@@ -36,10 +37,7 @@ def _reader(path: Path) -> Callable[[Path], PlacedRows]:
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader
-    raise DataError(f"{path}: not a format that is read here: {', '.join(READERS)}, or a folder of a saved data set")
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
+    raise DataError(f"{path}: not a format that is read here: {', '.join(READERS)}, or the folder of a data set")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -121,9 +119,6 @@ def _csv_rows(path: Path) -> PlacedRows:
         raise DataError(f"{path}:{line}: not CSV: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 def _parquet_rows(path: Path) -> PlacedRows:
     from pyarrow import ArrowException, parquet
 
@@ -153,29 +148,6 @@ def _arrow_rows(path: Path) -> PlacedRows:
 def _placed(path: Path, batches: Iterator[Any]) -> PlacedRows:
     rows = (row for batch in batches for row in batch.to_pylist())
     yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _saved_rows(folder: Path) -> PlacedRows:
-    """A data set as ``save_to_disk`` leaves it: ``state.json`` names the files that count, and their order."""
-    state, splits = folder / "state.json", folder / "dataset_dict.json"
-    if splits.is_file():
-        names = ", ".join(str(folder / name) for name in _object(splits)["splits"])
-        raise DataError(f"{folder}: holds several splits, one is expected: name one of {names}")
-    if not state.is_file():
-        files = ", ".join(sorted(file.name for file in folder.iterdir() if file.name.endswith(tuple(READERS))))
-        raise DataError(
-            f"{folder}: not the folder of a saved data set (it has no state.json): "
-            f"name a data file{f', such as {files}' if files else ', this folder has none'}"
-        )
-    for part in _object(state)["_data_files"]:
-        yield from _arrow_rows(folder / part["filename"])
-
-
-def _object(path: Path) -> Any:
-    try:
-        return json.loads("".join(_lines(path)))
-    except (ValueError, RecursionError) as error:
-        raise _not_json(str(path), error) from error
 
 
 READERS: dict[str, Callable[[Path], PlacedRows]] = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.row import KeySets, LayoutError, Row
+from rlhf_ray.rows.sources import AnySource
 
 PAIR_NUMBERS = ("margin", "grade")
 """Optional columns: one number a pair, which some losses read."""
@@ -71,7 +71,7 @@ class PreferenceReader:
 
 
 def read_preferences(
-    path: str | Path,
+    source: AnySource,
     prompt_key: str = "prompt",
     chosen_key: str = "chosen",
     rejected_key: str = "rejected",
@@ -79,13 +79,13 @@ def read_preferences(
     turns: bool = False,
     max_rows: int | None = None,
 ) -> list[PreferencePair]:
-    """Every pair of a data file; where its rows have no ``prompt_key``, the prompt is what both sides begin with.
+    """Every pair of a data file or data set; where its rows have no ``prompt_key``, the prompt is what both sides begin with.
 
     Columns ``margin``, ``grade``, ``system`` and ``tools`` are read where they are there, and as the source the first of
     ``SOURCE_KEYS``. With ``turns`` texts become messages.
     """
     reader = PreferenceReader(Keys(prompt_key, chosen_key, rejected_key), turns)
-    return list(read_file(path, reader, max_rows=max_rows))
+    return list(read_file(source, reader, max_rows=max_rows))
 
 
 def read_source(row: Row) -> str:

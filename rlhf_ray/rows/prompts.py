@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.rows.conversations import is_conversation
@@ -16,6 +15,7 @@ from rlhf_ray.rows.layouts import Keys, check_answer_follows, read_pair, read_pr
 from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, implicit_prompt, read_source
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.row import KeySets, LayoutError, Row
+from rlhf_ray.rows.sources import AnySource
 
 LABEL_KEYS = ("label", "answer")
 """Columns of labels; the first that is there counts."""
@@ -75,7 +75,7 @@ class PromptReader:
 
 
 def read_prompts(
-    path: str | Path,
+    source: AnySource,
     prompt_key: str = "prompt",
     *,
     chosen_key: str = "chosen",
@@ -83,9 +83,9 @@ def read_prompts(
     turns: bool = False,
     max_rows: int | None = None,
 ) -> list[Prompt]:
-    """Every prompt of a data file, as :class:`PromptReader` reads it."""
+    """Every prompt of a data file or data set, as :class:`PromptReader` reads it."""
     reader = PromptReader(Keys(prompt_key, chosen_key, rejected_key), turns)
-    return list(read_file(path, reader, max_rows=max_rows))
+    return list(read_file(source, reader, max_rows=max_rows))
 
 
 def _prompt_of_pair(row: Row, keys: Keys) -> tuple[str | Messages, Sequence[Mapping[str, Any]] | None]:

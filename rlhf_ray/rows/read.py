@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
-from rlhf_ray.rows.formats import raw_rows
 from rlhf_ray.rows.row import KeySets, LayoutError, Row, make_row
+from rlhf_ray.rows.sources import AnySource, as_source, placed_rows
 
 ROWS_CHECKED = 100
 WAY_OUT = "mend the row, or set the keys of the data section to those of the file"
@@ -63,32 +61,31 @@ def read_row(reader: RowReader[Value], row: Row) -> Value:
     return reader.read(row)
 
 
-def read_rows(path: str | Path, needs: KeySets = (), *, max_rows: int | None = None) -> list[Row]:
-    """All rows of a file as they are, each with texts under all keys of one of the sets in ``needs``."""
-    return list(read_file(path, AnyRow(needs), max_rows=max_rows))
+def read_rows(source: AnySource, needs: KeySets = (), *, max_rows: int | None = None) -> list[Row]:
+    """All rows of a source as they are, each with texts under all keys of one of the sets in ``needs``."""
+    return list(read_file(source, AnyRow(needs), max_rows=max_rows))
 
 
-def read_file(path: str | Path, reader: RowReader[Value], *, max_rows: int | None = None) -> Iterator[Value]:
-    """What the reader makes of each row of a file or of the folder of a saved data set, or of the first ``max_rows``."""
-    place = Path(path)
-    if not place.exists():
-        raise DataError(f"{path}: {_missing(str(path))}")
+def read_file(source: AnySource, reader: RowReader[Value], *, max_rows: int | None = None) -> Iterator[Value]:
+    """What the reader makes of each row of a file or data set, or of the first ``max_rows``; raises :class:`DataError`."""
+    source = as_source(source)
     uniform, count = _UniformColumns(reader.uniform), 0
-    for count, (where, values) in enumerate(islice(raw_rows(place), max_rows), 1):
+    for count, (where, values) in enumerate(islice(placed_rows(source), max_rows), 1):
         try:
             value = _read(reader, values, where, count - 1, uniform)
         except LayoutError as error:
             raise DataError(f"{where}: {error}: {error.way_out or WAY_OUT}") from error
         yield value
     if not count:
-        raise DataError(f"{path}: holds no rows, at least one was expected")
+        raise DataError(f"{source}: holds no rows, at least one was expected")
 
 
-def first_problem(path: Path, reader: RowReader[Any]) -> str:
-    """What is wrong with the first rows of a file: the first row that is, and how many are; empty where none is."""
+def first_problem(source: AnySource, reader: RowReader[Any]) -> str:
+    """What is wrong with the first rows of a source: the first row that is, and how many are; empty where none is."""
+    source = as_source(source)
     uniform, count, problems = _UniformColumns(reader.uniform), 0, []
     try:
-        for count, (where, values) in enumerate(islice(raw_rows(path), ROWS_CHECKED), 1):
+        for count, (where, values) in enumerate(islice(placed_rows(source), ROWS_CHECKED), 1):
             try:
                 _read(reader, values, where, count - 1, uniform)
             except LayoutError as error:
@@ -96,7 +93,7 @@ def first_problem(path: Path, reader: RowReader[Any]) -> str:
     except DataError as error:
         problems.append(str(error))
     if not problems:
-        return "" if count else f"{path}: holds no rows"
+        return "" if count else f"{source}: holds no rows"
     return problems[0] + (f" ({len(problems)} of the first {count} rows are wrong)" if len(problems) > 1 else "")
 
 
@@ -123,12 +120,3 @@ class _UniformColumns:
                     f"{lacking.where}: nothing under {column!r}, but there is something in {having.where}: fill it in all "
                     "rows or none"
                 )
-
-
-def _missing(path: str) -> str:
-    if is_hub_id(path) and not Path(path).parent.is_dir():
-        return (
-            "no such file, and data sets of a hub are not downloaded here: save it once, with "
-            f"datasets.load_dataset({path!r}, split='train').save_to_disk('rows'), and name that folder"
-        )
-    return "no such file or folder: name a data file, such as pairs.jsonl.gz"

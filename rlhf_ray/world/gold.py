@@ -80,4 +80,7 @@ def world_gold(prompts: Sequence[str], responses: Sequence[str], finished: Seque
 
 def world_arithmetic(responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]) -> list[float]:
     """The reward function ``world.arithmetic``: 1.0 for each response that is the sum in its label."""
-    return [arithmetic_score(str(label), *sample) for label, *sample in zip(labels, responses, finished, strict=True)]
+    return [
+        arithmetic_score(str(label), response, done)
+        for label, response, done in zip(labels, responses, finished, strict=True)
+    ]

@@ -209,7 +209,10 @@ def test_a_data_path_that_does_not_exist(here):
     told = "data.path: rows.jsonl does not exist: name a data file, as in data.path=pairs.jsonl.gz"
     assert sft_problems(rows="rows.jsonl") == [told]
     (here / "empty").mkdir()
-    assert "data.path: empty: not the folder of a saved data set" in sft_problems(rows="empty")[0]
+    assert (
+        "data.path: empty: holds no files: name a data file, or the folder of a data set"
+        in sft_problems(rows="empty")[0]
+    )
 
 
 def test_each_kind_needs_its_own_keys(here, texts):

@@ -14,6 +14,7 @@ from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file, pairs_of_rows
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader, read_preferences
+from rlhf_ray.rows.sources import RowSource
 from tests.data.test_chat import CHATML, assistant, user
 
 TEXTS = [
@@ -36,7 +37,7 @@ def plain(rows):
 
 @pytest.fixture
 def file(write):
-    return PairFile(str(write(TEXTS)), PreferenceReader(), max_tokens=60)
+    return PairFile(RowSource(str(write(TEXTS))), PreferenceReader(), max_tokens=60)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
     assert (last.margin, last.grade, last.source) == (2.0, 0.0, "b")
     assert rows[0].prompt == rows[1].prompt, "spaces around it make no other prompt"
     assert len({row.prompt for row in rows}) == 3
-    assert plain(pairs_of_rows(read_preferences(file.path), byte_tokenizer, 60)) == plain(
+    assert plain(pairs_of_rows(read_preferences(file.rows), byte_tokenizer, 60)) == plain(
         pairs_of_file(file, byte_tokenizer)
     )
 
@@ -66,7 +67,7 @@ def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
 def test_rows_that_name_no_source_have_that_of_their_file(byte_tokenizer, write):
     path = write([{"prompt": "p", "chosen": " a", "rejected": " b"}])
     for source in ("mine", ""):
-        (row,) = pairs_of_file(PairFile(str(path), PreferenceReader(), 60), byte_tokenizer, source=source)
+        (row,) = pairs_of_file(PairFile(RowSource(str(path)), PreferenceReader(), 60), byte_tokenizer, source=source)
         assert row.pair.source == source
         assert (row.pair.margin, row.pair.grade) == (None, None)
 
@@ -91,7 +92,7 @@ def test_whatever_decides_the_ids_is_in_the_key(
     assert not encodes(file)
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes((tmp_path / "rows.jsonl").read_bytes())
-    assert not encodes(replace(file, path=str(moved))), "where a file lies does not count"
+    assert not encodes(replace(file, rows=RowSource(str(moved)))), "where a file lies does not count"
     for change in (
         {"max_tokens": 61},
         {"cut_prompt": True},
@@ -109,7 +110,7 @@ def test_whatever_decides_the_ids_is_in_the_key(
     assert not encodes(file)
     with moved.open("a") as added:
         added.write(json.dumps(TEXTS[3]) + "\n")
-    assert encodes(replace(file, path=str(moved))), "the content counts"
+    assert encodes(replace(file, rows=RowSource(str(moved)))), "the content counts"
 
 
 def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monkeypatch, write, tmp_path):
@@ -124,13 +125,13 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(talks), tmp_path / "rows.parquet")
     found = [
-        pairs_of_file(PairFile(str(path), PreferenceReader(), 99), byte_tokenizer)
+        pairs_of_file(PairFile(RowSource(str(path)), PreferenceReader(), 99), byte_tokenizer)
         for path in (write(talks), tmp_path / "rows.parquet")
     ]
     assert plain(found[0]) == plain(found[1])
     assert [row.prompt == found[0][0].prompt for row in found[0]] == [True, True, False]
     assert all(isinstance(row.pair, PairExample) for row in found[0])
     whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in talks]
-    assert plain(pairs_of_file(PairFile(str(write(whole)), PreferenceReader(), 99), byte_tokenizer)) == plain(
-        found[0]
-    ), "implicit prompts"
+    assert plain(
+        pairs_of_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 99), byte_tokenizer)
+    ) == plain(found[0]), "implicit prompts"

@@ -89,29 +89,6 @@ def test_the_place_of_a_row_is_the_line_where_it_begins(tmp_path, suffix, texts)
         assert f"row{number}.".encode() in lines[int(row.where.rpartition(":")[2]) - 1]
 
 
-def test_the_folder_of_a_saved_data_set(tmp_path):
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
-    for name, row in zip(names, ROWS, strict=True):
-        as_arrow(folder / name, [row])
-    as_arrow(folder / "cache-0123.arrow", [{"prompt": "left by a map", "answer": "x"}])
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
-    assert [dict(row.values) for row in read_rows(folder)] == ROWS
-    assert first_problem(folder, AnyRow([("question",)]))
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["saved", "test"]}')
-    with pytest.raises(DataError, match=r"holds several splits.*name one of .*/saved, .*/test"):
-        read_rows(tmp_path)
-
-
-def test_a_folder_that_is_no_saved_data_set_names_its_files(tmp_path):
-    with pytest.raises(DataError, match=r"no state\.json.*this folder has none"):
-        read_rows(tmp_path)
-    (tmp_path / "a.jsonl").write_text("{}")
-    with pytest.raises(DataError, match=r"name a data file, such as a\.jsonl"):
-        read_rows(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
@@ -153,13 +130,6 @@ def test_a_file_that_cannot_be_read_says_where_and_why(write, name, content, tol
         read_rows(path)
     assert f"{path}{told}" in str(error.value)
     assert f"{path}{told}" in first_problem(path, AnyRow()), "the look beforehand finds the same"
-
-
-def test_a_path_that_is_not_there_tells_the_way_out(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder: name a data file"):
-        read_rows(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match=r"are not downloaded here: save it once, .*load_dataset\('Org/set'"):
-        read_rows("Org/set")
 
 
 @pytest.mark.parametrize(

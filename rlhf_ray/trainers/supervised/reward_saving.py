@@ -88,14 +88,7 @@ class RewardSaver:
         if normalization.over != "demonstrations":
             return None
         if normalization.demonstrations_path is not None:
-            whole = {
-                "world": None,
-                "sources": {},
-                "evaluation_path": None,
-                "evaluation_fraction": None,
-                "max_rows": None,
-            }
-            rows = rows.model_copy(update={**whole, "path": normalization.demonstrations_path})
+            rows = rows.over(normalization.demonstrations_path)
         examples = demonstration_examples(rows, tokenizer, self.config.run.seed)
         held_out = examples.held_out or examples.train
         return TrajectoryBatch.from_sequences([example.token_ids for example in held_out])
