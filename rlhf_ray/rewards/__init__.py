@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RewardSource": ".source",
         "ScoreRequest": ".request",
         "ScoreResult": ".request",
+        "TextSample": ".sample",
         "compute_score": ".adapters",
         "remote_reward": ".adapters",
         "score_turns": ".turns",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.functions import Columns, Outcome, RewardFunction, accepted_columns, run_calls
 from rlhf_ray.rewards.request import ScoreResult
-from rlhf_ray.rewards.source import Sample
+from rlhf_ray.rewards.sample import TextSample
 
 FAILED_ALONE = 3
 """Samples that fail one by one before the rest of their call is given up."""
@@ -52,11 +52,11 @@ class FunctionSource:
         self.samples_per_call = samples_per_call
         self.reads = "text and labels"
 
-    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result a sample."""
         return Pending(lambda: self._score(samples))
 
-    def _score(self, samples: Sequence[Sample]) -> list[ScoreResult]:
+    def _score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
         size = self.samples_per_call or max(1, len(samples))
         calls = [samples[start : start + size] for start in range(0, len(samples), size)]
         outcomes = self.caller.run([self._columns(call) for call in calls])
@@ -65,7 +65,7 @@ class FunctionSource:
             results += self._one_by_one(call, outcome) if isinstance(outcome, str) else map(self._result, outcome)
         return results
 
-    def _one_by_one(self, call: Sequence[Sample], reason: str) -> list[ScoreResult]:
+    def _one_by_one(self, call: Sequence[TextSample], reason: str) -> list[ScoreResult]:
         """What a call that failed gives when its samples are asked for alone."""
         if len(call) == 1:
             return [self._result(reason)]
@@ -82,7 +82,7 @@ class FunctionSource:
             return ScoreResult.failed(f"reward function {self.name} {outcome}", fault="source")
         return ScoreResult.of(outcome)
 
-    def _columns(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    def _columns(self, samples: Sequence[TextSample]) -> dict[str, list[Any]]:
         values = {
             "prompts": [sample.prompt for sample in samples],
             "responses": [sample.response for sample in samples],

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
-from rlhf_ray.rewards.source import RewardSource, Sample
+from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.source import RewardSource
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MixtureSource:
         self.terms = dict(terms)
         self.reads = "; ".join(f"{name}: {term.source.reads}" for name, term in self.terms.items())
 
-    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result a sample."""
         started = [term.source.score(samples) for term in self.terms.values()]
         return Pending(lambda: self._sums(started, len(samples)))

@@ -7,31 +7,16 @@ source that failed as a whole has failed at every sample.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.sample import TextSample
 
 SECONDS_BETWEEN_TRIES = 1.0
-
-
-class Sample(Protocol):
-    """What a source may look at: one sampled answer."""
-
-    prompt_id: int
-    sample_index: int
-    prompt: str
-    response: str
-    label: str | None
-    finished: bool
-    source: str
-    token_ids: tuple[int, ...]
-    """Prompt and response, as sampled."""
-    messages: tuple[Mapping[str, str], ...] | None
-    """The whole conversation, the response as its last turn, where the prompt is one."""
 
 
 class RewardSource(Protocol):
@@ -40,7 +25,7 @@ class RewardSource(Protocol):
     reads: str
     """What it reads of a sample, in words."""
 
-    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result a sample."""
 
 
@@ -65,14 +50,14 @@ class ModelSource:
         self.std = std
         self.reads = "the ids as sampled" if same_tokenizer else "text, tokenized again"
 
-    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result a sample."""
         requests = [self.request(sample) for sample in samples]
         return self.scorer.score(requests).then(
             lambda results: [result.normalised(self.mean, self.std) for result in results]
         )
 
-    def request(self, sample: Sample) -> ScoreRequest:
+    def request(self, sample: TextSample) -> ScoreRequest:
         """What the reward model is asked to score."""
         if self.same_tokenizer:
             return ScoreRequest(token_ids=sample.token_ids)
@@ -83,7 +68,7 @@ class ModelSource:
 
 def score_or_hold(
     source: RewardSource,
-    samples: Sequence[Sample],
+    samples: Sequence[TextSample],
     *,
     hold_s: float,
     clock: Callable[[], float] = time.monotonic,
@@ -112,7 +97,7 @@ def _to_try_again(positions: Iterable[int], results: Sequence[ScoreResult]) -> l
     return [position for position in positions if results[position].fault == "source"]
 
 
-def _try(source: RewardSource, samples: Sequence[Sample]) -> list[ScoreResult]:
+def _try(source: RewardSource, samples: Sequence[TextSample]) -> list[ScoreResult]:
     """Results of one attempt; a source that failed as a whole has failed at every sample."""
     try:
         return source.score(samples).result()

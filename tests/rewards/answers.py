@@ -3,22 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Answer:
-    """One sampled answer, with all that a source may look at."""
-
-    prompt_id: int
-    sample_index: int
-    prompt: str
-    response: str
-    label: str | None
-    finished: bool
-    source: str
-    token_ids: tuple[int, ...]
-    messages: tuple[Mapping[str, str], ...] | None
+from rlhf_ray.rewards.sample import TextSample
 
 
 def answer(
@@ -29,6 +15,6 @@ def answer(
     finished: bool = True,
     token_ids: tuple[int, ...] = (),
     messages: tuple[Mapping[str, str], ...] | None = None,
-) -> Answer:
+) -> TextSample:
     """An answer to prompt 7, from source ``test``."""
-    return Answer(7, 0, prompt, response, label, finished, "test", token_ids, messages)
+    return TextSample(7, 0, prompt, response, label, finished, token_ids, "test", messages)

@@ -12,7 +12,7 @@ from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Term
 from rlhf_ray.rewards.request import ScoreResult
-from rlhf_ray.rewards.source import Sample
+from rlhf_ray.rewards.sample import TextSample
 from tests.rewards.answers import answer
 
 SAMPLES = [answer("a", "x"), answer("b", "yy")]
@@ -26,7 +26,7 @@ class Fixed:
     def __init__(self, wait: Callable[[], list[ScoreResult]]) -> None:
         self.wait = wait
 
-    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         return Pending(self.wait)
 
 

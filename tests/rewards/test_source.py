@@ -12,7 +12,8 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rewards.source import ModelSource, Sample, score_or_hold
+from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.source import ModelSource, score_or_hold
 from tests.rewards.answers import answer
 
 get_logger()  # set up before pytest looks where to listen
@@ -94,7 +95,7 @@ class Scripted:
         self.clock, self.answers = clock, answers
         self.asked: list[list[str]] = []
 
-    def score(self, samples: Sequence[Sample]) -> Pending[list[ScoreResult]]:
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         self.asked.append([sample.prompt for sample in samples])
         self.clock.now += 1.0
         answer = next(self.answers)

@@ -13,10 +13,10 @@ import torch
 
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.algorithm import preparation_of
 from rlhf_ray.trainers.ppo.answers import Judged
 from rlhf_ray.trainers.ppo.evaluation import BestOf, PpoEvaluation
-from rlhf_ray.trainers.ppo.experience import TextSample
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
 

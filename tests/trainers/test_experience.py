@@ -14,8 +14,9 @@ from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.algorithm import preparation_of
-from rlhf_ray.trainers.ppo.experience import Experience, TextSample, score_columns
+from rlhf_ray.trainers.ppo.experience import Experience, score_columns
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 

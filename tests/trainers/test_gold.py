@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray.config.loading import load_config, parse_config
 from rlhf_ray.errors import ScoringError
-from rlhf_ray.trainers.ppo.experience import TextSample
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.gold import GroundTruth, make_gold, make_ground_truth
 from rlhf_ray.trainers.ppo.metrics import StepMetrics
 

@@ -11,10 +11,10 @@ import pytest
 
 from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
 from rlhf_ray.errors import RequestError
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.serving.auth import TokenFile
 from rlhf_ray.serving.server import WebServer
-from rlhf_ray.trainers.ppo.experience import TextSample
 
 from ..serving.services import Lengths, service
 from .test_reward_sources import source

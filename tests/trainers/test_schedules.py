@@ -18,8 +18,9 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.algorithm import preparation_of
-from rlhf_ray.trainers.ppo.experience import Experience, TextSample
+from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch

@@ -21,8 +21,9 @@ from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.answers import Judged, compared
-from rlhf_ray.trainers.ppo.experience import Experience, TextSample
+from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import Gold, Measures
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 

@@ -21,26 +21,10 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
-
-
-@dataclass(frozen=True)
-class TextSample:
-    """One sampled answer as text."""
-
-    prompt_id: int
-    sample_index: int
-    prompt: str
-    response: str
-    label: str | None
-    finished: bool
-    token_ids: tuple[int, ...]
-    """Prompt and response, as sampled."""
-    source: str = ""
-    messages: tuple[Mapping[str, str], ...] | None = None
-    """The prompt's conversation with the response as its last turn, where the prompt is one."""
 
 
 @dataclass(frozen=True)

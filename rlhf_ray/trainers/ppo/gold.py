@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from rlhf_ray.config.schema import PpoConfig, RewardConfig
 from rlhf_ray.errors import ScoringError
-from rlhf_ray.trainers.ppo.experience import TextSample
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.rewards import function_source
 from rlhf_ray.world.gold import GOLD_FUNCTIONS, answer_measures
 

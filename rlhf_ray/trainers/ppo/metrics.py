@@ -13,7 +13,8 @@ from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
-from rlhf_ray.trainers.ppo.experience import TERM, TextSample
+from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.trainers.ppo.experience import TERM
 from rlhf_ray.trainers.ppo.gold import Gold
 from rlhf_ray.trainers.ppo.sampling import Collected
 from rlhf_ray.trainers.ppo.self_check import LOG_PROB_LIMITS, log_prob_difference

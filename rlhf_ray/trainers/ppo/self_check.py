@@ -15,7 +15,8 @@ from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
-from rlhf_ray.trainers.ppo.experience import Experience, TextSample
+from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.roles import Schedules
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch

@@ -1,0 +1,38 @@
+"""One sampled answer as text: everything that a reward source, and a user's reward function, may look at.
+
+Invariants: a sample is never changed once it is made; all samples of one prompt share ``prompt_id``, ``prompt``, ``label``
+and ``source``. PPO's experience (``trainers/ppo/experience.py``) writes every field, from the prompt's row in the data and
+from what the rollout engine returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """One answer to one prompt. A reward function is given some fields as lists; each field names its list."""
+
+    prompt_id: int
+    """Row of the prompt in the data, counted from 0 over all training files; the held-out prompts are counted on from there."""
+    sample_index: int
+    """Which of the answers to this prompt it is, counted from 0."""
+    prompt: str
+    """List ``prompts``: the prompt as the policy reads it. Of a conversation it is the text that the chat template gives."""
+    response: str
+    """List ``responses``: the decoded answer without special tokens. It is not stripped: spaces at its ends stay."""
+    label: str | None
+    """List ``labels``: what the prompt's row holds for judging answers (its column ``label`` or ``answer``), such as the
+    right result; none where the row has neither. The policy never reads it."""
+    finished: bool
+    """List ``finished``: whether the policy ended the answer itself. False where it was cut off, for example at
+    ``rollout.max_new_tokens``."""
+    token_ids: tuple[int, ...]
+    """Ids of prompt and answer in the policy's vocabulary, exactly as they were sampled."""
+    source: str = ""
+    """List ``sources``: the name of the data source that the prompt comes from; empty where it has none."""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """List ``messages``: the conversation as mappings of ``role`` and ``content``, the answer as its last turn; none where
+    the prompt is plain text."""
