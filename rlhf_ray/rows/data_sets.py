@@ -10,7 +10,9 @@ where it lies, and only a data set of a hub, or a slice of a folder, is copied i
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,7 +84,8 @@ def _open_folder(folder: Path, config: str | None, split: str | None) -> Dataset
     chosen = _chosen_split(path, split, names)
     if chosen not in names:  # a slice or a sum of splits, which the library cuts out of a copy only
         return _prepared(path, builder, chosen)
-    return _try(path, lambda: builder.as_streaming_dataset(split=chosen))
+    with _no_import_of_torch():
+        return _try(path, lambda: builder.as_streaming_dataset(split=chosen))
 
 
 def _open_saved(folder: Path, config: str | None, split: str | None) -> Dataset:
@@ -115,6 +118,18 @@ def _library() -> Any:
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
     return datasets
+
+
+@contextmanager
+def _no_import_of_torch() -> Iterator[None]:
+    """The library imports torch for a stream, which takes seconds, so that torch's loaders know it: nothing here needs that."""
+    library_config = _library().config
+    available = library_config.TORCH_AVAILABLE
+    library_config.TORCH_AVAILABLE = available and "torch" in sys.modules
+    try:
+        yield
+    finally:
+        library_config.TORCH_AVAILABLE = available
 
 
 def _builder(path: str, config: str | None) -> DatasetBuilder:

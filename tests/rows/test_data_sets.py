@@ -127,6 +127,18 @@ def test_conversations_are_those_of_a_file(tmp_path: Path) -> None:
     assert read_preferences(tmp_path / "saved") == read_preferences(tmp_path / "folder") == expected
 
 
+def test_a_folder_is_looked_at_without_torch(tmp_path: Path) -> None:
+    """Which would make ``check`` take seconds longer."""
+    write_lines(tmp_path / "a.jsonl", PAIRS)
+    program = (
+        "import sys\nfrom rlhf_ray.rows.preferences import read_preferences\n"
+        f"assert len(read_preferences({str(tmp_path)!r})) == {len(PAIRS)}\n"
+        "print({'torch', 'transformers', 'ray'} & set(sys.modules))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told == "set()\n"
+
+
 def test_what_is_wrong_with_a_row_names_its_number(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "secret", "chosen": "c"}])
     source = RowSource(str(tmp_path), "train")
