@@ -49,21 +49,6 @@ def encode_answers(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple
     return before, after
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, max_tokens: int) -> Ids | None:
-    """Ids of one prompt; none where it is dropped."""
-    return encode_prompts(tokenizer, [prompt], max_tokens, Drops())[0]
-
-
-def encode_demonstration(tokenizer: Any, row: Demonstration, max_tokens: int) -> tuple[Ids, list[bool]] | None:
-    """Ids of prompt and answer, and which of them are the answer (its end included); none where it is dropped."""
-    return encode_demonstrations(tokenizer, [row], max_tokens, Drops())[0]
-
-
-def encode_pair(tokenizer: Any, row: PreferencePair, max_tokens: int) -> EncodedPair | None:
-    """Ids of both sides with the prompt before each; none where one is too long, or both are the same."""
-    return encode_pairs(tokenizer, [row], max_tokens, Drops())[0]
-
-
 def in_parts(rows: Sequence[Row], what: str, encode: Callable[[Sequence[Row]], Encoded]) -> Iterator[Encoded]:
     """What ``encode`` makes of each stretch of ``rows``, in their order; shows progress where there are several.
 

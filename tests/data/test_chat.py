@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.data.encode import EQUAL, Drops, encode_pair, encode_pairs
+from rlhf_ray.data.encode import EQUAL, Drops, encode_pairs
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.preferences import PreferencePair, read_preferences
 
@@ -33,6 +33,11 @@ PROMPTS = {
 """What stands before the answer, as far as each template tells it."""
 MANY = 10_000
 ANY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+def encode_pair(tokenizer, row, max_tokens):
+    (encoded,) = encode_pairs(tokenizer, [row], max_tokens, Drops())
+    return encoded
 
 
 def user(text):

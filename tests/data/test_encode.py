@@ -13,11 +13,8 @@ from rlhf_ray.data.encode import (
     TOO_LONG,
     Drops,
     encode_answers,
-    encode_demonstration,
     encode_demonstrations,
-    encode_pair,
     encode_pairs,
-    encode_prompt,
     encode_prompts,
 )
 from rlhf_ray.data.tokenizers import make_tokenizer
@@ -32,6 +29,21 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 MANY = 10_000
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def encode_prompt(tokenizer, row, max_tokens):
+    (encoded,) = encode_prompts(tokenizer, [row], max_tokens, Drops())
+    return encoded
+
+
+def encode_demonstration(tokenizer, row, max_tokens):
+    (encoded,) = encode_demonstrations(tokenizer, [row], max_tokens, Drops())
+    return encoded
+
+
+def encode_pair(tokenizer, row, max_tokens):
+    (encoded,) = encode_pairs(tokenizer, [row], max_tokens, Drops())
+    return encoded
 
 
 def check_row(tokenizer: PreTrainedTokenizerFast, prompt: str, one: str, other: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.data.encode import encode_demonstration
+from rlhf_ray.data.encode import Drops, encode_demonstrations
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest
@@ -65,7 +65,7 @@ def test_special_tokens_in_a_text_are_one_token_each_and_none_is_added(text: str
 def test_an_answer_is_written_as_reward_training_writes_it(answer: str) -> None:
     ids = encoded(ScoreRequest(prompt="why? ", response=answer))
     assert ids == written(f"{BOS}why? {answer.removesuffix(EOS)}{EOS}")
-    trained = encode_demonstration(PLAIN, Demonstration("why? ", answer), 1000)
+    (trained,) = encode_demonstrations(PLAIN, [Demonstration("why? ", answer)], 1000, Drops())
     assert trained is not None and list(ids) == trained[0]
 
 
