@@ -1,4 +1,4 @@
-"""Monitoring: one registry of metrics, and everything that shows them. It decides nothing."""
+"""The metrics of a run: one registry of names, and everything that writes or shows them. Nothing here changes a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "BestOf": ".report.summary",
         "Check": ".report.summary",
         "Figure": ".report.summary",
-        "JsonLines": "rlhf_ray.storage.jsonl",
         "MemoryRecord": ".report.summary",
         "MemorySampler": ".memory",
         "Metric": ".registry",

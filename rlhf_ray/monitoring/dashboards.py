@@ -1,18 +1,19 @@
-"""The Grafana dashboard, made from the registry.
+"""Generate the Grafana dashboard from the registry of metrics.
 
-Always true: every registered metric has its place on it, every query asks for a metric that the exporter sends, and the
-committed ``deploy/monitoring/rlhf_ray_dashboard.json`` is what :func:`render_dashboard` returns. After a change of the
-registry: ``python -m rlhf_ray.monitoring.dashboards deploy/monitoring/rlhf_ray_dashboard.json``.
+Invariants: every registered metric is on the dashboard, and every query asks for a metric that the exporter sends. The
+committed ``deploy/monitoring/rlhf_ray_dashboard.json`` is what :func:`render_dashboard` returns; after a change of the
+registry write it anew: ``python -m rlhf_ray.monitoring.dashboards deploy/monitoring/rlhf_ray_dashboard.json``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ray.monitoring.registry import PHASES, REGISTRY, Metric, company
+from rlhf_ray.monitoring.registry import PHASES, REGISTRY, Metric, choose_panel
 from rlhf_ray.storage.atomic import write_file
 
 RAY_PREFIX = "ray_"
@@ -25,7 +26,7 @@ Panel = dict[str, Any]
 
 
 def render_dashboard() -> str:
-    """The dashboard as JSON text, ready for Grafana's import or its provisioning."""
+    """The dashboard as JSON text, for Grafana's import or provisioning."""
     return json.dumps(dashboard(), indent=1) + "\n"
 
 
@@ -47,7 +48,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def expression(metric: Metric) -> str:
-    """The Prometheus query of one metric: a gauge as it stands, a counter as what it gained."""
+    """The Prometheus query of a metric: the value of a gauge, the increase of a counter."""
     exported = RAY_PREFIX + metric.exported_name
     if metric.is_family:
         return f'{{__name__=~"{exported.removesuffix("_")}.+", run=~"$run"}}'
@@ -57,25 +58,25 @@ def expression(metric: Metric) -> str:
 
 
 def _metric_panels() -> list[Panel]:
-    """A row for each group; below it its panels from left to right."""
+    """A row for each group of metrics, and below it the panels of the group from left to right."""
     panels, top = [], PANEL_HEIGHT
     for group, metrics in REGISTRY.groups().items():
         panels.append({"type": "row", "title": group, "collapsed": False, "panels": [], **_place(0, top, 24, 1)})
-        placed = _panels_of(metrics)
-        for index, panel in enumerate(placed):
+        group_panels = _group_panels(metrics)
+        for index, panel in enumerate(group_panels):
             row, column = divmod(index, COLUMNS)
             place = _place(column * PANEL_WIDTH, top + 1 + row * PANEL_HEIGHT, PANEL_WIDTH, PANEL_HEIGHT)
             panels.append(panel | place)
-        top += 1 + -(-len(placed) // COLUMNS) * PANEL_HEIGHT
+        top += 1 + math.ceil(len(group_panels) / COLUMNS) * PANEL_HEIGHT
     return panels
 
 
-def _panels_of(metrics: Sequence[Metric]) -> list[Panel]:
-    names, panels = [metric.name for metric in metrics], []
+def _group_panels(metrics: Sequence[Metric]) -> list[Panel]:
+    by_name = {metric.name: metric for metric in metrics}
+    names, panels = list(by_name), []
     while names:
-        title, members = company(names[0], names)
+        title, members = choose_panel(names[0], names)
         names = [name for name in names if name not in members]
-        by_name = {metric.name: metric for metric in metrics}
         panels.append(_time_series(title, [by_name[member] for member in members]))
     return panels
 

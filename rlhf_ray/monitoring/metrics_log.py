@@ -1,7 +1,7 @@
-"""Where trainers log: one call a step, every value checked, then to all sinks.
+"""The log that trainers write their metrics to: one call a step, to a file and to all sinks.
 
-Always true: every logged name is registered; the metrics file holds valid JSON only, with ``null`` where a number was
-not finite; a step's line is on disk before the call returns.
+Invariants: every logged name is in the registry. The file holds valid JSON only, with ``null`` for a number that is not
+finite. The line of a step is on disk before the call returns.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rlhf_ray.storage.jsonl import JsonLines
 
 
 class Sink(Protocol):
-    """Takes the finite values of a step; called from one thread, in the order of steps."""
+    """A further place for metrics; called from one thread, in the order of steps, with finite values only."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of a step."""
 
     def close(self) -> None:
-        """Bring everything out."""
+        """Write out whatever is still held back."""
 
 
 class MetricsLog:
@@ -34,9 +34,12 @@ class MetricsLog:
         self._clock = clock
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log one step. ``step`` itself need not be among the values."""
+        """Log the values of one step, by metric; raises ``UnknownMetricError`` for a name that is not registered.
+
+        ``values`` need not hold ``step`` itself.
+        """
         for name in values:
-            REGISTRY[name]
+            REGISTRY[name]  # raises where the name is unknown
         numbers = {name: float(value) for name, value in values.items() if name != "step"}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._lines.append({"step": step, "timestamp": self._clock(), **{name: finite.get(name) for name in numbers}})
@@ -44,6 +47,6 @@ class MetricsLog:
             sink.log(step, {"step": float(step), **finite})
 
     def close(self) -> None:
-        """Close the other sinks; the file needs none of it."""
+        """Close the sinks; the file is closed after every line."""
         for sink in self._sinks:
             sink.close()

@@ -1,7 +1,7 @@
-"""Metrics to Ray's metrics agent, from where Prometheus collects them.
+"""Send metrics to Ray's metrics agent, from which Prometheus collects them.
 
-Always true: a metric is called ``rlhf_<name>`` with tags ``run``, ``role`` and ``rank``, and nothing else tells its
-series apart; of a run's phases exactly one stands at 1 and every other at 0, from the start on.
+Invariants: a metric is called ``rlhf_<name>``, and its series differ by the tags ``run``, ``role`` and ``rank`` alone. Of
+the phases of a run exactly one is 1 and every other is 0, from the start on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PHASE_GAUGE = "rlhf_phase"
 
 
 class RayExporter:
-    """A sink of :class:`rlhf_ray.monitoring.metrics_log.MetricsLog`, for the driver or one rank of a role."""
+    """A sink of ``MetricsLog`` that sets Ray's gauges and counters for the driver or one rank of a role."""
 
     def __init__(self, run: str, role: str = "driver", rank: int = 0) -> None:
         self._tags = {"run": run, "role": role, "rank": str(rank)}
@@ -33,7 +33,7 @@ class RayExporter:
                 self._counter(name).inc(value)
 
     def close(self) -> None:
-        """Ray sends by itself, until the process ends."""
+        """Nothing to do: Ray sends by itself until the process ends."""
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self._gauges:
@@ -49,16 +49,16 @@ class RayExporter:
 
 
 class PhaseGauge:
-    """What the run is doing now."""
+    """A gauge for each phase that shows which one the run is in."""
 
     def __init__(self, run: str) -> None:
-        self._gauge = Gauge(PHASE_GAUGE, "1 for what the run is doing now, 0 for all else", ("run", "phase"))
+        self._gauge = Gauge(PHASE_GAUGE, "1 for the phase that the run is in, 0 for all others", ("run", "phase"))
         self._run = run
         self.enter(PHASES[0])
 
     def enter(self, phase: str) -> None:
-        """Say that ``phase`` has begun and every other has ended."""
+        """Set ``phase`` to 1 and every other to 0."""
         if phase not in PHASES:
-            raise ValueError(f"phase {phase} is none of {', '.join(PHASES)}")
+            raise ValueError(f"{phase} is not a phase: choose one of {', '.join(PHASES)}")
         for other in PHASES:
             self._gauge.set(float(other == phase), tags={"run": self._run, "phase": other})

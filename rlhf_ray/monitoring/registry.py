@@ -1,7 +1,7 @@
-"""Every metric of the project, once: its name, unit, kind, group and meaning.
+"""The one list of all metrics: the name, unit, kind, group and meaning of each.
 
-Always true: a name that is not written here is logged nowhere; every exporter, the report and the dashboards take their
-names, units and titles from here; two metrics never share a name in Prometheus.
+Invariants: a metric that is not listed here cannot be logged. Every exporter, the report and the dashboard take names,
+units and titles from here. No two metrics have the same name in Prometheus.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from rlhf_ray.errors import RlhfRayError
 Kind = Literal["gauge", "counter"]
 
 PHASES = ("start", "rollout", "scoring", "log_probs", "update", "weights", "checkpoint", "evaluation")
-"""What a run can be doing: the values of the phase gauge. All but ``start`` are timed as ``time/<phase>``."""
+"""What a run can be doing, the values of the phase gauge. All but ``start`` are timed as ``time/<phase>``."""
 
 
 class UnknownMetricError(RlhfRayError):
-    """A trainer logs a metric that the registry does not hold."""
+    """A trainer logged a metric that the registry does not hold."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. A name that ends in ``/*`` stands for every name with that beginning.
+    """One metric.
 
-    A gauge logs a state; a counter logs what was added since the last line.
+    A name that ends in ``/*`` is a family: it stands for every name with that beginning. The value of a gauge is a state;
+    the value of a counter is what was added since the last line.
     """
 
     name: str
@@ -39,17 +40,17 @@ class Metric:
 
     @property
     def exported_name(self) -> str:
-        """The name in Ray's metrics; Prometheus sees it with Ray's prefix ``ray_``."""
+        """The name in Ray's metrics, which Prometheus sees with Ray's prefix ``ray_``."""
         return f"rlhf_{re.sub('[^a-zA-Z0-9_]', '_', self.name)}"
 
     @property
     def is_family(self) -> bool:
-        """Whether the name stands for many."""
+        """Whether this stands for every name with its beginning."""
         return self.name.endswith("/*")
 
 
 class Registry:
-    """Metrics by name."""
+    """The metrics by name; a name of a family is found too."""
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
         self._metrics: dict[str, Metric] = {}
@@ -228,7 +229,7 @@ REGISTRY = Registry(
     for name, unit, text in rows
 )
 
-_TOGETHER = {
+_SHARED_PANELS = {
     "KL from the reference": ("kl/k1", "kl/k3"),
     "Length": ("length/response", "length/prompt"),
     "Scores of the two sides": ("reward/chosen", "reward/rejected"),
@@ -246,10 +247,10 @@ _TOGETHER = {
 }
 
 
-def company(name: str, available: Container[str]) -> tuple[str, list[str]]:
-    """Title and metrics of the panel that shows ``name``: alone, or with those ``available`` that belong to it."""
-    for title, members in _TOGETHER.items():
-        here = [member for member in members if member in available]
-        if name in here and len(here) > 1:
-            return title, here
+def choose_panel(name: str, available: Container[str]) -> tuple[str, list[str]]:
+    """The title and metrics of the panel that shows ``name``: it alone, or with those ``available`` that belong to it."""
+    for title, members in _SHARED_PANELS.items():
+        present = [member for member in members if member in available]
+        if name in present and len(present) > 1:
+            return title, present
     return name, [name]

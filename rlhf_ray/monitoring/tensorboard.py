@@ -1,6 +1,6 @@
-"""Metrics to TensorBoard event files.
+"""Write metrics to TensorBoard event files.
 
-Always true: TensorBoard shows the same names, steps and numbers as ``metrics.jsonl``.
+Invariant: TensorBoard shows the same names, steps and numbers as ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tensorboard.summary import Writer
 
 
 class TensorBoardWriter:
-    """A sink of :class:`rlhf_ray.monitoring.metrics_log.MetricsLog`."""
+    """A sink of ``MetricsLog`` that writes event files into a directory."""
 
     def __init__(self, directory: str | Path) -> None:
         self._writer = Writer(str(directory))

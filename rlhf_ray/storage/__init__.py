@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "FileRecord": ".manifest",
+        "JsonLines": ".jsonl",
         "Manifest": ".manifest",
         "PendingDirectory": ".atomic",
         "begin_directory": ".atomic",

@@ -84,7 +84,7 @@ def test_gauges_counters_and_the_phase_stand_at_the_agent(agent: str) -> None:
 def test_a_phase_that_nobody_knows_is_refused(agent: str) -> None:
     from rlhf_ray.monitoring.ray_export import PhaseGauge
 
-    with pytest.raises(ValueError, match="phase sleeping is none of start, rollout"):
+    with pytest.raises(ValueError, match="sleeping is not a phase: choose one of start, rollout"):
         PhaseGauge("demo").enter("sleeping")
 
 

@@ -16,10 +16,11 @@ import pytest
 
 from rlhf_ray import storage
 from rlhf_ray.errors import RequestError
-from rlhf_ray.monitoring import Check, Figure, JsonLines, MetricsLog, Sample, Summary, Table
+from rlhf_ray.monitoring import Check, Figure, MetricsLog, Sample, Summary, Table
 from rlhf_ray.monitoring.report.summary import Answer
 from rlhf_ray.runs import RunDirectory, checkpoints, directory, ledger, write_report
 from rlhf_ray.storage import atomic, jsonl
+from rlhf_ray.storage.jsonl import JsonLines
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 CONFIG = "kind: ppo\nrun:\n  name: demo\n"

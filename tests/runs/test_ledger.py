@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.errors import IntegrityError
-from rlhf_ray.monitoring import JsonLines
 from rlhf_ray.runs import Ledger, LedgerEntry
+from rlhf_ray.storage import JsonLines
 
 
 def test_steps_follow_each_other_without_gap_or_repetition(tmp_path: Path) -> None:

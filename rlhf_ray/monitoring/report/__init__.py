@@ -1,1 +1,1 @@
-"""The HTML report of a run: its page, charts, curves and tables."""
+"""The HTML report of a run: curves, tables, samples, checks and memory on one page."""

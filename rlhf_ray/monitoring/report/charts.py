@@ -1,7 +1,7 @@
-"""Line charts as SVG text, drawn without any library and readable on light and on dark ground.
+"""Draw line charts as SVG text, without a library or a script.
 
-Always true: every finite point lies inside its panel, at the place that the labelled axes say; a value that is not
-there breaks the line; colours come from CSS variables only (``style.css``), so that one chart serves both grounds.
+Invariants: every finite point lies inside its panel, where the labelled axes say. A missing value breaks the line.
+Colours come from the CSS variables in ``style.css`` alone, so that a chart can be read on light and on dark ground.
 """
 
 from __future__ import annotations
@@ -16,43 +16,52 @@ from typing import Literal
 Point = tuple[float, float | None]
 
 LEFT, RIGHT, TOP, BOTTOM = 50, 54, 52, 40
+"""Space around a panel for axis labels, last values and heading, in pixels."""
 PANEL_GAP = 62
 CHARACTER = 7.0
+"""Mean width of a character of the legend, in pixels."""
 COLOURS = 6
 SHOWN_POINTS = 400
+"""Points that a line has at most: more would not be seen."""
 TOUCHABLE_POINTS = 80
-SMOOTHED_FROM = 120
+"""Points of a line that show their numbers under the pointer, at most."""
 MARKED_POINTS = 12
+"""Up to this many points a line has visible marks."""
+SMOOTHED_FROM = 120
+"""Lines of more points are averaged if they are noisy."""
 NOISY = 4.0
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line, single marks that grow stronger towards the last one, or both; ``colour`` counts series from 0."""
+    """One series of points: a line, marks that grow stronger towards the last one, or both.
+
+    ``colour`` is the number of the series, from 0; ``None`` in place of a y value is a missing value.
+    """
 
     label: str
     points: Sequence[Point]
     colour: int = 0
     style: Literal["line", "marks", "both"] = "line"
     names: Sequence[str] = ()
-    """What the single points are called, where they have names."""
+    """A name for each point, or none at all: then the label names them."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A pair of axes: what stands up, in which unit, and its curves."""
+    """One pair of axes and its curves; ``height`` is in pixels."""
 
     title: str
     unit: str
     curves: Sequence[Curve]
     height: int = 170
     include: Sequence[float] = field(default_factory=tuple)
-    """Values that the vertical axis must reach."""
+    """Values that the vertical axis must include."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear scale from ``low``..``high`` to pixels, with round ticks."""
+    """A linear scale from values ``low``..``high`` to pixels ``start``..``end``."""
 
     low: float
     high: float
@@ -64,7 +73,7 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, wanted: int) -> list[float]:
-        """Round values inside the scale, about ``wanted`` of them."""
+        """About ``wanted`` round values inside the scale."""
         step = _round_step((self.high - self.low) / wanted)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
@@ -72,7 +81,7 @@ class Axis:
 
 
 def line_chart(panels: Sequence[Panel], x_label: str, description: str, width: int = 390) -> str:
-    """One SVG with the panels under each other on the same horizontal axis; empty text where there is no point."""
+    """One SVG with the panels below each other over the same horizontal axis; empty text if there is no point at all."""
     panels = [replace(panel, curves=[curve for curve in panel.curves if _finite(curve.points)]) for panel in panels]
     panels = [panel for panel in panels if panel.curves]
     if not panels:
@@ -94,7 +103,7 @@ def line_chart(panels: Sequence[Panel], x_label: str, description: str, width: i
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number as people read it: so many significant digits, thousands apart, tiny and huge ones as 1.5e-6."""
+    """A number for people: ``digits`` significant digits, commas between thousands, 1.5e-6 for tiny and huge ones."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if not 1e-4 <= abs(value) < 1e7:
@@ -163,10 +172,10 @@ def _curve(curve: Curve, x_axis: Axis, y_axis: Axis) -> str:
     parts = []
     if curve.style != "marks":
         window = smoothing_window(curve)
-        shown = points if window == 1 else thinned(smoothed(curve.points, window))
+        line = points if window == 1 else thinned(smoothed(curve.points, window))
         if window > 1:
             parts += [_line(part, f"s{colour} raw", x_axis, y_axis) for part in _unbroken(points)]
-        parts += [_line(part, f"s{colour}", x_axis, y_axis) for part in _unbroken(shown)]
+        parts += [_line(part, f"s{colour}", x_axis, y_axis) for part in _unbroken(line)]
     parts += _marks(curve, x_axis, y_axis)
     return "\n".join(parts)
 
@@ -177,7 +186,7 @@ def _line(points: Sequence[tuple[float, float]], style: str, x_axis: Axis, y_axi
 
 
 def _marks(curve: Curve, x_axis: Axis, y_axis: Axis) -> list[str]:
-    """A mark at each point that shows its numbers under the pointer; on a plain line, visible only there."""
+    """A mark at each point, with its numbers as a tooltip; on a long line the mark shows only under the pointer."""
     visible = curve.style != "line" or len(_finite(curve.points)) <= MARKED_POINTS
     points = thinned(curve.points, TOUCHABLE_POINTS) if curve.style == "line" else curve.points
     kind = f"f{curve.colour % COLOURS} {'mark' if visible else 'touch'}"
@@ -192,7 +201,7 @@ def _marks(curve: Curve, x_axis: Axis, y_axis: Axis) -> list[str]:
 
 
 def _last_values(panel: Panel, x_axis: Axis, y_axis: Axis) -> list[str]:
-    """The last value of each line, right of its end, pushed apart where they would cover each other."""
+    """The last value of each line, to the right of its end, moved apart where values would overlap."""
     ends = []
     for curve in panel.curves:
         points = smoothed(curve.points, smoothing_window(curve))
@@ -207,7 +216,7 @@ def _last_values(panel: Panel, x_axis: Axis, y_axis: Axis) -> list[str]:
 
 
 def _apart(places: list[float], distance: float, low: float, high: float) -> list[float]:
-    """Ascending places, moved so that neighbours keep their distance and all stay inside where there is room."""
+    """Ascending places, moved so that neighbours keep their distance and, if there is room, all stay inside."""
     for index in range(1, len(places)):
         places[index] = max(places[index], places[index - 1] + distance)
     if places and places[-1] > high:
@@ -218,7 +227,10 @@ def _apart(places: list[float], distance: float, low: float, high: float) -> lis
 
 
 def smoothing_window(curve: Curve) -> int:
-    """Over how many points a line is averaged: 1 (not at all) where it is short, or turns too little to be noise."""
+    """How many points a line is averaged over; 1, not at all, for a line that is short or not noisy.
+
+    Noisy is a line whose way up and down is more than ``NOISY`` times the range of its values.
+    """
     if len(curve.points) <= SMOOTHED_FROM or curve.style == "marks":
         return 1
     values = [y for _, y in _finite(curve.points)]
@@ -227,7 +239,7 @@ def smoothing_window(curve: Curve) -> int:
 
 
 def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """Mean over the last ``window`` points that are there; a missing point stays missing."""
+    """The mean of the last ``window`` values that are not missing; a missing value stays missing."""
     if window == 1:
         return list(points)
     recent: list[float] = []
@@ -240,7 +252,7 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], limit: int = SHOWN_POINTS) -> list[Point]:
-    """At most about ``limit`` of the points, evenly, the last one always."""
+    """Every k-th point, so that about ``limit`` are left, and always the last one."""
     stride = max(1, math.ceil(len(points) / limit))
     kept = list(points[::stride])
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]

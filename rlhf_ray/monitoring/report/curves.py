@@ -1,7 +1,7 @@
-"""Which curves a report shows, and where: chosen from the registry, filled from the lines of ``metrics.jsonl``.
+"""Draw the curves of a report from the lines of ``metrics.jsonl``.
 
-Always true: every logged metric of the registry appears once, as a curve, or as a number where it never changed; curves
-share a panel only when they share a unit.
+Invariants: every logged metric that the registry holds appears once, as a curve, or as a number if it never changed.
+Curves share a panel only if they share a unit.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.monitoring.registry import REGISTRY, Metric, company
+from rlhf_ray.monitoring.registry import REGISTRY, Metric, choose_panel
 from rlhf_ray.monitoring.report.charts import Curve, Panel, Point, line_chart, number
 from rlhf_ray.monitoring.report.summary import BestOf
 
 Lines = Sequence[Mapping[str, Any]]
 WIDE = 600
 NO_CURVE = {"step", "update", "weights/version", "timestamp"}
-"""What only counts up."""
+"""Metrics that only count up."""
 TIMES = "time/"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A finished chart and what it shows."""
+    """A finished chart as SVG text, with a caption and the group of metrics that it belongs to."""
 
     svg: str
     caption: str = ""
@@ -32,19 +32,22 @@ class Chart:
 
 @dataclass(frozen=True)
 class Run:
-    """The metrics of one run under its name."""
+    """The name of a run and the lines that it logged."""
 
     name: str
     lines: Lines
 
 
 def logged(runs: Iterable[Run]) -> set[str]:
-    """Names of all metrics that the runs logged."""
+    """The names of all metrics that any of the runs logged."""
     return {name for run in runs for line in run.lines for name in line}
 
 
 def reward_chart(runs: Sequence[Run]) -> Chart | None:
-    """The gold score over the learned reward, on one axis of steps: where they part, the reward is over-optimised."""
+    """The gold score above the learned reward over the same steps, or None if a run has none.
+
+    Where the two part, the reward model is over-optimised.
+    """
     if not {"gold/mean", "reward/learned"} <= logged(runs):
         return None
     panels = [
@@ -58,7 +61,7 @@ def reward_chart(runs: Sequence[Run]) -> Chart | None:
 
 
 def frontier_chart(runs: Sequence[Run], best_of: Sequence[BestOf]) -> Chart | None:
-    """Gold score against KL, beside best-of-n at its own KL (Gao et al. 2022)."""
+    """The gold score against the KL from the reference, with best-of-n at its own KL (Gao et al. 2022)."""
     curves = []
     for index, run in enumerate(runs):
         points = [(line["kl/k1"], line["gold/mean"]) for line in run.lines if _has(line, "kl/k1", "gold/mean")]
@@ -77,20 +80,20 @@ def frontier_chart(runs: Sequence[Run], best_of: Sequence[BestOf]) -> Chart | No
 
 
 def metric_charts(runs: Sequence[Run]) -> list[Chart]:
-    """A chart of every other metric that changed, in the order of the registry."""
-    shown = {name for name in _others(runs) if not _is_constant(runs, name)}
+    """Charts of all other metrics that changed, in the order of the registry."""
+    undrawn = {name for name in _other_metrics(runs) if not _is_constant(runs, name)}
     charts = []
-    for metric in _in_order(shown):
-        if metric.name in shown:
-            title, members = company(metric.name, shown)
-            shown -= set(members)
+    for metric in _in_order(undrawn):
+        if metric.name in undrawn:
+            title, members = choose_panel(metric.name, undrawn)
+            undrawn -= set(members)
             charts.append(_chart(runs, title, members))
     return charts
 
 
 def constants(runs: Sequence[Run]) -> dict[str, str]:
-    """Metrics that stayed the same through all lines of all runs, and what they stayed at."""
-    names = {name for name in _others(runs) if _is_constant(runs, name)}
+    """The metrics that had one value in all lines of all runs, with that value as text."""
+    names = {name for name in _other_metrics(runs) if _is_constant(runs, name)}
     return {metric.name: number(_values(runs, metric.name)[0]) for metric in _in_order(names)}
 
 
@@ -98,15 +101,14 @@ def _is_curve(name: str) -> bool:
     return name not in NO_CURVE and not name.startswith(TIMES) and name in REGISTRY
 
 
-def _others(runs: Sequence[Run]) -> set[str]:
-    """What the runs logged, without what :func:`reward_chart` shows already."""
-    above = {"gold/mean", "reward/learned"} if reward_chart(runs) is not None else set()
-    return {name for name in logged(runs) if _is_curve(name)} - above
+def _other_metrics(runs: Sequence[Run]) -> set[str]:
+    """The metrics to draw, without those that :func:`reward_chart` shows already."""
+    in_reward_chart = {"gold/mean", "reward/learned"} if reward_chart(runs) is not None else set()
+    return {name for name in logged(runs) if _is_curve(name)} - in_reward_chart
 
 
 def _is_constant(runs: Sequence[Run], name: str) -> bool:
-    values = _values(runs, name)
-    return len(set(values)) == 1
+    return len(set(_values(runs, name))) == 1
 
 
 def _values(runs: Sequence[Run], name: str) -> list[float]:
@@ -118,8 +120,8 @@ def _has(line: Mapping[str, Any], *names: str) -> bool:
 
 
 def _in_order(names: Iterable[str]) -> list[Metric]:
-    """Metrics in the order of the registry; names of one family by themselves."""
-    order = {metric.name: place for place, metric in enumerate(REGISTRY)}
+    """Metrics in the order of the registry; those of families come last, by name."""
+    order = {metric.name: index for index, metric in enumerate(REGISTRY)}
     metrics = [REGISTRY[name] for name in names]
     return sorted(metrics, key=lambda metric: (order.get(metric.name, len(order)), metric.name))
 

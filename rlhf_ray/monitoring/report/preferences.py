@@ -1,6 +1,6 @@
-"""The charts of held-out preference pairs: whether margins mean what they say, and how the scores of both sides lie.
+"""Draw how a reward model scores held-out preference pairs: its calibration, and the scores of both sides.
 
-Always true: a perfectly calibrated model lies on the diagonal; both sides are drawn over the same bins.
+Invariants: a perfectly calibrated model lies on the diagonal. Chosen and rejected answers are drawn over the same bins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rlhf_ray.monitoring.report.summary import PreferencePage
 
 
 def calibration_chart(page: PreferencePage) -> Chart | None:
-    """Accuracy of the pairs over the confidence of the model in them."""
+    """The share of pairs that the model orders right against its confidence in them, or None without pairs."""
     if not page.calibration:
         return None
     points: list[Point] = [(confidence, accuracy) for confidence, accuracy, _ in page.calibration]
@@ -26,7 +26,7 @@ def calibration_chart(page: PreferencePage) -> Chart | None:
 
 
 def histogram_chart(page: PreferencePage) -> Chart:
-    """The shares of both sides' scores in equal bins, as outlines."""
+    """For each side, the share of answers in each bin of scores, as an outline."""
     curves = [
         Curve(side, _outline(page.edges, shares), colour)
         for colour, (side, shares) in enumerate(page.histograms.items())
@@ -37,5 +37,5 @@ def histogram_chart(page: PreferencePage) -> Chart:
 
 
 def _outline(edges: tuple[float, ...], shares: tuple[float, ...]) -> list[Point]:
-    steps = (((low, share), (high, share)) for (low, high), share in zip(pairwise(edges), shares, strict=True))
-    return [(edges[0], 0.0), *chain.from_iterable(steps), (edges[-1], 0.0)]
+    tops = (((low, share), (high, share)) for (low, high), share in zip(pairwise(edges), shares, strict=True))
+    return [(edges[0], 0.0), *chain.from_iterable(tops), (edges[-1], 0.0)]

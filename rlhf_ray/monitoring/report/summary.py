@@ -1,6 +1,6 @@
-"""What a run has to say at its end, beside its metrics: the closing table, samples, self-check, memory.
+"""The summary that a run writes at its end: what its report shows besides the metrics.
 
-Always true: a summary is plain JSON on disk and comes back equal.
+Invariant: a summary is plain JSON on disk, and reading it back gives an equal one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlhf_ray.errors import IntegrityError
 
 @dataclass(frozen=True)
 class Figure:
-    """One headline number, as text."""
+    """One headline number, as text, with a note in small print."""
 
     label: str
     value: str
@@ -23,7 +23,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under headers; the first column names the row."""
+    """Rows of text under headers; the first cell of a row is its name."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -31,7 +31,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one policy (``label``) answered to a prompt."""
+    """The answer of one policy, ``label``, to a prompt.
+
+    ``scores`` holds its rewards by name; ``finished`` is false for an answer that was cut off at the longest length.
+    """
 
     label: str
     text: str
@@ -41,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with the answers of several policies to it."""
+    """One prompt and the answers of several policies to it."""
 
     prompt: str
     answers: tuple[Answer, ...]
@@ -49,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the self-check at start-up."""
+    """One line of the self-check at start-up: what was measured, and the bound that it must keep."""
 
     name: str
     value: str
@@ -59,7 +62,10 @@ class Check:
 
 @dataclass(frozen=True)
 class BestOf:
-    """Best-of-n sampling of the starting policy by the learned reward: its KL in nats and its mean gold score."""
+    """Best-of-n sampling of the starting policy by the learned reward.
+
+    ``kl`` is its KL from the starting policy in nats a sequence, ``gold`` the mean gold score of the samples it picks.
+    """
 
     n: int
     kl: float
@@ -68,8 +74,12 @@ class BestOf:
 
 @dataclass(frozen=True)
 class PreferencePage:
-    """Held-out pairs of a reward model: bins of confidence (confidence, accuracy, pairs), the shares of both sides' scores
-    between ``edges``, figures by source, the worst pairs, and in the generated world what each quality is worth.
+    """How a reward model scores held-out preference pairs.
+
+    ``calibration`` has a bin a row: mean confidence, accuracy, number of pairs. ``histograms`` has, for the chosen and
+    the rejected side, the share of answers whose score lies between two neighbours in ``edges``. ``sources`` has the
+    figures of each data source and ``worst`` the pairs that the model gets most wrong. ``probes`` says, in the generated
+    world, how much the model rewards each quality of an answer.
     """
 
     calibration: tuple[tuple[float, float, int], ...]
@@ -82,7 +92,7 @@ class PreferencePage:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """The peak, and the total in GB over the seconds of the run."""
+    """Memory at its peak, in GB (1e9 bytes), and ``history``: seconds since the start and the total then."""
 
     pss_gb: float
     object_store_gb: float
@@ -92,7 +102,7 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """All of it; what a kind of job does not have stays empty."""
+    """The whole summary; a part that a kind of job does not have stays empty."""
 
     facts: dict[str, str] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
@@ -104,12 +114,12 @@ class Summary:
     memory: MemoryRecord | None = None
 
     def to_json(self) -> str:
-        """The summary as text."""
+        """The summary as JSON text."""
         return _SUMMARY.dump_json(self, indent=1).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "summary") -> Summary:
-        """The summary that :meth:`to_json` wrote."""
+        """The summary that :meth:`to_json` wrote; ``source`` names it in the ``IntegrityError`` of a damaged one."""
         try:
             return _SUMMARY.validate_json(text)
         except ValidationError as error:

@@ -1,0 +1,29 @@
+"""The times of a step, phase by phase."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_ray.monitoring import PhaseClock, UnknownMetricError
+
+
+def test_a_phase_costs_what_passed_inside_it_and_a_step_what_passed_in_all() -> None:
+    now, entered = [100.0], []
+    clock = PhaseClock(entered.append, clock=lambda: now[0])
+
+    def spend(phase: str, seconds: float) -> None:
+        with clock.phase(phase):
+            now[0] += seconds
+
+    spend("rollout", 2.0)
+    now[0] += 0.5
+    spend("update", 3.0)
+    spend("rollout", 1.0)
+    assert clock.take() == {"time/rollout": 3.0, "time/update": 3.0, "time/step": 6.5}
+    assert entered == ["rollout", "update", "rollout"]
+    with pytest.raises(RuntimeError), clock.phase("scoring"):
+        now[0] += 4.0
+        raise RuntimeError("a failed phase has taken its time too")
+    assert clock.take() == {"time/scoring": 4.0, "time/step": 4.0}
+    with pytest.raises(UnknownMetricError, match="time/sleeping"):
+        spend("sleeping", 1.0)
