@@ -188,7 +188,8 @@ class Engine:
             raise RlhfRayError("evaluate: apply has not ended the last update")
         self._deepspeed.eval()
         with torch.no_grad():
-            return self._deepspeed(function)
+            result: Result = self._deepspeed(function)
+        return result
 
     # ---------------------------------------------------------------------------------------------------------- state
 

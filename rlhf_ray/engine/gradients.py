@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.utils import safe_set_local_grad
@@ -20,7 +21,8 @@ def clear_shards(parameters: Iterable[nn.Parameter]) -> None:
     DeepSpeed 0.19 overwrites a shard in the first backward pass of an update and adds in the later ones; a parameter that
     the first pass does not use (a rarely chosen expert, one of two heads) would keep the gradient of an earlier update.
     """
-    for parameter in parameters:
+    sharded: Iterable[Any] = parameters
+    for parameter in sharded:
         shard = parameter.ds_tensor
         safe_set_local_grad(parameter, torch.zeros(1, device=shard.device).expand(shard.numel()))
 

@@ -53,7 +53,7 @@ class SkippableAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = value
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update, or nothing."""
         if self.skip or (self.max_grad_norm is not None and not self._clip(self.max_grad_norm)):
             return None

@@ -57,7 +57,7 @@ def share_left(config: OptimizerConfig, progress: float, warmup: float) -> float
     if config.schedule == "linear":
         return 1.0 - progress
     if config.schedule == "polynomial":
-        return (1.0 - progress) ** config.power
+        return math.pow(1.0 - progress, config.power)
     if config.schedule == "cosine_with_restarts" and progress < 1.0:
         return _cosine((progress * config.restarts) % 1.0)
     if config.schedule == "warmup_stable_decay":

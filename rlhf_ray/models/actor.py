@@ -8,7 +8,7 @@ project's alignment (``log_probs[t]`` is about token t).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -25,6 +25,7 @@ from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import packed_forward, padded_positions, unpad
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.load import (
     install_log_prob_head,
     load_weights,
@@ -99,8 +100,7 @@ class Actor(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """The model without its output layer."""
-        backbone: PreTrainedModel = self.model.base_model
-        return backbone
+        return cast(PreTrainedModel, self.model.base_model)
 
     @property
     def log_prob_head(self) -> LogProbHead:
@@ -115,7 +115,7 @@ class Actor(nn.Module):
 
     def facts(self) -> ModelFacts:
         """Return what the line on loading says of this policy in particular."""
-        tied = self.model.get_input_embeddings().weight is self.log_prob_head.weight
+        tied = input_embedding(self.model).weight is self.log_prob_head.weight
         return ModelFacts(
             role="policy",
             inner=self.model,

@@ -17,10 +17,10 @@ LONG_NAMES: dict[Dtype, str] = {name: str(dtype).removeprefix("torch.") for name
 
 def torch_dtype(name: str) -> torch.dtype:
     """Return torch's type for a name such as bf16; an unknown name is refused."""
-    dtypes: dict[str, torch.dtype] = {**DTYPES}
-    if name not in dtypes:
-        raise ModelLoadError(f"unknown dtype {name!r}: choose one of {', '.join(dtypes)}")
-    return dtypes[name]
+    for known, dtype in DTYPES.items():
+        if known == name:
+            return dtype
+    raise ModelLoadError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:

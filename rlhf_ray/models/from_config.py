@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config.schema import ModelConfig
@@ -20,9 +21,10 @@ from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.regression import SequenceRegression, get_llm_for_sequence_regression, make_head, wrap_backbone
 from rlhf_ray.models.save import save_pretrained
+from rlhf_ray.models.weights.embeddings import check_vocabulary
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.models.weights.tiny_llama import make_model
-from rlhf_ray.models.weights.tokenizer import check_vocabulary, load_tokenizer, prepare_padding
+from rlhf_ray.models.weights.tokenizer import load_tokenizer, prepare_padding
 
 
 def load_policy(config: ModelConfig, *, ds_config: dict[str, Any] | None = None, seed: int = 0) -> Actor:
@@ -118,11 +120,11 @@ def _make(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return model.to(torch_dtype(config.dtype))
+    return nn.Module.to(model, torch_dtype(config.dtype))
 
 
 def _wrap_made(made: PreTrainedModel, config: ModelConfig, model_type: str, seed: int) -> SequenceRegression:
-    backbone, init = made.base_model, config.head_init or "inv_sqrt"
+    backbone, init = cast(PreTrainedModel, made.base_model), config.head_init or "inv_sqrt"
     model = wrap_backbone(
         backbone,
         make_head(backbone, init, seed),

@@ -8,7 +8,7 @@ give padded batches OpenRLHF's conventions; :class:`PackedRegression` takes pack
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -40,6 +40,7 @@ from rlhf_ray.models.heads import (
 )
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.load import load_weights, prepare, prove
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
@@ -77,14 +78,12 @@ class SequenceRegression(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """The model without its head."""
-        backbone: PreTrainedModel = self.get_submodule(self.backbone_name)
-        return backbone
+        return cast(PreTrainedModel, self.get_submodule(self.backbone_name))
 
     @property
     def head(self) -> ScoreHead:
         """The head."""
-        head: ScoreHead = self.get_submodule(self.value_head_prefix)
-        return head
+        return cast(ScoreHead, self.get_submodule(self.value_head_prefix))
 
     @property
     def config(self) -> Any:
@@ -307,7 +306,7 @@ def wrap_backbone(
     prove(backbone, backbone)
     model = _class_of(model_type)(
         backbone,
-        head.to(backbone.get_input_embeddings().weight.device),
+        head.to(input_embedding(backbone).weight.device),
         value_head_prefix=value_head_prefix,
         score_bias=score_bias,
         normalization=normalization,

@@ -95,7 +95,7 @@ def save_adapter(
     inner = model.model if isinstance(model, Actor) else model.backbone
     if not adapted_layers(inner):
         raise ModelLoadError(f"this {type(inner).__name__} has no LoRA adapter to save: use save_pretrained")
-    config = deepcopy(inner.peft_config[ADAPTER])
+    config: Any = deepcopy(inner.peft_config[ADAPTER])
     if not config.base_model_name_or_path:
         raise ModelLoadError(
             "the base of this adapter lies in no directory, so an adapter alone could not be loaded again: save the base "

@@ -42,11 +42,6 @@ class Manifest:
     files: Mapping[str, FileRecord]
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of all files together."""
-        return sum(record.size for record in self.files.values())
-
     def to_bytes(self) -> bytes:
         """The manifest as it stands on disk: canonical JSON that carries its own checksum."""
         content = {

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.weights.embeddings import check_vocabulary, grow_embeddings
 from rlhf_ray.models.weights.tokenizer import (
     add_pad_token,
-    check_vocabulary,
-    grow_embeddings,
     load_tokenizer,
     prepare_padding,
 )

@@ -11,7 +11,7 @@ kernel, backward included, up to some hundreds of tokens; longer segments go to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,10 @@ def segment_attention(
     repeats = query.shape[0] // key.shape[0]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    keys, values = (_ToRows.apply(tensor, segments, True) for tensor in (key, value))
+    keys, values = (_to_rows(tensor, segments, True) for tensor in (key, value))
     if segments.read is not None:
         return _read_attention(query, keys, values, segments, segments.read, scaling, window, softcap)
-    queries = _ToRows.apply(query, segments, False)
+    queries = _to_rows(query, segments, False)
     outputs = []
     for group, q, k, v in zip(segments.groups, queries, keys, values, strict=True):
         bites = window if window is not None and window < group.context + group.longest else None
@@ -63,7 +63,7 @@ def segment_attention(
         k, v = (rows.view(-1, group.columns, rows.shape[-1]) for rows in (k, v))
         out = _group_attention(q, k, v, group, segments, scaling, bites, softcap)
         outputs.append(out.reshape(query.shape[0], -1, v.shape[-1]))
-    return _ToTokens.apply(segments, *outputs)
+    return _to_tokens(segments, *outputs)
 
 
 def _read_attention(
@@ -145,6 +145,10 @@ class _ToTokens(torch.autograd.Function):
         return None, *kept
 
 
+_to_rows: Callable[[Tensor, Segments, bool], tuple[Tensor, ...]] = _ToRows.apply
+_to_tokens: Callable[..., Tensor] = _ToTokens.apply
+
+
 def _group_attention(
     q: Float[Tensor, "batch query dim"],
     k: Float[Tensor, "batch key dim"],
@@ -159,7 +163,7 @@ def _group_attention(
         return _capped(q, k, v, segments.mask(group, window, q.dtype), scaling, softcap)
     longest = LONGEST_KEPT if q.requires_grad or k.requires_grad or v.requires_grad else LONGEST_EXPLICIT
     if q.device.type == "cpu" and q.dtype in LOW_PRECISION and group.columns <= longest:
-        return _Explicit.apply(q, k, v, segments.mask(group, window, q.dtype), group.context, scaling)
+        return _explicit(q, k, v, segments.mask(group, window, q.dtype), group.context, scaling)
     mask = None if window is None and not group.context else segments.mask(group, window, q.dtype)
     if mask is None:
         k, v = k[:, : group.longest], v[:, : group.longest]
@@ -188,11 +192,14 @@ class _Explicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, context: int, scaling: float) -> Tensor:
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        ctx.tiles, ctx.scaling = list(_tiles(len(q), *mask.shape, context)), scaling
+        queries, keys = mask.shape
+        ctx.tiles, ctx.scaling = list(_tiles(len(q), queries, keys, context)), scaling
         kept = []
         for some, rows, columns in ctx.tiles:
-            keys = k[some, columns].contiguous().transpose(1, 2)  # with gaps between matrices the product copies slowly
-            p = torch.softmax(torch.baddbmm(mask[rows, columns], q[some, rows], keys, alpha=scaling), -1)
+            k_tile = (
+                k[some, columns].contiguous().transpose(1, 2)
+            )  # with gaps between matrices the product copies slowly
+            p = torch.softmax(torch.baddbmm(mask[rows, columns], q[some, rows], k_tile, alpha=scaling), -1)
             out[some, rows] = torch.bmm(p, v[some, columns])
             if any(ctx.needs_input_grad):
                 kept.append(p)
@@ -211,6 +218,9 @@ class _Explicit(torch.autograd.Function):
             for_q[some, rows] = torch.bmm(for_scores, k[some, columns])
             for_k[some, columns] += torch.bmm(for_scores.transpose(1, 2), q[some, rows])
         return for_q.mul_(ctx.scaling), for_k.mul_(ctx.scaling), for_v, None, None, None
+
+
+_explicit: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor] = _Explicit.apply
 
 
 def _tiles(batch: int, queries: int, keys: int, context: int) -> Iterator[tuple[slice, slice, slice]]:

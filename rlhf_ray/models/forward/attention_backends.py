@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.forward.attention import segment_attention
@@ -33,7 +33,7 @@ def _varlen(
     if softcap is not None:
         raise ModelLoadError("attention backend varlen cannot cap attention scores (softcap): set attention to sdpa")
     cuts, longest = segments.cu_seq_lens, segments.longest
-    return varlen_attn(
+    out: Any = varlen_attn(
         query,
         key,
         value,
@@ -45,6 +45,8 @@ def _varlen(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    attended: Tensor = out  # without the auxiliary outputs, which were not asked for
+    return attended
 
 
 def _flash(version: int) -> Kernel:
@@ -93,8 +95,8 @@ def _segments(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    heads_first = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    return segment_attention(*heads_first, segments, scaling=scaling, window=window, softcap=softcap).transpose(0, 1)
+    q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    return segment_attention(q, k, v, segments, scaling=scaling, window=window, softcap=softcap).transpose(0, 1)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -203,7 +205,7 @@ def _interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         if segments is None:
             if softcap is not None:
                 return _capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
-            padded = AttentionInterface()["sdpa"]
+            padded: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
             return padded(module, query, key, value, attention_mask, dropout, scale, is_causal, **given)
         _check_call(module, dropout, is_causal, given)
         segments.attended += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from rlhf_ray.errors import ModelLoadError
 

@@ -9,6 +9,7 @@ weight is gathered once a call, however many chunks a rank has, so that ragged r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class LogProbHead(nn.Linear):
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
-        log_probs, entropy = _ChunkedLogProbs.apply(
+        log_probs, entropy = _chunked_log_probs(
             hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy
         )
         return log_probs, entropy if with_entropy else None
@@ -140,6 +141,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None,
             None,
         )
+
+
+_chunked_log_probs: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogProbs.apply
 
 
 def _logits_gradient(

@@ -39,7 +39,8 @@ def classifier_of(config: PreTrainedConfig) -> str | None:
     kind = type(config)
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return None
-    return str(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind].__name__)
+    classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
+    return str(classifier.__name__)
 
 
 def unreadable(config: PreTrainedConfig) -> str | None:

@@ -23,6 +23,7 @@ from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import check_packable, packed_forward
 from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.quantization import four_bit, prepare_four_bit
 from rlhf_ray.models.weights.sharded import load_in_shards, wants_shards
 from rlhf_ray.trajectories.packing import Packed
@@ -56,7 +57,7 @@ def load_weights(
     config = checkpoint.config(trust_remote_code=trust_remote_code)
     try:
         with _quiet_transformers():
-            model, info = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 checkpoint.directory,
                 config=config,
                 dtype=dtype,
@@ -69,6 +70,8 @@ def load_weights(
             )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {error}") from error
+    model: PreTrainedModel
+    model, info = loaded
     _check_info(checkpoint, type(model).__name__, info, heads)
     _align(model)
     if load_in_4bit:
@@ -171,8 +174,8 @@ def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
     """
     if in_shards(model):
         return
-    device, training = model.get_input_embeddings().weight.device, model.training
-    rows = model.get_input_embeddings().num_embeddings
+    embedding, training = input_embedding(model), model.training
+    device, rows = embedding.weight.device, embedding.num_embeddings
     prefix, *others = (
         torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (7, 2), (4, 3), (2, 3))
     )

@@ -11,7 +11,7 @@ import logging
 import sys
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def bitsandbytes() -> ModuleType | None:
     if "bitsandbytes" not in sys.modules:
         hidden = sys.modules.get("kernels", ...)
         logging.disable(logging.WARNING)
-        sys.modules["kernels"] = None  # type: ignore[assignment]
+        cast(dict[str, ModuleType | None], sys.modules)["kernels"] = None
         try:
             import bitsandbytes as _  # noqa: F401
         finally:
@@ -87,7 +87,7 @@ def dequantized(parameter: Tensor) -> Tensor:
     package = bitsandbytes() if _is_four_bit(parameter) else None
     if package is None:
         return parameter
-    whole: Tensor = package.functional.dequantize_4bit(parameter.detach(), parameter.quant_state)  # type: ignore[attr-defined]
+    whole: Tensor = package.functional.dequantize_4bit(parameter.detach(), _quant_state(parameter))
     return whole
 
 
@@ -95,8 +95,13 @@ def dequantized_like(parameter: Tensor) -> Tensor | None:
     """An empty tensor on no device with the shape and dtype of the dequantised weight; None where it is none."""
     if not _is_four_bit(parameter):
         return None
-    state = parameter.quant_state  # type: ignore[attr-defined]
+    state = _quant_state(parameter)
     return torch.empty(state.shape, dtype=state.dtype, device="meta")
+
+
+def _quant_state(parameter: Any) -> Any:
+    """Return bitsandbytes' record of how a 4-bit parameter was quantised."""
+    return parameter.quant_state
 
 
 def _is_four_bit(parameter: object) -> bool:

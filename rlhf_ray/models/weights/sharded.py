@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_ray.console import progress
@@ -40,14 +40,17 @@ class Part:
 
 
 def load_in_shards(
-    auto: type[AutoModel] | type[AutoModelForCausalLM],
+    auto: Any,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     ds_config: Mapping[str, Any],
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Do what ``load_weights`` does, on all ranks together; torch.distributed must be initialised."""
+    """Do what ``load_weights`` does, on all ranks together; torch.distributed must be initialised.
+
+    ``auto`` is one of transformers' ``AutoModel`` classes, whose ``from_config`` has no types.
+    """
     from accelerate import init_empty_weights
     from deepspeed import zero
 

@@ -78,4 +78,5 @@ def make_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
