@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.figures import LATEST, REFERENCE, Figures, record, table
 from rlhf_ray import environment
@@ -91,20 +90,16 @@ def run_piece(root: Path, piece: Piece, *, quick: bool = False) -> None:
     """Run one job in its own directory below ``root``; does nothing where it has finished before."""
     from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.config.loading import dump_config, load_config
-    from rlhf_ray.launch.driver import training_config
+    from rlhf_ray.launch.driver import run_trainer
     from rlhf_ray.runs.directory import RunDirectory
-    from rlhf_ray.trainers.ppo.build import train_ppo
-    from rlhf_ray.trainers.supervised.reward_model import train_reward_model
-    from rlhf_ray.trainers.supervised.sft import train_sft
 
     directory = piece_directory(root, piece)
     if finished(directory):
         return
     recipe, overrides = _job(directory.parent, piece, quick)
-    config = training_config(load_config(recipe, overrides, files=True))
+    config = load_config(recipe, overrides, files=True).to_train()
     run = RunDirectory.create(directory, dump_config(config))
-    train: Any = {"sft": train_sft, "rm": train_reward_model, "ppo": train_ppo}[config.kind]
-    train(config, run, None, place=ThisProcess(config.cluster))
+    run_trainer(config, run, None, place=ThisProcess(config.cluster))
     run.release()
 
 

@@ -11,7 +11,10 @@ from statistics import median
 
 from benchmarks.figures import Figure, Figures
 from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
-from rlhf_ray.config.schema import EngineConfig, MakeConfig, ModelConfig, OptimizerConfig, RoleConfig, RolloutConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.engine import destroy_process_group
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.rollout.transformers_engine import TransformersEngine

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 atexit.register(gc.unfreeze)  # or libraries that count what is left at the end complain of leaks
 
@@ -26,3 +28,9 @@ def quick_imports() -> Iterator[None]:
         gc.freeze()
         if ran:
             gc.enable()
+
+
+def import_object(path: str) -> Any:
+    """What ``module:name`` names, its module imported."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray import environment
 from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
-from rlhf_ray.config.schema import ClusterConfig, JobConfig, RunConfig
+from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError, RequestError
 from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
@@ -57,7 +58,7 @@ class Cluster:
         self._joined = False
 
     @classmethod
-    def for_job(cls, config: JobConfig, *, namespace: str | None = None, check_room: bool = True) -> Cluster:
+    def for_job(cls, config: Job, *, namespace: str | None = None, check_room: bool = True) -> Cluster:
         """The cluster of a job. With ``check_room``, entering it refuses a job whose ranks do not fit."""
         bundles = needed(config) if check_room else ()
         return cls(config.cluster, config.run, needed=bundles, hub=bool(hub_ids(config)), namespace=namespace)

@@ -14,7 +14,10 @@ from typing import Generic, Protocol, TypeVar
 from rlhf_ray.actors.groups import Group, RewardGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ClusterConfig, ResourcesConfig, RoleConfig, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.pending import Pending
 
 AnyGroup = TypeVar("AnyGroup", bound=Group)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.actors.workers import CriticWorker, Part, WorkerSetup
-from rlhf_ray.config.schema import ScoringRole
+from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.errors import ScoringError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine

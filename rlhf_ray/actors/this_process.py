@@ -10,7 +10,7 @@ from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.rollout_worker import RolloutWorker
 from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker
-from rlhf_ray.config.schema import ClusterConfig
+from rlhf_ray.config.sections.run import ClusterConfig
 
 WORKERS = {worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)}
 

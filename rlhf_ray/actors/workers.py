@@ -20,7 +20,7 @@ import torch
 
 from rlhf_ray.algorithms.losses import LossOutput, Metrics
 from rlhf_ray.algorithms.reward_losses import RewardOutputs
-from rlhf_ray.config.schema import RoleConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config

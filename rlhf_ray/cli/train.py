@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rlhf_ray.config.jobs.registry import trained_kinds
+
 
 def add_arguments(commands: Any) -> None:
     """Add this verb."""
-    command = commands.add_parser("train", help="train a model: sft, rm or ppo")
-    command.add_argument("kind", choices=("sft", "rm", "ppo"))
+    kinds = trained_kinds()
+    command = commands.add_parser("train", help=f"train a model: {', '.join(kinds[:-1])} or {kinds[-1]}")
+    command.add_argument("kind", choices=kinds)
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.set_defaults(run=run)

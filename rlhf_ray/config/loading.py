@@ -10,19 +10,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 
-from rlhf_ray.config.algorithm import with_preset
-from rlhf_ray.config.checks import check
+from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.jobs.registry import KINDS, job_class, job_classes
 from rlhf_ray.config.overrides import apply_overrides
-from rlhf_ray.config.preflight import file_problems
+from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.config.reading import SEPARATOR, Document, read_mapping
 from rlhf_ray.config.recipes import find
-from rlhf_ray.config.schema import JOBS, JobConfig
-from rlhf_ray.config.validation import Problem, parse, show
+from rlhf_ray.config.sections.algorithm import with_preset
+from rlhf_ray.config.validation import parse, show
 from rlhf_ray.errors import ConfigError
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 OWN_DATA = "data"
 """What ``model.make.tokenizer_from`` says to mean the job's own data."""
@@ -30,7 +32,7 @@ OWN_DATA = "data"
 
 def load_config(
     source: str | Path, overrides: Sequence[str] = (), kind: str | None = None, *, files: bool = False
-) -> JobConfig:
+) -> Job:
     """Read the file or recipe ``source``, apply ``overrides`` (``a.b=value``), and check what it says.
 
     ``kind`` is the kind of job that is asked for (none: any). With ``files`` what it names on this machine is checked
@@ -46,7 +48,7 @@ def load_config(
 
 def parse_config(
     text: str, overrides: Sequence[str] = (), kind: str | None = None, *, source: str = "config", files: bool = False
-) -> JobConfig:
+) -> Job:
     """The same for a config that is at hand as text."""
     document = read_mapping(text)
     if document.problems and not document.values:
@@ -55,35 +57,45 @@ def parse_config(
     job, kind_problems = _job(document.values, kind)
     _name_own_data(document.values)
     _name_parts(document.values)
-    parsed = parse(JOBS[job], {**document.values, "kind": job})
-    found = [*kind_problems, *parsed.problems, *check(parsed.config, partial=not parsed.complete)]
-    if files:
-        found += file_problems(parsed.config, partial=not parsed.complete)
-    problems = [*document.problems, *(_located(problem, document, parsed.settled.renamed) for problem in found)]
-    if problems:
-        raise ConfigError(problems, source)
-    return cast(JobConfig, parsed.config)
+    parsed = parse(job_class(job), {**document.values, "kind": job})
+    rules = [*parsed.config.rules(), *(parsed.config.files() if files else ())]
+    problems = [*kind_problems, *parsed.problems, *attempt(rules, partial=not parsed.complete)]
+    lines = [*document.problems, *(_located(problem, document, parsed.settled.renamed) for problem in problems)]
+    if lines:
+        raise ConfigError(lines, source)
+    return parsed.config
 
 
-def dump_config(config: JobConfig) -> str:
+def load_job(job: type[AnyJob], source: str | Path, overrides: Sequence[str] = (), *, files: bool = False) -> AnyJob:
+    """The same as :func:`load_config` for a config that must be of the kind of ``job``, such as ``SftConfig``."""
+    return cast(AnyJob, load_config(source, overrides, job.kind_name(), files=files))
+
+
+def dump_config(config: Job) -> str:
     """The resolved config as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _job(values: Mapping[str, Any], asked: str | None) -> tuple[str, list[Problem]]:
     """Which job this is, and what is wrong with saying so; the rest is then checked as the job that is most likely."""
-    kinds = ", ".join(JOBS)
-    if asked is not None and asked not in JOBS:
+    kinds = ", ".join(KINDS)
+    if asked is not None and asked not in KINDS:
         raise ConfigError([f"{asked} is not a kind of job: kinds are {kinds}"], "train")
     kind = values.get("kind")
-    if isinstance(kind, str) and kind in JOBS:
+    if isinstance(kind, str) and kind in KINDS:
         wrong = f"{kind}, but {asked} was asked for: run this config as {kind}, or name one of kind {asked}"
         return kind, [] if asked in (None, kind) else [("kind", wrong)]
-    closest = difflib.get_close_matches(str(kind), JOBS, n=1)
-    likely = asked or (closest or [max(JOBS, key=lambda job: len(values.keys() & JOBS[job].model_fields))])[0]
+    close = difflib.get_close_matches(str(kind), KINDS, n=1)
+    likely = asked or (close[0] if close else _most_alike(values))
     if kind is None:
         return likely, [("kind", f"missing: it must be one of {kinds}; this looks like {likely}")]
     return likely, [("kind", f"{show(kind)} is not one of {kinds}; did you mean {likely}?")]
+
+
+def _most_alike(values: Mapping[str, Any]) -> str:
+    """The kind of job that has the most of the sections that are written."""
+    sections = {kind: job.model_fields.keys() for kind, job in job_classes().items()}
+    return max(sections, key=lambda kind: len(values.keys() & sections[kind]))
 
 
 def _name_own_data(values: Mapping[str, Any]) -> None:

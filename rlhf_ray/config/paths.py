@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import JobConfig, Section
+from rlhf_ray.config.jobs.base import Job
 
-Job = TypeVar("Job", bound=Section)
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 NAMED_KEYS = {"path", "evaluation_path", "tokenizer_from"}
 """Keys of what may also have a name: on a hub, or in this project."""
 PATH_KEYS = {"root", "cache", "token_file", "demonstrations_path"} | NAMED_KEYS
 
 
-def run_directory(config: JobConfig) -> Path:
+def run_directory(config: Job) -> Path:
     """Where the run of ``config`` lies."""
     return Path(config.run.root) / config.run.name
 
 
-def with_absolute_paths(config: Job, directory: Path) -> Job:
+def with_absolute_paths(config: AnyJob, directory: Path) -> AnyJob:
     """``config`` with every relative path read from ``directory``."""
     return type(config).model_validate(_absolute(config.model_dump(), directory))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rlhf_ray.errors import ConfigError
 
+CONFIG_NAME = "config.yaml"
+"""The resolved config in a run directory."""
 SUFFIXES = (".yaml", ".yml")
 PACKAGE = Path(__file__).parent.parent
 # In a wheel the first exists; what lies beside the package is then somebody else's.
@@ -40,5 +42,5 @@ def find(source: str | Path) -> Path:
 
 
 def _run_config(directory: Path) -> str:
-    config = directory / "config.yaml"
+    config = directory / CONFIG_NAME
     return f", such as {config}" if config.is_file() else ""

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf_ray.config.openrlhf import hint
 from rlhf_ray.config.reading import SEPARATOR
-from rlhf_ray.config.roles import Section
+from rlhf_ray.config.sections.base import Section
 
 CLOSE = 0.6
 WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}

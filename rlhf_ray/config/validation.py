@@ -7,26 +7,26 @@ cannot be checked yet, and everything else is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from rlhf_ray.config.roles import Absent, Section
+from rlhf_ray.config.problems import Problem, attempt
+from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.spelling import Settled, entries_of, join, section_of, settle, wanted
 
-Problem = tuple[str, str]
-"""A dotted key and what is wrong with it, with the way out."""
+Kind = TypeVar("Kind", bound=Section)
 
 
 @dataclass(frozen=True)
-class Parsed:
+class Parsed(Generic[Kind]):
     """A job as far as its values go."""
 
-    config: Section
+    config: Kind
     problems: tuple[Problem, ...]
     settled: Settled
 
@@ -36,7 +36,7 @@ class Parsed:
         return not self.problems
 
 
-def parse(job: type[Section], values: Mapping[str, Any]) -> Parsed:
+def parse(job: type[Kind], values: Mapping[str, Any]) -> Parsed[Kind]:
     """Read ``values`` as a ``job``: unknown keys, missing keys, wrong values, values that exclude each other."""
     settled = settle(job, values)
     try:
@@ -49,22 +49,6 @@ def parse(job: type[Section], values: Mapping[str, Any]) -> Parsed:
     return Parsed(config, (*settled.problems, *builder.problems, *conflicts), settled)
 
 
-def attempt(rules: Iterable[Callable[[], Iterable[Problem]]], *, partial: bool) -> list[Problem]:
-    """Every problem that ``rules`` yield. In a partial config a rule ends where it reads an absent value.
-
-    Only :class:`Absent` ends a rule quietly: a mistake in a rule itself is raised whatever else is wrong with the config.
-    """
-    problems: list[Problem] = []
-    for rule in rules:
-        try:
-            for problem in rule():  # what came before an absent value counts
-                problems.append(problem)
-        except Absent:
-            if not partial:
-                raise
-    return problems
-
-
 class _Builder:
     """Builds a job around the locations where validation found something wrong."""
 
@@ -72,7 +56,7 @@ class _Builder:
         self.locations = tuple(locations)
         self.problems: list[Problem] = []
 
-    def build(self, section: type[Section], values: Mapping[str, Any], at: tuple[str, ...] = ()) -> Section:
+    def build(self, section: type[Kind], values: Mapping[str, Any], at: tuple[str, ...] = ()) -> Kind:
         made: dict[str, Any] = {}
         absent = []
         for name, info in section.model_fields.items():
@@ -93,10 +77,7 @@ class _Builder:
                 absent.append(name)
             else:
                 made[name] = values[name]
-        built = section.model_construct(**made)
-        for name in absent:
-            built.__dict__.pop(name, None)
-        return built
+        return section.partial(made, absent)
 
     def _entries(self, entry: type[Section], values: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Section]:
         """A mapping by names, without the entries that cannot be sections."""

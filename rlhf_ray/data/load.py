@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy
 import torch
 
-from rlhf_ray.config.schema import DataConfig, SourceConfig, WorldConfig
+from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, prompt_text
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, PairRow, pairs_of_file, pairs_of_rows

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from rlhf_ray.config.preflight import not_one_token
+from rlhf_ray.config.files.tokenizers import not_one_token
 from rlhf_ray.config.tokenizer_identity import tokenizer_identity
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rows.read import AnyRow, read_file

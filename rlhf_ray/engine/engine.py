@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.losses import LossOutput
-from rlhf_ray.config.schema import Dtype, EngineConfig
+from rlhf_ray.config.sections.engine import EngineConfig
+from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.distributed import agree, extremes, require_process_group
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards

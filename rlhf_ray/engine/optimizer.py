@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ray.config.schema import OptimizerConfig
+from rlhf_ray.config.sections.engine import OptimizerConfig
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

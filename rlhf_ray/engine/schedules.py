@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from rlhf_ray.config.schema import OptimizerConfig
+from rlhf_ray.config.sections.engine import OptimizerConfig
 from rlhf_ray.errors import RequestError
 
 TIMESCALE = 10_000

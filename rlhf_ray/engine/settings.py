@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.errors import RequestError
 
 WHOLE_BELOW = 10_000

@@ -9,21 +9,31 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rlhf_ray import environment
-from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.schema import RewardModelConfig, TrainingConfig
+from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.config.jobs.reward_model import RewardModelConfig
+from rlhf_ray.config.jobs.sft import SftConfig
+from rlhf_ray.config.loading import AnyJob, load_job
 from rlhf_ray.console import get_logger, say, table
-from rlhf_ray.launch.driver import drive, exit_code, new_run_directory, training_config
+from rlhf_ray.errors import RequestError
+from rlhf_ray.launch.driver import exit_code, new_run_directory, run_trainer
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.report.summary import Figure, MemoryRecord
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
 
-JOBS = ("sft", "rm", "ppo")
+JOBS: tuple[type[TrainingJob], ...] = (SftConfig, RewardModelConfig, PpoConfig)
+STARTS_FROM: Mapping[str, Mapping[str, str]] = {
+    "rm": {"reward": "sft"},
+    "ppo": {"policy": "sft", "reference": "sft", "critic": "rm", "reward": "rm"},
+}
+"""The job whose result each model of a job starts from, by the kind of the job and the key of the model's role."""
+SAMPLES_SHOWN = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,43 +53,37 @@ def demo(root: Path, seed: int, overrides: Sequence[str]) -> None:
 
     began = time.monotonic()
     runs: dict[str, RunDirectory] = {}
-    configs: dict[str, TrainingConfig] = {}
-    first = job_config("sft", root, seed, overrides)
+    first = job_config(SftConfig, root, seed, overrides)
     with MemorySampler() as memory, Cluster(first.cluster, first.run):
         for job in JOBS:
-            configs[job] = job_config(job, root, seed, overrides)
-            runs[job] = new_run_directory(configs[job])
-            drive(configs[job], runs[job], None)
-            runs[job].release()
-    took = time.monotonic() - began
+            config = job_config(job, root, seed, overrides)
+            run = runs[config.kind] = new_run_directory(config)
+            run_trainer(config, run, None)
+            run.release()
+    seconds = time.monotonic() - began
     peak = memory.peak
     history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in memory.history)
     record = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
-    finish(root, runs, configs, took, record)
+    baseline = words_baseline(job_config(RewardModelConfig, root, seed, overrides))
+    finish(root, runs, baseline, seconds, record)
 
 
-def job_config(job: str, root: Path, seed: int, overrides: Sequence[str]) -> TrainingConfig:
+def job_config(job: type[AnyJob], root: Path, seed: int, overrides: Sequence[str]) -> AnyJob:
     """The recipe of one job, its run below ``root``, reading what the jobs before it wrote."""
-    before = {
-        "sft": [],
-        "rm": [f"reward.model.path={root}/sft/final"],
-        "ppo": [
-            f"{role}.model.path={root}/{run}/final"
-            for role, run in (("policy", "sft"), ("reference", "sft"), ("critic", "rm"), ("reward", "rm"))
-        ],
-    }[job]
-    own = [override.removeprefix(f"{job}.") for override in overrides if override.startswith(f"{job}.")]
-    place = [f"run.name={job}", f"run.root={root}", f"run.seed={seed}"]
-    return training_config(load_config(f"demo-{job}", [*place, *before, *own], kind=job, files=True))
+    kind = job.kind_name()
+    models = [f"{role}.model.path={root}/{origin}/final" for role, origin in STARTS_FROM.get(kind, {}).items()]
+    own = [override.removeprefix(f"{kind}.") for override in overrides if override.startswith(f"{kind}.")]
+    place = [f"run.name={kind}", f"run.root={root}", f"run.seed={seed}"]
+    return load_job(job, f"demo-{kind}", [*place, *models, *own], files=True)
 
 
-def finish(
-    root: Path, runs: dict[str, RunDirectory], configs: dict[str, TrainingConfig], took: float, memory: MemoryRecord
-) -> None:
-    """Say how it went, and write ``report.html``."""
+def finish(root: Path, runs: Mapping[str, RunDirectory], baseline: float, seconds: float, memory: MemoryRecord) -> None:
+    """Print the closing table and some answers, and write ``report.html``.
+
+    ``baseline`` is the accuracy of a model that knows words and lengths alone, on the pairs of the reward model.
+    """
     closing = runs["ppo"].summary()
     accuracy = last_figure(runs["rm"], "evaluation/accuracy")
-    baseline = words_baseline(configs["rm"])
     rows = (
         ("reward model, held-out accuracy without noise", f"{accuracy:.3f}"),
         ("bag of words and length, the same", f"{baseline:.3f}"),
@@ -87,19 +91,19 @@ def finish(
         ("PPO, gold mean", f"{last_figure(runs['ppo'], 'evaluation/gold'):.3f}"),
         ("PPO, gold win rate over SFT", f"{last_figure(runs['ppo'], 'evaluation/gold_win_rate'):.3f}"),
         ("PPO, KL in nats", f"{last_figure(runs['ppo'], 'evaluation/kl'):.2f}"),
-        ("time", f"{took:.0f} s"),
+        ("time", f"{seconds:.0f} s"),
         ("memory at its peak", f"{memory.pss_gb + memory.object_store_gb:.2f} GB in {memory.processes} processes"),
     )
     say(table("the demo", ("what", "figure"), rows))
-    headline = tuple(Figure(name, value) for name, value in rows)
-    runs["ppo"].write_summary(replace(closing, figures=headline, memory=memory))
-    for sample in closing.samples[:3]:
+    figures = tuple(Figure(name, value) for name, value in rows)
+    runs["ppo"].write_summary(replace(closing, figures=figures, memory=memory))
+    for sample in closing.samples[:SAMPLES_SHOWN]:
         say(f"\n{sample.prompt.strip()}")
         for answer in sample.answers:
             say(f"  {answer.label:>5} (gold {answer.scores.get('gold', 0.0):.1f}): {answer.text.strip()}")
     report = write_report([runs["ppo"]], root / "report.html")
-    for job in JOBS[:2]:
-        write_report([runs[job]])
+    for kind in ("sft", "rm"):
+        write_report([runs[kind]])
     get_logger("demo").info("report: %s", report)
 
 
@@ -108,16 +112,20 @@ def last_figure(run: RunDirectory, name: str) -> float:
     return float(next(line[name] for line in reversed(run.metrics.read()) if name in line))
 
 
-def words_baseline(config: TrainingConfig) -> float:
-    """What logistic regression on length and words of the answers gets on the same pairs."""
+def words_baseline(config: RewardModelConfig) -> float:
+    """The accuracy of logistic regression on length and words of the answers, on the same generated pairs.
+
+    Raises :class:`RequestError` where the job does not read the generated world.
+    """
     from rlhf_ray.evaluation import bag_of_words_baseline
     from rlhf_ray.world.generate import World
 
-    assert isinstance(config, RewardModelConfig) and config.data.world is not None
-    made = config.data.world
-    world = World(made.seed, made.raters)
-    training = [(pair.chosen, pair.rejected) for pair in world.preferences(made.pairs)]
-    held_out = world.preferences(made.evaluation_pairs, split="evaluation", flipped=0.0)
+    settings = config.data.world
+    if settings is None:
+        raise RequestError("rm.data.world is null, but the demo compares models on the pairs of the generated world")
+    world = World(settings.seed, settings.raters)
+    training = [(pair.chosen, pair.rejected) for pair in world.preferences(settings.pairs)]
+    held_out = world.preferences(settings.evaluation_pairs, split="evaluation", flipped=0.0)
     return bag_of_words_baseline(training, [(pair.chosen, pair.rejected) for pair in held_out])
 
 

@@ -11,26 +11,30 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_ray import environment
+from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.paths import run_directory
-from rlhf_ray.config.schema import (
-    JobConfig,
-    RewardModelConfig,
-    ServeConfig,
-    SftConfig,
-    TrainingConfig,
-)
+from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, CapacityError, RequestError, RlhfRayError
-from rlhf_ray.imports import quick_imports
+from rlhf_ray.imports import import_object, quick_imports
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
 
-CONFIG_NAME = "config.yaml"
+if TYPE_CHECKING:
+    from rlhf_ray.actors.place import Place
+
+
+class Trainer(Protocol):
+    """The function that a job names as its trainer; it knows the class of the job."""
+
+    def __call__(
+        self, config: Any, run: RunDirectory, checkpoint: Checkpoint | None, /, *, place: Place | None
+    ) -> None: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="RUN_DIR")
     given = parser.parse_args(arguments)
     environment.prepare()
-    return exit_code(lambda: new_run(sys.stdin.read()) if given.resume is None else resume_run(given.resume))
+    return exit_code(lambda: train_new_run(sys.stdin.read()) if given.resume is None else continue_run(given.resume))
 
 
 def exit_code(work: Callable[[], None]) -> int:
@@ -56,12 +60,12 @@ def exit_code(work: Callable[[], None]) -> int:
     return EXIT_DONE
 
 
-def new_run(text: str) -> None:
-    """Make the run directory of a config and drive it from the start."""
-    config = training_config(parse_config(text))
+def train_new_run(text: str) -> None:
+    """Make the run directory of a config and train from the start."""
+    config = parse_config(text).to_train()
     run = new_run_directory(config)
     try:
-        drive(config, run, None)
+        run_trainer(config, run, None)
     except (RequestError, CapacityError):
         if not run.metrics.read() and not run.checkpoints.steps():  # nothing was begun: the name is free again
             shutil.rmtree(run.path, ignore_errors=True)
@@ -70,45 +74,29 @@ def new_run(text: str) -> None:
         run.release()
 
 
-def resume_run(path: str) -> None:
-    """Go on with a run from its last valid checkpoint, or from its start where none was committed."""
-    config = training_config(load_config(Path(path) / CONFIG_NAME))
+def continue_run(path: str) -> None:
+    """Train on from the last valid checkpoint of a run, or from its start where none was committed."""
+    config = load_config(Path(path) / CONFIG_NAME).to_train()
     run, checkpoint = RunDirectory.resume(path, config.checkpoint.keep)
-    drive(config, run, checkpoint)
+    run_trainer(config, run, checkpoint)
 
 
-def training_config(config: JobConfig) -> TrainingConfig:
-    """``config``, if it is a job that trains."""
-    if isinstance(config, ServeConfig):
-        raise RequestError("a config of kind serve is not trained: run it with rlhf-ray serve MODEL")
-    return config
-
-
-def new_run_directory(config: TrainingConfig) -> RunDirectory:
+def new_run_directory(config: TrainingJob) -> RunDirectory:
     """The directory of a new run, ``run.root/run.name``."""
     return RunDirectory.create(run_directory(config), dump_config(config), config.checkpoint.keep)
 
 
-def drive(config: TrainingConfig, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
-    """Run the trainer of ``config`` in this process, from ``checkpoint`` or from the start."""
+def run_trainer(
+    config: TrainingJob, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
+) -> None:
+    """Run the trainer that the job names in this process, from ``checkpoint`` or from the start.
+
+    ``place`` is where ranks live; none means a Ray cluster.
+    """
     stopping.listen()
-    _trainer(config)(config, run, checkpoint)
-
-
-def _trainer(config: TrainingConfig) -> Callable[[Any, RunDirectory, Checkpoint | None], None]:
-    """What trains a config of this kind."""
     with quick_imports():
-        if isinstance(config, SftConfig):
-            from rlhf_ray.trainers.supervised.sft import train_sft
-
-            return train_sft
-        if isinstance(config, RewardModelConfig):
-            from rlhf_ray.trainers.supervised.reward_model import train_reward_model
-
-            return train_reward_model
-        from rlhf_ray.trainers.ppo.build import train_ppo
-
-        return train_ppo
+        train: Trainer = import_object(config.trainer)
+    train(config, run, checkpoint, place=place)
 
 
 if __name__ == "__main__":

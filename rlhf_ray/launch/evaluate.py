@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_ray import storage
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import Place, place_scoring_group
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger, say, table
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError

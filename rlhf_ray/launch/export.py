@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ray import storage
-from rlhf_ray.config.schema import Dtype, ModelConfig
+from rlhf_ray.config.recipes import CONFIG_NAME
+from rlhf_ray.config.sections.models import Dtype, ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models import load_policy, load_regression, load_tokenizer, save_pretrained
@@ -61,7 +62,7 @@ def export(
 def _model_of(source: str) -> str:
     """The model directory of a run; anything else as it is."""
     directory = Path(source).expanduser()
-    if not (directory / "config.yaml").is_file():
+    if not (directory / CONFIG_NAME).is_file():
         return source
     if not (directory / FINAL).is_dir():
         raise RequestError(

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from rlhf_ray import environment
+from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
-from rlhf_ray.config.schema import JobConfig
+from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
@@ -28,7 +29,6 @@ FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 DRIVER = "rlhf_ray.launch.driver"
 DEMO = "rlhf_ray.launch.demo"
-CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class Ending:
         return EXIT_RESUMABLE if resumable else EXIT_FAILED
 
 
-def start_run(config: JobConfig, *, driver: str = DRIVER) -> int:
+def start_run(config: Job, *, driver: str = DRIVER) -> int:
     """Run a driver for a new run; returns the exit code."""
     config = with_absolute_paths(config, Path.cwd())  # a cluster that runs already stands elsewhere
     _require_room(config)
     text = dump_config(config)
-    return _see_through(drive(driver, [], text), run_directory(config), config.run.max_restarts, driver, text)
+    return _restart_until_final(
+        run_driver(driver, [], text), run_directory(config), config.run.max_restarts, driver, text
+    )
 
 
 def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
@@ -64,38 +66,40 @@ def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
     directory = Path(directory).absolute()
     config = load_config(directory / CONFIG_NAME)
     _require_room(config)
-    return _see_through(_resume(driver, directory), directory, config.run.max_restarts, driver, dump_config(config))
+    return _restart_until_final(
+        _run_resuming_driver(driver, directory), directory, config.run.max_restarts, driver, dump_config(config)
+    )
 
 
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
     """Run the demo's three jobs in one driver."""
     root = str(Path(root).absolute())
-    return drive(DEMO, ["--root", root, "--seed", str(seed), *overrides]).exit_code(Path(root))
+    return run_driver(DEMO, ["--root", root, "--seed", str(seed), *overrides]).exit_code(Path(root))
 
 
-def _require_room(config: JobConfig) -> None:
+def _require_room(config: Job) -> None:
     """Refuse what can never fit where Ray is started on this machine; a cluster is asked by the driver."""
     offered = offered_here(config.cluster)
     if offered is not None:
         require_fit(needed(config), offered)
 
 
-def _see_through(ending: Ending, directory: Path, restarts: int, driver: str, text: str) -> int:
+def _restart_until_final(ending: Ending, directory: Path, restarts: int, driver: str, text: str) -> int:
     """While the last driver failed, start another, from the last commit where a run was begun."""
     for attempt in range(1, restarts + 1):
         if ending.is_final:
             break
         get_logger().warning("the driver ended with %d: restart %d of %d", ending.code, attempt, restarts)
         begun = (directory / CONFIG_NAME).is_file()
-        ending = _resume(driver, directory) if begun else drive(driver, [], text)
+        ending = _run_resuming_driver(driver, directory) if begun else run_driver(driver, [], text)
     return ending.exit_code(directory)
 
 
-def _resume(driver: str, directory: Path) -> Ending:
-    return drive(driver, ["--resume", str(directory)])
+def _run_resuming_driver(driver: str, directory: Path) -> Ending:
+    return run_driver(driver, ["--resume", str(directory)])
 
 
-def drive(module: str, arguments: Sequence[str], text: str = "") -> Ending:
+def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ending:
     """One driver, from start to end."""
     command = [sys.executable, "-m", module, *arguments]
     asked: list[int] = []

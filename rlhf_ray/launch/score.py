@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.cluster import Cluster
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE
 from rlhf_ray.pending import Pending

@@ -19,8 +19,8 @@ from typing import NoReturn
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.preflight import hub_ids
-from rlhf_ray.config.schema import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
 from rlhf_ray.serving.auth import read_tokens, require_closed

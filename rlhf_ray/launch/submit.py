@@ -16,22 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray import environment
+from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.paths import with_absolute_paths
-from rlhf_ray.config.schema import JobConfig
+from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger, say
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, RequestError
-from rlhf_ray.launch.driver import training_config
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 SECONDS_TO_SETTLE = 10.0
-CONFIG_NAME = "config.yaml"
 STOP_WAIT, SECONDS_TO_COMMIT = "RAY_JOB_STOP_WAIT_TIME_S", "600"
 
 
-def submit(config: JobConfig, *, address: str | None, wait: bool) -> int:
+def submit(config: Job, *, address: str | None, wait: bool) -> int:
     """Submit ``config``; with ``wait`` stream its log and return the driver's exit code."""
-    config = training_config(config)
+    config = config.to_train()
     client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / CONFIG_NAME).write_text(dump_config(with_absolute_paths(config, Path.cwd())))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_ray.config.schema import Dtype
+from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.errors import ModelLoadError
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

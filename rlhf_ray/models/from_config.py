@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.dtypes import torch_dtype

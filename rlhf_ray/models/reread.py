@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.models.from_config import load_regression
 from rlhf_ray.models.regression import PackedRegression
 from rlhf_ray.trajectories.batch import TrajectoryBatch

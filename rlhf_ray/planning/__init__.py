@@ -11,8 +11,5 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "fits": ".capacity",
         "needed": ".capacity",
         "require_fit": ".capacity",
-        "training_items": ".arithmetic",
-        "updates": ".arithmetic",
-        "updates_per_step": ".arithmetic",
     },
 )

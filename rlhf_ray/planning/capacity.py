@@ -12,15 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import (
-    ClusterConfig,
-    JobConfig,
-    PpoConfig,
-    ResourcesConfig,
-    RoleConfig,
-    ServeConfig,
-    SftConfig,
-)
+from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
 
@@ -38,18 +31,13 @@ class Bundle:
     gpus: float = 0.0
 
 
-def needed(config: JobConfig) -> list[Bundle]:
+def needed(config: Job) -> list[Bundle]:
     """One bundle for every rank and every rollout engine of the job, role by role."""
-    if isinstance(config, PpoConfig):
-        roles = {"policy": config.policy, "critic": config.critic, "reference": config.reference_role}
-        present = {key: role for key, role in roles.items() if role is not None} | config.reward.roles
-        bundles = [bundle for key, role in present.items() for bundle in _ranks(key, role)]
-        return bundles + _bundles("rollout", config.rollout.engines, config.rollout.resources)
-    if isinstance(config, SftConfig):
-        return _ranks("policy", config.policy)
-    if isinstance(config, ServeConfig):
-        return [bundle for name, role in config.served.items() for bundle in _ranks(name, role)] * config.replicas
-    return _ranks("reward", config.reward)
+    return [
+        Bundle(placement.name, placement.resources.cpus_per_rank, placement.resources.gpus_per_rank)
+        for placement in config.placements()
+        for _ in range(placement.count)
+    ]
 
 
 def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
@@ -58,14 +46,6 @@ def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
         return None
     gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
     return {"CPU": float(cluster.num_cpus or os.cpu_count() or 1), "GPU": gpus}
-
-
-def _ranks(name: str, role: RoleConfig) -> list[Bundle]:
-    return _bundles(name, role.ranks, role.resources)
-
-
-def _bundles(name: str, count: int, resources: ResourcesConfig) -> list[Bundle]:
-    return [Bundle(name, resources.cpus_per_rank, resources.gpus_per_rank)] * count
 
 
 def require_fit(bundles: Sequence[Bundle], free: Free) -> None:

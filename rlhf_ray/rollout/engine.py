@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import DeadlineError, GroupError, RequestError
 from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import WireError

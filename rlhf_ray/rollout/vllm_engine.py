@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.rollout.engine import RolloutEngine

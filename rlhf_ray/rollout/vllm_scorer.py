@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.rollout.vllm_engine import prepare_process

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray import storage
+from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.summary import Summary
@@ -37,7 +38,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
         self.path = Path(path)
-        self.config_path = self.path / "config.yaml"
+        self.config_path = self.path / CONFIG_NAME
         self.final = self.path / "final"
         self.best = self.path / "best"
         self.samples = self.path / "samples"

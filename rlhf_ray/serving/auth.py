@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rlhf_ray.config.sections.service import is_open_to_others
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.serving.refusals import Refusal, plain
@@ -85,7 +86,7 @@ class TokenFile:
 
 def require_closed(host: str, tokens: Iterable[str]) -> None:
     """Refuse to listen beyond this machine without a token."""
-    if host not in ("127.0.0.1", "::1", "localhost") and not tuple(tokens):
+    if is_open_to_others(host) and not tuple(tokens):
         raise RequestError(f"host {host} is reachable from other machines, but no token is set: give token_file, or host "
                            "127.0.0.1")  # fmt: skip
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 

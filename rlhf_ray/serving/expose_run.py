@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rlhf_ray.config.schema import RoleConfig, ServiceConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.auth import TokenFile, require_closed

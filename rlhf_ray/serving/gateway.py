@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.config.schema import RoleConfig, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from starlette.requests import ClientDisconnect, Request
 
-from rlhf_ray.config.schema import ServiceConfig
+from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.rewards.batcher import OverloadedError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
-from rlhf_ray.config.schema import CheckpointConfig
+from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.shards import files_of
 from rlhf_ray.runs.checkpoints import Checkpoint

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from rlhf_ray.config.schema import JobConfig
+from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.monitoring.memory import MemorySampler
@@ -58,7 +58,7 @@ SECONDS_BETWEEN_SAMPLES = 5.0
 class Journal:
     """One run's metrics, samples and summary."""
 
-    def __init__(self, run: RunDirectory, config: JobConfig) -> None:
+    def __init__(self, run: RunDirectory, config: Job) -> None:
         self.run = run
         self.config = config
         self.logger = get_logger(config.kind)

@@ -14,7 +14,9 @@ from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import JobConfig, RoleConfig, RolloutConfig
+from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.trainers import stopping
@@ -23,7 +25,7 @@ from rlhf_ray.trainers import stopping
 class Session:
     """Starts the groups that a trainer asks for."""
 
-    def __init__(self, config: JobConfig, *, place: Place | None = None) -> None:
+    def __init__(self, config: Job, *, place: Place | None = None) -> None:
         self.config = config
         self.seed = config.run.seed
         self.cleanup = ExitStack()

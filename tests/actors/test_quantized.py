@@ -9,7 +9,7 @@ import torch
 
 from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
-from rlhf_ray.config.schema import RoleConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.models import load_policy, save_pretrained
 from rlhf_ray.models.actor import Actor, PackedPolicy

@@ -11,7 +11,8 @@ import ray
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import InProcessRanks, RayRanks
-from rlhf_ray.config.schema import ClusterConfig, ResourcesConfig, RunConfig
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import CapacityError, DeadlineError, GroupError, ModelLoadError
 from rlhf_ray.planning.capacity import Bundle
 

@@ -13,7 +13,9 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, ResourcesConfig, RoleConfig
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from tests.serving.reward_models import save_reward_model
 

@@ -13,7 +13,8 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, ScoringRole
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rollout.vllm_scorer import servable_config

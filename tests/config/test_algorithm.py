@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rlhf_ray.config.algorithm import PRESETS, AlgorithmConfig, with_preset
 from rlhf_ray.config.loading import dump_config, parse_config
+from rlhf_ray.config.sections.algorithm import PRESETS, AlgorithmConfig, with_preset
 
 GROUPED = ["critic=null", "batch.samples_per_prompt=4", "reference=null"]
 NO_CRITIC = ["critic=null", "reference=null"]

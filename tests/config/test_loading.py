@@ -8,8 +8,9 @@ import sys
 import pytest
 import yaml
 
+from rlhf_ray.config.jobs.registry import KINDS, job_class
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
-from rlhf_ray.config.schema import JOBS, Section
+from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.spelling import keys_of, section_of
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, ConfigError
 
@@ -40,11 +41,11 @@ def test_a_misspelt_section_is_checked_inside_and_not_called_missing(problems, t
     ]
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", KINDS)
 def test_every_key_with_two_letters_swapped_is_found_again(problems, job):
     """Over all keys of all jobs: the slip is named, and what it should have been."""
     slips = {}
-    for key in keys_of(JOBS[job]):
+    for key in keys_of(job_class(job)):
         section, dot, name = key.rpartition(".")
         swapped = name[:2] + name[3:1:-1] + name[4:]
         if len(name) > 4 and swapped != name:
@@ -59,10 +60,10 @@ MAPPINGS = {"reward.mixture", "data.sources", "models"}
 """Keys whose values are sections by names that the user gives."""
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", KINDS)
 def test_every_wrong_value_is_listed_at_once_with_its_key(job):
     """All settings of a job hold something that none of them accepts: each is named with value and what is wanted."""
-    keys = list(leaves(JOBS[job]))
+    keys = list(leaves(job_class(job)))
     overrides = [f"{key}={{wrong: 1}}" for key in keys if key != "kind"]
     with pytest.raises(ConfigError) as error:
         parse_config(f"kind: {job}", overrides)
@@ -201,7 +202,7 @@ def test_a_dumped_job_loads_as_the_same_job(texts, kind):
     assert again == config
     assert dump_config(again) == dump_config(config)
     written = yaml.safe_load(dump_config(config))
-    assert set(written) == set(JOBS[kind].model_fields)
+    assert set(written) == set(job_class(kind).model_fields)
 
 
 def test_a_list_comes_back_as_what_it_was(texts):

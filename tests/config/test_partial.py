@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from rlhf_ray.config.loading import dump_config, parse_config
-from rlhf_ray.config.roles import Absent, Section
-from rlhf_ray.config.validation import attempt, parse
+from rlhf_ray.config.problems import attempt
+from rlhf_ray.config.sections.base import Absent, Section
+from rlhf_ray.config.validation import parse
 from rlhf_ray.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.load import PairExample, demonstration_examples, pair_batch, pair_examples, tokenized_prompts

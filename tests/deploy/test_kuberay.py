@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from rlhf_ray.cli.main import parser
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.schema import PpoConfig
 from rlhf_ray.planning.capacity import needed
 
 ROOT = Path(__file__).parents[2]

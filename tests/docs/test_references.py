@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -9,60 +11,89 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from rlhf_ray.config import reward_training, roles, schema
+from rlhf_ray.config import sections
+from rlhf_ray.config.jobs.registry import KINDS
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.algorithm import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    KlConfig,
+    MissingEosConfig,
+    OverlongConfig,
+    ShapingConfig,
+    TooShortConfig,
+)
+from rlhf_ray.config.sections.base import Section
+from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, SequenceBatchConfig
+from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, ResourcesConfig
+from rlhf_ray.config.sections.evaluation import EvaluationConfig, PpoEvaluationConfig, RewardEvaluationConfig
+from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
+from rlhf_ray.config.sections.reward_training import (
+    NormalizationConfig,
+    RewardEngineConfig,
+    RewardLossConfig,
+    RewardOptimizerConfig,
+    RewardTrainingRole,
+)
+from rlhf_ray.config.sections.rewards import RewardConfig, RewardSourceConfig, RewardTermConfig
+from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole, TokenBudget
+from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
+from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY
 
 DOCS = Path(__file__).parents[2] / "docs"
-SECTIONS: dict[str, type[roles.Section]] = {
-    "`run`": schema.RunConfig,
-    "`cluster`": schema.ClusterConfig,
-    "`batch` of ppo": schema.BatchConfig,
-    "`batch` of sft": schema.SequenceBatchConfig,
-    "`batch` of rm": schema.PairBatchConfig,
-    "`data`": schema.DataConfig,
-    "`data.world`": schema.WorldConfig,
-    "`data.sources.NAME`": schema.SourceConfig,
-    "A role: `policy`, `critic`, `reference`, `reward`": schema.RoleConfig,
-    "`ROLE.model`": schema.ModelConfig,
-    "`ROLE.model.make`": schema.MakeConfig,
-    "`ROLE.model.lora`": schema.LoraConfig,
-    "`ROLE.engine`": schema.EngineConfig,
-    "`ROLE.engine.optimizer`": schema.OptimizerConfig,
-    "`reward.engine.optimizer` of rm": reward_training.RewardOptimizerConfig,
-    "`ROLE.resources`": schema.ResourcesConfig,
-    "`reward` of ppo": schema.RewardConfig,
-    "`reward.mixture.NAME`": schema.RewardTermConfig,
-    "`reward` and `models.NAME` of serve": roles.ScoringRole,
-    "`rollout`": schema.RolloutConfig,
-    "`algorithm`": schema.AlgorithmConfig,
-    "`algorithm.kl`": schema.KlConfig,
-    "`algorithm.shaping`": schema.ShapingConfig,
-    "`algorithm.shaping.overlong`": schema.OverlongConfig,
-    "`algorithm.shaping.too_short`": schema.TooShortConfig,
-    "`algorithm.shaping.missing_eos`": schema.MissingEosConfig,
-    "`algorithm.importance`": schema.ImportanceConfig,
-    "`loss` of rm": schema.RewardLossConfig,
-    "`normalization` of rm": schema.NormalizationConfig,
-    "`evaluation`": schema.EvaluationConfig,
-    "`evaluation` of rm": schema.RewardEvaluationConfig,
-    "`evaluation` of ppo": schema.PpoEvaluationConfig,
-    "`checkpoint`": schema.CheckpointConfig,
-    "`monitoring`": schema.MonitoringConfig,
-    "`expose` of ppo, and part of serve": schema.ServiceConfig,
-    "serve, beside `run`, `cluster` and the keys above": schema.ServeConfig,
+SECTIONS: dict[str, type[Section]] = {
+    "`run`": RunConfig,
+    "`cluster`": ClusterConfig,
+    "`batch` of ppo": BatchConfig,
+    "`batch` of sft": SequenceBatchConfig,
+    "`batch` of rm": PairBatchConfig,
+    "`data`": DataConfig,
+    "`data.world`": WorldConfig,
+    "`data.sources.NAME`": SourceConfig,
+    "A role: `policy`, `critic`, `reference`, `reward`": RoleConfig,
+    "`ROLE.model`": ModelConfig,
+    "`ROLE.model.make`": MakeConfig,
+    "`ROLE.model.lora`": LoraConfig,
+    "`ROLE.engine`": EngineConfig,
+    "`ROLE.engine.optimizer`": OptimizerConfig,
+    "`reward.engine.optimizer` of rm": RewardOptimizerConfig,
+    "`ROLE.resources`": ResourcesConfig,
+    "`reward` of ppo": RewardConfig,
+    "`reward.mixture.NAME`": RewardTermConfig,
+    "`reward` and `models.NAME` of serve": ScoringRole,
+    "`rollout`": RolloutConfig,
+    "`algorithm`": AlgorithmConfig,
+    "`algorithm.kl`": KlConfig,
+    "`algorithm.shaping`": ShapingConfig,
+    "`algorithm.shaping.overlong`": OverlongConfig,
+    "`algorithm.shaping.too_short`": TooShortConfig,
+    "`algorithm.shaping.missing_eos`": MissingEosConfig,
+    "`algorithm.importance`": ImportanceConfig,
+    "`loss` of rm": RewardLossConfig,
+    "`normalization` of rm": NormalizationConfig,
+    "`evaluation`": EvaluationConfig,
+    "`evaluation` of rm": RewardEvaluationConfig,
+    "`evaluation` of ppo": PpoEvaluationConfig,
+    "`checkpoint`": CheckpointConfig,
+    "`monitoring`": MonitoringConfig,
+    "`expose` of ppo, and part of serve": ServiceConfig,
+    "serve, beside `run`, `cluster` and the keys above": ServeConfig,
 }
 ELSEWHERE = {
-    schema.RewardEvaluationConfig: set(schema.EvaluationConfig.model_fields),
-    schema.PpoEvaluationConfig: set(schema.EvaluationConfig.model_fields),
-    reward_training.RewardOptimizerConfig: set(schema.OptimizerConfig.model_fields)
+    RewardEvaluationConfig: set(EvaluationConfig.model_fields),
+    PpoEvaluationConfig: set(EvaluationConfig.model_fields),
+    RewardOptimizerConfig: set(OptimizerConfig.model_fields)
     - {"learning_rate", "schedule", "warmup_fraction", "final_fraction"},
-    schema.SequenceBatchConfig: set(roles.TokenBudget.model_fields),
-    schema.PairBatchConfig: set(roles.TokenBudget.model_fields),
-    schema.RewardConfig: set(roles.RoleConfig.model_fields) - {"model"},
-    roles.ScoringRole: set(roles.RoleConfig.model_fields),
-    schema.RewardTermConfig: set(schema.RewardSourceConfig.model_fields),
-    schema.ServeConfig: {"kind", "run", "cluster"} | set(schema.ServiceConfig.model_fields),
+    SequenceBatchConfig: set(TokenBudget.model_fields),
+    PairBatchConfig: set(TokenBudget.model_fields),
+    RewardConfig: set(RoleConfig.model_fields) - {"model"},
+    ScoringRole: set(RoleConfig.model_fields),
+    RewardTermConfig: set(RewardSourceConfig.model_fields),
+    ServeConfig: {"kind", "run", "cluster"} | set(ServiceConfig.model_fields),
 }
 """Keys that the page gives in another table."""
 
@@ -83,7 +114,7 @@ def written(field: Any) -> str:
         return "needed"
     if field.default is None:
         return "null"
-    if isinstance(field.default, roles.Section):
+    if isinstance(field.default, Section):
         return ""
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
@@ -134,25 +165,33 @@ def test_every_key_has_its_default() -> None:
 
 
 def test_every_section_is_on_the_page() -> None:
-    sections = {
-        value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, roles.Section)
+    modules = [
+        importlib.import_module(f"{sections.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(sections.__path__)
+    ]
+    classes = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Section)
     }
-    jobs = set(schema.JOBS.values())
     abstract = {
-        roles.Section,
-        roles.TokenBudget,
-        schema.RewardSourceConfig,
-        schema.RewardTrainingRole,
-        schema.ServiceConfig,
+        Section,
+        TokenBudget,
+        RewardSourceConfig,
+        RewardTrainingRole,
+        RewardEngineConfig,
+        ServiceConfig,
     }
-    assert sections - jobs - abstract <= set(SECTIONS.values())
+    assert len(classes) > 30
+    assert classes - abstract <= set(SECTIONS.values())
 
 
 def test_recipes_are_listed() -> None:
     page = (DOCS / "configuration.md").read_text()
     for recipe in (DOCS.parent / "configs").glob("*.yaml"):
         assert f"`{recipe.stem}`" in page
-        assert yaml.safe_load(recipe.read_text())["kind"] in schema.JOBS
+        assert yaml.safe_load(recipe.read_text())["kind"] in KINDS
 
 
 def test_names_in_prometheus_are_those_that_are_exported() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_ray.config.schema import OptimizerConfig
+from rlhf_ray.config.sections.engine import OptimizerConfig
 from rlhf_ray.engine.optimizer import SkippableAdamW, parameter_groups
 
 CONFIG = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)

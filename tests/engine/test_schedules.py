@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import optimization
 
-from rlhf_ray.config.roles import Schedule
-from rlhf_ray.config.schema import OptimizerConfig
+from rlhf_ray.config.sections.engine import OptimizerConfig, Schedule
 from rlhf_ray.engine import learning_rate
 from rlhf_ray.errors import RequestError
 

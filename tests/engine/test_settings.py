@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.engine import deepspeed_config
 from rlhf_ray.errors import RequestError
 

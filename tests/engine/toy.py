@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs
-from rlhf_ray.config.schema import EngineConfig
+from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.engine.optimizer import parameter_groups
 from rlhf_ray.engine.schedules import learning_rate
 

@@ -25,7 +25,11 @@ import psutil
 
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.config.schema import ClusterConfig, ModelConfig, ResourcesConfig, RunConfig, ScoringRole, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from tests.serving.reward_models import Reference, save_reward_model
 

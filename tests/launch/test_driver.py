@@ -85,22 +85,22 @@ def test_a_signal_only_asks(monkeypatch):
 @pytest.mark.parametrize("error", [DataError("rows.jsonl:3: no 'answer'"), CapacityError("full")])
 def test_a_run_that_was_refused_before_its_first_step_frees_its_name(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(driver, "drive", failing(error))
+    monkeypatch.setattr(driver, "run_trainer", failing(error))
     for _ in range(2):
         with pytest.raises(type(error)):
-            driver.new_run(CONFIG)
+            driver.train_new_run(CONFIG)
     assert not (tmp_path / "runs/small").exists()
 
 
 @pytest.mark.parametrize("error", [GroupError("policy", 1, "setup", "the process died"), ResumableStop("asked")])
 def test_a_run_that_failed_keeps_its_directory(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(driver, "drive", failing(error))
+    monkeypatch.setattr(driver, "run_trainer", failing(error))
     with pytest.raises(type(error)):
-        driver.new_run(CONFIG)
+        driver.train_new_run(CONFIG)
     assert (tmp_path / "runs/small/config.yaml").read_text() == CONFIG
     with pytest.raises(RequestError, match="rlhf-ray resume"):
-        driver.new_run(CONFIG)
+        driver.train_new_run(CONFIG)
 
 
 def test_a_run_refused_after_a_step_keeps_its_directory(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_run_refused_after_a_step_keeps_its_directory(tmp_path, monkeypatch):
         run.metrics.append({"step": 1, "timestamp": 0.0})
         raise RequestError("the disk is full")
 
-    monkeypatch.setattr(driver, "drive", one_step)
+    monkeypatch.setattr(driver, "run_trainer", one_step)
     with pytest.raises(RequestError):
-        driver.new_run(CONFIG)
+        driver.train_new_run(CONFIG)
     assert len((tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()) == 1

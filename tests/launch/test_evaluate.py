@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.schema import MakeConfig, ModelConfig
+from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.launch.evaluate import evaluate
 from rlhf_ray.models import load_tokenizer, save_pretrained
 from rlhf_ray.models.from_config import load_regression

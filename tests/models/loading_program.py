@@ -17,7 +17,7 @@ import torch
 
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import ReferenceWorker, WorkerSetup
-from rlhf_ray.config.schema import RoleConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import destroy_process_group
 
 WORLD, SECONDS_BETWEEN = 2, 0.002

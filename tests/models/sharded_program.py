@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood
-from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.engine import Engine, destroy_process_group, init_process_group
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ModelLoadError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models import describe, load_policy, load_regression, load_tokenizer, save_pretrained
 from rlhf_ray.models.actor import PackedPolicy

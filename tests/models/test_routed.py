@@ -14,7 +14,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
-from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
 from rlhf_ray.trajectories.batch import TrajectoryBatch

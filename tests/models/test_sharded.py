@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.models import load_regression, save_adapter
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression

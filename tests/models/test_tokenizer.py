@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.embeddings import check_vocabulary, grow_embeddings
 from rlhf_ray.models.weights.tokenizer import (

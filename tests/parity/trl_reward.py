@@ -24,7 +24,9 @@ from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
 from rlhf_ray.algorithms.reward_losses import RewardLoss
-from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.data.load import PairExample, pair_batch
 from rlhf_ray.models import save_pretrained
 from rlhf_ray.trainers.supervised.loop import cut, learn

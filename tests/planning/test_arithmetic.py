@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.planning.arithmetic import batch_table, lines, training_items, updates, updates_per_step
+from rlhf_ray.planning.arithmetic import batch_table
 
 
 def sizes(config, rows=None):
-    return {line.what: line.value for line in lines(config, rows)}
+    return {line.what: line.value for line in config.sizes(rows)}
 
 
 @given(items=st.integers(0, 500), each=st.integers(1, 100))
@@ -30,7 +31,7 @@ def test_ppo():
     overrides = ["batch={prompts_per_step: 24, samples_per_prompt: 4, sequences_per_update: 32, passes_per_step: 2, "
                  "max_tokens_per_micro_batch: 200}", "policy.ranks=3", "rollout.engines=5", "steps=10"]  # fmt: skip
     config = load_config("demo-ppo", overrides)
-    assert updates_per_step(config) == 6
+    assert config.updates_per_step == 6
     found = sizes(config)
     assert found["sequences a step"] == "96"
     assert found["updates in all"] == "60"

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import EXIT_NO_CAPACITY, CapacityError
 from rlhf_ray.planning import Bundle, capacity_table, fits, needed, require_fit
-from rlhf_ray.planning.arithmetic import lines
 
 
 def totals(bundles):
@@ -36,7 +35,7 @@ def test_what_an_algorithm_does_not_need_takes_no_place():
     overrides = ["algorithm.name=dapo", "algorithm.kl.coefficient=0.0", "critic=null", "batch.samples_per_prompt=4"]
     config = load_config("demo-ppo", [*overrides, "reference=null"])
     assert [bundle.role for bundle in needed(config)] == ["policy", "reward", "rollout"]
-    assert not any("critic" in line.what for line in lines(config))
+    assert not any("critic" in line.what for line in config.sizes(None))
 
 
 @pytest.mark.parametrize(

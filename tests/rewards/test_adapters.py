@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards import adapters, compute_score, remote_reward
 from rlhf_ray.rewards.request import ScoreRequest

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import DeadlineError, RequestError
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from rlhf_ray.config.schema import RolloutConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import DeadlineError, GroupError, RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.errors import EngineDeadError

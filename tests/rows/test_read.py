@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.data.load import pair_examples, tokenized_prompts
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError

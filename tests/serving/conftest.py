@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray import environment
-from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import RunConfig
 
 environment.prepare()
 

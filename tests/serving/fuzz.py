@@ -33,7 +33,10 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.backend import GroupBackend
 from rlhf_ray.serving.protocols import PROTOCOLS

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.auth import Keys

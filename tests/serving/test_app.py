@@ -20,7 +20,7 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult

@@ -14,7 +14,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving import auth

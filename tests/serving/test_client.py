@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards import AsyncRewardClient, RewardClient, ScoreRequest, ScoreResult
 from rlhf_ray.serving.server import WebServer

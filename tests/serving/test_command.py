@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli.main import main
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import EXIT_WRONG_REQUEST
 from rlhf_ray.launch import serve as launch
 

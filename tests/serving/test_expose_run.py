@@ -14,7 +14,8 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardWorker
 from rlhf_ray.actors.workers import WorkerSetup
-from rlhf_ray.config.schema import ServeConfig, ServiceConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.serving.expose_run import expose
@@ -24,7 +25,8 @@ from .reward_models import Reference
 
 @pytest.fixture(scope="module")
 def group(model: Path) -> RewardGroup:
-    from rlhf_ray.config.schema import ModelConfig, RoleConfig
+    from rlhf_ray.config.sections.models import ModelConfig
+    from rlhf_ray.config.sections.roles import RoleConfig
 
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
     role = RoleConfig(model=ModelConfig(path=str(model), dtype="fp32"))

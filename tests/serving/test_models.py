@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import GroupError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.metrics import Metrics

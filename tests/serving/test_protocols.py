@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 from starlette.applications import Starlette
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.serving.openapi import OPERATING
 from rlhf_ray.serving.protocol import sigmoid

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.schema import LoraConfig, MakeConfig, ModelConfig, RoleConfig, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.serving.backend import with_weights_of
 
 OF_THE_WEIGHTS = {"path", "revision", "make"}

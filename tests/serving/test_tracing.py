@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.applications import Starlette
 
-from rlhf_ray.config.schema import ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app

@@ -25,7 +25,9 @@ def measure(
     from rlhf_ray.actors.reward_worker import RewardWorker
     from rlhf_ray.actors.workers import WorkerSetup
     from rlhf_ray.algorithms.reward_losses import RewardLoss
-    from rlhf_ray.config.schema import EngineConfig, ModelConfig, OptimizerConfig, RoleConfig
+    from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+    from rlhf_ray.config.sections.models import ModelConfig
+    from rlhf_ray.config.sections.roles import RoleConfig
     from rlhf_ray.data.encode import Drops, encode_pairs
     from rlhf_ray.data.encoded_pairs import PairExample
     from rlhf_ray.data.load import pair_batch

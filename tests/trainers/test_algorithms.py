@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlhf_ray.actors.this_process import ThisProcess
-from rlhf_ray.config.algorithm import PRESETS
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.config.sections.algorithm import PRESETS
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.build import train_ppo
 

@@ -17,7 +17,9 @@ from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
-from rlhf_ray.config.roles import EngineConfig, MakeConfig, ModelConfig, OptimizerConfig, RoleConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
 

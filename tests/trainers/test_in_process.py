@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.config.schema import TrainingConfig
 from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -31,7 +31,7 @@ ONE_PROCESS = ["policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transf
                "monitoring.ray_metrics=false", "evaluation.prompts=4"]  # fmt: skip
 
 
-def start(config: TrainingConfig) -> RunDirectory:
+def start(config: TrainingJob) -> RunDirectory:
     return RunDirectory.create(Path(config.run.root) / config.run.name, dump_config(config))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.config.schema import ModelConfig, RolloutConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.trainers.ppo.metrics import negative_kl
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 

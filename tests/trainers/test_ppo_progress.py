@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.config.schema import KlConfig
+from rlhf_ray.config.sections.algorithm import KlConfig
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.update import Outcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch

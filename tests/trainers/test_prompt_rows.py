@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config.schema import DataConfig, WorldConfig
+from rlhf_ray.config.sections.data import DataConfig, WorldConfig
 from rlhf_ray.data.load import tokenized_prompts
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_ray.algorithms.reward_losses import RewardLoss
-from rlhf_ray.config.schema import MakeConfig, ModelConfig
+from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.data.load import pair_batch
 from rlhf_ray.models import load_tokenizer, save_pretrained
 from rlhf_ray.models.from_config import load_regression

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.schema import ModelConfig, RunConfig, ScoringRole, ServeConfig
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource

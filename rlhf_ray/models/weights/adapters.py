@@ -74,22 +74,22 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
 
 
 def _plain_lora(directory: Path) -> Any:
-    config = peft().PeftConfig.from_pretrained(str(directory))
-    if not isinstance(config, peft().LoraConfig):
-        raise ModelLoadError(f"the adapter {directory} is of type {config.peft_type}: only LoRA adapters are served")
+    adapter = peft().PeftConfig.from_pretrained(str(directory))
+    if not isinstance(adapter, peft().LoraConfig):
+        raise ModelLoadError(f"the adapter {directory} is of type {adapter.peft_type}: only LoRA adapters are served")
     beyond = {
-        "use_dora": config.use_dora,
-        "bias": config.bias != "none",
-        "lora_bias": config.lora_bias,
-        "target_parameters": bool(config.target_parameters),
+        "use_dora": adapter.use_dora,
+        "bias": adapter.bias != "none",
+        "lora_bias": adapter.lora_bias,
+        "target_parameters": bool(adapter.target_parameters),
     }
     if any(beyond.values()):
         names = ", ".join(name for name, used in beyond.items() if used)
         raise ModelLoadError(
             f"the adapter {directory} uses {names}, which is not served: merge it into its base with PEFT, and give that"
         )
-    config.modules_to_save, config.inference_mode = None, False
-    return config
+    adapter.modules_to_save, adapter.inference_mode = None, False
+    return adapter
 
 
 def _live(name: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_ray.config.preflight import TOKENIZER_FILES
-from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.config.files.models import TOKENIZER_FILES
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import base_of, find_directory

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, Tag
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from rlhf_ray.config.serving import ServiceConfig
+from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.serving.fields import AsList, AsPair, AsText, Body, JsonList, make_item, one_of
 from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest

@@ -12,7 +12,8 @@ from rlhf_ray.algorithms.losses import ValueLoss
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, Objective, PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, RewardShaping, TooShort
-from rlhf_ray.config.schema import AlgorithmConfig, PpoConfig, ShapingConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
 
 
 def preparation_of(config: PpoConfig) -> Preparation:

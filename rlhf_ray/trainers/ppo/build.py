@@ -11,11 +11,10 @@ from typing import Any
 from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.data.load import Split, TokenizedPrompt, tokenized_prompts
 from rlhf_ray.data.tokenizers import stop_token_ids
 from rlhf_ray.models import load_tokenizer
-from rlhf_ray.planning.arithmetic import updates_per_step
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.expose_run import expose
@@ -106,7 +105,7 @@ def build(
 
 def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
     """All model groups, loaded, and the rollout engines, placed: first every process is placed, then all load at once."""
-    updates, temperature = config.steps * updates_per_step(config), config.rollout.temperature
+    updates, temperature = config.steps * config.updates_per_step, config.rollout.temperature
     started: dict[str, PlacedGroup[Any]] = {
         "policy": session.policy(config.policy, total_updates=updates, temperature=temperature)
     }

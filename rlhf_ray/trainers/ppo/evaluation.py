@@ -18,7 +18,7 @@ from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.algorithms.masked import count_actions
 from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.shaping import RewardShaping
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.rewards.sample import TextSample

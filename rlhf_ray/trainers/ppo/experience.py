@@ -15,7 +15,7 @@ import torch
 
 from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.preparation import Preparation
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import ScoringError

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from rlhf_ray.config.schema import PpoConfig, RewardConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.config.sections.rewards import RewardConfig
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.rewards import function_source

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory

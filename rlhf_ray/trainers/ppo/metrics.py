@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.algorithms.kl import sequence_kl
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.rewards.sample import TextSample

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller
 from rlhf_ray.algorithms.moments import RunningMoments
-from rlhf_ray.config.schema import KlConfig
+from rlhf_ray.config.sections.algorithm import KlConfig
 from rlhf_ray.trainers.ppo.update import Outcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 

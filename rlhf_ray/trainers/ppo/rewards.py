@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.config.schema import PpoConfig, RewardSourceConfig, RewardTermConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.config.sections.rewards import RewardSourceConfig
 from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 from rlhf_ray.errors import RequestError
 from rlhf_ray.pending import Pending
@@ -67,9 +68,7 @@ def reward_source(
     sources = {key: one(key, source) for key, source in config.reward.sources.items()}
     if not config.reward.mixture:
         return sources["reward"]
-    weights = {
-        key: source.weight for key, source in config.reward.sources.items() if isinstance(source, RewardTermConfig)
-    }
+    weights = config.reward.weights
     return MixtureSource({key.rpartition(".")[2]: Term(source, weights[key]) for key, source in sources.items()})
 
 

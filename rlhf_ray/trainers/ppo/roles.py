@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.groups import CriticGroup, Group, PolicyGroup, ReferenceGroup, RewardGroup
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.pending import Pending
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, make_schedule

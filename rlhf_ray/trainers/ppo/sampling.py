@@ -21,7 +21,7 @@ import torch
 
 from rlhf_ray.algorithms.group_baselines import without_signal
 from rlhf_ray.algorithms.masked import count_actions
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.data.order import Part, ShuffledOrder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_ray.algorithms.denominators import denominator
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
 from rlhf_ray.rewards.sample import TextSample

@@ -15,7 +15,7 @@ from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import ValueLoss
 from rlhf_ray.algorithms.policy_loss import PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
-from rlhf_ray.config.schema import PpoConfig
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.trainers.ppo.algorithm import policy_loss_of, value_loss_of
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 from rlhf_ray.actors.groups import Group, SharedBatch
 from rlhf_ray.algorithms.denominators import DenominatorKind, denominator
-from rlhf_ray.config.schema import RewardModelConfig, SftConfig
+from rlhf_ray.config.jobs.reward_model import RewardModelConfig
+from rlhf_ray.config.jobs.sft import SftConfig
+from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
-from rlhf_ray.planning.arithmetic import training_items, updates
 from rlhf_ray.trainers.checkpointing import Commits
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.stopping import stop_requested

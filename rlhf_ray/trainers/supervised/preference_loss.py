@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rlhf_ray.algorithms.rankings import Focal, Hinge, LogExp, Ordinal, Ranking, Scaled, Sigmoid
 from rlhf_ray.algorithms.reward_losses import RewardLoss
-from rlhf_ray.config.schema import RewardLossConfig
+from rlhf_ray.config.sections.reward_training import RewardLossConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import PairExample
 from rlhf_ray.errors import DataError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.data.encode import Drops, encode_pairs
 from rlhf_ray.evaluation.preferences import win_rate
 from rlhf_ray.monitoring.report.summary import Table

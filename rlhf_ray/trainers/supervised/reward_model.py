@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlhf_ray.actors.place import Place
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import pair_batch, pair_examples
 from rlhf_ray.models import load_tokenizer

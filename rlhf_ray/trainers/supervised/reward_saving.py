@@ -13,7 +13,7 @@ import torch
 
 from rlhf_ray import storage
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.config.schema import RewardModelConfig
+from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.data.load import demonstration_examples, pair_batch

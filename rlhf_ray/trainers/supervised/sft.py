@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.place import Place
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
-from rlhf_ray.config.schema import SftConfig
+from rlhf_ray.config.jobs.sft import SftConfig
 from rlhf_ray.data.load import DemonstrationExample, demonstration_batch, demonstration_examples
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint

@@ -1,7 +1,4 @@
-"""What only reward-model training has: the loss, the optimizer's defaults, how the saved scores are normalised.
-
-Always true: see :mod:`rlhf_ray.config.schema`, which holds the rest.
-"""
+"""Sections of reward-model training: the loss, the optimizer's defaults, and how saved scores are normalised."""
 
 from __future__ import annotations
 
@@ -10,15 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.roles import (
-    EngineConfig,
-    NonNegativeFloat,
-    OptimizerConfig,
-    PositiveFloat,
-    RoleConfig,
-    Schedule,
-    Section,
-)
+from rlhf_ray.config.sections.base import NonNegativeFloat, PositiveFloat, Section
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, Schedule
+from rlhf_ray.config.sections.roles import RoleConfig
 
 Odds = Annotated[float, Field(ge=0.0, lt=0.5)]
 RankingName = Literal["sigmoid", "logexp", "hinge", "focal", "scaled", "ordinal"]

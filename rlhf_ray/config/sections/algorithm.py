@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.roles import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 AlgorithmName = Literal[
     "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gspo", "dapo", "cispo"

@@ -9,7 +9,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf_ray.config.roles import NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import NonNegativeFloat, Positive, PositiveFloat, Section
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine reaches."""
+
+
+def is_open_to_others(host: str) -> bool:
+    """Whether other machines may reach a port on ``host``."""
+    return host not in LOOPBACK
 
 
 class ServiceConfig(Section):

@@ -1,6 +1,6 @@
-"""Where the rows of a job come from. The vocabulary of the ``data`` section.
+"""The ``data`` section: where the rows of a job come from, and what reads them.
 
-Always true: see :mod:`rlhf_ray.config.schema`, which holds the rest and the jobs.
+Invariant: exactly one of the generated world, a file, and several files by name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.roles import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader

@@ -11,18 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.roles import (
-    EngineConfig,
-    ModelConfig,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    ResourcesConfig,
-    RoleConfig,
-    Scorer,
-    ScoringRole,
-    Section,
-)
+from rlhf_ray.config.sections.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig, Scorer, ScoringRole
 
 WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
 SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
@@ -52,14 +44,8 @@ class RewardSourceConfig(Section):
         """The reward model as a role; none where something else gives the rewards."""
         if self.model is None:
             return None
-        return ScoringRole.model_construct(  # its parts are validated
-            model=self.model,
-            engine=self.engine,
-            ranks=self.ranks,
-            resources=self.resources,
-            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
-            scorer=self.scorer,
-        )
+        values = {key: value for key, value in self.__dict__.items() if key in ScoringRole.model_fields}
+        return ScoringRole.partial(values, ScoringRole.model_fields.keys() - values.keys())  # its parts are validated
 
     @property
     def places(self) -> list[str]:
@@ -115,6 +101,13 @@ class RewardConfig(RewardSourceConfig):
         if self.mixture:
             return {f"reward.mixture.{name}": term for name, term in self.mixture.items()}
         return {"reward": self}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What the reward of each place counts, by the key of its section; one place alone counts once."""
+        if self.mixture:
+            return {f"reward.mixture.{name}": term.weight for name, term in self.mixture.items()}
+        return {"reward": 1.0}
 
     @property
     def roles(self) -> dict[str, RoleConfig]:

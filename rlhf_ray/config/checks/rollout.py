@@ -1,0 +1,63 @@
+"""Rules between the ``rollout`` section and what it samples for.
+
+Invariant: every problem names the key, its value and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_ray.config.facts import Amount
+from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.run import RunConfig
+
+
+def rollout_repeats_exactly(rollout: RolloutConfig, run: RunConfig) -> Iterator[Problem]:
+    """A deterministic run samples in fp32."""
+    if run.deterministic and rollout.dtype != "fp32":
+        yield "rollout.dtype", f"{rollout.dtype}, but run.deterministic needs fp32: set one of them"
+
+
+def longest_sequence_fits(rollout: RolloutConfig, longest: Amount) -> Iterator[Problem]:
+    """An engine holds the longest prompt with the longest answer."""
+    room = rollout.max_model_tokens
+    if longest.value > room:
+        yield (
+            "rollout.max_model_tokens",
+            f"{room} is below {longest.value} ({longest.origin}): raise it to {longest.value}",
+        )
+
+
+def sampling_is_plain(rollout: RolloutConfig) -> Iterator[Problem]:
+    """What is trained on is sampled from the whole distribution: the trainer computes the probabilities of no other."""
+    for name, value, plain in (
+        ("top_p", rollout.top_p, 1.0),
+        ("top_k", rollout.top_k, 0),
+        ("min_p", rollout.min_p, 0.0),
+    ):
+        if value != plain:
+            yield (
+                f"rollout.{name}",
+                f"{value:g} is refused for training: the sampler would renormalise its probabilities and the trainer "
+                f"would not; set it to {plain:g} and use rollout.temperature",
+            )
+
+
+def every_engine_has_a_prompt(rollout: RolloutConfig, prompts_per_step: int) -> Iterator[Problem]:
+    """No engine stands idle for a whole step."""
+    if rollout.engines > prompts_per_step:
+        yield (
+            "rollout.engines",
+            f"{rollout.engines} engines cannot share {prompts_per_step} prompts (batch.prompts_per_step): lower it",
+        )
+
+
+def engine_has_its_devices(rollout: RolloutConfig) -> Iterator[Problem]:
+    """An engine takes one GPU for each of its tensor-parallel workers."""
+    gpus, parallel = rollout.resources.gpus_per_rank, rollout.tensor_parallel
+    if gpus > parallel or (parallel > 1 and gpus != parallel):
+        yield (
+            "rollout.resources.gpus_per_rank",
+            f"{gpus:g}, but rollout.tensor_parallel is {parallel}: an engine takes one GPU each; set the same number",
+        )

@@ -1,0 +1,134 @@
+"""Whether the models that a config names lie where it says, with weights and a tokenizer.
+
+Invariant: weights are seen to be there and never read; a missing ``org/name`` is a hub id and no problem.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray import environment
+from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.data import DataConfig
+from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
+
+PICKLES = ("*.bin", "*.pt", "*.pth")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def is_on_hub(name: str) -> bool:
+    """A hub id; ``folder/name`` is a path where ``folder`` stands on this machine."""
+    return environment.is_hub_id(name) and not Path(name).parent.is_dir()
+
+
+def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> Iterator[Problem]:
+    """What is wrong with the model at ``key``; ``own_data`` are the paths of the job's rows, which are checked as such."""
+    if model.make is not None and model.make.tokenizer_from not in own_data:
+        yield from _made_problems(f"{key}.make.tokenizer_from", model.make)
+    if model.path is None or is_on_hub(model.path):
+        return
+    path = Path(model.path)
+    if not path.is_dir():
+        yield f"{key}.path", _no_directory(path)
+        return
+    if (path / "adapter_config.json").is_file():
+        yield from _adapter_problems(f"{key}.path", path)
+    else:
+        yield from ((f"{key}.path", text) for text in _checkpoint_problems(path))
+
+
+def _made_problems(key: str, make: MakeConfig) -> Iterator[Problem]:
+    if make.tokenizer_from != "world" and not Path(make.tokenizer_from).exists() and not is_on_hub(make.tokenizer_from):
+        yield key, f"{make.tokenizer_from} does not exist: name a data file, world, or data for the job's own data"
+
+
+def _no_directory(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file, but a model is a directory"
+    trained = f" It would be the result of run {path.parent.name}: train that first." if path.name == "final" else ""
+    return f"{path} does not exist: name a model directory, or a hub id as org/name.{trained}"
+
+
+def _checkpoint_problems(path: Path) -> Iterator[str]:
+    content = read_json(path / "config.json")
+    if isinstance(content, str):
+        yield content
+    elif "model_type" not in content:
+        yield f"{path / 'config.json'} names no model_type, so it is not the config of a model"
+    yield from _weight_problems(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        yield f"{path} has no tokenizer.json: save the tokenizer beside the model"
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = read_json(path / "tokenizer.json")
+        if isinstance(tokenizer, str):
+            yield tokenizer
+
+
+def _weight_problems(path: Path) -> Iterator[str]:
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        yield f"{path} holds weights only as pickle ({pickles[0]}), which may run code: save them as safetensors"
+    else:
+        yield f"{path} holds no weights (*.safetensors)"
+
+
+def _adapter_problems(key: str, path: Path) -> Iterator[Problem]:
+    content = read_json(path / "adapter_config.json")
+    if isinstance(content, str):
+        yield key, content
+        return
+    base = str(content.get("base_model_name_or_path"))
+    if not Path(base).is_dir() and not is_on_hub(base):
+        yield key, f"{path} is an adapter of {base}, which does not exist on this machine"
+    for text in _weight_problems(path):
+        yield key, text
+
+
+def read_json(path: Path) -> dict[str, Any] | str:
+    """A JSON object, or what is wrong with the file."""
+    if not path.is_file():
+        return f"{path.parent} has no {path.name}: it is not a model directory"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        return f"{path}:{error.lineno}: not JSON: {error.msg}"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path}: cannot be read: {error}"
+    return content if isinstance(content, dict) else f"{path}: not a JSON object"
+
+
+def model_config_file(model: ModelConfig) -> Mapping[str, Any]:
+    """The ``config.json`` of a model on this machine; empty where there is none to read."""
+    content = read_json(Path(model.path) / "config.json") if model.path is not None else {}
+    return content if isinstance(content, dict) else {}
+
+
+def context_problems(key: str, model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    """The longest row fits the positions that the model knows, as far as its directory is on this machine."""
+    positions = model_config_file(model).get("max_position_embeddings")
+    if isinstance(positions, int) and data.max_tokens > positions:
+        yield "data.max_tokens", f"{data.max_tokens} is more than {model.path} reads ({key}): lower it to {positions}"
+
+
+def engine_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
+    """The engines can hold the policy, as far as its directory is on this machine."""
+    model = model_config_file(policy)
+    heads, positions = model.get("num_attention_heads"), model.get("max_position_embeddings")
+    if isinstance(heads, int) and heads % rollout.tensor_parallel:
+        parallel = rollout.tensor_parallel
+        yield (
+            "rollout.tensor_parallel",
+            f"{parallel} does not divide the {heads} attention heads of {policy.path}",
+        )
+    if isinstance(positions, int) and rollout.max_model_tokens > positions:
+        tokens = rollout.max_model_tokens
+        yield (
+            "rollout.max_model_tokens",
+            f"{tokens} is more than {policy.path} reads: lower it to {positions}",
+        )

@@ -1,0 +1,26 @@
+"""Whether the other places that a config names can be used: the directory of its runs, and files with tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.run import RunConfig
+
+
+def root_problems(run: RunConfig) -> Iterator[Problem]:
+    """Run directories can be made."""
+    if Path(run.root).is_file():
+        yield "run.root", f"{run.root} is a file, but runs are written under a directory: name another"
+
+
+def token_problems(key: str, name: str | None) -> Iterator[Problem]:
+    """The file of tokens at ``key`` is there and holds something."""
+    if name is None:
+        return
+    path = Path(name)
+    if not path.is_file():
+        yield key, f"{path} does not exist: write a token into it, readable for you alone"
+    elif not path.read_text().strip():
+        yield key, f"{path} is empty: write a token into it"

@@ -1,0 +1,52 @@
+"""Whether the data files that a config names are there, and hold rows of the kind that the job reads.
+
+Invariant: the first rows of a file are read as the run reads them, and the rest is left to the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config.files.models import is_on_hub
+from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.data import DataConfig, SourceConfig
+from rlhf_ray.rows.demonstrations import DemonstrationReader
+from rlhf_ray.rows.read import RowReader, first_problem
+
+
+def data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """The key and the path of every file of rows, as far as the section is there."""
+    paths = [("data.path", data.__dict__.get("path")), ("data.evaluation_path", data.__dict__.get("evaluation_path"))]
+    for name, source in data.__dict__.get("sources", {}).items():
+        paths.append((f"data.sources.{name}.path", source.__dict__.get("path")))
+    yield from ((key, path) for key, path in paths if path is not None)
+
+
+def data_problems(data: DataConfig, row_reader: Callable[[SourceConfig], RowReader[Any]]) -> Iterator[Problem]:
+    """What is wrong with the files of ``data``; ``row_reader`` makes what the job reads a file with."""
+    files = [(f"data.sources.{name}.path" if name else "data.path", file) for name, file in data.files.items()]
+    if data.evaluation_file is not None:
+        key = "data.evaluation_split" if data.evaluation_path is None else "data.evaluation_path"
+        files.append((key, data.evaluation_file))
+    for key, source in files:
+        if is_on_hub(source.path):
+            continue
+        path = Path(source.path)
+        if not path.exists():
+            yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
+        elif problem := first_problem(source.rows, row_reader(source)):
+            yield key, problem
+
+
+def demonstration_problems(key: str, name: str | None, data: DataConfig) -> Iterator[Problem]:
+    """What is wrong with a file of demonstrations beside the job's own rows, if there is one."""
+    if name is None:
+        return
+    path = Path(name)
+    if not path.exists():
+        yield key, f"{path} does not exist: name a file whose rows have a prompt and an answer"
+        return
+    if problem := first_problem(path, DemonstrationReader(data.prompt_key, data.answer_key)):
+        yield key, problem

@@ -1,0 +1,112 @@
+"""What every kind of job has, and what it must say about itself.
+
+Invariants: checks, planning and the launch ask a job for its facts and never for its kind; what they ask for works on a
+partial config too, as far as its values go.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, ClassVar, get_args
+
+from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
+from rlhf_ray.config.facts import Placement, Role, Size
+from rlhf_ray.config.files.models import model_problems
+from rlhf_ray.config.files.places import root_problems
+from rlhf_ray.config.files.rows import data_paths, data_problems
+from rlhf_ray.config.problems import Problem, Rule, unless_absent
+from rlhf_ray.config.sections.base import Section
+from rlhf_ray.config.sections.data import DataConfig, SourceConfig
+from rlhf_ray.config.sections.evaluation import EvaluationConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
+from rlhf_ray.errors import RequestError
+from rlhf_ray.rows.read import RowReader
+
+
+class Job(Section):
+    """One kind of job. A subclass narrows ``kind`` to its name, adds sections, and says what it does with them."""
+
+    command: ClassVar[str]
+    """The command line that runs such a job."""
+
+    kind: str
+    run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def kind_name(cls) -> str:
+        """The value of ``kind`` in a config of this class."""
+        (name,) = get_args(cls.model_fields["kind"].annotation)
+        return str(name)
+
+    @abstractmethod
+    def roles(self) -> dict[str, Role]:
+        """Every model that runs, by the key of its section, and what the job does with it."""
+
+    @abstractmethod
+    def sizes(self, rows: int | None) -> Iterator[Size]:
+        """The batch arithmetic, line by line; ``rows`` is the number of training rows where it is known."""
+
+    def rules(self) -> list[Rule]:
+        """The rules between the sections of the job. They read values alone, no file."""
+        return role_rules(self.roles())
+
+    def files(self) -> list[Rule]:
+        """The rules about what the job needs to find on this machine."""
+        own_data = [path for _, path in self.data_paths()]
+        return [partial(model_problems, key, model, own_data) for key, model in self.model_sections()]
+
+    def placements(self) -> list[Placement]:
+        """What the cluster must find room for, role by role."""
+        return [Placement(key, role.config.ranks, role.config.resources) for key, role in self.roles().items()]
+
+    def model_sections(self) -> Iterator[tuple[str, ModelConfig]]:
+        """The key and the value of every ``model`` section that is there."""
+        for key, role in self.roles().items():
+            model = unless_absent(partial(getattr, role.config, "model"), None)
+            if isinstance(model, ModelConfig) and not role.derived:
+                yield f"{key}.model", model
+
+    def data_paths(self) -> Iterable[tuple[str, str]]:
+        """The key and the value of every path or hub id of rows that is there."""
+        return ()
+
+    def to_train(self) -> TrainingJob:
+        """The job itself if it trains; raises :class:`RequestError` with the command that runs it otherwise."""
+        raise RequestError(f"a config of kind {self.kind} is not trained: run it with {self.command}")
+
+
+class TrainingJob(Job):
+    """A job that trains a model: it reads rows, commits checkpoints, and leaves a run directory."""
+
+    command: ClassVar[str] = "rlhf-ray train KIND CONFIG"
+    trainer: ClassVar[str]
+    """What trains it, as ``module:function``; it is called with the job, its run directory and a checkpoint."""
+
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @abstractmethod
+    def row_reader(self, source: SourceConfig) -> RowReader[Any]:
+        """What the job reads the rows of ``source`` with."""
+
+    def rules(self) -> list[Rule]:
+        return role_rules(self.roles(), lambda key, role: repeats_exactly(key, role, self.run))
+
+    def files(self) -> list[Rule]:
+        return [*super().files(), self._data_problems, lambda: root_problems(self.run)]
+
+    def data_paths(self) -> Iterable[tuple[str, str]]:
+        data = unless_absent(lambda: self.data, None)
+        return () if data is None else data_paths(data)
+
+    def to_train(self) -> TrainingJob:
+        return self
+
+    def _data_problems(self) -> Iterator[Problem]:
+        return data_problems(self.data, self.row_reader)

@@ -1,0 +1,173 @@
+"""The job ``ppo``: a policy that is improved against a reward and held near a reference by KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from rlhf_ray.config.checks import algorithm as algorithm_checks
+from rlhf_ray.config.checks import rollout as rollout_checks
+from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_keys_of_pairs, world_has_enough_prompts
+from rlhf_ray.config.checks.service import exposes_a_reward_model
+from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
+from rlhf_ray.config.files.functions import function_problems
+from rlhf_ray.config.files.models import engine_problems
+from rlhf_ray.config.files.places import token_problems
+from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
+from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.jobs.sizes import role_sizes, shares, updates
+from rlhf_ray.config.problems import Problem, Rule, unless_absent
+from rlhf_ray.config.sections.algorithm import AlgorithmConfig
+from rlhf_ray.config.sections.base import Positive
+from rlhf_ray.config.sections.batch import BatchConfig
+from rlhf_ray.config.sections.data import SourceConfig
+from rlhf_ray.config.sections.evaluation import PpoEvaluationConfig
+from rlhf_ray.config.sections.rewards import RewardConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.service import ServiceConfig
+from rlhf_ray.rows.prompts import PromptReader
+
+
+class PpoConfig(TrainingJob):
+    """PPO: a policy improved against a reward, held near a reference by KL."""
+
+    trainer: ClassVar[str] = "rlhf_ray.trainers.ppo.build:train_ppo"
+
+    kind: Literal["ppo"]
+    batch: BatchConfig
+    policy: RoleConfig
+    critic: RoleConfig | None = None
+    """None where the algorithm has no critic."""
+    reference: RoleConfig | None = None
+    """None: the starting policy, on one rank, forward only (``reference_role``)."""
+    reward: RewardConfig
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    steps: Positive
+    """PPO steps of the whole run: each samples ``batch.prompts_per_step`` prompts."""
+    evaluation: PpoEvaluationConfig = PpoEvaluationConfig()
+    expose: ServiceConfig | None = None
+    """A port that answers with the scores of this run's reward models, while it runs."""
+
+    @property
+    def reference_role(self) -> RoleConfig | None:
+        """The reference as it runs: ``reference``, or the starting policy without adapters; none where no KL is measured."""
+        if not self.algorithm.kl.measure:
+            return None
+        if self.reference is not None:
+            return self.reference
+        start = self.policy.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+        return RoleConfig(
+            model=start,
+            resources=self.policy.resources,
+            max_tokens_per_micro_batch=self.policy.max_tokens_per_micro_batch,
+        )
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of the policy (and of the critic) in one PPO step."""
+        batch = self.batch
+        return batch.passes_per_step * updates(batch.sequences_per_step, batch.sequences_per_update)
+
+    def roles(self) -> dict[str, Role]:
+        update = Work(
+            items=lambda: Amount(self.batch.sequences_per_update, "batch.sequences_per_update"),
+            longest=self._longest_sequence,
+            budget=lambda: self.batch,
+        )
+        step = Work(
+            items=lambda: Amount(self.batch.sequences_per_step, "batch.prompts_per_step x samples_per_prompt"),
+            longest=self._longest_sequence,
+            budget=lambda: self.batch,
+        )
+        roles = {
+            "policy": lambda: Role(self.policy, trained=True, head=False, work=update),
+            "critic": lambda: None if self.critic is None else Role(self.critic, trained=True, head=True, work=update),
+            "reference": lambda: self._reference(step),
+        }
+        models: dict[str, RoleConfig] = unless_absent(lambda: self.reward.roles, {})
+        rewards = {key: Role(role, head=True, work=step) for key, role in models.items()}
+        return present_roles(roles) | rewards
+
+    def placements(self) -> list[Placement]:
+        return [*super().placements(), Placement("rollout", self.rollout.engines, self.rollout.resources)]
+
+    def rules(self) -> list[Rule]:
+        return [
+            *super().rules(),
+            lambda: rollout_checks.rollout_repeats_exactly(self.rollout, self.run),
+            lambda: rollout_checks.longest_sequence_fits(self.rollout, self._longest_sequence()),
+            lambda: rollout_checks.sampling_is_plain(self.rollout),
+            lambda: rollout_checks.every_engine_has_a_prompt(self.rollout, self.batch.prompts_per_step),
+            lambda: rollout_checks.engine_has_its_devices(self.rollout),
+            lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),
+            lambda: gold_knows_the_prompts(self.data, self._functions()),
+            lambda: has_no_keys_of_pairs(self.data),
+            lambda: exposes_a_reward_model(self.expose, self.reward),
+            lambda: algorithm_checks.critic_where_needed(self.algorithm, self.critic),
+            lambda: algorithm_checks.samples_to_compare(self.algorithm, self.batch.samples_per_prompt),
+            lambda: algorithm_checks.reference_is_used(self.algorithm, self.reference),
+            lambda: algorithm_checks.penalties_fit(self.algorithm.shaping, self.rollout.max_new_tokens),
+            lambda: algorithm_checks.policy_computes_the_same_twice(self.policy),
+            lambda: algorithm_checks.policy_trains_at_all(self.algorithm, self.steps),
+        ]
+
+    def files(self) -> list[Rule]:
+        return [
+            *super().files(),
+            lambda: tokenizer_problems(self.policy.model, {"critic": self.critic, "reference": self.reference}),
+            lambda: engine_problems(self.rollout, self.policy.model),
+            self._reward_files,
+            self._gold_file,
+            lambda: stop_token_problems(self.rollout.stop_tokens, self.policy.model),
+            lambda: token_problems("expose.token_file", self.expose.token_file if self.expose else None),
+        ]
+
+    def row_reader(self, source: SourceConfig) -> PromptReader:
+        return self.data.prompt_reader(source)
+
+    def sizes(self, rows: int | None) -> Iterator[Size]:
+        batch, longest = self.batch, self._longest_sequence()
+        prompts, samples, engines = batch.prompts_per_step, batch.samples_per_prompt, self.rollout.engines
+        passes, steps = batch.passes_per_step, f"{self.steps} steps"
+        yield Size("sequences a step", str(batch.sequences_per_step), f"{prompts} prompts x {samples} samples of each")
+        yield Size(
+            "updates a step",
+            str(self.updates_per_step),
+            f"{passes} passes over updates of {batch.sequences_per_update} sequences",
+        )
+        yield Size("updates in all", str(self.steps * self.updates_per_step), steps)
+        yield Size("prompts in all", str(self.steps * prompts), steps)
+        yield Size("prompts an engine and step", shares(prompts, engines), f"{engines} engines")
+        yield Size("longest sequence", f"{longest.value} tokens", "max_prompt_tokens + max_new_tokens")
+        for name, role in self.roles().items():
+            if role.trained:
+                yield from role_sizes(name, role, "sequences")
+
+    def _longest_sequence(self) -> Amount:
+        prompt, answer = self.data.max_prompt_tokens, self.rollout.max_new_tokens
+        return Amount(prompt + answer, f"data.max_prompt_tokens {prompt} + rollout.max_new_tokens {answer}")
+
+    def _reference(self, work: Work) -> Role | None:
+        if self.reference is not None:
+            return Role(self.reference, head=False, work=work)
+        reference = self.reference_role
+        return None if reference is None else Role(reference, head=False, work=work, derived=True)
+
+    def _functions(self) -> dict[str, str | None]:
+        """Every function that scores answers, by its key."""
+        rewards: dict[str, str | None] = {
+            f"{key}.function": source.function for key, source in self.reward.sources.items()
+        }
+        return rewards | {"evaluation.gold": self.evaluation.gold}
+
+    def _reward_files(self) -> Iterator[Problem]:
+        for key, source in self.reward.sources.items():
+            if source.function is not None:
+                yield from ((f"{key}.function", text) for text in function_problems(source.function))
+            yield from token_problems(f"{key}.token_file", source.token_file)
+
+    def _gold_file(self) -> Iterator[Problem]:
+        if self.evaluation.gold is not None:
+            yield from (("evaluation.gold", text) for text in function_problems(self.evaluation.gold))

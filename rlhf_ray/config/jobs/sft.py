@@ -1,0 +1,53 @@
+"""The job ``sft``: supervised fine-tuning of a policy on demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from rlhf_ray.config.checks.data import has_no_keys_of_pairs
+from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
+from rlhf_ray.config.files.models import context_problems
+from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.jobs.sizes import epoch_sizes, role_sizes
+from rlhf_ray.config.problems import Rule
+from rlhf_ray.config.sections.base import PositiveFloat
+from rlhf_ray.config.sections.batch import SequenceBatchConfig
+from rlhf_ray.config.sections.data import SourceConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.rows.demonstrations import DemonstrationReader
+
+
+class SftConfig(TrainingJob):
+    """Supervised fine-tuning of a policy on demonstrations."""
+
+    trainer: ClassVar[str] = "rlhf_ray.trainers.supervised.sft:train_sft"
+
+    kind: Literal["sft"]
+    batch: SequenceBatchConfig
+    policy: RoleConfig
+    epochs: PositiveFloat = 1.0
+
+    def roles(self) -> dict[str, Role]:
+        work = Work(
+            items=lambda: Amount(self.batch.sequences_per_update, "batch.sequences_per_update"),
+            longest=lambda: Amount(self.data.max_tokens, f"data.max_tokens {self.data.max_tokens}"),
+            budget=lambda: self.batch,
+        )
+        return present_roles({"policy": lambda: Role(self.policy, trained=True, head=False, work=work)})
+
+    def rules(self) -> list[Rule]:
+        return [*super().rules(), lambda: has_no_keys_of_pairs(self.data)]
+
+    def files(self) -> list[Rule]:
+        return [*super().files(), lambda: context_problems("policy.model", self.policy.model, self.data)]
+
+    def row_reader(self, source: SourceConfig) -> DemonstrationReader:
+        return self.data.demonstration_reader(source)
+
+    def sizes(self, rows: int | None) -> Iterator[Size]:
+        if rows is None and self.data.world is not None:
+            rows = self.data.world.demonstrations
+        yield from epoch_sizes("sequences", self.batch.sequences_per_update, rows, self.epochs)
+        yield Size("longest of the sequences", f"{self.data.max_tokens} tokens", "data.max_tokens")
+        yield from role_sizes("policy", self.roles()["policy"], "sequences")

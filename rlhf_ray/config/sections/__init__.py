@@ -1,0 +1,1 @@
+"""The sections that configs are made of, one module for each subject."""

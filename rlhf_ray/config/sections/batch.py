@@ -1,0 +1,44 @@
+"""The ``batch`` section of each kind of training: how much is sampled and trained on at a time, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_ray.config.sections.base import Positive
+from rlhf_ray.config.sections.roles import TokenBudget
+
+
+class BatchConfig(TokenBudget):
+    """Sizes of reinforcement learning, all global."""
+
+    prompts_per_step: Positive
+    samples_per_prompt: Positive = 1
+    sequences_per_update: Positive
+    passes_per_step: Positive = 1
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        step, update = self.sequences_per_step, self.sequences_per_update
+        if step % update:
+            divisors = [size for size in range(1, step + 1) if step % size == 0]
+            nearest = min(divisors, key=lambda size: (abs(size - update), size))
+            yield (
+                "sequences_per_update",
+                f"{update} does not divide the {step} sequences of a step (prompts_per_step {self.prompts_per_step} x "
+                f"samples_per_prompt {self.samples_per_prompt}): the nearest size that does is {nearest}",
+            )
+
+
+class SequenceBatchConfig(TokenBudget):
+    """Sizes of supervised fine-tuning: ``sequences_per_update`` is global."""
+
+    sequences_per_update: Positive
+
+
+class PairBatchConfig(TokenBudget):
+    """Sizes of preference training: ``pairs_per_update`` is global."""
+
+    pairs_per_update: Positive

@@ -1,0 +1,50 @@
+"""The ``evaluation`` section of each kind of training: when held-out rows are measured, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_ray.config.sections.base import NonNegative, Positive, Section
+from rlhf_ray.config.sections.rewards import SHIPPED_FUNCTIONS
+
+
+class EvaluationConfig(Section):
+    every_steps: NonNegative = 0
+    """0 evaluates only at the end."""
+
+
+class RewardEvaluationConfig(EvaluationConfig):
+    keep_best: bool = True
+    """Whether ``best/`` keeps the weights of the evaluation with the highest accuracy."""
+    worst_pairs: NonNegative = 20
+    """Wrong pairs that the report shows, the worst first."""
+
+
+class PpoEvaluationConfig(EvaluationConfig):
+    """How answers to held-out prompts are drawn and judged."""
+
+    prompts: Positive = 300
+    samples_per_prompt: Positive = 1
+    greedy: bool = False
+    """The likeliest token each time, instead of samples at the training temperature."""
+    gold: str | None = None
+    """A function that knows the truth, as ``reward.function`` names one; none: the generated world's, where it has one."""
+    pass_at: list[Positive] = []  # noqa: RUF012 (pydantic copies it)
+    """The k of pass@k: an answer is right where its gold (or else its reward) is 1 or more."""
+    best_of: NonNegative = 0
+    """Largest n of best-of-n of the starting policy (0: none)."""
+    samples_shown: NonNegative = 3
+    """Prompts whose answers are shown in the log at each evaluation."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.greedy and self.samples_per_prompt > 1:
+            yield (
+                "samples_per_prompt",
+                f"{self.samples_per_prompt} greedy answers to a prompt are all the same: set it to 1",
+            )
+        too_large = [k for k in self.pass_at if k > self.samples_per_prompt]
+        if too_large:
+            yield "pass_at", f"{too_large[0]} of {self.samples_per_prompt} samples: raise samples_per_prompt to it"
+        if self.gold is not None and self.gold.count(":") != 1 and self.gold not in SHIPPED_FUNCTIONS:
+            shipped = ", ".join(SHIPPED_FUNCTIONS)
+            yield "gold", f"{self.gold!r} is none of package.module:name, path.py:name, {shipped}"

@@ -1,0 +1,54 @@
+"""The ``model`` section: where a model comes from, and how its weights are held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, Section
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
+
+
+class MakeConfig(Section):
+    """A small model made on the spot, with random weights, where none can be downloaded."""
+
+    shape: Literal["llama-tiny", "llama-0.5m", "llama-14m", "llama-120m"]
+    tokenizer_from: str
+    """``world`` (word tokens of the generated world), a data file whose text trains a byte-level BPE, or ``data``: what
+    the job's own ``data`` section names (loading writes it out)."""
+    vocabulary: Positive = 4096
+    seed: NonNegative = 0
+
+
+class LoraConfig(Section):
+    rank: Positive
+    alpha: Positive = 16
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class ModelConfig(Section):
+    """Where a model comes from and how it is held. Exactly one of ``path`` and ``make`` is set."""
+
+    path: str | None = None
+    make: MakeConfig | None = None
+    revision: str | None = None
+    dtype: Dtype = "bf16"
+    attention: Attention = "auto"
+    lora: LoraConfig | None = None
+    quantization: Literal["nf4"] | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    head_init: Literal["hf", "inv_sqrt", "inv", "zero"] | None = None
+    """How to make a fresh score head; none means that the checkpoint must hold one."""
+    value_head_prefix: str = "score"
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.path is None) == (self.make is None):
+            yield "", "set exactly one of path (a directory or hub id) and make (a small model made here)"
+        if self.revision is not None and self.path is None:
+            yield "revision", "a made model has no revision: remove it, or name a hub id in path"
+        if self.quantization is not None and self.dtype == "fp32":
+            yield "quantization", f"{self.quantization} computes in half precision, but dtype is fp32: set it to bf16"

@@ -1,0 +1,73 @@
+"""One role of a job: a model, the engine that runs it, and the ranks that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from rlhf_ray.config.sections.base import Positive, Section
+from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
+from rlhf_ray.config.sections.models import ModelConfig
+
+
+class TokenBudget(Section):
+    """Tokens, prompts included, of one micro-batch on one rank; gradient accumulation follows and is never set."""
+
+    max_tokens_per_micro_batch: Positive = 4096
+    forward_factor: Positive = 2
+    """How many times as many tokens a micro-batch without gradients may hold."""
+
+
+class RoleConfig(Section):
+    """One role: its model, its engine, and how many ranks hold it."""
+
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    ranks: Positive = 1
+    resources: ResourcesConfig = ResourcesConfig()
+    max_tokens_per_micro_batch: Positive | None = None
+    """Overrides ``batch.max_tokens_per_micro_batch`` for this role."""
+
+    def training_tokens(self, batch: TokenBudget) -> int:
+        """Tokens of one micro-batch of this role that is trained on."""
+        return self.max_tokens_per_micro_batch or batch.max_tokens_per_micro_batch
+
+    def forward_tokens(self, batch: TokenBudget) -> int:
+        """Tokens of one micro-batch of this role without gradients."""
+        return self.training_tokens(batch) * batch.forward_factor
+
+
+Scorer = Literal["packed", "vllm"]
+
+
+class ScoringRole(RoleConfig):
+    """A reward model that scores and does not train."""
+
+    scorer: Scorer = "packed"
+    """What runs it: the packed forward on the role's engine, or vLLM's pooling runner."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.scorer == "vllm":
+            yield from _vllm_conflicts(self)
+
+
+def _vllm_conflicts(role: RoleConfig) -> Iterator[tuple[str, str]]:
+    """What vLLM's pooling runner does not take: it loads a plain directory, whole, in one process."""
+    model, ours = role.model, "or scorer to packed"
+    if model.path is None:
+        yield "scorer", f"vllm reads a model's directory, but this one is made here: name it in model.path, {ours}"
+    elif model.head_init is not None:
+        yield "scorer", f"vllm makes no fresh score head (model.head_init is {model.head_init}): train one, {ours}"
+    if model.value_head_prefix != "score":
+        named = f"(model.value_head_prefix is {model.value_head_prefix})"
+        yield "scorer", f"vllm reads a head called score {named}: write one with rlhf-ray export, {ours}"
+    if model.lora is not None:
+        yield "scorer", f"vllm trains no adapters: remove model.lora, {ours}"
+    if model.quantization is not None:
+        yield "scorer", f"vllm runs the weights as they are: remove model.quantization, {ours}"
+    if model.attention != "auto":
+        yield "scorer", f"vllm chooses its attention itself: set model.attention to auto, {ours}"
+    if role.ranks != 1:
+        yield "scorer", f"vllm runs in one process: set ranks to 1 (serve: replicas instead of ranks), {ours}"
+    if role.engine != EngineConfig():
+        yield "scorer", f"vllm is an engine of its own: remove engine, {ours}"
