@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
@@ -62,7 +61,7 @@ def role_of(directory: Path, *, threads: int) -> ScoringRole:
 def load_group(role: ScoringRole, *, max_batch_tokens: int) -> RewardGroup:
     """The model's only rank, in this process."""
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
-    group.setup(WorkerSetup(role, seed=0, max_tokens=max_batch_tokens), timeout_s=600.0).result()
+    group.setup(RewardSetup(role, seed=0, max_tokens=max_batch_tokens), timeout_s=600.0).result()
     return group
 
 

@@ -209,7 +209,7 @@ def _alone(directory: Path) -> Figures:
     pairs = [[sides[0] * 2 + side for side in pair] for pair in zip(sides[0::2], sides[1::2], strict=True)]
     rank = Rank(0, 1, str(model), [PairExample(*pair) for pair in pairs], None)
     shared, whole = (rank.turn(0, 1, share=share) for share in (True, False))
-    rate = sum(_computed(pair, rank.worker.compute()) for pair in pairs) / shared["seconds"]
+    rate = sum(_computed(pair, rank.worker.compute_shape()) for pair in pairs) / shared["seconds"]
     told = f"llama-tiny, one update of {PAIRS_PER_UPDATE} made pairs in this process"
     return {
         "reward_training.prefix_sharing_gain": Figure(whole["seconds"] / shared["seconds"], "x", True, told),

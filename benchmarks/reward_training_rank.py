@@ -15,8 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.whole_packs import nothing_shared
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
@@ -36,8 +35,8 @@ class Rank:
         self.budget = 2 * max(len(side) for pair in pairs for side in (pair.chosen, pair.rejected)) * PAIRS_PER_UPDATE
         optimizer = OptimizerConfig(learning_rate=1e-5)
         role = RoleConfig(model=ModelConfig(path=model, dtype="bf16"), engine=EngineConfig(optimizer=optimizer))
-        self.worker = RewardWorker(rank, ranks)
-        self.worker.setup(WorkerSetup(role, seed=0, total_updates=1_000_000, address=address))
+        self.worker = TrainedRewardWorker(rank, ranks)
+        self.worker.setup(TrainedRewardSetup(role, seed=0, total_updates=1_000_000, address=address))
 
     def turn(self, first: int, updates: int, *, share: bool) -> dict[str, Any]:
         """Seconds and this rank's losses of ``updates`` updates from number ``first`` of the epoch on."""
@@ -65,7 +64,7 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     pairs = [PairExample(chosen, rejected) for chosen, rejected in order["pairs"]]
     rank = Rank(order["rank"], order["ranks"], order["model"], pairs, order["address"])
-    _answer(shape=asdict(rank.worker.compute()))
+    _answer(shape=asdict(rank.worker.compute_shape()))
     for line in sys.stdin:
         asked = json.loads(line)
         if "updates" in asked:

@@ -10,7 +10,7 @@ import time
 from statistics import median
 
 from benchmarks.figures import Figure, Figures
-from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
+from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
@@ -28,7 +28,7 @@ def measure(quick: bool = False) -> Figures:
     model = ModelConfig(make=MakeConfig(shape=shape, tokenizer_from="world"), dtype="fp32")
     policy = PolicyWorker()
     optimizer = OptimizerConfig(learning_rate=1e-3)
-    policy.setup(WorkerSetup(RoleConfig(model=model, engine=EngineConfig(optimizer=optimizer)), 0, total_updates=1))
+    policy.setup(LanguageSetup(RoleConfig(model=model, engine=EngineConfig(optimizer=optimizer)), 0, total_updates=1))
     try:
         with tempfile.TemporaryDirectory() as directory:
             policy.save_pretrained(directory)

@@ -123,7 +123,7 @@ class Cluster:
         variables = environment.for_process(
             threads=resources.threads_per_rank, hub=self.hub, device="cuda" if resources.gpus_per_rank > 0 else "cpu"
         )
-        actor_class = remote_class(spec.role)
+        actor_class = remote_class(spec.worker)
         actors = [
             actor_class.options(
                 name=actor_name(self.run.name, spec.group_name, spec.first_rank + index),
@@ -154,7 +154,7 @@ class Cluster:
         amounts = {"CPU": spec.resources.cpus_per_rank, "GPU": spec.resources.gpus_per_rank}
         bundle = {resource: amount for resource, amount in amounts.items() if amount > 0}
         name = f"rlhf/{self.run.name}/{spec.group_name}/{spec.first_rank}"
-        placement = placement_group([bundle] * spec.ranks, strategy="PACK", name=name)
+        placement: PlacementGroup = placement_group([bundle] * spec.ranks, strategy="PACK", name=name)
         if placement.wait(timeout_seconds=self.config.placement_timeout_s):
             return placement
         remove_placement_group(placement)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.actors.model_worker import Loss, Part, WorkerSetup
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.actors.workers import Loss, Part, WorkerSetup
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
 from rlhf_ray.pending import Pending
@@ -112,22 +112,6 @@ class CriticGroup(Group):
 
 
 class RewardGroup(Group):
-    def save_adapter(self, directory: str, metadata: dict[str, Any] | None = None) -> Pending[list[None]]:
-        """The LoRA adapter and the head alone."""
-        return self._everywhere("save_adapter", directory, metadata)
-
-    def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> Pending[list[float]]:
-        """What a model that was saved gives to ``batch``, read anew."""
-        return self._everywhere("scores_on_disk", directory, batch).then(lambda answers: answers[0])
-
-    def compute(self) -> Pending[ComputeShape]:
-        """What a token of the model costs."""
-        return self._everywhere("compute").then(lambda answers: answers[0])
-
-    def matmul_rate(self) -> Pending[float]:
-        """FLOP/s of matrix products of all ranks together, measured side by side."""
-        return self._everywhere("matmul_rate").then(sum)
-
     def describe(self) -> Pending[dict[str, Any]]:
         """Tokenizer fingerprint, normalisation and limits of the reward model."""
         return self._everywhere("describe").then(lambda answers: answers[0])
@@ -146,6 +130,24 @@ class RewardGroup(Group):
         if sorted(results) != list(range(count)) or sum(map(len, shares)) != count:
             raise GroupError(self.role, None, "score", f"{count} requests, but results for {len(results)}")
         return [results[position] for position in range(count)]
+
+
+class TrainedRewardGroup(RewardGroup):
+    def save_adapter(self, directory: str, metadata: dict[str, Any] | None = None) -> Pending[list[None]]:
+        """Write the LoRA adapter and the head, without the base."""
+        return self._everywhere("save_adapter", directory, metadata)
+
+    def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> Pending[list[float]]:
+        """The scores that a saved model, loaded anew, gives to ``batch``."""
+        return self._everywhere("scores_on_disk", directory, batch).then(lambda answers: answers[0])
+
+    def compute_shape(self) -> Pending[ComputeShape]:
+        """What a token of the model costs."""
+        return self._everywhere("compute_shape").then(lambda answers: answers[0])
+
+    def matmul_rate(self) -> Pending[float]:
+        """FLOP/s of matrix products of all ranks together, measured side by side."""
+        return self._everywhere("matmul_rate").then(sum)
 
 
 def _parts(results: list[list[Part]]) -> list[tuple[tuple[int, ...], torch.Tensor]]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, RewardGroup
+from rlhf_ray.actors.model_worker import WorkerSetup
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup
+from rlhf_ray.actors.workers import WORKERS, WorkerKind
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.engine import ResourcesConfig
-from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.pending import Pending
 
@@ -27,7 +29,7 @@ AnyGroup = TypeVar("AnyGroup", bound=Group)
 class RankSpec:
     """The ranks of one group: which worker runs in them, how many there are, and what each of them takes."""
 
-    role: str
+    worker: WorkerKind
     ranks: int
     resources: ResourcesConfig
     first_rank: int = 0
@@ -38,7 +40,7 @@ class RankSpec:
     @property
     def group_name(self) -> str:
         """What the group is called in logs, errors and actor names."""
-        return self.name or self.role
+        return self.name or WORKERS[self.worker].role
 
 
 class Place(Protocol):
@@ -64,16 +66,23 @@ class PlacedGroup(Generic[AnyGroup]):
 
 
 def place_group(
-    place: Place, role: str, kind: type[AnyGroup], setup: WorkerSetup, *, name: str | None = None
+    place: Place, worker: WorkerKind, kind: type[AnyGroup], setup: WorkerSetup, *, name: str | None = None
 ) -> PlacedGroup[AnyGroup]:
     """Start the ranks of a model group as its section of the config asks, without loading the model."""
-    spec = RankSpec(role, setup.config.ranks, setup.config.resources, name=name)
+    spec = RankSpec(worker, setup.config.ranks, setup.config.resources, name=name)
     return PlacedGroup(kind(place.start(spec)), setup, place.config.start_timeout_s)
+
+
+def place_reward_group(place: Place, setup: RewardSetup, *, name: str | None = None) -> PlacedGroup[RewardGroup]:
+    """Start the ranks of a reward model that only scores, in the runner that its section names."""
+    role = setup.config
+    runs_in_vllm = isinstance(role, ScoringRole) and role.scorer == "vllm"
+    return place_group(place, "vllm_reward" if runs_in_vllm else "reward", RewardGroup, setup, name=name)
 
 
 def place_scoring_group(
     place: Place, config: ServeConfig, role: RoleConfig, *, name: str | None = None
 ) -> PlacedGroup[RewardGroup]:
-    """Start the ranks of a reward model that only scores, within the limits of ``config``."""
-    setup = WorkerSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
-    return place_group(place, "reward", RewardGroup, setup, name=name)
+    """Start the ranks of a reward model that scores what callers send, within the limits of ``config``."""
+    setup = RewardSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
+    return place_reward_group(place, setup, name=name)

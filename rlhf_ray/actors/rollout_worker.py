@@ -7,12 +7,12 @@ a handle that it reads from the object store itself.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.pending import Pending
@@ -51,14 +51,10 @@ def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
     )
 
 
-class RolloutWorker:
+class RolloutWorker(Worker):
     """One engine. Each has a placement of its own: engines fail one by one, not as a group."""
 
     role = "rollout"
-
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.rank = rank
-        self.phase = "starting"
 
     def warm_up(self, backend: str) -> None:
         """Import what the engine needs, before there is a model to load."""
@@ -75,21 +71,18 @@ class RolloutWorker:
         )
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Generation]:
-        self.phase = "generate"
-        generations = self.engine.generate(requests, deadline_s)
-        self.phase = "ready"
-        return generations
+        """Generations of ``requests``, in their order."""
+        with self.doing("generate"):
+            return self.engine.generate(requests, deadline_s)
 
     def receive(self, weights: PublishedWeights) -> None:
-        self.phase = "receive"
-        self.engine.receive(weights)
-        self.phase = "ready"
+        """Replace the engine's weights by ``weights``."""
+        with self.doing("receive"):
+            self.engine.receive(weights)
 
     def probe(self) -> Probe:
+        """What the engine says about itself."""
         return self.engine.probe()
-
-    def health(self) -> dict[str, Any]:
-        return {"role": self.role, "rank": self.rank, "phase": self.phase, "pid": os.getpid()}
 
 
 class RanksHandle:
@@ -103,11 +96,11 @@ class RanksHandle:
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
         answer = self.ranks.call("generate", [(list(requests), deadline_s)], timeout_s=deadline_s + self.GRACE_S)
-        return answer.then(lambda values: values[0])  # type: ignore[no-any-return]
+        return answer.then(lambda values: values[0])
 
     def receive(self, weights: Any) -> Pending[None]:
         return self.ranks.call("receive", [(weights,)]).then(lambda values: None)
 
     def probe(self) -> Pending[Probe]:
         answer = self.ranks.call("probe", [()], timeout_s=self.GRACE_S)
-        return answer.then(lambda values: values[0])  # type: ignore[no-any-return]
+        return answer.then(lambda values: values[0])

@@ -1,31 +1,42 @@
-"""Ray's shells of the plain workers: the same methods, as actors.
+"""The workers as Ray actors: the same methods, each rank in a process of its own.
 
-Always true: an actor adds nothing to its worker but a name, a lane of its own for health checks, so that a rank inside a
-collective still answers, and handles for results that stay in the object store.
+Invariant: an actor adds to its worker only a name, a lane of its own for health checks, so that a rank inside a collective
+still answers, and handles for results that stay in the object store.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import ray
 
+from rlhf_ray.actors.worker import Worker
 from rlhf_ray.imports import quick_imports
 
 with quick_imports():
-    from rlhf_ray.actors.reward_worker import RewardWorker
+    from rlhf_ray.actors.critic_worker import CriticWorker
+    from rlhf_ray.actors.policy_worker import PolicyWorker, ReferenceWorker
+    from rlhf_ray.actors.reward_worker import RewardWorker, VllmRewardWorker
     from rlhf_ray.actors.rollout_worker import RolloutWorker
-    from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker
+    from rlhf_ray.actors.trained_reward_worker import TrainedRewardWorker
+    from rlhf_ray.actors.workers import WorkerKind
 
 HEALTH_LANE = "health"
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class RankShell:
+def _in_health_lane(method: Method) -> Method:
+    """Let Ray run ``method`` beside whatever else the actor is doing."""
+    return cast(Method, ray.method(concurrency_group=HEALTH_LANE)(method))
+
+
+class RankShell(Worker):
     """What Ray adds to a worker."""
 
-    @ray.method(concurrency_group=HEALTH_LANE)
+    @_in_health_lane
     def health(self) -> dict[str, Any]:
-        return super().health()  # type: ignore[misc]
+        return super().health()
 
     def run_and_share(self, method: str, *arguments: Any) -> list[Any]:
         """Run ``method`` and keep its result in the object store; a list, so that the handle travels and not the value."""
@@ -36,28 +47,42 @@ class PolicyModelActor(RankShell, PolicyWorker):
     """One rank of the policy."""
 
 
+class ReferenceModelActor(RankShell, ReferenceWorker):
+    """One rank of the frozen reference policy."""
+
+
 class CriticModelActor(RankShell, CriticWorker):
     """One rank of the critic."""
 
 
 class RewardModelActor(RankShell, RewardWorker):
-    """One rank of the reward model, for PPO and as a scoring backend."""
+    """One rank of a reward model that scores, for PPO and as a scoring backend."""
 
 
-class ReferenceModelActor(RankShell, ReferenceWorker):
-    """One rank of the frozen reference policy."""
+class TrainedRewardModelActor(RankShell, TrainedRewardWorker):
+    """One rank of a reward model in training."""
+
+
+class VllmRewardModelActor(RankShell, VllmRewardWorker):
+    """A reward model that vLLM runs."""
 
 
 class RolloutActor(RankShell, RolloutWorker):
     """One rollout engine."""
 
 
-ACTORS = {
-    actor.role: actor
-    for actor in (PolicyModelActor, CriticModelActor, RewardModelActor, ReferenceModelActor, RolloutActor)
+ACTORS: Mapping[WorkerKind, type[RankShell]] = {
+    "policy": PolicyModelActor,
+    "reference": ReferenceModelActor,
+    "critic": CriticModelActor,
+    "reward": RewardModelActor,
+    "trained_reward": TrainedRewardModelActor,
+    "vllm_reward": VllmRewardModelActor,
+    "rollout": RolloutActor,
 }
 
 
-def remote_class(role: str) -> Any:
-    """The Ray actor class of a role."""
-    return ray.remote(concurrency_groups={HEALTH_LANE: 1})(ACTORS[role])
+def remote_class(worker: WorkerKind) -> Any:
+    """The Ray actor class of a worker."""
+    remote: Callable[..., Any] = ray.remote(concurrency_groups={HEALTH_LANE: 1})
+    return remote(ACTORS[worker])

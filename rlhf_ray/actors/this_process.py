@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.rollout_worker import RolloutWorker
-from rlhf_ray.actors.workers import CriticWorker, PolicyWorker, ReferenceWorker
+from rlhf_ray.actors.workers import WORKERS
 from rlhf_ray.config.sections.run import ClusterConfig
-
-WORKERS = {worker.role: worker for worker in (PolicyWorker, CriticWorker, RewardWorker, ReferenceWorker, RolloutWorker)}
 
 
 class ThisProcess:
@@ -23,4 +19,4 @@ class ThisProcess:
 
     def start(self, spec: RankSpec) -> InProcessRanks:
         """One worker; more ranks of a role need more processes."""
-        return InProcessRanks(spec.group_name, WORKERS[spec.role](spec.first_rank, spec.ranks))
+        return InProcessRanks(spec.group_name, WORKERS[spec.worker](spec.first_rank, spec.ranks))

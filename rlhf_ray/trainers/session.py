@@ -9,11 +9,14 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from rlhf_ray.actors.cluster import Cluster
-from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup
-from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group
+from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
+from rlhf_ray.actors.model_worker import WorkerSetup
+from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
+from rlhf_ray.actors.policy_worker import LanguageSetup
 from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.reward_worker import RewardSetup
 from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
@@ -54,36 +57,24 @@ class Session:
         return self._place
 
     def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> PlacedGroup[PolicyGroup]:
-        setup = WorkerSetup(role, self.seed, total_updates=total_updates, temperature=temperature)
+        setup = LanguageSetup(role, self.seed, total_updates=total_updates, temperature=temperature)
         return place_group(self.place, "policy", PolicyGroup, setup)
 
     def reference(self, role: RoleConfig, *, temperature: float) -> PlacedGroup[ReferenceGroup]:
-        return place_group(
-            self.place, "reference", ReferenceGroup, WorkerSetup(role, self.seed, temperature=temperature)
-        )
+        setup = LanguageSetup(role, self.seed, temperature=temperature)
+        return place_group(self.place, "reference", ReferenceGroup, setup)
 
     def critic(self, role: RoleConfig, *, total_updates: int) -> PlacedGroup[CriticGroup]:
-        return place_group(self.place, "critic", CriticGroup, WorkerSetup(role, self.seed, total_updates=total_updates))
+        setup = WorkerSetup(role, self.seed, total_updates=total_updates)
+        return place_group(self.place, "critic", CriticGroup, setup)
 
-    def reward(
-        self,
-        role: RoleConfig,
-        *,
-        total_updates: int | None = None,
-        max_tokens: int = 8192,
-        max_item_tokens: int = 8192,
-        routers: bool = False,
-        name: str = "reward",
-    ) -> PlacedGroup[RewardGroup]:
-        setup = WorkerSetup(
-            role,
-            self.seed,
-            total_updates=total_updates,
-            max_tokens=max_tokens,
-            max_item_tokens=max_item_tokens,
-            routers=routers,
-        )
-        return place_group(self.place, "reward", RewardGroup, setup, name=name)
+    def reward(self, role: RoleConfig, *, max_tokens: int, max_item_tokens: int, name: str) -> PlacedGroup[RewardGroup]:
+        setup = RewardSetup(role, self.seed, max_tokens=max_tokens, max_item_tokens=max_item_tokens)
+        return place_reward_group(self.place, setup, name=name)
+
+    def trained_reward(self, role: RoleConfig, *, total_updates: int, routers: bool) -> PlacedGroup[TrainedRewardGroup]:
+        setup = TrainedRewardSetup(role, self.seed, total_updates=total_updates, routers=routers)
+        return place_group(self.place, "trained_reward", TrainedRewardGroup, setup)
 
     def engines(self, config: RolloutConfig) -> list[Ranks]:
         """All rollout engines, placed; their processes warm up while other groups load."""

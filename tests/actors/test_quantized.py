@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
+from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import IntegrityError
@@ -28,7 +28,7 @@ def start(zero: int, *, base: int = 1) -> PolicyWorker:
     engine = {"zero": zero, "optimizer": {"learning_rate": 0.02}}
     worker = PolicyWorker()
     role = RoleConfig.model_validate({"model": model, "engine": engine})
-    line = worker.setup(WorkerSetup(role, seed=0, total_updates=16))
+    line = worker.setup(LanguageSetup(role, seed=0, total_updates=16))
     assert "NF4 on 14 layers, LoRA rank 4 on 14 layers" in line
     return worker
 

@@ -11,8 +11,7 @@ import torch
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
@@ -24,7 +23,7 @@ def reward_group(worker: RewardWorker, directory: Path, *, max_tokens: int = 409
     group = RewardGroup(InProcessRanks("reward", worker))
     model, resources = ModelConfig(path=str(directory), dtype="fp32"), ResourcesConfig(threads_per_rank=threads)
     role = RoleConfig(model=model, resources=resources)
-    group.setup(WorkerSetup(role, seed=0, max_tokens=max_tokens), timeout_s=60.0).result()
+    group.setup(RewardSetup(role, seed=0, max_tokens=max_tokens), timeout_s=60.0).result()
     return group
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.place import place_reward_group
+from rlhf_ray.actors.reward_worker import RewardSetup
+from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rollout.vllm_scorer import servable_config
@@ -45,9 +46,8 @@ FAILING = 3
 
 def group_of(path: Path, scorer: str) -> RewardGroup:
     role = ScoringRole.model_validate({"model": {"path": str(path), "dtype": "fp32"}, "scorer": scorer})
-    group = RewardGroup(InProcessRanks("reward", RewardWorker()))
-    group.setup(WorkerSetup(role, seed=0, max_tokens=100, max_item_tokens=LIMIT), timeout_s=120.0).result()
-    return group
+    setup = RewardSetup(role, seed=0, max_tokens=100, max_item_tokens=LIMIT)
+    return place_reward_group(ThisProcess(ClusterConfig()), setup).load().result()
 
 
 def test_a_group_on_vllm_gives_the_scores_of_the_packed_forward(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import ReferenceWorker, WorkerSetup
+from rlhf_ray.actors.policy_worker import LanguageSetup, ReferenceWorker
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import destroy_process_group
 
@@ -48,10 +49,10 @@ class Peak(threading.Thread):
         return self.most - self.before
 
 
-def setup(path: Path, port: int) -> WorkerSetup:
+def setup(path: Path, port: int, kind: type[LanguageSetup | RewardSetup]) -> Any:
     model = {"path": str(path), "dtype": "bf16", "head_init": "zero"}
     role = RoleConfig.model_validate({"model": model, "engine": {"zero": 3}, "ranks": WORLD})
-    return WorkerSetup(role, seed=0, address=f"127.0.0.1:{port}")
+    return kind(role, seed=0, address=f"127.0.0.1:{port}")
 
 
 def close(worker: ReferenceWorker | RewardWorker) -> int:
@@ -68,15 +69,15 @@ def close(worker: ReferenceWorker | RewardWorker) -> int:
 def main(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
     peaks = {}
-    for family, kind in (("llama", ReferenceWorker), ("mixtral", RewardWorker)):
+    for family, kind, needs in (("llama", ReferenceWorker, LanguageSetup), ("mixtral", RewardWorker, RewardSetup)):
         tiny, worker = kind(rank, WORLD), kind(rank, WORLD)
-        tiny.setup(setup(directory / f"{family} tiny", port))  # imports what loading needs
+        tiny.setup(setup(directory / f"{family} tiny", port, needs))  # imports what loading needs
         port = close(tiny)
         del tiny
         gc.collect()
         peak = Peak()
         peak.start()
-        worker.setup(setup(directory / family, port))
+        worker.setup(setup(directory / family, port, needs))
         peaks[family] = peak.stop()
         port = close(worker)
     (directory / f"rank{rank}.json").write_text(json.dumps(peaks))

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
@@ -61,8 +60,8 @@ def test_training_on_the_balance_evens_the_use_of_experts(
         model=ModelConfig(path=str(tmp_path), dtype="fp32", head_init="inv_sqrt"),
         engine=EngineConfig(optimizer=optimizer),
     )
-    worker = RewardWorker()
-    worker.setup(WorkerSetup(role, seed=0, total_updates=12, routers=True))
+    worker = TrainedRewardWorker()
+    worker.setup(TrainedRewardSetup(role, seed=0, total_updates=12, routers=True))
     batch = TrajectoryBatch.from_sequences([[3, 4, 5], [3, 4, 6], [7, 8], [7, 9]])
     loss, balances = RewardLoss(router_balance=1.0), []
     for _ in range(12):

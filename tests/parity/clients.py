@@ -23,8 +23,7 @@ from typing import Any
 from rlhf_ray import environment
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
@@ -131,7 +130,7 @@ def run(compare: Callable[[str, list[float], list[float]], bool]) -> bool:
         model = save_reward_model(Path(directory))
         role = ScoringRole(model=ModelConfig(path=str(model), dtype="fp32"))
         group = RewardGroup(InProcessRanks("reward", RewardWorker()))
-        group.setup(WorkerSetup(role, seed=0), timeout_s=60.0).result()
+        group.setup(RewardSetup(role, seed=0), timeout_s=60.0).result()
         config = ServeConfig(kind="serve", run=RunConfig(name="clients"), reward=role)
         expected = expectations(group)
         server = WebServer("127.0.0.1", 0)

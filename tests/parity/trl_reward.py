@@ -21,8 +21,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
@@ -113,8 +112,8 @@ def _group(inputs: Mapping[str, Any], case: Mapping[str, Any], model: Path, zero
     role = RoleConfig(
         model=ModelConfig(path=str(model), dtype="fp32"), engine=EngineConfig(zero=zero, optimizer=optimizer)
     )
-    group = RewardGroup(InProcessRanks("reward", RewardWorker()))
-    group.setup(WorkerSetup(role, seed=0, total_updates=len(inputs["steps"])), timeout_s=60.0).result()
+    group = RewardGroup(InProcessRanks("reward", TrainedRewardWorker()))
+    group.setup(TrainedRewardSetup(role, seed=0, total_updates=len(inputs["steps"])), timeout_s=60.0).result()
     return group
 
 

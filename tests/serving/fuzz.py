@@ -31,8 +31,7 @@ from starlette.applications import Starlette
 from rlhf_ray import environment
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
@@ -259,7 +258,7 @@ def fuzzed_app(directory: Path) -> Starlette:
         kind="serve", run=RunConfig(name="fuzz"), reward=role, max_items=MAX_ITEMS, max_body_bytes=MAX_BODY, max_tokens=LIMIT
     )  # fmt: skip
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
-    group.setup(WorkerSetup(role, seed=0, max_tokens=256, max_item_tokens=LIMIT), timeout_s=60.0).result()
+    group.setup(RewardSetup(role, seed=0, max_tokens=256, max_item_tokens=LIMIT), timeout_s=60.0).result()
     return service(config, GroupBackend(group, role.model, normalize=False), keys=lambda: {TOKEN: "fuzz"})
 
 

@@ -18,8 +18,7 @@ from starlette.applications import Starlette
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
@@ -51,7 +50,7 @@ def process_group() -> Iterator[None]:
 def load(path: Path, config: MakeConfig) -> RewardGroup:
     """A reward model, loaded as a rank of a group loads it."""
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
-    setup = WorkerSetup(config(str(path)).reward, seed=0, max_tokens=256, max_item_tokens=LIMIT)
+    setup = RewardSetup(config(str(path)).reward, seed=0, max_tokens=256, max_item_tokens=LIMIT)
     group.setup(setup, timeout_s=60.0).result()
     return group
 

@@ -12,8 +12,7 @@ import pytest
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardWorker
-from rlhf_ray.actors.workers import WorkerSetup
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.errors import RequestError
@@ -30,7 +29,7 @@ def group(model: Path) -> RewardGroup:
 
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
     role = RoleConfig(model=ModelConfig(path=str(model), dtype="fp32"))
-    group.setup(WorkerSetup(role, seed=0, max_tokens=256, max_item_tokens=200), timeout_s=60.0).result()
+    group.setup(RewardSetup(role, seed=0, max_tokens=256, max_item_tokens=200), timeout_s=60.0).result()
     return group
 
 

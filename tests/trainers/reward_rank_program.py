@@ -22,8 +22,7 @@ def measure(
     rank: int, world: int, directory: Path, stages: tuple[tuple[int, str], ...], address: str | None = None
 ) -> dict[str, Any]:
     """This rank's share of the losses of every update and of the held-out scores, by stage and dtype."""
-    from rlhf_ray.actors.reward_worker import RewardWorker
-    from rlhf_ray.actors.workers import WorkerSetup
+    from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
     from rlhf_ray.config.sections.models import ModelConfig
@@ -36,7 +35,7 @@ def measure(
     from rlhf_ray.trajectories.schedule import deal_packs
     from rlhf_ray.world.generate import World
 
-    class Rank(RewardWorker):
+    class Rank(TrainedRewardWorker):
         """A worker that meets its group once, for all stages."""
 
         def _meet(self, given: str | None) -> None:
@@ -57,7 +56,7 @@ def measure(
             engine=EngineConfig(zero=zero, optimizer=optimizer),
         )
         worker = Rank(rank, world)
-        worker.setup(WorkerSetup(role, seed=1, total_updates=UPDATES))
+        worker.setup(TrainedRewardSetup(role, seed=1, total_updates=UPDATES))
         packs = deal_packs(held_out.lengths.tolist(), ranks=world, max_tokens=BUDGET, unit=2).rank(rank)
         scores = {
             str(i): float(s) for ids, part in worker.scores(held_out, packs) for i, s in zip(ids, part, strict=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.workers import PolicyWorker, WorkerSetup
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
@@ -55,7 +55,7 @@ def policy(request: pytest.FixtureRequest) -> PolicyGroup:
         model=ModelConfig(make=make, dtype=request.param), engine=EngineConfig(zero=0, optimizer=optimizer)
     )
     group = PolicyGroup(InProcessRanks("policy", PolicyWorker()))
-    group.setup(WorkerSetup(role, seed=0, total_updates=9, temperature=0.8), timeout_s=60.0).result()
+    group.setup(LanguageSetup(role, seed=0, total_updates=9, temperature=0.8), timeout_s=60.0).result()
     return group
 
 

@@ -84,13 +84,12 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     """Counts are the same; means are within 1e-6."""
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.ranks import InProcessRanks
-    from rlhf_ray.actors.reward_worker import RewardWorker
-    from rlhf_ray.actors.workers import WorkerSetup
+    from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
     from rlhf_ray.data.load import pair_examples
 
     config = config_of(tmp_path)
     reward = RewardGroup(InProcessRanks("reward", RewardWorker()))
-    reward.setup(WorkerSetup(config.reward, seed=0), timeout_s=60.0).result()
+    reward.setup(RewardSetup(config.reward, seed=0), timeout_s=60.0).result()
     pairs = pair_examples(config.data, load_tokenizer(config.reward.model), 0).held_out
     longest = int(pair_batch(pairs).lengths.max()) * 2
     found = []

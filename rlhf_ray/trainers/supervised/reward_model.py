@@ -33,13 +33,13 @@ def train_reward_model(
     updates = total_updates(config.epochs, task)
     max_tokens = config.reward.forward_tokens(config.batch)
     with Session(config, place=place) as session:
-        started = session.reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
+        started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
         reward = started.load().result()
         held_out = HeldOut(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
         saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
         with Journal(run, config) as journal:
-            journal.measure_against(reward.compute().result(), reward.matmul_rate().result())
+            journal.measure_against(reward.compute_shape().result(), reward.matmul_rate().result())
             trainer = SupervisedTrainer(
                 config,
                 task,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_ray import storage
-from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.actors.groups import TrainedRewardGroup
 from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.encoded_pairs import PairExample
@@ -32,7 +32,7 @@ class RewardSaver:
     """Saves the model of ``reward`` as it is now."""
 
     def __init__(
-        self, config: RewardModelConfig, reward: RewardGroup, pairs: Sequence[PairExample], tokenizer: Any
+        self, config: RewardModelConfig, reward: TrainedRewardGroup, pairs: Sequence[PairExample], tokenizer: Any
     ) -> None:
         """``pairs`` are some to score again."""
         self.config, self.reward = config, reward

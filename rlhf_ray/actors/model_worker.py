@@ -1,0 +1,217 @@
+"""The worker of one rank with one model in one DeepSpeed engine: training, forward passes and saving. No Ray here.
+
+Invariants:
+
+- Every method that computes is called on all ranks of the group with the same number of micro-batches. An empty one is a
+  dummy, so that no collective waits for a rank that has nothing to do.
+- Results travel with the indices of the sequences they belong to.
+- A rank never decides alone whether to train: ``accumulate`` reports, the driver votes, ``apply`` obeys.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from rlhf_ray.actors.worker import Worker
+from rlhf_ray.algorithms.losses import LossOutput, Metrics
+from rlhf_ray.algorithms.reward_losses import RewardOutputs
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.engine import distributed
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.engine.settings import deepspeed_config
+from rlhf_ray.imports import quick_imports
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.packing import Packed, pack
+from rlhf_ray.trajectories.schedule import MicroBatch
+
+if TYPE_CHECKING:
+    from rlhf_ray.engine.engine import Engine
+    from rlhf_ray.models.forward.parallel_packs import Streams
+
+Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
+"""Indices of sequences, and the numbers of those sequences one after another."""
+Loss = Callable[[Any, TrajectoryBatch], LossOutput]
+Forward = Callable[[torch.nn.Module, Packed], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What every rank must know before it can load its model."""
+
+    config: RoleConfig
+    seed: int
+    total_updates: int | None = None
+    """Optimizer updates of the whole run, for the learning-rate schedule. None for a rank that does not train."""
+    address: str | None = None
+    """``host:port`` where the ranks meet. None for a single rank."""
+
+
+Setup = TypeVar("Setup", bound=WorkerSetup)
+
+
+class ModelWorker(Worker, ABC, Generic[Setup]):
+    """What all roles with a model share; a subclass says which model it loads and what its losses read."""
+
+    role = "model"
+    engine: Engine
+    settings: Setup
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        with quick_imports():  # here, while others start too, and not in the driver, which only names this class
+            importlib.import_module("rlhf_ray.engine.engine")
+        super().__init__(rank, world_size)
+
+    @abstractmethod
+    def _load(self, setup: Setup) -> tuple[torch.nn.Module, str]:
+        """The module that the engine wraps, and one line about it."""
+
+    @property
+    @abstractmethod
+    def hf_model(self) -> Any:
+        """The Hugging Face model inside the module."""
+
+    def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
+        """What this role's losses read: the module's outputs on a pack, with gradients."""
+        raise TypeError(f"{type(self).__name__} does not train")
+
+    # Starting
+
+    def setup(self, setup: Setup) -> str:
+        """Load the model and make the engine; returns the loader's one-line report."""
+        self.config = setup.config
+        self.settings = setup
+        torch.set_num_threads(setup.config.resources.threads_per_rank)
+        torch.manual_seed(setup.seed + self.rank)
+        self._meet(setup.address)
+        module, line = self._load(setup)
+        from rlhf_ray.engine.engine import Engine
+
+        self.engine = Engine(
+            module,
+            setup.config.engine,
+            dtype=setup.config.model.dtype,
+            total_updates=setup.total_updates,
+            trainable=setup.total_updates is not None,
+        )
+        self.device = self.engine.device
+        self.phase = "ready"
+        return line
+
+    def _meet(self, address: str | None) -> None:
+        """Join the group's other ranks. Single ranks of several roles in one process share one process group."""
+        if self.world_size == 1 and torch.distributed.is_initialized():
+            return
+        host, _, port = (address or self.rendezvous()).rpartition(":")
+        distributed.init_process_group(self.rank, self.world_size, host, int(port))
+
+    def _ds_config(self, setup: Setup) -> dict[str, Any] | None:
+        """What the loader needs to build the model in shards. None if every rank holds the whole model."""
+        if setup.config.engine.zero != 3:
+            return None
+        trainable = setup.total_updates is not None
+        return deepspeed_config(
+            setup.config.engine, dtype=setup.config.model.dtype, trainable=trainable, world_size=self.world_size
+        )
+
+    # Training
+
+    def accumulate(
+        self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch], loss: Loss, denominator: float
+    ) -> Report:
+        """Gradients of the loss sums of ``micro_batches`` over ``denominator``; the finite flag covers all ranks."""
+
+        def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
+            packed = (pack(batch, micro_batch) if micro_batch else Packed.dummy()).to(self.device)
+            outputs = self._outputs(module, packed)
+            if not micro_batch:
+                return LossOutput(_graph_anchor(outputs) * 0.0, _packing_metrics(packed, is_dummy=True))
+            output = loss(outputs, batch.select(micro_batch).to(self.device))
+            return LossOutput(output.loss, {**output.metrics, **_packing_metrics(packed, is_dummy=False)})
+
+        with self.doing("accumulate"):
+            return self.engine.accumulate(micro_batches, step, denominator)
+
+    def apply(self, skip: bool) -> Applied:
+        """One optimizer step, or none at all: the same on every rank."""
+        return self.engine.apply(skip=skip)
+
+    # Forward passes
+
+    def forward_parts(
+        self,
+        batch: TrajectoryBatch,
+        micro_batches: Sequence[MicroBatch],
+        forward: Forward,
+        streams: Streams | None = None,
+    ) -> list[Part]:
+        """``forward`` without gradients on each micro-batch, in float32, with the sequences that it covers.
+
+        With ``streams``, several micro-batches run side by side.
+        """
+        packs = (pack(batch, micro_batch) if micro_batch else Packed.dummy() for micro_batch in micro_batches)
+        values: Iterable[torch.Tensor]
+        if streams is not None and len(micro_batches) > 1:
+            values = self.engine.evaluate(lambda module: streams.map(module, forward, packs))
+        else:
+            values = (self._evaluate(forward, packed) for packed in packs)
+        parts = zip(micro_batches, values, strict=True)
+        return [(micro_batch, value.float().cpu().numpy()) for micro_batch, value in parts if micro_batch]
+
+    def _evaluate(self, forward: Forward, packed: Packed) -> torch.Tensor:
+        return self.engine.evaluate(lambda module: forward(module, packed.to(self.device)))
+
+    # Files
+
+    def save(self, directory: str) -> None:
+        """Everything this rank needs to go on bit for bit: weights, optimizer state, random state."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.engine.save_shards(Path(directory))
+
+    def load(self, directory: str) -> None:
+        """Go on from what ``save`` wrote."""
+        self.engine.load_shards(Path(directory))
+
+    def save_pretrained(self, directory: str, metadata: dict[str, Any] | None = None) -> None:
+        """A plain Hugging Face directory, written by rank 0; every rank takes part in gathering."""
+        from rlhf_ray.models import load_tokenizer, save_pretrained
+
+        state = dict(self.disk_weights())
+        if self.rank == 0:
+            save_pretrained(
+                self.hf_model, load_tokenizer(self.config.model), directory, state=state, metadata=metadata or {}
+            )
+
+    def disk_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Whole weights by their names on disk, on rank 0; the other ranks take part and get none."""
+        return self.engine.disk_weights(self.hf_model)
+
+
+def _packing_metrics(packed: Packed, *, is_dummy: bool) -> Metrics:
+    """Sums and counts of what packing wastes and saves.
+
+    ``padding/share``: tokens that were computed although no sequence needs them, of all that were computed.
+    ``shared_prefix/share``: tokens that were not computed again because sequences share them, of all tokens of the sequences.
+    """
+    computed, in_sequences = torch.tensor(packed.num_tokens), torch.tensor(len(packed.of_sequences))
+    if is_dummy:
+        return {"padding/share": (computed, computed)}
+    return {
+        "padding/share": (torch.tensor(0), computed),
+        "shared_prefix/share": (in_sequences - computed, in_sequences),
+    }
+
+
+def _graph_anchor(outputs: Any) -> torch.Tensor:
+    """A scalar that depends on every output, so that a dummy micro-batch enters every collective of the backward."""
+    if isinstance(outputs, RewardOutputs):
+        return outputs.scores.sum() + (0.0 if outputs.router_balance is None else outputs.router_balance)
+    tensor: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.log_probs
+    return tensor.sum()

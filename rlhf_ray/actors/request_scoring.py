@@ -1,0 +1,101 @@
+"""Score requests on the side of a rank: encode them, cut them into packs, and turn scores into results.
+
+Invariants: every request ends in one result, a score or a sentence that says why there is none; all ranks of a group make
+the same cut from the same requests, each computes its own share, and the shares together are the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_ray.errors import ScoringError
+from rlhf_ray.rewards.encoding import EncodedItem, encode_request
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.trajectories.length_packs import alike_packs
+from rlhf_ray.trajectories.packing import families
+from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
+
+PREFIX_PACKS_PER_RANK = 4
+"""Split items with a common prefix into at least this many packs per rank if there are no others."""
+
+Sequences = Sequence[Sequence[int]]
+ScoreSequences = Callable[[Sequences], Iterable[tuple[Sequence[int], "np.ndarray[Any, Any]"]]]
+"""From token ids to parts: indices of sequences and the score of each of them."""
+
+
+class RequestScorer:
+    """Holds what decides how a reward model reads a request: its tokenizer, its template, its limits."""
+
+    def __init__(self, tokenizer: Any, model_config: Any, *, vocabulary: int, max_item_tokens: int) -> None:
+        """``max_item_tokens`` is lowered to the number of positions that the model has."""
+        from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
+
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        positions = model_config.get_text_config().to_dict().get("max_position_embeddings")
+        self.max_item_tokens = min(max_item_tokens, positions or max_item_tokens)
+        self._identity = {"fingerprint": fingerprint(tokenizer), "template": template_fingerprint(tokenizer)}
+        self._statistics = _statistics(model_config.to_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """What callers must know of this model: its tokenizer and template, its limit, its mean and std if it normalises."""
+        mean, std = self._statistics
+        return {**self._identity, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
+
+    def score(
+        self, requests: Sequence[ScoreRequest], scores: ScoreSequences, *, rank: int
+    ) -> list[tuple[int, ScoreResult]]:
+        """Results with their positions in ``requests``; rank 0 alone reports the requests that cannot be scored."""
+        encoded, refused = self._encode(requests)
+        results = refused if rank == 0 else []
+        if not encoded:
+            return results
+        positions, items = list(encoded), list(encoded.values())
+        for indices, values in scores([item.token_ids for item in items]):
+            for index, score in zip(indices, values.tolist(), strict=True):
+                item = items[index]
+                result = ScoreResult.of(score, len(item.token_ids), truncated=item.truncated)
+                results.append((positions[index], result))
+        return results
+
+    def _encode(self, requests: Sequence[ScoreRequest]) -> tuple[dict[int, EncodedItem], list[tuple[int, ScoreResult]]]:
+        encoded: dict[int, EncodedItem] = {}
+        refused: list[tuple[int, ScoreResult]] = []
+        for position, request in enumerate(requests):
+            try:
+                encoded[position] = encode_request(
+                    self.tokenizer, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary
+                )
+            except ScoringError as error:
+                refused.append((position, ScoreResult.failed(str(error))))
+        return encoded, refused
+
+
+def _statistics(model_config: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:
+    """The mean and std in a model's ``config.json``, if both are there and can be used."""
+    mean, std = model_config.get("mean"), model_config.get("std")
+    if mean is None or std is None or not math.isfinite(mean) or not 0 < std < math.inf:
+        return None, None
+    return mean, std
+
+
+def scoring_packs(
+    sequences: Sequences, *, rank: int, ranks: int, threads: int, ranks_meet: bool, max_tokens: int
+) -> list[MicroBatch]:
+    """The packs of ``sequences`` that ``rank`` scores. Sequences that begin alike share a pack, which computes that once.
+
+    ``threads`` is the number of packs that a rank runs side by side; ``max_tokens`` is what they hold together. Where ranks
+    meet in every forward pass (``ranks_meet``), each gets the same number of packs; otherwise work alone decides.
+    """
+    lengths = list(map(len, sequences))
+    budget = max(max_tokens // threads, *lengths)
+    family_budget = min(budget, sum(lengths) // (PREFIX_PACKS_PER_RANK * ranks * threads))
+    units = families(sequences, max(*lengths, family_budget))
+    if not ranks_meet:
+        return alike_packs(lengths, units, ranks=ranks, streams=threads, max_tokens=budget)[rank]
+    schedule = make_schedule([sum(lengths[i] for i in unit) for unit in units], ranks=ranks, max_tokens=budget)
+    return [tuple(i for index in pack for i in units[index]) for pack in schedule.rank(rank)]

@@ -1,0 +1,78 @@
+"""The worker of a reward model in training: it learns from pairs, measures its cost, and checks what it has saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.engine.optimizer import full_shape
+from rlhf_ray.planning.flops import ComputeShape
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.packing import Packed
+
+
+@dataclass(frozen=True)
+class TrainedRewardSetup(RewardSetup):
+    """What a reward model needs besides to be trained."""
+
+    routers: bool = False
+    """Whether the loss reads how the routers of a mixture of experts use their experts."""
+
+
+class TrainedRewardWorker(RewardWorker):
+    """The reward model in training."""
+
+    def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
+        settings = cast(TrainedRewardSetup, self.settings)
+        return module(packed, kind="routed_scores" if settings.routers else "scores")
+
+    def save_adapter(self, directory: str, metadata: dict[str, Any] | None = None) -> None:
+        """The LoRA adapter and the head alone, without the base, written by rank 0; every rank takes part."""
+        from rlhf_ray.models import save_adapter
+
+        head = f"{self.model.value_head_prefix}.weight"
+        weights = (pair for group in self.engine.full_state(self.hf_model) for pair in group)
+        trained = [(name, tensor) for name, tensor in weights if ".lora_" in name or name == head]
+        if self.rank == 0:
+            save_adapter(self.model, self.scorer.tokenizer, directory, tensors=trained, metadata=metadata)
+
+    def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> list[float]:
+        """The scores that the model saved in ``directory`` gives to ``batch``.
+
+        Rank 0 loads it as a user would; the other ranks return nothing.
+        """
+        from rlhf_ray.models.reread import scores_of_directory
+
+        if self.rank != 0:
+            return []
+        with self.doing("score"):
+            return scores_of_directory(directory, self.config.model, batch)
+
+    def compute_shape(self) -> ComputeShape:
+        """What a token of this model costs."""
+        return compute_shape(self.model.backbone)
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of a large matrix product on this rank, now, in the precision that it computes in."""
+        from rlhf_ray.engine.matmul_rate import matmul_rate
+        from rlhf_ray.models.dtypes import DTYPES
+
+        return matmul_rate(DTYPES[self.config.model.dtype], self.device)
+
+
+def compute_shape(backbone: Any) -> ComputeShape:
+    """The matrices of a transformer without its input embeddings, which are looked up and not multiplied."""
+    text = backbone.config.get_text_config()
+    embeddings = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
+    shapes = [(full_shape(p), p.requires_grad) for p in backbone.parameters() if id(p) not in embeddings]
+    matrices = [(shape.numel(), trains) for shape, trains in shapes if len(shape) > 1]
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ComputeShape(
+        parameters=sum(size for size, _ in matrices),
+        trained=sum(size for size, trains in matrices if trains),
+        layers=text.num_hidden_layers,
+        width=text.num_attention_heads * head_width,
+    )
