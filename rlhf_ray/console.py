@@ -1,7 +1,7 @@
-"""The one place that talks to people: a logger, progress bars and tables, all on standard error.
+"""Messages for people: the logger, progress bars and tables, all on standard error.
 
-Always true: standard output stays free for results; without a terminal a progress bar becomes a line now and then, so
-that job logs stay readable.
+Invariants: standard output stays free for results. Without a terminal a progress bar becomes a log line every few seconds,
+so that the logs of jobs stay readable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def get_logger(name: str = "rlhf_ray") -> logging.Logger:
-    """The project's logger, or the child of it with this name."""
+    """The project's logger, or the child logger called ``name``."""
     root = logging.getLogger("rlhf_ray")
     if not root.handlers:
         root.addHandler(_handler())
@@ -42,7 +42,7 @@ def _handler() -> logging.Handler:
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield ``items`` while showing how many of ``total`` are done (``total`` defaults to ``len(items)``)."""
+    """Yield ``items`` and show how many of ``total`` are done; ``total`` defaults to ``len(items)`` of a sequence."""
     if total is None and isinstance(items, Sequence):
         total = len(items)
     return _bar(items, description, total) if stderr.is_terminal else _lines(items, description, total)
@@ -55,27 +55,27 @@ def _bar(items: Iterable[Item], description: str, total: int | None) -> Iterator
 
 
 def _lines(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
-    logger, last = get_logger(), time.monotonic()
+    logger, last_line_at = get_logger(), time.monotonic()
     for count, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
+        if time.monotonic() - last_line_at >= SECONDS_BETWEEN_LINES:
+            last_line_at = time.monotonic()
             logger.info("%s: %d%s", description, count, "" if total is None else f" of {total}")
 
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as text, for a log line or an error message."""
+    """Format a table as text, for a log line or an error message."""
     grid = Table(title=title, title_justify="left")
     for header in headers:
         grid.add_column(header)
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
-    sheet = Console(width=120, highlight=False, color_system=None)
-    with sheet.capture() as capture:
-        sheet.print(grid)
+    console = Console(width=120, highlight=False, color_system=None)
+    with console.capture() as capture:
+        console.print(grid)
     return capture.get().rstrip()
 
 
 def say(text: str) -> None:
-    """Show ``text`` as it is."""
+    """Print ``text`` on standard error without wrapping it or reading markup in it."""
     stderr.print(text, markup=False, soft_wrap=True)

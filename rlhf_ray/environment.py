@@ -1,7 +1,7 @@
-"""Switches that hold for every process of a run, set in one place.
+"""The environment variables that every process of a run starts with.
 
-Always true: usage reports of Ray and vLLM are off, and no process asks a model hub for anything unless a config names a
-hub id. ``for_process`` is pure; ``prepare`` applies it to the current process before heavy libraries are imported.
+Invariants: usage reports of Ray and vLLM are off. No process contacts a model hub unless a config names a hub id.
+``for_process`` only computes the variables; ``prepare`` sets them in this process, before heavy libraries are imported.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ Device = Literal["cpu", "cuda"]
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KERNELS_KEPT = 512
-"""oneDNN keeps a kernel of a megabyte or more for every shape of a half-precision product, a thousand of them by default.
-Packs differ in their lengths, so that a process would grow for hours. A pass over 50,000 tokens needs about 400."""
+"""How many compiled kernels oneDNN may keep.
+
+It keeps one of a megabyte or more for each shape of a half-precision matrix product, by default a thousand. Packs differ in
+length, so with the default a process would grow for hours. A pass over 50,000 tokens needs about 400 kernels.
+"""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-"""Of glibc's ``mallopt``: free bytes above which a heap shrinks, bytes by which it grows at least, and the size from which a
-block is mapped alone."""
+"""Options of glibc's ``mallopt``: the free bytes above which a heap shrinks, the least bytes by which it grows, and the size
+from which a block gets a mapping of its own. The numbers are those of ``malloc.h``."""
 MEMORY_KEPT = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
-"""The largest that it takes, and as much as one heap of a thread has."""
+"""The largest values that glibc accepts for the first two; heaps grow by the size of a whole thread's heap."""
 
 
 def accelerator() -> Device:
-    """``cuda`` where NVIDIA's driver answers, else ``cpu``; without importing torch."""
+    """``cuda`` if NVIDIA's driver is installed (``nvidia-smi`` is on the path), else ``cpu``; does not import torch."""
     return "cuda" if shutil.which("nvidia-smi") is not None else "cpu"
 
 
 def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = None) -> dict[str, str]:
-    """Environment variables of one process.
+    """The environment variables of one process.
 
-    ``threads`` bounds its compute threads, ``hub`` allows downloads, ``device`` is what it computes on (default: what this
-    machine has; a driver decides for the machines of its ranks).
+    ``threads`` limits its compute threads and ``hub`` allows downloads. ``device`` is what it computes on, by default what
+    this machine has; a driver passes it for ranks on other machines.
     """
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,25 +63,25 @@ def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = 
 
 
 def prepare(variables: Mapping[str, str] | None = None) -> None:
-    """Apply ``variables`` (default: ``for_process()``) to this process; what the user has set already stays."""
+    """Set ``variables`` (default: ``for_process()``) in this process, except those that the user has set already."""
     for name, value in (for_process() if variables is None else variables).items():
         os.environ.setdefault(name, value)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` reads as ``org/name`` and is not a path on this machine."""
+    """Whether ``name`` has the form ``org/name`` and is not a path on this machine."""
     parts = name.split("/")
-    plain = len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
-    return plain and not os.path.exists(name)
+    has_form = len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+    return has_form and not os.path.exists(name)
 
 
 def keep_freed_memory() -> None:
-    """What this process frees stays with it, where glibc allocates.
+    """Keep freed memory in this process instead of giving it back to the system; has an effect with glibc only.
 
-    A pass of a model frees and asks for the same large blocks again and again; the system would hand their pages out anew,
-    one fault at a time, which costs a twentieth of a forward pass on CPU.
+    A forward pass frees and allocates the same large blocks again and again. If the system takes their pages back, every
+    page costs a fault when it is next used: in all a twentieth of a forward pass on CPU.
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):  # other C libraries have none, or none that does anything
+    if hasattr(library, "mallopt"):  # other C libraries have no mallopt, or one without effect
         for option, value in MEMORY_KEPT.items():
             library.mallopt(option, value)

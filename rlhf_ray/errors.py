@@ -1,7 +1,7 @@
-"""Typed errors and the exit codes they map to.
+"""The errors that this project raises on purpose, and the exit code of a command that ends in each.
 
-Always true: every error a user can cause is a :class:`RequestError` or a :class:`CapacityError`, is shown as one message
-without a stack trace, and names the thing, the value and the way out; every other failure keeps its trace.
+Invariants: an error that a user can cause is a :class:`RequestError` or a :class:`CapacityError`. It is shown as one
+message without a stack trace, and names the thing, the value and the way out. Every other failure keeps its trace.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ EXIT_RESUMABLE = 75
 
 
 class RlhfRayError(Exception):
-    """Base of everything this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose."""
 
     exit_code = EXIT_FAILED
 
 
 class RequestError(RlhfRayError):
-    """What was asked for is wrong: a config, a path, a row, a value."""
+    """The request is wrong: a config, a path, a row of data or a value."""
 
     exit_code = EXIT_WRONG_REQUEST
 
 
 class ConfigError(RequestError):
-    """Every problem of a config at once."""
+    """A config has problems; the message lists all of them. ``source`` is its file or recipe."""
 
     def __init__(self, problems: Sequence[str], source: str = "config") -> None:
         self.problems = tuple(problems)
@@ -42,51 +42,51 @@ class ConfigError(RequestError):
 
 
 class DataError(RequestError):
-    """A data file or one of its rows: the message starts with ``file:line``."""
+    """A data file or one of its rows is wrong; the message starts with ``file:line``."""
 
 
 class ModelLoadError(RequestError):
-    """A model directory, its tokenizer or its head cannot be used as asked."""
+    """A model directory, its tokenizer or its head cannot be used the way the config says."""
 
 
 class StorageError(RequestError):
-    """A disk refuses: it is full, read-only or out of reach. What was committed before is intact."""
+    """A file cannot be read or written: the disk is full, read-only or out of reach. Earlier commits are intact."""
 
 
 class MissingColumnError(RlhfRayError):
-    """A trajectory batch lacks a column that a function needs."""
+    """A trajectory batch has no column that a function needs."""
 
 
 class CapacityError(RlhfRayError):
-    """The cluster cannot hold what was asked for; the message carries a table of needed and free."""
+    """The cluster is too small for the job; the message holds a table of needed and free resources."""
 
     exit_code = EXIT_NO_CAPACITY
 
 
 class ResumableStop(RlhfRayError):
-    """The run stopped on request after a commit: the same command with ``resume`` goes on."""
+    """The run stopped on request after a commit; ``rlhf-ray resume`` continues it."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class NumericalError(RlhfRayError):
-    """NaN or Inf persisted beyond what a run may skip."""
+    """More updates in a row saw NaN or Inf than ``run.max_consecutive_skips`` allows."""
 
 
 class IntegrityError(RlhfRayError):
-    """Stored bytes are not the bytes that were committed."""
+    """A stored file is damaged: its bytes are not those that were written."""
 
 
 class StaleWeightsError(RlhfRayError):
-    """Tokens were sampled by weights older than training accepts."""
+    """Tokens were sampled by weights older than ``algorithm.max_staleness`` allows."""
 
 
 class ScoringError(RlhfRayError):
-    """One item could not be scored; never a reward of 0."""
+    """An item could not be scored. It has no reward, rather than a reward of 0."""
 
 
 class GroupError(RlhfRayError):
-    """A call to a group of ranks failed: says role, rank, phase and cause."""
+    """A call to a group of ranks failed; ``rank`` is None where no single rank is to blame."""
 
     def __init__(self, role: str, rank: int | None, phase: str, cause: str) -> None:
         self.role, self.rank, self.phase, self.cause = role, rank, phase, cause
@@ -98,4 +98,4 @@ class GroupError(RlhfRayError):
 
 
 class DeadlineError(GroupError):
-    """A call to a group did not end in time."""
+    """A call to a group of ranks missed its deadline."""

@@ -1,8 +1,10 @@
-"""Heavy packages imported faster: the garbage collector rests meanwhile.
+"""Import heavy packages faster by pausing Python's garbage collector.
 
-Always true: afterwards the collector runs as it did before, and no longer walks what was imported, which lives as long as
-the process. Torch, transformers, DeepSpeed and vLLM make millions of such objects; while they are made the collector finds
-nothing, and takes a quarter of the time.
+Torch, transformers, DeepSpeed and vLLM create millions of objects while they are imported. The collector would find no
+garbage among them and take a quarter of the time.
+
+Invariant: afterwards the collector is on or off as it was before, and no longer visits the imported objects, which live as
+long as the process.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-atexit.register(gc.unfreeze)  # or libraries that count what is left at the end complain of leaks
+atexit.register(gc.unfreeze)  # some libraries count objects at exit, and would report the frozen ones as leaks
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import within this block."""
-    ran = gc.isenabled()
+    """Pause the garbage collector for the imports in the ``with`` block."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        if ran:
+        if was_enabled:
             gc.enable()
 
 

@@ -1,6 +1,6 @@
-"""Public names of a package, imported when first used.
+"""Export the public names of a package without importing its modules until a name is used.
 
-Always true: importing a package that uses this imports none of its modules, so that a command that needs no torch never
+Invariant: importing a package that uses this imports none of its modules, so that a command that needs no torch never
 loads it.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 def lazy_exports(
     package: str, exports: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return ``__getattr__``, ``__dir__`` and ``__all__`` for a package whose names live in the given submodules.
+    """The ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose public names are defined in its modules.
 
-    ``exports`` maps a public name to its module relative to ``package``, such as ``{"Actor": ".actor"}``.
+    ``exports`` maps a public name to its module, relative to ``package``, such as ``{"Actor": ".actor"}``.
     """
     names = sorted(exports)
 

@@ -1,4 +1,4 @@
-"""Storage: directories and files that appear whole or not at all, and manifests that prove what is in them."""
+"""Files on disk: directories and files that appear whole or not at all, manifests that prove their content, JSON lines."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Directories and files that appear whole or not at all.
+"""Write directories and files so that they appear whole or not at all.
 
-Always true: whatever kills the process, at whatever moment, whoever opens the target finds the old content or the new
-one, whole and on disk. What was interrupted lies beside the target under a name that starts with ``.pending-`` or
-``.replaced-``, counts for nobody, and goes with the next :func:`sweep`.
+Invariant: at whatever moment the process is killed, the target holds the old content or the new, complete and on disk. An
+interrupted write leaves files beside the target whose names begin with ``.pending-`` or ``.replaced-``. No reader looks at
+them, and the next :func:`sweep` removes them.
 
-One exception, settled by ``sweep``: on a file system that cannot swap two names in one step (NFS), a crash exactly
-between the two renames that replace an existing directory leaves the old one under ``.replaced-``; ``sweep`` puts it
-back. A target that did not exist before never meets this.
+There is one exception. A file system that cannot swap two names in one step (NFS) needs two renames to replace an existing
+directory. A crash between them leaves the old directory under ``.replaced-`` and no target; ``sweep`` puts it back.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
 @contextmanager
 def storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn what the operating system says about ``path`` into a :class:`StorageError` that names the way out."""
+    """Turn an ``OSError`` in the ``with`` block into a :class:`StorageError` about ``path`` that names the way out."""
     try:
         yield
     except OSError as error:
@@ -62,7 +61,7 @@ def _free_space(path: Path) -> str:
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:
-    """Write ``content`` to ``path``, replacing what is there, in one step."""
+    """Write ``content`` to ``path`` and to disk, replacing a file that is there in one step."""
     path = Path(path)
     pending = _beside(path, PENDING)
     with storage_errors(path):
@@ -79,7 +78,10 @@ def write_file(path: str | Path, content: bytes | str) -> None:
 
 
 class PendingDirectory:
-    """A directory being filled beside its target; several processes may write below ``path`` until it is committed."""
+    """A directory that is filled beside its target until :meth:`commit` gives it the target's name.
+
+    Until then several processes may write below ``path``.
+    """
 
     def __init__(self, target: Path, path: Path, replace: bool) -> None:
         self.target = target
@@ -87,20 +89,20 @@ class PendingDirectory:
         self._replace = replace
 
     def commit(self) -> None:
-        """Bring everything to disk, then give the directory its name."""
+        """Flush everything to disk, then rename the directory to the target."""
         with storage_errors(self.target):
             _sync_tree(self.path)
-            left_over = self._install()
+            replaced = self._install()
             sync_directory(self.target.parent)
-            if left_over is not None:
-                shutil.rmtree(left_over)
+            if replaced is not None:
+                shutil.rmtree(replaced)
 
     def abort(self) -> None:
-        """Forget what was written; the target stays as it is."""
+        """Remove what was written; the target stays as it is."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _install(self) -> Path | None:
-        """Rename to the target; return where the content that stood there before lies now."""
+        """Rename to the target; returns where the replaced content lies now, if there was any."""
         try:
             os.rename(self.path, self.target)
             return None
@@ -108,7 +110,9 @@ class PendingDirectory:
             if error.errno not in _NOT_EMPTY:
                 raise
         if not self._replace:
-            raise StorageError(f"{self.target} exists already: nothing was written over it")
+            raise StorageError(
+                f"{self.target} exists already, made by another process meanwhile: it was not overwritten"
+            )
         if exchange(self.path, self.target):
             return self.path
         old = _beside(self.target, REPLACED)
@@ -122,9 +126,9 @@ class PendingDirectory:
 
 
 def begin_directory(target: str | Path, *, replace: bool = False) -> PendingDirectory:
-    """Make an empty directory beside ``target``; :meth:`PendingDirectory.commit` gives it the name ``target``.
+    """Make an empty directory beside ``target``, to be filled and then committed under the name ``target``.
 
-    With ``replace`` a target that exists is exchanged for the new one at the commit; without, it is an error now.
+    With ``replace`` the commit replaces a target that exists; without it, such a target is a ``StorageError`` now.
     """
     target = Path(target)
     if not replace and target.exists():
@@ -137,7 +141,7 @@ def begin_directory(target: str | Path, *, replace: bool = False) -> PendingDire
 
 
 def remove_directory(path: str | Path) -> None:
-    """Remove a directory so that no moment shows half of it under its name."""
+    """Remove a directory; nobody sees a part of it under its name at any moment."""
     path = Path(path)
     with storage_errors(path):
         pending = _beside(path, PENDING)
@@ -147,9 +151,9 @@ def remove_directory(path: str | Path) -> None:
 
 
 def sweep(parent: str | Path) -> list[Path]:
-    """Settle what crashes left in ``parent`` and return what was removed.
+    """Clean up after crashed writes in the directory ``parent``; returns the paths that were removed.
 
-    Only for whoever alone writes there: a commit that another process has under way would be swept too.
+    Call it only where no other process writes: it would remove that process's unfinished directory too.
     """
     parent = Path(parent)
     removed = []
@@ -166,24 +170,24 @@ def sweep(parent: str | Path) -> list[Path]:
 
 
 def sync_directory(path: str | Path) -> None:
-    """Bring the names in a directory to disk."""
+    """Flush the names in a directory to disk."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux ``renameat2``); false where the system or the file system cannot."""
+    """Swap two names in one step (Linux ``renameat2``); returns false if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         return False
-    at_working_directory, swap = -100, 2
+    at_working_directory, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of the Linux headers
     result = renameat2(at_working_directory, os.fsencode(first), at_working_directory, os.fsencode(second), swap)
     if result == 0:
         return True
-    number = ctypes.get_errno()
-    if number in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV}:
+    code = ctypes.get_errno()
+    if code in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV}:
         return False
-    raise OSError(number, os.strerror(number), str(second))
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def _beside(target: Path, prefix: str) -> Path:

@@ -1,7 +1,7 @@
-"""Append-only files of one JSON object a line.
+"""Append-only files with one JSON object on each line.
 
-Always true: a line counts once its newline is on disk, and for ever after; what a crash cut off at the end counts for
-no reader and is cut away by the next append; a damaged line before the end is an ``IntegrityError`` that names it.
+Invariants: a line counts once its newline is on disk. An unfinished line at the end, which a crash leaves, is ignored by
+readers and removed by the next append. A damaged line before the end is an ``IntegrityError`` that names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 
 class JsonLines:
-    """One file of JSON lines with a single writer and any number of readers."""
+    """One file of JSON lines, with one writer and any number of readers."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -42,7 +42,7 @@ class JsonLines:
                 sync_directory(self.path.parent)
 
     def read(self) -> list[Line]:
-        """All lines, none where the file does not exist yet."""
+        """All complete lines; none if the file does not exist."""
         if not self.path.exists():
             return []
         with storage_errors(self.path):
@@ -51,9 +51,9 @@ class JsonLines:
         return [self._parse(raw, number) for number, raw in enumerate(whole.split(b"\n"), 1) if raw]
 
     def keep(self, is_valid: Callable[[Line], bool], void: JsonLines) -> int:
-        """Keep the valid lines, move the others to the end of ``void``, and say how many moved.
+        """Keep the valid lines and move the others to the end of ``void``; returns how many moved.
 
-        A crash in between may leave a line in both files, never in neither.
+        After a crash in between, a line may be in both files, but never in neither.
         """
         lines = self.read()
         rejected = [line for line in lines if not is_valid(line)]
@@ -66,10 +66,10 @@ class JsonLines:
         try:
             line = json.loads(raw)
         except ValueError as error:
-            raise IntegrityError(f"{self.path}:{number} is damaged ({error}): remove the line to go on") from error
+            raise IntegrityError(f"{self.path}:{number} is damaged ({error}): remove the line to continue") from error
         if not isinstance(line, dict):
             raise IntegrityError(
-                f"{self.path}:{number} is {type(line).__name__}, not an object: remove the line to go on"
+                f"{self.path}:{number} is {type(line).__name__}, not an object: remove the line to continue"
             )
         return line
 
@@ -84,5 +84,5 @@ def _cut_torn_end(stream: Any) -> None:
         return
     stream.seek(end - 1)
     if stream.read(1) != b"\n":
-        stream.seek(0)
+        stream.seek(0)  # read() below starts at the beginning
         stream.truncate(stream.read().rfind(b"\n") + 1)

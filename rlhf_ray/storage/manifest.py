@@ -1,7 +1,7 @@
-"""Manifests: what a committed directory holds, byte for byte.
+"""Manifests: the list of the files in a committed directory, with the size and hash of each.
 
-Always true: a directory that :func:`verify` accepts holds exactly the files that were committed, each with the size and
-SHA-256 that it had then, and the manifest itself is byte for byte what was written; anything else raises an
+Invariant: a directory that :func:`verify` accepts holds exactly the files that were committed, each with the size and
+SHA-256 that it had then, and the manifest itself is byte for byte what was written. Anything else raises an
 ``IntegrityError`` that names the files and what differs.
 """
 
@@ -29,7 +29,7 @@ SHOWN_DIFFERENCES = 8
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and SHA-256 of one file."""
+    """The size in bytes and the SHA-256 of a file."""
 
     size: int
     sha256: str
@@ -37,13 +37,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a directory by their path below it, and ``about``: what its writer says of them (plain JSON)."""
+    """The files of a directory by their path below it, and ``about``: plain JSON that the writer adds."""
 
     files: Mapping[str, FileRecord]
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The manifest as it stands on disk: canonical JSON that carries its own checksum."""
+        """The manifest as stored on disk: canonical JSON with a checksum of itself."""
         content = {
             "format": FORMAT,
             "about": dict(self.about),
@@ -53,7 +53,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, raw: bytes, source: str | Path) -> Manifest:
-        """Parse what :meth:`to_bytes` wrote; any other byte is an ``IntegrityError``."""
+        """Parse the output of :meth:`to_bytes`; one byte that differs is an ``IntegrityError`` that names ``source``."""
         try:
             content = json.loads(raw)
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
@@ -73,17 +73,17 @@ def _render(content: Mapping[str, Any]) -> bytes:
 def commit(
     pending: PendingDirectory, about: Mapping[str, Any] | None = None, expected: Collection[str] = ()
 ) -> Manifest:
-    """Write the manifest of a pending directory and commit it; nothing is left behind when that fails.
+    """Write the manifest of a pending directory and commit it; if that fails, nothing is left behind.
 
-    ``expected`` names files that must be there: what other processes say that they wrote.
+    ``expected`` names the files that other processes report to have written: a missing one is a ``StorageError``.
     """
     try:
         files = _records(pending.path)
         missing = sorted(set(expected) - files.keys())
         if missing:
             raise StorageError(
-                f"{pending.target}: {len(missing)} of {len(set(expected))} files that other processes wrote are not "
-                f"there, such as {missing[0]}: every node must see the same directory (use a shared file system)"
+                f"{pending.target}: {len(missing)} of {len(set(expected))} files that other processes wrote are "
+                f"missing, such as {missing[0]}: every node must see the same directory (use a shared file system)"
             )
         manifest = Manifest(files, dict(about or {}))
         with storage_errors(pending.target), open(pending.path / MANIFEST, "wb") as stream:
@@ -96,44 +96,46 @@ def commit(
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of a directory, itself checked; the files are not looked at."""
+    """Read and check the manifest of a directory, without looking at its files."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise IntegrityError(f"{path} is missing: the directory was never committed, or has lost it")
+        raise IntegrityError(f"{path} is missing: the directory was never committed, or its manifest was removed")
     with storage_errors(path):
         raw = path.read_bytes()
     return Manifest.from_bytes(raw, path)
 
 
 def verify(directory: str | Path) -> Manifest:
-    """Read every file of a committed directory and return its manifest; ``IntegrityError`` when anything differs."""
+    """Read every file of a committed directory; returns its manifest, or raises ``IntegrityError`` if anything differs."""
     manifest = read_manifest(directory)
-    found = differences(directory, manifest)
-    if found:
-        more = f"; and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-        raise IntegrityError(f"{directory} is not what was committed: {'; '.join(found[:SHOWN_DIFFERENCES])}{more}")
+    phrases = differences(directory, manifest)
+    if phrases:
+        more = f"; and {len(phrases) - SHOWN_DIFFERENCES} more" if len(phrases) > SHOWN_DIFFERENCES else ""
+        raise IntegrityError(f"{directory} is not what was committed: {'; '.join(phrases[:SHOWN_DIFFERENCES])}{more}")
     return manifest
 
 
 def differences(directory: str | Path, manifest: Manifest) -> list[str]:
-    """What differs between a directory and a manifest, a phrase for each file."""
-    found = _records(Path(directory))
+    """The differences between a directory and a manifest, one phrase for each file that differs."""
+    stored = _records(Path(directory))
     phrases = []
-    for name in sorted(found.keys() | manifest.files.keys()):
-        here, wanted = found.get(name), manifest.files.get(name)
-        if here is None:
+    for name in sorted(stored.keys() | manifest.files.keys()):
+        actual, committed = stored.get(name), manifest.files.get(name)
+        if actual is None:
             phrases.append(f"{name} is missing")
-        elif wanted is None:
+        elif committed is None:
             phrases.append(f"{name} is not in the manifest")
-        elif here.size != wanted.size:
-            phrases.append(f"{name} has {here.size} bytes instead of {wanted.size}")
-        elif here.sha256 != wanted.sha256:
-            phrases.append(f"{name} has other content (SHA-256 {here.sha256[:12]} instead of {wanted.sha256[:12]})")
+        elif actual.size != committed.size:
+            phrases.append(f"{name} has {actual.size} bytes instead of {committed.size}")
+        elif actual.sha256 != committed.sha256:
+            phrases.append(
+                f"{name} has different content (SHA-256 {actual.sha256[:12]} instead of {committed.sha256[:12]})"
+            )
     return phrases
 
 
 def _records(root: Path) -> dict[str, FileRecord]:
-    """Hash every file below ``root``, its manifest apart, on several threads."""
+    """Hash every file below ``root`` except its manifest, on several threads."""
     with storage_errors(root):
         names = sorted(set(_file_names(root)) - {MANIFEST})
         with ThreadPoolExecutor(HASHING_THREADS) as threads:
@@ -150,7 +152,9 @@ def _file_names(root: Path, below: str = "") -> Iterator[str]:
             elif stat.S_ISREG(mode):
                 yield name
             else:
-                raise IntegrityError(f"{root / name} is neither a file nor a directory: a manifest cannot vouch for it")
+                raise IntegrityError(
+                    f"{root / name} is neither a file nor a directory, so a manifest cannot list it: remove it"
+                )
 
 
 def _record(path: Path) -> FileRecord:
@@ -160,5 +164,5 @@ def _record(path: Path) -> FileRecord:
             return FileRecord(os.fstat(stream.fileno()).st_size, digest)
     except OSError as error:
         if error.errno == errno.EIO:
-            raise IntegrityError(f"{path} cannot be read back: {error.strerror}") from error
+            raise IntegrityError(f"{path} cannot be read back ({error.strerror}): the disk may be failing") from error
         raise

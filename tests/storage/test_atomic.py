@@ -44,7 +44,9 @@ def test_an_existing_target_is_refused_at_the_start_and_at_the_commit(tmp_path: 
     (target / "theirs").write_text("first")
     with pytest.raises(StorageError, match="out exists already"):
         storage.begin_directory(target)
-    with pytest.raises(StorageError, match="out exists already: nothing was written over it"):
+    with pytest.raises(
+        StorageError, match="out exists already, made by another process meanwhile: it was not overwritten"
+    ):
         storage.commit(late)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(target) == ["theirs"]

@@ -71,7 +71,7 @@ def test_each_kind_of_damage_is_named_with_its_file(committed: Path) -> None:
         storage.verify(committed)
     message = str(caught.value)
     assert "a.safetensors has 5 bytes instead of 9" in message
-    assert "rank-0/optimizer.pt has other content (SHA-256 " in message
+    assert "rank-0/optimizer.pt has different content (SHA-256 " in message
     assert "rank-1/optimizer.pt is missing" in message
     assert "stray.bin is not in the manifest" in message
 
@@ -81,7 +81,7 @@ def test_files_of_equal_size_that_changed_places_are_found(committed: Path) -> N
     os.rename(first, committed / "third")
     os.rename(second, first)
     os.rename(committed / "third", second)
-    with pytest.raises(IntegrityError, match=r"rank-0/optimizer\.pt has other content"):
+    with pytest.raises(IntegrityError, match=r"rank-0/optimizer\.pt has different content"):
         storage.verify(committed)
 
 
