@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import yaml
-
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.jobs.registry import KINDS, job_class, job_classes
 from rlhf_ray.config.overrides import apply_overrides
@@ -22,6 +20,7 @@ from rlhf_ray.config.reading import SEPARATOR, Document, read_mapping
 from rlhf_ray.config.recipes import find
 from rlhf_ray.config.sections.algorithm import with_preset
 from rlhf_ray.config.validation import parse, show
+from rlhf_ray.config.writing import write_mapping
 from rlhf_ray.errors import ConfigError
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -73,7 +72,7 @@ def load_job(job: type[AnyJob], source: str | Path, overrides: Sequence[str] = (
 
 def dump_config(config: Job) -> str:
     """The resolved config as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_mapping(config.model_dump(mode="json"))
 
 
 def _job(values: Mapping[str, Any], asked: str | None) -> tuple[str, list[Problem]]:

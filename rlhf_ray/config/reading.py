@@ -1,8 +1,10 @@
-"""Reading YAML strictly, and remembering on which line every key stands.
+"""Strict YAML for configs: every key with its line, every mistake with its place.
 
-Always true: a key that stands twice in one mapping is an error with both lines; ``1e-5`` is a number; only ``true`` and
-``false`` are truth values and only decimal digits are whole numbers (YAML 1.2): ``no``, ``12:30`` and ``010`` are
-text; nothing but plain values is ever constructed.
+Texts are read as YAML 1.2 by ruamel.yaml: ``1e-5`` is a number, only ``true`` and ``false`` are truth values, and ``no``
+and ``12:30`` are texts. Going beyond YAML 1.2, what looks like a date or like a number with a leading zero or a base
+(``010``, ``0x10``) stays text too: in a config it is a name, such as a revision.
+
+Invariants: a key that stands twice in one mapping is a problem that names both lines; nothing but plain values is made.
 """
 
 from __future__ import annotations
@@ -12,27 +14,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 SEPARATOR = "."
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-
-
-class _Loader(yaml.SafeLoader):
-    """The scalars of YAML 1.2's core schema, with underscores allowed in whole numbers."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (the base class's own)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9_]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+0123456789."),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+NAMES_LIKE_NUMBERS = re.compile(r"[-+]?0[0-9box_][0-9a-fA-F_]*|\d{4}-\d\d?-\d\d?.*|_+")
+"""Plain scalars that YAML 1.2 or its extensions turn into numbers or dates, and that stay texts here."""
 
 
 @dataclass
@@ -58,7 +47,7 @@ def read_mapping(text: str) -> Document:
     document = Document()
     try:
         values = _Reader(document).read(text)
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         document.problems.append(_explain(error))
         return document
     if isinstance(values, dict):
@@ -73,7 +62,7 @@ def read_value(text: str) -> Any:
     document = Document()
     try:
         value = _Reader(document).read(text)
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise ValueError(_explain(error)) from error
     if document.problems:
         raise ValueError("; ".join(document.problems))
@@ -85,63 +74,70 @@ class _Reader:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.open: list[yaml.Node] = []
+        self.yaml = YAML(typ="safe", pure=True)
+        self.outer: list[Node] = []
+        """The nodes around the one that is read."""
 
     def read(self, text: str) -> Any:
-        self.loader = _Loader(text)
-        try:
-            node = self.loader.get_single_node()
-            return None if node is None else self._value(node, "")
-        finally:
-            self.loader.dispose()
+        node = self.yaml.compose(text)
+        return None if node is None else self._value(node, "")
 
-    def _value(self, node: yaml.Node, key: str) -> Any:
-        if any(node is outer for outer in self.open):
-            raise yaml.MarkedYAMLError(problem="an alias stands inside of what it names", problem_mark=node.start_mark)
-        self.open.append(node)
+    def _value(self, node: Node, key: str) -> Any:
+        if any(node is outer for outer in self.outer):
+            raise MarkedYAMLError(problem="an alias stands inside of what it names", problem_mark=node.start_mark)
+        if not isinstance(node, ScalarNode) and node.tag not in PLAIN_TAGS:
+            raise MarkedYAMLError(problem=f"the tag {node.tag} is refused", problem_mark=node.start_mark)
+        self.outer.append(node)
         try:
-            if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
-                raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is refused", problem_mark=node.start_mark)
-            if isinstance(node, yaml.MappingNode):
+            if isinstance(node, MappingNode):
                 return self._mapping(node, key)
-            if isinstance(node, yaml.SequenceNode):
+            if isinstance(node, SequenceNode):
                 return [self._value(item, f"{key}{SEPARATOR}{index}") for index, item in enumerate(node.value)]
             return self._scalar(node)
         finally:
-            self.open.pop()
+            self.outer.pop()
 
-    def _scalar(self, node: yaml.Node) -> Any:
-        value = self.loader.construct_object(node)
-        if isinstance(value, float) and math.isinf(value) and "inf" not in node.value.lower():
-            return node.value  # a commit hash such as 12e4567
+    def _scalar(self, node: ScalarNode) -> Any:
+        text = str(node.value)
+        if not node.style and NAMES_LIKE_NUMBERS.fullmatch(text):  # a style is a pair of quotes or a block
+            return text
+        value = self.yaml.constructor.construct_object(node)
+        if isinstance(value, float) and math.isinf(value) and "inf" not in text.lower():
+            return text  # a commit hash such as 12e4567
         return value
 
-    def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
-        self._refuse_doubled(node, key)
-        self.loader.flatten_mapping(node)
+    def _mapping(self, node: MappingNode, key: str) -> dict[str, Any]:
+        self._report_doubled_keys(node, key)
+        self.yaml.constructor.flatten_mapping(node)  # puts merged keys (<<) before the mapping's own
         values = {}
         for name_node, value_node in node.value:
-            name = str(name_node.value)
-            path = f"{key}{SEPARATOR}{name}" if key else name
-            self.document.origins[path] = f"line {name_node.start_mark.line + 1}"
-            values[name] = self._value(value_node, path)
+            path = _join(key, name_node)
+            self.document.origins[path] = f"line {_line(name_node)}"
+            values[str(name_node.value)] = self._value(value_node, path)
         return values
 
-    def _refuse_doubled(self, node: yaml.MappingNode, key: str) -> None:
+    def _report_doubled_keys(self, node: MappingNode, key: str) -> None:
         lines: dict[str, int] = {}
         for name_node, _ in node.value:
-            if not isinstance(name_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is one word", problem_mark=name_node.start_mark)
-            name, line = str(name_node.value), name_node.start_mark.line + 1
-            path = f"{key}{SEPARATOR}{name}" if key else name
-            if name in lines:
-                text = f"{path}: stands twice, on line {lines[name]} and on line {line}; remove one"
+            if not isinstance(name_node, ScalarNode):
+                raise MarkedYAMLError(problem="a key is one word", problem_mark=name_node.start_mark)
+            path, line = _join(key, name_node), _line(name_node)
+            if path in lines:
+                text = f"{path}: stands twice, on line {lines[path]} and on line {line}; remove one"
                 self.document.problems.append(text)
-            lines.setdefault(name, line)
+            lines.setdefault(path, line)
 
 
-def _explain(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+def _join(key: str, name: Node) -> str:
+    return f"{key}{SEPARATOR}{name.value}" if key else str(name.value)
+
+
+def _line(node: Node) -> int:
+    return int(node.start_mark.line) + 1  # marks count from 0
+
+
+def _explain(error: YAMLError) -> str:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return f"not YAML: {error}"
     mark = error.problem_mark
     context = f"{error.context}, " if error.context else ""

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.spelling import Settled, entries_of, join, section_of, settle, wanted
+from rlhf_ray.config.writing import write_value
 
 Kind = TypeVar("Kind", bound=Section)
 
@@ -138,5 +138,4 @@ def show(value: Any) -> str:
         return repr(value)
     if isinstance(value, dict):
         return f"a section ({', '.join(map(str, value))})" if value else "an empty section"
-    written: str = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    return written.removesuffix("\n").removesuffix("\n...")
+    return write_value(value)

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from rlhf_ray import storage
+from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.runs.directory import RunDirectory
 
@@ -54,7 +53,7 @@ def _report_of(run: RunDirectory) -> RunReport:
 
 def _facts(run: RunDirectory) -> dict[str, str]:
     """What the files alone tell of a run."""
-    facts = {"kind": str(yaml.safe_load(run.config_text()).get("kind", "unknown"))}
+    facts = {"kind": str(read_mapping(run.config_text()).values.get("kind", "unknown"))}
     starts = [line["timestamp"] for line in run.attempts.read()]
     lines = run.metrics.read()
     if starts:

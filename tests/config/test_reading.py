@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf_ray.config.reading import read_mapping, read_value
+from rlhf_ray.config.writing import write_mapping, write_value
 
 
 @pytest.mark.parametrize(
@@ -90,3 +95,68 @@ def test_nothing_but_plain_values_is_made(tmp_path):
     document = read_mapping(f"a: !!python/object/apply:pathlib.Path.touch [{target}]")
     assert document.problems
     assert not target.exists()
+
+
+@pytest.mark.parametrize("text", ["0o17", "0b101", "00", "007", "+010", "2026-1-2", "2026-11-20T10:00:00Z"])
+def test_what_yaml_1_2_would_turn_into_a_number_or_a_date_stays_text_too(text):
+    assert read_value(text) == text
+    assert read_mapping(f"revision: {text}").values == {"revision": text}
+
+
+def test_a_tag_can_ask_for_another_type():
+    assert read_value("!!str 5") == "5"
+    assert read_value("!!float 5") == 5.0
+
+
+texts = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], include_characters="\n\t"), max_size=20)
+keys = st.from_regex(r"[a-z_]{1,9}", fullmatch=True)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
+values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(keys, values, max_size=4))
+def test_what_was_written_is_read_as_the_same_values(mapping):
+    document = read_mapping(write_mapping(mapping))
+    assert document.problems == []
+    assert document.values == mapping
+    assert repr(document.values) == repr(mapping), "the types too"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no",
+        "1e-5",
+        "1e5",
+        "010",
+        "0x10",
+        "2026-11-20",
+        "12:30",
+        "1_000",
+        "true",
+        "null",
+        "~",
+        "",
+        "a: b",
+        "# a",
+        "<<",
+        "=",
+    ],
+)
+def test_a_text_that_looks_like_something_else_stays_text_when_it_is_written(text):
+    assert read_mapping(write_mapping({"name": text})).values == {"name": text}
+    assert read_value(write_value(text)) == text
+    assert read_value(write_value([text, {"inner": text}])) == [text, {"inner": text}]
+
+
+def test_the_page_about_configs_says_how_yaml_is_read():
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    written = dict(
+        re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \| (numbers|texts|a text|the number 1000|the only truth)", page, re.M)
+    )
+    types = {"numbers": float, "texts": str, "a text": str, "the number 1000": int, "the only truth": bool}
+    assert set(written.values()) == set(types)
+    for texts, what in written.items():
+        for text in re.findall("`([^`]+)`", texts):
+            assert type(read_value(text)) is types[what], text
