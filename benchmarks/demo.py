@@ -63,8 +63,9 @@ def run_demo(root: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, 
 
 def read_numbers(root: Path) -> dict[str, float]:
     """The numbers of a finished demo by figure, all but its time, from the run directories below ``root``."""
+    from rlhf_ray.monitoring.report.summary import BestOf
     from rlhf_ray.runs.directory import RunDirectory
-    from rlhf_ray.trainers.ppo.evaluation import BestOf, best_at
+    from rlhf_ray.trainers.ppo.evaluation import best_within_kl
 
     reward_model, ppo = RunDirectory(root / "rm"), RunDirectory(root / "ppo")
     summary = ppo.summary()
@@ -74,7 +75,7 @@ def read_numbers(root: Path) -> dict[str, float]:
     accuracies = [line["evaluation/accuracy"] for line in reward_model.metrics.read() if "evaluation/accuracy" in line]
     stored = json.loads((ppo.path / "evaluation" / "start.json").read_text())["best_of"]
     best_of_n = [BestOf(**row) for row in stored]
-    affordable = best_at(best_of_n, last["evaluation/kl"]) or best_of_n[0]
+    affordable = best_within_kl(best_of_n, last["evaluation/kl"]) or best_of_n[0]
     return {
         "demo.reward_accuracy": accuracies[-1],
         "demo.bag_of_words_accuracy": next(float(row.value) for row in summary.figures if row.label == BAG_OF_WORDS),

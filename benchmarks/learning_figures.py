@@ -15,7 +15,7 @@ from benchmarks.figures import Figure, Figures
 from benchmarks.learning import BEST_OF_N, RECIPES, SEEDS, directory_name, evaluations
 
 if TYPE_CHECKING:
-    from rlhf_ray.trainers.ppo.evaluation import BestOf
+    from rlhf_ray.monitoring.report.summary import BestOf
 
 METHOD = (
     "Llama of 0.5M parameters, reward model trained on 19,200 pairs, transformers as sampler, plain classes in one "
@@ -63,7 +63,7 @@ def _best_of_n(name: str, homes: Sequence[Path]) -> Figures:
 
 def _largest_best_of_n(directory: Path) -> BestOf:
     """The best of all samples that a run drew of each held-out prompt before it began."""
-    from rlhf_ray.trainers.ppo.evaluation import BestOf
+    from rlhf_ray.monitoring.report.summary import BestOf
 
     stored = json.loads((directory / "evaluation" / "start.json").read_text())
     return BestOf(**stored["best_of"][-1])

@@ -39,7 +39,7 @@ def evaluate(
     """
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
-    from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
+    from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
 
     if output is not None and not output.parent.is_dir():
         raise RequestError(
@@ -50,7 +50,7 @@ def evaluate(
     with Cluster.for_job(config) if place is None else nullcontext(place) as here:
         group = place_scoring_group(here, config, config.reward).load().result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
-        held_out = HeldOut(group, pairs, RewardLoss(), budget)
+        held_out = HeldOutPairs(group, pairs, RewardLoss(), budget)
         held_out.figures(shown=True)
         page = held_out.page(tokenizer, WORST, None)
     assert held_out.scored is not None

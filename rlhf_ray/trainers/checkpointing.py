@@ -20,7 +20,7 @@ from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 
 
-class Commits:
+class Checkpointer:
     """The checkpoints of one run."""
 
     def __init__(

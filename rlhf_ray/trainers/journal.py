@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.monitoring.memory import MemorySampler
@@ -33,7 +33,6 @@ from rlhf_ray.monitoring.report.summary import (
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
-from rlhf_ray.trainers.ppo.self_check import Check as SelfChecked
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 SHOWN = (
@@ -58,7 +57,7 @@ SECONDS_BETWEEN_SAMPLES = 5.0
 class Journal:
     """One run's metrics, samples and summary."""
 
-    def __init__(self, run: RunDirectory, config: Job) -> None:
+    def __init__(self, run: RunDirectory, config: TrainingJob) -> None:
         self.run = run
         self.config = config
         self.logger = get_logger(config.kind)
@@ -171,9 +170,9 @@ class Journal:
 
     # ------------------------------------------------------------------------------------------------------------- end
 
-    def checks(self, checks: Sequence[SelfChecked]) -> None:
+    def checks(self, checks: Sequence[Check]) -> None:
         """The start-up self-check."""
-        self._summary["checks"] = tuple(Check(one.name, one.measured, one.wanted, one.holds) for one in checks)
+        self._summary["checks"] = tuple(checks)
 
     def run_facts(self, facts: Mapping[str, str]) -> None:
         """Words about the run, at the top of its report."""

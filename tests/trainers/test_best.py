@@ -20,7 +20,7 @@ class Killed(Exception):
 
 
 class Process:
-    """A run that evaluates after every update and commits before it keeps; the weights are the number of the update."""
+    """A run that evaluates after every update and checkpoints before it keeps; the weights are the number of the update."""
 
     def __init__(self, run: RunDirectory, accuracies: list[float]) -> None:
         self.run, self.accuracies = run, accuracies
@@ -88,7 +88,7 @@ def test_it_ends_with_the_earliest_of_the_best_updates(
 
 
 def test_a_best_that_belongs_to_no_commit_is_void(tmp_path: Path) -> None:
-    """Commits without evaluations in between: a later best has taken the place of the one that the commit names."""
+    """Checkpointer without evaluations in between: a later best has taken the place of the one that the commit names."""
     run = RunDirectory.create(tmp_path / "run", "kind: rm\n")
     process = Process(run, [0.6])
     best = process.go(commits_every=0, killed=lambda *_: False)

@@ -13,10 +13,11 @@ import torch
 
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.monitoring.report.summary import BestOf
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.trainers.ppo.algorithm import preparation_of
-from rlhf_ray.trainers.ppo.answers import Judged
-from rlhf_ray.trainers.ppo.evaluation import BestOf, PpoEvaluation
+from rlhf_ray.trainers.ppo.algorithm import make_preparation
+from rlhf_ray.trainers.ppo.answers import HeldOutAnswer
+from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
 
@@ -34,8 +35,8 @@ def make_evaluation(tmp_path: Path, *overrides: str) -> PpoEvaluation:
         finish_reason=torch.tensor([FinishReason.LENGTH, *[FinishReason.STOP] * 3], dtype=torch.int8),
     )
     samples = [TextSample(0, index, "p", "r", None, index > 0, (5, 6)) for index in range(4)]
-    experience: Any = SimpleNamespace(samples=lambda *_: samples, rewards_of=lambda _: REWARDS)
-    shaping = preparation_of(config).shaping
+    experience: Any = SimpleNamespace(decode=lambda *_: samples, require_rewards=lambda _: REWARDS)
+    shaping = make_preparation(config).shaping
     return PpoEvaluation(
         config, experience, [TokenizedPrompt(0, "p", (5,))], shaping=shaping, gold=lambda _: GOLD, measures={},
         generate=lambda *_: trajectories, directory=tmp_path,
@@ -44,7 +45,7 @@ def make_evaluation(tmp_path: Path, *overrides: str) -> PpoEvaluation:
 
 def best_of(tmp_path: Path, *overrides: str) -> list[BestOf]:
     evaluation = make_evaluation(tmp_path, *overrides)
-    evaluation.start = [Judged(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)]
+    evaluation.start = [HeldOutAnswer(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)]
     return evaluation.best_of()
 
 
@@ -67,9 +68,9 @@ def test_running_moments_are_those_of_the_samples(tmp_path: Path) -> None:
 
 def test_a_run_of_version_0_1_finds_the_answers_of_its_start(tmp_path: Path) -> None:
     """It kept a count of habits beside each answer."""
-    answer = Judged(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)
+    answer = HeldOutAnswer(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)
     kept = {"answers": [{**asdict(answer), "habits": 2}], "best_of": []}
     (tmp_path / "start.json").write_text(json.dumps(kept))
     evaluation = make_evaluation(tmp_path)
-    evaluation.before(resumed=True)
+    evaluation.measure_start(resumed=True)
     assert evaluation.start == [answer]

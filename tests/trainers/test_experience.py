@@ -15,7 +15,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.trainers.ppo.algorithm import preparation_of
+from rlhf_ray.trainers.ppo.algorithm import make_preparation
 from rlhf_ray.trainers.ppo.experience import Experience, score_columns
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -74,7 +74,7 @@ PROMPTS = {number: TokenizedPrompt(number, f"p{number}", (number,), source=f"s{n
 def gather(source: Bad, *overrides: str, **options: Any) -> TrajectoryBatch:
     config: Any = parse_config(CONFIG, overrides)
     groups: Any = Columns()
-    roles, preparation = Groups(config, groups, groups, groups), preparation_of(config)
+    roles, preparation = Groups(config, groups, groups, groups), make_preparation(config)
     experience = Experience(config, groups=roles, preparation=preparation, rewards=source, tokenizer=Text())
     sequences = [[prompt, 5, 6] for prompt in PROMPTS for _ in range(2)]
     batch = TrajectoryBatch.from_sequences(

@@ -12,13 +12,13 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.trainers.ppo import build as ppo_run
+from rlhf_ray.trainers.ppo import build
 from tests.trainers.test_rewards_in_process import TINY_PPO, made, rows, start
 
 
 def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, float | None] = {}
-    really = ppo_run.expose
+    really = build.expose
 
     def expose_and_ask(groups: Any, roles: Any, config: Any, cleanup: Any) -> str:
         address = really(groups, roles, config, cleanup)
@@ -27,9 +27,9 @@ def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.M
         seen["in the run"] = groups["reward"].score([ScoreRequest(token_ids=(5, 6, 7))]).result()[0].raw
         return address
 
-    monkeypatch.setattr(ppo_run, "expose", expose_and_ask)
+    monkeypatch.setattr(build, "expose", expose_and_ask)
     config, run = start(tmp_path, rows(tmp_path, "notes"), f"{{model: {made('world')}}}", "expose.port=0", "steps=1")
-    ppo_run.train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    build.train_ppo(config, run, None, place=ThisProcess(config.cluster))
     assert seen["over HTTP"] is not None
     assert seen["over HTTP"] == pytest.approx(seen["in the run"], abs=1e-6)
 

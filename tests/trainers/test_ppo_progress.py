@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.config.sections.algorithm import KlConfig
 from rlhf_ray.trainers.ppo.progress import PpoProgress
-from rlhf_ray.trainers.ppo.update import Outcome
+from rlhf_ray.trainers.ppo.update import StepOutcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 ADAPTIVE = KlConfig(coefficient=0.1, target=6.0, horizon=100)
@@ -26,8 +26,8 @@ def batch_of(scores: list[float]) -> TrajectoryBatch:
 
 def after(steps: list[tuple[float, list[float]]], progress: PpoProgress) -> PpoProgress:
     for kl, scores in steps:
-        progress.see(batch_of(scores))
-        progress.finish_step(Outcome(updates=2, skipped=1), {"kl/k1": kl}, sequences=len(scores))
+        progress.observe_scores(batch_of(scores))
+        progress.finish_step(StepOutcome(updates=2, skipped=1), {"kl/k1": kl}, sequences=len(scores))
     return progress
 
 
@@ -47,7 +47,7 @@ def test_the_coefficient_follows_the_kl_and_stands_still_without_one() -> None:
     objectives: list[dict[str, Any]] = [{"kl/k1": 12.0}, {"kl/k1": 1.0}, {}, {"kl/k1": math.nan}]
     found = []
     for objective in objectives:
-        progress.finish_step(Outcome(updates=1), objective, sequences=50)
+        progress.finish_step(StepOutcome(updates=1), objective, sequences=50)
         found.append(progress.metrics()["kl/coefficient"])
     assert found == pytest.approx([0.11, 0.099, 0.099, 0.099])
     assert PpoProgress.start(KlConfig()).metrics()["kl/coefficient"] == 0.05

@@ -94,7 +94,7 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     longest = int(pair_batch(pairs).lengths.max()) * 2
     found = []
     for budget in (longest, 300, 1000, 100_000):
-        held_out = reward_evaluation.HeldOut(reward, pairs, RewardLoss(), budget)
+        held_out = reward_evaluation.HeldOutPairs(reward, pairs, RewardLoss(), budget)
         found.append(held_out.figures())
     for figures in found[1:]:
         assert figures == pytest.approx(found[0], abs=1e-6)

@@ -19,7 +19,7 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.trainers.ppo.algorithm import preparation_of
+from rlhf_ray.trainers.ppo.algorithm import make_preparation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.update import Learner
@@ -110,7 +110,7 @@ def sequences(schedule: Schedule) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("failing", [None, 2], ids=["all scored", "one prompt dropped"])
 def test_the_schedule_of_the_forward_passes_is_that_of_the_first_pass(failing: int | None) -> None:
     groups, recorders = make_groups()
-    preparation = preparation_of(groups.config)
+    preparation = make_preparation(groups.config)
     learner = Learner(groups.config, groups, preparation)
     experience = Experience(
         groups.config, groups=groups, preparation=preparation, rewards=Rewards(failing), tokenizer=Text()

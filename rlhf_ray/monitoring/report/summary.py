@@ -70,6 +70,8 @@ class BestOf:
     n: int
     kl: float
     gold: float
+    win_rate: float | None = None
+    """How often it beats the first answer of the starting policy; none in a summary of version 0.1."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
 
 
-def preparation_of(config: PpoConfig) -> Preparation:
+def make_preparation(config: PpoConfig) -> Preparation:
     """What happens to a scored batch before its updates."""
     algorithm, importance = config.algorithm, config.algorithm.importance
     in_rewards = algorithm.kl.applied_to == "reward" and algorithm.kl.measure
@@ -32,7 +32,7 @@ def preparation_of(config: PpoConfig) -> Preparation:
     )
 
 
-def policy_loss_of(config: PpoConfig) -> PolicyLoss:
+def make_policy_loss(config: PpoConfig) -> PolicyLoss:
     """The loss of the policy, with the KL coefficient that a run starts with."""
     algorithm, kl = config.algorithm, config.algorithm.kl
     in_loss = kl.applied_to == "loss" and kl.measure
@@ -46,7 +46,7 @@ def policy_loss_of(config: PpoConfig) -> PolicyLoss:
     )
 
 
-def value_loss_of(config: PpoConfig) -> ValueLoss:
+def make_value_loss(config: PpoConfig) -> ValueLoss:
     """The loss of the critic, where there is one."""
     return ValueLoss(clip=config.algorithm.value_clip)
 
@@ -73,7 +73,7 @@ def _shaping(shaping: ShapingConfig, longest: int) -> RewardShaping:
         normalize=shaping.normalize,
         scale=shaping.scale,
         clip=shaping.clip,
-        overlong=overlong and Overlong(longest, round(overlong.buffer_fraction * longest), overlong.penalty),
-        too_short=too_short and TooShort(too_short.tokens, too_short.penalty),
-        missing_eos=missing and MissingEos(missing.rule, missing.value),
+        overlong=Overlong(longest, round(overlong.buffer_fraction * longest), overlong.penalty) if overlong else None,
+        too_short=TooShort(too_short.tokens, too_short.penalty) if too_short else None,
+        missing_eos=MissingEos(missing.rule, missing.value) if missing else None,
     )

@@ -20,7 +20,7 @@ RIGHT_AT = 1.0
 
 
 @dataclass(frozen=True)
-class Judged:
+class HeldOutAnswer:
     """One answer to a held-out prompt."""
 
     prompt_id: int
@@ -39,13 +39,15 @@ class Judged:
         return (self.reward if self.gold is None else self.gold) >= RIGHT_AT
 
 
-Rows = Sequence[Judged]
+Rows = Sequence[HeldOutAnswer]
 
 
-def compared(now: Rows, start: Rows, pass_at: Sequence[int] = (), measures: Measures | None = None) -> dict[str, float]:
+def compare_answers(
+    now: Rows, start: Rows, pass_at: Sequence[int] = (), measures: Measures | None = None
+) -> dict[str, float]:
     """Figures by their metric names: over all prompts, and where there are several sources over those of each."""
     measures = measures or {}
-    figures = _compared(now, start, pass_at, measures)
+    figures = _compare(now, start, pass_at, measures)
     sources = sorted({row.source for row in now})
     if len(sources) < 2:
         return figures
@@ -53,7 +55,7 @@ def compared(now: Rows, start: Rows, pass_at: Sequence[int] = (), measures: Meas
         of_source = [[row for row in rows if row.source == source] for rows in (now, start)]
         figures |= {
             f"{name}/{metric_name(source)}": value
-            for name, value in _compared(of_source[0], of_source[1], pass_at, measures).items()
+            for name, value in _compare(of_source[0], of_source[1], pass_at, measures).items()
         }
     return figures
 
@@ -63,9 +65,9 @@ def metric_name(source: str) -> str:
     return re.sub(r"\W", "_", source) or "unnamed"
 
 
-def _compared(now: Rows, start: Rows, pass_at: Sequence[int], measures: Measures) -> dict[str, float]:
+def _compare(now: Rows, start: Rows, pass_at: Sequence[int], measures: Measures) -> dict[str, float]:
     figures: dict[str, float] = {}
-    columns: Mapping[str, Callable[[Judged], float | None]] = {
+    columns: Mapping[str, Callable[[HeldOutAnswer], float | None]] = {
         "reward": lambda row: row.reward,
         "gold": lambda row: row.gold,
         "length": lambda row: row.tokens,
@@ -85,11 +87,11 @@ def _compared(now: Rows, start: Rows, pass_at: Sequence[int], measures: Measures
     return figures
 
 
-def _measured(measure: Callable[[str], float], row: Judged) -> float:
+def _measured(measure: Callable[[str], float], row: HeldOutAnswer) -> float:
     return measure(row.response)
 
 
-def _values(rows: Rows, column: Callable[[Judged], float | None]) -> list[float]:
+def _values(rows: Rows, column: Callable[[HeldOutAnswer], float | None]) -> list[float]:
     """The column's values; empty where they are not known."""
     values = [column(row) for row in rows]
     return [value for value in values if value is not None]

@@ -18,9 +18,9 @@ from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.expose_run import expose
-from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.ppo.algorithm import preparation_of
+from rlhf_ray.trainers.ppo.algorithm import make_preparation
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import make_ground_truth
@@ -29,7 +29,7 @@ from rlhf_ray.trainers.ppo.metrics import StepMetrics
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.rewards import reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
-from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, collector_of
+from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.session import Session
@@ -61,7 +61,7 @@ def build(
 ) -> PpoTrainer:
     """Start every group and put the trainer together."""
     groups, placed = start_groups(config, session)
-    commits = Commits(run, config.checkpoint, groups.trained, checkpoint)
+    checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
     setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
@@ -70,7 +70,7 @@ def build(
     rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
     if config.expose is not None:
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
-    preparation = preparation_of(config)
+    preparation = make_preparation(config)
     learner = Learner(config, groups, preparation)
     experience = Experience(config, groups=groups, preparation=preparation, rewards=rewards, tokenizer=tokenizer)
     truth = make_ground_truth(config, session.cleanup)
@@ -91,13 +91,13 @@ def build(
         groups=groups,
         sampler=sampler,
         prompts=stream,
-        collector=collector_of(config, stream, sampler, experience),
+        collector=make_collector(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
         metrics=StepMetrics(config, tokenizer, truth.of_steps),
         evaluation=evaluation,
         self_check=SelfCheck(config, experience, learner),
-        commits=commits,
+        checkpoints=checkpoints,
         journal=journal,
         progress=PpoProgress.start(config.algorithm.kl),
     )

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from rlhf_ray.console import say, table
 from rlhf_ray.monitoring.report.summary import Answer, BestOf, Sample, Table
-from rlhf_ray.trainers.ppo.answers import Judged, metric_name
-from rlhf_ray.trainers.ppo.evaluation import Comparison, best_at
+from rlhf_ray.trainers.ppo.answers import HeldOutAnswer, metric_name
+from rlhf_ray.trainers.ppo.evaluation import Comparison, best_within_kl
 
 SAMPLES_SHOWN = 6
 """Prompts in the report."""
@@ -19,22 +19,22 @@ LONGEST_SHOWN = 160
 START = "start"
 
 
-def closing(
+def summarize_comparison(
     comparison: Comparison, trained: str, pass_at: Sequence[int] = ()
 ) -> tuple[Table, list[Sample], list[BestOf]]:
     """The table (which is also shown), samples side by side, and the best-of-n points; ``trained`` names the policy."""
     headers = ("", "learned reward", "gold", "gold win rate", *(f"pass@{k}" for k in pass_at), "KL, nats", "tokens",
                *(name.replace("_", " ") for name in comparison.measures))  # fmt: skip
-    rows = closing_rows(comparison, trained, pass_at)
+    rows = comparison_rows(comparison, trained, pass_at)
     say(table("on held-out prompts", headers, rows))
     samples = [
         Sample(before.prompt, (_answer(START, before), _answer(trained, after)))
         for before, after in first_answers(comparison)[:SAMPLES_SHOWN]
     ]
-    return Table(headers, tuple(rows)), samples, [BestOf(row.n, row.kl, row.gold) for row in comparison.best_of]
+    return Table(headers, tuple(rows)), samples, list(comparison.best_of)
 
 
-def closing_rows(comparison: Comparison, trained: str, pass_at: Sequence[int] = ()) -> list[tuple[str, ...]]:
+def comparison_rows(comparison: Comparison, trained: str, pass_at: Sequence[int] = ()) -> list[tuple[str, ...]]:
     """Start, the trained policy, best-of-n at about its KL, and where there are several sources both for each."""
     rows = [*_pair(comparison, trained, pass_at), *_best_of_rows(comparison, len(pass_at))]
     sources = sorted({row.source for row in comparison.now})
@@ -80,7 +80,7 @@ def _pair(
 
 
 def _best_of_rows(comparison: Comparison, passes: int) -> list[tuple[str, ...]]:
-    best = best_at(comparison.best_of, comparison.figures.get("evaluation/kl", 0.0))
+    best = best_within_kl(comparison.best_of, comparison.figures.get("evaluation/kl", 0.0))
     if best is None:
         return []
     passed, measured = ("-",) * passes, ("-",) * len(comparison.measures)
@@ -89,7 +89,7 @@ def _best_of_rows(comparison: Comparison, passes: int) -> list[tuple[str, ...]]:
             f"best of {best.n} of SFT",
             "-",
             f"{best.gold:.3f}",
-            f"{best.win_rate:.3f}",
+            "-" if best.win_rate is None else f"{best.win_rate:.3f}",
             *passed,
             f"{best.kl:.3f}",
             "-",
@@ -98,9 +98,9 @@ def _best_of_rows(comparison: Comparison, passes: int) -> list[tuple[str, ...]]:
     ]
 
 
-def first_answers(comparison: Comparison) -> list[tuple[Judged, Judged]]:
+def first_answers(comparison: Comparison) -> list[tuple[HeldOutAnswer, HeldOutAnswer]]:
     """The first answer of both sides to every prompt."""
-    pairs: dict[int, tuple[Judged, Judged]] = {}
+    pairs: dict[int, tuple[HeldOutAnswer, HeldOutAnswer]] = {}
     for before, after in zip(comparison.start, comparison.now, strict=True):
         pairs.setdefault(after.prompt_id, (before, after))
     return list(pairs.values())
@@ -125,6 +125,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
-def _answer(label: str, row: Judged) -> Answer:
+def _answer(label: str, row: HeldOutAnswer) -> Answer:
     scores = {"reward": row.reward} | ({} if row.gold is None else {"gold": row.gold})
     return Answer(label, row.response, scores, row.finished)

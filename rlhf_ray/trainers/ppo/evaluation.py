@@ -21,8 +21,9 @@ from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
+from rlhf_ray.monitoring.report.summary import BestOf
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.trainers.ppo.answers import Judged, compared
+from rlhf_ray.trainers.ppo.answers import HeldOutAnswer, compare_answers
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import Gold, Measures
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -32,22 +33,12 @@ Generate = Callable[[Sequence[TokenizedPrompt], int, bool], TrajectoryBatch]
 
 
 @dataclass(frozen=True)
-class BestOf:
-    """Best-of-n of the starting policy by the reward source."""
-
-    n: int
-    kl: float
-    gold: float
-    win_rate: float
-
-
-@dataclass(frozen=True)
 class Comparison:
     """The start and now: figures by their metric names, answers to the same prompts in the same order."""
 
     figures: Mapping[str, float]
-    start: Sequence[Judged]
-    now: Sequence[Judged]
+    start: Sequence[HeldOutAnswer]
+    now: Sequence[HeldOutAnswer]
     best_of: Sequence[BestOf]
     measures: Sequence[str] = ()
     """Names of the figures that were measured in the texts of answers."""
@@ -76,7 +67,7 @@ class PpoEvaluation:
         self.measures = measures
         self.generate = generate
         self.directory = directory
-        self.start: list[Judged] = []
+        self.start: list[HeldOutAnswer] = []
         self.best: list[BestOf] = []
 
     @property
@@ -84,15 +75,17 @@ class PpoEvaluation:
         """Whether there is anything to evaluate on."""
         return bool(self.prompts)
 
-    def before(self, *, resumed: bool) -> None:
+    def measure_start(self, *, resumed: bool) -> None:
         """The starting policy's answers: drawn now, or in a resumed run those of its first start."""
         if not self.possible:
             return
         kept = self.directory / "start.json"
         if resumed:
             stored = json.loads(kept.read_text())
-            columns = {field.name for field in fields(Judged)}  # version 0.1 kept a count of habits beside them
-            self.start = [Judged(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]]
+            columns = {field.name for field in fields(HeldOutAnswer)}  # version 0.1 kept a count of habits beside them
+            self.start = [
+                HeldOutAnswer(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]
+            ]
             self.best = [BestOf(**row) for row in stored["best_of"]]
             return
         self.start, _ = self.answers()
@@ -101,14 +94,14 @@ class PpoEvaluation:
         content = {"answers": [asdict(row) for row in self.start], "best_of": [asdict(row) for row in self.best]}
         kept.write_text(json.dumps(content))
 
-    def now(self) -> Comparison:
+    def compare(self) -> Comparison:
         """The current policy's answers and their figures, beside the starting policy's."""
         answers, figures = self.answers()
-        figures |= compared(answers, self.start, self.config.evaluation.pass_at, self.measures)
+        figures |= compare_answers(answers, self.start, self.config.evaluation.pass_at, self.measures)
         return Comparison(figures, self.start, answers, self.best, tuple(self.measures))
 
-    def answers(self) -> tuple[list[Judged], dict[str, float]]:
-        """Judged answers, those to one prompt together; where they are samples, their mean sequence KL (k1) in nats."""
+    def answers(self) -> tuple[list[HeldOutAnswer], dict[str, float]]:
+        """HeldOutAnswer answers, those to one prompt together; where they are samples, their mean sequence KL (k1) in nats."""
         asked = self.config.evaluation
         batch, _, samples = self.experience.gather(
             self.generate(self.prompts, asked.samples_per_prompt, asked.greedy),
@@ -128,8 +121,8 @@ class PpoEvaluation:
         if largest < 2 or self.gold is None:
             return []
         trajectories = self.generate(self.prompts, largest, False)
-        samples = self.experience.samples(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
-        rewards, gold = self._shaped(trajectories, self.experience.rewards_of(samples)), self.gold(samples)
+        samples = self.experience.decode(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
+        rewards, gold = self._shaped(trajectories, self.experience.require_rewards(samples)), self.gold(samples)
         first = {row.prompt_id: float(row.gold or 0.0) for row in reversed(self.start)}
         by_prompt = [slice(start, start + largest) for start in range(0, len(samples), largest)]
         won = [_won(gold[rows], first[samples[rows.start].prompt_id]) for rows in by_prompt]
@@ -147,11 +140,11 @@ class PpoEvaluation:
         shaped = self.shaping(score, trajectories["finish_reason"], tokens, moments)
         return [float(value) for value in shaped]
 
-    def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[Judged]:
+    def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[HeldOutAnswer]:
         lengths = {prompt.prompt_id: len(prompt.token_ids) for prompt in self.prompts}
         gold = [None] * len(samples) if self.gold is None else self.gold(samples)
         return [
-            Judged(
+            HeldOutAnswer(
                 prompt_id=sample.prompt_id,
                 prompt=sample.prompt,
                 response=sample.response,
@@ -170,7 +163,7 @@ def best_of_sizes(largest: int) -> list[int]:
     return [*(2**power for power in range(1, largest.bit_length()) if 2**power < largest), largest]
 
 
-def best_at(best: Sequence[BestOf], kl: float) -> BestOf | None:
+def best_within_kl(best: Sequence[BestOf], kl: float) -> BestOf | None:
     """The largest n whose KL is at most ``kl`` nats; none where even two samples cost more."""
     within = [row for row in best if row.kl <= kl]
     return max(within, key=lambda row: row.n) if within else None

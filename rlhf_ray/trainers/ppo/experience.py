@@ -28,20 +28,22 @@ from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredSamples:
     """Answers as texts, and what the reward source said about each."""
 
     samples: list[TextSample]
     results: list[ScoreResult]
 
-    def select(self, rows: Sequence[int]) -> Scored:
+    def select(self, rows: Sequence[int]) -> ScoredSamples:
         """These answers, in this order."""
-        return Scored([self.samples[row] for row in rows], [self.results[row] for row in rows])
+        return ScoredSamples([self.samples[row] for row in rows], [self.results[row] for row in rows])
 
     @staticmethod
-    def join(parts: Sequence[Scored]) -> Scored:
+    def join(parts: Sequence[ScoredSamples]) -> ScoredSamples:
         """One after another."""
-        return Scored([one for part in parts for one in part.samples], [one for part in parts for one in part.results])
+        return ScoredSamples(
+            [one for part in parts for one in part.samples], [one for part in parts for one in part.results]
+        )
 
 
 TERM = "term_"
@@ -84,7 +86,7 @@ class Experience:
         step: int,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
         complete: bool = False,
-        scored: Scored | None = None,
+        scored: ScoredSamples | None = None,
     ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
         """The batch with scores, reference log-probs, values and log-probs, the schedules that made them, the texts.
 
@@ -94,7 +96,7 @@ class Experience:
         schedules = self.groups.schedules(trajectories, step)
         pending = self.groups.columns(trajectories, schedules)
         with phase("scoring"):
-            scored = scored or self.scored(trajectories, prompts)
+            scored = scored or self.score_trajectories(trajectories, prompts)
             samples, results = scored.samples, scored.results
             if complete:
                 self._require_all(results)
@@ -107,12 +109,14 @@ class Experience:
         columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
         return trajectories.with_columns(**columns), schedules, samples
 
-    def scored(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> Scored:
+    def score_trajectories(
+        self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]
+    ) -> ScoredSamples:
         """Every sampled answer as text, with its reward or why it has none."""
-        samples = self.samples(trajectories, prompts)
-        return Scored(samples, self.score(samples))
+        samples = self.decode(trajectories, prompts)
+        return ScoredSamples(samples, self.score(samples))
 
-    def samples(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> list[TextSample]:
+    def decode(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> list[TextSample]:
         """Every sampled answer as text."""
         samples = []
         offsets = trajectories.offsets.tolist()
@@ -143,7 +147,7 @@ class Experience:
         """One result a sample; what fails is tried again while the reward's ``hold_s`` lasts."""
         return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
 
-    def rewards_of(self, samples: Sequence[TextSample]) -> list[float]:
+    def require_rewards(self, samples: Sequence[TextSample]) -> list[float]:
         """The reward of every sample; raises :class:`ScoringError` where one has none."""
         results = self.score(samples)
         self._require_all(results)

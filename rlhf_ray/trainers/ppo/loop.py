@@ -13,9 +13,9 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.ppo.comparison_table import closing, show_samples
+from rlhf_ray.trainers.ppo.comparison_table import show_samples, summarize_comparison
 from rlhf_ray.trainers.ppo.evaluation import Comparison, PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.metrics import StepMetrics, sample_rows
@@ -42,13 +42,13 @@ class PpoTrainer:
     metrics: StepMetrics
     evaluation: PpoEvaluation
     self_check: SelfCheck
-    commits: Commits
+    checkpoints: Checkpointer
     journal: Journal
     progress: PpoProgress
 
     def start(self) -> None:
         """Take up the last commit if there is one, give the engines the weights, check, look at the start."""
-        state = self.commits.restore()
+        state = self.checkpoints.restore()
         if state is not None:
             self.progress.restore(state["progress"])
             self.prompts.restore(state["prompts"])
@@ -57,7 +57,7 @@ class PpoTrainer:
         with self.journal.phase("evaluation"):
             if state is None:
                 self.check()
-            self.evaluation.before(resumed=state is not None)
+            self.evaluation.measure_start(resumed=state is not None)
 
     def run(self) -> None:
         """All steps that are left; raises :class:`ResumableStop` when asked to stop between two of them."""
@@ -76,7 +76,7 @@ class PpoTrainer:
         batch, schedules, samples = self.experience.gather(
             collected.trajectories, collected.by_id, step=progress.step, phase=phase, scored=collected.scored
         )
-        progress.see(batch)
+        progress.observe_scores(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
         measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
         with phase("update"):
@@ -90,7 +90,7 @@ class PpoTrainer:
 
         progress.finish_step(outcome, objective, sequences=len(batch))
         self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in collected.prompts])
-        if self.commits.due(progress.step):
+        if self.checkpoints.due(progress.step):
             with phase("checkpoint"):
                 self.commit()
         self.journal.samples(progress.step, sample_rows(samples, batch))
@@ -115,7 +115,7 @@ class PpoTrainer:
     def commit(self) -> None:
         """Make everything up to the last step survive a kill."""
         state = {"progress": self.progress.state(), "prompts": self.prompts.state()}
-        self.commits.save(self.progress.step, state)
+        self.checkpoints.save(self.progress.step, state)
 
     def check(self) -> None:
         """The start-up self-check, on a few training prompts that are not consumed."""
@@ -130,7 +130,7 @@ class PpoTrainer:
         if not self.evaluation.possible:
             return None
         with self.journal.phase("evaluation"):
-            comparison = self.evaluation.now()
+            comparison = self.evaluation.compare()
         self.journal.evaluation(self.progress.step, comparison.figures)
         show_samples(comparison, self.config.algorithm.name, self.config.evaluation.samples_shown)
         return comparison
@@ -141,7 +141,9 @@ class PpoTrainer:
         get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
         comparison = self.compare()
         if comparison is not None:
-            self.journal.closing(*closing(comparison, self.config.algorithm.name, self.config.evaluation.pass_at))
-        self.commits.final(self.groups.results)
+            self.journal.closing(
+                *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
+            )
+        self.checkpoints.final(self.groups.results)
         self.journal.finish()
         get_logger("ppo").info("done: %s", self.run_directory.path)

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller
 from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.config.sections.algorithm import KlConfig
-from rlhf_ray.trainers.ppo.update import Outcome
+from rlhf_ray.trainers.ppo.update import StepOutcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 
@@ -34,11 +34,11 @@ class PpoProgress:
         """Before the first step."""
         return cls(kl_controller(config.coefficient, config.target, config.horizon))
 
-    def see(self, batch: TrajectoryBatch) -> None:
+    def observe_scores(self, batch: TrajectoryBatch) -> None:
         """Take up the scores of a step, before anything is made of them."""
         self.moments = self.moments.update(batch["score"])
 
-    def finish_step(self, outcome: Outcome, objective: Mapping[str, float], *, sequences: int) -> None:
+    def finish_step(self, outcome: StepOutcome, objective: Mapping[str, float], *, sequences: int) -> None:
         """Count a step over ``sequences`` samples; its mean sequence KL is in ``objective`` where there is a reference."""
         self.step += 1
         self.update += outcome.updates - outcome.skipped

@@ -29,7 +29,7 @@ from rlhf_ray.errors import StaleWeightsError
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.requests import make_requests
 from rlhf_ray.runs.ledger import Ledger
-from rlhf_ray.trainers.ppo.experience import Experience, Scored
+from rlhf_ray.trainers.ppo.experience import Experience, ScoredSamples
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 HELD_OUT = -1
@@ -110,7 +110,7 @@ class Collected:
     prompts: list[TokenizedPrompt]
     """All that were taken, also those whose samples are left out."""
     trajectories: TrajectoryBatch
-    scored: Scored | None = None
+    scored: ScoredSamples | None = None
 
     @property
     def by_id(self) -> dict[int, TokenizedPrompt]:
@@ -124,7 +124,7 @@ class Collector(Protocol):
 
 
 @dataclass(frozen=True)
-class Once:
+class FixedSampling:
     """Take the prompts of a step and sample each: whatever comes is learned from."""
 
     config: PpoConfig
@@ -145,34 +145,34 @@ class Once:
 
 
 @dataclass(frozen=True)
-class UntilInformative:
+class DynamicSampling:
     """Dynamic sampling (DAPO, Yu et al. 2025): sample further prompts for those whose answers all score the same.
 
     At most ``algorithm.dynamic_sampling`` times; a step then learns from what there is, and if nothing differs at all, from
     its last samples, which move nothing. What has no score is left to the rule for failures, once, at the end.
     """
 
-    once: Once
+    fixed: FixedSampling
     experience: Experience
 
     def collect(self, step: int, version: int, phase: Phase) -> Collected:
         """Samples of up to ``batch.prompts_per_step`` prompts whose answers differ in score."""
-        wanted, taken, kept = self.once.config.batch.prompts_per_step, list[TokenizedPrompt](), list[Collected]()
+        wanted, taken, kept = self.fixed.config.batch.prompts_per_step, list[TokenizedPrompt](), list[Collected]()
         sampled = None
-        for _ in range(1 + self.once.config.algorithm.dynamic_sampling):
+        for _ in range(1 + self.fixed.config.algorithm.dynamic_sampling):
             missing = wanted - sum(len(part.prompts) for part in kept)
             if missing == 0:
                 break
-            sampled = self.once.take(missing, step, version, phase)
+            sampled = self.fixed.take(missing, step, version, phase)
             taken += sampled.prompts
             with phase("scoring"):
-                scored = self.experience.scored(sampled.trajectories, sampled.by_id)
+                scored = self.experience.score_trajectories(sampled.trajectories, sampled.by_id)
             sampled = replace(sampled, scored=scored)
-            kept += [part for part in [informative(sampled)] if part.prompts]
+            kept += [part for part in [keep_informative(sampled)] if part.prompts]
         assert sampled is not None, "a step has at least one prompt"
         if not kept:
             get_logger("ppo").warning("step %d: all answers to each of %d prompts score the same", step + 1, len(taken))
-        return joined(taken, kept or [sampled])
+        return join_collected(taken, kept or [sampled])
 
 
 def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
@@ -183,7 +183,7 @@ def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
                                 f"algorithm.max_staleness is {bound}: raise it, or sample again")  # fmt: skip
 
 
-def informative(sampled: Collected) -> Collected:
+def keep_informative(sampled: Collected) -> Collected:
     """The samples of those prompts whose scores differ, or of which one has no score."""
     assert sampled.scored is not None
     trajectories, scored = sampled.trajectories, sampled.scored
@@ -196,13 +196,15 @@ def informative(sampled: Collected) -> Collected:
     return Collected(prompts, trajectories.select(rows), scored.select(rows))
 
 
-def joined(taken: list[TokenizedPrompt], parts: list[Collected]) -> Collected:
+def join_collected(taken: list[TokenizedPrompt], parts: list[Collected]) -> Collected:
     """The samples of all parts as one step's, of which all of ``taken`` is used up."""
     trajectories = TrajectoryBatch.concatenate([part.trajectories for part in parts])
-    return Collected(taken, trajectories, Scored.join([part.scored for part in parts if part.scored is not None]))
+    return Collected(
+        taken, trajectories, ScoredSamples.join([part.scored for part in parts if part.scored is not None])
+    )
 
 
-def collector_of(config: PpoConfig, prompts: PromptStream, sampler: Sampler, experience: Experience) -> Collector:
+def make_collector(config: PpoConfig, prompts: PromptStream, sampler: Sampler, experience: Experience) -> Collector:
     """The way of collecting that the config names."""
-    once = Once(config, prompts, sampler)
-    return UntilInformative(once, experience) if config.algorithm.dynamic_sampling else once
+    fixed = FixedSampling(config, prompts, sampler)
+    return DynamicSampling(fixed, experience) if config.algorithm.dynamic_sampling else fixed

@@ -7,7 +7,6 @@ Each says what it measured, what it allows, and what to look at when it fails.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +14,7 @@ from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
+from rlhf_ray.monitoring.report.summary import Check
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.roles import Schedules
@@ -29,15 +29,13 @@ CHECKED_ALONE = 4
 """Samples that are scored once more, one by one."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check: its name, what was measured, the limit in words, whether it holds, what to do if not."""
-
-    name: str
-    measured: str
-    wanted: str
-    holds: bool
-    way_out: str = ""
+LOG_PROBS, FIRST_RATIO, SCORE_ALONE = "trainer and rollout log-probs", "first ratio", "reward alone and in a batch"
+WAYS_OUT = {
+    LOG_PROBS: "compare policy.model.dtype with rollout.dtype, and rollout.temperature with what the engine samples at",
+    FIRST_RATIO: "log-probs and training must run the same packs in the same precision, without dropout",
+    SCORE_ALONE: "the reward source must score each sample by itself",
+}
+"""What to do where a check fails."""
 
 
 class SelfCheck:
@@ -56,11 +54,11 @@ class SelfCheck:
             self.score_alone(batch, samples),
             self.tokenizers(),
         ]
-        rows = [(check.name, check.measured, check.wanted, "yes" if check.holds else "NO") for check in checks]
+        rows = [(check.name, check.value, check.bound, "yes" if check.passed else "NO") for check in checks]
         sheet = table("start-up self-check", ("what", "measured", "wanted", "holds"), rows)
-        failed = [check for check in checks if not check.holds]
+        failed = [check for check in checks if not check.passed]
         if failed:
-            ways = "\n".join(f"{check.name}: {check.way_out}" for check in failed)
+            ways = "\n".join(f"{check.name}: {WAYS_OUT[check.name]}" for check in failed)
             raise NumericalError(f"the start-up self-check failed\n{sheet}\n{ways}")
         get_logger("ppo").info("\n%s", sheet)
         return checks
@@ -71,11 +69,10 @@ class SelfCheck:
         dtypes = {self.config.policy.model.dtype, self.config.rollout.dtype}
         limit = max(LOG_PROB_LIMITS[dtype] for dtype in dtypes)
         return Check(
-            "trainer and rollout log-probs",
+            LOG_PROBS,
             f"differ by {largest:.1e} nats at most",
             f"<= {limit:g}",
             largest <= limit,
-            "compare policy.model.dtype with rollout.dtype, and rollout.temperature with what the engine samples at",
         )
 
     def first_ratio(self, batch: TrajectoryBatch, schedules: Schedules) -> Check:
@@ -93,27 +90,25 @@ class SelfCheck:
         divergence = report.metrics["approximate_kl"][0]
         exact = total == actions and divergence == 0.0
         return Check(
-            "first ratio",
+            FIRST_RATIO,
             f"mean {total / actions:.9g}, divergence {divergence:.1e}",
             "exactly 1 and 0",
             exact,
-            "log-probs and training must run the same packs in the same precision, without dropout",
         )
 
     def score_alone(self, batch: TrajectoryBatch, samples: Sequence[TextSample]) -> Check:
         """The reward of a text does not depend on the batch it is scored in."""
         few = list(samples[:CHECKED_ALONE])
         together = batch["score"][: len(few)]
-        alone = torch.tensor([self.experience.rewards_of([sample])[0] for sample in few])
+        alone = torch.tensor([self.experience.require_rewards([sample])[0] for sample in few])
         largest = float((together - alone).abs().max())
         dtypes = [role.model.dtype for role in self.config.reward.roles.values()]
         limit = max(SCORE_LIMITS[dtype] for dtype in [*dtypes, "fp32"]) * max(1.0, float(together.abs().max()))
         return Check(
-            "reward alone and in a batch",
+            SCORE_ALONE,
             f"differ by {largest:.1e} at most",
             f"<= {limit:.1e}",
             largest <= limit,
-            "the reward source must score each sample by itself",
         )
 
     def tokenizers(self) -> Check:

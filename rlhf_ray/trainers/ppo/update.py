@@ -17,14 +17,14 @@ from rlhf_ray.algorithms.policy_loss import PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.trainers.ppo.algorithm import policy_loss_of, value_loss_of
+from rlhf_ray.trainers.ppo.algorithm import make_policy_loss, make_value_loss
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Update
 
 
 @dataclass
-class Outcome:
+class StepOutcome:
     """What the updates of one step came to."""
 
     updates: int = 0
@@ -67,12 +67,12 @@ class Learner:
         self.config = config
         self.groups = groups
         self.preparation = preparation
-        self.policy_loss = policy_loss_of(config)
-        self.value_loss = value_loss_of(config)
+        self.policy_loss = make_policy_loss(config)
+        self.value_loss = make_value_loss(config)
 
     def learn(
         self, batch: TrajectoryBatch, schedules: Schedules, *, train_policy: bool, kl_coefficient: float
-    ) -> Outcome:
+    ) -> StepOutcome:
         """All updates of all passes over one step's batch."""
         shared = self.groups.policy.share(self.preparation.trained(batch))
         losses: dict[str, PolicyLoss | ValueLoss] = {
@@ -80,7 +80,7 @@ class Learner:
             "critic": self.value_loss,
         }
         roles = [role for role in self.groups.trained if role != "policy" or train_policy]
-        outcome = Outcome()
+        outcome = StepOutcome()
         for _ in range(self.config.batch.passes_per_step):
             for updates in zip(*(schedules[role].updates for role in roles), strict=True):
                 jobs = {role: (update, losses[role]) for role, update in zip(roles, updates, strict=True)}
@@ -88,7 +88,7 @@ class Learner:
         return outcome
 
     def _update(
-        self, shared: SharedBatch, jobs: Mapping[str, tuple[Update, PolicyLoss | ValueLoss]], outcome: Outcome
+        self, shared: SharedBatch, jobs: Mapping[str, tuple[Update, PolicyLoss | ValueLoss]], outcome: StepOutcome
     ) -> None:
         """Accumulate on all roles, let all ranks vote, apply on all or on none."""
         pending = {

@@ -19,7 +19,7 @@ from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
-from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.stopping import stop_requested
 from rlhf_ray.trainers.supervised.best import Best
@@ -69,7 +69,7 @@ class SupervisedTrainer:
         task: Task,
         group: Group,
         *,
-        commits: Commits,
+        checkpoints: Checkpointer,
         journal: Journal,
         evaluate: Callable[[], dict[str, float]],
         max_tokens: int,
@@ -78,7 +78,7 @@ class SupervisedTrainer:
         self.config = config
         self.task = task
         self.group = group
-        self.commits = commits
+        self.checkpoints = checkpoints
         self.journal = journal
         self.evaluate = evaluate
         self.max_tokens = max_tokens
@@ -126,15 +126,15 @@ class SupervisedTrainer:
         if every and update % every == 0 and update < self.total:
             figures = self.evaluation()
             improved = self.best is not None and self.best.improves(update, figures)
-        if self.commits.due(update) or stop_requested() or (improved and self.commits.every):
+        if self.checkpoints.due(update) or stop_requested() or (improved and self.checkpoints.every):
             with self.journal.phase("checkpoint"):
-                self.commits.save(update, self.state())
+                self.checkpoints.save(update, self.state())
         if improved and self.best is not None:
             with self.journal.phase("checkpoint"):
                 self.best.keep()
         if stop_requested() and update < self.total:
             raise ResumableStop(f"stopped on request after update {update} of {self.total}; go on with: rlhf-ray resume "
-                                f"{self.commits.run.path}")  # fmt: skip
+                                f"{self.checkpoints.run.path}")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """The driver's part of a checkpoint."""
@@ -143,7 +143,7 @@ class SupervisedTrainer:
 
     def restore(self) -> None:
         """Take up the newest valid commit, if there is one."""
-        state = self.commits.restore()
+        state = self.checkpoints.restore()
         if state is not None:
             self.progress = SupervisedProgress(**state["progress"])
             self.order = ShuffledOrder.from_state(state["order"], self.task.parts)

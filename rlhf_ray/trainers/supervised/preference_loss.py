@@ -11,7 +11,7 @@ from rlhf_ray.algorithms.rankings import Focal, Hinge, LogExp, Ordinal, Ranking,
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.reward_training import RewardLossConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.data.load import PairExample
+from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.preferences import PAIR_NUMBERS
 

@@ -26,7 +26,7 @@ PAIRS_AT_ONCE = 1024
 """Of one call: a long file shows how far it is, and a deadline is one of a part."""
 
 
-class HeldOut:
+class HeldOutPairs:
     """Pairs that are scored as often as needed; their batches are made and shared once."""
 
     def __init__(self, reward: RewardGroup, pairs: Sequence[PairExample], loss: RewardLoss, max_tokens: int) -> None:

@@ -11,14 +11,14 @@ from rlhf_ray.data.load import pair_batch, pair_examples
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, total_updates
 from rlhf_ray.trainers.supervised.preference_loss import make_loss
 from rlhf_ray.trainers.supervised.probes import measure_probes
-from rlhf_ray.trainers.supervised.reward_evaluation import HeldOut
+from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
 from rlhf_ray.trainers.supervised.reward_saving import RewardSaver
 
 
@@ -35,7 +35,7 @@ def train_reward_model(
     with Session(config, place=place) as session:
         started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
         reward = started.load().result()
-        held_out = HeldOut(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
+        held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
         saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
         with Journal(run, config) as journal:
@@ -44,7 +44,7 @@ def train_reward_model(
                 config,
                 task,
                 reward,
-                commits=Commits(run, config.checkpoint, {"reward": reward}, checkpoint),
+                checkpoints=Checkpointer(run, config.checkpoint, {"reward": reward}, checkpoint),
                 journal=journal,
                 evaluate=held_out.figures if held_out else dict,
                 max_tokens=config.reward.training_tokens(config.batch),

@@ -10,7 +10,7 @@ from rlhf_ray.data.load import DemonstrationExample, demonstration_batch, demons
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.checkpointing import Commits
+from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, cut, total_updates
@@ -27,19 +27,19 @@ def train_sft(
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
-        commits = Commits(run, config.checkpoint, {"policy": policy}, checkpoint)
+        checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint)
         with Journal(run, config) as journal:
             trainer = SupervisedTrainer(
                 config,
                 task,
                 policy,
-                commits=commits,
+                checkpoints=checkpoints,
                 journal=journal,
                 evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
                 max_tokens=config.policy.training_tokens(config.batch),
             )
             trainer.run()
-            commits.final({"": (policy, {})})
+            checkpoints.final({"": (policy, {})})
             journal.finish()
 
 
