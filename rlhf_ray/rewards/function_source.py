@@ -22,7 +22,9 @@ FAILED_ALONE = 3
 class Caller(Protocol):
     """Runs a function, here or in another process."""
 
-    columns: Sequence[str]
+    @property
+    def columns(self) -> Sequence[str]:
+        """The lists that the function is given, of those in :data:`~rlhf_ray.rewards.functions.COLUMNS`."""
 
     def run(self, calls: Sequence[Columns]) -> list[Outcome]:
         """The outcome of every call, in order."""
