@@ -97,7 +97,7 @@ class _Reader:
         finally:
             self.outer.pop()
 
-    def _scalar(self, node: ScalarNode) -> Any:
+    def _scalar(self, node: Node) -> Any:
         text = str(node.value)
         if not node.style and NAMES_LIKE_NUMBERS.fullmatch(text):  # a style is a pair of quotes or a block
             return text

@@ -27,7 +27,7 @@ def write_value(value: Any) -> str:
 
 
 def _dump(value: Any, *, flow: bool, width: int) -> str:
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = flow
     yaml.width = width
     yaml.sort_base_mapping_type_on_output = False

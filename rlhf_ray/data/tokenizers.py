@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rlhf_ray.config.files.tokenizer_identity import tokenizer_identity
 from rlhf_ray.config.files.tokenizers import not_one_token
-from rlhf_ray.config.tokenizer_identity import tokenizer_identity
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rows.read import AnyRow, read_file
 from rlhf_ray.rows.sources import as_source, every_split

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from rlhf_ray.config.jobs.registry import KINDS, job_class
+from rlhf_ray.config.keys import keys_of, section_of
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.sections.base import Section
-from rlhf_ray.config.spelling import keys_of, section_of
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, ConfigError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlhf_ray.config.jobs.registry import job_classes
+from rlhf_ray.config.keys import keys_of, roles_of
 from rlhf_ray.config.openrlhf import FLAGS, hint
-from rlhf_ray.config.spelling import keys_of, roles_of
 
 ALL_KEYS = {key for job in job_classes().values() for key in keys_of(job)}
 ALL_ROLES = {role for job in job_classes().values() for role in roles_of(job)}

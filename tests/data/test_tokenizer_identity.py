@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.config.tokenizer_identity import same_tokenizer_files, tokenizer_identity
+from rlhf_ray.config.files.tokenizer_identity import same_tokenizer_files, tokenizer_identity
 from rlhf_ray.data.tokenizers import fingerprint
 
 VOCABULARY = {"a": 0, "b": 1, "a b": 2, "[UNK]": 3, "<s>": 4, "</s>": 5}

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.files.models import read_json
+from rlhf_ray.config.files.tokenizer_identity import same_tokenizer_files
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.config.tokenizer_identity import same_tokenizer_files
 
 
 def tokenizer_problems(policy: ModelConfig, readers: Mapping[str, RoleConfig | None]) -> Iterator[Problem]:
