@@ -15,10 +15,10 @@ def faults_of_later_passes(*, keeping: bool) -> int:
 import resource, torch
 from torch import nn
 from rlhf_ray.environment import keep_freed_memory
-from rlhf_ray.models.forward.parallel_packs import Streams
+from rlhf_ray.models.forward.parallel_packs import ParallelPacks
 if {keeping}:
     keep_freed_memory()
-streams, faults = Streams(2), []
+streams, faults = ParallelPacks(2), []
 for _ in range(100):
     streams.map(nn.Identity(), lambda *_: sum([torch.ones(1_000_000) for _ in range(10)]), [None] * 2)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

@@ -34,7 +34,7 @@ from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
     from rlhf_ray.engine.engine import Engine
-    from rlhf_ray.models.forward.parallel_packs import Streams
+    from rlhf_ray.models.forward.parallel_packs import ParallelPacks
 
 Part = tuple[MicroBatch, "np.ndarray[Any, Any]"]
 """Indices of sequences, and the numbers of those sequences one after another."""
@@ -150,7 +150,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         batch: TrajectoryBatch,
         micro_batches: Sequence[MicroBatch],
         forward: Forward,
-        streams: Streams | None = None,
+        streams: ParallelPacks | None = None,
     ) -> list[Part]:
         """``forward`` without gradients on each micro-batch, in float32, with the sequences that it covers.
 

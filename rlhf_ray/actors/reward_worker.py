@@ -22,7 +22,7 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
-    from rlhf_ray.models.forward.parallel_packs import Streams
+    from rlhf_ray.models.forward.parallel_packs import ParallelPacks
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RewardWorker(RegressionWorker[RewardSetup]):
 
     role = "reward"
     model_type = "reward"
-    streams: Streams | None = None
+    streams: ParallelPacks | None = None
     """Runs packs side by side, on a rank that only scores and has several threads of a CPU."""
 
     def setup(self, setup: RewardSetup) -> str:
@@ -56,8 +56,8 @@ class RewardWorker(RegressionWorker[RewardSetup]):
         self.streams = self._make_streams(setup)
         return line
 
-    def _make_streams(self, setup: RewardSetup) -> Streams | None:
-        from rlhf_ray.models.forward.parallel_packs import Streams
+    def _make_streams(self, setup: RewardSetup) -> ParallelPacks | None:
+        from rlhf_ray.models.forward.parallel_packs import ParallelPacks
         from rlhf_ray.models.forward.shards import in_shards
 
         threads = setup.config.resources.threads_per_rank
@@ -65,14 +65,14 @@ class RewardWorker(RegressionWorker[RewardSetup]):
         if threads == 1 or not alone:
             return None
         keep_freed_memory()
-        return Streams(threads)
+        return ParallelPacks(threads)
 
     def describe(self) -> dict[str, Any]:
         """What callers must know of this model: its tokenizer and template, its limit, its mean and std if it normalises."""
         return self.scorer.describe()
 
     def scores(
-        self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch], streams: Streams | None = None
+        self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch], streams: ParallelPacks | None = None
     ) -> list[Part]:
         """One score per sequence, read at its last token."""
         with self.doing("score"):

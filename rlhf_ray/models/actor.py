@@ -27,10 +27,10 @@ from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.load import (
+    check_packing,
     install_log_prob_head,
     load_weights,
-    prepare,
-    prove,
+    prepare_for_packs,
 )
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
@@ -83,10 +83,10 @@ class Actor(nn.Module):
             model = _given(pretrain_or_model, load_in_4bit)
         if use_liger_kernel:
             use_liger(model)
-        self.attention, self.attention_note = prepare(model, attn_implementation, strict=strict_attention)
+        self.attention, self.attention_note = prepare_for_packs(model, attn_implementation, strict=strict_attention)
         install_log_prob_head(model)
         self.model = model
-        prove(model, self.backbone)
+        check_packing(model, self.backbone)
         if adapter is not None:
             load_adapter(model, adapter)
         elif lora_rank:

@@ -41,7 +41,7 @@ from rlhf_ray.models.heads import (
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
-from rlhf_ray.models.weights.load import load_weights, prepare, prove
+from rlhf_ray.models.weights.load import check_packing, load_weights, prepare_for_packs
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
@@ -302,8 +302,8 @@ def wrap_backbone(
     packing_samples: bool = False,
 ) -> SequenceRegression:
     """Put a head on a backbone and make both ready to run packed."""
-    backend, note = prepare(backbone, attention, strict=strict_attention)
-    prove(backbone, backbone)
+    backend, note = prepare_for_packs(backbone, attention, strict=strict_attention)
+    check_packing(backbone, backbone)
     model = _class_of(model_type)(
         backbone,
         head.to(input_embedding(backbone).weight.device),

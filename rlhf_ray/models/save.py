@@ -26,7 +26,7 @@ from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME
-from rlhf_ray.models.weights.classification import classifier_of, unreadable
+from rlhf_ray.models.weights.classification import classifier_name, reason_unreadable
 from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.weights.tokenizer import add_pad_token
 
@@ -160,7 +160,7 @@ def _dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
 
 def _architecture(model: SequenceRegression) -> str:
     """Name the class that transformers reads this as."""
-    reason = unreadable(model.config)
+    reason = reason_unreadable(model.config)
     if reason is not None:
         get_logger(__name__).warning("%s", reason)
-    return classifier_of(model.config) or type(model.backbone).__name__
+    return classifier_name(model.config) or type(model.backbone).__name__

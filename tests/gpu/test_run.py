@@ -67,7 +67,7 @@ def test_attention_that_looks_past_its_segment_is_told(monkeypatch: pytest.Monke
         return torch.zeros(group.longest, group.context + group.longest, dtype=dtype)
 
     monkeypatch.setattr(Segments, "mask", forgets_the_mask)
-    monkeypatch.setattr("rlhf_ray.models.actor.prove", lambda *models: None)
+    monkeypatch.setattr("rlhf_ray.models.actor.check_packing", lambda *models: None)
     with pytest.raises(AssertionError, match="hidden states of packs"):
         agreement.attention_agrees("sdpa", torch.bfloat16, "cpu", count=4, longest=60)
 

@@ -173,7 +173,7 @@ def adapter(tmp_path: Path) -> Path:
         ({"base_model_name_or_path": None}, "does not say which model it belongs to"),
         ({"base_model_name_or_path": "/nowhere"}, "LoRA adapter of /nowhere: .*does not exist"),
         ({"peft_type": "IA3", "feedforward_modules": []}, "of type .*IA3: only LoRA"),
-        ({"use_dora": True}, "uses use_dora, which is not served"),
+        ({"use_dora": True}, "uses use_dora, which is not supported"),
         ({"r": 7}, r"lora_A.*shape \(3, .*belongs to a model of another size"),
         ({"target_modules": ["q_proj"]}, "does not belong to a LlamaModel"),
     ],

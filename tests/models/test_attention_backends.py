@@ -13,7 +13,7 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.forward import attention_backends as backends
 from rlhf_ray.models.forward.attention_backends import KERNELS, REGISTERED, choose_backend
 from rlhf_ray.models.forward.segments import Segments
-from rlhf_ray.models.weights.load import prepare, prove
+from rlhf_ray.models.weights.load import check_packing, prepare_for_packs
 from rlhf_ray.trajectories.packing import Packed
 
 
@@ -77,7 +77,7 @@ def test_what_packs_do_not_serve_is_refused_by_name(given: dict[str, object], me
 def test_offsets_alone_are_enough(causal: Callable[..., PreTrainedModel], packed: Packed) -> None:
     """What transformers documents for packed input: no object of ours."""
     model = causal().base_model
-    prepare(model, "sdpa", strict=True)
+    prepare_for_packs(model, "sdpa", strict=True)
     segments = Segments.of(packed.offsets)
     outputs = [
         model(
@@ -98,7 +98,7 @@ def test_padded_calls_equal_transformers_eager_attention(
     pad: Callable[..., tuple[Tensor, Tensor]], side: str,
 ) -> None:  # fmt: skip
     theirs, mine = causal(family).base_model, causal(family).base_model
-    prepare(mine, "sdpa", strict=True)
+    prepare_for_packs(mine, "sdpa", strict=True)
     ids, mask = pad(sequences, side)
     expected, found = (model(input_ids=ids, attention_mask=mask).last_hidden_state for model in (theirs, mine))
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_padded_calls_equal_transformers_eager_attention(
 
 def test_generation_uses_the_cache(family: str, causal: Callable[..., PreTrainedModel]) -> None:
     theirs, mine = causal(family), causal(family)
-    prepare(mine, "sdpa", strict=True)
+    prepare_for_packs(mine, "sdpa", strict=True)
     ids = torch.arange(3, 10)[None]
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(mine.generate(ids, **settings), theirs.generate(ids, **settings))
@@ -121,12 +121,12 @@ def test_every_backend_is_registered() -> None:
 def test_a_model_that_mixes_segments_is_refused(causal: Callable[..., PreTrainedModel]) -> None:
     """The proof at loading does not trust descriptions: this model shifts tokens outside of its attention."""
     model = causal().base_model
-    prepare(model, "sdpa", strict=True)
-    prove(model, model)
+    prepare_for_packs(model, "sdpa", strict=True)
+    check_packing(model, model)
     norm = model.layers[0].input_layernorm
     norm.register_forward_hook(lambda _, inputs, output: output + output.roll(1, 1).index_fill(1, torch.tensor([0]), 0))
     with pytest.raises(ModelLoadError, match="LlamaModel gives other outputs packed than alone"):
-        prove(model, model)
+        check_packing(model, model)
 
 
 def test_the_model_is_left_as_it_was_by_the_proof() -> None:
@@ -134,6 +134,6 @@ def test_the_model_is_left_as_it_was_by_the_proof() -> None:
 
     model = AutoModel.from_config(LlamaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                               intermediate_size=16)).train()  # fmt: skip
-    prepare(model, "sdpa", strict=True)
-    prove(model, model)
+    prepare_for_packs(model, "sdpa", strict=True)
+    check_packing(model, model)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())

@@ -42,7 +42,7 @@ def test_hub_ids_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused("no-such-org/no-such-model", "'no-such-org/no-such-model' is no directory here.*HF_HUB_OFFLINE")
+    refused("no-such-org/no-such-model", "'no-such-org/no-such-model' is not a local directory.*HF_HUB_OFFLINE")
 
 
 def test_weights_that_are_missing_pickled_or_broken(directory: Path) -> None:

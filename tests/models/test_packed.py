@@ -21,7 +21,7 @@ from transformers import (
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.forward.packed import packed_forward, pad_back, padded_positions, unpad
-from rlhf_ray.models.weights.load import prepare
+from rlhf_ray.models.weights.load import prepare_for_packs
 from rlhf_ray.trajectories.packing import Packed
 
 Make = Callable[..., PreTrainedModel]
@@ -134,20 +134,20 @@ UNPACKABLE = {
 def test_a_model_that_cannot_be_packed_is_refused_by_its_name(name: str) -> None:
     config, reason = UNPACKABLE[name]
     with pytest.raises(ModelLoadError, match=f"{name}.*{reason}"):
-        prepare(AutoModel.from_config(config()), "sdpa", strict=True)
+        prepare_for_packs(AutoModel.from_config(config()), "sdpa", strict=True)
 
 
 def test_attention_sinks_are_refused_by_name(packed: Packed) -> None:
     config = GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=16, num_local_experts=2)
     model = AutoModel.from_config(config)
-    prepare(model, "sdpa", strict=True)
+    prepare_for_packs(model, "sdpa", strict=True)
     with pytest.raises(ModelLoadError, match=r"GptOssAttention uses attention sinks"):
         packed_forward(model, packed)
 
 
 def test_a_layer_that_bypasses_the_backends_is_noticed(causal: Make, packed: Packed) -> None:
     model = causal().base_model
-    prepare(model, "sdpa", strict=True)
+    prepare_for_packs(model, "sdpa", strict=True)
     model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(ModelLoadError, match="1 of its 2 layers"):
         packed_forward(model, packed)
@@ -155,7 +155,7 @@ def test_a_layer_that_bypasses_the_backends_is_noticed(causal: Make, packed: Pac
 
 def test_a_window_that_is_not_passed_on_is_noticed(causal: Make, packed: Packed) -> None:
     model = causal("gemma2").base_model
-    prepare(model, "sdpa", strict=True)
+    prepare_for_packs(model, "sdpa", strict=True)
     for layer in model.layers:
         layer.self_attn.sliding_window = None
     with pytest.raises(ModelLoadError, match="sliding window, but 0"):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.models import make_model
-from rlhf_ray.models.forward.parallel_packs import Streams, same_weights
+from rlhf_ray.models.forward.parallel_packs import ParallelPacks, copy_sharing_weights
 from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
@@ -50,7 +50,7 @@ def scores(module: nn.Module, packed: Packed) -> torch.Tensor:
 
 
 def test_results_are_those_of_one_after_another(module: nn.Module) -> None:
-    streams = Streams(2)
+    streams = ParallelPacks(2)
     with torch.no_grad():
         expected = [scores(module, packed) for packed in packs()]
     for _ in range(2):
@@ -61,7 +61,7 @@ def test_results_are_those_of_one_after_another(module: nn.Module) -> None:
 
 
 def test_a_new_value_of_a_weight_is_seen(module: nn.Module) -> None:
-    streams = Streams(2)
+    streams = ParallelPacks(2)
     before = torch.cat(streams.map(module, scores, packs()))
     with torch.no_grad():
         module.get_parameter("model.score.weight").mul_(2.0)
@@ -75,13 +75,13 @@ def test_both_threads_run_each_on_one(module: nn.Module) -> None:
         seen.add(f"{threading.current_thread().name} with {torch.get_num_threads()}")
         return scores(module, packed)
 
-    Streams(2).map(module, noted, packs())
+    ParallelPacks(2).map(module, noted, packs())
     assert seen == {"pack_0 with 1", "pack_1 with 1"}
     assert torch.get_num_threads() == 2
 
 
 def test_what_fails_is_raised_and_the_next_pass_runs(module: nn.Module) -> None:
-    streams = Streams(2)
+    streams = ParallelPacks(2)
 
     def fails_once(module: nn.Module, packed: Packed) -> torch.Tensor:
         if len(packed.last_tokens) == 2:
@@ -94,7 +94,7 @@ def test_what_fails_is_raised_and_the_next_pass_runs(module: nn.Module) -> None:
 
 
 def test_the_copy_holds_no_weight_of_its_own(module: nn.Module) -> None:
-    other = same_weights(module)
+    other = copy_sharing_weights(module)
     own, shared = dict(module.named_parameters()), dict(other.named_parameters())
     assert own.keys() == shared.keys() and all(own[name] is shared[name] for name in own)
     assert all(one is not another for one, another in zip(module.modules(), other.modules(), strict=True))

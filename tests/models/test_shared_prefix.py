@@ -16,7 +16,7 @@ from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.forward import attention_backends as backends
 from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
-from rlhf_ray.models.weights.load import prove
+from rlhf_ray.models.weights.load import check_packing
 from rlhf_ray.trajectories import packing
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
@@ -151,7 +151,7 @@ def test_a_kernel_that_knows_no_prefixes_gets_whole_sequences(window: int | None
 
     weights = torch.randn(21, 2, 8)
     results = []
-    for kernel in (backends._whole(only_whole), backends.KERNELS["sdpa"]):
+    for kernel in (backends._with_whole_sequences(only_whole), backends.KERNELS["sdpa"]):
         out = kernel(*inputs, Segments.of(offsets, parent), scaling=0.4, window=window, softcap=None)
         results.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
     for a, b in zip(*results, strict=True):
@@ -187,7 +187,7 @@ def test_loading_proves_it(causal: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     model = Actor(causal(), param_dtype="fp32").model
     monkeypatch.setattr(packed.Segments, "of", classmethod(lambda cls, offsets, parent=None: _forgetful(cls, offsets)))
     with pytest.raises(ModelLoadError, match="other outputs packed than alone"):
-        prove(model, model.base_model)
+        check_packing(model, model.base_model)
 
 
 def _forgetful(cls: type[Segments], offsets: Tensor) -> Segments:

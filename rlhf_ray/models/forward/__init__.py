@@ -1,1 +1,1 @@
-"""The forward pass over packed sequences: attention, segments, log-probs, parallel packs."""
+"""The forward pass of a model over packs: many sequences laid end to end in one row of tokens, without padding."""

@@ -1,12 +1,14 @@
-"""Causal attention over segments laid end to end, on any device.
+"""Causal attention over a pack, in plain torch, on any device.
 
-Always true: a token attends to the tokens of its own segment up to itself and of those that its segment continues, within
-the sliding window if there is one, and to nothing else; padding inside a batch of segments influences neither results
-nor gradients.
+A pack is cut into segments. A segment may continue an earlier one, as an answer continues its prompt.
 
-Segments of similar length run as one batch, so that the cost follows the lengths and not the square of the pack. On
-CPU, explicit half-precision products around a softmax that computes in fp32 take half the time of torch's flash
-kernel, backward included, up to some hundreds of tokens; longer segments go to the kernel, which keeps no scores.
+Invariants: a token attends to itself, to earlier tokens of its own segment, and to the segments that its segment continues,
+within the sliding window if there is one, and to nothing else. Padding inside a batch of segments influences neither
+results nor gradients.
+
+Segments of similar length run as one batch, so that the cost grows with the lengths of the segments and not with the square
+of the pack. On CPU, in half precision, explicit matrix products around a softmax in fp32 take half the time of torch's flash
+kernel, backward included, up to a few hundred tokens. Longer segments go to the kernel, which keeps no scores.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ from torch.nn import functional
 from rlhf_ray.models.forward.segments import COLUMNS, Group, Segments
 
 LONGEST_KEPT = 512
-"""Tokens that one may attend to in explicit products while all probabilities are kept for a backward pass."""
+"""Most keys per query for which explicit products are used in training, where all probabilities are kept."""
 LONGEST_EXPLICIT = 2048
-"""Tokens that one may attend to in explicit products without one; beyond, the mask is as large as what they save."""
+"""Most keys per query for which they are used without gradients. Beyond, the mask takes as much memory as they save."""
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-"""Where products on CPU are faster than in fp32, and torch's kernel is not."""
+"""Dtypes in which products on CPU are faster than in fp32, while torch's kernel is not."""
 SCORES_AT_ONCE = 1 << 19
-"""Scores of one explicit product: they should stay in the cache between product, softmax and product."""
+"""Most scores in one explicit product: they should stay in the cache from the first product to the second."""
 QUERIES_AT_ONCE = 96
-"""Queries of one explicit product: keys behind the last of them are left out."""
+"""Most queries in one explicit product. Fewer leave out more of the keys that lie behind the last query."""
 FEW_SHARERS = 4
-"""Up to so many gradients of a shared token are added in their own precision, more in fp32."""
+"""Most gradients of a shared token that are added in their own precision; more are added in fp32."""
 
 
 def segment_attention(
@@ -45,9 +47,10 @@ def segment_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "heads tokens value_dim"]:
-    """Causal attention within each segment: ``softmax(scaling * q k^T + mask) v``, scores capped by ``softcap``.
+    """Attend within each segment: ``softmax(scaling * q k^T + mask) v``, with scores bounded by ``softcap``.
 
-    Where ``segments`` names tokens that are read, the results of all others are zero.
+    There may be fewer key heads than heads: then consecutive heads share one. If ``segments.read`` names tokens, only their
+    results are computed and all others are zero.
     """
     repeats = query.shape[0] // key.shape[0]
     if repeats > 1:
@@ -58,10 +61,10 @@ def segment_attention(
     queries = _to_rows(query, segments, False)
     outputs = []
     for group, q, k, v in zip(segments.groups, queries, keys, values, strict=True):
-        bites = window if window is not None and window < group.context + group.longest else None
+        reach = window if window is not None and window < group.context + group.longest else None
         q = q.view(-1, group.longest, q.shape[-1])
         k, v = (rows.view(-1, group.columns, rows.shape[-1]) for rows in (k, v))
-        out = _group_attention(q, k, v, group, segments, scaling, bites, softcap)
+        out = _group_attention(q, k, v, group, segments, scaling, reach, softcap)
         outputs.append(out.reshape(query.shape[0], -1, v.shape[-1]))
     return _to_tokens(segments, *outputs)
 
@@ -76,11 +79,11 @@ def _read_attention(
     window: int | None,
     softcap: float | None,
 ) -> Float[Tensor, "heads tokens value_dim"]:
-    """What the tokens of ``read`` attend to: one query each, with the keys of its run."""
-    outputs, found = [], []
+    """Attend for the tokens of ``read`` alone: one query each, over the keys of its run."""
+    outputs, places = [], []
     for group, (tokens, run, step), k, v in zip(segments.groups, segments.by_group(read), keys, values, strict=True):
         k, v = (rows.view(len(rows), -1, group.columns, rows.shape[-1]) for rows in (k, v))
-        if run.tolist() != list(range(len(group.runs))):  # mostly one of each, and a copy less
+        if run.tolist() != list(range(len(group.runs))):  # usually each run is read once, and needs no copy
             k, v = k.index_select(1, run), v.index_select(1, run)
         scores = (query[:, tokens, None] @ k.transpose(2, 3)).float() * scaling
         if softcap is not None:
@@ -88,21 +91,21 @@ def _read_attention(
         behind = torch.arange(group.columns, device=run.device) - (group.context + step)[:, None, None]
         unseen = behind > 0 if window is None else (behind > 0) | (behind <= -window)
         outputs.append((torch.softmax(scores.masked_fill(unseen, float("-inf")), -1).to(v.dtype) @ v).squeeze(2))
-        found.append(tokens)
+        places.append(tokens)
     out = torch.cat(outputs, 1)
-    return out.new_zeros(*query.shape[:2], out.shape[-1]).index_copy(1, torch.cat(found), out)
+    return out.new_zeros(*query.shape[:2], out.shape[-1]).index_copy(1, torch.cat(places), out)
 
 
 class _ToRows(torch.autograd.Function):
-    """Tokens to the rows of all groups, as queries or as keys with their context.
+    """Copy tokens to the rows of all groups, as queries or as keys with their context.
 
-    Padded rows influence nothing, so their gradients are dropped unread.
+    Padded rows influence nothing, so their gradients are ignored.
     """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, segments: Segments, as_keys: bool) -> tuple[Tensor, ...]:
         ctx.segments, ctx.as_keys = segments, as_keys
-        tokens = tokens.contiguous()  # once: index_select would do it for every group
+        tokens = tokens.contiguous()  # once here, or index_select does it again for every group
         return tuple(tokens.index_select(1, group.keys if as_keys else group.queries) for group in segments.groups)
 
     @staticmethod
@@ -116,7 +119,7 @@ class _ToRows(torch.autograd.Function):
 def _add_contexts(
     own: Float[Tensor, "heads tokens dim"], gradients: Sequence[Float[Tensor, "heads rows dim"]], segments: Segments
 ) -> Float[Tensor, "heads tokens dim"]:
-    """Add to the gradient of each token what it gets as the context of other segments."""
+    """Add to each token's gradient the gradients that it gets as part of the context of other segments."""
     if segments.most_sharers == 0:
         return own
     total = own if segments.most_sharers <= FEW_SHARERS else own.float()
@@ -131,7 +134,7 @@ def _add_contexts(
 
 
 class _ToTokens(torch.autograd.Function):
-    """Rows of all groups back to tokens; the gradient of a padded row is zero."""
+    """Copy the rows of all groups back to their tokens; the gradient of a padded row is zero."""
 
     @staticmethod
     def forward(ctx: Any, segments: Segments, *rows: Tensor) -> Tensor:
@@ -141,8 +144,8 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = [gradient.index_select(1, group.queries) for group in ctx.groups]
-        kept = [r if group.real is None else r.mul_(group.real) for r, group in zip(rows, ctx.groups, strict=True)]
-        return None, *kept
+        real = [r if group.real is None else r.mul_(group.real) for r, group in zip(rows, ctx.groups, strict=True)]
+        return None, *real
 
 
 _to_rows: Callable[[Tensor, Segments, bool], tuple[Tensor, ...]] = _ToRows.apply
@@ -183,10 +186,11 @@ def _capped(
 
 
 class _Explicit(torch.autograd.Function):
-    """``P = softmax(scaling * q k^T + mask)``, ``out = P v``, in tiles whose scores stay in the cache.
+    """Compute ``P = softmax(scaling * q k^T + mask)`` and ``P v`` in tiles whose scores stay in the cache.
 
-    Backward: ``dP = dout v^T``, ``dS = P * (dP - rowsum(P * dP))``, ``dq = scaling * dS k``, ``dk = scaling * dS^T q``,
-    ``dv = P^T dout``. Half precision in and out, fp32 inside products and softmax.
+    Backward, with ``dX`` for the gradient of ``X``: ``dP = dout v^T``, ``dS = P * (dP - rowsum(P * dP))``,
+    ``dq = scaling * dS k``, ``dk = scaling * dS^T q``, ``dv = P^T dout``. Inputs and outputs are in half precision; products
+    and softmax compute in fp32.
     """
 
     @staticmethod
@@ -198,7 +202,7 @@ class _Explicit(torch.autograd.Function):
         for some, rows, columns in ctx.tiles:
             k_tile = (
                 k[some, columns].contiguous().transpose(1, 2)
-            )  # with gaps between matrices the product copies slowly
+            )  # a product of matrices with gaps between them is slow
             p = torch.softmax(torch.baddbmm(mask[rows, columns], q[some, rows], k_tile, alpha=scaling), -1)
             out[some, rows] = torch.bmm(p, v[some, columns])
             if any(ctx.needs_input_grad):
@@ -224,7 +228,7 @@ _explicit: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor] = _Exp
 
 
 def _tiles(batch: int, queries: int, keys: int, context: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of the batch, blocks of their queries, and the keys up to the last query of each block."""
+    """Yield slices of the batch, of the queries, and of the keys up to the last of these queries."""
     for first in range(0, queries, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, queries)
         seen = min(keys, -(-(context + last) // COLUMNS) * COLUMNS)

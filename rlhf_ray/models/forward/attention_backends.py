@@ -1,10 +1,13 @@
-"""Attention backends for packed input: which there are, which one this machine gets, how transformers calls them.
+"""Attention backends for packs: which exist, which one suits this machine, and how transformers calls them.
 
-Always true: segments travel as the keyword arguments ``cu_seq_lens_q/k`` and ``max_length_q/k`` that transformers
-hands to every registered attention function, and nothing is kept on a config; a kernel sees shared prefixes only if it
-serves them, else every sequence whole; what a model asks for and a backend lacks (attention sinks, position biases,
-dropout) is refused by name; calls without segments are ordinary padded attention; kernels come from installed packages,
-never from a hub.
+Invariants:
+
+- Segments travel in the keyword arguments ``cu_seq_lens_q/k`` and ``max_length_q/k``, which transformers hands to every
+  registered attention function. Nothing is kept on a config.
+- A kernel sees shared prefixes only if it supports them; otherwise it gets every sequence whole.
+- If a model needs what a backend lacks (attention sinks, position biases, dropout), it is refused with the name of that.
+- Calls without segments are ordinary padded attention.
+- Kernels come from installed packages, never from a hub.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def _varlen(
 
 
 def _flash(version: int) -> Kernel:
-    """FlashAttention's variable-length function, which serves grouped heads, windows and softcaps itself."""
+    """Wrap FlashAttention's variable-length function, which supports grouped heads, windows and softcaps itself."""
 
     def kernel(
         query: Tensor,
@@ -105,18 +108,19 @@ KERNELS: dict[str, Kernel] = {
     "varlen": _varlen,
     "sdpa": _segments,
 }
-"""By the names of the config, best first. Each maps (tokens, heads, dim) to (tokens, heads, value dim)."""
+"""Kernels by their names in configs, fastest first. Each maps queries (tokens, heads, dim), and keys and values with fewer
+heads or as many, to (tokens, heads, value dim)."""
 
 SHARES_PREFIXES = {"sdpa"}
-"""Backends that attend to a shared prefix in its place. For the others it is repeated in each sequence, in attention only:
-they need nothing of a kernel but causal attention over whole sequences."""
+"""Backends that attend to a shared prefix where it lies. For the others attention alone repeats it in each sequence, so that
+a kernel needs only causal attention over whole sequences."""
 
 REGISTERED = {backend: f"rlhf_ray_{number}" for number, backend in enumerate(KERNELS)}
-"""Names under which transformers knows the backends: its checks read more into names that contain "flash" or "sdpa"."""
+"""Names under which the backends are registered in transformers, which treats names with "flash" or "sdpa" specially."""
 
 
 def obstacle(backend: str, dtype: torch.dtype) -> str | None:
-    """Why this machine cannot run ``backend`` in ``dtype``, or None where it can."""
+    """Return why this machine cannot run ``backend`` in ``dtype``, or None if it can."""
     if backend == "sdpa":
         return None
     if not torch.cuda.is_available():
@@ -134,9 +138,9 @@ def obstacle(backend: str, dtype: torch.dtype) -> str | None:
 
 
 def choose_backend(wanted: str, dtype: torch.dtype, *, strict: bool) -> tuple[str, str | None]:
-    """Return the backend for ``wanted`` (a name or ``auto``) and, where it is another one, why.
+    """Return the backend to use for ``wanted`` (a name or ``auto``) and, if it is another one, why.
 
-    ``strict`` refuses to take another; otherwise the best that works is taken.
+    With ``strict``, a backend that cannot run here is an error; otherwise the fastest that can run takes its place.
     """
     if wanted != "auto" and wanted not in KERNELS:
         raise ModelLoadError(f"unknown attention backend {wanted!r}: choose one of auto, {', '.join(KERNELS)}")
@@ -149,42 +153,42 @@ def choose_backend(wanted: str, dtype: torch.dtype, *, strict: bool) -> tuple[st
     return best, None if wanted == "auto" else f"{wanted} preferred, but {reason}"
 
 
-def _check_call(module: nn.Module, dropout: float, is_causal: bool | None, given: dict[str, Any]) -> None:
+def _check_call(module: nn.Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:
     name = type(module).__name__
-    unserved = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache"}
-    for argument, what in unserved.items():
-        if given.get(argument) is not None:
-            raise ModelLoadError(f"{name} uses {what}, which packed attention does not serve: choose another model")
+    unsupported = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache"}
+    for argument, what in unsupported.items():
+        if options.get(argument) is not None:
+            raise ModelLoadError(f"{name} uses {what}, which packed attention does not support: choose another model")
     if dropout:
         raise ModelLoadError(
             f"{name} has attention dropout {dropout}: load the model with this project, which turns "
             "dropout off, or set it to 0"
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ModelLoadError(f"{name} is not causal: packed attention serves causal language models only")
+        raise ModelLoadError(f"{name} is not causal: packed attention supports causal language models only")
 
 
-def _segments_of(given: dict[str, Any]) -> Segments | None:
-    """Return the segments of a call: shared by all layers, else described by the offsets, else none (padded)."""
-    shared: Segments | None = given.get("packed_segments")
-    cuts: Tensor | None = given.get("cu_seq_lens_q")
+def _find_segments(options: dict[str, Any]) -> Segments | None:
+    """Return the segments that all layers share, or those that the offsets describe, or None for a padded batch."""
+    shared: Segments | None = options.get("packed_segments")
+    cuts: Tensor | None = options.get("cu_seq_lens_q")
     return shared if shared is not None or cuts is None else Segments.of(cuts)
 
 
-def _whole(kernel: Kernel) -> Kernel:
-    """Make a kernel that gets every sequence whole, and gives each token's output where it first stands."""
+def _with_whole_sequences(kernel: Kernel) -> Kernel:
+    """Wrap a kernel so that it gets every sequence whole; a shared token's output is taken from its first sequence."""
 
-    def whole(query: Tensor, key: Tensor, value: Tensor, segments: Segments, **given: Any) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, **options: Any) -> Tensor:
         if segments.parent is None:
-            return kernel(query, key, value, segments, **given)
+            return kernel(query, key, value, segments, **options)
         sequences, tokens, first = segments.unshared
         repeated = (tensor.index_select(0, tokens) for tensor in (query, key, value))
-        return kernel(*repeated, sequences, **given).index_select(0, first)
+        return kernel(*repeated, sequences, **options).index_select(0, first)
 
-    return whole
+    return attend
 
 
-def _interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
+def _make_interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
     """Make the function that transformers calls for a kernel."""
 
     def attention(
@@ -198,16 +202,16 @@ def _interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         is_causal: bool | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **given: Any,
+        **options: Any,
     ) -> tuple[Float[Tensor, "batch query heads value_dim"], None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        segments = _segments_of(given)
+        segments = _find_segments(options)
         if segments is None:
             if softcap is not None:
                 return _capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
             padded: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
-            return padded(module, query, key, value, attention_mask, dropout, scale, is_causal, **given)
-        _check_call(module, dropout, is_causal, given)
+            return padded(module, query, key, value, attention_mask, dropout, scale, is_causal, **options)
+        _check_call(module, dropout, is_causal, options)
         segments.attended += 1
         segments.windowed += sliding_window is not None
         tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -219,7 +223,7 @@ def _interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """Padded attention with capped scores, which torch's kernel lacks."""
+    """Attend in a padded batch with bounded scores, which torch's kernel does not support."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling / softcap))
@@ -231,6 +235,6 @@ def _capped(
 
 
 for _backend, _kernel in KERNELS.items():
-    _serving = _kernel if _backend in SHARES_PREFIXES else _whole(_kernel)
-    AttentionInterface.register(REGISTERED[_backend], _interface(_serving))
+    _complete = _kernel if _backend in SHARES_PREFIXES else _with_whole_sequences(_kernel)
+    AttentionInterface.register(REGISTERED[_backend], _make_interface(_complete))
     AttentionMaskInterface.register(REGISTERED[_backend], AttentionMaskInterface()["sdpa"])

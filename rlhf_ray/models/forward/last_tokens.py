@@ -1,12 +1,12 @@
-"""Running what treats each token alone for the tokens that are read, and in parts that stay in the cache.
+"""Run the last layer only for the tokens whose hidden state is read, and run norms and MLPs in cache-sized parts.
 
-Always true: the hidden states of the tokens that are read, and every gradient, are those of the whole pass; the hidden
-states of the others are finite, and nothing else is promised of them; afterwards the modules are what they were.
+Invariants: the hidden states of the tokens that are read, and every gradient, are those of the whole pass. The hidden
+states of other tokens are finite and otherwise undefined. Afterwards the modules are what they were.
 
-A score is read at one token a sequence. The last layer's keys and values come from every token, but its queries, what they
-attend to, its projection and the MLP only from those: in a model of six layers a seventh of all products, forward and
-backward. Without gradients, on CPU, norms and MLPs of all layers run in parts: what they compute in between
-is several times as wide as their input, and would go through memory.
+A reward model reads one token per sequence. The last layer needs the keys and values of every token, but queries, attention
+outputs, the output projection and the MLP only for those tokens. In a model of six layers this saves a seventh of all
+matrix products, forward and backward. Without gradients, on CPU, the norms and MLPs of all layers run on some of the tokens
+at a time: their intermediate results are several times as wide as their input and would not fit into the cache.
 """
 
 from __future__ import annotations
@@ -25,47 +25,64 @@ from rlhf_ray.models.forward.shards import in_shards
 
 ATTENTION = "self_attn"
 LAST_LAYER = ("post_attention_layernorm", "mlp", f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj")
-"""Modules, by transformers' names, that the last layer needs for tokens that are read; one that a model lacks runs whole."""
+"""Modules of the last layer, by their names in transformers, that run only for the tokens that are read. A model that lacks
+one of these names runs that part for all tokens."""
 FINAL_NORM = "norm"
-"""The module behind the last layer, for which the same is true."""
+"""The module behind the last layer, which also runs only for the tokens that are read."""
 IN_PARTS = ("mlp", "input_layernorm", "post_attention_layernorm")
-"""Modules of every layer that run in parts."""
+"""Modules of every layer that run on some of the tokens at a time."""
 NUMBERS_AT_ONCE = 1 << 19
-"""Tokens of a part times the widest that they get: a few such matrices fit into the cache of a core."""
+"""Size of the widest intermediate result of a part (tokens times width): a few such matrices fit into a core's cache."""
 FEWEST_TOKENS_AT_ONCE = 256
-"""Fewer would read the weights for next to nothing."""
+"""Smallest part, in tokens: with fewer, reading the weights would take longer than the products."""
 
 Forward = Callable[..., Any]
 
 
 @contextmanager
-def reading(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterator[None]:
-    """Within it, the backbone computes what the last hidden states of ``tokens`` need.
+def narrow_last_layer(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterator[None]:
+    """Within this context the backbone computes only what the last hidden states of ``tokens`` need.
 
-    Checkpointed layers run whole: the backward pass calls them again when this has ended. Models in shards run in one
-    part: their ranks meet in every call of a module.
+    Two cases save less. Checkpointed layers run for all tokens, since the backward pass calls them again after this context
+    has ended. Models in shards run their norms and MLPs in one part, since all ranks must call each module equally often.
     """
-    trained = torch.is_grad_enabled()
-    layers = next((module for name, module in backbone.named_modules() if name.endswith("layers")), nn.ModuleList())
-    for_read = () if trained and backbone.is_gradient_checkpointing else LAST_LAYER
-    in_parts = () if trained or tokens.device.type != "cpu" or in_shards(backbone) else IN_PARTS
-    with ExitStack() as changed:
-        for number, layer in enumerate(layers.children(), start=1):
-            for name, module in layer.named_modules():
-                read = tokens if name in for_read and number == len(layers) else None
-                part = _tokens_at_once(module) if name in in_parts else None
-                if read is not None or part is not None:
-                    changed.enter_context(_other_forward(module, _token_by_token(module.forward, read, part)))
-                if for_read and name == ATTENTION and number == len(layers):
-                    changed.enter_context(_other_forward(module, _attending(module.forward, tokens)))
-        norm = getattr(backbone, FINAL_NORM, None)
-        if for_read and norm is not None:
-            changed.enter_context(_other_forward(norm, _token_by_token(norm.forward, tokens, None)))
+    with ExitStack() as replacements:
+        for module, forward in _narrowed_modules(backbone, tokens):
+            replacements.enter_context(_replace_forward(module, forward))
         yield
 
 
+def _narrowed_modules(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterator[tuple[nn.Module, Forward]]:
+    """Yield each module that runs otherwise than usual, with the function that takes the place of its forward."""
+    with_gradients = torch.is_grad_enabled()
+    narrow = not (with_gradients and backbone.is_gradient_checkpointing)
+    in_parts = not with_gradients and tokens.device.type == "cpu" and not in_shards(backbone)
+    layers = _layers(backbone)
+    for layer in layers:
+        read = tokens if narrow and layer is layers[-1] else None
+        for name, module in layer.named_modules():
+            rows = read if name in LAST_LAYER else None
+            part = _tokens_at_once(module) if in_parts and name in IN_PARTS else None
+            if rows is not None or part is not None:
+                yield module, _token_by_token(module.forward, rows, part)
+            elif read is not None and name == ATTENTION:
+                yield module, _attend_for(module.forward, read)
+    norm = getattr(backbone, FINAL_NORM, None)
+    if narrow and norm is not None:
+        yield norm, _token_by_token(norm.forward, tokens, None)
+
+
+def _layers(backbone: PreTrainedModel) -> list[nn.Module]:
+    stacks = (module for name, module in backbone.named_modules() if name.endswith("layers"))
+    return list(next(stacks, nn.ModuleList()).children())
+
+
 def _tokens_at_once(module: nn.Module) -> int | None:
-    """None where parts would cost more than they save: experts get too few tokens, 4-bit weights are unpacked in each."""
+    """Choose the size of a part of the tokens, or None for a module that runs faster on all of them at once.
+
+    Those are mixtures of experts, whose experts would get too few tokens, and layers in 4 bits, which unpack their weight in
+    every call.
+    """
     weights = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
     if hasattr(module, "experts") or len(weights) < len(list(module.parameters())):
         return None
@@ -74,7 +91,10 @@ def _tokens_at_once(module: nn.Module) -> int | None:
 
 
 def _token_by_token(forward: Forward, read: Int64[Tensor, "read"] | None, part: int | None) -> Forward:
-    """``forward`` for the rows of ``read``, put back among zeros (None: for all), ``part`` rows at a time (None: all)."""
+    """Wrap the forward of a module that treats each token alone.
+
+    It runs for the rows of ``read`` (None: all) and leaves zeros elsewhere, ``part`` rows at a time (None: all at once).
+    """
 
     def token_by_token(hidden: Float[Tensor, "1 tokens width"]) -> Float[Tensor, "1 tokens out"]:
         rows = hidden if read is None else hidden.index_select(1, read)
@@ -84,22 +104,22 @@ def _token_by_token(forward: Forward, read: Int64[Tensor, "read"] | None, part: 
     return token_by_token
 
 
-def _attending(forward: Forward, tokens: Int64[Tensor, "read"]) -> Forward:
-    """``forward`` of a layer's attention, which computes what ``tokens`` attend to."""
+def _attend_for(forward: Forward, tokens: Int64[Tensor, "read"]) -> Forward:
+    """Wrap the forward of a layer's attention so that only ``tokens`` attend."""
 
-    def attending(*args: Any, packed_segments: Segments, **given: Any) -> Any:
+    def attend(*args: Any, packed_segments: Segments, **options: Any) -> Any:
         packed_segments.read = tokens
         try:
-            return forward(*args, packed_segments=packed_segments, **given)
+            return forward(*args, packed_segments=packed_segments, **options)
         finally:
             packed_segments.read = None
 
-    return attending
+    return attend
 
 
 @contextmanager
-def _other_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
-    own = vars(module).get("forward")
+def _replace_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
+    own = vars(module).get("forward")  # set on the instance by someone else; usually only the class has one
     module.forward = forward
     try:
         yield

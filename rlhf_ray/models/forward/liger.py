@@ -1,7 +1,7 @@
 """Liger's Triton kernels for norms, rotary positions and MLPs, on a GPU.
 
-Always true: the output layer and the loss stay this project's own (log-probs in chunks); where the kernels cannot run,
-asking for them is an error that says why.
+Invariants: the output layer and the loss stay this project's own, which compute log-probs in chunks. If the kernels cannot
+run, asking for them is an error that says why.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from rlhf_ray.errors import ModelLoadError
 
-OURS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+KERNELS_LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def liger_obstacle() -> str | None:
-    """Why Liger's kernels cannot run here, or None where they can."""
+    """Return why Liger's kernels cannot run here, or None if they can."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     if not is_liger_kernel_available():
@@ -25,10 +25,10 @@ def liger_obstacle() -> str | None:
 
 
 def use_liger(model: PreTrainedModel) -> None:
-    """Put the kernels into the model, in place."""
+    """Replace norms, rotary positions and MLPs of the model by Liger's, in place."""
     reason = liger_obstacle()
     if reason is not None:
         raise ModelLoadError(f"Liger kernels cannot be used here: {reason}. Leave use_liger_kernel off")
     from transformers.integrations.liger import apply_liger_kernel  # slow to import
 
-    apply_liger_kernel(model, OURS)
+    apply_liger_kernel(model, KERNELS_LEFT_OUT)

@@ -1,10 +1,10 @@
-"""Log-probabilities of given tokens from hidden states, without the logits of a whole batch.
+"""Log-probabilities of tokens from hidden states, in chunks, so that the logits of a whole batch never exist.
 
-Always true: logits, log-probabilities and entropies are fp32 whatever the model's dtype; at most one chunk of logits
-exists at a time, in the backward pass too, where it is computed again; no input is changed.
+Invariants: logits, log-probabilities and entropies are fp32 whatever the model's dtype. At most one chunk of logits exists at
+a time, also in the backward pass, which computes it again. No input is changed.
 
-The head is the model's own output layer, one module that owns its weight and its loop over chunks: under ZeRO-3 its
-weight is gathered once a call, however many chunks a rank has, so that ragged ranks never wait for each other.
+The head is the model's own output layer: one module that owns the weight and the loop over chunks. So ZeRO-3 gathers the
+weight once per call, however many chunks a rank has, and ranks with different numbers of tokens do not wait for each other.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LOGITS_AT_ONCE = 1 << 20
-"""Few enough to stay in the cache of a processor."""
+"""Numbers in a chunk of logits: few enough to stay in the cache of a CPU core."""
 FEWEST_TOKENS_AT_ONCE = 128
-"""Fewer would read the whole weight for next to nothing."""
-AS_MANY_ON_A_GPU = 8
-"""A GPU needs more at once to be busy, and has the memory for it."""
+"""Smallest chunk, in tokens: with fewer, reading the whole weight would take longer than the product."""
+FACTOR_ON_GPU = 8
+"""How much larger a chunk is on a GPU, which needs more work at once and has the memory for it."""
 
 
 def chunk_size(vocabulary: int, *, on_gpu: bool = False) -> int:
-    """Tokens whose logits are held at once."""
-    return max(FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary) * (AS_MANY_ON_A_GPU if on_gpu else 1)
+    """Return the number of tokens whose logits are held at once."""
+    return max(FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary) * (FACTOR_ON_GPU if on_gpu else 1)
 
 
 class LogProbHead(nn.Linear):
@@ -40,7 +40,7 @@ class LogProbHead(nn.Linear):
 
     @classmethod
     def around(cls, layer: nn.Linear, softcap: float | None) -> LogProbHead:
-        """Take over the parameters of an output layer (they stay the same objects, so tied weights stay tied)."""
+        """Make a head out of an output layer. The parameters stay the same objects, so tied weights stay tied."""
         head = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         head.weight, head.bias = layer.weight, layer.bias
         head.softcap = softcap
@@ -53,9 +53,9 @@ class LogProbHead(nn.Linear):
         temperature: float = 1.0,
         with_entropy: bool = False,
     ) -> Any:
-        """Return the logits, or with ``targets`` their log-probabilities (tokens,) and the entropies (tokens,) or None.
+        """Return the logits; or with ``targets`` a pair: their log-probabilities (tokens,) and the entropies (tokens,) in nats.
 
-        Logits are divided by ``temperature`` first.
+        Logits are divided by ``temperature`` first. Without ``with_entropy`` the second of the pair is None.
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
@@ -79,10 +79,9 @@ def _logits(
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """``log p(y) = z_y - log sum exp z`` and ``H = - sum p log p``, with ``z = cap(h W^T + b) /
-    temperature``.
+    """Compute ``log p(y) = z_y - log sum exp z`` and ``H = - sum p log p``, with ``z = cap(h W^T + b) / temperature``.
 
-    Backward: ``dz = g (1_y - p) - g_H p (log p + H)``.
+    Backward, with ``g`` and ``g_H`` for the gradients of both: ``dz = g (1_y - p) - g_H p (log p + H)``.
     """
 
     @staticmethod
@@ -149,7 +148,7 @@ _chunked_log_probs: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogProbs.appl
 def _logits_gradient(
     ctx: Any, part: slice, logits: Float[Tensor, "chunk vocabulary"], for_log_probs: Tensor, for_entropy: Tensor
 ) -> Float[Tensor, "chunk vocabulary"]:
-    """The gradient of a chunk's logits before the cap, in their memory where nothing else needs them."""
+    """Return the gradient of a chunk's logits before the softcap, in the memory of the logits if nothing else needs them."""
     _, _, _, targets, normalisers, entropies = ctx.saved_tensors
     capped = _cap_in_place(logits, ctx.softcap)
     slope = None if ctx.softcap is None else (capped / ctx.softcap).square_().neg_().add_(1.0)
@@ -170,7 +169,7 @@ def _chunks(tokens: int, vocabulary: int, on_gpu: bool) -> list[slice]:
 
 
 def _widen(weight: Tensor, hidden: Tensor) -> Tensor:
-    """Return the weight in fp32, once for all chunks, where the products need it."""
+    """Return the weight in fp32, once for all chunks, unless a GPU multiplies in half precision and sums in fp32."""
     return weight if hidden.is_cuda and hidden.dtype != torch.float32 else weight.float()
 
 

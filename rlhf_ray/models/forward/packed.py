@@ -1,7 +1,9 @@
-"""Running a model on a pack: the only way this project's own code runs one.
+"""Run a model on a pack: many sequences in one row of tokens, without padding.
 
-Always true: the hidden states of a sequence are those of the sequence run alone, whatever it shares; a model whose
-attention cannot be packed safely is refused by its name rather than run wrong.
+Training and scoring run models in this way only.
+
+Invariants: the hidden states of a sequence are those of the sequence run alone, whatever prefix it shares with others. A
+model whose attention cannot be packed safely is refused by its name rather than run wrong.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
-from rlhf_ray.models.forward.last_tokens import reading
+from rlhf_ray.models.forward.last_tokens import narrow_last_layer
 from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.trajectories.packing import Packed
 
-SERVED_LAYERS = {"full_attention", "sliding_attention"}
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+"""Types of layers, as configs name them, that can run packed."""
 
 
 def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "tokens hidden"]:
@@ -28,18 +31,20 @@ def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "
 
 
 def last_token_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "sequences hidden"]:
-    """Return the last hidden state of the last token of each sequence, and compute no other in the last layer."""
-    with reading(backbone, packed.last_tokens):
+    """Return the last hidden state of the last token of each sequence; the last layer computes no other."""
+    with narrow_last_layer(backbone, packed.last_tokens):
         return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
 
 
 def routed_forward(
     backbone: PreTrainedModel, packed: Packed
 ) -> tuple[Float[Tensor, "tokens hidden"], tuple[Float[Tensor, "tokens experts"], ...]]:
-    """The same with the logits of each layer's router, for a mixture of experts."""
+    """Return what :func:`packed_forward` does, and the logits of each layer's router, for a mixture of experts."""
     output = _run(backbone, packed, output_router_logits=True)
     if not output.get("router_logits"):
-        raise RequestError(f"{type(backbone).__name__} has no routers whose use of experts could be balanced")
+        raise RequestError(
+            f"{type(backbone).__name__} has no routers, so its use of experts cannot be balanced: leave the router's loss out"
+        )
     return output.last_hidden_state[0], output.router_logits
 
 
@@ -58,32 +63,31 @@ def _run(backbone: PreTrainedModel, packed: Packed, **options: bool) -> Any:
 
 
 def _no_mask(device: torch.device) -> Tensor:
-    """Return a mask that transformers hands on as it is, because it has four dimensions, and that no attention can
-    apply.
+    """Return a mask of four dimensions, which transformers passes on unchanged, and which no attention can apply.
 
-    A registered backend knows the segments and ignores it; attention that bypasses the backends fails on its shape.
+    A registered backend knows the segments and ignores the mask. Attention that bypasses the backends fails on its shape.
     """
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """Refuse, by name, a model whose description already says that its attention cannot be packed."""
+    """Refuse a model whose config or class already shows that its attention cannot be packed."""
     name, config = type(model).__name__, model.config.get_text_config()
     if not model.is_backend_compatible():
         raise ModelLoadError(
             f"{name} cannot be run packed: its attention does not go through transformers' attention "
             "interface. Choose another model"
         )
-    unserved = set(_layer_types(config)) - SERVED_LAYERS
-    if unserved:
+    unsupported = set(_layer_types(config)) - SUPPORTED_LAYERS
+    if unsupported:
         raise ModelLoadError(
-            f"{name} cannot be run packed: it has layers of type {', '.join(sorted(unserved))}, and "
-            f"packs serve {', '.join(sorted(SERVED_LAYERS))}. Choose another model"
+            f"{name} cannot be run packed: it has layers of type {', '.join(sorted(unsupported))}, and "
+            f"packs support {', '.join(sorted(SUPPORTED_LAYERS))}. Choose another model"
         )
 
 
 def _check_attended(backbone: PreTrainedModel, segments: Segments) -> None:
-    """Compare what the layers did in this pass with what the config says that they are."""
+    """Compare what the layers did in this pass with what the config says about them."""
     config = backbone.config.get_text_config()
     layers = config.num_hidden_layers
     if segments.attended != layers:
@@ -95,7 +99,7 @@ def _check_attended(backbone: PreTrainedModel, segments: Segments) -> None:
     if segments.windowed < windows:
         raise ModelLoadError(
             f"{type(backbone).__name__} cannot be run packed: {windows} of its layers have a sliding "
-            f"window, but {segments.windowed} said so to the attention. Choose another model"
+            f"window, but {segments.windowed} passed one to the attention. Choose another model"
         )
 
 
@@ -110,17 +114,20 @@ def _windowed_layers(config: PreTrainedConfig) -> int:
 
 
 def padded_positions(attention_mask: Tensor) -> Int64[Tensor, "batch length"]:
-    """Count positions from the first attended token of each row; padding stands at 1, as in transformers."""
+    """Number the positions from the first attended token of each row; padding gets position 1, as in transformers."""
     attended = attention_mask.long()
     return (attended.cumsum(1) - 1).masked_fill(attended == 0, 1)
 
 
 def unpad(token_ids: Int64[Tensor, "batch length"], attention_mask: Tensor) -> tuple[Packed, Int64[Tensor, "tokens"]]:
-    """Pack the attended tokens of a padded batch; also return where each stood in the flattened batch."""
+    """Pack the attended tokens of a padded batch; also return the index of each in the flattened batch."""
     attended = attention_mask.bool()
     lengths = attended.sum(1)
     if not bool((lengths > 0).all()):
-        raise RequestError(f"row {int((lengths == 0).nonzero()[0])} of the attention mask attends to nothing")
+        raise RequestError(
+            f"row {int((lengths == 0).nonzero()[0])} of the attention mask is all zeros: give every row "
+            "at least one token"
+        )
     places = attended.flatten().nonzero()[:, 0]
     positions = (attended.cumsum(1) - 1).flatten()[places]
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -130,6 +137,6 @@ def unpad(token_ids: Int64[Tensor, "batch length"], attention_mask: Tensor) -> t
 def pad_back(
     tokens: Float[Tensor, "tokens hidden"], places: Int64[Tensor, "tokens"], batch: int, length: int
 ) -> Float[Tensor, "batch length hidden"]:
-    """Put results per token where :func:`unpad` found the tokens; padding is zero."""
+    """Put one result per token back where :func:`unpad` took the tokens from; padding is zero."""
     out = tokens.new_zeros(batch * length, tokens.shape[-1])
     return out.index_put((places,), tokens).view(batch, length, -1)

@@ -1,10 +1,10 @@
-"""Packs side by side on CPU: as many at once as there are threads, a thread for each, through one set of weights.
+"""Run packs in parallel on CPU: one thread for each pack, all through one set of weights.
 
-Always true: the results are those of the packs one after another, in their order; no weight is copied; outside of a pass the
-threads of the process are what they were.
+Invariants: the results are those of running one pack after another, in the same order. No weight is copied. Between calls
+the process has as many threads for an operation as before.
 
-The threads of one operation wait for each other at its end, thousands of times a pass. Packs that run side by side, one
-thread each, do not.
+When many threads share one operation, they wait for each other at its end, thousands of times in a pass. Threads that each
+run a whole pack do not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rlhf_ray.trajectories.packing import Packed
 Forward = Callable[[nn.Module, Packed], Tensor]
 
 
-class Streams:
-    """Threads that each run whole packs, without gradients, through a module."""
+class ParallelPacks:
+    """A pool of threads that each run whole packs through a module, without gradients."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -33,14 +33,15 @@ class Streams:
         self._pool = ThreadPoolExecutor(threads, "pack", initializer=_compute_alone)
         started = Barrier(threads)
         list(self._pool.map(lambda _: started.wait(), range(threads)))
-        torch.set_num_threads(threads)  # what one of them sets is also what any later thread of the process begins with
+        # What a pool thread sets for itself also becomes the default of every later thread of the process: set it back.
+        torch.set_num_threads(threads)
 
     def map(self, module: nn.Module, forward: Forward, packs: Iterable[Packed]) -> list[Tensor]:
-        """``forward(module, packed)`` of every pack, in their order; one call at a time."""
+        """Return ``forward(module, packed)`` for every pack, in order. Not to be called from two threads at a time."""
         if self._module is not module:
             self._module, self._free = module, SimpleQueue()
             for _ in range(self.threads):
-                self._free.put(same_weights(module))
+                self._free.put(copy_sharing_weights(module))
         return list(self._pool.map(lambda packed: self._run(forward, packed), packs))
 
     @torch.inference_mode()
@@ -53,11 +54,14 @@ class Streams:
 
 
 def _compute_alone() -> None:
-    torch.get_num_threads()  # a thread takes the number of the process at its first question, whatever it was told before
+    torch.get_num_threads()  # the first query in a thread sets its count to that of the process: so query before setting
     torch.set_num_threads(1)
 
 
-def same_weights(module: nn.Module) -> nn.Module:
-    """Another module with the parameters and buffers of ``module`` itself: a pass may change its modules for a while."""
+def copy_sharing_weights(module: nn.Module) -> nn.Module:
+    """Copy the tree of modules, in evaluation mode, but share every parameter and buffer.
+
+    A pass may patch modules for a while, so each thread needs a tree of its own.
+    """
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()

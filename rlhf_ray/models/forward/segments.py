@@ -1,8 +1,10 @@
-"""Where the segments of one forward pass begin, what each continues, and how they are batched for attention.
+"""The segments of one pack: where each begins, which earlier segment it continues, and how attention batches them.
 
-Always true: every token is a real query of exactly one group; all runs of a group have a context of the same length (the
-tokens that they continue), so that one causal mask serves them all; padding repeats a token of its own run, later than
-all of its real ones.
+A segment is a stretch of tokens in the pack. If a prompt has several answers, it is one segment, and each answer is another
+one that continues it. A run is one segment, or several in a row that continue each other. A group is a batch of runs.
+
+Invariants: every token is a real query of exactly one group. All runs of a group continue equally many tokens (their
+context), so that one causal mask fits them all. Padding repeats a token of its own run and lies behind all of its real ones.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from torch import Tensor
 from rlhf_ray.trajectories.packing import lineage
 
 COLUMNS = 32
-"""Keys are padded to a multiple of so many: torch's softmax on CPU is slow on the rest of a row."""
+"""Keys are padded to a multiple of this, since torch's softmax on CPU is slow on the rest of a row."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens in a row of which each continues the one before: a segment, or several right behind each other.
+    """A segment, or several in a row of which each continues the one before it.
 
-    ``context`` has the ranges (first token, length) that the run continues, in order.
+    ``context`` holds the ranges (first token, length) of the pack that the run continues, in order.
     """
 
     start: int
@@ -36,16 +38,17 @@ class Run:
 
     @property
     def context_length(self) -> int:
-        """Number of tokens that the run continues."""
+        """Number of tokens in the context."""
         return sum(length for _, length in self.context)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of similar length, run as one batch padded to the longest.
+    """Runs of similar length that attention computes as one batch, padded to the longest.
 
-    ``queries`` (runs * longest,) names the token that stands in each row, the last of the run in padding; ``real`` is 0 in
-    padding, None without any. ``keys`` (runs * columns,) has the context before each run, and padding behind.
+    ``queries`` (runs * longest,) holds the index of the token in each row; padding repeats the last token of the run.
+    ``real`` is 1 for tokens and 0 for padding, or None if there is no padding. ``keys`` (runs * columns,) holds the context
+    of each run, then the run, then padding.
     """
 
     runs: tuple[Run, ...]
@@ -55,39 +58,39 @@ class Group:
 
     @property
     def longest(self) -> int:
-        """Queries of each run."""
+        """Queries per run."""
         return self.runs[0].length
 
     @property
     def context(self) -> int:
-        """Keys before the first query of each run."""
+        """Keys before the first query of each run: the length of its context."""
         return self.runs[0].context_length
 
     @property
     def columns(self) -> int:
-        """Keys of each run."""
+        """Keys per run."""
         return len(self.keys) // len(self.runs)
 
 
 @dataclass(eq=False)
 class Segments:
-    """The segments of one pass, and what has been derived from it, shared by all layers."""
+    """The segments of one forward pass and what is derived from them, shared by all layers."""
 
     lengths: tuple[int, ...]
     cu_seq_lens: Int[Tensor, "segments+1"]
     parent: tuple[int, ...] | None = None
-    """The segment that each continues, -1 for none."""
+    """Index of the segment that each one continues, -1 for none; None if none continues another."""
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     attended: int = 0
-    """Layers that have attended so far."""
+    """Number of layers that have attended so far in this pass."""
     windowed: int = 0
-    """Layers among them that asked for a sliding window."""
+    """Number of layers among them that passed a sliding window."""
     read: Int64[Tensor, "read"] | None = None
-    """The only tokens whose results are used in the layer that runs now; None: all."""
+    """The tokens whose results are used in the layer that runs now; None for all tokens."""
 
     @classmethod
     def of(cls, offsets: Int[Tensor, "segments+1"], parent: Int64[Tensor, "segments"] | None = None) -> Segments:
-        """Describe the segments that these offsets cut."""
+        """Make the segments that lie between consecutive offsets."""
         parents = None if parent is None else tuple(parent.tolist())
         return cls(tuple(offsets.diff().tolist()), offsets.to(torch.int32), parents)
 
@@ -97,7 +100,7 @@ class Segments:
         return max(self.lengths)
 
     def arguments(self) -> dict[str, Any]:
-        """Return what a model's forward must be given for its layers to attend within these segments."""
+        """Return the keyword arguments of a model's forward that make its layers attend within these segments."""
         cuts, longest = self.cu_seq_lens, self.longest
         return {
             "cu_seq_lens_q": cuts,
@@ -107,25 +110,23 @@ class Segments:
             "packed_segments": self,
         }
 
-    # -------------------------------------------------------------------------------------- one batch of similar length
-
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups of similar length, those without a context first, then longest first."""
+        """All groups, sorted by the length of their context, then longest runs first."""
         return tuple(self._groups())
 
     @cached_property
     def query_rows(self) -> Int64[Tensor, "tokens"]:
-        """The row of each token among the query rows of all groups."""
+        """Index of each token among the query rows of all groups."""
         return self._rows_of_tokens([(group.longest, 0) for group in self.groups])
 
     @cached_property
     def key_rows(self) -> Int64[Tensor, "tokens"]:
-        """The row of each token in its own run among the key rows of all groups."""
+        """Index of each token of a run (not of a context) among the key rows of all groups."""
         return self._rows_of_tokens([(group.columns, group.context) for group in self.groups])
 
     def by_group(self, tokens: Int64[Tensor, "some"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each group: those of ``tokens`` that are its own, in the order of its runs; the run of each, its query there."""
+        """Yield for each group its own among ``tokens`` in the order of its rows, with the run and the place of each."""
         rows, order = self.query_rows[tokens].sort()
         base = 0
         for group in self.groups:
@@ -137,14 +138,14 @@ class Segments:
 
     @cached_property
     def most_sharers(self) -> int:
-        """Runs that continue one token, at most, besides its own."""
+        """The largest number of runs that have one and the same token in their context."""
         if self.parent is None:
             return 0
         counts = Counter(start for group in self.groups for run in group.runs for start, _ in run.context)
         return max(counts.values(), default=0)
 
     def mask(self, group: Group, window: int | None, dtype: torch.dtype) -> Float[Tensor, "query key"]:
-        """Return the additive causal mask of a group, with a sliding window if it bites."""
+        """Return the additive causal mask of a group: 0 where a query sees a key, minus infinity elsewhere."""
         key = (group.longest, group.context, window, dtype)
         if key not in self.masks:
             seen = torch.ones(group.longest, group.columns, dtype=torch.bool, device=self.cu_seq_lens.device)
@@ -155,7 +156,7 @@ class Segments:
         return self.masks[key]
 
     def _runs(self) -> list[Run]:
-        """Join a segment to the one right before it where it continues that one; the others are runs of their own."""
+        """Join each segment to the one right before it if it continues that one; every other segment starts a run."""
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
         lines = lineage(self.parent or (-1,) * len(self.lengths))
         runs: list[Run] = []
@@ -169,7 +170,7 @@ class Segments:
         return runs
 
     def _groups(self) -> Iterator[Group]:
-        """Sort by context and length, and cut where a shorter run would waste more than about an eighth of its rows."""
+        """Sort runs by context and length; start a new group where padding would fill more than about an eighth of a run."""
         order = sorted(self._runs(), key=lambda run: (run.context_length, -run.length))
         while order:
             context, longest = order[0].context_length, order[0].length
@@ -195,7 +196,7 @@ class Segments:
         return Group(runs, rows[:, :longest].flatten().to(device), keys.flatten().to(device), real)
 
     def _rows_of_tokens(self, columns: Sequence[tuple[int, int]]) -> Int64[Tensor, "tokens"]:
-        """Rows of the own tokens of each group, whose runs have ``columns`` (count, first own one)."""
+        """Return the row of each token; ``columns`` holds per group the rows of a run and how many of these are context."""
         rows = torch.empty(sum(self.lengths), dtype=torch.int64)
         base = 0
         for group, (count, first) in zip(self.groups, columns, strict=True):
@@ -205,12 +206,12 @@ class Segments:
             base += len(group.runs) * count
         return rows.to(self.cu_seq_lens.device)
 
-    # ------------------------------------------------------------------------------------------- sequences, each whole
-
     @cached_property
     def unshared(self) -> tuple[Segments, Int64[Tensor, "sequence_tokens"], Int64[Tensor, "tokens"]]:
-        """The same sequences without anything shared, which token stands at each of theirs, and where each token first
-        stands among theirs.
+        """The same sequences with nothing shared, as three values.
+
+        They are the segments of the whole sequences; for each token of those, its index in this pack; and for each token of
+        this pack, its first index in those.
         """
         parent = self.parent or (-1,) * len(self.lengths)
         lines = [line for segment, line in enumerate(lineage(parent)) if segment not in set(parent)]

@@ -1,1 +1,1 @@
-"""Weights on disk and in memory: reading, sharding, adapters, quantisation, tokenizers."""
+"""The weights of models: reading them from disk, splitting and quantising them, adapters, and tokenizers."""

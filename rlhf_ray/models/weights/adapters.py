@@ -1,7 +1,7 @@
-"""Reading directories that hold a LoRA adapter over another model, in PEFT's layout.
+"""Read directories that hold a LoRA adapter for another model, in the layout of PEFT.
 
-Always true: every tensor of the adapter's file is used or the directory is refused; what an adapter asks for beyond
-plain LoRA is refused by name, since it would not be merged right; a pickle is never opened.
+Invariants: every tensor of the adapter's file is used, or the directory is refused. What an adapter uses beyond plain LoRA
+is refused by name, since it would not be merged correctly. A pickle is never opened.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from rlhf_ray.models.weights.lora import ADAPTER, inject, peft
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What PEFT writes in front of every name."""
+"""What PEFT writes before the name of every tensor."""
 HEADS = {f"{HEAD_NAME}.weight", "value_head.weight"}
 """Tensors beside an adapter that are the head of a reward model or critic."""
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -> None:
-    """Put the adapter of ``directory`` on ``model``; a head that lies with it is read by ``models.heads``.
+    """Put the adapter in ``directory`` on ``model``. A head beside it is left to ``models.heads``.
 
-    ``inside`` is where ``model`` stands in the model that the adapter was made for: ``model.`` for a backbone.
+    ``inside`` is the path of ``model`` within the model that the adapter was made for: ``model.`` for a backbone.
     """
     inject(model, _plain_lora(directory))
     parameters = {inside + name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    found = {_live(name): tensor for name, tensor in read_adapter(directory).items() if name not in HEADS}
-    different = sorted(parameters.keys() ^ found.keys())
+    tensors = {_live_name(name): tensor for name, tensor in read_adapter(directory).items() if name not in HEADS}
+    different = sorted(parameters.keys() ^ tensors.keys())
     if different:
         raise ModelLoadError(
             f"the adapter {directory} does not belong to a {type(model).__name__}: only one of them has {different[0]}"
             + (f" (and {len(different) - 1} others differ)" if len(different) > 1 else "")
         )
     for name, parameter in parameters.items():
-        if parameter.shape != found[name].shape:
+        if parameter.shape != tensors[name].shape:
             raise ModelLoadError(
-                f"{name} of the adapter {directory} has shape {tuple(found[name].shape)}, but its model needs "
+                f"{name} of the adapter {directory} has shape {tuple(tensors[name].shape)}, but its model needs "
                 f"{tuple(parameter.shape)}: it belongs to a model of another size"
             )
-        parameter.data.copy_(found[name])
+        parameter.data.copy_(tensors[name])
 
 
 def refuse_second_adapter(name: str, adapter: Path | None, rank: int) -> None:
-    """Refuse to put a fresh adapter over one that was loaded."""
+    """Refuse to put a fresh adapter of this rank (0: none) on a model that has loaded one."""
     if adapter is not None and rank:
         raise ModelLoadError(
             f"{name} is a LoRA adapter already: leave lora_rank out (in a config, lora) to go on training it, or merge it "
@@ -76,28 +76,30 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
 def _plain_lora(directory: Path) -> Any:
     adapter = peft().PeftConfig.from_pretrained(str(directory))
     if not isinstance(adapter, peft().LoraConfig):
-        raise ModelLoadError(f"the adapter {directory} is of type {adapter.peft_type}: only LoRA adapters are served")
-    beyond = {
+        raise ModelLoadError(
+            f"the adapter {directory} is of type {adapter.peft_type}: only LoRA adapters are supported"
+        )
+    used = {
         "use_dora": adapter.use_dora,
         "bias": adapter.bias != "none",
         "lora_bias": adapter.lora_bias,
         "target_parameters": bool(adapter.target_parameters),
     }
-    if any(beyond.values()):
-        names = ", ".join(name for name, used in beyond.items() if used)
+    if any(used.values()):
+        names = ", ".join(name for name, is_used in used.items() if is_used)
         raise ModelLoadError(
-            f"the adapter {directory} uses {names}, which is not served: merge it into its base with PEFT, and give that"
+            f"the adapter {directory} uses {names}, which is not supported: merge it into its base with PEFT, and give that"
         )
     adapter.modules_to_save, adapter.inference_mode = None, False
     return adapter
 
 
-def _live(name: str) -> str:
-    """A live name: with the adapter's own name before the last part."""
+def _live_name(name: str) -> str:
+    """Return the name of a parameter in memory, which has the adapter's name before its last part."""
     path, _, last = name.rpartition(".")
     return f"{path}.{ADAPTER}.{last}"
 
 
 def adapter_name(live: str) -> str:
-    """The name that a live parameter of an adapter has in PEFT's file."""
+    """Return the name in PEFT's file of an adapter's parameter that is called ``live`` in memory."""
     return PREFIX + live.replace(f".{ADAPTER}.", ".")

@@ -1,7 +1,7 @@
-"""A model directory as it lies on disk, before any of it becomes a model.
+"""A model directory on disk: its config, and which file holds which tensor.
 
-Always true: weights are read from safetensors only; a pickle is refused by its name and never opened; a name that is
-neither a directory here nor a hub id that can be reached is an error that says so; a LoRA adapter leads to the model
+Invariants: weights are read from safetensors only; a pickle is refused by its name and never opened. A name that is neither
+a local directory nor a hub id within reach is an error that says so. The directory of a LoRA adapter leads to the base model
 that it names.
 """
 
@@ -27,6 +27,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HEAD_NAME = "score"
 """What transformers, vLLM and this project call a score head on disk."""
 NORMALIZATION = ("mean", "std")
+"""Keys of config.json with which a reward model normalises its scores."""
 FROM_HUB, CODE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*.py"]
 
 
@@ -37,13 +38,13 @@ class Checkpoint:
     directory: Path
     file_of: dict[str, str]
     adapter: Path | None = None
-    """The directory that was asked for, where that is a LoRA adapter over this model."""
+    """The directory of a LoRA adapter for this model, if the caller opened one; else None."""
 
     @classmethod
     def open(cls, name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
         """Find the directory or hub id ``name`` and list its tensors."""
         directory = find_directory(name, revision, code=trust_remote_code)
-        base = base_of(directory)
+        base = find_base(directory)
         if base is not None:
             return replace(cls.open(*base, trust_remote_code=trust_remote_code), adapter=directory)
         if not (directory / "config.json").is_file():
@@ -70,8 +71,8 @@ class Checkpoint:
         if raw.get("quantization_config"):
             method = raw["quantization_config"].get("quant_method")
             raise ModelLoadError(
-                f"{self.directory} holds weights that are quantised already ({method}), which is not served: give the "
-                "model in bf16, and ask for nf4 where it shall be quantised here"
+                f"{self.directory} holds weights that are quantised already ({method}), which is not supported: "
+                "give the model in bf16, and set quantization to nf4 to quantise it here"
             )
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
@@ -79,7 +80,7 @@ class Checkpoint:
             if "auto_map" in raw and not trust_remote_code:
                 raise ModelLoadError(
                     f"{self.directory} brings Python code of its own (auto_map in config.json), which is not run: read "
-                    "it, and set trust_remote_code where you trust it"
+                    "it, and set trust_remote_code if you trust it"
                 ) from error
             raise ModelLoadError(f"{self.directory / 'config.json'} cannot be read: {error}") from error
         for name, value in self._trained_with_adapter().items():
@@ -87,19 +88,22 @@ class Checkpoint:
         return config
 
     def raw_config(self) -> dict[str, Any]:
-        """Read what the config says itself, without transformers' defaults."""
+        """Read config.json as it stands, without the defaults of transformers."""
         return _read_json(self.directory / "config.json") | self._trained_with_adapter()
 
     def _trained_with_adapter(self) -> dict[str, Any]:
-        """The normalisation that was taken with the adapter, where its directory says so."""
+        """Return the mean and std that lie beside the adapter, if any."""
         if self.adapter is None or not (self.adapter / "config.json").is_file():
             return {}
-        said = _read_json(self.adapter / "config.json")
-        return {name: said[name] for name in NORMALIZATION if name in said}
+        beside = _read_json(self.adapter / "config.json")
+        return {name: beside[name] for name in NORMALIZATION if name in beside}
 
 
-def base_of(directory: Path) -> tuple[str, str | None] | None:
-    """The model that the adapter in ``directory`` lies over, and its revision; None where it holds no adapter."""
+def find_base(directory: Path) -> tuple[str, str | None] | None:
+    """Return the name and revision of the base of the adapter in ``directory``, or None if it holds no adapter.
+
+    A directory that also holds weights of its own is a model, not an adapter.
+    """
     path = directory / "adapter_config.json"
     if not path.is_file() or any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
         return None
@@ -125,7 +129,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def find_directory(name: str, revision: str | None = None, *, code: bool = False) -> Path:
-    """Return the local directory of a path or a hub id; Python files come from a hub only with ``code``."""
+    """Return the local directory of a path or hub id, fetched if need be; Python files are fetched only with ``code``."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -137,7 +141,7 @@ def find_directory(name: str, revision: str | None = None, *, code: bool = False
         return Path(snapshot_download(name, revision=revision, allow_patterns=FROM_HUB + CODE * code))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         raise ModelLoadError(
-            f"model {name!r} is no directory here and could not be fetched from the hub ({type(error).__name__}): "
+            f"model {name!r} is not a local directory and could not be fetched from the hub ({type(error).__name__}): "
             "check the name, the network and HF_HUB_OFFLINE, or download it and give its directory"
         ) from error
 

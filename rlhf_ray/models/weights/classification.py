@@ -1,7 +1,7 @@
-"""Sequence classification for architectures that transformers' own mapping lacks.
+"""Teach transformers to read reward models of architectures for which it has no sequence classification.
 
-Always true: once this module is imported, ``AutoModelForSequenceClassification`` reads reward models of these
-architectures; what transformers maps itself is left alone.
+Invariants: once this module is imported, ``AutoModelForSequenceClassification`` reads reward models of these architectures.
+Architectures that transformers supports itself are left alone.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-OURS: dict[type[PreTrainedConfig], type[Any]] = {Olmo2Config: Olmo2PreTrainedModel, OlmoeConfig: OlmoePreTrainedModel}
+ADDED: dict[type[PreTrainedConfig], type[Any]] = {Olmo2Config: Olmo2PreTrainedModel, OlmoeConfig: OlmoePreTrainedModel}
 
-REGISTERED = [kind for kind in OURS if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
-"""Configs whose class is this project's."""
+REGISTERED = [kind for kind in ADDED if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
+"""Types of configs whose classifier is made here."""
 
 for _kind in REGISTERED:
     _name = f"{_kind.__name__.removesuffix('Config')}ForSequenceClassification"
     _class = type(
-        _name, (GenericForSequenceClassification, OURS[_kind]), {"config_class": _kind, "__module__": __name__}
+        _name, (GenericForSequenceClassification, ADDED[_kind]), {"config_class": _kind, "__module__": __name__}
     )
     globals()[_name] = _class
-    # transformers 5.19 leaves out, without a word, what is registered for a config of its own unless exist_ok is given
+    # Without exist_ok, transformers 5.19 silently ignores a class that is registered for one of its own configs.
     AutoModelForSequenceClassification.register(_kind, _class, exist_ok=True)
 
 
-def classifier_of(config: PreTrainedConfig) -> str | None:
-    """Name of the class that ``AutoModelForSequenceClassification`` reads such a model with; None where it has none."""
+def classifier_name(config: PreTrainedConfig) -> str | None:
+    """Return the class with which ``AutoModelForSequenceClassification`` reads such a model, or None if it cannot."""
     kind = type(config)
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return None
@@ -43,9 +43,9 @@ def classifier_of(config: PreTrainedConfig) -> str | None:
     return str(classifier.__name__)
 
 
-def unreadable(config: PreTrainedConfig) -> str | None:
-    """Why plain transformers cannot read a reward model of this architecture; None where it can."""
-    if classifier_of(config) is None:
+def reason_unreadable(config: PreTrainedConfig) -> str | None:
+    """Return why plain transformers cannot read a reward model of this architecture, or None if it can."""
+    if classifier_name(config) is None:
         return f"transformers has no sequence classification for {config.model_type}: only this project reads it"
     if type(config) in REGISTERED:
         return (

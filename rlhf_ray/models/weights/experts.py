@@ -1,6 +1,6 @@
-"""Mixtures of experts: where they are in a model.
+"""Find the experts in a mixture-of-experts model.
 
-Always true: experts are found by what they are (3-D parameters; a module called ``experts``), not by a list of
+Invariant: experts are recognised by their form (3-D parameters; a module called ``experts``), not by a list of
 architectures.
 """
 
@@ -10,15 +10,15 @@ from torch import nn
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold all experts of a layer in one 3-D tensor."""
+    """Return the names of parameters that hold all experts of a layer in one 3-D tensor."""
     return [name for name, parameter in model.named_parameters() if _dimensions(parameter) == 3]
 
 
 def expert_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that route tokens to experts: router and experts together.
+    """Return the modules that hold a router and its experts.
 
-    Which experts a rank calls depends on its tokens, so under ZeRO-3 the parameters of a block are gathered as one (a
-    leaf module): otherwise ranks would wait for each other in other orders.
+    Which experts a rank calls depends on its tokens. So under ZeRO-3 the parameters of a block are gathered as one (a leaf
+    module of DeepSpeed): otherwise ranks would gather experts in different orders and wait for each other forever.
     """
     return [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
 

@@ -1,8 +1,8 @@
-"""Loading transformers models for training and scoring.
+"""Load transformers models and make them ready to run on packs.
 
-Always true: every weight of a loaded model came from its checkpoint (missing or misshapen ones are errors, whatever
-transformers would make up for them); dropout is off; the attention backend is one that packs, proved on the spot with
-short sequences, of which two share a prefix.
+Invariants: every weight of a loaded model came from its checkpoint; missing weights, and weights of another shape, are
+errors, although transformers would draw new ones. Dropout is off. The attention backend can run packs, which is checked at
+once with short sequences, two of which share a prefix.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from rlhf_ray.models.weights.sharded import load_in_shards, wants_shards
 from rlhf_ray.trajectories.packing import Packed
 
 AGREES_TO = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
-"""Largest relative difference between packed and ordinary outputs in the check at loading: a model that mixes
-segments is off by about 1, and half precision may route a token of a mixture of experts elsewhere."""
+"""Largest relative difference between packed and ordinary outputs that passes the check. A model that mixes segments differs
+by about 1. In half precision the difference is large at times: a router may send a token to another expert."""
 ALIGNMENT = 64
+"""Bytes to which torch aligns the memory that it allocates on CPU."""
 
 
 def load_weights(
@@ -45,9 +46,10 @@ def load_weights(
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint; ``heads`` are tensors of it that the model does not take and that are read elsewhere.
+    """Load a checkpoint into the class that ``auto`` chooses for it.
 
-    Where ``ds_config`` asks for ZeRO-3 the model is built in shards, on all ranks together.
+    ``heads`` names tensors of the checkpoint that are read elsewhere, so that it is no surprise if the model leaves them
+    out. If ``ds_config`` asks for ZeRO-3, the model is built in shards, on all ranks together.
     """
     quantized: dict[str, Any] = {}
     if load_in_4bit:
@@ -63,7 +65,7 @@ def load_weights(
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported then, and refused below by their names
+                ignore_mismatched_sizes=True,  # then transformers reports them, and _check_info refuses them by name
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
                 **quantized,
@@ -80,8 +82,10 @@ def load_weights(
 
 
 def _align(model: PreTrainedModel) -> None:
-    """Move weights to memory as torch allocates it: read from a file they lie anywhere, and matrix products on CPU give
-    other last digits for other alignments, so that a saved and loaded model would differ from itself.
+    """Move weights on CPU to memory that torch allocates.
+
+    Weights read from a file may start at any byte. Matrix products give other last digits for another alignment, so that
+    scores of a model would change when it is saved and loaded.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
@@ -90,7 +94,7 @@ def _align(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load report, which this project gives in one line, and in logs its progress bar too."""
+    """Silence transformers' report on loading, which one line replaces here; outside of a terminal, its progress bar too."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled() and not stderr.is_terminal
     transformers_logging.set_verbosity_error()
@@ -107,13 +111,13 @@ def _quiet_transformers() -> Iterator[None]:
 def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads: Collection[str]) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
     if missing or mismatched or info["error_msgs"]:
-        found = "; ".join(
+        problems = "; ".join(
             f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
             for what, names in (("missing", missing), ("of another shape", mismatched), ("errors", info["error_msgs"]))
             if names
         )
         raise ModelLoadError(
-            f"{checkpoint.directory} does not hold the weights of a {model} ({found}): it is another kind of model"
+            f"{checkpoint.directory} does not hold the weights of a {model} ({problems}): it is another kind of model"
         )
     unread = sorted(set(info["unexpected_keys"]) - set(heads))
     if unread:
@@ -122,10 +126,10 @@ def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads:
         )
 
 
-def prepare(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[str, str | None]:
-    """Make a model ready to run packed: dropout off, the attention backend set and proved.
+def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[str, str | None]:
+    """Turn dropout off and set the attention backend; return the backend and, if it is not ``attention``, why.
 
-    Returns the backend and, where it is not the one asked for, why.
+    With ``strict``, an attention backend that cannot run here is an error.
     """
     turn_dropout_off(model)
     check_packable(model)
@@ -135,7 +139,7 @@ def prepare(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[st
 
 
 def turn_dropout_off(model: PreTrainedModel) -> None:
-    """Set every dropout to 0: modules, rates that attention passes on, and the config."""
+    """Set every dropout rate to 0: in modules, in rates that attention passes on, and in the config."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -149,7 +153,7 @@ def turn_dropout_off(model: PreTrainedModel) -> None:
 
 
 def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
-    """Put the chunked log-prob head in the place of the output layer; its parameters stay what they are."""
+    """Replace the output layer by one that computes log-probs in chunks, with the same parameters."""
     layer = model.get_output_embeddings()
     if isinstance(layer, LogProbHead):
         return layer
@@ -166,16 +170,17 @@ def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
 
 
 @torch.no_grad()
-def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
-    """Run short sequences packed and one by one, and refuse a model for which that differs.
+def check_packing(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
+    """Run short sequences packed and one by one, and refuse a model if the outputs differ.
 
-    For a causal model the logits are compared, so that one which changes them after its output layer is refused too. A
-    model in shards cannot run before an engine holds it: what is known of its kind must do.
+    For a causal model the logits are compared, so a model that changes them after its output layer is refused too. A model
+    in shards cannot run before an engine holds it, so it is not checked here.
     """
     if in_shards(model):
         return
     embedding, training = input_embedding(model), model.training
     device, rows = embedding.weight.device, embedding.num_embeddings
+    # Three sequences: a prefix of 5 tokens with 2 more, the same prefix with 3 more, and one of 3 tokens.
     prefix, *others = (
         torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (7, 2), (4, 3), (2, 3))
     )
@@ -188,7 +193,7 @@ def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
     )
     model.eval()
     try:
-        alone = torch.cat([_ordinary(model, sequence) for sequence in sequences])
+        alone = torch.cat([_run_alone(model, sequence) for sequence in sequences])
         together = packed.per_sequence(packed_forward(backbone, packed))
     finally:
         model.train(training)
@@ -203,7 +208,7 @@ def prove(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
         )
 
 
-def _ordinary(model: PreTrainedModel, sequence: Tensor) -> Tensor:
+def _run_alone(model: PreTrainedModel, sequence: Tensor) -> Tensor:
     output = model(input_ids=sequence[None], attention_mask=torch.ones_like(sequence)[None], use_cache=False)
     tensor: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
     return tensor

@@ -1,7 +1,7 @@
-"""Low-rank adapters on a transformers model, and the weights that they amount to.
+"""LoRA: small trainable matrices on the layers of a frozen model (Hu et al. 2021, arXiv:2106.09685).
 
-Always true: the model keeps its structure (adapters are put into its layers), only adapters and heads are trainable,
-and what is exported is the merged weight ``W + scaling * B A``, so that no reader needs to know about adapters.
+Invariants: the model keeps its structure; adapters are put into its layers. Only adapters and heads are trainable. What is
+exported is the merged weight ``W + scaling * B A``, so no reader needs to know about adapters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.experts import expert_parameters
 from rlhf_ray.models.weights.quantization import bitsandbytes
 
-ADAPTER, EVERY_LINEAR = "default", "all-linear"
+ADAPTER = "default"
+"""The name under which PEFT keeps an adapter in memory."""
+EVERY_LINEAR = "all-linear"
+"""The target that stands for every linear layer."""
 
 
 def add_lora(
@@ -29,48 +32,51 @@ def add_lora(
     dropout: float = 0.0,
     targets: str | Sequence[str] | None = None,
 ) -> None:
-    """Put an adapter on the target layers (default: every linear layer; of a mixture of experts, those of attention)
-    and freeze the rest.
+    """Put an adapter on the target layers and freeze all other parameters.
+
+    The default targets are all linear layers, or in a mixture of experts those of attention.
     """
     wanted = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
     if wanted == EVERY_LINEAR and expert_parameters(model):
-        wanted = sorted({name.rpartition(".")[2] for name in _linear(model) if "attn" in name or "attention" in name})
+        wanted = sorted(
+            {name.rpartition(".")[2] for name in _linear_names(model) if "attn" in name or "attention" in name}
+        )
     _check_targets(model, wanted)
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, bias="none")
     inject(model, config)
 
 
 def peft() -> ModuleType:
-    """The package: slow to import, and only models with adapters need it."""
-    bitsandbytes()  # PEFT imports it, which would look for kernels on a hub
+    """Import PEFT, which is slow and which only models with adapters need."""
+    bitsandbytes()  # import it first in our own way: PEFT would import it so that it looks for kernels on a hub
     import peft
 
     return peft
 
 
 def inject(model: PreTrainedModel, config: Any) -> None:
-    """Put the adapter that PEFT's ``config`` describes on the model."""
+    """Put the adapter that the ``LoraConfig`` describes on the model."""
     wanted = config.target_modules
     try:
         model.add_adapter(config, ADAPTER)
     except ValueError as error:
         raise _unfit(model, wanted, "do") from error
     if not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in adapted_layers(model).values()):
-        raise _unfit(model, wanted, "do")  # PEFT reads some names as those of experts
+        raise _unfit(model, wanted, "do")  # PEFT takes some names for those of experts
 
 
 def _check_targets(model: PreTrainedModel, wanted: str | list[str]) -> None:
-    """Refuse a list of which a name fits no layer: PEFT leaves it out without a word where another one fits."""
+    """Refuse a list with a name that fits no layer: PEFT silently ignores such a name if another one fits."""
     if isinstance(wanted, str):
         return
-    names = [f".{name}" for name in _linear(model)]
+    names = [f".{name}" for name in _linear_names(model)]
     for target in wanted:
         if not any(name.endswith(f".{target}") for name in names):
             raise _unfit(model, target, "does")
 
 
 def _unfit(model: PreTrainedModel, wanted: object, do: str) -> ModelLoadError:
-    linear = {name.rpartition(".")[2] for name in _linear(model)}
+    linear = {name.rpartition(".")[2] for name in _linear_names(model)}
     experts = (
         " (the experts of a mixture are 3-D parameters, which no adapter reaches)" if expert_parameters(model) else ""
     )
@@ -80,14 +86,14 @@ def _unfit(model: PreTrainedModel, wanted: object, do: str) -> ModelLoadError:
     )
 
 
-def _linear(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers, without the output layer."""
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers, without the output layer."""
     output = model.get_output_embeddings()
     return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output]
 
 
 def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the three tensors of each adapted layer by its merged weight, under the layer's own name."""
+    """Replace the three tensors of each adapted layer (base, A and B) by the merged weight, under the name of the layer."""
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if ".lora_A." in name or ".lora_B." in name:
@@ -103,7 +109,7 @@ def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers that hold an adapter, by name (with ``r`` and ``scaling`` by adapter)."""
+    """Return the layers that hold an adapter, by name; each has dicts ``r`` and ``scaling`` by the name of the adapter."""
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 

@@ -1,8 +1,8 @@
-"""Weights in 4 bits (NF4 with double quantisation), as QLoRA holds a frozen base.
+"""Weights in 4 bits (NF4 with double quantisation), as QLoRA holds the frozen base (Dettmers et al. 2023, arXiv:2305.14314).
 
-Always true: what is in 4 bits is frozen, and is never an embedding, an output layer, a head or the experts of a mixture
-(3-D parameters, which bitsandbytes does not know); a layer computes with its dequantised weight, in training and in
-evaluation alike; what leaves the model is dequantised.
+Invariants: weights in 4 bits are frozen, and are never an embedding, an output layer, a head or the experts of a mixture
+(3-D parameters, which bitsandbytes does not support). A layer computes with its dequantised weight, in training and in
+evaluation alike. Weights that leave the model are dequantised.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ INSTALL = "pip install bitsandbytes"
 
 
 def bitsandbytes() -> ModuleType | None:
-    """The package, or None where it is not installed.
+    """Import bitsandbytes; return None if it is not installed.
 
-    It would fetch compiled kernels from a hub while it is imported, where the package ``kernels`` is installed: here
-    its import finds none, and its complaint about that is not shown.
+    If the package ``kernels`` is installed, bitsandbytes would fetch compiled kernels from a hub during its import. So that
+    package is hidden from it meanwhile, and its warning about that is silenced.
     """
     if find_spec("bitsandbytes") is None:
         return None
@@ -45,10 +45,10 @@ def bitsandbytes() -> ModuleType | None:
 
 
 def four_bit(dtype: torch.dtype, *, in_shards: bool) -> BitsAndBytesConfig:
-    """What transformers needs to know to read linear layers into 4 bits and to compute with them in ``dtype``."""
+    """Make the config with which transformers reads linear layers into 4 bits and computes with them in ``dtype``."""
     if in_shards:
         raise ModelLoadError(
-            "4-bit (NF4) weights cannot be sharded (ZeRO-3): use ZeRO stage 2 or less, or leave the quantisation out"
+            "4-bit (NF4) weights cannot be sharded (ZeRO-3): use ZeRO stage 2 or less, or leave quantization out"
         )
     if bitsandbytes() is None:
         raise ModelLoadError(
@@ -65,8 +65,8 @@ def four_bit(dtype: torch.dtype, *, in_shards: bool) -> BitsAndBytesConfig:
 def prepare_four_bit(model: nn.Module) -> None:
     """Freeze the whole model, and make its layers in 4 bits compute in evaluation as they do in training.
 
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs a weight anew when it first evaluates: the scales lose digits, the
-    numbers change, and from then on no gradient passes through the layer, in training neither.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight at the first evaluation. The scales lose digits, so the
+    outputs change, and from then on no gradient passes through the layer, not even in training.
     """
     model.requires_grad_(False)
     for layer in four_bit_layers(model).values():
@@ -74,7 +74,7 @@ def prepare_four_bit(model: nn.Module) -> None:
 
 
 def four_bit_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers in 4 bits, by name."""
+    """Return the layers in 4 bits, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -83,7 +83,7 @@ def four_bit_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def dequantized(parameter: Tensor) -> Tensor:
-    """The weight that a layer computes with; any other parameter as it is."""
+    """Return the weight that a layer in 4 bits computes with; any other parameter as it is."""
     package = bitsandbytes() if _is_four_bit(parameter) else None
     if package is None:
         return parameter
@@ -92,7 +92,7 @@ def dequantized(parameter: Tensor) -> Tensor:
 
 
 def dequantized_like(parameter: Tensor) -> Tensor | None:
-    """An empty tensor on no device with the shape and dtype of the dequantised weight; None where it is none."""
+    """Return a tensor without data that has the shape and dtype of the dequantised weight; None if it is not in 4 bits."""
     if not _is_four_bit(parameter):
         return None
     state = _quant_state(parameter)

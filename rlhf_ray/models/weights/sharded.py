@@ -1,13 +1,13 @@
-"""Building a model in shards for ZeRO-3, tensor by tensor from safetensors.
+"""Build a model for ZeRO-3, where each rank holds a shard of every parameter, tensor by tensor from safetensors.
 
-Always true: no rank ever holds more than one module's own parameters whole; every weight came from the checkpoint, which
-this module checks itself; buffers (rotary frequencies) keep their precision.
+Invariants: no rank ever holds more than one module's own parameters whole. Every weight came from the checkpoint, which this
+module checks itself. Buffers (rotary frequencies) keep their precision.
 
-transformers merges the whole state dict on every rank, and DeepSpeed's ``zero.Init`` around a constructor casts what
-the constructor computes. So the structure is built empty here, and each module is filled and handed to ``zero.Init``
-by itself. All are filled in one workspace, out of which ``zero.Init`` copies this rank's share: memory that is taken and
-freed anew for each would stay with the process in pieces. Where a parameter lies on disk in parts (the experts of a
-mixture) transformers is asked which of its rows go into which part.
+The usual ways do not work: transformers loads all weights on every rank, and DeepSpeed's ``zero.Init`` around a constructor
+casts what the constructor computes. So the modules are built empty here, and each is filled and handed to ``zero.Init`` by
+itself. All are filled in one workspace, from which ``zero.Init`` copies this rank's share: memory that is allocated and freed
+again for each would stay with the process in pieces. Some parameters lie on disk in parts (the experts of a mixture). Then
+transformers is asked which rows belong to which part.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from rlhf_ray.models.weights.checkpoint import Checkpoint
 
 
 def wants_shards(ds_config: Mapping[str, Any] | None) -> bool:
-    """Whether a DeepSpeed configuration asks for ZeRO-3."""
+    """Return whether a DeepSpeed configuration asks for ZeRO-3."""
     return ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor on disk, and which rows of a live parameter it holds (None: it is the whole parameter)."""
+    """A tensor on disk, and which rows of a parameter in memory it holds (None: it is the whole parameter)."""
 
     name: str
     rows: Tensor | None
@@ -59,7 +59,7 @@ def load_in_shards(
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     parts, named = _parts(checkpoint, model), {id(tensor): name for name, tensor in model.named_parameters()}
-    owners = list(model.named_modules())[::-1]  # inside out: zero.Init takes the parameters of children along
+    owners = list(model.named_modules())[::-1]  # children first: zero.Init also splits the parameters of children
     workspace = torch.empty(max(_own_size(owner) for _, owner in owners), dtype=dtype)
     filled: dict[int, nn.Parameter] = {}
     for path, owner in progress(owners, f"building {checkpoint.directory.name} in shards"):
@@ -80,7 +80,7 @@ def load_in_shards(
 
 
 def grow_rows(embedding: nn.Embedding, added: Callable[[Tensor], Tensor], ds_config: Mapping[str, Any]) -> None:
-    """Put the rows that ``added`` makes from the old ones under an embedding in shards, on all ranks together."""
+    """Append the rows that ``added`` computes from the old ones to an embedding in shards, on all ranks together."""
     from deepspeed import zero
 
     with zero.GatheredParameters([embedding.weight]):
@@ -91,12 +91,12 @@ def grow_rows(embedding: nn.Embedding, added: Callable[[Tensor], Tensor], ds_con
 
 
 def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Part]]:
-    """Find what holds every parameter and persistent buffer, as the checkpoint spells it; ties are one parameter."""
+    """Find the tensors on disk of every parameter and persistent buffer; tied parameters count as one."""
     parameters = dict(model.named_parameters())
     tied = {id(parameter) for parameter in parameters.values()}
     layout = _layout(model, parameters)
     for live in model.state_dict():
-        if live not in layout and id(_find(model, live)) not in tied:
+        if live not in layout and id(_find_tensor(model, live)) not in tied:
             layout[live] = [Part(live, None)]
     lacking = [part.name for parts in layout.values() for part in parts if not _spelling(checkpoint, model, part.name)]
     if lacking:
@@ -112,10 +112,10 @@ def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Par
 
 
 def _layout(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
-    """Which tensors on disk make up each parameter.
+    """Find which tensors on disk make up each parameter.
 
-    Every row of every parameter gets a number, and transformers takes the numbers apart as it would the rows; they are
-    two wide, since it drops dimensions of one.
+    Every row of every parameter gets a number, and transformers converts tensors of these numbers to their form on disk as it
+    would convert the weights. The tensors are two wide, since transformers drops dimensions of size one.
     """
     numbered, first, names = {}, [0], list(parameters)
     for name in names:
@@ -135,12 +135,12 @@ def _layout(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> d
 
 
 def _spelling(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> str:
-    """How the checkpoint spells a name: with the prefix of the base model or without; empty where it has none."""
+    """Return the name in the checkpoint, which may have the prefix of the base model or lack it; empty if there is none."""
     prefix = f"{model.base_model_prefix}."
     return next((s for s in (name, prefix + name, name.removeprefix(prefix)) if s in checkpoint.names), "")
 
 
-def _find(model: PreTrainedModel, name: str) -> Tensor:
+def _find_tensor(model: PreTrainedModel, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(path), last)
     return tensor
@@ -155,7 +155,7 @@ def _own_size(module: nn.Module) -> int:
 
 
 def _fill(weight: Tensor, checkpoint: Checkpoint, parts: list[Part]) -> None:
-    """Fill a parameter from its parts, one of them in memory at a time."""
+    """Fill a parameter from its parts, with one part in memory at a time."""
     width, filled = weight.shape[-1:] if weight.dim() > 1 else torch.Size(), 0
     for part in parts:
         tensor = checkpoint.read(part.name)
@@ -171,4 +171,7 @@ def _fill(weight: Tensor, checkpoint: Checkpoint, parts: list[Part]) -> None:
             weight.view(-1, *width)[part.rows.flatten()] = tensor.reshape(-1, *width).to(weight.dtype)
         filled += tensor.numel()
     if filled != weight.numel():
-        raise ModelLoadError(f"{checkpoint.directory} cannot be built in shards: use ZeRO stage 2 or less")
+        raise ModelLoadError(
+            f"{checkpoint.directory} cannot be built in shards, since its parts do not make up a whole weight: use ZeRO "
+            "stage 2 or less"
+        )

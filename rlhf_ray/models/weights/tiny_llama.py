@@ -1,7 +1,7 @@
-"""Small Llama models made on the spot, for demos, tests and machines that can download none.
+"""Make small Llama models with random weights, for demos, tests and machines that cannot download a model.
 
-Always true: the same shape, sizes and seed give the same weights bit for bit, whatever the state of the global random
-generator, which is left as it was; every shape uses a head size that vLLM's CPU backend serves.
+Invariants: the same shape, vocabulary and seed give the same weights bit for bit, whatever the state of the global random
+generator, which is left as it was. Every shape uses a head size that vLLM's CPU backend supports.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf_ray.errors import ModelLoadError
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a made Llama; parameters are counted with a vocabulary of 4096."""
+    """The sizes of a model. The parameter counts in the names of :data:`SHAPES` hold for a vocabulary of 4096."""
 
     hidden: int
     intermediate: int
@@ -43,7 +43,7 @@ def make_config(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
 ) -> LlamaConfig:
-    """The configuration of a made model with ``vocabulary`` tokens."""
+    """Make the config of a model of this shape with ``vocabulary`` tokens."""
     if shape not in SHAPES:
         raise ModelLoadError(f"no model can be made of shape {shape!r}: choose one of {', '.join(SHAPES)}")
     sizes = SHAPES[shape]
@@ -72,7 +72,7 @@ def make_model(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """A made causal language model in fp32 with random weights drawn from ``seed``."""
+    """Make a causal language model in fp32 with random weights drawn from ``seed``."""
     config = make_config(
         shape, vocabulary, pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id
     )

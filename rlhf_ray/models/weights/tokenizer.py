@@ -14,21 +14,24 @@ from rlhf_ray.config.files.models import TOKENIZER_FILES
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.weights.checkpoint import base_of, find_directory
+from rlhf_ray.models.weights.checkpoint import find_base, find_directory
 from rlhf_ray.models.weights.embeddings import grow_embeddings
 
 PAD_TOKEN = "<|pad|>"
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model: from its directory, or made as the model is made."""
+    """Load the tokenizer of a model from its directory, or make it if the config makes the model.
+
+    An adapter without a tokenizer has that of its base.
+    """
     if config.make is not None:
         from rlhf_ray.data.tokenizers import make_tokenizer
 
         return make_tokenizer(config.make.tokenizer_from, config.make.vocabulary)
     assert config.path is not None
     directory = find_directory(config.path, config.revision)
-    base = base_of(directory)
+    base = find_base(directory)
     if base is not None and not any((directory / name).is_file() for name in TOKENIZER_FILES):
         directory = find_directory(*base)
     try:
@@ -41,18 +44,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def add_pad_token(tokenizer: PreTrainedTokenizerBase, *, pad_with_eos: bool = False) -> bool:
-    """Give a tokenizer without pad token a dedicated one; return whether the vocabulary has grown.
+    """Give a tokenizer without a pad token a dedicated one; return whether the vocabulary has grown.
 
-    ``pad_with_eos`` uses the end-of-sequence token instead. Scores stay right even then: they are read at the last
+    ``pad_with_eos`` uses the end-of-sequence token instead. Scores are correct even then, since they are read at the last
     *attended* token.
     """
     if tokenizer.pad_token_id is not None:
         return False
     if pad_with_eos:
         if tokenizer.eos_token_id is None:
-            raise ModelLoadError("padding with the end-of-sequence token was asked for, but the tokenizer has none")
+            raise ModelLoadError(
+                "pad_with_eos is set, but the tokenizer has none: leave it out to get a dedicated pad token"
+            )
         get_logger(__name__).warning(
-            "padding with %s, as asked: readers that look for the first pad token in a text "
+            "padding with %s, since pad_with_eos is set: readers that look for the first pad token in a text "
             "will take its end for padding",
             tokenizer.eos_token,
         )
