@@ -29,11 +29,12 @@ def run(given: argparse.Namespace) -> int:
     """Check, score, print the tables."""
     import json
 
-    from rlhf_ray.config.loading import load_config
+    from rlhf_ray.config.jobs.serve import ServeConfig
+    from rlhf_ray.config.loading import load_job
     from rlhf_ray.launch.evaluate import evaluate
     from rlhf_ray.rows.layouts import Keys
 
     model = f"reward.model.path={json.dumps(given.model)}"
-    config = load_config("serve", [model, "run.name=evaluate", *given.overrides], kind="serve", files=True)
+    config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *given.overrides], files=True)
     keys = Keys(given.prompt_key, given.chosen_key, given.rejected_key)
     return evaluate(config, given.data, keys, turns=given.apply_chat_template, output=given.output)

@@ -28,9 +28,10 @@ def run(given: argparse.Namespace) -> int:
     """Check, score, say what has no score."""
     import json
 
-    from rlhf_ray.config.loading import load_config
+    from rlhf_ray.config.jobs.serve import ServeConfig
+    from rlhf_ray.config.loading import load_job
     from rlhf_ray.launch.score import score
 
     model = f"reward.model.path={json.dumps(given.model)}"
-    config = load_config("serve", [model, "run.name=score", *given.overrides], kind="serve", files=True)
+    config = load_job(ServeConfig, "serve", [model, "run.name=score", *given.overrides], files=True)
     return score(config, given.input, given.output, truncate=given.truncate)

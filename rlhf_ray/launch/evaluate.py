@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rlhf_ray.console import get_logger, say, table
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
-from rlhf_ray.evaluation.scored_pairs import ScoredPairs
+from rlhf_ray.monitoring.report.summary import Table
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.sources import RowSource
@@ -30,21 +31,53 @@ WORST = 50
 """Pairs in the file of figures."""
 
 
+@dataclass(frozen=True)
+class RewardReport:
+    """What a reward model makes of a file of preferences."""
+
+    figures: Mapping[str, float]
+    """Over all pairs: accuracy, loss, calibration and the others of ``docs/reward_training.md``."""
+    sources: Mapping[str, Mapping[str, float]]
+    """The same figures for each source of pairs."""
+    rewardbench: Mapping[str, float]
+    """The scores of RewardBench's sections, where the sources are its subsets; otherwise empty."""
+    calibration: Sequence[Any]
+    """Predicted against actual preference, by bins of the predicted one."""
+    worst: Table
+    """The pairs that the model gets most wrong."""
+    source_table: Table
+
+
 def evaluate(
     config: ServeConfig, file: Path, keys: Keys, *, turns: bool, output: Path | None, place: Place | None = None
 ) -> int:
-    """Score every pair of ``file`` with ``config.reward``; print the tables, write all figures to ``output``.
-
-    The model lives in ``place``, on Ray without one.
-    """
-    from rlhf_ray.algorithms.reward_losses import RewardLoss
-    from rlhf_ray.models import load_tokenizer
-    from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
-
+    """Print what :func:`evaluate_pairs` finds as tables, and write all of it to ``output``."""
     if output is not None and not output.parent.is_dir():
         raise RequestError(
             f"--output {output}: the folder {output.parent} does not exist: make it, or name another file"
         )
+    report = evaluate_pairs(config, file, keys, turns=turns, place=place)
+    print_report(report)
+    if output is not None:
+        content = {
+            "figures": report.figures,
+            "sources": report.sources,
+            "rewardbench": report.rewardbench,
+            "calibration": report.calibration,
+            "worst": asdict(report.worst),
+        }
+        storage.write_file(output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return EXIT_DONE
+
+
+def evaluate_pairs(
+    config: ServeConfig, file: Path, keys: Keys, *, turns: bool, place: Place | None = None
+) -> RewardReport:
+    """Score every pair of ``file`` with ``config.reward``. The model lives in ``place``, on Ray without one."""
+    from rlhf_ray.algorithms.reward_losses import RewardLoss
+    from rlhf_ray.models import load_tokenizer
+    from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs, source_table
+
     tokenizer = load_tokenizer(config.reward.model)
     pairs = _pairs(file, keys, tokenizer, config.max_tokens, turns=turns)
     with Cluster.for_job(config) if place is None else nullcontext(place) as here:
@@ -53,31 +86,34 @@ def evaluate(
         held_out = HeldOutPairs(group, pairs, RewardLoss(), budget)
         held_out.figures(shown=True)
         page = held_out.page(tokenizer, WORST, None)
-    assert held_out.scored is not None
-    figures = tell(held_out.scored)
-    if output is not None:
-        shown = {**figures, "calibration": page.calibration, "worst": asdict(page.worst)}
-        storage.write_file(output, json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
-    return EXIT_DONE
+    scored = held_out.scored
+    assert scored is not None
+    sources = {source: part.figures() for source, part in scored.by_source().items()}
+    return RewardReport(
+        scored.figures(),
+        sources,
+        section_scores(_accuracies(sources)),
+        page.calibration,
+        page.worst,
+        source_table(scored),
+    )
 
 
-def tell(scored: ScoredPairs) -> dict[str, Any]:
-    """Print the figures of all pairs, of each source and of RewardBench's sections; also as plain values."""
-    from rlhf_ray.trainers.supervised.reward_evaluation import source_table
-
-    figures = scored.figures()
-    say(table("all pairs", ("figure", "value"), [(name, f"{value:.4g}") for name, value in figures.items()]))
-    sources = source_table(scored)
-    say(table("by source", sources.headers, sources.rows))
-    by_source = {source: part.figures() for source, part in scored.by_source().items()}
-    accuracies = {source: part["accuracy"] for source, part in by_source.items() if "accuracy" in part}
-    sections = section_scores(accuracies)
-    if sections:
-        say(table("RewardBench", ("section", "score"), [(name, f"{score:.4f}") for name, score in sections.items()]))
-        missing = missing_subsets(accuracies)
+def print_report(report: RewardReport) -> None:
+    """Print the figures of all pairs, of each source and of RewardBench's sections."""
+    say(table("all pairs", ("figure", "value"), [(name, f"{value:.4g}") for name, value in report.figures.items()]))
+    say(table("by source", report.source_table.headers, report.source_table.rows))
+    if report.rewardbench:
+        rows = [(name, f"{score:.4f}") for name, score in report.rewardbench.items()]
+        say(table("RewardBench", ("section", "score"), rows))
+        missing = missing_subsets(_accuracies(report.sources))
         if missing:
             get_logger().warning("these are not the leaderboard's scores: %s are missing", ", ".join(missing))
-    return {"figures": figures, "sources": by_source, "rewardbench": sections}
+
+
+def _accuracies(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The accuracy on each source that has one; where all pairs are ties there is none."""
+    return {source: figures["accuracy"] for source, figures in sources.items() if "accuracy" in figures}
 
 
 def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool) -> list[PairExample]:

@@ -14,7 +14,7 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.offline import Output, input_identity, score_file
+from rlhf_ray.rewards.offline import Output, input_identity, score_file, score_rows
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import Scorer
 
@@ -39,6 +39,16 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
     if failed:
         get_logger().warning("%s: %d rows have an error instead of a score", target, failed)
     return EXIT_DONE
+
+
+def score_items(config: ServeConfig, rows: Sequence[Mapping[str, Any]], *, truncate: bool) -> list[ScoreResult]:
+    """The result of every row, in order; nothing is written."""
+    results: list[ScoreResult] = []
+    with Cluster.for_job(config) as cluster:
+        scorer = _load(cluster, config)
+        for start in range(0, len(rows), ROWS_PER_CALL):
+            results += score_rows(rows[start : start + ROWS_PER_CALL], scorer, truncate=truncate).result()
+    return results
 
 
 def _files(model: str | None) -> Mapping[str, Any]:

@@ -124,7 +124,7 @@ def _ahead(
     """Chunks with their results, in order, while the next ones are with the model."""
     waiting: deque[tuple[tuple[Mapping[str, Any], ...], Pending[list[ScoreResult]]]] = deque()
     while chunk_rows := tuple(islice(rows, chunk)):
-        waiting.append((chunk_rows, _score(chunk_rows, scorer, truncate)))
+        waiting.append((chunk_rows, score_rows(chunk_rows, scorer, truncate=truncate)))
         if len(waiting) >= AHEAD:
             done, pending = waiting.popleft()
             yield done, pending.result()
@@ -133,7 +133,8 @@ def _ahead(
         yield done, pending.result()
 
 
-def _score(rows: Sequence[Mapping[str, Any]], scorer: Scorer, truncate: bool) -> Pending[list[ScoreResult]]:
+def score_rows(rows: Sequence[Mapping[str, Any]], scorer: Scorer, *, truncate: bool) -> Pending[list[ScoreResult]]:
+    """One result for every row, in order; a row that asks for nothing that can be scored has a failed one."""
     items = [row_item(row, truncate=truncate) for row in rows]
     requests = [item for item in items if isinstance(item, ScoreRequest)]
 
