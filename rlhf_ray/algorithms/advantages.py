@@ -25,7 +25,9 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 class Estimator(Protocol):
     """From token rewards to advantages, and to the returns that a critic learns, where there is one."""
 
-    needs: ClassVar[tuple[str, ...]]
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The columns that it reads, beside ``action_mask``."""
 
     def __call__(
         self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]

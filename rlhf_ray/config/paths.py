@@ -15,6 +15,8 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 NAMED_KEYS = {"path", "evaluation_path", "tokenizer_from"}
 """Keys of what may also have a name: on a hub, or in this project."""
+CODE_KEYS = {"function", "gold", "source", "advantages", "objective", "collector"}
+"""Keys of what may be ``path.py:name``."""
 PATH_KEYS = {"root", "cache", "token_file", "demonstrations_path"} | NAMED_KEYS
 
 
@@ -29,10 +31,12 @@ def with_absolute_paths(config: AnyJob, directory: Path) -> AnyJob:
 
 
 def _absolute(value: Any, directory: Path, key: str = "") -> Any:
+    if key == "parameters":  # free values, which only the part that takes them understands
+        return value
     if isinstance(value, dict):
         return {name: _absolute(item, directory, name) for name, item in value.items()}
-    if key == "function" and isinstance(value, str) and ".py:" in value:
-        return str(directory / value)
+    if key in CODE_KEYS and isinstance(value, str) and ".py:" in value:
+        return str(directory / Path(value).expanduser())
     if key in PATH_KEYS and isinstance(value, str) and not (key in NAMED_KEYS and _is_name(value, directory)):
         return str(directory / Path(value).expanduser())
     return value

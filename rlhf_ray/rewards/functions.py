@@ -8,17 +8,14 @@ parameters name and no others. Nothing here knows processes: this is what runs i
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import RequestError
+from rlhf_ray.user_code import load_object
 
 RewardFunction = Callable[..., Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -122,25 +119,5 @@ def accepted_columns(name: str, function: RewardFunction) -> tuple[str, ...]:
 
 def load_function(name: str) -> RewardFunction:
     """The function named ``package.module:function`` or ``path.py:function``."""
-    origin, colon, attribute = name.rpartition(":")
-    if not colon:
-        raise RequestError(f"reward.function {name!r}: write it as package.module:function or path.py:function")
-    try:
-        module = _module_from_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
-    except Exception as error:  # the module is the user's program too
-        raise RequestError(f"reward.function {name!r}: {origin} cannot be imported ({error!r})") from error
-    function = vars(module).get(attribute)
-    if not callable(function):
-        raise RequestError(f"reward.function {name!r}: {origin} has no function {attribute}")
-    return function  # type: ignore[no-any-return]
-
-
-def _module_from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(f"rlhf_ray_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    function: RewardFunction = load_object("reward.function", name, kind="function")
+    return function

@@ -122,8 +122,8 @@ CASES = [
      "cluster.num_cpus: 4 counts only where Ray is started here: remove it, or address"),
     # rewards and data
     ("ppo", ["reward.function=rewards.py:score"],
-     "reward: set exactly one of model (a reward model), function (Python), url (a scoring backend) and mixture, "
-     "found model and function"),
+     "reward: set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python) "
+     "and mixture, found model and function"),
     ("ppo", ["reward={}"], "reward: set exactly one of model"),
     ("ppo", ["reward={function: score}"],
      "reward.function: 'score' is none of package.module:name, path.py:name, gsm8k, exact_match, world.gold, world"),
@@ -134,7 +134,7 @@ CASES = [
     ("ppo", ["reward.samples_per_call=8"],
      "reward.samples_per_call: a reward model forms its batches by tokens: set max_tokens_per_micro_batch"),
     ("ppo", ["reward={mixture: {right: {}}}"],
-     "reward.mixture.right: set exactly one of model, function and url"),
+     "reward.mixture.right: set exactly one of model, function, url and source"),
     ("ppo", ["reward={mixture: {right: {function: gsm8k, weight: 0.0}}}"],
      "reward.mixture.right.weight: 0 leaves the term without effect: remove it, or give it a weight"),
     ("ppo", ["reward={mixture: {right: {function: gsm8k, wieght: 2.0}}}"],

@@ -219,7 +219,7 @@ def test_each_kind_needs_its_own_keys(here, texts):
     pair = json.dumps({"chosen": "p c", "rejected": "p r"})
     assert rows_problems(here, "rows.jsonl", pair, kind="rm") == []
     assert "no 'chosen' and 'rejected'" in rows_problems(here, "rows.jsonl", LINE, kind="rm")[0]
-    ppo = [*("data.world=null", "data.path=rows.jsonl"), "reward={function: rewards:score}"]
+    ppo = [*("data.world=null", "data.path=rows.jsonl"), "reward={function: rlhf_ray.rewards.verifiers:gsm8k}"]
     for row, fine in ((pair, True), ('{"prompt": "p"}', True), ('{"question": "q"}', False)):
         (here / "rows.jsonl").write_text(row)
         assert (check_files(parse_config(texts["ppo"], ppo)) == []) == fine

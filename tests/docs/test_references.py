@@ -20,6 +20,7 @@ from rlhf_ray.config.sections.algorithm import (
     KlConfig,
     MissingEosConfig,
     OverlongConfig,
+    PartParameters,
     ShapingConfig,
     TooShortConfig,
 )
@@ -67,6 +68,7 @@ SECTIONS: dict[str, type[Section]] = {
     "`reward` and `models.NAME` of serve": ScoringRole,
     "`rollout`": RolloutConfig,
     "`algorithm`": AlgorithmConfig,
+    "`algorithm.parameters`": PartParameters,
     "`algorithm.kl`": KlConfig,
     "`algorithm.shaping`": ShapingConfig,
     "`algorithm.shaping.overlong`": OverlongConfig,

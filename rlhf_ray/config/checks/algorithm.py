@@ -15,6 +15,8 @@ from rlhf_ray.config.sections.roles import RoleConfig
 def critic_where_needed(algorithm: AlgorithmConfig, critic: RoleConfig | None) -> Iterator[Problem]:
     """There is a critic exactly where the advantages come from values."""
     name, advantages = algorithm.name, algorithm.advantages
+    if "advantages" in algorithm.own_parts:  # whether it reads values is known when it is made
+        return
     if algorithm.has_critic and critic is None:
         yield (
             "critic",

@@ -10,7 +10,6 @@ from rlhf_ray.config.checks import rollout as rollout_checks
 from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_keys_of_pairs, world_has_enough_prompts
 from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
-from rlhf_ray.config.files.functions import function_problems
 from rlhf_ray.config.files.models import engine_problems
 from rlhf_ray.config.files.places import token_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
@@ -27,6 +26,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.rows.prompts import PromptReader
+from rlhf_ray.user_code import existence_problems
 
 
 class PpoConfig(TrainingJob):
@@ -120,6 +120,7 @@ class PpoConfig(TrainingJob):
             lambda: engine_problems(self.rollout, self.policy.model),
             self._reward_files,
             self._gold_file,
+            self._own_part_files,
             lambda: stop_token_problems(self.rollout.stop_tokens, self.policy.model),
             lambda: token_problems("expose.token_file", self.expose.token_file if self.expose else None),
         ]
@@ -164,10 +165,15 @@ class PpoConfig(TrainingJob):
 
     def _reward_files(self) -> Iterator[Problem]:
         for key, source in self.reward.sources.items():
-            if source.function is not None:
-                yield from ((f"{key}.function", text) for text in function_problems(source.function))
+            for name, code in (("function", source.function), ("source", source.source)):
+                if code is not None:
+                    yield from ((f"{key}.{name}", text) for text in existence_problems(code))
             yield from token_problems(f"{key}.token_file", source.token_file)
 
     def _gold_file(self) -> Iterator[Problem]:
         if self.evaluation.gold is not None:
-            yield from (("evaluation.gold", text) for text in function_problems(self.evaluation.gold))
+            yield from (("evaluation.gold", text) for text in existence_problems(self.evaluation.gold))
+
+    def _own_part_files(self) -> Iterator[Problem]:
+        for key, name in self.algorithm.own_parts.items():
+            yield from ((f"algorithm.{key}", text) for text in existence_problems(name))

@@ -13,12 +13,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.sections.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import (
+    Fraction,
+    FreeValues,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+from rlhf_ray.user_code import ADVANTAGES, COLLECTORS, OBJECTIVES, spelling_problem
 
 AlgorithmName = Literal[
     "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gspo", "dapo", "cispo"
 ]
 Whitening = Literal["none", "population", "unbiased"]
+COMPARING_ADVANTAGES = ("leave_one_out", "group_mean", "group_norm")
+SHIPPED_ADVANTAGES = ("gae", "reward_to_go", *COMPARING_ADVANTAGES)
+SHIPPED_OBJECTIVES = ("clip", "cispo")
 
 NO_KL = {"coefficient": 0.0, "measure": False}
 WITHOUT_CRITIC = {"lam": None, "value_clip": None, "whitening": "none"}
@@ -163,15 +175,25 @@ class ImportanceConfig(Section):
             )
 
 
+class PartParameters(Section):
+    """What the constructors of parts of your own are called with, by keyword."""
+
+    objective: FreeValues = {}  # noqa: RUF012 (pydantic copies it)
+    advantages: FreeValues = {}  # noqa: RUF012
+    collector: FreeValues = {}  # noqa: RUF012
+
+
 class AlgorithmConfig(Section):
     name: AlgorithmName = "ppo"
-    advantages: Literal["gae", "reward_to_go", "leave_one_out", "group_mean", "group_norm"] = "gae"
+    advantages: str = "gae"
+    """One of :data:`SHIPPED_ADVANTAGES`, or an estimator of your own (:mod:`rlhf_ray.user_code` says how to name it)."""
     gamma: Fraction = 1.0
     lam: Fraction | None = 0.95
     """Of ``gae`` only."""
     whitening: Whitening = "population"
     """Of the advantages, over all actions of the step."""
-    objective: Literal["clip", "cispo"] = "clip"
+    objective: str = "clip"
+    """One of :data:`SHIPPED_OBJECTIVES`, or an objective of your own."""
     ratio: Literal["token", "sequence", "trajectory"] = "token"
     aggregation: Literal["tokens", "sequences", "constant"] = "tokens"
     clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.2
@@ -182,6 +204,9 @@ class AlgorithmConfig(Section):
     mask_truncated: bool = False
     dynamic_sampling: NonNegative = 0
     """How many times more prompts may be sampled where all samples of a prompt score the same; 0 keeps such prompts."""
+    collector: str | None = None
+    """A way of your own to collect the samples of a step; none for the project's."""
+    parameters: PartParameters = PartParameters()
     kl: KlConfig = KlConfig()
     shaping: ShapingConfig = ShapingConfig()
     importance: ImportanceConfig = ImportanceConfig()
@@ -201,9 +226,17 @@ class AlgorithmConfig(Section):
     @property
     def compares_samples(self) -> bool:
         """Whether the advantages come from other answers to the same prompt."""
-        return self.advantages in ("leave_one_out", "group_mean", "group_norm")
+        return self.advantages in COMPARING_ADVANTAGES
+
+    @property
+    def own_parts(self) -> dict[str, str]:
+        """The parts of the user's own, by the keys that name them."""
+        parts = {"advantages": self.advantages, "objective": self.objective, "collector": self.collector}
+        shipped = (*SHIPPED_ADVANTAGES, *SHIPPED_OBJECTIVES)
+        return {key: name for key, name in parts.items() if name is not None and name not in shipped}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from self._own_part_conflicts()
         yield from self._critic_conflicts()
         if self.compares_samples and self.gamma != 1.0:
             yield (
@@ -211,6 +244,8 @@ class AlgorithmConfig(Section):
                 f"{self.gamma:g} has no effect: advantages {self.advantages} gives all actions of an answer the same; set "
                 "it to 1",
             )
+        if "objective" in self.own_parts and self.dual_clip is not None:
+            yield "dual_clip", f"{self.dual_clip:g} has no effect on an objective of your own: set it to null"
         if self.objective == "clip" and self.clip_low is None:
             yield "clip_low", "null, but objective clip needs a lower bound: set it, such as 0.2"
         if self.objective == "cispo" and self.dual_clip is not None:
@@ -218,7 +253,25 @@ class AlgorithmConfig(Section):
         if self.objective == "cispo" and self.ratio != "token":
             yield "ratio", f"{self.ratio}, but objective cispo weighs each token by its own: set it to token"
 
+    def _own_part_conflicts(self) -> Iterator[tuple[str, str]]:
+        known = {
+            "advantages": (SHIPPED_ADVANTAGES, ADVANTAGES, self.parameters.advantages),
+            "objective": (SHIPPED_OBJECTIVES, OBJECTIVES, self.parameters.objective),
+            "collector": ((), COLLECTORS, self.parameters.collector),
+        }
+        for key, (shipped, group, parameters) in known.items():
+            name = self.own_parts.get(key)
+            problem = spelling_problem(name, shipped, group) if name is not None else None
+            if problem is not None:
+                yield key, problem
+            if parameters and name is None:
+                yield f"parameters.{key}", f"it is for a part of your own: set algorithm.{key} to one, or remove it"
+        if self.collector is not None and self.dynamic_sampling:
+            yield "dynamic_sampling", f"{self.dynamic_sampling} has no effect: algorithm.collector decides; set it to 0"
+
     def _critic_conflicts(self) -> Iterator[tuple[str, str]]:
+        if "advantages" in self.own_parts:  # whether it reads a critic's values is known when it is made
+            return
         if self.has_critic and self.lam is None:
             yield "lam", "null, but advantages gae needs it: set it, such as 0.95"
         if self.has_critic:

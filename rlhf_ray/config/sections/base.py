@@ -15,6 +15,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+FreeValues = Annotated[dict[str, Any], Field(description="a mapping of names to values")]
+"""Keys that no schema knows: whoever takes the values checks them."""
 
 
 class Absent(Exception):

@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.sections.base import NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import FreeValues, NonNegativeFloat, Positive, PositiveFloat, Section
 from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig, Scorer, ScoringRole
+from rlhf_ray.user_code import REWARD_SOURCES, spelling_problem
 
 WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
 SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
@@ -22,7 +23,7 @@ SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
 
 
 class RewardSourceConfig(Section):
-    """One place that rewards come from: ``model`` (then also a role, like every other), ``function`` or ``url``."""
+    """One place that rewards come from: ``model`` (then also a role, like every other), ``function``, ``url`` or ``source``."""
 
     model: ModelConfig | None = None
     engine: EngineConfig = EngineConfig()
@@ -34,6 +35,10 @@ class RewardSourceConfig(Section):
     """``package.module:name``, ``path.py:name``, or one of :data:`SHIPPED_FUNCTIONS`."""
     url: str | None = None
     """``http://host:port`` of a scoring backend (``rlhf-ray serve``)."""
+    source: str | None = None
+    """A reward source of the user's own: ``package.module:name``, ``path.py:name``, or an installed entry point."""
+    parameters: FreeValues = {}  # noqa: RUF012 (pydantic copies it)
+    """What ``source`` is made with."""
     token_file: str | None = None
     normalize: bool = False
     timeout_s: PositiveFloat = 60.0
@@ -50,14 +55,15 @@ class RewardSourceConfig(Section):
     @property
     def places(self) -> list[str]:
         """Which places are set."""
-        given = {"model": self.model, "function": self.function, "url": self.url}
+        given = {"model": self.model, "function": self.function, "url": self.url, "source": self.source}
         return [name for name, value in given.items() if value is not None]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         function, url = self.function, self.url
-        if function is not None and function.count(":") != 1 and function not in SHIPPED_FUNCTIONS:
-            shipped = ", ".join(SHIPPED_FUNCTIONS)
-            yield "function", f"{function!r} is none of package.module:name, path.py:name, {shipped}"
+        problem = spelling_problem(function, SHIPPED_FUNCTIONS) if function is not None else None
+        if problem is not None:
+            yield "function", problem
+        yield from self._own_source_conflicts()
         if url is not None and not url.startswith(("http://", "https://")):
             yield "url", f"{url!r} is no address of a scoring backend: write http://host:port"
         if self.token_file is not None and url is None:
@@ -71,6 +77,22 @@ class RewardSourceConfig(Section):
         if self.samples_per_call is not None and self.model is not None:
             yield "samples_per_call", "a reward model forms its batches by tokens: set max_tokens_per_micro_batch"
 
+    def _own_source_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.source is None:
+            if self.parameters:
+                yield "parameters", "they are for a reward source of your own: set source to one, or remove them"
+            return
+        problem = spelling_problem(self.source, (), REWARD_SOURCES)
+        if problem is not None:
+            yield "source", problem
+        if self.normalize:
+            yield (
+                "normalize",
+                "the mean and deviation stand in a reward model's directory: a source of your own has none",
+            )
+        if self.samples_per_call is not None:
+            yield "samples_per_call", "a source of your own is asked for all samples of a step at once: remove it"
+
 
 class RewardTermConfig(RewardSourceConfig):
     """One term of a mixture: the reward is the sum of ``weight`` times the reward of each."""
@@ -79,7 +101,7 @@ class RewardTermConfig(RewardSourceConfig):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(self.places) != 1:
-            yield "", "set exactly one of model, function and url"
+            yield "", "set exactly one of model, function, url and source"
         if self.weight == 0.0:
             yield "weight", "0 leaves the term without effect: remove it, or give it a weight"
         yield from super().conflicts()
@@ -121,6 +143,7 @@ class RewardConfig(RewardSourceConfig):
             found = f", found {' and '.join(places)}" if places else ""
             yield (
                 "",
-                f"set exactly one of model (a reward model), function (Python), url (a scoring backend) and mixture{found}",
+                f"set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python) and "
+                f"mixture{found}",
             )
         yield from super().conflicts()

@@ -6,7 +6,11 @@ which algorithm runs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import get_args
+
 from rlhf_ray.algorithms.advantages import AgainstGroup, Estimator, Gae, RewardToGo
+from rlhf_ray.algorithms.group_baselines import Baseline
 from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.algorithms.losses import ValueLoss
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, Objective, PolicyLoss
@@ -14,6 +18,7 @@ from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, RewardShaping, TooShort
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
+from rlhf_ray.trainers.ppo.user_math import make_user_estimator, make_user_objective
 
 
 def make_preparation(config: PpoConfig) -> Preparation:
@@ -22,7 +27,7 @@ def make_preparation(config: PpoConfig) -> Preparation:
     in_rewards = algorithm.kl.applied_to == "reward" and algorithm.kl.measure
     return Preparation(
         shaping=_shaping(algorithm.shaping, config.rollout.max_new_tokens),
-        estimator=_estimator(algorithm),
+        estimator=make_user_estimator(config) if "advantages" in algorithm.own_parts else _estimator(algorithm),
         importance=ImportanceCorrection(importance.level, importance.rule, importance.low, importance.high),
         kl_penalty=algorithm.kl.estimator if in_rewards else None,
         placement=algorithm.shaping.placement,
@@ -37,7 +42,7 @@ def make_policy_loss(config: PpoConfig) -> PolicyLoss:
     algorithm, kl = config.algorithm, config.algorithm.kl
     in_loss = kl.applied_to == "loss" and kl.measure
     return PolicyLoss(
-        _objective(algorithm),
+        make_user_objective(config) if "objective" in algorithm.own_parts else _objective(algorithm),
         ratio=algorithm.ratio,
         aggregation=algorithm.aggregation,
         constant_tokens=config.rollout.max_new_tokens,
@@ -58,13 +63,17 @@ def _objective(algorithm: AlgorithmConfig) -> Objective:
     return Clipped(algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
 
 
+BASELINES: Mapping[str, Baseline] = {name: name for name in get_args(Baseline)}
+"""The baselines by the words for them in a config, which are their own."""
+
+
 def _estimator(algorithm: AlgorithmConfig) -> Estimator:
     if algorithm.advantages == "gae":
         assert algorithm.lam is not None
         return Gae(algorithm.gamma, algorithm.lam)
     if algorithm.advantages == "reward_to_go":
         return RewardToGo(algorithm.gamma)
-    return AgainstGroup(algorithm.advantages)
+    return AgainstGroup(BASELINES[algorithm.advantages])
 
 
 def _shaping(shaping: ShapingConfig, longest: int) -> RewardShaping:

@@ -32,6 +32,8 @@ from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trainers.ppo.user_math import make_user_estimator, make_user_objective
+from rlhf_ray.trainers.ppo.user_sources import check_user_sources, make_user_collector
 from rlhf_ray.trainers.session import Session
 
 
@@ -42,11 +44,21 @@ def train_ppo(
     tokenizer = load_tokenizer(config.policy.model)
     stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
     prompts = tokenized_prompts(config.data, tokenizer, config.run.seed)
+    check_own_parts(config)
     with Session(config, place=place) as session, Journal(run, config) as journal:
         trainer = build(config, run, session, journal, tokenizer, stop_tokens, prompts, checkpoint)
         trainer.start()
         trainer.run()
         trainer.finish()
+
+
+def check_own_parts(config: PpoConfig) -> None:
+    """Refuse parts of the user's own that cannot be made, before a cluster is joined or a model loaded."""
+    if "objective" in config.algorithm.own_parts:
+        make_user_objective(config)
+    if "advantages" in config.algorithm.own_parts:
+        make_user_estimator(config)
+    check_user_sources(config)
 
 
 def build(
@@ -85,13 +97,14 @@ def build(
         directory=run.path / "evaluation",
     )
     stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
+    collect_with = make_collector if config.algorithm.collector is None else make_user_collector
     return PpoTrainer(
         config,
         run_directory=run,
         groups=groups,
         sampler=sampler,
         prompts=stream,
-        collector=make_collector(config, stream, sampler, experience),
+        collector=collect_with(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
         metrics=StepMetrics(config, tokenizer, truth.of_steps),

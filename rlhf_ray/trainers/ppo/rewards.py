@@ -25,6 +25,7 @@ from rlhf_ray.rewards.mixture import MixtureSource, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource
 from rlhf_ray.serving.auth import read_tokens
+from rlhf_ray.trainers.ppo.user_sources import make_user_source
 from rlhf_ray.world.gold import world_arithmetic, world_gold
 
 SHIPPED: Mapping[str, RewardFunction] = {
@@ -58,6 +59,8 @@ def reward_source(
     def one(key: str, source: RewardSourceConfig) -> RewardSource:
         if source.function is not None:
             return function_source(source.function, source, cleanup)
+        if source.source is not None:
+            return make_user_source(key, source, tokenizer, cleanup)
         if source.url is None:
             return _model_source(key, source, groups[key], groups[key].describe().result(), reads_ids)
         token = next(iter(read_tokens(source.token_file)), None)
