@@ -24,8 +24,8 @@ from benchmarks.reward_service import VOCABULARY, save_model
 from benchmarks.reward_training_rank import PAIRS_PER_UPDATE, Rank
 from benchmarks.sequences import LONGEST, REAL_PAIRS, ragged_sequences, real_sequences
 from rlhf_ray.console import progress
+from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
-from rlhf_ray.data.load import pair_batch
 from rlhf_ray.environment import for_process
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.trajectories import pack
@@ -189,7 +189,7 @@ def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 def _computed(pair: Pair, shape: ComputeShape) -> float:
     """FLOPs of both sides, their prefix once."""
-    batch = pair_batch([PairExample(*pair)])
+    batch = make_pair_batch([PairExample(*pair)])
     shared = batch.num_tokens - pack(batch).num_tokens
     return training_flops(shape, batch.lengths.tolist()) - training_flops(shape, [shared])
 

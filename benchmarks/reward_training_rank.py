@@ -20,8 +20,8 @@ from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
-from rlhf_ray.data.load import pair_batch
 from rlhf_ray.trainers.supervised.loop import cut
 
 PAIRS_PER_UPDATE = 8
@@ -49,7 +49,7 @@ class Rank:
         return {"seconds": time.perf_counter() - began, "losses": losses}
 
     def _update(self, pairs: Sequence[PairExample]) -> float:
-        batch = pair_batch(pairs)
+        batch = make_pair_batch(pairs)
         schedule = cut(batch, ranks=self.worker.world_size, max_tokens=self.budget, unit=2)
         share = schedule.updates[0].rank(self.worker.rank)
         report = self.worker.accumulate(batch, share, self.loss, len(pairs))

@@ -21,6 +21,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "fingerprint": ".tokenizers",
         "hold_out": ".holdout",
         "make_tokenizer": ".tokenizers",
-        "pairs_of_file": ".encoded_pairs",
+        "encode_pair_file": ".encoded_pairs",
     },
 )

@@ -1,7 +1,7 @@
-"""Tables that took long to make, kept for the next run.
+"""A cache on disk for tables that take long to make.
 
-Always true: an entry is read back byte for byte as it was written, under a key made from all that decides its content; one
-that is damaged is noticed and made again; a folder that cannot be written costs time and nothing else.
+Invariants: an entry is read back byte for byte as it was written, under a key made from everything that decides its content;
+a damaged entry is noticed and made again; a folder that cannot be written costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rlhf_ray.storage import begin_directory, commit, storage_errors, verify
 TABLE = "table.arrow"
 
 
-def cached(folder: str | Path | None, key: str, make: Callable[[], pa.Table]) -> pa.Table:
-    """The table under ``key``, made where ``folder`` does not hold it; a null folder holds nothing."""
+def load_or_make(folder: str | Path | None, key: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """The table that ``folder`` holds under ``key``, or else a new one, which is kept there unless ``folder`` is null."""
     if folder is None:
         return make()
     entry = Path(folder).expanduser() / key
@@ -35,13 +35,13 @@ def cached(folder: str | Path | None, key: str, make: Callable[[], pa.Table]) ->
             get_logger("data").warning("%s; it is made again", error)
     table = make()
     try:
-        _keep(entry, table)
+        _write(entry, table)
     except StorageError as error:
         get_logger("data").warning("encoded rows are not kept for the next run (data.cache): %s", error)
     return table
 
 
-def _keep(entry: Path, table: pa.Table) -> None:
+def _write(entry: Path, table: pa.Table) -> None:
     pending = begin_directory(entry, replace=True)
     try:
         path = str(pending.path / TABLE)
@@ -53,13 +53,13 @@ def _keep(entry: Path, table: pa.Table) -> None:
     commit(pending, {"rows": len(table)})
 
 
-def key_of(about: Mapping[str, Any]) -> str:
-    """A name for what ``about`` (plain JSON) says."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+def make_key(identity: Mapping[str, Any]) -> str:
+    """The key of an entry whose content ``identity`` (plain JSON) decides."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def content_hash(*paths: str | Path) -> str:
-    """SHA-256 of files, and of the names and contents of all files in folders; wherever they lie."""
+def hash_content(*paths: str | Path) -> str:
+    """SHA-256 of files, and of the names and contents of all files in folders; where they lie does not count."""
     digest = hashlib.sha256()
     for name, file in chain.from_iterable(_files(Path(path)) for path in paths):
         with open(file, "rb") as stream:
@@ -69,6 +69,6 @@ def content_hash(*paths: str | Path) -> str:
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
     if not path.is_dir():
-        yield "".join(path.suffixes), path  # the format, which the name says
+        yield "".join(path.suffixes), path  # the suffixes say how the content is read, so they count
         return
     yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())

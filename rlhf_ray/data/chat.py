@@ -1,7 +1,7 @@
-"""Conversations as token ids, through the tokenizer's own chat template.
+"""Conversations written as text by the tokenizer's own chat template.
 
-Always true: a conversation is rendered once, as a whole, and its ids are those of that text alone: nothing is added before,
-between or after; a tokenizer without a template, or a template that refuses, is an error that names the row.
+Invariants: a conversation is rendered once, as a whole, and nothing is added before, between or after its messages; a
+tokenizer without a template, or a template that refuses the conversation, is an error that names the row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def render(
     answer_follows: bool = False,
     where: str = "",
 ) -> str:
-    """The text of a conversation; with ``answer_follows`` up to where the assistant begins to answer."""
+    """The text of a conversation; with ``answer_follows`` it ends where the assistant begins to answer.
+
+    ``where`` is the place of the row, for the :class:`DataError` that is raised where there is no such text.
+    """
     if tokenizer.chat_template is None:
         raise DataError(
             f"{where}: holds a conversation, but the tokenizer has no chat template: start from a model whose tokenizer has "
@@ -35,6 +38,6 @@ def render(
             tokenize=False,
             add_generation_prompt=answer_follows,
         )
-    except Exception as error:  # a template is a program of its own, and refuses what it does not serve with any error
+    except Exception as error:  # a template is a program, and may refuse a conversation with any error
         raise DataError(f"{where}: the tokenizer's chat template refuses the conversation: {error}") from error
     return str(text)

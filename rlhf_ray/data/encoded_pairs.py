@@ -1,6 +1,6 @@
-"""Preference pairs as they are trained on: token ids, numbers and sources, encoded once and kept.
+"""Preference pairs as they are trained on: token ids, numbers and sources, encoded once and kept for later runs.
 
-Always true: one entry a row, in the order of the file, whether its pair is used or dropped; what is read from the cache is
+Invariants: one entry a row, in the order of the file, whether its pair is used or dropped; what is read from the cache is
 what encoding the file again would give.
 """
 
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from rlhf_ray.data.cache import cached, content_hash, key_of
-from rlhf_ray.data.encode import EncodedPair, in_parts, pair_outcomes
+from rlhf_ray.data.cache import hash_content, load_or_make, make_key
+from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part
 from rlhf_ray.data.tokenizers import encoding_fingerprint
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource, content_files
 
 FORMAT = 1
-"""Raised when the same file and settings give another table."""
+"""To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
 SCHEMA = pa.schema(
     {
@@ -58,10 +58,12 @@ class PairExample:
 
 
 class PairRow(NamedTuple):
-    """What became of one row: a pair, or the reason why it is dropped; its prompt as a hash."""
+    """What became of one row."""
 
     prompt: str
+    """A hash that two rows share if they have the same prompt and tools."""
     pair: PairExample | str
+    """The pair, or the reason why it is dropped."""
 
 
 @dataclass(frozen=True)
@@ -76,76 +78,78 @@ class PairFile:
     max_rows: int | None = None
 
 
-def pairs_of_file(
+def encode_pair_file(
     file: PairFile, tokenizer: Any, cache: str | Path | None = None, *, source: str = ""
 ) -> list[PairRow]:
-    """Every row of a file, from the folder ``cache`` where that holds it; ``source`` is that of rows that name none."""
+    """Encode every row of a file, or take them from the folder ``cache`` if they lie there.
 
-    def make() -> pa.Table:
+    ``source`` is the source of rows that name none.
+    """
+
+    def encode() -> pa.Table:
         rows = list(read_file(file.rows, file.reader, max_rows=file.max_rows))
-        return _encoded(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
+        return _encode_table(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
 
     if cache is None:
-        return _rows(make(), source)
+        return _rows_of_table(encode(), source)
     settings = asdict(file)
     del settings["rows"]["path"]  # where the rows lie does not count, what they are does
-    about = {
+    identity = {
         "format": FORMAT,
         "settings": settings,
-        "content": content_hash(*content_files(file.rows)),
+        "content": hash_content(*content_files(file.rows)),
         "tokenizer": encoding_fingerprint(tokenizer),
     }
-    return _rows(cached(cache, f"pairs-{key_of(about)}", make), source)
+    return _rows_of_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source)
 
 
-def pairs_of_rows(
+def encode_pair_rows(
     rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool = False
 ) -> list[PairRow]:
-    """The same for rows that are at hand."""
-    return _rows(_encoded(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
+    """Encode rows that are in memory already."""
+    return _rows_of_table(_encode_table(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
 
 
-def _encoded(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
-    """Part by part, so that little besides the table is held at once."""
+def _encode_table(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
+    """Part by part, so that little besides the table is in memory at once."""
 
     def encode(part: Sequence[PreferencePair]) -> pa.Table:
-        return _table(part, pair_outcomes(tokenizer, part, max_tokens, cut_prompt=cut_prompt))
+        return _make_table(part, encode_pair_part(tokenizer, part, max_tokens, cut_prompt=cut_prompt))
 
-    parts = list(in_parts(rows, "pairs", encode))
-    return pa.concat_tables(parts) if parts else _table([], [])
+    parts = list(encode_in_parts(rows, "pairs", encode))
+    return pa.concat_tables(parts) if parts else _make_table([], [])
 
 
-def _table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair | str]) -> pa.Table:
-    kept = [EncodedPair([], [], 0) if isinstance(outcome, str) else outcome for outcome in outcomes]
+def _make_table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair | str]) -> pa.Table:
+    pairs = [EncodedPair([], [], 0) if isinstance(outcome, str) else outcome for outcome in outcomes]
     columns = {
         "prompt": [_prompt_hash(row) for row in rows],
         "problem": [outcome if isinstance(outcome, str) else "" for outcome in outcomes],
-        **{name: [getattr(pair, name) for pair in kept] for name in EncodedPair._fields},
+        **{name: [getattr(pair, name) for pair in pairs] for name in EncodedPair._fields},
         **{name: [getattr(row, name) for row in rows] for name in ("margin", "grade", "source")},
     }
     return pa.table(columns, schema=SCHEMA)
 
 
 def _prompt_hash(row: PreferencePair) -> str:
-    """The same for two rows with the same prompt and tools, whatever else they hold."""
     prompt = row.prompt.strip() if isinstance(row.prompt, str) else [row.prompt, row.tools]
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _rows(table: pa.Table, source: str = "") -> list[PairRow]:
-    chosen, rejected = _ids(table["chosen"]), _ids(table["rejected"])
+def _rows_of_table(table: pa.Table, source: str = "") -> list[PairRow]:
+    chosen, rejected = _id_views(table["chosen"]), _id_views(table["rejected"])
     names = ("prompt", "problem", "margin", "grade", "source", "prompt_length", "cut")
-    rest = zip(*(table[name].to_pylist() for name in names), strict=True)
+    columns = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [
         PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *lengths))
         for better, worse, (prompt, problem, margin, grade, own_source, *lengths) in zip(
-            chosen, rejected, rest, strict=True
+            chosen, rejected, columns, strict=True
         )
     ]
 
 
-def _ids(column: pa.ChunkedArray) -> list[Any]:
-    """Views of one array of ids, one a row."""
+def _id_views(column: pa.ChunkedArray) -> list[Any]:
+    """The ids of each row, as views of one array."""
     views = []
     for chunk in column.chunks:
         flat, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()

@@ -1,9 +1,9 @@
-"""In which order rows are used: shuffled anew each epoch, mixed from several parts, and resumable at any row.
+"""The order in which rows are used: shuffled anew each epoch, mixed from several files, and resumable at any row.
 
-Always true: an epoch takes from each part exactly as many rows as its weight says, and after any number of epochs the rows
+Invariants: an epoch takes from each part exactly as many rows as its weight says, and after any number of epochs the rows
 of a part have come equally often, to within one; so with weight 1 each epoch holds each row exactly once. The stream depends
-on the seed and the parts alone, so that a stream continued from its state is the one that was interrupted, however its rows
-were taken before.
+on the seed and the parts alone, so a stream that continues from its state goes on as if it had never been interrupted, in
+whatever portions its rows were taken.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from rlhf_ray.errors import RequestError
 
 
 class Part(NamedTuple):
-    """Rows that follow each other, and how many of them an epoch takes."""
+    """The rows of one file, which follow each other in the numbers of all rows."""
 
     size: int
+    """How many rows there are."""
     per_epoch: int
+    """How many of them an epoch takes."""
 
     @classmethod
     def weighted(cls, size: int, weight: float) -> Part:
@@ -31,7 +33,7 @@ class ShuffledOrder:
     """An endless stream of row numbers, one epoch after the other."""
 
     def __init__(self, seed: int, rows: int | Sequence[Part], taken: int = 0) -> None:
-        """``rows`` are the parts in their order, or the size of the only one."""
+        """``rows`` are the parts in their order, or the size of the only one; ``taken`` rows were taken before."""
         self.parts = [Part(rows, rows)] if isinstance(rows, int) else [Part(*part) for part in rows]
         self.epoch_size = sum(part.per_epoch for part in self.parts)
         if self.epoch_size < 1:
@@ -49,7 +51,7 @@ class ShuffledOrder:
         return self.taken // self.epoch_size
 
     def take(self, count: int) -> list[int]:
-        """The next ``count`` row numbers, over the end of an epoch if need be."""
+        """The next ``count`` row numbers, across the end of an epoch if need be."""
         rows: list[int] = []
         while len(rows) < count:
             start = self.taken % self.epoch_size
@@ -59,7 +61,7 @@ class ShuffledOrder:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to continue, as plain numbers."""
+        """What :meth:`from_state` needs to continue the stream, as plain numbers."""
         return {"seed": self.seed, "parts": [list(part) for part in self.parts], "taken": self.taken}
 
     @classmethod
@@ -69,7 +71,7 @@ class ShuffledOrder:
         now = order.parts if rows is None else cls(order.seed, rows).parts
         if now != order.parts:
             raise RequestError(
-                f"the data set has {_told(now)} rows, but had {_told(order.parts)} when this order was saved: "
+                f"the data set has {_describe(now)} rows, but had {_describe(order.parts)} when this order was saved: "
                 "resume with the same data, or start a new run"
             )
         return order
@@ -85,12 +87,16 @@ class ShuffledOrder:
         return self._permutation[1]
 
     def _rows_of_part(self, place: int, part: Part, epoch: int) -> list[int]:
-        """What an epoch takes of a part: the next stretch of an endless row of its permutations, sorted."""
+        """What an epoch takes of a part, sorted.
+
+        A part is dealt out permutation after permutation, and each epoch takes the next ``per_epoch`` rows of this endless
+        sequence: so rows come equally often, to within one, whatever the weight.
+        """
         if part.per_epoch == part.size:
             return list(range(part.size))
         start, end = epoch * part.per_epoch, (epoch + 1) * part.per_epoch
         rows: list[int] = []
-        for turn in range(start // part.size, -(-end // part.size)):
+        for turn in range(start // part.size, -(-end // part.size)):  # -(-a // b) rounds a / b up
             permutation = list(range(part.size))
             random.Random(f"order/{self.seed}/part {place}/{turn}").shuffle(permutation)
             before = turn * part.size
@@ -98,6 +104,6 @@ class ShuffledOrder:
         return sorted(rows)
 
 
-def _told(parts: Sequence[Part]) -> str:
-    """Sizes; of a part of which an epoch takes another number, that number too."""
+def _describe(parts: Sequence[Part]) -> str:
+    """The sizes of parts, each with what an epoch takes where that is another number."""
     return " + ".join(f"{size}" if size == count else f"{size} (an epoch takes {count})" for size, count in parts)

@@ -1,7 +1,7 @@
-"""Tokenizers made on the spot, and fingerprints by which two processes, or two runs, know that theirs are the same.
+"""Making small tokenizers from data, and fingerprints that tell whether two processes or runs have the same tokenizer.
 
-Always true: a tokenizer made here decodes what it encoded to the very same text (the word tokenizer: texts of the generated
-world), knows ``<pad>``, ``<eos>`` and ``<unk>`` as its first three tokens, and adds no special token by itself; the same
+Invariants: a tokenizer made here decodes what it encoded to the very same text (the word tokenizer: texts of the generated
+world), has ``<pad>``, ``<eos>`` and ``<unk>`` as its first three tokens, and adds no special token by itself; the same
 source gives the same tokenizer.
 """
 
@@ -91,13 +91,16 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
     )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides which ids a text gets, as a hash; the chat template and padding do not."""
+    """A hash of what decides which ids a text gets (see :mod:`rlhf_ray.config.tokenizer_identity`).
+
+    Equal hashes mean equal ids for every text; the chat template and padding do not count.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         parts: dict[str, Any] = {
@@ -111,7 +114,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's end of sequence, and each of ``texts``, which must be one token."""
+    """The ids that end an answer: the tokenizer's end of sequence, and each of ``texts``, which must be one token each."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
         encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -126,13 +129,15 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides how a conversation is written as text, as a hash."""
+    """A hash of the chat template, which decides how a conversation is written as text."""
     return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
 
 
 def encoding_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides which ids a text or a conversation gets from this tokenizer, as a hash: also what it adds by itself,
-    its chat template, and the versions of the libraries that run it."""
+    """A hash of all that decides which ids a text or a conversation gets, for keys of caches.
+
+    Beside the fingerprint these are the post-processor, the chat template, and the versions of the libraries that run it.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         adds: Any = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if "path" not in name}

@@ -42,6 +42,18 @@ class PreferencePair:
     where: str = field(default="", compare=False)
     """File and line."""
 
+    @property
+    def texts(self) -> tuple[str, str, str] | None:
+        """Prompt, chosen and rejected answer where they are texts."""
+        sides = (self.prompt, self.chosen, self.rejected)
+        return cast("tuple[str, str, str]", sides) if isinstance(self.prompt, str) else None
+
+    @property
+    def conversations(self) -> tuple[Messages, Messages, Messages] | None:
+        """Prompt, chosen and rejected answer where they are lists of messages."""
+        sides = (self.prompt, self.chosen, self.rejected)
+        return None if isinstance(self.prompt, str) else cast("tuple[Messages, Messages, Messages]", sides)
+
 
 @dataclass(frozen=True)
 class PreferenceReader:

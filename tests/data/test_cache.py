@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.data import cache as room
-from rlhf_ray.data.cache import cached, content_hash, key_of
+from rlhf_ray.data.cache import hash_content, load_or_make, make_key
 from rlhf_ray.storage import atomic, manifest
 
 TABLE = pa.table({"ids": pa.array([[1, 2], [], [3]], pa.large_list(pa.int32())), "text": ["é", "", "x"]})
@@ -31,43 +31,43 @@ class Made:
 def test_what_is_kept_is_made_once(tmp_path):
     make = Made()
     for _ in range(3):
-        assert cached(tmp_path / "new" / "folder", "key", make).equals(TABLE)
+        assert load_or_make(tmp_path / "new" / "folder", "key", make).equals(TABLE)
     assert make.times == 1
-    assert cached(tmp_path / "new" / "folder", "other", make).equals(TABLE)
-    assert cached(None, "key", make).equals(TABLE)
+    assert load_or_make(tmp_path / "new" / "folder", "other", make).equals(TABLE)
+    assert load_or_make(None, "key", make).equals(TABLE)
     assert make.times == 3
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_any_byte_that_changes_is_noticed_and_the_entry_made_again(tmp_path, place, flip):
-    cached(tmp_path, "key", lambda: TABLE)
+    load_or_make(tmp_path, "key", lambda: TABLE)
     for name in ("table.arrow", "manifest.json"):
         file = tmp_path / "key" / name
         content = bytearray(file.read_bytes())
         content[int(place * len(content))] ^= flip
         file.write_bytes(content)
         make = Made()
-        assert cached(tmp_path, "key", make).equals(TABLE)
+        assert load_or_make(tmp_path, "key", make).equals(TABLE)
         assert make.times == 1
-        assert cached(tmp_path, "key", make).equals(TABLE)
+        assert load_or_make(tmp_path, "key", make).equals(TABLE)
         assert make.times == 1, "and is good again"
 
 
 @pytest.mark.parametrize("name", ["table.arrow", "manifest.json"])
 def test_a_file_that_is_gone_or_cut_is_noticed(tmp_path, name, project_log):
     for damage in (lambda file: file.unlink(), lambda file: os.truncate(file, 10)):
-        cached(tmp_path, "key", lambda: TABLE)
+        load_or_make(tmp_path, "key", lambda: TABLE)
         damage(tmp_path / "key" / name)
         make = Made()
-        assert cached(tmp_path, "key", make).equals(TABLE)
+        assert load_or_make(tmp_path, "key", make).equals(TABLE)
         assert make.times == 1
     assert "it is made again" in project_log.getvalue()
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_no_more(tmp_path, project_log):
     (tmp_path / "file").write_text("in the way")
-    assert cached(tmp_path / "file", "key", Made()).equals(TABLE)
+    assert load_or_make(tmp_path / "file", "key", Made()).equals(TABLE)
     assert "encoded rows are not kept for the next run (data.cache)" in project_log.getvalue()
 
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path, project_log, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pa.ipc, "new_file", full)
-    assert cached(tmp_path, "key", Made()).equals(TABLE)
+    assert load_or_make(tmp_path, "key", Made()).equals(TABLE)
     assert "data.cache" in project_log.getvalue()
     assert "disk full" in project_log.getvalue()
     assert list(tmp_path.iterdir()) == []
@@ -84,10 +84,10 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path, project_log, mo
 
 def test_a_crash_anywhere_leaves_the_old_entry_or_the_new_one(tmp_path, crash_everywhere):
     """And whoever comes next reads a whole table."""
-    cached(tmp_path, "key", lambda: TABLE)
+    load_or_make(tmp_path, "key", lambda: TABLE)
     (tmp_path / "key" / "table.arrow").write_bytes(b"damaged")
     seen = crash_everywhere(
-        tmp_path, lambda: cached(tmp_path, "key", lambda: TABLE), lambda: cached(tmp_path, "key", lambda: TABLE),
+        tmp_path, lambda: load_or_make(tmp_path, "key", lambda: TABLE), lambda: load_or_make(tmp_path, "key", lambda: TABLE),
         [room, atomic, manifest],
     )  # fmt: skip
     assert len(seen) > 3
@@ -95,8 +95,8 @@ def test_a_crash_anywhere_leaves_the_old_entry_or_the_new_one(tmp_path, crash_ev
 
 
 def test_a_key_is_of_all_that_is_said_in_any_order():
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
-    assert len({key_of(about) for about in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {})}) == 5
+    assert make_key({"a": 1, "b": 2}) == make_key({"b": 2, "a": 1})
+    assert len({make_key(identity) for identity in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {})}) == 5
 
 
 def test_content_is_all_files_and_their_names_and_not_where_they_lie(tmp_path):
@@ -104,9 +104,9 @@ def test_content_is_all_files_and_their_names_and_not_where_they_lie(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.arrow").write_bytes(b"1")
         (tmp_path / folder / "b.arrow").write_bytes(b"2")
-    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two")
-    assert content_hash(tmp_path / "one" / "a.arrow") == content_hash(tmp_path / "two" / "a.arrow")
+    assert hash_content(tmp_path / "one") == hash_content(tmp_path / "two")
+    assert hash_content(tmp_path / "one" / "a.arrow") == hash_content(tmp_path / "two" / "a.arrow")
     (tmp_path / "two" / "b.arrow").rename(tmp_path / "two" / "c.arrow")
-    assert content_hash(tmp_path / "one") != content_hash(tmp_path / "two")
+    assert hash_content(tmp_path / "one") != hash_content(tmp_path / "two")
     (tmp_path / "one" / "a.csv").write_bytes(b"1")
-    assert content_hash(tmp_path / "one" / "a.csv") != content_hash(tmp_path / "one" / "a.arrow"), "the format counts"
+    assert hash_content(tmp_path / "one" / "a.csv") != hash_content(tmp_path / "one" / "a.arrow"), "the format counts"

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from rlhf_ray.data import encoded_pairs as room
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
-from rlhf_ray.data.encoded_pairs import PairExample, PairFile, pairs_of_file, pairs_of_rows
+from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file, encode_pair_rows
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader, read_preferences
 from rlhf_ray.rows.sources import RowSource
@@ -43,13 +43,13 @@ def file(write):
 @pytest.fixture
 def encodings(monkeypatch):
     """Counts how often rows are encoded."""
-    counted, encode = [], room.pair_outcomes
-    monkeypatch.setattr(room, "pair_outcomes", lambda *given, **more: counted.append(1) or encode(*given, **more))
+    counted, encode = [], room.encode_pair_part
+    monkeypatch.setattr(room, "encode_pair_part", lambda *given, **more: counted.append(1) or encode(*given, **more))
     return counted
 
 
 def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
-    rows = pairs_of_file(file, byte_tokenizer, source="mine")
+    rows = encode_pair_file(file, byte_tokenizer, source="mine")
     assert [row.pair if isinstance(row.pair, str) else "" for row in rows] == ["", EQUAL, TOO_LONG, ""]
     pair, last = rows[0].pair, rows[3].pair
     assert byte_tokenizer.decode(pair.chosen) == "how? so<eos>"
@@ -59,25 +59,27 @@ def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
     assert (last.margin, last.grade, last.source) == (2.0, 0.0, "b")
     assert rows[0].prompt == rows[1].prompt, "spaces around it make no other prompt"
     assert len({row.prompt for row in rows}) == 3
-    assert plain(pairs_of_rows(read_preferences(file.rows), byte_tokenizer, 60)) == plain(
-        pairs_of_file(file, byte_tokenizer)
+    assert plain(encode_pair_rows(read_preferences(file.rows), byte_tokenizer, 60)) == plain(
+        encode_pair_file(file, byte_tokenizer)
     )
 
 
 def test_rows_that_name_no_source_have_that_of_their_file(byte_tokenizer, write):
     path = write([{"prompt": "p", "chosen": " a", "rejected": " b"}])
     for source in ("mine", ""):
-        (row,) = pairs_of_file(PairFile(RowSource(str(path)), PreferenceReader(), 60), byte_tokenizer, source=source)
+        (row,) = encode_pair_file(PairFile(RowSource(str(path)), PreferenceReader(), 60), byte_tokenizer, source=source)
         assert row.pair.source == source
         assert (row.pair.margin, row.pair.grade) == (None, None)
 
 
 def test_the_cache_gives_what_encoding_gives(byte_tokenizer, file, tmp_path, encodings):
-    fresh = plain(pairs_of_file(file, byte_tokenizer, source="mine"))
+    fresh = plain(encode_pair_file(file, byte_tokenizer, source="mine"))
     for times in (2, 2, 2):
-        assert plain(pairs_of_file(file, byte_tokenizer, tmp_path / "cache", source="mine")) == fresh
+        assert plain(encode_pair_file(file, byte_tokenizer, tmp_path / "cache", source="mine")) == fresh
         assert len(encodings) == times
-    assert plain(pairs_of_file(file, byte_tokenizer, tmp_path / "cache")) == plain(pairs_of_file(file, byte_tokenizer))
+    assert plain(encode_pair_file(file, byte_tokenizer, tmp_path / "cache")) == plain(
+        encode_pair_file(file, byte_tokenizer)
+    )
 
 
 def test_whatever_decides_the_ids_is_in_the_key(
@@ -85,7 +87,7 @@ def test_whatever_decides_the_ids_is_in_the_key(
 ):
     def encodes(one, tokenizer=byte_tokenizer):
         before = len(encodings)
-        pairs_of_file(one, tokenizer, tmp_path / "cache")
+        encode_pair_file(one, tokenizer, tmp_path / "cache")
         return len(encodings) - before
 
     assert encodes(file)
@@ -125,7 +127,7 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(talks), tmp_path / "rows.parquet")
     found = [
-        pairs_of_file(PairFile(RowSource(str(path)), PreferenceReader(), 99), byte_tokenizer)
+        encode_pair_file(PairFile(RowSource(str(path)), PreferenceReader(), 99), byte_tokenizer)
         for path in (write(talks), tmp_path / "rows.parquet")
     ]
     assert plain(found[0]) == plain(found[1])
@@ -133,5 +135,5 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     assert all(isinstance(row.pair, PairExample) for row in found[0])
     whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in talks]
     assert plain(
-        pairs_of_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 99), byte_tokenizer)
+        encode_pair_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 99), byte_tokenizer)
     ) == plain(found[0]), "implicit prompts"

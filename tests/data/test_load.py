@@ -14,8 +14,10 @@ import torch
 
 from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
-from rlhf_ray.data.load import PairExample, demonstration_examples, pair_batch, pair_examples, tokenized_prompts
+from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.data.load import load_demonstrations, load_pairs, load_prompts
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError
 
@@ -49,7 +51,7 @@ class Files:
 
     def read(self, seed: int = 0, **keys: Any) -> Any:
         data = DataConfig.model_validate({"cache": str(self.folder / "cache"), "evaluation_fraction": 0.0, **keys})
-        return pair_examples(data, self.tokenizer, seed)
+        return load_pairs(data, self.tokenizer, seed)
 
     def text(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids))).removesuffix("<eos>")
@@ -199,14 +201,14 @@ def test_prompts_and_demonstrations_are_mixed_too(files: Files) -> None:
     sources = {name: {"path": files.write(*half, name=f"{name}.jsonl"), "weight": weight}
                for name, half, weight in (("a", rows[:5], 1.0), ("b", rows[5:], 2.0))}  # fmt: skip
     data = DataConfig.model_validate({"sources": sources, "evaluation_fraction": 0.25})
-    prompts = tokenized_prompts(data, files.tokenizer, 0)
+    prompts = load_prompts(data, files.tokenizer, 0)
     assert sorted(prompt.prompt_id for prompt in (*prompts.train, *prompts.held_out)) == list(range(8))
     assert [prompt.prompt_id for prompt in (*prompts.train, *prompts.held_out)] == list(range(8)), "numbered through"
     assert {prompt.source for prompt in prompts.train} == {"a", "b"}
     sizes = [part.size for part in prompts.parts]
     assert sum(sizes) == 6
     assert [part.per_epoch for part in prompts.parts] == [sizes[0], 2 * sizes[1]]
-    assert demonstration_examples(data, files.tokenizer, 0).parts == prompts.parts
+    assert load_demonstrations(data, files.tokenizer, 0).parts == prompts.parts
 
 
 # --------------------------------------------------------------------------------------------------------------- real rows
@@ -221,7 +223,7 @@ def test_real_dialogues(tokenizer: Any, tmp_path: Path) -> None:
     with gzip.open(path, "rb") as file, gzip.open(few, "wb") as short:
         short.writelines(line for line, _ in zip(file, range(200), strict=False))
     data = DataConfig(path=str(few), evaluation_fraction=0.1, max_tokens=1200, cache=str(tmp_path / "cache"))
-    fresh, kept = (pair_examples(data, tokenizer, 0) for _ in range(2))
+    fresh, kept = (load_pairs(data, tokenizer, 0) for _ in range(2))
     assert len(fresh.train) + len(fresh.held_out) + fresh.dropped.total() == 200
     assert 0 < fresh.dropped[TOO_LONG] < 100
     for one, other in zip((*fresh.train, *fresh.held_out), (*kept.train, *kept.held_out), strict=True):
@@ -235,7 +237,7 @@ def test_real_dialogues(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_a_batch_of_pairs_holds_chosen_and_rejected_in_turn() -> None:
     examples = [PairExample([1, 2, 3], [1, 4], margin=0.5, grade=0.0), PairExample([5], [6, 7], margin=2.0, grade=-1.0)]
-    batch = pair_batch(examples)
+    batch = make_pair_batch(examples)
     assert batch["token_ids"].tolist() == [1, 2, 3, 1, 4, 5, 6, 7]
     assert batch.lengths.tolist() == [3, 2, 1, 2]
     assert batch["margin"].tolist() == [0.5, 0.5, 2.0, 2.0]
@@ -245,5 +247,5 @@ def test_a_batch_of_pairs_holds_chosen_and_rejected_in_turn() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"margin": 1.0}, {"grade": 0.0}])
 def test_a_batch_has_the_columns_that_its_pairs_have(given: dict[str, float]) -> None:
-    batch = pair_batch([PairExample([1], [2], **given)] * 2)
+    batch = make_pair_batch([PairExample([1], [2], **given)] * 2)
     assert set(batch.columns) == {"token_ids", *given}

@@ -26,7 +26,8 @@ from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.data.load import PairExample, pair_batch
+from rlhf_ray.data.batches import make_pair_batch
+from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.models import save_pretrained
 from rlhf_ray.trainers.supervised.loop import cut, learn
 
@@ -89,7 +90,7 @@ def _train(
     loss = RewardLoss(centering=case["centering"])
     values: dict[str, Any] = {"loss": [], "gradient norm": [], "accuracy": [], "margin": []}
     for pairs in inputs["steps"]:
-        batch = pair_batch(_examples(pairs, margins=case["margins"]))
+        batch = make_pair_batch(_examples(pairs, margins=case["margins"]))
         schedule = cut(batch, ranks=1, max_tokens=max_tokens, unit=2)
         report, applied = learn(group, group.share(batch), schedule, loss)
         values["loss"].append(report.loss)
@@ -97,7 +98,7 @@ def _train(
         for metric in ("accuracy", "margin"):
             total, count = report.metrics[metric]
             values[metric].append(total / count)
-    held_out = pair_batch(_examples(inputs["held_out"], margins=False))
+    held_out = make_pair_batch(_examples(inputs["held_out"], margins=False))
     schedule = cut(held_out, ranks=1, max_tokens=max_tokens, unit=2)
     values["held-out scores"] = group.scores(group.share(held_out), schedule).result().numpy()
     group.save_pretrained(str(directory / "trained")).result()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rlhf_ray.config.sections.data import DataConfig
-from rlhf_ray.data.load import pair_examples, tokenized_prompts
+from rlhf_ray.data.load import load_pairs, load_prompts
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows import preferences, prompts
@@ -220,7 +220,7 @@ def test_rows_are_read_once_and_only_as_far_as_they_are_wanted(write):
     assert len(list(read_file(path, reader, max_rows=7))) == reader.times == 7
 
 
-@pytest.mark.parametrize("load", [pair_examples, tokenized_prompts], ids=["pairs", "prompts"])
+@pytest.mark.parametrize("load", [load_pairs, load_prompts], ids=["pairs", "prompts"])
 def test_a_job_parses_each_row_of_its_files_once(write, monkeypatch, load):
     """And ``check`` the first hundred, with the same function."""
     parsed = []
@@ -238,7 +238,7 @@ def test_a_job_parses_each_row_of_its_files_once(write, monkeypatch, load):
     load(data, make_tokenizer(path, 300), 0)
     assert len(parsed) == 150
     (source,) = data.files.values()
-    reader = data.preference_reader(source) if load is pair_examples else data.prompt_reader(source)
+    reader = data.preference_reader(source) if load is load_pairs else data.prompt_reader(source)
     assert first_problem(path, reader) == ""
     assert len(parsed) == 250
 

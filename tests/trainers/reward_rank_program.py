@@ -27,9 +27,9 @@ def measure(
     from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
     from rlhf_ray.config.sections.models import ModelConfig
     from rlhf_ray.config.sections.roles import RoleConfig
+    from rlhf_ray.data.batches import make_pair_batch
     from rlhf_ray.data.encode import Drops, encode_pairs
     from rlhf_ray.data.encoded_pairs import PairExample
-    from rlhf_ray.data.load import pair_batch
     from rlhf_ray.data.tokenizers import make_tokenizer
     from rlhf_ray.trainers.supervised.loop import cut
     from rlhf_ray.trajectories.schedule import deal_packs
@@ -47,7 +47,7 @@ def measure(
     rows = World(5).preferences(UPDATES * PAIRS + HELD_OUT)
     encoded = encode_pairs(make_tokenizer("world"), rows, 80, Drops())
     pairs = [PairExample(pair.chosen, pair.rejected) for pair in encoded if pair is not None]
-    held_out, loss = pair_batch(pairs[UPDATES * PAIRS :]), RewardLoss(centering=0.01)
+    held_out, loss = make_pair_batch(pairs[UPDATES * PAIRS :]), RewardLoss(centering=0.01)
     found: dict[str, Any] = {}
     for zero, dtype in stages:
         optimizer = OptimizerConfig(learning_rate=3e-3, eps=1e-6)
@@ -63,7 +63,7 @@ def measure(
         }
         losses = []
         for update in range(UPDATES):
-            batch = pair_batch(pairs[update * PAIRS : (update + 1) * PAIRS])
+            batch = make_pair_batch(pairs[update * PAIRS : (update + 1) * PAIRS])
             share = cut(batch, ranks=world, max_tokens=BUDGET, unit=2).updates[0].rank(rank)
             losses.append(worker.accumulate(batch, share, loss, PAIRS).loss)
             worker.apply(False)

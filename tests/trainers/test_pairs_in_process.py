@@ -86,7 +86,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
         seen.extend((example.source, bytes(example.chosen.data)) for example in examples)
         return make_batch(examples)
 
-    monkeypatch.setattr(reward_model, "pair_batch", spy)
+    monkeypatch.setattr(reward_model, "make_pair_batch", spy)
     return seen
 
 

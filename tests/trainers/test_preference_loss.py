@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_ray.algorithms.rankings import Focal, Hinge, LogExp, Ordinal, Scaled, Sigmoid
 from rlhf_ray.config.sections.reward_training import RewardLossConfig
-from rlhf_ray.data.load import PairExample
+from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.trainers.supervised.preference_loss import make_loss
 

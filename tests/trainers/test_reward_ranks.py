@@ -14,7 +14,7 @@ import torch
 
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
-from rlhf_ray.data.load import pair_batch
+from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.models import load_tokenizer, save_pretrained
 from rlhf_ray.models.from_config import load_regression
 from rlhf_ray.trainers.supervised import reward_evaluation
@@ -85,13 +85,13 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.ranks import InProcessRanks
     from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
-    from rlhf_ray.data.load import pair_examples
+    from rlhf_ray.data.load import load_pairs
 
     config = config_of(tmp_path)
     reward = RewardGroup(InProcessRanks("reward", RewardWorker()))
     reward.setup(RewardSetup(config.reward, seed=0), timeout_s=60.0).result()
-    pairs = pair_examples(config.data, load_tokenizer(config.reward.model), 0).held_out
-    longest = int(pair_batch(pairs).lengths.max()) * 2
+    pairs = load_pairs(config.data, load_tokenizer(config.reward.model), 0).held_out
+    longest = int(make_pair_batch(pairs).lengths.max()) * 2
     found = []
     for budget in (longest, 300, 1000, 100_000):
         held_out = reward_evaluation.HeldOutPairs(reward, pairs, RewardLoss(), budget)

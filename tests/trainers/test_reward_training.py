@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ray.data.load import demonstration_examples, pair_examples
+from rlhf_ray.data.load import load_demonstrations, load_pairs
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.directory import RunDirectory
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_at_the_right_pair_to_the_same_bits(
 
     steps = list(range(3, UPDATES + 1, 3))
     record.unlink()
-    monkeypatch.setattr(reward_model, "pair_batch", reward_model.pair_batch)
+    monkeypatch.setattr(reward_model, "make_pair_batch", reward_model.pair_batch)
     record_pairs(record)
     run = train(config_of(tmp_path), resume=True)
     start = UPDATES - len(recorded(tmp_path))
@@ -108,7 +108,7 @@ def test_every_pair_comes_exactly_once_an_epoch(whole: tuple[RunDirectory, list[
     stream = [json.dumps(pair) for pairs in updates for pair in pairs]
     assert len(updates) == UPDATES and len(stream) == 120
     assert Counter(stream[:60]) == Counter(stream[60:]) and stream[:60] != stream[60:]
-    world = pair_examples(config_of(Path(whole[0].path).parent).data, load_tokenizer_of(whole[0]), 3)
+    world = load_pairs(config_of(Path(whole[0].path).parent).data, load_tokenizer_of(whole[0]), 3)
     assert Counter(stream[:60]) == Counter(
         json.dumps([[int(i) for i in side] for side in (pair.chosen, pair.rejected)]) for pair in world.train
     )
@@ -143,7 +143,7 @@ def test_what_is_logged_and_reported(whole: tuple[RunDirectory, list[Any]]) -> N
 def test_final_says_to_plain_transformers_what_it_said_in_training(whole: tuple[RunDirectory, list[Any]]) -> None:
     run, _ = whole
     config = config_of(run.path.parent)
-    held_out = pair_examples(config.data, load_tokenizer_of(run), config.run.seed).held_out
+    held_out = load_pairs(config.data, load_tokenizer_of(run), config.run.seed).held_out
     scores = plain_scores(
         run.final, [list(map(int, side)) for pair in held_out for side in (pair.chosen, pair.rejected)]
     )
@@ -177,7 +177,7 @@ def test_the_best_evaluation_is_kept_where_it_is_not_the_last(whole: tuple[RunDi
     assert run.best.exists() == (max(accuracies[:-1]) >= accuracies[-1])
     if run.best.exists():
         config = config_of(run.path.parent)
-        held_out = pair_examples(config.data, load_tokenizer_of(run), config.run.seed).held_out
+        held_out = load_pairs(config.data, load_tokenizer_of(run), config.run.seed).held_out
         sides = [list(map(int, side)) for pair in held_out for side in (pair.chosen, pair.rejected)]
         scores = plain_scores(run.best, sides)
         assert float((scores[0::2] > scores[1::2]).float().mean()) == pytest.approx(max(accuracies), abs=1e-6)
@@ -192,7 +192,7 @@ SHORT = ("data.world.pairs=16", "epochs=1.0", "evaluation.every_steps=0", "check
 def test_demonstrations_score_zero_on_average(tmp_path: Path) -> None:
     config = config_of(tmp_path, *SHORT, "normalization.over=demonstrations")
     run = train(config)
-    rows = demonstration_examples(config.data, load_tokenizer_of(run), config.run.seed).held_out
+    rows = load_demonstrations(config.data, load_tokenizer_of(run), config.run.seed).held_out
     scores = plain_scores(run.final, [list(row.token_ids) for row in rows])
     told = json.loads((run.final / "config.json").read_text())
     assert told["std"] == 1.0 and told["mean"] == pytest.approx(float(scores.mean()), abs=1e-5)

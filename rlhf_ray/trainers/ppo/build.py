@@ -12,7 +12,8 @@ from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
-from rlhf_ray.data.load import Split, TokenizedPrompt, tokenized_prompts
+from rlhf_ray.data.load import TokenizedPrompt, load_prompts
+from rlhf_ray.data.split import Split
 from rlhf_ray.data.tokenizers import stop_token_ids
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
@@ -43,7 +44,7 @@ def train_ppo(
     """Run, or go on with, a whole PPO job; ``place`` other than a cluster is for tests and one-process runs."""
     tokenizer = load_tokenizer(config.policy.model)
     stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
-    prompts = tokenized_prompts(config.data, tokenizer, config.run.seed)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed)
     check_own_parts(config)
     with Session(config, place=place) as session, Journal(run, config) as journal:
         trainer = build(config, run, session, journal, tokenizer, stop_tokens, prompts, checkpoint)

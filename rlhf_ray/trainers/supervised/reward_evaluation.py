@@ -14,8 +14,8 @@ import torch
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.algorithms.reward_losses import RewardLoss, decided
 from rlhf_ray.console import progress
+from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
-from rlhf_ray.data.load import pair_batch
 from rlhf_ray.evaluation.scored_pairs import ScoredPairs, histogram
 from rlhf_ray.monitoring.report.summary import PreferencePage, Table
 from rlhf_ray.trajectories.schedule import deal_packs
@@ -31,10 +31,10 @@ class HeldOutPairs:
 
     def __init__(self, reward: RewardGroup, pairs: Sequence[PairExample], loss: RewardLoss, max_tokens: int) -> None:
         self.reward, self.pairs, self.loss = reward, pairs, loss
-        self.batch = pair_batch(pairs)
+        self.batch = make_pair_batch(pairs)
         self._parts = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            part = pair_batch(pairs[start : start + PAIRS_AT_ONCE])
+            part = make_pair_batch(pairs[start : start + PAIRS_AT_ONCE])
             schedule = deal_packs(part.lengths.tolist(), ranks=reward.size, max_tokens=max_tokens, unit=2)
             self._parts.append((reward.share(part), schedule))
         self.scored: ScoredPairs | None = None

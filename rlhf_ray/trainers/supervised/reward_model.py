@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from rlhf_ray.actors.place import Place
 from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.data.load import pair_batch, pair_examples
+from rlhf_ray.data.batches import make_pair_batch
+from rlhf_ray.data.load import load_pairs
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -27,9 +28,9 @@ def train_reward_model(
 ) -> None:
     """Train, evaluate, keep the best, write ``final/`` and read it back, and report."""
     tokenizer = load_tokenizer(config.reward.model)
-    examples = pair_examples(config.data, tokenizer, config.run.seed)
+    examples = load_pairs(config.data, tokenizer, config.run.seed)
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
-    task = Task(examples.train, pair_batch, loss, config.batch.pairs_per_update, examples.parts, unit=2)
+    task = Task(examples.train, make_pair_batch, loss, config.batch.pairs_per_update, examples.parts, unit=2)
     updates = total_updates(config.epochs, task)
     max_tokens = config.reward.forward_tokens(config.batch)
     with Session(config, place=place) as session:

@@ -15,8 +15,9 @@ from rlhf_ray import storage
 from rlhf_ray.actors.groups import TrainedRewardGroup
 from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
-from rlhf_ray.data.load import demonstration_examples, pair_batch
+from rlhf_ray.data.load import load_demonstrations
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -37,7 +38,9 @@ class RewardSaver:
         """``pairs`` are some to score again."""
         self.config, self.reward = config, reward
         self.max_tokens = config.reward.forward_tokens(config.batch)
-        self._again = pair_batch(sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))[:RESCORED_PAIRS])
+        self._again = make_pair_batch(
+            sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))[:RESCORED_PAIRS]
+        )
         self._demonstrations = self._read_demonstrations(tokenizer)
 
     def final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
@@ -89,6 +92,6 @@ class RewardSaver:
             return None
         if normalization.demonstrations_path is not None:
             rows = rows.over(normalization.demonstrations_path)
-        examples = demonstration_examples(rows, tokenizer, self.config.run.seed)
+        examples = load_demonstrations(rows, tokenizer, self.config.run.seed)
         held_out = examples.held_out or examples.train
         return TrajectoryBatch.from_sequences([example.token_ids for example in held_out])

@@ -6,7 +6,8 @@ from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.place import Place
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
 from rlhf_ray.config.jobs.sft import SftConfig
-from rlhf_ray.data.load import DemonstrationExample, demonstration_batch, demonstration_examples
+from rlhf_ray.data.batches import DemonstrationExample, make_demonstration_batch
+from rlhf_ray.data.load import load_demonstrations
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -21,9 +22,9 @@ def train_sft(
 ) -> None:
     """Train, evaluate, and write ``final/``."""
     tokenizer = load_tokenizer(config.policy.model)
-    examples = demonstration_examples(config.data, tokenizer, config.run.seed)
+    examples = load_demonstrations(config.data, tokenizer, config.run.seed)
     size = config.batch.sequences_per_update
-    task = Task(examples.train, demonstration_batch, NegativeLogLikelihood(), size, examples.parts)
+    task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts)
     updates = total_updates(config.epochs, task)
     with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
@@ -47,7 +48,7 @@ def evaluate(policy: PolicyGroup, held_out: list[DemonstrationExample], max_toke
     """Mean negative log-likelihood of the held-out answers' tokens, in nats."""
     if not held_out:
         return {}
-    batch = demonstration_batch(held_out)
+    batch = make_demonstration_batch(held_out)
     schedule = cut(batch, ranks=policy.size, max_tokens=max_tokens)
     log_probs = policy.log_probs(policy.share(batch), schedule).result()
     answer = log_probs[batch["action_mask"]].double()

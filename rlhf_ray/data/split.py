@@ -1,0 +1,127 @@
+"""The two halves of a job's data: rows to train on, file by file, and rows held out to evaluate on.
+
+Invariants: no prompt is on both sides of a split that is made here; what is dropped while encoding is counted and logged; a
+half of which nothing is left is an error that names the file and the way out, never a run over nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Generic, TypeVar
+
+from rlhf_ray.config.sections.data import DataConfig, SourceConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.data.encode import Drops
+from rlhf_ray.data.holdout import hold_out
+from rlhf_ray.data.order import Part
+from rlhf_ray.errors import DataError
+
+Row = TypeVar("Row")
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True)
+class Split(Generic[Row]):
+    """Examples to train on, one file after the other, and examples held out."""
+
+    train: list[Row]
+    held_out: list[Row]
+    parts: list[Part]
+    """The files of ``train``: how many examples each has, and how many of them an epoch takes."""
+    dropped: Drops = field(default_factory=Drops)
+    """How many rows of both halves were dropped, by reason."""
+
+
+@dataclass(frozen=True)
+class Halves(Generic[Row]):
+    """Rows before they are encoded: those to train on by file, and those held out."""
+
+    files: list[list[Row]]
+    held_out: list[Row]
+
+
+def read_halves(
+    data: DataConfig,
+    seed: int,
+    read: Callable[[str, SourceConfig, int | None], list[Row]],
+    prompt_key: Callable[[Row], Hashable],
+) -> Halves[Row]:
+    """Read every file with ``read`` (name of its source, the source, how many rows) and hold rows out.
+
+    Held out are the rows of the evaluation file, or a share of the prompts, drawn by ``seed``. Rows with equal
+    ``prompt_key`` have the same prompt.
+    """
+    files = [read(name, source, data.max_rows) for name, source in data.files.items()]
+    if data.evaluation_file is not None:
+        held_out = read("", data.evaluation_file, None)
+        _warn_of_shared_prompts({prompt_key(row) for file in files for row in file}, map(prompt_key, held_out), data)
+        return Halves(files, held_out)
+    return _hold_out_prompts(files, data, seed, prompt_key)
+
+
+def encode_halves(
+    rows: Halves[Row], data: DataConfig, encode: Callable[[Sequence[Row], Drops], list[Example]]
+) -> Split[Example]:
+    """Encode all rows; ``encode`` leaves out those that are dropped and counts them."""
+    sources = [(str(source.rows), source.weight) for source in data.files.values()] or [("the generated world", 1.0)]
+    dropped, files = Drops(), []
+    for (name, _), file in zip(sources, rows.files, strict=True):
+        files.append(_encode_half(name, "training", file, encode, dropped))
+    held_out = _encode_half(_held_out_name(data), "held-out", rows.held_out, encode, dropped)
+    parts = [Part.weighted(len(file), weight) for (_, weight), file in zip(sources, files, strict=True)]
+    return Split(list(chain(*files)), held_out, parts, dropped)
+
+
+def sources_name(data: DataConfig) -> str:
+    """How messages name all training rows of a job."""
+    return ", ".join(str(source.rows) for source in data.files.values()) or "the generated world"
+
+
+def _held_out_name(data: DataConfig) -> str:
+    return sources_name(data) if data.evaluation_file is None else str(data.evaluation_file.rows)
+
+
+def _hold_out_prompts(
+    files: list[list[Row]], data: DataConfig, seed: int, prompt_key: Callable[[Row], Hashable]
+) -> Halves[Row]:
+    fraction, rows = data.evaluation_fraction or 0.0, list(chain(*files))
+    held_out = hold_out(list(map(prompt_key, rows)), fraction, seed)
+    if fraction and not held_out:
+        raise DataError(
+            f"{sources_name(data)}: a share of {fraction:g} (data.evaluation_fraction) of {len(rows)} rows holds out no whole "
+            "prompt: raise it, or set it to 0 to evaluate nothing"
+        )
+    first, kept = 0, []
+    for file in files:
+        kept.append([row for number, row in enumerate(file, first) if number not in held_out])
+        first += len(file)
+    return Halves(kept, [rows[number] for number in sorted(held_out)])
+
+
+def _warn_of_shared_prompts(trained: set[Hashable], held_out: Iterable[Hashable], data: DataConfig) -> None:
+    shared = [prompt in trained for prompt in held_out]
+    if any(shared):
+        get_logger("data").warning(
+            "%s: %d of %d held-out rows have a prompt that is trained on: figures will be too good",
+            _held_out_name(data),
+            sum(shared),
+            len(shared),
+        )
+
+
+def _encode_half(
+    name: str, half: str, rows: Sequence[Row], encode: Callable[[Sequence[Row], Drops], list[Example]], dropped: Drops
+) -> list[Example]:
+    drops = Drops()
+    examples = encode(rows, drops)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in drops.items())
+    if not examples and (rows or half == "training"):
+        purpose = "train" if half == "training" else "evaluate"
+        raise DataError(f"{name}: no row is left to {purpose} on ({reasons or 'there were none'}); raise data.max_tokens or "
+                        "data.max_prompt_tokens, or give other rows")  # fmt: skip
+    if drops:
+        get_logger("data").info("%s: of %d %s rows dropped: %s", name, len(rows), half, reasons)
+    dropped.update(drops)
+    return examples
