@@ -62,14 +62,14 @@ def record_pairs(file: Path) -> None:
     """From now on, keep a line of every update's pairs."""
     from rlhf_ray.trainers.supervised import reward_model
 
-    make = reward_model.pair_batch
+    make = reward_model.make_pair_batch
 
     def recording(pairs: Sequence[Any]) -> Any:
         with file.open("a") as lines:
             lines.write(json.dumps([[list(map(int, side)) for side in (p.chosen, p.rejected)] for p in pairs]) + "\n")
         return make(pairs)
 
-    reward_model.pair_batch = recording
+    reward_model.make_pair_batch = recording
 
 
 if __name__ == "__main__":

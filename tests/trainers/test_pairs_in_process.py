@@ -80,7 +80,7 @@ def config(tmp_path: Path) -> Any:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
     """Source and ids of every pair that is trained on, in order."""
     seen: list[tuple[str, bytes]] = []
-    make_batch = reward_model.pair_batch
+    make_batch = reward_model.make_pair_batch
 
     def spy(examples: Any) -> Any:
         seen.extend((example.source, bytes(example.chosen.data)) for example in examples)

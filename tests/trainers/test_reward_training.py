@@ -45,12 +45,12 @@ def single_thread() -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, list[Any]]:
     """A run that nothing disturbed, and its pairs by update."""
     root = tmp_path_factory.mktemp("whole")
-    make = reward_model.pair_batch
+    make = reward_model.make_pair_batch
     record_pairs(root / RECORD)
     try:
         run = train(config_of(root))
     finally:
-        reward_model.pair_batch = make
+        reward_model.make_pair_batch = make
     return run, recorded(root)
 
 
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_at_the_right_pair_to_the_same_bits(
 
     steps = list(range(3, UPDATES + 1, 3))
     record.unlink()
-    monkeypatch.setattr(reward_model, "make_pair_batch", reward_model.pair_batch)
+    monkeypatch.setattr(reward_model, "make_pair_batch", reward_model.make_pair_batch)
     record_pairs(record)
     run = train(config_of(tmp_path), resume=True)
     start = UPDATES - len(recorded(tmp_path))
