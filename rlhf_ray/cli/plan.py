@@ -1,4 +1,4 @@
-"""``rlhf-ray plan CONFIG [key=value ...]``."""
+"""The command ``rlhf-ray plan``: print the batch arithmetic and the placement of a job."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
+    """Register the command."""
     command = commands.add_parser("plan", help="batch arithmetic and placement, before anything is allocated")
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
-    """Print what the sizes come to and what the cluster must hold."""
+def run(options: argparse.Namespace) -> int:
+    """Print the sizes of the job and what the cluster must hold; returns the exit code."""
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.planning.arithmetic import batch_table
     from rlhf_ray.planning.capacity import capacity_table, needed
 
-    config = load_config(given.config, given.overrides)
+    config = load_config(options.config, options.overrides)
     sys.stdout.write(f"{batch_table(config)}\n\n{capacity_table(needed(config))}\n")
     return 0

@@ -1,4 +1,4 @@
-"""``rlhf-ray train KIND CONFIG [key=value ...]``."""
+"""The command ``rlhf-ray train``: check a config and train its job in a driver process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_ray.config.jobs.registry import trained_kinds
 
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
+    """Register the command."""
     kinds = trained_kinds()
     command = commands.add_parser("train", help=f"train a model: {', '.join(kinds[:-1])} or {kinds[-1]}")
     command.add_argument("kind", choices=kinds)
@@ -18,10 +18,10 @@ def add_arguments(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
-    """Check everything that can be checked without a cluster, then hand over to a driver."""
+def run(options: argparse.Namespace) -> int:
+    """Check everything that can be checked without a cluster, then run a driver; returns its exit code."""
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.launch.parent import start_run
 
-    config = load_config(given.config, given.overrides, kind=given.kind, files=True)
+    config = load_config(options.config, options.overrides, kind=options.kind, files=True)
     return start_run(config)

@@ -1,4 +1,4 @@
-"""Typed, strict configs: what a job is, how it is read, and all that can be wrong with it."""
+"""Typed and strict configs: what a job is, how it is read, and everything that can be wrong with it."""
 
 from rlhf_ray.lazy import lazy_exports
 

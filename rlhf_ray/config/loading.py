@@ -1,7 +1,7 @@
-"""From a file and overrides to a checked job, and back to text.
+"""Loads a job from a config file with overrides, checks it, and writes it back as text.
 
-Always true: what is wrong with a config comes at once, in one :class:`ConfigError`: what is no YAML, what is no setting
-or no value, what contradicts another value, what does not exist on this machine. ``dump_config`` writes every
+Invariants: everything that is wrong with a config comes at once, in one :class:`ConfigError`: broken YAML, unknown keys,
+wrong values, values that contradict each other, files that do not exist on this machine. ``dump_config`` writes every
 default out, and loading what it wrote gives an equal job.
 """
 
@@ -26,16 +26,16 @@ from rlhf_ray.errors import ConfigError
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 OWN_DATA = "data"
-"""What ``model.make.tokenizer_from`` says to mean the job's own data."""
+"""The value of ``model.make.tokenizer_from`` that stands for the job's own data."""
 
 
 def load_config(
     source: str | Path, overrides: Sequence[str] = (), kind: str | None = None, *, files: bool = False
 ) -> Job:
-    """Read the file or recipe ``source``, apply ``overrides`` (``a.b=value``), and check what it says.
+    """Read the file or recipe ``source``, apply ``overrides`` (``a.b=value``), and check the result.
 
-    ``kind`` is the kind of job that is asked for (none: any). With ``files`` what it names on this machine is checked
-    too, and its problems come together with the others.
+    ``kind`` is the kind of job that it must be (none: any). With ``files`` the files that it names are checked too, and
+    their problems come together with the others. Raises :class:`ConfigError` with every problem.
     """
     path = find(source)
     try:
@@ -48,18 +48,18 @@ def load_config(
 def parse_config(
     text: str, overrides: Sequence[str] = (), kind: str | None = None, *, source: str = "config", files: bool = False
 ) -> Job:
-    """The same for a config that is at hand as text."""
+    """The same as :func:`load_config` for a config that is at hand as text; ``source`` is its name in messages."""
     document = read_mapping(text)
     if document.problems and not document.values:
         raise ConfigError(document.problems, source)
     apply_overrides(document, overrides)
-    job, kind_problems = _job(document.values, kind)
-    _name_own_data(document.values)
-    _name_parts(document.values)
+    job, kind_problems = _kind_of_job(document.values, kind)
+    _write_out_own_data(document.values)
+    _write_out_algorithm(document.values)
     parsed = parse(job_class(job), {**document.values, "kind": job})
     rules = [*parsed.config.rules(), *(parsed.config.files() if files else ())]
     problems = [*kind_problems, *parsed.problems, *attempt(rules, partial=not parsed.complete)]
-    lines = [*document.problems, *(_located(problem, document, parsed.settled.renamed) for problem in problems)]
+    lines = [*document.problems, *(_with_origin(problem, document, parsed.settled.renamed) for problem in problems)]
     if lines:
         raise ConfigError(lines, source)
     return parsed.config
@@ -75,17 +75,17 @@ def dump_config(config: Job) -> str:
     return write_mapping(config.model_dump(mode="json"))
 
 
-def _job(values: Mapping[str, Any], asked: str | None) -> tuple[str, list[Problem]]:
-    """Which job this is, and what is wrong with saying so; the rest is then checked as the job that is most likely."""
+def _kind_of_job(values: Mapping[str, Any], wanted: str | None) -> tuple[str, list[Problem]]:
+    """The kind of a config, or its likeliest where ``kind`` is wrong or missing, which is then the problem beside it."""
     kinds = ", ".join(KINDS)
-    if asked is not None and asked not in KINDS:
-        raise ConfigError([f"{asked} is not a kind of job: kinds are {kinds}"], "train")
+    if wanted is not None and wanted not in KINDS:
+        raise ConfigError([f"{wanted} is not a kind of job: kinds are {kinds}"], "train")
     kind = values.get("kind")
     if isinstance(kind, str) and kind in KINDS:
-        wrong = f"{kind}, but {asked} was asked for: run this config as {kind}, or name one of kind {asked}"
-        return kind, [] if asked in (None, kind) else [("kind", wrong)]
+        wrong = f"{kind}, but {wanted} was asked for: run this config as {kind}, or name one of kind {wanted}"
+        return kind, [] if wanted in (None, kind) else [("kind", wrong)]
     close = difflib.get_close_matches(str(kind), KINDS, n=1)
-    likely = asked or (close[0] if close else _most_alike(values))
+    likely = wanted or (close[0] if close else _most_alike(values))
     if kind is None:
         return likely, [("kind", f"missing: it must be one of {kinds}; this looks like {likely}")]
     return likely, [("kind", f"{show(kind)} is not one of {kinds}; did you mean {likely}?")]
@@ -97,8 +97,8 @@ def _most_alike(values: Mapping[str, Any]) -> str:
     return max(sections, key=lambda kind: len(values.keys() & sections[kind]))
 
 
-def _name_own_data(values: Mapping[str, Any]) -> None:
-    """Write out what ``tokenizer_from: data`` means, so that the resolved config says it."""
+def _write_out_own_data(values: Mapping[str, Any]) -> None:
+    """Replace ``tokenizer_from: data`` by the path that it stands for, so that the resolved config says it."""
     own = values.get("data")
     if not isinstance(own, dict):
         return
@@ -115,15 +115,15 @@ def _first_path(sources: Any) -> Any:
     return first.get("path") if isinstance(first, dict) else None
 
 
-def _name_parts(values: dict[str, Any]) -> None:
-    """Write out the parts that an algorithm's name chooses, so that every problem is told about the parts that would run."""
+def _write_out_algorithm(values: dict[str, Any]) -> None:
+    """Add the keys that the name of an algorithm chooses, so that problems are reported about the values that would run."""
     algorithm = values.get("algorithm")
     if isinstance(algorithm, dict):
         values["algorithm"] = with_preset(algorithm)
 
 
-def _located(problem: Problem, document: Document, renamed: Mapping[str, str]) -> str:
-    """A problem as one line, with the place in the file where its key stands."""
+def _with_origin(problem: Problem, document: Document, renamed: Mapping[str, str]) -> str:
+    """A problem as one line of text, with the line of the file where its key stands."""
     key, text = problem
     parts = key.split(SEPARATOR)
     prefixes = [SEPARATOR.join(parts[: depth + 1]) for depth in range(len(parts))]

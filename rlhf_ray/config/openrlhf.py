@@ -1,7 +1,7 @@
-"""Where the settings of OpenRLHF stand here, so that who comes from there is told instead of refused.
+"""OpenRLHF's flag names, so that an unknown key can be answered with the key that it is called here.
 
-Always true: every key named here exists in some job. ``ROLE`` stands for each role a job has, ``a|b`` for the first of
-both that it has. Names are the last part of a flag, as all generations of OpenRLHF wrote it: ``--init_kl_coef``,
+Invariant: every key named here exists in some job. ``ROLE`` stands for each role of a job, ``a|b`` for the first of the
+two that the job has. Names are the last part of a flag in any generation of OpenRLHF: ``--init_kl_coef``,
 ``--algo.kl.init_coef``.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 ALWAYS_PACKED = "sequences are always packed: remove it"
-FORWARD = "passes without gradient take batch.forward_factor times as much"
+FORWARD = "passes without gradients take batch.forward_factor times as much"
 
 FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     # models
@@ -18,7 +18,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "model_name_or_path": (("ROLE.model.path",), ""),
     "reward_pretrain": (("reward.model.path",), "several models are terms of reward.mixture"),
     "critic_pretrain": (("critic.model.path",), ""),
-    "remote_rm_url": (("reward.url",), "for a server of another kind, reward.function may ask it"),
+    "remote_rm_url": (("reward.url",), "reward.function can call a server of another kind"),
     "bf16": (("ROLE.model.dtype",), ""),
     "param_dtype": (("ROLE.model.dtype",), ""),
     "attn_implementation": (("ROLE.model.attention",), ""),
@@ -128,9 +128,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def hint(key: str, before: str = "", known: Collection[str] | None = None, role: str | None = None) -> str:
-    """What OpenRLHF's ``key`` is here, after ``before``; empty when the name is not known or has no place in this job.
+    """A sentence that names the key for OpenRLHF's ``key``, after ``before``; empty for an unknown name.
 
-    ``known`` are the keys of the job at hand (none: of any job), ``role`` the role in whose section the key stands.
+    ``known`` are the keys of the job at hand (none: of any job); the sentence is empty too where none of them fits.
+    ``role`` is the role in whose section the key stands.
     """
     name = key.rpartition(".")[2].replace("-", "_")
     if name not in FLAGS:

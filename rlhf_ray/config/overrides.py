@@ -1,7 +1,7 @@
 """Overrides from the command line: ``a.b.c=value``, with values as YAML writes them.
 
-Always true: a later override wins; an override reaches exactly the key that it names; ``key=`` and ``key=null`` clear a
-key; nothing given in the wrong form is dropped in silence.
+Invariants: a later override wins; an override changes exactly the key that it names; ``key=`` and ``key=null`` clear a
+key; an override in the wrong form is reported, never ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ORIGIN = "command line"
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
-    """Set every override in ``document``; what cannot be set becomes one of its problems."""
+    """Set every override in ``document``; one that cannot be set is added to the problems of the document."""
     for text in overrides:
         problem = _apply(document, text)
         if problem is not None:

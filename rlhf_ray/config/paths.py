@@ -1,10 +1,11 @@
-"""Paths in a config, made independent of where a process stands.
+"""Makes the paths in a config absolute, so that it means the same wherever a process runs.
 
-Always true: hub ids, named functions and paths that are absolute already stay as they are.
+Invariant: hub ids, names such as ``world``, and paths that are absolute already stay as they are.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,19 +15,19 @@ from rlhf_ray.config.jobs.base import Job
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 NAMED_KEYS = {"path", "evaluation_path", "tokenizer_from"}
-"""Keys of what may also have a name: on a hub, or in this project."""
-CODE_KEYS = {"function", "gold", "source", "advantages", "objective", "collector"}
-"""Keys of what may be ``path.py:name``."""
+"""Keys whose value may also be a name: a hub id, or a name that this project gives."""
 PATH_KEYS = {"root", "cache", "token_file", "demonstrations_path"} | NAMED_KEYS
+PYTHON_OBJECT = re.compile(r".+\.py:\w+")
+"""``path.py:name``, under whichever key."""
 
 
 def run_directory(config: Job) -> Path:
-    """Where the run of ``config`` lies."""
+    """The run directory of ``config``."""
     return Path(config.run.root) / config.run.name
 
 
 def with_absolute_paths(config: AnyJob, directory: Path) -> AnyJob:
-    """``config`` with every relative path read from ``directory``."""
+    """``config`` with every relative path taken from ``directory``."""
     return type(config).model_validate(_absolute(config.model_dump(), directory))
 
 
@@ -35,7 +36,7 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
         return value
     if isinstance(value, dict):
         return {name: _absolute(item, directory, name) for name, item in value.items()}
-    if key in CODE_KEYS and isinstance(value, str) and ".py:" in value:
+    if isinstance(value, str) and PYTHON_OBJECT.fullmatch(value):
         return str(directory / Path(value).expanduser())
     if key in PATH_KEYS and isinstance(value, str) and not (key in NAMED_KEYS and _is_name(value, directory)):
         return str(directory / Path(value).expanduser())
@@ -43,6 +44,6 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
 
 
 def _is_name(value: str, directory: Path) -> bool:
-    """A hub id; ``folder/name`` is a path where ``folder`` stands in ``directory``."""
+    """Whether ``value`` is a name; ``folder/name`` is a path, not a hub id, where ``folder`` is in ``directory``."""
     on_hub = environment.is_hub_id(value) and not (directory / value).parent.is_dir()
     return on_hub or value in ("world", "data")

@@ -1,6 +1,6 @@
-"""The recipes that are shipped: configs by name.
+"""Finds config files: shipped recipes by name, and others by path.
 
-Always true: a recipe is the same file in a source tree (``configs/``) and in a wheel (``rlhf_ray/configs/``).
+Invariant: a recipe is the same file in a source tree (``configs/``) and in a wheel (``rlhf_ray/configs/``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CONFIG_NAME = "config.yaml"
 """The resolved config in a run directory."""
 SUFFIXES = (".yaml", ".yml")
 PACKAGE = Path(__file__).parent.parent
-# In a wheel the first exists; what lies beside the package is then somebody else's.
+# In a wheel the first one exists, and the second would belong to whatever else is installed beside the package.
 DIRECTORIES = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 

@@ -1,7 +1,7 @@
-"""The demo: supervised fine-tuning, a reward model and PPO over the generated world, in one Ray session.
+"""The demo: supervised fine-tuning, a reward model and PPO on the generated world, in one Ray session.
 
-Always true: the three jobs are ordinary ones, from the shipped recipes, and each leaves an ordinary run directory; the gold
-score is shown beside the learned reward and is trained on nowhere.
+Invariants: the three jobs are ordinary ones from the shipped recipes, and each leaves an ordinary run directory. The gold
+score, which is the truth of the generated world, is shown beside the learned reward and is never trained on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(root: Path, seed: int, overrides: Sequence[str]) -> None:
-    """All three jobs, the closing table and the report."""
+    """Run all three jobs, print the closing table and write the report."""
     from rlhf_ray.actors.cluster import Cluster
 
     began = time.monotonic()
@@ -69,7 +69,7 @@ def demo(root: Path, seed: int, overrides: Sequence[str]) -> None:
 
 
 def job_config(job: type[AnyJob], root: Path, seed: int, overrides: Sequence[str]) -> AnyJob:
-    """The recipe of one job, its run below ``root``, reading what the jobs before it wrote."""
+    """The recipe of one job, with its run below ``root`` and the models that the jobs before it wrote."""
     kind = job.kind_name()
     models = [f"{role}.model.path={root}/{origin}/final" for role, origin in STARTS_FROM.get(kind, {}).items()]
     own = [override.removeprefix(f"{kind}.") for override in overrides if override.startswith(f"{kind}.")]
@@ -108,7 +108,7 @@ def finish(root: Path, runs: Mapping[str, RunDirectory], baseline: float, second
 
 
 def last_figure(run: RunDirectory, name: str) -> float:
-    """The last value of a metric that a run logged."""
+    """The last value that a run logged for a metric."""
     return float(next(line[name] for line in reversed(run.metrics.read()) if name in line))
 
 

@@ -1,6 +1,6 @@
-"""The driver process of one run: reads the data, joins the cluster, runs the trainer of the config's kind.
+"""The driver process of one run: it reads the data, joins the cluster and runs the trainer that the job names.
 
-Always true: all data is read and checked before Ray starts; every ending is an exit code, and a user's mistake is one
+Invariants: all data is read and checked before Ray starts; every ending is an exit code, and a mistake of the user is one
 message without a stack trace; a run that was refused before its first step leaves no directory behind.
 """
 
@@ -38,16 +38,17 @@ class Trainer(Protocol):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Drive a new run, whose resolved config comes on standard input, or go on with one; returns the exit code."""
+    """Train a new run, whose resolved config comes on standard input, or resume one; returns the exit code."""
     parser = argparse.ArgumentParser(prog="rlhf_ray.launch.driver")
     parser.add_argument("--resume", metavar="RUN_DIR")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     environment.prepare()
-    return exit_code(lambda: train_new_run(sys.stdin.read()) if given.resume is None else continue_run(given.resume))
+    resume: str | None = options.resume
+    return exit_code(lambda: train_new_run(sys.stdin.read()) if resume is None else continue_run(resume))
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Do ``work``; every ending is a code, and only a failure of ours shows its trace."""
+    """Do ``work`` and return the exit code of its ending; only a failure that is no known error shows a stack trace."""
     stopping.listen()
     try:
         work()
@@ -67,7 +68,7 @@ def train_new_run(text: str) -> None:
     try:
         run_trainer(config, run, None)
     except (RequestError, CapacityError):
-        if not run.metrics.read() and not run.checkpoints.steps():  # nothing was begun: the name is free again
+        if not run.metrics.read() and not run.checkpoints.steps():  # nothing has begun, so the name becomes free again
             shutil.rmtree(run.path, ignore_errors=True)
         raise
     finally:

@@ -1,8 +1,8 @@
-"""The process a user starts: it is no Ray client, it owns the driver's life.
+"""The process that a user starts: it runs the driver in a process of its own and starts it again when it fails.
 
-Always true: it loads neither torch nor ray; signals reach the driver and the driver's exit code reaches the caller; a
+Invariants: it loads neither torch nor ray; signals reach the driver, and the exit code of the driver reaches the caller. A
 driver that died or failed is started again from the last commit, as often as the config allows, unless it was asked to
-stop; what this machine cannot hold is refused before any driver starts.
+stop. A job that this machine cannot hold is refused before any driver starts.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ DEMO = "rlhf_ray.launch.demo"
 
 @dataclass(frozen=True)
 class Ending:
-    """How a driver ended: its code (negative for a signal), and whether it had been asked to stop."""
+    """How a driver ended: its exit code (negative for a signal), and whether it had been asked to stop."""
 
     code: int
-    asked: bool = False
+    stop_requested: bool = False
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing is left to try."""
-        return self.asked or self.code in FINAL_CODES
+        """Whether another start would change nothing, or is not wanted."""
+        return self.stop_requested or self.code in FINAL_CODES
 
     def exit_code(self, directory: Path) -> int:
-        """The code for the caller; a driver killed by the request to stop leaves its last commit to resume from."""
+        """The exit code for the caller: a driver that was killed by the request to stop can be resumed from its last commit."""
         if self.code in FINAL_CODES:
             return self.code
-        resumable = self.asked and self.code < 0 and (directory / CONFIG_NAME).is_file()
+        resumable = self.stop_requested and self.code < 0 and (directory / CONFIG_NAME).is_file()
         return EXIT_RESUMABLE if resumable else EXIT_FAILED
 
 
 def start_run(config: Job, *, driver: str = DRIVER) -> int:
     """Run a driver for a new run; returns the exit code."""
-    config = with_absolute_paths(config, Path.cwd())  # a cluster that runs already stands elsewhere
+    config = with_absolute_paths(config, Path.cwd())  # ranks on a running cluster have other working directories
     _require_room(config)
     text = dump_config(config)
     return _restart_until_final(
@@ -62,7 +62,7 @@ def start_run(config: Job, *, driver: str = DRIVER) -> int:
 
 
 def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
-    """Go on with the run in ``directory`` from its last commit."""
+    """Run a driver that resumes the run in ``directory`` from its last commit; returns the exit code."""
     directory = Path(directory).absolute()
     config = load_config(directory / CONFIG_NAME)
     _require_room(config)
@@ -78,14 +78,14 @@ def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
 
 
 def _require_room(config: Job) -> None:
-    """Refuse what can never fit where Ray is started on this machine; a cluster is asked by the driver."""
+    """Refuse a job that this machine cannot hold if Ray starts here; the driver asks a running cluster itself."""
     offered = offered_here(config.cluster)
     if offered is not None:
         require_fit(needed(config), offered)
 
 
 def _restart_until_final(ending: Ending, directory: Path, restarts: int, driver: str, text: str) -> int:
-    """While the last driver failed, start another, from the last commit where a run was begun."""
+    """Start another driver as long as the last one failed: from the last commit, or anew where no run was begun."""
     for attempt in range(1, restarts + 1):
         if ending.is_final:
             break
@@ -100,13 +100,13 @@ def _run_resuming_driver(driver: str, directory: Path) -> Ending:
 
 
 def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ending:
-    """One driver, from start to end."""
+    """Run one driver from start to end; ``text`` is its standard input. Signals to this process are passed on to it."""
     command = [sys.executable, "-m", module, *arguments]
-    asked: list[int] = []
+    received: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         for driver in running:
             driver.send_signal(number)
 
@@ -115,10 +115,10 @@ def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ending:
         variables = {**environment.for_process(), **os.environ}
         driver = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
         running.append(driver)
-        if asked:  # while the driver was being made
-            driver.send_signal(asked[-1])
+        if received:  # before the driver existed
+            driver.send_signal(received[-1])
         driver.communicate(text.encode())
-        return Ending(driver.returncode, bool(asked))
+        return Ending(driver.returncode, bool(received))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

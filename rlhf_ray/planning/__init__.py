@@ -1,4 +1,4 @@
-"""What a job will do and take, before anything is allocated."""
+"""What a job will do and what it needs of a cluster, before anything is allocated."""
 
 from rlhf_ray.lazy import lazy_exports
 

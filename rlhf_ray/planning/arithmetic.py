@@ -1,6 +1,6 @@
-"""The sizes of a job as a table: steps, updates, sequences a rank, micro-batches.
+"""The batch arithmetic of a job as a table: steps, updates, sequences per rank, micro-batches.
 
-Invariant: the table holds what the job says of itself, line by line.
+Invariant: the table holds what the job states about itself, line by line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a job takes of a cluster, and whether it is there.
+"""What a job needs of a cluster, and whether the cluster has it.
 
-Always true: a job is refused here only when no placement of it can exist; the message holds a table of what every role
-needs and what is free. Sums are exact in Ray's own unit, a ten-thousandth.
+Invariants: a job is refused here only when no placement of it can exist; the message holds a table of what every role
+needs and what is free. Sums are exact in Ray's own unit, a ten-thousandth of a CPU or GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rlhf_ray.errors import CapacityError
 
 UNIT = 10_000
 Free = Mapping[str, float] | Sequence[Mapping[str, float]]
-"""What is free: a list of nodes, or the sum over a cluster whose nodes are not known."""
+"""Free resources: a list of nodes, or the sum over a cluster whose nodes are not known."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What one rank of a role (or one rollout engine) takes of one node."""
+    """What one rank of a role (or one rollout engine) takes from one node."""
 
     role: str
     cpus: float
@@ -41,7 +41,7 @@ def needed(config: Job) -> list[Bundle]:
 
 
 def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
-    """What Ray will offer where the job starts it on this machine; none where it joins a cluster instead."""
+    """What Ray will offer if the job starts it on this machine; none if the job joins a running cluster."""
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         return None
     gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
@@ -49,7 +49,7 @@ def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
 
 
 def require_fit(bundles: Sequence[Bundle], free: Free) -> None:
-    """Raise :class:`CapacityError` with a table of needed and free when ``bundles`` cannot all be placed."""
+    """Raise :class:`CapacityError`, with a table of what is needed and free, if ``bundles`` cannot all be placed."""
     shortages = list(_shortages(bundles, _nodes(free)))
     if shortages:
         raise CapacityError(f"the job does not fit: {'; '.join(shortages)}\n{capacity_table(bundles, free)}")
@@ -61,7 +61,7 @@ def fits(bundles: Sequence[Bundle], free: Free) -> bool:
 
 
 def capacity_table(bundles: Sequence[Bundle], free: Free | None = None) -> str:
-    """Needed by role, needed together, and free (by node where nodes are known), as text."""
+    """A table of what each role needs, what all need together, and what is free (by node where nodes are known)."""
     rows = [
         (bundle.role, str(count), _number(bundle.cpus), _number(bundle.gpus), *_total([bundle] * count))
         for bundle, count in Counter(bundles).items()
@@ -82,7 +82,7 @@ def _nodes(free: Free) -> list[Mapping[str, float]]:
 
 
 def _shortages(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Why no placement can exist: too little in sum, or too few nodes with room for the larger bundles."""
+    """Why no placement can exist: too little in total, or too few nodes with room for the larger bundles."""
     short = False
     for name, amounts in (("CPU", [bundle.cpus for bundle in bundles]), ("GPU", [bundle.gpus for bundle in bundles])):
         need = sum(map(_units, amounts))

@@ -1,8 +1,7 @@
-"""Floating-point operations of a model over ragged sequences.
+"""Counts the floating-point operations of a model over sequences of different lengths.
 
-Always true: what is counted is matrix products alone (linear layers and causal attention), of the sequences as they are,
-whatever is computed twice, shared or left out because nothing reads it; so the same work has the same number under every
-packing.
+Invariant: only matrix products are counted (linear layers and causal attention), and only those that the sequences need:
+not what is computed twice, nor what sharing a prefix saves. So the same work has the same number under every packing.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ComputeShape:
-    """What a token costs: parameters of the linear layers, how many of them are trained, layers, and the width of all heads
-    of a layer together.
+    """What decides the cost of a token: parameters of the linear layers, how many of them are trained, the number of
+    layers, and the width of all heads of a layer together.
     """
 
     parameters: int
@@ -24,8 +23,11 @@ class ComputeShape:
 
 
 def training_flops(shape: ComputeShape, lengths: Iterable[int]) -> float:
-    """Forward and backward: 2 for a parameter and token each in the forward, for its input's gradient and, where it is
-    trained, for its own; and for causal attention 2 products of ``2 L^2 / 2 * width`` forward and twice that backward.
+    """Operations of a forward and a backward pass over sequences of ``lengths`` tokens.
+
+    Per token and parameter: 2 in the forward pass, 2 for the gradient of the input and, if the parameter is trained, 2 for
+    its own gradient. Causal attention over ``L`` tokens: two products of ``2 * L^2 / 2 * width`` operations forward, and
+    twice as many backward.
     """
     lengths = list(lengths)
     linear = (4.0 * shape.parameters + 2.0 * shape.trained) * sum(lengths)

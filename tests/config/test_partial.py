@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import reduce
 from typing import Any
 
 import pytest
-import yaml
 
+from rlhf_ray.config.jobs.registry import job_class
 from rlhf_ray.config.loading import dump_config, parse_config
 from rlhf_ray.config.problems import attempt
+from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.sections.base import Absent, Section
 from rlhf_ray.config.validation import parse
-from rlhf_ray.errors import ConfigError
 
 
 class Pet(Section):
@@ -55,21 +58,32 @@ def test_a_rule_that_reads_an_absent_value_keeps_what_it_found_before():
         attempt([rule], partial=False)
 
 
-def keys(values: Any, before: str = "") -> Iterator[str]:
-    """Every key of a written config that has a value, sections included."""
+def paths(values: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key of a written config, sections included."""
     for name, value in values.items():
-        yield f"{before}{name}"
+        yield (*before, name)
         if isinstance(value, dict):
-            yield from keys(value, f"{before}{name}.")
+            yield from paths(value, (*before, name))
 
 
-@pytest.mark.parametrize("wrong", ["[[wrong]]", "null"])
-def test_every_rule_ends_in_problems_whichever_value_is_wrong_or_missing(texts, kind, wrong):
-    resolved = dump_config(parse_config(texts[kind]))
-    for key in keys(yaml.safe_load(resolved)):
-        try:
-            parse_config(resolved, [f"{key}={wrong}"], files=True)
-        except ConfigError as error:
-            assert error.problems
+def section_at(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    return reduce(operator.getitem, path, values)
+
+
+@pytest.mark.parametrize("how", ["removed", "wrong", "null"])
+def test_every_rule_of_every_job_ends_in_problems_or_at_an_absent_value(texts, kind, how):
+    written = read_mapping(dump_config(parse_config(texts[kind]))).values
+    for path in paths(written):
+        if path == ("kind",):
+            continue
+        values = deepcopy(written)
+        *outer, name = path
+        if how == "removed":
+            del section_at(values, tuple(outer))[name]
         else:
-            assert wrong == "null", f"{key} may not be a list of lists"
+            section_at(values, tuple(outer))[name] = [["wrong"]] if how == "wrong" else None
+        parsed = parse(job_class(kind), values)
+        rules = [*parsed.config.rules(), *parsed.config.files()]
+        problems = attempt(rules, partial=not parsed.complete)
+        assert how != "wrong" or parsed.problems, f"{path} may not be a list of lists"
+        assert all(isinstance(key, str) and isinstance(text, str) for key, text in problems)

@@ -131,6 +131,6 @@ def test_a_driver_stopped_before_it_began_a_run_leaves_nothing_to_resume(parent)
 
 def test_a_failure_after_the_request_to_stop_stays_a_failure(tmp_path):
     (tmp_path / "config.yaml").touch()
-    assert Ending(1, asked=True).exit_code(tmp_path) == 1
-    assert Ending(-15, asked=True).exit_code(tmp_path) == 75
+    assert Ending(1, stop_requested=True).exit_code(tmp_path) == 1
+    assert Ending(-15, stop_requested=True).exit_code(tmp_path) == 75
     assert Ending(-15).exit_code(tmp_path) == 1

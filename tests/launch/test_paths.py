@@ -57,3 +57,12 @@ def test_nothing_else_changes(tmp_path):
 def test_what_comes_out_is_a_config_that_loads(tmp_path):
     config = absolute(tmp_path, recipe="demo-sft")
     assert parse_config(dump_config(config)) == config
+
+
+def test_a_function_in_a_file_is_a_path_under_whichever_key_it_stands(tmp_path):
+    own = ["reward={function: rewards.py:score}", "evaluation.gold=truth/gold.py:score"]
+    config = absolute(tmp_path, *own)
+    assert config.reward.function == f"{tmp_path / 'rewards.py'}:score"
+    assert config.evaluation.gold == f"{tmp_path / 'truth/gold.py'}:score"
+    assert absolute(tmp_path, "reward={function: gsm8k}").reward.function == "gsm8k"
+    assert absolute(tmp_path, "reward={function: 'package.module:score'}").reward.function == "package.module:score"
