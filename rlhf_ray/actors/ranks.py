@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -69,7 +70,7 @@ class InProcessRanks:
         except RlhfRayError:
             raise
         except Exception as error:
-            raise GroupError(self.role, 0, phase or method, repr(error)) from error
+            raise GroupError(self.role, 0, phase or method, f"{error!r}\n{traceback.format_exc()}") from error
         return Pending.done([value])
 
     def call_shared(

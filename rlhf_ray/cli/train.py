@@ -15,13 +15,23 @@ def add_arguments(commands: Any) -> None:
     command.add_argument("kind", choices=kinds)
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument(
+        "--in-process",
+        action="store_true",
+        help="run the driver and one rank of every role in this process, without Ray, to debug them",
+    )
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Check everything that can be checked without a cluster, then run a driver; returns its exit code."""
     from rlhf_ray.config.loading import load_config
-    from rlhf_ray.launch.parent import start_run
 
     config = load_config(options.config, options.overrides, kind=options.kind, files=True)
+    if options.in_process:
+        from rlhf_ray.launch.in_process import train_in_process
+
+        return train_in_process(config.to_train())
+    from rlhf_ray.launch.parent import start_run
+
     return start_run(config)

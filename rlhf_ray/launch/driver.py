@@ -61,12 +61,12 @@ def exit_code(work: Callable[[], None]) -> int:
     return EXIT_DONE
 
 
-def train_new_run(text: str) -> None:
-    """Make the run directory of a config and train from the start."""
+def train_new_run(text: str, *, place: Place | None = None) -> None:
+    """Make the run directory of a config and train from the start; ``place`` as in :func:`run_trainer`."""
     config = parse_config(text).to_train()
     run = new_run_directory(config)
     try:
-        run_trainer(config, run, None)
+        run_trainer(config, run, None, place=place)
     except (RequestError, CapacityError):
         if not run.metrics.read() and not run.checkpoints.steps():  # nothing has begun, so the name becomes free again
             shutil.rmtree(run.path, ignore_errors=True)

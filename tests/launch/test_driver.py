@@ -44,7 +44,7 @@ def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 def failing(error: Exception) -> Callable[..., NoReturn]:
     """Work that ends in ``error``."""
 
-    def work(*arguments: object) -> NoReturn:
+    def work(*arguments: object, **options: object) -> NoReturn:
         raise error
 
     return work
@@ -106,7 +106,7 @@ def test_a_run_that_failed_keeps_its_directory(tmp_path, monkeypatch, error):
 def test_a_run_refused_after_a_step_keeps_its_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def one_step(config: object, run: driver.RunDirectory, checkpoint: object) -> None:
+    def one_step(config: object, run: driver.RunDirectory, checkpoint: object, *, place: object) -> None:
         run.metrics.append({"step": 1, "timestamp": 0.0})
         raise RequestError("the disk is full")
 

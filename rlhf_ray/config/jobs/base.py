@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar, get_args
 
+from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
 from rlhf_ray.config.facts import Placement, Role, Size
 from rlhf_ray.config.files.models import model_problems
@@ -97,6 +98,10 @@ class TrainingJob(Job):
 
     def rules(self) -> list[Rule]:
         return role_rules(self.roles(), lambda key, role: repeats_exactly(key, role, self.run))
+
+    def one_process_rules(self) -> list[Rule]:
+        """The rules of ``rlhf-ray train --in-process``: what cannot share a process with a training engine."""
+        return [lambda: no_role_scores_in_vllm(self.roles())]
 
     def files(self) -> list[Rule]:
         return [*super().files(), self._data_problems, lambda: root_problems(self.run)]

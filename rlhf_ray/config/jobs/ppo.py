@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from rlhf_ray.config.checks import algorithm as algorithm_checks
 from rlhf_ray.config.checks import rollout as rollout_checks
 from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_keys_of_pairs, world_has_enough_prompts
+from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems
@@ -112,6 +113,9 @@ class PpoConfig(TrainingJob):
             lambda: algorithm_checks.policy_computes_the_same_twice(self.policy),
             lambda: algorithm_checks.policy_trains_at_all(self.algorithm, self.steps),
         ]
+
+    def one_process_rules(self) -> list[Rule]:
+        return [*super().one_process_rules(), lambda: no_engine_is_vllm(self.rollout)]
 
     def files(self) -> list[Rule]:
         return [

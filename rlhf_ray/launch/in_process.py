@@ -1,0 +1,59 @@
+"""``rlhf-ray train --in-process``: the driver and every rank in this one process, so that a debugger reaches them all.
+
+Invariants: no Ray is started and no other process drives the run; every role has one rank; a job that cannot run like this
+is refused before anything is loaded, with the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rlhf_ray import environment
+from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.loading import dump_config, parse_config
+from rlhf_ray.config.paths import with_absolute_paths
+from rlhf_ray.config.preflight import hub_ids
+from rlhf_ray.config.problems import attempt
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import ConfigError
+
+
+def train_in_process(config: TrainingJob) -> int:
+    """Train ``config`` in this process; returns the exit code."""
+    config = for_one_process(with_absolute_paths(config, Path.cwd()))
+    os.environ.update(rank_environment(config))  # before torch is imported, which reads some of it once
+
+    from rlhf_ray.actors.this_process import ThisProcess
+    from rlhf_ray.launch.driver import exit_code, train_new_run
+
+    place = ThisProcess(config.cluster)
+    return exit_code(lambda: train_new_run(dump_config(config), place=place))
+
+
+def for_one_process(config: TrainingJob) -> TrainingJob:
+    """``config`` with one rank for every role and without the metrics that need Ray.
+
+    Raises :class:`ConfigError` if a part of the job needs a process of its own.
+    """
+    problems = attempt(config.one_process_rules(), partial=False)
+    if problems:
+        raise ConfigError([f"{key}: {text}" for key, text in problems], "--in-process")
+    changes = [f"{key}.ranks=1" for key, role in config.roles().items() if role.config.ranks > 1 and not role.derived]
+    if config.monitoring.ray_metrics:
+        changes.append("monitoring.ray_metrics=false")
+    if not changes:
+        return config
+    get_logger().info("all in one process: %s", ", ".join(changes))
+    return parse_config(dump_config(config), changes).to_train()
+
+
+def rank_environment(config: TrainingJob) -> dict[str, str]:
+    """The environment variables that the ranks of ``config`` would get in processes of their own."""
+    resources = [placement.resources for placement in config.placements()]
+    on_gpu = any(one.gpus_per_rank > 0 for one in resources) and environment.accelerator() == "cuda"
+    return environment.for_process(
+        threads=max(one.threads_per_rank for one in resources),
+        hub=bool(hub_ids(config)),
+        device="cuda" if on_gpu else "cpu",
+    )
