@@ -1,8 +1,8 @@
-"""Asking a scoring backend over HTTP: :class:`RewardClient`, and :class:`AsyncRewardClient` for many calls at once.
+"""HTTP clients of a scoring backend: :class:`RewardClient`, and :class:`AsyncRewardClient` for code in an event loop.
 
-Always true: a call ends in one result for each request, in order, or in one typed error; what may pass is tried again for
-``hold_s`` seconds (no connection, overload, a restart), what may not is an error at once; connections are kept and reused;
-a token in the address reaches neither a message nor a log.
+Invariants: a call ends in one result per request, in order, or in one typed error. What may pass (no connection, overload,
+a restart) is tried again for ``hold_s`` seconds; anything else is an error at once. Connections are kept and reused. A token
+in the address reaches neither a message nor a log.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 
 MAY_PASS = frozenset({429, 502, 503, 504})
+"""Statuses that another attempt may not get."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
-RESULT = tuple(field.name for field in fields(ScoreResult))
+RESULT_FIELDS = tuple(field.name for field in fields(ScoreResult))
+NO_ANSWER = "answers what is no scoring backend's answer"
 
 
 class RewardClient:
-    """Scores requests at ``url``; ``token`` may also be the password in it (``http://x:TOKEN@host:port``)."""
+    """Scores requests at ``url``; ``token`` may also be the password in it (``http://x:TOKEN@host:port``).
+
+    ``timeout_s`` is the limit of one attempt, ``hold_s`` for how long failed attempts are followed by others.
+    """
 
     def __init__(
         self,
@@ -42,30 +47,30 @@ class RewardClient:
         self._http = httpx.Client(**_options(url, token, timeout_s), transport=transport)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """One result for each request, in order."""
-        call = _Call(requests, str(self._http.base_url), self._hold_s)
-        while True:
-            try:
-                response = self._http.post("/v1/reward", content=call.body)
-            except httpx.TransportError as error:
-                time.sleep(call.wait_after(repr(error)))
-                continue
-            if response.status_code not in MAY_PASS:
-                return call.results(response)
-            time.sleep(call.wait_after(_said(response), response.headers.get("retry-after")))
+        """One result per request, in order."""
+        return _results(self._send("POST", "/v1/reward", _body(requests)), len(requests), self._url)
 
     def info(self) -> Mapping[str, Any]:
         """What is served: model, tokenizer fingerprint, normalisation, limits."""
-        call = _Call((), str(self._http.base_url), self._hold_s)
+        return _mapping(self._send("GET", "/info"), self._url)
+
+    def _send(self, method: str, path: str, content: str | None = None) -> httpx.Response:
+        """The first response that another attempt would not change."""
+        attempts = _Attempts(self._url, self._hold_s)
         while True:
             try:
-                response = self._http.get("/info")
+                response = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                time.sleep(call.wait_after(repr(error)))
-                continue
-            if response.status_code not in MAY_PASS:
-                return call.mapping(response)
-            time.sleep(call.wait_after(_said(response), response.headers.get("retry-after")))
+                wait_s = attempts.wait_after(repr(error))
+            else:
+                if response.status_code not in MAY_PASS:
+                    return response
+                wait_s = attempts.wait_after(_summary(response), response.headers.get("retry-after"))
+            time.sleep(wait_s)
+
+    @property
+    def _url(self) -> str:
+        return str(self._http.base_url)
 
     def close(self) -> None:
         """Close the connections."""
@@ -96,17 +101,30 @@ class AsyncRewardClient:
         self._http = httpx.AsyncClient(**_options(url, token, timeout_s), transport=transport)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """One result for each request, in order."""
-        call = _Call(requests, str(self._http.base_url), self._hold_s)
+        """One result per request, in order."""
+        return _results(await self._send("POST", "/v1/reward", _body(requests)), len(requests), self._url)
+
+    async def info(self) -> Mapping[str, Any]:
+        """What is served: model, tokenizer fingerprint, normalisation, limits."""
+        return _mapping(await self._send("GET", "/info"), self._url)
+
+    async def _send(self, method: str, path: str, content: str | None = None) -> httpx.Response:
+        """The first response that another attempt would not change."""
+        attempts = _Attempts(self._url, self._hold_s)
         while True:
             try:
-                response = await self._http.post("/v1/reward", content=call.body)
+                response = await self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                await asyncio.sleep(call.wait_after(repr(error)))
-                continue
-            if response.status_code not in MAY_PASS:
-                return call.results(response)
-            await asyncio.sleep(call.wait_after(_said(response), response.headers.get("retry-after")))
+                wait_s = attempts.wait_after(repr(error))
+            else:
+                if response.status_code not in MAY_PASS:
+                    return response
+                wait_s = attempts.wait_after(_summary(response), response.headers.get("retry-after"))
+            await asyncio.sleep(wait_s)
+
+    @property
+    def _url(self) -> str:
+        return str(self._http.base_url)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -121,54 +139,55 @@ class AsyncRewardClient:
         await self.close()
 
 
-class _Call:
-    """One call and its attempts, whoever sends them."""
+class _Attempts:
+    """How long one call waits between its attempts, and when it gives up: the policy of both clients."""
 
-    def __init__(self, requests: Sequence[ScoreRequest], url: str, hold_s: float) -> None:
-        self._count, self._url, self._hold_s = len(requests), url, hold_s
-        self._began, self._next_wait = time.monotonic(), FIRST_WAIT_S
-        self.body = json.dumps({"items": [_item(request) for request in requests]})
+    def __init__(self, url: str, hold_s: float) -> None:
+        self._url, self._hold_s = url, hold_s
+        self._deadline, self._next_wait = time.monotonic() + hold_s, FIRST_WAIT_S
 
     def wait_after(self, failure: str, retry_after: str | None = None) -> float:
-        """Seconds to wait before the next attempt; raises where the time to hold on is over."""
-        left = self._began + self._hold_s - time.monotonic()
+        """Seconds to wait before the next attempt; raises ``failure`` where the time to hold on is over.
+
+        Waits double up to a limit and are drawn at random below it, so that callers that were refused together come back
+        apart; a server that says when to come back is heeded.
+        """
+        left = self._deadline - time.monotonic()
         if left <= 0:
             raise ScoringError(f"no rewards from {self._url} within {self._hold_s:g} s: {failure}")
-        asked = float(retry_after) if retry_after is not None and retry_after.isdigit() else 0.0
-        wait = max(asked, self._next_wait * random.uniform(0.5, 1.0))  # callers refused together come back apart
+        asked_s = float(retry_after) if retry_after is not None and retry_after.isdigit() else 0.0
+        wait = max(asked_s, self._next_wait * random.uniform(0.5, 1.0))
         self._next_wait = min(2 * self._next_wait, LONGEST_WAIT_S)
         return min(wait, left)
 
-    def mapping(self, response: httpx.Response) -> Mapping[str, Any]:
-        """The mapping that an answer is."""
-        self._refuse(response)
-        try:
-            answer = response.json()
-        except ValueError as error:
-            raise ScoringError(f"{self._url} answers what is no scoring backend's answer ({error!r})") from error
-        if not isinstance(answer, Mapping):
-            raise ScoringError(f"{self._url} answers what is no scoring backend's answer")
-        return answer
 
-    def results(self, response: httpx.Response) -> list[ScoreResult]:
-        """The results in an answer."""
-        answers = self.mapping(response)
-        try:
-            results = [ScoreResult(**{name: answer[name] for name in RESULT}) for answer in answers["results"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScoringError(f"{self._url} answers what is no scoring backend's answer ({error!r})") from error
-        if len(results) != self._count:
-            raise ScoringError(f"{self._url} answers {len(results)} results for {self._count} requests")
-        return results
+def _results(response: httpx.Response, count: int, url: str) -> list[ScoreResult]:
+    """The results in an answer to ``count`` requests."""
+    answer = _mapping(response, url)
+    try:
+        results = [ScoreResult(**{name: result[name] for name in RESULT_FIELDS}) for result in answer["results"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ScoringError(f"{url} {NO_ANSWER} ({error!r})") from error
+    if len(results) != count:
+        raise ScoringError(f"{url} answers {len(results)} results for {count} requests")
+    return results
 
-    def _refuse(self, response: httpx.Response) -> None:
-        """Raise what an answer without a body of use means."""
-        if response.status_code in (401, 403):
-            raise RequestError(f"{self._url} refuses without a token that it knows: give token")
-        if response.is_client_error:
-            raise RequestError(f"{self._url} refuses the request: {_said(response)}")
-        if not response.is_success:
-            raise ScoringError(f"{self._url} answers {_said(response)}")
+
+def _mapping(response: httpx.Response, url: str) -> Mapping[str, Any]:
+    """The JSON object in an answer; raises what an answer without one means."""
+    if response.status_code in (401, 403):
+        raise RequestError(f"{url} refuses without a token that it knows: give token")
+    if response.is_client_error:
+        raise RequestError(f"{url} refuses the request: {_summary(response)}")
+    if not response.is_success:
+        raise ScoringError(f"{url} answers {_summary(response)}")
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise ScoringError(f"{url} {NO_ANSWER} ({error!r})") from error
+    if not isinstance(answer, Mapping):
+        raise ScoringError(f"{url} {NO_ANSWER}")
+    return answer
 
 
 def _options(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
@@ -180,11 +199,15 @@ def _options(url: str, token: str | None, timeout_s: float) -> dict[str, Any]:
     return {"base_url": address.copy_with(userinfo=b""), "headers": headers, "timeout": timeout_s}
 
 
+def _body(requests: Sequence[ScoreRequest]) -> str:
+    return json.dumps({"items": [_item(request) for request in requests]})
+
+
 def _item(request: ScoreRequest) -> Mapping[str, Any]:
     values = {name: value for name, value in vars(request).items() if value is not None}
     return {**values, "messages": [dict(turn) for turn in request.messages]} if request.messages else values
 
 
-def _said(response: httpx.Response) -> str:
-    """The status of an answer and what it says, in short."""
+def _summary(response: httpx.Response) -> str:
+    """The status of an answer and the beginning of its text."""
     return f"{response.status_code}: {response.text[:500]}"

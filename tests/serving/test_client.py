@@ -245,6 +245,23 @@ def test_what_is_no_address_is_an_error(score: Score, url: str) -> None:
         score(url, ONE)
 
 
+def test_both_clients_tell_what_is_served_and_try_again_for_it(serve: Callable[..., WebServer]) -> None:
+    statuses = [503, 200, 502, 200]
+
+    async def info(request: Request) -> Response:
+        return Response(json.dumps({"model": "echo"}), statuses.pop(0))
+
+    address = serve(Starlette(routes=[Route("/info", info)])).address
+
+    async def ask() -> Any:
+        async with AsyncRewardClient(address) as client:
+            return await client.info()
+
+    with RewardClient(address) as client:
+        assert client.info() == asyncio.run(ask()) == {"model": "echo"}
+    assert statuses == []
+
+
 def test_connections_are_kept(serve: Callable[..., WebServer]) -> None:
     seen: list[Any] = []
     server = serve(scripted([ANSWER], seen))
