@@ -30,8 +30,7 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.backend import GroupBackend
 from rlhf_ray.serving.metrics import Metrics
-from rlhf_ray.serving.models import Backend, Models, ServedModel
-from rlhf_ray.serving.scoring import limits_of
+from rlhf_ray.serving.models import Backend, Limits, ModelCatalog, ServedModel
 from rlhf_ray.serving.server import WebServer
 
 VOCABULARY = 4096
@@ -87,15 +86,15 @@ def instant_app() -> Starlette:
     return _app(config, Instant(), Metrics())[0]
 
 
-def _app(config: ServeConfig, backend: Backend, metrics: Metrics) -> tuple[Starlette, Models]:
-    models = Models([ServedModel(config.name, [backend], limits_of(config), metrics)])
+def _app(config: ServeConfig, backend: Backend, metrics: Metrics) -> tuple[Starlette, ModelCatalog]:
+    models = ModelCatalog([ServedModel(config.name, [backend], Limits.of(config), metrics)])
     return create_app(models, config, metrics), models
 
 
 class Service:
     """A running service: where it is, and what it counts."""
 
-    def __init__(self, server: WebServer, metrics: Metrics, models: Models) -> None:
+    def __init__(self, server: WebServer, metrics: Metrics, models: ModelCatalog) -> None:
         self.host, port = server.address.removeprefix("http://").rsplit(":", 1)
         self.port = int(port)
         self.metrics, self.models = metrics, models

@@ -85,7 +85,7 @@ class FunctionSource:
         return ScoreResult.of(outcome)
 
     def _columns(self, samples: Sequence[TextSample]) -> dict[str, list[Any]]:
-        values = {
+        values: dict[str, list[Any]] = {
             "prompts": [sample.prompt for sample in samples],
             "responses": [sample.response for sample in samples],
             "labels": [sample.label for sample in samples],

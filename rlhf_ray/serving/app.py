@@ -1,14 +1,15 @@
-"""The scoring backend as a plain ASGI app: it knows models and protocols, and no cluster.
+"""The ASGI app that answers requests for scores: it knows models and protocols, and no cluster.
 
-Always true: every route stands behind the token gate but the two that say whether the service is up; every failure is an
-answer with a status, a kind and a sentence; texts reach no log.
+Invariants: every route stands behind the token gate but the two that say whether the service is up; every failure is an
+answer with a status, a kind and a sentence; a caller that went away costs nothing more; texts reach no log.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,37 +23,38 @@ from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.auth import OPEN_ROUTES, Keys, RateLimit, TokenGate
 from rlhf_ray.serving.bodies import BodyReader
+from rlhf_ray.serving.callers import caller_of, request_identity, while_connected
 from rlhf_ray.serving.metrics import Metrics
-from rlhf_ray.serving.models import Models
+from rlhf_ray.serving.models import ModelCatalog, ServedModel
 from rlhf_ray.serving.openapi import document, page
-from rlhf_ray.serving.protocol import Protocol
+from rlhf_ray.serving.protocol import Protocol, ScoredRequest
 from rlhf_ray.serving.protocols import PROTOCOLS
 from rlhf_ray.serving.protocols.tei import info_keys
 from rlhf_ray.serving.refusals import Refusal, plain
-from rlhf_ray.serving.scoring import ScoringCore, caller_of
-from rlhf_ray.serving.tracing import NoTracer, Tracer
+from rlhf_ray.serving.scoring import RequestScorer
+from rlhf_ray.serving.tracing import NoTracer, Span, Tracer
 
 READY_IF_SCORED_WITHIN_S = 60.0
-NOBODY_WAITS = 499
-"""Nobody reads it; nginx counts such requests under this number."""
+CALLER_LEFT = 499
+"""The status of a request whose caller hung up, as nginx counts it; nobody reads the answer."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class ScoringApp:
-    """Routes of the scoring backend."""
+    """The endpoints of the scoring backend."""
 
-    def __init__(self, models: Models, config: ServiceConfig, metrics: Metrics, tracer: Tracer) -> None:
-        self.models, self.config, self.metrics, self.tracer = models, config, metrics, tracer
-        self.core = ScoringCore(models, config)
+    def __init__(self, catalog: ModelCatalog, config: ServiceConfig, metrics: Metrics, tracer: Tracer) -> None:
+        self.catalog, self.config, self.metrics, self.tracer = catalog, config, metrics, tracer
+        self.scorer = RequestScorer(catalog, config)
         self.rate = RateLimit(config.requests_per_minute)
         self.bodies = BodyReader(
             max_bytes=config.max_body_bytes,
             max_bytes_together=config.max_bodies_bytes,
             timeout_s=config.body_timeout_s,
         )
-        metrics.watch("waiting_items", "Items that wait for a forward", lambda: models.waiting)
-        metrics.watch("waiting_tokens", "About how many tokens they have", lambda: models.waiting_tokens)
+        metrics.watch("waiting_items", "Items that wait for a forward", lambda: catalog.waiting)
+        metrics.watch("waiting_tokens", "About how many tokens they have", lambda: catalog.waiting_tokens)
         metrics.watch("body_bytes", "Bytes of bodies that are held", lambda: self.bodies.held)
 
     def scoring(self, protocol: Protocol) -> Endpoint:
@@ -64,50 +66,60 @@ class ScoringApp:
                 with self.tracer.request(protocol.name) as span, self.bodies.reserving(http):
                     response = await self._answer(protocol, http, began, span)
             except ClientDisconnect:
-                response = Response(status_code=NOBODY_WAITS)
+                response = Response(status_code=CALLER_LEFT)
             except Refusal as refusal:
-                response = self.refuse(protocol.name, refusal, protocol.refuse)
+                response = self.refuse(refusal, protocol.refuse)
                 if refusal.kind == "overloaded":
                     self.metrics.refusal_seconds.observe(time.monotonic() - began)
             except Exception as error:  # its message may hold a text
-                response = self.refuse(protocol.name, _unexpected(http, error), protocol.refuse)
+                response = self.refuse(_unexpected(http, error), protocol.refuse)
             self.metrics.requests.labels(protocol.name, response.status_code).inc()
             return response
 
         return endpoint
 
-    async def _answer(self, protocol: Protocol, http: Request, began: float, span: Any) -> Response:
+    async def _answer(self, protocol: Protocol, http: Request, began: float, span: Span) -> Response:
         span.stage("read")
         self.rate.spend(caller_of(http))
-        self.models.refuse_when_full()
-        asked = protocol.read(await self.bodies.json(http))
+        self.catalog.refuse_when_full()
+        request = protocol.read(await self.bodies.json(http))
         read = time.monotonic()
         span.stage("queue")
-        scored = await self.core.score(http, asked, lambda: span.stage("forward"))
+        scored = await while_connected(
+            http,
+            self.scorer.score(
+                request,
+                caller=caller_of(http),
+                request_id=request_identity(http, request),
+                on_forward=lambda: span.stage("forward"),
+            ),
+        )
         back = time.monotonic()
         span.stage("answer")
-        response = JSONResponse(asked.answer(scored))
-        response.headers["X-Request-Id"] = scored.request_id
-        response.headers["X-Model-Version"] = scored.version
-        if truncated := sum(result.truncated for result in scored.results):
-            response.headers["X-Truncated-Items"] = str(truncated)
+        response = JSONResponse(request.answer(scored), headers=_headers(scored))
+        self._count(
+            protocol, scored, read_s=read - began, answer_s=time.monotonic() - back, total_s=time.monotonic() - began
+        )
+        span.add(
+            items=len(scored.results), tokens=scored.tokens, version=scored.version, seconds=time.monotonic() - began
+        )
+        return response
+
+    def _count(
+        self, protocol: Protocol, scored: ScoredRequest, *, read_s: float, answer_s: float, total_s: float
+    ) -> None:
         for result in scored.results:
             if result.fault is not None:
                 self.metrics.failed_items.labels(result.fault).inc()
-        ended = time.monotonic()
-        self.metrics.stage_seconds.labels("read").observe(read - began)
-        self.metrics.stage_seconds.labels("answer").observe(ended - back)
-        self.metrics.request_seconds.labels(protocol.name).observe(ended - began)
-        span.tell(items=len(scored.results), tokens=scored.tokens, version=scored.version, seconds=ended - began)
-        return response
+        self.metrics.stage_seconds.labels("read").observe(read_s)
+        self.metrics.stage_seconds.labels("answer").observe(answer_s)
+        self.metrics.request_seconds.labels(protocol.name).observe(total_s)
 
-    def refuse(self, where: str, refusal: Refusal, form: Callable[[Refusal], Any] = plain) -> Response:
+    def refuse(self, refusal: Refusal, form: Callable[[Refusal], Any] = plain) -> Response:
         """The answer that says why there are no scores."""
         self.metrics.errors.labels(refusal.kind).inc()
         headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
         return JSONResponse(form(refusal), refusal.status, headers)
-
-    # ------------------------------------------------------------------------------------------------------- operating
 
     async def health(self, http: Request) -> Response:
         """The process is up."""
@@ -115,57 +127,60 @@ class ScoringApp:
 
     async def ready(self, http: Request) -> Response:
         """The weights are loaded and gave a score lately; asks for one where nobody did."""
-        ready = [await model.ready(READY_IF_SCORED_WITHIN_S) for model in self.models.all]
+        ready = [await model.ready(READY_IF_SCORED_WITHIN_S) for model in self.catalog.models]
         return Response(status_code=200 if all(ready) else 503)
 
     async def info(self, http: Request) -> Response:
-        """What is served and within which limits."""
-        first, *_ = described = [{"name": model.name, **model.describe()} for model in self.models.all]
-        limits = {"items": self.core.max_items, "body_bytes": self.config.max_body_bytes}
-        activation = "raw scores unless use_activation is true"
-        told = {"normalize": self.config.normalize, "limits": limits, "activation": activation, "models": described}
-        return JSONResponse({**info_keys(first, self.config), **first, **told})
+        """What is served and within which limits; the keys of the first model also stand at the top."""
+        first, *_ = models = [{"name": model.name, **model.describe()} for model in self.catalog.models]
+        about = {
+            "normalize": self.config.normalize,
+            "limits": {"items": self.scorer.max_items, "body_bytes": self.config.max_body_bytes},
+            "activation": "raw scores unless use_activation is true",
+            "models": models,
+        }
+        return JSONResponse({**info_keys(first, self.config), **first, **about})
 
     async def list_models(self, http: Request) -> Response:
         """The models in OpenAI's form."""
-        rows = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "rlhf_ray", "version": told["version"],
-             "max_model_len": told.get("max_tokens")}
-            for model in self.models.all for told in [model.describe()] for name in sorted(model.names)
-        ]  # fmt: skip
+        rows = [row for model in self.catalog.models for row in _openai_rows(model)]
         return JSONResponse({"object": "list", "data": rows})
 
     async def text_metrics(self, http: Request) -> Response:
         """Prometheus text."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        return document(PROTOCOLS, open_routes=OPEN_ROUTES)
+
     async def openapi(self, http: Request) -> Response:
         """The description of all routes, for programs."""
-        return JSONResponse(document(PROTOCOLS, open_routes=OPEN_ROUTES))
+        return JSONResponse(self._document)
 
     async def docs(self, http: Request) -> Response:
         """The description of all routes, for people; it loads nothing from anywhere."""
-        return HTMLResponse(page(document(PROTOCOLS, open_routes=OPEN_ROUTES)))
+        return HTMLResponse(page(self._document))
 
     async def unknown(self, http: Request, error: Exception) -> Response:
-        """What a route or method that does not exist answers."""
+        """The refusal of a route or a method that does not exist."""
         assert isinstance(error, HTTPException)
         kind = "method_not_allowed" if error.status_code == 405 else "not_found"
         message = {"not_found": "no such route: see /docs", "method_not_allowed": "another method is needed: see /docs"}
-        response = self.refuse("routes", Refusal(kind, message[kind]))
+        response = self.refuse(Refusal(kind, message[kind]))
         response.headers.update(error.headers or {})  # the methods that are allowed
         return response
 
 
 def create_app(
-    models: Models,
+    catalog: ModelCatalog,
     config: ServiceConfig,
     metrics: Metrics,
     keys: Callable[[], Keys] = dict,
     tracer: Tracer | None = None,
 ) -> Starlette:
     """The app with its routes behind the token gate."""
-    app = ScoringApp(models, config, metrics, tracer or NoTracer())
+    app = ScoringApp(catalog, config, metrics, tracer or NoTracer())
     operating: Mapping[str, Endpoint] = {
         "/health": app.health,
         "/ready": app.ready,
@@ -181,8 +196,22 @@ def create_app(
     return Starlette(routes=routes, middleware=[gate], exception_handlers={404: app.unknown, 405: app.unknown})
 
 
+def _headers(scored: ScoredRequest) -> dict[str, str]:
+    headers = {"X-Request-Id": scored.request_id, "X-Model-Version": scored.version}
+    if truncated := sum(result.truncated for result in scored.results):
+        headers["X-Truncated-Items"] = str(truncated)
+    return headers
+
+
+def _openai_rows(model: ServedModel) -> list[dict[str, Any]]:
+    """One row for each name of a model."""
+    about = model.describe()
+    common = {"object": "model", "created": 0, "owned_by": "rlhf_ray", "version": about["version"]}
+    return [{"id": name, **common, "max_model_len": about.get("max_tokens")} for name in sorted(model.names)]
+
+
 def _unexpected(http: Request, error: Exception) -> Refusal:
-    """What nobody thought of: the log says where it happened, and not what it says, which may be a text."""
-    where: Sequence[str] = traceback.format_tb(error.__traceback__)
-    get_logger("serving").error("%s: %s at\n%s", http.scope["path"], type(error).__name__, "".join(where))
+    """The refusal of a failure nobody foresaw; the log says where it happened, not its message, which may be a text."""
+    frames = traceback.format_tb(error.__traceback__)
+    get_logger("serving").error("%s: %s at\n%s", http.scope["path"], type(error).__name__, "".join(frames))
     return Refusal("server", "the server failed; its log says where")

@@ -1,7 +1,7 @@
-"""A reward group as what scores behind the app.
+"""A reward group as one replica of a served model.
 
-Always true: forwards wait in a thread, never in the event loop; a restart that several ask for is one; a failed restart
-leaves the backend as it was, to be tried again.
+Invariants: forwards wait in a thread, never in the event loop; restarts that several batches ask for at once are one; a
+restart that fails leaves the backend as it was, to be tried again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class GroupBackend:
-    """One replica: a reward group, and how another one takes its place."""
+    """One replica: a reward group, and how another group takes its place.
+
+    ``start_again`` stops a group that failed and returns another one, ready; without it a failed group stays failed.
+    """
 
     def __init__(
         self,
@@ -27,53 +30,52 @@ class GroupBackend:
         model: ModelConfig,
         *,
         normalize: bool,
-        again: Callable[[RewardGroup], RewardGroup] | None = None,
+        start_again: Callable[[RewardGroup], RewardGroup] | None = None,
         stop: Callable[[RewardGroup], None] | None = None,
     ) -> None:
-        name, described = model_name(model), group.describe().result()
-        self._description = {"model": name, "revision": model.revision, "dtype": model.dtype, **described}
-        mean, std = described["mean"], described["std"]
+        name, description = model_name(model), group.describe().result()
+        self._description = {"model": name, "revision": model.revision, "dtype": model.dtype, **description}
+        mean, std = description["mean"], description["std"]
         if normalize and mean is None:
             raise RequestError(
                 f"normalize is asked for, but the config.json of {name} holds no mean with a std above 0: train the "
                 "reward model with this project, write them there, or leave it off"
             )
-        self._normalization = (0.0, 1.0) if mean is None else (mean, std)
+        statistics: tuple[float, float] = (0.0, 1.0) if mean is None else (mean, std)
+        self._mean, self._std = statistics
         self.group = group
-        self._again, self._stop = again, stop
+        self._start_again, self._stop = start_again, stop
         self._restarting: asyncio.Task[None] | None = None
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """One result a request, in order."""
+        """One result per request, in order."""
         group = self.group
         results = await asyncio.to_thread(lambda: group.score(requests).result())
-        return [result.normalised(*self._normalization) for result in results]
+        return [result.normalised(self._mean, self._std) for result in results]
 
     def describe(self) -> Mapping[str, Any]:
-        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""
+        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item in tokens."""
         return self._description
 
     async def restart(self) -> None:
         """Put another group in the place of the one that failed."""
-        if self._again is None:
-            raise GroupError("reward", None, "restart", "it belongs to a job of its own, which restarts it")
+        if self._start_again is None:
+            raise GroupError("reward", None, "restart", "the run that owns it does not restart it")
         if self._restarting is None or self._restarting.done():
-            self._restarting = asyncio.create_task(asyncio.to_thread(self._start_again))
+            self._restarting = asyncio.create_task(asyncio.to_thread(self._replace_group, self._start_again))
         await asyncio.shield(self._restarting)
 
-    def _start_again(self) -> None:
-        assert self._again is not None, "asked for by restart, which looked"
-        self.group = self._again(self.group)
+    def _replace_group(self, start_again: Callable[[RewardGroup], RewardGroup]) -> None:
+        self.group = start_again(self.group)
 
     async def close(self) -> None:
         """Stop the group."""
         if self._stop is not None:
-            stop, group = self._stop, self.group
-            await asyncio.to_thread(lambda: stop(group))
+            await asyncio.to_thread(self._stop, self.group)
 
 
 def model_name(model: ModelConfig) -> str:
-    """The path or hub id of a model, or the shape that was made."""
+    """The path or hub id of a model, or for one that was made its shape."""
     return model.path or f"made:{model.make.shape if model.make else ''}"
 
 

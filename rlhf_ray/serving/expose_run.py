@@ -1,7 +1,7 @@
-"""The reward models of a run that trains, behind a port of its driver.
+"""The reward models of a PPO run, served at a port of its driver while the run trains.
 
-Always true: the groups belong to the run, which is never held up by more than one batch of others; a group that dies ends
-the run, and with it the service.
+Invariants: the reward groups belong to the run, whose own scores wait for one batch of others at most; a group that dies
+ends the run, and the service with it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.serving.app import create_app
-from rlhf_ray.serving.auth import TokenFile, require_closed
 from rlhf_ray.serving.backend import GroupBackend
-from rlhf_ray.serving.metrics import Metrics
-from rlhf_ray.serving.models import Models, ServedModel
-from rlhf_ray.serving.scoring import limits_of
-from rlhf_ray.serving.server import WebServer
-from rlhf_ray.serving.tracing import OpenTelemetryTracer
+from rlhf_ray.serving.service import ScoringService
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
@@ -29,24 +23,16 @@ if TYPE_CHECKING:
 def expose(
     groups: Mapping[str, RewardGroup], roles: Mapping[str, RoleConfig], config: ServiceConfig, cleanup: ExitStack
 ) -> str:
-    """Answer at a port until ``cleanup`` ends; returns the address. Requests call a model by its section or path."""
-    keys = TokenFile(config.token_file)
-    require_closed(config.host, keys())
-    config = config.model_copy(update={"hold_s": 0.0})  # nobody here can bring a group back
-    server = WebServer(config.host, config.port, header_timeout_s=config.header_timeout_s)
-    cleanup.callback(server.stop)
-    metrics = Metrics()
-    models = Models(
-        [
-            ServedModel(
-                name.removeprefix("reward.mixture."),
-                [GroupBackend(group, roles[name].model, normalize=config.normalize)],
-                limits_of(config),
-                metrics,
-            )
-            for name, group in groups.items()
-        ]
+    """Answer at a port until ``cleanup`` ends; returns the address. Requests call a model by its section or its path."""
+    service = ScoringService(config.model_copy(update={"hold_s": 0.0}))  # nobody here can bring a group back
+    cleanup.callback(service.stop)
+    address = service.start(
+        {
+            section.removeprefix("reward.mixture."): [
+                GroupBackend(group, roles[section].model, normalize=config.normalize)
+            ]
+            for section, group in groups.items()
+        }
     )
-    server.start(create_app(models, config, metrics, keys, OpenTelemetryTracer() if config.tracing else None))
-    get_logger("serving").info("the reward of this run answers at %s, see %s/docs", server.address, server.address)
-    return server.address
+    get_logger("serving").info("the reward of this run answers at %s, see %s/docs", address, address)
+    return address

@@ -1,8 +1,7 @@
-"""The gateway actor: owns the reward groups and the web server in front of them.
+"""The Ray actor behind ``rlhf-ray serve``: it owns the reward groups and the web server in front of them.
 
-Always true: groups live and die with the gateway, never with a request or a redeploy; it answers only after the weights
-are loaded; a group that died is restarted by its gateway while requests wait; a new version takes over only once it is
-loaded.
+Invariants: groups live and die with the gateway, never with a request; it answers only after the weights are loaded; a
+group that died is restarted by its gateway while requests wait; a new version takes over only once it is loaded.
 """
 
 from __future__ import annotations
@@ -14,51 +13,41 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
+from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.app import create_app
-from rlhf_ray.serving.auth import TokenFile
 from rlhf_ray.serving.backend import GroupBackend, with_weights_of
-from rlhf_ray.serving.metrics import Metrics
-from rlhf_ray.serving.models import Models, ServedModel
-from rlhf_ray.serving.scoring import limits_of
-from rlhf_ray.serving.server import WebServer
-from rlhf_ray.serving.tracing import OpenTelemetryTracer
+from rlhf_ray.serving.models import ServedModel
+from rlhf_ray.serving.service import ScoringService
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.place import PlacedGroup
 
 HEALTH_TIMEOUT_S = 60.0
+ACTOR_OPTIONS: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"scoring": 64, "control": 4}}
+"""Ray's own types do not know concurrency groups. Scores and control have threads of their own, so that a reload, which
+takes minutes, holds up no score."""
 Value = TypeVar("Value")
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"scoring": 64, "control": 4})
+@ray.remote(**ACTOR_OPTIONS)
 class Gateway:
-    """Served reward models."""
+    """Reward models of one service, at one port."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
         self.cluster = Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False)
-        self.started = 0
+        self.groups_started = 0
 
     @ray.method(concurrency_group="control")
     def start(self) -> str:
         """Take the port, load the models, answer; returns the address."""
-        config = self.config
-        self.server = WebServer(config.host, config.port, header_timeout_s=config.header_timeout_s)
-        keys = TokenFile(config.token_file)
-        tracer = OpenTelemetryTracer() if config.tracing else None
+        self.service = ScoringService(self.config)
         self.cluster.__enter__()
-        metrics = Metrics()
-        self.models = Models(
-            [ServedModel(name, self._replicas(name, role), limits_of(config), metrics)
-             for name, role in config.served.items()]
-        )  # fmt: skip
-        self.server.start(create_app(self.models, config, metrics, keys, tracer))
-        return self.server.address
+        return self.service.start({name: self._replicas(name, role) for name, role in self.config.served.items()})
 
     def _replicas(self, name: str, role: RoleConfig) -> list[GroupBackend]:
         """All replicas of a model, loaded side by side."""
@@ -73,8 +62,8 @@ class Gateway:
             raise
 
     def _backend(self, name: str, role: RoleConfig, group: RewardGroup) -> GroupBackend:
-        def again(old: RewardGroup) -> RewardGroup:
-            self._stop_group(old)
+        def start_again(failed: RewardGroup) -> RewardGroup:
+            self._stop_group(failed)
             replacement = self._place(name, role)
             try:
                 return replacement.load().result()
@@ -82,21 +71,24 @@ class Gateway:
                 self._stop_group(replacement.group)
                 raise
 
-        return GroupBackend(group, role.model, normalize=self.config.normalize, again=again, stop=self._stop_group)
+        return GroupBackend(
+            group, role.model, normalize=self.config.normalize, start_again=start_again, stop=self._stop_group
+        )
 
     def _place(self, name: str, role: RoleConfig) -> PlacedGroup[RewardGroup]:
         from rlhf_ray.actors.place import place_scoring_group
 
-        self.started += 1  # names of actors that end are free only a moment later
-        called = name if self.started == 1 else f"{name}-{self.started}"
-        return place_scoring_group(self.cluster, self.config, role, name=called)
+        self.groups_started += 1  # the names of actors that end are free only a moment later
+        group_name = name if self.groups_started == 1 else f"{name}-{self.groups_started}"
+        return place_scoring_group(self.cluster, self.config, role, name=group_name)
 
     def _stop_group(self, group: RewardGroup) -> None:
+        assert isinstance(group.ranks, RayRanks), "the cluster started them"
         self.cluster.stop(group.ranks)
 
     @ray.method(concurrency_group="scoring")
     def score(self, requests: Sequence[ScoreRequest], model: str | None = None) -> list[ScoreResult]:
-        """Scores for a job of the same cluster: before those that come over HTTP."""
+        """Scores for a job of the same cluster, before those that come over HTTP."""
         version = self._named(model).current
         return self._in_loop(version.batcher.score(requests, caller="cluster", urgent=True))
 
@@ -121,31 +113,36 @@ class Gateway:
 
     @ray.method(concurrency_group="control")
     def check(self) -> str:
-        """The first group's report, after all were seen alive; restarts one that is not."""
-        lines = [self._check(model, backend) for model in self.models.all for backend in model.current.backends]
-        return lines[0]
+        """The report of the first group, after all were seen alive; restarts one that is not."""
+        reports = [
+            self._check(model, backend)
+            for model in self.service.catalog.models
+            for backend in model.current.backends
+            if isinstance(backend, GroupBackend)
+        ]
+        return reports[0]
 
-    def _check(self, model: ServedModel, backend: Any) -> str:
+    def _check(self, model: ServedModel, backend: GroupBackend) -> str:
         group = backend.group
         try:
             group.health(timeout_s=HEALTH_TIMEOUT_S).result()
         except GroupError:
-            if backend.group is group and self.config.hold_s > 0:
+            if backend.group is group and self.config.hold_s > 0:  # else a request has had it restarted meanwhile
                 deadline = model.clock() + self.config.hold_s
                 self._in_loop(model.current.restart(backend, deadline))
-        return str(backend.group.report_line)
+        return backend.group.report_line
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Finish what is being answered, then stop the reward groups."""
-        self.server.stop()
+        self.service.stop()
         self.cluster.__exit__(None, None, None)
 
     def _named(self, model: str | None) -> ServedModel:
         try:
-            return self.models.named(model)
+            return self.service.catalog.named(model)
         except RequestError as error:
-            raise RequestError(str(error)) from None
+            raise RequestError(str(error)) from None  # a refusal of the HTTP interface means nothing to a caller in Ray
 
     def _in_loop(self, work: Coroutine[Any, Any, Value]) -> Value:
-        return asyncio.run_coroutine_threadsafe(work, self.server.loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self.service.server.loop).result()

@@ -1,6 +1,6 @@
-"""The models behind the service: each with its versions, its replicas and its queue.
+"""The models that a service scores with: each has versions, each version replicas and one queue in front of them.
 
-Always true: all items of a request are scored by one version; a new version takes new requests while the old one answers
+Invariants: all items of a request are scored by one version; a new version takes new requests while the old one answers
 those it has, so that none is dropped; a batch whose reward group died is scored again, whole, once the group is back, for
 as long as requests are held; a score is never made up.
 """
@@ -12,8 +12,10 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError, GroupError, RlhfRayError
 from rlhf_ray.rewards.batcher import Batcher, Waiting
@@ -22,21 +24,21 @@ from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.refusals import Refusal
 
 TRIES_OF_A_BATCH = 3
-"""A batch that a group died of so often is given up: it may be what kills it."""
+"""Give a batch up after the group has died of it this often."""
 SECONDS_BETWEEN_RESTARTS = 1.0
 
 
 class Backend(Protocol):
-    """What scores: one replica of a reward model."""
+    """One replica of a reward model."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """One result a request, in order."""
+        """One result per request, in order; raises :class:`GroupError` where the replica failed."""
 
     def describe(self) -> Mapping[str, Any]:
-        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item."""
+        """The model: its name and revision, tokenizer fingerprint, normalisation, longest item in tokens."""
 
     async def restart(self) -> None:
-        """Come back after a failure; raises the typed error where that fails."""
+        """Come back after a failure; raises :class:`GroupError` or :class:`CapacityError` where that fails."""
 
     async def close(self) -> None:
         """Free what it holds."""
@@ -44,15 +46,20 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model's queue takes and how long it holds on."""
+    """What a model's queue takes, and how long requests wait for a replica that restarts."""
 
     batch_tokens: int
     queue_items: int
     queue_tokens: int
     hold_s: float
 
+    @classmethod
+    def of(cls, config: ServiceConfig) -> Limits:
+        """The limits that a service is configured with."""
+        return cls(config.max_batch_tokens, config.max_queue_items, config.max_queue_tokens, config.hold_s)
 
-class Version:
+
+class ModelVersion:
     """One version of a model: its replicas, and the queue in front of them."""
 
     def __init__(
@@ -63,18 +70,18 @@ class Version:
         self.last_score = -math.inf
         self._limits, self._metrics, self._clock = limits, metrics, clock
         self.batcher = Batcher(
-            *(lambda requests, backend=backend: self._held(backend, requests) for backend in self.backends),
+            *(partial(self._score, backend) for backend in self.backends),
             max_tokens=limits.batch_tokens,
             max_items=limits.queue_items,
             max_queue_tokens=limits.queue_tokens,
-            on_batch=self._leaves_the_queue,
+            on_batch=self._count_batch,
         )
 
-    def _leaves_the_queue(self, batch: Sequence[Waiting]) -> None:
+    def _count_batch(self, batch: Sequence[Waiting]) -> None:
         self._metrics.batch(batch, time.monotonic())
 
-    async def _held(self, backend: Backend, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """Results of one batch; where the group fails, those of another attempt once it is back."""
+    async def _score(self, backend: Backend, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        """Results of one batch; where the replica fails, those of another attempt once it is back."""
         deadline = self._clock() + self._limits.hold_s
         for attempt in range(1, TRIES_OF_A_BATCH + 1):
             try:
@@ -97,7 +104,7 @@ class Version:
         return results
 
     async def restart(self, backend: Backend, deadline: float) -> None:
-        """Bring a replica back; raises what it failed of where that does not work before ``deadline``."""
+        """Bring a replica back; raises the last failure where that does not work before ``deadline``, in clock seconds."""
         while True:
             self._metrics.restarts.labels(self.model).inc()
             try:
@@ -124,7 +131,7 @@ class Version:
 
 
 class ServedModel:
-    """One model under a name, in its newest version."""
+    """One model under a name, which its newest version answers for."""
 
     def __init__(
         self,
@@ -138,14 +145,14 @@ class ServedModel:
         self._limits, self._metrics, self.clock = limits, metrics, clock
         self._count = 0
         self._closing: set[asyncio.Task[None]] = set()
-        self.current = self._version(backends)
+        self.current = self._next_version(backends)
 
-    def _version(self, backends: Sequence[Backend]) -> Version:
+    def _next_version(self, backends: Sequence[Backend]) -> ModelVersion:
         self._count += 1
-        return Version(self.name, str(self._count), backends, self._limits, self._metrics, self.clock)
+        return ModelVersion(self.name, str(self._count), backends, self._limits, self._metrics, self.clock)
 
     def describe(self) -> Mapping[str, Any]:
-        """The newest version."""
+        """What the newest version is."""
         return {**self.current.backends[0].describe(), "version": self.current.name}
 
     @property
@@ -154,8 +161,8 @@ class ServedModel:
         return {self.name, str(self.current.backends[0].describe()["model"])}
 
     def replace(self, backends: Sequence[Backend]) -> asyncio.Task[None]:
-        """Serve a new version from now on; the task ends when the old one has answered all it had, and is gone."""
-        old, self.current = self.current, self._version(backends)
+        """Serve a new version from now on; the task ends when the old one has answered what it had, and is freed."""
+        old, self.current = self.current, self._next_version(backends)
         self._metrics.reloads.labels(self.name).inc()
         get_logger("serving").info("%s: version %s takes requests from now on", self.name, self.current.name)
         closing = asyncio.get_running_loop().create_task(old.close())
@@ -164,7 +171,7 @@ class ServedModel:
         return closing
 
     async def ready(self, within_s: float) -> bool:
-        """Whether it gave a score within so many seconds; asks for one where nobody did."""
+        """Whether it gave a score in the last ``within_s`` seconds; scores one token where nobody asked for a score."""
         version = self.current
         if self.clock() - version.last_score <= within_s:
             return True
@@ -175,33 +182,33 @@ class ServedModel:
         return result.error is None
 
 
-class Models:
+class ModelCatalog:
     """All models of a service; the first is meant where a request names none."""
 
     def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.all = tuple(models)
+        self.models = tuple(models)
 
     def named(self, name: str | None) -> ServedModel:
         """The model that a request asks for."""
         if name is None:
-            return self.all[0]
-        found = next((model for model in self.all if name in model.names), None)
-        if found is None:
-            known = ", ".join(sorted(set().union(*(model.names for model in self.all))))
-            raise Refusal("unknown_model", f"no such model is served here: {known}")
-        return found
+            return self.models[0]
+        for model in self.models:
+            if name in model.names:
+                return model
+        known = ", ".join(sorted(set().union(*(model.names for model in self.models))))
+        raise Refusal("unknown_model", f"no such model is served here: {known}")
 
     def refuse_when_full(self) -> None:
-        """Refuse a request whose body nobody has read yet, where no queue has a place: that is what costs least."""
-        if all(model.current.batcher.full for model in self.all):
+        """Refuse a request where no queue has a place; before its body is read, this costs least."""
+        if all(model.current.batcher.full for model in self.models):
             raise Refusal("overloaded", f"{self.waiting} items are waiting, as many as the queue holds: try again")
 
     @property
     def waiting(self) -> int:
         """Items that wait for a forward, of all models."""
-        return sum(model.current.batcher.waiting for model in self.all)
+        return sum(model.current.batcher.waiting for model in self.models)
 
     @property
     def waiting_tokens(self) -> int:
         """About how many tokens they have."""
-        return sum(model.current.batcher.waiting_tokens for model in self.all)
+        return sum(model.current.batcher.waiting_tokens for model in self.models)

@@ -1,35 +1,38 @@
-"""Traces of requests through OpenTelemetry, where it is configured.
+"""Traces of requests through OpenTelemetry, where the service is configured to send them.
 
-Always true: without ``tracing`` nothing of OpenTelemetry is imported; a request is one span, and each stage that it went
-through a span below it; a span tells a protocol, counts, a version and the kind of a refusal, never a text. Where spans
-go is told by OpenTelemetry's own variables (``OTEL_EXPORTER_OTLP_ENDPOINT`` and so on).
+Invariants: without ``tracing`` nothing of OpenTelemetry is imported; a request is one span, with one below it for each stage
+that the request went through; a span holds a protocol, counts, a version and the kind of a refusal, never a text. Where
+spans are sent is set by OpenTelemetry's own variables (``OTEL_EXPORTER_OTLP_ENDPOINT`` and so on).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.serving.refusals import Refusal
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 
 class Span(Protocol):
     """One request under way."""
 
-    def tell(self, **attributes: float | str) -> None:
-        """Add what is known of it."""
+    def add(self, **attributes: float | str) -> None:
+        """Add what is known of the request."""
 
     def stage(self, name: str) -> None:
-        """It is in this stage from now on, and no longer in the one before."""
+        """Begin this stage, and end the one before."""
 
 
 class Tracer(Protocol):
     """Follows requests."""
 
     def request(self, protocol: str) -> AbstractContextManager[Span]:
-        """One request, as long as the block lasts."""
+        """The span of one request, which ends with the block."""
 
 
 class NoTracer:
@@ -39,17 +42,17 @@ class NoTracer:
     def request(self, protocol: str) -> Iterator[Span]:
         yield self
 
-    def tell(self, **attributes: float | str) -> None:
-        """Nobody asks."""
+    def add(self, **attributes: float | str) -> None:
+        """Ignore them."""
 
     def stage(self, name: str) -> None:
-        """Nobody asks."""
+        """Ignore it."""
 
 
 class OpenTelemetryTracer:
-    """Sends the spans of requests to wherever OpenTelemetry's variables say."""
+    """Sends the spans of requests to wherever OpenTelemetry's variables say, or to ``exporter``."""
 
-    def __init__(self, exporter: Any = None) -> None:
+    def __init__(self, exporter: SpanExporter | None = None) -> None:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -68,28 +71,30 @@ class OpenTelemetryTracer:
     def request(self, protocol: str) -> Iterator[Span]:
         from opentelemetry.trace import StatusCode
 
-        # What an exception says may be a text: its name has to do.
-        names_only = {"record_exception": False, "set_status_on_exception": False}
-        with self._tracer.start_as_current_span(f"score {protocol}", **names_only) as span:
-            told = _OpenTelemetrySpan(self._tracer, span)
+        with self._tracer.start_as_current_span(
+            f"score {protocol}",
+            record_exception=False,  # its message may hold a text: the name of its type is set below
+            set_status_on_exception=False,
+        ) as span:
+            request = _RequestSpan(self._tracer, span)
             try:
-                yield told
+                yield request
             except Refusal as refusal:
-                told.tell(refused=refusal.kind)
+                request.add(refused=refusal.kind)
                 raise
             except Exception as error:
                 span.set_status(StatusCode.ERROR, type(error).__name__)
                 raise
             finally:
-                told.end_stage()
+                request.end_stage()
 
 
-class _OpenTelemetrySpan:
+class _RequestSpan:
     def __init__(self, tracer: Any, span: Any) -> None:
         self._tracer, self._span = tracer, span
         self._stage: Any = None
 
-    def tell(self, **attributes: float | str) -> None:
+    def add(self, **attributes: float | str) -> None:
         for name, value in attributes.items():
             self._span.set_attribute(f"rlhf_ray.{name}", value)
 
@@ -100,7 +105,7 @@ class _OpenTelemetrySpan:
         self._stage = self._tracer.start_span(name, set_span_in_context(self._span))
 
     def end_stage(self) -> None:
-        """It is in no stage any more."""
+        """End the stage that the request is in, if any."""
         if self._stage is not None:
             self._stage.end()
             self._stage = None

@@ -13,19 +13,18 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.auth import Keys
 from rlhf_ray.serving.metrics import Metrics
-from rlhf_ray.serving.models import Backend, Models, ServedModel
-from rlhf_ray.serving.scoring import limits_of
+from rlhf_ray.serving.models import Backend, Limits, ModelCatalog, ServedModel
 
 
 def served_models(
     config: ServeConfig, *backends: Backend, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None
-) -> Models:
+) -> ModelCatalog:
     """One model of each backend: the first under the config's name, others as ``model-2`` and so on."""
     names = [config.name, *(f"model-{number}" for number in range(2, len(backends) + 1))]
     kept = metrics or Metrics()
-    return Models(
+    return ModelCatalog(
         [
-            ServedModel(name, [backend], limits_of(config), kept, clock)
+            ServedModel(name, [backend], Limits.of(config), kept, clock)
             for name, backend in zip(names, backends, strict=True)
         ]
     )
