@@ -16,7 +16,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 SEPARATOR = "."
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
@@ -89,15 +89,15 @@ class _Reader:
             raise MarkedYAMLError(problem=f"the tag {node.tag} is refused", problem_mark=node.start_mark)
         self.outer.append(node)
         try:
+            if isinstance(node, ScalarNode):
+                return self._scalar(node)
             if isinstance(node, MappingNode):
                 return self._mapping(node, key)
-            if isinstance(node, SequenceNode):
-                return [self._value(item, f"{key}{SEPARATOR}{index}") for index, item in enumerate(node.value)]
-            return self._scalar(node)
+            return [self._value(item, f"{key}{SEPARATOR}{index}") for index, item in enumerate(node.value)]
         finally:
             self.outer.pop()
 
-    def _scalar(self, node: Node) -> Any:
+    def _scalar(self, node: ScalarNode) -> Any:
         text = str(node.value)
         if not node.style and NAMES_LIKE_NUMBERS.fullmatch(text):  # a style is a pair of quotes or a block
             return text

@@ -117,7 +117,7 @@ def words_baseline(config: RewardModelConfig) -> float:
 
     Raises :class:`RequestError` where the job does not read the generated world.
     """
-    from rlhf_ray.evaluation import bag_of_words_baseline
+    from rlhf_ray.evaluation.baseline import bag_of_words_baseline
     from rlhf_ray.world.generate import World
 
     settings = config.data.world

@@ -1,8 +1,8 @@
-"""Which mathematics a PPO run uses: an algorithm is a name for a choice of parts.
+"""The ``algorithm`` section: the mathematics of a PPO run, and the named algorithms that choose its parts.
 
-Always true: ``name`` decides nothing by itself. It fills in the parts that a config leaves out, once, when the config is
-read; the resolved config says every part, and only the parts are looked at afterwards. The defaults of the fields are
-those of ``ppo``; ``PRESETS`` says what another name chooses otherwise.
+Invariants: ``name`` decides nothing by itself. It fills in the keys that a config leaves out, once, when the config is
+read; the resolved config states every part, and only the parts are looked at afterwards. The defaults of the fields are
+those of ``ppo``; ``PRESETS`` holds what every other name chooses instead.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An ``algorithm`` section with the parts that its name chooses, where it says none itself."""
+    """The values of an ``algorithm`` section, with those that its name chooses where the section has none."""
     name = values.get("name", "ppo")
     return _filled(values, PRESETS.get(name, {}) if isinstance(name, str) else {})
 
@@ -101,17 +101,20 @@ def _filled(values: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, A
 
 
 class KlConfig(Section):
+    """How far the policy may move from its reference, as a penalty on the KL divergence (in nats)."""
+
     coefficient: NonNegativeFloat = 0.05
     estimator: Literal["k1", "k2", "k3"] = "k1"
     applied_to: Literal["reward", "loss"] = "reward"
-    """A penalty in the token rewards, or a term of the policy loss."""
+    """Whether the KL is a penalty in the token rewards, or a term of the policy loss."""
     gradient: Literal["unbiased", "plain"] = "unbiased"
-    """Of the term in the loss: that of the KL, or the estimator's own."""
+    """The gradient of the term in the loss: that of the KL itself (unbiased), or that of the estimator (plain)."""
     target: PositiveFloat | None = None
-    """Adaptive control (Ziegler et al. 2019) towards this many nats a sequence; none keeps the coefficient fixed."""
+    """Nats per sequence that adaptive control (Ziegler et al. 2019) aims at; null keeps the coefficient fixed."""
     horizon: Positive = 10000
+    """Sequences over which adaptive control reacts: a larger number changes the coefficient more slowly."""
     measure: bool = True
-    """Whether there is a reference at all; without one no KL is known."""
+    """Whether there is a reference model at all; without one the KL is unknown."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.target is not None and self.coefficient == 0.0:
@@ -131,23 +134,30 @@ class KlConfig(Section):
 
 
 class MissingEosConfig(Section):
+    """What happens to the score of an answer that did not end by itself: ``value`` is subtracted from it, replaces it, or
+    multiplies it."""
+
     rule: Literal["subtract", "replace", "scale"]
     value: float
 
 
 class OverlongConfig(Section):
+    """A penalty on answers near the length limit (soft overlong punishment, Yu et al. 2025)."""
+
     buffer_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """The last part of ``rollout.max_new_tokens``, over which the penalty grows."""
+    """The last share of ``rollout.max_new_tokens``, over which the penalty grows from 0 to ``penalty``."""
     penalty: PositiveFloat = 1.0
 
 
 class TooShortConfig(Section):
+    """A penalty on answers of fewer than ``tokens`` tokens."""
+
     tokens: Positive
     penalty: PositiveFloat = 1.0
 
 
 class ShapingConfig(Section):
-    """What becomes of a score before it is placed on tokens, in this order."""
+    """What is done to the score of an answer before it becomes token rewards, in the order of the keys."""
 
     normalize: Literal["none", "running", "running_scale"] = "none"
     scale: PositiveFloat = 1.0
@@ -160,7 +170,7 @@ class ShapingConfig(Section):
 
 
 class ImportanceConfig(Section):
-    """Correction for the difference between rollout engine and trainer."""
+    """Importance weights that correct for probabilities in which the rollout engine and the trainer differ."""
 
     level: Literal["none", "token", "sequence"] = "token"
     rule: Literal["truncate", "mask"] = "truncate"
@@ -184,14 +194,16 @@ class PartParameters(Section):
 
 
 class AlgorithmConfig(Section):
+    """Which advantages, which loss and which penalties a PPO run uses. docs/algorithms.md gives their formulas."""
+
     name: AlgorithmName = "ppo"
     advantages: str = "gae"
     """One of :data:`SHIPPED_ADVANTAGES`, or an estimator of your own (:mod:`rlhf_ray.user_code` says how to name it)."""
     gamma: Fraction = 1.0
     lam: Fraction | None = 0.95
-    """Of ``gae`` only."""
+    """Lambda of generalised advantage estimation (``gae``); null for every other estimator."""
     whitening: Whitening = "population"
-    """Of the advantages, over all actions of the step."""
+    """How advantages are standardised, over all actions of the step."""
     objective: str = "clip"
     """One of :data:`SHIPPED_OBJECTIVES`, or an objective of your own."""
     ratio: Literal["token", "sequence", "trajectory"] = "token"
@@ -203,7 +215,7 @@ class AlgorithmConfig(Section):
     entropy_coefficient: NonNegativeFloat = 0.0
     mask_truncated: bool = False
     dynamic_sampling: NonNegative = 0
-    """How many times more prompts may be sampled where all samples of a prompt score the same; 0 keeps such prompts."""
+    """How often further prompts may be sampled in place of those whose samples all score the same; 0 keeps such prompts."""
     collector: str | None = None
     """A way of your own to collect the samples of a step; none for the project's."""
     parameters: PartParameters = PartParameters()
@@ -211,7 +223,9 @@ class AlgorithmConfig(Section):
     shaping: ShapingConfig = ShapingConfig()
     importance: ImportanceConfig = ImportanceConfig()
     critic_warmup_steps: NonNegative = 0
+    """Steps at the start in which the critic alone trains."""
     max_staleness: NonNegative = 0
+    """How many publications of weights to the engines an answer may be older than the newest."""
 
     @model_validator(mode="before")
     @classmethod
@@ -220,12 +234,12 @@ class AlgorithmConfig(Section):
 
     @property
     def has_critic(self) -> bool:
-        """Whether the advantages come from values."""
+        """Whether the advantages are computed from the values of a critic."""
         return self.advantages == "gae"
 
     @property
     def compares_samples(self) -> bool:
-        """Whether the advantages come from other answers to the same prompt."""
+        """Whether the advantages are computed from the other answers to the same prompt."""
         return self.advantages in COMPARING_ADVANTAGES
 
     @property

@@ -20,7 +20,7 @@ FreeValues = Annotated[dict[str, Any], Field(description="a mapping of names to 
 
 
 class Absent(Exception):
-    """A key whose value was wrong or missing was read, so what needs it cannot be checked."""
+    """Raised when a rule reads a key whose value was wrong or missing, so that the rule cannot be checked."""
 
 
 class Section(BaseModel):

@@ -9,7 +9,7 @@ from rlhf_ray.config.sections.roles import TokenBudget
 
 
 class BatchConfig(TokenBudget):
-    """Sizes of reinforcement learning, all global."""
+    """Sizes of reinforcement learning, over all ranks."""
 
     prompts_per_step: Positive
     samples_per_prompt: Positive = 1
@@ -18,6 +18,7 @@ class BatchConfig(TokenBudget):
 
     @property
     def sequences_per_step(self) -> int:
+        """Answers that a step samples and trains on."""
         return self.prompts_per_step * self.samples_per_prompt
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -33,12 +34,12 @@ class BatchConfig(TokenBudget):
 
 
 class SequenceBatchConfig(TokenBudget):
-    """Sizes of supervised fine-tuning: ``sequences_per_update`` is global."""
+    """Sizes of supervised fine-tuning: ``sequences_per_update`` counts over all ranks."""
 
     sequences_per_update: Positive
 
 
 class PairBatchConfig(TokenBudget):
-    """Sizes of preference training: ``pairs_per_update`` is global."""
+    """Sizes of preference training: ``pairs_per_update`` counts over all ranks."""
 
     pairs_per_update: Positive

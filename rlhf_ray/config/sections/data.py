@@ -23,9 +23,10 @@ class WorldConfig(Section):
 
     seed: NonNegative = 0
     task: Literal["customers", "arithmetic"] = "customers"
-    """Letters of customers, judged by a gold score; or short sums, which a function verifies."""
+    """``customers``: letters of customers, whose answers a gold score judges. ``arithmetic``: short sums, whose answers a
+    function verifies."""
     raters: Literal["careless", "flattered"] = "careless"
-    """Whose labels the pairs have: of raters who err by chance, or who choose the answer that flatters more."""
+    """Who labels the pairs: raters who err by chance, or raters who prefer the answer that flatters more."""
     demonstrations: Positive = 6000
     pairs: Positive = 12000
     evaluation_pairs: Positive = 1000
@@ -40,7 +41,7 @@ class SourceConfig(Section):
     split: str | None = None
     config: str | None = None
     weight: PositiveFloat = 1.0
-    """How many times an epoch goes through its rows: 2 uses each twice, 0.5 one half of them, the other half next time."""
+    """How many times an epoch uses each row: 2 uses each twice, 0.5 one half of them and the other half in the next."""
     prompt_key: str | None = None
     answer_key: str | None = None
     chosen_key: str | None = None
@@ -53,7 +54,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Where rows come from: exactly one of ``world``, ``path`` and ``sources``."""
+    """The rows of a job: exactly one of ``world``, ``path`` and ``sources`` is set."""
 
     world: WorldConfig | None = None
     path: str | None = None
@@ -63,30 +64,32 @@ class DataConfig(Section):
     config: str | None = None
     """Which configuration (subset) of a data set; null where it has only one."""
     sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], SourceConfig] = {}  # noqa: RUF012 (pydantic copies it)
-    """Several files by name, which is the source of their rows that do not name theirs."""
+    """Several files, by names; a row that does not name its source has the name of its file."""
     evaluation_path: str | None = None
     evaluation_split: str | None = None
     """The split of ``evaluation_path``, or where that is null of ``path``, whose rows are held out."""
     evaluation_fraction: Fraction | None = None
-    """Share of the training rows held out, by whole prompts; 0 evaluates nothing."""
+    """Share of the training rows that is held out, by whole prompts; 0 holds out nothing."""
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
     apply_chat_template: bool = False
-    """Whether plain texts become turns of a conversation: the prompt the user's, the answer the assistant's."""
+    """Whether plain texts become a conversation: the prompt a message of the user, the answer one of the assistant."""
     max_tokens: Positive = 512
-    """Longest training sequence, prompt included."""
+    """Tokens of the longest training sequence, prompt included."""
     too_long: Literal["drop", "cut_prompt"] = "drop"
-    """What happens to longer pairs: dropped and counted, or their prompt loses its beginning; an answer is never cut."""
+    """What happens to longer pairs: they are dropped and counted, or their prompt loses its beginning. An answer is never
+    cut."""
     max_prompt_tokens: Positive = 256
+    """Tokens of the longest prompt that answers are sampled to."""
     max_rows: Positive | None = None
     cache: str | None = "~/.cache/rlhf_ray"
     """Where encoded rows are kept for the next run over the same files; null keeps none."""
 
     @property
     def files(self) -> dict[str, SourceConfig]:
-        """The files of training rows by the names of their sources, each with all its keys; ``path`` alone has no name."""
+        """The files of training rows by the names of their sources, with all keys set; the name of ``path`` is empty."""
         files = self.sources if self.path is None else {"": SourceConfig(path=self.path)}
         return {name: self._with_keys(source) for name, source in files.items()}
 
@@ -114,15 +117,15 @@ class DataConfig(Section):
         return self.model_copy(update={**empty, "path": path})
 
     def preference_reader(self, source: SourceConfig) -> PreferenceReader:
-        """What reads preference pairs from ``source``, which is one of ``files`` or the ``evaluation_file``."""
+        """A reader of preference pairs for ``source``, which is one of ``files`` or the ``evaluation_file``."""
         return PreferenceReader(_pair_keys(source), self.apply_chat_template)
 
     def prompt_reader(self, source: SourceConfig) -> PromptReader:
-        """What reads prompts from ``source``."""
+        """A reader of prompts for ``source``."""
         return PromptReader(_pair_keys(source), self.apply_chat_template)
 
     def demonstration_reader(self, source: SourceConfig) -> DemonstrationReader:
-        """What reads demonstrations from ``source``."""
+        """A reader of demonstrations for ``source``."""
         return DemonstrationReader(str(source.prompt_key), str(source.answer_key))
 
     def _with_keys(self, source: SourceConfig) -> SourceConfig:

@@ -16,11 +16,11 @@ Schedule = Literal[
 ]
 
 SCHEDULE_KEYS = {"restarts": "cosine_with_restarts", "power": "polynomial", "decay_fraction": "warmup_stable_decay"}
-"""Keys that only one schedule reads."""
+"""Keys that only one schedule reads, and which."""
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule over ``update`` steps."""
+    """AdamW and the schedule of its learning rate over all updates of a run."""
 
     learning_rate: PositiveFloat
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
@@ -29,14 +29,14 @@ class OptimizerConfig(Section):
     schedule: Schedule = "constant"
     warmup_fraction: Fraction = 0.0
     final_fraction: Fraction = 0.0
-    """The learning rate at the last update, as a share of ``learning_rate``; of no use to ``constant`` and
-    ``inverse_sqrt``."""
+    """The learning rate at the last update, as a share of ``learning_rate``; the schedules ``constant`` and
+    ``inverse_sqrt`` do not read it."""
     restarts: Positive = 1
-    """How many cosines ``cosine_with_restarts`` goes through."""
+    """The number of cosines in the schedule ``cosine_with_restarts``."""
     power: PositiveFloat = 1.0
-    """Of ``polynomial``."""
+    """The exponent of the schedule ``polynomial``."""
     decay_fraction: Fraction = 0.2
-    """Share of the run in which ``warmup_stable_decay`` falls, by a cosine."""
+    """The last share of the run, in which the schedule ``warmup_stable_decay`` falls along a cosine."""
     max_grad_norm: PositiveFloat = 1.0
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -63,7 +63,7 @@ class OptimizerConfig(Section):
 
 
 class EngineConfig(Section):
-    """One DeepSpeed engine. Without an optimizer it runs forward only."""
+    """A DeepSpeed engine. Without an optimizer it runs forward only."""
 
     zero: ZeroStage = 0
     offload: Literal["none", "optimizer", "all"] = "none"

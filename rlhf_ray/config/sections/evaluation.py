@@ -9,32 +9,37 @@ from rlhf_ray.config.sections.rewards import SHIPPED_FUNCTIONS
 
 
 class EvaluationConfig(Section):
+    """When held-out rows are measured."""
+
     every_steps: NonNegative = 0
     """0 evaluates only at the end."""
 
 
 class RewardEvaluationConfig(EvaluationConfig):
+    """When a reward model is measured on held-out pairs, and what is kept of it."""
+
     keep_best: bool = True
     """Whether ``best/`` keeps the weights of the evaluation with the highest accuracy."""
     worst_pairs: NonNegative = 20
-    """Wrong pairs that the report shows, the worst first."""
+    """How many wrongly ranked pairs the report shows, the worst first."""
 
 
 class PpoEvaluationConfig(EvaluationConfig):
-    """How answers to held-out prompts are drawn and judged."""
+    """How answers to held-out prompts are sampled and judged."""
 
     prompts: Positive = 300
     samples_per_prompt: Positive = 1
     greedy: bool = False
-    """The likeliest token each time, instead of samples at the training temperature."""
+    """Whether each token is the likeliest one, instead of a sample at the training temperature."""
     gold: str | None = None
-    """A function that knows the truth, as ``reward.function`` names one; none: the generated world's, where it has one."""
+    """A function that knows the true quality of an answer, named like ``reward.function``; null: the gold score of the
+    generated world, if the job reads that."""
     pass_at: list[Positive] = []  # noqa: RUF012 (pydantic copies it)
-    """The k of pass@k: an answer is right where its gold (or else its reward) is 1 or more."""
+    """The values of k for pass@k: an answer is right if its gold score (or else its reward) is 1 or more."""
     best_of: NonNegative = 0
-    """Largest n of best-of-n of the starting policy (0: none)."""
+    """The largest n for which best-of-n sampling from the starting policy is measured; 0 measures none."""
     samples_shown: NonNegative = 3
-    """Prompts whose answers are shown in the log at each evaluation."""
+    """How many prompts are shown with their answers in the log at each evaluation."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.greedy and self.samples_per_prompt > 1:

@@ -12,17 +12,19 @@ Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", 
 
 
 class MakeConfig(Section):
-    """A small model made on the spot, with random weights, where none can be downloaded."""
+    """A small model with random weights, made here where none can be downloaded."""
 
     shape: Literal["llama-tiny", "llama-0.5m", "llama-14m", "llama-120m"]
     tokenizer_from: str
-    """``world`` (word tokens of the generated world), a data file whose text trains a byte-level BPE, or ``data``: what
-    the job's own ``data`` section names (loading writes it out)."""
+    """``world`` (the words of the generated world are its tokens), a data file on whose text a byte-level BPE is trained,
+    or ``data``: whatever the job's own ``data`` section names. Loading replaces ``data`` by that."""
     vocabulary: Positive = 4096
     seed: NonNegative = 0
 
 
 class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) that are trained in place of the weights."""
+
     rank: Positive
     alpha: Positive = 16
     dropout: Fraction = 0.0
@@ -30,7 +32,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """Where a model comes from and how it is held. Exactly one of ``path`` and ``make`` is set."""
+    """Where a model comes from and how its weights are held. Exactly one of ``path`` and ``make`` is set."""
 
     path: str | None = None
     make: MakeConfig | None = None
@@ -42,7 +44,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     head_init: Literal["hf", "inv_sqrt", "inv", "zero"] | None = None
-    """How to make a fresh score head; none means that the checkpoint must hold one."""
+    """How a new score head is initialised; null means that the checkpoint must hold one."""
     value_head_prefix: str = "score"
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

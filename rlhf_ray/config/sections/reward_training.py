@@ -16,19 +16,21 @@ RankingName = Literal["sigmoid", "logexp", "hinge", "focal", "scaled", "ordinal"
 
 
 class RewardLossConfig(Section):
-    """How two scores are held against a preference; what each name computes stands in docs/reward_training.md."""
+    """The loss on the two scores of a pair; docs/reward_training.md gives the formula of each name."""
 
     name: RankingName = "sigmoid"
     label_smoothing: Odds = 0.0
-    """The odds that a label is wrong."""
+    """The probability that a label is wrong."""
     centering: NonNegativeFloat = 0.0
     router_balance: NonNegativeFloat = 0.0
-    """Weight of the auxiliary loss of mixtures of experts."""
+    """Weight of the load-balancing loss of mixture-of-experts models."""
     hinge_margin: PositiveFloat = 1.0
-    """Of ``hinge``, where the data have no margin."""
+    """The margin of the loss ``hinge`` for pairs that name none."""
     focal_gamma: PositiveFloat = 2.0
+    """The exponent of the loss ``focal``."""
     thresholds: list[PositiveFloat] | None = None
-    """Of ``ordinal``: one a grade, ascending; none means 0.5, 1.5, ... up to the highest grade of the data."""
+    """Thresholds of the loss ``ordinal``, one per grade, ascending; null means 0.5, 1.5, ... up to the highest grade of the
+    data."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         for key, name in (("hinge_margin", "hinge"), ("focal_gamma", "focal"), ("thresholds", "ordinal")):
@@ -39,7 +41,7 @@ class RewardLossConfig(Section):
 
 
 class NormalizationConfig(Section):
-    """What the ``mean`` and ``std`` in the config of the saved model are taken over."""
+    """The scores from which ``mean`` and ``std`` in the ``config.json`` of the saved model are computed."""
 
     over: Literal["evaluation", "demonstrations", "nothing"] = "evaluation"
     """``evaluation``: mean and deviation of all held-out scores. ``demonstrations``: their mean, so that they score 0 on
@@ -56,7 +58,7 @@ class NormalizationConfig(Section):
 
 
 class RewardOptimizerConfig(OptimizerConfig):
-    """The defaults are for training all weights; an adapter wants a learning rate ten times as high."""
+    """The optimizer with defaults for training all weights; an adapter needs a learning rate ten times as high."""
 
     learning_rate: PositiveFloat = 9e-6
     schedule: Schedule = "cosine"
@@ -65,8 +67,12 @@ class RewardOptimizerConfig(OptimizerConfig):
 
 
 class RewardEngineConfig(EngineConfig):
+    """An engine that always trains."""
+
     optimizer: RewardOptimizerConfig = RewardOptimizerConfig()
 
 
 class RewardTrainingRole(RoleConfig):
+    """A reward model that is trained."""
+
     engine: RewardEngineConfig = RewardEngineConfig()

@@ -1,7 +1,7 @@
-"""Where rewards come from: the section ``reward`` of a PPO job, and one entry of its mixture.
+"""The ``reward`` section of a PPO job: where rewards come from, alone or as a weighted mixture.
 
-Always true: a reward comes from exactly one place; what belongs to another place than the one that is set is refused, not
-ignored.
+Invariant: a reward comes from exactly one place; a key that belongs to another place than the one that is set is refused,
+not ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf_ray.user_code import REWARD_SOURCES, spelling_problem
 
 WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
 SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
-"""Reward functions that are part of the project."""
+"""Reward functions that this project brings."""
 
 
 class RewardSourceConfig(Section):
@@ -46,7 +46,7 @@ class RewardSourceConfig(Section):
 
     @property
     def role(self) -> ScoringRole | None:
-        """The reward model as a role; none where something else gives the rewards."""
+        """The reward model as a role; none where the rewards come from somewhere else."""
         if self.model is None:
             return None
         values = {key: value for key, value in self.__dict__.items() if key in ScoringRole.model_fields}
@@ -54,7 +54,7 @@ class RewardSourceConfig(Section):
 
     @property
     def places(self) -> list[str]:
-        """Which places are set."""
+        """The keys of the places that are set; a valid section has one."""
         given = {"model": self.model, "function": self.function, "url": self.url, "source": self.source}
         return [name for name, value in given.items() if value is not None]
 
@@ -108,25 +108,27 @@ class RewardTermConfig(RewardSourceConfig):
 
 
 class RewardConfig(RewardSourceConfig):
-    """All of it: one place, or a weighted mixture of several."""
+    """The whole section: one place, or a weighted mixture of several."""
 
     mixture: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], RewardTermConfig] = {}  # noqa: RUF012 (pydantic copies it)
-    """Terms by their names, which stand in the metrics ``reward_term/NAME``."""
+    """Terms by their names; the metric ``reward_term/NAME`` is the mean of each."""
     on_failure: Literal["drop", "stop"] = "stop"
+    """Whether a prompt without a reward is left out of the step, or ends the run."""
     hold_s: NonNegativeFloat = 100.0
+    """Seconds for which a reward that failed is asked for again."""
     max_dropped_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Of a step's prompts, under ``on_failure: drop``."""
+    """Largest share of a step's prompts that ``on_failure: drop`` may leave out."""
 
     @property
     def sources(self) -> Mapping[str, RewardSourceConfig]:
-        """Every place by the key of its section: ``reward``, or ``reward.mixture.NAME`` for each."""
+        """Every place by the key of its section: ``reward``, or ``reward.mixture.NAME`` for each term."""
         if self.mixture:
             return {f"reward.mixture.{name}": term for name, term in self.mixture.items()}
         return {"reward": self}
 
     @property
     def weights(self) -> dict[str, float]:
-        """What the reward of each place counts, by the key of its section; one place alone counts once."""
+        """The weight of each place in the reward, by the key of its section; a single place has weight 1."""
         if self.mixture:
             return {f"reward.mixture.{name}": term.weight for name, term in self.mixture.items()}
         return {"reward": 1.0}

@@ -11,15 +11,15 @@ from rlhf_ray.config.sections.models import ModelConfig
 
 
 class TokenBudget(Section):
-    """Tokens, prompts included, of one micro-batch on one rank; gradient accumulation follows and is never set."""
+    """How many tokens, prompts included, a micro-batch on one rank may hold. Gradient accumulation follows from it."""
 
     max_tokens_per_micro_batch: Positive = 4096
     forward_factor: Positive = 2
-    """How many times as many tokens a micro-batch without gradients may hold."""
+    """A micro-batch without gradients may hold this many times as many tokens."""
 
 
 class RoleConfig(Section):
-    """One role: its model, its engine, and how many ranks hold it."""
+    """A role: its model, its engine, and how many ranks hold it."""
 
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
@@ -29,11 +29,11 @@ class RoleConfig(Section):
     """Overrides ``batch.max_tokens_per_micro_batch`` for this role."""
 
     def training_tokens(self, batch: TokenBudget) -> int:
-        """Tokens of one micro-batch of this role that is trained on."""
+        """Tokens of a micro-batch with gradients."""
         return self.max_tokens_per_micro_batch or batch.max_tokens_per_micro_batch
 
     def forward_tokens(self, batch: TokenBudget) -> int:
-        """Tokens of one micro-batch of this role without gradients."""
+        """Tokens of a micro-batch without gradients."""
         return self.training_tokens(batch) * batch.forward_factor
 
 
@@ -52,7 +52,7 @@ class ScoringRole(RoleConfig):
 
 
 def _vllm_conflicts(role: RoleConfig) -> Iterator[tuple[str, str]]:
-    """What vLLM's pooling runner does not take: it loads a plain directory, whole, in one process."""
+    """What vLLM's pooling runner cannot do: it loads a plain model directory, unchanged, in one process."""
     model, ours = role.model, "or scorer to packed"
     if model.path is None:
         yield "scorer", f"vllm reads a model's directory, but this one is made here: name it in model.path, {ours}"

@@ -10,11 +10,13 @@ from rlhf_ray.config.sections.models import Dtype
 
 
 class RolloutConfig(Section):
+    """The rollout engines and how they sample."""
+
     backend: Literal["vllm", "transformers"] = "vllm"
     engines: Positive = 1
     max_new_tokens: Positive = 32
     stop_tokens: list[str] = []  # noqa: RUF012 (pydantic copies it)
-    """Tokens that end an answer, beside the tokenizer's end of sequence."""
+    """Tokens that end an answer, besides the tokenizer's end of sequence."""
     temperature: PositiveFloat = 1.0
     top_p: PositiveFloat = 1.0
     top_k: int = 0

@@ -10,6 +10,8 @@ from rlhf_ray.config.sections.base import NonNegative, Positive, PositiveFloat, 
 
 
 class RunConfig(Section):
+    """The name of a run, where it is kept, and how it repeats and survives failures."""
+
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         description="a name of letters, digits, '_', '.' and '-' that starts with a letter or digit",
@@ -20,17 +22,20 @@ class RunConfig(Section):
     deterministic: bool = False
     max_consecutive_skips: Positive = 5
     max_restarts: NonNegative = 0
-    """How often the supervising parent restarts a driver that died, from its last commit."""
+    """How often a driver that died is started again, from its last commit."""
 
 
 class ClusterConfig(Section):
+    """The Ray cluster that a job joins or starts, and how long it waits for it."""
+
     address: str | None = None
-    """Ray address to join (``auto`` or ``host:port``); none starts Ray on this machine, or joins the job's cluster."""
+    """Ray address to join (``auto`` or ``host:port``); null starts Ray on this machine, or joins the cluster that
+    ``RAY_ADDRESS`` names."""
     num_cpus: Positive | None = None
-    """CPUs that Ray offers where this run starts it; none means the machine's."""
+    """CPUs that Ray offers if this run starts it; null means those of the machine."""
     object_store_mb: Positive = 512
     dashboard: bool = False
-    """Serve Ray's dashboard where this run starts Ray itself."""
+    """Whether Ray's dashboard is served, if this run starts Ray."""
     placement_timeout_s: PositiveFloat = 60.0
     start_timeout_s: PositiveFloat = 300.0
     call_timeout_s: PositiveFloat = 600.0
@@ -41,12 +46,16 @@ class ClusterConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often a run is saved so that it can be resumed, and how many of these checkpoints are kept."""
+
     every_steps: NonNegative = 0
     """0 keeps only the final weights."""
     keep: Positive = 2
 
 
 class MonitoringConfig(Section):
+    """Where metrics go, besides the run directory."""
+
     ray_metrics: bool = True
     tensorboard: bool = False
     samples_per_log: NonNegative = 4

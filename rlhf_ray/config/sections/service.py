@@ -1,6 +1,6 @@
-"""What a scoring service listens to and how much it takes: of ``serve``, and of a PPO run that exposes its reward model.
+"""The section of a scoring service: the port it listens on, who may use it, and its limits.
 
-Always true: it listens on this machine only unless a token file is given; every limit has a bound.
+Invariant: every limit has a bound.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import Field
 from rlhf_ray.config.sections.base import NonNegativeFloat, Positive, PositiveFloat, Section
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts that only this machine reaches."""
+"""Hosts that only this machine can reach."""
 
 
 def is_open_to_others(host: str) -> bool:
@@ -28,16 +28,16 @@ class ServiceConfig(Section):
     token_file: str | None = None
     normalize: bool = False
     requests_per_minute: Positive | None = None
-    """Of one key; beyond it the answer is 429."""
+    """Requests that one key may send in a minute; further ones are answered with status 429. Null sets no limit."""
     max_batch_tokens: Positive = 8192
     max_items: Positive = 1024
     max_queue_items: Positive = 4096
     max_queue_tokens: Positive = 4_000_000
     max_body_bytes: Positive = 8_000_000
     max_bodies_bytes: Positive = 256_000_000
-    """Of all requests together that are being read or answered."""
+    """Bytes of all request bodies together that are being read or answered."""
     header_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
     hold_s: NonNegativeFloat = 100.0
-    """How long requests wait for a reward group that restarts."""
+    """Seconds for which requests wait for a reward model whose processes restart."""
     tracing: bool = False
