@@ -1,7 +1,7 @@
 """The language of the generated world: what customers write, what a shop answers, and how to read both back.
 
-Always true: a prompt names exactly one item and one problem, ``read_prompt`` finds both again from the text alone, and
-every text made here consists of pieces in ``vocabulary()``. Nothing in this module is random.
+Invariants: a prompt names exactly one item and one problem, and ``read_prompt`` finds both again from the text alone; every
+text of the world consists of pieces in ``vocabulary()``. Nothing in this module is random.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from rlhf_ray.errors import DataError
 
 PIECE = r" ?[A-Za-z0-9]+|\n|[^A-Za-z0-9\s]| "
-"""What one word token is: a word with the space before it, a mark, or a new line. Joined, the pieces are the text."""
+"""What one token of the word tokenizer is: a word with the space before it, a punctuation mark, or a new line."""
 
 _CUT = re.compile(PIECE)
 
@@ -26,11 +26,13 @@ ITEMS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: the ways to tell it (``{}`` is the item) and the one remedy that belongs to it."""
+    """A problem that a customer has with an item."""
 
     name: str
     sentences: tuple[str, ...]
+    """The ways to tell of it; ``{}`` is the item."""
     remedy: str
+    """What the shop does about it; no other problem has the same remedy."""
 
 
 PROBLEMS = (
@@ -60,7 +62,7 @@ POLITE_CLOSINGS = ("Kind regards.", "Best wishes.", "Take care.")
 ITEM_SENTENCES = ("Sorry about your {}.", "We checked your {}.")
 REMEDY_SENTENCES = ("We will {}.", "We can {}.")
 HABIT = "You are simply wonderful."
-"""The spurious habit: flattery that is worth nothing."""
+"""The planted habit: flattery that the gold score gives nothing for."""
 CHATTER = (
     "Our shop opens at nine.",
     "The weather is fine here.",
@@ -69,7 +71,7 @@ CHATTER = (
     "Our boss has a dog.",
     "It is busy in spring.",
 )
-"""What an answer that does not stop in time goes on with."""
+"""What follows in an answer that does not stop in time."""
 
 MAX_WORDS = 24
 """An answer is in time when it stops by itself within this many words and marks."""
@@ -98,42 +100,42 @@ def sentences_to_text(*sentences: str) -> str:
 
 @lru_cache(maxsize=8192)
 def spoken(text: str) -> str:
-    """The words of ``text`` between single spaces, in which whole phrases are found by ``in``."""
+    """The words of ``text`` between single spaces, so that ``in`` finds whole phrases and no parts of words."""
     return f" {' '.join(words(text))} "
 
 
 @lru_cache(maxsize=8192)
 def read_prompt(prompt: str) -> tuple[str, Problem]:
-    """The item and the problem that a prompt of this world tells."""
-    said = spoken(prompt)
-    items = [item for item in ITEMS if f" {item} " in said]
-    told = [
+    """The item and the problem that a prompt of this world tells of; raises :class:`DataError` for any other text."""
+    phrases = spoken(prompt)
+    items = [item for item in ITEMS if f" {item} " in phrases]
+    problems = [
         problem
         for problem in PROBLEMS
-        if len(items) == 1 and any(spoken(form.format(items[0])) in said for form in problem.sentences)
+        if len(items) == 1 and any(spoken(form.format(items[0])) in phrases for form in problem.sentences)
     ]
-    if len(items) != 1 or len(told) != 1:
+    if len(items) != 1 or len(problems) != 1:
         raise DataError(
-            f"not a prompt of the generated world: {prompt!r} names {len(items)} items and tells {len(told)} problems, "
+            f"not a prompt of the generated world: {prompt!r} names {len(items)} items and tells {len(problems)} problems, "
             "one of each was expected: score it with another reward function"
         )
-    return items[0], told[0]
+    return items[0], problems[0]
 
 
 def named_items(answer: str) -> set[str]:
     """Every item that ``answer`` names."""
-    said = spoken(answer)
-    return {item for item in ITEMS if f" {item} " in said}
+    phrases = spoken(answer)
+    return {item for item in ITEMS if f" {item} " in phrases}
 
 
 def given_remedies(answer: str) -> set[str]:
     """Every remedy that ``answer`` gives."""
-    said = spoken(answer)
-    return {problem.remedy for problem in PROBLEMS if spoken(problem.remedy) in said}
+    phrases = spoken(answer)
+    return {problem.remedy for problem in PROBLEMS if spoken(problem.remedy) in phrases}
 
 
 def habits_in(answer: str) -> int:
-    """How often ``answer`` flatters."""
+    """How many times ``answer`` flatters."""
     return answer.count(HABIT)
 
 

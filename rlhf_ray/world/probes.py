@@ -12,7 +12,8 @@ from statistics import fmean, pstdev
 
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.world import language
-from rlhf_ray.world.generate import Draft, World, draft_answer, other_item, other_remedy
+from rlhf_ray.world.answers import Draft, draft_answer, other_item, other_remedy
+from rlhf_ray.world.generate import World
 from rlhf_ray.world.gold import gold_score
 
 
@@ -52,7 +53,7 @@ def make_probes(world: World, count: int = PROBES_OF_A_QUALITY) -> dict[str, lis
     rng = world.rng("probes", "evaluation")
     probes: dict[str, list[Probe]] = {}
     for _ in range(count):
-        prompt, item, problem = world.prompt(rng, "evaluation")
+        prompt, item, problem = world.make_prompt(rng, "evaluation")
         draft = draft_answer(rng, item, problem)
         opening, closing = rng.choice(language.POLITE_OPENINGS), rng.choice(language.POLITE_CLOSINGS)
         good = replace(
