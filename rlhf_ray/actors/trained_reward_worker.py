@@ -44,12 +44,12 @@ class TrainedRewardWorker(RewardWorker):
 
         Rank 0 loads it as a user would; the other ranks return nothing.
         """
-        from rlhf_ray.models.reread import scores_of_directory
+        from rlhf_ray.models.reread import score_directory
 
         if self.rank != 0:
             return []
         with self.doing("score"):
-            return scores_of_directory(directory, self.config.model, batch)
+            return score_directory(directory, self.config.model, batch)
 
     def compute_shape(self) -> ComputeShape:
         """What a token of this model costs."""

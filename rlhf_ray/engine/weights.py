@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.quantization import dequantized
 
@@ -51,7 +51,7 @@ def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) 
     Adapters are merged and 4-bit weights dequantised.
     """
     for group in gathered_groups(model, receive=receive):
-        yield list(disk_names(model, group)) if group else []
+        yield list(to_disk_names(model, group)) if group else []
 
 
 def _whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:

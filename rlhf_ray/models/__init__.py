@@ -1,6 +1,7 @@
-"""Loading, making and saving models, and running them on packs.
+"""Policies, reward models and critics: load or make them, run them on packs of sequences, and save them.
 
-Always true: importing this package imports neither torch nor any of its modules; a public name imports what it needs.
+Invariant: importing this package imports neither torch nor any of its own modules; each public name imports what it needs
+when it is first used.
 """
 
 from __future__ import annotations

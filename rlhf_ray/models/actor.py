@@ -1,9 +1,10 @@
-"""The policy, and the reference that it is held against.
+"""A causal language model as a policy, or as the frozen reference that a policy is compared with.
 
-Always true: log-probabilities and entropies are fp32, at the given temperature, computed in chunks; they are the same
-packed, padded on either side, or one by one. :class:`Actor` takes and gives padded batches with OpenRLHF's
-conventions (index t describes the prediction of token t + 1); :class:`PackedPolicy` takes packs and follows this
-project's alignment (``log_probs[t]`` is about token t).
+Invariant: log-probabilities and entropies are fp32, at the given temperature, and computed in chunks. They are the same
+whether sequences run packed, padded on either side, or one by one.
+
+:class:`Actor` works on padded batches with OpenRLHF's conventions: index t is about the prediction of token t + 1.
+:class:`PackedPolicy` works on packs with the alignment of this project: ``log_probs[t]`` is about token t.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from rlhf_ray.trajectories.packing import Packed
 
 
 class Actor(nn.Module):
-    """A causal language model as a policy.
+    """A causal language model as a policy, with the parameters and conventions of OpenRLHF's class of this name.
 
-    ``attn_implementation`` names the preferred attention backend: where it cannot run, the best that works is taken,
-    and the line on loading says so (``strict_attention=True`` makes it an error). Where ``ds_config`` asks for ZeRO-3
-    a model that is loaded is built in shards, on all ranks together.
+    ``attn_implementation`` names the preferred attention backend. If it cannot run here, the fastest that can takes its place
+    and the line on loading says so; with ``strict_attention`` it is an error. If ``ds_config`` asks for ZeRO-3, a model that
+    is loaded from disk is built in shards, on all ranks together.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Actor(nn.Module):
                 load_in_4bit=load_in_4bit,
             )
         else:
-            model = _given(pretrain_or_model, load_in_4bit)
+            model = _check_model(pretrain_or_model, load_in_4bit)
         if use_liger_kernel:
             use_liger(model)
         self.attention, self.attention_note = prepare_for_packs(model, attn_implementation, strict=strict_attention)
@@ -99,18 +100,18 @@ class Actor(nn.Module):
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The model without its output layer."""
+        """The transformers model without its output layer."""
         return cast(PreTrainedModel, self.model.base_model)
 
     @property
     def log_prob_head(self) -> LogProbHead:
-        """The output layer, which gives log-probabilities in chunks."""
+        """The output layer, which computes log-probabilities in chunks."""
         head: LogProbHead = self.model.get_output_embeddings()
         return head
 
     @property
     def config(self) -> Any:
-        """The model's config."""
+        """The config of the transformers model."""
         return self.model.config
 
     def facts(self) -> ModelFacts:
@@ -136,40 +137,41 @@ class Actor(nn.Module):
         packed_seq_lens: Any = None,
         return_entropy: bool = False,
     ) -> Any:
-        """Log-probs of the last predictions times ``action_mask`` (batch, actions); or of all (batch, length - 1).
+        """Return log-probs, the model's output, or (log-probs, output), as the arguments ask.
 
-        Without ``action_mask`` and ``return_logprobs`` it is the model's output, which ``return_output`` must ask for;
-        with either, ``return_output=True`` returns (log-probs, output). ``return_entropy`` sets ``output.entropy``.
-        Predictions from or of padding are 0.
+        ``action_mask`` (batch, actions) asks for the log-probs of the last ``actions`` predictions, times the mask;
+        ``return_logprobs`` asks for those of all predictions, (batch, length - 1). ``return_output`` asks for the model's
+        output, and ``return_entropy`` for its attribute ``entropy``, (batch, length - 1) in nats. Log-probs and entropies of
+        predictions from or of padding are 0. Raises :class:`RequestError` if nothing is asked for.
         """
         if allgather_logits or ring_attn_group is not None or packed_seq_lens is not None:
             raise RequestError(
-                "ring attention (allgather_logits, ring_attn_group, packed_seq_lens) is not served: leave "
-                "these arguments out"
+                "ring attention (allgather_logits, ring_attn_group, packed_seq_lens) is not supported: leave these "
+                "arguments out"
             )
-        wanted = action_mask is not None or return_logprobs
-        if not return_output and (return_entropy or not wanted):
+        return_log_probs = action_mask is not None or return_logprobs
+        if not return_output and (return_entropy or not return_log_probs):
             raise RequestError(
-                "Actor.forward needs action_mask or return_logprobs=True, or return_output=True for the "
-                "model's output; return_entropy needs return_output=True"
+                "Actor.forward needs action_mask or return_logprobs=True, or return_output=True for the model's output; "
+                "return_entropy needs return_output=True"
             )
         attended = torch.ones_like(sequences) if attention_mask is None else attention_mask
-        output, hidden, places = self._hidden(sequences, attended, return_output)
-        if not wanted and not return_entropy:
+        output, hidden, places = self._run(sequences, attended, return_output)
+        if not return_log_probs and not return_entropy:
             return output
         log_probs, entropy = self._predictions(sequences, attended, hidden, places, return_entropy)
         if return_entropy:
             output.entropy = entropy
-        if not wanted:
-            return output
         if action_mask is not None and not return_logprobs:
             log_probs = log_probs[:, -action_mask.shape[1] :] * action_mask.float()
+        if not return_log_probs:
+            return output
         return (log_probs, output) if return_output else log_probs
 
-    def _hidden(
+    def _run(
         self, sequences: Int64[Tensor, "batch length"], attended: Tensor, with_output: bool
     ) -> tuple[Any, Float[Tensor, "rows hidden"], Int64[Tensor, "rows"]]:
-        """Return the model's output where asked, and hidden states with their places in the flattened batch."""
+        """Return the model's output (or None), hidden states, and the index of each in the flattened batch."""
         if self.packing_samples and not with_output:
             packed, places = unpad(sequences, attended)
             return None, packed_forward(self.backbone, packed), places
@@ -179,21 +181,21 @@ class Actor(nn.Module):
             "position_ids": padded_positions(attended),
             "use_cache": False,
         }
-        every = torch.arange(sequences.numel(), device=sequences.device)
+        all_places = torch.arange(sequences.numel(), device=sequences.device)
         if not with_output:
-            return None, self.backbone(**padded).last_hidden_state.flatten(0, 1), every
-        seen: list[Tensor] = []
-        hook = self.log_prob_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            return None, self.backbone(**padded).last_hidden_state.flatten(0, 1), all_places
+        hidden: list[Tensor] = []
+        hook = self.log_prob_head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
         try:
             output = self.model(**padded)
         finally:
             hook.remove()
-        return output, seen[0].flatten(0, 1), every
+        return output, hidden[0].flatten(0, 1), all_places
 
     def _predictions(
         self, sequences: Tensor, attended: Tensor, hidden: Tensor, places: Tensor, with_entropy: bool
     ) -> tuple[Float[Tensor, "batch length-1"], Float[Tensor, "batch length-1"] | None]:
-        """Log-probs and entropies of each token that is attended and follows an attended one."""
+        """Return log-probs and entropies of the predictions from an attended token of an attended one; others are 0."""
         mask = attended.bool()
         real = torch.zeros_like(mask)
         real[:, :-1] = mask[:, 1:] & mask[:, :-1]
@@ -209,28 +211,28 @@ class Actor(nn.Module):
         return spread(log_probs), None if entropy is None else spread(entropy)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute layers in the backward pass (non-reentrant by default)."""
+        """Recompute layers in the backward pass instead of keeping their activations (non-reentrant by default)."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
+        """Keep all activations for the backward pass."""
         self.model.gradient_checkpointing_disable()
 
 
-def _given(model: object, load_in_4bit: bool) -> PreTrainedModel:
-    """A model that was handed over instead of a path."""
+def _check_model(model: object, load_in_4bit: bool) -> PreTrainedModel:
+    """Refuse what is no transformers model, and 4-bit weights for one that is in memory."""
     if not isinstance(model, PreTrainedModel):
         raise ModelLoadError(f"an Actor needs a path, a hub id or a transformers model, not a {type(model).__name__}")
     if load_in_4bit:
         raise ModelLoadError(
-            f"4-bit (NF4) weights are made while they are read, and this {type(model).__name__} is in memory already: save "
-            "it and give its directory, or leave load_in_4bit off"
+            f"weights become 4-bit (NF4) while they are read, and this {type(model).__name__} is in memory "
+            "already: save it and give its directory, or leave load_in_4bit off"
         )
     return model
 
 
 class PackedPolicy(nn.Module):
-    """A policy on packs: what an engine wraps."""
+    """A policy that runs on packs. This is the module that an engine trains."""
 
     def __init__(self, actor: Actor) -> None:
         super().__init__()
@@ -243,11 +245,11 @@ class PackedPolicy(nn.Module):
         with_entropy: bool = False,
         wanted: Bool[Tensor, "sequence_tokens"] | None = None,
     ) -> PolicyOutputs:
-        """``log_probs[t]`` is log p(token t | tokens before t), ``entropy[t]`` that of the choice of token t, for every
-        token of every sequence.
+        """Return log-probs and entropies in nats, one number for each token of each sequence, in the order of sequences.
 
-        Both are 0 at the first token of a sequence and where ``wanted`` (default: everywhere) is False; the output layer
-        runs for wanted tokens only, and once for what sequences share.
+        ``log_probs[t]`` is log p(token t | tokens before t), and ``entropy[t]`` is the entropy of the choice of token t. Both
+        are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer runs
+        for wanted tokens only, and once for a prefix that sequences share.
         """
         hidden = packed_forward(self.actor.backbone, packed)
         predicted = packed.previous >= 0

@@ -1,7 +1,7 @@
-"""The names that weights have on disk.
+"""Turn the parameters of a model in memory into tensors with the names and the form that they have on disk.
 
-Always true: what comes out is what ``from_pretrained`` and vLLM read: experts of a mixture one by one although they
-live in one tensor, adapters merged, 4-bit weights dequantised, tied weights once, a head as ``score.weight``.
+Invariant: the result is what ``from_pretrained`` and vLLM read. The experts of a mixture come one by one, although they share
+a tensor in memory; adapters are merged; 4-bit weights are dequantised; tied weights come once; a head is ``score.weight``.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from rlhf_ray.models.weights.lora import merged
 from rlhf_ray.models.weights.quantization import dequantized
 
 
-def disk_names(
+def to_disk_names(
     model: PreTrainedModel | SequenceRegression, tensors: Iterable[tuple[str, Tensor]] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) for live parameters of ``model``, all of them by default.
+    """Yield (name on disk, tensor) for parameters of ``model``, by default for all of them.
 
-    ``tensors`` may be any group of (live name, whole tensor) that holds whole layers, such as the groups of
+    ``tensors`` may be any group of (name in memory, whole tensor) that holds whole layers, such as the groups of
     ``Engine.full_state``. Persistent buffers come with the parameters of their module.
     """
     if tensors is None:
         tensors = ((name, dequantized(parameter)) for name, parameter in model.named_parameters())
-    given = dict(tensors)
-    given |= _buffers(model, given)
+    named = dict(tensors)
+    named |= _buffers(model, named)
     if isinstance(model, SequenceRegression):
-        yield from _regression_names(model, given)
+        yield from _regression_names(model, named)
     else:
-        yield from revert_weight_conversion(model, merged(model, given)).items()
+        yield from revert_weight_conversion(model, merged(model, named)).items()
 
 
-def _regression_names(model: SequenceRegression, given: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _regression_names(model: SequenceRegression, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     start, head = f"{model.backbone.base_model_prefix}.", f"{model.value_head_prefix}.weight"
-    inside = {name.removeprefix(start): tensor for name, tensor in given.items() if name != head}
+    inside = {name.removeprefix(start): tensor for name, tensor in named.items() if name != head}
     for name, tensor in revert_weight_conversion(model.backbone, merged(model.backbone, inside)).items():
         yield start + name, tensor
-    if head in given:
-        yield f"{HEAD_NAME}.weight", given[head]
+    if head in named:
+        yield f"{HEAD_NAME}.weight", named[head]
 
 
-def _buffers(model: nn.Module, given: Iterable[str]) -> dict[str, Tensor]:
-    """Find the persistent buffers of the modules that own the given parameters."""
-    found: dict[str, Tensor] = {}
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in given):
+def _buffers(model: nn.Module, parameter_names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the persistent buffers of the modules that own these parameters."""
+    persistent: dict[str, Tensor] = {}
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in parameter_names):
         owner = model.get_submodule(path)
         buffers = dict(owner.named_buffers(recurse=False))
         if buffers:
             kept = owner.state_dict().keys()
-            found |= {f"{path}.{name}": buffer for name, buffer in buffers.items() if name in kept}
-    return found
+            persistent |= {f"{path}.{name}": buffer for name, buffer in buffers.items() if name in kept}
+    return persistent

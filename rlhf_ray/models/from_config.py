@@ -1,7 +1,7 @@
-"""Models as a config describes them.
+"""Load or make the policy, reward model or critic that a config describes.
 
-Always true: what the config asks for is what is built, or an error says what is in the way; the same config and seed
-give the same weights on every rank and in every process, and leave the global random generator as it was.
+Invariants: the result is what the config asks for, or an error says what prevents it. The same config and seed give the same
+weights on every rank and in every process, and leave the global random generator as it was.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from rlhf_ray.models.weights.tokenizer import load_tokenizer, prepare_padding
 
 
 def load_policy(config: ModelConfig, *, ds_config: dict[str, Any] | None = None, seed: int = 0) -> Actor:
-    """Load or make a policy (or reference). Its vocabulary is never resized: packs need no padding.
+    """Load or make a policy or reference. Its vocabulary is never resized, since packs need no pad token.
 
-    ``seed`` draws what is fresh besides a made model, which has its own seed: the adapters of LoRA.
+    ``seed`` draws the adapters of LoRA; a model that is made has a seed of its own in the config.
     """
     tokenizer = load_tokenizer(config)
     with _source(config, tokenizer) as source, torch.random.fork_rng(devices=[]):
@@ -60,12 +60,14 @@ def load_regression(
     seed: int = 0,
     normalize_reward: bool = False,
 ) -> SequenceRegression:
-    """Load or make a reward model or critic that can pad; what is fresh (head, adapters, rows) is drawn from
-    ``seed``."""
+    """Load or make a reward model or critic, with a pad token.
+
+    Whatever is not loaded (head, adapters, new rows of the embedding) is drawn from ``seed``.
+    """
     tokenizer = load_tokenizer(config)
     if config.path is None and normalize_reward:
         raise ModelLoadError(
-            "a model made on the spot has no mean and std to normalise rewards with: leave normalize off"
+            "a model made from a shape has no mean and std to normalise rewards with: leave normalize off"
         )
     with _source(config, tokenizer) as source, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,8 +99,9 @@ def load_regression(
 
 @contextmanager
 def _source(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | PreTrainedModel]:
-    """What to load from: a path, or a made model; that one lies in a directory for as long as reading it into 4 bits
-    takes.
+    """Yield what to load from: a path, or a model that is made here.
+
+    To be read into 4 bits, a made model is first written to a temporary directory.
     """
     if config.path is not None:
         yield config.path

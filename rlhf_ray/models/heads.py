@@ -1,8 +1,7 @@
-"""The head of reward models and critics: one number from a hidden state.
+"""The head of a reward model or critic: a linear layer that computes one number from a hidden state.
 
-Always true: the product is computed in fp32 whatever the dtype of model and weight (bf16 numbers near 5 are 0.031
-apart, which costs ties); a head comes from the checkpoint or was asked for, and then the same seed gives the same
-head.
+Invariants: the product is computed in fp32 whatever the dtype of the model and the weight, since bf16 numbers near 5 lie
+0.031 apart, so that different answers would get equal scores. The same seed gives the same fresh head.
 """
 
 from __future__ import annotations
@@ -21,25 +20,27 @@ from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 
 HeadInit = Literal["hf", "inv_sqrt", "inv", "zero"]
 HEAD_INITS: tuple[HeadInit, ...] = ("hf", "inv_sqrt", "inv", "zero")
-OTHER_LAYOUTS = (HEAD_NAME, "value_head", "v_head.summary")
-"""Where else a head may lie: transformers and this project; OpenRLHF's older default; TRL's value-head models."""
+KNOWN_NAMES = (HEAD_NAME, "value_head", "v_head.summary")
+"""Names that a head may have on disk: of transformers and this project, of older OpenRLHF, and of TRL's value-head models."""
 
 
 class ScoreHead(nn.Linear):
-    """Linear to one output, without bias, in fp32: (tokens, hidden) to (tokens,)."""
+    """A linear layer with one output and no bias, in fp32."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden, 1, bias=False, dtype=torch.float32)
 
     def forward(self, hidden: Float[Tensor, "*tokens hidden"]) -> Float[Tensor, "*tokens"]:
-        """Return ``h w`` for each hidden state."""
+        """Return the product of each hidden state with the weight."""
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(hidden.float(), self.weight.float())[..., 0]
 
 
 def fresh_head(hidden: int, init: HeadInit, *, initializer_range: float, seed: int) -> ScoreHead:
-    """Make a head: ``hf`` normal with the model's own deviation, ``inv_sqrt`` normal with 1/sqrt(hidden + 1)
-    (Stiennon et al. 2020), ``inv`` normal with 1/(hidden + 1), or ``zero``.
+    """Make a head with normally distributed weights, drawn from ``seed``.
+
+    Their standard deviation is ``initializer_range`` for ``hf``, 1/sqrt(hidden + 1) for ``inv_sqrt`` (Stiennon et al. 2020,
+    arXiv:2009.01325), 1/(hidden + 1) for ``inv``, and 0 for ``zero``.
     """
     deviation = {"hf": initializer_range, "inv_sqrt": (hidden + 1) ** -0.5, "inv": 1 / (hidden + 1), "zero": 0.0}
     if init not in deviation:
@@ -51,15 +52,15 @@ def fresh_head(hidden: int, init: HeadInit, *, initializer_range: float, seed: i
 
 
 def find_head(checkpoint: Checkpoint, prefix: str) -> str | None:
-    """Name under which the checkpoint holds a head, the given prefix first."""
-    for candidate in (prefix, *OTHER_LAYOUTS):
+    """Return the name of the head in the checkpoint: ``prefix`` or else a known name; None if it has no head."""
+    for candidate in (prefix, *KNOWN_NAMES):
         if f"{candidate}.weight" in checkpoint.names:
             return candidate
     return None
 
 
 def read_head(checkpoint: Checkpoint, name: str, hidden: int) -> tuple[ScoreHead, float]:
-    """Read the head called ``name`` and its bias (0 without one)."""
+    """Read the head called ``name`` and its bias (0 if it has none)."""
     weight = checkpoint.read(f"{name}.weight")
     check_head(weight, f"{name}.weight", checkpoint.directory, hidden)
     head = ScoreHead(hidden)
@@ -85,7 +86,7 @@ def read_adapter_head(directory: Path, hidden: int) -> ScoreHead:
 
 
 def check_head(weight: Tensor, name: str, directory: Path, hidden: int) -> None:
-    """Refuse a weight that is no head to one number over ``hidden`` features."""
+    """Refuse a weight that does not map ``hidden`` features to one number."""
     if weight.shape[0] != 1:
         raise ModelLoadError(
             f"the head {name} of {directory} has {weight.shape[0]} outputs (num_labels), "
@@ -94,11 +95,11 @@ def check_head(weight: Tensor, name: str, directory: Path, hidden: int) -> None:
     if weight.shape[1] != hidden:
         raise ModelLoadError(
             f"the head {name} of {directory} reads {weight.shape[1]} features, but the "
-            f"model has {hidden}: the checkpoint is not of one piece"
+            f"model has {hidden}: the checkpoint mixes files of different models"
         )
 
 
 def head_tensors(checkpoint: Checkpoint) -> set[str]:
-    """Names of all tensors of the checkpoint that are heads of a known layout."""
-    layouts = {f"{layout}.{part}" for layout in OTHER_LAYOUTS for part in ("weight", "bias")}
-    return layouts & set(checkpoint.names)
+    """Return the names of all tensors of the checkpoint that belong to a head."""
+    names = {f"{name}.{part}" for name in KNOWN_NAMES for part in ("weight", "bias")}
+    return names & set(checkpoint.names)

@@ -1,9 +1,11 @@
-"""Reward models and critics: a causal backbone with a head to one number.
+"""Reward models and critics: a causal language model whose output layer is a head that computes one number.
 
-Always true: a sequence's score is read at its last attended token, found from the attention mask or the offsets,
-whatever the padding side and the pad id; scores and values are fp32; a head was loaded or was asked for. The classes
-give padded batches OpenRLHF's conventions; :class:`PackedRegression` takes packs and follows this project's alignment
-(``values[t]`` is the value of the state in which token t was chosen).
+Invariants: the score of a sequence is read at its last attended token, which the attention mask or the offsets of a pack
+determine, whatever the padding side and the pad id. Scores and values are fp32. A head was loaded, or a fresh one was
+explicitly asked for.
+
+:class:`RewardModel` and :class:`CriticModel` work on padded batches with OpenRLHF's conventions. :class:`PackedRegression`
+works on packs with the alignment of this project: ``values[t]`` is the value of the state in which token t was chosen.
 """
 
 from __future__ import annotations
@@ -46,14 +48,18 @@ from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
 OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output") for part in ("weight", "bias")}
-"""Tensors of a causal language model that a regression model does not take."""
+"""Tensors of a causal language model that a reward model or critic does not need."""
 
 
 class SequenceRegression(nn.Module):
-    """A backbone under its usual name (``model``) and a head under ``value_head_prefix``."""
+    """A backbone under its usual name (mostly ``model``) and a head under the name ``value_head_prefix``.
+
+    ``normalization`` is the mean and standard deviation of raw scores that scores are normalised with.
+    """
 
     role: str
     normalizes_in_training: bool
+    """Whether scores are normalised in training mode too; in evaluation they always are."""
 
     def __init__(
         self,
@@ -77,21 +83,21 @@ class SequenceRegression(nn.Module):
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The model without its head."""
+        """The transformers model without the head."""
         return cast(PreTrainedModel, self.get_submodule(self.backbone_name))
 
     @property
     def head(self) -> ScoreHead:
-        """The head."""
+        """The layer that computes one number from a hidden state."""
         return cast(ScoreHead, self.get_submodule(self.value_head_prefix))
 
     @property
     def config(self) -> Any:
-        """The backbone's config."""
+        """The config of the backbone."""
         return self.backbone.config
 
     def get_input_embeddings(self) -> Any:
-        """The backbone's embedding."""
+        """Return the input embedding of the backbone."""
         return self.backbone.get_input_embeddings()
 
     def facts(self) -> ModelFacts:
@@ -111,7 +117,7 @@ class SequenceRegression(nn.Module):
         )
 
     def regress(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows"]:
-        """Apply the head, its bias, and the normalisation where it holds."""
+        """Apply the head, its bias, and the normalisation if it applies in this mode."""
         raw: Tensor = self.head(hidden) + self.score_bias
         if self.normalization is None or (self.training and not self.normalizes_in_training):
             return raw
@@ -121,7 +127,7 @@ class SequenceRegression(nn.Module):
     def padded_hidden(
         self, input_ids: Int64[Tensor, "batch length"], attended: Tensor, *, with_output: bool
     ) -> tuple[Any, Float[Tensor, "batch length hidden"]]:
-        """Run a padded batch; return the backbone's output (where asked, or not packed) and hidden states."""
+        """Run a padded batch; return the backbone's output (None if it ran packed) and the hidden states."""
         if self.packing_samples and not with_output:
             packed, places = unpad(input_ids, attended)
             return None, pad_back(packed_forward(self.backbone, packed), places, *input_ids.shape)
@@ -131,16 +137,16 @@ class SequenceRegression(nn.Module):
         return output, output.last_hidden_state
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute layers in the backward pass (non-reentrant by default)."""
+        """Recompute layers in the backward pass instead of keeping their activations (non-reentrant by default)."""
         self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
+        """Keep all activations for the backward pass."""
         self.backbone.gradient_checkpointing_disable()
 
 
 class RewardModel(SequenceRegression):
-    """One score a sequence; normalises in eval mode only."""
+    """One score per sequence. Normalises in evaluation mode only, since a loss on pairs needs raw scores."""
 
     role = "reward"
     normalizes_in_training = False
@@ -153,7 +159,7 @@ class RewardModel(SequenceRegression):
         ring_attn_group: Any = None,
         packed_seq_lens: Any = None,
     ) -> Any:
-        """Scores (batch,), read at the last attended token; with ``return_output`` also the backbone's output."""
+        """Return scores (batch,), read at the last attended token; with ``return_output`` (scores, backbone's output)."""
         _refuse_ring(ring_attn_group, packed_seq_lens)
         attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         output, hidden = self.padded_hidden(input_ids, attended, with_output=return_output)
@@ -163,7 +169,7 @@ class RewardModel(SequenceRegression):
 
 
 class CriticModel(SequenceRegression):
-    """One value a token; normalises always, and so learns returns of normalised rewards."""
+    """One value per token. Normalises always, since it learns the returns of normalised rewards."""
 
     role = "critic"
     normalizes_in_training = True
@@ -178,7 +184,10 @@ class CriticModel(SequenceRegression):
         values_allgather: bool = False,
         packed_seq_lens: Any = None,
     ) -> Any:
-        """Values of the last predictions times ``action_mask`` (batch, actions); without it the backbone's output."""
+        """Return the values of the last predictions times ``action_mask`` (batch, actions), or the backbone's output.
+
+        The output is returned without ``action_mask``, and with ``return_output`` as the second of a pair.
+        """
         _refuse_ring(ring_attn_group, packed_seq_lens, values_allgather)
         if action_mask is None and not return_output:
             raise RequestError("a critic's forward needs action_mask, or return_output=True for the backbone's output")
@@ -191,7 +200,7 @@ class CriticModel(SequenceRegression):
 
 
 class PackedRegression(nn.Module):
-    """A reward model or critic on packs: what an engine wraps."""
+    """A reward model or critic that runs on packs. This is the module that an engine trains."""
 
     def __init__(self, model: SequenceRegression) -> None:
         super().__init__()
@@ -200,8 +209,11 @@ class PackedRegression(nn.Module):
     def forward(
         self, packed: Packed, kind: Literal["values", "scores", "routed_scores"]
     ) -> Float[Tensor, "tokens or sequences"] | RewardOutputs:
-        """``scores``: one a sequence, at its last token; ``routed_scores``: the same with the balance of the routers.
-        ``values``: one a token of every sequence, that of the state before it was chosen; 0 at the first token.
+        """Return what ``kind`` names.
+
+        ``scores``: one per sequence, at its last token. ``routed_scores``: the same, and how evenly the routers of a mixture
+        use their experts. ``values``: one per token of each sequence, the value of the state in which the token was chosen; 0
+        at the first token.
         """
         if kind == "routed_scores":
             hidden, logits = routed_forward(self.model.backbone, packed)
@@ -246,12 +258,12 @@ def get_llm_for_sequence_regression(
     ``init_value_head`` any causal language model, which gets a fresh head of kind ``head_init`` drawn from ``seed``.
     Where ``ds_config`` asks for ZeRO-3 the backbone is built in shards, on all ranks together.
     """
-    _class_of(model_type)
+    _class_for(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
     refuse_second_adapter(model_name_or_path, checkpoint.adapter, lora_rank)
     raw = checkpoint.raw_config()
     prefix = raw.get("value_head_prefix", value_head_prefix)
-    normalization = _normalization(raw, checkpoint, normalize_reward)
+    normalization = _read_normalization(raw, checkpoint, normalize_reward)
     _require_head(checkpoint, prefix, init_value_head)
     backbone = load_weights(
         AutoModel,
@@ -264,9 +276,9 @@ def get_llm_for_sequence_regression(
         load_in_4bit=load_in_4bit,
     )
     head, bias, origin = (
-        _loaded_head(checkpoint, prefix, backbone)
+        _load_head(checkpoint, prefix, backbone)
         if not init_value_head
-        else _fresh(checkpoint, prefix, backbone, head_init, seed)
+        else _make_fresh_head(checkpoint, prefix, backbone, head_init, seed)
     )
     model = wrap_backbone(
         backbone,
@@ -301,10 +313,13 @@ def wrap_backbone(
     normalization: tuple[float, float] | None = None,
     packing_samples: bool = False,
 ) -> SequenceRegression:
-    """Put a head on a backbone and make both ready to run packed."""
+    """Put a head on a backbone and make both ready to run packed.
+
+    ``head_origin`` says where the head came from, for the line on loading.
+    """
     backend, note = prepare_for_packs(backbone, attention, strict=strict_attention)
     check_packing(backbone, backbone)
-    model = _class_of(model_type)(
+    model = _class_for(model_type)(
         backbone,
         head.to(input_embedding(backbone).weight.device),
         value_head_prefix=value_head_prefix,
@@ -323,48 +338,50 @@ def make_head(backbone: PreTrainedModel, init: HeadInit, seed: int) -> ScoreHead
 
 
 def _require_head(checkpoint: Checkpoint, prefix: str, init_value_head: bool) -> None:
-    """Before anything is loaded: a head that is missing is an error unless a fresh one was asked for."""
+    """Refuse a checkpoint without a head, before anything is loaded, unless a fresh head is asked for."""
     beside = checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None
     if init_value_head or beside or find_head(checkpoint, prefix) is not None:
         return
     raise ModelLoadError(
-        f"{checkpoint.adapter or checkpoint.directory} has no score head ({prefix}.weight): it is no reward model or "
-        "critic. Ask for a fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
+        f"{checkpoint.adapter or checkpoint.directory} has no score head ({prefix}.weight), so it is no reward model "
+        "or critic. Ask for a fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
     )
 
 
-def _loaded_head(checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel) -> tuple[ScoreHead, float, str]:
-    """The head, its bias, and where it was found: with the adapter first, since it was trained with it."""
+def _load_head(checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel) -> tuple[ScoreHead, float, str]:
+    """Load the head and its bias; also say where it was. A head beside the adapter comes first: both were trained together."""
     hidden = backbone.config.get_text_config().hidden_size
     if checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None:
         return read_adapter_head(checkpoint.adapter, hidden), 0.0, "loaded with the adapter"
-    found = find_head(checkpoint, prefix)
-    assert found is not None  # _require_head has looked
-    head, bias = read_head(checkpoint, found, hidden)
-    return head, float(checkpoint.raw_config().get("score_bias", bias)), f"loaded from {found}"
+    name = find_head(checkpoint, prefix)
+    assert name is not None  # _require_head has made sure of it
+    head, bias = read_head(checkpoint, name, hidden)
+    return head, float(checkpoint.raw_config().get("score_bias", bias)), f"loaded from {name}"
 
 
-def _fresh(
+def _make_fresh_head(
     checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel, init: HeadInit, seed: int
 ) -> tuple[ScoreHead, float, str]:
-    found = find_head(checkpoint, prefix)
-    origin = f"fresh, {init}, seed {seed}" + (f", in place of {found}" if found else "")
+    replaced = find_head(checkpoint, prefix)
+    origin = f"fresh, {init}, seed {seed}" + (f", in place of {replaced}" if replaced else "")
     return make_head(backbone, init, seed), 0.0, origin
 
 
-def _class_of(model_type: str) -> type[SequenceRegression]:
+def _class_for(model_type: str) -> type[SequenceRegression]:
     classes: dict[str, type[SequenceRegression]] = {"reward": RewardModel, "critic": CriticModel}
     if model_type not in classes:
         raise ModelLoadError(f"unknown model_type {model_type!r}: choose reward or critic")
     return classes[model_type]
 
 
-def _normalization(raw: dict[str, Any], checkpoint: Checkpoint, normalize_reward: bool) -> tuple[float, float] | None:
+def _read_normalization(
+    raw: dict[str, Any], checkpoint: Checkpoint, normalize_reward: bool
+) -> tuple[float, float] | None:
     if not normalize_reward:
         return None
     if "mean" not in raw or "std" not in raw:
         raise ModelLoadError(
-            f"normalize_reward was asked for, but {checkpoint.directory / 'config.json'} has no mean and "
+            f"normalize_reward is set, but {checkpoint.directory / 'config.json'} has no mean and "
             "std: train the reward model with this project, write them there, or leave it off"
         )
     if not raw["std"] > 0:
@@ -375,6 +392,6 @@ def _normalization(raw: dict[str, Any], checkpoint: Checkpoint, normalize_reward
 def _refuse_ring(ring_attn_group: Any, packed_seq_lens: Any, allgather: bool = False) -> None:
     if allgather or ring_attn_group is not None or packed_seq_lens is not None:
         raise RequestError(
-            "ring attention (ring_attn_group, values_allgather, packed_seq_lens) is not served: leave "
+            "ring attention (ring_attn_group, values_allgather, packed_seq_lens) is not supported: leave "
             "these arguments out"
         )

@@ -1,6 +1,6 @@
-"""Reading a saved reward model again, to see that it says what the trained one said.
+"""Read a saved reward model again, to check that it gives the scores of the trained one.
 
-Always true: nothing of the trained model is used: the directory is read as anybody would read it, on the CPU.
+Invariant: nothing of the model in memory is used. The directory is read as any user would read it, on the CPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
 
 
-def scores_of_directory(directory: str | Path, config: ModelConfig, batch: TrajectoryBatch) -> list[float]:
-    """Raw scores of ``batch``, pair by pair, by the model in ``directory``, in the precision of ``config``.
+def score_directory(directory: str | Path, config: ModelConfig, batch: TrajectoryBatch) -> list[float]:
+    """Return the raw scores of the model in ``directory`` for ``batch``, two sequences at a time, in ``config``'s dtype.
 
-    An adapter is read over the base that it was trained over, in 4 bits where that was so.
+    An adapter is read on the base that it was trained on, in 4 bits if the base was.
     """
     adapter = (Path(directory) / "adapter_config.json").exists()
-    read = ModelConfig(
+    saved = ModelConfig(
         path=str(directory),
         dtype=config.dtype,
         attention="sdpa",
@@ -30,7 +30,7 @@ def scores_of_directory(directory: str | Path, config: ModelConfig, batch: Traje
         trust_remote_code=config.trust_remote_code,
         value_head_prefix=config.value_head_prefix,
     )
-    module = PackedRegression(load_regression(read, "reward")).eval()
+    module = PackedRegression(load_regression(saved, "reward")).eval()
     scores: list[float] = []
     with torch.no_grad():
         for start in range(0, len(batch), 2):

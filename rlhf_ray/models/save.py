@@ -1,8 +1,8 @@
-"""Writing plain Hugging Face directories.
+"""Write models as plain Hugging Face directories.
 
-Always true: transformers and vLLM read what is written here without this project (architectures that transformers
-cannot map to sequence classification are said so); weights are safetensors under their names on disk; a score head is
-``score.weight`` without bias unless another name is asked for.
+Invariants: transformers and vLLM read the directories without this project; if an architecture cannot be read so, a warning
+says it. Weights are safetensors with the names that transformers uses. A score head is ``score.weight`` without bias, unless
+the caller asks for another name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
@@ -41,16 +41,16 @@ def save_pretrained(
     head_prefix: str = HEAD_NAME,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write ``model`` to a directory.
+    """Write the whole model to ``directory``: weights, config, and the tokenizer if there is one.
 
-    ``state`` are weights by their names on disk where the model itself does not hold them whole (ZeRO-3).
-    ``metadata`` goes into the config: ``mean`` and ``std`` of a reward model. ``head_prefix`` writes the head under
-    another name, for OpenRLHF.
+    ``state`` holds the weights by their names on disk, if the model in memory does not hold them whole (ZeRO-3).
+    ``metadata`` goes into config.json, such as ``mean`` and ``std`` of a reward model. ``head_prefix`` writes the head under
+    another name, which OpenRLHF may need.
     """
     inner = model.model if isinstance(model, Actor) else model
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    weights = dict(disk_names(inner) if state is None else state)
+    weights = dict(to_disk_names(inner) if state is None else state)
     if isinstance(inner, SequenceRegression):
         weights[f"{head_prefix}.weight"] = weights.pop(f"{HEAD_NAME}.weight")
         if head_prefix != HEAD_NAME:
@@ -69,13 +69,13 @@ def save_pretrained(
             )
         if tokenizer is not None and inner.config.pad_token_id is not None:
             add_pad_token(tokenizer)
-    config = _config(inner, _dtype(weights, f"{head_prefix}.weight"), metadata or {}, head_prefix)
+    config = _make_config(inner, _stored_dtype(weights, f"{head_prefix}.weight"), metadata or {}, head_prefix)
     config.save_pretrained(target)
     if isinstance(inner, PreTrainedModel) and inner.can_generate():
         inner.generation_config.save_pretrained(target)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
-    whole = {name: _own(tensor) for name, tensor in weights.items()}
+    whole = {name: _copy_to_cpu(tensor) for name, tensor in weights.items()}
     save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
@@ -87,10 +87,10 @@ def save_adapter(
     tensors: Iterable[tuple[str, Tensor]] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write only the adapter of ``model``, and its head, as PEFT does; the base stays where it is.
+    """Write only the adapter of ``model`` and its head, in the layout of PEFT; the base stays where it is.
 
-    ``tensors`` are whole parameters by their live names where the model itself does not hold them (ZeRO-3). ``metadata``
-    (``mean`` and ``std`` of a reward model) lies beside them in a ``config.json``, which this project reads.
+    ``tensors`` holds whole parameters by their names in memory, if the model does not hold them whole (ZeRO-3). ``metadata``,
+    such as ``mean`` and ``std`` of a reward model, goes into a config.json beside them, which this project reads.
     """
     inner = model.model if isinstance(model, Actor) else model.backbone
     if not adapted_layers(inner):
@@ -98,41 +98,41 @@ def save_adapter(
     config: Any = deepcopy(inner.peft_config[ADAPTER])
     if not config.base_model_name_or_path:
         raise ModelLoadError(
-            "the base of this adapter lies in no directory, so an adapter alone could not be loaded again: save the base "
+            "the base of this adapter lies in no directory, so the adapter alone could not be loaded again: save the base "
             "first and load it from there, or use save_pretrained, which merges"
         )
     whole = dict(
         (model.model if isinstance(model, Actor) else model).named_parameters() if tensors is None else tensors
     )
-    state = {adapter_name(name): _own(tensor.detach()) for name, tensor in whole.items() if ".lora_" in name}
+    state = {adapter_name(name): _copy_to_cpu(tensor.detach()) for name, tensor in whole.items() if ".lora_" in name}
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     if isinstance(model, SequenceRegression):
         config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME]
-        state[f"{PREFIX}{HEAD_NAME}.weight"] = _own(whole[f"{model.value_head_prefix}.weight"].detach())
+        state[f"{PREFIX}{HEAD_NAME}.weight"] = _copy_to_cpu(whole[f"{model.value_head_prefix}.weight"].detach())
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
     if isinstance(model, SequenceRegression):
-        _config(model, model.backbone.dtype, metadata or {}, HEAD_NAME).save_pretrained(target)
+        _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME).save_pretrained(target)
     save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Return a tensor on CPU that shares its memory with no other: experts are views of one tensor."""
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Return the tensor on CPU, in memory of its own: safetensors refuses views, such as the experts of a layer."""
     whole = tensor.detach().to("cpu").contiguous()
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
-def _config(
+def _make_config(
     model: PreTrainedModel | SequenceRegression, dtype: torch.dtype, metadata: Mapping[str, Any], prefix: str
 ) -> Any:
     config = deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)  # what is written is dequantised
+    config.__dict__.pop("quantization_config", None)  # the weights are written dequantised
     config.dtype = str(dtype).removeprefix("torch.")
     if isinstance(model, SequenceRegression):
-        config.architectures = [_architecture(model)]
+        config.architectures = [_find_architecture(model)]
         config.num_labels, config.problem_type = 1, "regression"
         config.value_head_prefix = prefix if prefix != HEAD_NAME else model.value_head_prefix
         if model.score_bias:
@@ -146,7 +146,7 @@ def _config(
         config.architectures = [type(model).__name__]
     if not type(model.config).__module__.startswith("transformers."):
         get_logger(__name__).warning(
-            "%s brings Python code of its own, which is not written: copy its *.py files beside the weights",
+            "%s has Python code of its own, which is not written: copy its *.py files beside the weights",
             config.architectures[0],
         )
     for name, value in metadata.items():
@@ -154,12 +154,12 @@ def _config(
     return config
 
 
-def _dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
+def _stored_dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
     return next(tensor.dtype for name, tensor in weights.items() if name != head and tensor.is_floating_point())
 
 
-def _architecture(model: SequenceRegression) -> str:
-    """Name the class that transformers reads this as."""
+def _find_architecture(model: SequenceRegression) -> str:
+    """Return the name of the class with which transformers reads this model."""
     reason = reason_unreadable(model.config)
     if reason is not None:
         get_logger(__name__).warning("%s", reason)

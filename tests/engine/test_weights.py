@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.engine.weights import disk_weights, gathered_groups, layer_of, layers
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.weights.tiny_llama import make_model
 
 
@@ -60,4 +60,4 @@ def test_weights_in_four_bits_come_dequantised(tmp_path: Path) -> None:
     model = Actor(str(tmp_path), load_in_4bit=True, lora_rank=2).model
     found, plain = named(disk_weights(model, receive=True)), make_model("llama-tiny", 32).state_dict()
     assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in plain.items()}
-    assert all(found[name].equal(tensor) for name, tensor in disk_names(model)) and len(found) == len(plain)
+    assert all(found[name].equal(tensor) for name, tensor in to_disk_names(model)) and len(found) == len(plain)

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.forward.segments import Group, Segments
 from tests.gpu import agreement, throughput
 from tests.gpu.run import CHECKS, Check, _run
@@ -55,7 +55,7 @@ def test_four_bits_agree_on_the_cpu_and_other_weights_are_told(monkeypatch: pyte
     write = agreement.save_pretrained
 
     def write_another(actor: Actor, tokenizer: None, directory: str) -> None:
-        write(actor, tokenizer, directory, state={name: 1.1 * tensor for name, tensor in disk_names(actor.model)})
+        write(actor, tokenizer, directory, state={name: 1.1 * tensor for name, tensor in to_disk_names(actor.model)})
 
     monkeypatch.setattr(agreement, "save_pretrained", write_another)
     with pytest.raises(AssertionError, match="NF4 and its dequantised weights differ"):

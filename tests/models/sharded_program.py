@@ -24,7 +24,7 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models import load_regression
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.description import describe
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.forward import log_probs
 from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_adapter, save_pretrained
@@ -65,7 +65,7 @@ def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
     found: dict[str, Any] = {"share": share(actor), "report": describe(actor)}
     engine = Engine(PackedPolicy(actor), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
     found["log_probs"] = engine.evaluate(lambda module: module(pack(batch)).log_probs).tolist()
-    state = {n: t for group in engine.full_state(actor.model) for n, t in disk_names(actor.model, group)}
+    state = {n: t for group in engine.full_state(actor.model) for n, t in to_disk_names(actor.model, group)}
     if rank == 0:
         save_pretrained(actor, None, directory / f"{family} saved", state=state)
     engine.close()

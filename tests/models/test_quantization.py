@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.description import describe
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights import quantization
@@ -94,7 +94,7 @@ def test_adapters_are_merged_into_dequantised_weights(tmp_path: Path, packed: Pa
     expected = (
         dequantized(layer.base_layer.weight) + 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     )
-    written = dict(disk_names(model))["model.layers.1.self_attn.v_proj.weight"]
+    written = dict(to_disk_names(model))["model.layers.1.self_attn.v_proj.weight"]
     torch.testing.assert_close(written, expected, atol=1e-6, rtol=1e-6)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in trained and all("lora_" in name for name in trained - {"score.weight"})
@@ -108,7 +108,7 @@ def test_half_precision_computes_in_it(tmp_path: Path, packed: Packed) -> None:
     save_random("llama", tmp_path)
     actor = Actor(str(tmp_path), param_dtype="bf16", load_in_4bit=True, lora_rank=2)
     assert all(layer.compute_dtype == torch.bfloat16 for layer in four_bit_layers(actor.model).values())
-    assert dict(disk_names(actor.model))["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert dict(to_disk_names(actor.model))["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
     save_pretrained(actor, None, tmp_path / "plain")
     exact = Actor(str(tmp_path / "plain"), param_dtype="fp32")
     found, expected = (PackedPolicy(each)(packed).log_probs.detach() for each in (actor, exact))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.disk_names import disk_names
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights.lora import add_lora
@@ -61,7 +61,7 @@ def test_a_mixture_loaded_from_disk_keeps_its_names(tmp_path: Path, causal: Make
     causal("mixtral").save_pretrained(tmp_path / "theirs")
     actor = Actor(str(tmp_path / "theirs"), param_dtype="fp32")
     assert any(name.endswith("experts.gate_up_proj") for name, _ in actor.model.named_parameters())
-    assert dict(disk_names(actor.model)).keys() == tensors_of(tmp_path / "theirs").keys()
+    assert dict(to_disk_names(actor.model)).keys() == tensors_of(tmp_path / "theirs").keys()
     reward = get_llm_for_sequence_regression(
         str(tmp_path / "theirs"), "reward", param_dtype="fp32", init_value_head=True
     )
@@ -185,7 +185,7 @@ def test_adapters_are_merged(tmp_path: Path, causal: Make, packed: Packed) -> No
     shake_adapters(actor)
     save_pretrained(actor, None, tmp_path / "actor")
     plain = Actor(causal("qwen3"), param_dtype="fp32")
-    assert dict(disk_names(actor.model)).keys() == dict(disk_names(plain.model)).keys()
+    assert dict(to_disk_names(actor.model)).keys() == dict(to_disk_names(plain.model)).keys()
     again = PackedPolicy(Actor(str(tmp_path / "actor"), param_dtype="fp32"))(packed).log_probs
     torch.testing.assert_close(again, PackedPolicy(actor)(packed).log_probs, atol=1e-5, rtol=1e-5)
     assert float((again - PackedPolicy(plain)(packed).log_probs).detach().abs().max()) > 1e-2
@@ -202,19 +202,19 @@ def test_adapters_are_merged(tmp_path: Path, causal: Make, packed: Packed) -> No
 def test_names_of_groups_are_those_of_the_whole(causal: Make, name: str) -> None:
     """An engine hands over one layer at a time."""
     model = Actor(causal(name), param_dtype="fp32").model
-    whole = dict(disk_names(model))
+    whole = dict(to_disk_names(model))
     layers: dict[str, list[tuple[str, Tensor]]] = {}
     for live, tensor in model.named_parameters():
         layer = ".".join(live.split(".")[:3]) if ".layers." in live else live
         layers.setdefault(layer, []).append((live, tensor))
-    grouped = [pair for group in layers.values() for pair in disk_names(model, group)]
+    grouped = [pair for group in layers.values() for pair in to_disk_names(model, group)]
     assert len(grouped) == len(whole) and all(torch.equal(tensor, whole[name]) for name, tensor in grouped)
 
 
 def test_given_weights_are_written_instead_of_the_models_own(tmp_path: Path, causal: Make) -> None:
     """What rank 0 gathered: the model itself may hold parts only."""
     actor = Actor(causal(), param_dtype="fp32")
-    state = {name: tensor.detach().bfloat16() + 1 for name, tensor in disk_names(actor.model)}
+    state = {name: tensor.detach().bfloat16() + 1 for name, tensor in to_disk_names(actor.model)}
     save_pretrained(actor, None, tmp_path, state=state)
     written = tensors_of(tmp_path)
     assert all(torch.equal(written[name], state[name]) for name in state)
