@@ -1,7 +1,7 @@
-"""Part ``log_probs``: peak memory of log-probabilities in chunks against all logits at once, forward and backward.
+"""Part ``log_probs``: peak memory of log-probabilities computed in chunks, against all logits at once.
 
-Always true: each side runs in a process of its own, whose anonymous memory counts from after its imports; both compute
-the same values and gradients of the same inputs, which is checked before anything is reported.
+Invariants: each side runs forward and backward in a process of its own, whose anonymous memory counts from the end of its
+imports. Both compute the same values and gradients of the same inputs, which is checked before anything is reported.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.figures import Figure, Figures
-from benchmarks.line_process import anonymous
+from benchmarks.peers.line_process import anonymous
 
 VOCABULARY, HIDDEN = 1 << 17, 512
 AGREES_TO = 1e-6
-"""Largest difference of values and gradients, as a share of the largest of each."""
+"""The largest difference of values and gradients that counts as equal, as a share of the largest value."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one side found: its peak in bytes, and where it wrote values and gradients."""
+class SideResult:
+    """The peak memory of one side in bytes, and the file of its values and gradients."""
 
     peak: int
     results: Path
 
 
 def measure(quick: bool = False) -> Figures:
-    """The naive peak as a multiple of the chunked one, at two lengths."""
+    """The peak of all logits at once as a multiple of the peak in chunks, at two lengths."""
     from tempfile import TemporaryDirectory
 
     vocabulary, lengths = (1 << 12, (256, 512)) if quick else (VOCABULARY, (2048, 4096))
@@ -41,9 +41,9 @@ def measure(quick: bool = False) -> Figures:
             off = _difference(sides["naive"].results, sides["chunked"].results)
         if not off <= AGREES_TO:
             raise AssertionError(f"at {tokens} tokens chunked and naive differ by {off:.2g}: nothing to compare")
-        peaks = ", ".join(f"{side} {found.peak / 1e6:.0f} MB" for side, found in sides.items())
-        told = f"{tokens} tokens, vocabulary {vocabulary}: {peaks}, values and gradients within {off:.1g}"
-        ratios[tokens] = (sides["naive"].peak / sides["chunked"].peak, told)
+        peaks = ", ".join(f"{side} {result.peak / 1e6:.0f} MB" for side, result in sides.items())
+        conditions = f"{tokens} tokens, vocabulary {vocabulary}: {peaks}, values and gradients within {off:.1g}"
+        ratios[tokens] = (sides["naive"].peak / sides["chunked"].peak, conditions)
     shorter, longer = (ratios[tokens] for tokens in lengths)
     method = (
         f"peak anonymous memory above the imported process, forward and backward in fp32, {HIDDEN} wide, weights and their "
@@ -55,7 +55,7 @@ def measure(quick: bool = False) -> Figures:
     }
 
 
-def _run(side: str, tokens: int, vocabulary: int, directory: Path) -> Found:
+def _run(side: str, tokens: int, vocabulary: int, directory: Path) -> SideResult:
     """One side in a process of its own, watched from here."""
     results = directory / f"{side}.pt"
     command = [sys.executable, "-m", "benchmarks.log_probs", side, str(tokens), str(vocabulary), str(results)]
@@ -70,7 +70,7 @@ def _run(side: str, tokens: int, vocabulary: int, directory: Path) -> Found:
         time.sleep(0.002)
     if process.returncode != 0:
         raise RuntimeError(f"the {side} side of log_probs at {tokens} tokens ended with exit code {process.returncode}")
-    return Found(peak - before, results)
+    return SideResult(peak - before, results)
 
 
 def _difference(one: Path, other: Path) -> float:

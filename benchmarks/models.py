@@ -1,6 +1,6 @@
-"""Part ``models``: a reward model on packs against transformers' own on padded batches, on one CPU thread.
+"""Part ``models``: speed of a reward model on packs, against the same model of transformers on padded batches.
 
-Always true: both sides hold the same weights, and their scores agree before anything is timed.
+Invariants: both sides have the same weights and one CPU thread. Their scores agree before anything is timed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Contest:
     packed: PackedRegression
     packs: list[Packed]
     whole: list[Packed]
-    """The same packs, every sequence whole: nothing that it begins with in common with others is shared."""
+    """The same packs without shared prefixes."""
     padded: PreTrainedModel
     origin: str
-    """What the sequences are: made ones, or those of real pairs, which lie together in a pack and share their prompt."""
+    """Where the sequences come from: random ones, or real pairs, whose sides lie in one pack and share their prompt."""
     batches: list[tuple[Tensor, Tensor]]
     order: list[int]
-    """Which sequence each score of the packs is of."""
+    """The index of the sequence that each score of the packs belongs to."""
 
     def score_packed(self, packs: list[Packed]) -> Tensor:
         return torch.cat([self.packed(part, "scores") for part in packs])
@@ -79,12 +79,12 @@ def measure(quick: bool = False) -> Figures:
             with torch.no_grad():
                 scoring = _ratio(partial(contest.score_packed, packs), contest.score_padded)
             training = _ratio(partial(contest.train_packed, packs), contest.train_padded)
-            told = f"{_method(contest)}, {sharing}"
+            method = f"{_method(contest)}, {sharing}"
             figures |= {
                 f"models.packed_vs_padded_training{suffix}": Figure(
-                    training, "x", True, f"{told}; forward and backward"
+                    training, "x", True, f"{method}; forward and backward"
                 ),
-                f"models.packed_vs_padded_scoring{suffix}": Figure(scoring, "x", True, f"{told}; forward"),
+                f"models.packed_vs_padded_scoring{suffix}": Figure(scoring, "x", True, f"{method}; forward"),
             }
     finally:
         torch.set_num_threads(before)
@@ -148,6 +148,6 @@ def _ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
+    started_at = time.process_time()
     work()
-    return time.process_time() - began
+    return time.process_time() - started_at

@@ -1,6 +1,6 @@
-"""Part ``scoring``: a reward model offline, against its peers, and over HTTP, the clients on the same cores.
+"""Part ``scoring``: speed of the offline scorer and of the service over HTTP, with the clients on the same cores.
 
-Always true: both sides of a ratio are measured in turns, in this run, over the same items and with the same threads; a
+Invariants: both sides of a ratio are measured in turns in the same run, over the same items and with the same threads. A
 request that fails ends the measurement.
 """
 
@@ -17,10 +17,19 @@ import torch
 
 from benchmarks import scoring_peers
 from benchmarks.figures import Figure, Figures
-from benchmarks.load import Order, Outcome, run
-from benchmarks.ray_serve import behind_ray_serve
-from benchmarks.reward_service import VOCABULARY, Instant, Service, bodies, load_group, role_of, save_model, serving
 from benchmarks.sequences import ragged_sequences
+from benchmarks.service.load import Order, Outcome, run
+from benchmarks.service.ray_serve import behind_ray_serve
+from benchmarks.service.reward_service import (
+    VOCABULARY,
+    Instant,
+    Service,
+    bodies,
+    load_group,
+    role_of,
+    save_model,
+    serving,
+)
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.rewards.request import ScoreRequest
 
@@ -92,11 +101,11 @@ def _large(directory: Path, size: Size) -> Figures:
     }
     for load, outcome in latencies.items():
         for share in (0.5, 0.99):
-            told = (
+            conditions = (
                 f"{size.large}, Poisson arrivals at {load:.0%} of capacity for {size.seconds:g} s over 512 connections"
             )
             name = f"scoring.latency_p{share * 100:.0f}_at_{load * 100:.0f}"
-            figures[name] = Figure(1000 * outcome.percentile(share), "ms", False, told)
+            figures[name] = Figure(1000 * outcome.percentile(share), "ms", False, conditions)
     return figures
 
 
@@ -127,8 +136,10 @@ def _transport(directory: Path, size: Size) -> Figures:
         with behind_ray_serve() as (host, port):
             _over_http(host, port, sequences[:CLIENTS], 1)
             rate = _over_http(host, port, sequences, 1)
-        told = method.format("the same app in one replica behind Ray Serve's proxy")
-        figures["scoring.transport_ray_serve_requests_per_second"] = Figure(rate, "requests/s", True, told)
+        name = "scoring.transport_ray_serve_requests_per_second"
+        figures[name] = Figure(
+            rate, "requests/s", True, method.format("the same app in one replica behind Ray Serve's proxy")
+        )
     return figures
 
 
@@ -137,17 +148,17 @@ def _sequences(count: int) -> list[list[int]]:
 
 
 def _offline(group: RewardGroup, sequences: list[list[int]]) -> float:
-    """Items a second of the group asked for all at once."""
+    """Items a second of the group when it gets all at once."""
     requests = [ScoreRequest(token_ids=tuple(sequence)) for sequence in sequences]
-    began = time.monotonic()
+    started_at = time.monotonic()
     results = group.score(requests).result()
-    elapsed = time.monotonic() - began
+    elapsed = time.monotonic() - started_at
     assert all(result.error is None for result in results)
     return len(requests) / elapsed
 
 
 def _over_http(host: str, port: int, sequences: list[list[int]], items: int, clients: int = CLIENTS) -> float:
-    """Items a second of as many clients as are told."""
+    """Items a second over HTTP, with ``items`` a request."""
     outcome = run(Order(host, port, "/v1/reward", bodies(sequences, items), clients))
     _require_answers(outcome)
     return len(sequences) / outcome.elapsed
@@ -166,7 +177,7 @@ def _require_answers(outcome: Outcome) -> None:
 
 
 def _in_turns(repeats: int, *sides: Callable[[], float]) -> list[list[float]]:
-    """Rates of each side, one turn each at a time, after one to warm up."""
+    """The rates of each side, measured in turns after a turn of each to warm up."""
     for side in sides:
         side()
     turns = [[side() for side in sides] for _ in range(repeats)]

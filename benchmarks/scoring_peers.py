@@ -1,7 +1,7 @@
-"""Of part ``scoring``: the offline scorer against transformers on padded batches and against vLLM's pooling runner.
+"""The peers in part ``scoring``: transformers on padded batches and vLLM's pooling runner, against the offline scorer.
 
-Always true: all sides hold the same weights in bf16, score the same items with as many threads, in turns, each peer in a
-process of its own, and either none of them shares prefixes or all do; their scores agree before a ratio counts.
+Invariants: all sides have the same weights in bf16 and score the same items with the same number of threads, in turns.
+Each peer has a process of its own. Either none shares prefixes or all do. Scores agree before a ratio counts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.figures import Figure, Figures
-from benchmarks.peer import ScoringPeer
-from benchmarks.reward_service import VOCABULARY, load_group, role_of, save_model
-from benchmarks.sequences import ragged_sequences
+from benchmarks.peers.scoring_peer import ScoringPeer
+from benchmarks.sequences import REAL_PAIRS, ragged_sequences
+from benchmarks.service.reward_service import VOCABULARY, load_group, role_of, save_model
 from benchmarks.whole_packs import nothing_shared
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.data.tokenizers import make_tokenizer
@@ -32,13 +32,12 @@ from rlhf_ray.rows.formats import raw_rows
 THREADS = 2
 ROWS = 16
 LONGEST = 1024
-REAL_PAIRS = Path(__file__).parents[2] / "shared/data/hh_harmless_pairs.jsonl.gz"
 AGREES_TO = 0.1
-"""Largest mean difference of scores that bf16 explains, as a share of their spread."""
+"""The largest mean difference of scores that bf16 explains, as a share of their standard deviation."""
 
 
 def measure(quick: bool = False) -> Figures:
-    """Items a second as multiples of the peers'."""
+    """The speed of the offline scorer as a multiple of each peer's."""
     shape, count, repeats = ("llama-tiny", 24, 1) if quick else ("llama-14m", 256, 5)
     before = torch.get_num_threads()
     try:
@@ -55,7 +54,7 @@ def measure(quick: bool = False) -> Figures:
 
 @dataclass(frozen=True)
 class _Contest:
-    """The items that all sides score, in turns."""
+    """The model and the items that all sides score."""
 
     directory: Path
     sequences: list[list[int]]
@@ -68,31 +67,29 @@ class _Contest:
         return load_group(role_of(self.directory, threads=THREADS), max_batch_tokens=8192)
 
     def against_padded(self) -> Figures:
-        with self._peer("benchmarks.padded_peer", rows=ROWS) as peer:
+        with self._peer("benchmarks.peers.padded", rows=ROWS) as peer:
             ratio = self._ratio(peer.score, "transformers", shared=False)
-        method = (
-            f"seconds of transformers on padded batches of {ROWS} as they come over ours; {self._told(shared=False)}"
-        )
+        method = f"seconds of transformers on padded batches of {ROWS} as they come over ours; {self._conditions(shared=False)}"
         return {"scoring.offline_vs_padded": Figure(ratio, "x", True, method)}
 
     def against_pooling(self, *, shared: bool) -> Figures:
-        with self._peer("benchmarks.pooling_peer", shared=shared) as peer:
+        with self._peer("benchmarks.peers.pooling", shared=shared) as peer:
             ratio = self._ratio(peer.score, "vLLM's pooling runner", shared=shared)
         name = f"scoring.offline_vs_vllm_pooling{'_shared' if shared else ''}"
-        method = f"seconds of vLLM's pooling runner over ours; {self._told(shared=shared)}"
+        method = f"seconds of vLLM's pooling runner over ours; {self._conditions(shared=shared)}"
         return {name: Figure(ratio, "x", True, method)}
 
     def _peer(self, program: str, **order: Any) -> ScoringPeer:
         return ScoringPeer(program, self.directory, self.sequences, threads=THREADS, **order)
 
     def _ratio(self, theirs: Callable[[], tuple[float, list[float]]], peer: str, *, shared: bool) -> float:
-        """Seconds of theirs over those of ours, after a turn of each whose scores must agree."""
+        """The peer's seconds over ours, after one turn of each whose scores must agree."""
         with nullcontext() if shared else nothing_shared():
             _agree(_ours(self.group, self.sequences)[1], theirs()[1], peer)
             turns = [(_ours(self.group, self.sequences)[0], theirs()[0]) for _ in range(self.repeats)]
         return median(other / one for one, other in turns)
 
-    def _told(self, *, shared: bool) -> str:
+    def _conditions(self, *, shared: bool) -> str:
         sharing = "prefixes shared by both sides, from nothing in each turn" if shared else "no shared prefixes"
         items = f"{len(self.sequences)} {self.source}"
         return f"{self.shape}, bf16, {items}, {THREADS} threads, {sharing}; median of {self.repeats} turns"
@@ -100,13 +97,13 @@ class _Contest:
 
 def _ours(group: RewardGroup, sequences: list[list[int]]) -> tuple[float, list[float]]:
     requests = [ScoreRequest(token_ids=tuple(sequence)) for sequence in sequences]
-    began = time.monotonic()
+    started_at = time.monotonic()
     results = group.score(requests).result()
-    return time.monotonic() - began, [float(result.raw) for result in results if result.raw is not None]
+    return time.monotonic() - started_at, [float(result.raw) for result in results if result.raw is not None]
 
 
 def _sequences(count: int) -> tuple[list[list[int]], str]:
-    """Ids of real pairs in the order of their file where it is there, else of made sequences of such lengths."""
+    """Token ids, and what they are: sides of real pairs if their file is there, else random items of similar lengths."""
     if not REAL_PAIRS.exists():
         return [sequence.tolist() for sequence in ragged_sequences(count, VOCABULARY)], "made items"
     tokenizer = make_tokenizer(REAL_PAIRS, VOCABULARY)

@@ -1,7 +1,7 @@
-"""Sequences of a benchmark: real preference pairs where they lie beside the repository, else made ones of like lengths.
+"""Token sequences for benchmarks: real preference pairs if their file is there, else random tokens of similar lengths.
 
-Always true: the same arguments give the same sequences; no token of a made one is below ``FIRST_TOKEN``, so that any lower
-id can pad.
+Invariants: the same arguments give the same sequences. Random tokens are ``FIRST_TOKEN`` or higher, so that any lower id
+can serve as padding.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 LOGARITHM = NormalDist(5.05, 0.66)
-"""Of the logarithm of the length. Cut at 512 the mean is 188 and the 95th percentile 465; of real pairs 183 and 469."""
+"""Distribution of the logarithm of a length. Cut at 512, lengths have mean 188 and 95th percentile 465; real pairs have 183
+and 469."""
 LONGEST = 512
 FIRST_TOKEN = 3
 
 
 def ragged_lengths(count: int, *, longest: int = LONGEST, seed: int = 0) -> list[int]:
-    """The quantiles of the distribution, scaled to ``longest``, in an order drawn from ``seed``."""
+    """The ``count`` quantiles of the distribution, scaled to ``longest``, in an order drawn from ``seed``."""
     scale = longest / LONGEST
     quantiles = [LOGARITHM.inv_cdf((index + 0.5) / count) for index in range(count)]
     lengths = [max(2, min(longest, round(scale * math.exp(quantile)))) for quantile in quantiles]
@@ -30,7 +31,7 @@ def ragged_lengths(count: int, *, longest: int = LONGEST, seed: int = 0) -> list
 
 
 def ragged_sequences(count: int, vocabulary: int, *, longest: int = LONGEST, seed: int = 0) -> list[Tensor]:
-    """Random tokens at ragged lengths."""
+    """Sequences of random tokens with the lengths of :func:`ragged_lengths`."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randint(FIRST_TOKEN, vocabulary, (length,), generator=generator)
@@ -42,23 +43,23 @@ REAL_PAIRS = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless_pairs.
 
 
 def real_sequences(count: int, vocabulary: int, *, longest: int = LONGEST, path: Path = REAL_PAIRS) -> list[Tensor]:
-    """Both sides of real pairs, chosen before rejected, in the order of the file; those beyond ``longest`` are left out."""
+    """Both sides of real pairs, chosen before rejected, in the order of the file; pairs with a longer side are left out."""
     from rlhf_ray.data.tokenizers import make_tokenizer
     from rlhf_ray.rows.preferences import read_preferences
 
     tokenizer = make_tokenizer(str(path), vocabulary)
-    found: list[Tensor] = []
+    sequences: list[Tensor] = []
     for pair in read_preferences(str(path)):
-        sides = [tokenizer(pair.prompt + answer)["input_ids"] for answer in (pair.chosen, pair.rejected)]
+        sides = [tokenizer(f"{pair.prompt}{answer}")["input_ids"] for answer in (pair.chosen, pair.rejected)]
         if max(map(len, sides)) <= longest:
-            found += [torch.tensor(side) for side in sides]
-        if len(found) >= count:
+            sequences += [torch.tensor(side) for side in sides]
+        if len(sequences) >= count:
             break
-    return found[:count]
+    return sequences[:count]
 
 
 def padded_batches(sequences: list[Tensor], rows: int) -> list[tuple[Tensor, Tensor]]:
-    """Ids and attention masks of batches of ``rows`` sequences as they come, padded on the right with 0."""
+    """Token ids and attention masks of batches of ``rows`` sequences in their order, padded on the right with 0."""
     batches = []
     for start in range(0, len(sequences), rows):
         chosen = sequences[start : start + rows]

@@ -1,6 +1,6 @@
-"""Part ``weights``: how long it takes until an engine samples with the policy's new weights.
+"""Part ``weights``: the time from an update of the policy to a rollout engine that samples with the new weights.
 
-Always true: the clock runs from the policy's weights to an engine that has checked, loaded and adopted them.
+Invariant: the clock starts at the policy's weights and stops when the engine has checked, loaded and adopted them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from statistics import median
+from typing import Literal
 
 from benchmarks.figures import Figure, Figures
 from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
@@ -24,7 +25,7 @@ REPEATS = 7
 
 def measure(quick: bool = False) -> Figures:
     """Publishing and receiving in one process, without Ray between them."""
-    shape = "llama-tiny" if quick else "llama-0.5m"
+    shape: Literal["llama-tiny", "llama-0.5m"] = "llama-tiny" if quick else "llama-0.5m"
     model = ModelConfig(make=MakeConfig(shape=shape, tokenizer_from="world"), dtype="fp32")
     policy = PolicyWorker()
     optimizer = OptimizerConfig(learning_rate=1e-3)
@@ -37,7 +38,7 @@ def measure(quick: bool = False) -> Figures:
                 RolloutConfig(backend="transformers", dtype="fp32"),
                 stop_token_ids=(load_tokenizer(model).eos_token_id,),
             )
-            took = [_update(policy, engine, version) for version in range(1, REPEATS + 2)][1:]
+            seconds = [_update(policy, engine, version) for version in range(1, REPEATS + 2)][1:]
             engine.shutdown()
     finally:
         destroy_process_group()
@@ -46,13 +47,15 @@ def measure(quick: bool = False) -> Figures:
         f"{parameters / 1e6:.2f}M parameters in fp32 from a policy worker to a transformers engine in the same process, "
         f"checksums included, one thread, wall clock, median of {REPEATS}"
     )
-    return {"weights.update_ms": Figure(1e3 * median(took), "ms", False, method)}
+    return {"weights.update_ms": Figure(1e3 * median(seconds), "ms", False, method)}
 
 
 def _update(policy: PolicyWorker, engine: TransformersEngine, version: int) -> float:
-    began = time.perf_counter()
-    engine.receive(policy.publish_weights(version))
-    took = time.perf_counter() - began
+    started_at = time.perf_counter()
+    published = policy.publish_weights(version)
+    assert published is not None, "the only rank publishes"
+    engine.receive(published)
+    seconds = time.perf_counter() - started_at
     if engine.weight_version != version:
         raise AssertionError(f"the engine is at version {engine.weight_version}, not {version}")
-    return took
+    return seconds

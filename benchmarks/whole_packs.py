@@ -1,4 +1,4 @@
-"""Packs without shared prefixes, for figures that say what sharing gives."""
+"""Turn shared prefixes off, to measure what they gain."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-from rlhf_ray.actors import workers
+from rlhf_ray.actors import model_worker
 from rlhf_ray.trajectories import pack
 
 
 @contextmanager
 def nothing_shared() -> Iterator[None]:
-    """Within it, the workers of this process pack every sequence whole."""
-    with patch.object(workers, "pack", partial(pack, share_prefixes=False)):
+    """In the ``with`` block, the workers of this process pack every sequence whole."""
+    with patch.object(model_worker, "pack", partial(pack, share_prefixes=False)):
         yield

@@ -22,9 +22,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.load import HUNG_UP, Order, Outcome, run
-from benchmarks.reward_service import Instant, Service, bodies, load_group, role_of, save_model, serving
 from benchmarks.sequences import ragged_sequences
+from benchmarks.service.load import HUNG_UP, Order, Outcome, run
+from benchmarks.service.reward_service import Instant, Service, bodies, load_group, role_of, save_model, serving
 from rlhf_ray import environment
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reward_service import Service, role_of, serving
+from benchmarks.service.reward_service import Service, role_of, serving
 
 from . import soak
 

@@ -1,9 +1,9 @@
-"""Load on a scoring backend, from a process of its own: as many clients as can be, or arrivals at a given rate.
+"""Put a scoring backend under load from a process of its own: clients that never pause, or arrivals at a given rate.
 
-    python -m benchmarks.load < ORDER.json > OUTCOME.json
+    python -m benchmarks.service.load < ORDER.json > OUTCOME.json
 
-Always true: in the open loop a request's time counts from its arrival, whether or not a connection was free; every request
-that arrived has an outcome: a status, 0 where the connection failed, -1 where the client hung up on purpose.
+Invariants: in the open loop the time of a request counts from its arrival, whether or not a connection was free. Every
+request that arrived has an outcome: its HTTP status, 0 if the connection failed, -1 if the client hung up on purpose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HUNG_UP, BROKEN = -1, 0
 
 @dataclass(frozen=True)
 class Order:
-    """What to send: each of ``bodies`` once in the closed loop, drawn at random in the open one."""
+    """What to send: each of ``bodies`` once in the closed loop, bodies drawn at random in the open loop."""
 
     host: str
     port: int
@@ -36,35 +36,35 @@ class Order:
     """Arrivals a second, as a Poisson process; 0 is the closed loop."""
     seconds: float = 0.0
     hang_up: float = 0.0
-    """Share of requests whose client goes away without reading the answer."""
+    """The share of requests whose client hangs up without reading the answer."""
     seed: int = 0
 
 
 @dataclass
 class Outcome:
-    """What came of it, request by request."""
+    """The status and the seconds of each request, and the seconds of all together."""
 
     statuses: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     elapsed: float = 0.0
 
-    def add(self, status: int, began: float) -> None:
-        """One request ended."""
+    def add(self, status: int, started_at: float) -> None:
+        """Note that a request ended."""
         self.statuses.append(status)
-        self.seconds.append(time.monotonic() - began)
+        self.seconds.append(time.monotonic() - started_at)
 
     def percentile(self, share: float) -> float:
-        """Of the times of answered requests."""
+        """The time in seconds within which this share of the answered requests ended."""
         times = sorted(t for t, status in zip(self.seconds, self.statuses, strict=True) if status > 0)
         return times[min(int(share * len(times)), len(times) - 1)] if times else 0.0
 
     def count(self, *statuses: int) -> int:
-        """How many ended so."""
+        """How many requests ended with one of these statuses."""
         return sum(status in statuses for status in self.statuses)
 
 
 class Connection:
-    """One keep-alive connection that knows as little HTTP as it needs: the client is to cost little."""
+    """One keep-alive connection with as little HTTP as it needs, so that the client uses little of the processor."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -75,7 +75,7 @@ class Connection:
         )
 
     async def post(self, body: str, *, hang_up: bool = False) -> int:
-        """Send one request; its status."""
+        """Send one request and return its status."""
         content = body.encode()
         try:
             reader, writer = await self._open()
@@ -109,23 +109,23 @@ class Connection:
 
 
 async def closed_loop(order: Order) -> Outcome:
-    """All connections ask for one body after another until all were answered."""
-    outcome, left, began = Outcome(), iter(order.bodies), time.monotonic()
+    """Each connection sends one request after another until all bodies have been answered."""
+    outcome, bodies, started_at = Outcome(), iter(order.bodies), time.monotonic()
 
     async def client() -> None:
         connection = Connection(order)
-        for body in left:
+        for body in bodies:
             sent = time.monotonic()
             outcome.add(await connection.post(body), sent)
         connection.close()
 
     await asyncio.gather(*(client() for _ in range(order.connections)))
-    outcome.elapsed = time.monotonic() - began
+    outcome.elapsed = time.monotonic() - started_at
     return outcome
 
 
 async def open_loop(order: Order) -> Outcome:
-    """Arrivals whose gaps are exponential, each on the first connection that is free."""
+    """Requests arrive as a Poisson process; each takes the first connection that is free."""
     outcome, draw, free = Outcome(), random.Random(order.seed), asyncio.Queue[Connection]()
     for _ in range(order.connections):
         free.put_nowait(Connection(order))
@@ -135,37 +135,37 @@ async def open_loop(order: Order) -> Outcome:
         outcome.add(await connection.post(body, hang_up=hang_up), arrived)
         free.put_nowait(connection)
 
-    began, tasks = time.monotonic(), []
-    due = began
-    while (due := due + draw.expovariate(order.rate)) < began + order.seconds:
+    started_at, tasks = time.monotonic(), []
+    due = started_at
+    while (due := due + draw.expovariate(order.rate)) < started_at + order.seconds:
         await asyncio.sleep(max(due - time.monotonic(), 0.0))
         tasks.append(asyncio.create_task(arrival(due, draw.choice(order.bodies), draw.random() < order.hang_up)))
     await asyncio.gather(*tasks)
-    outcome.elapsed = time.monotonic() - began
+    outcome.elapsed = time.monotonic() - started_at
     while not free.empty():
         free.get_nowait().close()
     return outcome
 
 
 def run(order: Order) -> Outcome:
-    """Carry out an order in a process of its own."""
+    """Run an order in a process of its own."""
     limit = 120 + 3 * order.seconds
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load"],
+        [sys.executable, "-m", "benchmarks.service.load"],
         input=json.dumps(asdict(order)),
         capture_output=True,
         text=True,
         timeout=max(limit, 900) if not order.seconds else limit,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     if done.returncode != 0:
         raise RuntimeError(f"the load generator failed: {done.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(done.stdout)
-    return Outcome(**told)
+    outcome: dict[str, Any] = json.loads(done.stdout)
+    return Outcome(**outcome)
 
 
 def main() -> None:
-    """Read an order, carry it out, tell the outcome."""
+    """Read an order from standard input, run it, and write the outcome to standard output."""
     order = Order(**json.load(sys.stdin))
     outcome = asyncio.run(open_loop(order) if order.rate else closed_loop(order))
     json.dump(asdict(outcome), sys.stdout)

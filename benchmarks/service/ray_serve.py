@@ -1,7 +1,7 @@
-"""The scoring app with no model behind, as a replica of Ray Serve: what its proxy costs beside uvicorn alone.
+"""Run the scoring app without a model as a replica of Ray Serve, to compare its proxy with uvicorn alone.
 
-Always true: the replica runs the very app that ``rlhf-ray serve`` puts behind its port; Ray is started for the measurement
-and ends with it.
+Invariants: the replica runs the same app that ``rlhf-ray serve`` puts behind its port. Ray starts and ends with the
+measurement.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks.reward_service import instant_app
+from benchmarks.service.reward_service import instant_app
 from rlhf_ray import environment
 
 CONCURRENCY = 256
-"""Requests that the replica takes at once: more than there are clients, so that none waits in the proxy."""
+"""Requests that the replica accepts at once, more than there are clients, so that none waits in the proxy."""
 
 
 @contextmanager
 def behind_ray_serve() -> Iterator[tuple[str, int]]:
-    """Host and port of Serve's proxy, with one replica behind it."""
+    """Start one replica; gives the host and port of Serve's proxy."""
     environment.prepare()
     import ray
     from ray import serve
@@ -31,7 +31,7 @@ def behind_ray_serve() -> Iterator[tuple[str, int]]:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         options = {"num_cpus": 0.5}
-        # The replica makes its app itself: an app does not travel.
+        # The replica makes the app itself: an app cannot be pickled.
         deployment = serve.deployment(
             serve.ingress(instant_app)(), max_ongoing_requests=CONCURRENCY, ray_actor_options=options
         )

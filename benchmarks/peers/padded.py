@@ -1,6 +1,6 @@
-"""Transformers on padded batches, in the order in which the items come, as a peer of the offline scorer.
+"""Score with transformers on padded batches, in the order of the items, for comparison with the offline scorer.
 
-Always true: it scores in bf16 with the weights of the directory it is given; batches are made before the first turn.
+Invariants: it scores in bf16 with the weights of the given directory. Batches are made before the first turn.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.peer import Score, take_turns
+from benchmarks.peers.scoring_peer import Score, take_turns
 from benchmarks.sequences import padded_batches
 
 
 def load(order: dict[str, Any]) -> Score:
-    """The model and its batches of ``rows``."""
+    """Load the model and make batches of ``rows`` sequences."""
     model = AutoModelForSequenceClassification.from_pretrained(order["directory"], dtype=torch.bfloat16).eval()
     batches = padded_batches([torch.tensor(sequence) for sequence in order["sequences"]], order["rows"])
 

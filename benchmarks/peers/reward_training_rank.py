@@ -1,7 +1,9 @@
-"""One rank of this project's reward training, waiting between turns: ``python -m benchmarks.reward_training_rank``.
+"""One rank of this project's reward training, which runs some updates a turn and waits in between.
 
-Always true: a turn is what training does for as many updates: batch, schedule, accumulate, vote, apply; both ranks make
-the same batch and schedule and meet in every update; Ray is left out.
+    python -m benchmarks.peers.reward_training_rank
+
+Invariants: a turn does all that training does: batch, schedule, accumulate, vote, apply. All ranks make the same batches
+and schedules and meet in every update. Ray is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ PAIRS_PER_UPDATE = 8
 
 
 class Rank:
-    """A worker and the pairs of an epoch."""
+    """A worker and the pairs of one epoch."""
 
     def __init__(self, rank: int, ranks: int, model: str, pairs: Sequence[PairExample], address: str | None) -> None:
         self.pairs, self.loss = pairs, RewardLoss()
@@ -39,14 +41,17 @@ class Rank:
         self.worker.setup(TrainedRewardSetup(role, seed=0, total_updates=1_000_000, address=address))
 
     def turn(self, first: int, updates: int, *, share: bool) -> dict[str, Any]:
-        """Seconds and this rank's losses of ``updates`` updates from number ``first`` of the epoch on."""
-        began = time.perf_counter()
+        """Run ``updates`` updates of the epoch from number ``first`` on; returns the seconds and this rank's losses.
+
+        ``share`` says whether sequences share the prefixes that they have in common.
+        """
+        started_at = time.perf_counter()
         with nullcontext() if share else nothing_shared():
             losses = [
                 self._update(self.pairs[update * PAIRS_PER_UPDATE : (update + 1) * PAIRS_PER_UPDATE])
                 for update in range(first, first + updates)
             ]
-        return {"seconds": time.perf_counter() - began, "losses": losses}
+        return {"seconds": time.perf_counter() - started_at, "losses": losses}
 
     def _update(self, pairs: Sequence[PairExample]) -> float:
         batch = make_pair_batch(pairs)
@@ -59,22 +64,22 @@ class Rank:
 
 
 def main() -> None:
-    """Load once; then an answer for every line."""
+    """Load once, then answer every order on standard input."""
     _answer(imported=True)
     order = json.loads(sys.stdin.readline())
     pairs = [PairExample(chosen, rejected) for chosen, rejected in order["pairs"]]
     rank = Rank(order["rank"], order["ranks"], order["model"], pairs, order["address"])
     _answer(shape=asdict(rank.worker.compute_shape()))
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "updates" in asked:
-            _answer(**rank.turn(asked["first"], asked["updates"], share=asked["share"]))
+        order = json.loads(line)
+        if "updates" in order:
+            _answer(**rank.turn(order["first"], order["updates"], share=order["share"]))
         else:
             _answer(rate=rank.worker.matmul_rate())
 
 
-def _answer(**told: Any) -> None:
-    print(json.dumps(told), flush=True)
+def _answer(**answer: Any) -> None:
+    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

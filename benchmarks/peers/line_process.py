@@ -1,7 +1,9 @@
-"""A process that is asked turn by turn: a line of JSON goes in, a line comes out; in between it waits and costs nothing.
+"""A child process that works in turns: a line of JSON is its order, a line of JSON its answer.
 
-Always true: what it prints besides answers is shown; one that ends early is an error that says so; memory is counted from
-after its imports, which it says are done by its first answer.
+Between turns it waits and uses no processor. Its first answer says that its imports are done.
+
+Invariants: output that is no answer is ignored. A process that ends early is an error. Memory counts from the end of the
+imports.
 """
 
 from __future__ import annotations
@@ -14,41 +16,41 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_BETWEEN_SAMPLES = 0.05
 
 
-class Asked:
-    """The process; its peak of anonymous memory above that of its imports is in ``peak``."""
+class LineProcess:
+    """The process; ``peak`` is its largest anonymous memory so far above that after its imports, in bytes."""
 
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         self.name = Path(command[-1]).name
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment),
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
-        self.answer()
+        self.receive()
         self._imported, self.peak = anonymous(self._process.pid), 0
-        self._watching = threading.Event()
-        self._watch = threading.Thread(target=self._look, daemon=True)
-        self._watch.start()
+        self._stopped = threading.Event()
+        self._sampler = threading.Thread(target=self._sample_memory, daemon=True)
+        self._sampler.start()
 
-    def ask(self, **order: Any) -> None:
-        """Send an order; :meth:`answer` waits for its answer."""
+    def send(self, **order: Any) -> None:
+        """Send an order and return at once; :meth:`receive` waits for the answer."""
         assert self._process.stdin is not None, "opened above"
         self._process.stdin.write(f"{json.dumps(order)}\n")
         self._process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
-        """The next answer."""
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next answer."""
         assert self._process.stdout is not None, "opened above"
         for line in self._process.stdout:
-            if line.startswith('{"'):  # a dict that is printed begins otherwise
-                told: dict[str, Any] = json.loads(line)
-                return told
+            if line.startswith('{"'):  # a Python dict that a library prints begins with {'
+                answer: dict[str, Any] = json.loads(line)
+                return answer
         raise RuntimeError(f"{self.name} ended (exit code {self._process.wait()}): its output above says why")
 
-    def _look(self) -> None:
-        while not self._watching.wait(SECONDS_BETWEEN_LOOKS):
+    def _sample_memory(self) -> None:
+        while not self._stopped.wait(SECONDS_BETWEEN_SAMPLES):
             self.peak = max(self.peak, anonymous(self._process.pid) - self._imported)
 
     def __enter__(self) -> Self:
@@ -57,14 +59,14 @@ class Asked:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watching.set()
-        self._watch.join()
+        self._stopped.set()
+        self._sampler.join()
         self._process.kill()
         self._process.wait()
 
 
 def anonymous(process: int) -> int:
-    """Bytes of anonymous memory that a process has now."""
+    """The anonymous memory of a process in bytes; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:  # it ended

@@ -1,7 +1,7 @@
-"""vLLM's pooling runner as a peer of the offline scorer.
+"""Score with vLLM's pooling runner, for comparison with the offline scorer.
 
-Always true: it scores in bf16 with the weights of the directory it is given, its prefix cache off, or on and empty before
-each turn.
+Invariants: it scores in bf16 with the weights of the given directory. Its prefix cache is off, or on and empty before each
+turn.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from benchmarks.peer import Score, take_turns
+from benchmarks.peers.scoring_peer import Score, take_turns
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -17,7 +17,7 @@ os.environ |= {
 
 
 def load(order: dict[str, Any]) -> Score:
-    """The model; ``shared`` turns the prefix cache on."""
+    """Load the model; ``shared`` in the order turns the prefix cache on."""
     from vllm import LLM
     from vllm.config import PoolerConfig
 

@@ -1,7 +1,6 @@
-"""A reward model of a made shape: as a group in this process, and as a service at a port, for parts that measure serving.
+"""A reward model with random weights, loaded as a group in this process and served at a port, to measure serving.
 
-Always true: the service is the app that ``rlhf-ray serve`` puts behind its port, over the worker of its ranks; only Ray is
-left out.
+Invariant: the service is the app that ``rlhf-ray serve`` puts behind its port, over the same worker; only Ray is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ VOCABULARY = 4096
 
 
 def save_model(directory: Path, shape: str) -> Path:
-    """A reward model with a tokenizer of single bytes: items come as ids."""
+    """Write a reward model with a tokenizer of single bytes, which nothing uses: items are sent as token ids."""
     letters = {letter: number for number, letter in enumerate(("<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())))}
     inner = Tokenizer(models.BPE(letters, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -52,20 +51,20 @@ def save_model(directory: Path, shape: str) -> Path:
 
 
 def role_of(directory: Path, *, threads: int) -> ScoringRole:
-    """The model as a role, in bf16."""
+    """The config of the model as a role, in bf16."""
     resources = ResourcesConfig(threads_per_rank=threads)
     return ScoringRole(model=ModelConfig(path=str(directory), dtype="bf16"), resources=resources)
 
 
 def load_group(role: ScoringRole, *, max_batch_tokens: int) -> RewardGroup:
-    """The model's only rank, in this process."""
+    """Load the model as a group of one rank in this process."""
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
     group.setup(RewardSetup(role, seed=0, max_tokens=max_batch_tokens), timeout_s=600.0).result()
     return group
 
 
 class Instant:
-    """A model that costs nothing: what is left is the transport."""
+    """A model that takes no time, so that only the transport is measured."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         return [ScoreResult.of(0.5, len(request.token_ids or ())) for request in requests]
@@ -81,7 +80,7 @@ class Instant:
 
 
 def instant_app() -> Starlette:
-    """The app with no model behind."""
+    """The app without a model."""
     config = ServeConfig(kind="serve", run=RunConfig(name="load"), reward=ScoringRole(model=ModelConfig(path="none")))
     return _app(config, Instant(), Metrics())[0]
 
@@ -92,7 +91,7 @@ def _app(config: ServeConfig, backend: Backend, metrics: Metrics) -> tuple[Starl
 
 
 class Service:
-    """A running service: where it is, and what it counts."""
+    """A running service: its address and its metrics."""
 
     def __init__(self, server: WebServer, metrics: Metrics, models: ModelCatalog) -> None:
         self.host, port = server.address.removeprefix("http://").rsplit(":", 1)
@@ -104,7 +103,7 @@ class Service:
 def serving(
     role: ScoringRole, backend: Callable[[ServeConfig], Backend] | RewardGroup, **settings: Any
 ) -> Iterator[Service]:
-    """The app at a free port of this machine."""
+    """Serve the app at a free port of this machine."""
     config = ServeConfig(kind="serve", run=RunConfig(name="load"), reward=role, port=0, **settings)
     if isinstance(backend, RewardGroup):
         scoring: Backend = GroupBackend(backend, role.model, normalize=False)
@@ -121,6 +120,6 @@ def serving(
 
 
 def bodies(sequences: Sequence[Sequence[int]], items: int) -> list[str]:
-    """Bodies of ``/v1/reward`` with so many items each."""
-    asked = [{"token_ids": list(sequence)} for sequence in sequences]
-    return [json.dumps({"items": asked[start : start + items]}) for start in range(0, len(asked), items)]
+    """Request bodies for ``/v1/reward`` with ``items`` items each."""
+    rows = [{"token_ids": list(sequence)} for sequence in sequences]
+    return [json.dumps({"items": rows[start : start + items]}) for start in range(0, len(rows), items)]

@@ -1,10 +1,10 @@
-"""TRL's RewardTrainer, stopped between updates until it is asked to go on: run in an environment of its own.
+"""TRL's RewardTrainer, which runs some updates a turn and waits in between, in an environment of its own.
 
     python reward_training_trl.py
 
-Reads an order from standard input: the model's directory, the pairs by ids, the sampling strategy, one in how many of its
-batches is run, updates of a turn. Answers with the pairs it will run, then with seconds and losses of every
-``{"updates": n}`` that it is asked for.
+The first line on standard input is an order: the directory of the model, the token ids of the pairs, the sampling strategy,
+``every`` (run one batch in so many) and the updates of a turn. The answer lists the pairs that it will run. Every further
+line ``{"updates": n}`` is answered with the seconds and losses of n updates.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from trl import RewardConfig, RewardTrainer
 ROWS = 8
 
 
-def answer(**told: Any) -> None:
-    print(json.dumps(told), flush=True)
+def answer(**content: Any) -> None:
+    print(json.dumps(content), flush=True)
 
 
 class Turns(TrainerCallback):
-    """Waits before an update that was not asked for yet; the clock runs from the first to the last of a turn."""
+    """Waits for an order before each turn, and measures from its first update to its last."""
 
-    left, began = 0, 0.0
+    left, started_at = 0, 0.0
     losses: list[float]
 
     def on_step_begin(self, *arguments: Any, **options: Any) -> None:
         if self.left == 0:
             self.left = json.loads(sys.stdin.readline())["updates"]
             self.losses.clear()
-            self.began = time.perf_counter()
+            self.started_at = time.perf_counter()
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
         self.left -= 1
         if self.left == 0:
-            answer(seconds=time.perf_counter() - self.began, losses=self.losses)
+            answer(seconds=time.perf_counter() - self.started_at, losses=self.losses)
 
 
 class OneInSome(RewardTrainer):
-    """Runs every so many batches of those that the strategy makes, so that an epoch is short and its lengths the same."""
+    """Runs one in ``every`` batches that the strategy makes: a short epoch with the same mix of lengths."""
 
     every = turn = 1
     losses: list[float]
