@@ -32,7 +32,7 @@ def load_or_make(folder: str | Path | None, key: str, make: Callable[[], pa.Tabl
             verify(entry)
             return pa.ipc.open_file(pa.py_buffer((entry / TABLE).read_bytes())).read_all()
         except (IntegrityError, StorageError, OSError, pa.ArrowException) as error:
-            get_logger("data").warning("%s; it is made again", error)
+            get_logger("data").warning("%s; it will be made again", error)
     table = make()
     try:
         _write(entry, table)

@@ -1,8 +1,7 @@
-"""Conversations: what a message holds, and in which order their roles may speak.
+"""Conversations: what a message must hold, and in which order the roles may speak.
 
-Always true: a conversation begins with the system (or developer) or the user; user and assistant take turns; a tool speaks
-only to answer a call of the assistant. What is wrong is told by the message's number and what was expected, and quotes no
-text.
+Invariants: a conversation begins with the system (or developer) or the user; user and assistant take turns; a tool speaks
+only to answer a call of the assistant. A problem names the number of the message and what was expected, and quotes no text.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 START = ""
-"""What stands before the first message."""
+"""The role before the first message."""
 AFTER: Mapping[str, tuple[str, ...]] = {
     START: ("system", "developer", "user"),
     "system": ("user",),
@@ -21,18 +20,19 @@ AFTER: Mapping[str, tuple[str, ...]] = {
     "assistant": ("user",),
     "tool": ("tool", "assistant"),
 }
-"""Who may speak after whom; after an assistant that calls tools, these must answer."""
+"""Who may speak after whom; only a tool may speak after an assistant that calls tools."""
 MAY_BE_SILENT = ("system", "developer", "tool")
+"""Roles whose message may be an empty text."""
 Message = Mapping[str, Any]
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a cell holds messages, right or wrong, and not a text."""
+    """Whether a cell holds a list of messages, well-formed or not, and not a text."""
     return isinstance(value, list)
 
 
 def plain_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages without the empty fields that a table gives to all of them."""
+    """Messages without their null fields: a table gives every message all fields that any of them has."""
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
@@ -61,8 +61,10 @@ def _message_problem(message: Any) -> str:
 
 
 def turn_problem(parts: Sequence[tuple[str, Sequence[Message]]]) -> str:
-    """What is out of order in a conversation that stands under several keys, one after the other, and must end with an
-    answer of the assistant; empty where nothing is."""
+    """What is out of order in a conversation that must end with an answer of the assistant; empty where nothing is.
+
+    ``parts`` are the keys under which its messages stand, one after the other, with the messages under each.
+    """
     before, calls = START, False
     for key, messages in parts:
         for number, message in enumerate(messages, 1):
@@ -73,15 +75,13 @@ def turn_problem(parts: Sequence[tuple[str, Sequence[Message]]]) -> str:
                 after = f"after {before!r}" if before else "at the start"
                 return f"message {number} of {key!r} is of {role!r}, but {wanted} was expected {after}"
             before, calls = role, bool(message.get("tool_calls"))
-    return (
-        ""
-        if before == "assistant"
-        else f"{parts[-1][0]!r} ends with {before!r}, but 'assistant' was expected to answer"
-    )
+    if before == "assistant":
+        return ""
+    return f"{parts[-1][0]!r} ends with {before!r}, but 'assistant' was expected to answer"
 
 
 def text_problem(value: Any) -> str:
-    """Why ``value`` is no text that can be tokenized, to be put after "must hold a text"; empty where it is one."""
+    """Why ``value`` is no text that can be tokenized; empty where it is one. It continues "must hold a text"."""
     if isinstance(value, list):
         return ", this is a list: write it as one text"
     if not isinstance(value, str):

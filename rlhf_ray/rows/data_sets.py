@@ -108,9 +108,6 @@ def _open_saved(folder: Path, config: str | None, split: str | None) -> Dataset:
     return saved
 
 
-# -------------------------------------------------------------------------------------------------------- the library
-
-
 def _library() -> Any:
     """The library, quiet: its log quotes what it cannot parse."""
     import datasets

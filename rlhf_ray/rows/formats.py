@@ -12,21 +12,23 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import DataError
 
 PlacedRows = Iterator[tuple[str, Any]]
-"""What stands in each row, not yet known to be a mapping, after the place where it begins."""
+"""For each row the place where it begins and its content, which is not yet known to be a mapping."""
 
 BATCH_ROWS = 1000
+"""Rows of a table that are turned into Python objects at once."""
 BLANKS = " \t\r\n"
+"""What JSON allows between values."""
 
 
 def raw_rows(path: Path) -> PlacedRows:
-    """Rows of a file, read only as far as they are taken."""
+    """The rows of a file, read only as far as they are taken; raises :class:`DataError`."""
     try:
         yield from _reader(path)(path)
     except (OSError, EOFError, zlib.error) as error:
@@ -41,7 +43,7 @@ def _reader(path: Path) -> Callable[[Path], PlacedRows]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends; decoded one by one, so that a wrong byte is known by its line."""
+    """Lines with their ends, decoded one by one, so that the line of a wrong byte is known."""
     with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -51,8 +53,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _not_json(place: str, error: ValueError | RecursionError) -> DataError:
-    where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"{place}: not JSON: {where}")
+    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(f"{place}: not JSON: {reason}")
 
 
 def _jsonl_rows(path: Path) -> PlacedRows:
@@ -67,23 +69,24 @@ def _jsonl_rows(path: Path) -> PlacedRows:
 
 
 def _json_rows(path: Path) -> PlacedRows:
-    """One list, decoded element by element so that each is known by its line."""
+    """One list, decoded element by element, so that the line of each is known."""
     text = "".join(_lines(path))
     decode = json.JSONDecoder().raw_decode
 
-    def skip(position: int) -> int:
+    def skip_blanks(position: int) -> int:
         while position < len(text) and text[position] in BLANKS:
             position += 1
         return position
 
-    position = skip(0)
+    position = skip_blanks(0)
     if text[position : position + 1] != "[":
         raise DataError(f"{path}:1: a .json file is a list of rows; for one row a line name it .jsonl")
+    # Line breaks before ``counted`` are in ``line``; ``mark`` is the character at ``position``: "[" counts as a comma.
     line, counted, mark = 1, 0, ","
-    if text[skip(position + 1) : skip(position + 1) + 1] == "]":
-        position, mark = skip(position + 1), "]"
+    if text[skip_blanks(position + 1) : skip_blanks(position + 1) + 1] == "]":
+        position, mark = skip_blanks(position + 1), "]"
     while mark == ",":
-        position = skip(position + 1)
+        position = skip_blanks(position + 1)
         line, counted = line + text.count("\n", counted, position), position
         try:
             row, position = decode(text, position)
@@ -92,15 +95,16 @@ def _json_rows(path: Path) -> PlacedRows:
         except (ValueError, RecursionError) as error:
             raise _not_json(f"{path}:{line}", error) from error
         yield f"{path}:{line}", row
-        position = skip(position)
+        position = skip_blanks(position)
         mark = text[position : position + 1]
-    if mark != "]" or skip(position + 1) < len(text):
+    if mark != "]" or skip_blanks(position + 1) < len(text):
         line += text.count("\n", counted, position)
-        wanted = "a ',' or ']' after a row" if mark != "]" else "nothing after the list"
-        raise DataError(f"{path}:{line}: not JSON: expected {wanted}")
+        expected = "a ',' or ']' after a row" if mark != "]" else "nothing after the list"
+        raise DataError(f"{path}:{line}: not JSON: expected {expected}")
 
 
 def _csv_rows(path: Path) -> PlacedRows:
+    """A header and rows of texts; a row may span several lines, and its place is the first of them."""
     reader = csv.reader(_lines(path), strict=True)
     header: list[str] | None = None
     line = 1
@@ -124,13 +128,13 @@ def _parquet_rows(path: Path) -> PlacedRows:
 
     try:
         with parquet.ParquetFile(path) as table:
-            yield from _placed(path, table.iter_batches(batch_size=BATCH_ROWS))
+            yield from _table_rows(path, table.iter_batches(batch_size=BATCH_ROWS))
     except ArrowException as error:
         raise DataError(f"{path}: not a parquet file: {error}") from error
 
 
 def _arrow_rows(path: Path) -> PlacedRows:
-    """A stream, which the ``datasets`` library writes, or an Arrow file."""
+    """An Arrow stream, which the ``datasets`` library writes, or an Arrow file."""
     from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map
 
     try:
@@ -140,17 +144,17 @@ def _arrow_rows(path: Path) -> PlacedRows:
             except ArrowInvalid:
                 table = ipc.open_file(source)
                 batches = (table.get_batch(number) for number in range(table.num_record_batches))
-            yield from _placed(path, batches)
+            yield from _table_rows(path, batches)
     except ArrowException as error:
         raise DataError(f"{path}: not an Arrow file: {error}") from error
 
 
-def _placed(path: Path, batches: Iterator[Any]) -> PlacedRows:
+def _table_rows(path: Path, batches: Iterator[Any]) -> PlacedRows:
     rows = (row for batch in batches for row in batch.to_pylist())
     yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
-READERS: dict[str, Callable[[Path], PlacedRows]] = {
+READERS: Mapping[str, Callable[[Path], PlacedRows]] = {
     ".jsonl": _jsonl_rows,
     ".jsonl.gz": _jsonl_rows,
     ".json": _json_rows,

@@ -1,4 +1,4 @@
-"""The layouts in which a row can hold a preference or a prompt, told apart by the row itself.
+"""The layouts in which a row can hold a preference or a prompt, recognised from the row itself.
 
 Invariants: the prompt stands under a key of its own (explicit) or is what both sides begin with (implicit), and both sides
 are texts (standard) or lists of messages (conversation); a row that is none of these is a :class:`LayoutError` that
@@ -22,11 +22,11 @@ from rlhf_ray.rows.conversations import (
 from rlhf_ray.rows.row import LayoutError, is_filled
 
 SYSTEM, TOOLS = "system", "tools"
-"""Optional columns: what the system says before a conversation, and the functions that it may call."""
+"""Optional columns: the system message before a conversation, and the functions that the assistant may call."""
 
 
 class Keys(NamedTuple):
-    """Columns of preferences."""
+    """The names of the columns that hold a preference."""
 
     prompt: str = "prompt"
     chosen: str = "chosen"
@@ -34,25 +34,21 @@ class Keys(NamedTuple):
 
 
 class PairParts(NamedTuple):
-    """Both sides of a row as they are written: texts, or messages; ``prompt`` is empty where the sides hold it."""
+    """A preference as its row is written: all texts, or all messages; ``prompt`` is empty where the sides hold it."""
 
     prompt: str | Sequence[Message]
     chosen: str | Sequence[Message]
     rejected: str | Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
 
-    @property
-    def is_conversation(self) -> bool:
-        return not isinstance(self.chosen, str)
-
 
 def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> PairParts:
-    """The two sides of a row; with ``turns`` texts become the user's and the assistant's messages."""
-    chosen, rejected = (_cell(values, key) for key in keys[1:])
-    prompt = _cell(values, keys.prompt) if is_filled(values, keys.prompt) else ""
+    """The prompt and the two sides of a row; with ``turns`` texts become messages of the user and the assistant."""
+    chosen, rejected = _read_cell(values, keys.chosen), _read_cell(values, keys.rejected)
+    prompt = _read_cell(values, keys.prompt) if is_filled(values, keys.prompt) else ""
     if is_conversation(chosen) != is_conversation(rejected):
-        kinds = [f"{key!r} is {_kind(side)}" for key, side in zip(keys[1:], (chosen, rejected), strict=True)]
-        raise LayoutError(f"{' and '.join(kinds)}: write both in the same form")
+        kinds = f"{keys.chosen!r} is {_kind(chosen)} and {keys.rejected!r} is {_kind(rejected)}"
+        raise LayoutError(f"{kinds}: write both in the same form")
     if isinstance(chosen, str) and isinstance(prompt, str):
         if not turns:
             _refuse_beside_texts(values)
@@ -62,21 +58,22 @@ def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> 
                 f"nothing under {keys.prompt!r}, but data.apply_chat_template makes turns of prompts and answers: name the "
                 "column of the prompts in data.prompt_key"
             )
-    return _conversation(values, keys, prompt, _turns(chosen, "assistant"), _turns(rejected, "assistant"))
+    return _read_conversation(values, keys, prompt, _as_turns(chosen, "assistant"), _as_turns(rejected, "assistant"))
 
 
 def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
-    """The conversation under ``key`` that an answer of the assistant is to follow, the system's column before it."""
-    messages = [*_system(values, prompt := _cell(values, key)), *_turns(prompt, "user")]
+    """The conversation under ``key`` that the assistant is to answer next, after the message of the ``system`` column."""
+    prompt = _read_cell(values, key)
+    messages = [*_read_system(values, prompt), *_as_turns(prompt, "user")]
     check_answer_follows(key, messages)
     return messages
 
 
 def check_answer_follows(key: str, messages: Sequence[Message]) -> None:
-    """Refuse a conversation, named by ``key``, that an answer of the assistant cannot follow."""
+    """Refuse a conversation, named by ``key``, that the assistant cannot answer next."""
     if messages[-1]["role"] == "assistant":
         raise LayoutError(f"{key!r} ends with 'assistant', who is to answer next: leave the last message out")
-    _check_turns([(key, messages), ("answer", [{"role": "assistant"}])])
+    _check_turns([(key, messages), ("answer", [{"role": "assistant"}])])  # as if the answer stood there already
 
 
 def read_tools(values: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
@@ -96,15 +93,12 @@ def read_tools(values: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     return tools or None
 
 
-# -------------------------------------------------------------------------------------------------------- conversations
-
-
-def _conversation(
+def _read_conversation(
     values: Mapping[str, Any], keys: Keys, prompt: Any, chosen: Sequence[Message], rejected: Sequence[Message]
 ) -> PairParts:
-    whole = _holds(chosen, prompt) and _holds(rejected, prompt)
-    prompt = () if whole else _turns(prompt, "user")
-    system = _system(values, prompt or chosen)
+    sides_are_whole = _holds_prompt(chosen, prompt) and _holds_prompt(rejected, prompt)
+    prompt = () if sides_are_whole else _as_turns(prompt, "user")
+    system = _read_system(values, prompt or chosen)
     if prompt:
         prompt = [*system, *prompt]
     else:
@@ -114,11 +108,11 @@ def _conversation(
     return PairParts(tuple(prompt), tuple(chosen), tuple(rejected), read_tools(values))
 
 
-def _holds(side: Sequence[Message], prompt: Any) -> bool:
-    """Whether a side is a whole conversation that holds the prompt: as its first messages, or as what the user asks."""
+def _holds_prompt(side: Sequence[Message], prompt: Any) -> bool:
+    """Whether a side is a whole conversation with the prompt in it: as its first messages, or as a text of the user."""
     if isinstance(prompt, str):
-        asked = [message.get("content") for message in side if message["role"] == "user"]
-        return bool(asked) and (not prompt or prompt in asked)
+        questions = [message.get("content") for message in side if message["role"] == "user"]
+        return bool(questions) and (not prompt or prompt in questions)
     return list(side[: len(prompt)]) == plain_messages(prompt)
 
 
@@ -128,8 +122,8 @@ def _check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> None:
         raise LayoutError(problem)
 
 
-def _system(values: Mapping[str, Any], first: Any) -> list[Message]:
-    """The message of the system's column, which the conversation must not hold already."""
+def _read_system(values: Mapping[str, Any], first: Any) -> list[Message]:
+    """The message of the ``system`` column, if any; refused where ``first``, which follows it, begins with one already."""
     if not is_filled(values, SYSTEM):
         return []
     if problem := text_problem(values[SYSTEM]):
@@ -141,16 +135,14 @@ def _system(values: Mapping[str, Any], first: Any) -> list[Message]:
     return [{"role": SYSTEM, "content": values[SYSTEM]}]
 
 
-def _turns(cell: Any, role: str) -> list[Message]:
+def _as_turns(cell: Any, role: str) -> list[Message]:
+    """The messages of a cell; a text is one message of ``role``."""
     if is_conversation(cell):
         return plain_messages(cell)
     return [{"role": role, "content": cell}] if cell else []
 
 
-# ---------------------------------------------------------------------------------------------------------------- cells
-
-
-def _cell(values: Mapping[str, Any], key: str) -> Any:
+def _read_cell(values: Mapping[str, Any], key: str) -> Any:
     """The text or the messages under ``key``."""
     value = values.get(key)
     if is_conversation(value):

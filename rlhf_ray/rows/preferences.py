@@ -32,9 +32,13 @@ class PreferencePair:
 
     prompt: str | Messages
     chosen: str | Messages
+    """The better answer, without the prompt."""
     rejected: str | Messages
+    """The worse answer, without the prompt."""
     margin: float | None = None
+    """By how much the score of the better answer should be higher, for losses with a margin."""
     source: str = ""
+    """Where the pair comes from, for tables by source; empty where its row does not say."""
     grade: float | None = None
     """By how much the chosen side is better: 0 is a tie."""
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -76,7 +80,7 @@ class PreferenceReader:
         """The pair of one row."""
         parts = read_pair(row.values, self.keys, turns=self.turns)
         margin, grade = row.numbers(PAIR_NUMBERS)
-        prompt, chosen, rejected = parts.prompt or implicit_prompt(row, self.keys, parts), parts.chosen, parts.rejected
+        prompt, chosen, rejected = parts.prompt or find_prompt(row, self.keys, parts), parts.chosen, parts.rejected
         if not parts.prompt:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         return PreferencePair(prompt, chosen, rejected, margin, read_source(row), grade, parts.tools, row.where)
@@ -105,8 +109,8 @@ def read_source(row: Row) -> str:
     return next((row.short_text(key) or "" for key in SOURCE_KEYS if key in row), "")
 
 
-def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
-    """The prompt of a row whose two sides hold it; an error where they have nothing in common."""
+def find_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
+    """The prompt of a row whose two sides begin with it; :class:`LayoutError` where they begin differently."""
     chosen, rejected = parts.chosen, parts.rejected
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt: str | Messages = shared_prompt(chosen, rejected)
@@ -122,7 +126,7 @@ def implicit_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:
 
 
 def shared_messages(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that both conversations begin with, so that at least one is left of each."""
+    """The messages that both conversations begin with; at least one message of each is left as its answer."""
     end = 0
     while end < min(len(chosen), len(rejected)) - 1 and chosen[end] == rejected[end]:
         end += 1
@@ -130,7 +134,7 @@ def shared_messages(chosen: Messages, rejected: Messages) -> Messages:
 
 
 def shared_prompt(chosen: str, rejected: str) -> str:
-    """What both texts begin with, up to where an answer begins in a dialogue, else to the end of a word."""
+    """What both texts begin with: in a dialogue up to the last ``Assistant:`` in it, else up to the end of a word."""
     end = _shared_length(chosen, rejected)
     dialogue = chosen.rfind(ANSWER_BEGINS, 0, end)
     if dialogue >= 0:
@@ -141,6 +145,7 @@ def shared_prompt(chosen: str, rejected: str) -> str:
 
 
 def _shared_length(one: str, other: str) -> int:
+    """How many characters both texts begin with, by bisection: it compares slices, which is fast for long texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

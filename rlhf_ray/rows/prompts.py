@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_ray.rows.conversations import is_conversation
 from rlhf_ray.rows.layouts import Keys, check_answer_follows, read_pair, read_prompt_messages, read_tools
-from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, implicit_prompt, read_source
+from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, find_prompt, read_source
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.row import KeySets, LayoutError, Row
 from rlhf_ray.rows.sources import AnySource
@@ -26,11 +26,15 @@ class Prompt:
     """A prompt, and what a good answer to it is judged by."""
 
     prompt_id: int
+    """The number of its row, from 0."""
     text: str
     """Empty where the prompt is a conversation."""
     label: str | None = None
+    """What a reward function may compare answers with."""
     source: str = ""
+    """Where the prompt comes from, for figures by source; empty where its row does not say."""
     messages: Messages | None = None
+    """The conversation that the assistant is to answer next; none where the prompt is a text."""
     tools: Sequence[Mapping[str, Any]] | None = None
     """Functions that a conversation may call."""
     where: str = field(default="", compare=False)
@@ -91,7 +95,7 @@ def read_prompts(
 def _prompt_of_pair(row: Row, keys: Keys) -> tuple[str | Messages, Sequence[Mapping[str, Any]] | None]:
     """What both sides of a pair begin with, and its tools."""
     parts = read_pair(row.values, keys)
-    prompt = implicit_prompt(row, keys, parts)
+    prompt = find_prompt(row, keys, parts)
     if not isinstance(prompt, str):
         check_answer_follows(keys.prompt, prompt)
         return list(prompt), parts.tools

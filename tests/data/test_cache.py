@@ -62,7 +62,7 @@ def test_a_file_that_is_gone_or_cut_is_noticed(tmp_path, name, project_log):
         make = Made()
         assert load_or_make(tmp_path, "key", make).equals(TABLE)
         assert make.times == 1
-    assert "it is made again" in project_log.getvalue()
+    assert "it will be made again" in project_log.getvalue()
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_no_more(tmp_path, project_log):
