@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     environment.prepare()
-    return exit_code(lambda: demo(Path(given.root), given.seed, given.overrides))
+    return exit_code(lambda: demo(Path(options.root), options.seed, options.overrides))
 
 
 def demo(root: Path, seed: int, overrides: Sequence[str]) -> None:

@@ -67,8 +67,8 @@ class Job(Section):
     def model_sections(self) -> Iterator[tuple[str, ModelConfig]]:
         """The key and the value of every ``model`` section that is there."""
         for key, role in self.roles().items():
-            model = unless_absent(partial(getattr, role.config, "model"), None)
-            if isinstance(model, ModelConfig) and not role.derived:
+            model = _present_model(role)
+            if model is not None and not role.derived:
                 yield f"{key}.model", model
 
     def data_paths(self) -> Iterable[tuple[str, str]]:
@@ -115,3 +115,7 @@ class TrainingJob(Job):
 
     def _data_problems(self) -> Iterator[Problem]:
         return data_problems(self.data, self.row_reader)
+
+
+def _present_model(role: Role) -> ModelConfig | None:
+    return unless_absent(lambda: role.config.model, None)

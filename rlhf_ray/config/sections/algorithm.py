@@ -94,9 +94,9 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
 def _filled(values: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     filled = dict(values)
     for key, chosen in preset.items():
-        given = filled.setdefault(key, chosen)
-        if isinstance(given, Mapping) and isinstance(chosen, Mapping):
-            filled[key] = _filled(given, chosen)
+        own = filled.setdefault(key, chosen)
+        if isinstance(own, Mapping) and isinstance(chosen, Mapping):
+            filled[key] = _filled(own, chosen)
     return filled
 
 

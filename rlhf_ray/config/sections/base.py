@@ -59,7 +59,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _has_no_conflicts(self) -> Self:
-        found = [f"{key}: {text}".removeprefix(": ") for key, text in self.conflicts()]
-        if found:
-            raise ValueError("; ".join(found))
+        conflicts = [f"{key}: {text}".removeprefix(": ") for key, text in self.conflicts()]
+        if conflicts:
+            raise ValueError("; ".join(conflicts))
         return self

@@ -134,12 +134,12 @@ class DataConfig(Section):
         return source.model_copy(update=own)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        given = [name for name in ("world", "path", "sources") if getattr(self, name) not in (None, {})]
-        if len(given) > 1:
-            ways = " or ".join(f"data.{name}={'{}' if name == 'sources' else 'null'}" for name in given)
+        origins = [name for name in ("world", "path", "sources") if getattr(self, name) not in (None, {})]
+        if len(origins) > 1:
+            ways = " or ".join(f"data.{name}={'{}' if name == 'sources' else 'null'}" for name in origins)
             path = f" ({self.path})" if self.path is not None else ""
-            yield "", f"{' and '.join(given)}{path} exclude each other: add {ways}"
-        if not given:
+            yield "", f"{' and '.join(origins)}{path} exclude each other: add {ways}"
+        if not origins:
             yield "", "set one of world (the generated world: {}), path (a data file) and sources (several)"
         held_out = [name for name in ("evaluation_path", "evaluation_split") if getattr(self, name) is not None]
         if held_out and self.evaluation_fraction is not None:

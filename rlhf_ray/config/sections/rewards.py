@@ -55,8 +55,8 @@ class RewardSourceConfig(Section):
     @property
     def places(self) -> list[str]:
         """The keys of the places that are set; a valid section has one."""
-        given = {"model": self.model, "function": self.function, "url": self.url, "source": self.source}
-        return [name for name, value in given.items() if value is not None]
+        places = {"model": self.model, "function": self.function, "url": self.url, "source": self.source}
+        return [name for name, value in places.items() if value is not None]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         function, url = self.function, self.url
@@ -142,10 +142,10 @@ class RewardConfig(RewardSourceConfig):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         places = [*self.places, *(["mixture"] if self.mixture else [])]
         if len(places) != 1:
-            found = f", found {' and '.join(places)}" if places else ""
+            suffix = f", found {' and '.join(places)}" if places else ""
             yield (
                 "",
                 f"set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python) and "
-                f"mixture{found}",
+                f"mixture{suffix}",
             )
         yield from super().conflicts()
