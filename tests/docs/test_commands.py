@@ -23,7 +23,13 @@ from rlhf_ray.config.recipes import recipes
 from rlhf_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*/README.md")])
+PAGES = sorted(
+    [
+        *(ROOT / page for page in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("deploy/*/README.md"),
+    ]
+)
 RECIPES = sorted(ROOT.glob("configs/*.yaml"))
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
