@@ -279,6 +279,21 @@ def test_what_is_longer_than_the_models_context(here, texts):
         assert check_files(parse_config(texts[kind], [*config, "data.max_tokens=256"])) == []
 
 
+def test_the_splits_of_a_folder_are_looked_at_and_a_file_has_none(here, texts):
+    (here / "set").mkdir()
+    (here / "set" / "train.jsonl").write_text(PAIR)
+    (here / "set" / "test.jsonl").write_text('{"prompt": "p"}\n')
+    keys = "data={{path: {}, split: train, evaluation_split: test}}"
+    assert check_files(parse_config(texts["rm"], [keys.format("set")])) == [
+        "data.evaluation_split: set (test): row 1: 'chosen' must hold a text or a list of messages, this is empty"
+    ]
+    (here / "rows.jsonl").write_text(PAIR)
+    problem = check_files(parse_config(texts["rm"], ["data={path: rows.jsonl, split: train, evaluation_fraction: 0}"]))
+    assert problem == [
+        "data.path: rows.jsonl: one file has neither splits nor configurations: remove split, or name the folder of a data set"
+    ]
+
+
 def test_the_evaluation_file_is_looked_at_too(here):
     (here / "rows.jsonl").write_text(LINE)
     config = parse_config(

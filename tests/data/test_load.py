@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -58,7 +59,8 @@ class Files:
 
 
 @pytest.fixture
-def files(tmp_path: Path, tokenizer: Any) -> Files:
+def files(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "library")
     return Files(tmp_path, tokenizer)
 
 
@@ -209,6 +211,53 @@ def test_prompts_and_demonstrations_are_mixed_too(files: Files) -> None:
     assert sum(sizes) == 6
     assert [part.per_epoch for part in prompts.parts] == [sizes[0], 2 * sizes[1]]
     assert load_demonstrations(data, files.tokenizer, 0).parts == prompts.parts
+
+
+# ---------------------------------------------------------------------------------------------------------------- data sets
+
+
+def encoded(split: Any) -> list[list[tuple[list[int], list[int]]]]:
+    return [[(list(one.chosen), list(one.rejected)) for one in half] for half in (split.train, split.held_out)]
+
+
+def test_a_folder_gives_the_order_and_the_hold_out_of_a_file(files: Files) -> None:
+    rows = [pair(number, f"what is {number % 13}?") for number in range(50)]
+    from_file = files.read(path=files.write(*rows), evaluation_fraction=0.2)
+    datasets.Dataset.from_list(rows).save_to_disk(files.folder / "saved", num_shards=3)
+    (files.folder / "parts").mkdir()
+    for number in range(2):
+        files.write(*rows[25 * number : 25 * (number + 1)], name=f"parts/part-{number}.jsonl")
+    for folder in ("saved", "parts"):
+        from_folder = files.read(path=str(files.folder / folder), evaluation_fraction=0.2)
+        assert encoded(from_folder) == encoded(from_file)
+
+
+def test_a_split_is_trained_on_and_another_held_out(files: Files) -> None:
+    folder = files.folder / "set"
+    folder.mkdir()
+    files.write(*(pair(number) for number in range(4)), name="set/train.jsonl")
+    files.write(pair(7), pair(8), name="set/test.jsonl")
+    split = files.read(path=str(folder), evaluation_split="test", evaluation_fraction=None)
+    texts = [[files.text(one.chosen) for one in half] for half in (split.train, split.held_out)]
+    assert texts == [[f"what is {number}? this {number}" for number in numbers] for numbers in (range(4), (7, 8))]
+    sliced = files.read(path=str(folder), split="train[1:3]", evaluation_path=str(folder), evaluation_split="test",
+                        evaluation_fraction=None)  # fmt: skip
+    assert encoded(sliced) == [encoded(split)[0][1:3], encoded(split)[1]]
+    sources = {"a": {"path": str(folder), "split": "test"}, "b": {"path": str(folder)}}
+    assert [part.size for part in files.read(sources=sources, split="train").parts] == [2, 4]
+    files.write(pair(9), name="set/test.jsonl")
+    changed = files.read(path=str(folder), evaluation_split="test", evaluation_fraction=None)
+    assert [files.text(one.chosen) for one in changed.held_out] == ["what is 9? this 9"], (
+        "kept pairs are of the content"
+    )
+
+
+def test_a_tokenizer_is_made_from_all_splits(files: Files) -> None:
+    (files.folder / "set").mkdir()
+    files.write({"text": "zebra " * 9}, name="set/train.jsonl")
+    files.write({"text": "quagga " * 9}, name="set/test.jsonl")
+    tokenizer = make_tokenizer(files.folder / "set", 300)
+    assert len(tokenizer.tokenize("zebra quagga")) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- real rows
