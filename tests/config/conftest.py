@@ -63,16 +63,16 @@ def problems() -> Problems:
     """The problems of a kind's small config under overrides; ``text`` replaces the config."""
 
     def find(
-        kind: str = "ppo", *overrides: str, text: str | None = None, files: bool = False, asked: str | None = None
+        kind: str = "ppo", *overrides: str, text: str | None = None, files: bool = False, wanted: str | None = None
     ) -> list[str]:
-        return problems_of(TEXTS[kind] if text is None else text, overrides, files=files, asked=asked)
+        return problems_of(TEXTS[kind] if text is None else text, overrides, files=files, wanted=wanted)
 
     return find
 
 
-def problems_of(text: str, overrides: Sequence[str], *, files: bool, asked: str | None) -> list[str]:
+def problems_of(text: str, overrides: Sequence[str], *, files: bool, wanted: str | None) -> list[str]:
     try:
-        parse_config(text, overrides, asked, files=files)
+        parse_config(text, overrides, wanted, files=files)
     except ConfigError as error:
         return list(error.problems)
     return []

@@ -32,8 +32,8 @@ def needs_of(name: str) -> list[str]:
 def test_a_name_chooses_its_parts_and_the_resolved_config_says_them(texts, name) -> None:
     config = parse_config(texts["ppo"], [f"algorithm.name={name}", *needs_of(name)])
     parts = config.algorithm
-    found = (parts.advantages, parts.objective, parts.ratio, parts.aggregation, parts.whitening, parts.kl.applied_to)
-    assert (*found, parts.kl.measure) == EXPECTED[name]
+    chosen = (parts.advantages, parts.objective, parts.ratio, parts.aggregation, parts.whitening, parts.kl.applied_to)
+    assert (*chosen, parts.kl.measure) == EXPECTED[name]
     dumped = dump_config(config)
     assert set(yaml.safe_load(dumped)["algorithm"]) == set(AlgorithmConfig.model_fields)
     assert parse_config(dumped) == config
@@ -118,17 +118,17 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "told"), REFUSED)
-def test_parts_that_make_no_sense_are_refused_with_the_way_out(problems, overrides, told) -> None:
-    found = problems("ppo", *overrides)
-    assert len(found) == 1, found
-    assert told in found[0]
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_parts_that_make_no_sense_are_refused_with_the_way_out(problems, overrides, message) -> None:
+    reported = problems("ppo", *overrides)
+    assert len(reported) == 1, reported
+    assert message in reported[0]
 
 
 def test_problems_elsewhere_do_not_hide_what_the_name_chose(problems) -> None:
     """A config with another error is checked with the parts that would run, not with those of ppo."""
-    found = problems("ppo", "algorithm.name=grpo", *GROUPED, "run.seed=x")
-    assert len(found) == 1 and "run.seed" in found[0]
+    reported = problems("ppo", "algorithm.name=grpo", *GROUPED, "run.seed=x")
+    assert len(reported) == 1 and "run.seed" in reported[0]
 
 
 @pytest.mark.parametrize(

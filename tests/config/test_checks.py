@@ -196,11 +196,11 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "overrides", "told"), CASES)
-def test_a_contradiction_is_the_one_problem_and_shows_the_way_out(problems, kind, overrides, told):
-    found = problems(kind, *overrides)
-    assert len(found) == 1, found
-    assert told in found[0]
+@pytest.mark.parametrize(("kind", "overrides", "message"), CASES)
+def test_a_contradiction_is_the_one_problem_and_shows_the_way_out(problems, kind, overrides, message):
+    reported = problems(kind, *overrides)
+    assert len(reported) == 1, reported
+    assert message in reported[0]
 
 
 ALLOWED = [
@@ -233,10 +233,10 @@ def test_what_is_at_the_edge_but_right_is_accepted(problems, kind, overrides):
 def test_the_nearest_divisor_divides(problems):
     for step in (7, 12, 30):
         for update in range(1, step + 3):
-            found = problems("ppo", f"batch.prompts_per_step={step}", f"batch.sequences_per_update={update}")
-            assert bool(found) == bool(step % update)
-            if found:
-                nearest = int(re.search(r"the nearest size that does is (\d+)", found[0])[1])
+            reported = problems("ppo", f"batch.prompts_per_step={step}", f"batch.sequences_per_update={update}")
+            assert bool(reported) == bool(step % update)
+            if reported:
+                nearest = int(re.search(r"the nearest size that does is (\d+)", reported[0])[1])
                 assert step % nearest == 0
                 assert not any(
                     step % size == 0 for size in range(1, step) if abs(size - update) < abs(nearest - update)

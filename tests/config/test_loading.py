@@ -50,10 +50,10 @@ def test_every_key_with_two_letters_swapped_is_found_again(problems, job):
         swapped = name[:2] + name[3:1:-1] + name[4:]
         if len(name) > 4 and swapped != name:
             slips[f"{section}{dot}{swapped}"] = key
-    told = {problem.partition(":")[0]: problem for problem in problems(job, *(f"{slip}=null" for slip in slips))}
+    messages = {problem.partition(":")[0]: problem for problem in problems(job, *(f"{slip}=null" for slip in slips))}
     assert len(slips) > 40
     for slip, key in slips.items():
-        assert told[slip] == f"{slip}: unknown key; did you mean {key}? (command line)"
+        assert messages[slip] == f"{slip}: unknown key; did you mean {key}? (command line)"
 
 
 MAPPINGS = {"reward.mixture", "data.sources", "models"}
@@ -69,19 +69,19 @@ def test_every_wrong_value_is_listed_at_once_with_its_key(job):
     overrides = [f"{key}={'wrong' if key in FREE else '{wrong: 1}'}" for key in keys if key != "kind"]
     with pytest.raises(ConfigError) as error:
         parse_config(f"kind: {job}", overrides)
-    told = {problem.partition(":")[0]: problem for problem in error.value.problems}
+    messages = {problem.partition(":")[0]: problem for problem in error.value.problems}
     for key in keys:
         if key in MAPPINGS:
-            assert "1 is not a section with keys " in told[f"{key}.wrong"]
+            assert "1 is not a section with keys " in messages[f"{key}.wrong"]
         elif key in FREE:
-            assert "'wrong' is not a mapping of names to values" in told[key], key
+            assert "'wrong' is not a mapping of names to values" in messages[key], key
         elif key != "kind":
-            assert "a section (wrong) is not " in told[key], key
+            assert "a section (wrong) is not " in messages[key], key
     assert error.value.exit_code == EXIT_WRONG_REQUEST
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("steps='60'", "steps: '60' is not a whole number above 0; remove the quotes"),
         ("steps=sixty", "steps: 'sixty' is not a whole number above 0"),
@@ -118,11 +118,11 @@ def test_every_wrong_value_is_listed_at_once_with_its_key(job):
         ("policy=null", "policy: null is not a section with keys model, engine, ranks, resources"),
     ],
 )
-def test_a_type_error_names_key_value_and_what_was_wanted(problems, override, told):
-    found = problems("ppo", override)
-    assert len(found) == 1, found
-    assert found[0].startswith(told)
-    assert found[0].endswith("(command line)")
+def test_a_type_error_names_key_value_and_what_was_wanted(problems, override, message):
+    reported = problems("ppo", override)
+    assert len(reported) == 1, reported
+    assert reported[0].startswith(message)
+    assert reported[0].endswith("(command line)")
 
 
 def test_whole_numbers_stand_for_numbers_and_1e_5_is_one():
@@ -133,7 +133,7 @@ def test_whole_numbers_stand_for_numbers_and_1e_5_is_one():
 
 def test_all_sorts_of_errors_come_together(problems):
     """A slip, a wrong type, a missing key, values that exclude each other, across sections, and a file."""
-    found = problems(
+    reported = problems(
         "ppo",
         "rollout.temprature=1",
         "steps=many",
@@ -157,27 +157,27 @@ def test_all_sorts_of_errors_come_together(problems):
         "data.path: nowhere.jsonl does not",
     ]
     for start in starts:
-        assert any(problem.startswith(start) for problem in found), start
-    assert len(found) == len(starts), found
+        assert any(problem.startswith(start) for problem in reported), start
+    assert len(reported) == len(starts), reported
 
 
 def test_a_value_that_is_wrong_is_never_replaced_by_its_default_in_other_checks(problems):
     """``zero: oops`` must not lead to complaints about zero 0, nor hide those that need no zero."""
-    found = problems("ppo", "policy.engine.zero=oops", "policy.engine.offload=all", "policy.ranks=99")
-    assert [problem.partition(":")[0] for problem in found] == ["policy.engine.zero", "policy.ranks"]
+    reported = problems("ppo", "policy.engine.zero=oops", "policy.engine.offload=all", "policy.ranks=99")
+    assert [problem.partition(":")[0] for problem in reported] == ["policy.engine.zero", "policy.ranks"]
 
 
 def test_missing_keys_say_what_they_must_be(problems):
-    found = problems(text="kind: ppo")
-    assert "steps: missing: it must be a whole number above 0" in found
-    assert any(problem.startswith("policy: missing: it must be a section with keys model,") for problem in found)
-    assert {problem.partition(":")[0] for problem in found} == {
+    reported = problems(text="kind: ppo")
+    assert "steps: missing: it must be a whole number above 0" in reported
+    assert any(problem.startswith("policy: missing: it must be a section with keys model,") for problem in reported)
+    assert {problem.partition(":")[0] for problem in reported} == {
         "run", "batch", "policy", "critic", "reward", "data", "steps",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("text", "asked", "told"),
+    ("text", "wanted", "message"),
     [
         ("rollout: {}\nsteps: 1", None, "kind: missing: it must be one of sft, rm, ppo, serve; this looks like ppo"),
         ("kind: pp0", None, "kind: 'pp0' is not one of sft, rm, ppo, serve; did you mean ppo?"),
@@ -187,11 +187,11 @@ def test_missing_keys_say_what_they_must_be(problems):
         ("", "rm", "kind: missing"),
     ],
 )  # fmt: skip
-def test_the_kind_must_be_there_and_agree(problems, text, asked, told):
-    found = problems(text=text, asked=asked)
-    assert sum(problem.startswith("kind:") for problem in found) == 1
-    assert found[0].startswith(told)
-    assert len(found) > 1, "the rest is checked all the same"
+def test_the_kind_must_be_there_and_agree(problems, text, wanted, message):
+    reported = problems(text=text, wanted=wanted)
+    assert sum(problem.startswith("kind:") for problem in reported) == 1
+    assert reported[0].startswith(message)
+    assert len(reported) > 1, "the rest is checked all the same"
 
 
 def test_an_unreadable_text_is_the_only_problem(problems):
@@ -209,6 +209,26 @@ def test_a_dumped_job_loads_as_the_same_job(texts, kind):
     assert set(written) == set(job_class(kind).model_fields)
 
 
+OLD_ORDER = {
+    "sft": "kind run cluster batch policy data epochs evaluation checkpoint monitoring",
+    "rm": "kind run cluster batch reward data loss normalization epochs save evaluation checkpoint monitoring",
+    "ppo": "kind run cluster batch policy critic reference reward rollout algorithm data steps evaluation checkpoint "
+    "monitoring expose",
+}
+
+
+@pytest.mark.parametrize("recipe", ["demo-sft", "demo-rm", "demo-ppo", "gsm8k-grpo"])
+def test_the_config_of_a_run_of_version_0_1_still_loads(recipe):
+    """Another library wrote it, its sections in another order, without keys that came later."""
+    config = load_config(recipe)
+    values = config.model_dump(mode="json")
+    old = {key: values[key] for key in OLD_ORDER[config.kind].split()}
+    assert old.keys() == values.keys()
+    for later in ("split", "config", "evaluation_split"):
+        del old["data"][later]
+    assert parse_config(yaml.safe_dump(old, sort_keys=False, allow_unicode=True, width=120)) == config
+
+
 def test_a_list_comes_back_as_what_it_was(texts):
     overrides = ["policy.model.lora={rank: 4, targets: [q_proj, v_proj]}", "policy.engine.optimizer.betas=[0.8, 0.9]"]
     config = parse_config(texts["sft"], overrides)
@@ -217,9 +237,9 @@ def test_a_list_comes_back_as_what_it_was(texts):
 
 
 def test_tokenizer_from_data_is_written_out(texts):
-    made = texts["sft"].replace("tokenizer_from: world", "tokenizer_from: data")
-    assert parse_config(made).policy.model.make.tokenizer_from == "world"
-    from_file = parse_config(made, ["data.world=null", "data.path=rows.jsonl"])
+    text = texts["sft"].replace("tokenizer_from: world", "tokenizer_from: data")
+    assert parse_config(text).policy.model.make.tokenizer_from == "world"
+    from_file = parse_config(text, ["data.world=null", "data.path=rows.jsonl"])
     assert from_file.policy.model.make.tokenizer_from == "rows.jsonl"
 
 

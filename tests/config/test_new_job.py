@@ -101,14 +101,14 @@ def test_it_is_checked_with_everything_that_is_wrong_at_once(toy, capsys):
     assert (
         main(["check", str(toy), "lessons=many", "student.rank=3", "teacher.ranks=9", "data.path=nowhere.jsonl"]) == 2
     )
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     for problem in (
         "lessons: 'many' is not a whole number above 0",
         "student.rank: unknown key; did you mean student.ranks?",
         "teacher.ranks: 9 ranks cannot share 8 (batch.sequences_per_update)",
         "data.path: nowhere.jsonl does not exist",
     ):
-        assert problem in told
+        assert problem in message
     with pytest.raises(ConfigError, match="lessons: 1 are too few for 2 ranks"):
         load_config(toy, ["student.ranks=2"])
     with pytest.raises(ConfigError, match=r"teacher\.engine\.optimizer: this job does not train the teacher"):

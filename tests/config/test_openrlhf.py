@@ -24,7 +24,7 @@ def test_every_flag_says_something():
 
 
 @pytest.mark.parametrize(
-    ("kind", "override", "told"),
+    ("kind", "override", "message"),
     [
         ("ppo", "n_samples_per_prompt=4", "OpenRLHF's n_samples_per_prompt is batch.samples_per_prompt here"),
         ("ppo", "rollout.rollout_batch_size=4", "OpenRLHF's rollout_batch_size is batch.prompts_per_step here"),
@@ -43,10 +43,10 @@ def test_every_flag_says_something():
         ("ppo", "actor.num_nodes=1", "OpenRLHF's actor is policy here"),
     ],
 )  # fmt: skip
-def test_an_old_flag_is_named_where_it_stands_here(problems, kind, override, told):
-    found = problems(kind, override)
-    assert len(found) == 1
-    assert told in found[0]
+def test_an_old_flag_is_named_where_it_stands_here(problems, kind, override, message):
+    reported = problems(kind, override)
+    assert len(reported) == 1
+    assert message in reported[0]
 
 
 def test_a_flag_without_a_place_in_this_job_is_no_hint(problems):

@@ -42,7 +42,7 @@ def test_origins_move_to_the_command_line():
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("steps", "steps: not an override: write key=value, such as run.seed=1"),
         ("=3", "=3: not an override: the key '' has an empty part; write section.key=value"),
@@ -57,8 +57,8 @@ def test_origins_move_to_the_command_line():
         ("a=[1", "a: '[1' is while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"),
     ],
 )
-def test_what_is_not_an_override_is_told(override, told):
+def test_what_is_not_an_override_is_told(override, message):
     document = apply("a: {b: 1}", override)
     assert len(document.problems) == 1
-    assert document.problems[0].startswith(told)
+    assert document.problems[0].startswith(message)
     assert document.values == {"a": {"b": 1}}

@@ -63,8 +63,8 @@ def test_a_good_directory_is_no_problem(here):
 
 
 def test_a_model_path_that_does_not_exist(here):
-    found = sft_problems("models/llama/8b")
-    assert found == [
+    reported = sft_problems("models/llama/8b")
+    assert reported == [
         "policy.model.path: models/llama/8b does not exist: name a model directory, or a hub id as org/name."
     ]
     assert "would be the result of run demo-sft: train that first" in sft_problems("runs/demo-sft/final")[0]
@@ -83,7 +83,7 @@ def test_a_file_is_not_a_model(here):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "message"),
     [
         ("config.json", None, "has no config.json: it is not a model directory"),
         ("config.json", "{", "config.json:1: not JSON"),
@@ -94,16 +94,16 @@ def test_a_file_is_not_a_model(here):
         ("model.safetensors", None, "holds no weights (*.safetensors)"),
     ],
 )
-def test_a_directory_that_is_no_model_says_what_it_lacks(here, file, content, told):
+def test_a_directory_that_is_no_model_says_what_it_lacks(here, file, content, message):
     model = make_model(here / "model")
     if content is None:
         (model / file).unlink()
     else:
         (model / file).write_text(content)
-    found = sft_problems(model)
-    assert len(found) == 1
-    assert told in found[0]
-    assert found[0].startswith("policy.model.path: ")
+    reported = sft_problems(model)
+    assert len(reported) == 1
+    assert message in reported[0]
+    assert reported[0].startswith("policy.model.path: ")
 
 
 def test_pickled_weights_are_refused_by_name(here):
@@ -128,8 +128,8 @@ def test_an_adapter_needs_its_base(here):
 
 
 def test_a_tokenizer_made_from_a_missing_file(texts, here):
-    made = parse_config(texts["sft"].replace("tokenizer_from: world", "tokenizer_from: rows.jsonl"))
-    assert check_files(made) == [
+    built = parse_config(texts["sft"].replace("tokenizer_from: world", "tokenizer_from: rows.jsonl"))
+    assert check_files(built) == [
         "policy.model.make.tokenizer_from: rows.jsonl does not exist: "
         "name a data file, world, or data for the job's own data"
     ]
@@ -156,7 +156,7 @@ def test_good_rows_are_no_problem(here, name, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("rows.jsonl", "", "data.path: rows.jsonl: holds no rows"),
         ("rows.jsonl", "\n\n", "data.path: rows.jsonl: holds no rows"),
@@ -184,10 +184,10 @@ def test_good_rows_are_no_problem(here, name, content):
         ("rows.txt", "text", "rows.txt: not a format that is read here: .jsonl, .jsonl.gz, "),
     ],
 )  # fmt: skip
-def test_a_bad_row_is_named_with_file_and_line(here, name, content, told):
-    found = rows_problems(here, name, content)
-    assert len(found) == 1
-    assert told in found[0]
+def test_a_bad_row_is_named_with_file_and_line(here, name, content, message):
+    reported = rows_problems(here, name, content)
+    assert len(reported) == 1
+    assert message in reported[0]
 
 
 def test_only_the_first_hundred_rows_are_looked_at(here):
@@ -206,8 +206,8 @@ def test_parquet_rows(here):
 
 
 def test_a_data_path_that_does_not_exist(here):
-    told = "data.path: rows.jsonl does not exist: name a data file, as in data.path=pairs.jsonl.gz"
-    assert sft_problems(rows="rows.jsonl") == [told]
+    message = "data.path: rows.jsonl does not exist: name a data file, as in data.path=pairs.jsonl.gz"
+    assert sft_problems(rows="rows.jsonl") == [message]
     (here / "empty").mkdir()
     assert (
         "data.path: empty: holds no files: name a data file, or the folder of a data set"
@@ -223,8 +223,8 @@ def test_each_kind_needs_its_own_keys(here, texts):
     for row, fine in ((pair, True), ('{"prompt": "p"}', True), ('{"question": "q"}', False)):
         (here / "rows.jsonl").write_text(row)
         assert (check_files(parse_config(texts["ppo"], ppo)) == []) == fine
-    told = check_files(parse_config(texts["ppo"], ppo))
-    assert told == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"]
+    message = check_files(parse_config(texts["ppo"], ppo))
+    assert message == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"]
     assert check_files(parse_config(texts["ppo"], [*ppo, "data.prompt_key=question"])) == []
 
 
@@ -232,7 +232,7 @@ PAIR = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"prompt": [], "chosen": "c", "rejected": "r"}, "rows.jsonl:2: 'prompt': holds no message"),
         (
@@ -250,9 +250,9 @@ PAIR = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"
         ),
     ],
 )
-def test_a_bad_pair_is_named_with_file_and_line(here, row, told):
-    (found,) = rows_problems(here, "rows.jsonl", PAIR + json.dumps(row) + "\n", kind="rm")
-    assert told in found
+def test_a_bad_pair_is_named_with_file_and_line(here, row, message):
+    (reported,) = rows_problems(here, "rows.jsonl", PAIR + json.dumps(row) + "\n", kind="rm")
+    assert message in reported
 
 
 def test_every_source_is_looked_at_with_its_own_keys(here, texts):
@@ -272,10 +272,10 @@ def test_every_source_is_looked_at_with_its_own_keys(here, texts):
 
 def test_what_is_longer_than_the_models_context(here, texts):
     make_model(here / "model", max_position_embeddings=256)
-    told = "data.max_tokens: 512 is more than model reads ({}.model): lower it to 256"
+    message = "data.max_tokens: 512 is more than model reads ({}.model): lower it to 256"
     for kind, role in (("rm", "reward"), ("sft", "policy")):
         config = [f"{role}.model={{path: model, dtype: fp32{', head_init: zero' if kind == 'rm' else ''}}}"]
-        assert check_files(parse_config(texts[kind], config)) == [told.format(role)]
+        assert check_files(parse_config(texts[kind], config)) == [message.format(role)]
         assert check_files(parse_config(texts[kind], [*config, "data.max_tokens=256"])) == []
 
 
@@ -323,17 +323,19 @@ def test_critic_and_reference_read_the_policys_tokens(here, texts):
     assert ppo(here, texts, "critic.model.path=other") == [], "neither adds a token to a text"
     (other / "tokenizer.json").write_text(json.dumps({**TOKENIZER, "added_tokens": [{"id": 1, "content": "<x>"}]}))
     for role in ("critic", "reference"):
-        found = ppo(here, texts, f"{role}.model.path=other")
-        assert len(found) == 1
-        assert found[0].startswith(f"{role}.model: its tokenizer (other) is not the policy's (policy), whose token ids")
+        reported = ppo(here, texts, f"{role}.model.path=other")
+        assert len(reported) == 1
+        assert reported[0].startswith(
+            f"{role}.model: its tokenizer (other) is not the policy's (policy), whose token ids"
+        )
     assert ppo(here, texts, "reward.model.path=other") == [], "the reward owns its tokenizer"
 
 
 def test_made_tokenizers_are_compared_by_how_they_are_made(here, texts):
     make = "{shape: llama-tiny, tokenizer_from: rows.jsonl, vocabulary: 300}"
     (here / "rows.jsonl").write_text(LINE)
-    found = check_files(parse_config(texts["ppo"], [f"policy.model.make={make}"]))
-    assert [problem.partition(":")[0] for problem in found] == ["critic.model", "reference.model"]
+    reported = check_files(parse_config(texts["ppo"], [f"policy.model.make={make}"]))
+    assert [problem.partition(":")[0] for problem in reported] == ["critic.model", "reference.model"]
     both = [f"{role}.model.make={make}" for role in ("policy", "critic", "reference")]
     assert check_files(parse_config(texts["ppo"], both)) == []
     assert len(check_files(parse_config(texts["ppo"], [*both, "critic.model.make.vocabulary=301"]))) == 1
@@ -341,15 +343,15 @@ def test_made_tokenizers_are_compared_by_how_they_are_made(here, texts):
 
 def test_the_rollout_must_be_able_to_serve_the_policy(here, texts):
     parallel = ["rollout.tensor_parallel=4", "rollout.resources.gpus_per_rank=4"]
-    found = ppo(here, texts, *parallel, num_attention_heads=6, max_position_embeddings=256)
-    assert found == [
+    reported = ppo(here, texts, *parallel, num_attention_heads=6, max_position_embeddings=256)
+    assert reported == [
         "rollout.tensor_parallel: 4 does not divide the 6 attention heads of policy",
         "rollout.max_model_tokens: 512 is more than policy reads: lower it to 256",
     ]
 
 
 @pytest.mark.parametrize(
-    ("function", "content", "told"),
+    ("function", "content", "message"),
     [
         ("rewards.py:score", None, "reward.function: rewards.py does not exist: name a Python file, as path.py:name"),
         (
@@ -360,12 +362,12 @@ def test_the_rollout_must_be_able_to_serve_the_policy(here, texts):
         ("rewards.py:score", "x = (", "reward.function: rewards.py:1: not Python: "),
     ],
 )
-def test_a_reward_function_is_looked_for_and_never_run(here, texts, function, content, told):
+def test_a_reward_function_is_looked_for_and_never_run(here, texts, function, content, message):
     if content is not None:
         (here / "rewards.py").write_text(f"import nothing_of_the_kind\n{content}" if "def" in content else content)
-    found = check_files(parse_config(texts["ppo"], [f"reward={{function: {function}}}"]))
-    assert len(found) == 1
-    assert found[0].startswith(told)
+    reported = check_files(parse_config(texts["ppo"], [f"reward={{function: {function}}}"]))
+    assert len(reported) == 1
+    assert reported[0].startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_aliases_and_merges_give_values_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: b: c", "line 1, column 5: not YAML: mapping values are not allowed here"),
         ("a:\n\t- c", "line 2, column 1: not YAML"),
@@ -83,15 +83,15 @@ def test_aliases_and_merges_give_values_of_their_own():
         ("just words", "a config is a mapping of keys to values"),
     ],
 )
-def test_what_is_not_a_mapping_is_told_with_its_line(text, told):
+def test_what_is_not_a_mapping_is_told_with_its_line(text, message):
     document = read_mapping(text)
     assert len(document.problems) == 1
-    assert told in document.problems[0]
+    assert message in document.problems[0]
     assert document.values == {} or "a" in document.values
 
 
 def test_nothing_but_plain_values_is_made(tmp_path):
-    target = tmp_path / "made"
+    target = tmp_path / "built"
     document = read_mapping(f"a: !!python/object/apply:pathlib.Path.touch [{target}]")
     assert document.problems
     assert not target.exists()

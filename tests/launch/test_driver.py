@@ -35,7 +35,7 @@ def signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def message(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What the project's logger says."""
     monkeypatch.setattr(get_logger(), "propagate", True)
     return caplog
@@ -61,15 +61,15 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
         (NumericalError("5 updates in a row were skipped"), 1),
     ],
 )
-def test_an_error_of_ours_is_one_message_and_its_code(told, error, code):
+def test_an_error_of_ours_is_one_message_and_its_code(message, error, code):
     assert driver.exit_code(failing(error)) == code
-    (record,) = told.records
+    (record,) = message.records
     assert record.getMessage() == str(error) and record.exc_info is None
 
 
-def test_any_other_error_shows_its_trace(told):
+def test_any_other_error_shows_its_trace(message):
     assert driver.exit_code(failing(KeyError("a bug"))) == 1
-    assert told.records[-1].exc_info is not None
+    assert message.records[-1].exc_info is not None
 
 
 def test_work_that_ends_is_done():
@@ -92,7 +92,7 @@ def test_a_run_that_was_refused_before_its_first_step_frees_its_name(tmp_path, m
     assert not (tmp_path / "runs/small").exists()
 
 
-@pytest.mark.parametrize("error", [GroupError("policy", 1, "setup", "the process died"), ResumableStop("asked")])
+@pytest.mark.parametrize("error", [GroupError("policy", 1, "setup", "the process died"), ResumableStop("wanted")])
 def test_a_run_that_failed_keeps_its_directory(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(driver, "run_trainer", failing(error))

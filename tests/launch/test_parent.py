@@ -51,8 +51,8 @@ class Parent:
     def run(self, script: list[str], *arguments: str) -> tuple[int, str]:
         """Its exit code and what it said."""
         process = self.start(script, *arguments)
-        _, told = process.communicate(timeout=60)
-        return process.returncode, told
+        _, message = process.communicate(timeout=60)
+        return process.returncode, message
 
     def stop(self, process: subprocess.Popen[str], number: signal.Signals) -> int:
         """Send a signal to the parent alone once the driver waits for one."""
@@ -82,10 +82,10 @@ def test_a_code_of_the_drivers_own_reaches_the_caller_and_is_final(parent, code)
 
 
 def test_a_driver_that_died_is_started_again_from_the_last_commit(parent):
-    code, told = parent.run(["begin kill", "1", "0"], "new", "2")
+    code, message = parent.run(["begin kill", "1", "0"], "new", "2")
     assert code == 0
     assert parent.starts == ["new", f"--resume {parent.directory}/runs/stub", f"--resume {parent.directory}/runs/stub"]
-    assert "ended with -9: restart 1 of 2" in told and "ended with 1: restart 2 of 2" in told
+    assert "ended with -9: restart 1 of 2" in message and "ended with 1: restart 2 of 2" in message
 
 
 def test_restarts_are_counted(parent):

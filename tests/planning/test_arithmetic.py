@@ -32,17 +32,17 @@ def test_ppo():
                  "max_tokens_per_micro_batch: 200}", "policy.ranks=3", "rollout.engines=5", "steps=10"]  # fmt: skip
     config = load_config("demo-ppo", overrides)
     assert config.updates_per_step == 6
-    found = sizes(config)
-    assert found["sequences a step"] == "96"
-    assert found["updates in all"] == "60"
-    assert found["prompts in all"] == "240"
-    assert found["prompts an engine and step"] == "4 to 5"
-    assert found["longest sequence"] == "80 tokens"
-    assert found["policy: sequences a rank and update"] == "10 to 11"
+    reported = sizes(config)
+    assert reported["sequences a step"] == "96"
+    assert reported["updates in all"] == "60"
+    assert reported["prompts in all"] == "240"
+    assert reported["prompts an engine and step"] == "4 to 5"
+    assert reported["longest sequence"] == "80 tokens"
+    assert reported["policy: sequences a rank and update"] == "10 to 11"
     assert (
-        found["policy: micro-batches a rank and update"] == "at most 6"
+        reported["policy: micro-batches a rank and update"] == "at most 6"
     )  # 11 sequences, two of the longest in 200 tokens
-    assert found["critic: sequences a rank and update"] == "32"
+    assert reported["critic: sequences a rank and update"] == "32"
 
 
 def test_sft_knows_the_size_of_the_world_or_is_told_that_of_a_file():
