@@ -64,18 +64,18 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 @pytest.mark.parametrize("template", PROMPTS)
 @quick
-@given(texts=st.lists(ANY, min_size=2, max_size=2, unique=True), asked=ANY)
-def test_ids_are_those_of_one_call_of_the_template(talking, template, texts, asked):
+@given(texts=st.lists(ANY, min_size=2, max_size=2, unique=True), question=ANY)
+def test_ids_are_those_of_one_call_of_the_template(talking, template, texts, question):
     tokenizer = talking(template)
     tools = [{"name": "find"}] if template == WITH_TOOLS else None
-    pair = PreferencePair([user(asked)], [assistant(texts[0])], [assistant(texts[1])], tools=tools)
+    pair = PreferencePair([user(question)], [assistant(texts[0])], [assistant(texts[1])], tools=tools)
     encoded = encode_pair(tokenizer, pair, MANY)
     for ids, text in zip(encoded[:2], texts, strict=True):
         whole = tokenizer.apply_chat_template(
-            [user(asked), assistant(text)], tools=tools, tokenize=True, return_dict=False
+            [user(question), assistant(text)], tools=tools, tokenize=True, return_dict=False
         )
         assert ids == whole
-    assert tokenizer.decode(encoded.chosen[: encoded.prompt_length]) == PROMPTS[template].format(asked)
+    assert tokenizer.decode(encoded.chosen[: encoded.prompt_length]) == PROMPTS[template].format(question)
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "<s> $A </s>"])
@@ -107,8 +107,8 @@ def test_texts_and_conversations_side_by_side(talking):
 def test_a_tokenizer_without_a_template_is_told_with_the_row(byte_tokenizer, write):
     path = write([{"prompt": "secret", "chosen": [assistant("secret")], "rejected": [assistant("b")]}])
     rows = read_preferences(path)
-    told = r"rows\.jsonl:1: holds a conversation, but the tokenizer has no chat template: .*chat_template\.jinja"
-    with pytest.raises(DataError, match=told) as error:
+    problem = r"rows\.jsonl:1: holds a conversation, but the tokenizer has no chat template: .*chat_template\.jinja"
+    with pytest.raises(DataError, match=problem) as error:
         encode_pair(byte_tokenizer, rows[0], MANY)
     assert "secret" not in str(error.value)
 

@@ -44,7 +44,7 @@ def file(write):
 def encodings(monkeypatch):
     """Counts how often rows are encoded."""
     counted, encode = [], room.encode_pair_part
-    monkeypatch.setattr(room, "encode_pair_part", lambda *given, **more: counted.append(1) or encode(*given, **more))
+    monkeypatch.setattr(room, "encode_pair_part", lambda *args, **more: counted.append(1) or encode(*args, **more))
     return counted
 
 
@@ -126,14 +126,14 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
         {"prompt": [user("other")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(talks), tmp_path / "rows.parquet")
-    found = [
+    results = [
         encode_pair_file(PairFile(RowSource(str(path)), PreferenceReader(), 99), byte_tokenizer)
         for path in (write(talks), tmp_path / "rows.parquet")
     ]
-    assert plain(found[0]) == plain(found[1])
-    assert [row.prompt == found[0][0].prompt for row in found[0]] == [True, True, False]
-    assert all(isinstance(row.pair, PairExample) for row in found[0])
+    assert plain(results[0]) == plain(results[1])
+    assert [row.prompt == results[0][0].prompt for row in results[0]] == [True, True, False]
+    assert all(isinstance(row.pair, PairExample) for row in results[0])
     whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in talks]
     assert plain(
         encode_pair_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 99), byte_tokenizer)
-    ) == plain(found[0]), "implicit prompts"
+    ) == plain(results[0]), "implicit prompts"

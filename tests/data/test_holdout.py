@@ -33,6 +33,6 @@ def test_prompts_of_one_row_give_the_exact_share(rows, fraction, count):
 
 def test_each_row_is_as_likely_to_be_held_out_as_any_other():
     """Over 4,000 seeds each of ten rows is held out about 1,200 times (5 deviations are 145)."""
-    found = Counter(row for seed in range(4000) for row in hold_out("abcdefghij", 0.3, seed))
-    assert len(found) == 10
-    assert all(abs(count - 1200) < 145 for count in found.values())
+    counts = Counter(row for seed in range(4000) for row in hold_out("abcdefghij", 0.3, seed))
+    assert len(counts) == 10
+    assert all(abs(count - 1200) < 145 for count in counts.values())

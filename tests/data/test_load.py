@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level(logging.INFO)
     return caplog
@@ -76,32 +76,32 @@ def pair(number: int, prompt: str | None = None, **more: Any) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- what is kept
 
 
-def test_drops_are_counted_and_said(files: Files, said: pytest.LogCaptureFixture) -> None:
+def test_drops_are_counted_and_said(files: Files, log: pytest.LogCaptureFixture) -> None:
     long, equal = pair(1, chosen=" this" * 99), pair(2, chosen=" same", rejected=" same")
     path = files.write(pair(0), long, equal, long, pair(3))
     split = files.read(path=path, max_tokens=60)
     assert [files.text(one.chosen) for one in split.train] == ["what is 0? this 0", "what is 3? this 3"]
     assert split.dropped == {TOO_LONG: 2, EQUAL: 1}
-    assert f"{path}: of 5 training rows dropped: 2 too long, 1 with two equal sides" in said.text
+    assert f"{path}: of 5 training rows dropped: 2 too long, 1 with two equal sides" in log.text
 
 
-def test_a_prompt_that_is_cut_is_said(files: Files, said: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_that_is_cut_is_said(files: Files, log: pytest.LogCaptureFixture) -> None:
     path = files.write(pair(0, "what is it? " * 40), pair(1))
     split = files.read(path=path, max_tokens=60, too_long="cut_prompt")
     assert len(split.train[0].chosen) <= 60
     assert files.text(split.train[0].chosen).endswith("what is it?  this 0")
-    assert "1 prompts were cut at their beginning (data.too_long)" in said.text
+    assert "1 prompts were cut at their beginning (data.too_long)" in log.text
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "problem"),
     [
         (pair(1, chosen=" a" * 99), r"pairs\.jsonl: no row is left to train on \(2 too long\); raise data\.max_tokens"),
         (pair(1, chosen=" a", rejected=" a"), r"no row is left to train on \(2 with two equal sides\)"),
     ],
 )
-def test_all_pairs_dropped_is_an_error(files: Files, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_all_pairs_dropped_is_an_error(files: Files, row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
         files.read(path=files.write(row, row), max_tokens=50)
 
 
@@ -118,9 +118,9 @@ def test_a_grade_that_never_differs_is_an_error(files: Files) -> None:
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_side_that_never_differs_is_said(files: Files, side: str, said: pytest.LogCaptureFixture) -> None:
+def test_a_side_that_never_differs_is_said(files: Files, side: str, log: pytest.LogCaptureFixture) -> None:
     files.read(path=files.write(*(pair(number, **{side: " it"}) for number in range(3))))
-    assert f"the {side} answer is the same in all 3 pairs" in said.text
+    assert f"the {side} answer is the same in all 3 pairs" in log.text
 
 
 # ------------------------------------------------------------------------------------------------------------ what is held out
@@ -148,12 +148,12 @@ def test_a_share_without_a_whole_prompt_is_an_error(files: Files) -> None:
     assert files.read(path=path).held_out == []
 
 
-def test_a_held_out_file_that_shares_prompts_is_said(files: Files, said: pytest.LogCaptureFixture) -> None:
+def test_a_held_out_file_that_shares_prompts_is_said(files: Files, log: pytest.LogCaptureFixture) -> None:
     train = files.write(pair(0), pair(1))
     held_out = files.write(pair(5, "what is 1?"), pair(2), name="held.jsonl")
     split = files.read(path=train, evaluation_path=held_out, evaluation_fraction=None)
     assert [len(split.train), len(split.held_out)] == [2, 2]
-    assert f"{held_out}: 1 of 2 held-out rows have a prompt that is trained on" in said.text
+    assert f"{held_out}: 1 of 2 held-out rows have a prompt that is trained on" in log.text
     with pytest.raises(DataError, match=r"held\.jsonl: no row is left to evaluate on \(2 too long\)"):
         files.read(
             path=files.write(pair(0, "a", chosen="b", rejected="c")), evaluation_path=held_out, evaluation_fraction=None,
@@ -294,7 +294,7 @@ def test_a_batch_of_pairs_holds_chosen_and_rejected_in_turn() -> None:
     assert batch["margin"].dtype == batch["grade"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("given", [{}, {"margin": 1.0}, {"grade": 0.0}])
-def test_a_batch_has_the_columns_that_its_pairs_have(given: dict[str, float]) -> None:
-    batch = make_pair_batch([PairExample([1], [2], **given)] * 2)
-    assert set(batch.columns) == {"token_ids", *given}
+@pytest.mark.parametrize("numbers", [{}, {"margin": 1.0}, {"grade": 0.0}])
+def test_a_batch_has_the_columns_that_its_pairs_have(numbers: dict[str, float]) -> None:
+    batch = make_pair_batch([PairExample([1], [2], **numbers)] * 2)
+    assert set(batch.columns) == {"token_ids", *numbers}

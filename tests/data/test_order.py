@@ -83,9 +83,9 @@ def test_epochs_and_seeds_differ():
 
 def test_every_order_is_as_likely_as_any_other():
     """Over 6,000 seeds each of the 6 orders of three rows comes about 1,000 times (5 deviations are 144)."""
-    found = Counter(tuple(ShuffledOrder(seed, 3).take(3)) for seed in range(6000))
-    assert len(found) == 6
-    assert all(abs(count - 1000) < 150 for count in found.values())
+    counts = Counter(tuple(ShuffledOrder(seed, 3).take(3)) for seed in range(6000))
+    assert len(counts) == 6
+    assert all(abs(count - 1000) < 150 for count in counts.values())
 
 
 def test_the_order_of_a_seed_never_changes():

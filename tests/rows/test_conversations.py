@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rlhf_ray.rows.conversations import ROLES, shape_problem, turn_problem
 
 
-def said(*roles: str) -> list[dict[str, str]]:
+def make_messages(*roles: str) -> list[dict[str, str]]:
     """Messages of these roles; an assistant's with a star calls a tool."""
     calls = {"tool_calls": [{"function": {"name": "f"}}]}
     return [{"role": role.strip("*"), "content": "secret"} | (calls if role.endswith("*") else {}) for role in roles]
@@ -27,13 +27,13 @@ def said(*roles: str) -> list[dict[str, str]]:
     ],
 )
 def test_conversations_in_order(roles):
-    assert turn_problem([("chosen", said(*roles))]) == ""
+    assert turn_problem([("chosen", make_messages(*roles))]) == ""
     for cut in range(len(roles)):
-        assert turn_problem([("prompt", said(*roles[:cut])), ("chosen", said(*roles[cut:]))]) == ""
+        assert turn_problem([("prompt", make_messages(*roles[:cut])), ("chosen", make_messages(*roles[cut:]))]) == ""
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "problem"),
     [
         ({"chosen": ["assistant"]}, "message 1 of 'chosen' is of 'assistant', but 'system' or 'developer' or 'user' was "
                                     "expected at the start"),
@@ -48,8 +48,8 @@ def test_conversations_in_order(roles):
         ({"prompt": ["user"], "chosen": []}, "'chosen' ends with 'user', but 'assistant' was expected to answer"),
     ],
 )  # fmt: skip
-def test_roles_out_of_order_say_which_and_what_was_expected(parts, told):
-    assert turn_problem([(key, said(*roles)) for key, roles in parts.items()]).startswith(told)
+def test_roles_out_of_order_say_which_and_what_was_expected(parts, problem):
+    assert turn_problem([(key, make_messages(*roles)) for key, roles in parts.items()]).startswith(problem)
 
 
 @settings(max_examples=300, deadline=None)
@@ -59,11 +59,11 @@ def test_without_tools_a_conversation_is_an_optional_system_and_whole_exchanges(
     import re
 
     letters = "".join({"system": "s", "developer": "s"}.get(role, role[0]) for role in roles)
-    assert (turn_problem([("chosen", said(*roles))]) == "") == bool(re.fullmatch("s?(ua)+", letters))
+    assert (turn_problem([("chosen", make_messages(*roles))]) == "") == bool(re.fullmatch("s?(ua)+", letters))
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "problem"),
     [
         ([], "holds no message, at least one was expected"),
         (["secret"], "message 1 must be a mapping with 'role' and 'content', this is a str"),
@@ -76,8 +76,8 @@ def test_without_tools_a_conversation_is_an_optional_system_and_whole_exchanges(
         ([{"role": "user", "content": "\ud800"}], "message 1 must hold a text under 'content', this has half a surrogate"),
     ],
 )  # fmt: skip
-def test_messages_of_a_wrong_form(messages, told):
-    assert shape_problem(messages).startswith(told)
+def test_messages_of_a_wrong_form(messages, problem):
+    assert shape_problem(messages).startswith(problem)
 
 
 def test_messages_that_may_be_silent():

@@ -135,18 +135,18 @@ def test_a_folder_is_looked_at_without_torch(tmp_path: Path) -> None:
         f"assert len(read_preferences({str(tmp_path)!r})) == {len(PAIRS)}\n"
         "print({'torch', 'transformers', 'ray'} & set(sys.modules))\n"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert told == "set()\n"
+    problem = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert problem == "set()\n"
 
 
 def test_what_is_wrong_with_a_row_names_its_number(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "secret", "chosen": "c"}])
     source = RowSource(str(tmp_path), "train")
-    told = f"{tmp_path} (train): row 6: 'rejected' must hold a text or a list of messages, this is empty"
-    assert first_problem(source, PreferenceReader()) == told
+    problem = f"{tmp_path} (train): row 6: 'rejected' must hold a text or a list of messages, this is empty"
+    assert first_problem(source, PreferenceReader()) == problem
     with pytest.raises(DataError) as error:
         read_preferences(source)
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(problem)
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}\n{"a": secret}\n', '{"a": 1}\n' * 3 + '{"a": "secret"}\n', "secret"])
@@ -211,11 +211,15 @@ def test_a_hub_that_may_not_be_asked_is_one_error_with_the_ways_out() -> None:
         "try: read_preferences('Org/set')\n"
         "except DataError as error: print(error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/").stdout
-    assert told.startswith("Org/set: no such file or folder here, and the hub does not give a data set of this name (")
-    assert "OfflineModeIsEnabled" in told
-    assert "datasets.load_dataset('Org/set', split='train').save_to_disk('rows')" in told
-    assert "let this process ask the hub, by unsetting HF_HUB_OFFLINE" in told
+    problem = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/"
+    ).stdout
+    assert problem.startswith(
+        "Org/set: no such file or folder here, and the hub does not give a data set of this name ("
+    )
+    assert "OfflineModeIsEnabled" in problem
+    assert "datasets.load_dataset('Org/set', split='train').save_to_disk('rows')" in problem
+    assert "let this process ask the hub, by unsetting HF_HUB_OFFLINE" in problem
 
 
 def test_a_data_set_of_a_hub_is_copied_once_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_empty_fields_that_a_table_gives_to_all_messages_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "problem"),
     [
         ({"chosen": "c", "rejected": [BAD]}, "'chosen' is a text and 'rejected' is a conversation: write both in the same"),
         ({"chosen": "", "rejected": "r"}, "'chosen' must hold a text or a list of messages, this is empty"),
@@ -99,10 +99,10 @@ def test_empty_fields_that_a_table_gives_to_all_messages_are_left_out():
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": {"a": 1}}, "'tools' must hold a list of functions, "),
     ],
 )  # fmt: skip
-def test_rows_without_a_layout(values, told):
+def test_rows_without_a_layout(values, problem):
     with pytest.raises(LayoutError) as error:
         read_pair(values, KEYS)
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(problem)
     with pytest.raises(LayoutError) as of_reader:
         read_preference(values)
     assert str(of_reader.value) == str(error.value)

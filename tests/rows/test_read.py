@@ -90,7 +90,7 @@ def test_the_place_of_a_row_is_the_line_where_it_begins(tmp_path, suffix, texts)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "problem"),
     [
         ("rows.jsonl", '{"a": 1}\n{"a": \n', ":2: not JSON: Expecting value at column"),
         ("rows.jsonl", b'{"a": "x"}\n{"a": "\xff"}\n', ":2: not UTF-8: invalid start byte at byte 8"),
@@ -124,16 +124,16 @@ def test_the_place_of_a_row_is_the_line_where_it_begins(tmp_path, suffix, texts)
         ("rows.parquet.gz", b"", ": not a format that is read here: "),
     ],
 )
-def test_a_file_that_cannot_be_read_says_where_and_why(write, name, content, told):
+def test_a_file_that_cannot_be_read_says_where_and_why(write, name, content, problem):
     path = write(content, name)
     with pytest.raises(DataError) as error:
         read_rows(path)
-    assert f"{path}{told}" in str(error.value)
-    assert f"{path}{told}" in first_problem(path, AnyRow()), "the look beforehand finds the same"
+    assert f"{path}{problem}" in str(error.value)
+    assert f"{path}{problem}" in first_problem(path, AnyRow()), "the look beforehand finds the same"
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "problem"),
     [
         ({"answer": "x"}, "no 'prompt'; its keys are 'answer'"),
         ({"prompt": ""}, "'prompt' must hold a text, this is empty"),
@@ -146,13 +146,13 @@ def test_a_file_that_cannot_be_read_says_where_and_why(write, name, content, tol
         ({"prompt": "secret\ud800"}, "'prompt' must hold a text, this has half a surrogate pair at character 7"),
     ],
 )
-def test_a_row_without_its_text_is_told_by_line_and_never_quoted(write, row, told):
+def test_a_row_without_its_text_is_told_by_line_and_never_quoted(write, row, problem):
     path = write([{"prompt": "secret"}, row])
     with pytest.raises(DataError) as error:
         read_rows(path, [("prompt",)])
-    assert str(error.value).startswith(f"{path}:2: {told}")
+    assert str(error.value).startswith(f"{path}:2: {problem}")
     assert "secret" not in str(error.value)
-    assert first_problem(path, AnyRow([("prompt",)])).startswith(f"{path}:2: {told}")
+    assert first_problem(path, AnyRow([("prompt",)])).startswith(f"{path}:2: {problem}")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
@@ -191,10 +191,10 @@ def test_a_column_is_in_all_rows_or_in_none(write, rows, lacking, having):
         assert len(list(read_file(path, reader))) == len(rows)
         assert first_problem(path, reader) == ""
         return
-    told = rf"jsonl:{lacking}: nothing under 'x', but .*jsonl:{having}: fill it in all rows"
-    with pytest.raises(DataError, match=told):
+    problem = rf"jsonl:{lacking}: nothing under 'x', but .*jsonl:{having}: fill it in all rows"
+    with pytest.raises(DataError, match=problem):
         list(read_file(path, reader))
-    assert re.search(told, first_problem(path, reader))
+    assert re.search(problem, first_problem(path, reader))
 
 
 class Counting:

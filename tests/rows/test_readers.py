@@ -134,7 +134,7 @@ def test_empty_columns_of_a_table_are_no_columns(write):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "problem"),
     [
         ({"prompt": "p", "chosen": "c"}, "no 'chosen' and 'rejected'; its keys are 'prompt', 'chosen'"),
         (
@@ -148,11 +148,11 @@ def test_empty_columns_of_a_table_are_no_columns(write):
         ({"prompt": "p", "chosen": "c", "rejected": "r", "source": ["s"]}, "'source' must hold a text"),
     ],
 )
-def test_bad_pairs(write, row, told):
+def test_bad_pairs(write, row, problem):
     path = write([{"prompt": "p", "chosen": "c", "rejected": "r"}, row])
     with pytest.raises(DataError) as error:
         read_preferences(path)
-    assert str(error.value).startswith(f"{path}:2: {told}")
+    assert str(error.value).startswith(f"{path}:2: {problem}")
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -207,7 +207,7 @@ def test_prompts_of_pairs(write):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "problem"),
     [
         ({"question": "q"}, "no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"),
         ({"chosen": f"{ASKED} Yes."}, "no 'prompt' or 'chosen' and 'rejected'"),
@@ -221,8 +221,8 @@ def test_prompts_of_pairs(write):
         ({"prompt": "p", "label": True}, "'label' must hold a text"),
     ],
 )  # fmt: skip
-def test_bad_prompts(write, row, told):
+def test_bad_prompts(write, row, problem):
     path = write([row])
     with pytest.raises(DataError) as error:
         read_prompts(path)
-    assert str(error.value).startswith(f"{path}:1: {told}")
+    assert str(error.value).startswith(f"{path}:1: {problem}")
