@@ -32,10 +32,11 @@ JUDGE = [
     "batch={pairs_per_update: 16, max_tokens_per_micro_batch: 2048}", "loss={name: sigmoid, label_smoothing: 0.05}",
     "evaluation={every_steps: 0}",
 ]  # fmt: skip
-"""A reward model, with everything that its scores depend on: what a policy can learn is bounded by what its judge knows."""
+"""A reward model. Everything its scores depend on is set here: no policy can learn more than its judge knows."""
 JUDGES = {"rm": JUDGE, "flattered_rm": [*JUDGE, "data.world.raters=flattered"]}
 LEARNED = ["reward.normalize=true", "algorithm.shaping.missing_eos={rule: replace, value: -1.0}"]
-"""Normalised, and -1 for an answer that was cut off, about which the reward model knows nothing (Huang et al. 2024)."""
+"""The rewards of a policy: normalised scores, and -1 for an answer that was cut off, since the reward model never saw one
+(Huang et al. 2024)."""
 GROUPS = ["critic=null", "batch.prompts_per_step=32", "batch.samples_per_prompt=4"]
 RECIPES: Mapping[str, Sequence[str]] = {
     "ppo": [*POLICY, *LEARNED, "algorithm.name=ppo", "algorithm.kl.coefficient=0.03", "evaluation.best_of=32"],
@@ -53,7 +54,7 @@ answers of a step are kept."""
 EQUAL_KL = [*POLICY, *LEARNED, "algorithm.name=ppo", "steps=1", "batch.prompts_per_step=64", "rollout.timeout_s=3600"]
 """For best-of-n: only the evaluation before the first step counts, with n samples of each held-out prompt."""
 BEST_OF_N = {"best_of_n": EQUAL_KL, "best_of_n_by_score": [*EQUAL_KL, "algorithm.shaping.missing_eos=null"]}
-"""By the rewards that PPO trains on, and by the reward model's scores alone."""
+"""Picking by the rewards that PPO trains on, and by the scores of the reward model alone."""
 MOST_KL = 6.0
 """Upper bound, in nats, of the KL at which best-of-n is compared: n grows with its exponential."""
 SUMS = [
@@ -62,8 +63,11 @@ SUMS = [
     "policy.engine.optimizer={learning_rate: 1.0e-3, schedule: cosine, final_fraction: 0.1}",
     "evaluation.prompts=57", "evaluation.samples_per_prompt=6", "evaluation.pass_at=[1]",
 ]  # fmt: skip
-"""Six samples of each of the 57 held-out questions. Without the KL term a policy that is sure of a wrong sum stays so: all
-samples of its group are alike, and nothing pulls."""
+"""GRPO on sums, evaluated on six samples of each of the 57 held-out questions.
+
+The KL term is needed: a policy that is sure of a wrong sum gives the same answer in every sample of a group, so that the
+group has no signal, and only the pull of the reference changes it.
+"""
 QUICK_SFT = ["data.world.demonstrations=64", "policy.model.make.shape=llama-tiny"]
 QUICK_RM = ["data.world.pairs=32", "data.world.evaluation_pairs=16"]
 QUICK = [
@@ -119,7 +123,7 @@ def finished(directory: Path) -> bool:
 
 
 def _job(home: Path, piece: Piece, quick: bool) -> tuple[str, list[str]]:
-    """Recipe and overrides of a piece."""
+    """The recipe of a piece and its overrides."""
     place = [
         f"run.root={home}",
         f"run.name={directory_name(piece.name)}",

@@ -123,7 +123,7 @@ def _contest(shape: str, count: int, longest: int) -> Contest:
         packs,
         [pack(batch, indices, share_prefixes=False) for indices in micro_batches],
         padded.train(),
-        "real paired" if real else "made",
+        "real paired" if real else "random",
         padded_batches(sequences, ROWS),
         [index for indices in micro_batches for index in indices],
     )

@@ -205,7 +205,7 @@ def _alone(directory: Path) -> Figures:
     rank = Rank(0, 1, str(model), [PairExample(pair[0], pair[1]) for pair in pairs], None)
     shared, whole = (rank.turn(0, 1, share=share) for share in (True, False))
     rate = sum(_computed(pair, rank.worker.compute_shape()) for pair in pairs) / shared["seconds"]
-    conditions = f"llama-tiny, one update of {PAIRS_PER_UPDATE} made pairs in this process"
+    conditions = f"llama-tiny, one update of {PAIRS_PER_UPDATE} random pairs in this process"
     return {
         "reward_training.prefix_sharing_gain": Figure(whole["seconds"] / shared["seconds"], "x", True, conditions),
         "reward_training.share_of_matmul_roof": Figure(rate / rank.worker.matmul_rate(), "", True, conditions),

@@ -88,7 +88,7 @@ def _large(directory: Path, size: Size) -> Figures:
         capacity = median(http)
         latencies = {load: _latency(service, sequences, load * capacity, size.seconds) for load in LOADS}
     method = (
-        f"{size.large}, bf16, {len(sequences)} made items, {THREADS} threads, {CLIENTS} clients with one item a request on "
+        f"{size.large}, bf16, {len(sequences)} random items, {THREADS} threads, {CLIENTS} clients with one item a request on "
         f"the same cores, {{}}; median of {size.repeats} turns"
     )
     figures = {
@@ -120,7 +120,7 @@ def _small(directory: Path, size: Size) -> Figures:
             lambda: _over_http(service.host, service.port, sequences, 64, clients=4),
         )
     method = (
-        f"{size.small}, bf16, {len(sequences)} made items, {THREADS} threads, requests of 64 items from 4 clients on the "
+        f"{size.small}, bf16, {len(sequences)} random items, {THREADS} threads, requests of 64 items from 4 clients on the "
         f"same cores over the offline scorer; median of {size.repeats} turns"
     )
     return {"scoring.http_batched_vs_offline": Figure(_ratio(http, offline), "x", True, method)}

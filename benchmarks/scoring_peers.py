@@ -105,7 +105,7 @@ def _ours(group: RewardGroup, sequences: list[list[int]]) -> tuple[float, list[f
 def _sequences(count: int) -> tuple[list[list[int]], str]:
     """Token ids, and what they are: sides of real pairs if their file is there, else random items of similar lengths."""
     if not REAL_PAIRS.exists():
-        return [sequence.tolist() for sequence in ragged_sequences(count, VOCABULARY)], "made items"
+        return [sequence.tolist() for sequence in ragged_sequences(count, VOCABULARY)], "random items"
     tokenizer = make_tokenizer(REAL_PAIRS, VOCABULARY)
     rows = [row for _, row in raw_rows(REAL_PAIRS)]
     random.Random(0).shuffle(rows)

@@ -31,9 +31,9 @@ def test_every_query_asks_for_a_metric_that_is_sent_and_every_metric_is_asked_fo
     for metric in REGISTRY:
         suffix = "_total" if metric.kind == "counter" else ""  # Prometheus' rule for counters, which Ray follows
         sent.add(f"{RAY_PREFIX}{metric.exported_name.rstrip('_')}{suffix}")
-    asked = [re.search(rf"{RAY_PREFIX}rlhf_\w+", target["expr"]) for target in targets()]
-    assert {match.group().rstrip("_") for match in asked if match} == sent
-    assert len(asked) == len(sent)
+    queried = [re.search(rf"{RAY_PREFIX}rlhf_\w+", target["expr"]) for target in targets()]
+    assert {match.group().rstrip("_") for match in queried if match} == sent
+    assert len(queried) == len(sent)
 
 
 def test_every_query_is_of_the_chosen_runs_and_says_which() -> None:
@@ -57,5 +57,7 @@ def test_panels_lie_beside_each_other_and_not_on_each_other() -> None:
 
 def test_prometheus_reads_the_targets_that_ray_writes() -> None:
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
-    files = [path for job in config["scrape_configs"] for found in job["file_sd_configs"] for path in found["files"]]
+    files = [
+        path for job in config["scrape_configs"] for discovery in job["file_sd_configs"] for path in discovery["files"]
+    ]
     assert files == ["/tmp/ray/prom_metrics_service_discovery.json"]

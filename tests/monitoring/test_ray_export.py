@@ -1,4 +1,4 @@
-"""What a run logs stands at Ray's metrics agent under the names that the dashboard asks for."""
+"""What a run logs reaches Ray's metrics agent under the names that the dashboard queries."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def series(agent: str, name: str, label: str) -> dict[str, float]:
     """The series ``name`` at the agent now, by one of their labels."""
     with urllib.request.urlopen(agent, timeout=10) as response:
         lines = response.read().decode().splitlines()
-    found = {}
+    values = {}
     for line in lines:
         match = re.match(rf'{name}{{(?=[^}}]*run="demo")[^}}]*\b{label}="(.*?)".*}} (.+)', line)
         if match:
-            found[match[1]] = float(match[2])
-    return found
+            values[match[1]] = float(match[2])
+    return values
 
 
 def assert_reaches(agent: str, name: str, label: str, expected: dict[str, float]) -> None:
@@ -55,11 +55,11 @@ def assert_reaches(agent: str, name: str, label: str, expected: dict[str, float]
         time.sleep(0.1)
 
 
-def asked_for(name: str) -> str:
+def queried_series(name: str) -> str:
     """The series that the dashboard asks Prometheus for."""
-    found = re.search(rf"{RAY_PREFIX}rlhf_\w+", expression(REGISTRY[name]))
-    assert found is not None
-    return found.group()
+    match = re.search(rf"{RAY_PREFIX}rlhf_\w+", expression(REGISTRY[name]))
+    assert match is not None
+    return match.group()
 
 
 def test_gauges_counters_and_the_phase_stand_at_the_agent(agent: str) -> None:
@@ -74,9 +74,9 @@ def test_gauges_counters_and_the_phase_stand_at_the_agent(agent: str) -> None:
     phase.enter("rollout")
     phase.enter("update")
 
-    assert_reaches(agent, asked_for("reward/mean"), "role", {"driver": 0.75, "critic": -1.0})
-    assert_reaches(agent, asked_for("reward/mean"), "rank", {"0": 0.75, "1": -1.0})
-    assert_reaches(agent, asked_for("updates/skipped"), "role", {"driver": 5.0, "critic": 1.0})
+    assert_reaches(agent, queried_series("reward/mean"), "role", {"driver": 0.75, "critic": -1.0})
+    assert_reaches(agent, queried_series("reward/mean"), "rank", {"0": 0.75, "1": -1.0})
+    assert_reaches(agent, queried_series("updates/skipped"), "role", {"driver": 5.0, "critic": 1.0})
     assert_reaches(agent, "ray_rlhf_evaluation_gold_mean", "role", {"driver": 0.5})
     assert_reaches(agent, "ray_rlhf_phase", "phase", {name: float(name == "update") for name in PHASES})
 
