@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
@@ -68,11 +69,14 @@ def prepare(variables: Mapping[str, str] | None = None) -> None:
         os.environ.setdefault(name, value)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form ``org/name`` and is not a path on this machine."""
+def is_hub_id(name: str, directory: str | Path = "") -> bool:
+    """Whether ``name`` has the form ``org/name`` and can be no path on this machine: ``directory`` holds no ``org``.
+
+    A relative path is read from ``directory``, by default the current one.
+    """
     parts = name.split("/")
     has_form = len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
-    return has_form and not os.path.exists(name)
+    return has_form and not os.path.isdir(os.path.join(directory, parts[0]))
 
 
 def keep_freed_memory() -> None:

@@ -45,5 +45,4 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
 
 def _is_name(value: str, directory: Path) -> bool:
     """Whether ``value`` is a name; ``folder/name`` is a path, not a hub id, where ``folder`` is in ``directory``."""
-    on_hub = environment.is_hub_id(value) and not (directory / value).parent.is_dir()
-    return on_hub or value in ("world", "data")
+    return environment.is_hub_id(value, directory) or value in ("world", "data")

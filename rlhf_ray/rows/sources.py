@@ -40,7 +40,7 @@ class RowSource:
     @property
     def is_on_hub(self) -> bool:
         """Whether only a hub can have it; ``folder/name`` is a path where ``folder`` stands on this machine."""
-        return is_hub_id(self.path) and not Path(self.path).parent.is_dir()
+        return is_hub_id(self.path)
 
 
 AnySource = RowSource | Path | str

@@ -10,26 +10,21 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray import environment
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.environment import is_hub_id
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def is_on_hub(name: str) -> bool:
-    """A hub id; ``folder/name`` is a path where ``folder`` stands on this machine."""
-    return environment.is_hub_id(name) and not Path(name).parent.is_dir()
 
 
 def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> Iterator[Problem]:
     """What is wrong with the model at ``key``; ``own_data`` are the paths of the job's rows, which are checked as such."""
     if model.make is not None and model.make.tokenizer_from not in own_data:
         yield from _made_problems(f"{key}.make.tokenizer_from", model.make)
-    if model.path is None or is_on_hub(model.path):
+    if model.path is None or is_hub_id(model.path):
         return
     path = Path(model.path)
     if not path.is_dir():
@@ -42,7 +37,7 @@ def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> I
 
 
 def _made_problems(key: str, make: MakeConfig) -> Iterator[Problem]:
-    if make.tokenizer_from != "world" and not Path(make.tokenizer_from).exists() and not is_on_hub(make.tokenizer_from):
+    if make.tokenizer_from != "world" and not Path(make.tokenizer_from).exists() and not is_hub_id(make.tokenizer_from):
         yield key, f"{make.tokenizer_from} does not exist: name a data file, world, or data for the job's own data"
 
 
@@ -84,7 +79,7 @@ def _adapter_problems(key: str, path: Path) -> Iterator[Problem]:
         yield key, content
         return
     base = str(content.get("base_model_name_or_path"))
-    if not Path(base).is_dir() and not is_on_hub(base):
+    if not Path(base).is_dir() and not is_hub_id(base):
         yield key, f"{path} is an adapter of {base}, which does not exist on this machine"
     for text in _weight_problems(path):
         yield key, text

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.files.models import is_on_hub
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
+from rlhf_ray.environment import is_hub_id
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.read import RowReader, first_problem
 
@@ -31,7 +31,7 @@ def data_problems(data: DataConfig, row_reader: Callable[[SourceConfig], RowRead
         key = "data.evaluation_split" if data.evaluation_path is None else "data.evaluation_path"
         files.append((key, data.evaluation_file))
     for key, source in files:
-        if is_on_hub(source.path):
+        if is_hub_id(source.path):
             continue
         path = Path(source.path)
         if not path.exists():
