@@ -9,8 +9,7 @@ also when its samples are left out. It must keep nothing between steps: a resume
 from __future__ import annotations
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
-from rlhf_ray.trainers.ppo.sampling import Collected, Phase, Sampler
-from rlhf_ray.trainers.ppo.user_sources import RecordedPrompts
+from rlhf_ray.trainers.ppo.sampling import Collected, Phase, RecordedPrompts, Sampler
 
 
 class Longest:

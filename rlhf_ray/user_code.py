@@ -136,6 +136,11 @@ def accepts(function: Any, *names: str) -> bool:
     return True
 
 
+def attribute_of(value: Any, name: str) -> Any:
+    """The attribute ``name`` of an object of the user's; None where it has none."""
+    return getattr(value, name, None)
+
+
 def _entry_point(name: str, group: str) -> EntryPoint | None:
     return next(iter(entry_points(group=group, name=name)), None)
 

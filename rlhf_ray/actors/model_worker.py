@@ -200,7 +200,7 @@ def _packing_metrics(packed: Packed, *, is_dummy: bool) -> Metrics:
     ``padding/share``: tokens that were computed although no sequence needs them, of all that were computed.
     ``shared_prefix/share``: tokens that were not computed again because sequences share them, of all tokens of the sequences.
     """
-    computed, in_sequences = torch.tensor(packed.num_tokens), torch.tensor(len(packed.of_sequences))
+    computed, in_sequences = torch.tensor(packed.num_tokens), torch.tensor(len(packed.sequence_tokens))
     if is_dummy:
         return {"padding/share": (computed, computed)}
     return {

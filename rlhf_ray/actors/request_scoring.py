@@ -15,8 +15,8 @@ import numpy as np
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.trajectories.length_packs import alike_packs
-from rlhf_ray.trajectories.packing import families
+from rlhf_ray.trajectories.length_packs import make_length_packs
+from rlhf_ray.trajectories.packing import group_by_prefix
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
 PREFIX_PACKS_PER_RANK = 4
@@ -94,8 +94,8 @@ def scoring_packs(
     lengths = list(map(len, sequences))
     budget = max(max_tokens // threads, *lengths)
     family_budget = min(budget, sum(lengths) // (PREFIX_PACKS_PER_RANK * ranks * threads))
-    units = families(sequences, max(*lengths, family_budget))
+    units = group_by_prefix(sequences, max(*lengths, family_budget))
     if not ranks_meet:
-        return alike_packs(lengths, units, ranks=ranks, streams=threads, max_tokens=budget)[rank]
+        return make_length_packs(lengths, units, ranks=ranks, streams=threads, max_tokens=budget)[rank]
     schedule = make_schedule([sum(lengths[i] for i in unit) for unit in units], ranks=ranks, max_tokens=budget)
     return [tuple(i for index in pack for i in units[index]) for pack in schedule.rank(rank)]

@@ -1,7 +1,13 @@
-"""The mathematics: advantages, KL, losses, reward shaping, as pure functions on ragged tensors.
+"""The mathematics of RLHF as pure functions on tensors: advantages, KL, losses, reward shaping.
 
-Always true: nothing here does I/O, knows a config object or changes its inputs, and a token outside the action mask
-has no influence on anything, even where NaN stands there.
+Shapes: N is the number of tokens of all sequences, B the number of sequences, A the number of actions, P the number of
+preference pairs. ``offsets`` has B + 1 entries and cuts the N tokens into sequences; where an annotation meets it before B
+its length is called ``cuts``, and B is ``cuts-1``. An action is a token that the policy sampled.
+
+Invariants:
+
+- Nothing here does I/O, knows a config object or changes its inputs; only ``user_parts`` loads code that a user names.
+- A token outside the action mask has no influence on any result, even where NaN stands there.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Advantages and returns over ragged sequences whose actions may have gaps.
+"""Estimate how much better each action was than expected, and the returns that a critic learns.
 
 An estimator is a frozen dataclass that is called with a batch and its token rewards; ``needs`` names the columns it reads.
 
-Always true: the recursion runs over a sequence's actions alone, as if the tokens between them were not there: the value
-after an action is that of the state in which the next action was chosen, and neither gamma nor lambda decays over a
-gap. What stands at other tokens, NaN included, has no influence; they get 0.
+Invariants:
+
+- A recursion runs over the actions of a sequence as if the tokens between them were not there: the value after an action is
+  that of the state in which the next action was chosen, and neither gamma nor lambda decays over a gap.
+- What stands at other tokens, NaN included, has no influence. They get 0.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 @runtime_checkable
 class Estimator(Protocol):
-    """From token rewards to advantages, and to the returns that a critic learns, where there is one."""
+    """Turns token rewards into advantages, and into the returns that a critic learns, where there is one."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class Gae:
-    """:func:`gae` with the critic's values; after the last action ``bootstrap_value`` where the batch brings one."""
+    """:func:`gae` on the critic's values. Where the batch has a ``bootstrap_value``, it is the value after the last action."""
 
     gamma: float
     lam: float
@@ -46,7 +48,7 @@ class Gae:
     def __call__(
         self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"] | None]:
-        """Advantages and returns."""
+        """Return advantages and returns."""
         bootstrap = batch.tensors.get("bootstrap_value")
         return gae(
             token_rewards, batch["values"], batch["action_mask"], batch.offsets,
@@ -56,27 +58,27 @@ class Gae:
 
 @dataclass(frozen=True)
 class RewardToGo:
-    """:func:`reward_to_go`: what follows an action, without a baseline (REINFORCE; with whitening, REINFORCE++)."""
+    """:func:`reward_to_go`: the discounted rewards from an action on, without a baseline (REINFORCE; whitened, REINFORCE++)."""
 
     gamma: float
 
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N"], None]:
-        """The returns as advantages; there is no critic to learn them."""
+        """Return the discounted rewards as advantages, and no returns: there is no critic to learn them."""
         return reward_to_go(token_rewards, batch["action_mask"], batch.offsets, gamma=self.gamma), None
 
 
 @dataclass(frozen=True)
 class AgainstGroup:
-    """The whole answer's reward against those of the other answers to its prompt, the same for all its actions."""
+    """Compare the reward of an answer with those of the other answers to its prompt; all its actions get the same."""
 
     baseline: Baseline
 
     needs: ClassVar[tuple[str, ...]] = ("prompt_id",)
 
     def __call__(self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]) -> tuple[Float[Tensor, "N"], None]:
-        """The sum of each answer's token rewards, a KL penalty in them included, by :func:`group_baseline`."""
+        """Apply :func:`group_baseline` to each answer's sum of token rewards, which includes the KL penalty."""
         mask, offsets = batch["action_mask"], batch.offsets
         rewards = segment_sum(keep(token_rewards, mask).double(), offsets)
         acted = count_actions(mask, offsets) > 0
@@ -94,11 +96,12 @@ def gae(
     lam: float,
     bootstrap_value: Float[Tensor, "cuts-1"] | None = None,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """Generalised advantage estimation (Schulman et al. 2015), and returns = advantages + values.
+    """Estimate generalised advantages (Schulman et al. 2015, eq. 16); returns are advantages + values.
 
     ``delta_k = r_k + gamma V_{k+1} - V_k`` and ``A_k = delta_k + gamma lam A_{k+1}`` over the actions k of a sequence.
     After the last one the value is ``bootstrap_value``, or 0 without it: a sequence that was cut off then counts as
-    ended. Rewards at tokens that are no action are not read. Computed in float64, returned in the dtype of ``values``.
+    ended. Rewards at tokens that are no action are not read. The sums are float64; the results have the dtype of ``values``.
+    Raises ``ValueError`` where shapes differ.
     """
     expect_shape("token_rewards", token_rewards, values.shape)
     expect_shape("action_mask", action_mask, values.shape)
@@ -112,7 +115,7 @@ def gae(
 def reward_to_go(
     token_rewards: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"], *, gamma: float
 ) -> Float[Tensor, "N"]:
-    """``G_k = r_k + gamma G_{k+1}`` over the actions k of a sequence (Williams 1992); float64 inside."""
+    """Sum discounted rewards: ``G_k = r_k + gamma G_{k+1}`` over the actions k of a sequence (Williams 1992), in float64."""
     expect_shape("action_mask", action_mask, token_rewards.shape)
     rewards = token_rewards[action_mask].double()
     sums = _discounted_sums(rewards, count_actions(action_mask, offsets), gamma)
@@ -122,7 +125,7 @@ def reward_to_go(
 def _next_values(
     action_values: Float[Tensor, "A"], counts: Int64[Tensor, "B"], bootstrap_value: Float[Tensor, "B"] | None
 ) -> Float[Tensor, "A"]:
-    """The value of each sequence's next action, and the bootstrap value after its last."""
+    """Shift values to the action before; after the last action of a sequence stands its bootstrap value."""
     following = action_values.roll(-1)
     last = counts.cumsum(0)[counts > 0] - 1
     if bootstrap_value is None:
@@ -132,20 +135,20 @@ def _next_values(
 
 
 def _discounted_sums(delta: Float[Tensor, "A"], counts: Int64[Tensor, "B"], discount: float) -> Float[Tensor, "A"]:
-    """``S_k = delta_k + discount * S_{k+1}`` within each sequence, for all sequences at once, from their ends.
+    """Compute ``S_k = delta_k + discount * S_{k+1}`` within each sequence, for all sequences at once, from their ends.
 
-    Sequences are ordered by falling length, so that those that still have a k-th action from the end come first.
+    Sequences are sorted by falling length, so that those with a k-th action from the end are always the first ones.
     """
     lengths, order = counts.sort(descending=True)
     last = (counts.cumsum(0) - 1)[order]
     sums = torch.empty_like(delta)
     longest = int(lengths[0]) if len(lengths) else 0
-    # still[k]: how many sequences have more than k actions
-    still = (len(lengths) - torch.bincount(lengths, minlength=longest + 1).cumsum(0)).tolist()
+    # longer_than[k]: how many sequences have more than k actions
+    longer_than = (len(lengths) - torch.bincount(lengths, minlength=longest + 1).cumsum(0)).tolist()
     carry = delta.new_zeros(len(lengths))
-    for step, alive in enumerate(still[:longest]):
-        position = last[:alive] - step
-        carry = delta[position] + discount * carry[:alive]
+    for step, sequences in enumerate(longer_than[:longest]):
+        position = last[:sequences] - step
+        carry = delta[position] + discount * carry[:sequences]
         sums[position] = carry
     return sums
 

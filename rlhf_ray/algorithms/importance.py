@@ -1,12 +1,14 @@
-"""Correction for the difference between the engine that sampled and the trainer that learns.
+"""Weights that correct for the difference between the engine that sampled and the trainer that learns.
 
 The rollout engine and the trainer compute the log-probs of the same weights with different kernels and precisions, so the
 samples are off-policy from the first update on (Yao et al. 2025). The policy loss of each action is weighed by
-``w = p_trainer / p_rollout``, bounded: ``truncate`` cuts w at the bounds (TIS), ``mask`` drops what lies outside
+``w = p_trainer / p_rollout`` within bounds: ``truncate`` cuts w at the bounds (TIS), ``mask`` drops actions outside them
 (IcePop, MIS).
 
-Always true: the log-probs are those from before the update, so w carries no gradient and does not move while a step's
-updates run; equal log-probs give exactly 1; at a token that is no action the weight is 0.
+Invariants:
+
+- The log-probs are those from before the update, so w carries no gradient and stays the same during a step's updates.
+- Equal log-probs give exactly 1. At a token that is no action the weight is 0.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from torch import Tensor
 from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, masked_mean, segment_sum, sequence_of_token
 
 MAX_LOG_WEIGHT = 20.0
+"""The exponent is cut at ±20 nats: exp overflows float32 at 88."""
 
 
 @dataclass(frozen=True)
 class ImportanceCorrection:
-    """How to weigh actions.
+    """How actions are weighed.
 
-    ``token``: each by its own ratio; ``sequence``: all actions of an answer by the product of its ratios (as TRL's
-    ``sequence_*`` modes); ``none``: all by 1.
+    ``level``: ``token`` weighs each action by its own ratio, ``sequence`` all actions of an answer by the product of its
+    ratios (as TRL's ``sequence_*`` modes), ``none`` all by 1. ``rule``, ``low`` and ``high`` bound the weights.
     """
 
     level: Literal["none", "token", "sequence"]
@@ -43,7 +46,7 @@ class ImportanceCorrection:
         action_mask: Bool[Tensor, "N"],
         offsets: Int64[Tensor, "cuts"],
     ) -> tuple[Float[Tensor, "N"], dict[str, float]]:
-        """The weights and their metrics."""
+        """Return the weights and their metrics. Raises ``ValueError`` where shapes differ or the level is unknown."""
         expect_shape("rollout_log_probs", rollout_log_probs, log_probs.shape)
         log_ratio = keep(log_probs, action_mask) - keep(rollout_log_probs, action_mask)
         metrics = {
@@ -77,7 +80,7 @@ class ImportanceCorrection:
 
 
 def _effective_share(weights: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"]) -> Float[Tensor, ""]:
-    """Kish's effective sample size over the number of actions: 1 where all weigh the same, 0 where none counts."""
+    """Return Kish's effective sample size as a share of the actions: 1 where all weigh the same, 0 where none counts."""
     total, squares = weights.sum(), weights.square().sum()
     return torch.where(squares > 0, total.square() / (squares * action_mask.sum().clamp(min=1)), 0.0)
 
@@ -85,6 +88,6 @@ def _effective_share(weights: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"]
 def trained_actions(
     action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"], kept: Bool[Tensor, "cuts-1"]
 ) -> Bool[Tensor, "N"]:
-    """The actions of the sequences that are kept: an answer that is left out has no loss and is in no denominator."""
+    """Mask the actions of sequences that are not ``kept``: such an answer has no loss and is in no denominator."""
     expect_shape("kept", kept, count_actions(action_mask, offsets).shape)
     return action_mask & kept[sequence_of_token(offsets)]

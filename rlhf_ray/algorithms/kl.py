@@ -1,9 +1,12 @@
-"""KL between the policy and its reference: estimators, and controllers of its coefficient.
+"""Estimate the KL divergence between the policy and its reference, and control the coefficient of the penalty.
 
-Always true: an estimator is 0 where the two log-probs are equal, and tokens outside the action mask have no influence.
-The samples come from the policy, so with ``r = log p - log p_ref`` k1 and k3 are unbiased estimates of KL(p || p_ref)
-(Schulman, "Approximating KL divergence", 2020). A controller is never changed: ``update`` returns the next one, and
-``state`` is all that a checkpoint must hold.
+The samples come from the policy, so with ``r = log p - log p_ref`` k1 and k3 are unbiased estimates of KL(p || p_ref), in
+nats (Schulman, "Approximating KL divergence", 2020).
+
+Invariants:
+
+- An estimate is 0 where the two log-probs are equal, and tokens outside the action mask have no influence.
+- A controller never changes: ``update`` returns the next one, and ``state`` is all that a checkpoint must hold.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_k1(log_probs: Float[Tensor, "*N"], reference: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """``r``: unbiased, of high variance, can be negative."""
+    """Return ``r``: unbiased, of high variance, can be negative."""
     return log_probs - reference
 
 
 def kl_k2(log_probs: Float[Tensor, "*N"], reference: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """``r^2 / 2``: biased, of low variance; its expected gradient is that of the KL."""
+    """Return ``r^2 / 2``: biased, of low variance; its expected gradient is that of the KL."""
     return 0.5 * (log_probs - reference).square()
 
 
 def kl_k3(log_probs: Float[Tensor, "*N"], reference: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """``exp(-r) - 1 + r``: unbiased, of low variance, never negative; through expm1, which keeps a small ``r``."""
+    """Return ``exp(-r) - 1 + r``: unbiased, of low variance, never negative; expm1 keeps a small ``r`` exact."""
     log_ratio = log_probs - reference
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -47,7 +50,10 @@ def token_kl(
     action_mask: Bool[Tensor, "N"],
     estimator: KlEstimator = "k1",
 ) -> Float[Tensor, "N"]:
-    """The estimate at each action, and 0 at every other token."""
+    """Return the estimate at each action, and 0 at every other token.
+
+    Raises ``ValueError`` for an unknown estimator and for shapes that differ.
+    """
     expect_shape("reference log_probs", reference, log_probs.shape)
     if estimator not in _ESTIMATORS:
         raise ValueError(f"KL estimator {estimator!r} is unknown: use one of {', '.join(_ESTIMATORS)}")
@@ -61,7 +67,7 @@ def sequence_kl(
     offsets: Int64[Tensor, "cuts"],
     estimator: KlEstimator = "k1",
 ) -> Float[Tensor, "cuts-1"]:
-    """The estimate summed over each sequence's actions, in nats."""
+    """Sum the estimate over each sequence's actions, in nats."""
     return segment_sum(token_kl(log_probs, reference, action_mask, estimator), offsets)
 
 
@@ -77,12 +83,12 @@ def kl_loss(
     estimator: KlEstimator,
     gradient: KlGradient,
 ) -> Float[Tensor, "N"]:
-    """The estimate at each action as a term of the policy loss; ``log_ratio`` is that to the policy that sampled.
+    """Return the estimate at each action as a term of the policy loss; ``log_ratio`` compares with the policy that sampled.
 
-    ``plain`` is the estimator with its own gradient, which for k3 is not that of the KL and for k1 is 0 on average.
-    ``unbiased``: the value is ``w k`` and the gradient ``w r grad log p``, with ``w = p / p_old`` taken as a number. Its
-    expectation over the old policy's samples is the gradient of KL(p || p_ref): ``E_p[r grad log p]`` (for k3 the same,
-    sample by sample, as differentiating ``w k3``: DeepSeek-V3.2; TRL's ``use_bias_correction_kl``).
+    ``plain`` is the estimator with its own gradient, which for k3 is not that of the KL and for k1 is 0 on average. With
+    ``unbiased`` the value is ``w k`` and the gradient ``w r grad log p``, where ``w = p / p_old`` is taken as a number. Its
+    expectation over the old policy's samples is the gradient of KL(p || p_ref), ``E_p[r grad log p]``. For k3 this equals
+    differentiating ``w k3``, sample by sample (DeepSeek-V3.2; TRL's ``use_bias_correction_kl``).
     """
     estimate = token_kl(log_probs, reference, action_mask, estimator)
     if gradient == "plain":
@@ -91,8 +97,9 @@ def kl_loss(
         raise ValueError(f"KL gradient {gradient!r} is unknown: use unbiased or plain")
     kept = keep(log_probs, action_mask)
     weight = log_ratio.detach().exp()
-    toward = (kept - keep(reference, action_mask)).detach()
-    return weight * (estimate.detach() + toward * (kept - kept.detach()))
+    distance = (kept - keep(reference, action_mask)).detach()
+    # kept - kept.detach() is 0, with the gradient of log p: it adds the gradient and leaves the value as it is
+    return weight * (estimate.detach() + distance * (kept - kept.detach()))
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class FixedKl:
         return self
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint must hold."""
         return {"coefficient": self.coefficient}
 
     def restored(self, state: Mapping[str, float]) -> FixedKl:
@@ -116,7 +123,11 @@ class FixedKl:
 
 @dataclass(frozen=True)
 class AdaptiveKl:
-    """Ziegler et al. 2019: ``coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``."""
+    """A coefficient that steers the KL towards a target (Ziegler et al. 2019, section 2.2).
+
+    ``coefficient *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon``, the target in nats per sequence, the horizon in
+    sequences. Raises ``ValueError`` where one of the three is not a positive finite number.
+    """
 
     coefficient: float
     target: float
@@ -138,7 +149,7 @@ class AdaptiveKl:
         return replace(self, coefficient=self.coefficient * (1.0 + error * min(n / self.horizon, 1.0)))
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint must hold."""
         return {"coefficient": self.coefficient}
 
     def restored(self, state: Mapping[str, float]) -> AdaptiveKl:

@@ -1,11 +1,14 @@
-"""What losses return, and those of critics and of supervised fine-tuning, each a sum over one micro-batch.
+"""What every loss returns, and the losses of the critic and of supervised fine-tuning.
 
-Always true: a loss is a sum, so the losses and gradients of the parts of a batch add up to those of the whole, and the
-order of sequences does not matter; the caller divides by :func:`~rlhf_ray.algorithms.denominators.denominator` of
-kind ``loss.denominator``, taken over the whole optimizer batch. Tokens that are no action have no influence, even
-through NaN. A metric is a pair (sum, count), so that ranks and micro-batches of any size average rightly.
+A loss is a frozen dataclass, so that it can be sent to another process. It is called as ``loss(outputs, micro_batch)``.
 
-A loss is a frozen dataclass, so that it can be sent to another process; call it as ``loss(outputs, micro_batch)``.
+Invariants:
+
+- A loss is a sum: the losses and gradients of the parts of a batch add up to those of the whole, and the order of sequences
+  does not matter. The caller divides by :func:`~rlhf_ray.algorithms.denominators.denominator` of kind ``loss.denominator``,
+  counted over the whole update.
+- Tokens that are no action have no influence, even through NaN.
+- A metric is a pair (sum, count), so that ranks and micro-batches of different sizes average correctly.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from rlhf_ray.algorithms.masked import expect_shape, keep
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+"""By name, the sum over what counts and how many that are."""
 
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What a policy says about each token: its log-probability, and the entropy of the choice where it was asked."""
+    """What a policy computes for each token: its log-probability in nats, and on request the entropy of its distribution."""
 
     log_probs: Float[Tensor, "N"]
     entropy: Float[Tensor, "N"] | None = None
@@ -34,7 +38,7 @@ class PolicyOutputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The summed loss of one micro-batch with its graph, and metrics as (sum, count) without it."""
+    """The summed loss of one micro-batch with its graph for the gradient, and metrics without a graph."""
 
     loss: Float[Tensor, ""]
     metrics: Metrics
@@ -44,8 +48,9 @@ class LossOutput:
 class ValueLoss:
     """Clipped squared error of the critic: ``0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)``.
 
-    Needs the columns ``values`` (of the weights before the update), ``returns`` and ``action_mask``. The clipped value
-    is compared as such, not as ``v_old + clip(v - v_old)``, whose rounding would count tokens as clipped that are not.
+    ``clip`` is c; without it the second term is left out. Needs the columns ``values`` (of the weights before the update),
+    ``returns`` and ``action_mask``. The value itself is clamped; ``v_old + clip(v - v_old)`` would round, and count tokens
+    as clipped that are not.
     """
 
     clip: float | None
@@ -53,7 +58,7 @@ class ValueLoss:
     denominator: ClassVar[DenominatorKind] = "tokens"
 
     def __call__(self, outputs: Float[Tensor, "N"], micro_batch: TrajectoryBatch) -> LossOutput:
-        """Sum over the actions of the micro-batch."""
+        """Sum the loss over the actions of the micro-batch."""
         mask = micro_batch["action_mask"]
         expect_shape("values of the critic", outputs, mask.shape)
         values, returns = keep(outputs, mask), keep(micro_batch["returns"], mask)
@@ -79,24 +84,27 @@ class NegativeLogLikelihood:
     denominator: ClassVar[DenominatorKind] = "tokens"
 
     def __call__(self, outputs: PolicyOutputs, micro_batch: TrajectoryBatch) -> LossOutput:
-        """Sum over the actions of the micro-batch."""
+        """Sum the loss over the actions of the micro-batch."""
         mask = micro_batch["action_mask"]
         expect_shape("log_probs of the policy", outputs.log_probs, mask.shape)
         loss = -keep(outputs.log_probs, mask).sum()
         metrics = {"loss/sft": metric(loss, mask.sum())}
-        entropy = entropy_of(outputs, mask)
+        entropy = read_entropy(outputs, mask)
         if entropy is not None:
             metrics["entropy"] = metric(entropy.sum(), mask.sum())
         return LossOutput(loss, metrics)
 
 
 def metric(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """A metric without its graph."""
+    """Return a metric without its graph."""
     return total.detach(), count.detach()
 
 
-def entropy_of(outputs: PolicyOutputs, mask: Bool[Tensor, "N"], *, needed: bool = False) -> Float[Tensor, "N"] | None:
-    """The entropy at each action and 0 elsewhere; none where the policy gave none and it is not ``needed``."""
+def read_entropy(outputs: PolicyOutputs, mask: Bool[Tensor, "N"], *, needed: bool = False) -> Float[Tensor, "N"] | None:
+    """Return the entropy at each action and 0 elsewhere, or None where the policy gave none.
+
+    Raises ``ValueError`` where it is ``needed`` and missing.
+    """
     if outputs.entropy is None:
         if needed:
             raise ValueError(

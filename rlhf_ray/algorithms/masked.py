@@ -1,8 +1,10 @@
-"""Sums, means and whitening over the tokens that count.
+"""Sums, means and whitening over the tokens that a mask selects.
 
-Always true: a token outside the mask has no influence on a value or on a gradient, even where NaN or Inf stands there.
-It is replaced before any arithmetic: multiplying by a mask of zeros would keep NaN. At a token that counts, NaN and Inf
-stay, so that the caller sees them. Ragged tensors are flat: ``offsets`` (B+1) cuts N tokens into B sequences.
+Invariants:
+
+- A token outside the mask has no influence on a value or a gradient, even where NaN or Inf stands there. It is replaced
+  before any arithmetic, because multiplying by a mask of zeros would keep NaN.
+- At a token inside the mask NaN and Inf stay, so that the caller sees them.
 """
 
 from __future__ import annotations
@@ -13,26 +15,29 @@ from torch import Tensor
 
 
 def keep(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"], fill: float = 0.0) -> Float[Tensor, "N"]:
-    """``x`` where the mask is set and ``fill`` elsewhere, in float32 or wider, cut from the gradient there."""
+    """Return ``x`` where the mask is set and ``fill`` elsewhere, in float32 or wider; no gradient flows elsewhere.
+
+    Raises ``ValueError`` where the shapes differ.
+    """
     expect_shape("mask", mask, x.shape)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(mask, wide, torch.full_like(wide, fill))
 
 
 def masked_sum(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"]) -> Float[Tensor, ""]:
-    """The sum over the tokens that count; 0 where none does."""
+    """Sum over the tokens in the mask; 0 where there is none."""
     return keep(x, mask).sum()
 
 
 def masked_mean(x: Float[Tensor, "N"], mask: Bool[Tensor, "N"]) -> Float[Tensor, ""]:
-    """The mean over the tokens that count; 0 where none does."""
+    """Average over the tokens in the mask; 0 where there is none."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def whiten(
     x: Float[Tensor, "N"], mask: Bool[Tensor, "N"], *, unbiased: bool = False, shift_mean: bool = True
 ) -> Float[Tensor, "N"]:
-    """``(x - mean) / sqrt(var + 1e-8)`` over the tokens that count, and 0 elsewhere.
+    """Return ``(x - mean) / sqrt(var + 1e-8)`` over the tokens in the mask, and 0 elsewhere.
 
     ``unbiased`` divides the variance by n-1 (as TRL) instead of n (as Ziegler et al. 2019, OpenRLHF). Without
     ``shift_mean`` the mean is added back, so that only the scale changes (rewards).
@@ -48,22 +53,22 @@ def whiten(
 
 
 def segment_sum(values: Num[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Num[Tensor, "cuts-1"]:
-    """The sum of each sequence's tokens; a NaN stays in its own sequence. Mask with :func:`keep` first."""
+    """Sum the tokens of each sequence; a NaN stays in its own sequence. Mask with :func:`keep` first."""
     return values.new_zeros(len(offsets) - 1).index_add(0, sequence_of_token(offsets), values)
 
 
 def sequence_of_token(offsets: Int64[Tensor, "cuts"]) -> Int64[Tensor, "N"]:
-    """The row of the sequence to which each token belongs."""
+    """Return the row of the sequence that each token belongs to."""
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
     return torch.repeat_interleave(rows, offsets.diff())
 
 
 def count_actions(action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Int64[Tensor, "cuts-1"]:
-    """How many tokens of each sequence count."""
+    """Count the actions of each sequence."""
     return segment_sum(action_mask.long(), offsets)
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
-    """Refuse a tensor that broadcasting would silently stretch."""
+    """Raise ``ValueError`` for a tensor of another shape, which broadcasting might stretch without a word."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {tuple(shape)} is needed")

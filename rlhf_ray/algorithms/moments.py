@@ -1,7 +1,9 @@
-"""Running mean and deviation of the rewards of a whole run.
+"""The running mean and standard deviation of the rewards of a run.
 
-Always true: moments are never changed, ``update`` returns the next ones; they are those of all finite numbers seen so far,
-however these came in batches (Chan et al. 1979); ``state`` is all that a checkpoint must hold.
+Invariants:
+
+- Moments never change: ``update`` returns the next ones, and ``state`` is all that a checkpoint must hold.
+- They are those of all finite numbers seen so far, however these were split into batches (Chan et al. 1979).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Of the numbers seen so far: how many, their mean, and the sum of squared distances from it."""
+    """The count of the numbers seen so far, their mean, and the sum of their squared distances from it (``scatter``)."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -25,11 +27,11 @@ class RunningMoments:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation (divided by n); 1 while nothing has varied, so that dividing by it changes nothing."""
+        """The standard deviation, with the variance over n; 1 while nothing has varied, so that dividing by it is harmless."""
         return math.sqrt(self.scatter / self.count) if self.scatter > 0 else 1.0
 
     def update(self, numbers: Float[Tensor, "B"]) -> RunningMoments:
-        """The moments after ``numbers`` too; NaN and Inf teach nothing."""
+        """Return the moments after these numbers as well; NaN and Inf are skipped."""
         finite = numbers[torch.isfinite(numbers)].double()
         count = len(finite)
         if count == 0:
@@ -40,10 +42,10 @@ class RunningMoments:
         return RunningMoments(total, self.mean + shift * count / total, self.scatter + scatter)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint must hold."""
         return asdict(self)
 
     @classmethod
     def restored(cls, state: Mapping[str, float]) -> RunningMoments:
-        """The moments of which ``state`` was taken."""
+        """Return the moments that ``state`` was taken of."""
         return cls(**state)

@@ -1,8 +1,12 @@
-"""The losses of policies: an objective on the ratio to the policy that sampled, a weight for every action, KL and entropy.
+"""The policy loss, put together from parts: objective, level of the ratio, aggregation, KL term and entropy bonus.
 
-Always true: what :mod:`rlhf_ray.algorithms.losses` promises of every loss; and with log-probs equal to those before the
-update the ratio is exactly 1 at every level, so that nothing is clipped and the gradient is that of REINFORCE. Each part
-(level of the ratio, objective, aggregation, KL term) is chosen by itself: an algorithm is a choice of parts.
+An algorithm is a choice of parts, and each part is chosen on its own.
+
+Invariants:
+
+- Everything that :mod:`rlhf_ray.algorithms.losses` says of a loss holds.
+- With log-probs equal to those before the update the ratio is exactly 1 at every level, so that nothing is clipped and the
+  gradient is that of REINFORCE.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import DenominatorKind
 from rlhf_ray.algorithms.kl import KlEstimator, KlGradient, kl_loss
-from rlhf_ray.algorithms.losses import LossOutput, Metrics, PolicyOutputs, entropy_of, metric
+from rlhf_ray.algorithms.losses import LossOutput, Metrics, PolicyOutputs, metric, read_entropy
 from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, segment_sum, sequence_of_token
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 MAX_LOG_RATIO = 20.0
-"""exp overflows float32 at 88; a ratio beyond e^20 is cut there and gives no gradient (as OpenRLHF)."""
+"""The log-ratio is cut at ±20 nats and gives no gradient beyond (as in OpenRLHF): exp overflows float32 at 88."""
 
 RatioLevel = Literal["token", "sequence", "trajectory"]
 Aggregation = Literal["tokens", "sequences", "constant"]
@@ -29,7 +33,10 @@ Aggregation = Literal["tokens", "sequences", "constant"]
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is maximised at each action, and at which actions the bound on the ratio takes its gradient."""
+    """Computes what is maximised at each action, and where a bound on the ratio takes the gradient away.
+
+    ``log_probs``, ``log_ratio`` and ``advantages`` are 0 at tokens that are no action.
+    """
 
     def __call__(
         self, log_probs: Float[Tensor, "N"], log_ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"]
@@ -40,8 +47,8 @@ class Objective(Protocol):
 class Clipped:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7): ``min(r A, clip(r, 1 - low, 1 + high) A)``.
 
-    ``high`` above ``low`` gives DAPO's wider upper bound. ``dual`` c > 1 holds the objective of a negative advantage at
-    ``c A`` or above (Ye et al. 2020; TRL's ``delta``).
+    ``high`` above ``low`` gives DAPO's wider upper bound. ``dual`` c > 1 keeps the objective of a negative advantage at
+    ``c A`` or above (Ye et al. 2020; TRL's ``delta``). Raises ``ValueError`` for a ``dual`` of 1 or less.
     """
 
     low: float
@@ -55,7 +62,7 @@ class Clipped:
     def __call__(
         self, log_probs: Float[Tensor, "N"], log_ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Bool[Tensor, "N"]]:
-        """The objective, and where the clipped side is the smaller one."""
+        """Return the objective, and where the clipped side is the smaller one."""
         ratio = log_ratio.exp()
         unclipped = ratio * advantages
         clipped = ratio.clamp(1.0 - self.low, 1.0 + self.high) * advantages
@@ -67,9 +74,9 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Cispo:
-    """Clipped importance sampling (MiniMax-M1, 2025): ``sg(clip(r, 1 - low, 1 + high)) A log p``.
+    """Clipped importance sampling (MiniMax-M1, 2025): ``sg(clip(r, 1 - low, 1 + high)) A log p``, sg for no gradient.
 
-    Every action keeps its gradient; only its weight is bounded. Without ``low`` only from above, as published.
+    Every action keeps its gradient; only its weight is bounded, and without ``low`` only from above, as published.
     """
 
     low: float | None
@@ -78,7 +85,7 @@ class Cispo:
     def __call__(
         self, log_probs: Float[Tensor, "N"], log_ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Bool[Tensor, "N"]]:
-        """The objective, and where the weight is at a bound."""
+        """Return the objective, and where the weight is at a bound."""
         ratio = log_ratio.detach().exp()
         weight = ratio.clamp(None if self.low is None else 1.0 - self.low, 1.0 + self.high)
         return weight * advantages * log_probs, weight != ratio
@@ -86,7 +93,7 @@ class Cispo:
 
 @dataclass(frozen=True)
 class KlTerm:
-    """``coefficient`` times the KL to the reference, inside the loss (:func:`~rlhf_ray.algorithms.kl.kl_loss`)."""
+    """``coefficient`` times the KL to the reference, as a term of the loss (:func:`~rlhf_ray.algorithms.kl.kl_loss`)."""
 
     coefficient: float
     estimator: KlEstimator
@@ -97,14 +104,14 @@ class KlTerm:
 class PolicyLoss:
     """``-sum_t a_t (w_t objective_t - coefficient KL_t + entropy_coefficient H_t)`` over the actions of a micro-batch.
 
-    ``ratio``: of each ``token``; of a ``sequence``, the geometric mean of its tokens' (GSPO, Zheng et al. 2025); of a
-    ``trajectory``, their product (RLOO as TRL has it). ``aggregation`` decides a_t: ``tokens``, all actions alike (DAPO);
-    ``sequences``, one over the actions of the answer, so that answers weigh alike (GRPO); ``constant``, one over
-    ``constant_tokens``, so that nothing depends on lengths (Dr. GRPO). w_t is the column ``importance_weights``, 1 where
-    there is none.
+    ``ratio`` is taken of each ``token``; of a ``sequence``, as the geometric mean of its tokens' ratios (GSPO, Zheng et al.
+    2025); or of a ``trajectory``, as their product (RLOO in TRL's form). ``aggregation`` decides a_t: with ``tokens`` all
+    actions weigh the same (DAPO); with ``sequences`` a_t is one over the number of actions of the answer, so that all answers
+    weigh the same (GRPO); with ``constant`` it is one over ``constant_tokens``, so that nothing depends on lengths (Dr. GRPO).
+    w_t is the column ``importance_weights``, or 1 without that column.
 
-    Needs the columns ``log_probs`` (of the weights before the update), ``advantages``, ``action_mask``, and with a KL term
-    ``reference_log_probs``.
+    Needs the columns ``log_probs`` (of the weights before the update), ``advantages`` and ``action_mask``, and with a KL term
+    ``reference_log_probs``. Raises ``ValueError`` for an unknown part and for shapes that differ.
     """
 
     objective: Objective
@@ -116,20 +123,20 @@ class PolicyLoss:
 
     @property
     def denominator(self) -> DenominatorKind:
-        """What the sum is divided by."""
+        """What the sum must be divided by."""
         return "tokens" if self.aggregation == "tokens" else "answers"
 
     def with_kl_coefficient(self, coefficient: float) -> PolicyLoss:
-        """The loss at another KL coefficient; the same loss where it has no KL term."""
+        """Return the loss with another KL coefficient, or the same loss where it has no KL term."""
         return self if self.kl is None else replace(self, kl=replace(self.kl, coefficient=coefficient))
 
     def __call__(self, outputs: PolicyOutputs, micro_batch: TrajectoryBatch) -> LossOutput:
-        """Sum over the actions of the micro-batch."""
+        """Sum the loss over the actions of the micro-batch."""
         mask, offsets = micro_batch["action_mask"], micro_batch.offsets
         expect_shape("log_probs of the policy", outputs.log_probs, mask.shape)
         log_probs = keep(outputs.log_probs, mask)
         token_log_ratio = log_probs - keep(micro_batch["log_probs"], mask)
-        log_ratio = ratio_at(self.ratio, token_log_ratio, mask, offsets).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        log_ratio = spread_ratio(self.ratio, token_log_ratio, mask, offsets).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         objective, clipped = self.objective(log_probs, log_ratio, keep(micro_batch["advantages"], mask))
         if "importance_weights" in micro_batch:
             objective = objective * keep(micro_batch["importance_weights"], mask)
@@ -141,14 +148,14 @@ class PolicyLoss:
             kl = self._kl(self.kl, outputs, log_ratio, micro_batch)
             loss = loss + self.kl.coefficient * (share * kl).sum()
             metrics["loss/kl"] = metric((share * kl).sum(), count)
-        entropy = entropy_of(outputs, mask, needed=self.entropy_coefficient != 0.0)
+        entropy = read_entropy(outputs, mask, needed=self.entropy_coefficient != 0.0)
         if entropy is not None:
             metrics["entropy"] = metric(entropy.sum(), mask.sum())
             loss = loss - self.entropy_coefficient * (share * entropy).sum()
         return LossOutput(loss, metrics)
 
     def _shares(self, mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Float[Tensor, "N"]:
-        """What each action's term weighs in the sum; 0 at other tokens."""
+        """Return the weight of each action in the sum; 0 at other tokens."""
         if self.aggregation == "tokens":
             return mask.float()
         if self.aggregation == "constant":
@@ -165,10 +172,10 @@ class PolicyLoss:
         return kl_loss(outputs.log_probs, log_ratio, reference, mask, estimator=term.estimator, gradient=term.gradient)
 
 
-def ratio_at(
+def spread_ratio(
     level: RatioLevel, log_ratio: Float[Tensor, "N"], mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]
 ) -> Float[Tensor, "N"]:
-    """The log-ratio of each action's unit, at each action: its own, or the mean or sum over its sequence's actions."""
+    """Return at each action the log-ratio of its level: its own, or the mean or the sum over the actions of its sequence."""
     if level == "token":
         return log_ratio
     if level not in ("sequence", "trajectory"):
@@ -180,7 +187,7 @@ def ratio_at(
 
 
 def _ratio_metrics(log_ratio: Tensor, token_log_ratio: Tensor, clipped: Tensor, mask: Tensor) -> Metrics:
-    """How far the policy has moved since the log-probs were taken; the KL is Schulman's k3 of each token's ratio."""
+    """Measure how far the policy has moved since the log-probs were taken; the KL is Schulman's k3 of each token's ratio."""
     count, log_ratio, moved = mask.sum(), log_ratio.detach(), token_log_ratio.detach()
     moved = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return {

@@ -1,11 +1,14 @@
-"""What an algorithm needs before its first update: token rewards, advantages, returns and weights of a scored batch.
+"""Prepare a scored batch for its updates: compute token rewards, advantages, returns and importance weights.
 
-Always true: the batch given is not changed; the one returned has the columns ``token_rewards``, ``advantages`` and
-``importance_weights``, and ``returns`` where there is a critic, with 0 at every token that is no action. A NaN in a score,
-a log-prob or a value at an action reaches the advantages, so that the update is voted down, not hidden.
+The order: shape the scores (:mod:`~rlhf_ray.algorithms.shaping`), place them on tokens, subtract the KL penalty, whiten the
+token rewards, estimate advantages, whiten the advantages. Whitening covers all actions of the batch, never a micro-batch.
 
-The order: shape the scores (:mod:`~rlhf_ray.algorithms.shaping`), place them, subtract the KL penalty, whiten the token
-rewards, estimate advantages, whiten those. Whitening covers all actions of the batch, never a micro-batch.
+Invariants:
+
+- The batch that is handed in does not change. The one that comes back has the columns ``token_rewards``, ``advantages`` and
+  ``importance_weights``, and with a critic ``returns``, all of them 0 at every token that is no action.
+- A NaN in a score, a log-prob or a value at an action reaches the advantages, so that the ranks vote against the update
+  instead of hiding it.
 """
 
 from __future__ import annotations
@@ -29,40 +32,44 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
 
 Whitening = Literal["none", "population", "unbiased"]
-"""The variance divided by n (Ziegler et al. 2019, N+, OpenRLHF) or by n - 1 (TRL)."""
+"""``population`` divides the variance by n (Ziegler et al. 2019, N+, OpenRLHF), ``unbiased`` by n - 1 (TRL)."""
 
 Numbers = dict[str, float]
+"""Metrics by name."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The parts of an algorithm that work on a whole step before its updates."""
+    """The parts of an algorithm that work on the whole batch of a step, before its updates."""
 
     shaping: RewardShaping
     estimator: Estimator
     importance: ImportanceCorrection
     kl_penalty: KlEstimator | None = None
-    """Of the KL in the token rewards; none where the KL stands in the loss or nowhere."""
+    """The estimator of the KL in the token rewards; None where the KL is in the loss or nowhere."""
     placement: Placement = "last_action"
     whiten_rewards: Whitening = "none"
-    """Keeps the mean (N+, detail 26)."""
+    """Whitening of the token rewards, which keeps their mean (N+, detail 26)."""
     whiten_advantages: Whitening = "none"
     leave_out_truncated: bool = False
-    """Answers that did not end by themselves move baselines and whitening, but have no loss."""
+    """Whether answers that did not end by themselves have no loss; they still move baselines and whitening."""
 
     def __call__(
         self, batch: TrajectoryBatch, *, kl_coefficient: float, moments: RunningMoments
     ) -> tuple[TrajectoryBatch, Numbers]:
-        """The batch with what the losses need, and the objective's metrics."""
+        """Return the batch with the columns that the losses need, and the metrics of the rewards and advantages.
+
+        Raises :class:`MissingColumnError` where the batch lacks a column.
+        """
         batch.require("action_mask", "score", "finish_reason", "log_probs", "rollout_log_probs", *self.estimator.needs)
         mask, offsets = batch["action_mask"], batch.offsets
         score = self.shaping(batch["score"], batch["finish_reason"], count_actions(mask, offsets), moments)
         token_rewards = self._token_rewards(batch, score, kl_coefficient)
         metrics = self._metrics(batch, score, token_rewards)
-        token_rewards = whitened(token_rewards, mask, self.whiten_rewards, shift_mean=False)
+        token_rewards = apply_whitening(token_rewards, mask, self.whiten_rewards, shift_mean=False)
         advantages, returns = self.estimator(batch, token_rewards)
         metrics |= _advantage_metrics(advantages, mask)
-        advantages = whitened(advantages, mask, self.whiten_advantages)
+        advantages = apply_whitening(advantages, mask, self.whiten_advantages)
         weights, difference = self.importance(batch["log_probs"], batch["rollout_log_probs"], mask, offsets)
         batch = batch.with_columns(token_rewards=token_rewards, advantages=advantages, importance_weights=weights)
         if returns is not None:
@@ -71,7 +78,7 @@ class Preparation:
         return batch, metrics | difference
 
     def trained(self, batch: TrajectoryBatch) -> TrajectoryBatch:
-        """The batch as the losses see it: the same sequences, without the actions of those that are left out."""
+        """Return the batch as the losses see it: the same sequences, without the actions of those that are left out."""
         if not self.leave_out_truncated:
             return batch
         ended = batch["finish_reason"] == FinishReason.STOP
@@ -87,7 +94,7 @@ class Preparation:
         return make_token_rewards(score, kl, mask, offsets, kl_coefficient=kl_coefficient, placement=self.placement)
 
     def _metrics(self, batch: TrajectoryBatch, score: Tensor, token_rewards: Tensor) -> Numbers:
-        """Means over sequences; KL in nats where there is a reference."""
+        """Average over sequences; KL in nats where there is a reference."""
         mask, offsets = batch["action_mask"], batch.offsets
         every, actions = torch.ones(len(batch), dtype=torch.bool, device=batch.device), count_actions(mask, offsets)
         stopped = (batch["finish_reason"] == FinishReason.STOP).float()
@@ -111,17 +118,17 @@ class Preparation:
 _KL_METRICS: dict[str, KlEstimator] = {"kl/k1": "k1", "kl/k3": "k3"}
 
 
-def whitened(
+def apply_whitening(
     x: Float[Tensor, "N"], mask: Bool[Tensor, "N"], kind: Whitening, *, shift_mean: bool = True
 ) -> Float[Tensor, "N"]:
-    """``x`` whitened as ``kind`` says; ``none`` is ``x`` itself."""
+    """Whiten ``x`` as ``kind`` says; ``none`` returns ``x`` itself."""
     if kind == "none":
         return x
     return whiten(x, mask, unbiased=kind == "unbiased", shift_mean=shift_mean)
 
 
 def _advantage_metrics(advantages: Tensor, mask: Tensor) -> Numbers:
-    """Before whitening."""
+    """Measure the advantages as they are before whitening."""
     return {
         "advantages/mean": float(masked_mean(advantages, mask)),
         "advantages/std": float(_variance(advantages, mask).sqrt()),
@@ -129,7 +136,7 @@ def _advantage_metrics(advantages: Tensor, mask: Tensor) -> Numbers:
 
 
 def _critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> Numbers:
-    """How much of the returns' variance the critic foresaw; 0 where the returns do not vary."""
+    """Measure how much of the variance of the returns the critic predicted; 0 where the returns do not vary."""
     variance = _variance(returns, mask)
     explained = torch.where(variance <= 1e-8, 0.0, 1.0 - _variance(returns - values, mask) / variance)
     return {

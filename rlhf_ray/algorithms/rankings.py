@@ -1,8 +1,12 @@
-"""How well two scores of a pair agree with what was preferred: one number a pair, from ``difference = r_chosen - r_rejected``.
+"""Losses of reward models, one number per preference pair, from ``difference = r_chosen - r_rejected``.
 
-Always true: every ranking is finite, with a finite gradient, at any finite difference; it depends on the scores through
-their difference alone; a pair's own number (its margin, its strength, its grade) is a column of the data, which a ranking
-names in ``reads``.
+A ranking may read one number of each pair besides its scores, such as its margin or its grade. That is a column of the data,
+and ``reads`` names it.
+
+Invariants:
+
+- A ranking and its gradient are finite at every finite difference.
+- A ranking depends on the two scores through their difference alone.
 """
 
 from __future__ import annotations
@@ -21,18 +25,18 @@ Column = Literal["margin", "grade"]
 
 @runtime_checkable
 class Ranking(Protocol):
-    """A loss a pair. ``number`` is the pair's own number, none where the data have no such column."""
+    """Computes the loss of each pair. ``number`` is the column that it reads, or None where the data have no such column."""
 
     @property
     def reads(self) -> Column:
         """The column of the data that ``number`` comes from."""
 
     @property
-    def needs(self) -> bool:
-        """Whether it means nothing without that column."""
+    def requires_number(self) -> bool:
+        """Whether the ranking is undefined without that column."""
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
-        """The loss of each pair."""
+        """Return the loss of each pair."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,22 @@ class Sigmoid:
     """
 
     reads: ClassVar[Column] = "margin"
-    needs: ClassVar[bool] = False
+    requires_number: ClassVar[bool] = False
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
-        return -F.logsigmoid(_beyond(difference, number))
+        return -F.logsigmoid(_subtract_margin(difference, number))
 
 
 @dataclass(frozen=True)
 class LogExp:
-    """``log(1 + exp(m - d))`` (Bai et al. 2022): :class:`Sigmoid` as it is called elsewhere, here without overflow."""
+    """``log(1 + exp(m - d))`` (Bai et al. 2022): the same function as :class:`Sigmoid`, under another name and formula."""
 
     reads: ClassVar[Column] = "margin"
-    needs: ClassVar[bool] = False
+    requires_number: ClassVar[bool] = False
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
-        beyond = _beyond(difference, number)
-        return torch.logaddexp(torch.zeros_like(beyond), -beyond)
+        past_margin = _subtract_margin(difference, number)
+        return torch.logaddexp(torch.zeros_like(past_margin), -past_margin)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Hinge:
     margin: float = 1.0
 
     reads: ClassVar[Column] = "margin"
-    needs: ClassVar[bool] = False
+    requires_number: ClassVar[bool] = False
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
         return F.relu((self.margin if number is None else number) - difference)
@@ -75,54 +79,55 @@ class Hinge:
 
 @dataclass(frozen=True)
 class Focal:
-    """``-(1 - 2 max(0, sigmoid(d - m) - 1/2))^gamma log sigmoid(d - m)``: pairs that are right already count less (Cai et
-    al. 2024, eq. 1).
+    """``-(1 - 2 max(0, sigmoid(d - m) - 1/2))^gamma log sigmoid(d - m)`` (Cai et al. 2024, eq. 1).
 
-    For d > m the weight is ``(2 sigmoid(m - d))^gamma``, whose logarithm is exact where ``1 - 2 (..)`` would cancel.
+    Pairs that are already right count less. For d > m the weight is ``(2 sigmoid(m - d))^gamma``; its logarithm stays exact
+    where ``1 - 2 (..)`` would lose digits.
     """
 
     gamma: float = 2.0
 
     reads: ClassVar[Column] = "margin"
-    needs: ClassVar[bool] = False
+    requires_number: ClassVar[bool] = False
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
-        beyond = _beyond(difference, number)
-        log_weight = (math.log(2.0) + F.logsigmoid(-beyond)).clamp(max=0.0)
-        return -torch.exp(self.gamma * log_weight) * F.logsigmoid(beyond)
+        past_margin = _subtract_margin(difference, number)
+        log_weight = (math.log(2.0) + F.logsigmoid(-past_margin)).clamp(max=0.0)
+        return -torch.exp(self.gamma * log_weight) * F.logsigmoid(past_margin)
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """``-m log sigmoid(d)``: the margin says how much a pair counts (Wang et al. 2024, HelpSteer2-Preference, eq. 3)."""
+    """``-m log sigmoid(d)``, where the margin m is the weight of the pair (Wang et al. 2024, HelpSteer2-Preference, eq. 3)."""
 
     reads: ClassVar[Column] = "margin"
-    needs: ClassVar[bool] = True
+    requires_number: ClassVar[bool] = True
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
-        return -_given(number, "scaled") * F.logsigmoid(difference)
+        return -_require_number(number, "scaled") * F.logsigmoid(difference)
 
 
 @dataclass(frozen=True)
 class Ordinal:
     """Graded preferences and ties, by thresholds ``0 < t_1 < .. < t_K`` (McCullagh 1980; with K = 1 Rao and Kupper 1967).
 
-    Grade 0 is a tie: ``P = sigmoid(d + t_1) - sigmoid(d - t_1)``. Grade k says that chosen is better by k:
-    ``P = sigmoid(d - t_k) - sigmoid(d - t_{k+1})``, the last one without the second term. The loss is ``-log P``, by
-    ``sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))``.
+    Grade 0 is a tie: ``P = sigmoid(d + t_1) - sigmoid(d - t_1)``. Grade k says that the chosen side is better by k grades:
+    ``P = sigmoid(d - t_k) - sigmoid(d - t_{k+1})``, for the highest grade without the second term. The loss is ``-log P``,
+    computed with ``sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))``. Raises ``ValueError`` where the
+    thresholds are not ascending numbers above 0.
     """
 
     thresholds: tuple[float, ...]
 
     reads: ClassVar[Column] = "grade"
-    needs: ClassVar[bool] = True
+    requires_number: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.thresholds or any(a >= b for a, b in zip((0.0, *self.thresholds), self.thresholds, strict=False)):
-            raise ValueError(f"thresholds are {self.thresholds}: give ascending numbers above 0, one a grade")
+            raise ValueError(f"thresholds are {self.thresholds}: give ascending numbers above 0, one per grade")
 
     def __call__(self, difference: Float[Tensor, "P"], number: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
-        grade = _given(number, "ordinal").long()
+        grade = _require_number(number, "ordinal").long()
         first, *_ = self.thresholds
         lower = difference.new_tensor([-first, *self.thresholds])[grade]
         upper = difference.new_tensor([*self.thresholds, math.inf])[grade]
@@ -130,11 +135,11 @@ class Ordinal:
         return -(F.logsigmoid(difference - lower) + F.logsigmoid(upper - difference) + inside)
 
 
-def _beyond(difference: Tensor, margin: Tensor | None) -> Tensor:
+def _subtract_margin(difference: Tensor, margin: Tensor | None) -> Tensor:
     return difference if margin is None else difference - margin
 
 
-def _given(number: Tensor | None, name: str) -> Tensor:
+def _require_number(number: Tensor | None, name: str) -> Tensor:
     if number is None:
         raise ValueError(f"the ranking {name} reads a number of each pair, but the batch has none")
     return number

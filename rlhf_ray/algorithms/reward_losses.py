@@ -1,7 +1,10 @@
-"""The loss of reward models, a sum over the pairs of one micro-batch.
+"""The loss of reward models: a ranking of each pair, with label smoothing, centring and the balance of routers.
 
-Always true: what holds of every loss (:mod:`rlhf_ray.algorithms.losses`), except that the balance of routers is a mean
-over a micro-batch by nature, so that it depends on the split; and scores are compared in float32 at least.
+Invariants:
+
+- Everything that :mod:`rlhf_ray.algorithms.losses` says of a loss holds, with one exception: the balance of routers is by
+  its nature a mean over a micro-batch, so it depends on how a batch is split.
+- Scores are compared in float32 or wider.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 @dataclass(frozen=True)
 class RewardOutputs:
-    """What a reward model says of each sequence, and how evenly its routers used their experts, where it has some."""
+    """The score of each sequence, and for a mixture of experts how evenly its routers used them."""
 
     scores: Float[Tensor, "B"]
     router_balance: Float[Tensor, ""] | None = None
@@ -33,9 +36,10 @@ class RewardOutputs:
 class RewardLoss:
     """``(1 - e) ranking(d) + e ranking(-d) + centering (r_c + r_r)^2 + router_balance balance``, pair by pair.
 
-    Sequence 2i is chosen, 2i+1 rejected, ``d`` the difference of their scores; the column that the ranking reads is read
-    at the chosen side. ``label_smoothing`` e is the odds that a label is wrong (Mitchell 2023, conservative DPO).
-    ``centering`` holds scores near zero (Eisenstein et al. 2023, eq. 2).
+    Sequence 2i is the chosen side and 2i+1 the rejected one; ``d`` is the difference of their scores. The column that the
+    ranking reads is taken at the chosen side. ``label_smoothing`` e is the probability that a label is wrong (Mitchell 2023,
+    conservative DPO). ``centering`` keeps scores near zero (Eisenstein et al. 2023, eq. 2). Raises ``ValueError`` where
+    sequences are not whole pairs, and where ``router_balance`` is set for a model without routers.
     """
 
     ranking: Ranking = field(default_factory=Sigmoid)
@@ -46,11 +50,11 @@ class RewardLoss:
     denominator: ClassVar[DenominatorKind] = "pairs"
 
     def __call__(self, outputs: RewardOutputs | Float[Tensor, "B"], micro_batch: TrajectoryBatch) -> LossOutput:
-        """Sum over the pairs of the micro-batch."""
-        said = outputs if isinstance(outputs, RewardOutputs) else RewardOutputs(outputs)
-        chosen, rejected = sides(said.scores, micro_batch)
+        """Sum the loss over the pairs of the micro-batch."""
+        outputs = outputs if isinstance(outputs, RewardOutputs) else RewardOutputs(outputs)
+        chosen, rejected = split_sides(outputs.scores, micro_batch)
         ranking = self.per_pair(chosen - rejected, micro_batch).sum()
-        metrics = _metrics(ranking, chosen.detach(), rejected.detach(), decided(micro_batch))
+        metrics = _metrics(ranking, chosen.detach(), rejected.detach(), find_decided_pairs(micro_batch))
         pairs = metrics["loss/rm"][1]
         loss = ranking
         if self.centering:
@@ -58,15 +62,15 @@ class RewardLoss:
             loss = loss + self.centering * centering
             metrics["loss/centering"] = (centering.detach(), pairs)
         if self.router_balance:
-            if said.router_balance is None:
+            if outputs.router_balance is None:
                 raise ValueError("router_balance is set, but the model has no routers: leave it at 0")
-            balance = said.router_balance * pairs
+            balance = outputs.router_balance * pairs
             loss = loss + self.router_balance * balance
             metrics["loss/router_balance"] = (balance.detach(), pairs)
         return LossOutput(loss, metrics)
 
     def per_pair(self, difference: Float[Tensor, "P"], batch: TrajectoryBatch) -> Float[Tensor, "P"]:
-        """The ranking loss of each pair, with label smoothing, without regularisers."""
+        """Return the ranking loss of each pair, with label smoothing and without the other terms."""
         reads = self.ranking.reads
         number = batch[reads][0::2].to(difference) if reads in batch else None
         loss = self.ranking(difference, number)
@@ -75,8 +79,8 @@ class RewardLoss:
         return loss
 
 
-def sides(scores: Float[Tensor, "B"], batch: TrajectoryBatch) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
-    """The scores of the chosen and of the rejected sequences, in float32 or better."""
+def split_sides(scores: Float[Tensor, "B"], batch: TrajectoryBatch) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+    """Return the scores of the chosen and of the rejected sequences, in float32 or wider."""
     expect_shape("scores of the reward model", scores, (len(batch),))
     if len(batch) % 2:
         raise ValueError(f"{len(batch)} sequences are not whole pairs: chosen is 2i, rejected 2i+1")
@@ -84,18 +88,18 @@ def sides(scores: Float[Tensor, "B"], batch: TrajectoryBatch) -> tuple[Float[Ten
     return scores[0::2], scores[1::2]
 
 
-def decided(batch: TrajectoryBatch) -> Bool[Tensor, "P"]:
-    """Which pairs have a better side: all but those of grade 0."""
+def find_decided_pairs(batch: TrajectoryBatch) -> Bool[Tensor, "P"]:
+    """Mark the pairs that have a better side: all but ties, whose grade is 0."""
     if "grade" in batch:
         return batch["grade"][0::2] != 0
     return torch.ones(len(batch) // 2, dtype=torch.bool, device=batch.device)
 
 
 def router_balance(logits: Sequence[Float[Tensor, "tokens experts"]], top_k: int) -> Float[Tensor, ""]:
-    """``experts * sum_e f_e P_e``: how unevenly tokens went to experts, 1 times ``top_k`` where it was even.
+    """Measure how unevenly tokens went to experts: ``experts * sum_e f_e P_e``, which is ``top_k`` where it was even.
 
-    f_e is the mean number of times that a token went to expert e, P_e the mean probability that its router gave it, over
-    all layers (Fedus et al. 2021, eq. 4-6, with top_k choices a token as in transformers).
+    ``logits`` holds one tensor per layer. f_e is how often a token went to expert e on average, and P_e the mean probability
+    that the router gave it, both over all layers (Fedus et al. 2021, eq. 4-6, with top_k choices per token as in transformers).
     """
     probabilities = torch.cat([layer.float() for layer in logits]).softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
@@ -103,7 +107,7 @@ def router_balance(logits: Sequence[Float[Tensor, "tokens experts"]], top_k: int
 
 
 def _metrics(ranking: Tensor, chosen: Tensor, rejected: Tensor, decided: Tensor) -> Metrics:
-    """``decided`` pairs have a better side; the others are ties, which no accuracy or margin counts."""
+    """Sum what is logged; accuracy and margin count only the ``decided`` pairs, since the others are ties."""
     difference = (chosen - rejected)[decided]
     pairs = torch.full_like(ranking.detach(), len(chosen))
     count = torch.full_like(pairs, len(difference))

@@ -1,8 +1,11 @@
-"""From the score of an answer to the number that is placed on its tokens, in one fixed order.
+"""Shape the score of each answer before it becomes token rewards, in one fixed order.
 
-Always true: normalise, scale, clip, length penalties, rule for a missing end, and in this order: a clip can never take a
-penalty back, and what ``replace`` says is final. A NaN stays NaN except where ``replace`` overwrites the score of an answer
-that did not end. Every step is a pure function of its arguments; the moments of a run live with the driver.
+Invariants:
+
+- The order is: normalise, scale, clip, penalise lengths, apply the rule for a missing end. So a clip never takes a penalty
+  back, and ``replace`` has the last word.
+- A NaN stays NaN, except where ``replace`` overwrites the score of an answer that did not end by itself.
+- Every step is a pure function of its arguments. The moments of a run are kept by the driver.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ EosRule = Literal["subtract", "replace", "scale"]
 
 @dataclass(frozen=True)
 class MissingEos:
-    """What becomes of the score of an answer that did not end by itself.
+    """The rule for the score of an answer that did not end by itself.
 
-    ``subtract`` takes ``value`` off (TRL); ``replace`` sets the score to it (N+, torchtune; Huang et al. 2024); ``scale``
+    ``subtract`` subtracts ``value`` (TRL); ``replace`` sets the score to it (N+, Huang et al. 2024; torchtune); ``scale``
     multiplies by it (ProRL's stop penalty).
     """
 
@@ -34,7 +37,7 @@ class MissingEos:
     value: float
 
     def __call__(self, score: Float[Tensor, "B"], finish_reason: Int8[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The scores under the rule."""
+        """Apply the rule. Raises ``ValueError`` where shapes differ or the rule is unknown."""
         expect_shape("finish_reason", finish_reason, score.shape)
         if self.rule == "subtract":
             changed = score - self.value
@@ -49,14 +52,17 @@ class MissingEos:
 
 @dataclass(frozen=True)
 class Overlong:
-    """DAPO's soft punishment (Yu et al. 2025, eq. 13): up to ``penalty``, over the last ``buffer`` of ``limit`` tokens."""
+    """DAPO's soft punishment of long answers (Yu et al. 2025, eq. 13).
+
+    It grows from 0 to ``penalty`` over the last ``buffer`` of ``limit`` tokens.
+    """
 
     limit: int
     buffer: int
     penalty: float
 
     def __call__(self, score: Float[Tensor, "B"], tokens: Int64[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """``score - penalty * clip(tokens - (limit - buffer), 0, buffer) / buffer``."""
+        """Return ``score - penalty * clip(tokens - (limit - buffer), 0, buffer) / buffer``."""
         expect_shape("tokens", tokens, score.shape)
         beyond = (tokens - (self.limit - self.buffer)).clamp(min=0, max=self.buffer)
         return score - self.penalty * (beyond / self.buffer)
@@ -70,14 +76,14 @@ class TooShort:
     penalty: float
 
     def __call__(self, score: Float[Tensor, "B"], tokens: Int64[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The scores, less the penalty where the answer is too short."""
+        """Subtract the penalty where the answer is too short."""
         expect_shape("tokens", tokens, score.shape)
         return torch.where(tokens < self.tokens, score - self.penalty, score)
 
 
 @dataclass(frozen=True)
 class RewardShaping:
-    """The steps in their order; one that is not set does nothing."""
+    """All steps in their order; one that is not set does nothing."""
 
     normalize: Normalization = "none"
     """``running``: ``(s - mean) / deviation`` over the run so far; ``running_scale``: ``s / deviation``."""
@@ -94,7 +100,7 @@ class RewardShaping:
         tokens: Int64[Tensor, "B"],
         moments: RunningMoments,
     ) -> Float[Tensor, "B"]:
-        """The shaped scores; ``tokens`` counts the actions of each answer."""
+        """Return the shaped scores; ``tokens`` counts the actions of each answer."""
         if self.normalize != "none":
             score = (score - (moments.mean if self.normalize == "running" else 0.0)) / (moments.deviation + 1e-8)
         score = score * self.scale

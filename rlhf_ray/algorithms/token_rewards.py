@@ -1,8 +1,11 @@
-"""From one score a sequence to one reward a token.
+"""Turn the score of each sequence into rewards of its tokens.
 
-Always true: a score lands at the last action of its sequence, where the sampled end of sequence stands if there is one, or
-is spread evenly over its actions; the token rewards of a sequence add up to its score minus the coefficient times its KL;
-and they are 0 wherever the policy chose nothing. A sequence without an action gets no reward.
+Invariants:
+
+- A score is placed at the last action of its sequence, which is the sampled end of sequence if there is one, or is spread
+  evenly over all its actions.
+- The token rewards of a sequence add up to its score minus the coefficient times its KL. They are 0 at every token that is no
+  action, and a sequence without an action gets no reward.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ def place_scores(
     offsets: Int64[Tensor, "B+1"],
     placement: Placement = "last_action",
 ) -> Float[Tensor, "N"]:
-    """Put each score at the last action of its sequence, or an equal part at each of its actions; 0 elsewhere."""
+    """Put each score at the last action of its sequence, or an equal part at each of its actions; 0 elsewhere.
+
+    Raises ``ValueError`` where shapes differ or the placement is unknown.
+    """
     expect_shape("score", score, (len(offsets) - 1,))
     rows = sequence_of_token(offsets)
     if placement == "spread":
@@ -33,8 +39,8 @@ def place_scores(
     if placement != "last_action":
         raise ValueError(f"placement {placement!r} is unknown: use last_action or spread")
     positions = torch.arange(len(action_mask), device=action_mask.device)
-    nowhere = torch.full_like(offsets[1:], -1)
-    last = nowhere.scatter_reduce(0, rows, torch.where(action_mask, positions, -1), reduce="amax")
+    none = torch.full_like(offsets[1:], -1)  # where a sequence has no action
+    last = none.scatter_reduce(0, rows, torch.where(action_mask, positions, -1), reduce="amax")
     acted = last >= 0
     return score.new_zeros(len(action_mask)).index_copy(0, last[acted], score[acted])
 
@@ -48,7 +54,7 @@ def make_token_rewards(
     kl_coefficient: float,
     placement: Placement = "last_action",
 ) -> Float[Tensor, "N"]:
-    """``r_t = score_t - kl_coefficient * kl_t`` at actions, and 0 elsewhere; the score is placed as ``placement`` says."""
+    """Return ``r_t = score_t - kl_coefficient * kl_t`` at actions and 0 elsewhere; ``placement`` decides score_t."""
     expect_shape("kl", kl, action_mask.shape)
     penalty = torch.where(action_mask, kl_coefficient * kl, torch.zeros_like(kl))
     return place_scores(score, action_mask, offsets, placement) - penalty

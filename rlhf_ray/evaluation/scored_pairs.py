@@ -36,7 +36,7 @@ class ScoredPairs:
     decided: NDArray[np.bool_]
 
     @classmethod
-    def of(
+    def from_columns(
         cls,
         chosen: ArrayLike,
         rejected: ArrayLike,

@@ -252,12 +252,12 @@ class PackedPolicy(nn.Module):
         for wanted tokens only, and once for a prefix that sequences share.
         """
         hidden = packed_forward(self.actor.backbone, packed)
-        predicted = packed.previous >= 0
+        predicted = packed.previous_tokens >= 0
         if wanted is not None:
-            predicted &= torch.zeros_like(predicted).index_fill(0, packed.of_sequences[wanted], True)
+            predicted &= torch.zeros_like(predicted).index_fill(0, packed.sequence_tokens[wanted], True)
         at = predicted.nonzero()[:, 0]
         log_probs, entropy = self.actor.log_prob_head(
-            hidden.index_select(0, packed.previous[at]), packed.token_ids[at], temperature, with_entropy
+            hidden.index_select(0, packed.previous_tokens[at]), packed.token_ids[at], temperature, with_entropy
         )
 
         def spread(numbers: Tensor) -> Float[Tensor, "sequence_tokens"]:

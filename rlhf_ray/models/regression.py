@@ -225,8 +225,8 @@ class PackedRegression(nn.Module):
         if kind != "values":
             raise RequestError(f"unknown kind {kind!r}: choose values, scores or routed_scores")
         hidden = packed_forward(self.model.backbone, packed)
-        before = self.model.regress(hidden).index_select(0, packed.previous.clamp(min=0))
-        return packed.per_sequence(before * (packed.previous >= 0))
+        before = self.model.regress(hidden).index_select(0, packed.previous_tokens.clamp(min=0))
+        return packed.per_sequence(before * (packed.previous_tokens >= 0))
 
 
 def get_llm_for_sequence_regression(

@@ -75,7 +75,7 @@ class TrajectoryBatch:
     ) -> TrajectoryBatch:
         """Make a batch of sequences; a per-token column is a list of one list a sequence, or one flat tensor."""
         lengths = [len(tokens) for tokens in token_ids]
-        offsets = _offsets_of(torch.tensor(lengths, dtype=torch.int64))
+        offsets = _cut_at(torch.tensor(lengths, dtype=torch.int64))
         given = {"token_ids": token_ids, **({} if action_mask is None else {"action_mask": action_mask}), **columns}
         return cls(offsets, {name: make_column(name, numbers, lengths) for name, numbers in given.items()})
 
@@ -106,7 +106,7 @@ class TrajectoryBatch:
                 raise BatchError(_column_difference(position, first, batch))
         lengths = torch.cat([batch.lengths for batch in batches])
         names = first.columns
-        return TrajectoryBatch(_offsets_of(lengths), {name: _join(name, batches) for name in names})
+        return TrajectoryBatch(_cut_at(lengths), {name: _join(name, batches) for name in names})
 
     # Reading
 
@@ -184,9 +184,9 @@ class TrajectoryBatch:
         if len(rows) and bool((rows.diff() == 1).all()):
             return self._neighbours(int(rows[0]), int(rows[-1]) + 1)
         rows = rows.to(self.device)
-        tokens = self._tokens_of(rows)
+        tokens = self._token_places(rows)
         tensors = {name: column[tokens if name in PER_TOKEN else rows] for name, column in self.tensors.items()}
-        return TrajectoryBatch(_offsets_of(self.lengths[rows]), tensors)
+        return TrajectoryBatch(_cut_at(self.lengths[rows]), tensors)
 
     def _neighbours(self, start: int, stop: int) -> TrajectoryBatch:
         first, last = int(self.offsets[start]), int(self.offsets[stop])
@@ -206,7 +206,7 @@ class TrajectoryBatch:
             raise BatchError(f"sequence {int(wrong[0])} is not in the batch, which has {len(self)} sequences from 0")
         return rows
 
-    def _tokens_of(self, rows: Int64[Tensor, "selected"]) -> Int64[Tensor, "selected_tokens"]:
+    def _token_places(self, rows: Int64[Tensor, "selected"]) -> Int64[Tensor, "selected_tokens"]:
         lengths = self.lengths[rows]
         return _ragged_ranges(self.offsets[:-1][rows], lengths, int(lengths.sum()))
 
@@ -221,7 +221,7 @@ def scatter_tokens(
     """
     rows, values = _gather_parts(parts, batch, batch.lengths)
     out = values.new_empty(batch.num_tokens)
-    out[batch._tokens_of(rows)] = values
+    out[batch._token_places(rows)] = values
     return out
 
 
@@ -261,7 +261,7 @@ def _check_once(counts: Int64[Tensor, "sequences"]) -> None:
         raise BatchError(f"the parts must hold every sequence once; {'; '.join(faults)}")
 
 
-def _offsets_of(lengths: Int64[Tensor, "sequences"]) -> Int64[Tensor, "sequences+1"]:
+def _cut_at(lengths: Int64[Tensor, "sequences"]) -> Int64[Tensor, "sequences+1"]:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 

@@ -71,7 +71,7 @@ class Column:
 
 _GATHER = "`rollout/requests.py`, from what the engines sampled"
 _PREPARATION = "`algorithms/preparation.py`"
-_PAIRS = "`data/load.py`, from the rows of the data"
+_PAIRS = "`data/batches.py`, from the rows of the data"
 
 COLUMNS: Mapping[str, Column] = MappingProxyType(
     {
@@ -80,7 +80,7 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             torch.int64,
             "index in the policy's vocabulary",
             "The prompt and the answer, as the model reads them.",
-            f"{_GATHER}; `data/load.py` for supervised jobs",
+            f"{_GATHER}; `data/batches.py` for supervised jobs",
         ),
         "action_mask": Column(
             "tokens",
@@ -88,7 +88,7 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             "true or false",
             "True where the policy sampled the token, or in supervised fine-tuning should have. The sampled end of "
             "sequence is an action; the first token of a sequence never is.",
-            f"{_GATHER}; `data/load.py` for demonstrations",
+            f"{_GATHER}; `data/batches.py` for demonstrations",
         ),
         "weight_version": Column(
             "tokens",

@@ -1,7 +1,7 @@
 """Packs of like lengths for a pass in which no ranks meet: each stream of a rank takes the next as soon as it is free.
 
 Always true: every sequence is in exactly one pack; no pack has more than ``max_tokens`` tokens; a unit is never split;
-every rank has the longest units first; all streams end within the work of :data:`FEWEST` tokens and of one unit, the
+every rank has the longest units first; all streams end within the work of :data:`SMALLEST_PACK` tokens and of one unit, the
 largest, of each other; equal input gives equal packs.
 
 On CPU, attention runs sequences of one length as a batch. Each pack has a part of what is left (guided self-scheduling,
@@ -18,13 +18,13 @@ from itertools import chain
 
 from rlhf_ray.trajectories.schedule import MicroBatch, Unit, check_sizes, make_unit
 
-FEWEST = 1024
+SMALLEST_PACK = 1024
 """Tokens of a pack, where there are so many for each stream: what a pack costs besides them stays small."""
-OF_EQUAL_SHARE = 2 / 3
+SHARE_OF_THE_REST = 2 / 3
 """The part that a pack has of what is left for each stream."""
 
 
-def alike_packs(
+def make_length_packs(
     lengths: Sequence[int], units: Sequence[Sequence[int]], *, ranks: int, streams: int, max_tokens: int
 ) -> list[list[MicroBatch]]:
     """The packs of each rank, in the order in which its ``streams`` take them.
@@ -53,8 +53,8 @@ def _cut(units: Sequence[Unit], streams: int, max_tokens: int) -> list[list[Unit
     for unit in units:
         if not packs or tokens + unit.tokens > max_tokens or work + unit.work / 2 > share:
             idle = max(1, streams - len(packs))
-            fewest = left if few and len(packs) < streams else FEWEST
-            share = max(OF_EQUAL_SHARE * left / streams, min(fewest, left / idle))
+            fewest = left if few and len(packs) < streams else SMALLEST_PACK
+            share = max(SHARE_OF_THE_REST * left / streams, min(fewest, left / idle))
             packs.append([])
             work, tokens = 0.0, 0
         packs[-1].append(unit)

@@ -105,7 +105,7 @@ class Packed:
         return self.offsets[1:][self.sequences] - 1
 
     @cached_property
-    def previous(self) -> Int64[Tensor, "tokens"]:
+    def previous_tokens(self) -> Int64[Tensor, "tokens"]:
         """Where the token before each token of a sequence stands; -1 at the first."""
         before = torch.arange(-1, self.num_tokens - 1, device=self.offsets.device)
         starts = self.offsets[:-1]
@@ -114,12 +114,12 @@ class Packed:
         return before.index_copy(0, starts, torch.where(self.parent < 0, -1, self.offsets[self.parent + 1] - 1))
 
     @cached_property
-    def of_sequences(self) -> Int64[Tensor, "sequence_tokens"]:
+    def sequence_tokens(self) -> Int64[Tensor, "sequence_tokens"]:
         """Where each token of each sequence stands, sequence after sequence."""
         tokens = torch.arange(self.num_tokens, device=self.offsets.device)
         if self.parent is None:
             return tokens
-        cuts, lineages = self.offsets.tolist(), lineage(self.parent.tolist())
+        cuts, lineages = self.offsets.tolist(), list_ancestors(self.parent.tolist())
         parts = [
             tokens[cuts[segment] : cuts[segment + 1]] for end in self.sequences.tolist() for segment in lineages[end]
         ]
@@ -127,7 +127,7 @@ class Packed:
 
     def per_sequence(self, tokens: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "sequence_tokens ..."]:
         """Repeat for every sequence what was computed once for its tokens."""
-        return tokens if self.parent is None else tokens.index_select(0, self.of_sequences)
+        return tokens if self.parent is None else tokens.index_select(0, self.sequence_tokens)
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the pack on a device."""
@@ -135,7 +135,7 @@ class Packed:
         return Packed(self.token_ids.to(device), self.offsets.to(device), self.position_ids.to(device), parent)
 
 
-def lineage(parent: Sequence[int]) -> list[tuple[int, ...]]:
+def list_ancestors(parent: Sequence[int]) -> list[tuple[int, ...]]:
     """For each segment those that it continues, from the first on, and itself."""
     lines: list[tuple[int, ...]] = []
     for segment, before in enumerate(parent):
@@ -158,7 +158,7 @@ def pack(
     return _share(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
 
 
-def families(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
+def group_by_prefix(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
     """All sequences by their numbers, those that begin alike together and in an order in which a pack shares what they
     begin with; a family is cut before its tokens, each sequence whole, are more than ``max_tokens``.
     """

@@ -19,7 +19,7 @@ LENGTHS = [4.0, 9.0, 2.0, 7.0], [5.0, 3.0, 2.0, 1.0]
 
 def scored(decided: list[bool] | None = None) -> ScoredPairs:
     loss = [math.log1p(math.exp(r - c)) for c, r in zip(CHOSEN, REJECTED, strict=True)]
-    return ScoredPairs.of(
+    return ScoredPairs.from_columns(
         CHOSEN, REJECTED, loss=loss, chosen_length=LENGTHS[0], rejected_length=LENGTHS[1], sources=["a", "b", "a", "a"],
         decided=decided,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def test_ties_by_label_count_in_no_accuracy_margin_or_calibration() -> None:
 def test_figures_do_not_depend_on_the_order_and_sources_add_up(data: st.DataObject, count: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     numbers = draw.normal(size=(3, count)).round(1)
-    pairs = ScoredPairs.of(
+    pairs = ScoredPairs.from_columns(
         numbers[0], numbers[1], loss=numbers[2], chosen_length=draw.integers(1, 9, count),
         rejected_length=draw.integers(1, 9, count), sources=[f"s{number}" for number in draw.integers(0, 3, count)],
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_the_worst_pairs_are_the_wrong_ones_the_worst_first() -> None:
 
 
 def test_a_correlation_with_what_never_changes_is_left_out() -> None:
-    same = ScoredPairs.of([1.0], [0.0], loss=[0.3], chosen_length=[5], rejected_length=[5], sources=[""])
+    same = ScoredPairs.from_columns([1.0], [0.0], loss=[0.3], chosen_length=[5], rejected_length=[5], sources=[""])
     assert not any("correlation" in name for name in same.figures())
     assert correlation(np.ones(3), np.arange(3.0)) is None
 
@@ -89,6 +89,6 @@ def test_histograms_share_their_edges_and_hold_everything() -> None:
 def test_columns_of_other_lengths_and_broken_scores_are_refused() -> None:
     rest = {"chosen_length": [1], "rejected_length": [1], "sources": [""]}
     with pytest.raises(RequestError, match="have 1, 2 entries"):
-        ScoredPairs.of([1.0], [0.0], loss=[0.1, 0.2], **rest)
+        ScoredPairs.from_columns([1.0], [0.0], loss=[0.1, 0.2], **rest)
     with pytest.raises(NumericalError, match=r"rejected\[0\] is nan"):
-        ScoredPairs.of([1.0], [math.nan], loss=[0.1], **rest)
+        ScoredPairs.from_columns([1.0], [math.nan], loss=[0.1], **rest)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_ray.models.forward import attention
 from rlhf_ray.models.forward.attention import segment_attention
 from rlhf_ray.models.forward.segments import Segments
-from rlhf_ray.trajectories.packing import lineage
+from rlhf_ray.trajectories.packing import list_ancestors
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
 
@@ -23,7 +23,7 @@ def reference(
     q, k, v = q.double(), k.double().repeat_interleave(2, 0), v.double().repeat_interleave(2, 0)
     cuts = segments.cu_seq_lens.tolist()
     rows = []
-    for line in lineage(segments.parent or [-1] * len(segments.lengths)):
+    for line in list_ancestors(segments.parent or [-1] * len(segments.lengths)):
         tokens = [token for segment in line for token in range(cuts[segment], cuts[segment + 1])]
         for t in range(cuts[line[-1]], cuts[line[-1] + 1]):
             seen = tokens[: tokens.index(t) + 1][-window if window else 0 :]

@@ -23,15 +23,16 @@ import torch
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.algorithms.losses import PolicyOutputs
 from rlhf_ray.algorithms.policy_loss import PolicyLoss
+from rlhf_ray.algorithms.user_parts import UserObjective
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.user_source import UserRewardSource, make_user_source
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.ppo.algorithm import make_estimator, make_objective
 from rlhf_ray.trainers.ppo.build import check_own_parts, train_ppo
-from rlhf_ray.trainers.ppo.sampling import Collected
-from rlhf_ray.trainers.ppo.user_math import UserObjective, make_user_estimator, make_user_objective
-from rlhf_ray.trainers.ppo.user_sources import UserCollector, UserRewardSource, make_user_source
+from rlhf_ray.trainers.ppo.sampling import Collected, UserCollector
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def test_an_objective_travels_to_a_process_that_never_saw_its_file(tmp_path: Pat
 
 def test_the_example_of_an_estimator_gives_ranks() -> None:
     config = configured(f"algorithm.advantages={EXAMPLES / 'own_advantages.py'}:Ranks")
-    estimator = make_user_estimator(config)
+    estimator = make_estimator(config)
     batch = TrajectoryBatch.from_sequences([[1, 2]] * 5, action_mask=[[False, True]] * 5, prompt_id=[0, 0, 0, 1, 1])
     advantages, returns = estimator(batch, torch.tensor([0.0, 5.0, 0.0, 7.0, 0.0, 5.0, 0.0, 1.0, 0.0, 1.0]))
     assert advantages.tolist() == [0.0, -0.5, 0.0, 1.0, 0.0, -0.5, 0.0, 0.0, 0.0, 0.0] and returns is None
@@ -191,7 +192,7 @@ def test_a_critic_that_an_estimator_does_not_read_is_refused(tmp_path: Path) -> 
         "engine: {optimizer: {learning_rate: 1.0e-3}}}"
     )
     with pytest.raises(RequestError, match="does not read the column values, so a critic is of no use"):
-        make_user_estimator(configured(*own("advantages", code, tmp_path), critic))
+        make_estimator(configured(*own("advantages", code, tmp_path), critic))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_an_object_that_is_no_source_is_refused(code: str, refusal: str, tmp_pat
 )
 def test_what_an_objective_returns_is_checked(returned: str, refusal: str, tmp_path: Path) -> None:
     code = f"class Own:\n    def __call__(self, p, r, a):\n        return {returned}\n"
-    objective = make_user_objective(configured(*own("objective", code, tmp_path)))
+    objective = make_objective(configured(*own("objective", code, tmp_path)).algorithm)
     batch = TrajectoryBatch.from_sequences(
         [[1, 2, 3]], action_mask=[[False, True, True]], log_probs=[[0.0, 0.0, 0.0]], advantages=[[0.0, 1.0, 1.0]]
     )
@@ -233,7 +234,7 @@ def test_what_an_objective_returns_is_checked(returned: str, refusal: str, tmp_p
 
 def test_later_an_objective_may_return_nan_which_skips_the_update(tmp_path: Path) -> None:
     code = "class Own:\n    def __call__(self, p, r, a):\n        return (a / a.sum(), a > 0)\n"
-    objective = make_user_objective(configured(*own("objective", code, tmp_path)))
+    objective = make_objective(configured(*own("objective", code, tmp_path)).algorithm)
     objective(torch.ones(2), torch.ones(2), torch.ones(2))
     assert objective(torch.ones(2), torch.ones(2), torch.zeros(2))[0].isnan().all()
 
@@ -253,14 +254,14 @@ BATCH = TrajectoryBatch.from_sequences([[1, 2]], action_mask=[[False, True]])
 )
 def test_what_an_estimator_returns_is_checked(returned: str, refusal: str, tmp_path: Path) -> None:
     code = f"class Own:\n    needs = ()\n    def __call__(self, batch, rewards):\n        return {returned}\n"
-    estimator = make_user_estimator(configured(*own("advantages", code, tmp_path)))
+    estimator = make_estimator(configured(*own("advantages", code, tmp_path)))
     with pytest.raises(RequestError, match=refusal):
         estimator(BATCH, torch.tensor([0.0, 1.0]))
 
 
 def test_what_an_estimator_gives_to_other_tokens_is_set_to_zero(tmp_path: Path) -> None:
     code = "class Own:\n    needs = ()\n    def __call__(self, batch, rewards):\n        return rewards / 0, None\n"
-    estimator = make_user_estimator(configured(*own("advantages", code, tmp_path)))
+    estimator = make_estimator(configured(*own("advantages", code, tmp_path)))
     estimator.called = True
     assert estimator(BATCH, torch.tensor([0.0, 1.0]))[0].tolist() == [0.0, math.inf]
 

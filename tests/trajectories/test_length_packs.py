@@ -1,5 +1,5 @@
 """Every sequence is in exactly one pack; no pack has more than ``max_tokens`` tokens; a unit is never split; every rank has
-the longest units first; all streams end within the work of ``FEWEST`` tokens and of one unit, the largest, of each
+the longest units first; all streams end within the work of ``SMALLEST_PACK`` tokens and of one unit, the largest, of each
 other; equal input gives equal packs.
 """
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import RequestError
-from rlhf_ray.trajectories.length_packs import FEWEST, alike_packs
+from rlhf_ray.trajectories.length_packs import SMALLEST_PACK, make_length_packs
 from rlhf_ray.trajectories.schedule import MicroBatch, work
 
 
@@ -28,7 +28,9 @@ class Problem:
     max_tokens: int
 
     def solve(self) -> list[list[MicroBatch]]:
-        return alike_packs(self.lengths, self.units, ranks=self.ranks, streams=self.streams, max_tokens=self.max_tokens)
+        return make_length_packs(
+            self.lengths, self.units, ranks=self.ranks, streams=self.streams, max_tokens=self.max_tokens
+        )
 
     def work_of(self, sequences: tuple[int, ...]) -> float:
         return sum(work(self.lengths[i]) for i in sequences)
@@ -94,15 +96,15 @@ def test_a_unit_is_whole_and_none_is_longer_than_the_one_before(problem: Problem
 def test_no_stream_waits_long_for_another(problem: Problem) -> None:
     ends = problem.ends()
     if len(ends) > 1:
-        assert max(ends) - min(ends) <= FEWEST + max(map(problem.work_of, problem.units))
+        assert max(ends) - min(ends) <= SMALLEST_PACK + max(map(problem.work_of, problem.units))
 
 
 def test_large_packs_come_first_and_none_is_small_without_need() -> None:
-    """50,000 tokens for two streams: full packs, then two thirds of half of what is left, then FEWEST."""
+    """50,000 tokens for two streams: full packs, then two thirds of half of what is left, then SMALLEST_PACK."""
     problem = Problem([100] * 500, [(i,) for i in range(500)], 1, 2, 4000)
     tokens = [100 * len(pack) for pack in problem.solve()[0]]
     assert tokens[:9] == [4000] * 9 and tokens == sorted(tokens, reverse=True)
-    assert all(size >= FEWEST - 100 for size in tokens[:-1]) and len(tokens) <= 18
+    assert all(size >= SMALLEST_PACK - 100 for size in tokens[:-1]) and len(tokens) <= 18
 
 
 def test_few_sequences_are_shared_out_evenly() -> None:
@@ -122,4 +124,4 @@ def test_a_single_stream_fills_its_packs() -> None:
 )
 def test_what_cannot_be_packed_is_named(lengths: list[int], max_tokens: int, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        alike_packs(lengths, [(i,) for i in range(len(lengths))], ranks=1, streams=1, max_tokens=max_tokens)
+        make_length_packs(lengths, [(i,) for i in range(len(lengths))], ranks=1, streams=1, max_tokens=max_tokens)

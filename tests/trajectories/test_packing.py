@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.trajectories import packing
 from rlhf_ray.trajectories.batch import BatchError, TrajectoryBatch
-from rlhf_ray.trajectories.packing import Packed, families, pack
+from rlhf_ray.trajectories.packing import Packed, group_by_prefix, pack
 from rlhf_ray.trajectories.schedule import make_schedule
 
 sequences = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=5), min_size=1, max_size=6)
@@ -68,10 +68,12 @@ def test_sharing_keeps_every_sequence_and_runs_no_more_tokens(token_ids: list[li
     assert torch.equal(shared.per_sequence(shared.token_ids), whole.token_ids)
     assert torch.equal(shared.per_sequence(shared.position_ids), whole.position_ids)
     assert torch.equal(shared.token_ids[shared.last_tokens], whole.token_ids[whole.last_tokens])
-    before = shared.previous[shared.of_sequences]
-    assert torch.equal(before >= 0, whole.previous >= 0)
-    assert torch.equal(shared.token_ids[before[before >= 0]], whole.token_ids[whole.previous[whole.previous >= 0]])
-    assert torch.equal(shared.position_ids[before[before >= 0]] + 1, whole.position_ids[whole.previous >= 0])
+    before = shared.previous_tokens[shared.sequence_tokens]
+    assert torch.equal(before >= 0, whole.previous_tokens >= 0)
+    assert torch.equal(
+        shared.token_ids[before[before >= 0]], whole.token_ids[whole.previous_tokens[whole.previous_tokens >= 0]]
+    )
+    assert torch.equal(shared.position_ids[before[before >= 0]] + 1, whole.position_ids[whole.previous_tokens >= 0])
     assert len(shared.sequences) == len(shared.last_tokens) == len(token_ids)
     children = [0] * len(shared) if shared.parent is None else shared.parent[shared.parent >= 0].bincount().tolist()
     saved = sum((count - 1) * int(shared.lengths[i]) for i, count in enumerate(children) if count)
@@ -166,7 +168,7 @@ def test_families_have_every_sequence_once_begin_alike_and_fit(
     sequences = [[before] * 2 + rest for before, rest in drawn]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "SHORTEST_SHARED", 2)
-        found = families(sequences, max_tokens)
+        found = group_by_prefix(sequences, max_tokens)
     assert sorted(number for family in found for number in family) == list(range(len(sequences)))
     for family in found:
         assert len({tuple(sequences[number][:2]) for number in family}) == 1
@@ -179,6 +181,6 @@ def test_families_have_every_sequence_once_begin_alike_and_fit(
 def test_answers_to_one_prompt_are_found_wherever_they_stand() -> None:
     one, other = list(range(100, 130)), list(range(200, 230))
     sequences = [[*one, 1], [*other, 2], [*one, 3, 4], [7], [*other, 5]]
-    assert families(sequences, 1000) == [(3,), (0, 2), (1, 4)]
+    assert group_by_prefix(sequences, 1000) == [(3,), (0, 2), (1, 4)]
     batch = TrajectoryBatch.from_sequences(sequences)
     assert pack(batch, [3, 0, 2, 1, 4]).num_tokens == 1 + 30 + 1 + 2 + 30 + 1 + 1

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from rlhf_ray.trajectories.packing import lineage
+from rlhf_ray.trajectories.packing import list_ancestors
 
 COLUMNS = 32
 """Keys are padded to a multiple of this, since torch's softmax on CPU is slow on the rest of a row."""
@@ -158,7 +158,7 @@ class Segments:
     def _runs(self) -> list[Run]:
         """Join each segment to the one right before it if it continues that one; every other segment starts a run."""
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        lines = lineage(self.parent or (-1,) * len(self.lengths))
+        lines = list_ancestors(self.parent or (-1,) * len(self.lengths))
         runs: list[Run] = []
         for segment, length in enumerate(self.lengths):
             if len(lines[segment]) > 1 and lines[segment][-2] == segment - 1:
@@ -214,7 +214,7 @@ class Segments:
         this pack, its first index in those.
         """
         parent = self.parent or (-1,) * len(self.lengths)
-        lines = [line for segment, line in enumerate(lineage(parent)) if segment not in set(parent)]
+        lines = [line for segment, line in enumerate(list_ancestors(parent)) if segment not in set(parent)]
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
         tokens = torch.cat([torch.arange(starts[s], starts[s + 1]) for line in lines for s in line])
         first = torch.full((starts[-1],), len(tokens)).scatter_reduce_(0, tokens, torch.arange(len(tokens)), "amin")

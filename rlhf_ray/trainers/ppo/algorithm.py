@@ -16,9 +16,17 @@ from rlhf_ray.algorithms.losses import ValueLoss
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, Objective, PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, RewardShaping, TooShort
+from rlhf_ray.algorithms.user_parts import make_user_estimator, make_user_objective
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
-from rlhf_ray.trainers.ppo.user_math import make_user_estimator, make_user_objective
+
+BASELINES: Mapping[str, Baseline] = {name: name for name in get_args(Baseline)}
+"""The baselines by the words for them in a config, which are the same."""
+ALWAYS_THERE = (
+    "token_ids", "action_mask", "weight_version", "rollout_log_probs", "log_probs", "prompt_id", "sample_index",
+    "finish_reason", "score",
+)  # fmt: skip
+"""Columns that every batch has when advantages are estimated."""
 
 
 def make_preparation(config: PpoConfig) -> Preparation:
@@ -27,7 +35,7 @@ def make_preparation(config: PpoConfig) -> Preparation:
     in_rewards = algorithm.kl.applied_to == "reward" and algorithm.kl.measure
     return Preparation(
         shaping=_shaping(algorithm.shaping, config.rollout.max_new_tokens),
-        estimator=make_user_estimator(config) if "advantages" in algorithm.own_parts else _estimator(algorithm),
+        estimator=make_estimator(config),
         importance=ImportanceCorrection(importance.level, importance.rule, importance.low, importance.high),
         kl_penalty=algorithm.kl.estimator if in_rewards else None,
         placement=algorithm.shaping.placement,
@@ -42,7 +50,7 @@ def make_policy_loss(config: PpoConfig) -> PolicyLoss:
     algorithm, kl = config.algorithm, config.algorithm.kl
     in_loss = kl.applied_to == "loss" and kl.measure
     return PolicyLoss(
-        make_user_objective(config) if "objective" in algorithm.own_parts else _objective(algorithm),
+        make_objective(algorithm),
         ratio=algorithm.ratio,
         aggregation=algorithm.aggregation,
         constant_tokens=config.rollout.max_new_tokens,
@@ -56,18 +64,28 @@ def make_value_loss(config: PpoConfig) -> ValueLoss:
     return ValueLoss(clip=config.algorithm.value_clip)
 
 
-def _objective(algorithm: AlgorithmConfig) -> Objective:
+def make_objective(algorithm: AlgorithmConfig) -> Objective:
+    """The policy objective, which may be the user's own."""
+    if "objective" in algorithm.own_parts:
+        return make_user_objective(algorithm.objective, algorithm.parameters.objective)
     if algorithm.objective == "cispo":
         return Cispo(algorithm.clip_low, algorithm.clip_high)
     assert algorithm.clip_low is not None
     return Clipped(algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
 
 
-BASELINES: Mapping[str, Baseline] = {name: name for name in get_args(Baseline)}
-"""The baselines by the words for them in a config, which are their own."""
-
-
-def _estimator(algorithm: AlgorithmConfig) -> Estimator:
+def make_estimator(config: PpoConfig) -> Estimator:
+    """The advantage estimator, which may be the user's own."""
+    algorithm, has_critic = config.algorithm, config.critic is not None
+    if "advantages" in algorithm.own_parts:
+        columns = {
+            *ALWAYS_THERE,
+            *(["values"] if has_critic else []),
+            *(["reference_log_probs"] if algorithm.kl.measure else []),
+        }
+        return make_user_estimator(
+            algorithm.advantages, algorithm.parameters.advantages, columns=columns, has_critic=has_critic
+        )
     if algorithm.advantages == "gae":
         assert algorithm.lam is not None
         return Gae(algorithm.gamma, algorithm.lam)

@@ -16,12 +16,13 @@ from rlhf_ray.data.load import TokenizedPrompt, load_prompts
 from rlhf_ray.data.split import Split
 from rlhf_ray.data.tokenizers import stop_token_ids
 from rlhf_ray.models import load_tokenizer
+from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.expose_run import expose
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.ppo.algorithm import make_preparation
+from rlhf_ray.trainers.ppo.algorithm import make_estimator, make_objective, make_preparation
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import make_ground_truth
@@ -30,11 +31,9 @@ from rlhf_ray.trainers.ppo.metrics import StepMetrics
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.rewards import reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
-from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, make_collector
+from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, check_user_collector, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
-from rlhf_ray.trainers.ppo.user_math import make_user_estimator, make_user_objective
-from rlhf_ray.trainers.ppo.user_sources import check_user_sources, make_user_collector
 from rlhf_ray.trainers.session import Session
 
 
@@ -55,11 +54,11 @@ def train_ppo(
 
 def check_own_parts(config: PpoConfig) -> None:
     """Refuse parts of the user's own that cannot be made, before a cluster is joined or a model loaded."""
-    if "objective" in config.algorithm.own_parts:
-        make_user_objective(config)
-    if "advantages" in config.algorithm.own_parts:
-        make_user_estimator(config)
-    check_user_sources(config)
+    make_objective(config.algorithm)
+    make_estimator(config)
+    check_user_collector(config)
+    for key, source in config.reward.sources.items():
+        check_user_source(key, source)
 
 
 def build(
@@ -98,14 +97,13 @@ def build(
         directory=run.path / "evaluation",
     )
     stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
-    collect_with = make_collector if config.algorithm.collector is None else make_user_collector
     return PpoTrainer(
         config,
         run_directory=run,
         groups=groups,
         sampler=sampler,
         prompts=stream,
-        collector=collect_with(config, stream, sampler, experience),
+        collector=make_collector(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
         metrics=StepMetrics(config, tokenizer, truth.of_steps),

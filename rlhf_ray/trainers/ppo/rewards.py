@@ -24,8 +24,8 @@ from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.rewards.mixture import MixtureSource, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource
+from rlhf_ray.rewards.user_source import make_user_source
 from rlhf_ray.serving.auth import read_tokens
-from rlhf_ray.trainers.ppo.user_sources import make_user_source
 from rlhf_ray.world.gold import world_arithmetic, world_gold
 
 SHIPPED: Mapping[str, RewardFunction] = {

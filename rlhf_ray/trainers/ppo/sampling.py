@@ -5,7 +5,7 @@ only the seed decides, and the stream's state is all that a resumed run needs to
 requests of a call have the same name, even where an epoch ends inside a step and a prompt comes twice; seeds are set in
 deterministic mode only, since they cost the engines their fast sampler. Every prompt that was taken is named, so that the
 ledger counts it once; no token is older than ``algorithm.max_staleness``; and a step has samples of at most
-``batch.prompts_per_step`` prompts.
+``batch.prompts_per_step`` prompts. A collector of a user's own is held to all of this at every step.
 """
 
 from __future__ import annotations
@@ -25,12 +25,21 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.data.order import Part, ShuffledOrder
-from rlhf_ray.errors import StaleWeightsError
+from rlhf_ray.errors import MissingColumnError, RequestError, StaleWeightsError
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.requests import make_requests
 from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.trainers.ppo.experience import Experience, ScoredSamples
 from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.user_code import COLLECTORS, accepts, attribute_of, check_parameters, construct, load_object
+
+COLLECTOR_KEY = "algorithm.collector"
+COLLECTED_COLUMNS = (
+    "action_mask", "weight_version", "rollout_log_probs", "prompt_id", "sample_index", "finish_reason",
+)  # fmt: skip
+"""Columns that the samples of a step must have, beside their tokens."""
+FROM_THE_RUN = ("config", "prompts", "sampler", "experience")
+"""Parameters of a constructor that the run fills in."""
 
 HELD_OUT = -1
 """The ``step`` in the seeds of held-out samples: no training step has it."""
@@ -205,6 +214,116 @@ def join_collected(taken: list[TokenizedPrompt], parts: list[Collected]) -> Coll
 
 
 def make_collector(config: PpoConfig, prompts: PromptStream, sampler: Sampler, experience: Experience) -> Collector:
-    """The way of collecting that the config names."""
+    """The way of collecting that the config names, which may be the user's own."""
+    if config.algorithm.collector is not None:
+        return make_user_collector(config, prompts, sampler, experience)
     fixed = FixedSampling(config, prompts, sampler)
     return DynamicSampling(fixed, experience) if config.algorithm.dynamic_sampling else fixed
+
+
+class RecordedPrompts:
+    """The stream of prompts as a user's collector sees it: every prompt that is taken is remembered."""
+
+    def __init__(self, stream: PromptStream) -> None:
+        self._stream = stream
+        self.taken: list[TokenizedPrompt] = []
+
+    def take(self, count: int) -> list[TokenizedPrompt]:
+        """The next ``count`` prompts."""
+        prompts = self._stream.take(count)
+        self.taken += prompts
+        return prompts
+
+
+class UserCollector:
+    """A collector of a user's own, whose samples are checked."""
+
+    def __init__(self, config: PpoConfig, collector: Collector, prompts: RecordedPrompts) -> None:
+        self.config = config
+        self.collector = collector
+        self.prompts = prompts
+
+    def collect(self, step: int, version: int, phase: Phase) -> Collected:
+        """One step's samples, checked."""
+        self.prompts.taken.clear()
+        collected = self.collector.collect(step, version, phase)
+        if not isinstance(collected, Collected):
+            raise self._refusal(f"collect returned {type(collected).__name__}, not Collected")
+        self._check_prompts(collected)
+        self._check_samples(collected)
+        refuse_stale(collected.trajectories, version, self.config.algorithm.max_staleness)
+        return collected
+
+    def _check_prompts(self, collected: Collected) -> None:
+        taken, named = (
+            Counter(prompt.prompt_id for prompt in prompts) for prompts in (self.prompts.taken, collected.prompts)
+        )
+        if taken != named:
+            raise self._refusal(
+                f"it took {taken.total()} prompts from the stream, but names {named.total()} or others in Collected.prompts: "
+                "name every prompt that was taken, also one whose samples are left out"
+            )
+
+    def _check_samples(self, collected: Collected) -> None:
+        batch = collected.trajectories
+        if not isinstance(batch, TrajectoryBatch) or len(batch) == 0:
+            raise self._refusal("Collected.trajectories must be a TrajectoryBatch with one sequence or more")
+        try:
+            batch.require(*COLLECTED_COLUMNS)
+        except MissingColumnError as error:
+            raise self._refusal(str(error)) from error
+        answered = set(batch["prompt_id"].tolist())
+        strangers = answered - {prompt.prompt_id for prompt in collected.prompts}
+        if strangers:
+            raise self._refusal(f"a sample answers prompt {min(strangers)}, which is not among Collected.prompts")
+        most = self.config.batch.prompts_per_step
+        if len(answered) > most:
+            raise self._refusal(f"the samples answer {len(answered)} prompts, more than batch.prompts_per_step {most}")
+        if not bool(batch["action_mask"].any()):
+            raise self._refusal("no token of its samples is an action, so there is nothing to learn from")
+        if collected.scored is not None and len(collected.scored.results) != len(batch):
+            raise self._refusal(
+                f"Collected.scored has {len(collected.scored.results)} results for {len(batch)} samples"
+            )
+
+    def _refusal(self, text: str) -> RequestError:
+        return RequestError(f"{COLLECTOR_KEY} {self.config.algorithm.collector!r}: {text}")
+
+
+def make_user_collector(
+    config: PpoConfig, prompts: PromptStream, sampler: Sampler, experience: Experience
+) -> UserCollector:
+    """The collector that ``algorithm.collector`` names, made with those of ``config``, ``prompts``, ``sampler`` and
+    ``experience`` that it asks for.
+    """
+    name = str(config.algorithm.collector)
+    recorded = RecordedPrompts(prompts)
+    collector = construct(
+        COLLECTOR_KEY,
+        name,
+        _load_collector(name),
+        config.algorithm.parameters.collector,
+        config=config,
+        prompts=recorded,
+        sampler=sampler,
+        experience=experience,
+    )
+    if not accepts(attribute_of(collector, "collect"), "step", "version", "phase"):
+        raise RequestError(
+            f"{COLLECTOR_KEY} {name!r}: it makes {type(collector).__name__}, which is no collector: give it a method "
+            "collect(self, step, version, phase)"
+        )
+    return UserCollector(config, collector, recorded)
+
+
+def check_user_collector(config: PpoConfig) -> None:
+    """Refuse a collector that cannot be loaded or does not take its parameters, before anything is started."""
+    name = config.algorithm.collector
+    if name is not None:
+        check_parameters(
+            COLLECTOR_KEY, name, _load_collector(name), config.algorithm.parameters.collector, FROM_THE_RUN
+        )
+
+
+def _load_collector(name: str) -> Any:
+    return load_object(COLLECTOR_KEY, name, group=COLLECTORS, kind="class")

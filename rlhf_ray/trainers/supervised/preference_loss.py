@@ -20,7 +20,7 @@ def make_loss(config: RewardLossConfig, examples: Sequence[PairExample]) -> Rewa
     """The loss over ``examples``, those held out among them."""
     ranking = _ranking(config, examples)
     given = [name for name in PAIR_NUMBERS if all(getattr(one, name) is not None for one in examples)]
-    if ranking.needs and ranking.reads not in given:
+    if ranking.requires_number and ranking.reads not in given:
         raise DataError(
             f"loss.name {config.name} reads the {ranking.reads} of each pair, but the rows have none: add a column "
             f"{ranking.reads}, or choose another loss"

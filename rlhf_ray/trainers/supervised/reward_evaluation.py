@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.groups import RewardGroup
-from rlhf_ray.algorithms.reward_losses import RewardLoss, decided
+from rlhf_ray.algorithms.reward_losses import RewardLoss, find_decided_pairs
 from rlhf_ray.console import progress
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
@@ -47,14 +47,14 @@ class HeldOutPairs:
         parts = progress(self._parts, f"scored, {PAIRS_AT_ONCE} pairs at once") if shown else self._parts
         scores = torch.cat([self.reward.scores(*part).result() for part in parts]).double()
         chosen, rejected = scores[0::2], scores[1::2]
-        self.scored = ScoredPairs.of(
+        self.scored = ScoredPairs.from_columns(
             chosen.numpy(),
             rejected.numpy(),
             loss=self.loss.per_pair(chosen - rejected, self.batch).numpy(),
             chosen_length=[len(pair.chosen) - pair.prompt_length for pair in self.pairs],
             rejected_length=[len(pair.rejected) - pair.prompt_length for pair in self.pairs],
             sources=[pair.source for pair in self.pairs],
-            decided=decided(self.batch).numpy(),
+            decided=find_decided_pairs(self.batch).numpy(),
         )
         return {f"evaluation/{name}": value for name, value in self.scored.figures().items()}
 

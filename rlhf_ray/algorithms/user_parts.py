@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,18 +22,12 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import Estimator
 from rlhf_ray.algorithms.policy_loss import Objective
-from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.user_code import ADVANTAGES, OBJECTIVES, accepts, construct, load_object
 
 OBJECTIVE_KEY = "algorithm.objective"
 ADVANTAGES_KEY = "algorithm.advantages"
-ALWAYS_THERE = (
-    "token_ids", "action_mask", "weight_version", "rollout_log_probs", "log_probs", "prompt_id", "sample_index",
-    "finish_reason", "score",
-)  # fmt: skip
-"""Columns that every batch has when advantages are estimated."""
 
 
 class UserObjective:
@@ -143,43 +137,45 @@ class UserEstimator:
         return RequestError(f"{ADVANTAGES_KEY} {self.name!r}: {text}")
 
 
-def make_user_objective(config: PpoConfig) -> UserObjective:
-    """The objective that ``algorithm.objective`` names; refuses one that cannot be made or called."""
-    objective = UserObjective(config.algorithm.objective, config.algorithm.parameters.objective)
-    load_objective(objective.name, json.dumps(objective.parameters, sort_keys=True))
+def make_user_objective(name: str, parameters: Mapping[str, Any]) -> UserObjective:
+    """Make the objective that ``name`` names; refuses one that cannot be made or called."""
+    objective = UserObjective(name, parameters)
+    load_objective(name, json.dumps(objective.parameters, sort_keys=True))
     return objective
 
 
-def make_user_estimator(config: PpoConfig) -> UserEstimator:
-    """The estimator that ``algorithm.advantages`` names; refuses one that does not keep the protocol."""
-    name, has_critic = config.algorithm.advantages, config.critic is not None
+def make_user_estimator(
+    name: str, parameters: Mapping[str, Any], *, columns: Collection[str], has_critic: bool
+) -> UserEstimator:
+    """Make the estimator that ``name`` names; refuses one that does not keep the protocol, or needs other ``columns``."""
     factory = load_object(ADVANTAGES_KEY, name, group=ADVANTAGES, kind="class")
-    estimator = construct(ADVANTAGES_KEY, name, factory, config.algorithm.parameters.advantages)
+    estimator = construct(ADVANTAGES_KEY, name, factory, parameters)
+    problem = _protocol_problem(estimator) or _column_problem(estimator.needs, columns, has_critic)
+    if problem is not None:
+        raise RequestError(f"{ADVANTAGES_KEY} {name!r}: {problem}")
+    return UserEstimator(name, estimator, has_critic=has_critic)
 
-    def refuse(text: str) -> None:
-        raise RequestError(f"{ADVANTAGES_KEY} {name!r}: {text}")
 
+def _protocol_problem(estimator: Any) -> str | None:
     if not isinstance(estimator, Estimator) or not accepts(estimator, "batch", "token_rewards"):
-        refuse(
+        return (
             f"it makes {_kind(estimator)}, which is no estimator: give it an attribute needs (the names of the columns that it "
             "reads) and a method __call__(self, batch, token_rewards)"
         )
-    needs = estimator.needs
-    if not isinstance(needs, tuple) or not all(isinstance(column, str) for column in needs):
-        refuse(f"its needs are {needs!r}, not a tuple of names of columns")
+    if not isinstance(estimator.needs, tuple) or not all(isinstance(column, str) for column in estimator.needs):
+        return f"its needs are {estimator.needs!r}, not a tuple of names of columns"
+    return None
+
+
+def _column_problem(needs: tuple[str, ...], columns: Collection[str], has_critic: bool) -> str | None:
     if has_critic and "values" not in needs:
-        refuse("it does not read the column values, so a critic is of no use: remove the critic section (critic=null)")
+        return "it does not read the column values, so a critic is of no use: remove the critic section (critic=null)"
     if not has_critic and "values" in needs:
-        refuse("it reads the column values, which a critic gives: add a critic section")
-    present = {
-        *ALWAYS_THERE,
-        *(["values"] if has_critic else ()),
-        *(["reference_log_probs"] if config.algorithm.kl.measure else ()),
-    }
-    missing = [column for column in needs if column not in present]
+        return "it reads the column values, which a critic gives: add a critic section"
+    missing = [column for column in needs if column not in columns]
     if missing:
-        refuse(f"it reads {', '.join(missing)}, but the columns of a batch are {', '.join(sorted(present))}")
-    return UserEstimator(name, estimator, has_critic=has_critic)
+        return f"it reads {', '.join(missing)}, but the columns of a batch are {', '.join(sorted(columns))}"
+    return None
 
 
 def _is_like(value: Any, pattern: Tensor) -> bool:
