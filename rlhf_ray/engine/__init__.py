@@ -1,7 +1,7 @@
-"""One DeepSpeed engine around one model: accumulate, vote, apply; whole weights by their names on disk; shards.
+"""Training of one model on one or several ranks with DeepSpeed: gradients, optimizer steps, checkpoints, whole weights.
 
-Always true: the gradient of an update does not depend on how its batch was split, a skipped update changes nothing on any
-rank, and the room does not know which algorithm runs.
+Invariants: the gradient of an update does not depend on how its batch was split. A skipped update changes nothing on any
+rank. Nothing in this package knows which algorithm runs.
 """
 
 from __future__ import annotations

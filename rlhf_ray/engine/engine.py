@@ -1,8 +1,8 @@
-"""One DeepSpeed engine around one model: accumulate, vote, apply.
+"""Train one model with DeepSpeed: add up the gradients of an update, agree that they are finite, and apply them.
 
-Always true: the gradient of an update does not depend on how its batch was split into ranks and micro-batches; a skipped
+Invariants: the gradient of an update does not depend on how its batch was split into ranks and micro-batches. A skipped
 update leaves weights, optimizer and schedule as they were on every rank, and the next update is as if the skipped one had
-never been (in fp16 but for the loss scale); nothing here knows which algorithm runs.
+never happened (in fp16 except for the loss scale). Nothing here knows which algorithm runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf_ray.algorithms.losses import LossOutput
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import shards
-from rlhf_ray.engine.distributed import agree, extremes, require_process_group
+from rlhf_ray.engine.distributed import all_agree, min_and_max, require_process_group
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
@@ -40,10 +40,10 @@ Result = TypeVar("Result")
 
 
 class Program(nn.Module):
-    """Runs any function of ``module`` as one forward of the module that DeepSpeed wraps.
+    """The module that DeepSpeed wraps: its forward runs any function of ``module``.
 
-    DeepSpeed finds the start of a backward pass by hooks on what a forward returns, and finds tensors in tuples, lists and
-    dicts only. Here it always sees the loss itself, whatever the wrapped module returns and however often it is called.
+    DeepSpeed notices the start of a backward pass by hooks on what a forward returns, and it finds tensors only in tuples,
+    lists and dicts. With this class it always sees the loss itself, whatever ``module`` returns and however often it runs.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -51,12 +51,14 @@ class Program(nn.Module):
         self.module = module
 
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
-        """``function(module)``."""
+        """Return ``function(module)``."""
         return function(self.module)
 
 
 class Engine:
-    """One rank's part of a model, its optimizer and its schedule. Every method is called on all ranks alike."""
+    """One rank's part of a model, its optimizer and its schedule. All ranks must call the same methods in the
+    same order.
+    """
 
     def __init__(
         self, module: nn.Module, config: EngineConfig, *, dtype: Dtype, total_updates: int | None, trainable: bool
@@ -69,6 +71,7 @@ class Engine:
             module.requires_grad_(False)
         if casts_in_engine(config, trainable) or config.zero == 3:
             cast_parameters(module, DTYPES[dtype])
+        # Under ZeRO-3 vectors such as norms and biases stay whole on every rank.
         whole_below = max(
             (shape.numel() for shape in map(full_shape, module.parameters()) if len(shape) < 2), default=0
         )
@@ -76,7 +79,7 @@ class Engine:
             config, dtype=dtype, trainable=trainable, world_size=self.world_size, whole_below=whole_below
         )
         if config.zero == 3:
-            _keep_mixtures_whole(module)
+            _gather_experts_together(module)
         self.optimizer = self._make_optimizer() if trainable else None
         self._deepspeed, *_ = deepspeed.initialize(
             model=Program(module), optimizer=self.optimizer, config=settings, dist_init_required=None
@@ -95,35 +98,33 @@ class Engine:
         clip = self.config.optimizer.max_grad_norm if clips_in_optimizer(self.config, self.dtype) else None
         return SkippableAdamW(groups, self.config.optimizer, max_grad_norm=clip)
 
-    # ------------------------------------------------------------------------------------------------------ an update
-
     def accumulate(
         self,
         micro_batches: Iterable[MicroBatch],
         step: Callable[[nn.Module, MicroBatch], LossOutput],
         denominator: float,
     ) -> Report:
-        """Add the gradient of ``sum of losses / denominator`` over all micro-batches of all ranks.
+        """Add up the gradient of ``sum of losses / denominator`` over all micro-batches of all ranks.
 
-        ``step`` returns the loss of one micro-batch as a sum; it depends on the module's output also where it weighs
-        nothing, since ranks meet in every call of the module.
+        ``step`` returns the loss of one micro-batch as a sum, not a mean. The loss must depend on the output of the module
+        even if it is zero, since ranks meet in every call of the module. All ranks need equally many micro-batches.
         """
         self._expect(pending=False, call="accumulate")
         if not denominator > 0:
             raise RlhfRayError(f"the denominator of an update is {denominator}, but must be above 0")
-        held = list(micro_batches)
-        fewest, most = extremes(len(held), self.device)
+        own_batches = list(micro_batches)
+        fewest, most = min_and_max(len(own_batches), self.device)
         if fewest != most or fewest == 0:
             raise RlhfRayError(
-                f"ranks have {fewest} to {most} micro-batches, but each needs as many, at least one: fill with dummies"
+                f"ranks have {fewest} to {most} micro-batches, but all need equally many, at least one: fill up with dummies"
             )
         self._pending = True
         self._deepspeed.train()
         if self.config.zero == 3:
             clear_shards(self._trained)
         totals = Totals(self.device)
-        for micro_batch in held:
-            loss, metrics = self._deepspeed(lambda module, m=micro_batch: _pair(step(module, m)))
+        for micro_batch in own_batches:
+            loss, metrics = self._deepspeed(lambda module, m=micro_batch: _loss_and_metrics(step(module, m)))
             self._deepspeed.backward(loss * (self.world_size / denominator))
             self._watch.end_pass()
             totals.add(loss, metrics)
@@ -135,20 +136,23 @@ class Engine:
         return totals.report(denominator=denominator, finite=self.vote(finite))
 
     def _refuse_unreached(self, missed: int) -> None:
-        """DeepSpeed 0.19 keeps the offloaded gradient of a parameter that a pass leaves out for a later update."""
-        most = extremes(missed, self.device)[1]
+        """Refuse an update in which some pass left parameters out, if gradients are offloaded.
+
+        DeepSpeed 0.19 would keep the old gradient of such a parameter and add it to a later update.
+        """
+        most = min_and_max(missed, self.device)[1]
         if most > 0:
             raise RlhfRayError(
-                f"{most} of {len(self._trained)} parameters got no gradient from some micro-batch, which goes wrong with "
-                f"engine.offload {self.config.offload}: set it to none, or let every micro-batch use the whole model"
+                f"{most} of {len(self._trained)} parameters got no gradient from some micro-batch, which DeepSpeed gets wrong "
+                f"with engine.offload {self.config.offload}: set it to none, or let every micro-batch use the whole model"
             )
 
     def vote(self, finite: bool) -> bool:
-        """Whether every rank says so; ``accumulate`` has asked them already."""
-        return agree(finite, self.device)
+        """Return whether every rank passes true. ``accumulate`` calls this itself."""
+        return all_agree(finite, self.device)
 
     def apply(self, skip: bool) -> Applied:
-        """Take the accumulated update, or drop it: with ``skip``, or where its norm over all ranks is not finite."""
+        """Apply the accumulated update; drop it with ``skip``, or if its gradient norm over all ranks is not finite."""
         self._expect(pending=True, call="apply")
         assert self.optimizer is not None and self.config.optimizer is not None
         rate = learning_rate(self.config.optimizer, self.updates, self.total_updates)
@@ -166,7 +170,7 @@ class Engine:
         return Applied(False, norm, rate, self.updates)
 
     def _grad_norm(self) -> float | None:
-        """The norm of the gradient of the last step over all ranks; none where it was not finite."""
+        """Return the gradient norm of the last step over all ranks, or None if it was not finite."""
         assert self.optimizer is not None
         norm = self.optimizer.grad_norm
         if self.optimizer.max_grad_norm is None:
@@ -181,10 +185,8 @@ class Engine:
             missing = "accumulate has not been called" if pending else "apply has not ended the last update"
             raise RlhfRayError(f"{call}: {missing}")
 
-    # -------------------------------------------------------------------------------------------------------- forward
-
     def evaluate(self, function: Callable[[nn.Module], Result]) -> Result:
-        """``function(module)`` in evaluation mode, without gradients."""
+        """Return ``function(module)`` in evaluation mode, without gradients."""
         if self._pending:
             raise RlhfRayError("evaluate: apply has not ended the last update")
         self._deepspeed.eval()
@@ -192,15 +194,13 @@ class Engine:
             result: Result = self._deepspeed(function)
         return result
 
-    # ---------------------------------------------------------------------------------------------------------- state
-
     def save_shards(self, directory: Path) -> None:
         """Write this rank's part of weights, optimizer and random state into ``directory``."""
         self._expect(pending=False, call="save_shards")
         shards.save(self._deepspeed, directory, self._identity(), self.updates)
 
     def load_shards(self, directory: Path) -> None:
-        """Continue bit for bit from ``save_shards`` by a group of the same shape."""
+        """Restore what ``save_shards`` of a group of the same shape wrote, to go on bit for bit."""
         self._expect(pending=False, call="load_shards")
         quantized = bool(four_bit_layers(self.module))
         self.updates = shards.load(self._deepspeed, directory, self._identity(), quantized=quantized)
@@ -209,9 +209,10 @@ class Engine:
         return {"zero": self.config.zero, "dtype": self.dtype, "ranks": self.world_size}
 
     def full_state(self, module: nn.Module | None = None) -> Iterator[list[tuple[str, Tensor]]]:
-        """Whole weights of ``module`` (default: the wrapped one) by live names, in groups of a layer.
+        """Yield whole weights of ``module`` (default: the wrapped one) by their names in memory, one layer at a time.
 
-        Collective under ZeRO-3: every rank iterates to the end. Rank 0 receives tensors on the CPU, others empty groups.
+        Collective under ZeRO-3: every rank must iterate to the end. Rank 0 receives tensors on the CPU, the others empty
+        groups.
         """
         yield from gathered_groups(self.module if module is None else module, receive=self.rank == 0)
 
@@ -224,15 +225,15 @@ class Engine:
             yield from group
 
     def close(self) -> None:
-        """Free what DeepSpeed holds beyond this object."""
+        """Free hooks and memory that DeepSpeed would hold beyond the life of this object."""
         self._watch.remove()
         if self._sums is not None:
             self._sums.remove()
         self._deepspeed.destroy()
 
 
-def _keep_mixtures_whole(module: nn.Module) -> None:
-    """Gather the parameters of a mixture of experts as one: which of them a rank uses depends on its tokens."""
+def _gather_experts_together(module: nn.Module) -> None:
+    """Let ZeRO-3 gather all experts of a layer at once, since which of them a rank uses depends on its tokens."""
     kinds = {type(block) for block in expert_blocks(module)}
     if kinds:
         set_z3_leaf_modules(module, list(kinds))
@@ -241,19 +242,19 @@ def _keep_mixtures_whole(module: nn.Module) -> None:
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast floating-point parameters in place, as DeepSpeed does; buffers keep their precision.
 
-    Parameters in shards have theirs since they were built. The others beside them (a head, adapters) DeepSpeed would leave as
-    they are, and then fail, as it joins the shards of all.
+    Parameters in shards were built in ``dtype``. The others beside them (a head, adapters) DeepSpeed would leave as they
+    are, and would then fail when it joins the shards of all.
     """
     for parameter in module.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(dtype)
 
 
-def _pair(output: LossOutput) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]:
+def _loss_and_metrics(output: LossOutput) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]:
     if output.loss.dim() != 0 or not output.loss.requires_grad:
         raise RlhfRayError(
-            f"a loss is one number that depends on the module, not shape {tuple(output.loss.shape)} with requires_grad "
-            f"{output.loss.requires_grad}"
+            f"a loss must be one number that depends on the module, but it has shape {tuple(output.loss.shape)} and "
+            f"requires_grad {output.loss.requires_grad}"
         )
     metrics = {name: (total.detach(), count.detach()) for name, (total, count) in output.metrics.items()}
     return output.loss, metrics

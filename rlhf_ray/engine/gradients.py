@@ -1,7 +1,7 @@
-"""What happens to a parameter's gradient before DeepSpeed sees it.
+"""Check gradients for NaN and Inf, and add them in fp32, before DeepSpeed gets them.
 
-Always true: a NaN or Inf in any gradient of this rank is noticed, at every ZeRO stage and before any rank applies
-anything; gradients of several micro-batches are added in fp32, whatever the model computes in.
+Invariants: a NaN or Inf in any gradient of this rank is noticed, at every ZeRO stage and before any rank applies anything.
+Gradients of several micro-batches are added in fp32, whatever the model computes in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def clear_shards(parameters: Iterable[nn.Parameter]) -> None:
     """Zero the gradient shards of ZeRO-3 parameters.
 
-    DeepSpeed 0.19 overwrites a shard in the first backward pass of an update and adds in the later ones; a parameter that
+    DeepSpeed 0.19 overwrites a shard in the first backward pass of an update and adds to it in later ones. A parameter that
     the first pass does not use (a rarely chosen expert, one of two heads) would keep the gradient of an earlier update.
     """
     sharded: Iterable[Any] = parameters
@@ -28,41 +28,42 @@ def clear_shards(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class GradientWatch:
-    """Notices NaN and Inf in the gradients of ``parameters``, without waiting for the device until asked, and parameters
-    that a backward pass does not reach.
+    """Watches the gradients of ``parameters`` for NaN and Inf, and for parameters that a backward pass does not reach.
+
+    It waits for the device only at the end of an update.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._trace = torch.zeros((), device=device)
-        self._hooks = [parameter.register_hook(partial(self._look, i)) for i, parameter in enumerate(parameters)]
+        self._hooks = [parameter.register_hook(partial(self._check, i)) for i, parameter in enumerate(parameters)]
         self._reached: set[int] = set()
         self._missed: set[int] = set()
 
-    def _look(self, index: int, gradient: Tensor) -> None:
+    def _check(self, index: int, gradient: Tensor) -> None:
         # Zero times a sum is NaN exactly where the sum holds NaN or Inf.
         self._trace += gradient.detach().sum(dtype=torch.float32) * 0.0
         self._reached.add(index)
 
     def end_pass(self) -> None:
-        """A backward pass has ended."""
+        """Note which parameters the backward pass that has just ended did not reach."""
         self._missed |= set(range(len(self._hooks))) - self._reached
         self._reached.clear()
 
     def end_update(self) -> tuple[bool, int]:
-        """Whether all gradients since the last update were finite, and how many parameters some pass did not reach."""
+        """Return whether all gradients of this update were finite, and how many parameters some pass did not reach."""
         finite, missed = bool(torch.isfinite(self._trace)), len(self._missed)
         self._trace.zero_()
         self._missed.clear()
         return finite, missed
 
     def remove(self) -> None:
-        """Stop looking."""
+        """Stop watching."""
         for hook in self._hooks:
             hook.remove()
 
 
 class FullPrecisionSums:
-    """fp32 sums of low-precision gradients, where DeepSpeed would add micro-batches in the model's precision."""
+    """Adds low-precision gradients in fp32, where DeepSpeed would add micro-batches in the model's precision."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._sums: dict[nn.Parameter, Tensor] = {}
@@ -71,12 +72,12 @@ class FullPrecisionSums:
     def _move(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
         before = self._sums.get(parameter)
-        # One micro-batch alone needs no sum: it stays as it is until a second one comes.
+        # The gradient of the first micro-batch needs no sum: it stays as it is until a second one comes.
         self._sums[parameter] = parameter.grad if before is None else before.float().add_(parameter.grad)
         parameter.grad = None
 
     def hand_over(self) -> None:
-        """Give every parameter its summed gradient, rounded once, and start again from nothing."""
+        """Give every parameter its summed gradient, rounded once, and start a new sum."""
         for parameter, total in self._sums.items():
             parameter.grad = total.to(parameter.dtype)
         self._sums.clear()

@@ -1,6 +1,6 @@
-"""What the device could do at best: the rate of one large matrix product, against which training is held.
+"""The rate at which this device multiplies large matrices: the most that training could reach.
 
-Always true: it is measured here and now, never taken from a data sheet.
+Invariant: the rate is measured here and now, never taken from a data sheet.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import time
 import torch
 
 SECONDS = 0.4
+"""Time that the measurement takes at least."""
 SIZES = {"cpu": 1536, "cuda": 8192}
+"""Rows and columns of the matrices, by type of device."""
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of ``size x size`` products in ``dtype``, over about ``SECONDS`` after one that is not counted."""
+    """Return the FLOP/s of square matrix products in ``dtype``, measured over about :data:`SECONDS` after a warm-up."""
     size = SIZES.get(device.type, SIZES["cpu"])
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     _multiply(left, right, device)
@@ -22,6 +24,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     while time.perf_counter() - begin < SECONDS:
         _multiply(left, right, device)
         count += 1
+    # A product takes size**3 multiplications and as many additions.
     return 2.0 * size**3 * count / (time.perf_counter() - begin)
 
 

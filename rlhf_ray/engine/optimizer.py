@@ -1,7 +1,7 @@
-"""AdamW that can be told to do nothing.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with steps that can be switched off.
 
-Always true: while ``skip`` is set, ``step`` changes neither a weight nor a moment nor a step count; weight decay touches
-matrices only, never norms, biases and other vectors.
+Invariants: while ``skip`` is set, ``step`` changes neither a weight nor a moment nor a step count. Weight decay applies to
+matrices only, never to norms, biases and other vectors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from rlhf_ray.config.sections.engine import OptimizerConfig
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters of ``module``: matrices with weight decay, vectors and scalars without; empty groups left out."""
+    """Return the trainable parameters as torch's parameter groups: matrices with weight decay, all others without.
+
+    Empty groups are left out.
+    """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
     vectors = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]
@@ -26,16 +29,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 holds a part of it on this rank."""
+    """Return the shape of the whole parameter, even if ZeRO-3 keeps only a part of it on this rank."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class SkippableAdamW(torch.optim.AdamW):
     """AdamW whose ``step`` does nothing while ``skip`` is set.
 
-    DeepSpeed calls ``step`` in its own time (at ZeRO-3 once a group of parameters, and at ZeRO-0 in low precision once
-    with zero gradients at start-up, which would count as an update). With ``max_grad_norm`` the gradients are whole and
-    the same on every rank: then the norm is taken and clipped here, and NaN or Inf skips the step.
+    DeepSpeed calls ``step`` when it likes: at ZeRO-3 once per group of parameters, and at ZeRO-0 in low precision once at
+    start-up with zero gradients, which would count as an update. ``max_grad_norm`` is for gradients that are whole and
+    equal on every rank: then this class clips them itself, and skips the step if their norm is not finite.
     """
 
     def __init__(
@@ -49,12 +52,12 @@ class SkippableAdamW(torch.optim.AdamW):
         self.grad_norm: float | None = None
 
     def set_learning_rate(self, value: float) -> None:
-        """The learning rate of the next step, in every group."""
+        """Set the learning rate of the next step in every group."""
         for group in self.param_groups:
             group["lr"] = value
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update, or nothing."""
+        """Make one update, or none. The type is torch's result: the closure's loss, else None."""
         if self.skip or (self.max_grad_norm is not None and not self._clip(self.max_grad_norm)):
             return None
         return super().step(closure)

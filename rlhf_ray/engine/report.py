@@ -1,7 +1,7 @@
-"""What an engine tells its caller: plain numbers that cross processes.
+"""The results of an update as plain numbers, which can be sent to another process.
 
-Always true: the sums of a ``Report`` are this rank's, so that adding the reports of all ranks gives the whole update's
-numbers, however it was split; ``Report.finite`` and all of ``Applied`` are the same on every rank.
+Invariants: the sums in a ``Report`` are those of one rank, so the reports of all ranks add up to the numbers of the whole
+update, however it was split. ``Report.finite`` and everything in ``Applied`` are the same on every rank.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 class Report:
     """One rank's share of an accumulated update.
 
-    ``finite`` says that no loss and no gradient of any rank was NaN or Inf; ``loss`` is the sum of this rank's losses over
-    the denominator of the whole update; ``metrics`` maps a name to its sum and count.
+    ``finite`` is true if no loss and no gradient of any rank was NaN or Inf. ``loss`` is the sum of this rank's losses divided
+    by the denominator of the whole update. ``metrics`` maps a name to a sum and a count.
     """
 
     finite: bool
@@ -28,7 +28,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Applied:
-    """The end of an update: ``update`` counts those applied so far; ``grad_norm``, before clipping, is none where skipped."""
+    """The end of an update.
+
+    ``grad_norm`` is taken before clipping, and None if the update was skipped. ``update`` is the number of updates applied so
+    far.
+    """
 
     skipped: bool
     grad_norm: float | None
@@ -37,7 +41,7 @@ class Applied:
 
 
 class Totals:
-    """Sums of losses and metrics over micro-batches, kept on the device and read once."""
+    """Sums of losses and metrics over micro-batches. They stay on the device until they are read at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -52,10 +56,10 @@ class Totals:
             self._metrics[name] = self._metrics.get(name, 0.0) + torch.stack(values)
 
     def finite(self) -> bool:
-        """Whether no loss was NaN or Inf."""
+        """Return whether no loss was NaN or Inf."""
         return bool(torch.isfinite(self._loss))
 
     def report(self, *, denominator: float, finite: bool) -> Report:
-        """The sums so far as plain numbers."""
+        """Return the sums so far as plain numbers."""
         metrics = {name: (float(pair[0]), float(pair[1])) for name, pair in self._metrics.items()}
         return Report(finite, float(self._loss) / denominator, metrics)

@@ -1,7 +1,7 @@
-"""The learning rate of every optimizer update.
+"""The learning rate of each optimizer update.
 
-Always true: the learning rate is a pure function of the update's number, so a skipped update repeats it and a resumed run
-continues it. A schedule that depends on the end of the run is refused where the end is not known.
+Invariants: the learning rate is a pure function of the number of the update, so a skipped update repeats it and a resumed run
+continues it. A schedule that depends on the length of the run is refused if the length is not known.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from rlhf_ray.config.sections.engine import OptimizerConfig
 from rlhf_ray.errors import RequestError
 
 TIMESCALE = 10_000
-"""Updates over which ``inverse_sqrt`` falls to half and half again where there is no warm-up (as in transformers)."""
+"""The time scale of ``inverse_sqrt``, in updates, if there is no warm-up: the default of transformers."""
 
 
 def check_schedule(config: OptimizerConfig, total_updates: int | None) -> None:
-    """Refuse a schedule that needs the number of updates where it is unknown."""
+    """Refuse a schedule that needs the number of updates if it is unknown, and a run without updates."""
     if total_updates is not None and total_updates < 1:
         raise RequestError(f"total_updates is {total_updates}, but a run has at least one optimizer update")
     if total_updates is None and (config.schedule != "constant" or config.warmup_fraction > 0):
@@ -27,10 +27,10 @@ def check_schedule(config: OptimizerConfig, total_updates: int | None) -> None:
 
 
 def learning_rate(config: OptimizerConfig, update: int, total_updates: int | None) -> float:
-    """The learning rate of update number ``update``, counted from 0.
+    """Return the learning rate of update number ``update``, counted from 0.
 
-    Linear warm-up over ``warmup_fraction`` of the run, full at its last update; from there as the schedule says, down to
-    ``final_fraction`` of the peak at the last update of the run, and that from then on.
+    It rises linearly over ``warmup_fraction`` of the run and reaches its peak at the last update of that. Then it follows the
+    schedule down to ``final_fraction`` of the peak at the last update of the run, and stays there.
     """
     check_schedule(config, total_updates)
     if total_updates is None:
@@ -50,9 +50,10 @@ def learning_rate(config: OptimizerConfig, update: int, total_updates: int | Non
 
 
 def share_left(config: OptimizerConfig, progress: float, warmup: float) -> float:
-    """How much of the way from the peak to the end is left after ``progress`` of what follows the warm-up, 1 to 0.
+    """Return how much of the way from the peak down to the final learning rate is left, from 1 to 0.
 
-    The forms are those of transformers; ``warmup`` is the share of the run that went before.
+    ``progress`` is the share of the time after the warm-up that has passed, ``warmup`` the share of the run that the warm-up
+    took. The forms of the schedules are those of transformers.
     """
     if config.schedule == "linear":
         return 1.0 - progress

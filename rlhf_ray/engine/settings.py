@@ -1,8 +1,8 @@
-"""DeepSpeed's configuration, made from ours.
+"""Make DeepSpeed's configuration from the engine section of a config.
 
-Always true: DeepSpeed never decides when an update happens, never scales a loss and never takes gradients of one update
-for another: accumulation belongs to :class:`rlhf_ray.engine.engine.Engine`, its own stays at 1. Combinations that
-DeepSpeed accepts but gets wrong are refused here.
+Invariants: DeepSpeed never decides when an update happens, never scales a loss and never mixes the gradients of two updates.
+:class:`rlhf_ray.engine.engine.Engine` accumulates micro-batches, and DeepSpeed's own accumulation stays at 1. Combinations
+that DeepSpeed accepts but gets wrong are refused here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.errors import RequestError
 
 WHOLE_BELOW = 10_000
-"""Under ZeRO-3, parameters of up to so many elements (norms and biases) stay whole on every rank."""
+"""Under ZeRO-3, parameters of at most this many elements (norms and biases) stay whole on every rank."""
 
 BUCKET = 50_000_000
-"""Elements that travel at once: DeepSpeed allocates such a buffer up front, and its default takes gigabytes."""
+"""Elements sent at once. DeepSpeed allocates a buffer of this size up front, and its own default takes gigabytes."""
 
 
 def deepspeed_config(
@@ -27,7 +27,7 @@ def deepspeed_config(
     world_size: int,
     whole_below: int = WHOLE_BELOW,
 ) -> dict[str, Any]:
-    """The configuration of one DeepSpeed engine, also what ``zero.Init`` needs to build a model in shards."""
+    """Make the configuration of one DeepSpeed engine; ``zero.Init`` needs it too, to build a model in shards."""
     max_grad_norm = _check(config, dtype=dtype, trainable=trainable)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -37,7 +37,7 @@ def deepspeed_config(
         "gradient_clipping": 0.0 if clips_in_optimizer(config, dtype) else max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero(config, trainable, whole_below),
+        "zero_optimization": _zero_settings(config, trainable, whole_below),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -53,26 +53,27 @@ def deepspeed_config(
 
 
 def casts_in_engine(config: EngineConfig, trainable: bool) -> bool:
-    """Whether the engine casts the parameters: a model that is neither trained nor sharded needs nothing of DeepSpeed's
-    mixed precision, which would make an empty optimizer and print about it.
+    """Return whether :class:`Engine` casts the parameters instead of DeepSpeed.
+
+    It does for a model that is neither trained nor sharded: DeepSpeed would make an empty optimizer and print about it.
     """
     return not trainable and config.zero == 0
 
 
 def sums_in_engine(config: EngineConfig, dtype: str) -> bool:
-    """Whether micro-batches are added here: at ZeRO 0 and 1 DeepSpeed adds them in the model's low precision.
+    """Return whether :class:`Engine` adds up micro-batches: at ZeRO 0 and 1 DeepSpeed would add them in low precision.
 
-    Its fp32 sums at ZeRO 1 in bf16 are another optimizer, which prints dozens of lines to standard output when made.
+    At ZeRO 1 in bf16 DeepSpeed can sum in fp32, but only with another optimizer of its own, which prints dozens of lines.
     """
     return dtype != "fp32" and config.zero < 2
 
 
 def clips_in_optimizer(config: EngineConfig, dtype: str) -> bool:
-    """Whether whole fp32 gradients reach the optimizer, which then clips them and refuses NaN and Inf itself."""
+    """Return whether whole fp32 gradients reach the optimizer, so that it clips them and skips NaN and Inf itself."""
     return config.zero == 0 and dtype == "fp32"
 
 
-def _zero(config: EngineConfig, trainable: bool, whole_below: int) -> dict[str, Any]:
+def _zero_settings(config: EngineConfig, trainable: bool, whole_below: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}
     if config.zero in (1, 2):
         zero["overlap_comm"] = False
@@ -86,7 +87,7 @@ def _zero(config: EngineConfig, trainable: bool, whole_below: int) -> dict[str, 
 
 
 def _check(config: EngineConfig, *, dtype: str, trainable: bool) -> float:
-    """Refuse what cannot work; the bound of gradients in training, else 0."""
+    """Refuse combinations that cannot work; return the largest gradient norm in training, and 0 otherwise."""
     if not trainable:
         if config.zero in (1, 2):
             raise RequestError(

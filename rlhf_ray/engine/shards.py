@@ -1,7 +1,7 @@
-"""A rank's training state on disk, in DeepSpeed's own format.
+"""Save and load one rank's training state, in DeepSpeed's own format.
 
-Always true: loading what was saved and going on gives the same bits as never having stopped; shards of a group of another
-shape are refused before DeepSpeed opens them. DeepSpeed reads its shards with pickle: whoever loads them verifies them
+Invariants: training that goes on from a saved state gives the same bits as training that never stopped. The state of a group
+of another shape is refused before DeepSpeed opens it. DeepSpeed reads its files with pickle, so the caller must verify them
 against a manifest first.
 """
 
@@ -23,7 +23,7 @@ IDENTITY_FILE = "engine.json"
 
 
 def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: int) -> None:
-    """Write the shards of this rank, and from rank 0 what they are."""
+    """Write the state of this rank; rank 0 also writes which group it belongs to. Collective."""
     directory.mkdir(parents=True, exist_ok=True)
     engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
     save_file(_random_state(), str(_random_file(directory)))
@@ -32,18 +32,21 @@ def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: 
     dist.barrier()
 
 
-def files_of(ranks: int) -> list[str]:
-    """Files that :func:`save` leaves of an engine of so many ranks, one from each at least; DeepSpeed's own not counted."""
+def expected_files(ranks: int) -> list[str]:
+    """Return the files that :func:`save` writes for this many ranks, at least one per rank, besides DeepSpeed's own."""
     return [IDENTITY_FILE, *(_random_name(rank) for rank in range(ranks))]
 
 
 def load(engine: Any, directory: Path, identity: dict[str, int | str], *, quantized: bool = False) -> int:
-    """Restore this rank's shards; returns how many updates they had seen. ``quantized``: some weights are in 4 bits."""
+    """Restore the state of this rank; return the number of updates before it. Collective.
+
+    ``quantized`` says that some weights are in 4 bits.
+    """
     stored = _read_identity(directory)
     updates = stored.pop("updates")
     if stored != identity:
         raise RequestError(
-            f"{directory} was saved by an engine with {_words(stored)}, but this one has {_words(identity)}: "
+            f"{directory} was saved by an engine with {_in_words(stored)}, but this one has {_in_words(identity)}: "
             "resume with the settings of the run"
         )
     path, _ = engine.load_checkpoint(
@@ -56,13 +59,13 @@ def load(engine: Any, directory: Path, identity: dict[str, int | str], *, quanti
 
 
 def _load_module(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load a module with weights in 4 bits: torch writes their scales beside them, and does not read them again.
+    """Load a module with weights in 4 bits. torch writes their scales into the state, but cannot read them.
 
-    The scales are frozen with the weights, so they must be what the module has of its checkpoint already.
+    The scales are frozen with the weights, so they must equal those that the module already has from its checkpoint.
     """
-    held = dst.state_dict()
-    scales = held.keys() - dict(dst.named_parameters()).keys() - dict(dst.named_buffers()).keys()
-    changed = sorted(name for name in scales if name not in src or not src[name].cpu().equal(held[name].cpu()))
+    current = dst.state_dict()
+    scales = current.keys() - dict(dst.named_parameters()).keys() - dict(dst.named_buffers()).keys()
+    changed = sorted(name for name in scales if name not in src or not src[name].cpu().equal(current[name].cpu()))
     if changed:
         raise IntegrityError(
             f"the model that was loaded is not the one that was quantised before: {changed[0]} differs"
@@ -78,7 +81,7 @@ def _read_identity(directory: Path) -> dict[str, Any]:
     return stored
 
 
-def _words(identity: dict[str, Any]) -> str:
+def _in_words(identity: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in identity.items())
 
 

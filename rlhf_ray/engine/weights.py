@@ -22,8 +22,8 @@ from rlhf_ray.models.weights.quantization import dequantized
 Group = list[tuple[str, Tensor]]
 
 
-def layer_of(name: str) -> str:
-    """The part of a live name that says its layer: up to the first number; a parameter outside of layers is its own."""
+def layer_name(name: str) -> str:
+    """Return the part of a name in memory up to its first number: its layer. Without a number it is the whole name."""
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdigit():
@@ -32,15 +32,15 @@ def layer_of(name: str) -> str:
 
 
 def layers(module: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
-    """The parameters of ``module`` by live name, neighbours of one layer together."""
+    """Return the parameters of ``module`` with their names, in lists of neighbours that belong to one layer."""
     named = list(module.named_parameters())
-    return [list(group) for _, group in groupby(named, key=lambda item: layer_of(item[0]))]
+    return [list(group) for _, group in groupby(named, key=lambda item: layer_name(item[0]))]
 
 
 def gathered_groups(module: nn.Module, *, receive: bool) -> Iterator[Group]:
-    """Walk the layers of ``module``; with ``receive`` each comes as whole tensors on the CPU, else as an empty group."""
+    """Walk the layers of ``module``; yield the whole tensors of each on the CPU, or an empty list without ``receive``."""
     for layer in layers(module):
-        with _whole([parameter for _, parameter in layer]):
+        with _gather([parameter for _, parameter in layer]):
             group = [(name, _copy(parameter)) for name, parameter in layer] if receive else []
         yield group
 
@@ -54,11 +54,11 @@ def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) 
         yield list(to_disk_names(model, group)) if group else []
 
 
-def _whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
+def _gather(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         return contextlib.nullcontext()
-    import deepspeed  # sharded parameters are DeepSpeed's, which is loaded then
+    import deepspeed  # it is loaded already, since only DeepSpeed splits parameters
 
     context: contextlib.AbstractContextManager[object] = deepspeed.zero.GatheredParameters(sharded)
     return context

@@ -15,7 +15,7 @@ from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.engine.shards import files_of
+from rlhf_ray.engine.shards import expected_files
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 
@@ -44,7 +44,7 @@ class Checkpointer:
         except BaseException:
             pending.abort()
             raise
-        expected = [f"{name}/{file}" for name, group in self.groups.items() for file in files_of(group.size)]
+        expected = [f"{name}/{file}" for name, group in self.groups.items() for file in expected_files(group.size)]
         self.run.checkpoints.commit(pending, about={"state": dict(state)}, expected=expected)
 
     def final(self, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:

@@ -37,7 +37,7 @@ from toy import (
 
 from rlhf_ray.algorithms.losses import LossOutput
 from rlhf_ray.engine import Applied, Engine, deepspeed_config, destroy_process_group, init_process_group
-from rlhf_ray.engine.distributed import agree
+from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.errors import RlhfRayError
 
 BATCHES = [make_batch(1), make_batch(2)]
@@ -345,7 +345,7 @@ def abandoned(rank: int, world: int, port: int) -> Measured:
     started, error = time.monotonic(), ""
     if rank == 0:
         try:
-            agree(True, torch.device("cpu"))
+            all_agree(True, torch.device("cpu"))
         except RuntimeError as raised:
             error = str(raised)
     else:

@@ -1,4 +1,4 @@
-"""AdamW that can be told to do nothing, without DeepSpeed."""
+"""AdamW with steps that can be switched off, without DeepSpeed."""
 
 from __future__ import annotations
 

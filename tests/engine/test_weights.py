@@ -1,4 +1,4 @@
-"""Groups of a layer, and names on disk."""
+"""Whole weights come layer by layer, and get the names that they have on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.engine.weights import disk_weights, gathered_groups, layer_of, layers
+from rlhf_ray.engine.weights import disk_weights, gathered_groups, layer_name, layers
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.weights.tiny_llama import make_model
@@ -25,7 +25,7 @@ from rlhf_ray.models.weights.tiny_llama import make_model
     ],
 )
 def test_a_layer_is_named_up_to_its_number(name: str, layer: str) -> None:
-    assert layer_of(name) == layer
+    assert layer_name(name) == layer
 
 
 def test_layers_hold_every_parameter_once_in_the_order_of_the_module() -> None:
