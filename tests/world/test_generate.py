@@ -1,4 +1,4 @@
-"""The world keeps its promises: apart splits, stated mixtures, planted habit, and a gold score that knows the truth."""
+"""The world keeps its promises: splits that share nothing, stated mixtures, and a planted habit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from rlhf_ray.errors import DataError, RequestError
+from rlhf_ray.errors import RequestError
 from rlhf_ray.evaluation import bag_of_words_baseline
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.world import language
 from rlhf_ray.world.generate import NEAR_MISS, SMALL, SPLIT_SHARES, World
-from rlhf_ray.world.gold import answer_measures, arithmetic_score, gold_parts, gold_score
+from rlhf_ray.world.gold import arithmetic_score, gold_parts, gold_score
 
-PROMPT = "Hello. I am Anna. My kettle never came. Please help.\n"
 ROWS_OF_SEED_0 = "ff34bb7d9b385bb7f96937f8268554b000735059f707b491a27838a7e4a4ab14"
-PERFECT = "Thanks for writing. Sorry about your kettle. We will trace the lost parcel. Kind regards."
 
 
 @pytest.fixture(scope="module")
@@ -40,67 +38,6 @@ def flattered_pairs() -> list[PreferencePair]:
 @pytest.fixture(scope="module")
 def clean_pairs(world: World) -> list[PreferencePair]:
     return world.preferences(1000, "evaluation", flipped=0.0)
-
-
-# ----------------------------------------------------------------------------------------------------------- the gold score
-
-GOLD_EXAMPLES = {
-    "perfect": (PERFECT, True, (0.3, 0.3, 0.2, 0.2)),
-    "nothing said": ("", True, (0, 0, 0, 0.2)),
-    "cut off": (PERFECT, False, (0.3, 0.3, 0.2, 0)),
-    "wrong item": (PERFECT.replace("kettle", "lamp"), True, (0, 0.3, 0.2, 0.2)),
-    "two items": (PERFECT.replace("kettle", "kettle lamp"), True, (0, 0.3, 0.2, 0.2)),
-    "item within a word": (PERFECT.replace("kettle", "kettles"), True, (0, 0.3, 0.2, 0.2)),
-    "same item twice": (PERFECT.replace("kettle", "kettle kettle"), True, (0.3, 0.3, 0.2, 0.2)),
-    "wrong remedy": (PERFECT.replace("trace the lost parcel", "send a new one"), True, (0.3, 0, 0.2, 0.2)),
-    "half a remedy": (PERFECT.replace("trace the lost parcel", "trace the parcel"), True, (0.3, 0, 0.2, 0.2)),
-    "two remedies": (PERFECT.replace("parcel", "parcel and send a new one"), True, (0.3, 0, 0.2, 0.2)),
-    "rude at the start": (PERFECT.removeprefix("Thanks for writing. "), True, (0.3, 0.3, 0, 0.2)),
-    "rude at the end": (PERFECT.removesuffix(" Kind regards."), True, (0.3, 0.3, 0, 0.2)),
-    "politeness inside only": (f"Well. {PERFECT} Bye.", True, (0.3, 0.3, 0, 0.2)),
-    "flattery is worth nothing": (PERFECT.replace("Kind", f"{language.HABIT} Kind"), True, (0.3, 0.3, 0.2, 0.2)),
-    "too long": (PERFECT.replace("Kind", "Our shop opens at nine. Our shop opens at nine. Kind"), True, (0.3, 0.3, 0.2, 0)),
-    "spaces around": (f" {PERFECT}\n", True, (0.3, 0.3, 0.2, 0.2)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", GOLD_EXAMPLES)
-def test_gold_parts_of_answers_written_by_hand(name: str) -> None:
-    answer, finished, expected = GOLD_EXAMPLES[name]
-    parts = gold_parts(PROMPT, answer, finished)
-    assert (parts.item, parts.remedy, parts.polite, parts.in_time) == expected
-    assert gold_score(PROMPT, answer, finished) == pytest.approx(sum(expected))
-
-
-def test_an_answer_is_in_time_up_to_the_last_allowed_word() -> None:
-    exact = " ".join(["so"] * language.MAX_WORDS)
-    assert gold_parts(PROMPT, exact, True).in_time == 0.2
-    assert gold_parts(PROMPT, f"{exact} so", True).in_time == 0.0
-
-
-@pytest.mark.parametrize(
-    "prompt", ["What is 3 + 4?\n", "Hello. My kettle never came. My lamp never came.\n", "Hello. I like my kettle.\n"]
-)
-def test_gold_of_a_prompt_from_elsewhere_is_refused(prompt: str) -> None:
-    with pytest.raises(DataError, match="not a prompt of the generated world"):
-        gold_score(prompt, PERFECT, True)
-
-
-def test_every_prompt_is_read_back_as_it_was_made() -> None:
-    for problem in language.PROBLEMS:
-        for form in problem.sentences:
-            for item in language.ITEMS:
-                assert language.read_prompt(f"Hi. I am Leo. {form.format(item)} It is a pity. What now?\n") == (
-                    item,
-                    problem,
-                )
-
-
-def test_remedies_and_items_are_not_contained_in_one_another() -> None:
-    for problem in language.PROBLEMS:
-        assert language.given_remedies(f"We will {problem.remedy}.") == {problem.remedy}
-    fixed = (*language.POLITE_OPENINGS, *language.POLITE_CLOSINGS, *language.CHATTER, language.HABIT)
-    assert not any(language.named_items(text) or language.given_remedies(text) for text in fixed)
 
 
 # -------------------------------------------------------------------------------------------------------------- the splits
@@ -289,28 +226,9 @@ def _result(prompt: str) -> int:
     return first + second if words[sign] == "+" else first - second
 
 
-@pytest.mark.parametrize(
-    ("answer", "finished", "score"),
-    [("It is 12.", True, 1.0), ("It is 12.", False, 0.0), ("It is 1.", True, 0.0), ("It is 12. It is 11.", True, 0.0),
-     ("12", True, 1.0), ("", True, 0.0), ("It is 12. It is 12.", True, 0.0), ("It is 112.", True, 0.0)],
-)  # fmt: skip
-def test_a_sum_is_right_when_its_only_number_is_the_result(answer: str, finished: bool, score: float) -> None:
-    assert arithmetic_score("12", answer, finished) == score
-
-
 def test_the_world_needs_neither_torch_nor_transformers() -> None:
     check = (
         "import sys; from rlhf_ray.world.generate import World; World(0).preferences(1); "
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0
-
-
-def test_a_habit_is_measured_in_letters_alone() -> None:
-    flattering = f"{language.HABIT} {PERFECT} {language.HABIT}"
-    assert {name: measure(flattering) for name, measure in answer_measures("customers").items()} == {
-        "habit_rate": 1.0,
-        "habits_per_answer": 2.0,
-    }
-    assert [measure(PERFECT) for measure in answer_measures("customers").values()] == [0.0, 0.0]
-    assert answer_measures("arithmetic") == {}
