@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.figures import Figure, Figures
 from benchmarks.learning import BEST_OF_N, RECIPES, SEEDS, directory_name, evaluations
-
-if TYPE_CHECKING:
-    from rlhf_ray.monitoring.report.summary import BestOf
 
 METHOD = (
     "Llama of 0.5M parameters, reward model trained on 19,200 pairs, transformers as sampler, plain classes in one "
@@ -53,20 +50,18 @@ def _best_of_n(name: str, homes: Sequence[Path]) -> Figures:
     judge = "rewards of PPO" if name == "best_of_n" else "scores of the reward model alone"
     method = f"best of n samples of SFT by the {judge}, the fewest samples that cost PPO's KL"
     measured = {
-        f"ppo.{name}.gold_win_rate": Figure.worst([row.win_rate for row in best], "share", f"{method}; {METHOD}")
+        f"ppo.{name}.gold_win_rate": Figure.worst([row["win_rate"] for row in best], "share", f"{method}; {METHOD}")
     }
     if name == "best_of_n":
-        measured[f"ppo.{name}.kl"] = _least([row.kl for row in best], "nats", f"log n - (n - 1) / n, {method}")
-        measured[f"ppo.{name}.samples"] = _least([float(row.n) for row in best], "samples", f"n, {method}")
+        measured[f"ppo.{name}.kl"] = _least([row["kl"] for row in best], "nats", f"log n - (n - 1) / n, {method}")
+        measured[f"ppo.{name}.samples"] = _least([row["n"] for row in best], "samples", f"n, {method}")
     return measured
 
 
-def _largest_best_of_n(directory: Path) -> BestOf:
+def _largest_best_of_n(directory: Path) -> dict[str, float]:
     """The best of all samples that a run drew of each held-out prompt before it began."""
-    from rlhf_ray.monitoring.report.summary import BestOf
-
-    stored = json.loads((directory / "evaluation" / "start.json").read_text())
-    return BestOf(**stored["best_of"][-1])
+    stored = json.loads((directory / "evaluation" / "start.json").read_text())["best_of"]
+    return {name: float(value) for name, value in stored[-1].items()}
 
 
 def _sums(last: Sequence[Mapping[str, float]]) -> Figures:

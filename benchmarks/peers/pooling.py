@@ -21,7 +21,7 @@ def load(order: dict[str, Any]) -> Score:
     from vllm import LLM
     from vllm.config import PoolerConfig
 
-    prompts = [{"prompt_token_ids": sequence} for sequence in order["sequences"]]
+    prompts: Any = [{"prompt_token_ids": sequence} for sequence in order["sequences"]]
     model = LLM(
         order["directory"],
         runner="pooling",

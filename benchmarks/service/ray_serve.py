@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from benchmarks.service.reward_service import instant_app
 from rlhf_ray import environment
@@ -32,7 +33,7 @@ def behind_ray_serve() -> Iterator[tuple[str, int]]:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         options = {"num_cpus": 0.5}
         # The replica makes the app itself: an app cannot be pickled.
-        deployment = serve.deployment(
+        deployment: Any = serve.deployment(
             serve.ingress(instant_app)(), max_ongoing_requests=CONCURRENCY, ray_actor_options=options
         )
         serve.run(deployment.bind(), name="scoring", route_prefix="/")
