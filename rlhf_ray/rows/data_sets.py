@@ -71,7 +71,11 @@ def _open(path: str, config: str | None, split: str | None, *, on_hub: bool) -> 
 
 def _open_hub(path: str, config: str | None, split: str | None) -> Dataset:
     builder = _builder(path, config)
-    return _prepared(path, builder, _chosen_split(path, split, _split_names(builder)))
+    chosen = _chosen_split(path, split, _split_names(builder))
+    get_logger("data").info(
+        "%s: reading split %s, which is downloaded unless it is in %s", path, chosen, builder.cache_dir
+    )
+    return _prepared(path, builder, chosen)
 
 
 def _open_folder(folder: Path, config: str | None, split: str | None) -> Dataset | IterableDataset:
@@ -130,9 +134,22 @@ def _no_import_of_torch() -> Iterator[None]:
 
 
 def _builder(path: str, config: str | None) -> DatasetBuilder:
-    """What can make the data set; nothing is read yet."""
-    builder: DatasetBuilder = _try(path, lambda: _library().load_dataset_builder(path, config))
-    return builder
+    """What can make the data set. No row is read yet, so what the library says of a failure can be repeated."""
+    library = _library()
+    try:
+        return library.load_dataset_builder(path, config)
+    except Exception as error:
+        if _is_unreachable(error):
+            raise _unreachable(path, error) from error
+        text = _first_line(error)
+        if text.startswith("Config name is missing"):
+            names = str(error).partition("[")[2].partition("]")[0]
+            text = f"holds several configurations, one is expected: set data.config to one of {names}"
+        elif text.startswith("BuilderConfig") and "not found" in text:
+            text = f"{text}: set data.config to one of them, or remove it"
+        else:
+            text = f"the datasets library finds no data set in it: {text}"
+        raise DataError(f"{path}: {text}") from error
 
 
 def _split_names(builder: DatasetBuilder) -> list[str]:
@@ -156,47 +173,53 @@ def _chosen_split(path: str, split: str | None, names: Sequence[str]) -> str:
 
 def _prepared(path: str, builder: DatasetBuilder, split: str) -> Dataset:
     """The split, downloaded and copied into the library's cache unless it lies there."""
-
     _try(path, builder.download_and_prepare)
     try:
         return builder.as_dataset(split=split)
     except ValueError as error:
-        raise DataError(f"{path}: no such split as {split!r}: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"{path}: no such split as {split!r}: {_first_line(error)}") from error
 
 
 def _try(path: str, call: Callable[[], Result]) -> Result:
     try:
         return call()
-    except DataError:
-        raise
     except Exception as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> DataError:
-    """What went wrong, by its kind: the library's own words may quote the rows."""
-    if isinstance(error, ConnectionError) or type(error).__name__ in ("OfflineModeIsEnabled", "DatasetNotFoundError"):
+    """Why rows cannot be read: what the system says, or else the kind of the error, whose text may quote the rows."""
+    if _is_unreachable(error):
         return _unreachable(path, error)
-    text = str(error).partition("\n")[0]
-    if text.startswith("Config name is missing"):
-        names = str(error).partition("[")[2].partition("]")[0]
-        return DataError(f"{path}: holds several configurations, one is expected: set data.config to one of {names}")
-    if text.startswith("BuilderConfig") and "not found" in text:
-        return DataError(f"{path}: {text}: set data.config to one of them, or remove it")
-    cause = f" from {type(error.__cause__).__name__}" if error.__cause__ is not None else ""
+    causes = [cause for cause in (error, error.__cause__) if cause is not None]
+    of_system = next((cause for cause in causes if isinstance(cause, OSError)), None)
+    if of_system is not None:
+        return DataError(f"{path}: cannot be read: {_first_line(of_system)}")
     return DataError(
-        f"{path}: the datasets library cannot read it ({type(error).__name__}{cause}): "
+        f"{path}: the datasets library cannot read it ({' from '.join(type(cause).__name__ for cause in causes)}): "
         f"datasets.load_dataset({path!r}) shows why; of a single data file an error names the line"
+    )
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the hub could not be asked, or has no such data set."""
+    return isinstance(error, ConnectionError) or type(error).__name__ in (
+        "OfflineModeIsEnabled",
+        "DatasetNotFoundError",
     )
 
 
 def _unreachable(path: str, error: Exception) -> DataError:
     return DataError(
-        f"{path}: no such file or folder here, and the hub does not give a data set of this name "
-        f"({str(error).partition(chr(10))[0]}): name a folder of this machine; or save the data set where there is a network, "
-        f"with datasets.load_dataset({path!r}, split='train').save_to_disk('rows'), and name that folder; or let this process "
+        f"{path}: no such file or folder here, and the hub does not give a data set of this name ({_first_line(error)}): "
+        "name a folder of this machine; or save the data set where there is a network, with "
+        f"datasets.load_dataset({path!r}, split='train').save_to_disk('rows'), and name that folder; or let this process "
         "ask the hub, by unsetting HF_HUB_OFFLINE and HF_DATASETS_OFFLINE"
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _warn_of_files_left_out(folder: Path, builder: DatasetBuilder) -> None:

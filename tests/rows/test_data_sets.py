@@ -108,6 +108,12 @@ def test_a_split_may_be_a_slice_or_a_sum(tmp_path: Path) -> None:
             read(tmp_path, wrong)
 
 
+def test_a_slice_of_a_folder_that_changed_is_read_anew(tmp_path: Path) -> None:
+    for rows in (PAIRS[:3], PAIRS[1:4]):
+        write_lines(tmp_path / "train.jsonl", rows)
+        assert read(tmp_path, "train[:2]") == rows[:2]
+
+
 def test_a_configuration_is_named_where_there_are_several(tmp_path: Path) -> None:
     for name, row in (("helpful", PAIRS[0]), ("harmless", PAIRS[1])):
         write_lines(tmp_path / name / "train.jsonl", [row])
@@ -190,7 +196,9 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         read(tmp_path / "empty")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("nothing")
-    with pytest.raises(DataError, match="notes"):
+    with pytest.raises(
+        DataError, match=r"notes: the datasets library finds no data set in it: The directory at .* doesn't"
+    ):
         read(tmp_path / "notes")
     with pytest.raises(DataError, match="no such file or folder: name a data file"):
         read(tmp_path / "rows.jsonl")
@@ -222,7 +230,9 @@ def test_a_hub_that_may_not_be_asked_is_one_error_with_the_ways_out() -> None:
     assert "let this process ask the hub, by unsetting HF_HUB_OFFLINE" in problem
 
 
-def test_a_data_set_of_a_hub_is_copied_once_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_a_hub_is_copied_once_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: Any
+) -> None:
     """With a folder in the hub's place, at the library's own door."""
     write_lines(tmp_path / "train.jsonl", PAIRS[:3])
     write_lines(tmp_path / "test.jsonl", PAIRS[3:])
@@ -235,6 +245,7 @@ def test_a_data_set_of_a_hub_is_copied_once_and_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset_builder", from_folder)
     source = RowSource("Org/set", "train")
     assert read_preferences(source) == read_preferences(tmp_path / "train.jsonl")
+    assert "Org/set: reading split train, which is downloaded unless it is in" in project_log.getvalue()
     assert read("Org/set", "test[:1]") == PAIRS[3:4]
     assert first_problem(source, AnyRow([("question",)])).startswith("Org/set (train): row 1: no 'question'")
     files = content_files(source)
