@@ -91,7 +91,7 @@ def encode_pair_file(
         return _encode_table(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
 
     if cache is None:
-        return _rows_of_table(encode(), source)
+        return _read_table(encode(), source)
     settings = asdict(file)
     del settings["rows"]["path"]  # where the rows lie does not count, what they are does
     identity = {
@@ -100,14 +100,14 @@ def encode_pair_file(
         "content": hash_content(*content_files(file.rows)),
         "tokenizer": encoding_fingerprint(tokenizer),
     }
-    return _rows_of_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source)
+    return _read_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source)
 
 
 def encode_pair_rows(
     rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool = False
 ) -> list[PairRow]:
     """Encode rows that are in memory already."""
-    return _rows_of_table(_encode_table(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
+    return _read_table(_encode_table(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
 
 
 def _encode_table(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
@@ -136,7 +136,7 @@ def _prompt_hash(row: PreferencePair) -> str:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _rows_of_table(table: pa.Table, source: str = "") -> list[PairRow]:
+def _read_table(table: pa.Table, source: str = "") -> list[PairRow]:
     chosen, rejected = _id_views(table["chosen"]), _id_views(table["rejected"])
     names = ("prompt", "problem", "margin", "grade", "source", "prompt_length", "cut")
     columns = zip(*(table[name].to_pylist() for name in names), strict=True)

@@ -80,13 +80,13 @@ class ShuffledOrder:
         if self._permutation is None or self._permutation[0] != number:
             rows, first = [], 0
             for place, part in enumerate(self.parts):
-                rows += [first + row for row in self._rows_of_part(place, part, number)]
+                rows += [first + row for row in self._take_from_part(place, part, number)]
                 first += part.size
             random.Random(f"order/{self.seed}/{number}").shuffle(rows)
             self._permutation = (number, rows)
         return self._permutation[1]
 
-    def _rows_of_part(self, place: int, part: Part, epoch: int) -> list[int]:
+    def _take_from_part(self, place: int, part: Part, epoch: int) -> list[int]:
         """What an epoch takes of a part, sorted.
 
         A part is dealt out permutation after permutation, and each epoch takes the next ``per_epoch`` rows of this endless

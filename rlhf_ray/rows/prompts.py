@@ -65,7 +65,7 @@ class PromptReader:
         """The prompt of one row."""
         key = self.keys.prompt
         if key not in row.values:
-            prompt, tools = _prompt_of_pair(row, self.keys)
+            prompt, tools = _read_prompt_of_pair(row, self.keys)
         elif self.turns or is_conversation(row.values[key]):
             prompt, tools = read_prompt_messages(row.values, key), read_tools(row.values)
         else:
@@ -92,7 +92,7 @@ def read_prompts(
     return list(read_file(source, reader, max_rows=max_rows))
 
 
-def _prompt_of_pair(row: Row, keys: Keys) -> tuple[str | Messages, Sequence[Mapping[str, Any]] | None]:
+def _read_prompt_of_pair(row: Row, keys: Keys) -> tuple[str | Messages, Sequence[Mapping[str, Any]] | None]:
     """What both sides of a pair begin with, and its tools."""
     parts = read_pair(row.values, keys)
     prompt = find_prompt(row, keys, parts)
