@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.launch.driver import exit_code, new_run_directory, run_trainer
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.report.summary import Figure, MemoryRecord
+from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
 
@@ -124,9 +125,14 @@ def words_baseline(config: RewardModelConfig) -> float:
     if settings is None:
         raise RequestError("rm.data.world is null, but the demo compares models on the pairs of the generated world")
     world = World(settings.seed, settings.raters)
-    training = [(pair.chosen, pair.rejected) for pair in world.preferences(settings.pairs)]
+    training = world.preferences(settings.pairs)
     held_out = world.preferences(settings.evaluation_pairs, split="evaluation", flipped=0.0)
-    return bag_of_words_baseline(training, [(pair.chosen, pair.rejected) for pair in held_out])
+    return bag_of_words_baseline(_plain_texts(training), _plain_texts(held_out))
+
+
+def _plain_texts(pairs: Iterable[PreferencePair]) -> list[tuple[str, str]]:
+    """Both answers of each pair; those of the generated world are texts, never conversations."""
+    return [(str(pair.chosen), str(pair.rejected)) for pair in pairs]
 
 
 if __name__ == "__main__":
