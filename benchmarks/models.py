@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from benchmarks.figures import Figure, Figures
 from benchmarks.sequences import LONGEST, REAL_PAIRS, padded_batches, ragged_sequences, real_sequences
 from rlhf_ray.models import PackedRegression
-from rlhf_ray.models.regression import make_head, wrap_backbone
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 from rlhf_ray.models.weights.tiny_llama import make_config
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, make_schedule, pack
 

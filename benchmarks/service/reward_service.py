@@ -24,7 +24,7 @@ from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.models import make_model, save_pretrained
-from rlhf_ray.models.regression import make_head, wrap_backbone
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.backend import GroupBackend

@@ -63,7 +63,7 @@ def _join_deepspeed(cuda: bool) -> None:
 def destroy_process_group() -> None:
     """Leave the group; a second call does nothing.
 
-    DeepSpeed does it, so that it also forgets the groups that it made of this one.
+    DeepSpeed does it, so that it also forgets its own groups of these ranks.
     """
     if dist.is_initialized():
         import deepspeed.comm

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "PackedRegression": ".regression",
         "SequenceRegression": ".regression",
         "describe": ".description",
-        "get_llm_for_sequence_regression": ".regression",
+        "get_llm_for_sequence_regression": ".regression_loading",
         "load_policy": ".from_config",
         "load_regression": ".from_config",
         "load_tokenizer": ".weights.tokenizer",

@@ -220,7 +220,7 @@ class Actor(nn.Module):
 
 
 def _check_model(model: object, load_in_4bit: bool) -> PreTrainedModel:
-    """Refuse what is no transformers model, and 4-bit weights for one that is in memory."""
+    """Refuse an object that is not a transformers model, and 4-bit weights for a model that is in memory."""
     if not isinstance(model, PreTrainedModel):
         raise ModelLoadError(f"an Actor needs a path, a hub id or a transformers model, not a {type(model).__name__}")
     if load_in_4bit:

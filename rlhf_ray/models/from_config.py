@@ -19,7 +19,8 @@ from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.dtypes import torch_dtype
-from rlhf_ray.models.regression import SequenceRegression, get_llm_for_sequence_regression, make_head, wrap_backbone
+from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression, make_head, wrap_backbone
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights.embeddings import check_vocabulary
 from rlhf_ray.models.weights.lora import add_lora

@@ -26,7 +26,8 @@ from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.description import describe
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.forward import log_probs
-from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_adapter, save_pretrained
 from rlhf_ray.trajectories import TrajectoryBatch, pack
 

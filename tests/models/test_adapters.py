@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.description import describe
-from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression, SequenceRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_adapter, save_pretrained
 from rlhf_ray.models.weights.lora import adapted_layers
 from rlhf_ray.trajectories.packing import Packed

@@ -13,7 +13,8 @@ from rlhf_ray.models.forward import attention_backends as backends
 from rlhf_ray.models.forward import last_tokens
 from rlhf_ray.models.forward.attention import segment_attention
 from rlhf_ray.models.forward.packed import last_token_forward, packed_forward
-from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
+from rlhf_ray.models.regression import PackedRegression
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
 from tests.models.conftest import ALL_FAMILIES, LENGTHS, VOCABULARY

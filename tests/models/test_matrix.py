@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression, SequenceRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
 

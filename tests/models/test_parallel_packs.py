@@ -13,7 +13,8 @@ from torch import nn
 
 from rlhf_ray.models import make_model
 from rlhf_ray.models.forward.parallel_packs import ParallelPacks, copy_sharing_weights
-from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
+from rlhf_ray.models.regression import PackedRegression
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_ray.models.regression import get_llm_for_sequence_regression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
 
 from .conftest import random_model, word_tokenizer

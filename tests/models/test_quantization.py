@@ -16,7 +16,8 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.description import describe
 from rlhf_ray.models.disk_names import to_disk_names
-from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression, SequenceRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights import quantization
 from rlhf_ray.models.weights.quantization import dequantized, four_bit_layers

@@ -16,12 +16,8 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.description import describe
 from rlhf_ray.models.heads import fresh_head
-from rlhf_ray.models.regression import (
-    CriticModel,
-    PackedRegression,
-    SequenceRegression,
-    get_llm_for_sequence_regression,
-)
+from rlhf_ray.models.regression import CriticModel, PackedRegression, SequenceRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.trajectories.packing import Packed
 
 from .conftest import FAMILIES

@@ -17,7 +17,8 @@ from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import RequestError
-from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 

@@ -22,7 +22,8 @@ from transformers import (
 
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.disk_names import to_disk_names
-from rlhf_ray.models.regression import PackedRegression, SequenceRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression, SequenceRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.models import load_regression, save_adapter
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.regression import PackedRegression, get_llm_for_sequence_regression
+from rlhf_ray.models.regression import PackedRegression
+from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.forward import attention_backends as backends
 from rlhf_ray.models.forward.segments import Segments
-from rlhf_ray.models.regression import PackedRegression, make_head, wrap_backbone
+from rlhf_ray.models.regression import PackedRegression
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 from rlhf_ray.models.weights.load import check_packing
 from rlhf_ray.trajectories import packing
 from rlhf_ray.trajectories.batch import TrajectoryBatch

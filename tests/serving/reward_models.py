@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_ray.models import make_model, save_pretrained
-from rlhf_ray.models.regression import make_head, wrap_backbone
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
 MEAN, STD = 0.25, 2.0

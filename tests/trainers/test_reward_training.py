@@ -212,7 +212,7 @@ def test_an_adapter_is_saved_alone_with_its_head_and_normalisation(tmp_path: Pat
     adapter = train(config_of(tmp_path / "adapter", *over, "save=adapter"))
     assert not (adapter.final / "model.safetensors").exists()
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in adapter.final.iterdir()}
-    from rlhf_ray.models.regression import get_llm_for_sequence_regression
+    from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 
     loaded = get_llm_for_sequence_regression(
         str(adapter.final), "reward", param_dtype="fp32", attn_implementation="sdpa", normalize_reward=True

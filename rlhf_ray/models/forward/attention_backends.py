@@ -48,7 +48,7 @@ def _varlen(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    attended: Tensor = out  # without the auxiliary outputs, which were not asked for
+    attended: Tensor = out  # not a tuple, since no auxiliary outputs are requested
     return attended
 
 
@@ -137,20 +137,20 @@ def obstacle(backend: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def choose_backend(wanted: str, dtype: torch.dtype, *, strict: bool) -> tuple[str, str | None]:
-    """Return the backend to use for ``wanted`` (a name or ``auto``) and, if it is another one, why.
+def choose_backend(preferred: str, dtype: torch.dtype, *, strict: bool) -> tuple[str, str | None]:
+    """Return the backend to use for ``preferred`` (a name or ``auto``) and, if it is another one, why.
 
     With ``strict``, a backend that cannot run here is an error; otherwise the fastest that can run takes its place.
     """
-    if wanted != "auto" and wanted not in KERNELS:
-        raise ModelLoadError(f"unknown attention backend {wanted!r}: choose one of auto, {', '.join(KERNELS)}")
-    reason = None if wanted == "auto" else obstacle(wanted, dtype)
-    if wanted != "auto" and reason is None:
-        return wanted, None
+    if preferred != "auto" and preferred not in KERNELS:
+        raise ModelLoadError(f"unknown attention backend {preferred!r}: choose one of auto, {', '.join(KERNELS)}")
+    reason = None if preferred == "auto" else obstacle(preferred, dtype)
+    if preferred != "auto" and reason is None:
+        return preferred, None
     if strict and reason is not None:
-        raise ModelLoadError(f"attention backend {wanted} cannot be used here: {reason}. Set attention to auto")
+        raise ModelLoadError(f"attention backend {preferred} cannot be used here: {reason}. Set attention to auto")
     best = next(backend for backend in KERNELS if obstacle(backend, dtype) is None)
-    return best, None if wanted == "auto" else f"{wanted} preferred, but {reason}"
+    return best, None if preferred == "auto" else f"{preferred} preferred, but {reason}"
 
 
 def _check_call(module: nn.Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:

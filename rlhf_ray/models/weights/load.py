@@ -48,7 +48,7 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load a checkpoint into the class that ``auto`` chooses for it.
 
-    ``heads`` names tensors of the checkpoint that are read elsewhere, so that it is no surprise if the model leaves them
+    ``heads`` names tensors of the checkpoint that are read elsewhere, so it is expected that the model leaves them
     out. If ``ds_config`` asks for ZeRO-3, the model is built in shards, on all ranks together.
     """
     quantized: dict[str, Any] = {}

@@ -36,13 +36,13 @@ def add_lora(
 
     The default targets are all linear layers, or in a mixture of experts those of attention.
     """
-    wanted = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
-    if wanted == EVERY_LINEAR and expert_parameters(model):
-        wanted = sorted(
+    layer_names = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
+    if layer_names == EVERY_LINEAR and expert_parameters(model):
+        layer_names = sorted(
             {name.rpartition(".")[2] for name in _linear_names(model) if "attn" in name or "attention" in name}
         )
-    _check_targets(model, wanted)
-    config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted, bias="none")
+    _check_targets(model, layer_names)
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layer_names, bias="none")
     inject(model, config)
 
 
@@ -56,32 +56,32 @@ def peft() -> ModuleType:
 
 def inject(model: PreTrainedModel, config: Any) -> None:
     """Put the adapter that the ``LoraConfig`` describes on the model."""
-    wanted = config.target_modules
+    layer_names = config.target_modules
     try:
         model.add_adapter(config, ADAPTER)
     except ValueError as error:
-        raise _unfit(model, wanted, "do") from error
+        raise _unfit(model, layer_names, "do") from error
     if not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in adapted_layers(model).values()):
-        raise _unfit(model, wanted, "do")  # PEFT takes some names for those of experts
+        raise _unfit(model, layer_names, "do")  # PEFT takes some names for those of experts
 
 
-def _check_targets(model: PreTrainedModel, wanted: str | list[str]) -> None:
+def _check_targets(model: PreTrainedModel, layer_names: str | list[str]) -> None:
     """Refuse a list with a name that fits no layer: PEFT silently ignores such a name if another one fits."""
-    if isinstance(wanted, str):
+    if isinstance(layer_names, str):
         return
     names = [f".{name}" for name in _linear_names(model)]
-    for target in wanted:
+    for target in layer_names:
         if not any(name.endswith(f".{target}") for name in names):
             raise _unfit(model, target, "does")
 
 
-def _unfit(model: PreTrainedModel, wanted: object, do: str) -> ModelLoadError:
+def _unfit(model: PreTrainedModel, targets: object, do: str) -> ModelLoadError:
     linear = {name.rpartition(".")[2] for name in _linear_names(model)}
     experts = (
         " (the experts of a mixture are 3-D parameters, which no adapter reaches)" if expert_parameters(model) else ""
     )
     return ModelLoadError(
-        f"LoRA targets {wanted!r} {do} not fit {type(model).__name__}: choose all-linear or some of "
+        f"LoRA targets {targets!r} {do} not fit {type(model).__name__}: choose all-linear or some of "
         f"{', '.join(sorted(linear))}{experts}"
     )
 

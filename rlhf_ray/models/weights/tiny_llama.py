@@ -45,7 +45,7 @@ def make_config(
 ) -> LlamaConfig:
     """Make the config of a model of this shape with ``vocabulary`` tokens."""
     if shape not in SHAPES:
-        raise ModelLoadError(f"no model can be made of shape {shape!r}: choose one of {', '.join(SHAPES)}")
+        raise ModelLoadError(f"unknown model shape {shape!r}: choose one of {', '.join(SHAPES)}")
     sizes = SHAPES[shape]
     return LlamaConfig(
         vocab_size=vocabulary,
