@@ -33,16 +33,16 @@ def test_ppo():
     config = load_config("demo-ppo", overrides)
     assert config.updates_per_step == 6
     reported = sizes(config)
-    assert reported["sequences a step"] == "96"
+    assert reported["sequences per step"] == "96"
     assert reported["updates in all"] == "60"
     assert reported["prompts in all"] == "240"
-    assert reported["prompts an engine and step"] == "4 to 5"
+    assert reported["prompts per engine and step"] == "4 to 5"
     assert reported["longest sequence"] == "80 tokens"
-    assert reported["policy: sequences a rank and update"] == "10 to 11"
+    assert reported["policy: sequences per rank and update"] == "10 to 11"
     assert (
-        reported["policy: micro-batches a rank and update"] == "at most 6"
+        reported["policy: micro-batches per rank and update"] == "at most 6"
     )  # 11 sequences, two of the longest in 200 tokens
-    assert reported["critic: sequences a rank and update"] == "32"
+    assert reported["critic: sequences per rank and update"] == "32"
 
 
 def test_sft_knows_the_size_of_the_world_or_is_told_that_of_a_file():

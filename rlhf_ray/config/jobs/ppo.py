@@ -136,15 +136,17 @@ class PpoConfig(TrainingJob):
         batch, longest = self.batch, self._longest_sequence()
         prompts, samples, engines = batch.prompts_per_step, batch.samples_per_prompt, self.rollout.engines
         passes, steps = batch.passes_per_step, f"{self.steps} steps"
-        yield Size("sequences a step", str(batch.sequences_per_step), f"{prompts} prompts x {samples} samples of each")
         yield Size(
-            "updates a step",
+            "sequences per step", str(batch.sequences_per_step), f"{prompts} prompts x {samples} samples of each"
+        )
+        yield Size(
+            "updates per step",
             str(self.updates_per_step),
             f"{passes} passes over updates of {batch.sequences_per_update} sequences",
         )
         yield Size("updates in all", str(self.steps * self.updates_per_step), steps)
         yield Size("prompts in all", str(self.steps * prompts), steps)
-        yield Size("prompts an engine and step", shares(prompts, engines), f"{engines} engines")
+        yield Size("prompts per engine and step", shares(prompts, engines), f"{engines} engines")
         yield Size("longest sequence", f"{longest.value} tokens", "max_prompt_tokens + max_new_tokens")
         for name, role in self.roles().items():
             if role.trained:

@@ -52,7 +52,7 @@ class ServeConfig(Job, ServiceConfig):
         return [*super().files(), lambda: token_problems("token_file", self.token_file)]
 
     def sizes(self, rows: int | None) -> Iterator[Size]:
-        yield Size("tokens a batch", str(self.max_batch_tokens), "max_batch_tokens")
+        yield Size("tokens per batch", str(self.max_batch_tokens), "max_batch_tokens")
         yield Size("items that may wait", str(self.max_queue_items), "max_queue_items")
 
     def _named_once(self) -> Iterator[Problem]:

@@ -18,32 +18,35 @@ def updates(items: int, items_per_update: int) -> int:
 
 def training_items(rows: int, epochs: float) -> int:
     """Demonstrations or pairs that ``epochs`` over ``rows`` train on."""
-    return floor(rows * epochs + 1e-9)  # 0.1 * 30 is 3.0000000000000004, and 0.29 * 100 is 28.999999999999996
+    return floor(rows * epochs + 1e-9)  # in floating point 0.29 * 100 is below 29
 
 
 def epoch_sizes(items: str, per_update: int, rows: int | None, epochs: float) -> Iterator[Size]:
     """The sizes of a job that goes through its rows ``epochs`` times; ``items`` is the plural of what a row makes."""
-    yield Size(f"{items} an update", str(per_update), "batch")
+    yield Size(f"{items} per update", str(per_update), "batch")
     if rows is not None:
         total = training_items(rows, epochs)
         yield Size(f"{items} in all", str(total), f"at most {rows} rows x {epochs:g} epochs")
-        yield Size("updates in all", str(updates(total, per_update)), f"{items} in all / {items} an update")
+        yield Size("updates in all", str(updates(total, per_update)), f"{items} in all / {items} per update")
 
 
 def role_sizes(name: str, role: Role, items: str) -> Iterator[Size]:
     """What an update brings to each rank of a trained role."""
-    assert role.work is not None, f"the {name} works on batches"
+    if role.work is None:
+        return
     ranks, per_update = role.config.ranks, role.work.items().value
     share = -(-per_update // ranks)
     budget = role.config.training_tokens(role.work.budget())
     most = -(-share // max(1, budget // role.work.longest().value))
     yield Size(
-        f"{name}: {items} a rank and update", shares(per_update, ranks), f"{ranks} {'rank' if ranks == 1 else 'ranks'}"
+        f"{name}: {items} per rank and update",
+        shares(per_update, ranks),
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'}",
     )
     yield Size(
-        f"{name}: micro-batches a rank and update",
+        f"{name}: micro-batches per rank and update",
         f"at most {most}",
-        f"were all {items} the longest, {budget} tokens a micro-batch",
+        f"if all {items} were the longest, with {budget} tokens per micro-batch",
     )
 
 

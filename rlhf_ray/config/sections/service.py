@@ -1,6 +1,6 @@
 """The section of a scoring service: the port it listens on, who may use it, and its limits.
 
-Invariant: every limit has a bound.
+Invariant: with the defaults only this machine can reach the port, and every buffer is bounded.
 """
 
 from __future__ import annotations
