@@ -1,7 +1,9 @@
-"""What a result is worth: accuracy, calibration, win rate, pass@k, best-of-n, each defined once.
+"""The measures of a trained model: accuracy, calibration, win rate, pass@k and best-of-n, each defined once.
 
-Always true: a figure is counted over single pairs or prompts, never averaged over batches; ties count one half; a score
-that is not finite is an error and never a loss or a win.
+Invariants:
+
+- A figure is counted over single pairs or prompts, never averaged over batches. A tie counts one half.
+- A score that is not finite is an error, never a loss or a win.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What a reward model must beat: logistic regression on which words an answer has and how long it is.
+"""The baseline that a reward model must beat: logistic regression on the words of an answer and its length.
 
-Always true: the model is a difference of two scores (no intercept), so that swapping the sides swaps the verdict; it
-sees the answers alone, never the prompt; and the vocabulary comes from the training pairs only.
+Invariants:
+
+- The prediction is a difference of two scores without an intercept, so that swapping the sides swaps the verdict.
+- The baseline sees the answers alone, never the prompt. Its vocabulary comes from the training pairs only.
 """
 
 from __future__ import annotations
@@ -24,9 +26,14 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def bag_of_words_baseline(training: Sequence[AnswerPair], held_out: Sequence[AnswerPair]) -> float:
-    """Accuracy on ``held_out`` of a logistic regression on differences of word counts and of length in words."""
+    """Return the accuracy on ``held_out`` of a logistic regression on differences of word counts and of length in words.
+
+    Raises ``RequestError`` where there are no pairs to learn from or to predict.
+    """
     if not training or not held_out:
-        raise RequestError(f"{len(training)} training pairs and {len(held_out)} held-out pairs: give some of each")
+        raise RequestError(
+            f"{len(training)} training pairs and {len(held_out)} held-out pairs: give one or more of each"
+        )
     words = sorted({word for pair in training for answer in pair for word in _words(answer)})
     columns = {word: column for column, word in enumerate(words)}
     lengths = torch.tensor([_length_difference(pair) for pair in training], dtype=torch.float64)
@@ -37,18 +44,18 @@ def bag_of_words_baseline(training: Sequence[AnswerPair], held_out: Sequence[Ans
 
 
 def fit(differences: Float64[Tensor, "pairs features"]) -> Float64[Tensor, " features"]:
-    """The weights ``w`` that minimise ``2 sum softplus(-differences @ w) + |w|^2 / 2``.
+    """Find the weights ``w`` that minimise ``2 sum softplus(-differences @ w) + |w|^2 / 2``.
 
-    A logistic regression in which each pair stands twice, once from either side (the pair's rows are ``d`` and ``-d``).
+    This is a logistic regression in which each pair counts twice, once from either side: with the features ``d`` and ``-d``.
     """
     weights = torch.zeros(differences.shape[1], dtype=differences.dtype, requires_grad=True)
     descent = torch.optim.LBFGS([weights], max_iter=1000, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         descent.zero_grad()
-        found = 2 * softplus(-(differences @ weights)).sum() + weights.square().sum() / 2
-        found.backward()
-        return found
+        total = 2 * softplus(-(differences @ weights)).sum() + weights.square().sum() / 2
+        total.backward()
+        return total
 
     descent.step(loss)
     return weights.detach()
@@ -64,7 +71,7 @@ def _length_difference(pair: AnswerPair) -> int:
 
 
 def _features(pairs: Sequence[AnswerPair], columns: dict[str, int], scale: float) -> Tensor:
-    """Chosen minus rejected, sparse [pairs, words + 1]: counts of known words, and the scaled difference in length."""
+    """Make a sparse (pairs, words + 1) matrix, chosen minus rejected: counts of known words, and the scaled length."""
     entries: dict[tuple[int, int], float] = {}
     for row, pair in enumerate(pairs):
         chosen, rejected = (Counter(_words(answer)) for answer in pair)

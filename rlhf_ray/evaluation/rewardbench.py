@@ -1,7 +1,10 @@
-"""RewardBench's sections (Lambert et al. 2024) from the accuracies of its subsets, without its data or a network.
+"""The scores of RewardBench's sections (Lambert et al. 2024), from the accuracies of its subsets; no data are loaded here.
 
-Always true: a section is the mean of its subsets that are there, weighted as the leaderboard does: by their size in the
-benchmark, except that ``math-prm`` weighs as much as all code together; the overall score is the plain mean of the sections.
+Invariants:
+
+- A section is the mean of its subsets that are present, weighted as on the leaderboard: by their size in the benchmark,
+  except that ``math-prm`` weighs as much as all subsets of code together.
+- The overall score is the plain mean of the sections.
 """
 
 from __future__ import annotations
@@ -24,26 +27,28 @@ SECTIONS: dict[str, dict[str, int]] = {
         "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
-"""Subsets of each section and their weights. The two of XSTest are the leaderboard's own, though the other way round than
-their sizes."""
+"""The subsets of each section and their weights. Those of the two XSTest subsets are the leaderboard's, although their sizes
+are the other way round."""
 
 
 def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The score of each section that has a subset in ``accuracies``, and ``Overall`` where all have one; empty for data that
-    are not RewardBench's.
+    """Score each section that has a subset in ``accuracies``, and ``Overall`` where all sections have one.
+
+    The result is empty where no name is a subset of RewardBench.
     """
     scores = {}
     for section, weights in SECTIONS.items():
-        here = {subset: weight for subset, weight in weights.items() if subset in accuracies}
-        if here:
-            scores[section] = sum(accuracies[name] * weight for name, weight in here.items()) / sum(here.values())
+        present = {subset: weight for subset, weight in weights.items() if subset in accuracies}
+        if present:
+            total = sum(accuracies[subset] * weight for subset, weight in present.items())
+            scores[section] = total / sum(present.values())
     if len(scores) == len(SECTIONS):
         scores["Overall"] = sum(scores.values()) / len(scores)
     return scores
 
 
 def missing_subsets(accuracies: Mapping[str, float]) -> list[str]:
-    """Subsets of the sections that have a score, without which it is not the leaderboard's."""
+    """List the subsets that are missing in the scored sections, whose scores are then not comparable to the leaderboard."""
     scored = section_scores(accuracies)
     return [
         subset for section in scored if section in SECTIONS for subset in SECTIONS[section] if subset not in accuracies

@@ -1,7 +1,7 @@
-"""What drawing several samples gives: pass@k, best-of-n, and the KL that best-of-n costs.
+"""Measure what several samples per prompt give: pass@k, best-of-n, and the KL divergence of best-of-n.
 
-Always true: from N samples the figure is the exact mean over all subsets of the asked size, so it is unbiased and adds
-no randomness of its own.
+Invariant: from N samples a figure is the exact mean over all subsets of the requested size, so it is unbiased and adds no
+randomness of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from rlhf_ray.evaluation.preferences import finite_scores
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that k of the samples hold a right one: ``1 - C(N - c, k) / C(N, k)`` (Chen et al. 2021, eq. 1)."""
+    """Return the probability that k of the samples hold a correct one: ``1 - C(N - c, k) / C(N, k)`` (Chen et al. 2021, eq. 1).
+
+    Raises ``RequestError`` where k or ``correct`` is out of range.
+    """
     if not 0 <= correct <= samples:
         raise RequestError(f"{correct} of {samples} samples cannot be correct")
     _check_subset(k, samples, "k")
@@ -26,17 +29,17 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
-    """pass@k averaged over prompts; ``right`` says of the samples of each prompt whether they are right."""
+    """Average pass@k over prompts; ``right[p]`` says of each sample of prompt p whether it is correct."""
     if not len(right):
-        raise RequestError("pass@k of no prompts means nothing: give at least one")
+        raise RequestError("pass@k of no prompts is undefined: give one prompt or more")
     return math.fsum(pass_at_k(len(samples), sum(samples), k) for samples in right) / len(right)
 
 
 def best_of_n(rewards: Sequence[ArrayLike], gold: Sequence[ArrayLike], n: int) -> float:
-    """The expected gold of the sample that the reward likes best among n, averaged over prompts.
+    """Return the expected gold score of the sample with the highest reward among n, averaged over prompts.
 
-    ``rewards`` and ``gold`` hold the N samples of each prompt. Sorted by reward, the sample of rank i (from 0) is the
-    best of a random subset of n with chance ``C(i, n - 1) / C(N, n)``; samples of equal reward share theirs equally.
+    ``rewards`` and ``gold`` hold the N samples of each prompt. Sorted by reward, the sample of rank i (from 0) is the best of a
+    random subset of n with probability ``C(i, n - 1) / C(N, n)``; samples of equal reward share theirs equally.
     """
     if not len(rewards) or len(rewards) != len(gold):
         raise RequestError(f"rewards has {len(rewards)} prompts and gold {len(gold)}: give both for each prompt")
@@ -59,9 +62,9 @@ def _best_of_n(rewards: ArrayLike, gold: ArrayLike, n: int, prompt: int) -> floa
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL in nats between the best of n and one sample: ``log n - (n - 1) / n`` (exact without ties, else a bound)."""
+    """Return the KL in nats between the best of n and one sample: ``log n - (n - 1) / n``, exact without ties, else a bound."""
     if n < 1:
-        raise RequestError(f"best of {n} samples means nothing: n starts at 1")
+        raise RequestError(f"best of {n} samples is undefined: n starts at 1")
     return math.log(n) - (n - 1) / n
 
 

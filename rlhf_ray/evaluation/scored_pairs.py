@@ -1,8 +1,10 @@
-"""What a reward model said of held-out pairs, and every figure of it.
+"""The scores of a reward model on held-out pairs, and every figure that is computed from them.
 
-Always true: a figure is a mean over single pairs (or, of scores, over single sequences), whoever computed the scores and in
-whatever batches; pairs that are ties by their labels count in no accuracy, margin or calibration; a figure that is not
-defined is left out, never 0.
+Invariants:
+
+- A figure is a mean over single pairs, or for scores over single sequences, however the scores were batched.
+- Pairs that are ties by their labels count in no accuracy, margin or calibration.
+- A figure that is undefined is left out, never 0.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ScoredPairs:
-    """Both scores of each pair, its loss, the lengths of its answers in tokens, where it comes from, and whether it has a
-    better side at all.
+    """One entry per pair in every field.
+
+    ``chosen`` and ``rejected`` are scores, ``chosen_length`` and ``rejected_length`` count the tokens of the answers,
+    ``sources`` says where a pair comes from, and ``decided`` whether one of its sides is better at all.
     """
 
     chosen: Floats
@@ -47,23 +51,28 @@ class ScoredPairs:
         sources: Sequence[str],
         decided: ArrayLike | None = None,
     ) -> ScoredPairs:
-        """One entry a pair in each; all pairs have a better side where ``decided`` is left out."""
+        """Check and convert the columns; without ``decided`` every pair has a better side.
+
+        Raises ``RequestError`` where their sizes differ, and ``NumericalError`` for a score that is not finite.
+        """
         scores = finite_scores(chosen, "chosen"), finite_scores(rejected, "rejected")
         columns = [np.asarray(one, dtype=np.float64) for one in (loss, chosen_length, rejected_length)]
-        whole = np.ones(len(scores[0]), dtype=np.bool_) if decided is None else np.asarray(decided, dtype=np.bool_)
-        sizes = {len(one) for one in (*scores, *columns, sources, whole)}
+        has_better_side = (
+            np.ones(len(scores[0]), dtype=np.bool_) if decided is None else np.asarray(decided, dtype=np.bool_)
+        )
+        sizes = {len(one) for one in (*scores, *columns, sources, has_better_side)}
         if len(sizes) != 1:
             raise RequestError(
-                f"the columns of scored pairs have {', '.join(map(str, sorted(sizes)))} entries: give one a pair"
+                f"the columns of scored pairs have {', '.join(map(str, sorted(sizes)))} entries: give one per pair"
             )
-        return cls(scores[0], scores[1], columns[0], columns[1], columns[2], tuple(sources), whole)
+        return cls(scores[0], scores[1], columns[0], columns[1], columns[2], tuple(sources), has_better_side)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     @cached_property
     def margin(self) -> Floats:
-        """Chosen minus rejected, pair by pair."""
+        """Chosen minus rejected score of each pair."""
         return self.chosen - self.rejected
 
     @cached_property
@@ -72,8 +81,8 @@ class ScoredPairs:
         return np.concatenate([self.chosen, self.rejected])
 
     def figures(self) -> dict[str, float]:
-        """All figures, by name."""
-        found = {
+        """Return all figures, by name."""
+        figures = {
             "pairs": float(len(self)),
             "loss": float(self.loss.mean()),
             "tie_rate": tie_rate(self.chosen, self.rejected),
@@ -81,10 +90,10 @@ class ScoredPairs:
             "score_std": float(self.scores.std()),
         }
         for side, scores in (("chosen", self.chosen), ("rejected", self.rejected)):
-            found |= {f"{side}_mean": float(scores.mean()), f"{side}_std": float(scores.std())}
+            figures |= {f"{side}_mean": float(scores.mean()), f"{side}_std": float(scores.std())}
         if self.decided.any():
             chosen, rejected = self.chosen[self.decided], self.rejected[self.decided]
-            found |= {
+            figures |= {
                 "accuracy": accuracy(chosen, rejected),
                 "margin": float((chosen - rejected).mean()),
                 "calibration_error": calibration_error(chosen, rejected),
@@ -94,26 +103,26 @@ class ScoredPairs:
             "length_correlation": correlation(self.scores, lengths),
             "length_correlation_in_pairs": correlation(self.margin, self.chosen_length - self.rejected_length),
         }
-        return found | {name: value for name, value in correlations.items() if value is not None}
+        return figures | {name: value for name, value in correlations.items() if value is not None}
 
     def calibration(self) -> list[CalibrationBin]:
-        """The bins behind the calibration error; none where no pair has a better side."""
+        """Return the bins behind the calibration error; none where no pair has a better side."""
         return calibration_bins(self.chosen[self.decided], self.rejected[self.decided]) if self.decided.any() else []
 
     def by_source(self) -> dict[str, ScoredPairs]:
-        """The pairs of each source, the largest first."""
+        """Return the pairs of each source, the largest source first."""
         places: dict[str, list[int]] = {}
         for place, source in enumerate(self.sources):
             places.setdefault(source, []).append(place)
         return {source: self.take(rows) for source, rows in sorted(places.items(), key=lambda item: -len(item[1]))}
 
     def worst(self, count: int) -> list[int]:
-        """The pairs with a better side whose rejected side wins by most, the worst first; ones that are right are left out."""
+        """Return the rows of the pairs that are most wrong, the worst first; ties and pairs that are right are left out."""
         wrong = np.flatnonzero(self.decided & (self.margin <= 0))
         return [int(place) for place in wrong[np.argsort(self.margin[wrong], kind="stable")][:count]]
 
     def take(self, rows: Sequence[int]) -> ScoredPairs:
-        """Some of the pairs."""
+        """Return the pairs of these rows."""
         places = np.asarray(rows, dtype=np.int64)
         return ScoredPairs(
             chosen=self.chosen[places],
@@ -127,14 +136,14 @@ class ScoredPairs:
 
 
 def correlation(one: Floats, other: Floats) -> float | None:
-    """Pearson's; None where one of them never changes."""
+    """Return Pearson's correlation, or None where one of the two never changes."""
     one, other = one - one.mean(), other - other.mean()
     size = float(np.sqrt((one * one).sum() * (other * other).sum()))
     return float((one * other).sum() / size) if size > 0.0 else None
 
 
 def histogram(series: Mapping[str, Floats], bins: int = 30) -> tuple[list[float], dict[str, list[float]]]:
-    """The edges of ``bins`` equal bins over all values, and for each series the share of its values in each bin."""
+    """Return the edges of ``bins`` equal bins over all values, and for each series the share of its values in each bin."""
     values = np.concatenate(list(series.values()))
     low, high = float(values.min()), float(values.max())
     edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)

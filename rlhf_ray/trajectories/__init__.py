@@ -1,6 +1,6 @@
-"""The one data type that flows between groups, its packing, and the micro-batch schedule.
+"""The batch of token sequences that flows through a step, how it is packed for a model, and which rank runs what.
 
-Always true: importing this package imports neither torch nor any of its modules; ``trajectories.schedule`` never needs
+Invariants: importing this package imports neither torch nor any of its modules, and ``trajectories.schedule`` never needs
 torch.
 """
 

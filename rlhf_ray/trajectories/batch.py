@@ -1,9 +1,11 @@
-"""The one data type: sequences of any length laid end to end, with columns of numbers about tokens and sequences.
+"""A batch of token sequences of any length, laid end to end, with columns of numbers about tokens and sequences.
 
-Always true: there is no padding; the tokens of sequence ``i`` are ``offsets[i]:offsets[i + 1]``; a per-token number
-stands at the token it is about; the first token of a sequence is never an action; a batch is never changed (a method
-returns a new one), because its memory may be shared and read-only; and it crosses processes as plain contiguous arrays,
-without a copy where the transport has out-of-band buffers.
+Invariants:
+
+- There is no padding: the tokens of sequence ``i`` are ``offsets[i]:offsets[i + 1]``.
+- A number about a token stands at that token. The first token of a sequence is never an action.
+- A batch never changes, because its memory may be shared and read-only: every method returns a new one.
+- A batch crosses processes as plain contiguous arrays, without a copy where the transport has out-of-band buffers.
 """
 
 from __future__ import annotations
@@ -42,14 +44,18 @@ __all__ = [
 
 Array = NDArray[Any]
 
-# Arrays from Ray's object store are read-only and columns are never written: torch's warning about it says nothing new.
-# A filter set once, not a context around each call: contexts restore a process-wide list and race between threads.
+# Arrays from Ray's object store are read-only, and columns are never written, so torch's warning about it is no news.
+# The filter is set once: a context around each call would restore a process-wide list and race between threads.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrajectoryBatch:
-    """Ragged trajectories: ``offsets`` (sequences + 1,) and named columns over tokens or over sequences."""
+    """Sequences and their columns: ``offsets`` (sequences + 1,) cuts the tokens into sequences.
+
+    ``tensors`` holds the columns by name, each over tokens or over sequences (:mod:`rlhf_ray.trajectories.columns`). Raises
+    :class:`BatchError` where a column has another shape, dtype or device than it must.
+    """
 
     offsets: Int64[Tensor, "cuts"]
     tensors: Mapping[str, Tensor]
@@ -73,22 +79,23 @@ class TrajectoryBatch:
     def from_sequences(
         cls, token_ids: Sequence[Sequence[int] | Tensor], *, action_mask: Any = None, **columns: Any
     ) -> TrajectoryBatch:
-        """Make a batch of sequences; a per-token column is a list of one list a sequence, or one flat tensor."""
+        """Make a batch of sequences; a column over tokens is one list per sequence, or one flat tensor."""
         lengths = [len(tokens) for tokens in token_ids]
-        offsets = _cut_at(torch.tensor(lengths, dtype=torch.int64))
-        given = {"token_ids": token_ids, **({} if action_mask is None else {"action_mask": action_mask}), **columns}
-        return cls(offsets, {name: make_column(name, numbers, lengths) for name, numbers in given.items()})
+        offsets = _make_offsets(torch.tensor(lengths, dtype=torch.int64))
+        mask = {} if action_mask is None else {"action_mask": action_mask}
+        numbers = {"token_ids": token_ids, **mask, **columns}
+        return cls(offsets, {name: make_column(name, column, lengths) for name, column in numbers.items()})
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> TrajectoryBatch:
-        """Make a batch that shares the memory of the arrays of :meth:`to_arrays`; they may be read-only."""
+        """Make a batch from the arrays of :meth:`to_arrays`, which may be read-only; it shares their memory."""
         if "offsets" not in arrays:
             raise BatchError(f"arrays of a batch need 'offsets'; there is: {_names(arrays)}")
         tensors = {name: as_tensor(name, array) for name, array in arrays.items()}
         return cls(tensors.pop("offsets"), tensors)
 
     def to_arrays(self) -> dict[str, Array]:
-        """Return ``offsets`` and every column as contiguous arrays that share the batch's memory (on CPU)."""
+        """Return ``offsets`` and every column as contiguous arrays on CPU, which share the batch's memory if it is there."""
         tensors = {"offsets": self.offsets, **self.tensors}
         return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
@@ -97,16 +104,16 @@ class TrajectoryBatch:
 
     @staticmethod
     def concatenate(batches: Sequence[TrajectoryBatch]) -> TrajectoryBatch:
-        """Put batches one after another; all need the same columns."""
+        """Put batches one after another; all must have the same columns."""
         if not batches:
-            raise BatchError("there is nothing to concatenate: give at least one batch")
+            raise BatchError("there is nothing to concatenate: give one batch or more")
         first = batches[0]
         for position, batch in enumerate(batches):
             if set(batch.columns) != set(first.columns):
                 raise BatchError(_column_difference(position, first, batch))
         lengths = torch.cat([batch.lengths for batch in batches])
         names = first.columns
-        return TrajectoryBatch(_cut_at(lengths), {name: _join(name, batches) for name in names})
+        return TrajectoryBatch(_make_offsets(lengths), {name: _join(name, batches) for name in names})
 
     # Reading
 
@@ -135,13 +142,13 @@ class TrajectoryBatch:
 
     @property
     def sequence_ids(self) -> Int64[Tensor, "tokens"]:
-        """Row of the sequence that each token belongs to."""
+        """The row of the sequence that each token belongs to."""
         rows = torch.arange(len(self), device=self.device)
         return torch.repeat_interleave(rows, self.lengths, output_size=self.num_tokens)
 
     @property
     def position_ids(self) -> Int64[Tensor, "tokens"]:
-        """Position of each token in its sequence, from 0."""
+        """The position of each token in its sequence, counted from 0."""
         return _ragged_ranges(torch.zeros_like(self.offsets[:-1]), self.lengths, self.num_tokens)
 
     def __contains__(self, name: object) -> bool:
@@ -153,7 +160,7 @@ class TrajectoryBatch:
         return self.tensors[name]
 
     def require(self, *names: str) -> None:
-        """Raise :class:`MissingColumnError` with every name that is missing."""
+        """Raise :class:`MissingColumnError`, which names every column that is missing."""
         missing = [name for name in names if name not in self.tensors]
         if missing:
             raise MissingColumnError(f"the batch lacks {_names(missing)}; it has: {_names(self.columns)}")
@@ -164,13 +171,13 @@ class TrajectoryBatch:
     # Deriving
 
     def with_columns(self, **columns: Any) -> TrajectoryBatch:
-        """Return a batch with these columns added or replaced; a list may stand for a tensor as in `from_sequences`."""
+        """Return a batch with these columns added or replaced; lists are allowed, as in :meth:`from_sequences`."""
         lengths = self.lengths.tolist() if not all(isinstance(column, Tensor) for column in columns.values()) else ()
-        made = {name: make_column(name, numbers, lengths) for name, numbers in columns.items()}
-        return TrajectoryBatch(self.offsets, {**self.tensors, **made})
+        tensors = {name: make_column(name, numbers, lengths) for name, numbers in columns.items()}
+        return TrajectoryBatch(self.offsets, {**self.tensors, **tensors})
 
     def without(self, *names: str) -> TrajectoryBatch:
-        """Return a batch that lacks these columns, which must be there."""
+        """Return a batch without these columns, which it must have."""
         self.require(*names)
         return TrajectoryBatch(self.offsets, {name: self.tensors[name] for name in self.columns if name not in names})
 
@@ -179,14 +186,18 @@ class TrajectoryBatch:
         return TrajectoryBatch(self.offsets.to(device), {name: t.to(device) for name, t in self.tensors.items()})
 
     def select(self, indices: Sequence[int] | Tensor) -> TrajectoryBatch:
-        """Return these sequences in this order; an ascending run of neighbours shares the batch's memory."""
+        """Return the sequences with these indices, in this order.
+
+        Neighbours in their own order share the memory of this batch. Raises :class:`BatchError` for an index that does not
+        exist, and for a mask.
+        """
         rows = self._rows(indices)
         if len(rows) and bool((rows.diff() == 1).all()):
             return self._neighbours(int(rows[0]), int(rows[-1]) + 1)
         rows = rows.to(self.device)
         tokens = self._token_places(rows)
         tensors = {name: column[tokens if name in PER_TOKEN else rows] for name, column in self.tensors.items()}
-        return TrajectoryBatch(_cut_at(self.lengths[rows]), tensors)
+        return TrajectoryBatch(_make_offsets(self.lengths[rows]), tensors)
 
     def _neighbours(self, start: int, stop: int) -> TrajectoryBatch:
         first, last = int(self.offsets[start]), int(self.offsets[stop])
@@ -214,10 +225,11 @@ class TrajectoryBatch:
 def scatter_tokens(
     parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "_"]]], batch: TrajectoryBatch
 ) -> Shaped[Tensor, "tokens"]:
-    """Put per-token results of micro-batches at the tokens of the batch they are about.
+    """Put the per-token results of micro-batches at the tokens of the batch that they are about.
 
-    A part is the sequences of a micro-batch and the result over their tokens, in the order of the sequences. Every
-    sequence must come exactly once. A part without sequences is a dummy: its result is dropped.
+    A part holds the indices of the sequences of one micro-batch and the result over their tokens, in that order. Every
+    sequence must be in exactly one part. A part without sequences comes from a dummy, and its result is dropped. Raises
+    :class:`BatchError` where a sequence is missing, comes twice, or has a result of another size or dtype.
     """
     rows, values = _gather_parts(parts, batch, batch.lengths)
     out = values.new_empty(batch.num_tokens)
@@ -228,7 +240,7 @@ def scatter_tokens(
 def scatter_sequences(
     parts: Sequence[tuple[Sequence[int], Shaped[Tensor, "_"]]], batch: TrajectoryBatch
 ) -> Shaped[Tensor, "sequences"]:
-    """Put per-sequence results of micro-batches in the order of the batch; the rules are those of `scatter_tokens`."""
+    """Put the per-sequence results of micro-batches in the order of the batch, by the rules of :func:`scatter_tokens`."""
     rows, values = _gather_parts(parts, batch, torch.ones_like(batch.lengths))
     out = values.new_empty(len(batch))
     out[rows] = values
@@ -238,7 +250,7 @@ def scatter_sequences(
 def _gather_parts(
     parts: Sequence[tuple[Sequence[int], Tensor]], batch: TrajectoryBatch, sizes: Int64[Tensor, "sequences"]
 ) -> tuple[Int64[Tensor, "sequences"], Tensor]:
-    """Check the parts and join them: the sequences in the order they came, and their results."""
+    """Check the parts and join them: the sequences in the order in which they came, and their results."""
     real = [(batch._rows(indices), values) for indices, values in parts if len(indices)]
     for position, (rows, values) in enumerate(real):
         size = int(sizes[rows].sum())
@@ -254,14 +266,14 @@ def _gather_parts(
 
 
 def _check_once(counts: Int64[Tensor, "sequences"]) -> None:
-    """Refuse sequences that were given never or more than once."""
-    found = {"missing": counts == 0, "given more than once": counts > 1}
-    faults = [f"{fault}: {_some(where.nonzero()[:, 0].tolist())}" for fault, where in found.items() if where.any()]
+    """Refuse sequences that come never or more than once."""
+    masks = {"missing": counts == 0, "given more than once": counts > 1}
+    faults = [f"{fault}: {_some(mask.nonzero()[:, 0].tolist())}" for fault, mask in masks.items() if mask.any()]
     if faults:
         raise BatchError(f"the parts must hold every sequence once; {'; '.join(faults)}")
 
 
-def _cut_at(lengths: Int64[Tensor, "sequences"]) -> Int64[Tensor, "sequences+1"]:
+def _make_offsets(lengths: Int64[Tensor, "sequences"]) -> Int64[Tensor, "sequences+1"]:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
@@ -296,5 +308,5 @@ def _names(names: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def _some(numbers: Sequence[int], limit: int = 8) -> str:
-    shown = ", ".join(map(str, numbers[:limit]))
-    return shown if len(numbers) <= limit else f"{shown}, ... ({len(numbers)} in all)"
+    first = ", ".join(map(str, numbers[:limit]))
+    return first if len(numbers) <= limit else f"{first}, ... ({len(numbers)} in all)"

@@ -29,10 +29,10 @@ class BatchError(RlhfRayError, ValueError):
 
 
 def check_offsets(offsets: Tensor) -> None:
-    """Refuse offsets that do not start at 0 or that cut an empty sequence."""
+    """Raise :class:`BatchError` for offsets that do not start at 0 or that cut an empty sequence."""
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) == 0:
         raise BatchError(f"offsets must be an int64 tensor of shape (sequences + 1,), not {describe(offsets)}")
-    # A batch reaches a device only through `to`, checked before; reading values there would wait for the device.
+    # A batch reaches a device only through `to` and was checked before; reading values there would wait for the device.
     if offsets.device.type != "cpu":
         return
     if offsets[0] != 0:
@@ -47,7 +47,7 @@ def check_offsets(offsets: Tensor) -> None:
 
 
 def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "cuts"], tokens: int) -> None:
-    """Refuse a column whose shape, dtype, device or gradient is not what its name says."""
+    """Raise :class:`BatchError` for a column whose shape, dtype or device is wrong, or that carries a gradient."""
     per_token = name in PER_TOKEN
     size, what = (tokens, "tokens") if per_token else (len(offsets) - 1, "sequences")
     if tuple(column.shape) != (size,):
@@ -79,9 +79,10 @@ def _check_first_tokens(action_mask: Tensor, offsets: Tensor) -> None:
 
 
 def make_column(name: str, numbers: Any, lengths: Sequence[int]) -> Tensor:
-    """Make a column from a tensor (as it is), an array (as it is) or lists of numbers.
+    """Make a column from a tensor or an array, which are kept as they are, or from lists of numbers.
 
-    A per-token column given as a list has one entry a sequence, each as long as its sequence.
+    A column over tokens is a list with one entry per sequence, each as long as its sequence. Raises :class:`BatchError` where
+    sizes differ or a number does not fit.
     """
     if isinstance(numbers, Tensor):
         return numbers
@@ -100,7 +101,7 @@ def make_column(name: str, numbers: Any, lengths: Sequence[int]) -> Tensor:
 
 
 def as_tensor(name: str, array: NDArray[Any]) -> Tensor:
-    """Share an array's memory, which may be read-only: nothing in this project writes into a column."""
+    """Share the memory of an array, which may be read-only: nothing in this project writes into a column."""
     try:
         return torch.from_numpy(array)
     except (TypeError, ValueError) as error:
@@ -108,23 +109,23 @@ def as_tensor(name: str, array: NDArray[Any]) -> Tensor:
 
 
 def _exactly(name: str, numbers: Any, dtype: torch.dtype | None) -> Tensor:
-    """Turn numbers into a tensor of the dtype; refuse where an integer or a flag would not equal its number."""
+    """Turn numbers into a tensor of the dtype; refuse a number that an integer or a flag cannot hold exactly."""
     try:
-        given = torch.as_tensor(numbers)
+        tensor = torch.as_tensor(numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BatchError(f"column {name!r} must be made of numbers: {error}") from error
-    if dtype is None or given.dtype == dtype:
-        return given
-    column = given.to(dtype)
-    if not dtype.is_floating_point and not torch.equal(column.to(torch.float64), given.to(torch.float64)):
-        wrong = (column.to(torch.float64) != given.to(torch.float64)).nonzero()[0]
-        number = given[tuple(wrong)].item()
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    column = tensor.to(dtype)
+    if not dtype.is_floating_point and not torch.equal(column.to(torch.float64), tensor.to(torch.float64)):
+        wrong = (column.to(torch.float64) != tensor.to(torch.float64)).nonzero()[0]
+        number = tensor[tuple(wrong)].item()
         raise BatchError(f"column {name!r} is {_short(dtype)} and cannot hold {number!r}")
     return column
 
 
 def describe(tensor: Tensor) -> str:
-    """Say what was given: dtype and shape."""
+    """Name the dtype and the shape of a tensor, for a message."""
     return f"a tensor of {_short(tensor.dtype)} with shape {tuple(tensor.shape)}"
 
 

@@ -1,14 +1,17 @@
-"""Packs of like lengths for a pass in which no ranks meet: each stream of a rank takes the next as soon as it is free.
+"""Cut sequences into packs of similar lengths, for passes in which the ranks need not wait for each other.
 
-Always true: every sequence is in exactly one pack; no pack has more than ``max_tokens`` tokens; a unit is never split;
-every rank has the longest units first; all streams end within the work of :data:`SMALLEST_PACK` tokens and of one unit, the
-largest, of each other; equal input gives equal packs.
+A stream is one thread of a rank, and takes its next pack as soon as it is free. On CPU, attention runs sequences of one length
+as a batch, so similar lengths belong together. Each pack takes a share of the work that is left (guided self-scheduling,
+Polychronopoulos and Kuck 1987): large packs come first, and small ones fill the end. What fits into one pack per stream is
+shared out evenly.
 
-On CPU, attention runs sequences of one length as a batch. Each pack has a part of what is left (guided self-scheduling,
-Polychronopoulos and Kuck 1987), so that large ones go first and small ones fill the end; what fits into one pack a stream
-is shared out evenly.
+Invariants:
 
-Pure Python over lengths: no tensor, no clock, no chance.
+- Every sequence is in exactly one pack, no pack has more than ``max_tokens`` tokens, and a unit (sequences that stay together)
+  is never split.
+- Every rank starts with its longest units. All streams end within the work of :data:`SMALLEST_PACK` tokens and of one unit,
+  the largest, of each other.
+- Equal input gives equal packs. This is pure Python over lengths: no tensor, no clock, no randomness.
 """
 
 from __future__ import annotations
@@ -19,33 +22,34 @@ from itertools import chain
 from rlhf_ray.trajectories.schedule import MicroBatch, Unit, check_sizes, make_unit
 
 SMALLEST_PACK = 1024
-"""Tokens of a pack, where there are so many for each stream: what a pack costs besides them stays small."""
+"""The smallest pack that is worth its fixed cost, in tokens."""
 SHARE_OF_THE_REST = 2 / 3
-"""The part that a pack has of what is left for each stream."""
+"""The part of the remaining work of a stream that one pack takes."""
 
 
 def make_length_packs(
     lengths: Sequence[int], units: Sequence[Sequence[int]], *, ranks: int, streams: int, max_tokens: int
 ) -> list[list[MicroBatch]]:
-    """The packs of each rank, in the order in which its ``streams`` take them.
+    """Return the packs of each rank, in the order in which its ``streams`` take them.
 
-    ``units`` are sequences that stay together, in their order; each is as long as its longest. A single stream has nobody
-    to wait for: its packs are as large as ``max_tokens`` allows.
+    ``lengths[i]`` is the number of tokens of sequence i. ``units`` are tuples of sequences that stay together, in their order;
+    a unit counts as long as its longest sequence. A single stream has nobody to wait for, so its packs are as large as
+    ``max_tokens`` allows. Raises ``RequestError`` for a unit that does not fit, and for sizes below 1.
     """
     check_sizes(ranks, max_tokens, 1, 1)
-    made = [make_unit(tuple(unit), lengths, max_tokens) for unit in units]
-    made.sort(key=lambda unit: -max(lengths[sequence] for sequence in unit.sequences))
-    dealt: list[list[MicroBatch]] = [[] for _ in range(ranks)]
-    ends = [0.0] * (ranks * streams)
-    for pack in _cut(made, len(ends), max_tokens):
+    longest_first = [make_unit(tuple(unit), lengths, max_tokens) for unit in units]
+    longest_first.sort(key=lambda unit: -max(lengths[sequence] for sequence in unit.sequences))
+    packs_of_ranks: list[list[MicroBatch]] = [[] for _ in range(ranks)]
+    ends = [0.0] * (ranks * streams)  # the work of each stream so far; stream i belongs to rank i % ranks
+    for pack in _cut(longest_first, len(ends), max_tokens):
         first_free = ends.index(min(ends))
-        dealt[first_free % ranks].append(tuple(chain.from_iterable(unit.sequences for unit in pack)))
+        packs_of_ranks[first_free % ranks].append(tuple(chain.from_iterable(unit.sequences for unit in pack)))
         ends[first_free] += sum(unit.work for unit in pack)
-    return dealt
+    return packs_of_ranks
 
 
 def _cut(units: Sequence[Unit], streams: int, max_tokens: int) -> list[list[Unit]]:
-    """Cut where a pack is closest to its share, or before it would be too large."""
+    """Cut units into packs: where a pack is closest to its share of the work, or before it would be too large."""
     left = sum(unit.work for unit in units)
     few = streams == 1 or sum(unit.tokens for unit in units) <= streams * max_tokens
     packs: list[list[Unit]] = []

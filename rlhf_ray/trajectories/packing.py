@@ -1,8 +1,11 @@
-"""What a model is run on: segments laid end to end, without padding, what sequences have in common once.
+"""Pack sequences for one run of a model: segments laid end to end, without padding, with shared prefixes computed once.
 
-Always true: a pack holds at least one segment; a segment begins at position 0, or where the earlier segment ends that it
-continues (its ``parent``); a segment that no other continues ends a sequence, and following the parents back to the start
-gives that sequence whole; packing neither changes nor reorders the tokens of a sequence, nor the sequences.
+Invariants:
+
+- A pack holds one segment or more. A segment begins at position 0, or where the earlier segment ends that it continues, which
+  is its ``parent``.
+- A segment that no other continues ends a sequence. Following the parents back to the start gives the whole sequence.
+- Packing changes neither the tokens of a sequence nor the order of tokens and sequences.
 """
 
 from __future__ import annotations
@@ -20,18 +23,19 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.column_checks import BatchError, check_offsets, describe
 
 DUMMY_TOKENS = 2
-"""Tokens of a dummy pack: one to predict and one to predict it from."""
+"""Tokens of a dummy pack: one to predict, and one to predict it from."""
 
 SHORTEST_SHARED = 16
-"""Tokens that neighbours begin with in common before they are computed once: a segment more has a price as well."""
+"""The shortest prefix, in tokens, that is worth sharing: one more segment has a cost of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Token ids of segments, where each is cut, the position of each token in its sequence.
+    """The tokens of all segments, the cuts between segments, and the position of each token in its sequence.
 
-    ``parent[i]`` names the earlier segment whose tokens segment ``i`` continues (the shared prefix of a pair or of the
-    samples of one prompt), -1 for none; without any it is None.
+    ``parent[i]`` is the number of the earlier segment that segment ``i`` continues (the shared prefix of a pair, or of the
+    samples of one prompt), or -1. It is None where no segment continues another. Raises :class:`BatchError` where an invariant
+    of this module is broken.
     """
 
     token_ids: Int64[Tensor, "tokens"]
@@ -76,7 +80,7 @@ class Packed:
 
     @classmethod
     def dummy(cls, device: torch.device | str = "cpu") -> Packed:
-        """Return the smallest pack, for a rank that has nothing to run but must take part in the collectives."""
+        """Return the smallest pack, for a rank with nothing to run that must take part in collective operations."""
         positions = torch.arange(DUMMY_TOKENS, device=device)
         return cls(torch.zeros_like(positions), torch.tensor([0, DUMMY_TOKENS], device=device), positions)
 
@@ -95,18 +99,18 @@ class Packed:
 
     @cached_property
     def sequences(self) -> Int64[Tensor, "sequences"]:
-        """The segments that end a sequence."""
+        """The numbers of the segments that end a sequence."""
         segments = torch.arange(len(self), device=self.offsets.device)
         return segments if self.parent is None else segments[~torch.isin(segments, self.parent)]
 
     @property
     def last_tokens(self) -> Int64[Tensor, "sequences"]:
-        """Where the last token of each sequence stands."""
+        """The index in the pack of the last token of each sequence."""
         return self.offsets[1:][self.sequences] - 1
 
     @cached_property
     def previous_tokens(self) -> Int64[Tensor, "tokens"]:
-        """Where the token before each token of a sequence stands; -1 at the first."""
+        """The index in the pack of the token before each token in its sequence; -1 at the first token."""
         before = torch.arange(-1, self.num_tokens - 1, device=self.offsets.device)
         starts = self.offsets[:-1]
         if self.parent is None:
@@ -115,18 +119,18 @@ class Packed:
 
     @cached_property
     def sequence_tokens(self) -> Int64[Tensor, "sequence_tokens"]:
-        """Where each token of each sequence stands, sequence after sequence."""
+        """The index in the pack of each token of each sequence, sequence after sequence."""
         tokens = torch.arange(self.num_tokens, device=self.offsets.device)
         if self.parent is None:
             return tokens
-        cuts, lineages = self.offsets.tolist(), list_ancestors(self.parent.tolist())
+        cuts, ancestors = self.offsets.tolist(), list_ancestors(self.parent.tolist())
         parts = [
-            tokens[cuts[segment] : cuts[segment + 1]] for end in self.sequences.tolist() for segment in lineages[end]
+            tokens[cuts[segment] : cuts[segment + 1]] for end in self.sequences.tolist() for segment in ancestors[end]
         ]
         return torch.cat(parts)
 
     def per_sequence(self, tokens: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "sequence_tokens ..."]:
-        """Repeat for every sequence what was computed once for its tokens."""
+        """Repeat for every sequence what was computed once for the tokens that it shares."""
         return tokens if self.parent is None else tokens.index_select(0, self.sequence_tokens)
 
     def to(self, device: torch.device | str) -> Packed:
@@ -136,49 +140,50 @@ class Packed:
 
 
 def list_ancestors(parent: Sequence[int]) -> list[tuple[int, ...]]:
-    """For each segment those that it continues, from the first on, and itself."""
-    lines: list[tuple[int, ...]] = []
+    """List for each segment the segments that lead to it, from the first one to itself."""
+    paths: list[tuple[int, ...]] = []
     for segment, before in enumerate(parent):
-        lines.append((segment,) if before < 0 else (*lines[before], segment))
-    return lines
+        paths.append((segment,) if before < 0 else (*paths[before], segment))
+    return paths
 
 
 def pack(
     batch: TrajectoryBatch, indices: Sequence[int] | Tensor | None = None, *, share_prefixes: bool = True
 ) -> Packed:
-    """Pack these sequences of the batch in this order (all of them without ``indices``); none gives the dummy.
+    """Pack these sequences of the batch in this order, or all of them; an empty list of indices gives the dummy pack.
 
     Neighbours that begin with the same tokens (the two sides of a pair, the samples of a prompt) share them, unless
-    ``share_prefixes`` is off: results are the same but for rounding.
+    ``share_prefixes`` is off. The results are the same either way, up to rounding.
     """
     chosen = batch if indices is None else batch.select(indices)
     if len(chosen) == 0:
         return Packed.dummy(batch.device)
     whole = Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids)
-    return _share(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
+    return _share_prefixes(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
 
 
 def group_by_prefix(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
-    """All sequences by their numbers, those that begin alike together and in an order in which a pack shares what they
-    begin with; a family is cut before its tokens, each sequence whole, are more than ``max_tokens``.
+    """Group the indices of sequences that begin with the same tokens, in an order in which a pack shares their prefixes.
+
+    A group ends before its sequences, each counted whole, have more than ``max_tokens`` tokens.
     """
-    found: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
     start, room = None, 0
     for number in sorted(range(len(sequences)), key=lambda number: tuple(sequences[number])):
         sequence = sequences[number]
         if start is not None and tuple(sequence[:SHORTEST_SHARED]) == start and len(sequence) <= room:
-            found[-1] += (number,)
+            groups[-1] += (number,)
         else:
-            found.append((number,))
+            groups.append((number,))
             start, room = tuple(sequence[:SHORTEST_SHARED]), max_tokens
         room -= len(sequence)
-    return found
+    return groups
 
 
-def _share(whole: Packed, chosen: TrajectoryBatch) -> Packed:
-    """The same sequences with what runs of neighbours have in common taken out before each run."""
+def _share_prefixes(whole: Packed, chosen: TrajectoryBatch) -> Packed:
+    """Give every run of neighbours with a common prefix one segment for the prefix, and one for the rest of each."""
     cuts = chosen.offsets.tolist()
-    runs = _runs([whole.token_ids[start:stop] for start, stop in pairwise(cuts)])
+    runs = _find_runs([whole.token_ids[start:stop] for start, stop in pairwise(cuts)])
     if not any(shared for _, _, shared in runs):
         return whole
     pieces: list[tuple[int, int]] = []
@@ -201,16 +206,16 @@ def _share(whole: Packed, chosen: TrajectoryBatch) -> Packed:
     )
 
 
-def _runs(sequences: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+def _find_runs(sequences: Sequence[Tensor]) -> list[tuple[int, int, int]]:
     """Cut sequences into runs ``(first, last + 1, shared)`` of neighbours that begin with the same ``shared`` tokens.
 
-    A sequence joins a run if that saves more tokens than the run does without it. Each keeps a token of its own.
+    A sequence joins a run if the run then saves more tokens than it does without it. Each keeps one token of its own.
     """
     runs: list[tuple[int, int, int]] = []
     first, shared = 0, len(sequences[0]) - 1
     for sequence in range(1, len(sequences)):
         members = sequence - first
-        common = min(shared, _common(sequences[sequence - 1], sequences[sequence]))
+        common = min(shared, _count_shared(sequences[sequence - 1], sequences[sequence]))
         if common >= SHORTEST_SHARED and members * common > (members - 1) * shared:
             shared = common
         else:
@@ -219,8 +224,8 @@ def _runs(sequences: Sequence[Tensor]) -> list[tuple[int, int, int]]:
     return [*runs, (first, len(sequences), shared if len(sequences) - first > 1 else 0)]
 
 
-def _common(one: Tensor, other: Tensor) -> int:
-    """Tokens that both begin with, at most all but one of either."""
+def _count_shared(one: Tensor, other: Tensor) -> int:
+    """Count the tokens that both begin with, at most all but one of either."""
     most = min(len(one), len(other)) - 1
     differ = (one[:most] != other[:most]).nonzero()
     return int(differ[0]) if len(differ) else most

@@ -1,11 +1,16 @@
-"""Which rank runs which sequences in which micro-batch.
+"""Decide which rank runs which sequences in which micro-batch.
 
-Always true: every sequence is in exactly one micro-batch; update k holds the k-th chunk of ``order``; no micro-batch
-has more than ``max_tokens`` tokens; a unit (a pair) is never split; within an update every rank has the same number of
-micro-batches (only a rank's last one can be a dummy), in all what best-fit packing needs, rounded up to the ranks; and
-equal input gives an equal schedule.
+Sequences are cut into updates (one optimizer step each) and an update into micro-batches (one run of the model each). Packing
+first finds how few micro-batches suffice (best-fit decreasing). As many, rounded up to a multiple of the ranks, are then
+filled with even work, and dealt to the ranks so that all of them work on similar amounts at the same time.
 
-Pure Python over lengths: no tensor, no clock, no chance.
+Invariants:
+
+- Every sequence is in exactly one micro-batch, and update k holds the k-th chunk of ``order``.
+- No micro-batch has more than ``max_tokens`` tokens, and a unit (sequences that stay together, such as a pair) is never split.
+- Within an update every rank has the same number of micro-batches, so that collective operations match. Only the last one of
+  a rank can be a dummy, which holds no sequence.
+- Equal input gives an equal schedule. This is pure Python over lengths: no tensor, no clock, no randomness.
 """
 
 from __future__ import annotations
@@ -19,14 +24,14 @@ from itertools import chain
 from rlhf_ray.errors import RequestError
 
 MicroBatch = tuple[int, ...]
-"""Indices of sequences. An empty one is a dummy: the rank runs a tiny pack of zero weight, for the collectives."""
+"""Indices of sequences. An empty one is a dummy: the rank runs a tiny pack of weight 0, so that collectives match."""
 
 ATTENTION_LENGTH = 12_288
-"""Length at which the attention over a sequence costs as much as everything else: 12 times a hidden size of 1,024."""
+"""The length, in tokens, at which attention over a sequence costs as much as all else: 12 times a hidden size of 1,024."""
 
 
 def work(length: int) -> float:
-    """Estimate the cost of a sequence in tokens: linear layers, and attention that grows with the square."""
+    """Estimate the cost of a sequence, in tokens: linear layers, plus attention, which grows with the square of its length."""
     return length * (1.0 + length / ATTENTION_LENGTH)
 
 
@@ -38,34 +43,29 @@ class Update:
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """Indices of all its sequences, ascending."""
+        """The indices of all its sequences, ascending."""
         return tuple(sorted(chain.from_iterable(chain.from_iterable(self.micro_batches))))
 
     def rank(self, rank: int) -> tuple[MicroBatch, ...]:
-        """Micro-batches of one rank, in the order it runs them."""
+        """Return the micro-batches of one rank, in the order in which it runs them."""
         return self.micro_batches[rank]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every rank runs: updates one after another."""
+    """All updates, one after another, with the micro-batches of every rank."""
 
     ranks: int
     max_tokens: int
     updates: tuple[Update, ...]
 
     @property
-    def num_updates(self) -> int:
-        """Number of optimizer steps."""
-        return len(self.updates)
-
-    @property
     def sequences(self) -> tuple[int, ...]:
-        """Indices of all sequences, ascending."""
+        """The indices of all sequences, ascending."""
         return tuple(sorted(chain.from_iterable(update.sequences for update in self.updates)))
 
     def rank(self, rank: int) -> tuple[MicroBatch, ...]:
-        """Micro-batches of one rank over all updates, in the order it runs them."""
+        """Return the micro-batches of one rank over all updates, in the order in which it runs them."""
         return tuple(chain.from_iterable(update.rank(rank) for update in self.updates))
 
 
@@ -78,10 +78,11 @@ def make_schedule(
     order: Sequence[int] | None = None,
     unit: int = 1,
 ) -> Schedule:
-    """Cut sequences into updates (``None``: one) and updates into micro-batches under a token budget.
+    """Cut sequences into updates, and updates into micro-batches of at most ``max_tokens`` tokens.
 
-    ``lengths[i]`` is the number of tokens of sequence i; ``order`` is a permutation of the sequences, None for as is.
-    ``unit=2`` keeps each two neighbours of ``order`` in one micro-batch, next to each other and in that order.
+    ``lengths[i]`` is the number of tokens of sequence i. ``sequences_per_update`` is None for a single update. ``order`` is a
+    permutation of the sequences, None for the order they have. ``unit=2`` keeps each two neighbours of ``order`` in one
+    micro-batch, next to each other and in that order. Raises ``RequestError`` for sizes that do not fit.
     """
     order = range(len(lengths)) if order is None else order
     per_update = max(len(order), 1) if sequences_per_update is None else sequences_per_update
@@ -95,10 +96,10 @@ def make_schedule(
 
 
 def deal_packs(lengths: Sequence[int], *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
-    """All sequences in one update for a pass without gradients, whose packs do not depend on the number of ranks.
+    """Schedule a pass without gradients in one update whose packs do not depend on the number of ranks.
 
-    They are those of a single rank, dealt: every sequence has the same company in its forward, and so the same bits come
-    out, however many ranks share the work. For training :func:`make_schedule` does better, which balances.
+    The packs of a single rank are dealt out. Every sequence then runs beside the same others, and gives the same bits, however
+    many ranks share the work. For training use :func:`make_schedule`, which balances the work better.
     """
     alone = make_schedule(lengths, ranks=1, max_tokens=max_tokens, unit=unit)
     check_sizes(ranks, max_tokens, 1, unit)
@@ -112,7 +113,7 @@ def deal_packs(lengths: Sequence[int], *, ranks: int, max_tokens: int, unit: int
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Sequences that stay together."""
+    """Sequences that stay together, with their tokens and their work."""
 
     sequences: tuple[int, ...]
     tokens: int
@@ -133,7 +134,7 @@ class _Bin:
         self.work += unit.work
 
     def micro_batch(self) -> MicroBatch:
-        """Ascending by first sequence, so that neighbours in the batch stay neighbours."""
+        """Return its sequences, units ascending by their first one, so that neighbours in the batch stay neighbours."""
         return tuple(chain.from_iterable(sorted(unit.sequences for unit in self.units)))
 
 
@@ -145,7 +146,7 @@ def _make_update(units: Sequence[Unit], ranks: int, max_tokens: int) -> Update:
 
 
 def _best_fit(units: Iterable[Unit], max_tokens: int) -> list[_Bin]:
-    """Fill as few bins as best-fit decreasing does: the longest unit first, into the fullest bin that has room."""
+    """Fill few bins by best-fit decreasing: the longest unit first, into the fullest bin that has room for it."""
     bins: list[_Bin] = []
     room: list[tuple[int, int]] = []  # (tokens left, number of the bin), ascending
     for unit in sorted(units, key=lambda unit: -unit.tokens):
@@ -162,9 +163,10 @@ def _best_fit(units: Iterable[Unit], max_tokens: int) -> list[_Bin]:
 
 
 def _spread(units: Sequence[Unit], count: int, max_tokens: int) -> list[_Bin] | None:
-    """Fill ``count`` bins with even work: the most work first, into the bin with the least that has room.
+    """Fill ``count`` bins with even work: the unit with the most work first, into the bin with the least work.
 
-    A bin that once lacked room waits until all have: then the one with most room is next. None if that has too little.
+    A bin that once lacked room is set aside until all are; then the bin with the most room is next. Returns None if that one
+    has too little.
     """
     bins = [_Bin() for _ in range(count)]
     least_work = [(0.0, number) for number in range(count)]
@@ -187,9 +189,9 @@ def _spread(units: Sequence[Unit], count: int, max_tokens: int) -> list[_Bin] | 
 
 
 def _deal(bins: Sequence[_Bin], ranks: int, per_rank: int) -> list[list[_Bin]]:
-    """Deal bins in rounds of about equal work, each round's heaviest to the rank that has the least so far.
+    """Deal bins in rounds of similar work, the heaviest of each round to the rank with the least work so far.
 
-    Ranks then run micro-batches of about equal work at the same time, and have about equal work in all.
+    Ranks then run micro-batches of similar work at the same time, and have similar work in all.
     """
     heaviest_first = sorted(bins, key=lambda bin: -bin.work)
     heaviest_first += [_Bin() for _ in range(ranks * per_rank - len(bins))]
@@ -204,7 +206,7 @@ def _deal(bins: Sequence[_Bin], ranks: int, per_rank: int) -> list[list[_Bin]]:
 
 
 def make_unit(sequences: tuple[int, ...], lengths: Sequence[int], max_tokens: int) -> Unit:
-    """The unit of these sequences; one that is empty, or does not fit into ``max_tokens``, is refused by its number."""
+    """Make the unit of these sequences. Raises ``RequestError`` for one that is empty or does not fit into ``max_tokens``."""
     tokens = [lengths[sequence] for sequence in sequences]
     if min(tokens) < 1:
         raise RequestError(
@@ -212,20 +214,20 @@ def make_unit(sequences: tuple[int, ...], lengths: Sequence[int], max_tokens: in
         )
     if sum(tokens) > max_tokens:
         raise RequestError(
-            f"{_name(sequences)} {sum(tokens)} tokens, but max_tokens_per_micro_batch is {max_tokens}: "
+            f"{_subject(sequences)} {sum(tokens)} tokens, but max_tokens_per_micro_batch is {max_tokens}: "
             f"set it to {sum(tokens)} or more, or shorten the sequences"
         )
     return Unit(sequences, sum(tokens), sum(work(length) for length in tokens))
 
 
-def _name(sequences: tuple[int, ...]) -> str:
+def _subject(sequences: tuple[int, ...]) -> str:
     if len(sequences) == 1:
         return f"sequence {sequences[0]} has"
     return f"sequences {', '.join(map(str, sequences))}, which stay in one micro-batch, have together"
 
 
 def check_sizes(ranks: int, max_tokens: int, sequences_per_update: int, unit: int) -> None:
-    """Refuse sizes below 1, by name."""
+    """Raise ``RequestError`` for a size below 1."""
     sizes = {"ranks": ranks, "max_tokens": max_tokens, "sequences_per_update": sequences_per_update, "unit": unit}
     for name, size in sizes.items():
         if size < 1:

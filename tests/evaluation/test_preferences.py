@@ -36,7 +36,7 @@ def test_scores_that_cannot_be_compared_are_refused(figure) -> None:
             figure([0.0, bad], [0.0, 0.0])
         with pytest.raises(NumericalError, match=rf"\[0\] is {bad}"):
             figure([0.0, 0.0], [bad, 0.0])
-    with pytest.raises(RequestError, match=r"at least one score"):
+    with pytest.raises(RequestError, match=r"give a list of one score or more"):
         figure([], [])
     with pytest.raises(RequestError, match=r"has 1 scores, but .* has 2"):
         figure([1.0], [1.0, 2.0])

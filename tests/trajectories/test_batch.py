@@ -371,6 +371,7 @@ def test_concatenate_names_what_differs() -> None:
         TrajectoryBatch.concatenate([])
 
 
+@pytest.mark.usefixtures("outside_pytest")
 def test_scatter_refuses_what_is_missing_or_comes_twice() -> None:
     batch = small()
     first, second, third = torch.zeros(3), torch.zeros(2), torch.zeros(4)
