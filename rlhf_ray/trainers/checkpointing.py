@@ -1,8 +1,8 @@
-"""Making steps survive: groups and driver state into one checkpoint, and back.
+"""Save everything that a training run needs to go on after a kill, and load it again.
 
-Always true: a checkpoint holds the shards of every trained group and the driver's state, or it does not exist, also where
-a rank wrote to a disk that the driver does not see; restoring gives the driver's state back only after every group has
-loaded its own.
+Invariants: a checkpoint holds the driver's state and the shards of every trained group, or it does not exist. That is so
+even where a rank wrote to a disk that the driver does not see: the checkpoint is then refused. Restoring returns the
+driver's state only after every group has loaded its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_ray.runs.directory import RunDirectory
 
 
 class Checkpointer:
-    """The checkpoints of one run."""
+    """Writes the checkpoints and the final models of one run; ``checkpoint`` is the one that the run goes on from."""
 
     def __init__(
         self, run: RunDirectory, config: CheckpointConfig, groups: Mapping[str, Group], checkpoint: Checkpoint | None
@@ -31,12 +31,12 @@ class Checkpointer:
         self.groups = dict(groups)
         self.checkpoint = checkpoint
 
-    def due(self, step: int) -> bool:
-        """Whether the config asks for a checkpoint after ``step``."""
+    def is_due(self, step: int) -> bool:
+        """Whether ``checkpoint.every_steps`` asks for a checkpoint after ``step``."""
         return self.every > 0 and step % self.every == 0
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Commit ``state`` and every group's shards as the checkpoint of ``step``."""
+        """Write ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``."""
         pending = self.run.checkpoints.begin(step)
         try:
             for saving in [group.save(str(pending.path / name)) for name, group in self.groups.items()]:
@@ -47,8 +47,12 @@ class Checkpointer:
         expected = [f"{name}/{file}" for name, group in self.groups.items() for file in expected_files(group.size)]
         self.run.checkpoints.commit(pending, about={"state": dict(state)}, expected=expected)
 
-    def final(self, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:
-        """``final/``, whole or not at all: each group's Hugging Face directory below it, ``""`` for itself."""
+    def save_final(self, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:
+        """Write ``final/``, whole or not at all.
+
+        ``parts`` maps a directory below ``final/`` (``""`` is ``final/`` itself) to the group whose model is written there
+        as a Hugging Face directory, and to facts that its ``config.json`` gets besides.
+        """
         pending = self.run.begin_final()
         try:
             for place, (group, metadata) in parts.items():
@@ -59,7 +63,7 @@ class Checkpointer:
         storage.commit(pending, expected=[str(Path(place) / "config.json") for place in parts])
 
     def restore(self) -> dict[str, Any] | None:
-        """Load the checkpoint that the run goes on from into every group; its driver state, or none at the start."""
+        """Load the checkpoint into every group and return the driver's state; none where the run starts from the beginning."""
         if self.checkpoint is None:
             return None
         for loading in [group.load(str(self.checkpoint.path / name)) for name, group in self.groups.items()]:

@@ -1,7 +1,7 @@
-"""What a run says about itself: a line of metrics a step, samples, the summary and the report.
+"""Record a training run: metrics and samples of its steps, its summary, and the report.
 
-Always true: every number goes through the registry of metrics; a step's line is on disk before the next step begins; the
-report can be made again from the run directory alone.
+Invariants: every metric is in the registry (``monitoring/registry.py``). The line of a step is on disk before the next step
+begins. The report can be made again from the run directory alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import write_report
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-SHOWN = (
+CONSOLE_METRICS = (
     "reward/learned",
     "gold/mean",
     "kl/k1",
@@ -47,15 +47,13 @@ SHOWN = (
     "matmul/share",
     "seconds_left",
 )
-"""Metrics on the console's line, where a step has them."""
-
-
-SECONDS_BETWEEN_SAMPLES = 5.0
-"""Of memory: reading the page tables of every process costs a core for a tenth of a second."""
+"""Metrics that a step's line on the console shows, where the step has them."""
+SECONDS_BETWEEN_MEMORY_SAMPLES = 5.0
+"""Not more often: reading the page tables of every process keeps a core busy for a tenth of a second."""
 
 
 class Journal:
-    """One run's metrics, samples and summary."""
+    """Writes the metrics, samples and summary of one run; open it with ``with``."""
 
     def __init__(self, run: RunDirectory, config: TrainingJob) -> None:
         self.run = run
@@ -65,8 +63,8 @@ class Journal:
         self._summary: dict[str, Any] = {"facts": facts}
         self._compute: tuple[ComputeShape, float] | None = None
         self._first: tuple[float, int] | None = None
-        """When the first update of this attempt was done, and which it was."""
-        self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_SAMPLES)
+        """When the first update of this attempt ended (monotonic seconds), and its number."""
+        self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
 
     def __enter__(self) -> Journal:
         self._memory.start()
@@ -82,7 +80,7 @@ class Journal:
 
     def _sinks(self) -> list[Sink]:
         sinks: list[Sink] = []
-        if self._to_ray():
+        if self._exports_to_ray():
             from rlhf_ray.monitoring.ray_export import RayExporter
 
             sinks.append(RayExporter(self.config.run.name))
@@ -93,27 +91,25 @@ class Journal:
         return sinks
 
     def _phase_gauge(self) -> Any:
-        if not self._to_ray():
+        if not self._exports_to_ray():
             return None
         from rlhf_ray.monitoring.ray_export import PhaseGauge
 
         return PhaseGauge(self.config.run.name).enter
 
-    def _to_ray(self) -> bool:
+    def _exports_to_ray(self) -> bool:
         if not self.config.monitoring.ray_metrics:
             return False
         import ray
 
         return bool(ray.is_initialized())
 
-    # ----------------------------------------------------------------------------------------------------------- steps
-
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time what happens inside as ``time/<name>``, and show it as what the run is doing."""
+        """Time the ``with`` block as ``time/<name>``, and export its name as what the run is doing."""
         return self.clock.phase(name)
 
     def step(self, step: int, total: int, metrics: Mapping[str, float], batch: TrajectoryBatch) -> None:
-        """One step of reinforcement learning."""
+        """Log one step of reinforcement learning; the time since the last step counts as its own."""
         times = self.clock.take()
         rates = {"tokens_per_second": batch.num_tokens / times["time/step"]}
         if times.get("time/rollout"):
@@ -122,7 +118,7 @@ class Journal:
         self._write(step, total, {**metrics, **times, **rates})
 
     def update(self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
-        """One update of supervised or reward training."""
+        """Log one update of supervised or reward-model training."""
         times = self.clock.take()
         means = {name: value / count for name, (value, count) in report.metrics.items() if count}
         norm = {} if applied.grad_norm is None else {"grad_norm": applied.grad_norm}
@@ -131,15 +127,15 @@ class Journal:
             shape, rate = self._compute
             rates["matmul/share"] = training_flops(shape, batch.lengths.tolist()) / times["time/step"] / rate
         skipped = {"updates/skipped": float(applied.skipped), "update": float(update)}
-        self._write(update, total, {**means, **norm, **rates, **skipped, **times, **self._left(update, total)})
+        self._write(update, total, {**means, **norm, **rates, **skipped, **times, **self._time_left(update, total)})
 
     def measure_against(self, shape: ComputeShape, rate: float) -> None:
-        """Hold the speed of updates against ``rate``, the FLOP/s of matrix products of all ranks together."""
+        """Log the speed of updates as a share of ``rate``, the FLOP/s of matrix products of all ranks together."""
         self._compute = (shape, rate)
         self.run_facts({"matrix products": f"{rate / 1e9:.0f} GFLOP/s"})
 
-    def _left(self, update: int, total: int) -> dict[str, float]:
-        """Seconds that the updates left will take, at the mean pace of this attempt."""
+    def _time_left(self, update: int, total: int) -> dict[str, float]:
+        """Seconds that the remaining updates will take at the mean pace of this attempt; nothing at its first update."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, update)
@@ -149,41 +145,41 @@ class Journal:
 
     def _write(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._log.log(step, {**metrics, "memory/pss_gb": self._memory.latest.total_gb})
-        shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
-        if step == total or total <= 100 or step % max(1, total // 50) == 0:
-            self.logger.info("%d/%d  %s", step, total, shown)
+        if step == total or total <= 100 or step % (total // 50) == 0:  # at most about 100 lines a run
+            line = "  ".join(f"{name} {metrics[name]:.3g}" for name in CONSOLE_METRICS if name in metrics)
+            self.logger.info("%d/%d  %s", step, total, line)
 
     def evaluation(self, step: int, figures: Mapping[str, float], *, headline: bool = True) -> None:
-        """Figures on held-out rows; the last ones that are a ``headline`` stand at the top of the report."""
+        """Log figures on held-out rows; the last ones with ``headline`` stand at the top of the report."""
         if figures:
             self._log.log(step, figures)
-            self.logger.info("held out: %s", "  ".join(f"{name[11:]} {value:.4g}" for name, value in figures.items()))
+            names = {name: name.removeprefix("evaluation/") for name in figures}
+            self.logger.info("held out: %s", "  ".join(f"{names[name]} {value:.4g}" for name, value in figures.items()))
             if headline:
-                shown = [Figure(name[11:].replace("_", " "), f"{value:.3f}") for name, value in figures.items()]
-                self._summary["figures"] = tuple(shown)
+                self._summary["figures"] = tuple(
+                    Figure(names[name].replace("_", " "), f"{value:.3f}") for name, value in figures.items()
+                )
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some samples of a step, as JSON lines."""
+        """Write the first ``monitoring.samples_per_log`` samples of a step as JSON lines."""
         count = self.config.monitoring.samples_per_log
         if count:
             self.run.write_samples(step, rows[:count])
 
-    # ------------------------------------------------------------------------------------------------------------- end
-
     def checks(self, checks: Sequence[Check]) -> None:
-        """The start-up self-check."""
+        """Keep the results of the start-up self-check for the report."""
         self._summary["checks"] = tuple(checks)
 
     def run_facts(self, facts: Mapping[str, str]) -> None:
-        """Words about the run, at the top of its report."""
+        """Add facts, by their names, to the top of the report."""
         self._summary["facts"] |= facts
 
     def preferences(self, page: PreferencePage) -> None:
-        """Held-out pairs in figures, charts and tables."""
+        """Keep what the report shows of held-out pairs."""
         self._summary["preferences"] = page
 
     def closing(self, table: Table, samples: Sequence[Sample], best_of: Sequence[BestOf]) -> None:
-        """How the run ended, against how it began."""
+        """Keep how the trained model compares with the one that the run started from."""
         self._summary |= {"closing": table, "samples": tuple(samples), "best_of": tuple(best_of)}
 
     def finish(self) -> Summary:

@@ -1,6 +1,6 @@
-"""The groups of one run, started where they should live: Ray actors, or plain classes in this process.
+"""Start the groups of ranks that a training run needs, on a Ray cluster or in this process.
 
-Always true: what runs is the same in both places; leaving the ``with`` block leaves no process behind.
+Invariants: the same code runs in both places. Leaving the ``with`` block ends every process that the session started.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rlhf_ray.trainers import stopping
 
 
 class Session:
-    """Starts the groups that a trainer asks for."""
+    """Starts the groups of one run. Without ``place`` the session joins or starts the Ray cluster of the config."""
 
     def __init__(self, config: Job, *, place: Place | None = None) -> None:
         self.config = config
         self.seed = config.run.seed
         self.cleanup = ExitStack()
-        """Ends what groups do not: connections, processes of reward functions."""
+        """Closes what no group owns: connections, and the processes of reward functions."""
         self._cluster: Cluster | None = None
         if place is None:
             self._cluster = Cluster.for_job(config)
@@ -77,7 +77,7 @@ class Session:
         return place_group(self.place, "trained_reward", TrainedRewardGroup, setup)
 
     def engines(self, config: RolloutConfig) -> list[Ranks]:
-        """All rollout engines, placed; their processes warm up while other groups load."""
+        """Place all rollout engines; their processes import what they need while other groups load."""
         engines = [
             self.place.start(RankSpec("rollout", 1, config.resources, first_rank=number))
             for number in range(config.engines)
@@ -87,7 +87,7 @@ class Session:
         return engines
 
     def fleet(self, engines: list[Ranks], setup: RolloutSetup) -> Fleet:
-        """The engines with their model loaded; they serve nothing before the first weight update."""
+        """Load the model into all engines; they generate nothing before the first weight update."""
         timeout_s = self.place.config.start_timeout_s
         for loading in [engine.call("setup", [(setup,)], timeout_s=timeout_s) for engine in engines]:
             get_logger().info("rollout: %s", loading.result()[0])

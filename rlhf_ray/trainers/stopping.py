@@ -1,6 +1,7 @@
-"""Stopping between steps: a signal asks, the loop answers after a commit.
+"""Stop a training run between two steps when it gets SIGTERM or SIGINT.
 
-Always true: the handler only sets a flag; nothing is interrupted in the middle.
+Invariant: the signal handler only sets a flag, which the training loop reads after each step; nothing is interrupted in the
+middle.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ import signal
 import threading
 from types import FrameType
 
-_asked = threading.Event()
+_stop = threading.Event()
 
 
 def listen() -> None:
     """Turn SIGTERM and SIGINT into a request to stop after the current step."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _ask)
-
-
-def _ask(number: int, frame: FrameType | None) -> None:
-    _asked.set()
+        signal.signal(number, _request_stop)
 
 
 def stop_requested() -> bool:
-    """Whether somebody asked this process to stop."""
-    return _asked.is_set()
+    """Whether this process was asked to stop."""
+    return _stop.is_set()
+
+
+def _request_stop(number: int, frame: FrameType | None) -> None:
+    _stop.set()

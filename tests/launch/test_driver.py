@@ -77,7 +77,7 @@ def test_work_that_ends_is_done():
 
 
 def test_a_signal_only_asks(monkeypatch):
-    monkeypatch.setattr(stopping, "_asked", type(stopping._asked)())
+    monkeypatch.setattr(stopping, "_stop", type(stopping._stop)())
     assert driver.exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 0
     assert stopping.stop_requested()
 

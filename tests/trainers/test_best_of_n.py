@@ -46,7 +46,7 @@ def make_evaluation(tmp_path: Path, *overrides: str) -> PpoEvaluation:
 def best_of(tmp_path: Path, *overrides: str) -> list[BestOf]:
     evaluation = make_evaluation(tmp_path, *overrides)
     evaluation.start = [HeldOutAnswer(0, "p", "r", finished=True, tokens=1, reward=0.0, gold=0.5)]
-    return evaluation.best_of()
+    return evaluation.measure_best_of()
 
 
 def test_it_picks_by_the_reward(tmp_path: Path) -> None:

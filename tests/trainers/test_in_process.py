@@ -89,7 +89,7 @@ def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tmp_path: Path, m
 
     config = ppo_config(tmp_path / "stopped", "steps=4")
     run = start(config)
-    monkeypatch.setattr(stopping._asked, "is_set", lambda: run.ledger.last_step == 3)
+    monkeypatch.setattr(stopping._stop, "is_set", lambda: run.ledger.last_step == 3)
     with pytest.raises(ResumableStop, match="after step 3 of 4; go on with: rlhf-ray resume"):
         train_ppo(config, run, None, place=ThisProcess(config.cluster))
     run.release()

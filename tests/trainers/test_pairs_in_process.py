@@ -113,10 +113,10 @@ def test_a_mixture_that_is_stopped_anywhere_resumes_to_the_same_pairs_and_bits(
         used.clear()
         job = config(f"stopped-{stop}")
         stopped = start(job)
-        monkeypatch.setattr(stopping._asked, "is_set", lambda stop=stop: len(used) >= 4 * stop)
+        monkeypatch.setattr(stopping._stop, "is_set", lambda stop=stop: len(used) >= 4 * stop)
         with pytest.raises(ResumableStop):
             train(job, stopped)
-        monkeypatch.setattr(stopping._asked, "is_set", lambda: False)
+        monkeypatch.setattr(stopping._stop, "is_set", lambda: False)
         assert len(used) == 4 * stop
         stopped.release()
         again, checkpoint = RunDirectory.resume(stopped.path)

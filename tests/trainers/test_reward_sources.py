@@ -17,7 +17,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.function_source import FunctionSource
 from rlhf_ray.rewards.source import ModelSource
-from rlhf_ray.trainers.ppo.rewards import SHIPPED, reward_source
+from rlhf_ray.trainers.ppo.rewards import SHIPPED, make_reward_source
 
 CONFIG = """
 kind: ppo
@@ -46,7 +46,7 @@ def source(
 ) -> Any:
     config: Any = parse_config(CONFIG.replace("REWARD", reward))
     groups: Any = {} if group is None else {"reward": group}
-    return reward_source(config, groups, POLICY, conversations=conversations, cleanup=cleanup or ExitStack())
+    return make_reward_source(config, groups, POLICY, conversations=conversations, cleanup=cleanup or ExitStack())
 
 
 POLICY = make_tokenizer("world")

@@ -1,6 +1,6 @@
-"""From the parts that a config names to the functions that they are.
+"""Build an algorithm's functions from its config section.
 
-Always true: this is the only place that reads the ``algorithm`` section's parts; who calls what is made here never asks
+Invariant: only this module reads which parts the ``algorithm`` section names. The code that calls the functions never asks
 which algorithm runs.
 """
 
@@ -30,7 +30,7 @@ ALWAYS_THERE = (
 
 
 def make_preparation(config: PpoConfig) -> Preparation:
-    """What happens to a scored batch before its updates."""
+    """The step from rewards to advantages: what is done to a scored batch before its updates."""
     algorithm, importance = config.algorithm, config.algorithm.importance
     in_rewards = algorithm.kl.applied_to == "reward" and algorithm.kl.measure
     return Preparation(
@@ -46,7 +46,7 @@ def make_preparation(config: PpoConfig) -> Preparation:
 
 
 def make_policy_loss(config: PpoConfig) -> PolicyLoss:
-    """The loss of the policy, with the KL coefficient that a run starts with."""
+    """The policy's loss, with the KL coefficient that the run starts with."""
     algorithm, kl = config.algorithm, config.algorithm.kl
     in_loss = kl.applied_to == "loss" and kl.measure
     return PolicyLoss(
@@ -60,7 +60,7 @@ def make_policy_loss(config: PpoConfig) -> PolicyLoss:
 
 
 def make_value_loss(config: PpoConfig) -> ValueLoss:
-    """The loss of the critic, where there is one."""
+    """The critic's loss; a run without a critic does not call it."""
     return ValueLoss(clip=config.algorithm.value_clip)
 
 
@@ -94,13 +94,15 @@ def make_estimator(config: PpoConfig) -> Estimator:
     return AgainstGroup(BASELINES[algorithm.advantages])
 
 
-def _shaping(shaping: ShapingConfig, longest: int) -> RewardShaping:
+def _shaping(shaping: ShapingConfig, max_new_tokens: int) -> RewardShaping:
     overlong, too_short, missing = shaping.overlong, shaping.too_short, shaping.missing_eos
     return RewardShaping(
         normalize=shaping.normalize,
         scale=shaping.scale,
         clip=shaping.clip,
-        overlong=Overlong(longest, round(overlong.buffer_fraction * longest), overlong.penalty) if overlong else None,
+        overlong=Overlong(max_new_tokens, round(overlong.buffer_fraction * max_new_tokens), overlong.penalty)
+        if overlong
+        else None,
         too_short=TooShort(too_short.tokens, too_short.penalty) if too_short else None,
         missing_eos=MissingEos(missing.rule, missing.value) if missing else None,
     )

@@ -1,7 +1,7 @@
-"""Answers to held-out prompts with what they are worth, and the figures of two such sets side by side.
+"""Compare two policies by their answers to the same held-out prompts.
 
-Always true: both sides answered the same prompts, equally often, and are compared answer by answer; ties count one half; a
-figure of one source is the same figure over its prompts alone.
+Invariants: both policies answered the same prompts, equally often, and are compared answer by answer; a tie counts as half a
+win. The figure of one data source is the same figure over its prompts alone.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ class HeldOutAnswer:
     response: str
     finished: bool
     tokens: int
-    """Of the answer."""
+    """Length of the answer, without its prompt."""
     reward: float
+    """Its score by the reward source, before shaping."""
     gold: float | None
+    """Its score by the ground truth; none where that is not known."""
     source: str = ""
 
     @property
     def right(self) -> bool:
-        """Whether it is right, by its gold where that is known and else by its reward."""
+        """Whether the answer counts as right: by its gold score, or by its reward where gold is not known."""
         return (self.reward if self.gold is None else self.gold) >= RIGHT_AT
 
 
@@ -45,23 +47,26 @@ Rows = Sequence[HeldOutAnswer]
 def compare_answers(
     now: Rows, start: Rows, pass_at: Sequence[int] = (), measures: Measures | None = None
 ) -> dict[str, float]:
-    """Figures by their metric names: over all prompts, and where there are several sources over those of each."""
+    """The figures of ``now`` against ``start`` by their metric names: over all prompts, and then over those of each source.
+
+    ``pass_at`` names the k of the pass@k to report; ``measures`` are taken of the text of each answer.
+    """
     measures = measures or {}
     figures = _compare(now, start, pass_at, measures)
     sources = sorted({row.source for row in now})
     if len(sources) < 2:
         return figures
     for source in sources:
-        of_source = [[row for row in rows if row.source == source] for rows in (now, start)]
+        now_of_source, start_of_source = ([row for row in rows if row.source == source] for rows in (now, start))
         figures |= {
             f"{name}/{metric_name(source)}": value
-            for name, value in _compare(of_source[0], of_source[1], pass_at, measures).items()
+            for name, value in _compare(now_of_source, start_of_source, pass_at, measures).items()
         }
     return figures
 
 
 def metric_name(source: str) -> str:
-    """A source's name as a part of a metric's."""
+    """The name of a source in the form that metric names allow."""
     return re.sub(r"\W", "_", source) or "unnamed"
 
 
@@ -74,12 +79,12 @@ def _compare(now: Rows, start: Rows, pass_at: Sequence[int], measures: Measures)
         **{name: partial(_measured, measure) for name, measure in measures.items()},
     }
     for name, column in columns.items():
-        ours, theirs = _values(now, column), _values(start, column)
-        if not ours or not theirs:
+        now_values, start_values = _values(now, column), _values(start, column)
+        if not now_values or not start_values:
             continue
-        figures |= {f"evaluation/{name}": _mean(ours), f"evaluation/{name}_start": _mean(theirs)}
+        figures |= {f"evaluation/{name}": _mean(now_values), f"evaluation/{name}_start": _mean(start_values)}
         if name in ("reward", "gold"):
-            figures[f"evaluation/{name}_win_rate"] = win_rate(ours, theirs)
+            figures[f"evaluation/{name}_win_rate"] = win_rate(now_values, start_values)
     figures["evaluation/truncated"] = _mean([float(not row.finished) for row in now])
     for k in pass_at:
         figures[f"evaluation/pass_at_{k}"] = mean_pass_at_k(_right_by_prompt(now), k)
@@ -92,7 +97,7 @@ def _measured(measure: Callable[[str], float], row: HeldOutAnswer) -> float:
 
 
 def _values(rows: Rows, column: Callable[[HeldOutAnswer], float | None]) -> list[float]:
-    """The column's values; empty where they are not known."""
+    """The values of a column that are known."""
     values = [column(row) for row in rows]
     return [value for value in values if value is not None]
 

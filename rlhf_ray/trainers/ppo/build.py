@@ -1,7 +1,7 @@
-"""A PPO run from config to ``final/``: reads, starts, checks, trains, compares, writes.
+"""Put a PPO run together from its config, and run it.
 
-Always true: all data is read before the cluster is joined; the rollout engines start from a directory that the policy group
-wrote; the self-check stands before the first step; ``final/`` holds the weights that were evaluated.
+Invariants: all data is read before the cluster is joined. The rollout engines start from a directory that the policy group
+wrote. ``final/`` holds the weights that the last evaluation measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf_ray.trainers.ppo.gold import make_ground_truth
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.ppo.metrics import StepMetrics
 from rlhf_ray.trainers.ppo.progress import PpoProgress
-from rlhf_ray.trainers.ppo.rewards import reward_source
+from rlhf_ray.trainers.ppo.rewards import make_reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, check_user_collector, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
@@ -40,7 +40,7 @@ from rlhf_ray.trainers.session import Session
 def train_ppo(
     config: PpoConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
 ) -> None:
-    """Run, or go on with, a whole PPO job; ``place`` other than a cluster is for tests and one-process runs."""
+    """Run a whole PPO job, or the rest of it after ``checkpoint``; ``place`` is where its ranks live, by default a cluster."""
     tokenizer = load_tokenizer(config.policy.model)
     stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
@@ -71,15 +71,17 @@ def build(
     prompts: Split[TokenizedPrompt],
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
-    """Start every group and put the trainer together."""
-    groups, placed = start_groups(config, session)
+    """Start every group and engine, and put the trainer together."""
+    groups, engines = start_groups(config, session)
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
     setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
-    sampler = Sampler(config, session.fleet(placed, setup))
+    sampler = Sampler(config, session.fleet(engines, setup))
     conversations = any(prompt.messages is not None for prompt in prompts.train)
-    rewards = reward_source(config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup)
+    rewards = make_reward_source(
+        config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup
+    )
     if config.expose is not None:
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
     preparation = make_preparation(config)
@@ -116,26 +118,31 @@ def build(
 
 
 def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
-    """All model groups, loaded, and the rollout engines, placed: first every process is placed, then all load at once."""
+    """The model groups, loaded, and the rollout engines, placed but not loaded.
+
+    Every process is placed before the first model is loaded, so that all load at once.
+    """
     updates, temperature = config.steps * config.updates_per_step, config.rollout.temperature
-    started: dict[str, PlacedGroup[Any]] = {
+    placed: dict[str, PlacedGroup[Any]] = {
         "policy": session.policy(config.policy, total_updates=updates, temperature=temperature)
     }
     if config.critic is not None:
-        started["critic"] = session.critic(config.critic, total_updates=updates)
+        placed["critic"] = session.critic(config.critic, total_updates=updates)
     if config.reference_role is not None:
-        started["reference"] = session.reference(config.reference_role, temperature=temperature)
+        placed["reference"] = session.reference(config.reference_role, temperature=temperature)
     rewards = {
         key: session.reward(
             role,
             max_tokens=role.forward_tokens(config.batch),
             max_item_tokens=config.rollout.max_model_tokens,
-            name=key.replace(".mixture.", "-"),
+            name=key.replace(".mixture.", "-"),  # reward.mixture.helpful runs as reward-helpful
         )
         for key, role in config.reward.roles.items()
     }
     engines = session.engines(config.rollout)
-    loading = {role: one.load() for role, one in started.items()}
-    scoring = {key: reward.load() for key, reward in rewards.items()}
-    groups = {role: one.result() for role, one in loading.items()}
-    return Groups(config, **groups, rewards={key: one.result() for key, one in scoring.items()}), engines
+    loading = {role: group.load() for role, group in placed.items()}
+    loading_rewards = {key: reward.load() for key, reward in rewards.items()}
+    groups = {role: pending.result() for role, pending in loading.items()}
+    return Groups(
+        config, **groups, rewards={key: pending.result() for key, pending in loading_rewards.items()}
+    ), engines

@@ -1,6 +1,6 @@
-"""What an evaluation shows: the starting policy against the trained one, best-of-n beside them, and answers side by side.
+"""Tables of an evaluation: the starting policy, the trained one and best-of-n, and answers side by side.
 
-Always true: every number comes from the comparison on held-out prompts; a column that was not measured says so with a dash.
+Invariants: every number comes from the comparison on held-out prompts. A number that was not measured is a dash.
 """
 
 from __future__ import annotations
@@ -12,57 +12,59 @@ from rlhf_ray.monitoring.report.summary import Answer, BestOf, Sample, Table
 from rlhf_ray.trainers.ppo.answers import HeldOutAnswer, metric_name
 from rlhf_ray.trainers.ppo.evaluation import Comparison, best_within_kl
 
-SAMPLES_SHOWN = 6
-"""Prompts in the report."""
-LONGEST_SHOWN = 160
-"""Characters of a text in the log."""
+PROMPTS_IN_REPORT = 6
+CHARACTERS_IN_LOG = 160
+"""Longest text in a table on the log; the rest is cut off."""
 START = "start"
 
 
 def summarize_comparison(
     comparison: Comparison, trained: str, pass_at: Sequence[int] = ()
 ) -> tuple[Table, list[Sample], list[BestOf]]:
-    """The table (which is also shown), samples side by side, and the best-of-n points; ``trained`` names the policy."""
+    """The table, answers side by side and the best-of-n points for the report; the table is printed as well.
+
+    ``trained`` is the label of the trained policy.
+    """
     headers = ("", "learned reward", "gold", "gold win rate", *(f"pass@{k}" for k in pass_at), "KL, nats", "tokens",
                *(name.replace("_", " ") for name in comparison.measures))  # fmt: skip
     rows = comparison_rows(comparison, trained, pass_at)
     say(table("on held-out prompts", headers, rows))
     samples = [
         Sample(before.prompt, (_answer(START, before), _answer(trained, after)))
-        for before, after in first_answers(comparison)[:SAMPLES_SHOWN]
+        for before, after in first_answers(comparison)[:PROMPTS_IN_REPORT]
     ]
     return Table(headers, tuple(rows)), samples, list(comparison.best_of)
 
 
 def comparison_rows(comparison: Comparison, trained: str, pass_at: Sequence[int] = ()) -> list[tuple[str, ...]]:
-    """Start, the trained policy, best-of-n at about its KL, and where there are several sources both for each."""
-    rows = [*_pair(comparison, trained, pass_at), *_best_of_rows(comparison, len(pass_at))]
+    """Rows for the start, the trained policy and best-of-n at no more KL; then start and trained policy for each source."""
+    rows = [*_start_and_trained(comparison, trained, pass_at), *_best_of_rows(comparison, len(pass_at))]
     sources = sorted({row.source for row in comparison.now})
     if len(sources) > 1:
         for source in sources:
-            rows += _pair(comparison, trained, pass_at, source)
+            rows += _start_and_trained(comparison, trained, pass_at, source)
     return rows
 
 
-def _pair(
+def _start_and_trained(
     comparison: Comparison, trained: str, pass_at: Sequence[int], source: str | None = None
 ) -> list[tuple[str, ...]]:
-    end, label = ("", "") if source is None else (f"/{metric_name(source)}", f", {source or 'unnamed'}")
+    suffix, label = ("", "") if source is None else (f"/{metric_name(source)}", f", {source or 'unnamed'}")
 
     def cell(name: str) -> str:
-        value = comparison.figures.get(f"evaluation/{name}{end}")
+        value = comparison.figures.get(f"evaluation/{name}{suffix}")
         return "-" if value is None else f"{value:.3f}"
 
-    half, zero = ("0.500" if cell("gold") != "-" else "-"), ("0.000" if cell("kl") != "-" else "-")
-    passes = [[cell(f"pass_at_{k}{when}") for k in pass_at] for when in ("_start", "")]
+    # Against itself the start wins half the time, at no KL.
+    start_win_rate, start_kl = ("0.500" if cell("gold") != "-" else "-"), ("0.000" if cell("kl") != "-" else "-")
     return [
         (
             f"{START} (SFT){label}",
             cell("reward_start"),
             cell("gold_start"),
-            half,
-            *passes[0],
-            zero,
+            start_win_rate,
+            *(cell(f"pass_at_{k}_start") for k in pass_at),
+            start_kl,
             cell("length_start"),
             *(cell(f"{name}_start") for name in comparison.measures),
         ),
@@ -71,7 +73,7 @@ def _pair(
             cell("reward"),
             cell("gold"),
             cell("gold_win_rate"),
-            *passes[1],
+            *(cell(f"pass_at_{k}") for k in pass_at),
             cell("kl"),
             cell("length"),
             *(cell(name) for name in comparison.measures),
@@ -83,23 +85,22 @@ def _best_of_rows(comparison: Comparison, passes: int) -> list[tuple[str, ...]]:
     best = best_within_kl(comparison.best_of, comparison.figures.get("evaluation/kl", 0.0))
     if best is None:
         return []
-    passed, measured = ("-",) * passes, ("-",) * len(comparison.measures)
     return [
         (
             f"best of {best.n} of SFT",
             "-",
             f"{best.gold:.3f}",
             "-" if best.win_rate is None else f"{best.win_rate:.3f}",
-            *passed,
+            *(("-",) * passes),
             f"{best.kl:.3f}",
             "-",
-            *measured,
+            *(("-",) * len(comparison.measures)),
         )
     ]
 
 
 def first_answers(comparison: Comparison) -> list[tuple[HeldOutAnswer, HeldOutAnswer]]:
-    """The first answer of both sides to every prompt."""
+    """The first answers of both policies to every prompt: of the start, and of the trained one."""
     pairs: dict[int, tuple[HeldOutAnswer, HeldOutAnswer]] = {}
     for before, after in zip(comparison.start, comparison.now, strict=True):
         pairs.setdefault(after.prompt_id, (before, after))
@@ -107,7 +108,7 @@ def first_answers(comparison: Comparison) -> list[tuple[HeldOutAnswer, HeldOutAn
 
 
 def show_samples(comparison: Comparison, trained: str, count: int) -> None:
-    """Some prompts with both answers and their rewards, on the log."""
+    """Print the first ``count`` prompts with both answers and their rewards."""
     rows = [
         (
             _cut(before.prompt),
@@ -122,7 +123,7 @@ def show_samples(comparison: Comparison, trained: str, count: int) -> None:
 
 def _cut(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+    return text if len(text) <= CHARACTERS_IN_LOG else f"{text[:CHARACTERS_IN_LOG]}..."
 
 
 def _answer(label: str, row: HeldOutAnswer) -> Answer:

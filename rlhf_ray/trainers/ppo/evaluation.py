@@ -1,8 +1,8 @@
-"""Held-out prompts, answered by the starting policy once and by the trained one when due: did it get better?
+"""Measure on held-out prompts whether the policy got better than the one that the run started from.
 
-Always true: both sides answer the same held-out prompts in the same way, sampled at the training temperature or greedily;
-what the starting policy answered is kept with the run, so that a resumed run compares with the same answers; best-of-n of
-the starting policy stands beside, with the KL that picking costs, and picks by the shaped rewards that the run trains on.
+Invariants: both policies answer the same prompts in the same way, sampled at the training temperature or greedily. The
+answers of the start are kept with the run, so that a resumed run compares with the same answers. Best-of-n of the start,
+with the KL that picking costs, picks by the shaped rewards that the run trains on.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ from rlhf_ray.trainers.ppo.gold import Gold, Measures
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Generate = Callable[[Sequence[TokenizedPrompt], int, bool], TrajectoryBatch]
-"""From prompts, samples a prompt, and whether to take the likeliest tokens, to trajectories."""
+"""Answers prompts; the arguments are the prompts, the answers to each, and whether to take the likeliest tokens (greedy)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The start and now: figures by their metric names, answers to the same prompts in the same order."""
+    """The policy as it is now against the start: figures by their metric names, and answers in the same order of prompts."""
 
     figures: Mapping[str, float]
     start: Sequence[HeldOutAnswer]
     now: Sequence[HeldOutAnswer]
     best_of: Sequence[BestOf]
     measures: Sequence[str] = ()
-    """Names of the figures that were measured in the texts of answers."""
+    """Names of the figures that are measures of the text of answers."""
 
 
 class PpoEvaluation:
-    """Answers to the held-out prompts, before and after."""
+    """Answers the first ``evaluation.prompts`` held-out prompts, once with the start and then as often as needed.
+
+    ``directory`` keeps the answers of the start.
+    """
 
     def __init__(
         self,
@@ -72,75 +75,82 @@ class PpoEvaluation:
 
     @property
     def possible(self) -> bool:
-        """Whether there is anything to evaluate on."""
+        """Whether there are held-out prompts."""
         return bool(self.prompts)
 
     def measure_start(self, *, resumed: bool) -> None:
-        """The starting policy's answers: drawn now, or in a resumed run those of its first start."""
+        """Take the answers of the starting policy: generate them, or in a resumed run read those that it kept."""
         if not self.possible:
             return
-        kept = self.directory / "start.json"
+        path = self.directory / "start.json"
         if resumed:
-            stored = json.loads(kept.read_text())
+            stored = json.loads(path.read_text())
             columns = {field.name for field in fields(HeldOutAnswer)}  # version 0.1 kept a count of habits beside them
             self.start = [
                 HeldOutAnswer(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]
             ]
             self.best = [BestOf(**row) for row in stored["best_of"]]
             return
-        self.start, _ = self.answers()
-        self.best = self.best_of()
+        self.start, _ = self.answer_prompts()
+        self.best = self.measure_best_of()
         self.directory.mkdir(parents=True, exist_ok=True)
         content = {"answers": [asdict(row) for row in self.start], "best_of": [asdict(row) for row in self.best]}
-        kept.write_text(json.dumps(content))
+        path.write_text(json.dumps(content))
 
     def compare(self) -> Comparison:
-        """The current policy's answers and their figures, beside the starting policy's."""
-        answers, figures = self.answers()
+        """The answers of the current policy and their figures, against those of the start."""
+        answers, figures = self.answer_prompts()
         figures |= compare_answers(answers, self.start, self.config.evaluation.pass_at, self.measures)
         return Comparison(figures, self.start, answers, self.best, tuple(self.measures))
 
-    def answers(self) -> tuple[list[HeldOutAnswer], dict[str, float]]:
-        """HeldOutAnswer answers, those to one prompt together; where they are samples, their mean sequence KL (k1) in nats."""
-        asked = self.config.evaluation
+    def answer_prompts(self) -> tuple[list[HeldOutAnswer], dict[str, float]]:
+        """The current policy's answers, those to one prompt together.
+
+        With them, if they are samples and there is a reference, the mean KL of an answer (k1, in nats).
+        """
+        settings = self.config.evaluation
         batch, _, samples = self.experience.gather(
-            self.generate(self.prompts, asked.samples_per_prompt, asked.greedy),
+            self.generate(self.prompts, settings.samples_per_prompt, settings.greedy),
             {prompt.prompt_id: prompt for prompt in self.prompts},
             step=0,
             complete=True,
         )
-        rows = self._judged(samples, batch["score"].tolist())
-        if asked.greedy or "reference_log_probs" not in batch:
-            return rows, {}
+        answers = self._score_answers(samples, batch["score"].tolist())
+        if settings.greedy or "reference_log_probs" not in batch:
+            return answers, {}
         kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets)
-        return rows, {"evaluation/kl": float(kl.mean())}
+        return answers, {"evaluation/kl": float(kl.mean())}
 
-    def best_of(self) -> list[BestOf]:
-        """Expected gold of the best of 2, 4, 8, ... and ``evaluation.best_of`` samples of the start by their shaped rewards."""
+    def measure_best_of(self) -> list[BestOf]:
+        """Expected gold of the best of n samples of the start, for n = 2, 4, 8, ... and ``evaluation.best_of``.
+
+        The best is the sample with the highest shaped reward. Nothing where no gold function is known.
+        """
         largest = self.config.evaluation.best_of
         if largest < 2 or self.gold is None:
             return []
         trajectories = self.generate(self.prompts, largest, False)
         samples = self.experience.decode(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
-        rewards, gold = self._shaped(trajectories, self.experience.require_rewards(samples)), self.gold(samples)
-        first = {row.prompt_id: float(row.gold or 0.0) for row in reversed(self.start)}
-        by_prompt = [slice(start, start + largest) for start in range(0, len(samples), largest)]
-        won = [_won(gold[rows], first[samples[rows.start].prompt_id]) for rows in by_prompt]
-        rewards_of, gold_of = [rewards[rows] for rows in by_prompt], [gold[rows] for rows in by_prompt]
+        rewards, gold = self._shape(trajectories, self.experience.require_rewards(samples)), self.gold(samples)
+        # Reversed, so that the first answer to each prompt is the one that stays in the mapping.
+        baseline = {answer.prompt_id: float(answer.gold or 0.0) for answer in reversed(self.start)}
+        by_prompt = [slice(first, first + largest) for first in range(0, len(samples), largest)]
+        wins = [_score_wins(gold[rows], baseline[samples[rows.start].prompt_id]) for rows in by_prompt]
+        prompt_rewards, prompt_gold = [rewards[rows] for rows in by_prompt], [gold[rows] for rows in by_prompt]
         return [
-            BestOf(n, best_of_n_kl(n), best_of_n(rewards_of, gold_of, n), best_of_n(rewards_of, won, n))
+            BestOf(n, best_of_n_kl(n), best_of_n(prompt_rewards, prompt_gold, n), best_of_n(prompt_rewards, wins, n))
             for n in best_of_sizes(largest)
         ]
 
-    def _shaped(self, trajectories: TrajectoryBatch, rewards: Sequence[float]) -> list[float]:
-        """What training would make of the rewards: a judge that knows nothing of answers cut off picks none of them."""
+    def _shape(self, trajectories: TrajectoryBatch, rewards: Sequence[float]) -> list[float]:
+        """The rewards as training would shape them, so that an answer which training punishes is not picked."""
         score = torch.tensor(rewards)
         tokens = count_actions(trajectories["action_mask"], trajectories.offsets)
         moments = RunningMoments().update(score)
         shaped = self.shaping(score, trajectories["finish_reason"], tokens, moments)
         return [float(value) for value in shaped]
 
-    def _judged(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[HeldOutAnswer]:
+    def _score_answers(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[HeldOutAnswer]:
         lengths = {prompt.prompt_id: len(prompt.token_ids) for prompt in self.prompts}
         gold = [None] * len(samples) if self.gold is None else self.gold(samples)
         return [
@@ -159,15 +169,16 @@ class PpoEvaluation:
 
 
 def best_of_sizes(largest: int) -> list[int]:
-    """2, 4, 8, ... and ``largest`` itself."""
+    """The powers of two from 2 that are below ``largest``, and ``largest`` itself."""
     return [*(2**power for power in range(1, largest.bit_length()) if 2**power < largest), largest]
 
 
 def best_within_kl(best: Sequence[BestOf], kl: float) -> BestOf | None:
-    """The largest n whose KL is at most ``kl`` nats; none where even two samples cost more."""
+    """The entry with the largest n whose KL is at most ``kl`` nats; none where even two samples cost more."""
     within = [row for row in best if row.kl <= kl]
     return max(within, key=lambda row: row.n) if within else None
 
 
-def _won(gold: Sequence[float], baseline: float) -> list[float]:
+def _score_wins(gold: Sequence[float], baseline: float) -> list[float]:
+    """1 for each value above the baseline, one half for a tie, 0 below."""
     return [1.0 if value > baseline else 0.5 if value == baseline else 0.0 for value in gold]

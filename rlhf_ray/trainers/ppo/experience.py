@@ -1,7 +1,8 @@
-"""From sampled tokens to a batch one can learn from: rewards, reference, values, log-probs, advantages.
+"""Turn sampled tokens into a batch to learn from: rewards, log-probs, reference log-probs, values and advantages.
 
-Always true: everything that can run at once does; a sample without a reward is never trained on: its prompt is dropped with
-all its samples, or the run stops, as configured.
+Invariants: the groups compute while rewards are fetched. A sample without a reward is never trained on: as configured, its
+prompt is dropped with all its samples, or the run stops. The schedule is made once a step, right after the rollout, and
+made again only when prompts were dropped.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """Answers as texts, and what the reward source said about each."""
+    """Answers as text, and the result of the reward source for each."""
 
     samples: list[TextSample]
     results: list[ScoreResult]
 
     def select(self, rows: Sequence[int]) -> ScoredSamples:
-        """These answers, in this order."""
+        """The answers at these positions, in this order."""
         return ScoredSamples([self.samples[row] for row in rows], [self.results[row] for row in rows])
 
     @staticmethod
     def join(parts: Sequence[ScoredSamples]) -> ScoredSamples:
-        """One after another."""
+        """All parts, one after the other."""
         return ScoredSamples(
             [one for part in parts for one in part.samples], [one for part in parts for one in part.results]
         )
 
 
 TERM = "term_"
-"""Begins the column of one term of a mixture."""
+"""Prefix of the columns that hold the rewards of a mixture's terms."""
 
 
 def score_columns(results: Sequence[ScoreResult]) -> dict[str, list[float]]:
-    """The columns ``score`` and, of a mixture, one for each term, of results that all have a reward."""
+    """The column ``score``, and for a mixture a column for each of its terms; every result must have a reward."""
     columns = {"score": [float(result.reward) for result in results if result.reward is not None]}
     for result in results:
         if isinstance(result, MixedResult) and result.terms is not None:
@@ -61,7 +62,7 @@ def score_columns(results: Sequence[ScoreResult]) -> dict[str, list[float]]:
 
 
 class Experience:
-    """The forward half of a PPO step."""
+    """The half of a PPO step that computes what to learn from; it changes no weight."""
 
     def __init__(
         self,
@@ -88,10 +89,11 @@ class Experience:
         complete: bool = False,
         scored: ScoredSamples | None = None,
     ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
-        """The batch with scores, reference log-probs, values and log-probs, the schedules that made them, the texts.
+        """The batch with scores, log-probs, reference log-probs and values; the schedules that these used; the samples.
 
-        The groups compute while the rewards are fetched, unless these are known already (``scored``); ``phase`` times what
-        is waited for. What has no reward is left out as configured; where the batch must be ``complete`` it is an error.
+        ``step`` decides how the batch is divided into updates. ``scored`` holds the rewards if they are known already.
+        ``phase`` times each wait. Samples without a reward are left out as configured; if the batch must be ``complete``,
+        one of them raises :class:`ScoringError`.
         """
         schedules = self.groups.schedules(trajectories, step)
         pending = self.groups.columns(trajectories, schedules)
@@ -102,7 +104,7 @@ class Experience:
                 self._require_all(results)
         with phase("log_probs"):
             columns = {name: column.result() for name, column in pending.items()}
-        kept = self._kept(samples, results)
+        kept = self._rows_to_keep(samples, results)
         if len(kept) < len(trajectories):
             rest = trajectories.select(kept)
             return self.gather(rest, prompts, step=step, phase=phase, scored=scored.select(kept))
@@ -112,7 +114,7 @@ class Experience:
     def score_trajectories(
         self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]
     ) -> ScoredSamples:
-        """Every sampled answer as text, with its reward or why it has none."""
+        """Every sampled answer as text, with its reward or the reason why it has none."""
         samples = self.decode(trajectories, prompts)
         return ScoredSamples(samples, self.score(samples))
 
@@ -127,7 +129,7 @@ class Experience:
             prompt = prompts[prompt_id]
             ids = token_ids[offsets[row] : offsets[row + 1]]
             response = self.tokenizer.decode(ids[len(prompt.token_ids) :], skip_special_tokens=True)
-            said = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
+            conversation = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
             samples.append(
                 TextSample(
                     prompt_id=prompt_id,
@@ -138,47 +140,49 @@ class Experience:
                     finished=finished[row],
                     token_ids=tuple(ids),
                     source=prompt.source,
-                    messages=said,
+                    messages=conversation,
                 )
             )
         return samples
 
     def score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
-        """One result a sample; what fails is tried again while the reward's ``hold_s`` lasts."""
+        """One result a sample, in order; a sample that the source fails at is tried again for ``reward.hold_s`` seconds."""
         return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
 
     def require_rewards(self, samples: Sequence[TextSample]) -> list[float]:
-        """The reward of every sample; raises :class:`ScoringError` where one has none."""
+        """The reward of every sample, in order; raises :class:`ScoringError` where one has none."""
         results = self.score(samples)
         self._require_all(results)
         return [float(result.reward) for result in results if result.reward is not None]
 
     def _require_all(self, results: Sequence[ScoreResult]) -> None:
-        failed = [result.error for result in results if result.error is not None]
-        if failed:
-            raise ScoringError(f"no reward for {len(failed)} of {len(results)} samples, such as: {failed[0]}")
+        errors = [result.error for result in results if result.error is not None]
+        if errors:
+            raise ScoringError(f"no reward for {len(errors)} of {len(results)} samples, such as: {errors[0]}")
 
-    def _kept(self, samples: Sequence[TextSample], results: Sequence[ScoreResult]) -> list[int]:
-        """Rows of prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop."""
+    def _rows_to_keep(self, samples: Sequence[TextSample], results: Sequence[ScoreResult]) -> list[int]:
+        """Rows of the prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop."""
         failed = [row for row, result in enumerate(results) if result.error is not None]
         if not failed:
             return list(range(len(results)))
         lost = {samples[row].prompt_id for row in failed}
         prompts, first, reward = {sample.prompt_id for sample in samples}, samples[failed[0]], self.config.reward
-        told = (
+        reason = (
             f"no reward for {len(failed)} of {len(samples)} samples after {reward.hold_s:g} s, such as sample "
             f"{first.sample_index} of prompt {first.prompt_id}: {results[failed[0]].error}"
         )
         if reward.on_failure == "stop":
-            raise ScoringError(f"{told}; mend the reward source, or set reward.on_failure to drop")
+            raise ScoringError(f"{reason}; mend the reward source, or set reward.on_failure to drop")
         if len(lost) > reward.max_dropped_share * len(prompts):
-            raise ScoringError(f"{told}; {len(lost)} of {len(prompts)} prompts would be dropped, more than "
+            raise ScoringError(f"{reason}; {len(lost)} of {len(prompts)} prompts would be dropped, more than "
                                f"reward.max_dropped_share {reward.max_dropped_share:g}: mend the reward source")  # fmt: skip
-        get_logger("ppo").warning("%s; dropped %d of %d prompts with all their samples", told, len(lost), len(prompts))
+        get_logger("ppo").warning(
+            "%s; dropped %d of %d prompts with all their samples", reason, len(lost), len(prompts)
+        )
         return [row for row, sample in enumerate(samples) if sample.prompt_id not in lost]
 
     def advantages(
         self, batch: TrajectoryBatch, kl_coefficient: float, moments: RunningMoments
     ) -> tuple[TrajectoryBatch, dict[str, float]]:
-        """The batch with token rewards, advantages, returns and weights; the objective's metrics."""
+        """The batch with token rewards, advantages, returns and importance weights; and metrics of these."""
         return self.preparation(batch, kl_coefficient=kl_coefficient, moments=moments)

@@ -1,7 +1,7 @@
 """The ground truth about answers, where it is known, and what else is measured of their text.
 
-Invariants: everything here is reported, never trained on, unless the config names the same function as the reward. This is
-the only place of PPO training that asks the generated world about answers.
+Invariants: everything here is reported and never trained on, unless the config names the same function as the reward. Only
+this module of PPO training asks the generated world about answers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.rewards import RewardConfig
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.trainers.ppo.rewards import function_source
+from rlhf_ray.trainers.ppo.rewards import make_function_source
 from rlhf_ray.world.gold import GOLD_FUNCTIONS, answer_measures
 
 Gold = Callable[[Sequence[TextSample]], list[float]]
@@ -48,7 +48,7 @@ def make_ground_truth(config: PpoConfig, cleanup: ExitStack) -> GroundTruth:
 
 def make_gold(name: str, cleanup: ExitStack) -> Gold:
     """The reward function called ``name`` as a gold score, which raises :class:`ScoringError` where the function fails."""
-    source = function_source(name, RewardConfig(function=name), cleanup)
+    source = make_function_source(name, RewardConfig(function=name), cleanup)
 
     def score(samples: Sequence[TextSample]) -> list[float]:
         results = source.score(samples).result()

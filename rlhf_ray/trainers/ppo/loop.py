@@ -1,8 +1,8 @@
-"""Proximal policy optimisation (Schulman et al. 2017) for language models: the driver's loop.
+"""The driver's loop of PPO (proximal policy optimisation, Schulman et al. 2017) for language models.
 
-Always true: a step is sampled by one weight version and scored, valued and learned from as one batch; the schedule is made
-once a step and serves log-probs, values and the first pass, so that the first ratio is exactly 1; an update is applied by
-policy and critic on every rank or by none; a step counts only once its prompts are in the ledger.
+Invariants: a step is sampled by one version of the weights, and scored, valued and learned from as one batch. One schedule a
+step serves log-probs, values and the first pass, so that the first ratio is exactly 1. All ranks of policy and critic apply
+an update, or none does. A step counts only once its prompts are in the ledger.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf_ray.trainers.stopping import stop_requested
 
 @dataclass
 class PpoTrainer:
-    """Runs the steps that are left of a PPO run."""
+    """Runs the remaining steps of a PPO run."""
 
     config: PpoConfig
     run_directory: RunDirectory
@@ -47,7 +47,7 @@ class PpoTrainer:
     progress: PpoProgress
 
     def start(self) -> None:
-        """Take up the last commit if there is one, give the engines the weights, check, look at the start."""
+        """Load the last checkpoint if there is one, give the engines the weights, check the set-up, and measure the start."""
         state = self.checkpoints.restore()
         if state is not None:
             self.progress.restore(state["progress"])
@@ -60,17 +60,17 @@ class PpoTrainer:
             self.evaluation.measure_start(resumed=state is not None)
 
     def run(self) -> None:
-        """All steps that are left; raises :class:`ResumableStop` when asked to stop between two of them."""
-        self.journal.clock.take()  # what starting took is no step's time
+        """Run all remaining steps; raises :class:`ResumableStop` if the process is asked to stop between two of them."""
+        self.journal.clock.take()  # the time that starting took belongs to no step
         while self.progress.step < self.config.steps:
             self.step()
             if stop_requested() and self.progress.step < self.config.steps:
-                self.commit()
+                self.save_checkpoint()
                 raise ResumableStop(f"stopped on request after step {self.progress.step} of {self.config.steps}; go on "
                                     f"with: rlhf-ray resume {self.run_directory.path}")  # fmt: skip
 
     def step(self) -> None:
-        """One step of PPO, as the data travels."""
+        """One step of PPO, in the order in which the data moves: sample, score, learn, publish, record."""
         phase, progress = self.journal.phase, self.progress
         collected = self.collector.collect(progress.step, progress.weight_version, phase)
         batch, schedules, samples = self.experience.gather(
@@ -90,16 +90,16 @@ class PpoTrainer:
 
         progress.finish_step(outcome, objective, sequences=len(batch))
         self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in collected.prompts])
-        if self.checkpoints.due(progress.step):
+        if self.checkpoints.is_due(progress.step):
             with phase("checkpoint"):
-                self.commit()
+                self.save_checkpoint()
         self.journal.samples(progress.step, sample_rows(samples, batch))
         metrics = measured | objective | outcome.metrics | progress.metrics()
         self.journal.step(progress.step, self.config.steps, metrics, batch)
         self.after_step()
 
     def after_step(self) -> None:
-        """Evaluate when due; stop a run whose numbers stay broken."""
+        """Evaluate if it is due; raises :class:`NumericalError` if too many updates in a row were skipped."""
         step, every = self.progress.step, self.config.evaluation.every_steps
         if every and step % every == 0 and step < self.config.steps:
             self.compare()
@@ -108,17 +108,17 @@ class PpoTrainer:
                                  "at the last metrics, lower the learning rate, or resume an earlier checkpoint")  # fmt: skip
 
     def publish(self, version: int) -> None:
-        """The policy's weights, to every rollout engine, under ``version``."""
+        """Send the policy's weights to every rollout engine as ``version``."""
         self.progress.weight_version = version
         self.sampler.update_weights(version, self.groups.policy.publish_weights(version).result())
 
-    def commit(self) -> None:
-        """Make everything up to the last step survive a kill."""
+    def save_checkpoint(self) -> None:
+        """Save everything up to the last step, so that it survives a kill."""
         state = {"progress": self.progress.state(), "prompts": self.prompts.state()}
         self.checkpoints.save(self.progress.step, state)
 
     def check(self) -> None:
-        """The start-up self-check, on a few training prompts that are not consumed."""
+        """Run the start-up self-check on a few training prompts, which do not count as used."""
         prompts = self.prompts.peek(min(8, self.config.batch.prompts_per_step))
         trajectories = self.sampler.generate(prompts, 0)
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
@@ -126,7 +126,7 @@ class PpoTrainer:
         self.journal.checks(self.self_check.run(batch, schedules, samples))
 
     def compare(self) -> Comparison | None:
-        """The policy as it is now against the start, on the held-out prompts."""
+        """Measure and log the current policy against the start; nothing where there are no held-out prompts."""
         if not self.evaluation.possible:
             return None
         with self.journal.phase("evaluation"):
@@ -136,7 +136,7 @@ class PpoTrainer:
         return comparison
 
     def finish(self) -> None:
-        """The last comparison, the account of prompts, and ``final/`` with the critic beside it."""
+        """Check the ledger, compare a last time, write ``final/`` (the critic in ``final/critic``) and the report."""
         epochs = self.prompts.account(self.run_directory.ledger)
         get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
         comparison = self.compare()
@@ -144,6 +144,6 @@ class PpoTrainer:
             self.journal.closing(
                 *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
             )
-        self.checkpoints.final(self.groups.results)
+        self.checkpoints.save_final(self.groups.results)
         self.journal.finish()
         get_logger("ppo").info("done: %s", self.run_directory.path)

@@ -1,6 +1,6 @@
-"""What a PPO step logs beside the objective and the losses.
+"""Metrics of a PPO step besides those of its advantages and losses.
 
-Always true: every number is of this step's batch; the gold score is shown and never trained on.
+Invariants: every number is of this step's batch. The gold score is logged and never trained on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_ray.trainers.ppo.self_check import LOG_PROB_LIMITS, log_prob_differenc
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 ERRORS_BELOW_ZERO = 4.0
-"""Standard errors by which a mean KL must be below 0 before it is called negative."""
+"""A mean KL is called negative if it is this many standard errors below 0."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class StepMetrics:
 
 
 def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
-    """What a KL below zero, beyond its noise, says about how answers were sampled; none where it is not.
+    """A warning where the mean KL from the reference is below zero by more than its noise; none otherwise.
 
-    E[log p - log q] >= 0 where the samples are p's own, so a mean clearly below 0 says that they are not. Without a
-    reference nothing is said.
+    E[log p - log q] is at least 0 if the samples are p's own. A mean clearly below 0 therefore shows that they are not, and
+    the warning names the settings to look at. Without a reference there is no KL and no warning.
     """
     if "reference_log_probs" not in batch:
         return None
@@ -75,14 +75,14 @@ def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
         return None
     difference, rollout = float(log_prob_difference(batch).max()), config.rollout
     limit = max(LOG_PROB_LIMITS[dtype] for dtype in (config.policy.model.dtype, rollout.dtype))
-    told = f"KL from the reference is {mean:.3g} nats, {-mean / error:.1f} standard errors below 0: answers are not drawn from "
+    text = f"KL from the reference is {mean:.3g} nats, {-mean / error:.1f} standard errors below 0: answers are not drawn from "
     if difference > limit:
         return (
-            f"{told}the policy that is measured. Rollout and trainer differ by {difference:.2g} nats in a token's log-prob: "
+            f"{text}the policy that is measured. Rollout and trainer differ by {difference:.2g} nats in a token's log-prob: "
             f"compare rollout.dtype ({rollout.dtype}) with policy.model.dtype ({config.policy.model.dtype})"
         )
     return (
-        f"{told}the whole distribution. Something cuts or sharpens it: rollout.temperature is {rollout.temperature:g}, top_p "
+        f"{text}the whole distribution. Something cuts or sharpens it: rollout.temperature is {rollout.temperature:g}, top_p "
         f"{rollout.top_p:g}, top_k {rollout.top_k}, min_p {rollout.min_p:g}; top_p 1, top_k 0 and min_p 0 leave it whole"
     )
 
@@ -98,7 +98,7 @@ def failed_round_trips(tokenizer: Any, samples: Sequence[TextSample], prompts: M
 
 
 def sample_rows(samples: Sequence[TextSample], batch: TrajectoryBatch) -> list[dict[str, object]]:
-    """Samples of a step as they are kept in ``samples/``."""
+    """The samples of a step as rows of the run's ``samples/``."""
     return [
         {"prompt": sample.prompt, "response": sample.response, "finished": sample.finished, "score": round(score, 4)}
         for sample, score in zip(samples, batch["score"].tolist(), strict=True)

@@ -1,7 +1,7 @@
-"""Where a PPO run stands: all that the driver must remember between two steps.
+"""The state of a PPO run's driver between two steps.
 
-Always true: ``PpoProgress.from_state(progress.state())`` is the same progress; ``weight_version`` counts publications and
-is published again under the same number after a resume.
+Invariants: ``restore(progress.state())`` gives the same progress, and the state is plain JSON. ``weight_version`` counts how
+often weights were sent to the rollout engines; a resumed run sends its weights again under the number that they had.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 @dataclass
 class PpoProgress:
-    """Counters, the KL controller, and the moments of all rewards so far."""
+    """Counters, the KL controller, and mean and variance of all rewards so far."""
 
     kl: FixedKl | AdaptiveKl
     moments: RunningMoments = field(default_factory=RunningMoments)
@@ -31,15 +31,15 @@ class PpoProgress:
 
     @classmethod
     def start(cls, config: KlConfig) -> PpoProgress:
-        """Before the first step."""
+        """The progress of a run before its first step."""
         return cls(kl_controller(config.coefficient, config.target, config.horizon))
 
     def observe_scores(self, batch: TrajectoryBatch) -> None:
-        """Take up the scores of a step, before anything is made of them."""
+        """Add the scores of a step, as the reward source gave them, to the moments."""
         self.moments = self.moments.update(batch["score"])
 
     def finish_step(self, outcome: StepOutcome, objective: Mapping[str, float], *, sequences: int) -> None:
-        """Count a step over ``sequences`` samples; its mean sequence KL is in ``objective`` where there is a reference."""
+        """Count a step of ``sequences`` samples, and adapt the KL coefficient to ``objective["kl/k1"]`` if it is there."""
         self.step += 1
         self.update += outcome.updates - outcome.skipped
         skipped_all = outcome.skipped == outcome.updates
@@ -55,12 +55,13 @@ class PpoProgress:
         }
 
     def state(self) -> dict[str, Any]:
+        """The progress as plain JSON, for a checkpoint."""
         counters = ("step", "update", "weight_version", "consecutive_skips")
         state = {"kl": self.kl.state(), "moments": self.moments.state()}
         return {**state, **{name: getattr(self, name) for name in counters}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what ``state`` was taken of."""
+        """Take over a state that :meth:`state` returned."""
         self.kl = self.kl.restored(state["kl"])
         self.moments = RunningMoments.restored(state["moments"])
         self.step, self.update = state["step"], state["update"]

@@ -1,7 +1,7 @@
-"""The reward of a PPO run, put together from its config: models, functions, scoring backends, or a mixture of them.
+"""Build the reward source of a PPO run from its config: models, functions, scoring backends, or a mixture of them.
 
-Always true: token ids reach a reward model only where its tokenizer, and for conversations its chat template, is the
-policy's; a user's function runs in a process of its own, which ends with the run.
+Invariants: token ids reach a reward model only if it has the policy's tokenizer and, for conversations, the policy's chat
+template. A user's function runs in a process of its own, which ends with the run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SHIPPED: Mapping[str, RewardFunction] = {
 }
 
 
-class Backend:
-    """A scoring backend as a scorer: one attempt a call, which the run's own holding repeats."""
+class RemoteScorer:
+    """A scoring backend over HTTP. Each call is one attempt: the run itself repeats what failed (``reward.hold_s``)."""
 
     def __init__(self, client: RewardClient) -> None:
         self.client = client
@@ -47,18 +47,22 @@ class Backend:
         return Pending(lambda: self.client.score(requests))
 
 
-def reward_source(
+def make_reward_source(
     config: PpoConfig, groups: Mapping[str, RewardGroup], tokenizer: Any, *, conversations: bool, cleanup: ExitStack
 ) -> RewardSource:
-    """The configured source; ``conversations`` says whether prompts are some, ``cleanup`` ends what it starts."""
+    """The source that the config names.
 
-    def reads_ids(told: Mapping[str, Any]) -> bool:
-        same_template = not conversations or told.get("template") == template_fingerprint(tokenizer)
-        return told.get("fingerprint") == fingerprint(tokenizer) and same_template
+    ``groups`` holds the reward models by the keys of their sections; ``conversations`` says whether some prompts are
+    conversations; ``cleanup`` closes the connections and processes that are opened here.
+    """
 
-    def one(key: str, source: RewardSourceConfig) -> RewardSource:
+    def reads_ids(description: Mapping[str, Any]) -> bool:
+        same_template = not conversations or description.get("template") == template_fingerprint(tokenizer)
+        return description.get("fingerprint") == fingerprint(tokenizer) and same_template
+
+    def make_source(key: str, source: RewardSourceConfig) -> RewardSource:
         if source.function is not None:
-            return function_source(source.function, source, cleanup)
+            return make_function_source(source.function, source, cleanup)
         if source.source is not None:
             return make_user_source(key, source, tokenizer, cleanup)
         if source.url is None:
@@ -66,17 +70,18 @@ def reward_source(
         token = next(iter(read_tokens(source.token_file)), None)
         client = RewardClient(source.url, token=token, timeout_s=source.timeout_s, hold_s=0.0)
         cleanup.callback(client.close)
-        return _model_source(key, source, Backend(client), client.info(), reads_ids)
+        return _model_source(key, source, RemoteScorer(client), client.info(), reads_ids)
 
-    sources = {key: one(key, source) for key, source in config.reward.sources.items()}
+    sources = {key: make_source(key, source) for key, source in config.reward.sources.items()}
     if not config.reward.mixture:
         return sources["reward"]
     weights = config.reward.weights
+    # A term is called by the last part of its key: reward.mixture.helpful is the term helpful.
     return MixtureSource({key.rpartition(".")[2]: Term(source, weights[key]) for key, source in sources.items()})
 
 
-def function_source(name: str, settings: RewardSourceConfig, cleanup: ExitStack) -> FunctionSource:
-    """A function of the project in this process, a user's in one of its own."""
+def make_function_source(name: str, settings: RewardSourceConfig, cleanup: ExitStack) -> FunctionSource:
+    """The function ``name`` as a source: one of this project runs in this process, a user's in a process of its own."""
     if name in SHIPPED:
         return FunctionSource(name, InThisProcess(name, SHIPPED[name], settings.timeout_s), settings.samples_per_call)
     process = FunctionProcess(name, settings.timeout_s)
@@ -88,13 +93,13 @@ def _model_source(
     key: str,
     source: RewardSourceConfig,
     scorer: Any,
-    told: Mapping[str, Any],
+    description: Mapping[str, Any],
     reads_ids: Callable[[Mapping[str, Any]], bool],
 ) -> ModelSource:
     mean, std = 0.0, 1.0
     if source.normalize:
-        if told.get("mean") is None or not told.get("std"):
+        if description.get("mean") is None or not description.get("std"):
             raise RequestError(f"{key}.normalize is true, but the reward model's config.json has no mean and std: train it "
                                f"here with held-out pairs, or set {key}.normalize to false")  # fmt: skip
-        mean, std = float(told["mean"]), float(told["std"])
-    return ModelSource(scorer, same_tokenizer=reads_ids(told), mean=mean, std=std)
+        mean, std = float(description["mean"]), float(description["std"])
+    return ModelSource(scorer, same_tokenizer=reads_ids(description), mean=mean, std=std)

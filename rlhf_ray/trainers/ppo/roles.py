@@ -29,7 +29,11 @@ Schedules = Mapping[str, Schedule]
 
 @dataclass(frozen=True)
 class Groups:
-    """No critic where the algorithm has none, no reference where no KL is measured, no reward where a function scores."""
+    """The groups of a run, by their roles.
+
+    There is no critic if the algorithm has none, no reference if no KL is measured, and no reward model if functions or
+    scoring backends give all rewards.
+    """
 
     config: PpoConfig
     policy: PolicyGroup

@@ -1,11 +1,13 @@
-"""The samples of one step: prompts are taken from the stream, answered by the rollout engines, and chosen to learn from.
+"""Collect the samples of a step: take prompts, have the rollout engines answer them, and choose what to learn from.
 
-Always true: each epoch hands out every prompt exactly once (or as often as the weight of its file says), in an order that
-only the seed decides, and the stream's state is all that a resumed run needs to go on with the very next prompt. No two
-requests of a call have the same name, even where an epoch ends inside a step and a prompt comes twice; seeds are set in
-deterministic mode only, since they cost the engines their fast sampler. Every prompt that was taken is named, so that the
-ledger counts it once; no token is older than ``algorithm.max_staleness``; and a step has samples of at most
-``batch.prompts_per_step`` prompts. A collector of a user's own is held to all of this at every step.
+Invariants:
+- Each epoch gives out every prompt exactly once, or as often as the weight of its file says, in an order that depends on the
+  seed alone. The state of the stream is all that a resumed run needs to go on with the very next prompt.
+- No two requests of a call share a name, even if an epoch ends inside a step and a prompt comes twice.
+- Requests have seeds in deterministic mode only, because a seed costs the engine its fast sampler.
+- The ledger counts every prompt that was taken once, also one whose samples are left out.
+- No token is older than ``algorithm.max_staleness``, and a step has samples of at most ``batch.prompts_per_step`` prompts.
+- A collector of a user's own is held to all of this at every step.
 """
 
 from __future__ import annotations
@@ -42,13 +44,14 @@ FROM_THE_RUN = ("config", "prompts", "sampler", "experience")
 """Parameters of a constructor that the run fills in."""
 
 HELD_OUT = -1
-"""The ``step`` in the seeds of held-out samples: no training step has it."""
+"""Stands for the step in the seeds of held-out samples; no training step has this number."""
 
 Phase = Callable[[str], AbstractContextManager[None]]
+"""Times a ``with`` block under a name."""
 
 
 class PromptStream:
-    """Prompts without end."""
+    """All training prompts, shuffled anew for each epoch, without end."""
 
     def __init__(self, prompts: Sequence[TokenizedPrompt], parts: Sequence[Part], seed: int) -> None:
         self._prompts = prompts
@@ -56,37 +59,39 @@ class PromptStream:
         self._order = ShuffledOrder(seed, parts)
 
     def take(self, count: int) -> list[TokenizedPrompt]:
-        """The next ``count`` prompts, no prompt twice among them unless an epoch ends in between."""
+        """The next ``count`` prompts; no prompt is among them twice unless an epoch ends in between."""
         return [self._prompts[index] for index in self._order.take(count)]
 
     def peek(self, count: int) -> list[TokenizedPrompt]:
-        """``count`` prompts from the beginning of the list; none is consumed."""
+        """The first ``count`` prompts of the data; they do not count as used."""
         return list(self._prompts[:count])
 
     def account(self, ledger: Ledger) -> int:
-        """Check that every epoch so far used each prompt as often as it should, and say how many are complete."""
+        """The number of complete epochs; raises :class:`IntegrityError` if one used a prompt more often than it should."""
         return ledger.verify([prompt.prompt_id for prompt in self._prompts], self._parts)
 
     def state(self) -> dict[str, Any]:
+        """The position in the stream as plain JSON, for a checkpoint."""
         return self._order.state()
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a position that :meth:`state` returned."""
         self._order = ShuffledOrder.from_state(state, self._parts)
 
 
 class Sampler:
-    """The rollout engines of a run."""
+    """Has the rollout engines of a run answer prompts."""
 
     def __init__(self, config: PpoConfig, fleet: Fleet) -> None:
         self.config = config
         self.fleet = fleet
 
     def generate(self, prompts: Sequence[TokenizedPrompt], step: int) -> TrajectoryBatch:
-        """``samples_per_prompt`` answers to each prompt."""
+        """``batch.samples_per_prompt`` answers to each prompt, for training step ``step``."""
         return self._generate(prompts, self.config.batch.samples_per_prompt, step)
 
     def held_out(self, prompts: Sequence[TokenizedPrompt], samples: int, greedy: bool) -> TrajectoryBatch:
-        """``samples`` answers to each held-out prompt, or the greedy one."""
+        """``samples`` answers to each held-out prompt, sampled, or greedy ones: the likeliest token each time."""
         return self._generate(prompts, samples, HELD_OUT, greedy=greedy)
 
     def update_weights(self, version: int, weights: Any) -> None:
@@ -114,10 +119,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Collected:
-    """One step's samples; their scores where it took those to choose them."""
+    """The samples of one step, with their scores if these were needed to choose them."""
 
     prompts: list[TokenizedPrompt]
-    """All that were taken, also those whose samples are left out."""
+    """All prompts that were taken from the stream, also those whose samples are left out."""
     trajectories: TrajectoryBatch
     scored: ScoredSamples | None = None
 
@@ -127,14 +132,15 @@ class Collected:
 
 
 class Collector(Protocol):
-    """One way to collect a step's samples."""
+    """A way to collect the samples of a step."""
 
-    def collect(self, step: int, version: int, phase: Phase) -> Collected: ...
+    def collect(self, step: int, version: int, phase: Phase) -> Collected:
+        """The samples of ``step``, counted from 0; ``version`` is that of the current weights."""
 
 
 @dataclass(frozen=True)
 class FixedSampling:
-    """Take the prompts of a step and sample each: whatever comes is learned from."""
+    """Take the prompts of a step, sample answers to each, and learn from all of them."""
 
     config: PpoConfig
     prompts: PromptStream
@@ -155,10 +161,11 @@ class FixedSampling:
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """Dynamic sampling (DAPO, Yu et al. 2025): sample further prompts for those whose answers all score the same.
+    """Dynamic sampling (DAPO, Yu et al. 2025): replace prompts whose answers all score the same by further prompts.
 
-    At most ``algorithm.dynamic_sampling`` times; a step then learns from what there is, and if nothing differs at all, from
-    its last samples, which move nothing. What has no score is left to the rule for failures, once, at the end.
+    It does so at most ``algorithm.dynamic_sampling`` times, and then learns from what it has. If the answers to no prompt
+    differ in score, the step learns from its last samples, which change nothing. Samples without a score are kept:
+    ``reward.on_failure`` decides about them once, at the end.
     """
 
     fixed: FixedSampling
@@ -185,7 +192,7 @@ class DynamicSampling:
 
 
 def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
-    """Raise :class:`StaleWeightsError` where a token was sampled by weights more than ``bound`` versions old."""
+    """Raise :class:`StaleWeightsError` if a token was sampled by weights more than ``bound`` versions old."""
     oldest = int(batch["weight_version"][batch["action_mask"]].min())
     if version - oldest > bound:
         raise StaleWeightsError(f"a token was sampled by weight version {oldest}, now is {version}, and "
@@ -193,20 +200,20 @@ def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
 
 
 def keep_informative(sampled: Collected) -> Collected:
-    """The samples of those prompts whose scores differ, or of which one has no score."""
+    """The samples of the prompts whose answers differ in score, or of which one has no score."""
     assert sampled.scored is not None
     trajectories, scored = sampled.trajectories, sampled.scored
     rewards = torch.tensor([math.nan if result.reward is None else result.reward for result in scored.results])
     acted = count_actions(trajectories["action_mask"], trajectories.offsets) > 0
     silent = without_signal(rewards, trajectories["prompt_id"], acted)
     rows = (~silent).nonzero()[:, 0].tolist()
-    heard = set(trajectories["prompt_id"][~silent].tolist())
-    prompts = [prompt for prompt in sampled.prompts if prompt.prompt_id in heard]
+    kept = set(trajectories["prompt_id"][~silent].tolist())
+    prompts = [prompt for prompt in sampled.prompts if prompt.prompt_id in kept]
     return Collected(prompts, trajectories.select(rows), scored.select(rows))
 
 
 def join_collected(taken: list[TokenizedPrompt], parts: list[Collected]) -> Collected:
-    """The samples of all parts as one step's, of which all of ``taken`` is used up."""
+    """The samples of all parts as one step; all prompts of ``taken`` count as used."""
     trajectories = TrajectoryBatch.concatenate([part.trajectories for part in parts])
     return Collected(
         taken, trajectories, ScoredSamples.join([part.scored for part in parts if part.scored is not None])
@@ -214,7 +221,7 @@ def join_collected(taken: list[TokenizedPrompt], parts: list[Collected]) -> Coll
 
 
 def make_collector(config: PpoConfig, prompts: PromptStream, sampler: Sampler, experience: Experience) -> Collector:
-    """The way of collecting that the config names, which may be the user's own."""
+    """The collector that the config names, which may be a user's own."""
     if config.algorithm.collector is not None:
         return make_user_collector(config, prompts, sampler, experience)
     fixed = FixedSampling(config, prompts, sampler)

@@ -1,7 +1,7 @@
-"""What a PPO run proves about itself before its first step, on a few samples of its own.
+"""Check a PPO run before its first step, on a few samples of its own.
 
-Always true: the checks use the very calls that training uses and leave no trace: the update they accumulate is dropped.
-Each says what it measured, what it allows, and what to look at when it fails.
+Invariants: the checks use the same calls as training, and change nothing: the update that they accumulate is dropped. Each
+says what it measured and what it allows, and one that fails says what to look at.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 LOG_PROB_LIMITS = {"fp32": 1e-4, "bf16": 5e-1, "fp16": 5e-2}
-"""Largest difference of one token's log-prob between trainer and rollout that is rounding and not a fault."""
+"""Largest difference of a token's log-prob (nats) between trainer and rollout that rounding explains, by dtype."""
 SCORE_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-"""Largest difference of one score in another batch, relative to the scores' size."""
+"""Largest difference of a score between two batches that rounding explains, relative to the size of scores, by dtype."""
 CHECKED_ALONE = 4
-"""Samples that are scored once more, one by one."""
+"""So many samples are scored again, one by one."""
 
 
 LOG_PROBS, FIRST_RATIO, SCORE_ALONE = "trainer and rollout log-probs", "first ratio", "reward alone and in a batch"
@@ -47,7 +47,7 @@ class SelfCheck:
         self.learner = learner
 
     def run(self, batch: TrajectoryBatch, schedules: Schedules, samples: Sequence[TextSample]) -> list[Check]:
-        """Check a batch with all its columns; raises :class:`NumericalError` with the table where one fails."""
+        """Check a batch with all its columns; raises :class:`NumericalError`, with the table of all checks, if one fails."""
         checks = [
             self.same_log_probs(batch),
             self.first_ratio(batch, schedules),
@@ -76,9 +76,9 @@ class SelfCheck:
         )
 
     def first_ratio(self, batch: TrajectoryBatch, schedules: Schedules) -> Check:
-        """With old log-probs from a call of their own, the first update sees ratios of exactly 1."""
+        """The first update sees ratios of exactly 1, although the old log-probs come from a call of their own."""
         update = schedules["policy"].updates[0]
-        # Signs as in training, so that ratios above and below 1 count; the update is dropped.
+        # Any advantage but 0 would do: it makes every action count. The update is dropped below.
         neutral = batch.with_columns(advantages=torch.ones(batch.num_tokens))
         policy = self.learner.groups.policy
         shared = policy.share(neutral)
@@ -112,11 +112,11 @@ class SelfCheck:
         )
 
     def tokenizers(self) -> Check:
-        """What the reward sources read: ids only where the tokenizer is the policy's."""
+        """States what the reward sources read: ids only if they have the policy's tokenizer. It cannot fail."""
         return Check("what the reward reads", self.experience.rewards.reads, "ids, or text", True)
 
 
 def log_prob_difference(batch: TrajectoryBatch) -> torch.Tensor:
-    """Absolute differences between trainer and rollout log-probs at the actions."""
+    """(actions,) absolute differences between the log-probs of trainer and rollout, in nats."""
     mask = batch["action_mask"]
     return (batch["log_probs"][mask] - batch["rollout_log_probs"][mask]).abs()

@@ -1,7 +1,7 @@
-"""From a batch with advantages to new weights: denominators, accumulate, vote, apply.
+"""Update the weights from a batch with advantages: accumulate gradients, let all ranks vote, then apply or skip.
 
-Always true: policy and critic see the same sequences in the same update; the denominator of an update counts all its
-sequences over all ranks and micro-batches; if any rank of either saw NaN or Inf, both leave their weights as they were.
+Invariants: policy and critic see the same sequences in the same update. The denominator of an update counts all its
+sequences over all ranks and micro-batches. If any rank of either role saw NaN or Inf, both keep their weights.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from rlhf_ray.trajectories.schedule import Update
 
 @dataclass
 class StepOutcome:
-    """What the updates of one step came to."""
+    """Counts and metrics of the updates of one step."""
 
     updates: int = 0
     skipped: int = 0
     policy_applied: bool = False
     last_skips: int = 0
-    """Skipped updates since the last applied one."""
+    """How many updates were skipped after the last one that was applied."""
     sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
     latest: dict[str, float] = field(default_factory=dict)
 
     def add(self, reports: Mapping[str, Report], applied: Mapping[str, Applied]) -> None:
-        """Count one update."""
+        """Count one update, by the reports and results of the roles that took part."""
         self.updates += 1
-        if any(one.skipped for one in applied.values()):
+        if any(result.skipped for result in applied.values()):
             self.skipped += 1
             self.last_skips += 1
             return
@@ -48,20 +48,20 @@ class StepOutcome:
             for name, (total, count) in report.metrics.items():
                 self.sums[name][0] += total
                 self.sums[name][1] += count
-        for role, one in applied.items():
-            assert one.grad_norm is not None
-            self.latest[f"grad_norm/{role}"] = one.grad_norm
-            self.latest[f"learning_rate/{role}"] = one.learning_rate
+        for role, result in applied.items():
+            assert result.grad_norm is not None, "an update that was applied has a gradient norm"
+            self.latest[f"grad_norm/{role}"] = result.grad_norm
+            self.latest[f"learning_rate/{role}"] = result.learning_rate
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over all tokens of all applied updates."""
+        """Means over everything that was counted in all applied updates, and the latest learning rates and norms."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
         return {**means, **self.latest, "updates/skipped": float(self.skipped)}
 
 
 class Learner:
-    """The training half of a PPO step."""
+    """The half of a PPO step that changes weights."""
 
     def __init__(self, config: PpoConfig, groups: Groups, preparation: Preparation) -> None:
         self.config = config
@@ -73,7 +73,7 @@ class Learner:
     def learn(
         self, batch: TrajectoryBatch, schedules: Schedules, *, train_policy: bool, kl_coefficient: float
     ) -> StepOutcome:
-        """All updates of all passes over one step's batch."""
+        """Run all updates of all passes over one step's batch; without ``train_policy`` only the critic learns."""
         shared = self.groups.policy.share(self.preparation.trained(batch))
         losses: dict[str, PolicyLoss | ValueLoss] = {
             "policy": self.policy_loss.with_kl_coefficient(kl_coefficient),
@@ -90,14 +90,14 @@ class Learner:
     def _update(
         self, shared: SharedBatch, jobs: Mapping[str, tuple[Update, PolicyLoss | ValueLoss]], outcome: StepOutcome
     ) -> None:
-        """Accumulate on all roles, let all ranks vote, apply on all or on none."""
+        """Accumulate gradients on all roles, then apply them on all, or on none if any rank saw NaN or Inf."""
         pending = {
             role: self.groups.trained[role].accumulate(
                 shared, update, loss, denominator(loss.denominator, shared.batch, update.sequences)
             )
             for role, (update, loss) in jobs.items()
         }
-        reports = {role: one.result() for role, one in pending.items()}
+        reports = {role: report.result() for role, report in pending.items()}
         skip = not all(report.finite for report in reports.values())
-        steps = {role: self.groups.trained[role].apply(skip) for role in reports}
-        outcome.add(reports, {role: one.result() for role, one in steps.items()})
+        applying = {role: self.groups.trained[role].apply(skip) for role in reports}
+        outcome.add(reports, {role: applied.result() for role, applied in applying.items()})

@@ -126,7 +126,7 @@ class SupervisedTrainer:
         if every and update % every == 0 and update < self.total:
             figures = self.evaluation()
             improved = self.best is not None and self.best.improves(update, figures)
-        if self.checkpoints.due(update) or stop_requested() or (improved and self.checkpoints.every):
+        if self.checkpoints.is_due(update) or stop_requested() or (improved and self.checkpoints.every):
             with self.journal.phase("checkpoint"):
                 self.checkpoints.save(update, self.state())
         if improved and self.best is not None:

@@ -40,7 +40,7 @@ def train_sft(
                 max_tokens=config.policy.training_tokens(config.batch),
             )
             trainer.run()
-            checkpoints.final({"": (policy, {})})
+            checkpoints.save_final({"": (policy, {})})
             journal.finish()
 
 
