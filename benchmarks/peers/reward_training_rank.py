@@ -24,7 +24,7 @@ from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
-from rlhf_ray.trainers.supervised.loop import cut
+from rlhf_ray.trainers.supervised.loop import schedule_update
 
 PAIRS_PER_UPDATE = 8
 
@@ -55,7 +55,7 @@ class Rank:
 
     def _update(self, pairs: Sequence[PairExample]) -> float:
         batch = make_pair_batch(pairs)
-        schedule = cut(batch, ranks=self.worker.world_size, max_tokens=self.budget, unit=2)
+        schedule = schedule_update(batch, ranks=self.worker.world_size, max_tokens=self.budget, unit=2)
         share = schedule.updates[0].rank(self.worker.rank)
         report = self.worker.accumulate(batch, share, self.loss, len(pairs))
         applied = self.worker.apply(not report.finite)

@@ -84,7 +84,7 @@ def evaluate_pairs(
         group = place_scoring_group(here, config, config.reward).load().result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
         held_out = HeldOutPairs(group, pairs, RewardLoss(), budget)
-        held_out.figures(shown=True)
+        held_out.figures(show_progress=True)
         page = held_out.page(tokenizer, WORST, None)
     scored = held_out.scored
     assert scored is not None

@@ -1,4 +1,4 @@
-"""Runs: the run directory, its checkpoints, its ledger of consumed prompts, and the way back into it."""
+"""The directory of a training run: its checkpoints, its ledger of used prompts, its report, and how a run is resumed."""
 
 from __future__ import annotations
 

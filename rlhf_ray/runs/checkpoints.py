@@ -1,8 +1,9 @@
-"""Checkpoints of a run: committed whole, verified before anything in them is opened, kept in number.
+"""The checkpoints of a run: written whole, verified before anything in them is opened, and limited in number.
 
-Always true: a directory ``step-NNNNNN`` was committed with a manifest; :meth:`CheckpointStore.latest_valid` returns the
-newest whose every byte is as it was then, and gives the others a name that says that they are bad; retention removes a
-checkpoint only after a commit, and only while at least ``keep`` verified newer ones (never fewer than two) remain.
+Invariants: a directory ``step-NNNNNN`` was committed, which means renamed into place with a manifest of its files.
+:meth:`CheckpointStore.latest_valid` returns the newest one whose every byte is as it was then, and renames damaged ones so
+that their names say so. A checkpoint is removed only after a commit, and only while at least ``keep`` newer ones (never
+fewer than two) are verified.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage import Manifest, PendingDirectory
 
 LEAST_KEPT = 2
+"""Checkpoints that are always kept, so that a damaged one has another before it."""
 BAD = ".bad"
 _COMMITTED = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. ``manifest.about`` holds what its writer said of it."""
+    """A verified checkpoint. ``manifest.about`` holds what its writer passed to ``commit``, such as the driver's state."""
 
     step: int
     path: Path
@@ -34,50 +36,51 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The directory ``checkpoints/`` of a run. One process commits; any number may write what it commits."""
+    """The directory ``checkpoints/`` of a run. One process commits; any number of ranks may write the files."""
 
     def __init__(self, directory: str | Path, keep: int = LEAST_KEPT) -> None:
         self.directory = Path(directory)
         self.keep = max(keep, LEAST_KEPT)
 
-    def path_of(self, step: int) -> Path:
+    def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` stands once it is committed."""
         return self.directory / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, ascending; their bytes are not looked at."""
+        """Steps that have a committed checkpoint, in ascending order; their files are not verified."""
         if not self.directory.is_dir():
             return []
         with storage.storage_errors(self.directory):
-            found = (_COMMITTED.fullmatch(name) for name in os.listdir(self.directory))
-            return sorted(int(match[1]) for match in found if match is not None)
+            matches = (_COMMITTED.fullmatch(name) for name in os.listdir(self.directory))
+            return sorted(int(match[1]) for match in matches if match is not None)
 
     def begin(self, step: int) -> PendingDirectory:
-        """An empty directory, ``.path``, into which all ranks may write their part of the checkpoint."""
-        return storage.begin_directory(self.path_of(step))
+        """A new empty directory, at its ``path``, into which all ranks write their part of the checkpoint of ``step``."""
+        return storage.begin_directory(self.checkpoint_path(step))
 
     def commit(
         self, pending: PendingDirectory, about: Mapping[str, Any] | None = None, expected: Collection[str] = ()
     ) -> Checkpoint:
-        """Commit what :meth:`begin` gave, then remove what is older than needed.
+        """Commit a directory that :meth:`begin` returned, then remove checkpoints that are no longer needed.
 
-        ``about`` is plain JSON, found again in ``Checkpoint.manifest.about`` with ``step`` added; ``expected`` names
-        the files that the ranks say they wrote, relative to ``pending.path``. On any error nothing is left behind.
+        ``about`` is plain JSON, which ``Checkpoint.manifest.about`` returns with ``step`` added. ``expected`` names the files
+        that the ranks wrote, relative to ``pending.path``; a missing one is an error. An error leaves nothing behind.
         """
-        step = _step_of(pending.target)
+        step = _parse_step(pending.target)
         manifest = storage.commit(pending, {**(about or {}), "step": step}, expected)
         self.retain(step)
         return Checkpoint(step, pending.target, manifest)
 
     def latest_valid(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or none where none was ever committed; bad ones are set aside.
+        """The newest checkpoint that is whole, or none if none was ever committed; damaged ones are renamed.
 
-        Only for the process that owns the run. ``IntegrityError`` when checkpoints were committed and none is whole.
+        Only the process that owns the run may call it. Raises :class:`IntegrityError` if there are checkpoints and none of
+        them is whole.
         """
         for step in reversed(self.steps()):
             manifest = self._verified(step)
             if manifest is not None:
-                return Checkpoint(step, self.path_of(step), manifest)
+                return Checkpoint(step, self.checkpoint_path(step), manifest)
         bad = sorted(path.name for path in self.directory.glob(f"step-*{BAD}*"))
         if bad:
             raise IntegrityError(
@@ -87,8 +90,8 @@ class CheckpointStore:
         return None
 
     def _verified(self, step: int) -> Manifest | None:
-        """The manifest of a checkpoint that is whole; one that is not is set aside."""
-        path = self.path_of(step)
+        """The manifest of a checkpoint if it is whole; otherwise the checkpoint is renamed, and there is none."""
+        path = self.checkpoint_path(step)
         try:
             manifest = storage.verify(path)
             if manifest.about.get("step") != step:
@@ -108,9 +111,9 @@ class CheckpointStore:
         raise StorageError(f"{path} was set aside a thousand times: remove the directories {path.name}{BAD}-*")
 
     def retain(self, verified: int) -> None:
-        """Remove what is older than the newest ``keep`` valid ones; ``verified`` was found whole a moment ago.
+        """Remove checkpoints older than the newest ``keep`` valid ones; ``verified`` is a step that was just verified.
 
-        Every commit ends with this, and a resume does it where a crash came between the two.
+        Every commit ends with this. A resume does it too, for a crash that came between commit and removal.
         """
         steps = self.steps()
         if len(steps) <= self.keep:
@@ -118,12 +121,12 @@ class CheckpointStore:
         valid = 0
         for step in reversed(steps):
             if valid == self.keep:
-                storage.remove_directory(self.path_of(step))
+                storage.remove_directory(self.checkpoint_path(step))
             elif step == verified or self._verified(step) is not None:
                 valid += 1
 
 
-def _step_of(target: Path) -> int:
+def _parse_step(target: Path) -> int:
     match = _COMMITTED.fullmatch(target.name)
     if match is None:
         raise ValueError(f"{target} is not the name of a checkpoint: make it with CheckpointStore.begin")

@@ -1,11 +1,11 @@
-"""The run directory: everything that a run leaves behind, and the way back into it.
+"""The directory of a run, which holds everything that the run writes and needs to be resumed.
 
-Always true: a run that exists is never written over, only continued; one process at a time owns it; after
-:meth:`RunDirectory.resume` metrics, ledger and samples end exactly at the step of the checkpoint that is returned.
+Invariants: a run that exists is never overwritten, only continued. One process at a time owns it. After
+:meth:`RunDirectory.resume`, metrics, ledger and samples end exactly at the step of the checkpoint that it returns.
 
-``config.yaml`` (resolved), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl``, ``samples/``, ``checkpoints/``,
-``final/``, ``best/`` (where an earlier evaluation was better than the last), ``summary.json``, ``report.html``. What is
-void after a resume lies in ``*.void.jsonl``.
+The directory holds ``config.yaml`` (with every default), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl`` (one line
+each time the run was started), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better
+than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class RunDirectory:
-    """Paths and files of one run. ``create`` and ``resume`` own it until ``release``; ``open`` only reads it."""
+    """The paths and files of one run. ``create`` and ``resume`` own the run until ``release``; ``open`` only reads it."""
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
         self.path = Path(path)
@@ -54,7 +54,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, config: str, keep: int = 2) -> RunDirectory:
-        """Begin a new run with its resolved config as YAML text; a run that exists is refused."""
+        """Begin a new run. ``config`` is its resolved config as YAML; raises :class:`RequestError` if the run exists."""
         path = Path(path)
         with storage.storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path, keep: int = 2) -> RunDirectory:
-        """A run that exists, to be read."""
+        """An existing run, to be read only; raises :class:`RequestError` if ``path`` is not one."""
         run = cls(path, keep)
         if not run.config_path.is_file():
             raise RequestError(f"{run.path} is not a run directory: it has no config.yaml")
@@ -79,9 +79,9 @@ class RunDirectory:
 
     @classmethod
     def resume(cls, path: str | Path, keep: int = 2) -> tuple[RunDirectory, Checkpoint | None]:
-        """Own a run that exists and go back to its newest valid checkpoint (none: to its beginning).
+        """Own an existing run and return to its newest valid checkpoint, or to its beginning if it has none.
 
-        What a crash interrupted is swept, and what came after the checkpoint is void.
+        Half-written files of a crash are removed, and lines after the checkpoint move to ``*.void.jsonl``.
         """
         run = cls.open(path, keep)
         run._own()
@@ -98,44 +98,44 @@ class RunDirectory:
         return run, checkpoint
 
     def config_text(self) -> str:
-        """The resolved config."""
+        """The run's config as YAML, with every default."""
         with storage.storage_errors(self.config_path):
             return self.config_path.read_text()
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep some samples of a step as ``samples/step-NNNNNN.jsonl``."""
+        """Write samples of a step to ``samples/step-NNNNNN.jsonl``."""
         with storage.storage_errors(self.samples):
             self.samples.mkdir(exist_ok=True)
         text = "".join(json.dumps(dict(sample), ensure_ascii=False) + "\n" for sample in samples)
-        storage.write_file(self._samples_of(step), text)
+        storage.write_file(self._samples_path(step), text)
 
     def begin_final(self) -> storage.PendingDirectory:
-        """An empty directory for the final model; ``storage.commit`` makes it ``final/``, in place of an older one."""
+        """An empty directory for the final model; ``storage.commit`` puts it at ``final/``, in place of an older one."""
         return storage.begin_directory(self.final, replace=True)
 
     def begin_best(self) -> storage.PendingDirectory:
-        """The same for ``best/``, the model of the best evaluation."""
+        """An empty directory for the model of the best evaluation; ``storage.commit`` puts it at ``best/``."""
         return storage.begin_directory(self.best, replace=True)
 
     def write_summary(self, summary: Summary) -> None:
-        """Keep what the run has to say at its end."""
+        """Write what the report shows besides metrics."""
         storage.write_file(self.summary_path, summary.to_json())
 
     def summary(self) -> Summary:
-        """What :meth:`write_summary` kept, or an empty summary."""
+        """The summary that :meth:`write_summary` wrote, or an empty one."""
         if not self.summary_path.exists():
             return Summary()
         with storage.storage_errors(self.summary_path):
             return Summary.from_json(self.summary_path.read_text(), str(self.summary_path))
 
     def release(self) -> None:
-        """Let another process own the run; the end of this process does the same."""
+        """Let another process own the run. The end of this process does the same."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def is_owned(self) -> bool:
-        """Whether some process, this one included, owns the run now."""
+        """Whether any process owns the run now, this one included."""
         if self._lock is not None:
             return True
         try:
@@ -172,9 +172,11 @@ class RunDirectory:
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
         if voided:
-            get_logger("runs").info("%s goes on after step %d: %d lines past it are void", self.path, step, voided)
+            get_logger("runs").info(
+                "%s goes on after step %d: %d lines past it were moved to *.void.jsonl", self.path, step, voided
+            )
 
-    def _samples_of(self, step: int) -> Path:
+    def _samples_path(self, step: int) -> Path:
         return self.samples / f"step-{step:06d}.jsonl"
 
     def _refusal(self, content: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""The ledger of consumed prompts: which prompt was used up in which step.
+"""The ledger of a run: which prompts were used in which step.
 
-Always true: a step stands in the ledger once, after the one before it; its line is on disk before its checkpoint is
-committed, so that a checkpoint never knows of a prompt that the ledger does not; lines past a restored step are void
-and lie in ``ledger.void.jsonl``.
+Invariants: every step has one line, which follows that of the step before. The line is on disk before the checkpoint of the
+step is committed, so that a checkpoint never knows of a prompt that the ledger does not. Lines past the step that a resumed
+run goes on from move to ``ledger.void.jsonl``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf_ray.storage.jsonl import JsonLines
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """The prompts of one step, in the order of the data; ``attempt`` counts the starts of the run from 1."""
+    """The prompts that one step used, in the order in which it took them; ``attempt`` counts the starts of the run from 1."""
 
     step: int
     attempt: int
@@ -26,7 +26,7 @@ class LedgerEntry:
 
 
 class Ledger:
-    """``ledger.jsonl`` of a run. A prompt that was dropped in a step is consumed by it too."""
+    """The file ``ledger.jsonl`` of a run. A prompt that a step took and dropped counts as used too."""
 
     def __init__(self, path: str | Path, attempt: int = 1) -> None:
         self.path = Path(path)
@@ -36,14 +36,14 @@ class Ledger:
 
     @property
     def last_step(self) -> int:
-        """The last step in the ledger, 0 at the start."""
+        """The last step in the ledger; 0 if there is none."""
         if self._last_step is None:
             entries = self.entries()
             self._last_step = entries[-1].step if entries else 0
         return self._last_step
 
     def append(self, step: int, prompt_ids: Sequence[int]) -> None:
-        """Write down the prompts of a step; call it before the step's checkpoint is committed."""
+        """Add the prompts of a step; call it before the step's checkpoint is committed."""
         if step != self.last_step + 1:
             raise IntegrityError(f"{self.path}: step {step} cannot follow step {self.last_step}; each is written once")
         self._lines.append(
@@ -52,13 +52,14 @@ class Ledger:
         self._last_step = step
 
     def entries(self) -> list[LedgerEntry]:
-        """All valid lines."""
+        """All lines of the ledger, in order."""
         return [LedgerEntry(line["step"], line["attempt"], tuple(line["prompt_ids"])) for line in self._lines.read()]
 
     def void_after(self, step: int) -> int:
-        """Void the lines past ``step``, from which the run goes on, and say how many there were.
+        """Move the lines past ``step`` to ``ledger.void.jsonl``, and return how many there were.
 
-        A job that keeps no ledger has no file, and nothing to void.
+        Raises :class:`IntegrityError` if the ledger does not end at ``step`` then. A job without a ledger has no file, and
+        nothing happens.
         """
         if not self.path.exists():
             return 0
@@ -72,10 +73,10 @@ class Ledger:
         return voided
 
     def verify(self, prompt_ids: Sequence[int], parts: Sequence[Part] = ()) -> int:
-        """Check that no epoch used a prompt more often than it should, and say how many epochs are complete.
+        """The number of complete epochs; raises :class:`IntegrityError` if an epoch used a prompt more often than it should.
 
-        An epoch takes from each of ``parts``, which follow each other in ``prompt_ids``, so many prompts, and all of them
-        equally often; without parts it takes each once. ``IntegrityError`` names prompt and steps.
+        ``parts`` divide ``prompt_ids`` into the files of the data, in order: an epoch takes ``per_epoch`` prompts of each
+        file, and all prompts of a file equally often. Without parts an epoch takes each prompt once.
         """
         size = len(prompt_ids)
         if size == 0 or size != len(set(prompt_ids)):
@@ -88,8 +89,9 @@ class Ledger:
             if prompt not in part_of:
                 raise IntegrityError(f"{self.path}: step {step} used prompt {prompt}, which is not in the data")
             epoch, used = consumed // epoch_size + 1, steps.setdefault(prompt, [])
-            due = -(-part_of[prompt].per_epoch * epoch // part_of[prompt].size)
-            if len(used) >= due:
+            # Rounded up: a prompt may be used in the earliest epoch in which its share comes to another whole use.
+            allowed = -(-part_of[prompt].per_epoch * epoch // part_of[prompt].size)
+            if len(used) >= allowed:
                 raise IntegrityError(
                     f"{self.path}: prompt {prompt} was used once too often in epoch {epoch}, "
                     f"in step {used[-1]} and in step {step}"
@@ -98,7 +100,7 @@ class Ledger:
         return sum(map(len, steps.values())) // epoch_size
 
     def _consumed(self) -> Iterator[tuple[int, int]]:
-        """Step and prompt, in the order in which prompts were used."""
+        """Pairs of step and prompt, in the order in which prompts were used."""
         for entry in self.entries():
             for prompt in entry.prompt_ids:
                 yield entry.step, prompt

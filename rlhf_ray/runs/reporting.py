@@ -1,6 +1,6 @@
-"""The report of run directories, written from what lies in them.
+"""Write the report of runs, and describe their state, from the files in their directories.
 
-Always true: a report can be made again at any time, from the files alone, while the run goes on as after its end.
+Invariant: a report can be made at any time from these files alone, during a run as well as after it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from rlhf_ray.runs.directory import RunDirectory
 
 
 def write_report(runs: Sequence[RunDirectory], output: str | Path | None = None) -> Path:
-    """Write the report of one run, or of several side by side, and say where: by default into the first run."""
+    """Write the report of one run, or of several side by side; returns its path, by default in the first run."""
     path = runs[0].report_path if output is None else Path(output)
-    storage.write_file(path, render_report([_report_of(run) for run in runs]))
+    storage.write_file(path, render_report([_read_run(run) for run in runs]))
     return path
 
 
 def status(run: RunDirectory) -> dict[str, str]:
-    """How far a run is: what stands in its files, and whether a process owns it."""
-    lines, commits = run.metrics.read(), run.checkpoints.steps()
-    told = {"run": str(run.path), "state": _state(run), **_facts(run)}
+    """How far a run is, as rows of a table: facts from its files, and whether a process owns it."""
+    lines, checkpoints = run.metrics.read(), run.checkpoints.steps()
+    rows = {"run": str(run.path), "state": _state(run), **_facts(run)}
     if lines:
-        told["last line"] = f"{_duration(time.time() - lines[-1]['timestamp'])} ago"
-    told["last commit"] = f"step {commits[-1]}" if commits else "none"
-    return told
+        rows["last line"] = f"{_duration(time.time() - lines[-1]['timestamp'])} ago"
+    rows["last commit"] = f"step {checkpoints[-1]}" if checkpoints else "none"
+    return rows
 
 
 def _state(run: RunDirectory) -> str:
@@ -41,7 +41,7 @@ def _state(run: RunDirectory) -> str:
     return f"stopped; go on with: rlhf-ray resume {run.path}"
 
 
-def _report_of(run: RunDirectory) -> RunReport:
+def _read_run(run: RunDirectory) -> RunReport:
     summary = run.summary()
     return RunReport(
         name=run.path.resolve().name,
@@ -52,7 +52,7 @@ def _report_of(run: RunDirectory) -> RunReport:
 
 
 def _facts(run: RunDirectory) -> dict[str, str]:
-    """What the files alone tell of a run."""
+    """Facts about a run that its files show."""
     facts = {"kind": str(read_mapping(run.config_text()).values.get("kind", "unknown"))}
     starts = [line["timestamp"] for line in run.attempts.read()]
     lines = run.metrics.read()

@@ -64,7 +64,7 @@ def plain_margins(model: Path, rows: list[dict[str, Any]]) -> list[float]:
     return [score(row["prompt"] + row["chosen"]) - score(row["prompt"] + row["rejected"]) for row in rows]
 
 
-@pytest.mark.parametrize("at_once", [reward_evaluation.PAIRS_AT_ONCE, 7])
+@pytest.mark.parametrize("at_once", [reward_evaluation.PAIRS_PER_CALL, 7])
 def test_figures_are_those_of_plain_transformers(
     at_once: int,
     model: Path,
@@ -74,7 +74,7 @@ def test_figures_are_those_of_plain_transformers(
     project_log: io.StringIO,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reward_evaluation, "PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr(reward_evaluation, "PAIRS_PER_CALL", at_once)
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=100"], kind="serve", files=True)
     place, output = ThisProcess(config.cluster), tmp_path / "figures.json"
     code = evaluate(config, tmp_path / "pairs.jsonl", Keys(), turns=False, output=output, place=place)

@@ -29,7 +29,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.models import save_pretrained
-from rlhf_ray.trainers.supervised.loop import cut, learn
+from rlhf_ray.trainers.supervised.loop import run_update, schedule_update
 
 PAD, EOS = 0, 1
 """No sequence holds PAD, by which TRL finds its end. Some hold EOS before their end, and some do not end with it."""
@@ -91,15 +91,15 @@ def _train(
     values: dict[str, Any] = {"loss": [], "gradient norm": [], "accuracy": [], "margin": []}
     for pairs in inputs["steps"]:
         batch = make_pair_batch(_examples(pairs, margins=case["margins"]))
-        schedule = cut(batch, ranks=1, max_tokens=max_tokens, unit=2)
-        report, applied = learn(group, group.share(batch), schedule, loss)
+        schedule = schedule_update(batch, ranks=1, max_tokens=max_tokens, unit=2)
+        report, applied = run_update(group, group.share(batch), schedule, loss)
         values["loss"].append(report.loss)
         values["gradient norm"].append(applied.grad_norm)
         for metric in ("accuracy", "margin"):
             total, count = report.metrics[metric]
             values[metric].append(total / count)
     held_out = make_pair_batch(_examples(inputs["held_out"], margins=False))
-    schedule = cut(held_out, ranks=1, max_tokens=max_tokens, unit=2)
+    schedule = schedule_update(held_out, ranks=1, max_tokens=max_tokens, unit=2)
     values["held-out scores"] = group.scores(group.share(held_out), schedule).result().numpy()
     group.save_pretrained(str(directory / "trained")).result()
     for name, weight in load_file(directory / "trained/model.safetensors").items():

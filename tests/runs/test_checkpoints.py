@@ -35,7 +35,7 @@ def flip(path: Path) -> None:
 
 
 def weights_of(store: CheckpointStore, step: int) -> Path:
-    return store.path_of(step) / "policy" / "rank-0.safetensors"
+    return store.checkpoint_path(step) / "policy" / "rank-0.safetensors"
 
 
 @pytest.fixture
@@ -105,10 +105,10 @@ def test_every_kind_of_damage_sends_the_run_to_the_checkpoint_before(store: Chec
         lambda: flip(weights_of(store, 2)),
         lambda: os.truncate(weights_of(store, 2), 4),
         lambda: weights_of(store, 2).unlink(),
-        lambda: (store.path_of(2) / "manifest.json").unlink(),
-        lambda: os.truncate(store.path_of(2) / "manifest.json", 20),
-        lambda: (store.path_of(2) / "global_step2").write_text("a stray file that a loader might pick up"),
-        lambda: os.rename(store.path_of(2), store.path_of(3)),
+        lambda: (store.checkpoint_path(2) / "manifest.json").unlink(),
+        lambda: os.truncate(store.checkpoint_path(2) / "manifest.json", 20),
+        lambda: (store.checkpoint_path(2) / "global_step2").write_text("a stray file that a loader might pick up"),
+        lambda: os.rename(store.checkpoint_path(2), store.checkpoint_path(3)),
     ]
     for damage in damages:
         shutil.rmtree(store.directory, ignore_errors=True)

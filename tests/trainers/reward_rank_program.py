@@ -31,7 +31,7 @@ def measure(
     from rlhf_ray.data.encode import Drops, encode_pairs
     from rlhf_ray.data.encoded_pairs import PairExample
     from rlhf_ray.data.tokenizers import make_tokenizer
-    from rlhf_ray.trainers.supervised.loop import cut
+    from rlhf_ray.trainers.supervised.loop import schedule_update
     from rlhf_ray.trajectories.schedule import deal_packs
     from rlhf_ray.world.generate import World
 
@@ -64,7 +64,7 @@ def measure(
         losses = []
         for update in range(UPDATES):
             batch = make_pair_batch(pairs[update * PAIRS : (update + 1) * PAIRS])
-            share = cut(batch, ranks=world, max_tokens=BUDGET, unit=2).updates[0].rank(rank)
+            share = schedule_update(batch, ranks=world, max_tokens=BUDGET, unit=2).updates[0].rank(rank)
             losses.append(worker.accumulate(batch, share, loss, PAIRS).loss)
             worker.apply(False)
         found[f"{zero} {dtype}"] = {"scores": scores, "losses": losses}

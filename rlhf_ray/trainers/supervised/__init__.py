@@ -1,1 +1,1 @@
-"""Training on examples: supervised fine-tuning and reward models."""
+"""Training on examples that exist before the run: supervised fine-tuning and reward models."""

@@ -1,7 +1,8 @@
-"""The best model so far, kept beside the last.
+"""Keep the model of the best evaluation so far, besides that of the last update.
 
-Always true: ``best/`` holds the weights of the update that the run's state names as the best, or is not there: after a kill
-at any moment it is either of a state that was committed, or written again from it, or removed. Ties go to the earlier.
+Invariants: ``best/`` holds the weights of the update that the run's state names as the best, or does not exist. A kill at any
+moment does not change that: a resumed run finds ``best/`` as its checkpoint says, writes it again, or removes it. Of two
+equally good evaluations the earlier counts.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from rlhf_ray.runs.directory import RunDirectory
 
 @dataclass(frozen=True)
 class BestSoFar:
-    """An update and what its evaluation said."""
+    """An update and the figures of its evaluation."""
 
     update: int
     figures: dict[str, float]
 
 
 class Best:
-    """Keeps the weights of the update whose evaluation had the most of ``figure``.
+    """Keeps the weights of the update with the highest ``figure`` in its evaluation.
 
-    ``save(pending, figures)`` fills a directory with the weights as they are now.
+    ``save(pending, figures)`` fills a directory with the weights as they are at that moment.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Best:
         self._save = save
 
     def improves(self, update: int, figures: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best one so far; then it is remembered."""
+        """Whether an evaluation is the best so far; if so it becomes the one to beat."""
         value = figures.get(self.figure)
         if value is None or (self.so_far is not None and value <= self.so_far.figures[self.figure]):
             return False
@@ -47,7 +48,7 @@ class Best:
         return True
 
     def keep(self) -> None:
-        """Write the weights of the best update, which is this one, in the place of the older best."""
+        """Write the current weights, which must be those of the best update, in place of the older ``best/``."""
         assert self.so_far is not None
         pending = self.run.begin_best()
         try:
@@ -58,30 +59,35 @@ class Best:
         storage.commit(pending, about={"update": self.so_far.update}, expected=["config.json"])
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint must hold."""
+        """The best evaluation so far as plain JSON, for a checkpoint; none before the first."""
         return None if self.so_far is None else asdict(self.so_far)
 
     def restore(self, state: Mapping[str, Any] | None, update: int) -> None:
-        """Go on from a checkpoint of ``update`` that held ``state``; none of both at the start of a run."""
+        """Go on from a checkpoint of ``update`` that held ``state``; at the start of a run these are 0 and none."""
         self.so_far = None if state is None else BestSoFar(**state)
         kept = self._kept_update()
-        if self.so_far is None or kept == self.so_far.update:
-            if kept is not None and self.so_far is None:
+        if self.so_far is None:
+            if kept is not None:
                 self.remove()
             return
-        if self.so_far.update == update:  # the checkpoint was committed, the weights were not kept yet
+        if kept == self.so_far.update:
+            return
+        if self.so_far.update == update:  # killed after the checkpoint was written and before the weights were
             self.keep()
             return
-        get_logger("runs").warning("best/ is not of update %d, which was the best: it is void", self.so_far.update)
+        get_logger("runs").warning(
+            "best/ does not hold update %d, which was the best: it is removed", self.so_far.update
+        )
         self.so_far = None
         self.remove()
 
     def remove(self) -> None:
-        """Forget ``best/``."""
+        """Delete ``best/`` if it exists."""
         if self.run.best.exists():
             storage.remove_directory(self.run.best)
 
     def _kept_update(self) -> int | None:
+        """The update in ``best/``; none where there is no ``best/``, and -1, which is no update, where it is damaged."""
         if not self.run.best.exists():
             return None
         try:

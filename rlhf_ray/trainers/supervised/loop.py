@@ -1,7 +1,7 @@
-"""Training on examples that are there already: the loop that SFT and reward-model training share.
+"""The training loop that supervised fine-tuning and reward-model training share.
 
-Always true: every example is seen exactly once an epoch, in an order that only the seed decides and that a resumed run
-continues; an update's loss is normalised by its own count over all ranks; an update with NaN or Inf changes no weight.
+Invariants: every example is used exactly once an epoch, in an order that depends on the seed alone and that a resumed run
+continues. The loss of an update is divided by its own count over all ranks. An update with NaN or Inf changes no weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_ray.trajectories.schedule import Schedule, make_schedule
 
 
 class SummedLoss(Protocol):
-    """A loss over a micro-batch that knows what it is divided by."""
+    """A loss that is summed over a micro-batch, and says what the sum over an update is divided by."""
 
     @property
     def denominator(self) -> DenominatorKind: ...
@@ -38,22 +38,22 @@ class SummedLoss(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: examples of one or more sequences, and the loss over them."""
+    """What a job trains on: its examples, of one sequence or more each, and the loss over them."""
 
     examples: Sequence[Any]
     make_batch: Callable[[Sequence[Any]], TrajectoryBatch]
     loss: SummedLoss
     per_update: int
-    """Examples of one optimizer update, over all ranks."""
+    """Examples of one optimizer update, on all ranks together."""
     parts: Sequence[Part]
-    """The files that the examples come from: how many each has, and how many of them an epoch takes."""
+    """For each file of examples, how many it has and how many of them an epoch takes."""
     unit: int = 1
-    """Sequences of one example; they stay in one micro-batch."""
+    """Sequences of one example, which stay in one micro-batch: 2 for a preference pair."""
 
 
 @dataclass
 class SupervisedProgress:
-    """Where a run stands; all that the driver must remember."""
+    """The counters that a resumed run needs."""
 
     update: int = 0
     examples: int = 0
@@ -61,7 +61,10 @@ class SupervisedProgress:
 
 
 class SupervisedTrainer:
-    """Runs the updates that are left."""
+    """Runs the remaining updates of a job.
+
+    ``evaluate`` returns figures by their metric names, and ``max_tokens`` bounds a training micro-batch.
+    """
 
     def __init__(
         self,
@@ -89,28 +92,31 @@ class SupervisedTrainer:
         self.total = total_updates(config.epochs, task)
 
     def run(self) -> dict[str, float]:
-        """All updates that are left, then the last evaluation; returns its figures."""
+        """Run all remaining updates and then the last evaluation; returns its figures.
+
+        Raises :class:`ResumableStop` if the process is asked to stop before the last update.
+        """
         self.restore()
-        left = range(self.progress.update, self.total)
-        for _ in progress(left, self.config.kind, total=len(left)):
+        remaining = range(self.progress.update, self.total)
+        for _ in progress(remaining, self.config.kind, total=len(remaining)):
             self.update()
             self.after_update()
         return self.evaluation()
 
     def evaluation(self) -> dict[str, float]:
-        """Figures of the model as it is now."""
+        """Evaluate and log the model as it is now."""
         with self.journal.phase("evaluation"):
             figures = self.evaluate()
         self.journal.evaluation(self.progress.update, figures)
         return figures
 
     def update(self) -> None:
-        """One optimizer update."""
+        """Run one optimizer update; raises :class:`NumericalError` if too many in a row were skipped."""
         count = min(self.task.per_update, self.total_examples - self.progress.examples)
         chosen = [self.task.examples[index] for index in self.order.take(count)]
         batch = self.task.make_batch(chosen)
-        schedule = cut(batch, ranks=self.group.size, max_tokens=self.max_tokens, unit=self.task.unit)
-        report, applied = learn(self.group, self.group.share(batch), schedule, self.task.loss)
+        schedule = schedule_update(batch, ranks=self.group.size, max_tokens=self.max_tokens, unit=self.task.unit)
+        report, applied = run_update(self.group, self.group.share(batch), schedule, self.task.loss)
         self.progress.update += 1
         self.progress.examples += count
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
@@ -120,7 +126,10 @@ class SupervisedTrainer:
                                  "lower the learning rate, or look for a bad example")  # fmt: skip
 
     def after_update(self) -> None:
-        """Evaluate and commit when due; stop when asked."""
+        """Evaluate and save a checkpoint if they are due; raises :class:`ResumableStop` if the process is asked to stop.
+
+        The checkpoint comes before ``best/``, so that after a kill between the two the state says what is missing.
+        """
         update, every = self.progress.update, self.config.evaluation.every_steps
         improved = False
         if every and update % every == 0 and update < self.total:
@@ -137,12 +146,12 @@ class SupervisedTrainer:
                                 f"{self.checkpoints.run.path}")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """The driver's part of a checkpoint."""
+        """The driver's part of a checkpoint, as plain JSON."""
         best = None if self.best is None else self.best.state()
         return {"progress": vars(self.progress), "order": self.order.state(), "best": best}
 
     def restore(self) -> None:
-        """Take up the newest valid commit, if there is one."""
+        """Load the checkpoint that the run goes on from, if there is one."""
         state = self.checkpoints.restore()
         if state is not None:
             self.progress = SupervisedProgress(**state["progress"])
@@ -151,21 +160,21 @@ class SupervisedTrainer:
             self.best.restore(None if state is None else state["best"], self.progress.update)
 
 
-def learn(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
-    """One update on all ranks: accumulate, vote, apply."""
+def run_update(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
+    """Accumulate gradients on all ranks, then apply them, or skip the update if any rank saw NaN or Inf."""
     update = schedule.updates[0]
     count = denominator(loss.denominator, shared.batch, update.sequences)
     report = group.accumulate(shared, update, loss, count).result()
     return report, group.apply(not report.finite).result()
 
 
-def cut(batch: TrajectoryBatch, *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
-    """The whole batch as one update."""
+def schedule_update(batch: TrajectoryBatch, *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
+    """A schedule that makes one update of the whole batch; ``unit`` sequences in a row stay in one micro-batch."""
     return make_schedule(batch.lengths.tolist(), ranks=ranks, max_tokens=max_tokens, unit=unit)
 
 
 def total_updates(epochs: float, task: Task) -> int:
-    """Optimizer updates of a run; the last one may be smaller."""
+    """The number of optimizer updates of a run; the last one may have fewer examples."""
     size = sum(part.per_epoch for part in task.parts)
     items = training_items(size, epochs)
     if items < 1:

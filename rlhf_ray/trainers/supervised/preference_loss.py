@@ -1,6 +1,7 @@
-"""The loss that a config asks for, fitted to the pairs at hand.
+"""Build the preference loss that the config names, for the pairs at hand.
 
-Always true: a loss is made only for pairs that have what it reads, and a number of a pair that no loss would read is said.
+Invariants: a loss is built only if every pair has the numbers that it reads. If the pairs have a number that the loss does
+not read, the log says so.
 """
 
 from __future__ import annotations
@@ -17,25 +18,28 @@ from rlhf_ray.rows.preferences import PAIR_NUMBERS
 
 
 def make_loss(config: RewardLossConfig, examples: Sequence[PairExample]) -> RewardLoss:
-    """The loss over ``examples``, those held out among them."""
+    """The loss over ``examples``, which include the held-out ones.
+
+    Raises :class:`DataError` if the pairs lack a number that the loss reads, or have one that it cannot use.
+    """
     ranking = _ranking(config, examples)
-    given = [name for name in PAIR_NUMBERS if all(getattr(one, name) is not None for one in examples)]
-    if ranking.requires_number and ranking.reads not in given:
+    present = [name for name in PAIR_NUMBERS if all(getattr(pair, name) is not None for pair in examples)]
+    if ranking.requires_number and ranking.reads not in present:
         raise DataError(
             f"loss.name {config.name} reads the {ranking.reads} of each pair, but the rows have none: add a column "
             f"{ranking.reads}, or choose another loss"
         )
-    unread = [name for name in given if name != ranking.reads]
+    unread = [name for name in present if name != ranking.reads]
     if unread:
         get_logger("data").info("the loss %s does not read the pairs' %s", config.name, " and ".join(unread))
-    if config.name == "scaled" and min(one.margin or 0.0 for one in examples) < 0:
+    if config.name == "scaled" and min(pair.margin or 0.0 for pair in examples) < 0:
         raise DataError("loss.name scaled weighs pairs by their margin, but some are negative: make them 0 or more")
     return RewardLoss(ranking, config.label_smoothing, config.centering, config.router_balance)
 
 
 def _ranking(config: RewardLossConfig, examples: Sequence[PairExample]) -> Ranking:
     if config.name == "ordinal":
-        return Ordinal(_thresholds(config, [one.grade for one in examples if one.grade is not None]))
+        return Ordinal(_thresholds(config, [pair.grade for pair in examples if pair.grade is not None]))
     plain: dict[str, Ranking] = {
         "sigmoid": Sigmoid(),
         "logexp": LogExp(),
@@ -47,7 +51,7 @@ def _ranking(config: RewardLossConfig, examples: Sequence[PairExample]) -> Ranki
 
 
 def _thresholds(config: RewardLossConfig, grades: Sequence[float]) -> tuple[float, ...]:
-    """One a grade: those of the config, or half way between the whole numbers up to the highest grade."""
+    """One threshold for each grade: those of the config, or 0.5, 1.5, ... below the highest grade."""
     wrong = next((grade for grade in grades if grade < 0 or grade != int(grade)), None)
     if wrong is not None:
         raise DataError(f"the grade {wrong:g} of a pair is none of 0, 1, 2, ...: 0 is a tie, 1 the weakest preference")

@@ -1,7 +1,7 @@
-"""Held-out pairs scored by a reward model in training, and what the report shows of them.
+"""Score held-out pairs with a reward model in training, and show the results in the report.
 
-Always true: packs do not depend on the number of ranks, so neither does any figure, to the last bit; every figure is
-computed here, over all pairs at once, never on a rank.
+Invariants: packs do not depend on the number of ranks, so no figure does, to the last bit. Every figure is computed here on
+the driver, over all pairs at once.
 """
 
 from __future__ import annotations
@@ -21,30 +21,27 @@ from rlhf_ray.monitoring.report.summary import PreferencePage, Table
 from rlhf_ray.trajectories.schedule import deal_packs
 
 SHOWN_CHARACTERS = 400
-"""Of a prompt's end and of an answer's beginning, in the table of the worst pairs."""
-PAIRS_AT_ONCE = 1024
-"""Of one call: a long file shows how far it is, and a deadline is one of a part."""
+"""In the table of the worst pairs: so much of a prompt's end and of an answer's beginning."""
+PAIRS_PER_CALL = 1024
+"""Progress shows between calls, and each call has its own deadline."""
 
 
 class HeldOutPairs:
-    """Pairs that are scored as often as needed; their batches are made and shared once."""
+    """Held-out pairs, which are scored as often as needed; their batches are made and shared with the ranks once."""
 
     def __init__(self, reward: RewardGroup, pairs: Sequence[PairExample], loss: RewardLoss, max_tokens: int) -> None:
         self.reward, self.pairs, self.loss = reward, pairs, loss
         self.batch = make_pair_batch(pairs)
         self._parts = []
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            part = make_pair_batch(pairs[start : start + PAIRS_AT_ONCE])
+        for start in range(0, len(pairs), PAIRS_PER_CALL):
+            part = make_pair_batch(pairs[start : start + PAIRS_PER_CALL])
             schedule = deal_packs(part.lengths.tolist(), ranks=reward.size, max_tokens=max_tokens, unit=2)
             self._parts.append((reward.share(part), schedule))
         self.scored: ScoredPairs | None = None
 
-    def figures(self, *, shown: bool = False) -> dict[str, float]:
-        """Score all pairs as the model is now; the figures by the names under which they are logged.
-
-        ``shown`` shows how far it is, where nothing else does.
-        """
-        parts = progress(self._parts, f"scored, {PAIRS_AT_ONCE} pairs at once") if shown else self._parts
+    def figures(self, *, show_progress: bool = False) -> dict[str, float]:
+        """Score all pairs with the model as it is now; returns the figures by their metric names."""
+        parts = progress(self._parts, f"scored, {PAIRS_PER_CALL} pairs a call") if show_progress else self._parts
         scores = torch.cat([self.reward.scores(*part).result() for part in parts]).double()
         chosen, rejected = scores[0::2], scores[1::2]
         self.scored = ScoredPairs.from_columns(
@@ -59,11 +56,11 @@ class HeldOutPairs:
         return {f"evaluation/{name}": value for name, value in self.scored.figures().items()}
 
     def page(self, tokenizer: Any, worst: int, probes: Table | None) -> PreferencePage:
-        """What the report shows of the last scores."""
-        assert self.scored is not None, "figures are taken before a page is made of them"
+        """What the report shows of the last scores: charts, sources, the ``worst`` worst pairs, and ``probes``."""
+        assert self.scored is not None, "call figures() before page()"
         edges, shares = histogram({"chosen": self.scored.chosen, "rejected": self.scored.rejected})
         return PreferencePage(
-            calibration=tuple((one.confidence, one.accuracy, one.count) for one in self.scored.calibration()),
+            calibration=tuple((bin.confidence, bin.accuracy, bin.count) for bin in self.scored.calibration()),
             edges=tuple(edges),
             histograms={side: tuple(column) for side, column in shares.items()},
             sources=source_table(self.scored),
@@ -74,20 +71,25 @@ class HeldOutPairs:
     def _worst(self, tokenizer: Any, count: int) -> Table:
         assert self.scored is not None
         rows = []
-        for place in self.scored.worst(count):
-            pair = self.pairs[place]
+        for index in self.scored.worst(count):
+            pair = self.pairs[index]
             prompt = tokenizer.decode(pair.chosen[: pair.prompt_length])[-SHOWN_CHARACTERS:]
             answers = (tokenizer.decode(side[pair.prompt_length :]) for side in (pair.chosen, pair.rejected))
-            scores = (self.scored.margin[place], self.scored.chosen[place], self.scored.rejected[place])
+            scores = (self.scored.margin[index], self.scored.chosen[index], self.scored.rejected[index])
             rows.append(
-                (*(f"{score:.2f}" for score in scores), pair.source, prompt, *(a[:SHOWN_CHARACTERS] for a in answers))
+                (
+                    *(f"{score:.2f}" for score in scores),
+                    pair.source,
+                    prompt,
+                    *(answer[:SHOWN_CHARACTERS] for answer in answers),
+                )
             )
         headers = ("margin", "chosen", "rejected", "source", "prompt (its end)", "chosen answer", "rejected answer")
         return Table(headers, tuple(rows))
 
 
 def source_table(scored: ScoredPairs) -> Table:
-    """Figures of each source, the largest first, and of all pairs."""
+    """Figures of each data source, the largest first, and of all pairs."""
     headers = ("source", "pairs", "accuracy", "margin", "loss", "calibration error", "tie rate")
     keys = ("pairs", "accuracy", "margin", "loss", "calibration_error", "tie_rate")
     named = {source or "(no source)": part for source, part in scored.by_source().items()}

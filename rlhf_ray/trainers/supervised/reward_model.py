@@ -1,4 +1,8 @@
-"""Reward-model training: one number an answer, learned from which of two was preferred."""
+"""Train a reward model, which gives an answer one number, on pairs of answers of which one was preferred.
+
+Invariants: ``final/`` holds the weights of the last update, and was read back before it was committed. ``best/`` exists only
+if an earlier evaluation was better than the last.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from rlhf_ray.trainers.supervised.reward_saving import RewardSaver
 def train_reward_model(
     config: RewardModelConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
 ) -> None:
-    """Train, evaluate, keep the best, write ``final/`` and read it back, and report."""
+    """Train, evaluate, keep the best model, write ``final/`` and the report; ``place`` is where the ranks live."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = load_pairs(config.data, tokenizer, config.run.seed)
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
@@ -53,7 +57,7 @@ def train_reward_model(
             )
             figures = trainer.run()
             saver.final(run, figures)
-            journal.run_facts(over_fitting(best, updates, figures))
+            journal.run_facts(describe_best(best, updates, figures))
             if held_out is not None:
                 probes = measure_probes(config.data, reward, tokenizer, max_tokens)
                 if probes is not None:
@@ -63,20 +67,23 @@ def train_reward_model(
             journal.finish()
 
 
-def over_fitting(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
-    """What the end says of the best evaluation: ``final/`` is it, or ``best/`` holds an earlier one."""
+def describe_best(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
+    """Facts for the report about the best evaluation: it was the last one, or ``best/`` holds an earlier one.
+
+    Over-fitting means that both were better earlier: accuracy higher and loss lower.
+    """
     if best is None or best.so_far is None or not figures:
         return {}
-    told = best.so_far
+    earlier = best.so_far
     accuracy, loss = (f"evaluation/{name}" for name in ("accuracy", "loss"))
     if best.improves(updates, figures):
         best.remove()
         return {"best": "the last update: final/ is also the best"}
     text = (
-        f"update {told.update} had accuracy {told.figures[accuracy]:.4f} and loss {told.figures[loss]:.4f}, the last one "
-        f"{figures[accuracy]:.4f} and {figures[loss]:.4f}"
+        f"update {earlier.update} had accuracy {earlier.figures[accuracy]:.4f} and loss {earlier.figures[loss]:.4f}, the last "
+        f"one {figures[accuracy]:.4f} and {figures[loss]:.4f}"
     )
-    over_fitted = told.figures[accuracy] > figures[accuracy] and told.figures[loss] < figures[loss]
+    over_fitted = earlier.figures[accuracy] > figures[accuracy] and earlier.figures[loss] < figures[loss]
     if over_fitted:
         get_logger("rm").warning("over-fitting: %s; best/ holds it", text)
     return {"best": f"best/: {text}", "over-fitting": "yes" if over_fitted else "no"}

@@ -1,7 +1,7 @@
-"""Writing a reward model so that others score with it, and proving that they can.
+"""Write a reward model to disk, and check that what was written gives the same scores.
 
-Always true: a directory that is committed here was read again from disk, and its scores of some pairs were those of the
-model in training; the mean and deviation in its config are over what the config says.
+Invariants: every directory that is committed here was read back, and its scores of some pairs were those of the model in
+training. ``mean`` and ``std`` in its ``config.json`` are over what ``normalization.over`` says.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from rlhf_ray.trajectories.schedule import deal_packs
 
 RESCORED_PAIRS = 8
 AGREES_TO = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
-"""Largest difference of a score, in units of 1 plus its size: half precision computes otherwise on another device, in another
-pack, and where an adapter was merged."""
+"""Largest difference of a score relative to 1 + |score|, by dtype. In half precision another device, another pack and a merged
+adapter each change a score a little."""
 
 
 class RewardSaver:
-    """Saves the model of ``reward`` as it is now."""
+    """Saves the model of the group ``reward`` as it is at that moment."""
 
     def __init__(
         self, config: RewardModelConfig, reward: TrainedRewardGroup, pairs: Sequence[PairExample], tokenizer: Any
     ) -> None:
-        """``pairs`` are some to score again."""
+        """The shortest of ``pairs`` are scored again after each save."""
         self.config, self.reward = config, reward
         self.max_tokens = config.reward.forward_tokens(config.batch)
         self._again = make_pair_batch(
@@ -44,7 +44,7 @@ class RewardSaver:
         self._demonstrations = self._read_demonstrations(tokenizer)
 
     def final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
-        """``final/``, whole or not at all."""
+        """Write ``final/``, whole or not at all."""
         pending = run.begin_final()
         try:
             self.save(pending, figures)
@@ -54,7 +54,10 @@ class RewardSaver:
         storage.commit(pending, expected=["config.json"])
 
     def save(self, pending: storage.PendingDirectory, figures: Mapping[str, float]) -> None:
-        """Fill a directory, read it back and compare; ``figures`` are those of the evaluation of these weights."""
+        """Fill a directory, read it back and compare the scores; ``figures`` are from the evaluation of these weights.
+
+        Raises :class:`IntegrityError` if the scores differ by more than the dtype explains.
+        """
         save = self.reward.save_adapter if self.config.save == "adapter" else self.reward.save_pretrained
         save(str(pending.path), self.normalization(figures)).result()
         live = self.scores(self._again)
@@ -69,7 +72,7 @@ class RewardSaver:
         get_logger("rm").info("%s/: read back, scores equal to %.1e", pending.target.name, off)
 
     def normalization(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """The ``mean`` and ``std`` of ``config.json``; empty where nothing was evaluated or asked for."""
+        """``mean`` and ``std`` for ``config.json``; empty if there was no evaluation or the config wants none."""
         over = self.config.normalization.over
         if over == "demonstrations":
             assert self._demonstrations is not None
@@ -82,7 +85,7 @@ class RewardSaver:
         return {"mean": figures["evaluation/score_mean"], "std": figures["evaluation/score_std"]}
 
     def scores(self, batch: TrajectoryBatch) -> torch.Tensor:
-        """(B,) raw scores by the model in training."""
+        """(sequences,) raw scores of a batch by the model in training."""
         schedule = deal_packs(batch.lengths.tolist(), ranks=self.reward.size, max_tokens=self.max_tokens)
         return self.reward.scores(self.reward.share(batch), schedule).result().double()
 

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: the policy learns demonstrations."""
+"""Supervised fine-tuning (SFT): train a policy to give the answers of demonstrations.
+
+Invariants: the loss is over the tokens of answers alone. ``final/`` holds the weights of the last update.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
-from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, cut, total_updates
+from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, schedule_update, total_updates
 
 
 def train_sft(
     config: SftConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
 ) -> None:
-    """Train, evaluate, and write ``final/``."""
+    """Train, evaluate, write ``final/`` and the report; ``place`` is where the ranks live, by default a cluster."""
     tokenizer = load_tokenizer(config.policy.model)
     examples = load_demonstrations(config.data, tokenizer, config.run.seed)
     size = config.batch.sequences_per_update
@@ -45,11 +48,11 @@ def train_sft(
 
 
 def evaluate(policy: PolicyGroup, held_out: list[DemonstrationExample], max_tokens: int) -> dict[str, float]:
-    """Mean negative log-likelihood of the held-out answers' tokens, in nats."""
+    """The mean negative log-likelihood of the tokens of held-out answers, in nats; empty where none are held out."""
     if not held_out:
         return {}
     batch = make_demonstration_batch(held_out)
-    schedule = cut(batch, ranks=policy.size, max_tokens=max_tokens)
+    schedule = schedule_update(batch, ranks=policy.size, max_tokens=max_tokens)
     log_probs = policy.log_probs(policy.share(batch), schedule).result()
     answer = log_probs[batch["action_mask"]].double()
     return {"evaluation/loss": -float(answer.mean())}
