@@ -1,7 +1,7 @@
-"""``rlhf-ray serve``: bring a reward model up behind HTTP, and keep it up until asked to stop.
+"""``rlhf-ray serve``: start a reward model behind HTTP, and keep it running until a signal stops it.
 
-Always true: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line;
-a service whose model died restarts it, and ends with an error where that fails; a stopped one leaves no process behind.
+Invariants: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line; a
+service whose model died restarts it, and ends with an error where that fails; a stopped service leaves no process behind.
 Only with ``--detach`` does a service outlive the command.
 """
 
@@ -29,7 +29,7 @@ from rlhf_ray.serving.server import WebServer
 
 SECONDS_BETWEEN_CHECKS = 5.0
 CHECK_TIMEOUT_S = 90.0
-"""Beyond the time that requests are held while a reward group restarts."""
+"""Added to ``hold_s``, the time that requests wait for a reward group that restarts."""
 STOP_TIMEOUT_S = 30.0
 
 
@@ -43,12 +43,12 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
             "--detach leaves the service on a Ray cluster, but this command would start one and take it along when it "
             "ends: start one (ray start --head) and give cluster.address=auto"
         )
-    WebServer(config.host, config.port).stop()  # a port that is taken is told before anything starts
+    WebServer(config.host, config.port).stop()  # a port in use is an error before anything starts
     try:
         with (
-            _asked_by_signals(),
+            _interrupted_by_signals(),
             Cluster.for_job(config, namespace=SERVICE_NAMESPACE),
-            _asked_by_signals(),  # again: Ray puts a handler of its own in their place when it starts
+            _interrupted_by_signals(),  # again: Ray sets handlers of its own when it starts
             _gateway(config, detach=detach) as gateway,
         ):
             if not detach:
@@ -59,12 +59,12 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
 
 
 def reload(config: ServeConfig) -> int:
-    """Put ``reward.model`` in the place of the model ``name`` of the service ``run.name``, which goes on meanwhile."""
+    """Let ``reward.model`` take the place of the model ``name`` of the service ``run.name``, which goes on answering."""
     if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
         raise RequestError("--reload changes a service that runs on a Ray cluster: give cluster.address=auto")
     model = config.reward.model
     if model.path is None:
-        raise RequestError("--reload needs the path of a model")
+        raise RequestError("--reload needs the path or hub id of a model")
     path = str(Path(model.path).absolute()) if Path(model.path).exists() else model.path
     with Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False):
         service = find_service(
@@ -77,33 +77,33 @@ def reload(config: ServeConfig) -> int:
 
 @contextmanager
 def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
-    """The gateway, answering; stopped at the end unless it came up detached."""
+    """A gateway that answers; it is stopped at the end, unless it came up detached."""
     name = gateway_name(config.run.name)
     gateway = _start(config, name, detach=detach)
-    up = False
+    is_up = False
     try:
-        limit = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
-        address = gateway.call("start", [()], timeout_s=limit).result()[0]
+        limit_s = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
+        address = gateway.call("start", [()], timeout_s=limit_s).result()[0]
         sys.stdout.write(f"{address}\n")
         sys.stdout.flush()
         end = f"ray.kill(ray.get_actor({name!r}, {SERVICE_NAMESPACE!r})) ends it" if detach else "Ctrl-C ends it"
         get_logger("serving").info("POST %s/get_reward or %s/v1/reward; %s", address, address, end)
-        up = True
+        is_up = True
         yield gateway
     finally:
-        if not (detach and up):
-            _stop(gateway, gracefully=up)
+        if not (detach and is_up):
+            _stop(gateway, gracefully=is_up)
 
 
 def _start(config: ServeConfig, name: str, *, detach: bool) -> RayRanks:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from rlhf_ray.serving.gateway import Gateway
+    from rlhf_ray.serving.gateway import GatewayActor
 
     here = ray.get_runtime_context().get_node_id()
     try:
-        actor = Gateway.options(
+        actor = GatewayActor.options(
             name=name,
             namespace=SERVICE_NAMESPACE,
             lifetime="detached" if detach else None,
@@ -128,15 +128,15 @@ def _stop(gateway: RayRanks, *, gracefully: bool) -> None:
 
 
 def _watch(gateway: RayRanks, timeout_s: float) -> NoReturn:
-    """Wait for a signal, or raise what the service died of."""
+    """Check the service again and again; raises what it died of, or the interrupt of a signal."""
     while True:
         time.sleep(SECONDS_BETWEEN_CHECKS)
         gateway.call("check", [()], timeout_s=timeout_s).result()
 
 
 @contextmanager
-def _asked_by_signals() -> Iterator[None]:
-    """SIGTERM interrupts like Ctrl-C does."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does."""
     previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,7 +1,7 @@
-"""Reward functions for other frameworks' trainers that ask a scoring backend: verl's and TRL's.
+"""Reward functions for the trainers of verl and TRL, which get their scores from a scoring backend.
 
-Always true: one score an answer, in order, or an error; a failed score is never 0 and never nothing. Nothing here needs
-more than an HTTP client, so that this package can be installed into their environments without what it trains with.
+Invariants: one score per answer, in order, or an error; a failed score is never 0 and never left out. Nothing here needs more
+than an HTTP client, so that this package can be installed into their environments without the libraries it trains with.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ RewardFunction = Callable[..., Awaitable[list[float]]]
 
 
 class _Clients:
-    """One client for each event loop: connections belong to the loop that made them."""
+    """One client per event loop, since connections belong to the loop that opened them."""
 
     def __init__(self, url: str, token: str | None, **options: Any) -> None:
         self._url, self._token, self._options = url, token, options
-        self._of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncRewardClient] = WeakKeyDictionary()
+        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncRewardClient] = WeakKeyDictionary()
 
     async def rewards(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """The rewards of all requests; raises where one has none."""
         loop = asyncio.get_running_loop()
-        if loop not in self._of_loops:
-            self._of_loops[loop] = AsyncRewardClient(self._url, token=self._token, **self._options)
-        results = await self._of_loops[loop].score(requests)
+        if loop not in self._by_loop:
+            self._by_loop[loop] = AsyncRewardClient(self._url, token=self._token, **self._options)
+        results = await self._by_loop[loop].score(requests)
         return [_reward(position, result) for position, result in enumerate(results)]
 
 
@@ -47,7 +47,7 @@ def _reward(position: int, result: ScoreResult) -> float:
 
 
 def remote_reward(url: str, *, token: str | None = None, truncate: bool = False, **options: Any) -> RewardFunction:
-    """A reward function for TRL's ``reward_funcs`` that asks ``url``.
+    """A reward function for TRL's ``reward_funcs`` that gets its scores from the backend at ``url``.
 
     Prompts and completions are texts, scored as prompt and response, or conversations, scored whole; both go through the
     reward model's template. ``options`` are those of :class:`~rlhf_ray.rewards.AsyncRewardClient`.
@@ -64,13 +64,13 @@ def remote_reward(url: str, *, token: str | None = None, truncate: bool = False,
 def _request(prompt: str | Turns, answer: str | Turns, truncate: bool = False) -> ScoreRequest:
     if isinstance(prompt, str) and isinstance(answer, str):
         return ScoreRequest(prompt=prompt, response=answer, truncate=truncate)
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in (*asked, *said))
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in (*before, *after))
     return ScoreRequest(messages=turns, truncate=truncate)
 
 
-_shared: dict[tuple[str, str | None], _Clients] = {}
+_shared_clients: dict[tuple[str, str | None], _Clients] = {}
 
 
 async def compute_score(
@@ -84,19 +84,21 @@ async def compute_score(
     truncate: bool = False,
     **_: Any,
 ) -> float:
-    """verl's custom reward function, with ``url`` and ``token`` from ``reward_kwargs`` or from the environment variables
-    ``RLHF_RAY_REWARD_URL`` and ``RLHF_RAY_REWARD_TOKEN``; the prompt stands in ``extra_info``.
+    """verl's custom reward function: the reward of ``solution_str`` as an answer to the prompt in ``extra_info``.
+
+    ``url`` and ``token`` come from ``reward_kwargs``, or from the environment variables ``RLHF_RAY_REWARD_URL`` and
+    ``RLHF_RAY_REWARD_TOKEN``.
     """
     url, token = url or os.environ.get(URL_VARIABLE), token or os.environ.get(TOKEN_VARIABLE)
     if not url:
         raise RequestError(f"compute_score needs a scoring backend: set {URL_VARIABLE}, or url in reward_kwargs")
-    known = extra_info or {}
-    prompt = next((known[key] for key in PROMPT_KEYS if known.get(key) is not None), None)
+    extra = extra_info or {}
+    prompt = next((extra[key] for key in PROMPT_KEYS if extra.get(key) is not None), None)
     if prompt is None:
         raise RequestError(
             f"compute_score scores an answer to its prompt, but extra_info of a row of {data_source} holds none: put it "
             f"there under {' or '.join(PROMPT_KEYS)}, as a text or as messages"
         )
-    clients = _shared.setdefault((url, token), _Clients(url, token))
+    clients = _shared_clients.setdefault((url, token), _Clients(url, token))
     (reward,) = await clients.rewards([_request(prompt, solution_str, truncate)])
     return reward

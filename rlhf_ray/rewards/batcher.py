@@ -1,8 +1,8 @@
-"""Items of many callers, scored together: while one batch is in the model the next one fills.
+"""Batches the items of many callers: while one batch is in the model, the next one fills.
 
-Always true: every accepted item gets exactly one result or one error; batches keep to the token budget by an estimate that
-never reads the tokenizer; urgent items go first; callers are served in turn, so that one with many items or many requests
-cannot starve one with a single item; what is not accepted is refused at once; what its caller gave up is never scored.
+Invariants: every accepted item gets exactly one result or one error; a batch keeps to the token budget by an estimate that
+needs no tokenizer; urgent items go first; callers take turns, so that one with many items or many requests cannot starve one
+with a single item; an item that does not fit the queue is refused at once; an item whose caller gave up is never scored.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from rlhf_ray.errors import RlhfRayError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 
 BYTES_PER_TOKEN = 3
-"""A low estimate of UTF-8 bytes a token, so that token counts are rather over- than underestimated."""
+"""A low estimate of UTF-8 bytes per token, so that token counts are overestimated rather than underestimated."""
 
 Score = Callable[[Sequence[ScoreRequest]], Awaitable[Sequence[ScoreResult]]]
+"""Scores one batch: one result per request, in order."""
 
 
 class OverloadedError(RlhfRayError):
@@ -28,19 +29,20 @@ class OverloadedError(RlhfRayError):
 
 @dataclass(eq=False)
 class Waiting:
-    """One item on its way into a batch."""
+    """One item that waits in the queue."""
 
     request: ScoreRequest
     answer: asyncio.Future[ScoreResult]
     tokens: int
-    """About how many it has."""
+    """An estimate of its length."""
     since: float = field(default_factory=time.monotonic)
+    """When it came, in seconds of the monotonic clock."""
     on_forward: Callable[[], None] | None = None
-    """Called when it leaves the queue."""
+    """Called when the item leaves the queue."""
 
 
 class FairQueue:
-    """Items in order within a caller, callers in turn."""
+    """A queue that keeps the order of one caller's items and gives one item of each caller in turn."""
 
     def __init__(self) -> None:
         self._callers: OrderedDict[object, deque[Waiting]] = OrderedDict()
@@ -48,13 +50,13 @@ class FairQueue:
         self.tokens = 0
 
     def put(self, caller: object, waiting: Sequence[Waiting]) -> None:
-        """Add items of a caller: behind those it has, or last in turn."""
+        """Add items of a caller, behind those it has already; a new caller comes last in turn."""
         if waiting:
             self._callers.setdefault(caller, deque()).extend(waiting)
             self._count(waiting, 1)
 
     def drop(self, caller: object, waiting: Iterable[Waiting]) -> None:
-        """Forget these items of a caller."""
+        """Remove these items of a caller, as far as they still wait."""
         queue = self._callers.get(caller)
         unwanted = set(map(id, waiting))
         dropped = [one for one in queue or () if id(one) in unwanted]
@@ -68,7 +70,7 @@ class FairQueue:
             del self._callers[caller]
 
     def take(self, max_tokens: int, *, at_least_one: bool = True) -> list[Waiting]:
-        """One item of each caller in turn, within the budget; a single item may be over it."""
+        """Take one item of each caller in turn, within the budget; with ``at_least_one`` the first may be over it."""
         batch: list[Waiting] = []
         left = max_tokens
         while self._callers:
@@ -93,7 +95,11 @@ class FairQueue:
 
 
 class Batcher:
-    """Collects items while forwards run; one forward at a time on each of ``scorers``, which are replicas."""
+    """Collects items while forwards run; each of ``scorers``, which are replicas, runs one forward at a time.
+
+    A batch has ``max_tokens`` at most, the queue ``max_items`` and ``max_queue_tokens``; ``on_batch`` is called with each
+    batch that leaves the queue.
+    """
 
     def __init__(
         self,
@@ -113,12 +119,12 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Items that wait for a forward."""
+        """How many items wait for a forward."""
         return self._urgent.items + self._ordinary.items
 
     @property
     def full(self) -> bool:
-        """Whether not even one more item would be taken."""
+        """Whether the queue has no place for one more item."""
         return self.waiting >= self._max_items
 
     @property
@@ -134,36 +140,36 @@ class Batcher:
         urgent: bool = False,
         on_forward: Callable[[], None] | None = None,
     ) -> list[ScoreResult]:
-        """Results of one request's items, in order; raises :class:`OverloadedError` when they do not fit the queue.
+        """Results of one request's items, in order; raises :class:`OverloadedError` where they do not fit into the queue.
 
         Requests of one ``caller`` share its turn; without one, each request is a caller of its own. ``on_forward`` is
         called when the first item leaves the queue.
         """
         loop, caller = asyncio.get_running_loop(), object() if caller is None else caller
-        mine = [Waiting(request, loop.create_future(), estimated_tokens(request)) for request in requests]
-        for waiting in mine[:1]:
+        items = [Waiting(request, loop.create_future(), estimated_tokens(request)) for request in requests]
+        for waiting in items[:1]:
             waiting.on_forward = on_forward
-        if not urgent:  # those are few, and what waits for them is a training step
-            self._refuse_overload(mine)
+        if not urgent:  # urgent items are few, and a training step waits for them
+            self._refuse_overload(items)
         queue = self._urgent if urgent else self._ordinary
-        queue.put(caller, mine)
+        queue.put(caller, items)
         self._start_workers(loop)
         try:
-            return list(await asyncio.gather(*(waiting.answer for waiting in mine)))
+            return list(await asyncio.gather(*(waiting.answer for waiting in items)))
         finally:
-            queue.drop(caller, mine)
-            for waiting in mine:
-                waiting.answer.cancel()  # of one that has its result already, this changes nothing
+            queue.drop(caller, items)
+            for waiting in items:
+                waiting.answer.cancel()  # no effect on an item that has its result
 
     async def drained(self) -> None:
         """Wait until nothing waits and no forward runs."""
         while workers := [worker for worker in self._workers.values() if not worker.done()]:
             await asyncio.wait(workers)
 
-    def _refuse_overload(self, mine: Sequence[Waiting]) -> None:
-        if self.waiting + len(mine) > self._max_items:
+    def _refuse_overload(self, items: Sequence[Waiting]) -> None:
+        if self.waiting + len(items) > self._max_items:
             raise OverloadedError(f"{self.waiting} items are waiting and the queue holds {self._max_items}: try again")
-        tokens = sum(waiting.tokens for waiting in mine)
+        tokens = sum(waiting.tokens for waiting in items)
         limit = self._max_queue_tokens
         if limit is not None and self.waiting_tokens and self.waiting_tokens + tokens > limit:
             raise OverloadedError(
@@ -202,7 +208,7 @@ class Batcher:
 
 
 def estimated_tokens(request: ScoreRequest) -> int:
-    """About how many tokens an item has, at least one; exact for token ids."""
+    """An estimate of how many tokens an item has, at least one; exact for token ids."""
     if request.token_ids is not None:
         return max(len(request.token_ids), 1)
     return 1 + sum(len(text.encode()) for _, text in request.texts()) // BYTES_PER_TOKEN

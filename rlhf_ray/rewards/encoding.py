@@ -1,9 +1,12 @@
-"""From a score request to the token ids that the reward model reads.
+"""Turns a score request into the token ids that the reward model reads.
 
-Always true: nothing is added to token ids, nor to text that does not ask for special tokens, and those it has already are
-not added twice; nothing is stripped; a conversation, and a prompt with its response,
-are written by the template of the reward model's tokenizer, or without one as in training: with start and end tokens, once.
-An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
+Invariants:
+
+- Token ids pass as they are. A text gets special tokens only where it asks for them, and none that it has already.
+- Nothing is stripped.
+- A conversation, and a prompt with its response, are written by the chat template of the reward model's tokenizer; where the
+  tokenizer has none, a prompt and its response are joined as in training, with one start and one end token.
+- An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ from rlhf_ray.rewards.request import ScoreRequest
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """The ids of one item, and whether they are only its end."""
+    """The ids of one item, and whether they are only the end of it."""
 
     token_ids: tuple[int, ...]
     truncated: bool
 
 
 def encode_request(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> EncodedItem:
-    """Token ids of ``request``; raises :class:`ScoringError` for an item that cannot be scored as asked."""
+    """Token ids of ``request``; raises :class:`ScoringError` for an item that cannot be scored as it is.
+
+    ``max_tokens`` is the longest item, ``vocabulary`` the number of token ids that the reward model knows.
+    """
     token_ids = _token_ids(tokenizer, request)
     if not token_ids:
         raise ScoringError("the item is empty: there is no token to score")
@@ -61,7 +67,7 @@ def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
 
 
 def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[int]:
-    """The ids with what the tokenizer puts around a text, less the start or end token that the text has itself.
+    """The ids with what the tokenizer puts around a text, without a second start or end token where the text has one.
 
     An empty text stays empty: special tokens alone are no answer to score.
     """
@@ -87,5 +93,5 @@ def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         )
     try:
         return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-    except Exception as error:  # a template is a program of its own, and refuses what it does not serve with any error
+    except Exception as error:  # a template is a program of its own, and may refuse a conversation with any error
         raise ScoringError(f"the reward model's chat template refuses the conversation: {error}") from error

@@ -1,9 +1,9 @@
-"""A user's reward function in a process of its own, which can be ended when it hangs and may die without harm.
+"""Runs a user's reward function in a process of its own, which can be ended when it hangs and may die without harm.
 
     python -m rlhf_ray.rewards.function_process NAME FD
 
-Always true: a run of calls ends in one outcome a call, within the time limit of each; a call that hangs, or takes its
-process with it, costs only itself: the calls after it run in a new process; what the function prints reaches standard
+Invariants: a run of calls ends in one outcome per call, within the time limit of each; a call that hangs, or takes its
+process with it, costs only itself, since the calls after it run in a new process; what the function prints reaches standard
 error; the process ends with the one that started it.
 """
 
@@ -15,18 +15,19 @@ import sys
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.functions import Columns, Outcome, accepted_columns, is_async, load_function, run_calls, too_late
 
 START_LIMIT_S = 120.0
-"""For importing the function's module."""
+"""How long importing the function's module may take."""
 GRACE_S = 5.0
 """How much later than its own limit an asynchronous call may end before its process is ended."""
 
 
 class FunctionProcess:
-    """A function by its name, started when it is first needed."""
+    """A function by its name, in a process that is started at once and again whenever it was ended."""
 
     def __init__(self, name: str, timeout_s: float) -> None:
         self.name = name
@@ -51,7 +52,7 @@ class FunctionProcess:
             self._process = None
 
     def _run(self, calls: Sequence[Columns], numbers: Sequence[int]) -> dict[int, Outcome]:
-        """Outcomes of at least the first call, and of as many as the process lived through."""
+        """Outcomes of the first call at least, and of as many as the process lived through, by ``numbers``."""
         if self._process is None:
             self._start()
         ended: dict[int, Outcome] = {}
@@ -69,13 +70,13 @@ class FunctionProcess:
         return ended
 
     def _lost(self, numbers: Sequence[int], ended: dict[int, Outcome], reason: str) -> dict[int, Outcome]:
-        """End the process; what was running in it has failed: one call, or all that an async function had begun."""
+        """End the process; the call that was running in it has failed, or all calls that an async function had begun."""
         self.close()
         running = [number for number in numbers if number not in ended]
         return dict.fromkeys(running if self.is_async else running[:1], reason)
 
     def _start(self) -> tuple[tuple[str, ...], bool]:
-        """Start the process; the columns that the function takes, and whether it is asynchronous."""
+        """Start the process; returns the columns that the function takes, and whether it is asynchronous."""
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, self.name, str(theirs.fileno())],
@@ -86,28 +87,29 @@ class FunctionProcess:
         )
         theirs.close()
         try:
-            told = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
+            first_message = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
         except EOFError:
-            told = f"reward.function {self.name!r}: its process ended while it was imported"
-        if told is None:
-            told = f"reward.function {self.name!r}: importing it took more than {START_LIMIT_S:g} s"
-        if isinstance(told, str):
+            first_message = f"reward.function {self.name!r}: its process ended while it was imported"
+        if first_message is None:
+            first_message = f"reward.function {self.name!r}: importing it took more than {START_LIMIT_S:g} s"
+        if isinstance(first_message, str):  # why there is no function to call
             self.close()
-            raise RequestError(told)
-        columns, is_async = told
+            raise RequestError(first_message)
+        columns, is_async = first_message
         return columns, is_async
 
 
-def _has_descriptor(stream: object) -> bool:
+def _has_descriptor(stream: Any) -> bool:
+    """Whether a stream is a file of the system: one that a test put in place of standard error is none."""
     try:
-        stream.fileno()  # type: ignore[attr-defined]
+        stream.fileno()
     except (AttributeError, OSError, ValueError):
         return False
     return True
 
 
-def serve(name: str, connection: Connection) -> None:
-    """Answer runs of calls until the other side is gone."""
+def run_child(name: str, connection: Connection) -> None:
+    """Load the function and answer runs of calls until the parent process is gone."""
     try:
         function = load_function(name)
         connection.send((accepted_columns(name, function), is_async(function)))
@@ -123,4 +125,4 @@ def serve(name: str, connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Connection(int(sys.argv[2])))
+    run_child(sys.argv[1], Connection(int(sys.argv[2])))

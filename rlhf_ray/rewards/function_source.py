@@ -1,8 +1,8 @@
 """A Python function as a source of rewards.
 
-Always true: a sample has a finite number or an error that says what the function did with it; a call of several samples that
-fails as a whole is repeated sample by sample, to find which it was; where the first of them fail alone too, the function
-itself is taken to have failed.
+Invariants: a sample gets a finite number, or an error that says what the function did with it; a call of several samples that
+fails as a whole is repeated sample by sample, to find the one that it failed at; where the first few fail alone too, the
+function itself counts as failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 
 FAILED_ALONE = 3
-"""Samples that fail one by one before the rest of their call is given up."""
+"""Give the rest of a call up after so many of its samples have failed alone."""
 
 
 class Caller(Protocol):
@@ -24,14 +24,14 @@ class Caller(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """The lists that the function is given, of those in :data:`~rlhf_ray.rewards.functions.COLUMNS`."""
+        """Which lists the function takes, of those in :data:`~rlhf_ray.rewards.functions.COLUMNS`."""
 
     def run(self, calls: Sequence[Columns]) -> list[Outcome]:
         """The outcome of every call, in order."""
 
 
 class InThisProcess:
-    """A function that is trusted to end: the project's own."""
+    """Calls a function in this process, where nothing could stop it: for functions of this project."""
 
     def __init__(self, name: str, function: RewardFunction, timeout_s: float = 60.0) -> None:
         self.function = function
@@ -46,7 +46,7 @@ class InThisProcess:
 
 
 class FunctionSource:
-    """The rewards that a function returns, in calls of ``samples_per_call`` samples (none: all of them)."""
+    """The rewards that a function returns, in calls of ``samples_per_call`` samples, or of all samples where it is None."""
 
     def __init__(self, name: str, caller: Caller, samples_per_call: int | None = None) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class FunctionSource:
         self.reads = "text and labels"
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
-        """One result a sample."""
+        """One result per sample, in order."""
         return Pending(lambda: self._score(samples))
 
     def _score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
@@ -68,7 +68,7 @@ class FunctionSource:
         return results
 
     def _one_by_one(self, call: Sequence[TextSample], reason: str) -> list[ScoreResult]:
-        """What a call that failed gives when its samples are asked for alone."""
+        """Results of a call that failed for ``reason``, from calls of one sample each."""
         if len(call) == 1:
             return [self._result(reason)]
         alone: list[float | str] = []

@@ -1,8 +1,8 @@
-"""Calling a reward function: which columns it is given, one call or many, synchronous or not, within a time limit.
+"""Calls a reward function, synchronous or not, with the columns that it takes and within a time limit.
 
-Always true: each call ends in exactly one outcome; each sample of it has a finite number or a reason, and nothing becomes a
-number that was none; what a function raises is a reason, never an error of ours; a function is given the columns that its
-parameters name and no others. Nothing here knows processes: this is what runs inside of one.
+Invariants: each call ends in exactly one outcome; each sample of it has a finite number or a reason why it has none; what a
+function raises becomes a reason and never ends the run; a function gets the columns that its parameters name and no others.
+Nothing here starts a process: this is the code that runs inside one.
 """
 
 from __future__ import annotations
@@ -19,35 +19,34 @@ from rlhf_ray.user_code import load_object
 
 RewardFunction = Callable[..., Any]
 Columns = Mapping[str, Sequence[Any]]
-"""One call: a list for each name in :data:`COLUMNS`, with an entry for each sample."""
+"""The arguments of one call: by the names in :data:`COLUMNS` a list with one entry per sample."""
 COLUMNS = ("prompts", "responses", "labels", "finished", "sources", "messages")
 CALLS_AT_ONCE = 64
-"""Of an asynchronous function."""
-
-
+"""How many calls of an asynchronous function run at the same time."""
 Outcome = list[float | str] | str
 """How one call ended: for each of its samples a finite number or the reason why there is none; or one reason for all."""
 Report = Callable[[int, Outcome], None]
+"""Takes the number of a call and its outcome."""
 
 
 def run_calls(function: RewardFunction, calls: Sequence[Columns], timeout_s: float, report: Report) -> None:
-    """Report each call's number and outcome as it ends: one after the other, or of an async function many at once.
+    """Report the outcome of each call as it ends: calls run one after the other, those of an async function side by side.
 
-    The time limit holds for each call of an async function; a synchronous one is stopped by who started this process.
+    The time limit holds for each call of an async function; a synchronous one can only be stopped from outside.
     """
     if is_async(function):
         asyncio.run(_run_async(function, calls, timeout_s, report))
         return
     for number, columns in enumerate(calls):
         try:
-            outcome = judged(function(**columns), _size(columns))
+            outcome = read_returned(function(**columns), _size(columns))
         except Exception as error:  # the function is the user's program, and fails in its own ways
             outcome = f"raised {error!r}"
         report(number, outcome)
 
 
 def is_async(function: RewardFunction) -> bool:
-    """Whether calling it gives something to await."""
+    """Whether calling the function returns something to await."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
@@ -57,7 +56,7 @@ async def _run_async(function: RewardFunction, calls: Sequence[Columns], timeout
     async def one(number: int, columns: Columns) -> None:
         async with room:
             try:
-                outcome = judged(await asyncio.wait_for(function(**columns), timeout_s), _size(columns))
+                outcome = read_returned(await asyncio.wait_for(function(**columns), timeout_s), _size(columns))
             except TimeoutError:
                 outcome = too_late(timeout_s)
             except Exception as error:
@@ -72,8 +71,8 @@ def too_late(timeout_s: float) -> str:
     return f"did not answer within {timeout_s:g} s (reward.timeout_s)"
 
 
-def judged(returned: Any, count: int) -> Outcome:
-    """What a call for ``count`` samples returned, value by value; arrays and tensors are lists of numbers."""
+def read_returned(returned: Any, count: int) -> Outcome:
+    """The outcome of a call for ``count`` samples that returned this; an array or a tensor counts as a list of numbers."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, list | tuple):
         return f"returned {_short(returned)} for {count} samples, not a list of numbers"

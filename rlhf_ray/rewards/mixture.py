@@ -1,7 +1,7 @@
-"""Several sources as one: the weighted sum of their rewards.
+"""Several reward sources as one: the weighted sum of their rewards.
 
-Always true: a sample has a reward only where every term has one; the terms' own rewards stand beside their sum; all terms
-are asked at once.
+Invariants: a sample has a reward only where every term has one; the rewards of the terms are kept beside their sum; all
+terms score at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_ray.rewards.source import RewardSource
 
 @dataclass(frozen=True)
 class Term:
-    """One source and what its reward counts."""
+    """One source and the weight of its reward in the sum."""
 
     source: RewardSource
     weight: float
@@ -28,20 +28,20 @@ class Term:
 
 @dataclass(frozen=True)
 class MixedResult(ScoreResult):
-    """A sum, with the reward of each term as its source gave it."""
+    """A sum, with the unweighted reward of each term."""
 
     terms: Mapping[str, float] | None = None
 
 
 class MixtureSource:
-    """The sum over terms of weight times reward."""
+    """Scores with every term and sums weight times reward."""
 
     def __init__(self, terms: Mapping[str, Term]) -> None:
         self.terms = dict(terms)
         self.reads = "; ".join(f"{name}: {term.source.reads}" for name, term in self.terms.items())
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
-        """One result a sample."""
+        """One result per sample, in order."""
         started = [term.source.score(samples) for term in self.terms.values()]
         return Pending(lambda: self._sums(started, len(samples)))
 
@@ -64,7 +64,7 @@ class MixtureSource:
 
 
 def _results(pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResult]:
-    """A term that failed as a whole has failed at every sample; the others keep their results for the message."""
+    """Results of one term; where it failed as a whole, that failure for every sample, so that the message can name it."""
     try:
         return pending.result()
     except ScoringError as error:

@@ -1,8 +1,8 @@
-"""Files of items in, files of scores out.
+"""Scores the rows of a file into another file.
 
-Always true: the output holds one line for each row of the input, in its order, with the row's own columns and its score or
-error; what was interrupted goes on where the last whole line ends, and only over the same input with the same model; a
-finished file is never written over.
+Invariants: the output holds one line per row of the input, in the same order, with the row's own columns and its score or
+error; an interrupted run goes on after the last whole line, and only over the same input with the same model; a finished file
+is never written over.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from rlhf_ray.rows.formats import raw_rows
 from rlhf_ray.storage import storage_errors, write_file
 
 SCORE = "score"
-"""The column that is added to each row."""
+"""The name of the column that is added to each row."""
 COLUMNS = ("token_ids", "text", "messages", "prompt", "response")
 AHEAD = 2
-"""Chunks that are with the model at a time, so that it never waits for the file."""
+"""How many chunks the model has at a time, so that it never waits for the file."""
 
 
 class Output:
-    """A file of scores that grows line by line, and beside it what it is the scores of, until it is whole."""
+    """A file of scores that grows line by line; until it is finished, a file beside it says which input and model it is of."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         self._about = path.with_name(path.name + ".unfinished")
         self._identity = json.dumps(identity, sort_keys=True)
-        self.done = self._begun()
+        self.done = self._lines_already_there()
 
-    def _begun(self) -> int:
-        """How many whole lines are there already."""
+    def _lines_already_there(self) -> int:
+        """The whole lines of a run that was interrupted, without the torn one after them."""
         if not self._about.exists():
             if self.path.exists():
                 raise RequestError(f"{self.path} exists and is finished: remove it, or give another --output")
@@ -70,7 +70,7 @@ class Output:
         return self
 
     def write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[ScoreResult]) -> None:
-        """Add lines, on disk when this returns."""
+        """Add one line per row; they are on disk when this returns."""
         lines = [
             json.dumps({**row, SCORE: asdict(result)}, ensure_ascii=False, allow_nan=False)
             for row, result in zip(rows, results, strict=True)
@@ -81,7 +81,7 @@ class Output:
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Say that it is whole."""
+        """Mark the file as finished."""
         with storage_errors(self.path):
             self._about.unlink()
 
@@ -90,7 +90,7 @@ class Output:
 
 
 def input_identity(path: Path) -> Mapping[str, Any]:
-    """What tells an input from another: size and hash of a file."""
+    """What tells one input file from another: its hash and size."""
     if not path.is_file():
         raise RequestError(f"{path} is no file: name a file of rows, such as items.jsonl")
     with path.open("rb") as file:
@@ -98,7 +98,7 @@ def input_identity(path: Path) -> Mapping[str, Any]:
 
 
 def score_file(source: Path, output: Output, scorer: Scorer, *, chunk: int, truncate: bool = False) -> int:
-    """Score what the output lacks of ``source``; returns how many rows have an error in this run."""
+    """Score the rows of ``source`` that the output lacks, ``chunk`` at a time; returns how many of them have an error."""
     failed = 0
     with output:
         rows = islice(_rows(source), output.done, None)
@@ -121,7 +121,7 @@ def _rows(source: Path) -> Iterator[Mapping[str, Any]]:
 def _ahead(
     rows: Iterator[Mapping[str, Any]], scorer: Scorer, chunk: int, truncate: bool
 ) -> Iterator[tuple[tuple[Mapping[str, Any], ...], list[ScoreResult]]]:
-    """Chunks with their results, in order, while the next ones are with the model."""
+    """Chunks with their results, in order; the next ones are being scored meanwhile."""
     waiting: deque[tuple[tuple[Mapping[str, Any], ...], Pending[list[ScoreResult]]]] = deque()
     while chunk_rows := tuple(islice(rows, chunk)):
         waiting.append((chunk_rows, score_rows(chunk_rows, scorer, truncate=truncate)))
@@ -146,16 +146,16 @@ def score_rows(rows: Sequence[Mapping[str, Any]], scorer: Scorer, *, truncate: b
 
 
 def row_item(row: Mapping[str, Any], *, truncate: bool = False) -> ScoreRequest | ScoreResult:
-    """What a row asks to be scored, by the columns of ``/v1/reward``'s items; its failed result where that is nothing."""
-    given: dict[str, Any] = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    """The request of a row, by the columns of ``/v1/reward``'s items; a failed result for a row that holds none."""
+    columns: dict[str, Any] = {name: row[name] for name in COLUMNS if row.get(name) is not None}
     try:
-        if "token_ids" in given:
-            given["token_ids"] = tuple(map(int, given["token_ids"]))
-        if "messages" in given:
-            given["messages"] = tuple(
-                {"role": str(turn["role"]), "content": str(turn["content"])} for turn in given["messages"]
+        if "token_ids" in columns:
+            columns["token_ids"] = tuple(map(int, columns["token_ids"]))
+        if "messages" in columns:
+            columns["messages"] = tuple(
+                {"role": str(turn["role"]), "content": str(turn["content"])} for turn in columns["messages"]
             )
-        return ScoreRequest(**given, truncate=truncate)
+        return ScoreRequest(**columns, truncate=truncate)
     except RequestError as error:
         return ScoreResult.failed(str(error))
     except (TypeError, ValueError, KeyError) as error:

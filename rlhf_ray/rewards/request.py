@@ -1,9 +1,7 @@
-"""What can be scored, and what comes back: defined once for PPO, the scoring backend and its clients.
+"""The request to score one item, and its result; PPO, the scoring backend and its clients share both.
 
-Always true: a request holds exactly one representation; a result holds finite numbers or an error, never both and never
-neither. Token ids are scored as they are. Text is tokenised as it stands, without adding or removing anything: special
-tokens are expected in it, unless it asks for the tokenizer's. Messages and a prompt with its response go through the
-reward model's own template.
+Invariants: a request holds exactly one representation of its item; a result holds finite numbers or an error, never both and
+never neither.
 """
 
 from __future__ import annotations
@@ -16,18 +14,22 @@ from typing import Literal
 from rlhf_ray.errors import RequestError, ScoringError
 
 Fault = Literal["item", "model", "source"]
-"""Why an item has no reward: it cannot be scored as it is; the model answered no number; the source failed, and may not
-fail when asked again."""
+"""Why an item has no reward. ``item``: it cannot be scored as it is. ``model``: the model gave no finite number.
+``source``: the source failed, and another attempt may not."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One item to score, in exactly one of four representations."""
+    """One item to score, in exactly one of four representations: ids, a text, a conversation, or a prompt and a response."""
 
     token_ids: tuple[int, ...] | None = None
+    """Scored as they are."""
     text: str | None = None
+    """Tokenised as it stands: special tokens are expected in it, unless ``add_special_tokens`` asks for the tokenizer's."""
     messages: tuple[Mapping[str, str], ...] | None = None
+    """Turns with ``role`` and ``content``, written by the reward model's own chat template."""
     prompt: str | None = None
+    """With ``response``, written by the same template; where the model has none, joined as in training."""
     response: str | None = None
     truncate: bool = False
     """Cut an over-long item from the left instead of refusing it; the result says so."""
@@ -37,10 +39,10 @@ class ScoreRequest:
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.response is None):
             raise RequestError("prompt and response go together: one of them is missing")
-        given = [name for name in ("token_ids", "text", "messages", "prompt") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = ", ".join(given) or "nothing"
-            raise RequestError(f"give exactly one of token_ids, text, messages, or prompt with response; found {found}")
+        present = [name for name in ("token_ids", "text", "messages", "prompt") if getattr(self, name) is not None]
+        if len(present) != 1:
+            names = ", ".join(present) or "nothing"
+            raise RequestError(f"give exactly one of token_ids, text, messages, or prompt with response; found {names}")
         if self.add_special_tokens and self.text is None:
             raise RequestError("add_special_tokens is for text: ids are scored as they are, a template adds its own")
         for name, text in self.texts():
@@ -52,7 +54,7 @@ class ScoreRequest:
                 ) from None
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Every text in it, with its name."""
+        """Every text of the item, with the name of the field that holds it."""
         for name, text in (("text", self.text), ("prompt", self.prompt), ("response", self.response)):
             if text is not None:
                 yield name, text
@@ -63,13 +65,18 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The score of one item: ``raw`` is the model's output, ``reward`` is after the source's normalisation."""
+    """The score of one item, or why it has none."""
 
     raw: float | None = None
+    """The model's output."""
     reward: float | None = None
+    """The same after the source's normalisation."""
     tokens: int = 0
+    """How many tokens went through the model."""
     truncated: bool = False
+    """Whether the item lost its beginning, because it was too long."""
     error: str | None = None
+    """A sentence that says why there is no reward."""
     fault: Fault | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +99,7 @@ class ScoreResult:
         return cls(tokens=tokens, error=error, fault=fault)
 
     def normalised(self, mean: float, std: float) -> ScoreResult:
-        """The same with ``reward = (raw - mean) / std``."""
+        """The result with ``reward = (raw - mean) / std``; a failed one stays as it is."""
         if self.raw is None:
             return self
         reward = (self.raw - mean) / std

@@ -1,7 +1,7 @@
-"""Where rewards come from, behind one protocol, and how long one that fails is asked again.
+"""The interface of everything that gives rewards, the reward model behind it, and how long a failed source is tried again.
 
-Always true: a source answers every sample with a value or an error, in order; nothing turns an error into a number; a
-source that failed as a whole has failed at every sample.
+Invariants: a source gives every sample a value or an error, in order; nothing turns an error into a number; a source that
+failed as a whole has failed at every sample.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ class RewardSource(Protocol):
     """Scores samples in order."""
 
     reads: str
-    """What it reads of a sample, in words."""
+    """What the source reads of a sample, in words, for the log."""
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
-        """One result a sample."""
+        """One result per sample, in order."""
 
 
 class Scorer(Protocol):
     """A reward model, wherever it runs (a group of ranks, in this process, over HTTP)."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
-        """One result a request, in order."""
+        """One result per request, in order."""
 
 
 class ModelSource:
     """A reward model's scores, normalised with the mean and deviation of its directory where asked.
 
-    Token ids pass as they were sampled only where both tokenizers are the same; else the text is rendered again, with the
-    reward model's own template.
+    Token ids pass as they were sampled where policy and reward model have the same tokenizer; otherwise the text is written
+    again with the reward model's own template.
     """
 
     def __init__(self, scorer: Scorer, *, same_tokenizer: bool, mean: float = 0.0, std: float = 1.0) -> None:
@@ -51,14 +51,14 @@ class ModelSource:
         self.reads = "the ids as sampled" if same_tokenizer else "text, tokenized again"
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
-        """One result a sample."""
+        """One result per sample, in order."""
         requests = [self.request(sample) for sample in samples]
         return self.scorer.score(requests).then(
             lambda results: [result.normalised(self.mean, self.std) for result in results]
         )
 
     def request(self, sample: TextSample) -> ScoreRequest:
-        """What the reward model is asked to score."""
+        """The request for one sample."""
         if self.same_tokenizer:
             return ScoreRequest(token_ids=sample.token_ids)
         if sample.messages is not None:
@@ -74,7 +74,7 @@ def score_or_hold(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[ScoreResult]:
-    """Score everything; what the source failed at is tried again for ``hold_s`` seconds, and then keeps its error."""
+    """Score everything; samples that the source failed at are tried again for ``hold_s`` seconds, and then keep their error."""
     results = _try(source, samples)
     failed = _to_try_again(range(len(results)), results)
     if failed and hold_s > 0:
@@ -98,7 +98,7 @@ def _to_try_again(positions: Iterable[int], results: Sequence[ScoreResult]) -> l
 
 
 def _try(source: RewardSource, samples: Sequence[TextSample]) -> list[ScoreResult]:
-    """Results of one attempt; a source that failed as a whole has failed at every sample."""
+    """Results of one attempt."""
     try:
         return source.score(samples).result()
     except ScoringError as error:

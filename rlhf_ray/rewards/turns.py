@@ -1,7 +1,7 @@
-"""The reward of each turn of a conversation, by a model that scores a conversation at its last answer.
+"""Scores each turn of a conversation with a model that scores a conversation at its last answer.
 
-Always true: a conversation has one result for each turn of the assistant, in order; a turn is scored with all that was said
-before it and nothing that came after; all turns of all conversations are asked for in one call.
+Invariants: a conversation gets one result per turn of the assistant, in order; a turn is scored with everything before it and
+nothing after it; all turns of all conversations are scored in one call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 
 Conversation = Sequence[Mapping[str, str]]
 Score = Callable[[Sequence[ScoreRequest]], Sequence[ScoreResult]]
-"""One result a request, in order: ``RewardClient.score``, for one."""
+"""Gives one result per request, in order, as ``RewardClient.score`` does."""
 
 
 def turn_requests(conversation: Conversation) -> list[ScoreRequest]:

@@ -1,7 +1,7 @@
-"""Reward functions that are part of the project: they compare an answer with the label of its prompt.
+"""Reward functions of this project that compare an answer with the label of its prompt.
 
-Always true: 1.0 for a right answer and 0.0 for any other; an answer that was cut off is never right; a prompt without a
-label is an error that names what is missing, never a 0.
+Invariants: a right answer gets 1.0 and any other 0.0; an answer that was cut off is never right; a prompt without a label is
+an error that says what is missing, never a 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from rlhf_ray.errors import ScoringError
 
 FINAL = "####"
-"""What stands before the final number of a worked answer (Cobbe et al. 2021)."""
+"""The mark before the final number of a worked answer (GSM8K, Cobbe et al. 2021, section 2)."""
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
@@ -42,7 +42,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def exact_match(responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]) -> list[float]:
-    """Whether the answer is the label, but for space around it."""
+    """Whether the answer equals the label, apart from space around both."""
     return [
         float(ended and response.strip() == _label(label).strip())
         for response, label, ended in zip(responses, labels, finished, strict=True)

@@ -1,7 +1,7 @@
-"""Who may ask: one token, or several named ones, for every route but the two that say whether the service is up.
+"""Access to the service: one token or several named ones open every route; two routes need none.
 
-Always true: a route that nobody thought of is closed; tokens are compared in constant time; a token never reaches a log; a
-token file that changed counts within a second, and one that cannot be read any more changes nothing.
+Invariants: a route that is not on the list of open ones is closed; tokens are compared in constant time; a token never
+reaches a log; a token file that changed counts within a second, and one that cannot be read any more changes nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.serving.refusals import Refusal, plain
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
+"""Routes that say whether the service is up, and nothing else."""
 SHORTEST_TOKEN = 16
 SECONDS_BETWEEN_LOOKS = 1.0
 KEY = "rlhf_ray.key"
-"""Where a request's scope names the key that opened it."""
+"""Under this name the scope of a request holds the name of the key that opened it."""
 
 Keys = Mapping[str, str]
-"""Names by their tokens."""
+"""Names of keys, by their tokens."""
 
 
 def read_tokens(path: str | None) -> Keys:
-    """Tokens of a file: one a line, ``name:token`` or bare; ``#`` begins a comment. No path means no token."""
+    """The tokens of a file in its order: one per line, ``name:token`` or bare; ``#`` begins a comment. No path, no tokens."""
     if path is None:
         return {}
     try:
@@ -43,15 +44,17 @@ def read_tokens(path: str | None) -> Keys:
     keys = {token: name or f"key {number}" for number, (name, _, token) in enumerate(pairs, 1)}
     short = [number for number, (_, _, token) in enumerate(pairs, 1) if len(token) < SHORTEST_TOKEN]
     if short or not keys:
-        what = f"token {short[0]} is shorter than {SHORTEST_TOKEN} characters" if short else "there is no token in it"
+        problem = (
+            f"token {short[0]} is shorter than {SHORTEST_TOKEN} characters" if short else "there is no token in it"
+        )
         raise RequestError(
-            f"token_file {path}: {what}; make one with: python -c 'import secrets; print(secrets.token_hex())'"
+            f"token_file {path}: {problem}; make one with: python -c 'import secrets; print(secrets.token_hex())'"
         )
     return keys
 
 
 class TokenFile:
-    """The keys of a file, read again when it changes."""
+    """The keys of a file, which is read again when it changes."""
 
     def __init__(self, path: str | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = None if path is None else Path(path).expanduser()
@@ -72,7 +75,7 @@ class TokenFile:
         try:
             self._keys = read_tokens(str(self._path))
         except RequestError as error:
-            get_logger("serving").warning("%s; the tokens of before still open", error)
+            get_logger("serving").warning("%s; the tokens read before stay valid", error)
             return
         get_logger("serving").info("token_file %s changed: %d keys open now", self._path, len(self._keys))
 
@@ -85,14 +88,14 @@ class TokenFile:
 
 
 def require_closed(host: str, tokens: Iterable[str]) -> None:
-    """Refuse to listen beyond this machine without a token."""
+    """Refuse to listen for other machines without a token."""
     if is_open_to_others(host) and not tuple(tokens):
         raise RequestError(f"host {host} is reachable from other machines, but no token is set: give token_file, or host "
                            "127.0.0.1")  # fmt: skip
 
 
 class TokenGate:
-    """ASGI middleware: lets a request through when its token is known, or none is set."""
+    """ASGI middleware that lets a request through when its token is known, or when no token is set."""
 
     def __init__(self, app: ASGIApp, keys: Callable[[], Keys], on_refusal: Callable[[str, Refusal], None]) -> None:
         self.app = app
@@ -117,9 +120,9 @@ class TokenGate:
             scope["type"] == "http" and scope["path"] in OPEN_ROUTES and scope["method"] in ("GET", "HEAD")
         ):
             return True
-        given = presented_token(Headers(scope=scope).get("authorization", ""))
-        # Every token is compared, so that the time says nothing about which one was near.
-        matches = [name for token, name in keys.items() if hmac.compare_digest(given, token.encode())]
+        presented = presented_token(Headers(scope=scope).get("authorization", ""))
+        # Every token is compared, so that the time does not tell which one was near.
+        matches = [name for token, name in keys.items() if hmac.compare_digest(presented, token.encode())]
         if matches:
             scope[KEY] = matches[0]
         return bool(matches)
@@ -139,7 +142,7 @@ def presented_token(authorization: str) -> bytes:
 
 
 class RateLimit:
-    """At most so many requests a minute of one key: a bucket that fills evenly."""
+    """A limit on the requests per minute of one key: a bucket of requests that fills evenly."""
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
@@ -147,7 +150,7 @@ class RateLimit:
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def spend(self, key: str) -> None:
-        """Count one request; raises the refusal where the key has none left."""
+        """Count one request; raises a :class:`Refusal` where the key has none left."""
         if self._per_minute is None:
             return
         now, full = self._clock(), float(self._per_minute)
@@ -155,5 +158,7 @@ class RateLimit:
         left = min(full, left + (now - since) * full / 60)
         if left < 1:
             self._buckets[key] = (left, now)
-            raise Refusal("rate_limited", f"this key may ask {self._per_minute} times a minute: ask again later")
+            raise Refusal(
+                "rate_limited", f"this key may send {self._per_minute} requests a minute: send the next one later"
+            )
         self._buckets[key] = (left - 1, now)

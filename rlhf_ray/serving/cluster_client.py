@@ -1,7 +1,7 @@
-"""A service of the same Ray cluster, asked by name and without HTTP.
+"""A client of a scoring service that runs on the same Ray cluster: by name and without HTTP.
 
-Always true: a call has a deadline and ends in values or in one typed error; its items are scored before those that come
-over HTTP.
+Invariants: a call has a deadline and ends in values or in one typed error; its items are scored before those that come over
+HTTP.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def find_service(service: str, *, timeout_s: float = CALL_TIMEOUT_S) -> RayRanks
 
 
 class ServedScorer:
-    """Scores with one model of a service; where :class:`rlhf_ray.rewards.ModelSource` wants a reward group, this will do."""
+    """Scores with one model of a service; it can take the place of a reward group in :class:`rlhf_ray.rewards.ModelSource`."""
 
     def __init__(self, service: str, model: str | None = None, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._gateway = find_service(service, timeout_s=timeout_s)
         self._model = model
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
-        """One result a request, in order."""
+        """One result per request, in order."""
         arguments = (list(requests), self._model)
         return self._gateway.call("score", [arguments]).then(lambda answers: list(answers[0]))
 

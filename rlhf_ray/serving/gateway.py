@@ -28,12 +28,10 @@ if TYPE_CHECKING:
 
 HEALTH_TIMEOUT_S = 60.0
 ACTOR_OPTIONS: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"scoring": 64, "control": 4}}
-"""Ray's own types do not know concurrency groups. Scores and control have threads of their own, so that a reload, which
-takes minutes, holds up no score."""
+"""Scores and control have threads of their own, so that a reload, which takes minutes, holds up no score."""
 Value = TypeVar("Value")
 
 
-@ray.remote(**ACTOR_OPTIONS)
 class Gateway:
     """Reward models of one service, at one port."""
 
@@ -146,3 +144,7 @@ class Gateway:
 
     def _in_loop(self, work: Coroutine[Any, Any, Value]) -> Value:
         return asyncio.run_coroutine_threadsafe(work, self.service.server.loop).result()
+
+
+GatewayActor: Any = ray.remote(**ACTOR_OPTIONS)(Gateway)
+"""The class as an actor: the types of Ray know neither concurrency groups nor the methods of an actor class."""

@@ -1,8 +1,8 @@
-"""What a caller is told when there is no answer: a status, a kind for programs and a sentence for people.
+"""Refusals: what a request without scores is answered, as a status, a kind for programs and a sentence for people.
 
-Always true: a kind has one status, whatever the protocol; what may pass is 503 with Retry-After (clients of other
-frameworks give up for good at any 4xx), and 429 only where one key is beyond its own limit; no sentence holds a text of
-the caller.
+Invariants: a kind has one status, whatever the protocol; what may pass is 503 with Retry-After, since clients of other
+frameworks give up for good at any 4xx, and 429 only where one key is beyond its own limit; no sentence holds a text of the
+caller.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "body_too_large": (413, "the body has more bytes than are read"),
     "too_many_items": (413, "the body has more items than one request may hold"),
     "compressed": (415, "the body is compressed"),
-    "wrong_body": (422, "a key is missing, or its value is not of the form asked for"),
+    "wrong_body": (422, "a key is missing, or its value is not of the form that it must have"),
     "unsupported": (422, "the body asks for what is not served"),
     "item": (422, "an item cannot be scored as it is: empty, too long, outside the vocabulary"),
-    "rate_limited": (429, "this key has asked for more than its share"),
+    "rate_limited": (429, "this key has sent more requests than its share"),
     "model": (500, "the model gave no finite number"),
     "server": (500, "the server failed"),
     "overloaded": (503, "the queue is full"),
@@ -38,7 +38,7 @@ RETRY_AFTER_S: Mapping[str, int] = {"rate_limited": 5, "overloaded": 1, "source"
 
 
 class Refusal(RequestError):
-    """A request that gets no scores."""
+    """Why a request gets no scores."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -48,17 +48,17 @@ class Refusal(RequestError):
 
 
 def plain(refusal: Refusal) -> Any:
-    """As this project's own routes say it."""
+    """The body of a refusal on this project's own routes."""
     return {"error": str(refusal), "kind": refusal.kind}
 
 
 def as_openai(refusal: Refusal) -> Any:
-    """As OpenAI's interface says it, and vLLM's."""
+    """The body of a refusal in the form of OpenAI's and vLLM's interfaces."""
     return {"error": {"message": str(refusal), "type": refusal.kind, "param": None, "code": refusal.status}}
 
 
 def as_tei(refusal: Refusal) -> Any:
-    """As text-embeddings-inference says it."""
+    """The body of a refusal in the form of text-embeddings-inference."""
     names = {"item": "Tokenizer", "overloaded": "Overloaded", "source": "Unhealthy"}
     default = "Validation" if refusal.status < 500 else "Backend"
     return {"error": str(refusal), "error_type": names.get(refusal.kind, default), "kind": refusal.kind}

@@ -1,8 +1,8 @@
-"""One ASGI app on one port, in a thread.
+"""A web server: one ASGI app on one port, in a thread of its own.
 
-Always true: the port is taken before anything slow begins, so that a taken one is an error at once; nothing listens before
+Invariants: the port is taken before anything slow begins, so that a port in use is an error at once; nothing listens before
 ``start``; after ``start`` the address answers; a connection whose headers do not arrive in time, or are too large, is closed;
-``stop`` lets what is being answered finish, for a while.
+``stop`` lets requests under way finish, for a while.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rlhf_ray.errors import RequestError, RlhfRayError
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
-"""Longer than clients keep an idle connection, so that they close it first and send into no closed one."""
+"""Longer than clients keep an idle connection: they close it first, and never send into one that the server closes."""
 MAX_HEADER_BYTES = 65_536
 START_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 10
 
 
 class HeaderDeadline(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which by itself waits for the rest of a request's headers for ever, and reads any number."""
+    """uvicorn's HTTP protocol with limits: by itself it waits for headers for ever, and reads any number of them."""
 
     def __init__(self, *arguments: Any, header_timeout_s: float, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -72,10 +72,10 @@ class HeaderDeadline(HttpToolsProtocol):
 
 
 class WebServer:
-    """A port, and what answers there."""
+    """A port and the server behind it."""
 
     loop: asyncio.AbstractEventLoop
-    """Where the app runs; there from ``start`` on."""
+    """The event loop that the app runs in, from ``start`` on."""
 
     def __init__(self, host: str, port: int, *, header_timeout_s: float = 10.0) -> None:
         self._header_timeout_s = header_timeout_s
@@ -96,9 +96,10 @@ class WebServer:
         self._thread: threading.Thread | None = None
 
     def start(self, app: ASGIApp) -> None:
-        """Answer with ``app`` from now on."""
+        """Answer with ``app`` from now on; returns when the address answers."""
         config = uvicorn.Config(
             app,
+            # uvicorn calls it to make a protocol, but its type asks for a class
             http=partial(HeaderDeadline, header_timeout_s=self._header_timeout_s),  # type: ignore[arg-type]
             log_level="warning",
             access_log=False,
@@ -123,12 +124,12 @@ class WebServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        assert self._server is not None, "made by start"
+        assert self._server is not None, "start sets it before this runs"
         self.loop = asyncio.get_running_loop()
         await self._server.serve(sockets=[self._socket])
 
     def stop(self) -> None:
-        """Answer no longer."""
+        """Let requests under way finish, then close the port."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join(FINISH_TIMEOUT_S + 5)

@@ -42,14 +42,14 @@ LIMIT_S = 120.0
 @contextmanager
 def gateway(model: Path, name: str) -> Iterator[str]:
     """A service on a Ray that this process starts and is a job of; its address."""
-    from rlhf_ray.serving.gateway import Gateway
+    from rlhf_ray.serving.gateway import GatewayActor
 
     role = ScoringRole(model=ModelConfig(path=str(model), dtype="fp32"), resources=ResourcesConfig(cpus_per_rank=0.2))
     cluster = ClusterConfig(num_cpus=1, object_store_mb=80)
     config = ServeConfig(kind="serve", run=RunConfig(name=name), cluster=cluster, reward=role, port=0)
     with Cluster(config.cluster, config.run, namespace=SERVICE_NAMESPACE):
         runtime = {"env_vars": environment.for_process()}
-        actor = Gateway.options(name=gateway_name(name), namespace=SERVICE_NAMESPACE, runtime_env=runtime).remote(
+        actor = GatewayActor.options(name=gateway_name(name), namespace=SERVICE_NAMESPACE, runtime_env=runtime).remote(
             config
         )
         service = find_service(name, timeout_s=LIMIT_S)

@@ -72,7 +72,7 @@ def test_an_answer_without_a_reward_is_an_error_not_a_zero(transport: httpx.ASGI
 @pytest.fixture
 def verl(transport: httpx.ASGITransport, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     """``verl(solution, extra_info, ...)`` as its reward loop calls."""
-    monkeypatch.setattr(adapters, "_shared", {(URL, None): adapters._Clients(URL, None, transport=transport)})
+    monkeypatch.setattr(adapters, "_shared_clients", {(URL, None): adapters._Clients(URL, None, transport=transport)})
 
     def call(solution: str, extra_info: Any, **options: Any) -> float:
         return asyncio.run(compute_score("gsm8k", solution, "42", extra_info, **options))

@@ -56,7 +56,7 @@ def test_the_gateway_loads_the_new_weights_into_replicas_of_the_same_kind(config
 
     loaded: list[RoleConfig] = []
 
-    class Reloading(Gateway.__ray_metadata__.modified_class):  # type: ignore[misc]
+    class Reloading(Gateway):
         """The gateway without its cluster."""
 
         def _replicas(self, name: str, role: RoleConfig) -> list[Any]:
