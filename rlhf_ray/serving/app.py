@@ -26,9 +26,10 @@ from rlhf_ray.serving.bodies import BodyReader
 from rlhf_ray.serving.callers import caller_of, request_identity, while_connected
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import ModelCatalog, ServedModel
-from rlhf_ray.serving.openapi import document, page
-from rlhf_ray.serving.protocol import Protocol, ScoredRequest
-from rlhf_ray.serving.protocols import PROTOCOLS
+from rlhf_ray.serving.protocols.openapi import document, page
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.registry import PROTOCOLS
+from rlhf_ray.serving.protocols.requests import ScoredRequest
 from rlhf_ray.serving.protocols.tei import info_keys
 from rlhf_ray.serving.refusals import Refusal, plain
 from rlhf_ray.serving.scoring import RequestScorer

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from rlhf_ray.serving.fields import type_name
+from rlhf_ray.serving.protocols.fields import type_name
 from rlhf_ray.serving.refusals import Refusal
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from rlhf_ray.serving.auth import KEY
-from rlhf_ray.serving.protocol import ParsedRequest
+from rlhf_ray.serving.protocols.requests import ParsedRequest
 
 IDENTITY = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What is given back as the identity of a request; anything else is replaced by one of ours."""

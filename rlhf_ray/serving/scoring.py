@@ -14,7 +14,7 @@ from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.rewards.batcher import OverloadedError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.models import ModelCatalog, ModelVersion
-from rlhf_ray.serving.protocol import ParsedRequest, ScoredRequest
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import Refusal
 
 

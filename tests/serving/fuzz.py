@@ -38,7 +38,7 @@ from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.backend import GroupBackend
-from rlhf_ray.serving.protocols import PROTOCOLS
+from rlhf_ray.serving.protocols.registry import PROTOCOLS
 from rlhf_ray.serving.refusals import KINDS
 
 from . import openapi_requests

@@ -9,10 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from rlhf_ray.serving.fields import Body
-from rlhf_ray.serving.openapi import request_schema
-from rlhf_ray.serving.protocol import Protocol
-from rlhf_ray.serving.protocols import PROTOCOLS
+from rlhf_ray.serving.protocols.fields import Body
+from rlhf_ray.serving.protocols.openapi import request_schema
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.registry import PROTOCOLS
 from rlhf_ray.serving.refusals import Refusal
 
 from .fuzz import Sender

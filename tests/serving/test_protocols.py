@@ -19,9 +19,9 @@ from starlette.applications import Starlette
 
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.openapi import OPERATING
-from rlhf_ray.serving.protocol import sigmoid
-from rlhf_ray.serving.protocols import PROTOCOLS
+from rlhf_ray.serving.protocols.openapi import OPERATING
+from rlhf_ray.serving.protocols.registry import PROTOCOLS
+from rlhf_ray.serving.protocols.requests import sigmoid
 from rlhf_ray.serving.refusals import KINDS
 
 from .services import Lengths, service

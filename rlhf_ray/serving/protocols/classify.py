@@ -14,9 +14,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from rlhf_ray.serving.fields import Only
-from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+from rlhf_ray.serving.protocols.fields import Only
 from rlhf_ray.serving.protocols.inputs import InputBody, Listing, listing
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import as_openai
 
 LABEL = "LABEL_0"

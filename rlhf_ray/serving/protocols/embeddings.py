@@ -6,10 +6,11 @@ from typing import Annotated, ClassVar
 
 from typing_extensions import TypedDict
 
-from rlhf_ray.serving.fields import Only
-from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
 from rlhf_ray.serving.protocols.classify import EncodedBody, WrittenScore
+from rlhf_ray.serving.protocols.fields import Only
 from rlhf_ray.serving.protocols.inputs import Listing, listing
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import as_openai
 
 

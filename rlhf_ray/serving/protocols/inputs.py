@@ -14,7 +14,7 @@ from pydantic import Field, Tag
 from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.fields import (
+from rlhf_ray.serving.protocols.fields import (
     AsIds,
     AsList,
     AsText,
@@ -28,7 +28,7 @@ from rlhf_ray.serving.fields import (
     one_of,
     type_name,
 )
-from rlhf_ray.serving.protocol import ParsedRequest, ScoredRequest, Usage
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest, Usage
 from rlhf_ray.serving.refusals import Refusal
 
 INPUT = "a text, texts, token ids or lists of them"

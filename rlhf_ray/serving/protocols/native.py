@@ -9,8 +9,9 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import Fault, ScoreRequest, ScoreResult
-from rlhf_ray.serving.fields import Body, Conversation, TokenIds, explain, type_name
-from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+from rlhf_ray.serving.protocols.fields import Body, Conversation, TokenIds, explain, type_name
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 
 
 @with_config(ConfigDict(strict=True, extra="forbid"))

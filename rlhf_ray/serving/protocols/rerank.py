@@ -13,10 +13,11 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.fields import Document, Texts, Unserved, make_item
-from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
 from rlhf_ray.serving.protocols import tei
+from rlhf_ray.serving.protocols.fields import Document, Texts, Unserved, make_item
 from rlhf_ray.serving.protocols.inputs import TEMPLATE, CommonBody, Listing, listing
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import Refusal, as_openai, as_tei
 
 NOT_CUT = "parts of a pair are not cut"

@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, Tag
 
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.fields import AsList, AsText, Body, Conversation, make_item, one_of
-from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+from rlhf_ray.serving.protocols.fields import AsList, AsText, Body, Conversation, make_item, one_of
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 
 PROMPT = "a text or a conversation"
 

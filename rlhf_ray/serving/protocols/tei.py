@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.fields import AsList, AsPair, AsText, Body, JsonList, make_item, one_of
-from rlhf_ray.serving.protocol import ParsedRequest, Protocol, ScoredRequest
+from rlhf_ray.serving.protocols.fields import AsList, AsPair, AsText, Body, JsonList, make_item, one_of
+from rlhf_ray.serving.protocols.protocol import Protocol
+from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import Refusal, as_tei
 
 LABEL = "LABEL_0"

@@ -16,7 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from rlhf_ray import __version__
-from rlhf_ray.serving.protocol import Protocol
+from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.refusals import KINDS
 
 OPERATING: Mapping[str, tuple[str, str | None]] = {

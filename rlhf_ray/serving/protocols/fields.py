@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.protocol import ParsedRequest
+from rlhf_ray.serving.protocols.requests import ParsedRequest
 from rlhf_ray.serving.refusals import KINDS, Refusal
 
 JSON_TYPES: Mapping[str, str] = {

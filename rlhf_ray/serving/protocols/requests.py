@@ -1,23 +1,19 @@
-"""What every protocol is: a pure translation from a body to items, and from their results to an answer.
+"""What a protocol reads from a body, and the results that it answers.
 
-Invariants: a protocol sees neither the network nor the model; every number in its answer comes from a result that has one,
-since a request with an item that cannot be scored is refused before (unless the answer has a place for errors).
+Invariants: every number of an answer comes from a result that has one, since a request with an item that cannot be scored is
+refused before (unless the answer has a place for errors).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.refusals import Refusal, plain
-
-if TYPE_CHECKING:
-    from rlhf_ray.serving.fields import Body
 
 
 class Usage(TypedDict):
@@ -73,25 +69,6 @@ class ParsedRequest:
     reports_errors: bool = False
     """Whether the answer has a place for an item without a score."""
     request_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """One interface that callers know."""
-
-    name: str
-    paths: tuple[str, ...]
-    summary: str
-    bodies: tuple[type[Body], ...]
-    """The forms that a body may have; the first one that claims a body reads it."""
-    answer: Any
-    """The type of its answers, from which their JSON schema is made."""
-    refuse: Callable[[Refusal], Any] = plain
-    """Makes the body of an answer without scores."""
-
-    def read(self, values: Mapping[str, Any]) -> ParsedRequest:
-        """The items of a body; raises a :class:`Refusal` for a body that is not of the protocol's form."""
-        return next(form for form in self.bodies if form.claims(values)).read(values)
 
 
 def sigmoid(number: float) -> float:
