@@ -83,7 +83,7 @@ class ScoringApp:
         span.stage("read")
         self.rate.spend(caller_of(http))
         self.catalog.refuse_when_full()
-        request = protocol.read(await self.bodies.json(http))
+        request = protocol.read(await self.bodies.json(http), max_items=self.scorer.max_items)
         read = time.monotonic()
         span.stage("queue")
         scored = await while_connected(

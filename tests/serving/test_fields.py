@@ -86,6 +86,28 @@ def test_a_list_is_read_only_up_to_its_first_error() -> None:
         assert error["loc"][0] == key
 
 
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("reward", {"items": [{}] * 6}),
+        ("openrlhf", {"query": [5] * 6}),
+        ("classify", {"input": [{}] * 6}),
+        ("score", {"text_1": "a", "text_2": [5] * 6}),
+        ("rerank", {"query": "a", "documents": [5] * 6}),
+        ("predict", {"inputs": [[]] * 6}),
+        ("rerank_or_tei", {"query": "a", "texts": [5] * 6}),
+    ],
+)
+def test_too_many_items_are_refused_before_any_of_them_is_read(name: str, body: dict[str, Any]) -> None:
+    with pytest.raises(Refusal) as caught:
+        by_name(name).read(body, max_items=5)
+    assert (caught.value.status, str(caught.value)) == (413, "6 items in one request, the limit is 5")
+
+
+def test_token_ids_are_one_item_however_many() -> None:
+    assert len(by_name("classify").read({"input": [5] * 6}, max_items=5).items) == 1
+
+
 def _errors(form: type[Body], values: dict[str, Any]) -> list[Any]:
     from pydantic import ValidationError
 

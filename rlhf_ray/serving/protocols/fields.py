@@ -2,7 +2,8 @@
 
 Invariants: a value must have the JSON type that its field declares, and nothing is converted; a key that is no field is
 ignored; an error names the key, what its value must be and the type of what was sent, but never the value, which may be
-a caller's text; a list is read only up to its first error, so that hostile bodies cost no more than good ones.
+a caller's text; a list is read only up to its first error, and a list of too many items not at all, so that hostile bodies
+cost no more than good ones.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     Tag,
     ValidationError,
+    ValidationInfo,
     with_config,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -63,10 +65,10 @@ class Body(BaseModel):
         return True
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> ParsedRequest:
+    def read(cls, values: Mapping[str, Any], *, max_items: int | None = None) -> ParsedRequest:
         """The items of a body and how they are answered; raises a :class:`Refusal` for a body that is not of this form."""
         try:
-            body = cls.model_validate(values)
+            body = cls.model_validate(values, context=max_items)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise Refusal(*explain(first, cls)) from None  # pydantic's own error holds the value
@@ -81,6 +83,8 @@ def explain(error: ErrorDetails, form: type[Body] | None = None) -> tuple[str, s
     """The kind and the sentence of a refusal; a field of ``form`` is called by its title."""
     location = [part for part in error["loc"] if not str(part).startswith(BRANCH)]
     name = " ".join(map(str, location))
+    if error["type"] == "too_many_items":
+        return error["type"], error["msg"]
     if error["type"] in KINDS:  # an error of ours, see below
         return error["type"], f"{name} {error['msg']}"
     title = form.model_fields[str(location[0])].title if form is not None and len(location) == 1 else None
@@ -153,11 +157,25 @@ class Only:
 class JsonList:
     """Marks a list or a tuple that is read from a JSON list, up to the first element that is wrong."""
 
+    of_items: bool = False
+    """Whether each element is an item: a list of more items than one request may hold is refused before it is read."""
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = cast("core_schema.ListSchema | core_schema.TupleSchema", handler(source))
         schema["strict"] = False  # a JSON list may become a tuple; the elements stay as strict as the body
         schema["fail_fast"] = True
-        return schema
+        return core_schema.with_info_before_validator_function(_refuse_many, schema) if self.of_items else schema
+
+
+def _refuse_many(value: Any, info: ValidationInfo[int | None]) -> Any:
+    """Refuse a list that is longer than the context of the validation, the number of items that a request may hold."""
+    if isinstance(value, list) and info.context is not None and len(value) > info.context:
+        raise PydanticCustomError(
+            "too_many_items",
+            "{count} items in one request, the limit is {limit}",
+            {"count": len(value), "limit": info.context},
+        )
+    return value
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
@@ -189,7 +207,7 @@ def _as_list(value: Any) -> Any:
 _Text = Annotated[str, BeforeValidator(_text_of_document, json_schema_input_type=str | Document)]
 Texts = Annotated[
     tuple[_Text, ...],
-    JsonList(),
+    JsonList(of_items=True),
     BeforeValidator(_as_list, json_schema_input_type=str | Document | list[str | Document]),
 ]
 """A text or a list of texts; each may also be an object with the text ``text``."""

@@ -53,7 +53,7 @@ OneInput = Annotated[
     one_of(_branch_of_one, "a text or token ids"),
 ]
 Input = Annotated[
-    Annotated[str, AsText] | Annotated[TokenIds, AsIds] | Annotated[list[OneInput], JsonList(), AsList],
+    Annotated[str, AsText] | Annotated[TokenIds, AsIds] | Annotated[list[OneInput], JsonList(of_items=True), AsList],
     one_of(_branch_of_input, INPUT),
 ]
 

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import Fault, ScoreRequest, ScoreResult
-from rlhf_ray.serving.protocols.fields import Body, Conversation, TokenIds, explain, type_name
+from rlhf_ray.serving.protocols.fields import Body, Conversation, JsonList, TokenIds, explain, type_name
 from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 
@@ -50,7 +50,7 @@ def _read_item(value: Any, validate: ValidatorFunctionWrapHandler) -> ScoreReque
 class RewardBody(Body):
     """The body of ``/v1/reward``; an item that is not well formed fails alone."""
 
-    items: Annotated[list[Annotated[Item, WrapValidator(_read_item)]], Field(title="a list")]
+    items: Annotated[list[Annotated[Item, WrapValidator(_read_item)]], JsonList(of_items=True), Field(title="a list")]
     model: str | None = None
     example: ClassVar = {
         "items": [{"prompt": "why? ", "response": "because."}, {"token_ids": [1, 5, 6], "truncate": True}]

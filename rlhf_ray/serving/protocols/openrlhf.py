@@ -31,7 +31,7 @@ class GetRewardBody(Body):
 
     query: Annotated[
         tuple[str, ...],
-        JsonList(),
+        JsonList(of_items=True),
         Field(title="a list of texts", description="whole texts with their special tokens in them"),
     ]
     prompts: Unread = None

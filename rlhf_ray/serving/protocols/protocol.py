@@ -28,6 +28,6 @@ class Protocol:
     refuse: Callable[[Refusal], Any] = plain
     """Makes the body of an answer without scores."""
 
-    def read(self, values: Mapping[str, Any]) -> ParsedRequest:
-        """The items of a body; raises a :class:`Refusal` for a body that is not of the protocol's form."""
-        return next(form for form in self.bodies if form.claims(values)).read(values)
+    def read(self, values: Mapping[str, Any], *, max_items: int | None = None) -> ParsedRequest:
+        """The items of a body; raises a :class:`Refusal` for a body that is not of the protocol's form, or has too many."""
+        return next(form for form in self.bodies if form.claims(values)).read(values, max_items=max_items)

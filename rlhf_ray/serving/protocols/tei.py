@@ -83,7 +83,9 @@ class PredictBody(TeiBody):
     """The body of ``/predict``."""
 
     inputs: Annotated[
-        Annotated[str, AsText] | Annotated[OneOrTwo, AsPair] | Annotated[list[OneOrTwo], JsonList(), AsList],
+        Annotated[str, AsText]
+        | Annotated[OneOrTwo, AsPair]
+        | Annotated[list[OneOrTwo], JsonList(of_items=True), AsList],
         one_of(_branch, INPUTS),
         Field(title=INPUTS),
     ]
@@ -107,7 +109,7 @@ class RerankBody(TeiBody):
     """The body of ``/rerank``: ``texts``, each an answer to ``query``."""
 
     query: Annotated[str, Field(title="a text")]
-    texts: Annotated[tuple[str, ...], JsonList(), Field(title="a list of texts")]
+    texts: Annotated[tuple[str, ...], JsonList(of_items=True), Field(title="a list of texts")]
     return_text: Annotated[bool | None, Field(description="whether the answer holds the texts; false by default")] = (
         None
     )
