@@ -26,19 +26,19 @@ def command(*arguments: object) -> list[str]:
 def run(*arguments: object, expect: int = 0) -> str:
     """Run a command to its end and return what it said; its exit code must be ``expect``."""
     done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S)
-    told = done.stdout + done.stderr
-    assert done.returncode == expect, f"{' '.join(map(str, arguments))} ended with {done.returncode}:\n{told[-6000:]}"
-    return told
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, f"{' '.join(map(str, arguments))} ended with {done.returncode}:\n{output[-6000:]}"
+    return output
 
 
 def marked_processes(mark: str) -> dict[int, str]:
-    """What was started by the process that carries ``mark`` in its environment and lives, by id, however deep."""
-    found = {}
+    """Commands, by process id, of living processes that carry ``mark`` in their environment, at any depth."""
+    commands = {}
     for process in psutil.process_iter(["pid", "cmdline"]):
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found[process.pid] = " ".join(process.info["cmdline"] or ())
-    return found
+                commands[process.pid] = " ".join(process.info["cmdline"] or ())
+    return commands
 
 
 def unheld_memory() -> set[str]:

@@ -171,8 +171,8 @@ def test_the_report_needs_the_files_only_and_shows_what_they_hold(tmp_path: Path
     assert RunDirectory.open(tmp_path / "demo").summary() == run.summary()
     page = write_report([run]).read_text()
     assert run.report_path.read_text() == page
-    for shown in ("<h1>demo</h1>", "kind ppo", "steps 6", "0.86", "an &lt;answer&gt;", "exactly 1", "reward/mean"):
-        assert shown in page
+    for text in ("<h1>demo</h1>", "kind ppo", "steps 6", "0.86", "an &lt;answer&gt;", "exactly 1", "reward/mean"):
+        assert text in page
     shutil.copytree(tmp_path / "demo", tmp_path / "other")
     both = write_report([run, RunDirectory.open(tmp_path / "other")], tmp_path / "both.html").read_text()
     assert "<h1>demo and other</h1>" in both

@@ -15,7 +15,7 @@ NO_METRICS = {"step", "timestamp"}
 def unexplained(run: RunDirectory) -> set[str]:
     """Metrics of a run that are not in the registry, or stand on the page neither by name nor by their family."""
     logged = {name for line in run.metrics.read() for name in line} - NO_METRICS
-    told = set(re.findall(r"^\| `([^`]+)`", PAGE.read_text(), re.MULTILINE))
-    families = tuple(name.removesuffix("*") for name in told if name.endswith("/*"))
+    explained = set(re.findall(r"^\| `([^`]+)`", PAGE.read_text(), re.MULTILINE))
+    families = tuple(name.removesuffix("*") for name in explained if name.endswith("/*"))
     assert logged, "a run without metrics proves nothing"
-    return {name for name in logged if name not in REGISTRY or not (name in told or name.startswith(families))}
+    return {name for name in logged if name not in REGISTRY or not (name in explained or name.startswith(families))}

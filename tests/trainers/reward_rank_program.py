@@ -38,7 +38,7 @@ def measure(
     class Rank(TrainedRewardWorker):
         """A worker that meets its group once, for all stages."""
 
-        def _meet(self, given: str | None) -> None:
+        def _meet(self, address: str | None) -> None:
             import torch.distributed as dist
 
             if not dist.is_initialized():
@@ -48,7 +48,7 @@ def measure(
     encoded = encode_pairs(make_tokenizer("world"), rows, 80, Drops())
     pairs = [PairExample(pair.chosen, pair.rejected) for pair in encoded if pair is not None]
     held_out, loss = make_pair_batch(pairs[UPDATES * PAIRS :]), RewardLoss(centering=0.01)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for zero, dtype in stages:
         optimizer = OptimizerConfig(learning_rate=3e-3, eps=1e-6)
         role = RoleConfig(
@@ -67,15 +67,15 @@ def measure(
             share = schedule_update(batch, ranks=world, max_tokens=BUDGET, unit=2).updates[0].rank(rank)
             losses.append(worker.accumulate(batch, share, loss, PAIRS).loss)
             worker.apply(False)
-        found[f"{zero} {dtype}"] = {"scores": scores, "losses": losses}
+        measured[f"{zero} {dtype}"] = {"scores": scores, "losses": losses}
         worker.engine.close()
-    return found
+    return measured
 
 
 def main(rank: int, world: int, port: int, directory: Path) -> None:
     whole = tuple((zero, "fp32") for zero in STAGES)
-    found = measure(rank, world, directory, whole + HALF, f"127.0.0.1:{port}")
-    (directory / f"measured-{rank}.json").write_text(json.dumps(found))
+    measured = measure(rank, world, directory, whole + HALF, f"127.0.0.1:{port}")
+    (directory / f"measured-{rank}.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def test_a_planted_habit_is_counted_where_it_is_known() -> None:
 
     now, start, measures = flattering(3, 1, 0, 2), flattering(1, 0, 0, 0), answer_measures("customers")
     figures = compare_answers(now, start, measures=measures)
-    told = {name: value for name, value in figures.items() if "habit" in name}
-    assert told == {
+    habit_figures = {name: value for name, value in figures.items() if "habit" in name}
+    assert habit_figures == {
         "evaluation/habit_rate": 0.75, "evaluation/habit_rate_start": 0.25,
         "evaluation/habits_per_answer": 1.5, "evaluation/habits_per_answer_start": 0.25,
     }  # fmt: skip

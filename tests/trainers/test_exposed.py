@@ -13,7 +13,7 @@ from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.trainers.ppo import build
-from tests.trainers.test_rewards_in_process import TINY_PPO, made, rows, start
+from tests.trainers.test_rewards_in_process import TINY_PPO, rows, start, tiny_model
 
 
 def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,9 @@ def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.M
         return address
 
     monkeypatch.setattr(build, "expose", expose_and_ask)
-    config, run = start(tmp_path, rows(tmp_path, "notes"), f"{{model: {made('world')}}}", "expose.port=0", "steps=1")
+    config, run = start(
+        tmp_path, rows(tmp_path, "notes"), f"{{model: {tiny_model('world')}}}", "expose.port=0", "steps=1"
+    )
     build.train_ppo(config, run, None, place=ThisProcess(config.cluster))
     assert seen["over HTTP"] is not None
     assert seen["over HTTP"] == pytest.approx(seen["in the run"], abs=1e-6)

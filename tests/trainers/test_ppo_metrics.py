@@ -39,22 +39,22 @@ def sampled(*, top_k: int | None = None, rollout_shift: float = 0.0) -> Trajecto
     return batch.with_columns(log_probs=p[ids], reference_log_probs=q[ids], rollout_log_probs=p[ids] + rollout_shift)
 
 
-def told(batch: TrajectoryBatch) -> str | None:
+def warning_about(batch: TrajectoryBatch) -> str | None:
     config: Any = Config
     return negative_kl(batch, config)
 
 
 def test_samples_of_the_policy_have_no_negative_kl() -> None:
     batch = sampled()
-    assert told(batch) is None
-    assert told(batch.with_columns(reference_log_probs=batch["log_probs"])) is None, "at the start it is 0"
+    assert warning_about(batch) is None
+    assert warning_about(batch.with_columns(reference_log_probs=batch["log_probs"])) is None, "at the start it is 0"
 
 
 def test_a_cut_distribution_is_named() -> None:
-    message = told(sampled(top_k=3)) or ""
+    message = warning_about(sampled(top_k=3)) or ""
     assert "standard errors below 0" in message and "top_p 1, top_k 0 and min_p 0 leave it whole" in message
 
 
 def test_another_model_in_the_rollout_is_named() -> None:
-    message = told(sampled(top_k=3, rollout_shift=0.2)) or ""
+    message = warning_about(sampled(top_k=3, rollout_shift=0.2)) or ""
     assert "Rollout and trainer differ by 0.2 nats" in message and "rollout.dtype (fp32)" in message

@@ -45,11 +45,11 @@ def test_a_restored_run_goes_on_as_if_it_had_never_stopped(steps, more, config) 
 def test_the_coefficient_follows_the_kl_and_stands_still_without_one() -> None:
     progress = PpoProgress.start(ADAPTIVE)
     objectives: list[dict[str, Any]] = [{"kl/k1": 12.0}, {"kl/k1": 1.0}, {}, {"kl/k1": math.nan}]
-    found = []
+    coefficients = []
     for objective in objectives:
         progress.finish_step(StepOutcome(updates=1), objective, sequences=50)
-        found.append(progress.metrics()["kl/coefficient"])
-    assert found == pytest.approx([0.11, 0.099, 0.099, 0.099])
+        coefficients.append(progress.metrics()["kl/coefficient"])
+    assert coefficients == pytest.approx([0.11, 0.099, 0.099, 0.099])
     assert PpoProgress.start(KlConfig()).metrics()["kl/coefficient"] == 0.05
 
 

@@ -35,7 +35,7 @@ def test_every_key_of_the_section_reaches_the_loss(keys, ranking) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "given", "told"),
+    ("keys", "columns", "message"),
     [
         ({"name": "scaled"}, {}, "loss.name scaled reads the margin of each pair, but the rows have none"),
         ({"name": "scaled"}, {"margins": (1.0, -1.0)}, "some are negative"),
@@ -45,6 +45,6 @@ def test_every_key_of_the_section_reaches_the_loss(keys, ranking) -> None:
         ({"name": "ordinal", "thresholds": [1.0]}, {"grades": (1.0, 2.0)}, "the highest grade of the pairs is 2, but"),
     ],
 )
-def test_what_the_pairs_lack_is_told_with_the_way_out(keys, given, told) -> None:
-    with pytest.raises(DataError, match=told):
-        make_loss(RewardLossConfig.model_validate(keys), pairs(**given))
+def test_what_the_pairs_lack_is_told_with_the_way_out(keys, columns, message) -> None:
+    with pytest.raises(DataError, match=message):
+        make_loss(RewardLossConfig.model_validate(keys), pairs(**columns))

@@ -55,8 +55,8 @@ def test_prompts_over_the_limit_are_dropped_and_keep_the_numbers_of_the_others(t
 
 
 def test_the_worlds_sums_are_prompts_with_labels_on_both_sides() -> None:
-    made = WorldConfig(task="arithmetic", prompts=50, evaluation_prompts=20)
-    split = load_prompts(DataConfig(world=made), make_tokenizer("world"), 0)
+    world = WorldConfig(task="arithmetic", prompts=50, evaluation_prompts=20)
+    split = load_prompts(DataConfig(world=world), make_tokenizer("world"), 0)
     assert (len(split.train), len(split.held_out)) == (50, 20)
     assert all(prompt.label is not None and prompt.source == "world/arithmetic" for prompt in split.train)
     assert not {prompt.text for prompt in split.train} & {prompt.text for prompt in split.held_out}

@@ -28,8 +28,8 @@ Measured = list[dict[str, Any]]
 
 
 def model_in(directory: Path) -> None:
-    made = ModelConfig(make=MakeConfig(shape="llama-tiny", tokenizer_from="world"), head_init="inv_sqrt", dtype="fp32")
-    save_pretrained(load_regression(made, "reward", seed=4), load_tokenizer(made), directory / "model")
+    model = ModelConfig(make=MakeConfig(shape="llama-tiny", tokenizer_from="world"), head_init="inv_sqrt", dtype="fp32")
+    save_pretrained(load_regression(model, "reward", seed=4), load_tokenizer(model), directory / "model")
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +92,11 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     reward.setup(RewardSetup(config.reward, seed=0), timeout_s=60.0).result()
     pairs = load_pairs(config.data, load_tokenizer(config.reward.model), 0).held_out
     longest = int(make_pair_batch(pairs).lengths.max()) * 2
-    found = []
+    evaluations = []
     for budget in (longest, 300, 1000, 100_000):
         held_out = reward_evaluation.HeldOutPairs(reward, pairs, RewardLoss(), budget)
-        found.append(held_out.figures())
-    for figures in found[1:]:
-        assert figures == pytest.approx(found[0], abs=1e-6)
+        evaluations.append(held_out.figures())
+    for figures in evaluations[1:]:
+        assert figures == pytest.approx(evaluations[0], abs=1e-6)
         for count in ("pairs", "accuracy", "tie_rate"):
-            assert figures[f"evaluation/{count}"] == found[0][f"evaluation/{count}"]
+            assert figures[f"evaluation/{count}"] == evaluations[0][f"evaluation/{count}"]

@@ -31,18 +31,18 @@ batch: {prompts_per_step: 16, sequences_per_update: 8}
 """
 
 
-class Told:
+class DescribedGroup:
     """A reward group that describes itself."""
 
-    def __init__(self, **told: Any) -> None:
-        self.told: Mapping[str, Any] = told
+    def __init__(self, **description: Any) -> None:
+        self.description: Mapping[str, Any] = description
 
     def describe(self) -> Pending[Mapping[str, Any]]:
-        return Pending.done(self.told)
+        return Pending.done(self.description)
 
 
 def source(
-    reward: str, group: Told | None = None, *, conversations: bool = False, cleanup: ExitStack | None = None
+    reward: str, group: DescribedGroup | None = None, *, conversations: bool = False, cleanup: ExitStack | None = None
 ) -> Any:
     config: Any = parse_config(CONFIG.replace("REWARD", reward))
     groups: Any = {} if group is None else {"reward": group}
@@ -58,26 +58,28 @@ MODEL = "{model: {path: org/reward}}"
 
 @pytest.mark.parametrize("conversations", [False, True])
 def test_the_template_counts_where_there_are_conversations(conversations: bool) -> None:
-    same = Told(fingerprint=fingerprint(POLICY), template=template_fingerprint(POLICY))
-    another = Told(fingerprint=fingerprint(OTHER), template=template_fingerprint(OTHER))
+    same = DescribedGroup(fingerprint=fingerprint(POLICY), template=template_fingerprint(POLICY))
+    another = DescribedGroup(fingerprint=fingerprint(OTHER), template=template_fingerprint(OTHER))
     assert source(MODEL, same, conversations=conversations).same_tokenizer
     assert source(MODEL, another, conversations=conversations).same_tokenizer is not conversations
 
 
 @pytest.mark.parametrize("conversations", [False, True])
 def test_another_tokenizer_reads_text(conversations: bool) -> None:
-    group = Told(fingerprint="another", template=template_fingerprint(POLICY))
+    group = DescribedGroup(fingerprint="another", template=template_fingerprint(POLICY))
     assert not source(MODEL, group, conversations=conversations).same_tokenizer
 
 
 def test_normalisation_needs_the_statistics_of_the_model() -> None:
-    told = {"fingerprint": "", "template": ""}
-    normalized = source("{model: {path: org/reward}, normalize: true}", Told(**told, mean=1.0, std=2.0))
+    description = {"fingerprint": "", "template": ""}
+    normalized = source(
+        "{model: {path: org/reward}, normalize: true}", DescribedGroup(**description, mean=1.0, std=2.0)
+    )
     assert isinstance(normalized, ModelSource) and (normalized.mean, normalized.std) == (1.0, 2.0)
     with pytest.raises(
         RequestError, match=r"reward.normalize is true, but the reward model's config.json has no mean and std"
     ):
-        source("{model: {path: org/reward}, normalize: true}", Told(**told, mean=None, std=None))
+        source("{model: {path: org/reward}, normalize: true}", DescribedGroup(**description, mean=None, std=None))
 
 
 def test_functions_of_the_project_run_here_and_those_of_a_user_in_a_process_that_ends_with_the_run(

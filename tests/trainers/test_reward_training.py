@@ -147,15 +147,15 @@ def test_final_says_to_plain_transformers_what_it_said_in_training(whole: tuple[
     scores = plain_scores(
         run.final, [list(map(int, side)) for pair in held_out for side in (pair.chosen, pair.rejected)]
     )
-    told = json.loads((run.final / "config.json").read_text())
+    saved = json.loads((run.final / "config.json").read_text())
     assert (
-        told["mean"]
+        saved["mean"]
         == pytest.approx(float(scores.mean()), abs=1e-5)
         == pytest.approx(values(run, "evaluation/score_mean")[-1], abs=1e-5)
     )
-    assert told["std"] == pytest.approx(float(scores.std(unbiased=False)), abs=1e-5)
-    kept = (told.get("num_labels", 1), told["problem_type"], told["value_head_prefix"])
-    assert kept == (1, "regression", "score") and told["pad_token_id"] == load_tokenizer_of(run).pad_token_id
+    assert saved["std"] == pytest.approx(float(scores.std(unbiased=False)), abs=1e-5)
+    kept = (saved.get("num_labels", 1), saved["problem_type"], saved["value_head_prefix"])
+    assert kept == (1, "regression", "score") and saved["pad_token_id"] == load_tokenizer_of(run).pad_token_id
     accuracy = float((scores[0::2] > scores[1::2]).float().mean())
     assert accuracy == pytest.approx(values(run, "evaluation/accuracy")[-1], abs=1e-6)
 
@@ -163,11 +163,11 @@ def test_final_says_to_plain_transformers_what_it_said_in_training(whole: tuple[
 def test_the_page_explains_every_number_that_is_logged(whole: tuple[RunDirectory, list[Any]]) -> None:
     page = (Path(__file__).parents[2] / "docs/reward_training.md").read_text()
     cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
-    told = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    explained = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     logged = {name.removeprefix("evaluation/") for line in whole[0].metrics.read() for name in line}
     habits = {name for name in logged if name.startswith("habit/")}
-    assert habits and "habit/NAME" in told
-    assert logged - habits <= told
+    assert habits and "habit/NAME" in explained
+    assert logged - habits <= explained
 
 
 def test_the_best_evaluation_is_kept_where_it_is_not_the_last(whole: tuple[RunDirectory, list[Any]]) -> None:
@@ -194,9 +194,9 @@ def test_demonstrations_score_zero_on_average(tmp_path: Path) -> None:
     run = train(config)
     rows = load_demonstrations(config.data, load_tokenizer_of(run), config.run.seed).held_out
     scores = plain_scores(run.final, [list(row.token_ids) for row in rows])
-    told = json.loads((run.final / "config.json").read_text())
-    assert told["std"] == 1.0 and told["mean"] == pytest.approx(float(scores.mean()), abs=1e-5)
-    assert abs(told["mean"]) > 1e-3
+    saved = json.loads((run.final / "config.json").read_text())
+    assert saved["std"] == 1.0 and saved["mean"] == pytest.approx(float(scores.mean()), abs=1e-5)
+    assert abs(saved["mean"]) > 1e-3
 
 
 def test_an_adapter_is_saved_alone_with_its_head_and_normalisation(tmp_path: Path) -> None:

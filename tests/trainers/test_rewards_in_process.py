@@ -53,21 +53,21 @@ def rows(directory: Path, *sources: str) -> Path:
 
 
 def start(root: Path, path: Path, reward: str, *overrides: str) -> tuple[Any, RunDirectory]:
-    given = [f"run.root={root}", *ONE_PROCESS, f"data={{path: {path}, evaluation_fraction: 0.25, max_prompt_tokens: 48}}",
+    settings = [f"run.root={root}", *ONE_PROCESS, f"data={{path: {path}, evaluation_fraction: 0.25, max_prompt_tokens: 48}}",
              "batch.prompts_per_step=12", "batch.sequences_per_update=12", "evaluation.prompts=12",
              f"reward={reward}"]  # fmt: skip
-    config: Any = load_config(TINY_PPO, [*given, *overrides], kind="ppo", files=True)
+    config: Any = load_config(TINY_PPO, [*settings, *overrides], kind="ppo", files=True)
     return config, RunDirectory.create(root / "tiny", dump_config(config))
 
 
-def made(tokenizer_from: str | Path) -> str:
+def tiny_model(tokenizer_from: str | Path) -> str:
     make = f"{{shape: llama-tiny, tokenizer_from: {tokenizer_from}, vocabulary: 300, seed: 3}}"
     return f"{{make: {make}, head_init: inv_sqrt, dtype: fp32}}"
 
 
 def test_a_mixture_is_trained_on_evaluated_and_explained(tmp_path: Path) -> None:
     path = rows(tmp_path, "letters", "notes")
-    terms = f"same: {{model: {made('world')}}}, other: {{model: {made(path)}, weight: 2.0}}"
+    terms = f"same: {{model: {tiny_model('world')}}}, other: {{model: {tiny_model(path)}, weight: 2.0}}"
     mine = f"short: {{function: '{tmp_path / 'mine.py'}:short', weight: -0.5}}"
     config, run = start(
         tmp_path, path, f"{{mixture: {{{terms}, {mine}}}}}", "evaluation.samples_per_prompt=2", "evaluation.pass_at=[1, 2]",
@@ -107,7 +107,7 @@ def test_a_sample_without_a_reward_ends_the_run_or_drops_its_prompt(tmp_path: Pa
 @pytest.mark.parametrize("tokens", ['["\\n"]', "[zebra]"])
 def test_stop_tokens_end_answers_and_must_be_tokens(tmp_path: Path, tokens: str) -> None:
     path = rows(tmp_path, "letters")
-    config, run = start(tmp_path, path, f"{{model: {made('world')}}}", f"rollout.stop_tokens={tokens}")
+    config, run = start(tmp_path, path, f"{{model: {tiny_model('world')}}}", f"rollout.stop_tokens={tokens}")
     if "zebra" in tokens:
         with pytest.raises(RequestError, match="'zebra' is not one token of the policy's tokenizer"):
             train_ppo(config, run, None, place=ThisProcess(config.cluster))
