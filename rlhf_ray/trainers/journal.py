@@ -108,7 +108,7 @@ class Journal:
         """Time the ``with`` block as ``time/<name>``, and export its name as what the run is doing."""
         return self.clock.phase(name)
 
-    def step(self, step: int, total: int, metrics: Mapping[str, float], batch: TrajectoryBatch) -> None:
+    def log_step(self, step: int, total: int, metrics: Mapping[str, float], batch: TrajectoryBatch) -> None:
         """Log one step of reinforcement learning; the time since the last step counts as its own."""
         times = self.clock.take()
         rates = {"tokens_per_second": batch.num_tokens / times["time/step"]}
@@ -117,7 +117,7 @@ class Journal:
             rates["rollout/tokens_per_second"] = sampled / times["time/rollout"]
         self._write(step, total, {**metrics, **times, **rates})
 
-    def update(self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
+    def log_update(self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
         """Log one update of supervised or reward-model training."""
         times = self.clock.take()
         means = {name: value / count for name, (value, count) in report.metrics.items() if count}
@@ -132,7 +132,7 @@ class Journal:
     def measure_against(self, shape: ComputeShape, rate: float) -> None:
         """Log the speed of updates as a share of ``rate``, the FLOP/s of matrix products of all ranks together."""
         self._compute = (shape, rate)
-        self.run_facts({"matrix products": f"{rate / 1e9:.0f} GFLOP/s"})
+        self.add_facts({"matrix products": f"{rate / 1e9:.0f} GFLOP/s"})
 
     def _time_left(self, update: int, total: int) -> dict[str, float]:
         """Seconds that the remaining updates will take at the mean pace of this attempt; nothing at its first update."""
@@ -149,7 +149,7 @@ class Journal:
             line = "  ".join(f"{name} {metrics[name]:.3g}" for name in CONSOLE_METRICS if name in metrics)
             self.logger.info("%d/%d  %s", step, total, line)
 
-    def evaluation(self, step: int, figures: Mapping[str, float], *, headline: bool = True) -> None:
+    def log_evaluation(self, step: int, figures: Mapping[str, float], *, headline: bool = True) -> None:
         """Log figures on held-out rows; the last ones with ``headline`` stand at the top of the report."""
         if figures:
             self._log.log(step, figures)
@@ -160,25 +160,25 @@ class Journal:
                     Figure(names[name].replace("_", " "), f"{value:.3f}") for name, value in figures.items()
                 )
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the first ``monitoring.samples_per_log`` samples of a step as JSON lines."""
         count = self.config.monitoring.samples_per_log
         if count:
             self.run.write_samples(step, rows[:count])
 
-    def checks(self, checks: Sequence[Check]) -> None:
+    def keep_checks(self, checks: Sequence[Check]) -> None:
         """Keep the results of the start-up self-check for the report."""
         self._summary["checks"] = tuple(checks)
 
-    def run_facts(self, facts: Mapping[str, str]) -> None:
+    def add_facts(self, facts: Mapping[str, str]) -> None:
         """Add facts, by their names, to the top of the report."""
         self._summary["facts"] |= facts
 
-    def preferences(self, page: PreferencePage) -> None:
+    def keep_preferences(self, page: PreferencePage) -> None:
         """Keep what the report shows of held-out pairs."""
         self._summary["preferences"] = page
 
-    def closing(self, table: Table, samples: Sequence[Sample], best_of: Sequence[BestOf]) -> None:
+    def keep_comparison(self, table: Table, samples: Sequence[Sample], best_of: Sequence[BestOf]) -> None:
         """Keep how the trained model compares with the one that the run started from."""
         self._summary |= {"closing": table, "samples": tuple(samples), "best_of": tuple(best_of)}
 

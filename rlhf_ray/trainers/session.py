@@ -53,26 +53,32 @@ class Session:
 
     @property
     def place(self) -> Place:
+        """Where ranks live; there is none before the ``with`` block."""
         assert self._place is not None, "a session starts groups inside its with block"
         return self._place
 
     def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> PlacedGroup[PolicyGroup]:
+        """Place a policy that learns for ``total_updates`` updates; ``temperature`` is that of its log-probs."""
         setup = LanguageSetup(role, self.seed, total_updates=total_updates, temperature=temperature)
         return place_group(self.place, "policy", PolicyGroup, setup)
 
     def reference(self, role: RoleConfig, *, temperature: float) -> PlacedGroup[ReferenceGroup]:
+        """Place the frozen model that the policy's KL is measured from."""
         setup = LanguageSetup(role, self.seed, temperature=temperature)
         return place_group(self.place, "reference", ReferenceGroup, setup)
 
     def critic(self, role: RoleConfig, *, total_updates: int) -> PlacedGroup[CriticGroup]:
+        """Place a critic that learns for ``total_updates`` updates."""
         setup = WorkerSetup(role, self.seed, total_updates=total_updates)
         return place_group(self.place, "critic", CriticGroup, setup)
 
     def reward(self, role: RoleConfig, *, max_tokens: int, max_item_tokens: int, name: str) -> PlacedGroup[RewardGroup]:
+        """Place a reward model that scores; ``max_tokens`` bounds a pack, and ``max_item_tokens`` one item."""
         setup = RewardSetup(role, self.seed, max_tokens=max_tokens, max_item_tokens=max_item_tokens)
         return place_reward_group(self.place, setup, name=name)
 
     def trained_reward(self, role: RoleConfig, *, total_updates: int, routers: bool) -> PlacedGroup[TrainedRewardGroup]:
+        """Place a reward model that learns; ``routers`` says that the loss reads the routers of experts."""
         setup = TrainedRewardSetup(role, self.seed, total_updates=total_updates, routers=routers)
         return place_group(self.place, "trained_reward", TrainedRewardGroup, setup)
 

@@ -43,7 +43,8 @@ class ScoredSamples:
     def join(parts: Sequence[ScoredSamples]) -> ScoredSamples:
         """All parts, one after the other."""
         return ScoredSamples(
-            [one for part in parts for one in part.samples], [one for part in parts for one in part.results]
+            [sample for part in parts for sample in part.samples],
+            [result for part in parts for result in part.results],
         )
 
 

@@ -93,9 +93,9 @@ class PpoTrainer:
         if self.checkpoints.is_due(progress.step):
             with phase("checkpoint"):
                 self.save_checkpoint()
-        self.journal.samples(progress.step, sample_rows(samples, batch))
+        self.journal.write_samples(progress.step, sample_rows(samples, batch))
         metrics = measured | objective | outcome.metrics | progress.metrics()
-        self.journal.step(progress.step, self.config.steps, metrics, batch)
+        self.journal.log_step(progress.step, self.config.steps, metrics, batch)
         self.after_step()
 
     def after_step(self) -> None:
@@ -123,7 +123,7 @@ class PpoTrainer:
         trajectories = self.sampler.generate(prompts, 0)
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
-        self.journal.checks(self.self_check.run(batch, schedules, samples))
+        self.journal.keep_checks(self.self_check.run(batch, schedules, samples))
 
     def compare(self) -> Comparison | None:
         """Measure and log the current policy against the start; nothing where there are no held-out prompts."""
@@ -131,7 +131,7 @@ class PpoTrainer:
             return None
         with self.journal.phase("evaluation"):
             comparison = self.evaluation.compare()
-        self.journal.evaluation(self.progress.step, comparison.figures)
+        self.journal.log_evaluation(self.progress.step, comparison.figures)
         show_samples(comparison, self.config.algorithm.name, self.config.evaluation.samples_shown)
         return comparison
 
@@ -141,7 +141,7 @@ class PpoTrainer:
         get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
         comparison = self.compare()
         if comparison is not None:
-            self.journal.closing(
+            self.journal.keep_comparison(
                 *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
             )
         self.checkpoints.save_final(self.groups.results)

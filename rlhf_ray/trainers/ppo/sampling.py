@@ -95,6 +95,7 @@ class Sampler:
         return self._generate(prompts, samples, HELD_OUT, greedy=greedy)
 
     def update_weights(self, version: int, weights: Any) -> None:
+        """Give every engine the weights that the policy group published as ``version``."""
         self.fleet.update_weights(version, weights)
 
     def _generate(
@@ -128,6 +129,7 @@ class Collected:
 
     @property
     def by_id(self) -> dict[int, TokenizedPrompt]:
+        """The prompts by their ids."""
         return {prompt.prompt_id: prompt for prompt in self.prompts}
 
 

@@ -31,7 +31,8 @@ class SummedLoss(Protocol):
     """A loss that is summed over a micro-batch, and says what the sum over an update is divided by."""
 
     @property
-    def denominator(self) -> DenominatorKind: ...
+    def denominator(self) -> DenominatorKind:
+        """What the sum over an update is divided by."""
 
     def __call__(self, outputs: Any, micro_batch: TrajectoryBatch) -> Any: ...
 
@@ -107,7 +108,7 @@ class SupervisedTrainer:
         """Evaluate and log the model as it is now."""
         with self.journal.phase("evaluation"):
             figures = self.evaluate()
-        self.journal.evaluation(self.progress.update, figures)
+        self.journal.log_evaluation(self.progress.update, figures)
         return figures
 
     def update(self) -> None:
@@ -120,7 +121,7 @@ class SupervisedTrainer:
         self.progress.update += 1
         self.progress.examples += count
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
-        self.journal.update(self.progress.update, self.total, report, applied, batch)
+        self.journal.log_update(self.progress.update, self.total, report, applied, batch)
         if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
             raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: "
                                  "lower the learning rate, or look for a bad example")  # fmt: skip

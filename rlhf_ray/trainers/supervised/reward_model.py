@@ -57,13 +57,13 @@ def train_reward_model(
             )
             figures = trainer.run()
             saver.final(run, figures)
-            journal.run_facts(describe_best(best, updates, figures))
+            journal.add_facts(describe_best(best, updates, figures))
             if held_out is not None:
                 probes = measure_probes(config.data, reward, tokenizer, max_tokens)
                 if probes is not None:
-                    journal.evaluation(updates, probes.figures, headline=False)
+                    journal.log_evaluation(updates, probes.figures, headline=False)
                 table = None if probes is None else probes.table
-                journal.preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
+                journal.keep_preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
             journal.finish()
 
 
