@@ -26,6 +26,9 @@ from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.stopping import stop_requested
 
+CHECKED_PROMPTS = 8
+"""The self-check samples answers to at most so many prompts."""
+
 
 @dataclass
 class PpoTrainer:
@@ -119,7 +122,7 @@ class PpoTrainer:
 
     def check(self) -> None:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
-        prompts = self.prompts.peek(min(8, self.config.batch.prompts_per_step))
+        prompts = self.prompts.peek(min(CHECKED_PROMPTS, self.config.batch.prompts_per_step))
         trajectories = self.sampler.generate(prompts, 0)
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
