@@ -40,9 +40,9 @@ def address(models: tuple[Path, Path]) -> Iterator[str]:
 
 def reward(address: str, text: str) -> float:
     """As OpenRLHF's client gets it."""
-    found = ask(address, text)
-    assert found is not None
-    return found
+    score = ask(address, text)
+    assert score is not None
+    return score
 
 
 def test_a_killed_group_comes_back_and_no_reward_is_lost_or_wrong(address: str, models: tuple[Path, Path]) -> None:
@@ -111,7 +111,7 @@ def test_a_new_version_takes_over_without_a_dropped_request(address: str, models
     assert version == ["2"]
     expected = [old.of_text(TEXTS[0]), new.of_text(TEXTS[0])]
     assert abs(expected[0] - expected[1]) > 1e-3
-    assert all(min(abs(given - one) for one in expected) < 1e-5 for given in rewards)
+    assert all(min(abs(reward_seen - one) for one in expected) < 1e-5 for reward_seen in rewards)
     assert reward(address, TEXTS[0]) == pytest.approx(expected[1], abs=1e-5)
     deadline = time.monotonic() + LIMIT_S
     while len(reward_processes()) > 1 and time.monotonic() < deadline:

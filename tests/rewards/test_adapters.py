@@ -37,24 +37,24 @@ def transport(backend: Lengths) -> httpx.ASGITransport:
     return httpx.ASGITransport(service(config, backend, keys=lambda: {TOKEN: "test"}))
 
 
-def asked(backend: Lengths) -> list[ScoreRequest]:
+def received(backend: Lengths) -> list[ScoreRequest]:
     return [request for batch in backend.batches for request in batch]
 
 
 def test_trl_gets_one_reward_an_answer(backend: Lengths, transport: httpx.ASGITransport) -> None:
     reward = remote_reward(URL, transport=transport)
     assert inspect.iscoroutinefunction(reward) and reward.__name__ == "remote_reward", "TRL looks at both"
-    said = [[{"role": "assistant", "content": "cde"}]]
+    completions = [[{"role": "assistant", "content": "cde"}]]
 
     async def run() -> list[float]:
         texts = await reward(prompts=["a", "b"], completions=["bcd", ""], completion_ids=[[1], [2]], label=[0, 1])
-        return texts + await reward(prompts=[TURNS], completions=said, log_metric=None)
+        return texts + await reward(prompts=[TURNS], completions=completions, log_metric=None)
 
     assert asyncio.run(run()) == [4.0, 1.0, 5.0]
-    assert asked(backend) == [
+    assert received(backend) == [
         ScoreRequest(prompt="a", response="bcd"),
         ScoreRequest(prompt="b", response=""),
-        ScoreRequest(messages=(*TURNS, *said[0])),
+        ScoreRequest(messages=(*TURNS, *completions[0])),
     ]
 
 

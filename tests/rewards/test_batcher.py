@@ -317,7 +317,7 @@ def test_replicas_score_side_by_side() -> None:
         for model in models:
             assert model.gate is not None
             model.gate.set()
-        assert [result.raw for asked in asking for result in await asked] == [0.0, 1.0, 2.0, 3.0]
+        assert [result.raw for pending in asking for result in await pending] == [0.0, 1.0, 2.0, 3.0]
         await asyncio.wait_for(batcher.drained(), timeout=5)
         return models
 

@@ -38,10 +38,10 @@ class Scorer:
 
     def __init__(self, results: list[ScoreResult]) -> None:
         self.results = results
-        self.asked: list[ScoreRequest] = []
+        self.received: list[ScoreRequest] = []
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
-        self.asked = list(requests)
+        self.received = list(requests)
         return Pending.done(self.results)
 
 
@@ -58,9 +58,9 @@ def test_a_models_scores_are_normalised_where_its_statistics_are_known() -> None
 def test_ids_pass_where_the_tokenizer_is_the_policys_and_text_is_rendered_again_elsewhere() -> None:
     scorer = Scorer([ScoreResult.of(0.0)] * 3)
     ModelSource(scorer, same_tokenizer=True).score(SAMPLES).result()
-    assert scorer.asked == [ScoreRequest(token_ids=sample.token_ids) for sample in SAMPLES]
+    assert scorer.received == [ScoreRequest(token_ids=sample.token_ids) for sample in SAMPLES]
     ModelSource(scorer, same_tokenizer=False).score(SAMPLES).result()
-    assert scorer.asked == [
+    assert scorer.received == [
         ScoreRequest(prompt="a", response="x"),
         ScoreRequest(prompt="b", response="yy"),
         ScoreRequest(messages=SAMPLES[2].messages),
@@ -93,10 +93,10 @@ class Scripted:
 
     def __init__(self, clock: Clock, answers: Iterator[list[ScoreResult] | Exception]) -> None:
         self.clock, self.answers = clock, answers
-        self.asked: list[list[str]] = []
+        self.received: list[list[str]] = []
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
-        self.asked.append([sample.prompt for sample in samples])
+        self.received.append([sample.prompt for sample in samples])
         self.clock.now += 1.0
         answer = next(self.answers)
 
@@ -121,14 +121,14 @@ def test_only_what_failed_is_asked_again_and_lands_in_its_place() -> None:
     answers = iter([[LATE, OK(2.0), LATE], [LATE, OK(3.0)], [OK(1.0)]])
     results, source, clock = hold(answers, 100.0)
     assert raws(results) == [1.0, 2.0, 3.0]
-    assert source.asked == [["a", "b", "c"], ["a", "c"], ["a"]]
+    assert source.received == [["a", "b", "c"], ["a", "c"], ["a"]]
     assert clock.slept == [1.0, 1.0]
 
 
 def test_a_source_that_failed_as_a_whole_is_asked_again_for_everything() -> None:
     results, source, _ = hold(iter([ScoringError("down"), [OK(1.0), LATE, OK(3.0)], [OK(2.0)]]), 100.0)
     assert raws(results) == [1.0, 2.0, 3.0]
-    assert source.asked == [["a", "b", "c"], ["a", "b", "c"], ["b"]]
+    assert source.received == [["a", "b", "c"], ["a", "b", "c"], ["b"]]
 
 
 def always(answer: Callable[[], Any]) -> Iterator[Any]:
@@ -141,7 +141,7 @@ def test_what_still_fails_in_the_end_keeps_its_error(caplog: pytest.LogCaptureFi
         results, source, clock = hold(always(lambda: ScoringError("down")), 4.5)
     assert [(result.raw, result.error, result.fault) for result in results] == [(None, "down", "source")] * 3
     assert clock.slept == [1.0, 1.0, 0.5], "a try takes 1 s: the last one begins when the time is over"
-    assert len(source.asked) == 4
+    assert len(source.received) == 4
     assert caplog.messages == [
         "3 of 3 samples have no reward, such as sample 0 of prompt 7 (down): trying again for 4.5 s"
     ]
@@ -150,7 +150,7 @@ def test_what_still_fails_in_the_end_keeps_its_error(caplog: pytest.LogCaptureFi
 def test_without_time_to_hold_nothing_is_asked_twice() -> None:
     results, source, clock = hold(iter([[OK(1.0), LATE, OK(3.0)]]), 0.0)
     assert raws(results) == [1.0, None, 3.0]
-    assert (len(source.asked), clock.slept) == (1, [])
+    assert (len(source.received), clock.slept) == (1, [])
 
 
 @pytest.mark.parametrize("fault", ["item", "model"])
@@ -158,7 +158,7 @@ def test_what_no_other_try_would_change_is_not_tried(fault: Any) -> None:
     failed = ScoreResult.failed("never", fault=fault)
     results, source, clock = hold(iter([[OK(1.0), failed, OK(3.0)]]), 100.0)
     assert results[1] == failed
-    assert (len(source.asked), clock.slept) == (1, [])
+    assert (len(source.received), clock.slept) == (1, [])
 
 
 def test_a_group_that_died_is_not_held() -> None:

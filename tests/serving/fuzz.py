@@ -153,13 +153,13 @@ class Finding:
         if response.status_code not in STATUSES:
             self.problems.append(f"{response.status_code} from {path} for {content[:200]!r}")
         try:
-            told = json.loads(response.content, parse_constant=_no_number)
+            answer = json.loads(response.content, parse_constant=_no_number)
         except ValueError:
             self.problems.append(f"{path} answers what is no JSON for {content[:200]!r}")
             return
         if response.status_code != 200:
-            error = told.get("error")
-            kind = error.get("type") if isinstance(error, dict) else told.get("kind")
+            error = answer.get("error")
+            kind = error.get("type") if isinstance(error, dict) else answer.get("kind")
             self.kinds[str(kind)] += 1
             if kind not in KINDS or KINDS[kind][0] != response.status_code:
                 self.problems.append(f"{path} refuses without a kind of its status for {content[:200]!r}")
@@ -174,11 +174,11 @@ def _no_number(name: str) -> Any:
 @contextmanager
 def listening_to_log() -> Iterator[io.StringIO]:
     """What the project's logger says."""
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
     get_logger().addHandler(handler)
     try:
-        yield said
+        yield log
     finally:
         get_logger().removeHandler(handler)
 
@@ -231,7 +231,7 @@ async def good_score(app: Starlette) -> float:
 def fuzz(app: Starlette, count: int, seed: int = 0, report: Callable[[str], None] = lambda _: None) -> Finding:
     """The corpus and ``count`` made requests."""
     finding, sender, process = Finding(), Sender(seed), psutil.Process()
-    with listening_to_log() as said, watching_connections() as opened:
+    with listening_to_log() as log, watching_connections() as opened:
         expected = asyncio.run(good_score(app))
         asyncio.run(send(app, list(corpus()), finding))
         before = 0
@@ -244,7 +244,7 @@ def fuzz(app: Starlette, count: int, seed: int = 0, report: Callable[[str], None
             finding.problems.append("a good request is scored otherwise than before")
     if count > 5000 and grown > GROWTH:
         finding.problems.append(f"memory grew by {grown - 1:.1%}")
-    if MARK in said.getvalue():
+    if MARK in log.getvalue():
         finding.problems.append("a text is in the log")
     finding.problems += [f"a connection was opened: {one}" for one in opened]
     return finding
@@ -262,17 +262,17 @@ def fuzzed_app(directory: Path) -> Starlette:
     return service(config, GroupBackend(group, role.model, normalize=False), keys=lambda: {TOKEN: "fuzz"})
 
 
-def over_http(app: Starlette, examples: int, seed: int) -> openapi_requests.Told:
+def over_http(app: Starlette, examples: int, seed: int) -> openapi_requests.SchemathesisRun:
     """Schemathesis's requests to an app that has answered many, under what always holds."""
     process = psutil.Process()
     with watching_connections() as opened:
         before = process.memory_full_info().pss
-        told = openapi_requests.send(app, TOKEN, examples, seed)
+        run = openapi_requests.send(app, TOKEN, examples, seed)
         grown = process.memory_full_info().pss / before
-    problems = [*told.problems, *(f"a connection was opened: {one}" for one in opened)]
+    problems = [*run.problems, *(f"a connection was opened: {one}" for one in opened)]
     if grown > GROWTH:
         problems.append(f"memory grew by {grown - 1:.1%} under Schemathesis")
-    return replace(told, problems=problems)
+    return replace(run, problems=problems)
 
 
 def main() -> None:
@@ -281,17 +281,17 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--examples", type=int, default=100, help="of Schemathesis, an operation")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     environment.prepare()
     openapi_requests.command()
     with TemporaryDirectory() as name:
         app = fuzzed_app(Path(name))
-        finding = fuzz(app, given.requests, given.seed, print)
+        finding = fuzz(app, arguments.requests, arguments.seed, print)
         print(f"statuses {dict(finding.statuses)}; kinds {dict(finding.kinds)}", flush=True)
-        told = over_http(app, given.examples, given.seed)
-    problems = finding.problems + told.problems
+        run = over_http(app, arguments.examples, arguments.seed)
+    problems = finding.problems + run.problems
     print(
-        f"{finding.statuses.total()} requests in this process, {told.requests} of Schemathesis: {len(problems)} problems"
+        f"{finding.statuses.total()} requests in this process, {run.requests} of Schemathesis: {len(problems)} problems"
     )
     for problem in problems[:50]:
         print(f"PROBLEM: {problem}")

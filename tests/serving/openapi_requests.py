@@ -38,7 +38,7 @@ TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
-class Told:
+class SchemathesisRun:
     """What Schemathesis says of its run."""
 
     requests: int
@@ -59,7 +59,7 @@ def command() -> Path:
     return program
 
 
-def send(app: Starlette, token: str, examples: int, seed: int) -> Told:
+def send(app: Starlette, token: str, examples: int, seed: int) -> SchemathesisRun:
     """Serve ``app``, which asks for ``token``, and let Schemathesis ask: ``examples`` random requests an operation
     at the most, besides those that it finds systematically."""
     program, server = command(), WebServer("127.0.0.1", 0)
@@ -67,22 +67,22 @@ def send(app: Starlette, token: str, examples: int, seed: int) -> Told:
     try:
         with TemporaryDirectory() as name:
             report = Path(name) / "report.json"
-            asked = [
+            arguments = [
                 program, "run", f"{server.address}/openapi.json", "--header", f"Authorization: Bearer {token}",
                 "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--max-examples", str(examples),
                 "--seed", str(seed), "--continue-on-failure", "--no-color", "--generation-database", "none",
                 "--report", "json", "--report-json-path", report,
             ]  # fmt: skip
             kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-            ended = subprocess.run(asked, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=name, env=kept)
+            ended = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=name, env=kept)
             if not report.exists():
                 raise SystemExit(f"{ended.stdout}\n{ended.stderr}\nSchemathesis failed")
-            return told(json.loads(report.read_text()), ended.returncode, ended.stdout)
+            return read_report(json.loads(report.read_text()), ended.returncode, ended.stdout)
     finally:
         server.stop()
 
 
-def told(report: dict[str, Any], exit_code: int, said: str) -> Told:
+def read_report(report: dict[str, Any], exit_code: int, output: str) -> SchemathesisRun:
     """What a report holds; a run that ended early, left a route out or failed without a reason is a problem too."""
     problems = [f"{one['title']}: {', '.join(one['operations'])}" for one in report["failures"]]
     problems += [f"Schemathesis: {error}" for error in report["errors"]]
@@ -92,5 +92,5 @@ def told(report: dict[str, Any], exit_code: int, said: str) -> Told:
             f"{operations['tested']} of {operations['total']} operations were asked: {report['stop_reason']}"
         )
     if exit_code != 0:
-        problems.append(said)
-    return Told(report["test_cases"]["generated"], problems)
+        problems.append(output)
+    return SchemathesisRun(report["test_cases"]["generated"], problems)

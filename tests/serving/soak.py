@@ -123,8 +123,8 @@ class Load:
 
     def capacity(self, count: int) -> float:
         """Requests a second of a closed loop of as many connections as later."""
-        asked = [self.bodies[i % len(self.bodies)] for i in range(count)]
-        outcome = run(Order(self.service.host, self.service.port, "/v1/reward", asked, 64))
+        bodies = [self.bodies[i % len(self.bodies)] for i in range(count)]
+        outcome = run(Order(self.service.host, self.service.port, "/v1/reward", bodies, 64))
         assert outcome.count(200) == count, f"requests failed: {set(outcome.statuses)}"
         return count / outcome.elapsed
 
@@ -222,18 +222,18 @@ def main() -> None:
     parser.add_argument("--steady-s", type=float, default=600.0)
     parser.add_argument("--overload-s", type=float, default=120.0)
     parser.add_argument("--shape", default="llama-14m")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     environment.prepare()
-    with real_service(given.shape, max_queue_items=QUEUE_ITEMS) as service:
+    with real_service(arguments.shape, max_queue_items=QUEUE_ITEMS) as service:
         load = Load(service, made_bodies(512))
         load.capacity(200)
         capacity = load.capacity(2000)
         print(f"capacity: {capacity:.0f} requests/s", flush=True)
         findings = []
         for campaign, seconds in (
-            (steady, given.steady_s),
-            (overload, given.overload_s),
-            (hanging_up, min(60.0, given.overload_s)),
+            (steady, arguments.steady_s),
+            (overload, arguments.overload_s),
+            (hanging_up, min(60.0, arguments.overload_s)),
         ):
             finding = campaign(load, capacity, seconds)
             broken = "".join(f" BROKEN: {promise}" for promise in finding.broken)

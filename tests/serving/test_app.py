@@ -208,10 +208,10 @@ def test_normalising_needs_statistics(tmp_path: Path, config: MakeConfig, statis
 def test_a_bad_item_fails_alone(app: Callable[..., Starlette], reference: Reference) -> None:
     bad = [{"token_ids": [3, 999]}, {"text": ""}, {"text": "x" * (LIMIT + 1)}, {"text": 5}, "x", {"text": "\ud800"}]
     good = {"text": "abc"}
-    asked = [good, *(item for wrong in bad for item in (wrong, good))]
-    results = items(app(), *asked)
-    assert len(results) == len(asked)
-    for item, result in zip(asked, results, strict=True):
+    sent = [good, *(item for wrong in bad for item in (wrong, good))]
+    results = items(app(), *sent)
+    assert len(results) == len(sent)
+    for item, result in zip(sent, results, strict=True):
         if item is good:
             assert result["raw"] == close(reference.of_text("abc")) and result["error"] is None
         else:
@@ -497,9 +497,9 @@ def test_a_request_id_is_given_back_or_made(app: Callable[..., Starlette]) -> No
         ]
         return [response.json()["request_id"] for response in responses]
 
-    given, made, other = ask(served, work)
-    assert given == "mine"
-    assert made != other and len(made) == 32
+    own, generated, other = ask(served, work)
+    assert own == "mine"
+    assert generated != other and len(generated) == 32
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

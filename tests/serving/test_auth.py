@@ -51,10 +51,10 @@ def app(config: Callable[..., ServeConfig]) -> Starlette:
     return service(config(hold_s=0.0), Down(), keys=lambda: KEYS)
 
 
-def statuses(app: Starlette, asked: Sequence[tuple[str, str]], headers: dict[str, str] | None = None) -> list[int]:
+def statuses(app: Starlette, calls: Sequence[tuple[str, str]], headers: dict[str, str] | None = None) -> list[int]:
     async def ask() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return [(await client.request(method, path, headers=headers)).status_code for method, path in asked]
+            return [(await client.request(method, path, headers=headers)).status_code for method, path in calls]
 
     return asyncio.run(ask())
 
@@ -67,11 +67,11 @@ def every_route(app: Starlette) -> list[str]:
 def test_every_route_but_two_refuses_without_a_token(app: Starlette) -> None:
     paths = [*every_route(app), *COMMON_ROUTES]
     assert {"/get_reward", "/v1/reward", "/info", "/metrics", *OPEN_ROUTES} <= set(paths)
-    asked = [(method, path) for path in paths for method in METHODS]
-    is_open = [method in ("GET", "HEAD") and path in OPEN_ROUTES for method, path in asked]
-    answered = statuses(app, asked)
-    assert [(call, status) for call, status, open_ in zip(asked, answered, is_open, strict=True) if not open_] == [
-        (call, 401) for call, open_ in zip(asked, is_open, strict=True) if not open_
+    calls = [(method, path) for path in paths for method in METHODS]
+    is_open = [method in ("GET", "HEAD") and path in OPEN_ROUTES for method, path in calls]
+    answered = statuses(app, calls)
+    assert [(call, status) for call, status, open_ in zip(calls, answered, is_open, strict=True) if not open_] == [
+        (call, 401) for call, open_ in zip(calls, is_open, strict=True) if not open_
     ]
     assert statuses(app, [("GET", "/health"), ("GET", "/ready")]) == [200, 503]
 
@@ -84,8 +84,8 @@ def basic(user: str, password: str) -> str:
 @pytest.mark.parametrize("form", ["Bearer {}", "bearer  {}", "basic"])
 def test_a_token_opens_as_bearer_and_as_password(app: Starlette, token: str, form: str) -> None:
     header = basic("x", token) if form == "basic" else form.format(token)
-    asked = [("GET", "/info"), ("GET", "/metrics"), ("POST", "/get_reward"), ("GET", "/docs")]
-    assert statuses(app, asked, {"authorization": header}) == [200, 200, 400, 200]
+    calls = [("GET", "/info"), ("GET", "/metrics"), ("POST", "/get_reward"), ("GET", "/docs")]
+    assert statuses(app, calls, {"authorization": header}) == [200, 200, 400, 200]
 
 
 def test_a_client_that_only_knows_a_url_gives_the_token_in_it(app: Starlette) -> None:
@@ -139,9 +139,9 @@ def test_without_tokens_everything_is_open(config: Callable[..., ServeConfig]) -
 def test_every_token_is_compared_in_constant_time(app: Starlette, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
 
-    def compare(given: bytes, known: bytes) -> bool:
-        compared.append((given, known))
-        return hmac.compare_digest(given, known)
+    def compare(sent: bytes, known: bytes) -> bool:
+        compared.append((sent, known))
+        return hmac.compare_digest(sent, known)
 
     class Watched:
         compare_digest = staticmethod(compare)
@@ -239,8 +239,8 @@ def test_a_limit_is_told_with_429_and_only_to_its_key(config: Callable[..., Serv
 
     async def ask() -> list[int]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            given = [TOKENS[0], TOKENS[0], TOKENS[1]]
-            headers = [{"authorization": f"Bearer {token}"} for token in given]
+            sent = [TOKENS[0], TOKENS[0], TOKENS[1]]
+            headers = [{"authorization": f"Bearer {token}"} for token in sent]
             return [
                 (await client.post("/get_reward", json={"query": ["a"]}, headers=one)).status_code for one in headers
             ]

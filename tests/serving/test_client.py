@@ -42,10 +42,10 @@ class Echo(Lengths):
 
     def __init__(self) -> None:
         super().__init__("echo")
-        self.asked: list[ScoreRequest] = []
+        self.received: list[ScoreRequest] = []
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        self.asked += requests
+        self.received += requests
         return [self._one(request) for request in requests]
 
     def _one(self, request: ScoreRequest) -> ScoreResult:
@@ -104,7 +104,7 @@ def address(backend: Echo, serve: Callable[[Starlette], WebServer], config: Call
 
 def test_every_representation_gets_there_and_comes_back_in_order(score: Score, address: str, backend: Echo) -> None:
     results = score(address, REQUESTS, token=TOKEN)
-    assert backend.asked == REQUESTS
+    assert backend.received == REQUESTS
     assert results == asyncio.run(Echo().score(REQUESTS))
     assert score(address, [], token=TOKEN) == []
 

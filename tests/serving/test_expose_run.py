@@ -41,9 +41,9 @@ def test_others_get_scores_while_the_run_goes_on_with_its_own(
     with ExitStack() as run, ThreadPoolExecutor(4) as pool:
         address = expose({"reward.mixture.taste": group}, {"reward.mixture.taste": role}, ServiceConfig(port=0), run)
         body = {"model": "taste", "add_special_tokens": False}
-        asked = [pool.submit(httpx.post, f"{address}/classify", json={**body, "input": text}) for text in theirs]
+        pending = [pool.submit(httpx.post, f"{address}/classify", json={**body, "input": text}) for text in theirs]
         own = [group.score([ScoreRequest(text=text)]).result()[0].raw for text in mine]
-        answers = [one.result().json()["data"][0]["probs"][0] for one in asked]
+        answers = [one.result().json()["data"][0]["probs"][0] for one in pending]
     assert own == [pytest.approx(reference.of_text(text), rel=0, abs=1e-5) for text in mine]
     assert answers == [pytest.approx(reference.of_text(text), rel=0, abs=1e-5) for text in theirs]
     with pytest.raises(httpx.ConnectError):

@@ -64,8 +64,8 @@ REPORT: dict[str, Any] = {
 def test_whatever_schemathesis_finds_or_leaves_out_is_a_problem(
     changed: dict[str, Any], exit_code: int, problems: list[str]
 ) -> None:
-    told = openapi_requests.told({**REPORT, **changed}, exit_code, "what it said")
-    assert (told.requests, told.problems) == (2000, problems)
+    run = openapi_requests.read_report({**REPORT, **changed}, exit_code, "what it said")
+    assert (run.requests, run.problems) == (2000, problems)
 
 
 def test_connections_and_log_lines_are_noticed() -> None:
@@ -73,9 +73,9 @@ def test_connections_and_log_lines_are_noticed() -> None:
 
     from rlhf_ray.console import get_logger
 
-    with fuzz.watching_connections() as opened, fuzz.listening_to_log() as said:
+    with fuzz.watching_connections() as opened, fuzz.listening_to_log() as log:
         with pytest.raises(OSError), socket.socket() as probe:
             probe.settimeout(1)
             probe.connect(("127.0.0.1", 1))
         get_logger("serving").info("a line")
-    assert len(opened) == 1 and "a line" in said.getvalue()
+    assert len(opened) == 1 and "a line" in log.getvalue()

@@ -68,9 +68,9 @@ def test_twenty_deaths_lose_no_reward_and_make_none_up() -> None:
     async def run() -> tuple[list[list[float | None]], Mortal]:
         backend = Mortal(deaths=range(2, 61, 3))
         model = served(backend)
-        asked = [(1 + i % 5, 1 + i % 3) for i in range(200)]
-        answers = await asyncio.gather(*(score(model, *lengths) for lengths in asked))
-        assert answers == [[float(length) for length in lengths] for lengths in asked]
+        requests = [(1 + i % 5, 1 + i % 3) for i in range(200)]
+        answers = await asyncio.gather(*(score(model, *lengths) for lengths in requests))
+        assert answers == [[float(length) for length in lengths] for lengths in requests]
         return answers, backend
 
     _, backend = asyncio.run(asyncio.wait_for(run(), timeout=60))

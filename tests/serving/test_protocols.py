@@ -28,7 +28,7 @@ from .services import Lengths, service
 
 SECRET = "my-secret-text"
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}]
-TOLD = {"id", "created", "request_id"}
+VARYING_KEYS = {"id", "created", "request_id"}
 """What is different in every answer."""
 
 
@@ -159,11 +159,11 @@ def test_a_recorded_request_is_scored_as_its_client_means_it(
     response = post(app, path, body)
     assert response.status_code == 200, response.text
     assert [request for batch in backend.batches for request in batch] == items
-    told = response.json()
-    jsonschema.validate(told, schema_of(app, path))
-    if isinstance(told, dict):
-        told = {name: value for name, value in told.items() if name not in TOLD or name in answer}
-    assert told == answer
+    content = response.json()
+    jsonschema.validate(content, schema_of(app, path))
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in VARYING_KEYS or name in answer}
+    assert content == answer
 
 
 def test_the_native_protocol_reads_every_representation_and_a_bad_item_fails_alone(
@@ -246,10 +246,10 @@ def test_text_embeddings_inference_names_its_error_types(app: Starlette) -> None
 
 
 def test_an_identity_that_is_no_plain_name_is_not_given_back(app: Starlette) -> None:
-    asked = {"input": "a", "request_id": "mine-1"}
-    assert post(app, "/classify", asked).json()["id"] == "classify-mine-1"
+    body = {"input": "a", "request_id": "mine-1"}
+    assert post(app, "/classify", body).json()["id"] == "classify-mine-1"
     for bad in ("a\nb", "<script>", "x" * 200):
-        answer = post(app, "/classify", {**asked, "request_id": bad})
+        answer = post(app, "/classify", {**body, "request_id": bad})
         assert bad not in answer.text and len(answer.json()["id"]) == len("classify-") + 32
 
 
@@ -270,7 +270,7 @@ def test_the_openapi_document_names_exactly_the_routes_and_every_example_works(a
     assert len([path for one in PROTOCOLS for path in one.paths]) == len(
         {path for one in PROTOCOLS for path in one.paths}
     )
-    identities = [told["operationId"] for methods in described["paths"].values() for told in methods.values()]
+    identities = [operation["operationId"] for methods in described["paths"].values() for operation in methods.values()]
     assert len(set(identities)) == len(identities)
     for path, methods in described["paths"].items():
         if "post" in methods:

@@ -47,8 +47,8 @@ def test_path_and_revision_are_those_of_the_new_model(revision: str | None) -> N
 
 
 def test_a_made_model_gives_way_to_one_with_a_path() -> None:
-    made = ModelConfig(make=MakeConfig(shape="llama-tiny", tokenizer_from="world"), dtype="fp32")
-    assert with_weights_of(made, "new", None) == ModelConfig(path="new", dtype="fp32")
+    made_model = ModelConfig(make=MakeConfig(shape="llama-tiny", tokenizer_from="world"), dtype="fp32")
+    assert with_weights_of(made_model, "new", None) == ModelConfig(path="new", dtype="fp32")
 
 
 def test_the_gateway_loads_the_new_weights_into_replicas_of_the_same_kind(config: Callable[..., ServeConfig]) -> None:
