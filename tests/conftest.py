@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,9 @@ jaxtyping.install_import_hook(CHECKED_ROOMS, "beartype.beartype")  # before anyt
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 ENGINE_MODULE = "vllm.v1.engine.llm_engine"
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub; the libraries read this when they are imported
+# No test asks a hub or writes into the user's cache; the libraries read this when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f"rlhf_ray-tests-{os.getuid()}"))
 
 gc.disable()  # while tests and what they test are imported; on again when all are collected
 
