@@ -155,9 +155,6 @@ def test_no_token_is_presented_where_there_is_none() -> None:
     assert presented_token("Negotiate abc") == b""
 
 
-# ------------------------------------------------------------------------------------------------------------ token files
-
-
 def test_tokens_are_read_one_a_line_with_or_without_a_name(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"# ours\n{TOKENS[0]}\n\n  ppo:{TOKENS[1]}  \n")
