@@ -1,0 +1,77 @@
+"""The start-up self-check says what it measured and what it allows, and for each check that fails what to look at."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.errors import NumericalError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.trainers.ppo.algorithm import make_policy_loss
+from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, SCORE_ALONE, WAYS_OUT, SelfCheck
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.schedule import make_schedule
+
+SAMPLES = [TextSample(0, index, "p", "r", None, True, (1, 2)) for index in range(3)]
+SCHEDULES = {"policy": make_schedule([2, 2, 2], ranks=1, max_tokens=8)}
+
+
+class Policy:
+    """A policy group whose first update sees this mean ratio."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.skipped: list[bool] = []
+
+    def share(self, batch: TrajectoryBatch) -> TrajectoryBatch:
+        return batch
+
+    def accumulate(self, *arguments: Any) -> Pending[Report]:
+        metrics = {"ratio/mean": (3.0 * self.ratio, 3.0), "approximate_kl": (0.0, 3.0)}
+        return Pending.done(Report(finite=True, loss=0.0, metrics=metrics))
+
+    def apply(self, skip: bool) -> Pending[Applied]:
+        self.skipped.append(skip)
+        return Pending.done(Applied(skipped=skip, grad_norm=None, learning_rate=0.0, update=0))
+
+
+def run(*, shift: float = 0.0, ratio: float = 1.0, alone: float = 0.0) -> tuple[list[Any], Policy]:
+    """Checks of a batch whose rollout log-probs, first ratio and scores of single samples are off by so much."""
+    config: Any = load_config("demo-ppo")
+    policy = Policy(ratio)
+    experience: Any = SimpleNamespace(
+        require_rewards=lambda samples: [alone] * len(samples), rewards=SimpleNamespace(reads="the ids as sampled")
+    )
+    learner: Any = SimpleNamespace(groups=SimpleNamespace(policy=policy), policy_loss=make_policy_loss(config))
+    batch = TrajectoryBatch.from_sequences([[1, 2]] * 3, action_mask=[[False, True]] * 3, score=[0.0] * 3)
+    batch = batch.with_columns(log_probs=torch.zeros(6), rollout_log_probs=torch.full((6,), shift))
+    return SelfCheck(config, experience, learner).run(batch, SCHEDULES, SAMPLES), policy
+
+
+def test_a_sound_set_up_passes_and_the_update_is_dropped() -> None:
+    checks, policy = run()
+    assert all(check.passed for check in checks) and policy.skipped == [True]
+    assert checks[-1].value == "the ids as sampled"
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "measured"),
+    [
+        ({"shift": 2.0}, LOG_PROBS, r"differ by 2\.0e\+00 nats at most"),
+        ({"ratio": 1.5}, FIRST_RATIO, r"mean 1\.5, divergence 0\.0e\+00"),
+        ({"alone": 3.0}, SCORE_ALONE, r"differ by 3\.0e\+00 at most"),
+    ],
+    ids=["log-probs", "first ratio", "score"],
+)
+def test_a_check_that_fails_says_what_it_measured_and_what_to_look_at(
+    fault: dict[str, float], name: str, measured: str
+) -> None:
+    with pytest.raises(NumericalError, match=measured) as error:
+        run(**fault)
+    assert str(error.value).endswith(f"{name}: {WAYS_OUT[name]}")
