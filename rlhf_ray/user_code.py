@@ -56,8 +56,8 @@ def existence_problems(name: str) -> Iterator[str]:
             yield f"{path} does not exist: name a Python file, as path.py:name"
             return
     else:
-        found, path = _find_module(origin)
-        if not found:
+        exists, path = _find_module(origin)
+        if not exists:
             yield f"there is no module {origin}: install its package, or name a Python file, as path.py:name"
             return
     if path is not None:

@@ -74,8 +74,8 @@ class _CheckedObjective:
             raise RequestError(f"{OBJECTIVE_KEY} {self.name!r}: it returned {_kind(returned)}, not {wanted}")
         value, clipped = returned
         if not _is_like(value, advantages) or not _has_shape(clipped, advantages) or clipped.dtype != torch.bool:
-            found = f"{_kind(value)} and {_kind(clipped)}"
-            raise RequestError(f"{OBJECTIVE_KEY} {self.name!r}: it returned {found}, not {wanted}")
+            kinds = f"{_kind(value)} and {_kind(clipped)}"
+            raise RequestError(f"{OBJECTIVE_KEY} {self.name!r}: it returned {kinds}, not {wanted}")
         if not self.called and _finite(log_probs, log_ratio, advantages) and not _finite(value):
             raise RequestError(
                 f"{OBJECTIVE_KEY} {self.name!r}: it returned NaN or Inf where log_probs, log_ratio and advantages are finite; "

@@ -19,19 +19,19 @@ ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(-8, 8)), min_size=1, ma
 
 
 def by_hand(rewards: list[float], group: list[int], baseline: str, *, unbiased: bool = True) -> list[float]:
-    found = []
+    advantages = []
     for row, (reward, mine) in enumerate(zip(rewards, group, strict=True)):
         members = [value for value, other in zip(rewards, group, strict=True) if other == mine]
         others = [value for at, value in enumerate(rewards) if group[at] == mine and at != row]
         if len(members) == 1:
-            found.append(0.0)
+            advantages.append(0.0)
         elif baseline == "leave_one_out":
-            found.append(reward - statistics.fmean(others))
+            advantages.append(reward - statistics.fmean(others))
         else:
             difference = reward - statistics.fmean(members)
             deviation = statistics.stdev(members) if unbiased else statistics.pstdev(members)
-            found.append(difference if baseline == "group_mean" else difference / (deviation + 1e-6))
-    return found
+            advantages.append(difference if baseline == "group_mean" else difference / (deviation + 1e-6))
+    return advantages
 
 
 def run(rewards: list[float], group: list[int], baseline: str, **options: bool) -> torch.Tensor:
@@ -43,8 +43,10 @@ def run(rewards: list[float], group: list[int], baseline: str, **options: bool) 
 @given(rows=ROWS, baseline=st.sampled_from(BASELINES), unbiased=st.booleans())
 def test_equals_the_formula_group_by_group(rows, baseline, unbiased) -> None:
     group, rewards = [row[0] for row in rows], [row[1] / 8 for row in rows]
-    found = run(rewards, group, baseline, unbiased=unbiased)
-    assert found.tolist() == pytest.approx(by_hand(rewards, group, baseline, unbiased=unbiased), abs=1e-6, rel=1e-6)
+    advantages = run(rewards, group, baseline, unbiased=unbiased)
+    assert advantages.tolist() == pytest.approx(
+        by_hand(rewards, group, baseline, unbiased=unbiased), abs=1e-6, rel=1e-6
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -53,8 +55,8 @@ def test_the_order_of_answers_and_the_names_of_prompts_are_nothing(rows, baselin
     group, rewards = [row[0] for row in rows], [row[1] / 8 for row in rows]
     order = data.draw(st.permutations(range(len(rows))))
     expected = run(rewards, group, baseline)[order]
-    found = run([rewards[row] for row in order], [1000 - 7 * group[row] for row in order], baseline)
-    torch.testing.assert_close(found, expected)
+    advantages = run([rewards[row] for row in order], [1000 - 7 * group[row] for row in order], baseline)
+    torch.testing.assert_close(advantages, expected)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -68,16 +70,16 @@ def test_equal_rewards_give_exactly_nothing(baseline, reward) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
 def test_an_answer_that_does_not_count_moves_nobody(baseline, poison) -> None:
     counted = torch.tensor([True, True, False, True])
-    found = group_baseline(torch.tensor([1.0, 0.0, poison, 0.5]), torch.zeros(4).long(), counted, baseline)
+    advantages = group_baseline(torch.tensor([1.0, 0.0, poison, 0.5]), torch.zeros(4).long(), counted, baseline)
     expected = run([1.0, 0.0, 0.5], [0, 0, 0], baseline)
-    assert found[counted].tolist() == pytest.approx(expected.tolist())
-    assert found[2] == 0.0
+    assert advantages[counted].tolist() == pytest.approx(expected.tolist())
+    assert advantages[2] == 0.0
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_a_nan_stays_in_its_group(baseline) -> None:
-    found = run([math.nan, 1.0, 1.0, 0.0, math.nan], [0, 0, 1, 1, 2], baseline)
-    assert found.isnan().tolist() == [True, True, False, False, True]
+    advantages = run([math.nan, 1.0, 1.0, 0.0, math.nan], [0, 0, 1, 1, 2], baseline)
+    assert advantages.isnan().tolist() == [True, True, False, False, True]
 
 
 def test_what_tells_no_answers_apart_is_named() -> None:

@@ -73,10 +73,10 @@ def test_a_padded_batch_is_prepared_as_a_packed_one(ragged, name, lengths, seed)
     wide, own = padded(packed, max(lengths) + 2)
     moments = RunningMoments().update(packed["score"])
     expected, metrics = PREPARATIONS[name](packed, kl_coefficient=0.1, moments=moments)
-    found, padded_metrics = PREPARATIONS[name](wide, kl_coefficient=0.1, moments=moments)
+    prepared, padded_metrics = PREPARATIONS[name](wide, kl_coefficient=0.1, moments=moments)
     for column in ("token_rewards", "advantages", "importance_weights"):
-        torch.testing.assert_close(found[column][own], expected[column], rtol=1e-6, atol=1e-6)
-        assert (found[column][~own] == 0).all()
+        torch.testing.assert_close(prepared[column][own], expected[column], rtol=1e-6, atol=1e-6)
+        assert (prepared[column][~own] == 0).all()
     assert padded_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
@@ -88,11 +88,11 @@ def test_a_padded_batch_has_the_loss_and_the_gradient_of_a_packed_one(ragged, na
     wide, own = padded(packed, max(lengths) + 2)
     x = packed["log_probs"] + 0.3 * torch.randn(packed.num_tokens, generator=torch.Generator().manual_seed(seed))
 
-    def run(batch: TrajectoryBatch, given: Tensor) -> tuple[Tensor, Tensor]:
-        given = given.detach().clone().requires_grad_()
-        outputs = given if name == "value" else PolicyOutputs(given, 0.5 * given)
+    def run(batch: TrajectoryBatch, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = log_probs.detach().clone().requires_grad_()
+        outputs = log_probs if name == "value" else PolicyOutputs(log_probs, 0.5 * log_probs)
         loss = LOSSES[name](outputs, batch).loss  # type: ignore[arg-type]
-        return loss, torch.autograd.grad(loss, given)[0]
+        return loss, torch.autograd.grad(loss, log_probs)[0]
 
     loss, gradient = run(packed, x)
     wide_loss, wide_gradient = run(wide, torch.full((len(own),), math.nan).masked_scatter(own, x))

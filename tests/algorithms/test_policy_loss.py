@@ -232,8 +232,8 @@ def test_the_unbiased_gradient_is_that_of_the_kl_also_off_policy(estimator, move
     logits, old, reference = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     old = logits + 0.3 * old if moved else logits
     wanted = torch.autograd.functional.jacobian(lambda x: exact_kl(x, reference), logits)
-    found = expected_gradient(KlTerm(1.0, estimator), logits, old, reference)
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    gradient = expected_gradient(KlTerm(1.0, estimator), logits, old, reference)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_the_plain_gradients_are_those_of_other_things() -> None:
@@ -242,12 +242,12 @@ def test_the_plain_gradients_are_those_of_other_things() -> None:
     logits, _, reference = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     wanted = torch.autograd.functional.jacobian(lambda x: exact_kl(x, reference), logits)
     reverse = torch.autograd.functional.jacobian(lambda x: exact_kl(reference, x), logits)
-    found = {
+    gradient = {
         name: expected_gradient(KlTerm(1.0, name, "plain"), logits, logits, reference) for name in ("k1", "k2", "k3")
     }
-    torch.testing.assert_close(found["k1"], torch.zeros(6, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found["k2"], wanted, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found["k3"], reverse, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient["k1"], torch.zeros(6, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient["k2"], wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient["k3"], reverse, atol=1e-6, rtol=1e-5)
     assert (wanted - reverse).abs().max() > 0.01
 
 

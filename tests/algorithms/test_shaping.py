@@ -46,14 +46,14 @@ def test_the_order_is_told_by_every_pair_of_steps() -> None:
         "penalties": lambda s: s - 0.5 - 0.5 - 0.25,
     }
     scores = [9.0, 1.4, -3.0]
-    found = [shape(ALL, score, LENGTH, tokens=8) for score in scores]
+    shaped = [shape(ALL, score, LENGTH, tokens=8) for score in scores]
     for order in itertools.permutations(steps):
         wanted = []
         for score in scores:
             for name in order:
                 score = steps[name](score)
             wanted.append(score)
-        assert (found == pytest.approx(wanted)) == (order == tuple(steps))
+        assert (shaped == pytest.approx(wanted)) == (order == tuple(steps))
 
 
 def test_replacing_is_final() -> None:
@@ -74,8 +74,8 @@ def test_only_an_answer_that_ended_by_itself_is_spared(rule, changed) -> None:
 def test_the_overlong_penalty_grows_over_the_buffer() -> None:
     """DAPO eq. 13: nothing up to limit - buffer, linear inside, all of it at the limit and beyond."""
     tokens = torch.tensor([1, 12, 13, 14, 16, 20])
-    found = Overlong(limit=16, buffer=4, penalty=2.0)(torch.zeros(6), tokens)
-    assert found.tolist() == [0.0, 0.0, -0.5, -1.0, -2.0, -2.0]
+    shaped = Overlong(limit=16, buffer=4, penalty=2.0)(torch.zeros(6), tokens)
+    assert shaped.tolist() == [0.0, 0.0, -0.5, -1.0, -2.0, -2.0]
 
 
 def test_too_short_is_below_the_bound() -> None:

@@ -81,8 +81,8 @@ def test_a_finish_reason_says_what_it_means_and_who_sets_it() -> None:
 def test_every_column_that_the_package_makes_or_reads_is_listed() -> None:
     """A new column cannot slip in without its meaning: names at `batch["..."]` and in `with_columns(...=`."""
     read = re.compile(r'\b(?:batch|micro_batch|trajectories)\["(\w+)"\]')
-    made = re.compile(r"\.with_columns\(([^)]*)\)")
+    written = re.compile(r"\.with_columns\(([^)]*)\)")
     for path in (ROOT / "rlhf_ray").rglob("*.py"):
         text = path.read_text()
-        names = {*read.findall(text), *re.findall(r"(\w+)=", " ".join(made.findall(text)))}
+        names = {*read.findall(text), *re.findall(r"(\w+)=", " ".join(written.findall(text)))}
         assert names <= COLUMNS.keys(), (path, names - COLUMNS.keys())

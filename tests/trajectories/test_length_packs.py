@@ -120,8 +120,8 @@ def test_a_single_stream_fills_its_packs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "max_tokens", "said"), [([5, 0], 10, "sequence 1 has 0 tokens"), ([11], 10, "11 tokens")]
+    ("lengths", "max_tokens", "refusal"), [([5, 0], 10, "sequence 1 has 0 tokens"), ([11], 10, "11 tokens")]
 )
-def test_what_cannot_be_packed_is_named(lengths: list[int], max_tokens: int, said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_what_cannot_be_packed_is_named(lengths: list[int], max_tokens: int, refusal: str) -> None:
+    with pytest.raises(RequestError, match=refusal):
         make_length_packs(lengths, [(i,) for i in range(len(lengths))], ranks=1, streams=1, max_tokens=max_tokens)

@@ -168,14 +168,14 @@ def test_families_have_every_sequence_once_begin_alike_and_fit(
     sequences = [[before] * 2 + rest for before, rest in drawn]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "SHORTEST_SHARED", 2)
-        found = group_by_prefix(sequences, max_tokens)
-    assert sorted(number for family in found for number in family) == list(range(len(sequences)))
-    for family in found:
+        groups = group_by_prefix(sequences, max_tokens)
+    assert sorted(number for family in groups for number in family) == list(range(len(sequences)))
+    for family in groups:
         assert len({tuple(sequences[number][:2]) for number in family}) == 1
         assert sum(len(sequences[number]) for number in family) <= max_tokens
-    heads = [sequences[family[0]][:2] for family in found]
+    heads = [sequences[family[0]][:2] for family in groups]
     if sum(map(len, sequences)) <= max_tokens:
-        assert len(found) == len({tuple(head) for head in heads}), "a family is cut only for its size"
+        assert len(groups) == len({tuple(head) for head in heads}), "a family is cut only for its size"
 
 
 def test_answers_to_one_prompt_are_found_wherever_they_stand() -> None:
