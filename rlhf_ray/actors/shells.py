@@ -84,5 +84,5 @@ ACTORS: Mapping[WorkerKind, type[RankShell]] = {
 
 def remote_class(worker: WorkerKind) -> Any:
     """The Ray actor class of a worker."""
-    remote: Callable[..., Any] = ray.remote(concurrency_groups={HEALTH_LANE: 1})
-    return remote(ACTORS[worker])
+    remote: Callable[..., Any] = ray.remote  # its types do not know concurrency_groups
+    return remote(concurrency_groups={HEALTH_LANE: 1})(ACTORS[worker])

@@ -56,7 +56,8 @@ def export(
     merged = f", the adapter {checkpoint.adapter} merged" if checkpoint.adapter is not None else ""
     kind = f"score head {head_prefix}" if scored else "language model"
     get_logger(__name__).info("wrote %s: %s in %s, %s%s", target, path, config.dtype, kind, merged)
-    return pending.target
+    written: Path = pending.target
+    return written
 
 
 def _model_of(source: str) -> str:

@@ -1,6 +1,6 @@
 """Rollout engines, the fleet that shares prompts among them, their health, and how they get new weights.
 
-Always true: importing this package imports neither torch nor vLLM; nothing in it knows Ray.
+Invariants: importing this package imports neither torch nor vLLM; nothing in it knows Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Generation": ".requests",
         "GenerationRequest": ".requests",
         "HealthPolicy": ".health",
-        "LocalHandle": ".fleet",
         "Probe": ".requests",
         "PublishedWeights": ".wire",
         "RolloutEngine": ".engine",

@@ -1,9 +1,12 @@
-"""Several rollout engines as one: prompts in, one batch out, whichever engines are alive.
+"""The rollout engines of a run, used as one: prompts in, one batch out, whichever engines are alive.
 
-Always true: prompts are cut into as many shares as the fleet has places, by their order alone, and a share is generated
-whole, by one engine, in one call; so in deterministic mode the batch has the same bits whoever generated what, and
-however often. Only healthy engines serve; a share whose engine failed is generated again from the start on a healthy
-one; tokens of other weights than the published ones are refused.
+Invariants:
+
+- Prompts are cut into as many shares as the fleet has engines, by their order alone, and a share is generated whole, by one
+  engine, in one call. In deterministic mode the batch therefore has the same bits, whichever engine generated a share and
+  however often.
+- Only healthy engines generate. A share whose engine failed is generated again, from the start, on a healthy one.
+- Tokens that were sampled with other weights than the published ones are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, Protocol
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError, StaleWeightsError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rollout.engine import ROLE, RolloutEngine
+from rlhf_ray.rollout.engine import ROLE
 from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
 from rlhf_ray.rollout.health import ALIVE, EngineState, FleetHealth, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe, gather
@@ -24,50 +27,34 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Share = Sequence[GenerationRequest]
 MAX_ATTEMPTS = 3
-"""How often one share is generated before the fleet gives up."""
+"""How often the fleet tries to generate one share before it gives up."""
 
 
 class EngineHandle(Protocol):
-    """How the fleet reaches an engine. Calls return at once; results raise :class:`GroupError` in bounded time."""
+    """How the fleet reaches an engine. Calls return at once; a result or a :class:`GroupError` follows in bounded time."""
 
     def generate(self, requests: Share, deadline_s: float) -> Pending[list[Generation]]:
         """Start generating."""
 
     def receive(self, weights: Any) -> Pending[None]:
-        """Start a weight update; ``weights`` is whatever handle of a publication the engine's side understands."""
+        """Start a weight update; ``weights`` is the published weights, or a handle that the engine's side resolves to them."""
 
     def probe(self) -> Pending[Probe]:
-        """Ask for a sign of life."""
-
-
-class LocalHandle:
-    """An engine in this process: a call is worked off when its result is asked for."""
-
-    def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
-
-    def generate(self, requests: Share, deadline_s: float) -> Pending[list[Generation]]:
-        """Generate when asked for the result."""
-        return Pending(lambda: self.engine.generate(requests, deadline_s))
-
-    def receive(self, weights: Any) -> Pending[None]:
-        """Update when asked for the result."""
-        return Pending(lambda: self.engine.receive(weights))
-
-    def probe(self) -> Pending[Probe]:
-        """The engine's word about itself."""
-        return Pending(self.engine.probe)
+        """Ask the engine how it is."""
 
 
 def cut_shares(requests: Share, places: int) -> list[list[GenerationRequest]]:
-    """Neighbouring prompts in ``places`` shares whose sizes differ by at most one prompt; samples stay together."""
+    """Cut into ``places`` shares of neighbouring prompts, of sizes that differ by at most one prompt.
+
+    All samples of a prompt are in the same share.
+    """
     prompts = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt_id)]
     bounds = [len(prompts) * place // places for place in range(places + 1)]
     return [[request for prompt in prompts[start:stop] for request in prompt] for start, stop in pairwise(bounds)]
 
 
 class Fleet:
-    """The engines of a run. Its engines serve nothing before the first :meth:`update_weights`."""
+    """The engines of a run. They generate nothing before the first :meth:`update_weights`."""
 
     def __init__(
         self,
@@ -83,9 +70,9 @@ class Fleet:
     # Weights
 
     def update_weights(self, version: int, weights: Any) -> None:
-        """Send weights to every engine alive; an engine that does not take them is dead.
+        """Send weights to every live engine; an engine that fails to take them is dead.
 
-        Under the version that is current already, only engines that do not have it get it: restarted ones.
+        If ``version`` is published already, only engines that do not have it get the weights.
         """
         targets = self.health.publish(version)
         updates = [(engine, self._start(engine, lambda handle: handle.receive(weights))) for engine in targets]
@@ -100,15 +87,10 @@ class Fleet:
         if not self.health.healthy:
             raise GroupError(ROLE, None, "update_weights", f"no engine has the weights\n{self.health.describe()}")
 
-    def replace(self, engine: int, handle: EngineHandle) -> None:
-        """Put a restarted engine in its place (after ``health.restart``); it is stale until it was updated."""
-        self._handles[engine] = handle
-        self.health.started(engine)
-
     # Generating
 
     def generate(self, requests: Share, deadline_s: float) -> TrajectoryBatch:
-        """All requests as one batch in their order; each attempt at a share has ``deadline_s``."""
+        """Generate all requests and return them as one batch, in their order; each try of a share has ``deadline_s``."""
         shares = dict(enumerate(cut_shares(requests, len(self._handles))))
         waiting = [share for share, content in shares.items() if content]
         attempts = dict.fromkeys(waiting, 0)
@@ -131,7 +113,7 @@ class Fleet:
         return self._start(engine, lambda handle: handle.generate(share, deadline_s))
 
     def _place(self, waiting: Sequence[int]) -> dict[int, int]:
-        """An engine for as many of the waiting shares as there are healthy engines: its own, or else a free one."""
+        """Give each healthy engine one waiting share: its own share if that is waiting, otherwise any other."""
         free = list(self.health.healthy)
         if not free:
             raise GroupError(ROLE, None, "generate", f"no engine is healthy\n{self.health.describe()}")
@@ -141,14 +123,17 @@ class Fleet:
         return placed | dict(zip(homeless, free, strict=False))
 
     def _collect(self, engine: int, share: Share, pending: Pending[list[Generation]]) -> list[Generation]:
-        """The share's generations, if they are whole and of the published weights; notes the engine's health."""
+        """Return a share's generations if all are there and all were sampled with the published weights.
+
+        Either way the engine's health is updated.
+        """
         try:
             generations = pending.result()
         except GroupError as error:
             self._lose(engine, error)
             raise
         if [generation.key for generation in generations] != [request.key for request in share]:
-            wrong = EngineDeadError(ROLE, engine, "generate", "it answered with other samples than it was asked for")
+            wrong = EngineDeadError(ROLE, engine, "generate", "it answered with other samples than were requested")
             self._lose(engine, wrong)
             raise wrong
         versions = {version for generation in generations for version in generation.weight_versions}
@@ -163,35 +148,35 @@ class Fleet:
         if last:
             cause = f"share {share} failed {MAX_ATTEMPTS} times, last: {error}\n{self.health.describe()}"
             raise GroupError(ROLE, None, "generate", cause) from error
-        self._log.warning("share %d is generated again, engine %d lost it: %s", share, engine, error)
+        self._log.warning("engine %d lost share %d, which is generated again: %s", engine, share, error)
 
     # Health
 
     def probe(self, engines: Iterable[int] | None = None) -> None:
-        """Ask engines for a sign of life (default: all that are alive) and note who may still serve."""
-        asked_for = self.health.in_state(*ALIVE) if engines is None else engines
-        asked = [(engine, self._start(engine, lambda handle: handle.probe())) for engine in asked_for]
-        for engine, pending in asked:
+        """Ask engines how they are (by default all live ones) and update their health."""
+        targets = self.health.in_state(*ALIVE) if engines is None else engines
+        probes = [(engine, self._start(engine, lambda handle: handle.probe())) for engine in targets]
+        for engine, pending in probes:
             try:
-                answer = pending.result()
+                probe: Probe = pending.result()
             except GroupError as error:
                 self._lose(engine, error)
                 continue
-            if answer.dead is None:
+            if probe.dead is None:
                 self.health.answered(engine)
             else:
-                self.health.died(engine, answer.dead)
+                self.health.died(engine, probe.dead)
         self.health.tick()
 
     def _start(self, engine: int, call: Callable[[EngineHandle], Pending[Any]]) -> Pending[Any]:
-        """Start a call; one that cannot be started fails like one that failed later."""
+        """Start a call. If it cannot even be started, its result raises the error, as if it had failed later."""
         try:
             return call(self._handles[engine])
         except GroupError as error:
             return _failed(error)
 
     def _lose(self, engine: int, error: GroupError) -> None:
-        """An engine that says it is dead is dead; one that only failed is suspect."""
+        """Record a failure: an engine that reports its own death is dead, one that only failed to answer is suspect."""
         if isinstance(error, EngineDeadError | WeightUpdateError):
             self.health.died(engine, error.cause)
         else:

@@ -1,14 +1,16 @@
-"""Which rollout engines may serve, and why: a pure state machine with an injected clock.
+"""Which rollout engines may generate, and why: a pure state machine with an injected clock.
 
-Always true: an engine is healthy or suspect only while it holds the weights of the last publication, taken since its
-last start; the one way from stale to healthy is a completed weight update; an event that a state does not allow raises.
+Invariants: an engine is healthy or suspect only while it holds the weights of the last publication, taken since it was last
+started; the one way from stale to healthy is a completed weight update; an event that a state does not allow raises.
 
     started ──> stale ──update──> healthy <──answer── suspect        a publication makes healthy and suspect stale
                   ^                  └───failure──────^  │            died, failed update, too many failures, too long
               restarting <──restart── dead <─────────────┘            suspect or restarting: dead
     retired: for good; when the restarts are used up, or on request
 
-Probing, restarting and sending weights are the caller's: it reports what happened and reads who may serve.
+The caller sends probes and weights, reports what happened, and reads who may generate. The fleet restarts no engine today,
+so it never reports ``restart``, ``started`` or ``retire``: a dead engine stays dead, and the others do its work. Those events
+are part of the machine all the same, because the rules above are proven over all of its states together.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from rlhf_ray.console import table
 from rlhf_ray.rollout.errors import ForbiddenTransitionError
@@ -26,13 +29,13 @@ class EngineState(StrEnum):
     """The life of one rollout engine."""
 
     HEALTHY = "healthy"
-    """Has the current weights, and serves."""
+    """Has the current weights and generates."""
     SUSPECT = "suspect"
-    """Has the current weights, but failed to answer: serves nothing until it answers a probe."""
+    """Has the current weights but failed to answer. Generates nothing until it answers a probe."""
     DEAD = "dead"
     RESTARTING = "restarting"
     STALE = "stale"
-    """Alive with old weights: may not serve."""
+    """Alive, but with old weights: may not generate."""
     RETIRED = "retired"
     """Never comes back."""
 
@@ -52,18 +55,18 @@ class HealthPolicy:
     restart_s: float = 300.0
     """A restart that takes longer failed."""
     max_restarts: int = 5
-    """Of one engine; one more death retires it."""
+    """Restarts of one engine. The next death retires it."""
 
 
 @dataclass(frozen=True)
 class EngineHealth:
-    """All that is known about one engine."""
+    """All that the fleet knows about one engine."""
 
     state: EngineState
     since: float
-    """When it came into its state."""
+    """When it entered its state, in seconds of the clock."""
     weight_version: int | None = None
-    """Of its last completed update since it was started."""
+    """The version of its last completed update since it was last started."""
     failures: int = 0
     restarts: int = 0
     cause: str = ""
@@ -71,7 +74,7 @@ class EngineHealth:
 
 
 class FleetHealth:
-    """The states of all engines of a fleet; engines are started and stale at first."""
+    """The states of all engines of a fleet. Every engine begins as stale."""
 
     def __init__(
         self, engines: int, policy: HealthPolicy | None = None, clock: Callable[[], float] = time.monotonic
@@ -90,7 +93,7 @@ class FleetHealth:
 
     @property
     def healthy(self) -> tuple[int, ...]:
-        """Engines that may serve."""
+        """Engines that may generate."""
         return self.in_state(EngineState.HEALTHY)
 
     def in_state(self, *states: EngineState) -> tuple[int, ...]:
@@ -116,13 +119,13 @@ class FleetHealth:
     # What happened
 
     def answered(self, engine: int) -> None:
-        """It answered a request or a probe: no longer suspect; never a reason to leave any other state."""
+        """The engine answered a request or a probe. If it was suspect, it is healthy again."""
         state = self._expect(engine, "answered", ALIVE)
         new = EngineState.HEALTHY if state is EngineState.SUSPECT else state
         self._move(engine, new, failures=0)
 
     def failed(self, engine: int, cause: str) -> None:
-        """It did not answer a request or a probe, or not in time."""
+        """The engine did not answer a request or a probe, or not in time."""
         state = self._expect(engine, "failed", ALIVE)
         failures = self._engines[engine].failures + 1
         if failures >= self.policy.failures_until_dead:
@@ -132,24 +135,24 @@ class FleetHealth:
             self._move(engine, new, failures=failures, cause=cause)
 
     def died(self, engine: int, cause: str) -> None:
-        """Its process is gone, it says that it is dead, or a weight update or a start failed."""
+        """The process is gone, the engine says that it is dead, or a weight update or a start failed."""
         self._expect(engine, "died", ALIVE | {EngineState.RESTARTING})
         self._die(engine, cause)
 
     def restart(self, engine: int) -> None:
-        """A new process is being started in its place."""
+        """A new process is being started in the place of a dead engine."""
         self._expect(engine, "restart", {EngineState.DEAD})
         self._move(engine, EngineState.RESTARTING, restarts=self._engines[engine].restarts + 1)
 
     def started(self, engine: int) -> None:
-        """The new process is up, with whatever weights it found: stale."""
+        """The new process is up. Whatever weights it has loaded, they count as old."""
         self._expect(engine, "started", {EngineState.RESTARTING})
         self._move(engine, EngineState.STALE, weight_version=None, failures=0)
 
     def publish(self, version: int) -> tuple[int, ...]:
-        """Weights of ``version`` are about to be sent; return the engines that need them.
+        """Weights of ``version`` are about to be sent; returns the engines that need them.
 
-        Under the version that is current only those that do not have it yet: restarted ones.
+        If ``version`` is published already, those are only the engines that do not have it yet.
         """
         if version != self._version:
             self._version = version
@@ -158,7 +161,7 @@ class FleetHealth:
         return self.in_state(EngineState.STALE)
 
     def updated(self, engine: int, version: int) -> None:
-        """It completed a weight update to ``version``."""
+        """The engine completed a weight update to ``version``."""
         self._expect(engine, "updated", {EngineState.STALE})
         if version != self._version:
             raise ForbiddenTransitionError(
@@ -167,17 +170,17 @@ class FleetHealth:
         self._move(engine, EngineState.HEALTHY, weight_version=version, failures=0, cause="")
 
     def outdated(self, engine: int, cause: str) -> None:
-        """It served tokens of other weights than the published ones."""
+        """The engine returned tokens of other weights than the published ones."""
         self._expect(engine, "outdated", CURRENT)
         self._move(engine, EngineState.STALE, weight_version=None, cause=cause)
 
     def retire(self, engine: int, cause: str) -> None:
-        """It will not come back."""
+        """The engine will not come back."""
         self._expect(engine, "retire", set(EngineState) - {EngineState.RETIRED})
         self._move(engine, EngineState.RETIRED, cause=cause)
 
     def tick(self) -> tuple[int, ...]:
-        """Look at the clock: return the engines that were suspect or restarting for too long and are dead now."""
+        """Declare engines dead that were suspect or restarting for too long; returns them."""
         limits = {EngineState.SUSPECT: self.policy.suspect_s, EngineState.RESTARTING: self.policy.restart_s}
         late = [index for index in self.in_state(*limits) if self._age(index) > limits[self._engines[index].state]]
         for index in late:
@@ -202,7 +205,7 @@ class FleetHealth:
         used_up = self._engines[engine].restarts >= self.policy.max_restarts
         self._move(engine, EngineState.RETIRED if used_up else EngineState.DEAD, weight_version=None, cause=cause)
 
-    def _move(self, engine: int, state: EngineState, **changes: object) -> None:
-        old = self._engines[engine]
-        since = old.since if state is old.state else self._clock()
-        self._engines[engine] = replace(old, state=state, since=since, **changes)  # type: ignore[arg-type]
+    def _move(self, engine: int, state: EngineState, **changes: Any) -> None:
+        before = self._engines[engine]
+        since = before.since if state is before.state else self._clock()
+        self._engines[engine] = replace(before, state=state, since=since, **changes)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray import environment
@@ -46,11 +46,13 @@ class _Row:
 
 @dataclass
 class _Group:
-    """Rows that are decoded together; without a cache the next step reads their whole context."""
+    """Rows that are decoded together. Without a cache and a mask the next step reads their whole context."""
 
     rows: list[_Row]
     cache: Any = None
+    """Keys and values of the tokens read so far, as transformers holds them."""
     mask: Int64[Tensor, "rows width"] | None = None
+    """1 for a token that was read, 0 for the padding on its left."""
 
 
 class TransformersEngine(RolloutEngine):
@@ -63,7 +65,7 @@ class TransformersEngine(RolloutEngine):
         self.device = torch.device(environment.accelerator())
         self._hf_config = AutoConfig.from_pretrained(model_dir)
         self.vocabulary = self._hf_config.get_text_config().vocab_size
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]).to(self.device).eval()
+        self._model = self._ready(AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]))
         self._stream = torch.Generator(self.device).manual_seed(self.stream_seed)
         self._waiting: list[GenerationRequest] = []
         self._group: _Group | None = None
@@ -104,22 +106,23 @@ class TransformersEngine(RolloutEngine):
 
     def _logits(self, group: _Group) -> Float[Tensor, "rows vocabulary"]:
         """Logits of the next token of each row."""
-        if group.cache is None:
-            token_ids, group.mask = self._padded([*row.request.token_ids, *row.token_ids] for row in group.rows)
+        if group.mask is None:
+            token_ids, mask = self._padded([*row.request.token_ids, *row.token_ids] for row in group.rows)
         else:
             token_ids = torch.tensor([row.token_ids[-1:] for row in group.rows], device=self.device)
-            group.mask = torch.cat([group.mask, torch.ones_like(token_ids)], dim=1)
-        position_ids = (group.mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
+            mask = torch.cat([group.mask, torch.ones_like(token_ids)], dim=1)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
         outputs = self._model(
             input_ids=token_ids,
-            attention_mask=group.mask,
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=group.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        group.cache = outputs.past_key_values
-        return outputs.logits[:, -1]
+        group.cache, group.mask = outputs.past_key_values, mask
+        logits: Tensor = outputs.logits
+        return logits[:, -1]
 
     def _padded(self, contexts: Any) -> tuple[Int64[Tensor, "rows width"], Int64[Tensor, "rows width"]]:
         """Contexts padded on the left, and the mask of their tokens."""
@@ -154,7 +157,7 @@ class TransformersEngine(RolloutEngine):
         elif finished:
             group.rows = [group.rows[index] for index in left]
             group.cache.batch_select_indices(torch.tensor(left, device=self.device))
-            group.mask = group.mask[left]
+            group.mask = None if group.mask is None else group.mask[left]
         return finished
 
     def _finish_reason(self, row: _Row) -> FinishReason | None:
@@ -173,15 +176,19 @@ class TransformersEngine(RolloutEngine):
     def _end_load(self) -> None:
         """Build the model from its state on disk: transformers maps names on disk to live ones."""
         state, self._incoming = self._incoming, {}
-        model, report = type(self._model).from_pretrained(
+        model_class: Any = type(self._model)  # the types of from_pretrained do not know output_loading_info
+        model, report = model_class.from_pretrained(
             None, config=self._hf_config, state_dict=state, dtype=DTYPES[self.config.dtype], output_loading_info=True
         )
         problems = {what: names for what, names in report.items() if names}
         if problems:
             raise WireError(f"transformers could not load the weights: {problems}")
-        self._model = model.to(self.device).eval()
+        self._model = self._ready(model)
         if self._group is not None:
-            self._group.cache = None
+            self._group.cache = self._group.mask = None
+
+    def _ready(self, model: Any) -> PreTrainedModel:
+        return cast(PreTrainedModel, model.to(self.device).eval())
 
     # Life
 

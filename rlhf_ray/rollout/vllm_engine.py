@@ -14,18 +14,22 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from rlhf_ray import environment
+from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
+
+if TYPE_CHECKING:
+    from vllm.config.model import ModelDType
 
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -60,7 +64,7 @@ class VllmEngine(RolloutEngine):
             model=str(self.model_dir),
             skip_tokenizer_init=True,
             generation_config="vllm",  # sampling settings of the model's directory would change the distribution
-            dtype=LONG_NAMES[config.dtype],
+            dtype=vllm_dtype(config.dtype),
             max_model_len=config.max_model_tokens,
             tensor_parallel_size=config.tensor_parallel,
             seed=self.stream_seed,
@@ -139,6 +143,11 @@ class VllmEngine(RolloutEngine):
     def _close(self) -> None:
         self._engine.engine_core.shutdown()
         del self._engine
+
+
+def vllm_dtype(dtype: Dtype) -> ModelDType:
+    """vLLM's name of a dtype."""
+    return cast("ModelDType", LONG_NAMES[dtype])
 
 
 def prepare_process() -> bool:

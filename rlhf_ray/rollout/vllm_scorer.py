@@ -14,8 +14,7 @@ from typing import Any
 
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
-from rlhf_ray.models.dtypes import LONG_NAMES
-from rlhf_ray.rollout.vllm_engine import prepare_process
+from rlhf_ray.rollout.vllm_engine import prepare_process, vllm_dtype
 
 CPU_CACHE_BYTES = 2**30
 """Keys and values of what is scored at once; memory is taken as it is filled."""
@@ -29,6 +28,7 @@ class VllmScorer:
 
     def __init__(self, model: ModelConfig, *, max_item_tokens: int, gpus: float) -> None:
         """``max_item_tokens`` bounds a sequence, as the model's positions do; ``gpus`` is the share of one to use."""
+        assert model.path is not None, "the config takes scorer vllm only with a path"
         self.config = servable_config(model)
         text = self.config.get_text_config()
         self.vocabulary: int = text.vocab_size
@@ -45,7 +45,7 @@ class VllmScorer:
                 runner="pooling",
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
-                dtype=LONG_NAMES[model.dtype],
+                dtype=vllm_dtype(model.dtype),
                 max_model_len=self.max_item_tokens,
                 enforce_eager=on_cpu,
                 kv_cache_memory_bytes=CPU_CACHE_BYTES if on_cpu else None,

@@ -8,8 +8,9 @@ processes too (the engine names :class:`RegisterInWorker` as the workers' extens
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
@@ -18,6 +19,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 BACKEND = "rlhf_ray"
+
+
+class LoadsWeights(Protocol):
+    """A model of vLLM, which knows where a weight of each name on disk belongs."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object:
+        """Copy ``weights`` into the model's own layout."""
 
 
 @dataclass
@@ -53,7 +61,7 @@ class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
 
     def receive_weights(self, update_info: NamedWeights) -> None:
         """Hand the bucket to the model's own loader."""
-        self.model.load_weights(iter(update_info.weights))
+        cast(LoadsWeights, self.model).load_weights(iter(update_info.weights))
 
     def finish_weight_update(self) -> None:
         """Process what came, into the tensors that the compiled model reads."""
@@ -74,8 +82,9 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
     for layer in model.modules():
         for weight in layer.parameters(recurse=False):
             tied = owners.setdefault(id(weight), layer) is not layer
-            if tied and isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
-                layer.quant_method.process_weights_after_loading(layer)
+            method = getattr(layer, "quant_method", None)
+            if tied and isinstance(method, UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading(layer)
 
 
 class RegisterInWorker:

@@ -95,7 +95,7 @@ class Checksum:
         """Take one weight in."""
         array = to_array(weight)
         dtype = "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8))
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8).data)
         self._hash.update(json.dumps([name, dtype, list(array.shape), crc]).encode())
 
     def hexdigest(self) -> str:

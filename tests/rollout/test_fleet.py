@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import DeadlineError, GroupError, RequestError
 from rlhf_ray.pending import Pending
+from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import EngineDeadError
-from rlhf_ray.rollout.fleet import Fleet, LocalHandle, cut_shares
+from rlhf_ray.rollout.fleet import Fleet, cut_shares
 from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
@@ -27,8 +28,24 @@ DEADLINE_S = 60.0
 Fault = Callable[[list[Generation]], list[Generation]]
 
 
+class LocalHandle:
+    """An engine in this process: a call runs when its result is read."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
+        return Pending(lambda: self.engine.generate(requests, deadline_s))
+
+    def receive(self, weights: Any) -> Pending[None]:
+        return Pending(lambda: self.engine.receive(weights))
+
+    def probe(self) -> Pending[Any]:
+        return Pending(self.engine.probe)
+
+
 class Handle(LocalHandle):
-    """An engine that notes what it is asked for and fails as told: one fault a call, in order."""
+    """An engine that notes its requests and fails as planned: one fault a call, in order."""
 
     def __init__(self, engine: TransformersEngine, *faults: Exception | Fault | None) -> None:
         super().__init__(engine)
@@ -230,15 +247,16 @@ def test_a_restarted_engine_is_stale_until_it_alone_was_updated(make_handle: Any
     fleet.update_weights(1, weights)
     fleet.health.died(1, "crash")
     fleet.health.restart(1)
-    fleet.replace(1, fresh := make_handle())
+    handles[1].engine = make_handle().engine
+    fleet.health.started(1)
     fleet.probe()
     fleet.generate(REQUESTS, DEADLINE_S)
-    assert (fleet.health[1].state, fresh.shares) == (EngineState.STALE, [])
+    assert (fleet.health[1].state, handles[1].shares) == (EngineState.STALE, [])
     handles[0].takes_weights = False  # must not be asked: it has this version
     fleet.update_weights(1, weights)
     assert fleet.health.healthy == (0, 1)
     fleet.generate(REQUESTS, DEADLINE_S)
-    assert len(fresh.shares) == 1
+    assert len(handles[1].shares) == 1
 
 
 def test_no_engine_with_weights_is_an_error_that_says_why(make_handle: Any, weights: PublishedWeights) -> None:
