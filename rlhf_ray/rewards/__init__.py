@@ -1,4 +1,4 @@
-"""Rewards: what can be scored and what comes back, where it comes from, batches across callers, and the HTTP client."""
+"""Everything that gives rewards: requests and their results, reward sources, batches across callers, and HTTP clients."""
 
 from rlhf_ray.lazy import lazy_exports
 

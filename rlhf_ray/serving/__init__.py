@@ -1,0 +1,1 @@
+"""The scoring service: reward models behind HTTP, in the protocols that other frameworks speak."""

@@ -173,8 +173,6 @@ def test_a_parameter_that_nothing_is_known_for_is_refused(function: Any, unknown
         InThisProcess("f", function)
 
 
-# -------------------------------------------------------------------------------------------------- a process of its own
-
 MODULE = """
 from __future__ import annotations
 import asyncio, os, sys, time

@@ -30,9 +30,6 @@ def raws(results: Sequence[ScoreResult]) -> list[float | None]:
     return [result.raw for result in results]
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
-
-
 class Scorer:
     """A model that answers these scores and remembers what it was asked."""
 
@@ -65,9 +62,6 @@ def test_ids_pass_where_the_tokenizer_is_the_policys_and_text_is_rendered_again_
         ScoreRequest(prompt="b", response="yy"),
         ScoreRequest(messages=SAMPLES[2].messages),
     ]
-
-
-# ----------------------------------------------------------------------------------------------------------------- holding
 
 
 class Clock:
