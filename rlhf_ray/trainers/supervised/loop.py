@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.actors.groups import Group, SharedBatch
 from rlhf_ray.algorithms.denominators import DenominatorKind, denominator
-from rlhf_ray.config.jobs.reward_model import RewardModelConfig
-from rlhf_ray.config.jobs.sft import SftConfig
+from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
@@ -48,8 +47,24 @@ class Task:
     """Examples of one optimizer update, on all ranks together."""
     parts: Sequence[Part]
     """For each file of examples, how many it has and how many of them an epoch takes."""
+    epochs: float
+    """Passes over the examples; the last one may be a part of one."""
     unit: int = 1
     """Sequences of one example, which stay in one micro-batch: 2 for a preference pair."""
+
+    @property
+    def total_examples(self) -> int:
+        """How many examples all epochs take; raises :class:`RequestError` if that is none."""
+        size = sum(part.per_epoch for part in self.parts)
+        total = training_items(size, self.epochs)
+        if total < 1:
+            raise RequestError(f"epochs {self.epochs:g} of {size} examples is less than one example: raise epochs")
+        return total
+
+    @property
+    def total_updates(self) -> int:
+        """The number of optimizer updates; the last one may have fewer examples."""
+        return updates(self.total_examples, self.per_update)
 
 
 @dataclass
@@ -69,7 +84,7 @@ class SupervisedTrainer:
 
     def __init__(
         self,
-        config: SftConfig | RewardModelConfig,
+        config: TrainingJob,
         task: Task,
         group: Group,
         *,
@@ -89,8 +104,8 @@ class SupervisedTrainer:
         self.best = best
         self.order = ShuffledOrder(config.run.seed, task.parts)
         self.progress = SupervisedProgress()
-        self.total_examples = training_items(self.order.epoch_size, config.epochs)
-        self.total = total_updates(config.epochs, task)
+        self.total_examples = task.total_examples
+        self.total = task.total_updates
 
     def run(self) -> dict[str, float]:
         """Run all remaining updates and then the last evaluation; returns its figures.
@@ -172,12 +187,3 @@ def run_update(group: Group, shared: SharedBatch, schedule: Schedule, loss: Summ
 def schedule_update(batch: TrajectoryBatch, *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
     """A schedule that makes one update of the whole batch; ``unit`` sequences in a row stay in one micro-batch."""
     return make_schedule(batch.lengths.tolist(), ranks=ranks, max_tokens=max_tokens, unit=unit)
-
-
-def total_updates(epochs: float, task: Task) -> int:
-    """The number of optimizer updates of a run; the last one may have fewer examples."""
-    size = sum(part.per_epoch for part in task.parts)
-    items = training_items(size, epochs)
-    if items < 1:
-        raise RequestError(f"epochs {epochs:g} of {size} examples is less than one example: raise epochs")
-    return updates(items, task.per_update)

@@ -20,7 +20,7 @@ from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.best import Best
-from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, total_updates
+from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task
 from rlhf_ray.trainers.supervised.preference_loss import make_loss
 from rlhf_ray.trainers.supervised.probes import measure_probes
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
@@ -34,8 +34,9 @@ def train_reward_model(
     tokenizer = load_tokenizer(config.reward.model)
     examples = load_pairs(config.data, tokenizer, config.run.seed)
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
-    task = Task(examples.train, make_pair_batch, loss, config.batch.pairs_per_update, examples.parts, unit=2)
-    updates = total_updates(config.epochs, task)
+    per_update = config.batch.pairs_per_update
+    task = Task(examples.train, make_pair_batch, loss, per_update, examples.parts, config.epochs, unit=2)
+    updates = task.total_updates
     max_tokens = config.reward.forward_tokens(config.batch)
     with Session(config, place=place) as session:
         started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
@@ -57,7 +58,7 @@ def train_reward_model(
             )
             figures = trainer.run()
             saver.final(run, figures)
-            journal.add_facts(describe_best(best, updates, figures))
+            journal.add_facts(settle_best(best, updates, figures))
             if held_out is not None:
                 probes = measure_probes(config.data, reward, tokenizer, max_tokens)
                 if probes is not None:
@@ -67,10 +68,10 @@ def train_reward_model(
             journal.finish()
 
 
-def describe_best(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
-    """Facts for the report about the best evaluation: it was the last one, or ``best/`` holds an earlier one.
+def settle_best(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:
+    """Remove ``best/`` if the last evaluation was the best one; returns what the report says about the best evaluation.
 
-    Over-fitting means that both were better earlier: accuracy higher and loss lower.
+    A run is over-fitted if an earlier evaluation had both a higher accuracy and a lower loss than the last.
     """
     if best is None or best.so_far is None or not figures:
         return {}

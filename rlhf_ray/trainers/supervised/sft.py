@@ -17,7 +17,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
-from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, schedule_update, total_updates
+from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, schedule_update
 
 
 def train_sft(
@@ -27,8 +27,8 @@ def train_sft(
     tokenizer = load_tokenizer(config.policy.model)
     examples = load_demonstrations(config.data, tokenizer, config.run.seed)
     size = config.batch.sequences_per_update
-    task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts)
-    updates = total_updates(config.epochs, task)
+    task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts, config.epochs)
+    updates = task.total_updates
     with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint)
