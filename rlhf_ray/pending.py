@@ -1,7 +1,8 @@
-"""A result that is on its way, whoever computes it.
+"""A result that may still be on its way, in this process or on a cluster.
 
-Always true: ``result`` ends in the value or in one typed error, and a second call answers the same without computing
-again. Rooms that must not know Ray hand these around; only ``actors`` makes ones that wait for a cluster.
+Invariant: ``result`` ends in the value or in one typed error, and a second call gives the same without computing again.
+
+Modules that must not know Ray pass these around; only ``actors`` makes ones that wait for a cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Pending(Generic[Value]):
 
     @classmethod
     def done(cls, value: Value) -> Pending[Value]:
-        """A value that is there already."""
+        """A result that is there already."""
         return cls(lambda: value)
 
     def result(self) -> Value:
@@ -39,5 +40,5 @@ class Pending(Generic[Value]):
         return cast(Value, self._value)
 
     def then(self, finish: Callable[[Value], Other]) -> Pending[Other]:
-        """The value after ``finish``, computed when it is asked for."""
+        """The value after ``finish``, which runs when the result is read."""
         return Pending(lambda: finish(self.result()))

@@ -1,7 +1,7 @@
-"""The driver's view of a role: all ranks at once, in input order.
+"""Groups: all ranks of one role, called by the driver as one.
 
-Always true: what goes in as a batch comes out as columns of the same batch, in its order, whatever the schedule and the
-number of ranks; training reports are sums over all ranks; a vote is finite only if every rank's is.
+Invariants: a batch goes in and columns of the same batch come out, in its order, whatever the schedule and the number of
+ranks; a training report is the sum over all ranks, and it is finite only if the report of every rank is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf_ray.trajectories.schedule import Schedule, Update
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """A batch and the handle by which ranks read it without another copy."""
+    """A batch, and a handle with which ranks read it without another copy."""
 
     batch: TrajectoryBatch
     handle: Any
@@ -69,12 +69,12 @@ class Group:
         self.ranks.stop()
 
     def accumulate(self, shared: SharedBatch, update: Update, loss: Loss, denominator: float) -> Pending[Report]:
-        """Gradients of one update on all ranks; the report sums over them."""
+        """Compute the gradients of one update on all ranks; the report is the sum over them."""
         arguments = [(shared.handle, update.rank(rank), loss, denominator) for rank in range(self.size)]
         return self.ranks.call("accumulate", arguments).then(merge_reports)
 
     def apply(self, skip: bool) -> Pending[Applied]:
-        """Step or skip on every rank; ranks that disagree are an error."""
+        """Take the optimizer step, or skip it, on every rank. Ranks that disagree are an error."""
         return self._everywhere("apply", skip).then(self._agreed)
 
     def _agreed(self, applied: list[Applied]) -> Applied:
@@ -101,7 +101,7 @@ class ReferenceGroup(Group):
 
 class PolicyGroup(ReferenceGroup):
     def publish_weights(self, version: int) -> Pending[Any]:
-        """A handle of the weights, for the rollout engines."""
+        """Return a handle of the weights for the rollout engines."""
         return self.ranks.call_shared("publish_weights", [(version,)] * self.size)
 
 
@@ -121,7 +121,7 @@ class RewardGroup(Group):
         return self._column("scores", shared, schedule, per_token=False)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
-        """One result a request, in the order of the requests."""
+        """Return one result per request, in the order of the requests."""
         count = len(requests)
         return self._everywhere("score", list(requests)).then(lambda shares: self._in_order(shares, count))
 

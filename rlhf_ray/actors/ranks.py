@@ -1,9 +1,12 @@
-"""The ranks of one role, and how they are called.
+"""How the driver calls the ranks of one role, in this process or as Ray actors.
 
-Always true: a call reaches every rank, has a deadline, and ends in one value a rank (in rank order) or in one typed error
-that names role, rank, phase and cause. The first rank that fails ends the call at once: its peers may sit in a collective
-that will never complete. Calls from several threads reach all ranks in one order, or ranks would meet in different
-collectives. Nothing here knows what the ranks compute.
+Invariants:
+
+- A call reaches every rank, has a deadline, and ends in one value per rank (in rank order) or in one typed error that names
+  role, rank, phase and cause.
+- The first rank that fails ends the call at once, because its peers may be waiting in a collective that never completes.
+- Calls from several threads reach all ranks in the same order. Otherwise ranks would meet in different collectives.
+- Nothing here knows what the ranks compute.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Ranks(Protocol):
 
 
 class InProcessRanks:
-    """One rank that lives in this process: the same groups without Ray, for tests and one-process runs."""
+    """One rank in this process, so that the same groups run without Ray."""
 
     size = 1
 
@@ -86,7 +89,7 @@ class InProcessRanks:
 
 
 class RayRanks:
-    """Ray actors, one a rank."""
+    """Ray actors, one per rank."""
 
     def __init__(self, role: str, actors: Sequence[Any], *, timeout_s: float, on_stop: Callable[[], None]) -> None:
         self.role = role
@@ -134,7 +137,7 @@ class RayRanks:
 
 
 def gather(references: Sequence[Any], role: str, phase: str, deadline: float, limit: float) -> list[Any]:
-    """Values of ``references`` in order; the first failure of any of them, as a typed error, as soon as it is known."""
+    """Return the values of ``references`` in order, or raise the first failure as a typed error as soon as it is known."""
     import ray
 
     ranks = {reference: rank for rank, reference in enumerate(references)}

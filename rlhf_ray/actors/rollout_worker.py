@@ -1,7 +1,7 @@
-"""One rollout engine as a rank of its own role, and the handle by which the fleet reaches it across Ray.
+"""The worker that runs one rollout engine, and the handle with which the fleet reaches it.
 
-Always true: an engine lives in a process of its own (vLLM sets the thread count of its whole process); weights reach it as
-a handle that it reads from the object store itself.
+Invariants: a vLLM engine has a process of its own, because vLLM sets the thread count of its whole process; weights reach an
+engine as a handle, which it reads from the object store itself.
 """
 
 from __future__ import annotations

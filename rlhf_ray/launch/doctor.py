@@ -1,7 +1,7 @@
-"""``rlhf-ray doctor``: what this machine can run, and what would let it run more.
+"""``rlhf-ray doctor``: report what this machine can run, and what would let it run more.
 
-Always true: nothing is installed, started or downloaded; what is found wrong comes with the command that mends it, where one
-does; what is needed and what is merely absent are told apart.
+Invariants: nothing is installed, started or downloaded; a problem comes with the command that fixes it, if there is one; what
+is required is listed apart from what is merely absent.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Finding:
     name: str
     state: str
     fix: str = ""
-    """What to type, or to do; empty where nothing is wrong."""
+    """What to type or to do; empty if nothing is wrong."""
     needed: bool = False
     """Without it, jobs do not run here."""
 
 
 def examine() -> list[Finding]:
-    """Everything, in the order in which it is shown."""
+    """Examine everything, in the order in which it is shown."""
     findings = [*_python(), *_packages(), *_strangers()]
     if all(find_spec(package) is not None for package in ("torch", "transformers", "jaxtyping")):
         findings += [*_accelerators(), *_attention(), *_kernels()]
@@ -51,14 +51,14 @@ def examine() -> list[Finding]:
 
 
 def report(findings: Iterable[Finding]) -> str:
-    """A table, and below it what is missing with the way to get it."""
-    found = list(findings)
-    rows = [(f.section, f.name, f.state) for f in found]
+    """Return a table, and below it what is missing and how to get it."""
+    findings = list(findings)
+    rows = [(f.section, f.name, f.state) for f in findings]
     lines = [table("this machine", ("what", "", "state"), rows)]
     for title, wanted in (("needed, and not right:", True), ("not here, and not needed for everything:", False)):
-        fixes = [f"  {f.name}: {f.state}\n    {f.fix}" for f in found if f.fix and f.needed == wanted]
+        fixes = [f"  {f.name}: {f.state}\n    {f.fix}" for f in findings if f.fix and f.needed == wanted]
         lines += [f"\n{title}", *fixes] if fixes else []
-    if not any(finding.fix and finding.needed for finding in found):
+    if not any(finding.fix and finding.needed for finding in findings):
         device = accelerator()
         lines.append(f"\nready: {_first_steps(device)}")
     return "\n".join(lines)

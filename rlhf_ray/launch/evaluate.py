@@ -1,7 +1,7 @@
-"""``rlhf-ray evaluate``: what a reward model makes of a file of preferences.
+"""``rlhf-ray evaluate``: measure a reward model on a file of preferences.
 
-Always true: the figures are those of the evaluation in training, over the same packs; what was dropped is said; nothing of
-the pairs' text is printed.
+Invariants: the figures are those that evaluation during training gives, over the same packs; dropped pairs are counted and
+reported; no text of a pair is printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.sources import RowSource
 
 WORST = 50
-"""Pairs in the file of figures."""
+"""The number of worst pairs in the file of figures."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate(
 def evaluate_pairs(
     config: ServeConfig, file: Path, keys: Keys, *, turns: bool, place: Place | None = None
 ) -> RewardReport:
-    """Score every pair of ``file`` with ``config.reward``. The model lives in ``place``, on Ray without one."""
+    """Score every pair of ``file`` with ``config.reward``. The model runs in ``place``, or on Ray if there is none."""
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
     from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs, source_table

@@ -1,8 +1,8 @@
-"""``rlhf-ray export``: a plain Hugging Face directory out of a run, a model directory or an adapter.
+"""``rlhf-ray export``: write a plain Hugging Face directory from a run, a model directory or an adapter.
 
-Always true: what is written stands whole or not at all, and holds adapters merged, a score head as ``score``, safetensors
-and a tokenizer; nothing that exists is written over; where plain transformers or vLLM would not read it, or would read other
-scores, that is said.
+Invariants: the directory appears whole or not at all, with merged adapters, a score head called ``score``, safetensors and a
+tokenizer; nothing that exists is overwritten; the command says so if plain transformers or vLLM could not read the result or
+would compute other scores.
 """
 
 from __future__ import annotations

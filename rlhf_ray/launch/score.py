@@ -1,6 +1,6 @@
-"""``rlhf-ray score``: score a file of items with a reward model, on Ray or with a service that runs.
+"""``rlhf-ray score``: score a file of items with a reward model on Ray.
 
-Always true: the same command goes on with what was interrupted; the exit code is 0 only when every row has its line.
+Invariants: running the same command again continues an interrupted run; the exit code is 0 only when every row has its line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
     }
     output = Output(target, {**input_identity(source), **about})
     if output.done:
-        get_logger().info("%s: %d rows are scored already, going on after them", target, output.done)
+        get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
     with Cluster.for_job(config) as cluster:
         scorer = _load(cluster, config)
         failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
@@ -52,7 +52,7 @@ def score_items(config: ServeConfig, rows: Sequence[Mapping[str, Any]], *, trunc
 
 
 def _files(model: str | None) -> Mapping[str, Any]:
-    """What tells the model's files from other ones under the same name, without reading them."""
+    """Sizes and times of the model's files: they change when other files take the same names."""
     directory = Path(model or "")
     files = sorted(directory.iterdir()) if model and directory.is_dir() else []
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
@@ -66,13 +66,13 @@ def _load(cluster: Cluster, config: ServeConfig) -> Scorer:
 
 
 class _Normalising:
-    """A reward group whose results are normalised too, where the model's directory says how."""
+    """A reward group that also normalises its results if the model's directory has a mean and a std."""
 
     def __init__(self, group: Any, described: Mapping[str, Any]) -> None:
         mean, std = described["mean"], described["std"]
         self._group, self._statistics = group, (0.0, 1.0) if mean is None else (mean, std)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
-        """One result a request, in order."""
+        """Return one result per request, in order."""
         scored: Pending[list[ScoreResult]] = self._group.score(requests)
         return scored.then(lambda results: [result.normalised(*self._statistics) for result in results])

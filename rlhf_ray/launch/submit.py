@@ -1,8 +1,8 @@
-"""A job on a running Ray cluster, through Ray's own job submission.
+"""``rlhf-ray submit``: run a job on a Ray cluster that is already running, through Ray's own job submission.
 
-Always true: the config is checked here before anything is sent; what is sent is the resolved config, so that the cluster
-needs this package but not the recipe; relative paths are taken from here, and must be visible from the cluster under the
-same name; the caller gets the driver's own exit code.
+Invariants: the config is checked here before anything is sent; the resolved config is sent, so the cluster needs this package
+but not the recipe; relative paths are taken from the current directory and must exist on the cluster under the same name; the
+caller gets the driver's own exit code.
 """
 
 from __future__ import annotations

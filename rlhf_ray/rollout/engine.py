@@ -1,9 +1,12 @@
-"""What every rollout engine does the same, whatever computes the tokens: steps, deadlines, death, weight updates.
+"""The base class of rollout engines: steps, deadlines, failure and weight updates, whatever computes the tokens.
 
-Always true: all requests of a call are added before its first step, or none is; a call ends in all its generations, in
-input order, or in one typed error; every token carries the version of the weights that sampled it; weights change only
-between two steps, and a change drops what was computed with the old ones; an engine whose step or update failed is dead
-and refuses everything from then on.
+Invariants:
+
+- All requests of a call are added before its first step, or none is.
+- A call ends in all its generations, in input order, or in one typed error.
+- Every token carries the version of the weights that sampled it.
+- Weights change only between two steps, and a change drops everything that was computed with the old ones.
+- An engine whose step or update failed is dead and refuses all further work.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ ROLE = "rollout"
 
 
 class RolloutEngine(ABC):
-    """One model that samples. Not safe for threads: one caller drives it."""
+    """One model that samples. Not thread-safe: one caller drives it."""
 
     vocabulary: int
 
@@ -50,7 +53,7 @@ class RolloutEngine(ABC):
         self.rank = rank
         self.deterministic = deterministic
         self.stream_seed = request_seed(seed, 0, rank, 0) >> 32
-        """Seeds what is drawn for requests without a seed: another one on every engine."""
+        """The seed of the draws for requests that have none; it differs between engines."""
         self._clock = clock
         self._weight_version = weight_version
         self._shapes = shapes_on_disk(model_dir)
@@ -58,15 +61,15 @@ class RolloutEngine(ABC):
         self._update: IncomingUpdate | None = None
         self._dead: str | None = None
 
-    # What an engine must bring
+    # What a subclass implements
 
     @abstractmethod
     def _add(self, requests: Sequence[GenerationRequest]) -> None:
-        """Take requests in, in order."""
+        """Accept requests, in order."""
 
     @abstractmethod
     def _advance(self) -> list[Generation]:
-        """One step of the model for the requests in work; the ones that it finished."""
+        """Run one step of the model for the unfinished requests; returns those that it finished."""
 
     @abstractmethod
     def _drop(self) -> None:
@@ -74,15 +77,15 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def _begin_load(self) -> None:
-        """Make ready for new weights."""
+        """Prepare to receive new weights."""
 
     @abstractmethod
     def _load(self, weights: list[tuple[str, Tensor]]) -> None:
-        """Take some weights in, by their names on disk."""
+        """Load some of the weights, by their names on disk."""
 
     @abstractmethod
     def _end_load(self) -> None:
-        """All weights came: use them, and drop what was cached with the old ones."""
+        """All weights have arrived: use them, and drop what was cached with the old ones."""
 
     @abstractmethod
     def _close(self) -> None:
@@ -97,11 +100,14 @@ class RolloutEngine(ABC):
 
     @property
     def unfinished(self) -> int:
-        """How many requests are in work."""
+        """The number of unfinished requests."""
         return len(self._unfinished)
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Generation]:
-        """Generations of all requests in their order, or :class:`DeadlineError` with none of them left in work."""
+        """Return the generations of all requests in their order.
+
+        Raises :class:`DeadlineError` after ``deadline_s`` seconds, and then drops every request of the call.
+        """
         if self._unfinished:
             raise RequestError(f"rollout engine {self.rank} has {self.unfinished} requests in work: step or abort them")
         end = self._clock() + deadline_s
@@ -116,7 +122,7 @@ class RolloutEngine(ABC):
         return [done[request.key] for request in requests]
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Add all requests, or none if one cannot be served."""
+        """Add all requests, or none of them if one cannot be served."""
         self._refuse_while_updating("submit")
         check_requests(
             requests,
@@ -130,7 +136,7 @@ class RolloutEngine(ABC):
         self._unfinished |= {request.key: request for request in requests}
 
     def step(self) -> list[Generation]:
-        """Sample one token for each request in work; return those that ended."""
+        """Sample one token for each unfinished request; returns the generations that ended."""
         self._refuse_while_updating("step")
         with self._or_die("step"):
             finished = self._advance()
@@ -139,7 +145,7 @@ class RolloutEngine(ABC):
         return finished
 
     def abort(self) -> int:
-        """Drop all requests in work; return how many they were."""
+        """Drop all unfinished requests; returns their number."""
         dropped = self.unfinished
         with self._or_die("abort"):
             self._drop()
@@ -149,7 +155,7 @@ class RolloutEngine(ABC):
     # Weights
 
     def update_weights(self, version: int, buckets: Iterable[Bucket], checksum: str) -> None:
-        """Replace all weights; requests in work go on with the new ones, their context computed again."""
+        """Replace all weights. Unfinished requests go on with the new ones, and their context is computed again."""
         self.begin_update()
         for bucket in buckets:
             self.load_bucket(bucket)
@@ -160,20 +166,20 @@ class RolloutEngine(ABC):
         self.update_weights(weights.version, weights.buckets, weights.checksum)
 
     def begin_update(self) -> None:
-        """Start an update whose buckets come one by one; nothing is generated until it is finished."""
+        """Start an update whose buckets arrive one by one. Nothing is generated until it is finished."""
         self._refuse_while_updating("begin_update")
         with self._or_die("begin_update", WeightUpdateError):
             self._update = IncomingUpdate(self._shapes)
             self._begin_load()
 
     def load_bucket(self, bucket: Bucket) -> None:
-        """Take in some weights of the update."""
+        """Load one bucket of the update."""
         update = self._require_update("load_bucket")
         with self._or_die("load_bucket", WeightUpdateError):
             self._load(update.accept(bucket))
 
     def finish_update(self, version: int, checksum: str) -> None:
-        """All buckets came: check that they are whole, and serve them as ``version``."""
+        """Finish the update: check that every weight has arrived intact, and use them as ``version``."""
         update = self._require_update("finish_update")
         with self._or_die("finish_update", WeightUpdateError):
             update.close(checksum)
@@ -184,11 +190,11 @@ class RolloutEngine(ABC):
     # Life
 
     def probe(self) -> Probe:
-        """Who answers, without touching the model."""
+        """Report the engine's state without touching the model."""
         return Probe(self._dead, self._weight_version, self.unfinished)
 
     def shutdown(self) -> None:
-        """Free everything; the engine refuses to work from then on. A second call does nothing."""
+        """Free everything. The engine refuses all further work; a second call does nothing."""
         if self._dead != "it was shut down":
             self._dead = "it was shut down"
             self._unfinished.clear()
@@ -196,7 +202,7 @@ class RolloutEngine(ABC):
 
     @contextmanager
     def _or_die(self, phase: str, failure: type[GroupError] = EngineDeadError) -> Iterator[None]:
-        """Refuse if the engine is dead; whatever goes wrong inside leaves it dead."""
+        """Refuse to run the block if the engine is dead; an error inside the block leaves it dead."""
         if self._dead is not None:
             raise EngineDeadError(ROLE, self.rank, phase, f"the engine is dead ({self._dead}): restart it")
         try:

@@ -1,6 +1,7 @@
-"""How a rollout engine or the fleet of them fails.
+"""The errors of rollout engines, of their weight updates and of the fleet.
 
-Always true: after one of these the engine serves nothing until it was restarted and got whole weights again.
+Invariant: an engine that raised :class:`EngineDeadError` or :class:`WeightUpdateError` generates nothing until it has been
+restarted and has received all weights again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ class EngineDeadError(GroupError):
 
 
 class WeightUpdateError(GroupError):
-    """A weight update failed half way: the engine holds a mixture of weights, so it is dead, not stale."""
+    """A weight update failed part-way. The engine holds a mixture of weights, so it is dead, not stale."""
 
 
 class WireError(RlhfRayError):

@@ -1,8 +1,11 @@
-"""What a rollout engine is asked for and what it answers: token ids in, token ids out.
+"""The requests that a rollout engine takes and the generations that it returns: token ids in, token ids out.
 
-Always true: a request is named by its prompt and its sample index; its seed is a pure function of the run's seed, the
-step, the prompt and the sample, so that whoever generates it, and however often, draws the same numbers; a generation
-holds one log-prob and one weight version for every token it sampled, the end of sequence included.
+Invariants:
+
+- A request is identified by its prompt and its sample index.
+- Its seed is a pure function of the run's seed, the step, the prompt and the sample, so every engine draws the same numbers
+  for it, however often it is generated.
+- A generation has one log-prob and one weight version for every sampled token, the end of sequence included.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ if TYPE_CHECKING:
 Key = tuple[int, int]
 """Prompt id and sample index."""
 NO_VERSION = -1
-"""Weight version of a token that no weights sampled: the prompt's."""
+"""The weight version of prompt tokens, which no weights sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sample to draw; without a seed the engine draws from its own stream."""
+    """One sample to draw. Without a seed the engine uses its own random stream."""
 
     prompt_id: int
     sample_index: int
@@ -36,11 +39,11 @@ class GenerationRequest:
     seed: int | None
     max_new_tokens: int
     greedy: bool = False
-    """Take the likeliest token each time; log-probs are then those at temperature 1."""
+    """Take the most likely token each time. Log-probs are then those at temperature 1."""
 
     @property
     def key(self) -> Key:
-        """What names this request among others."""
+        """What identifies this request among others."""
         return self.prompt_id, self.sample_index
 
 
@@ -64,10 +67,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What an engine says about itself without computing anything."""
+    """An engine's report about itself, made without computing anything."""
 
     dead: str | None
-    """Why it is dead; none while it works."""
+    """Why the engine is dead; None while it works."""
     weight_version: int
     unfinished: int
 
@@ -110,7 +113,7 @@ def check_requests(
     seeded: bool,
     unfinished: Collection[Key] = (),
 ) -> None:
-    """Refuse all of ``requests`` if one of them cannot be served."""
+    """Raise :class:`RequestError` if one of ``requests`` cannot be served."""
     seen = set(unfinished)
     for request in requests:
         where = f"request for prompt {request.prompt_id}, sample {request.sample_index}"
@@ -135,7 +138,7 @@ def check_requests(
 
 
 def gather(requests: Sequence[GenerationRequest], generations: Sequence[Generation]) -> TrajectoryBatch:
-    """Prompts and what was sampled after them as one batch, in the order of ``requests``."""
+    """Join prompts and their generations into one batch, in the order of ``requests``."""
     import numpy as np
 
     from rlhf_ray.trajectories.batch import TrajectoryBatch

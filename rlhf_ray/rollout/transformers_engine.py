@@ -1,8 +1,9 @@
-"""A rollout engine of plain transformers, for machines without vLLM and for tests in one process.
+"""A rollout engine on plain transformers, for machines without vLLM and for runs in one process.
 
-Always true: it answers like the vLLM engine (same protocol, same meaning of every number): log-probs are an fp32
-log-softmax of the whole distribution at the sampling temperature; requests of similar length are decoded together, left
-padded, with a key-value cache; a seeded request draws from a generator of its own.
+Invariants: every number means what it means in the vLLM engine; log-probs are an fp32 log-softmax of the whole distribution
+at the sampling temperature; a seeded request draws from a generator of its own.
+
+Requests of similar length are decoded together, padded on the left, with a key-value cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
 
 MAX_ROWS = 128
-"""Requests that are decoded together."""
+"""The most requests that are decoded together."""
 
 
 @dataclass

@@ -1,9 +1,13 @@
-"""The vLLM rollout engine: our own step loop on vLLM's in-process ``LLMEngine``.
+"""The vLLM rollout engine: our own step loop around vLLM's in-process ``LLMEngine``.
 
-Always true: the engine lives in this process and dies with it; it never sees text (no tokenizer) and stops at the
-tokens it was given, which it returns as an action; log-probs are of the whole distribution at the sampling temperature; in
-deterministic mode the same requests in the same order give the same bits, run after run. vLLM changes its process
-(threads, process groups): one engine a process, and no trainer beside it.
+Invariants:
+
+- The engine lives in this process and dies with it.
+- It sees no text, because it has no tokenizer. It stops at the given stop tokens and returns them as actions.
+- Log-probs are those of the whole distribution at the sampling temperature.
+- In deterministic mode the same requests in the same order give the same bits, run after run.
+
+vLLM changes the threads and process groups of its process: run one engine per process, and no trainer beside it.
 """
 
 from __future__ import annotations
@@ -151,7 +155,7 @@ def vllm_dtype(dtype: Dtype) -> ModelDType:
 
 
 def prepare_process() -> bool:
-    """Set what vLLM reads when it is imported; return whether it will compute on the CPU."""
+    """Set what vLLM reads when it is imported; returns whether it will compute on the CPU."""
     on_cpu = environment.accelerator() == "cpu"
     environment.prepare()
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":

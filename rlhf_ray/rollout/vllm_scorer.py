@@ -1,8 +1,9 @@
-"""vLLM's pooling runner as what scores behind the reward actor.
+"""A reward model in vLLM's pooling runner.
 
-Always true: scores are raw, one a sequence in the order of the sequences, read at the last token of ids that come from
-outside (vLLM never sees text); what it would score otherwise than this project's own forward is refused with the way out.
-vLLM changes its process (threads, process groups): one scorer a process, and no trainer beside it.
+Invariants: scores are raw, one per sequence, in the order of the sequences, and read at the last token; vLLM gets token ids
+and never text; a model that vLLM would score differently from this project's own forward pass is refused, with the way out.
+
+vLLM changes the threads and process groups of its process: run one scorer per process, and no trainer beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.vllm_engine import prepare_process, vllm_dtype
 
 CPU_CACHE_BYTES = 2**30
-"""Keys and values of what is scored at once; memory is taken as it is filled."""
+"""Size of the key-value cache for what is scored at once. Memory is used only as it fills."""
 GPU_SHARE = 0.9
 HEAD = "ForSequenceClassification"
 OTHERWISE = "or set scorer to packed"

@@ -1,8 +1,8 @@
-"""vLLM's side of a weight update: its own weight-transfer interface, fed with tensors by their names on disk.
+"""Weight updates inside vLLM: its weight-transfer interface, fed with tensors by their names on disk.
 
-Always true: weights reach the model through its own ``load_weights`` inside a layerwise reload, so that fusing,
-sharding and packing happen as they did at start-up; importing this module registers the backend, in vLLM's worker
-processes too (the engine names :class:`RegisterInWorker` as the workers' extension).
+Invariants: weights reach the model through its own ``load_weights`` inside a layerwise reload, so that fusing, sharding and
+packing happen as they did at start-up; importing this module registers the backend, also in vLLM's worker processes, where
+:class:`RegisterInWorker` is the workers' extension.
 """
 
 from __future__ import annotations

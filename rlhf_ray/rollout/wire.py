@@ -1,10 +1,13 @@
-"""Weights on their way from the trainer to the engines: by their names on disk, in buckets, under one checksum.
+"""The format in which weights travel from the trainer to the engines: names on disk, in buckets, with one checksum.
 
-Always true: the checksum depends on names, dtypes, shapes, bytes and order, and not on how the stream was cut into
-buckets or whether a weight travels as a tensor or as an array; an update is accepted only if it holds every weight of
-the model exactly once, with the shape it has on disk, and if the checksum of what arrived is that of what was sent.
+Invariants:
 
-numpy has no bfloat16: such a weight travels as an array of the one-field dtype ``BFLOAT16``, which no other weight has.
+- The checksum depends on names, dtypes, shapes, bytes and order. It does not depend on how the stream is cut into buckets, nor
+  on whether a weight travels as a tensor or as an array.
+- An update is accepted only if it holds every weight of the model exactly once, with its shape on disk, and if the checksum of
+  what arrived equals the checksum of what was sent.
+
+numpy has no bfloat16, so such a weight travels as an array of the one-field dtype ``BFLOAT16``, which no other weight has.
 """
 
 from __future__ import annotations
@@ -92,14 +95,14 @@ class Checksum:
         self._hash = hashlib.sha256()
 
     def add(self, name: str, weight: Array | Tensor) -> None:
-        """Take one weight in."""
+        """Add one weight to the checksum."""
         array = to_array(weight)
         dtype = "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
         crc = zlib.crc32(array.reshape(-1).view(np.uint8).data)
         self._hash.update(json.dumps([name, dtype, list(array.shape), crc]).encode())
 
     def hexdigest(self) -> str:
-        """The checksum of everything taken in so far."""
+        """The checksum of all weights added so far."""
         return self._hash.hexdigest()
 
 
@@ -129,7 +132,7 @@ class IncomingUpdate:
         return weights
 
     def close(self, checksum: str) -> None:
-        """Check that nothing is missing and that what came is what was sent."""
+        """Check that nothing is missing and that what arrived is what was sent."""
         if self._missing:
             names = sorted(self._missing)
             raise WireError(f"{len(names)} weights did not come, the first is {names[0]!r}")
