@@ -1,0 +1,198 @@
+"""The command line's functions for Python: train, resume, evaluate and score, and finished runs as objects.
+
+Invariants: a call does what the command of the same name does, with the same configs and checks, and raises what the
+command would print. Importing this module imports neither torch nor Ray. Calls that load a model in this process (all but
+``train`` and ``resume`` by default) first set the environment variables of :mod:`rlhf_ray.environment` here, except those
+that are set already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray import environment
+from rlhf_ray.errors import (
+    EXIT_DONE,
+    EXIT_NO_CAPACITY,
+    EXIT_RESUMABLE,
+    EXIT_WRONG_REQUEST,
+    CapacityError,
+    RequestError,
+    ResumableStop,
+    RlhfRayError,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+    from rlhf_ray.config.jobs.base import Job
+    from rlhf_ray.config.jobs.serve import ServeConfig
+    from rlhf_ray.launch.evaluate import RewardReport
+    from rlhf_ray.rewards.request import ScoreResult
+    from rlhf_ray.runs.directory import RunDirectory
+
+Overrides = Mapping[str, Any]
+"""Values by dotted key, such as ``{"data.path": "pairs.jsonl", "run.seed": 1}``."""
+
+_ENDINGS: Mapping[int, type[RlhfRayError]] = {
+    EXIT_WRONG_REQUEST: RequestError,
+    EXIT_NO_CAPACITY: CapacityError,
+    EXIT_RESUMABLE: ResumableStop,
+}
+
+
+class Run:
+    """A run directory, to be read while the run goes on or after its end."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open the run in ``directory``; raises :class:`RequestError` where none is."""
+        from rlhf_ray.runs.directory import RunDirectory
+
+        self._files: RunDirectory = RunDirectory.open(directory)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lies."""
+        return self._files.path
+
+    @property
+    def final(self) -> Path:
+        """The trained model as a Hugging Face directory; it exists once the run has finished."""
+        return self._files.final
+
+    @property
+    def best(self) -> Path:
+        """The model of the best evaluation; it exists where an earlier evaluation was better than the last."""
+        return self._files.best
+
+    @cached_property
+    def config(self) -> Job:
+        """The resolved config."""
+        from rlhf_ray.config.loading import load_config
+
+        return load_config(self._files.config_path)
+
+    @property
+    def status(self) -> dict[str, str]:
+        """How far the run is, as ``rlhf-ray status`` prints it."""
+        from rlhf_ray.runs.reporting import status
+
+        return status(self._files)
+
+    def metrics(self) -> pandas.DataFrame:
+        """Every logged metric: one row a step, one column a metric, NaN where a step has no value of it.
+
+        An evaluation and the step that it follows are one row. What each metric means is in ``docs/monitoring.md``.
+        """
+        import pandas
+
+        lines = pandas.DataFrame(self._files.metrics.read())
+        return lines if lines.empty else lines.groupby("step").last()
+
+    def report(self, output: str | Path | None = None) -> Path:
+        """Write the HTML report, by default into the run directory, and return its path."""
+        from rlhf_ray.runs.reporting import write_report
+
+        return write_report([self._files], output)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r})"
+
+
+def train(config: str | Path, overrides: Overrides | None = None, *, in_process: bool = False) -> Run:
+    """Train what ``config``, a file or the name of a shipped recipe, describes, and return the finished run.
+
+    The run has a driver process of its own, whose messages appear on standard error. With ``in_process`` everything runs
+    here instead, without Ray: breakpoints work, and speed does not matter. Raises :class:`ConfigError` with every problem
+    of the config, :class:`CapacityError` where the machine or cluster is too small, :class:`ResumableStop` after an
+    interruption, and :class:`RlhfRayError` for other failures.
+    """
+    from rlhf_ray.config.loading import load_config
+    from rlhf_ray.config.paths import run_directory
+    # HOLD
+    from rlhf_ray.launch.parent import start_run
+
+    job = load_config(config, _texts(overrides), files=True).to_train()
+    directory = run_directory(job).absolute()
+    if in_process:
+        environment.prepare()
+        raise NotImplementedError
+    else:
+        _require_done(start_run(job), directory)
+    return Run(directory)
+
+
+def resume(directory: str | Path) -> Run:
+    """Go on with the run in ``directory`` from its last commit, and return it when it has finished."""
+    from rlhf_ray.launch.parent import resume_run
+
+    run = Run(directory)
+    _require_done(resume_run(directory), run.directory)
+    return run
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    overrides: Overrides | None = None,
+    *,
+    prompt_key: str = "prompt",
+    chosen_key: str = "chosen",
+    rejected_key: str = "rejected",
+    apply_chat_template: bool = False,
+) -> RewardReport:
+    """Compare what a reward model prefers with the preferences in ``data``; returns all figures.
+
+    ``overrides`` are keys of the recipe ``serve``, such as ``{"reward.ranks": 2}``.
+    """
+    from rlhf_ray.launch.evaluate import evaluate_pairs
+    from rlhf_ray.rows.layouts import Keys
+
+    keys = Keys(prompt_key, chosen_key, rejected_key)
+    return evaluate_pairs(_load_serving(model, "evaluate", overrides), Path(data), keys, turns=apply_chat_template)
+
+
+def score(
+    model: str | Path,
+    items: Sequence[str | Mapping[str, Any]],
+    overrides: Overrides | None = None,
+    *,
+    truncate: bool = False,
+) -> list[ScoreResult]:
+    """Score ``items`` with the reward model in ``model``; returns one result per item, in order.
+
+    An item is a text, or a mapping with ``text``, ``messages``, ``token_ids``, or ``prompt`` and ``response``. An item that
+    cannot be scored has an ``error`` instead of a ``reward``. To score a large file use ``rlhf-ray score``, which continues
+    after an interruption.
+    """
+    from rlhf_ray.launch.score import score_items
+
+    rows = [{"text": item} if isinstance(item, str) else item for item in items]
+    return score_items(_load_serving(model, "score", overrides), rows, truncate=truncate)
+
+
+def _load_serving(model: str | Path, name: str, overrides: Overrides | None) -> ServeConfig:
+    """The recipe ``serve`` for ``model``: it says how a reward model that only scores is loaded."""
+    from rlhf_ray.config.jobs.serve import ServeConfig
+    from rlhf_ray.config.loading import load_job
+
+    environment.prepare(environment.for_process(hub=environment.is_hub_id(str(model))))
+    keys = {"reward.model.path": str(model), "run.name": name, **(overrides or {})}
+    return load_job(ServeConfig, "serve", _texts(keys), files=True)
+
+
+def _texts(overrides: Overrides | None) -> list[str]:
+    """Overrides as the command line writes them; JSON is YAML too."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+
+
+def _require_done(code: int, directory: Path) -> None:
+    """Raise the error of an exit code; its message is on standard error already."""
+    if code != EXIT_DONE:
+        raise _ENDINGS.get(code, RlhfRayError)(
+            f"{directory}: the run ended with exit code {code}; its last messages on standard error say why"
+        )
