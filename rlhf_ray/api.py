@@ -113,14 +113,13 @@ def train(config: str | Path, overrides: Overrides | None = None, *, in_process:
     """
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.config.paths import run_directory
-    # HOLD
+    from rlhf_ray.launch.in_process import train_in_process
     from rlhf_ray.launch.parent import start_run
 
     job = load_config(config, _texts(overrides), files=True).to_train()
     directory = run_directory(job).absolute()
     if in_process:
-        environment.prepare()
-        raise NotImplementedError
+        train_in_process(job)
     else:
         _require_done(start_run(job), directory)
     return Run(directory)

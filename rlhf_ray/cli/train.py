@@ -29,9 +29,10 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides, kind=options.kind, files=True)
     if options.in_process:
+        from rlhf_ray.launch.driver import exit_code
         from rlhf_ray.launch.in_process import train_in_process
 
-        return train_in_process(config.to_train())
+        return exit_code(lambda: train_in_process(config.to_train()))
     from rlhf_ray.launch.parent import start_run
 
     return start_run(config)

@@ -19,16 +19,15 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ConfigError
 
 
-def train_in_process(config: TrainingJob) -> int:
-    """Train ``config`` in this process; returns the exit code."""
+def train_in_process(config: TrainingJob) -> None:
+    """Train ``config`` in this process; an error is raised as it is, with its traceback."""
     config = for_one_process(with_absolute_paths(config, Path.cwd()))
     os.environ.update(rank_environment(config))  # before torch is imported, which reads some of it once
 
     from rlhf_ray.actors.this_process import ThisProcess
-    from rlhf_ray.launch.driver import exit_code, train_new_run
+    from rlhf_ray.launch.driver import train_new_run
 
-    place = ThisProcess(config.cluster)
-    return exit_code(lambda: train_new_run(dump_config(config), place=place))
+    train_new_run(dump_config(config), place=ThisProcess(config.cluster))
 
 
 def for_one_process(config: TrainingJob) -> TrainingJob:
