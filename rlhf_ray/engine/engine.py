@@ -180,15 +180,15 @@ class Engine:
 
     def _expect(self, *, pending: bool, call: str) -> None:
         if not self.trainable:
-            raise RlhfRayError(f"{call}: this engine holds a model that is not trained")
+            raise RlhfRayError(f"{call}: this engine was made with trainable=False, so it only evaluates")
         if self._pending != pending:
-            missing = "accumulate has not been called" if pending else "apply has not ended the last update"
+            missing = "call accumulate first" if pending else "call apply first, to end the last update"
             raise RlhfRayError(f"{call}: {missing}")
 
     def evaluate(self, function: Callable[[nn.Module], Result]) -> Result:
         """Return ``function(module)`` in evaluation mode, without gradients."""
         if self._pending:
-            raise RlhfRayError("evaluate: apply has not ended the last update")
+            raise RlhfRayError("evaluate: call apply first, to end the last update")
         self._deepspeed.eval()
         with torch.no_grad():
             result: Result = self._deepspeed(function)

@@ -358,9 +358,9 @@ def _agree_on_a_free_port(rank: int) -> int:
     """Ranks that meet again meet elsewhere: at the old port a fast one could still read the addresses of the first time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        found = [probe.getsockname()[1] if rank == 0 else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    port = found[0]
+        ports = [probe.getsockname()[1] if rank == 0 else None]
+    torch.distributed.broadcast_object_list(ports, src=0)
+    port = ports[0]
     assert port is not None
     return port
 

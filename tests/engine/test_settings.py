@@ -21,12 +21,12 @@ def settings(zero: int, dtype: str, *, trained: bool = True, offload: str = "non
 
 @pytest.mark.parametrize(("zero", "dtype"), list(product(range(4), ("bf16", "fp32"))))
 def test_accumulation_and_updates_belong_to_the_engine(zero: int, dtype: str) -> None:
-    made = settings(zero, dtype)
-    assert made["managed_gradient_accumulation"] is False and made["gradient_accumulation_steps"] == 1
-    assert made["train_batch_size"] == 4 * made["train_micro_batch_size_per_gpu"]
-    assert made["zero_allow_untested_optimizer"] and not made["zero_force_ds_cpu_optimizer"]
-    assert "overlap_comm" in made["zero_optimization"] or zero in (0, 3)
-    assert "optimizer" not in made and "scheduler" not in made
+    config = settings(zero, dtype)
+    assert config["managed_gradient_accumulation"] is False and config["gradient_accumulation_steps"] == 1
+    assert config["train_batch_size"] == 4 * config["train_micro_batch_size_per_gpu"]
+    assert config["zero_allow_untested_optimizer"] and not config["zero_force_ds_cpu_optimizer"]
+    assert "overlap_comm" in config["zero_optimization"] or zero in (0, 3)
+    assert "optimizer" not in config and "scheduler" not in config
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -49,15 +49,15 @@ def named(groups: Iterable[list[tuple[str, Tensor]]]) -> dict[str, Tensor]:
 
 def test_weights_on_disk_are_those_of_the_model() -> None:
     model = make_model("llama-tiny", 32)
-    expected, found = model.state_dict(), named(disk_weights(model, receive=True))
-    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    expected, actual = model.state_dict(), named(disk_weights(model, receive=True))
+    assert actual.keys() == expected.keys() and all(actual[name].equal(expected[name]) for name in expected)
+    assert {tensor.dtype for tensor in actual.values()} == {torch.float32}
     assert not named(disk_weights(model, receive=False))
 
 
 def test_weights_in_four_bits_come_dequantised(tmp_path: Path) -> None:
     make_model("llama-tiny", 32).save_pretrained(tmp_path)
     model = Actor(str(tmp_path), load_in_4bit=True, lora_rank=2).model
-    found, plain = named(disk_weights(model, receive=True)), make_model("llama-tiny", 32).state_dict()
-    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in plain.items()}
-    assert all(found[name].equal(tensor) for name, tensor in to_disk_names(model)) and len(found) == len(plain)
+    actual, plain = named(disk_weights(model, receive=True)), make_model("llama-tiny", 32).state_dict()
+    assert {name: tensor.shape for name, tensor in actual.items()} == {n: t.shape for n, t in plain.items()}
+    assert all(actual[name].equal(tensor) for name, tensor in to_disk_names(model)) and len(actual) == len(plain)

@@ -60,10 +60,10 @@ def close(worker: ReferenceWorker | RewardWorker) -> int:
     worker.engine.close()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        found = [probe.getsockname()[1] if worker.rank == 0 else 0]
-    torch.distributed.broadcast_object_list(found, src=0)
+        ports = [probe.getsockname()[1] if worker.rank == 0 else 0]
+    torch.distributed.broadcast_object_list(ports, src=0)
     destroy_process_group()
-    return found[0]
+    return ports[0]
 
 
 def main(rank: int, port: int, directory: Path) -> None:

@@ -63,9 +63,9 @@ def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
     """Log-probs and scores of a model in shards, and the model as it is written from there."""
     batch, name = ragged(rank), str(directory / family)
     actor = Actor(name, param_dtype="fp32", ds_config=SHARDS)
-    found: dict[str, Any] = {"share": share(actor), "report": describe(actor)}
+    measured: dict[str, Any] = {"share": share(actor), "report": describe(actor)}
     engine = Engine(PackedPolicy(actor), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
-    found["log_probs"] = engine.evaluate(lambda module: module(pack(batch)).log_probs).tolist()
+    measured["log_probs"] = engine.evaluate(lambda module: module(pack(batch)).log_probs).tolist()
     state = {n: t for group in engine.full_state(actor.model) for n, t in to_disk_names(actor.model, group)}
     if rank == 0:
         save_pretrained(actor, None, directory / f"{family} saved", state=state)
@@ -73,8 +73,8 @@ def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
     reward = get_llm_for_sequence_regression(
         name, "reward", param_dtype="fp32", ds_config=SHARDS, init_value_head=True, seed=3
     )
-    found["scores"] = run(PackedRegression(reward), lambda module: module(pack(batch), "scores"))
-    return found
+    measured["scores"] = run(PackedRegression(reward), lambda module: module(pack(batch), "scores"))
+    return measured
 
 
 def grown(rank: int, directory: Path) -> dict[str, Any]:
@@ -158,23 +158,23 @@ def listed(rank: int) -> dict[str, Any]:
     whole = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     config = EngineConfig(zero=3, optimizer=OptimizerConfig(learning_rate=0.1))
     engine = Engine(Routed(), config, dtype="fp32", total_updates=2, trainable=True)
-    found = engine.evaluate(lambda module: module(inputs, rank))
+    measured = engine.evaluate(lambda module: module(inputs, rank))
     engine.accumulate([rank], lambda module, expert: LossOutput(module(inputs, expert).sum(), {}), 1.0)
     norm = engine.apply(skip=False).grad_norm
     engine.close()
-    return {"equal": torch.allclose(found, expected, atol=1e-6), "norm": norm, "whole": float(whole)}
+    return {"equal": torch.allclose(measured, expected, atol=1e-6), "norm": norm, "whole": float(whole)}
 
 
 def refusals(directory: Path) -> list[str]:
-    """What is said of checkpoints that are something else, and of 4 bits in shards."""
-    said = []
+    """What is messages of checkpoints that are something else, and of 4 bits in shards."""
+    messages = []
     cases = (("misshapen", {}), ("headless", {}), ("llama", {"load_in_4bit": True}))
     for family, options in cases:
         try:
             Actor(str(directory / family), param_dtype="fp32", ds_config=SHARDS, **options)
         except ModelLoadError as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
 def main(rank: int, port: int, directory: Path) -> None:
@@ -182,15 +182,15 @@ def main(rank: int, port: int, directory: Path) -> None:
     init_process_group(rank, WORLD, "127.0.0.1", port, timeout_s=60.0)
     log_probs.LOGITS_AT_ONCE, log_probs.FEWEST_TOKENS_AT_ONCE = 1, 3  # ten chunks on one rank, one on the other
     batch = ragged(rank)
-    found: dict[str, Any] = {"tokens": [batch["token_ids"].tolist(), batch.offsets.tolist()]}
+    measured: dict[str, Any] = {"tokens": [batch["token_ids"].tolist(), batch.offsets.tolist()]}
     for family in ("llama", "gemma2", "mixtral", "olmoe"):
-        found[family] = numbers(rank, directory, family)
-    found["grown"], found["adapted"] = grown(rank, directory), adapted(rank, directory)
+        measured[family] = numbers(rank, directory, family)
+    measured["grown"], measured["adapted"] = grown(rank, directory), adapted(rank, directory)
     for family, lora in (("mixtral", False), ("olmoe", True)):
         for zero in (0, 3):
-            found[f"{family} trained at {zero}"] = trained(rank, directory, family, zero, lora)
-    found["listed"], found["refused"] = listed(rank), refusals(directory)
-    (directory / f"rank{rank}.json").write_text(json.dumps(found))
+            measured[f"{family} trained at {zero}"] = trained(rank, directory, family, zero, lora)
+    measured["listed"], measured["refused"] = listed(rank), refusals(directory)
+    (directory / f"rank{rank}.json").write_text(json.dumps(measured))
     dist.barrier()
     destroy_process_group()
 

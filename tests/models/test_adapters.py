@@ -81,10 +81,10 @@ def test_what_peft_writes_is_read(tmp_path: Path, packed: Packed) -> None:
     theirs = get_peft_model(base, LoraConfig("SEQ_CLS", r=2, target_modules=["q_proj", "up_proj"], use_rslora=True))
     shake_adapters(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
-    found = load(tmp_path / "adapter")
-    torch.testing.assert_close(scores(found, packed), peft_scores(theirs, packed), atol=1e-5, rtol=1e-5)
-    save_pretrained(found, None, tmp_path / "merged")
-    torch.testing.assert_close(scores(load(tmp_path / "merged"), packed), scores(found, packed), atol=1e-5, rtol=1e-5)
+    loaded = load(tmp_path / "adapter")
+    torch.testing.assert_close(scores(loaded, packed), peft_scores(theirs, packed), atol=1e-5, rtol=1e-5)
+    save_pretrained(loaded, None, tmp_path / "merged")
+    torch.testing.assert_close(scores(load(tmp_path / "merged"), packed), scores(loaded, packed), atol=1e-5, rtol=1e-5)
 
 
 def test_a_policys_adapter_loads_back_and_takes_a_fresh_head(tmp_path: Path, packed: Packed) -> None:

@@ -51,15 +51,15 @@ def test_unknown_names_are_refused() -> None:
         choose_backend("eager", torch.float32, strict=False)
 
 
-def call(module: nn.Module, segments: Segments | None, **given: object) -> Tensor:
+def call(module: nn.Module, segments: Segments | None, **options: object) -> Tensor:
     q = torch.randn(1, 2, 4, 8)
     attend = backends.AttentionInterface()[REGISTERED["sdpa"]]
     arguments = {} if segments is None else segments.arguments()
-    return attend(module, q, q, q, None, **arguments, **given)[0]
+    return attend(module, q, q, q, None, **arguments, **options)[0]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"s_aux": torch.zeros(2)}, "Identity uses attention sinks"),
         ({"position_bias": torch.zeros(2)}, "Identity uses a position bias"),
@@ -67,11 +67,11 @@ def call(module: nn.Module, segments: Segments | None, **given: object) -> Tenso
         ({"is_causal": False}, "Identity is not causal"),
     ],
 )
-def test_what_packs_do_not_serve_is_refused_by_name(given: dict[str, object], message: str) -> None:
+def test_what_packs_do_not_serve_is_refused_by_name(options: dict[str, object], message: str) -> None:
     segments = Segments.of(torch.tensor([0, 1, 4]))
     assert call(nn.Identity(), segments).shape == (1, 4, 2, 8)
     with pytest.raises(ModelLoadError, match=message):
-        call(nn.Identity(), segments, **given)
+        call(nn.Identity(), segments, **options)
 
 
 def test_offsets_alone_are_enough(causal: Callable[..., PreTrainedModel], packed: Packed) -> None:
@@ -100,8 +100,8 @@ def test_padded_calls_equal_transformers_eager_attention(
     theirs, mine = causal(family).base_model, causal(family).base_model
     prepare_for_packs(mine, "sdpa", strict=True)
     ids, mask = pad(sequences, side)
-    expected, found = (model(input_ids=ids, attention_mask=mask).last_hidden_state for model in (theirs, mine))
-    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+    expected, actual = (model(input_ids=ids, attention_mask=mask).last_hidden_state for model in (theirs, mine))
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_generation_uses_the_cache(family: str, causal: Callable[..., PreTrainedModel]) -> None:

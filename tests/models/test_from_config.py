@@ -18,7 +18,7 @@ from rlhf_ray.models.regression import PackedRegression
 from rlhf_ray.trajectories.packing import Packed
 
 
-def made(**changes: Any) -> ModelConfig:
+def tiny_config(**changes: Any) -> ModelConfig:
     make = {"shape": "llama-tiny", "tokenizer_from": "world", "seed": 1}
     return ModelConfig.model_validate({"make": make, "dtype": "fp32", **changes})
 
@@ -30,38 +30,41 @@ def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 def test_policies_are_the_same_in_every_process() -> None:
-    for config in (made(), made(lora={"rank": 2})):
+    for config in (tiny_config(), tiny_config(lora={"rank": 2})):
         torch.manual_seed(0)
         first, state = load_policy(config, seed=5), torch.get_rng_state()
         torch.manual_seed(1)
         assert same(first, load_policy(config, seed=5))
         torch.manual_seed(0)
         assert torch.equal(state, torch.get_rng_state())
-    assert not same(first, load_policy(made(lora={"rank": 2}), seed=6))
+    assert not same(first, load_policy(tiny_config(lora={"rank": 2}), seed=6))
 
 
 def test_reward_models_and_critics_share_the_backbone_of_the_policy_and_differ_in_their_heads() -> None:
-    policy, reward, critic = load_policy(made()), load_regression(made(), "reward", seed=1), load_regression(
-        made(), "critic", seed=2
+    policy, reward, critic = load_policy(tiny_config()), load_regression(tiny_config(), "reward", seed=1), load_regression(
+        tiny_config(), "critic", seed=2
     )  # fmt: skip
     assert same(policy.backbone, reward.backbone) and same(policy.backbone, critic.backbone)
     assert not torch.equal(reward.head.weight, critic.head.weight)
-    assert same(reward, load_regression(made(), "reward", seed=1))
-    assert reward.config.pad_token_id == load_tokenizer(made()).pad_token_id
+    assert same(reward, load_regression(tiny_config(), "reward", seed=1))
+    assert reward.config.pad_token_id == load_tokenizer(tiny_config()).pad_token_id
 
 
 def test_dtypes_and_heads_are_as_asked() -> None:
-    assert load_policy(made(dtype="bf16")).model.dtype == torch.bfloat16
-    critic = load_regression(made(dtype="bf16", head_init="zero"), "critic")
+    assert load_policy(tiny_config(dtype="bf16")).model.dtype == torch.bfloat16
+    critic = load_regression(tiny_config(dtype="bf16", head_init="zero"), "critic")
     assert critic.backbone.dtype == torch.bfloat16 and not critic.head.weight.any()
     assert critic.head.weight.dtype == torch.float32
-    assert load_policy(made(gradient_checkpointing=True)).model.is_gradient_checkpointing
+    assert load_policy(tiny_config(gradient_checkpointing=True)).model.is_gradient_checkpointing
 
 
 def test_models_made_in_four_bits_are_those_made_whole(tmp_path: Path) -> None:
     """Read into 4 bits from a directory that is gone afterwards; embeddings stay as they are."""
     for load in (load_policy, lambda config: load_regression(config, "critic", seed=2)):
-        whole, quantized = load(made(dtype="bf16")), load(made(dtype="bf16", quantization="nf4", lora={"rank": 2}))
+        whole, quantized = (
+            load(tiny_config(dtype="bf16")),
+            load(tiny_config(dtype="bf16", quantization="nf4", lora={"rank": 2})),
+        )
         assert "NF4 on 14 layers, LoRA rank 2 on 14 layers" in describe(quantized)
         embeddings = [model.backbone.embed_tokens.weight for model in (whole, quantized)]
         assert torch.equal(*embeddings) and embeddings[0].dtype == torch.bfloat16
@@ -69,9 +72,9 @@ def test_models_made_in_four_bits_are_those_made_whole(tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_saved_comes_back(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(made())
+    tokenizer = load_tokenizer(tiny_config())
     packed = Packed(torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 3, 5]), torch.tensor([0, 1, 2, 0, 1]))
-    policy, reward = load_policy(made()), load_regression(made(), "reward", seed=1)
+    policy, reward = load_policy(tiny_config()), load_regression(tiny_config(), "reward", seed=1)
     save_pretrained(policy, tokenizer, tmp_path / "policy")
     save_pretrained(reward, tokenizer, tmp_path / "reward", metadata={"mean": 1.0, "std": 4.0})
     again = load_policy(ModelConfig(path=str(tmp_path / "policy"), dtype="fp32"))
@@ -113,16 +116,16 @@ def test_a_reward_model_whose_tokenizer_cannot_pad_gets_a_pad_token(
 )
 def test_what_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
-        load_policy(made(**changes))
+        load_policy(tiny_config(**changes))
     with pytest.raises(ModelLoadError, match=message):
-        load_regression(made(**changes), "critic")
+        load_regression(tiny_config(**changes), "critic")
     with pytest.raises(ModelLoadError, match="no mean and std"):
-        load_regression(made(), "reward", normalize_reward=True)
+        load_regression(tiny_config(), "reward", normalize_reward=True)
 
 
 def test_the_report_names_what_decides_the_numbers() -> None:
-    assert describe(load_policy(made(lora={"rank": 2}))).startswith("policy LlamaForCausalLM, ")
-    line = describe(load_regression(made(dtype="bf16"), "critic", seed=4))
+    assert describe(load_policy(tiny_config(lora={"rank": 2}))).startswith("policy LlamaForCausalLM, ")
+    line = describe(load_regression(tiny_config(dtype="bf16"), "critic", seed=4))
     for part in ("critic LlamaModel", "32.2k parameters", "bf16", "attention sdpa", "head score fp32 (fresh, inv_sqrt, "
                  "seed 4)", "pad 0, eos 1", "no quantisation", "no LoRA", "not normalised"):  # fmt: skip
         assert part in line

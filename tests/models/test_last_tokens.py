@@ -61,10 +61,10 @@ def test_equal_to_the_whole_pass(
     expected, their_gradients = with_gradients(module, whole_scores(module, packed))
     if checkpointed:
         module.model.gradient_checkpointing_enable()
-    found, gradients = with_gradients(module, module(packed, "scores"))
+    actual, gradients = with_gradients(module, module(packed, "scores"))
     with torch.no_grad():
         evaluated = module(packed, "scores")
-    for scores in (found, evaluated):
+    for scores in (actual, evaluated):
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(gradients, their_gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max().clamp(min=1e-3)), rtol=1e-5)
@@ -87,15 +87,15 @@ def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
     monkeypatch.setattr(
         last_tokens,
         "_token_by_token",
-        lambda f, *given: forward(lambda rows: ran.append(rows.shape[1]) or f(rows), *given),
+        lambda f, *args: forward(lambda rows: ran.append(rows.shape[1]) or f(rows), *args),
     )
     attended: list[list[int] | None] = []
     monkeypatch.setattr(
         backends,
         "segment_attention",
-        lambda *given, **options: (
-            attended.append(None if given[-1].read is None else given[-1].read.tolist())
-            or segment_attention(*given, **options)
+        lambda *args, **options: (
+            attended.append(None if args[-1].read is None else args[-1].read.tolist())
+            or segment_attention(*args, **options)
         ),
     )
     with torch.no_grad():

@@ -62,9 +62,9 @@ CASES = covering()
 
 
 def test_every_pair_is_covered() -> None:
-    found = set().union(*map(pairs, CASES))
+    covered = set().union(*map(pairs, CASES))
     expected = sum(len(a) * len(b) for a, b in combinations(FACTORS.values(), 2))
-    assert len(found) == expected == 93 and len(CASES) < 36
+    assert len(covered) == expected == 93 and len(CASES) < 36
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +183,12 @@ def test_numbers_and_gradients_are_those_of_plain_transformers(
     margins = router_margins(theirs)
     expected = reference_outputs(theirs, head, case.role, sequences)
     assert (len(margins) > 0) == (case.family in ("mixtral", "olmoe")) and all(margin > CLEAR for margin in margins)
-    found = our_outputs(model, case.layout, sequences)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    actual = our_outputs(model, case.layout, sequences)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     (expected * weights).sum().backward()
-    (found * weights).sum().backward()
+    (actual * weights).sum().backward()
     compared = 0
     for name, gradient in gradients_of(model):
         other = head.grad[None] if name == "head" else theirs.get_parameter(name).grad

@@ -61,9 +61,11 @@ def test_packed_padded_and_alone_agree_with_gradients(
     ways = {"packed": in_pack, **{f"{side} {p}": padded(side, p) for side in ("left", "right") for p in (False, True)}}
     for name, run in ways.items():
         actor = Actor(causal(family), param_dtype="fp32")
-        found = run(actor)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-        (found * weights).sum().backward()
+        actual = run(actor)
+        torch.testing.assert_close(
+            actual, expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        (actual * weights).sum().backward()
         theirs = dict(alone.named_parameters())
         for parameter, tensor in actor.model.named_parameters():
             gap = float((tensor.grad - theirs[parameter].grad).norm() / theirs[parameter].grad.norm().clamp(min=1e-6))
@@ -75,9 +77,9 @@ def test_bf16_agrees_with_fp32(family: str, causal: Make, sequences: list[Tensor
     exact = causal(family)
     exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
     expected = log_probs_alone(exact, sequences).detach()
-    found = PackedPolicy(Actor(model))(packed).log_probs.detach()
-    assert found.dtype == torch.float32
-    assert float((found - expected).norm() / expected.norm()) < 1e-2
+    actual = PackedPolicy(Actor(model))(packed).log_probs.detach()
+    assert actual.dtype == torch.float32
+    assert float((actual - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_gradient_checkpointing_changes_nothing(causal: Make, packed: Packed) -> None:

@@ -37,12 +37,12 @@ def module() -> nn.Module:
 
 def packs() -> list[Packed]:
     generator = torch.Generator().manual_seed(0)
-    found = []
+    all_packs = []
     for number in range(9):
         lengths = torch.randint(1, 12 + 40 * (number % 3), (1 + number % 4,), generator=generator).tolist()
         sequences = [torch.randint(2, 128, (length,), generator=generator).tolist() for length in lengths]
-        found.append(pack(TrajectoryBatch.from_sequences(sequences), tuple(range(len(sequences)))))
-    return found
+        all_packs.append(pack(TrajectoryBatch.from_sequences(sequences), tuple(range(len(sequences)))))
+    return all_packs
 
 
 def scores(module: nn.Module, packed: Packed) -> torch.Tensor:
@@ -55,10 +55,10 @@ def test_results_are_those_of_one_after_another(module: nn.Module) -> None:
     with torch.no_grad():
         expected = [scores(module, packed) for packed in packs()]
     for _ in range(2):
-        found = streams.map(module, scores, packs())
-        assert [len(one) for one in found] == [len(one) for one in expected]
-        torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0, atol=1e-6)
-    assert not any(one.requires_grad for one in found)
+        actual = streams.map(module, scores, packs())
+        assert [len(one) for one in actual] == [len(one) for one in expected]
+        torch.testing.assert_close(torch.cat(actual), torch.cat(expected), rtol=0, atol=1e-6)
+    assert not any(one.requires_grad for one in actual)
 
 
 def test_a_new_value_of_a_weight_is_seen(module: nn.Module) -> None:

@@ -48,7 +48,7 @@ def test_raw_scores_are_equal(tmp_path: Path, sequences: list[Tensor]) -> None:
         timeout=400,
     )
     assert ended.returncode == 0, ended.stdout[-6000:]
-    found = json.loads((tmp_path / "outputs.json").read_text())
+    vllm_scores = json.loads((tmp_path / "outputs.json").read_text())
     for directory, scores in expected.items():
         assert max(map(abs, scores)) > 0.1
-        torch.testing.assert_close(torch.tensor(found[directory]), torch.tensor(scores), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(vllm_scores[directory]), torch.tensor(scores), atol=1e-5, rtol=1e-5)

@@ -59,8 +59,8 @@ def test_numbers_are_those_of_the_dequantised_weights(tmp_path: Path, family: st
 def test_only_linear_layers_are_in_four_bits(tmp_path: Path, name: str, layers: int) -> None:
     """Not the embedding, norms, output layer and head; of a mixture attention only, and the report says so."""
     actor = policy(tmp_path, name)
-    found = four_bit_layers(actor.model)
-    assert len(found) == layers and all(".self_attn." in path or name == "llama" for path in found)
+    quantized = four_bit_layers(actor.model)
+    assert len(quantized) == layers and all(".self_attn." in path or name == "llama" for path in quantized)
     assert not any(parameter.requires_grad for parameter in actor.parameters())
     line = describe(actor)
     assert f"NF4 on {layers} layers" in line and ("(not on the experts" in line) == (name != "llama")
@@ -112,8 +112,8 @@ def test_half_precision_computes_in_it(tmp_path: Path, packed: Packed) -> None:
     assert dict(to_disk_names(actor.model))["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
     save_pretrained(actor, None, tmp_path / "plain")
     exact = Actor(str(tmp_path / "plain"), param_dtype="fp32")
-    found, expected = (PackedPolicy(each)(packed).log_probs.detach() for each in (actor, exact))
-    assert float((found - expected).norm() / expected.norm()) < 1e-2
+    actual, expected = (PackedPolicy(each)(packed).log_probs.detach() for each in (actor, exact))
+    assert float((actual - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_without_the_package_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

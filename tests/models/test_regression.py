@@ -175,8 +175,8 @@ def test_every_layout_loads(
     reward = load(rewrite(policy_directory, str, tensors, **config), value_head_prefix=argument).eval()
     backbone = causal().base_model
     expected = torch.cat([backbone(input_ids=s[None]).last_hidden_state[0, -1:] @ HEAD[0] for s in sequences]) + bias
-    found = torch.cat([reward(sequence[None]) for sequence in sequences])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    actual = torch.cat([reward(sequence[None]) for sequence in sequences])
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert reward.value_head_prefix == config.get("value_head_prefix", argument)
 
 
@@ -219,8 +219,8 @@ def test_normalisation(policy_directory: Path, sequences: list[Tensor], pad: Pad
     values = load(directory, "critic")(ids, mask[:, 1:], mask)
     critic = load(directory, "critic", normalize_reward=True)
     for mode in (True, False):
-        found = critic.train(mode)(ids, mask[:, 1:], mask)
-        torch.testing.assert_close(found, (values - 0.5) / 2 * mask[:, 1:])
+        actual = critic.train(mode)(ids, mask[:, 1:], mask)
+        torch.testing.assert_close(actual, (values - 0.5) / 2 * mask[:, 1:])
     rewrite(directory, str, {}, std=0.0)
     with pytest.raises(ModelLoadError, match=r"std.*above 0"):
         load(directory, normalize_reward=True)

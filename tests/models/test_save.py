@@ -100,9 +100,9 @@ def test_the_text_classification_pipeline_gives_the_raw_score(
     reward, tokenizer = fresh_reward(tmp_path / "base", causal), make_tokenizer()
     save_pretrained(reward, tokenizer, tmp_path / "reward")
     texts = ["w7 w9 w30 </s>", "w5 w5 </s>"]
-    found = pipeline("text-classification", str(tmp_path / "reward"), device="cpu")(texts)
+    predictions = pipeline("text-classification", str(tmp_path / "reward"), device="cpu")(texts)
     expected = [float(reward(torch.tensor([tokenizer(text)["input_ids"]])).detach()) for text in texts]
-    assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
+    assert [row["score"] for row in predictions] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_name_of_the_head(tmp_path: Path, causal: Make) -> None:
@@ -133,7 +133,7 @@ def test_a_bias_is_kept_as_metadata(tmp_path: Path, causal: Make, packed: Packed
 
 
 def test_olmoe_is_read_by_the_auto_class_where_this_project_is_imported(
-    tmp_path: Path, packed: Packed, sequences: list[Tensor], said: pytest.LogCaptureFixture
+    tmp_path: Path, packed: Packed, sequences: list[Tensor], logged: pytest.LogCaptureFixture
 ) -> None:
     """transformers maps OLMo2 itself, and that class stays."""
     assert "transformers" in AutoModelForSequenceClassification._model_mapping[Olmo2Config].__module__
@@ -149,14 +149,14 @@ def test_olmoe_is_read_by_the_auto_class_where_this_project_is_imported(
         with torch.no_grad():
             expected = torch.cat([theirs(input_ids=sequence[None]).logits[:, 0] for sequence in sequences])
             torch.testing.assert_close(PackedRegression(reward)(packed, "scores"), expected, atol=1e-5, rtol=1e-5)
-        assert ("itself has no sequence classification" in said.text) == (family == "olmoe") and not said.clear()
+        assert ("itself has no sequence classification" in logged.text) == (family == "olmoe") and not logged.clear()
     assert json.loads((tmp_path / "olmoe/config.json").read_text())["architectures"] == [
         "OlmoeForSequenceClassification"
     ]
 
 
 def test_architectures_that_transformers_cannot_map_are_ours_only(
-    tmp_path: Path, packed: Packed, said: pytest.LogCaptureFixture
+    tmp_path: Path, packed: Packed, logged: pytest.LogCaptureFixture
 ) -> None:
     config = Glm4MoeConfig(
         vocab_size=48, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -166,13 +166,13 @@ def test_architectures_that_transformers_cannot_map_are_ours_only(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     reward = get_llm_for_sequence_regression(str(tmp_path / "base"), "reward", param_dtype="fp32", init_value_head=True)
     save_pretrained(reward, None, tmp_path / "reward")
-    assert "no sequence classification for glm4_moe: only this project reads it" in said.text
+    assert "no sequence classification for glm4_moe: only this project reads it" in logged.text
     again = get_llm_for_sequence_regression(str(tmp_path / "reward"), "reward", param_dtype="fp32")
     assert torch.equal(PackedRegression(again)(packed, "scores"), PackedRegression(reward)(packed, "scores"))
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     from rlhf_ray.console import get_logger
 
     monkeypatch.setattr(get_logger(), "propagate", True)

@@ -65,8 +65,8 @@ def outputs_and_gradients(
 
 
 def assert_same(module: nn.Module, run: Callable[[Packed], tuple[Tensor, ...]], packs: tuple[Packed, Packed]) -> None:
-    (found, mine), (expected, theirs) = (outputs_and_gradients(module, lambda p=p: run(p)) for p in packs)
-    for a, b in zip(found, expected, strict=True):
+    (actual, mine), (expected, theirs) = (outputs_and_gradients(module, lambda p=p: run(p)) for p in packs)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max().clamp(min=1e-3)), rtol=1e-5)
@@ -77,7 +77,7 @@ def modules() -> dict[str, tuple[PackedPolicy, PackedRegression]]:
     """A policy and a regression model of every family."""
     from transformers import AutoModelForCausalLM
 
-    made = {}
+    models = {}
     for name, config in FAMILIES.items():
         torch.manual_seed(0)
         policy, other = (AutoModelForCausalLM.from_config(config(), dtype=torch.float32) for _ in range(2))
@@ -90,8 +90,8 @@ def modules() -> dict[str, tuple[PackedPolicy, PackedRegression]]:
             strict_attention=True,
             head_origin="",
         )
-        made[name] = PackedPolicy(Actor(policy, param_dtype="fp32")), PackedRegression(model)
-    return made
+        models[name] = PackedPolicy(Actor(policy, param_dtype="fp32")), PackedRegression(model)
+    return models
 
 
 @settings(deadline=None, max_examples=6, derandomize=True)
@@ -146,9 +146,9 @@ def test_a_kernel_that_knows_no_prefixes_gets_whole_sequences(window: int | None
     offsets, parent = torch.tensor([0, 6, 9, 14, 16, 17, 21]), torch.tensor([-1, 0, 0, 1, -1, 4])
     inputs = [torch.randn(21, 2, 8, requires_grad=True) for _ in range(3)]
 
-    def only_whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, **given: object) -> Tensor:
+    def only_whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments, **options: object) -> Tensor:
         assert segments.parent is None
-        return backends.KERNELS["sdpa"](q, k, v, segments, **given)
+        return backends.KERNELS["sdpa"](q, k, v, segments, **options)
 
     weights = torch.randn(21, 2, 8)
     results = []
@@ -164,8 +164,8 @@ def test_bf16_agrees_within_its_rounding(causal: Make) -> None:
     exact, half = causal(), causal().bfloat16()
     exact.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
     expected = PackedPolicy(Actor(exact, param_dtype="fp32"))(both(batch)[1]).log_probs.detach()
-    found = PackedPolicy(Actor(half))(both(batch)[0]).log_probs.detach()
-    assert float((found - expected).norm() / expected.norm()) < 1e-2
+    actual = PackedPolicy(Actor(half))(both(batch)[0]).log_probs.detach()
+    assert float((actual - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_gradient_checkpointing_shares_as_well(causal: Make) -> None:

@@ -200,9 +200,8 @@ class _Explicit(torch.autograd.Function):
         ctx.tiles, ctx.scaling = list(_tiles(len(q), queries, keys, context)), scaling
         kept = []
         for some, rows, columns in ctx.tiles:
-            k_tile = (
-                k[some, columns].contiguous().transpose(1, 2)
-            )  # a product of matrices with gaps between them is slow
+            # Contiguous, since a product of matrices with gaps between them is slow.
+            k_tile = k[some, columns].contiguous().transpose(1, 2)
             p = torch.softmax(torch.baddbmm(mask[rows, columns], q[some, rows], k_tile, alpha=scaling), -1)
             out[some, rows] = torch.bmm(p, v[some, columns])
             if any(ctx.needs_input_grad):

@@ -45,7 +45,7 @@ def _varlen(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(-1 if window is None else window - 1, 0),  # the window of a model counts the token itself
         enable_gqa=query.shape[1] != key.shape[1],
     )
     attended: Tensor = out  # not a tuple, since no auxiliary outputs are requested

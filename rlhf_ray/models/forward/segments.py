@@ -185,7 +185,7 @@ class Segments:
         first, sizes = (
             torch.tensor(numbers)[:, None] for numbers in zip(*((r.start, r.length) for r in runs), strict=True)
         )
-        columns = -(-(context + longest) // COLUMNS) * COLUMNS
+        columns = -(-(context + longest) // COLUMNS) * COLUMNS  # rounded up
         rows = first + torch.arange(columns - context).minimum(sizes - 1)
         before = [
             torch.cat([torch.arange(start, start + size) for start, size in run.context]) for run in runs if context

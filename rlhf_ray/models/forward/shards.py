@@ -6,5 +6,5 @@ from torch import nn
 
 
 def in_shards(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has split the parameters of ``model`` over the ranks: DeepSpeed marks each with an id."""
+    """Return whether ZeRO-3 has split the parameters of ``model`` over the ranks: DeepSpeed marks each with an id."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

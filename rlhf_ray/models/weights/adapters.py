@@ -38,6 +38,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -
         raise ModelLoadError(
             f"the adapter {directory} does not belong to a {type(model).__name__}: only one of them has {different[0]}"
             + (f" (and {len(different) - 1} others differ)" if len(different) > 1 else "")
+            + ". Give the base that the adapter was trained on"
         )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:

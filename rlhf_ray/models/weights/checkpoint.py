@@ -48,7 +48,9 @@ class Checkpoint:
         if base is not None:
             return replace(cls.open(*base, trust_remote_code=trust_remote_code), adapter=directory)
         if not (directory / "config.json").is_file():
-            raise ModelLoadError(f"{directory} has no config.json, so it is not a model directory")
+            raise ModelLoadError(
+                f"{directory} has no config.json: give a model directory, with config.json and safetensors"
+            )
         return cls(directory, _tensor_files(directory))
 
     @property

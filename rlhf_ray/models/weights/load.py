@@ -159,7 +159,8 @@ def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
         return layer
     if not isinstance(layer, nn.Linear):
         raise ModelLoadError(
-            f"{type(model).__name__} has no linear output layer, so it gives no log-probabilities here"
+            f"{type(model).__name__} has no linear output layer, so its log-probabilities cannot be "
+            "computed: choose another model"
         )
     config = model.config.get_text_config()
     head = LogProbHead.around(
