@@ -115,7 +115,7 @@ class RayRanks:
     def call_shared(
         self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
     ) -> Pending[Any]:
-        wrapped = [(method, *given) for given in arguments]
+        wrapped = [(method, *own) for own in arguments]
         return self.call("run_and_share", wrapped, phase=phase or method).then(lambda handles: handles[0][0])
 
     def share(self, value: Any) -> Any:
@@ -133,7 +133,7 @@ class RayRanks:
 
     def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         with self._one_order:
-            return [getattr(actor, method).remote(*given) for actor, given in zip(self.actors, arguments, strict=True)]
+            return [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
 
 
 def gather(references: Sequence[Any], role: str, phase: str, deadline: float, limit: float) -> list[Any]:

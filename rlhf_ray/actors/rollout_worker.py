@@ -35,12 +35,16 @@ class RolloutSetup:
 
 
 def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
-    """The engine of the configured backend."""
+    """Start an engine of the configured backend."""
     if setup.config.backend == "vllm":
-        from rlhf_ray.rollout.vllm_engine import VllmEngine as Engine
+        from rlhf_ray.rollout.vllm_engine import VllmEngine
+
+        engine_class: type[RolloutEngine] = VllmEngine
     else:
-        from rlhf_ray.rollout.transformers_engine import TransformersEngine as Engine  # type: ignore[assignment]
-    return Engine(
+        from rlhf_ray.rollout.transformers_engine import TransformersEngine
+
+        engine_class = TransformersEngine
+    return engine_class(
         setup.model_dir,
         setup.config,
         stop_token_ids=setup.stop_token_ids,

@@ -92,9 +92,9 @@ def _packages() -> Iterator[Finding]:
         return
     for text in metadata.requires(PACKAGE) or []:
         requirement = Requirement(text)
-        always = requirement.marker is None
-        if always or requirement.marker.evaluate({"extra": device}):  # type: ignore[union-attr]
-            yield _package(requirement, needed=always)
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": device}):
+            yield _package(requirement, needed=marker is None)
 
 
 def _package(requirement: Requirement, *, needed: bool) -> Finding:

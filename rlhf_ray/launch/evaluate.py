@@ -122,11 +122,11 @@ def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bo
     rows = encode_pair_file(PairFile(RowSource(str(file)), PreferenceReader(keys, turns), max_tokens), tokenizer)
     pairs = [row.pair for row in rows if isinstance(row.pair, PairExample)]
     dropped = Counter(row.pair for row in rows if isinstance(row.pair, str))
-    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not pairs:
         raise DataError(
-            f"{file}: no pair is left to evaluate on ({told or 'there were none'}); give other rows, or raise max_tokens"
+            f"{file}: no pair is left to evaluate on ({reasons or 'there were none'}); give other rows, or raise max_tokens"
         )
     if dropped:
-        get_logger("data").info("%s: of %d pairs dropped: %s", file, len(rows), told)
+        get_logger("data").info("%s: of %d pairs dropped: %s", file, len(rows), reasons)
     return pairs

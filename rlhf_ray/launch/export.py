@@ -34,7 +34,7 @@ def export(
 
     ``dtype`` defaults to what the weights are stored in; ``head_prefix`` names the head for OpenRLHF.
     """
-    path = _model_of(source)
+    path = _model_directory(source)
     if Path(target).exists():
         raise RequestError(
             f"{target} exists already, and nothing is written over: remove it, or name another directory"
@@ -43,7 +43,7 @@ def export(
     scored = _has_head(checkpoint)
     if head_prefix != HEAD_NAME and not scored:
         raise RequestError(f"--head-prefix names a score head, but {path} has none: leave it out")
-    config = ModelConfig(path=path, dtype=dtype or _stored(checkpoint), trust_remote_code=trust_remote_code)
+    config = ModelConfig(path=path, dtype=dtype or _stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(config)
     model = load_regression(config, "reward") if scored else load_policy(config)
     pending = storage.begin_directory(target)
@@ -60,7 +60,7 @@ def export(
     return written
 
 
-def _model_of(source: str) -> str:
+def _model_directory(source: str) -> str:
     """The model directory of a run; anything else as it is."""
     directory = Path(source).expanduser()
     if not (directory / CONFIG_NAME).is_file():
@@ -79,7 +79,7 @@ def _has_head(checkpoint: Checkpoint) -> bool:
     return beside or find_head(checkpoint, prefix) is not None
 
 
-def _stored(checkpoint: Checkpoint) -> Dtype:
+def _stored_dtype(checkpoint: Checkpoint) -> Dtype:
     raw = checkpoint.raw_config()
     long_name = raw.get("dtype", raw.get("torch_dtype"))
     return next((name for name, known in LONG_NAMES.items() if known == long_name), "fp32")

@@ -74,9 +74,11 @@ def servable_config(model: ModelConfig) -> Any:
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     architecture = (config.architectures or ["no architecture"])[0]
     if not architecture.endswith(HEAD) or config.num_labels != 1:
-        found = architecture if not architecture.endswith(HEAD) else f"{architecture} with {config.num_labels} outputs"
+        described = (
+            architecture if not architecture.endswith(HEAD) else f"{architecture} with {config.num_labels} outputs"
+        )
         raise RequestError(
-            f"{model.path} holds {found}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write "
+            f"{model.path} holds {described}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write "
             f"one with rlhf-ray export, {OTHERWISE}"
         )
     if config.to_dict().get("score_bias"):
