@@ -60,9 +60,10 @@ def get_llm_for_sequence_regression(
 ) -> SequenceRegression:
     """Load a reward model (``model_type="reward"``) or a critic (``"critic"``).
 
-    Reads a transformers ``*ForSequenceClassification`` directory, OpenRLHF's, TRL's value-head models, and with
-    ``init_value_head`` any causal language model, which gets a fresh head of kind ``head_init`` drawn from ``seed``.
-    Where ``ds_config`` asks for ZeRO-3 the backbone is built in shards, on all ranks together.
+    ``model_name_or_path`` is a directory or hub id: a ``*ForSequenceClassification`` model of transformers, a model of
+    OpenRLHF, or a value-head model of TRL. With ``init_value_head`` it may be any causal language model, which gets a fresh
+    head of kind ``head_init``, drawn from ``seed``. If ``ds_config`` asks for ZeRO-3, the backbone is built in shards, on all
+    ranks together.
     """
     _class_for(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)

@@ -166,7 +166,7 @@ def listed(rank: int) -> dict[str, Any]:
 
 
 def refusals(directory: Path) -> list[str]:
-    """What is messages of checkpoints that are something else, and of 4 bits in shards."""
+    """Errors for checkpoints of another kind, and for 4 bits in shards."""
     messages = []
     cases = (("misshapen", {}), ("headless", {}), ("llama", {"load_in_4bit": True}))
     for family, options in cases:
