@@ -22,10 +22,12 @@ import pytest
 CHECKED_ROOMS = (
     "rlhf_ray.algorithms",
     "rlhf_ray.evaluation.baseline",
-    "rlhf_ray.trajectories.batch",
     "rlhf_ray.trajectories.packing",
 )
-"""Where every call under pytest checks its arguments and its result against their annotations: types, dtypes and shapes."""
+"""Where every call under pytest checks its arguments and its result against their annotations: types, dtypes and shapes.
+
+``trajectories.batch`` is not among them: a batch checks itself at every turn, and checking it twice costs seconds.
+"""
 jaxtyping.install_import_hook(CHECKED_ROOMS, "beartype.beartype")  # before anything imports these rooms
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]

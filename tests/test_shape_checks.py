@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rlhf_ray.algorithms.kl import token_kl
-from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 
 MASK = torch.tensor([False, True, True])
@@ -33,8 +32,6 @@ def test_a_wrong_dtype_and_a_wrong_word_are_refused() -> None:
 def test_the_fields_of_a_dataclass_are_checked() -> None:
     with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'position_ids'"):
         Packed(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), torch.arange(2))
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'offsets'"):
-        TrajectoryBatch(torch.tensor([0.0, 1.0]), {"token_ids": torch.tensor([1])})
 
 
 @pytest.mark.usefixtures("outside_pytest")

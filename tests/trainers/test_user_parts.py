@@ -25,6 +25,7 @@ from rlhf_ray.algorithms.losses import PolicyOutputs
 from rlhf_ray.algorithms.policy_loss import PolicyLoss
 from rlhf_ray.algorithms.user_parts import UserObjective
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
@@ -330,3 +331,15 @@ def test_what_a_collector_collects_is_checked(taken: Any, collected: Any, refusa
     collector = UserCollector(configured("algorithm.collector=a.b:Own"), Own(), prompts)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=rf"algorithm.collector 'a.b:Own': .*{refusal}"):
         collector.collect(0, 0, lambda name: nullcontext())
+
+
+def test_a_run_keeps_absolute_paths_of_code_and_leaves_parameters_alone(tmp_path: Path) -> None:
+    config = configured(
+        "algorithm.objective=mine/own.py:Own", "algorithm.parameters.objective={path: here, objective: a.py:b}",
+        "algorithm.advantages=package.module:Own", "reward={source: own.py:Own}", "evaluation.gold=judge.py:gold",
+    )  # fmt: skip
+    kept = with_absolute_paths(config, tmp_path)
+    assert kept.algorithm.objective == f"{tmp_path}/mine/own.py:Own"
+    assert kept.algorithm.parameters.objective == {"path": "here", "objective": "a.py:b"}
+    assert kept.algorithm.advantages == "package.module:Own"
+    assert kept.reward.source == f"{tmp_path}/own.py:Own" and kept.evaluation.gold == f"{tmp_path}/judge.py:gold"

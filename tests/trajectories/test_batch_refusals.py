@@ -63,7 +63,6 @@ def test_a_wrong_column_is_refused_by_name(columns: dict[str, Any], words: list[
     assert isinstance(caught.value, RlhfRayError)
 
 
-@pytest.mark.usefixtures("outside_pytest")
 @pytest.mark.parametrize(
     ("offsets", "words"),
     [
@@ -117,7 +116,6 @@ def test_concatenate_names_what_differs() -> None:
         TrajectoryBatch.concatenate([])
 
 
-@pytest.mark.usefixtures("outside_pytest")
 def test_scatter_refuses_what_is_missing_or_comes_twice() -> None:
     batch = small()
     first, second, third = torch.zeros(3), torch.zeros(2), torch.zeros(4)
