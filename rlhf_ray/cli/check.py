@@ -6,10 +6,21 @@ import argparse
 import sys
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = (
+    "check demo-ppo",
+    "check my-ppo.yaml data.path=prompts.jsonl > resolved.yaml",
+)
+
 
 def add_arguments(commands: Any) -> None:
     """Register the command."""
-    command = commands.add_parser("check", help="validate a config and print it resolved; all errors at once")
+    command = commands.add_parser(
+        "check",
+        help="validate a config and print it resolved; all errors at once",
+        **examples(*EXAMPLES, with_recipes=True),
+    )
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.set_defaults(run=run)

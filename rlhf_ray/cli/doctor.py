@@ -1,4 +1,4 @@
-"""``rlhf-ray doctor``."""
+"""The command ``rlhf-ray doctor``: say what this machine can run, and what is missing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import argparse
 import sys
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = ("doctor",)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
-    command = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    """Register the command."""
+    command = commands.add_parser(
+        "doctor", help="what this machine can run, and what is missing", **examples(*EXAMPLES)
+    )
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print a table; the exit code says whether jobs can run."""
     from rlhf_ray.launch.doctor import examine, exit_code, report
 

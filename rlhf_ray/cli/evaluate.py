@@ -1,4 +1,4 @@
-"""``rlhf-ray evaluate MODEL --data FILE``."""
+"""The command ``rlhf-ray evaluate``: compare a reward model with a file of preferences."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = ("evaluate runs/demo-rm/final --data pairs.jsonl --output figures.json",)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
-    command = commands.add_parser("evaluate", help="hold a reward model against a file of preferences")
+    """Register the command."""
+    command = commands.add_parser(
+        "evaluate",
+        help="compare a reward model with a file of preferences",
+        **examples(*EXAMPLES),
+    )
     command.add_argument("model", help="a directory or hub id of a reward model")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
@@ -25,7 +33,7 @@ def add_arguments(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Check, score, print the tables."""
     import json
 
@@ -34,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
     from rlhf_ray.launch.evaluate import evaluate
     from rlhf_ray.rows.layouts import Keys
 
-    model = f"reward.model.path={json.dumps(given.model)}"
-    config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *given.overrides], files=True)
-    keys = Keys(given.prompt_key, given.chosen_key, given.rejected_key)
-    return evaluate(config, given.data, keys, turns=given.apply_chat_template, output=given.output)
+    model = f"reward.model.path={json.dumps(options.model)}"
+    config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *options.overrides], files=True)
+    keys = Keys(options.prompt_key, options.chosen_key, options.rejected_key)
+    return evaluate(config, options.data, keys, turns=options.apply_chat_template, output=options.output)

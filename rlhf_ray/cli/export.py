@@ -1,4 +1,4 @@
-"""``rlhf-ray export SOURCE OUT``."""
+"""The command ``rlhf-ray export``: write a plain Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import argparse
 import sys
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = (
+    "export runs/demo-ppo policy",
+    "export adapter merged --dtype bf16",
+)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
-    command = commands.add_parser("export", help="write a plain Hugging Face directory: adapters merged, safetensors")
+    """Register the command."""
+    command = commands.add_parser(
+        "export",
+        help="write a plain Hugging Face directory: adapters merged, safetensors",
+        **examples(*EXAMPLES),
+    )
     command.add_argument("source", help="a run directory, a model directory, an adapter or a hub id")
     command.add_argument("out", help="a directory that does not exist yet")
     command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: as stored")
@@ -18,16 +29,16 @@ def add_arguments(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Load, merge, write; print where."""
     from rlhf_ray.launch.export import export
 
     out = export(
-        given.source,
-        given.out,
-        dtype=given.dtype,
-        head_prefix=given.head_prefix,
-        trust_remote_code=given.trust_remote_code,
+        options.source,
+        options.out,
+        dtype=options.dtype,
+        head_prefix=options.head_prefix,
+        trust_remote_code=options.trust_remote_code,
     )
     sys.stdout.write(f"{out}\n")
     return 0

@@ -1,7 +1,7 @@
-"""``rlhf-ray``: one command, a file for each of its verbs.
+"""The command ``rlhf-ray``, with one module for each of its subcommands.
 
-Always true: ``--help`` loads no verb's code beyond its arguments; a user's mistake ends in one message and exit code 2, a
-cluster that is too small in 3, a run that can be resumed in 75; only a real failure shows a stack trace.
+Invariants: ``--help`` loads nothing of a subcommand but its arguments. A user's mistake ends in one message and exit code
+2, a cluster that is too small in 3, a run that can be resumed in 75. Only a real failure shows a stack trace.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What was given; ``key=value`` counts wherever it stands, also after an option, where argparse leaves it over."""
     top = parser()
-    given, left = top.parse_known_args(arguments)
-    unknown = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in given]
+    options, left = top.parse_known_args(arguments)
+    unknown = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in options]
     if unknown:
         top.error(f"unrecognized arguments: {' '.join(unknown)}")
     if left:
-        given.overrides = [*given.overrides, *left]
-    return given
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = parse(arguments)
-    hub = "source" in given and environment.is_hub_id(given.source)
+    options = parse(arguments)
+    hub = "source" in options and environment.is_hub_id(options.source)
     environment.prepare(environment.for_process(hub=hub))
     try:
-        return int(given.run(given))
+        return int(options.run(options))
     except RlhfRayError as error:
         _show(error)
         return error.exit_code

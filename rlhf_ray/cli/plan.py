@@ -6,10 +6,21 @@ import argparse
 import sys
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = (
+    "plan llama-3-8b-8gpu",
+    "plan my-ppo.yaml policy.ranks=8",
+)
+
 
 def add_arguments(commands: Any) -> None:
     """Register the command."""
-    command = commands.add_parser("plan", help="batch arithmetic and placement, before anything is allocated")
+    command = commands.add_parser(
+        "plan",
+        help="batch arithmetic and placement, before anything is allocated",
+        **examples(*EXAMPLES, with_recipes=True),
+    )
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""``rlhf-ray report RUN_DIR [RUN_DIR ...]``."""
+"""The command ``rlhf-ray report``: write the HTML report of one run or of several."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import argparse
 import sys
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = (
+    "report runs/demo-ppo",
+    "report runs/first runs/second --output both.html",
+)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
-    command = commands.add_parser("report", help="write the report of a run, or of several side by side")
+    """Register the command."""
+    command = commands.add_parser(
+        "report",
+        help="write the report of a run, or of several side by side",
+        **examples(*EXAMPLES),
+    )
     command.add_argument("run_directories", nargs="+", metavar="RUN_DIR")
     command.add_argument("--output", help="the file to write (default: report.html in the first run directory)")
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Write a self-contained HTML file and print where it lies."""
     from rlhf_ray.runs.directory import RunDirectory
     from rlhf_ray.runs.reporting import write_report
 
-    runs = [RunDirectory.open(directory) for directory in given.run_directories]
-    sys.stdout.write(f"{write_report(runs, given.output)}\n")
+    runs = [RunDirectory.open(directory) for directory in options.run_directories]
+    sys.stdout.write(f"{write_report(runs, options.output)}\n")
     return 0

@@ -1,4 +1,4 @@
-"""``rlhf-ray score MODEL --input F --output F``."""
+"""The command ``rlhf-ray score``: score a file of items with a reward model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = ("score runs/demo-rm/final --input items.jsonl --output scores.jsonl",)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
-    command = commands.add_parser("score", help="score a file of items with a reward model")
+    """Register the command."""
+    command = commands.add_parser(
+        "score",
+        help="score a file of items with a reward model",
+        **examples(*EXAMPLES),
+    )
     command.add_argument("model", help="a directory or hub id of a reward model")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
@@ -24,7 +32,7 @@ def add_arguments(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Check, score, say what has no score."""
     import json
 
@@ -32,6 +40,6 @@ def run(given: argparse.Namespace) -> int:
     from rlhf_ray.config.loading import load_job
     from rlhf_ray.launch.score import score
 
-    model = f"reward.model.path={json.dumps(given.model)}"
-    config = load_job(ServeConfig, "serve", [model, "run.name=score", *given.overrides], files=True)
-    return score(config, given.input, given.output, truncate=given.truncate)
+    model = f"reward.model.path={json.dumps(options.model)}"
+    config = load_job(ServeConfig, "serve", [model, "run.name=score", *options.overrides], files=True)
+    return score(config, options.input, options.output, truncate=options.truncate)

@@ -1,14 +1,25 @@
-"""The command ``rlhf-ray serve MODEL``."""
+"""The command ``rlhf-ray serve``: serve a reward model over HTTP."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = (
+    "serve runs/demo-rm/final --port 5000",
+    "serve runs/demo-rm/final --host 0.0.0.0 --token-file tokens.txt reward.ranks=2",
+)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this command."""
-    command = commands.add_parser("serve", help="serve a reward model over HTTP")
+    """Register the command."""
+    command = commands.add_parser(
+        "serve",
+        help="serve a reward model over HTTP",
+        **examples(*EXAMPLES),
+    )
     command.add_argument("model", help="a directory or hub id of a reward model")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as port=5001")
     command.add_argument("--host")

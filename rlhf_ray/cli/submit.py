@@ -1,14 +1,25 @@
-"""``rlhf-ray submit CONFIG [key=value ...]``."""
+"""The command ``rlhf-ray submit``: run a job on a Ray cluster through its job server."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
+
+EXAMPLES = (
+    "submit demo-ppo --address http://127.0.0.1:8265",
+    "submit my-ppo.yaml run.root=/shared/runs --no-wait",
+)
+
 
 def add_arguments(commands: Any) -> None:
-    """Add this verb."""
-    command = commands.add_parser("submit", help="run a job on a Ray cluster through ray job submit")
+    """Register the command."""
+    command = commands.add_parser(
+        "submit",
+        help="run a job on a Ray cluster through ray job submit",
+        **examples(*EXAMPLES, with_recipes=True),
+    )
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.add_argument("--address", default=None, help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or "
@@ -17,10 +28,10 @@ def add_arguments(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Check the config here, submit it, stream its log, end with the driver's exit code."""
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.launch.submit import submit
 
-    config = load_config(given.config, given.overrides)
-    return submit(config, address=given.address, wait=not given.no_wait)
+    config = load_config(options.config, options.overrides)
+    return submit(config, address=options.address, wait=not options.no_wait)

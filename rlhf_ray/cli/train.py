@@ -5,13 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rlhf_ray.cli.examples import examples
 from rlhf_ray.config.jobs.registry import trained_kinds
+
+EXAMPLES = (
+    "train sft demo-sft",
+    "train rm hh-rm data.path=pairs.jsonl epochs=2",
+    "train ppo my-ppo.yaml steps=100 policy.ranks=4",
+)
 
 
 def add_arguments(commands: Any) -> None:
     """Register the command."""
     kinds = trained_kinds()
-    command = commands.add_parser("train", help=f"train a model: {', '.join(kinds[:-1])} or {kinds[-1]}")
+    command = commands.add_parser(
+        "train",
+        help=f"train a model: {', '.join(kinds[:-1])} or {kinds[-1]}",
+        **examples(*EXAMPLES, with_recipes=True),
+    )
     command.add_argument("kind", choices=kinds)
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", metavar="key=value")
