@@ -22,6 +22,7 @@ import pytest
 CHECKED_ROOMS = (
     "rlhf_ray.algorithms",
     "rlhf_ray.evaluation.baseline",
+    "rlhf_ray.models.forward",
     "rlhf_ray.trajectories.packing",
 )
 """Where every call under pytest checks its arguments and its result against their annotations: types, dtypes and shapes.

@@ -71,8 +71,8 @@ def segment_attention(
 
 def _read_attention(
     query: Float[Tensor, "heads tokens dim"],
-    keys: Sequence[Float[Tensor, "heads key_rows dim"]],
-    values: Sequence[Float[Tensor, "heads key_rows value_dim"]],
+    keys: Sequence[Float[Tensor, "heads _ dim"]],
+    values: Sequence[Float[Tensor, "heads _ value_dim"]],
     segments: Segments,
     read: Int64[Tensor, "read"],
     scaling: float,
@@ -117,7 +117,7 @@ class _ToRows(torch.autograd.Function):
 
 
 def _add_contexts(
-    own: Float[Tensor, "heads tokens dim"], gradients: Sequence[Float[Tensor, "heads rows dim"]], segments: Segments
+    own: Float[Tensor, "heads tokens dim"], gradients: Sequence[Float[Tensor, "heads _ dim"]], segments: Segments
 ) -> Float[Tensor, "heads tokens dim"]:
     """Add to each token's gradient the gradients that it gets as part of the context of other segments."""
     if segments.most_sharers == 0:

@@ -77,7 +77,7 @@ class Segments:
     """The segments of one forward pass and what is derived from them, shared by all layers."""
 
     lengths: tuple[int, ...]
-    cu_seq_lens: Int[Tensor, "segments+1"]
+    cu_seq_lens: Int[Tensor, "cuts"]
     parent: tuple[int, ...] | None = None
     """Index of the segment that each one continues, -1 for none; None if none continues another."""
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Segments:
     """The tokens whose results are used in the layer that runs now; None for all tokens."""
 
     @classmethod
-    def of(cls, offsets: Int[Tensor, "segments+1"], parent: Int64[Tensor, "segments"] | None = None) -> Segments:
+    def of(cls, offsets: Int[Tensor, "cuts"], parent: Int64[Tensor, "cuts-1"] | None = None) -> Segments:
         """Make the segments that lie between consecutive offsets."""
         parents = None if parent is None else tuple(parent.tolist())
         return cls(tuple(offsets.diff().tolist()), offsets.to(torch.int32), parents)
