@@ -20,6 +20,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
@@ -36,8 +37,7 @@ STOP_TIMEOUT_S = 30.0
 def serve(config: ServeConfig, *, detach: bool) -> int:
     """Serve until SIGINT or SIGTERM; with ``detach`` return as soon as it answers and leave it running."""
     require_closed(config.host, read_tokens(config.token_file))
-    if config.token_file is not None:  # the gateway reads it again when it changes, from another directory
-        config = config.model_copy(update={"token_file": str(Path(config.token_file).expanduser().absolute())})
+    config = with_absolute_paths(config, Path.cwd())  # the gateway and its ranks have other working directories
     if detach and config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
         raise RequestError(
             "--detach leaves the service on a Ray cluster, but this command would start one and take it along when it "
@@ -62,15 +62,14 @@ def reload(config: ServeConfig) -> int:
     """Let ``reward.model`` take the place of the model ``name`` of the service ``run.name``, which goes on answering."""
     if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
         raise RequestError("--reload changes a service that runs on a Ray cluster: give cluster.address=auto")
-    model = config.reward.model
+    model = with_absolute_paths(config, Path.cwd()).reward.model
     if model.path is None:
         raise RequestError("--reload needs the path or hub id of a model")
-    path = str(Path(model.path).absolute()) if Path(model.path).exists() else model.path
     with Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False):
         service = find_service(
             config.run.name, timeout_s=config.cluster.placement_timeout_s + config.cluster.start_timeout_s
         )
-        version = service.call("reload", [(path, config.name, model.revision)]).result()[0]
+        version = service.call("reload", [(model.path, config.name, model.revision)]).result()[0]
     get_logger("serving").info("%s: version %s is served", config.name, version)
     return EXIT_DONE
 
