@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Figure, Figures
-from benchmarks.learning import BEST_OF_N, RECIPES, SEEDS, directory_name, evaluations
+from benchmarks.learning_runs import BEST_OF_N, RECIPES, SEEDS, directory_name, evaluations
 
 METHOD = (
     "Llama of 0.5M parameters, reward model trained on 19,200 pairs, transformers as sampler, plain classes in one "

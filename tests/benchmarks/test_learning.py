@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.learning import JUDGE, JUDGES, MOST_KL, samples_at
 from benchmarks.learning_figures import over_optimised
+from benchmarks.learning_runs import JUDGE, JUDGES, MOST_KL, samples_at
 from rlhf_ray.config.loading import load_config, parse_config
 from rlhf_ray.evaluation import best_of_n_kl
 
