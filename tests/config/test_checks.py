@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.config.recipes import recipes
+from rlhf_ray.errors import ConfigError
 
 LORA = "policy.model.lora={rank: 4}"
 CASES = [
@@ -257,6 +258,13 @@ def test_a_reference_that_is_not_set_is_the_starting_policy(texts):
     assert reference.max_tokens_per_micro_batch == 512
     explicit = parse_config(texts["ppo"])
     assert explicit.reference_role is explicit.reference
+
+
+def test_a_wrong_model_of_the_policy_is_not_reported_again_for_the_reference_that_it_gives(texts):
+    with pytest.raises(ConfigError) as error:
+        parse_config(texts["ppo"], ["reference=null", "policy.model.path=org/name"])
+    (problem,) = error.value.problems
+    assert problem.startswith("policy.model: set exactly one of path")
 
 
 def test_every_recipe_is_valid():

@@ -59,11 +59,12 @@ class PpoConfig(TrainingJob):
         if self.reference is not None:
             return self.reference
         start = self.policy.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
-        return RoleConfig(
-            model=start,
-            resources=self.policy.resources,
-            max_tokens_per_micro_batch=self.policy.max_tokens_per_micro_batch,
-        )
+        values = {
+            "model": start,
+            "resources": self.policy.resources,
+            "max_tokens_per_micro_batch": self.policy.max_tokens_per_micro_batch,
+        }
+        return RoleConfig.partial(values, ())  # its parts were checked as the policy's, and are not reported twice
 
     @property
     def updates_per_step(self) -> int:
