@@ -169,13 +169,17 @@ def _find_module(dotted: str) -> tuple[bool, Path | None]:
 
 def _definition_problems(path: Path, attribute: str) -> Iterator[str]:
     try:
-        names = list(_defined_names(ast.parse(path.read_text()).body))
+        tree = ast.parse(path.read_text())
     except SyntaxError as error:
         yield f"{path}:{error.lineno}: not Python: {error.msg}"
         return
+    names = list(_defined_names(tree.body))
     unreadable = {"*", "__getattr__"} & set(names)  # the module may define more than its text shows
     if attribute not in names and not unreadable:
-        yield f"{path} defines no {attribute!r}; it defines {', '.join(names) or 'nothing'}"
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = {name for node in imports for name in _defined_names([node])}
+        own = [name for name in names if name not in imported]
+        yield f"{path} defines no {attribute!r}; it defines {', '.join(own) or 'nothing'}"
 
 
 def _defined_names(statements: list[ast.stmt]) -> Iterator[str]:

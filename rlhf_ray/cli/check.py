@@ -22,7 +22,7 @@ def add_arguments(commands: Any) -> None:
         **examples(*EXAMPLES, with_recipes=True),
     )
     command.add_argument("config", help="a file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example run.seed=1")
     command.set_defaults(run=run)
 
 

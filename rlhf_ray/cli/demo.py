@@ -22,7 +22,9 @@ def add_arguments(commands: Any) -> None:
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--root", default="runs/demo", help="where the three runs and the report go")
-    command.add_argument("overrides", nargs="*", metavar="sft|rm|ppo.key=value", help="such as ppo.steps=10")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="sft|rm|ppo.key=value", help="such as ppo.steps=10"
+    )
     command.set_defaults(run=run)
 
 

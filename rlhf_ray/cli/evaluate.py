@@ -20,7 +20,7 @@ def add_arguments(commands: Any) -> None:
     )
     command.add_argument("model", help="a directory or hub id of a reward model")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
+        "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
     )
     command.add_argument("--data", required=True, type=Path, help="preference pairs in any layout; RewardBench's too")
     command.add_argument("--prompt-key", default="prompt")

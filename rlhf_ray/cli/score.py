@@ -20,7 +20,7 @@ def add_arguments(commands: Any) -> None:
     )
     command.add_argument("model", help="a directory or hub id of a reward model")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
+        "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
     )
     command.add_argument(
         "--input", required=True, type=Path, help="rows with token_ids, text, messages, or prompt, response"

@@ -21,7 +21,9 @@ def add_arguments(commands: Any) -> None:
         **examples(*EXAMPLES),
     )
     command.add_argument("model", help="a directory or hub id of a reward model")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe serve, such as port=5001")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe serve, such as port=5001"
+    )
     command.add_argument("--host")
     command.add_argument("--port", type=int)
     command.add_argument("--token-file", help="a file with one token per line; needed for any host but this machine")

@@ -21,7 +21,7 @@ def add_arguments(commands: Any) -> None:
         **examples(*EXAMPLES, with_recipes=True),
     )
     command.add_argument("config", help="a file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example run.seed=1")
     command.add_argument("--address", default=None, help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or "
                          "http://127.0.0.1:8265)")  # fmt: skip
     command.add_argument("--no-wait", action="store_true", help="print the job's id and return")

@@ -25,7 +25,7 @@ def add_arguments(commands: Any) -> None:
     )
     command.add_argument("kind", choices=kinds)
     command.add_argument("config", help="a file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example run.seed=1")
     command.add_argument(
         "--in-process",
         action="store_true",

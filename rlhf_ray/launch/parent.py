@@ -24,6 +24,7 @@ from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
+from rlhf_ray.runs.directory import RunDirectory
 
 FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
@@ -63,7 +64,7 @@ def start_run(config: Job, *, driver: str = DRIVER) -> int:
 
 def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
     """Run a driver that resumes the run in ``directory`` from its last commit; returns the exit code."""
-    directory = Path(directory).absolute()
+    directory = RunDirectory.open(directory).path.absolute()
     config = load_config(directory / CONFIG_NAME)
     _require_room(config)
     return _restart_until_final(

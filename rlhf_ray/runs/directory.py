@@ -180,6 +180,8 @@ class RunDirectory:
         return self.samples / f"step-{step:06d}.jsonl"
 
     def _refusal(self, content: Sequence[str]) -> str:
+        if self.config_path.is_file() and self.summary_path.is_file():
+            return f"the run {self.path} has finished: choose another run.name, or remove the directory"
         if self.config_path.is_file():
             steps = self.checkpoints.steps()
             last = f"its last checkpoint is of step {steps[-1]}" if steps else "it has no checkpoint yet"

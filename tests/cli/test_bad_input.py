@@ -59,19 +59,19 @@ COMMANDS = (("check",), ("plan",), ("submit",), ("train", "sft"))
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_misspelt_key_names_its_nearest_neighbour(refused, command):
-    told = refused(*command, "demo-sft", "batch.sequences_per_updat=8")
-    assert "batch.sequences_per_updat" in told
-    assert "did you mean" in told and "sequences_per_update" in told
+    message = refused(*command, "demo-sft", "batch.sequences_per_updat=8")
+    assert "batch.sequences_per_updat" in message
+    assert "did you mean" in message and "sequences_per_update" in message
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_type_error_names_the_key_the_value_and_what_was_wanted(refused, command):
-    told = refused(*command, "demo-sft", "policy.ranks=two")
-    assert "policy.ranks" in told and "two" in told and "whole number" in told
+    message = refused(*command, "demo-sft", "policy.ranks=two")
+    assert "policy.ranks" in message and "two" in message and "whole number" in message
 
 
 def test_every_error_is_listed_at_once(refused):
-    told = refused(
+    message = refused(
         "train",
         "sft",
         "demo-sft",
@@ -82,28 +82,28 @@ def test_every_error_is_listed_at_once(refused):
         "data.path=gone.jsonl",
     )
     for key in ("epochz", "run.seed", "policy.ranks", "gone.jsonl"):
-        assert key in told
+        assert key in message
 
 
 def test_a_line_of_a_file_is_named(refused, here):
     (here / "own.yaml").write_text("kind: sft\nrun: {name: own}\nepochs: many\n")
-    told = refused("check", "own.yaml")
-    assert "own.yaml" in told and "epochs" in told and "line 3" in told
+    message = refused("check", "own.yaml")
+    assert "own.yaml" in message and "epochs" in message and "line 3" in message
 
 
 @pytest.mark.parametrize("command", [("check",), ("train", "sft")], ids=" ".join)
 def test_a_model_path_that_does_not_exist(refused, command):
-    told = refused(*command, "demo-sft", "policy.model.make=null", "policy.model.path=models/that/is/gone")
+    message = refused(*command, "demo-sft", "policy.model.make=null", "policy.model.path=models/that/is/gone")
     assert (
-        "policy.model.path" in told
-        and "models/that/is/gone does not exist" in told
-        and "name a model directory" in told
+        "policy.model.path" in message
+        and "models/that/is/gone does not exist" in message
+        and "name a model directory" in message
     )
 
 
 @pytest.mark.parametrize("command", [("check",), ("train", "sft")], ids=" ".join)
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "parts"),
     [
         ("gone.jsonl", None, ("gone.jsonl", "does not exist")),
         ("empty.jsonl", "", ("empty.jsonl", "holds no rows")),
@@ -112,26 +112,28 @@ def test_a_model_path_that_does_not_exist(refused, command):
     ],
     ids=["missing", "empty", "a row without its keys", "a torn row"],
 )
-def test_data_that_cannot_be_used(refused, here, command, name, content, told):
+def test_data_that_cannot_be_used(refused, here, command, name, content, parts):
     if content is not None:
         (here / name).write_text(content)
     message = refused(
         *command, "demo-sft", "data.world=null", f"data.path={name}", "policy.model.make.tokenizer_from=world"
     )
-    for part in told:
+    for part in parts:
         assert part in message
     assert not (here / "runs").exists()
 
 
 def test_sizes_that_do_not_divide(refused, tmp_path):
-    told = refused("plan", "demo-ppo", "batch.prompts_per_step=64", "batch.sequences_per_update=48")
+    message = refused("plan", "demo-ppo", "batch.prompts_per_step=64", "batch.sequences_per_update=48")
     assert (
-        "sequences_per_update" in told and "48 does not divide the 64" in told and "nearest size that does is" in told
+        "sequences_per_update" in message
+        and "48 does not divide the 64" in message
+        and "nearest size that does is" in message
     )
 
 
 def test_more_ranks_than_this_machine_has(refused, here):
-    told = refused(
+    message = refused(
         "train",
         "sft",
         "demo-sft",
@@ -140,8 +142,8 @@ def test_more_ranks_than_this_machine_has(refused, here):
         "cluster.num_cpus=2",
         code=EXIT_NO_CAPACITY,
     )
-    assert "20 CPU needed, 2 free" in told
-    table = [[cell.strip() for cell in line.strip("│").split("│")] for line in told.splitlines() if "│" in line]
+    assert "20 CPU needed, 2 free" in message
+    table = [[cell.strip() for cell in line.strip("│").split("│")] for line in message.splitlines() if "│" in line]
     assert ["policy", "100", "0.2", "0", "20", "0"] in table
     assert next(row for row in table if row[0] == "free")[-2] == "2"
     assert not (here / "runs").exists()
@@ -155,8 +157,14 @@ def test_a_run_that_came_from_a_larger_machine(refused, here):
 
 
 def test_a_kind_that_is_not_the_configs(refused):
-    told = refused("train", "ppo", "demo-sft")
-    assert "sft" in told and "ppo was asked for" in told
+    message = refused("train", "ppo", "demo-sft")
+    assert "sft" in message and "ppo was asked for" in message
+
+
+def test_a_command_without_arguments_names_those_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(("train",))
+    assert "the following arguments are required: kind, config\n" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_not_there(refused):
@@ -170,15 +178,14 @@ def test_what_is_not_an_override(refused):
 @pytest.mark.parametrize("command", ["resume", "status", "report"])
 def test_a_directory_that_is_no_run(refused, here, command):
     (here / "nothing").mkdir()
-    told = refused(command, "nothing")
-    assert "nothing" in told and "config.yaml" in told
+    assert "nothing is not a run directory: it has no config.yaml" in refused(command, "nothing")
 
 
 def test_a_cluster_that_does_not_answer(refused):
-    told = refused("submit", "demo-sft", "--address", "http://127.0.0.1:9")
-    assert "no Ray cluster answers at http://127.0.0.1:9" in told and "ray start --head" in told
+    message = refused("submit", "demo-sft", "--address", "http://127.0.0.1:9")
+    assert "no Ray cluster answers at http://127.0.0.1:9" in message and "ray start --head" in message
 
 
 def test_a_service_is_not_trained(refused):
-    told = refused("submit", "serve", "reward.model.path=org/name", "--address", "http://127.0.0.1:9")
-    assert "serve" in told and "rlhf-ray serve" in told
+    message = refused("submit", "serve", "reward.model.path=org/name", "--address", "http://127.0.0.1:9")
+    assert "serve" in message and "rlhf-ray serve" in message
