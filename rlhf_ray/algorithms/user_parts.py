@@ -159,8 +159,8 @@ def make_user_estimator(
 def _protocol_problem(estimator: Any) -> str | None:
     if not isinstance(estimator, Estimator) or not accepts(estimator, "batch", "token_rewards"):
         return (
-            f"it makes {_kind(estimator)}, which is no estimator: give it an attribute needs (the names of the columns that it "
-            "reads) and a method __call__(self, batch, token_rewards)"
+            f"it makes {_kind(estimator)}, which is not an estimator: give it an attribute needs (the names of the "
+            "columns that it reads) and a method __call__(self, batch, token_rewards)"
         )
     if not isinstance(estimator.needs, tuple) or not all(isinstance(column, str) for column in estimator.needs):
         return f"its needs are {estimator.needs!r}, not a tuple of names of columns"

@@ -89,7 +89,9 @@ class _Builder:
         for name, value in values.items():
             here = (*at, name)
             if (*here, "[key]") in self.locations:
-                self._report(at, f"{show(name)} is no name: use letters, digits and '_', a letter first")
+                self._report(
+                    at, f"{show(name)} is not a valid name: use letters, digits and '_', beginning with a letter"
+                )
             elif isinstance(value, dict):
                 sections[name] = self.build(entry, value, here)
             else:

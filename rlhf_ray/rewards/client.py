@@ -25,7 +25,7 @@ MAY_PASS = frozenset({429, 502, 503, 504})
 """Statuses that another attempt may not get."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
 RESULT_FIELDS = tuple(field.name for field in fields(ScoreResult))
-NO_ANSWER = "answers what is no scoring backend's answer"
+NO_ANSWER = "answers, but not as a scoring backend does"
 
 
 class RewardClient:

@@ -92,7 +92,7 @@ class Output:
 def input_identity(path: Path) -> Mapping[str, Any]:
     """What tells one input file from another: its hash and size."""
     if not path.is_file():
-        raise RequestError(f"{path} is no file: name a file of rows, such as items.jsonl")
+        raise RequestError(f"{path} is not a file: name a file of rows, such as items.jsonl")
     with path.open("rb") as file:
         return {"input": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 

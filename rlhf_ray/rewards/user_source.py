@@ -64,7 +64,7 @@ class UserRewardSource:
         wrong = next((result for result in results if not isinstance(result, ScoreResult)), None)
         if wrong is not None:
             raise RequestError(
-                f"{self.where}: {wrong!r} is no ScoreResult: return ScoreResult.of(number) or ScoreResult.failed(reason)"
+                f"{self.where}: {wrong!r} is not a ScoreResult: return ScoreResult.of(number) or ScoreResult.failed(reason)"
             )
         return results
 
@@ -77,7 +77,7 @@ def make_user_source(key: str, settings: RewardSourceConfig, tokenizer: Any, cle
     reads, score = (attribute_of(source, word) for word in ("reads", "score"))
     if not isinstance(reads, str) or not accepts(score, "samples"):
         raise RequestError(
-            f"{where} {name!r}: it makes {type(source).__name__}, which is no reward source: give it an attribute reads (in "
+            f"{where} {name!r}: it makes {type(source).__name__}, which is not a reward source: give it an attribute reads (in "
             "words, what it reads of a sample) and a method score(self, samples)"
         )
     close = attribute_of(source, "close")

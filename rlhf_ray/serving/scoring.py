@@ -66,7 +66,7 @@ async def _score(
     except GroupError as error:
         raise Refusal("source", f"the reward group failed in {error.phase}") from error
     except ScoringError as error:
-        raise Refusal("source", "the reward group gave an answer that is no result") from error
+        raise Refusal("source", "the reward group gave an answer that is not a result") from error
 
 
 def _refuse_errors(results: Sequence[ScoreResult]) -> None:

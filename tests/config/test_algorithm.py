@@ -79,7 +79,7 @@ REFUSED = [
     (["algorithm.kl={measure: false, coefficient: 0}"],
      "reference: algorithm.kl.measure is false, so nothing reads it: remove it, or set measure to true"),
     (["algorithm.shaping.overlong={buffer_fraction: 0.01}"],
-     "algorithm.shaping.overlong.buffer_fraction: 0.01 of rollout.max_new_tokens 32 is no token: raise it"),
+     "algorithm.shaping.overlong.buffer_fraction: 0.01 of rollout.max_new_tokens 32 is less than one token: raise it"),
     (["algorithm.shaping.too_short={tokens: 33}"],
      "algorithm.shaping.too_short.tokens: 33 is above rollout.max_new_tokens 32: no answer could be long enough"),
     (["algorithm.critic_warmup_steps=3"],

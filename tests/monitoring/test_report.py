@@ -165,14 +165,14 @@ def test_gold_stands_beside_the_learned_reward_on_one_axis_of_steps() -> None:
     both = [chart for chart in charts if "Gold score" in chart and "Learned reward" in chart]
     assert len(both) == 1
     assert both[0].count(">step</text>") == 1
-    assert "What never changed" not in html
+    assert "Metrics that kept one value" not in html
 
 
 def test_a_metric_that_never_changed_is_a_number_and_not_a_chart() -> None:
     lines = [{"step": step, "timestamp": 1.0, "kl/coefficient": 0.05, "entropy": 1.0 / step} for step in (1, 2, 3)]
     html = render_report([RunReport("demo", lines)])
     assert html.count("<svg") == 1
-    constant = html[html.index("What never changed") :]
+    constant = html[html.index("Metrics that kept one value") :]
     assert "<td>kl/coefficient</td><td>0.05</td>" in constant
 
 

@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path: Path, rows:
 
 
 def test_a_missing_input_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="is no file"):
+    with pytest.raises(RequestError, match="is not a file"):
         input_identity(tmp_path / "absent")
 
 

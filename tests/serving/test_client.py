@@ -189,10 +189,10 @@ def test_what_may_not_pass_is_an_error_at_once(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("", "no scoring backend's answer"),
-        ("[]", "no scoring backend's answer"),
-        ({"rewards": [1.0]}, "no scoring backend's answer"),
-        ({"results": [{"reward": 1.0}]}, "no scoring backend's answer"),
+        ("", "answers, but not as a scoring backend does"),
+        ("[]", "answers, but not as a scoring backend does"),
+        ({"rewards": [1.0]}, "answers, but not as a scoring backend does"),
+        ({"results": [{"reward": 1.0}]}, "answers, but not as a scoring backend does"),
         ({"results": []}, "answers 0 results for 1 requests"),
         ({"results": ANSWER["results"] * 2}, "answers 2 results for 1 requests"),
         ({"results": [{**ANSWER["results"][0], "reward": None}]}, "two finite numbers, or an error"),

@@ -168,7 +168,7 @@ OBJECTIVE = (
         ("objective", "class Own:\n    def __init__(self): 1 / 0\n", "{}", r"making it with {} raised ZeroDivisionError"),
         ("objective", "import nothing_like_it\nclass Own: ...\n", "{}", r"cannot be imported \(ModuleNotFoundError"),
         ("objective", "Own = 3\n", "{}", r"has no class Own"),
-        ("advantages", "class Own:\n    def __call__(self, a, b): ...\n", "{}", r"is no estimator: give it an attribute needs"),
+        ("advantages", "class Own:\n    def __call__(self, a, b): ...\n", "{}", "which is not an estimator: give it"),
         ("advantages", ESTIMATOR.format("'prompt_id'"), "{}", r"its needs are 'prompt_id', not a tuple of names of columns"),
         ("advantages", ESTIMATOR.format("('values',)"), "{}", r"which a critic gives: add a critic section"),
         ("advantages", ESTIMATOR.format("('x',)"), "{}", r"it reads x, but the columns of a batch are action_mask, "),
@@ -198,7 +198,7 @@ def test_a_critic_that_an_estimator_does_not_read_is_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("code", "refusal"),
-    [("class Own:\n    reads = 'text'\n", "which is no reward source"),
+    [("class Own:\n    reads = 'text'\n", "which is not a reward source"),
      ("class Own:\n    def score(self, samples): ...\n", "give it an attribute reads")],
 )  # fmt: skip
 def test_an_object_that_is_no_source_is_refused(code: str, refusal: str, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ class Source:
     [
         ([ScoreResult.of(1.0)], RequestError, "score returned list, not Pending: return Pending.done"),
         (Pending.done([]), RequestError, "it gave list of 0 for 1 samples, not a list of 1"),
-        (Pending.done([1.0]), RequestError, "1.0 is no ScoreResult: return ScoreResult.of"),
+        (Pending.done([1.0]), RequestError, "1.0 is not a ScoreResult: return ScoreResult.of"),
         (lambda: 1 / 0, ScoringError, r"reward.source 'a:b' raised ZeroDivisionError"),
         (Pending(lambda: 1 / 0), ScoringError, r"reward.source 'a:b' raised ZeroDivisionError"),
     ],

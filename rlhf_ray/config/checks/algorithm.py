@@ -60,7 +60,7 @@ def penalties_fit(shaping: ShapingConfig, max_new_tokens: int) -> Iterator[Probl
     if shaping.overlong is not None and round(shaping.overlong.buffer_fraction * max_new_tokens) < 1:
         yield (
             "algorithm.shaping.overlong.buffer_fraction",
-            f"{shaping.overlong.buffer_fraction:g} of rollout.max_new_tokens {max_new_tokens} is no token: raise it",
+            f"{shaping.overlong.buffer_fraction:g} of rollout.max_new_tokens {max_new_tokens} is less than one token: raise it",
         )
     if shaping.too_short is not None and shaping.too_short.tokens > max_new_tokens:
         yield (

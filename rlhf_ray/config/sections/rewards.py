@@ -65,7 +65,7 @@ class RewardSourceConfig(Section):
             yield "function", problem
         yield from self._own_source_conflicts()
         if url is not None and not url.startswith(("http://", "https://")):
-            yield "url", f"{url!r} is no address of a scoring backend: write http://host:port"
+            yield "url", f"{url!r} is not the address of a scoring backend: write http://host:port"
         if self.token_file is not None and url is None:
             yield "token_file", "it holds the token of a scoring backend: set url too, or remove it"
         if self.normalize and function is not None:

@@ -319,7 +319,7 @@ def make_user_collector(
     )
     if not accepts(attribute_of(collector, "collect"), "step", "version", "phase"):
         raise RequestError(
-            f"{COLLECTOR_KEY} {name!r}: it makes {type(collector).__name__}, which is no collector: give it a method "
+            f"{COLLECTOR_KEY} {name!r}: it makes {type(collector).__name__}, which is not a collector: give it a method "
             "collect(self, step, version, phase)"
         )
     return UserCollector(config, collector, recorded)
