@@ -357,7 +357,7 @@ def test_the_rollout_must_be_able_to_serve_the_policy(here, texts):
         (
             "rewards.py:score",
             "def other(): ...",
-            "reward.function: rewards.py defines no 'score'; it defines nothing_of_the_kind, other",
+            "reward.function: rewards.py defines no 'score'; it defines other",
         ),
         ("rewards.py:score", "x = (", "reward.function: rewards.py:1: not Python: "),
     ],
