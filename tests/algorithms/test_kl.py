@@ -72,8 +72,8 @@ def test_a_sequence_sums_its_actions(ragged, estimator) -> None:
 @pytest.mark.usefixtures("outside_pytest")
 def test_an_unknown_estimator_and_a_wrong_shape_are_refused() -> None:
     mask = torch.ones(2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="'k4' is unknown: use one of k1, k2, k3"):
-        token_kl(torch.zeros(2), torch.zeros(2), mask, "k4")
+    with pytest.raises(ValueError, match="'exact' is unknown: use one of k1, k2, k3"):
+        token_kl(torch.zeros(2), torch.zeros(2), mask, "exact")
     with pytest.raises(ValueError, match=r"reference log_probs has shape \(1,\)"):
         token_kl(torch.zeros(2), torch.zeros(1), mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY
 
+Row = tuple[str, ...]
 DOCS = Path(__file__).parents[2] / "docs"
 SECTIONS: dict[str, type[Section]] = {
     "`run`": RunConfig,
@@ -102,12 +104,24 @@ ELSEWHERE = {
 
 def rows_below(page: Path) -> dict[str, list[list[str]]]:
     """Cells of the table rows below each heading of third rank, without the table's head."""
-    found: dict[str, list[list[str]]] = {}
+    tables: dict[str, list[list[str]]] = {}
     for part in re.split(r"^### ", page.read_text(), flags=re.MULTILINE)[1:]:
         heading, _, body = part.partition("\n")
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"]
-        found[heading] = rows[2:]
-    return found
+        tables[heading] = rows[2:]
+    return tables
+
+
+def rows_to_paste(page: str, documented: Mapping[str, Sequence[Row]], wanted: Mapping[str, Sequence[Row]]) -> str:
+    """What to change on a page: the rows that it lacks, as Markdown, and those that it has too many."""
+    lines = [f"docs/{page} is not what the code says; its rows stand in the order of the code."]
+    for heading in sorted({*documented, *wanted}):
+        there, here = documented.get(heading, ()), wanted.get(heading, ())
+        lines += [
+            f"add below '### {heading}': | `{row[0]}` | {' | '.join(row[1:])} |" for row in here if row not in there
+        ]
+        lines += [f"remove below '### {heading}': {row[0]}" for row in there if row not in here]
+    return "\n".join(lines)
 
 
 def written(field: Any) -> str:
@@ -123,7 +137,7 @@ def written(field: Any) -> str:
 
 
 def test_every_metric_is_explained_and_every_explained_one_is_registered() -> None:
-    told = {
+    documented = {
         heading: [(row[0].replace(" (counter)", "").strip("`"), row[1], row[2]) for row in rows]
         for heading, rows in rows_below(DOCS / "monitoring.md").items()
     }
@@ -131,7 +145,7 @@ def test_every_metric_is_explained_and_every_explained_one_is_registered() -> No
         group: [(metric.name, metric.unit, metric.help) for metric in metrics]
         for group, metrics in REGISTRY.groups().items()
     }
-    assert told == registered
+    assert documented == registered, rows_to_paste("monitoring.md", documented, registered)
 
 
 def test_metrics_named_in_the_text_are_registered() -> None:
@@ -151,19 +165,19 @@ def test_counters_and_phases_are_named() -> None:
 
 
 def test_every_key_has_its_default() -> None:
-    told = {
-        heading: {row[0].strip("`"): row[1] for row in rows}
+    documented = {
+        heading: sorted((row[0].strip("`"), row[1]) for row in rows)
         for heading, rows in rows_below(DOCS / "configuration.md").items()
     }
     wanted = {
-        heading: {
-            key: written(field)
+        heading: sorted(
+            (key, written(field))
             for key, field in section.model_fields.items()
             if key not in ELSEWHERE.get(section, set())
-        }
+        )
         for heading, section in SECTIONS.items()
     }
-    assert told == wanted
+    assert documented == wanted, rows_to_paste("configuration.md", documented, wanted)
 
 
 def test_every_section_is_on_the_page() -> None:
