@@ -56,7 +56,7 @@ def measure(
             engine=EngineConfig(zero=zero, optimizer=optimizer),
         )
         worker = Rank(rank, world)
-        worker.setup(TrainedRewardSetup(role, seed=1, total_updates=UPDATES))
+        worker.setup(TrainedRewardSetup(role, seed=1, total_updates=UPDATES, address=address))
         packs = deal_packs(held_out.lengths.tolist(), ranks=world, max_tokens=BUDGET, unit=2).rank(rank)
         scores = {
             str(i): float(s) for ids, part in worker.scores(held_out, packs) for i, s in zip(ids, part, strict=True)
