@@ -22,7 +22,7 @@ class Tapered:
     def __call__(self, log_probs: Tensor, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """What is maximised at each token, and where the bound on the ratio takes effect (for the metric clip_fraction).
 
-        All three are float tensors of shape (N,), 0 at tokens that are no action. ``log_probs`` carries the gradient;
+        All three are float tensors of shape (N,), 0 at tokens that are not actions. ``log_probs`` carries the gradient;
         ``log_ratio`` is log p - log p_old, of the token or of its answer as ``algorithm.ratio`` says.
         """
         ratio = log_ratio.detach().exp()

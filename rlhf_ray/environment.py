@@ -70,7 +70,7 @@ def prepare(variables: Mapping[str, str] | None = None) -> None:
 
 
 def is_hub_id(name: str, directory: str | Path = "") -> bool:
-    """Whether ``name`` has the form ``org/name`` and can be no path on this machine: ``directory`` holds no ``org``.
+    """Whether ``name`` has the form ``org/name`` and cannot be a path on this machine: ``directory`` holds no ``org``.
 
     A relative path is read from ``directory``, by default the current one.
     """

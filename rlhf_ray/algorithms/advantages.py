@@ -100,7 +100,7 @@ def gae(
 
     ``delta_k = r_k + gamma V_{k+1} - V_k`` and ``A_k = delta_k + gamma lam A_{k+1}`` over the actions k of a sequence.
     After the last one the value is ``bootstrap_value``, or 0 without it: a sequence that was cut off then counts as
-    ended. Rewards at tokens that are no action are not read. The sums are float64; the results have the dtype of ``values``.
+    ended. Rewards at tokens that are not actions are not read. The sums are float64; the results have the dtype of ``values``.
     Raises ``ValueError`` where shapes differ.
     """
     expect_shape("token_rewards", token_rewards, values.shape)

@@ -8,7 +8,7 @@ samples are off-policy from the first update on (Yao et al. 2025). The policy lo
 Invariants:
 
 - The log-probs are those from before the update, so w carries no gradient and stays the same during a step's updates.
-- Equal log-probs give exactly 1. At a token that is no action the weight is 0.
+- Equal log-probs give exactly 1. At a token that is not an action the weight is 0.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Invariants:
 - A loss is a sum: the losses and gradients of the parts of a batch add up to those of the whole, and the order of sequences
   does not matter. The caller divides by :func:`~rlhf_ray.algorithms.denominators.denominator` of kind ``loss.denominator``,
   counted over the whole update.
-- Tokens that are no action have no influence, even through NaN.
+- Tokens that are not actions have no influence, even through NaN.
 - A metric is a pair (sum, count), so that ranks and micro-batches of different sizes average correctly.
 """
 

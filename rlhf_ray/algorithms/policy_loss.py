@@ -35,7 +35,7 @@ Aggregation = Literal["tokens", "sequences", "constant"]
 class Objective(Protocol):
     """Computes what is maximised at each action, and where a bound on the ratio takes the gradient away.
 
-    ``log_probs``, ``log_ratio`` and ``advantages`` are 0 at tokens that are no action.
+    ``log_probs``, ``log_ratio`` and ``advantages`` are 0 at tokens that are not actions.
     """
 
     def __call__(

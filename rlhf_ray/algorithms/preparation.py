@@ -6,7 +6,7 @@ token rewards, estimate advantages, whiten the advantages. Whitening covers all 
 Invariants:
 
 - The batch that is handed in does not change. The one that comes back has the columns ``token_rewards``, ``advantages`` and
-  ``importance_weights``, and with a critic ``returns``, all of them 0 at every token that is no action.
+  ``importance_weights``, and with a critic ``returns``, all of them 0 at every token that is not an action.
 - A NaN in a score, a log-prob or a value at an action reaches the advantages, so that the ranks vote against the update
   instead of hiding it.
 """

@@ -6,7 +6,7 @@ Invariants:
   cannot be imported there by name, so the object could not be pickled.
 - Whatever a part returns is checked for its type, its shape and its dtype at every call; at the first call also for NaN and
   Inf where its inputs had none. Later such numbers are left to the vote, which skips the update.
-- Advantages and returns are 0 at every token that is no action, whatever the estimator put there.
+- Advantages and returns are 0 at every token that is not an action, whatever the estimator put there.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _CheckedObjective:
         if not self.called and _finite(log_probs, log_ratio, advantages) and not _finite(value):
             raise RequestError(
                 f"{OBJECTIVE_KEY} {self.name!r}: it returned NaN or Inf where log_probs, log_ratio and advantages are finite; "
-                "at tokens that are no action all three are 0"
+                "at tokens that are not actions all three are 0"
             )
         self.called = True
         return value, clipped
@@ -102,7 +102,7 @@ class UserEstimator:
     def __call__(
         self, batch: TrajectoryBatch, token_rewards: Float[Tensor, "N"]
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"] | None]:
-        """The user's advantages and returns, checked, with 0 at tokens that are no action."""
+        """The user's advantages and returns, checked, with 0 at tokens that are not actions."""
         shape = tuple(token_rewards.shape)
         returned = self.estimator(batch, token_rewards)
         if not isinstance(returned, tuple) or len(returned) != 2:

@@ -1,0 +1,1 @@
+"""The command line ``rlhf-ray``: one module for each command, and nothing heavy imported."""

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What was given; ``key=value`` counts wherever it stands, also after an option, where argparse leaves it over."""
+    """Parse the arguments; ``key=value`` counts wherever it stands, even after an option, where argparse does not read it."""
     top = parser()
     options, left = top.parse_known_args(arguments)
     unknown = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in options]

@@ -1,4 +1,4 @@
-"""What may stand at a key, in words: the part of an error message after "is not".
+"""Describe in words what values a key accepts: the part of an error message after "is not".
 
 Invariant: the words follow from the type and the bounds that a section declares.
 """
@@ -16,7 +16,7 @@ WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a 
 
 
 def expected_value(info: FieldInfo) -> str:
-    """What may stand at a key, in words."""
+    """What values a key accepts, in words."""
     if info.description is not None:
         return info.description
     return _describe(info.annotation, info.metadata)

@@ -1,6 +1,7 @@
 """The facts that a job states about itself: its models, what they take of a cluster, and its sizes.
 
-Invariant: a fact is a plain value. Whoever checks, plans or places a job reads its facts and never asks of which kind it is.
+Invariant: a fact is a plain value. Code that checks, plans or places a job reads its facts and never asks for its
+kind.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def entries_of(annotation: Any) -> type[Section] | None:
-    """The section class of the entries of a mapping by names; none where ``annotation`` is no such mapping."""
+    """The section class of the entries of a mapping by names; none if ``annotation`` is not such a mapping."""
     for choice in choices_of(annotation):
         if get_origin(choice) is dict:
             return section_of(get_args(choice)[1])

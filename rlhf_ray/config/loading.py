@@ -48,7 +48,7 @@ def load_config(
 def parse_config(
     text: str, overrides: Sequence[str] = (), kind: str | None = None, *, source: str = "config", files: bool = False
 ) -> Job:
-    """The same as :func:`load_config` for a config that is at hand as text; ``source`` is its name in messages."""
+    """The same as :func:`load_config` for a config given as text; messages call it ``source``."""
     document = read_mapping(text)
     if document.problems and not document.values:
         raise ConfigError(document.problems, source)
@@ -76,7 +76,7 @@ def dump_config(config: Job) -> str:
 
 
 def _kind_of_job(values: Mapping[str, Any], wanted: str | None) -> tuple[str, list[Problem]]:
-    """The kind of a config, or its likeliest where ``kind`` is wrong or missing, which is then the problem beside it."""
+    """The kind of a config; if ``kind`` is wrong or missing, the likeliest kind and that problem."""
     kinds = ", ".join(KINDS)
     if wanted is not None and wanted not in KINDS:
         raise ConfigError([f"{wanted} is not a kind of job: kinds are {kinds}"], "train")

@@ -1,6 +1,6 @@
-"""Unknown keys of a config: which known key each of them was meant to be.
+"""Find out which known key each unknown key of a config was meant to be.
 
-Invariant: every unknown key is reported once; where it is a slip for a key that is missing, its value is checked under
+Invariant: every unknown key is reported once; if it is a misspelling of a missing key, its value is checked under
 that key, so that a misspelt section is not reported as missing too.
 """
 
@@ -17,7 +17,7 @@ from rlhf_ray.config.reading import SEPARATOR
 from rlhf_ray.config.sections.base import Section
 
 CLOSE = 0.6
-"""How much of two names must agree for one to be a slip for the other, from 0 to 1 (difflib's ratio)."""
+"""How much of two names must agree for one to be a misspelling of the other, from 0 to 1 (difflib's ratio)."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ def _settle(
 
 
 def _meant_key(section: type[Section], name: str) -> str | None:
-    """The key of this section that ``name`` is a slip for."""
+    """The key of this section that ``name`` is a misspelling of."""
     plain = name.lower().replace("-", "_").strip("_ ")
     if plain in section.model_fields:
         return plain
@@ -74,7 +74,7 @@ def _meant_key(section: type[Section], name: str) -> str | None:
 
 
 def _advice(job: type[Section], section: type[Section], name: str, at: str) -> str:
-    """What to write in place of an unknown key: OpenRLHF's names first, then slips, then the same name elsewhere."""
+    """What to write in place of an unknown key: OpenRLHF's names first, then misspellings, then the same name elsewhere."""
     keys = keys_of(job)
     outermost = at.partition(SEPARATOR)[0]
     from_openrlhf = hint(name, known=keys, role=outermost if outermost in roles_of(job) else None)

@@ -1,6 +1,6 @@
 """Loading the data of a job: demonstrations, preference pairs or prompts, read, encoded and split as its config says.
 
-Invariants: everything is read before a cluster is joined; prompts of both halves are numbered through.
+Invariants: everything is read before a cluster is joined; the prompts of both halves share one numbering.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two halves of a job's data: rows to train on, file by file, and rows held out to evaluate on.
 
-Invariants: no prompt is on both sides of a split that is made here; what is dropped while encoding is counted and logged; a
-half of which nothing is left is an error that names the file and the way out, never a run over nothing.
+Invariants: no prompt is on both sides of a split that is made here; what is dropped while encoding is counted and logged; an
+empty half is an error that names the file and the way out, never a run over nothing.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides which ids a text gets (see :mod:`rlhf_ray.config.tokenizer_identity`).
+    """A hash of what decides which ids a text gets (see :mod:`rlhf_ray.config.files.tokenizer_identity`).
 
     Equal hashes mean equal ids for every text; the chat template and padding do not count.
     """

@@ -83,7 +83,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """What the installed package asks for, against what is there."""
+    """Compare the packages that this one requires with those that are installed."""
     device = "gpu" if accelerator() == "cuda" else "cpu"
     if not _version(PACKAGE):
         yield Finding(

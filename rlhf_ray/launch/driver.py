@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Do ``work`` and return the exit code of its ending; only a failure that is no known error shows a stack trace."""
+    """Do ``work`` and return the exit code of its ending; only an unexpected failure shows a stack trace."""
     stopping.listen()
     try:
         work()

@@ -216,7 +216,7 @@ _METRICS = {
         (
             "evaluation/habits_per_answer",
             "",
-            "Generated world: how often the planted habit stands in a held-out answer, mean",
+            "Generated world: mean number of times the planted habit appears in a held-out answer",
         ),
         ("evaluation/habits_per_answer_start", "", "The same of the starting policy"),
         ("evaluation/*", "", "Another figure on held-out rows: pass@k, of one source, or of pairs"),

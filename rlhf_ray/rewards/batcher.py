@@ -56,7 +56,7 @@ class FairQueue:
             self._count(waiting, 1)
 
     def drop(self, caller: object, waiting: Iterable[Waiting]) -> None:
-        """Remove these items of a caller, as far as they still wait."""
+        """Remove those of these items of a caller that still wait."""
         queue = self._callers.get(caller)
         unwanted = set(map(id, waiting))
         dropped = [one for one in queue or () if id(one) in unwanted]
@@ -124,7 +124,7 @@ class Batcher:
 
     @property
     def full(self) -> bool:
-        """Whether the queue has no place for one more item."""
+        """Whether the queue has no room for another item."""
         return self.waiting >= self._max_items
 
     @property

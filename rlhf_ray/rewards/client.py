@@ -1,8 +1,8 @@
 """HTTP clients of a scoring backend: :class:`RewardClient`, and :class:`AsyncRewardClient` for code in an event loop.
 
-Invariants: a call ends in one result per request, in order, or in one typed error. What may pass (no connection, overload,
-a restart) is tried again for ``hold_s`` seconds; anything else is an error at once. Connections are kept and reused. A token
-in the address reaches neither a message nor a log.
+Invariants: a call ends in one result per request, in order, or in one typed error. A failure that may pass (no
+connection, overload, a restart) is tried again for ``hold_s`` seconds; anything else is an error at once. Connections
+are kept and reused. A token in the address reaches neither a message nor a log.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class _Attempts:
         """Seconds to wait before the next attempt; raises ``failure`` where the time to hold on is over.
 
         Waits double up to a limit and are drawn at random below it, so that callers that were refused together come back
-        apart; a server that says when to come back is heeded.
+        apart; if the server says when to come back, they wait that long.
         """
         left = self._deadline - time.monotonic()
         if left <= 0:

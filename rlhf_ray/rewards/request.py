@@ -88,7 +88,7 @@ class ScoreResult:
 
     @classmethod
     def of(cls, raw: float, tokens: int = 0, *, truncated: bool = False) -> ScoreResult:
-        """The result of a model's output; an error where that is not a finite number."""
+        """The result of a model's output; an error if that is not a finite number."""
         if not math.isfinite(raw):
             return cls.failed(f"the model returned {raw}, which is not a finite reward", tokens, fault="model")
         return cls(raw=raw, reward=raw, tokens=tokens, truncated=truncated)

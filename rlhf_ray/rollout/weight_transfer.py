@@ -54,7 +54,7 @@ class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one bucket; the base class would wait for an accelerator, which a CPU build has not."""
+        """Load one bucket; the base class would wait for an accelerator, which a CPU build does not have."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()

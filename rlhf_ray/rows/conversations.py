@@ -81,7 +81,7 @@ def turn_problem(parts: Sequence[tuple[str, Sequence[Message]]]) -> str:
 
 
 def text_problem(value: Any) -> str:
-    """Why ``value`` is no text that can be tokenized; empty where it is one. It continues "must hold a text"."""
+    """Why ``value`` cannot be tokenized as text; empty if it can. It continues the words "must hold a text"."""
     if isinstance(value, list):
         return ", this is a list: write it as one text"
     if not isinstance(value, str):

@@ -123,7 +123,7 @@ def _library() -> Any:
 
 @contextmanager
 def _no_import_of_torch() -> Iterator[None]:
-    """The library imports torch for a stream, which takes seconds, so that torch's loaders know it: nothing here needs that."""
+    """Keep the library from importing torch for a stream: that takes seconds and serves only torch's data loaders."""
     library_config = _library().config
     available = library_config.TORCH_AVAILABLE
     library_config.TORCH_AVAILABLE = available and "torch" in sys.modules
@@ -134,7 +134,7 @@ def _no_import_of_torch() -> Iterator[None]:
 
 
 def _builder(path: str, config: str | None) -> DatasetBuilder:
-    """What can make the data set. No row is read yet, so what the library says of a failure can be repeated."""
+    """The library's builder of the data set. No row is read yet, so the library's own message about a failure quotes none."""
     library = _library()
     try:
         return library.load_dataset_builder(path, config)

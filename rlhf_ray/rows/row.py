@@ -39,7 +39,7 @@ class Row:
         return is_filled(self.values, key)
 
     def require(self, key_sets: KeySets) -> None:
-        """Refuse a row that has not all keys of any of ``key_sets``; no sets ask for nothing."""
+        """Refuse a row unless it has all keys of one of ``key_sets``; without sets nothing is required."""
         if key_sets and not any(all(key in self.values for key in keys) for keys in key_sets):
             missing = " or ".join(" and ".join(repr(key) for key in keys) for keys in key_sets)
             raise LayoutError(f"no {missing}; its keys are {', '.join(map(repr, self.values))}")
@@ -82,7 +82,7 @@ class Row:
 
 
 def make_row(values: Any, where: str, number: int = 0) -> Row:
-    """What a file holds in one place as a row; refused where it is no mapping."""
+    """Make a row of what a file holds in one place; refused if that is not a mapping."""
     if not isinstance(values, Mapping):
         raise LayoutError(f"a row is a mapping of keys to values, but this is a {type(values).__name__}")
     return Row(values, where, number)

@@ -1,7 +1,7 @@
 """Where rows come from: one data file, a folder of a data set, or a data set of a hub.
 
 Invariants: rows come one by one, in the order of the file or the split, each with its place; what cannot be reached or read
-is one :class:`DataError` that names the source, what was tried and the way out; a hub is asked only for a name that is no
+is one :class:`DataError` that names the source, what was tried and the way out; a hub is asked only for a name that is not a
 path on this machine, and only where the process may ask it (:func:`rlhf_ray.environment.for_process`).
 """
 
@@ -52,7 +52,7 @@ def as_source(source: AnySource) -> RowSource:
 
 
 def placed_rows(source: RowSource) -> PlacedRows:
-    """What stands in each row, after its place: ``file:line``, or ``source: row n`` where there are no lines."""
+    """The content of each row, after its place: ``file:line``, or ``source: row n`` where there are no lines."""
     if source.is_file:
         if source.split is not None or source.config is not None:
             raise DataError(

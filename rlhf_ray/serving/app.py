@@ -127,7 +127,7 @@ class ScoringApp:
         return Response(status_code=200)
 
     async def ready(self, http: Request) -> Response:
-        """The weights are loaded and gave a score lately; asks for one where nobody did."""
+        """Whether the weights are loaded and have scored something lately; if nobody asked for a score, this does."""
         ready = [await model.ready(READY_IF_SCORED_WITHIN_S) for model in self.catalog.models]
         return Response(status_code=200 if all(ready) else 503)
 

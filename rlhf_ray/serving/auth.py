@@ -63,7 +63,7 @@ class TokenFile:
         self._looked, self._seen = clock(), self._state()
 
     def __call__(self) -> Keys:
-        """The keys that open now."""
+        """The keys that are valid now."""
         if self._path is not None and self._clock() - self._looked >= SECONDS_BETWEEN_LOOKS:
             self._looked = self._clock()
             if (state := self._state()) != self._seen:

@@ -111,7 +111,7 @@ class Gateway:
 
     @ray.method(concurrency_group="control")
     def check(self) -> str:
-        """The report of the first group, after all were seen alive; restarts one that is not."""
+        """Check that every group is alive, and restart one that is not; returns the report of the first."""
         reports = [
             self._check(model, backend)
             for model in self.service.catalog.models

@@ -46,7 +46,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model's queue takes, and how long requests wait for a replica that restarts."""
+    """How much a model's queue holds, and how long requests wait for a replica that restarts."""
 
     batch_tokens: int
     queue_items: int

@@ -1,4 +1,4 @@
-"""Ragged batches with gaps in the action mask, and anything wanted at the tokens that are no action."""
+"""Ragged batches with gaps in the action mask, and anything wanted at the tokens that are not actions."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_equals_the_recursion_over_the_actions(ragged, lengths, seed, gamma, lam
 @settings(deadline=None, max_examples=40)
 @given(lengths=LENGTHS, seed=SEEDS, gamma=RATES, lam=RATES)
 def test_gaps_change_nothing(ragged, lengths, seed, gamma, lam) -> None:
-    """Deleting every token that is no action (but the first of each sequence) gives the same numbers, bit for bit."""
+    """Deleting every token that is not an action (but the first of each sequence) gives the same numbers, bit for bit."""
     batch = ragged(lengths, seed)
     mask = batch["action_mask"]
     kept = mask.clone()

@@ -1,4 +1,4 @@
-"""Packed equals padded: tokens that are no action, put behind every answer and between its actions, change no number.
+"""Packed equals padded: tokens that are not actions, put behind every answer and between its actions, change no number.
 
 A padded batch is one whose sequences all have the same length, with NaN at the padding.
 """

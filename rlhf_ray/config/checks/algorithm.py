@@ -70,7 +70,7 @@ def penalties_fit(shaping: ShapingConfig, max_new_tokens: int) -> Iterator[Probl
 
 
 def policy_computes_the_same_twice(policy: RoleConfig) -> Iterator[Problem]:
-    """The ratio of probabilities before and after an update has no dropout in it."""
+    """Dropout is off, because it would change the ratio of probabilities before and after an update."""
     lora = policy.model.lora
     if lora is not None and lora.dropout > 0.0:
         yield (

@@ -1,1 +1,1 @@
-"""What a job needs to find on this machine, by subject: each mistake with its key, nothing loaded or downloaded."""
+"""What a job must find on this machine, one module for each subject. Nothing is loaded or downloaded."""

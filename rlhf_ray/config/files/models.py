@@ -1,6 +1,6 @@
 """Whether the models that a config names lie where it says, with weights and a tokenizer.
 
-Invariant: weights are seen to be there and never read; a missing ``org/name`` is a hub id and no problem.
+Invariant: weights are seen to be there and never read; a missing ``org/name`` is taken for a hub id, and is not a problem.
 """
 
 from __future__ import annotations

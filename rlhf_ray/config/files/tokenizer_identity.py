@@ -25,7 +25,7 @@ def tokenizer_identity(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same_tokenizer_files(one: Path, other: Path) -> bool:
-    """Whether two ``tokenizer.json`` files give the same ids; raises ``ValueError`` or ``OSError`` for one that is no JSON.
+    """Whether two ``tokenizer.json`` files give the same ids; raises ``ValueError`` or ``OSError`` for one that is not JSON.
 
     The ``tokenizers`` library writes one tokenizer in several ways (merges as texts or as pairs, defaults written out or
     not), so files that look different are compared again as it writes them today.

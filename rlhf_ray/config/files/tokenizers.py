@@ -1,6 +1,6 @@
 """Whether the tokenizers of a job's models agree, and know the tokens that stop an answer.
 
-Invariant: a tokenizer that only a hub or a later step has is not known, and no problem.
+Invariant: a tokenizer that is on a hub, or that an earlier job has still to write, is unknown here and is not a problem.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _origin(model: ModelConfig) -> str:
 
 
 def _tokenizers_differ(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two tokenizers are known to differ; one that only a hub or a later step has is not known."""
+    """Whether two tokenizers are known to differ; one that is not on this machine is not known."""
     if one.make is not None and other.make is not None:
         makes = one.make, other.make
         if one.make.tokenizer_from == "world":

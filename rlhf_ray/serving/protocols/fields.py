@@ -1,6 +1,6 @@
 """Request bodies as pydantic models: one class is the reader of a body, its JSON schema and its example.
 
-Invariants: a value must have the JSON type that its field declares, and nothing is converted; a key that is no field is
+Invariants: a value must have the JSON type that its field declares, and nothing is converted; an unknown key is
 ignored; an error names the key, what its value must be and the type of what was sent, but never the value, which may be
 a caller's text; a list is read only up to its first error, and a list of too many items not at all, so that hostile bodies
 cost no more than good ones.
@@ -104,7 +104,7 @@ def one_of(branches: Callable[[Any], Tag | None], words: str) -> Discriminator:
 
 
 def type_name(value: Any) -> str:
-    """The type of a value, which may be told where the value may not."""
+    """The type of a value, which a message may name although it must not show the value."""
     return "nothing" if value is None else type(value).__name__
 
 

@@ -87,7 +87,7 @@ class Best:
             storage.remove_directory(self.run.best)
 
     def _kept_update(self) -> int | None:
-        """The update in ``best/``; none where there is no ``best/``, and -1, which is no update, where it is damaged."""
+        """The update in ``best/``; none where there is no ``best/``, and -1, which is not an update, if it is damaged."""
         if not self.run.best.exists():
             return None
         try:
