@@ -16,6 +16,7 @@ from rlhf_ray.config.problems import attempt
 from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.sections.base import Absent, Section
 from rlhf_ray.config.validation import parse
+from rlhf_ray.errors import ConfigError
 
 
 class Pet(Section):
@@ -87,3 +88,29 @@ def test_every_rule_of_every_job_ends_in_problems_or_at_an_absent_value(texts, k
         problems = attempt(rules, partial=not parsed.complete)
         assert how != "wrong" or parsed.problems, f"{path} may not be a list of lists"
         assert all(isinstance(key, str) and isinstance(text, str) for key, text in problems)
+
+
+def test_a_conflict_in_the_policy_is_its_own_problem_beside_a_wrong_value():
+    text = "kind: ppo\nrun: {name: x}\ndata: {world: {}}\nreward: {function: verifiers.numeric}\n"
+    problems = _problems(
+        text, ["policy.model={make: {shape: llama-tiny, tokenizer_from: world}, revision: main}", "steps=no"]
+    )
+    assert any(problem.startswith("policy.model.revision: a made model has no revision") for problem in problems)
+    assert any(problem.startswith("steps: 'no' is not a whole number above 0") for problem in problems)
+
+
+def test_a_wrong_part_of_an_algorithm_hides_no_mistake_in_another():
+    text = "kind: ppo\nalgorithm: {objective: 1, advantages: gea, collector: mine, dynamic_sampling: 3}\n"
+    problems = _problems(text, [])
+    assert any(
+        problem.startswith("algorithm.objective: 1 is not clip, cispo, or one of your own") for problem in problems
+    )
+    assert any(problem.startswith("algorithm.advantages: 'gea' is none of") for problem in problems)
+    assert any(problem.startswith("algorithm.collector: 'mine' is none of") for problem in problems)
+    assert any(problem.startswith("algorithm.dynamic_sampling: 3 has no effect") for problem in problems)
+
+
+def _problems(text: str, overrides: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        parse_config(text, overrides)
+    return list(raised.value.problems)

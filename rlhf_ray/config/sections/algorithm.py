@@ -31,6 +31,15 @@ Whitening = Literal["none", "population", "unbiased"]
 COMPARING_ADVANTAGES = ("leave_one_out", "group_mean", "group_norm")
 SHIPPED_ADVANTAGES = ("gae", "reward_to_go", *COMPARING_ADVANTAGES)
 SHIPPED_OBJECTIVES = ("clip", "cispo")
+EXCHANGEABLE_PARTS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
+    {
+        "advantages": (SHIPPED_ADVANTAGES, ADVANTAGES),
+        "objective": (SHIPPED_OBJECTIVES, OBJECTIVES),
+        "collector": ((), COLLECTORS),
+    }
+)
+"""For each key that may name a part of the user's own: the names of shipped parts, and the group of entry points."""
+OR_YOUR_OWN = "or one of your own, as path.py:name"
 
 NO_KL = {"coefficient": 0.0, "measure": False}
 WITHOUT_CRITIC = {"lam": None, "value_clip": None, "whitening": "none"}
@@ -197,14 +206,14 @@ class AlgorithmConfig(Section):
     """Which advantages, which loss and which penalties a PPO run uses. docs/algorithms.md gives their formulas."""
 
     name: AlgorithmName = "ppo"
-    advantages: str = "gae"
+    advantages: Annotated[str, Field(description=f"{', '.join(SHIPPED_ADVANTAGES)}, {OR_YOUR_OWN}")] = "gae"
     """One of :data:`SHIPPED_ADVANTAGES`, or an estimator of your own (:mod:`rlhf_ray.user_code` says how to name it)."""
     gamma: Fraction = 1.0
     lam: Fraction | None = 0.95
     """Lambda of generalised advantage estimation (``gae``); null for every other estimator."""
     whitening: Whitening = "population"
     """How advantages are standardised, over all actions of the step."""
-    objective: str = "clip"
+    objective: Annotated[str, Field(description=f"{', '.join(SHIPPED_OBJECTIVES)}, {OR_YOUR_OWN}")] = "clip"
     """One of :data:`SHIPPED_OBJECTIVES`, or an objective of your own."""
     ratio: Literal["token", "sequence", "trajectory"] = "token"
     aggregation: Literal["tokens", "sequences", "constant"] = "tokens"
@@ -244,10 +253,9 @@ class AlgorithmConfig(Section):
 
     @property
     def own_parts(self) -> dict[str, str]:
-        """The parts of the user's own, by the keys that name them."""
-        parts = {"advantages": self.advantages, "objective": self.objective, "collector": self.collector}
-        shipped = (*SHIPPED_ADVANTAGES, *SHIPPED_OBJECTIVES)
-        return {key: name for key, name in parts.items() if name is not None and name not in shipped}
+        """The parts of the user's own, by the keys that name them; a key without a valid value has none."""
+        names = {key: self.__dict__.get(key) for key in EXCHANGEABLE_PARTS}
+        return {key: name for key, name in names.items() if name is not None and name not in EXCHANGEABLE_PARTS[key][0]}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from self._own_part_conflicts()
@@ -268,17 +276,17 @@ class AlgorithmConfig(Section):
             yield "ratio", f"{self.ratio}, but objective cispo weighs each token by its own: set it to token"
 
     def _own_part_conflicts(self) -> Iterator[tuple[str, str]]:
-        known = {
-            "advantages": (SHIPPED_ADVANTAGES, ADVANTAGES, self.parameters.advantages),
-            "objective": (SHIPPED_OBJECTIVES, OBJECTIVES, self.parameters.objective),
-            "collector": ((), COLLECTORS, self.parameters.collector),
-        }
-        for key, (shipped, group, parameters) in known.items():
-            name = self.own_parts.get(key)
-            problem = spelling_problem(name, shipped, group) if name is not None else None
+        for key, name in self.own_parts.items():
+            problem = spelling_problem(name, *EXCHANGEABLE_PARTS[key])
             if problem is not None:
                 yield key, problem
-            if parameters and name is None:
+        parameters = {
+            "advantages": self.parameters.advantages,
+            "objective": self.parameters.objective,
+            "collector": self.parameters.collector,
+        }
+        for key, values in parameters.items():
+            if values and key in self.__dict__ and key not in self.own_parts:
                 yield f"parameters.{key}", f"it is for a part of your own: set algorithm.{key} to one, or remove it"
         if self.collector is not None and self.dynamic_sampling:
             yield "dynamic_sampling", f"{self.dynamic_sampling} has no effect: algorithm.collector decides; set it to 0"
