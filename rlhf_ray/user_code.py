@@ -33,7 +33,8 @@ COLLECTORS = "rlhf_ray.collectors"
 
 def spelling_problem(name: str, shipped: tuple[str, ...], group: str | None = None) -> str | None:
     """What is wrong with ``name`` as the name of a shipped part or of code; None where it is well spelt."""
-    if name in shipped or name.count(":") == 1 or (group is not None and _entry_point(name, group) is not None):
+    is_code = name.count(":") == 1 and all(name.split(":"))
+    if name in shipped or is_code or (group is not None and _entry_point(name, group) is not None):
         return None
     allowed = ", ".join([SPELLINGS, *shipped])
     if group is None:
@@ -45,10 +46,10 @@ def spelling_problem(name: str, shipped: tuple[str, ...], group: str | None = No
 def existence_problems(name: str) -> Iterator[str]:
     """Say where ``name`` leads nowhere: its file or module does not exist, is not Python, or does not define the name.
 
-    The code is read and never executed. The name of an entry point has nothing to look at.
+    The code is read and never executed. The name of an entry point has nothing to look at, nor has a name badly spelt.
     """
     origin, colon, attribute = name.rpartition(":")
-    if not colon:
+    if not (origin and colon and attribute):  # an entry point, or badly spelt, which is a problem of its own
         return
     if origin.endswith(".py"):
         path: Path | None = Path(origin)
@@ -72,7 +73,7 @@ def load_object(key: str, name: str, *, group: str | None = None, kind: str = "o
         raise RequestError(f"{key} {name!r}: write it as package.module:{kind} or path.py:{kind}")
     try:
         module = _execute_file(Path(origin)) if origin.endswith(".py") else importlib.import_module(origin)
-    except Exception as error:  # the module is the user's program, and fails in its own ways
+    except (Exception, SystemExit) as error:  # the module is the user's program, and fails in its own ways
         raise RequestError(f"{key} {name!r}: {origin} cannot be imported ({error!r})") from error
     value = getattr(module, attribute, None)
     if not callable(value):
@@ -169,9 +170,13 @@ def _find_module(dotted: str) -> tuple[bool, Path | None]:
 
 def _definition_problems(path: Path, attribute: str) -> Iterator[str]:
     try:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_bytes())  # bytes may say in which encoding they are
+    except OSError as error:
+        yield f"{path} cannot be read: {error.strerror}"
+        return
     except SyntaxError as error:
-        yield f"{path}:{error.lineno}: not Python: {error.msg}"
+        line = f":{error.lineno}" if error.lineno else ""
+        yield f"{path}{line}: not Python: {error.msg}"
         return
     names = list(_defined_names(tree.body))
     unreadable = {"*", "__getattr__"} & set(names)  # the module may define more than its text shows

@@ -118,3 +118,36 @@ def test_a_factory_gets_what_it_asks_for_and_nothing_else() -> None:
 def test_what_a_call_accepts_is_read_off_its_signature() -> None:
     assert accepts(two, "run", "size") and accepts(two, "run") and not accepts(two, "a", "b", "c")
     assert not accepts(None, "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"# -*- coding: latin-1 -*-\nname = '\xe9'\n", None),
+        (b"\xef\xbb\xbfname = 1\n", None),
+        (b"name = '\xe9'\n", "not Python"),
+        (b"name = 1\x00\n", "not Python: source code string cannot contain null bytes"),
+    ],
+)
+def test_a_file_is_read_in_the_encoding_it_names_and_otherwise_a_problem(
+    tmp_path: Path, content: bytes, problem: str | None
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_bytes(content)
+    problems = list(existence_problems(f"{file}:name"))
+    if problem is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1 and problem in problems[0] and "None" not in problems[0]
+
+
+@pytest.mark.parametrize("name", [":name", "path.py:", ":"])
+def test_a_name_with_an_empty_half_is_badly_spelt(name: str) -> None:
+    assert spelling_problem(name, ("clip",)) == f"{name!r} is none of package.module:name, path.py:name, clip"
+    assert list(existence_problems(name)) == []
+
+
+def test_a_module_that_ends_the_process_when_it_is_imported_is_an_error_of_its_key(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(RequestError, match=r"algorithm\.objective .* cannot be imported \(SystemExit\(3\)\)"):
+        load_object("algorithm.objective", f"{tmp_path}/script.py:name")
