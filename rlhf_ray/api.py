@@ -9,8 +9,9 @@ that are set already.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,8 @@ def score(
     """
     from rlhf_ray.launch.score import score_items
 
+    if isinstance(items, str | Mapping):
+        raise RequestError("items is one item, a sequence of them was expected: write [item]")
     rows = [{"text": item} if isinstance(item, str) else item for item in items]
     return score_items(_load_serving(model, "score", overrides), rows, truncate=truncate)
 
@@ -186,7 +189,18 @@ def _load_serving(model: str | Path, name: str, overrides: Overrides | None) -> 
 
 def _texts(overrides: Overrides | None) -> list[str]:
     """Overrides as the command line writes them; JSON is YAML too."""
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+    return [f"{key}={json.dumps(value, default=partial(_plain, key))}" for key, value in (overrides or {}).items()]
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A path as text, and what NumPy or torch computed as plain numbers or lists of them."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(to_list := getattr(value, "tolist", None)):
+        return to_list()
+    raise RequestError(
+        f"{key}: a {type(value).__name__} cannot stand in a config: give a number, a text, a list or a mapping"
+    )
 
 
 def _require_done(code: int, directory: Path) -> None:

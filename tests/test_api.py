@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import rlhf_ray
@@ -66,10 +67,30 @@ def test_every_problem_of_a_config_is_raised_at_once(tmp_path) -> None:
 
 def test_overrides_reach_the_config_as_the_values_they_are() -> None:
     values = {"a": None, "b": True, "c": 1e-5, "d": "no", "e": [1, "x"], "f": Path("/data/x y.jsonl"), "g": "1.0"}
+    values |= {
+        "h": "\U0001f600 \u2028",
+        "i": np.int64(3),
+        "j": np.bool_(True),
+        "k": np.array([0.5]),
+        "l": {"m": np.float32(2)},
+    }
     from rlhf_ray.config.reading import read_value
 
-    read = dict(text.split("=", 1) for text in api._texts(values))
-    assert {key: read_value(text) for key, text in read.items()} == {**values, "f": "/data/x y.jsonl"}
+    texts = dict(text.split("=", 1) for text in api._texts(values))
+    read = {key: read_value(text) for key, text in texts.items()}
+    assert read == {**values, "f": "/data/x y.jsonl", "k": [0.5]}
+    assert [type(read[key]) for key in "ij"] == [int, bool]
+
+
+def test_an_override_that_is_no_value_of_a_config_is_refused_by_its_key() -> None:
+    with pytest.raises(RequestError, match=r"^run\.name: a bytes cannot stand in a config"):
+        rlhf_ray.train("demo-sft", {"run.name": b"x"})
+
+
+@pytest.mark.parametrize("item", ["a text", {"text": "a text"}])
+def test_one_item_in_place_of_a_sequence_is_refused(item) -> None:
+    with pytest.raises(RequestError, match=r"items is one item, a sequence of them was expected: write \[item\]"):
+        rlhf_ray.score("model", item)
 
 
 @pytest.mark.parametrize(

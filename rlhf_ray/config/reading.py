@@ -20,7 +20,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 SEPARATOR = "."
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-NAMES_LIKE_NUMBERS = re.compile(r"[-+]?0[0-9box_][0-9a-fA-F_]*|\d{4}-\d\d?-\d\d?.*|_+")
+NAMES_LIKE_NUMBERS = re.compile(r"=|[-+]?0[0-9box_][0-9a-fA-F_.]*|\d{4}-\d\d?-\d\d?.*|_+")
 """Plain scalars that YAML 1.2 or its extensions turn into numbers or dates, and that stay texts here."""
 
 
@@ -104,7 +104,7 @@ class _Reader:
         value = self.yaml.constructor.construct_object(node)
         if isinstance(value, float) and math.isinf(value) and "inf" not in text.lower():
             return text  # a commit hash such as 12e4567
-        return value
+        return _join_surrogates(value, node) if isinstance(value, str) else value
 
     def _mapping(self, node: MappingNode, key: str) -> dict[str, Any]:
         self._report_doubled_keys(node, key)
@@ -130,6 +130,14 @@ class _Reader:
 
 def _join(key: str, name: Node) -> str:
     return f"{key}{SEPARATOR}{name.value}" if key else str(name.value)
+
+
+def _join_surrogates(text: str, node: Node) -> str:
+    """``text`` with one character for each pair of surrogates, which is how JSON escapes an emoji."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise MarkedYAMLError(problem="a text holds half of a surrogate pair", problem_mark=node.start_mark) from error
 
 
 def _line(node: Node) -> int:

@@ -39,10 +39,17 @@ def test_plain_values(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["no", "on", "yes", "off", "12:30", "010", "0x10", "2026-11-20", "12e4567", "1.2.3", "e5"]
+    "text", ["no", "on", "yes", "off", "12:30", "010", "00.5", "=", "0x10", "2026-11-20", "12e4567", "1.2.3", "e5"]
 )
 def test_what_yaml_1_1_would_turn_into_something_else_stays_text(text):
     assert read_value(text) == text
+
+
+def test_json_escapes_of_one_character_are_that_character():
+    assert read_value(r'"a \ud83d\ude00"') == "a \U0001f600"
+    assert read_mapping(r'{"name": "\ud83d"}').problems == [
+        "line 1, column 10: not YAML: a text holds half of a surrogate pair"
+    ]
 
 
 def test_infinity_and_nan_are_numbers():
