@@ -20,7 +20,8 @@ from .fuzz import Sender
 SECRET = "my-secret-text"
 VALUES: tuple[Any, ...] = (
     None, True, 5, 0.5, SECRET, [], [SECRET], [5], [[SECRET]], [[5]], [[0.5]], [{}], {}, {"text": SECRET}, [{"text": 5}],
-    [{"role": SECRET}], [{"role": "user", "content": SECRET}], [[SECRET] * 3], [SECRET, 5], [5, SECRET],
+    [{"role": SECRET}], [{"role": "user", "content": SECRET}],
+    [{"role": "user", "content": "a", f"{SECRET}\ud800": 1}], [[SECRET] * 3], [SECRET, 5], [5, SECRET],
 )  # fmt: skip
 FORMS = [form for protocol in PROTOCOLS for form in protocol.bodies if form.example]
 FIELDS = [(form, name) for form in FORMS for name in form.model_fields]

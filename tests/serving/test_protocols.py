@@ -170,12 +170,13 @@ def test_the_native_protocol_reads_every_representation_and_a_bad_item_fails_alo
     app: Starlette, backend: Lengths
 ) -> None:
     items = [{"token_ids": [1, 2]}, {"text": SECRET, "bad": 1}, {"prompt": "a", "response": "b"}, {"text": ""}]
+    items.append({"messages": [{"role": "user", "content": SECRET, "\ud800": 1}]})
     response = post(app, "/v1/reward", {"items": items, "model": "reward"}, **{"x-request-id": "mine"})
     answer = response.json()
     jsonschema.validate(answer, schema_of(app, "/v1/reward"))
     assert (answer["request_id"], answer["model"], answer["version"]) == ("mine", "reward", "1")
-    assert [result["raw"] for result in answer["results"]] == [2.0, None, 2.0, None]
-    assert [result["fault"] for result in answer["results"]] == [None, "item", None, "item"]
+    assert [result["raw"] for result in answer["results"]] == [2.0, None, 2.0, None, None]
+    assert [result["fault"] for result in answer["results"]] == [None, "item", None, "item", "item"]
     assert SECRET not in response.text
     assert response.headers["x-request-id"] == "mine" and response.headers["x-model-version"] == "1"
 
@@ -192,6 +193,8 @@ REFUSED = [
     ("/classify", {"input": [[1], SECRET, 2.5]}, 422, "wrong_body", "input 2 must be a text or token ids, not float"),
     ("/classify", {"input": "a", "messages": TURNS}, 422, "wrong_body", "not both"),
     ("/classify", {"messages": [{"role": SECRET}]}, 422, "wrong_body", "messages 0 content must be a text, not nothing"),
+    ("/classify", {"messages": [{"role": "user", "content": "a", f"{SECRET}\ud800": 1}]}, 422, "wrong_body",
+     "messages 0 has a key that holds half of a surrogate pair"),
     ("/classify", {"messages": SECRET}, 422, "wrong_body", "messages must be a list of objects with the texts role"),
     ("/classify", {"input": "a", "activation": True, "softmax": False}, 422, "wrong_body", "say different things"),
     ("/classify", {"input": "a", "activation": "no"}, 422, "wrong_body", "activation must be true or false, not str"),

@@ -87,6 +87,8 @@ def explain(error: ErrorDetails, form: type[Body] | None = None) -> tuple[str, s
         return error["type"], error["msg"]
     if error["type"] in KINDS:  # an error of ours, see below
         return error["type"], f"{name} {error['msg']}"
+    if error["type"] == "string_unicode":  # of a key: a text like this is refused with its item
+        return "wrong_body", f"{name} has a key that holds half of a surrogate pair, which is no text"
     title = form.model_fields[str(location[0])].title if form is not None and len(location) == 1 else None
     words = error["msg"] if error["type"] == OF_NO_BRANCH else title or JSON_TYPES[error["type"]]
     value = None if error["type"] == "missing" else error["input"]
