@@ -335,8 +335,8 @@ class Report:
 
     def add(self, stage: str, **figures: float) -> None:
         seconds, self.last = time.monotonic() - self.last, time.monotonic()
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        print(f"{stage:<34} {shown}  ({seconds:.0f} s)", flush=True)
+        line = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        print(f"{stage:<34} {line}  ({seconds:.0f} s)", flush=True)
         self.figures |= {f"{stage}/{name}": round(value, 4) for name, value in figures.items()}
 
 

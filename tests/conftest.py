@@ -74,10 +74,10 @@ def project_log() -> Iterator[io.StringIO]:
     """What the project's logger says, whoever set up logging or pytest's capture of it before."""
     from rlhf_ray.console import get_logger
 
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
+    buffer = io.StringIO()
+    handler = logging.StreamHandler(buffer)
     get_logger().addHandler(handler)
-    yield said
+    yield buffer
     get_logger().removeHandler(handler)
 
 
@@ -133,11 +133,11 @@ def crash_everywhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
 
 
 def _fingerprint(root: Path) -> list[tuple[str, int, int, int]]:
-    found = []
+    entries = []
     for path in sorted(root.rglob("*")):
         status = path.lstat()
-        found.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
-    return found
+        entries.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
+    return entries
 
 
 def _put_back(state: Path, root: Path) -> bool:

@@ -127,8 +127,8 @@ def _make(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     return nn.Module.to(model, torch_dtype(config.dtype))
 
 
-def _wrap_made(made: PreTrainedModel, config: ModelConfig, model_type: str, seed: int) -> SequenceRegression:
-    backbone, init = cast(PreTrainedModel, made.base_model), config.head_init or "inv_sqrt"
+def _wrap_made(causal_model: PreTrainedModel, config: ModelConfig, model_type: str, seed: int) -> SequenceRegression:
+    backbone, init = cast(PreTrainedModel, causal_model.base_model), config.head_init or "inv_sqrt"
     model = wrap_backbone(
         backbone,
         make_head(backbone, init, seed),

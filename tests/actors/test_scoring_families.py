@@ -38,13 +38,13 @@ def threads() -> Iterator[None]:
 def test_scores_do_not_depend_on_the_threads(tmp_path: Path, items: int, threads: None) -> None:
     directory = save_reward_model(tmp_path / "model")
     requests = [ScoreRequest(token_ids=tuple(range(20, 30 + 7 * number))) for number in range(items)]
-    found, passes = {}, Counter[int]()
+    scored, passes = {}, Counter[int]()
     for count in (1, 3):
         worker = RewardWorker()
         group = reward_group(worker, directory, threads=count)
         worker.model.get_input_embeddings().register_forward_hook(lambda *_, count=count: passes.update([count]))
-        found[count] = torch.tensor([result.raw for result in group.score(requests).result()])
-    torch.testing.assert_close(found[3], found[1], atol=1e-5, rtol=1e-5)
+        scored[count] = torch.tensor([result.raw for result in group.score(requests).result()])
+    torch.testing.assert_close(scored[3], scored[1], atol=1e-5, rtol=1e-5)
     assert passes == {1: 1, 3: min(items, 3)}, "several items run side by side, one runs alone"
 
 
@@ -55,14 +55,14 @@ def test_ranks_with_several_threads_each_score_every_item_once(tmp_path: Path, t
     alone = [result.raw for result in reward_group(RewardWorker(), directory).score(requests).result()]
     worker = RewardWorker()
     reward_group(worker, directory, max_tokens=512, threads=2)
-    found: dict[int, float | None] = {}
+    scored: dict[int, float | None] = {}
     for worker.rank, worker.world_size in ((0, 3), (1, 3), (2, 3)):
         share = dict(worker.score(requests))
-        assert share.keys().isdisjoint(found) and 30 < len(share) < 80
-        found |= {position: result.raw for position, result in share.items()}
-    assert found.keys() == set(range(150))
+        assert share.keys().isdisjoint(scored) and 30 < len(share) < 80
+        scored |= {position: result.raw for position, result in share.items()}
+    assert scored.keys() == set(range(150))
     torch.testing.assert_close(
-        torch.tensor([found[position] for position in range(150)]), torch.tensor(alone), atol=1e-5, rtol=1e-5
+        torch.tensor([scored[position] for position in range(150)]), torch.tensor(alone), atol=1e-5, rtol=1e-5
     )
 
 
@@ -76,8 +76,8 @@ def test_answers_to_one_prompt_share_it_wherever_they_stand(tmp_path: Path, max_
     ran: list[int] = []
     worker.model.get_input_embeddings().register_forward_hook(lambda _, __, out: ran.append(out.shape[1]))
 
-    def score(asked: list[tuple[int, ...]]) -> list[float | None]:
-        return [result.raw for result in group.score([ScoreRequest(token_ids=ids) for ids in asked]).result()]
+    def score(sequences: list[tuple[int, ...]]) -> list[float | None]:
+        return [result.raw for result in group.score([ScoreRequest(token_ids=ids) for ids in sequences]).result()]
 
     together = score(items)
     tokens = sum(ran)

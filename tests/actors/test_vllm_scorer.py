@@ -53,12 +53,14 @@ def group_of(path: Path, scorer: str) -> RewardGroup:
 def test_a_group_on_vllm_gives_the_scores_of_the_packed_forward(tmp_path: Path) -> None:
     path = save_reward_model(tmp_path)
     packed, vllm = group_of(path, "packed"), group_of(path, "vllm")
-    expected, found = packed.score(REQUESTS).result(), vllm.score(REQUESTS).result()
-    for one, other in zip(expected, found, strict=True):
+    expected, scored = packed.score(REQUESTS).result(), vllm.score(REQUESTS).result()
+    for one, other in zip(expected, scored, strict=True):
         assert (one.tokens, one.truncated, one.error, one.fault) == (
             other.tokens, other.truncated, other.error, other.fault
         )  # fmt: skip
-    scores = np.array([[one.raw, other.raw] for one, other in zip(expected, found, strict=True) if one.raw is not None])
+    scores = np.array(
+        [[one.raw, other.raw] for one, other in zip(expected, scored, strict=True) if one.raw is not None]
+    )
     assert len(scores) == len(REQUESTS) - FAILING
     assert np.abs(scores[:, 0] - scores[:, 1]).max() < 1e-5
     assert np.unique(scores[:, 0].round(3)).size > 4, "scores that hardly differ compare nothing"

@@ -14,8 +14,8 @@ from rlhf_ray.config.recipes import recipes
 
 def subparser(command: str) -> argparse.ArgumentParser:
     (commands,) = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    found: argparse.ArgumentParser = commands.choices[command]
-    return found
+    chosen: argparse.ArgumentParser = commands.choices[command]
+    return chosen
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -34,9 +34,9 @@ def test_it_loads_nothing_heavy(command_line, arguments):
 
 
 def test_help_names_every_command_and_every_exit_code(command_line):
-    told = command_line("--help").out
+    help_text = command_line("--help").out
     for word in ("train", "check", "plan", "submit", "resume", "status", "report", "serve", "demo"):
-        assert word in told
+        assert word in help_text
     for code in (
         "0 done",
         "2 the request is wrong",
@@ -44,7 +44,7 @@ def test_help_names_every_command_and_every_exit_code(command_line):
         "75 stopped but resumable",
         "1 failed",
     ):
-        assert code in " ".join(told.split())
+        assert code in " ".join(help_text.split())
 
 
 def test_check_prints_a_config_that_checks_the_same(command_line, tmp_path):

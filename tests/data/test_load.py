@@ -76,7 +76,7 @@ def pair(number: int, prompt: str | None = None, **more: Any) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- what is kept
 
 
-def test_drops_are_counted_and_said(files: Files, log: pytest.LogCaptureFixture) -> None:
+def test_drops_are_counted_and_reported(files: Files, log: pytest.LogCaptureFixture) -> None:
     long, equal = pair(1, chosen=" this" * 99), pair(2, chosen=" same", rejected=" same")
     path = files.write(pair(0), long, equal, long, pair(3))
     split = files.read(path=path, max_tokens=60)
@@ -85,7 +85,7 @@ def test_drops_are_counted_and_said(files: Files, log: pytest.LogCaptureFixture)
     assert f"{path}: of 5 training rows dropped: 2 too long, 1 with two equal sides" in log.text
 
 
-def test_a_prompt_that_is_cut_is_said(files: Files, log: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_that_is_cut_is_reported(files: Files, log: pytest.LogCaptureFixture) -> None:
     path = files.write(pair(0, "what is it? " * 40), pair(1))
     split = files.read(path=path, max_tokens=60, too_long="cut_prompt")
     assert len(split.train[0].chosen) <= 60
@@ -118,7 +118,7 @@ def test_a_grade_that_never_differs_is_an_error(files: Files) -> None:
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_side_that_never_differs_is_said(files: Files, side: str, log: pytest.LogCaptureFixture) -> None:
+def test_a_side_that_never_differs_is_reported(files: Files, side: str, log: pytest.LogCaptureFixture) -> None:
     files.read(path=files.write(*(pair(number, **{side: " it"}) for number in range(3))))
     assert f"the {side} answer is the same in all 3 pairs" in log.text
 
@@ -148,7 +148,7 @@ def test_a_share_without_a_whole_prompt_is_an_error(files: Files) -> None:
     assert files.read(path=path).held_out == []
 
 
-def test_a_held_out_file_that_shares_prompts_is_said(files: Files, log: pytest.LogCaptureFixture) -> None:
+def test_a_held_out_file_that_shares_prompts_is_reported(files: Files, log: pytest.LogCaptureFixture) -> None:
     train = files.write(pair(0), pair(1))
     held_out = files.write(pair(5, "what is 1?"), pair(2), name="held.jsonl")
     split = files.read(path=train, evaluation_path=held_out, evaluation_fraction=None)

@@ -12,16 +12,16 @@ LINES = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text()).splitlines()
 
 def stages() -> dict[str, list[str]]:
     """Instructions of every stage, those of the stage it starts from first."""
-    found: dict[str, list[str]] = {}
+    instructions: dict[str, list[str]] = {}
     current = ""
     for line in LINES:
         begun = re.fullmatch(r"FROM (\S+) AS (\S+)", line)
         if begun:
             current = begun[2]
-            found[current] = list(found.get(begun[1], []))
+            instructions[current] = list(instructions.get(begun[1], []))
         elif current and line and not line.startswith("#"):
-            found[current].append(line)
-    return found
+            instructions[current].append(line)
+    return instructions
 
 
 def copied(stage: str) -> set[str]:

@@ -97,8 +97,8 @@ def job() -> PpoConfig:
     """The job that the entrypoint runs."""
     command = shlex.split(SPEC["entrypoint"])
     assert command[:3] == ["python", "-m", "rlhf_ray"]
-    given = parser().parse_args(command[3:])
-    config = load_config(given.config, given.overrides, kind=given.kind)
+    options = parser().parse_args(command[3:])
+    config = load_config(options.config, options.overrides, kind=options.kind)
     assert isinstance(config, PpoConfig)
     return config
 

@@ -62,13 +62,13 @@ def code_lines(page: Path) -> Iterator[str]:
 
 def commands(page: Path) -> list[str]:
     """What a page says to type, from the program on: without what stands before it, such as ``ray job submit --``."""
-    found = []
+    listed = []
     for line in code_lines(page):
         for part in line.replace(".venv/bin/", "").split("&&"):
             after = part.strip().rpartition("-- ")[2] if part.strip().startswith("ray job submit") else part.strip()
             if COMMAND.match(after):
-                found.append(after)
-    return found
+                listed.append(after)
+    return listed
 
 
 def documented() -> list[tuple[str, str]]:
@@ -79,8 +79,8 @@ def documented() -> list[tuple[str, str]]:
 def check(command: str) -> None:
     """Refuse a command that could not be typed."""
     if command.startswith("make"):
-        given = [word for word in command.split()[1:] if "=" not in word]
-        assert set(given) <= TARGETS, f"targets are {', '.join(sorted(TARGETS))}"
+        targets = [word for word in command.split()[1:] if "=" not in word]
+        assert set(targets) <= TARGETS, f"targets are {', '.join(sorted(TARGETS))}"
         return
     words = shlex.split(re.sub(r"^(rlhf-ray|python -m rlhf_ray)", "", command).replace("\\|", "|"))
     if len(words) == 1 or SYNOPSIS.search(re.sub(r"'[^']*'", "", command)):
@@ -92,19 +92,19 @@ def check(command: str) -> None:
 def check_call(words: Sequence[str]) -> None:
     """Parse a whole call, and load the config that it names with its overrides."""
     try:
-        given = parser().parse_args(words)
+        parsed = parser().parse_args(words)
     except SystemExit as refused:
         pytest.fail(f"the command line refuses it ({refused})")
-    if given.command == "demo":
-        for override in given.overrides:
+    if parsed.command == "demo":
+        for override in parsed.overrides:
             job, _, setting = override.partition(".")
             load_config(f"demo-{job}", [setting])
-    elif given.command == "serve":
-        flags = {"host": given.host, "port": given.port, "token_file": given.token_file}
+    elif parsed.command == "serve":
+        flags = {"host": parsed.host, "port": parsed.port, "token_file": parsed.token_file}
         options = [f"{key}={value}" for key, value in flags.items() if value is not None]
-        load_config("serve", [*options, *given.overrides])
-    elif "config" in given:
-        check_config(given.config, given.overrides, getattr(given, "kind", None))
+        load_config("serve", [*options, *parsed.overrides])
+    elif "config" in parsed:
+        check_config(parsed.config, parsed.overrides, getattr(parsed, "kind", None))
 
 
 def check_config(config: str, overrides: Sequence[str], kind: str | None) -> None:
@@ -130,12 +130,12 @@ def test_a_command_can_be_typed(page: str, command: str) -> None:
 
 def test_every_page_was_read() -> None:
     """A guard on the reader above: it finds what is known to be there."""
-    found = set(documented())
-    assert ("README.md", "make demo") in found
-    assert ("README.md", "rlhf-ray submit demo-ppo --address http://127.0.0.1:8265") in found
-    assert ("README.md", "python -m rlhf_ray train ppo demo-ppo run.root=/shared/runs") in found
-    assert ("configs/hh-rm.yaml", "rlhf-ray train rm hh-rm data.path=PAIRS.jsonl.gz") in found
-    used = {command.split()[1] for _, command in found if command.startswith("rlhf-ray ")}
+    listed = set(documented())
+    assert ("README.md", "make demo") in listed
+    assert ("README.md", "rlhf-ray submit demo-ppo --address http://127.0.0.1:8265") in listed
+    assert ("README.md", "python -m rlhf_ray train ppo demo-ppo run.root=/shared/runs") in listed
+    assert ("configs/hh-rm.yaml", "rlhf-ray train rm hh-rm data.path=PAIRS.jsonl.gz") in listed
+    used = {command.split()[1] for _, command in listed if command.startswith("rlhf-ray ")}
     assert set(COMMANDS) <= used, "every command is shown somewhere"
     assert all(commands(recipe) for recipe in RECIPES), "every recipe says how it is run"
 

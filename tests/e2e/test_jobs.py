@@ -57,8 +57,8 @@ class Head:
     def run(self, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """A command of this environment as a client of the head."""
         process = self.start(*command, cwd=cwd)
-        out, told = process.communicate(timeout=DEADLINE_S)
-        return subprocess.CompletedProcess(command, process.returncode, out, told)
+        out, message = process.communicate(timeout=DEADLINE_S)
+        return subprocess.CompletedProcess(command, process.returncode, out, message)
 
     def start(self, *command: str, cwd: Path) -> subprocess.Popen[str]:
         """The same, not waited for."""
@@ -84,9 +84,9 @@ class Head:
 
     def metrics(self) -> str:
         """What the node's metrics agents serve now."""
-        found = json.loads((self.directory / "prom_metrics_service_discovery.json").read_text())
+        discovered = json.loads((self.directory / "prom_metrics_service_discovery.json").read_text())
         texts = []
-        for target in (target for group in found for target in group["targets"]):
+        for target in (target for group in discovered for target in group["targets"]):
             with (
                 contextlib.suppress(OSError),  # some processes of Ray are named there before they listen
                 urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer,
@@ -238,8 +238,8 @@ def test_a_stopped_job_commits_and_can_be_resumed(head, tmp_path):
     run = RunDirectory(tmp_path / "runs/ended")
     _wait_for(lambda: len(run.metrics.read()) >= 3, "no step was made")
     head.stop("ended")
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, told
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
     assert run.checkpoints.steps() == [run.metrics.read()[-1]["step"]]
 
 
@@ -251,11 +251,11 @@ def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
     run = RunDirectory(tmp_path / "runs/stopped")
     _wait_for(lambda: len(run.metrics.read()) >= 3, "no step was made")
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, told
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, message
     (commit,) = run.checkpoints.steps()
     assert commit == run.metrics.read()[-1]["step"] < 600
-    assert f"rlhf-ray resume {run.path}" in told
+    assert f"rlhf-ray resume {run.path}" in message
     config = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(config.replace("epochs: 300.0", f"epochs: {commit / 2 + 1}"))
     done = head.run("rlhf_ray", "resume", "stopped", cwd=run.path.parent)

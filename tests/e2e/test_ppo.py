@@ -34,8 +34,8 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ZeRO-3 run from start to end."""
     root = tmp_path_factory.mktemp("undisturbed")
-    told = run("train", "ppo", CONFIG, f"run.root={root}")
-    assert "start-up self-check" in told
+    output = run("train", "ppo", CONFIG, f"run.root={root}")
+    assert "start-up self-check" in output
     return root / "tiny"
 
 

@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
     parser.add_argument("--seed", type=int, default=0, help="draws victims and moments")
     parser.add_argument("--results", type=Path, default=LATEST, help="file for the figures")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     root = Path(tempfile.mkdtemp(prefix="rlhf-ray-faults-"))
-    outcomes = campaign(root, given.kills, given.seconds, given.seed, given.results)
+    outcomes = campaign(root, options.kills, options.seconds, options.seed, options.results)
     if outcomes and all(outcome.identical for outcome in outcomes):
         shutil.rmtree(root)
         return 0

@@ -69,10 +69,10 @@ class StartedRun:
                 raise HangError(f"no {victim} to kill within {self.deadline - self.began:.0f} s")
             target = self._find(victim, rng) if time.monotonic() - self.began >= after_s else None
             if target is not None:
-                told = _said(target)
-                if told is not None:
+                title = _process_title(target)
+                if title is not None:
                     target.kill()
-                    return told
+                    return title
             time.sleep(LOOK_EVERY_S)
         return None
 
@@ -86,8 +86,8 @@ class StartedRun:
         return rng.choice(sorted(actors, key=lambda process: process.pid)) if actors else None
 
     def _find_driver(self) -> psutil.Process | None:
-        found = [child for child in _descendants(self.parent, deep=False) if DRIVER in (_said(child) or "")]
-        self._driver = found[0] if found else self._driver
+        drivers = [child for child in _descendants(self.parent, deep=False) if DRIVER in (_process_title(child) or "")]
+        self._driver = drivers[0] if drivers else self._driver
         return self._driver
 
     def _end(self) -> None:
@@ -115,7 +115,7 @@ def _has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def _said(process: psutil.Process) -> str | None:
+def _process_title(process: psutil.Process) -> str | None:
     """The command line of a process, None of one that has ended."""
     try:
         return " ".join(process.cmdline()) or None
@@ -124,5 +124,5 @@ def _said(process: psutil.Process) -> str | None:
 
 
 def _is_actor(process: psutil.Process) -> bool:
-    told = _said(process) or ""
-    return told.startswith(ACTOR) and not told.startswith(IDLE)
+    title = _process_title(process) or ""
+    return title.startswith(ACTOR) and not title.startswith(IDLE)

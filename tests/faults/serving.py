@@ -146,12 +146,12 @@ def main() -> None:
     """The long form."""
     parser = argparse.ArgumentParser(prog="tests.faults.serving", description="kill a served reward group under load")
     parser.add_argument("--restarts", type=int, default=20)
-    given = parser.parse_args()
+    options = parser.parse_args()
     environment.prepare()
     with TemporaryDirectory() as name:
         model = save_reward_model(Path(name))
         with gateway(model, "faults") as address:
-            finding = campaign(address, model, given.restarts)
+            finding = campaign(address, model, options.restarts)
     print(finding)
     raise SystemExit(bool(finding.lost or finding.wrong))
 

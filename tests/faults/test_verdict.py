@@ -59,15 +59,17 @@ def test_a_lost_file_is_named_and_nothing_to_compare_with_is_an_error(whole: Pat
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "expected"),
     [
         (((4, 2), (3, 4)), "prompt 4 was used 2 times"),
         (((4, 2),), "1 steps in the ledger"),
         (((4, 2), (1, 3)), "step 2 has other prompts"),
     ],
 )
-def test_other_prompts_are_named(whole: Path, tmp_path: Path, prompts: tuple[tuple[int, ...], ...], said: str) -> None:
-    assert said in ledger_differences(make_run(tmp_path / "other", prompts), whole)
+def test_other_prompts_are_named(
+    whole: Path, tmp_path: Path, prompts: tuple[tuple[int, ...], ...], expected: str
+) -> None:
+    assert expected in ledger_differences(make_run(tmp_path / "other", prompts), whole)
 
 
 FAMILY = """
@@ -87,8 +89,8 @@ def family(tmp_path: Path) -> list[str]:
 
 def test_an_actor_is_found_and_killed(tmp_path: Path) -> None:
     run = StartedRun(family(tmp_path), tmp_path / "log", 30.0)
-    told = run.kill("actor", 0.0, random.Random(0))
-    assert told is not None and told.startswith("ray::Policy") and run.wait() == 7
+    title = run.kill("actor", 0.0, random.Random(0))
+    assert title is not None and title.startswith("ray::Policy") and run.wait() == 7
 
 
 def test_a_driver_that_outlives_its_parent_is_waited_for(tmp_path: Path) -> None:

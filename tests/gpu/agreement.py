@@ -43,15 +43,15 @@ def attention_agrees(attention: str, dtype: torch.dtype, device: str, *, count: 
         limits = [FP32_TOLERANCE] * len(exact)
     else:
         limits = [HALF_AS_GOOD * _off(a, b) for a, b in zip(_padded(model.to(dtype), sequences), exact, strict=True)]
-    told = []
+    report_lines = []
     for name, a, b, limit in zip(("hidden states", "gradients"), ours, exact, limits, strict=True):
         off = _off(a, b)
         if not off <= limit:
             raise AssertionError(
                 f"{name} of packs with {attention} in {dtype} are off by {off:.2e} (limit {limit:.2e})"
             )
-        told.append(f"{name} off by {off:.1e} of at most {limit:.1e}")
-    return ", ".join(told)
+        report_lines.append(f"{name} off by {off:.1e} of at most {limit:.1e}")
+    return ", ".join(report_lines)
 
 
 def log_probs_agree(dtype: torch.dtype, device: str, *, tokens: int = 3000, vocabulary: int = 32000) -> str:

@@ -106,9 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [check.name for check in CHECKS]
     parser.add_argument("--only", choices=names, metavar="CHECK", help=f"one of {', '.join(names)}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     environment.prepare({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"})
-    endings = [_run(check, given.results) for check in CHECKS if given.only in (None, check.name)]
+    endings = [_run(check, options.results) for check in CHECKS if options.only in (None, check.name)]
     counts = {ending: endings.count(ending) for ending in ("passed", "failed", "left out")}
     print(", ".join(f"{count} {ending}" for ending, count in counts.items()))
     return 1 if counts["failed"] else 0
@@ -121,14 +121,14 @@ def _run(check: Check, results: Path) -> str:
         print(f"left out  {check.name}: {', '.join(lacking)}", flush=True)
         return "left out"
     try:
-        said = check.run()
+        summary = check.run()
     except Exception:
         print(f"failed    {check.name}\n{traceback.format_exc()}", flush=True)
         return "failed"
-    if not isinstance(said, str):
-        record(said, results)
-        said = "\n" + table(said)
-    print(f"passed    {check.name}: {said}", flush=True)
+    if not isinstance(summary, str):
+        record(summary, results)
+        summary = "\n" + table(summary)
+    print(f"passed    {check.name}: {summary}", flush=True)
     return "passed"
 
 

@@ -54,9 +54,9 @@ def measure(name: str, device: str, *, count: int = 512, budget: int = 32768, ro
     what = {"training": (3, "log-probs, entropies and backward, no optimizer step"), "scoring": (1, "log-probs")}
     figures: Figures = {}
     for work, (times, does) in what.items():
-        told, took = method.format(does), seconds[work]
-        figures[f"gpu.{name}.{work}_tokens_per_second"] = Figure(batch.num_tokens / took, "tokens/s", True, told)
-        figures[f"gpu.{name}.{work}_share_of_roof"] = Figure(times * forward / took / roof, "share", True, told)
+        meaning, took = method.format(does), seconds[work]
+        figures[f"gpu.{name}.{work}_tokens_per_second"] = Figure(batch.num_tokens / took, "tokens/s", True, meaning)
+        figures[f"gpu.{name}.{work}_share_of_roof"] = Figure(times * forward / took / roof, "share", True, meaning)
     return figures
 
 

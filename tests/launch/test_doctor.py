@@ -27,15 +27,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("torch", torch.__version__, "sdpa", "works", "nf4", "liger", "RAM", "GiB available", "ready: "):
-        assert part in shown
-    assert "needed, and not right" not in shown
+        assert part in output
+    assert "needed, and not right" not in output
 
 
 def test_every_package_that_is_asked_for_is_looked_at() -> None:
-    asked = {Requirement(text).name for text in metadata.requires("rlhf-ray") or [] if "extra" not in text}
-    assert len(asked) > 10 and asked <= {name for section, name in lines() if section == "versions"}
+    required = {Requirement(text).name for text in metadata.requires("rlhf-ray") or [] if "extra" not in text}
+    assert len(required) > 10 and required <= {name for section, name in lines() if section == "versions"}
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_packages_that_are_wrong(
     pretend(monkeypatch, **versions)
     finding = lines()["versions", name]
     assert state in finding.state and finding.fix.startswith(fix) and finding.needed == needed
-    shown = report(examine())
-    assert "needed, and not right:" in shown and finding.fix in shown and "ready:" not in shown
+    output = report(examine())
+    assert "needed, and not right:" in output and finding.fix in output and "ready:" not in output
     assert exit_code(examine()) == 1
 
 
@@ -64,7 +64,7 @@ def test_what_jobs_can_do_without_costs_no_exit_code(monkeypatch: pytest.MonkeyP
     assert "not here, and not needed for everything:" in report(examine()) and exit_code(examine()) == 0
 
 
-def test_without_torch_the_rest_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_the_rest_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert ("memory", "RAM") in lines() and not any(section == "attention" for section, _ in lines())
 

@@ -30,9 +30,11 @@ SUBSETS = ("hep-go", "hep-rust", "math-prm", "house")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    made = ModelConfig(make=MakeConfig(shape="llama-tiny", tokenizer_from="world"), head_init="inv_sqrt", dtype="fp32")
+    model_config = ModelConfig(
+        make=MakeConfig(shape="llama-tiny", tokenizer_from="world"), head_init="inv_sqrt", dtype="fp32"
+    )
     directory = tmp_path_factory.mktemp("evaluate") / "model"
-    save_pretrained(load_regression(made, "reward", seed=4), load_tokenizer(made), directory)
+    save_pretrained(load_regression(model_config, "reward", seed=4), load_tokenizer(model_config), directory)
     return directory
 
 
@@ -78,22 +80,22 @@ def test_figures_are_those_of_plain_transformers(
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=100"], kind="serve", files=True)
     place, output = ThisProcess(config.cluster), tmp_path / "figures.json"
     code = evaluate(config, tmp_path / "pairs.jsonl", Keys(), turns=False, output=output, place=place)
-    told, shown, logged = json.loads(output.read_text()), capsys.readouterr(), project_log.getvalue()
+    figures_file, printed, logged = json.loads(output.read_text()), capsys.readouterr(), project_log.getvalue()
     margins = plain_margins(model, rows)
     assert code == 0
-    assert told["figures"]["pairs"] == 40 and "of 42 pairs dropped: 1 " in logged
-    assert told["figures"]["margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
+    assert figures_file["figures"]["pairs"] == 40 and "of 42 pairs dropped: 1 " in logged
+    assert figures_file["figures"]["margin"] == pytest.approx(sum(margins) / 40, abs=1e-5)
     right = [margin > 0 for margin in margins]
     shares = {subset: sum(right[place::4]) / 10 for place, subset in enumerate(SUBSETS)}
-    assert {source: part["accuracy"] for source, part in told["sources"].items()} == pytest.approx(shares)
+    assert {source: part["accuracy"] for source, part in figures_file["sources"].items()} == pytest.approx(shares)
     code_share = (shares["hep-go"] + shares["hep-rust"]) / 2
     section = (984 * shares["math-prm"] + 328 * code_share) / (984 + 328)
-    assert told["rewardbench"] == {"Reasoning": pytest.approx(section)}
-    assert f"{section:.4f}" in shown.err and all(subset in shown.err for subset in SUBSETS)
+    assert figures_file["rewardbench"] == {"Reasoning": pytest.approx(section)}
+    assert f"{section:.4f}" in printed.err and all(subset in printed.err for subset in SUBSETS)
     assert "not the leaderboard's scores: hep-cpp" in logged
     wrong = sorted(margin for margin in margins if margin <= 0)
-    assert [float(row[0]) for row in told["worst"]["rows"]] == pytest.approx(wrong, abs=0.006)
-    assert not any(row["chosen"] in shown.out + shown.err + logged for row in rows)
+    assert [float(row[0]) for row in figures_file["worst"]["rows"]] == pytest.approx(wrong, abs=0.006)
+    assert not any(row["chosen"] in printed.out + printed.err + logged for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,8 @@ def test_a_file_that_cannot_be_used_is_told_before_anything_starts(
 def test_a_folder_for_the_figures_that_is_not_there(
     model: Path, rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--data", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "gone/figures.json")]
-    assert main(["evaluate", str(model), *given]) == 2
+    arguments = ["--data", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "gone/figures.json")]
+    assert main(["evaluate", str(model), *arguments]) == 2
     assert "gone does not exist" in capsys.readouterr().err
 
 

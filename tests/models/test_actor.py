@@ -130,6 +130,6 @@ def test_what_is_no_model_is_refused() -> None:
         Actor(nn.Linear(2, 2))
 
 
-def test_a_preferred_backend_that_cannot_run_is_said(causal: Make) -> None:
+def test_a_preferred_backend_that_cannot_run_is_reported(causal: Make) -> None:
     line = describe(Actor(causal(), param_dtype="fp32"))
     assert "attention sdpa (flash_attention_2 preferred, but there is no GPU)" in line

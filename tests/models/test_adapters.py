@@ -150,7 +150,7 @@ def test_targets_that_match_nothing(family: str, targets: str | list[str], messa
         Actor(random_model(family), param_dtype="fp32", lora_rank=2, target_modules=targets)
 
 
-def test_on_mixtures_only_attention_is_adapted_and_that_is_said() -> None:
+def test_on_mixtures_only_attention_is_adapted_and_that_is_reported() -> None:
     for family in ("mixtral", "olmoe", "qwen3-moe"):
         actor = Actor(random_model(family), param_dtype="fp32", lora_rank=2)
         assert all(".self_attn." in name for name in adapted_layers(actor.model))

@@ -135,8 +135,8 @@ def test_every_logged_metric_is_on_the_page() -> None:
         if metric.name in ("step", "update", "weights/version", "time/step") or metric.is_family:
             continue
         assert metric.help in page.text or metric.name in ("gold/mean", "reward/learned"), metric.name
-    for shown in ("Gold score", "Learned reward", "evaluation/gold_mean", "kl/k1", "kl/k3"):
-        assert shown in page.text
+    for title in ("Gold score", "Learned reward", "evaluation/gold_mean", "kl/k1", "kl/k3"):
+        assert title in page.text
 
 
 def test_every_section_has_its_place_and_an_empty_one_has_none() -> None:

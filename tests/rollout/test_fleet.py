@@ -169,8 +169,8 @@ def test_a_lost_share_is_generated_again_as_a_whole_with_the_same_bits(
     assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
     assert fleet.health[victim].state is AFTERWARDS.get(fault, EngineState.DEAD)
     shares = [tuple(share) for share in cut_shares(REQUESTS, 3)]
-    asked = [share for handle in handles for share in handle.shares]
-    assert sorted(asked, key=shares.index) == sorted([*shares, shares[victim]], key=shares.index)
+    requested = [share for handle in handles for share in handle.shares]
+    assert sorted(requested, key=shares.index) == sorted([*shares, shares[victim]], key=shares.index)
     assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)  # from the start on two engines
     assert len(handles[victim].shares) == 1
 

@@ -30,10 +30,10 @@ def make_weights(seed: int = 0) -> Weights:
 
 
 def checksum(weights: Any) -> str:
-    made = Checksum()
+    total = Checksum()
     for name, weight in weights:
-        made.add(name, weight)
-    return made.hexdigest()
+        total.add(name, weight)
+    return total.hexdigest()
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
