@@ -38,9 +38,11 @@ def spelling_problem(name: str, shipped: tuple[str, ...], group: str | None = No
         return None
     allowed = ", ".join([SPELLINGS, *shipped])
     if group is None:
-        return f"{name!r} is none of {allowed}"
+        return f"{name!r} is not one of {allowed}"
     installed = ", ".join(sorted(point.name for point in entry_points(group=group))) or "none"
-    return f"{name!r} is none of {allowed}, and no installed entry point of the group {group} (installed: {installed})"
+    return (
+        f"{name!r} is not one of {allowed}, nor an installed entry point of the group {group} (installed: {installed})"
+    )
 
 
 def existence_problems(name: str) -> Iterator[str]:

@@ -66,7 +66,7 @@ def test_names_that_are_no_names_are_refused_with_all_spellings(entry_point: Non
     assert spelling_problem("a.py:b", (), OBJECTIVES) is None
     assert spelling_problem("plain", (), OBJECTIVES) is None
     assert spelling_problem("plan", ("clip", "cispo"), OBJECTIVES) == (
-        "'plan' is none of package.module:name, path.py:name, clip, cispo, and no installed entry point of the group "
+        "'plan' is not one of package.module:name, path.py:name, clip, cispo, nor an installed entry point of the group "
         "rlhf_ray.objectives (installed: plain)"
     )
 
@@ -143,7 +143,7 @@ def test_a_file_is_read_in_the_encoding_it_names_and_otherwise_a_problem(
 
 @pytest.mark.parametrize("name", [":name", "path.py:", ":"])
 def test_a_name_with_an_empty_half_is_badly_spelt(name: str) -> None:
-    assert spelling_problem(name, ("clip",)) == f"{name!r} is none of package.module:name, path.py:name, clip"
+    assert spelling_problem(name, ("clip",)) == f"{name!r} is not one of package.module:name, path.py:name, clip"
     assert list(existence_problems(name)) == []
 
 

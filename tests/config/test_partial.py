@@ -105,8 +105,8 @@ def test_a_wrong_part_of_an_algorithm_hides_no_mistake_in_another():
     assert any(
         problem.startswith("algorithm.objective: 1 is not clip, cispo, or one of your own") for problem in problems
     )
-    assert any(problem.startswith("algorithm.advantages: 'gea' is none of") for problem in problems)
-    assert any(problem.startswith("algorithm.collector: 'mine' is none of") for problem in problems)
+    assert any(problem.startswith("algorithm.advantages: 'gea' is not one of") for problem in problems)
+    assert any(problem.startswith("algorithm.collector: 'mine' is not one of") for problem in problems)
     assert any(problem.startswith("algorithm.dynamic_sampling: 3 has no effect") for problem in problems)
 
 

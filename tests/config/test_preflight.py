@@ -65,7 +65,7 @@ def test_a_good_directory_is_no_problem(here):
 def test_a_model_path_that_does_not_exist(here):
     reported = sft_problems("models/llama/8b")
     assert reported == [
-        "policy.model.path: models/llama/8b does not exist: name a model directory, or a hub id as org/name."
+        "policy.model.path: models/llama/8b does not exist: name a model directory, or a hub id as org/name"
     ]
     assert "would be the result of run demo-sft: train that first" in sft_problems("runs/demo-sft/final")[0]
     assert "does not exist" in sft_problems("gpt2")[0]

@@ -40,8 +40,8 @@ def test_every_key_of_the_section_reaches_the_loss(keys, ranking) -> None:
         ({"name": "scaled"}, {}, "loss.name scaled reads the margin of each pair, but the rows have none"),
         ({"name": "scaled"}, {"margins": (1.0, -1.0)}, "some are negative"),
         ({"name": "ordinal"}, {"margins": (1.0, 2.0)}, "reads the grade of each pair"),
-        ({"name": "ordinal"}, {"grades": (1.0, 0.5)}, r"the grade 0.5 of a pair is none of 0, 1, 2"),
-        ({"name": "ordinal"}, {"grades": (1.0, -1.0)}, r"the grade -1 of a pair is none of 0, 1, 2"),
+        ({"name": "ordinal"}, {"grades": (1.0, 0.5)}, r"the grade 0.5 of a pair is not one of 0, 1, 2"),
+        ({"name": "ordinal"}, {"grades": (1.0, -1.0)}, r"the grade -1 of a pair is not one of 0, 1, 2"),
         ({"name": "ordinal", "thresholds": [1.0]}, {"grades": (1.0, 2.0)}, "the highest grade of the pairs is 2, but"),
     ],
 )

@@ -132,8 +132,8 @@ def test_check_refuses_a_name_that_leads_nowhere(kind: str, tmp_path: Path) -> N
     assert f"{key}: {tmp_path}/none.py does not exist: name a Python file" in problems(f"{tmp_path}/none.py:Own")
     assert f"{key}: {tmp_path}/own.py defines no 'Own'; it defines Other" in problems(f"{tmp_path}/own.py:Own")
     assert f"{key}: there is no module not_here.at_all" in problems("not_here.at_all:Own")
-    assert f"{key}: 'word' is none of package.module:name, path.py:name" in problems("word")
-    assert "and no installed entry point of the group rlhf_ray." in problems("word")
+    assert f"{key}: 'word' is not one of package.module:name, path.py:name" in problems("word")
+    assert "nor an installed entry point of the group rlhf_ray." in problems("word")
 
 
 def test_check_refuses_parameters_without_a_part_and_settings_without_effect() -> None:

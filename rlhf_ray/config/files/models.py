@@ -44,8 +44,8 @@ def _made_problems(key: str, make: MakeConfig) -> Iterator[Problem]:
 def _no_directory(path: Path) -> str:
     if path.exists():
         return f"{path} is a file, but a model is a directory"
-    trained = f" It would be the result of run {path.parent.name}: train that first." if path.name == "final" else ""
-    return f"{path} does not exist: name a model directory, or a hub id as org/name.{trained}"
+    trained = f"; it would be the result of run {path.parent.name}: train that first" if path.name == "final" else ""
+    return f"{path} does not exist: name a model directory, or a hub id as org/name{trained}"
 
 
 def _checkpoint_problems(path: Path) -> Iterator[str]:

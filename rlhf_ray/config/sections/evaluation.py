@@ -52,4 +52,4 @@ class PpoEvaluationConfig(EvaluationConfig):
             yield "pass_at", f"{too_large[0]} of {self.samples_per_prompt} samples: raise samples_per_prompt to it"
         if self.gold is not None and self.gold.count(":") != 1 and self.gold not in SHIPPED_FUNCTIONS:
             shipped = ", ".join(SHIPPED_FUNCTIONS)
-            yield "gold", f"{self.gold!r} is none of package.module:name, path.py:name, {shipped}"
+            yield "gold", f"{self.gold!r} is not one of package.module:name, path.py:name, {shipped}"

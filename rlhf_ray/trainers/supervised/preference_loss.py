@@ -54,7 +54,9 @@ def _thresholds(config: RewardLossConfig, grades: Sequence[float]) -> tuple[floa
     """One threshold for each grade: those of the config, or 0.5, 1.5, ... below the highest grade."""
     wrong = next((grade for grade in grades if grade < 0 or grade != int(grade)), None)
     if wrong is not None:
-        raise DataError(f"the grade {wrong:g} of a pair is none of 0, 1, 2, ...: 0 is a tie, 1 the weakest preference")
+        raise DataError(
+            f"the grade {wrong:g} of a pair is not one of 0, 1, 2, ...: 0 is a tie, 1 the weakest preference"
+        )
     highest = int(max(grades, default=1))
     if config.thresholds is None:
         return tuple(grade + 0.5 for grade in range(max(highest, 1)))
