@@ -81,6 +81,11 @@ class _CheckedObjective:
                 f"{OBJECTIVE_KEY} {self.name!r}: it returned NaN or Inf where log_probs, log_ratio and advantages are finite; "
                 "at tokens that are not actions all three are 0"
             )
+        if not self.called and log_probs.requires_grad and not value.requires_grad:
+            raise RequestError(
+                f"{OBJECTIVE_KEY} {self.name!r}: what it maximises has no gradient, so nothing would be learned: compute "
+                "it from log_probs or log_ratio without detach() or no_grad()"
+            )
         self.called = True
         return value, clipped
 

@@ -221,6 +221,7 @@ def test_an_object_that_is_no_source_is_refused(code: str, refusal: str, tmp_pat
         ("(a, a)", r"and a tensor of float32 with shape \(3,\), not two tensors"),
         ("(a.long(), a > 0)", r"returned a tensor of int64 with shape"),
         ("(a / 0, a > 0)", r"returned NaN or Inf where log_probs, log_ratio and advantages are finite"),
+        ("(a * p.detach(), a > 0)", r"what it maximises has no gradient, so nothing would be learned"),
     ],
 )
 def test_what_an_objective_returns_is_checked(returned: str, refusal: str, tmp_path: Path) -> None:
