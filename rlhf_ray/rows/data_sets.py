@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which a folder is known that ``save_to_disk`` wrote: one split, or several."""
 USUAL_SPLIT = "train"
+FILES_SHOWN = 10
+"""How many files that are left out are named in the log."""
 
 
 def data_set_rows(path: str, config: str | None, split: str | None, *, on_hub: bool) -> Iterator[dict[str, Any]]:
@@ -141,6 +143,8 @@ def _builder(path: str, config: str | None) -> DatasetBuilder:
     except Exception as error:
         if _is_unreachable(error):
             raise _unreachable(path, error) from error
+        if _holds_no_data(error):
+            raise _without_data(path) from error
         text = _first_line(error)
         if text.startswith("Config name is missing"):
             names = str(error).partition("[")[2].partition("]")[0]
@@ -191,8 +195,10 @@ def _unreadable(path: str, error: Exception) -> DataError:
     """Why rows cannot be read: what the system says, or else the kind of the error, whose text may quote the rows."""
     if _is_unreachable(error):
         return _unreachable(path, error)
+    if _holds_no_data(error):
+        return _without_data(path)
     causes = [cause for cause in (error, error.__cause__) if cause is not None]
-    of_system = next((cause for cause in causes if isinstance(cause, OSError)), None)
+    of_system = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno), None)
     if of_system is not None:
         return DataError(f"{path}: cannot be read: {_first_line(of_system)}")
     return DataError(
@@ -218,6 +224,14 @@ def _unreachable(path: str, error: Exception) -> DataError:
     )
 
 
+def _holds_no_data(error: Exception) -> bool:
+    return type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError")
+
+
+def _without_data(path: str) -> DataError:
+    return DataError(f"{path}: holds no data files: name a data file, or a folder of files in {', '.join(READERS)}")
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
@@ -227,9 +241,10 @@ def _warn_of_files_left_out(folder: Path, builder: DatasetBuilder) -> None:
     used = {Path(str(file)).resolve() for files in (builder.config.data_files or {}).values() for file in files}
     present = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name.endswith(tuple(READERS))]
     left_out = [str(file.relative_to(folder)) for file in present if file.resolve() not in used]
+    further = len(left_out) - FILES_SHOWN
     if left_out and builder.config.name == "default":
         get_logger("data").warning(
             "%s: the datasets library takes splits from the names of files, and one format of several: it leaves out %s",
             folder,
-            ", ".join(left_out),
+            ", ".join(left_out[:FILES_SHOWN]) + (f" and {further} more" if further > 0 else ""),
         )

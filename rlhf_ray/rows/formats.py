@@ -35,6 +35,11 @@ def raw_rows(path: Path) -> PlacedRows:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
+def is_file_name(path: str) -> bool:
+    """Whether ``path`` has the ending of a data file, which has neither splits nor configurations."""
+    return path.endswith(tuple(READERS))
+
+
 def _reader(path: Path) -> Callable[[Path], PlacedRows]:
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):

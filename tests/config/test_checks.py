@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.config.recipes import recipes
+from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.errors import ConfigError
 
 LORA = "policy.model.lora={rank: 4}"
@@ -275,3 +276,16 @@ def test_every_recipe_is_valid():
     }  # fmt: skip
     for path in recipes().values():
         parse_config(path.read_text())
+
+
+def test_a_file_beside_data_sets_takes_no_split_or_configuration_from_the_section():
+    values = {"path": "org/name", "split": "train", "config": "main", "evaluation_path": "held_out.jsonl.gz"}
+    data = DataConfig.model_validate(values)
+    held_out = data.evaluation_file
+    assert held_out is not None and (held_out.split, held_out.config) == (None, None)
+    assert (data.files[""].split, data.files[""].config) == ("train", "main")
+    several = {"sources": {"a": {"path": "a.csv"}, "b": {"path": "folder"}}, "split": "train"}
+    files = DataConfig.model_validate(several).files
+    assert [files[name].split for name in "ab"] == [None, "train"]
+    alone = DataConfig.model_validate({"path": "a.csv", "split": "train"})
+    assert alone.files[""].split == "train", "asked for by name, and refused when the file is read"

@@ -190,16 +190,25 @@ def test_files_that_the_library_leaves_out_are_named(tmp_path: Path, project_log
     assert "it leaves out a.jsonl" in project_log.getvalue()
 
 
+def test_of_many_files_that_are_left_out_ten_are_named(tmp_path: Path, project_log: Any) -> None:
+    write_lines(tmp_path / "b_test.jsonl", PAIRS[:1])
+    for number in range(12):
+        write_lines(tmp_path / f"{number:02}.jsonl", PAIRS[:1])
+    read(tmp_path)
+    assert "09.jsonl and 2 more" in project_log.getvalue() and "10.jsonl" not in project_log.getvalue()
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: holds no files"):
         read(tmp_path / "empty")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("nothing")
-    with pytest.raises(
-        DataError, match=r"notes: the datasets library finds no data set in it: The directory at .* doesn't"
-    ):
-        read(tmp_path / "notes")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.md").write_text("nothing")
+    for folder in ("notes", "pages"):
+        with pytest.raises(DataError, match=rf"{folder}: holds no data files: name a data file, or a folder of"):
+            read(tmp_path / folder)
     with pytest.raises(DataError, match="no such file or folder: name a data file"):
         read(tmp_path / "rows.jsonl")
     file = write_lines(tmp_path / "rows.jsonl", PAIRS)

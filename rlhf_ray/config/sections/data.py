@@ -12,6 +12,7 @@ from pydantic import Field
 
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlhf_ray.rows.demonstrations import DemonstrationReader
+from rlhf_ray.rows.formats import is_file_name
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.prompts import PromptReader
@@ -90,7 +91,8 @@ class DataConfig(Section):
     @property
     def files(self) -> dict[str, SourceConfig]:
         """The files of training rows by the names of their sources, with all keys set; the name of ``path`` is empty."""
-        files = self.sources if self.path is None else {"": SourceConfig(path=self.path)}
+        own = {"": SourceConfig(path=self.path, split=self.split, config=self.config)} if self.path is not None else {}
+        files = own or self.sources
         return {name: self._with_keys(source) for name, source in files.items()}
 
     @property
@@ -129,7 +131,8 @@ class DataConfig(Section):
         return DemonstrationReader(str(source.prompt_key), str(source.answer_key))
 
     def _with_keys(self, source: SourceConfig) -> SourceConfig:
-        keys = ("split", "config", "prompt_key", "answer_key", "chosen_key", "rejected_key")
+        of_data_set = () if is_file_name(source.path) else ("split", "config")  # a file beside data sets has none
+        keys = (*of_data_set, "prompt_key", "answer_key", "chosen_key", "rejected_key")
         own = {key: getattr(self, key) for key in keys if getattr(source, key) is None}
         return source.model_copy(update=own)
 
