@@ -7,7 +7,7 @@ that key, so that a misspelt section is not reported as missing too.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ from rlhf_ray.config.sections.base import Section
 
 CLOSE = 0.6
 """How much of two names must agree for one to be a misspelling of the other, from 0 to 1 (difflib's ratio)."""
+
+VERY_CLOSE = 0.75
+"""The same for a name that is looked for in other sections too, where more names are alike by chance."""
 
 
 @dataclass
@@ -73,6 +76,16 @@ def _meant_key(section: type[Section], name: str) -> str | None:
     return max(close, key=lambda known: sorted(known) == sorted(plain), default=None)  # swapped letters first
 
 
+def _deeper_keys(name: str, keys: Iterable[str]) -> list[str]:
+    """The keys whose last part ``name`` is most probably a misspelling of.
+
+    Whole dotted keys are not compared: what two keys of one section have in common would make any two of them alike.
+    """
+    last_parts = {key: key.rpartition(SEPARATOR)[2] for key in keys}
+    closest = difflib.get_close_matches(name, sorted(set(last_parts.values())), n=1, cutoff=VERY_CLOSE)
+    return [key for key, last in last_parts.items() if last in closest]
+
+
 def _advice(job: type[Section], section: type[Section], name: str, at: str) -> str:
     """What to write in place of an unknown key: OpenRLHF's names first, then misspellings, then the same name elsewhere."""
     keys = keys_of(job)
@@ -84,7 +97,7 @@ def _advice(job: type[Section], section: type[Section], name: str, at: str) -> s
     same_name = [key for key in keys if key.rpartition(SEPARATOR)[2] == name]
     inside = [key for key in same_name if key.startswith(at + SEPARATOR)] if at else same_name
     suggestions = [join(at, meant)] if meant is not None else inside or same_name
-    suggestions = suggestions or difflib.get_close_matches(join(at, name), keys, n=1, cutoff=CLOSE)
+    suggestions = suggestions or _deeper_keys(name, [key for key in keys if key.startswith(join(at, ""))])
     if suggestions:
         return f"did you mean {' or '.join(suggestions)}?"
     return f"keys here are {', '.join(section.model_fields)}"

@@ -12,6 +12,9 @@ from rlhf_ray.config.jobs.registry import KINDS, job_class
 from rlhf_ray.config.keys import keys_of, section_of
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.sections.base import Section
+from rlhf_ray.config.sections.batch import BatchConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, ConfigError
 
 
@@ -54,6 +57,19 @@ def test_every_key_with_two_letters_swapped_is_found_again(problems, job):
     assert len(slips) > 40
     for slip, key in slips.items():
         assert messages[slip] == f"{slip}: unknown key; did you mean {key}? (command line)"
+
+
+@pytest.mark.parametrize("key", ["batch.sizee", "run.dir", "policy.lrr"])
+def test_a_key_that_resembles_none_is_answered_with_the_keys_of_its_section(problems, key):
+    """What all keys of a section begin with makes none of them likelier, and the section itself is no suggestion."""
+    (problem,) = problems("ppo", f"{key}=3")
+    section = {"batch": BatchConfig, "run": RunConfig, "policy": RoleConfig}[key.partition(".")[0]]
+    assert problem == f"{key}: unknown key; keys here are {', '.join(section.model_fields)} (command line)"
+
+
+def test_a_misspelt_key_is_found_in_the_sections_below(problems):
+    (problem,) = problems("ppo", "policy.learning_rat=1e-4")
+    assert problem.startswith("policy.learning_rat: unknown key; did you mean policy.engine.optimizer.learning_rate?")
 
 
 MAPPINGS = {"reward.mixture", "data.sources", "models"}
