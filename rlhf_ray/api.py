@@ -189,6 +189,9 @@ def _load_serving(model: str | Path, name: str, overrides: Overrides | None) -> 
 
 def _texts(overrides: Overrides | None) -> list[str]:
     """Overrides as the command line writes them; JSON is YAML too."""
+    if not isinstance(overrides, Mapping | None):
+        example = '{"run.seed": 1}'
+        raise RequestError(f"overrides is a {type(overrides).__name__}, a mapping was expected, such as {example}")
     return [f"{key}={json.dumps(value, default=partial(_plain, key))}" for key, value in (overrides or {}).items()]
 
 

@@ -87,6 +87,12 @@ def test_an_override_that_is_no_value_of_a_config_is_refused_by_its_key() -> Non
         rlhf_ray.train("demo-sft", {"run.name": b"x"})
 
 
+@pytest.mark.parametrize("overrides", [["run.seed=1"], "run.seed=1"])
+def test_overrides_as_the_command_line_writes_them_are_refused_with_the_form_that_is_read(overrides) -> None:
+    with pytest.raises(RequestError, match=r'a mapping was expected, such as \{"run\.seed": 1\}'):
+        rlhf_ray.train("demo-sft", overrides)
+
+
 @pytest.mark.parametrize("item", ["a text", {"text": "a text"}])
 def test_one_item_in_place_of_a_sequence_is_refused(item) -> None:
     with pytest.raises(RequestError, match=r"items is one item, a sequence of them was expected: write \[item\]"):
