@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_ray.cli.examples import examples
 
 EXAMPLES = (
-    "check demo-ppo",
+    "check demo-sft",
     "check my-ppo.yaml data.path=prompts.jsonl > resolved.yaml",
 )
 
