@@ -22,7 +22,7 @@ from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST, RequestError
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
 from rlhf_ray.runs.directory import RunDirectory
 
@@ -63,8 +63,17 @@ def start_run(config: Job, *, driver: str = DRIVER) -> int:
 
 
 def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
-    """Run a driver that resumes the run in ``directory`` from its last commit; returns the exit code."""
-    directory = RunDirectory.open(directory).path.absolute()
+    """Run a driver that resumes the run in ``directory`` from its last commit; returns the exit code.
+
+    A finished run without a checkpoint is refused: it would be trained again from the start, over its final model.
+    """
+    run = RunDirectory.open(directory)
+    if run.summary_path.is_file() and not run.checkpoints.steps():
+        raise RequestError(
+            f"the run {run.path} has finished and has no checkpoint to go on from: to train it again, choose another "
+            "run.name, or remove the directory"
+        )
+    directory = run.path.absolute()
     config = load_config(directory / CONFIG_NAME)
     _require_room(config)
     return _restart_until_final(

@@ -14,6 +14,8 @@ import pytest
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import EXIT_NO_CAPACITY, EXIT_WRONG_REQUEST
+from rlhf_ray.monitoring.report.summary import Summary
+from rlhf_ray.runs.directory import RunDirectory
 
 GOOD_ROW = json.dumps({"prompt": "two and two?", "answer": "four"})
 
@@ -179,6 +181,14 @@ def test_what_is_not_an_override(refused):
 def test_a_directory_that_is_no_run(refused, here, command):
     (here / "nothing").mkdir()
     assert "nothing is not a run directory: it has no config.yaml" in refused(command, "nothing")
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_trained_again(refused, here):
+    run = RunDirectory.create(here / "runs/done", dump_config(load_config("demo-sft", ["run.name=done"])))
+    run.write_summary(Summary())
+    run.release()
+    message = refused("resume", "runs/done")
+    assert "runs/done has finished and has no checkpoint to go on from: to train it again" in message
 
 
 def test_a_cluster_that_does_not_answer(refused):
