@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,3 +168,32 @@ def test_the_page_about_configs_says_how_yaml_is_read():
     for texts, what in written.items():
         for text in re.findall("`([^`]+)`", texts):
             assert type(read_value(text)) is types[what], text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1e-08,
+        1e22,
+        2.5e-9,
+        0.5,
+        "no",
+        "On",
+        "y",
+        "12:30",
+        "1:2:3.5",
+        "=",
+        "0b11",
+        "1e5",
+        "010",
+        "0x10",
+        "2026-11-20",
+        "null",
+        "a b",
+    ],
+)
+def test_readers_of_yaml_1_1_read_a_written_config_alike(value):
+    for values in ({"a": value}, {"a": [value, {"b": value}]}):
+        text = write_mapping(values)
+        assert yaml.safe_load(text) == values
+        assert read_mapping(text).values == values
