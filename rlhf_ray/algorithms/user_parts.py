@@ -145,6 +145,7 @@ class UserEstimator:
 def make_user_objective(name: str, parameters: Mapping[str, Any]) -> UserObjective:
     """Make the objective that ``name`` names; refuses one that cannot be made or called."""
     objective = UserObjective(name, parameters)
+    load_objective.cache_clear()  # the file may have changed since another run in this process
     load_objective(name, json.dumps(objective.parameters, sort_keys=True))
     return objective
 

@@ -109,3 +109,12 @@ def test_a_post_processor_of_an_unknown_kind_counts_as_a_whole() -> None:
     one, other = ({"post_processor": {"type": "Later", "adds": adds}} for adds in (1, 2))
     assert tokenizer_identity(one) == tokenizer_identity(dict(one))
     assert tokenizer_identity(one) != tokenizer_identity(other)
+
+
+EMPTY_PIECE = {"type": "TemplateProcessing", "single": [{}], "special_tokens": {}}
+
+
+@pytest.mark.parametrize("broken", [3, [], {"type": "Sequence", "processors": None}, EMPTY_PIECE])
+def test_a_post_processor_that_is_broken_is_compared_and_not_an_error(broken: object) -> None:
+    assert tokenizer_identity({"post_processor": broken}) == tokenizer_identity({"post_processor": broken})
+    assert tokenizer_identity({"post_processor": broken}) != tokenizer_identity({})

@@ -234,6 +234,15 @@ def test_what_an_objective_returns_is_checked(returned: str, refusal: str, tmp_p
         PolicyLoss(objective)(PolicyOutputs(torch.zeros(3, requires_grad=True)), batch)
 
 
+def test_an_objective_whose_file_changed_is_loaded_anew_for_the_next_run(tmp_path: Path) -> None:
+    code = "class Own:\n    def __call__(self, p, r, a):\n        return (FACTOR * p, a > 0)\n"
+    gained = []
+    for factor in (2.0, 3.0):
+        algorithm = configured(*own("objective", code.replace("FACTOR", str(factor)), tmp_path)).algorithm
+        gained.append(make_objective(algorithm)(torch.ones(1), torch.ones(1), torch.ones(1))[0].item())
+    assert gained == [2.0, 3.0]
+
+
 def test_later_an_objective_may_return_nan_which_skips_the_update(tmp_path: Path) -> None:
     code = "class Own:\n    def __call__(self, p, r, a):\n        return (a / a.sum(), a > 0)\n"
     objective = make_objective(configured(*own("objective", code, tmp_path)).algorithm)

@@ -55,13 +55,13 @@ def _around_a_text(processor: Any) -> list[Any]:
         return [TEXT]
     try:
         return _READERS[processor["type"]](processor)
-    except (KeyError, TypeError, IndexError):  # a kind that is not known here counts as a whole
+    except (AttributeError, KeyError, TypeError, IndexError):  # a kind that is not known here counts as a whole
         return [processor]
 
 
 def _around_by_template(processor: Mapping[str, Any]) -> list[Any]:
     tokens = processor["special_tokens"]
-    pieces = [next(iter(piece.items())) for piece in processor["single"]]
+    pieces = [entry for piece in processor["single"] for entry in piece.items()]  # each piece is {kind: details}
     ids = [tokens[piece["id"]]["ids"] if kind == "SpecialToken" else [TEXT] for kind, piece in pieces]
     return list(chain(*ids))
 
