@@ -15,6 +15,9 @@ from typing import Literal
 
 Device = Literal["cpu", "cuda"]
 
+HUB_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+"""With 1, Hugging Face's libraries use no network; they read it once, when they are imported."""
+
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KERNELS_KEPT = 512
 """How many compiled kernels oneDNN may keep.
@@ -46,9 +49,7 @@ def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = 
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "0" if hub else "1",
-        "TRANSFORMERS_OFFLINE": "0" if hub else "1",
-        "HF_DATASETS_OFFLINE": "0" if hub else "1",
+        **dict.fromkeys(HUB_SWITCHES, "0" if hub else "1"),
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "OMP_NUM_THREADS": str(threads),
@@ -67,6 +68,11 @@ def prepare(variables: Mapping[str, str] | None = None) -> None:
     """Set ``variables`` (default: ``for_process()``) in this process, except those that the user has set already."""
     for name, value in (for_process() if variables is None else variables).items():
         os.environ.setdefault(name, value)
+
+
+def allow_hub() -> None:
+    """Let this process ask the hub, as the ranks of a job do that names a hub id."""
+    os.environ.update(dict.fromkeys(HUB_SWITCHES, "0"))
 
 
 def is_hub_id(name: str, directory: str | Path = "") -> bool:

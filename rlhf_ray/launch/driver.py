@@ -17,6 +17,7 @@ from rlhf_ray import environment
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.paths import run_directory
+from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, CapacityError, RequestError, RlhfRayError
@@ -95,6 +96,8 @@ def run_trainer(
     ``place`` is where ranks live; none means a Ray cluster.
     """
     stopping.listen()
+    if hub_ids(config):  # the driver reads the tokenizer and the rows itself
+        environment.allow_hub()
     with quick_imports():
         train: Trainer = import_object(config.trainer)
     train(config, run, checkpoint, place=place)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import pytest
 
+from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import (
@@ -114,3 +116,20 @@ def test_a_run_refused_after_a_step_keeps_its_directory(tmp_path, monkeypatch):
     with pytest.raises(RequestError):
         driver.train_new_run(CONFIG)
     assert len((tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("source", "offline"), [("data.path=org/rows", "0"), ("data.path=rows.jsonl", "1")])
+def test_only_a_job_that_names_a_hub_id_lets_its_driver_ask_the_hub(source, offline, tmp_path, monkeypatch) -> None:
+    """The driver reads the tokenizer and the rows in its own process, whose parent was offline."""
+    overrides = ["data.world=null", source, "data.evaluation_fraction=0.1", f"run.root={tmp_path}"]
+    text = dump_config(load_config("demo-sft", overrides))
+    for name in environment.HUB_SWITCHES:
+        monkeypatch.setenv(name, "1")
+    seen = []
+
+    def train(*job: object, place: object) -> None:
+        seen.extend(os.environ[name] for name in environment.HUB_SWITCHES)
+
+    monkeypatch.setattr(driver, "import_object", lambda path: train)
+    driver.train_new_run(text)
+    assert seen == [offline] * 3
