@@ -220,7 +220,7 @@ def _unreachable(path: str, error: Exception) -> DataError:
         f"{path}: no such file or folder here, and the hub does not give a data set of this name ({_first_line(error)}): "
         "name a folder of this machine; or save the data set where there is a network, with "
         f"datasets.load_dataset({path!r}, split='train').save_to_disk('rows'), and name that folder; or let this process "
-        "ask the hub, by unsetting HF_HUB_OFFLINE and HF_DATASETS_OFFLINE"
+        "ask the hub, by starting it with HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0"
     )
 
 

@@ -236,7 +236,7 @@ def test_a_hub_that_may_not_be_asked_is_one_error_with_the_ways_out() -> None:
     )
     assert "OfflineModeIsEnabled" in problem
     assert "datasets.load_dataset('Org/set', split='train').save_to_disk('rows')" in problem
-    assert "let this process ask the hub, by unsetting HF_HUB_OFFLINE" in problem
+    assert "let this process ask the hub, by starting it with HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0" in problem
 
 
 def test_a_data_set_of_a_hub_is_copied_once_and_read(
