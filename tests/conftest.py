@@ -22,14 +22,17 @@ import pytest
 CHECKED_ROOMS = (
     "rlhf_ray.algorithms",
     "rlhf_ray.evaluation.baseline",
-    "rlhf_ray.models.forward",
     "rlhf_ray.trajectories.packing",
 )
-"""Where every call under pytest checks its arguments and its result against their annotations: types, dtypes and shapes.
+"""Where calls are checked against their annotations: types, dtypes and shapes of arguments and results.
 
-``trajectories.batch`` is not among them: a batch checks itself at every turn, and checking it twice costs seconds.
+``trajectories.batch`` is not among them: a batch checks itself at every turn, and checking it twice costs seconds. Nor is
+``models.forward``, which runs for every layer of every pack: ``tests/models/conftest.py`` checks it in the tests of models.
 """
+TESTS_WITH_CHECKS = ("algorithms", "evaluation", "models", "trajectories", "test_shape_checks.py")
+"""Whose tests are checked. In the others, which train whole models, every call would cost a third of the time."""
 jaxtyping.install_import_hook(CHECKED_ROOMS, "beartype.beartype")  # before anything imports these rooms
+jaxtyping.config.update("jaxtyping_disable", True)  # until a test of these begins
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 ENGINE_MODULE = "vllm.v1.engine.llm_engine"
@@ -61,6 +64,15 @@ def pytest_collection_finish() -> None:
     """What was imported stays, and is no garbage."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check every call of :data:`CHECKED_ROOMS` against its annotations in the tests of :data:`TESTS_WITH_CHECKS`."""
+    place = request.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", place not in TESTS_WITH_CHECKS)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture

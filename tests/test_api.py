@@ -14,8 +14,6 @@ from rlhf_ray import api
 from rlhf_ray.errors import CapacityError, ConfigError, RequestError, ResumableStop, RlhfRayError
 from rlhf_ray.runs.directory import RunDirectory
 
-TINY = {"policy.model.make.shape": "llama-tiny", "data.world.demonstrations": 64, "policy.ranks": 1}
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
@@ -110,19 +108,3 @@ def test_a_driver_that_did_not_finish_is_an_error_of_its_kind(code, error, monke
     with pytest.raises(error, match=f"runs/demo-sft: the run ended with exit code {code}") as raised:
         rlhf_ray.train("demo-sft", {"run.root": str(tmp_path / "runs")})
     assert type(raised.value) is error
-
-
-@pytest.mark.early
-def test_training_in_this_process_gives_the_finished_run(tmp_path) -> None:
-    program = (
-        "import sys, rlhf_ray\n"
-        f"run = rlhf_ray.train('demo-sft', {{**{TINY!r}, 'run.root': sys.argv[1]}}, in_process=True)\n"
-        "assert run.status['state'] == 'finished', run.status\n"
-        "assert run.config.kind == 'sft' and (run.final / 'model.safetensors').is_file()\n"
-        "assert run.metrics()['loss/sft'].notna().any()\n"
-        "assert run.report(sys.argv[1] + '/page.html').read_text().startswith('<!')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

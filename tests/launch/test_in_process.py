@@ -38,8 +38,13 @@ def train(
     directory: Path, *arguments: str, module: str = "rlhf_ray", **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """The command as a user types it, in a process of its own."""
+    return run_python(directory, "-m", module, "train", *arguments, "--in-process", **variables)
+
+
+def run_python(directory: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python with ``arguments``, in ``directory``."""
     return subprocess.run(
-        [sys.executable, "-m", module, "train", *arguments, "--in-process"],
+        [sys.executable, *arguments],
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         capture_output=True,
@@ -58,15 +63,21 @@ def assert_whole_run(run: Path, role: str, done: subprocess.CompletedProcess[str
 
 
 @pytest.mark.early
-def test_supervised_fine_tuning(tmp_path: Path) -> None:
-    small = ("policy.model.make.shape=llama-tiny", "data.world.demonstrations=64")
-    assert_whole_run(tmp_path / "runs/demo-sft", "policy", train(tmp_path, "sft", "demo-sft", *small))
-
-
-@pytest.mark.early
-def test_a_reward_model(tmp_path: Path) -> None:
+def test_supervised_and_reward_training_one_after_the_other_from_python(tmp_path: Path) -> None:
     (tmp_path / "rm.yaml").write_text(TINY_REWARD_MODEL)
-    assert_whole_run(tmp_path / "runs/tiny-rm", "reward", train(tmp_path, "rm", "rm.yaml"))
+    program = """if True:
+        import rlhf_ray
+        small = {"policy.model.make.shape": "llama-tiny", "data.world.demonstrations": 64}
+        for config, overrides, metric in (("demo-sft", small, "loss/sft"), ("rm.yaml", {}, "loss/rm")):
+            run = rlhf_ray.train(config, overrides, in_process=True)
+            assert run.status["state"] == "finished", run.status
+            assert run.config.to_train().run.name == run.directory.name
+            assert run.metrics()[metric].notna().any()
+            assert run.report("page.html").read_text().startswith("<!")
+        """
+    done = run_python(tmp_path, "-c", program)
+    assert_whole_run(tmp_path / "runs/demo-sft", "policy", done)
+    assert_whole_run(tmp_path / "runs/tiny-rm", "reward", done)
 
 
 @pytest.mark.early

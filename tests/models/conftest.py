@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -30,6 +35,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from rlhf_ray.models import forward
 from rlhf_ray.trajectories.packing import Packed
 
 VOCABULARY = 48
@@ -58,6 +64,26 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-moe": lambda: Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
 }
 ALL_FAMILIES = FAMILIES | MORE_FAMILIES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_forward_pass_is_checked() -> Iterator[None]:
+    """Every function of ``models.forward`` checks its arguments and result against its annotations, wherever it is called."""
+    names = [module.name for module in pkgutil.iter_modules(forward.__path__, f"{forward.__name__}.")]
+    functions = [
+        function
+        for name in names
+        for function in vars(importlib.import_module(name)).values()
+        if isinstance(function, FunctionType) and function.__module__ == name
+    ]
+    checked = {function: jaxtyped(function, typechecker=beartype) for function in functions}
+    rooms = [module for name, module in list(sys.modules.items()) if name.startswith(("rlhf_ray.", "tests.models."))]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in rooms:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, FunctionType) and value in checked:
+                    patch.setattr(module, name, checked[value])
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
