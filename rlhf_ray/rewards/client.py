@@ -205,7 +205,8 @@ def _body(requests: Sequence[ScoreRequest]) -> str:
 
 def _item(request: ScoreRequest) -> Mapping[str, Any]:
     values = {name: value for name, value in vars(request).items() if value is not None}
-    return {**values, "messages": [dict(turn) for turn in request.messages]} if request.messages else values
+    values |= {name: [dict(one) for one in values[name]] for name in ("messages", "tools") if name in values}
+    return values
 
 
 def _summary(response: httpx.Response) -> str:

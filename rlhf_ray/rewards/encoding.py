@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,11 @@ def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
         plain = list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
         return _with_special_tokens(tokenizer, request.text, plain) if request.add_special_tokens else plain
     if request.messages is not None:
-        return _conversation(tokenizer, [dict(message) for message in request.messages])
+        return _conversation(tokenizer, request.messages, request)
     assert request.prompt is not None and request.response is not None, "a request holds one representation"
     if tokenizer.chat_template is not None:
         turns = (("user", request.prompt), ("assistant", request.response))
-        return _conversation(tokenizer, [{"role": role, "content": text} for role, text in turns])
+        return _conversation(tokenizer, [{"role": role, "content": text} for role, text in turns], request)
     try:
         before, (after,) = encode_answers(tokenizer, request.prompt, [request.response])
     except DataError as error:
@@ -82,7 +83,7 @@ def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[in
     return whole
 
 
-def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], request: ScoreRequest) -> list[int]:
     if tokenizer.chat_template is None:
         raise ScoringError(
             "the item is a conversation, but the reward model's tokenizer has no chat template: send text"
@@ -92,6 +93,14 @@ def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
             "a conversation is scored at its last answer, so it must end with a message of the assistant"
         )
     try:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+        return list(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in request.tools] if request.tools else None,
+                tokenize=True,
+                return_dict=False,
+                **(request.chat_template_kwargs or {}),
+            )
+        )
     except Exception as error:  # a template is a program of its own, and may refuse a conversation with any error
         raise ScoringError(f"the reward model's chat template refuses the conversation: {error}") from error

@@ -1,7 +1,7 @@
 """The request to score one item, and its result; PPO, the scoring backend and its clients share both.
 
-Invariants: a request holds exactly one representation of its item; a result holds finite numbers or an error, never both and
-never neither.
+Invariants: a request holds exactly one representation of its item; every message of a conversation has a role, and a text or
+calls of tools; every text can be encoded; a result holds finite numbers or an error, never both and never neither.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.rows.template_variables import variables_problem
 
 Fault = Literal["item", "model", "source"]
 """Why an item has no reward. ``item``: it cannot be scored as it is. ``model``: the model gave no finite number.
@@ -26,8 +27,9 @@ class ScoreRequest:
     """Scored as they are."""
     text: str | None = None
     """Tokenised as it stands: special tokens are expected in it, unless ``add_special_tokens`` asks for the tokenizer's."""
-    messages: tuple[Mapping[str, str], ...] | None = None
-    """Turns with ``role`` and ``content``, written by the reward model's own chat template."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """Turns with ``role`` and ``content`` (a text, or nothing beside ``tool_calls``), written by the reward model's own chat
+    template, which also reads their other keys."""
     prompt: str | None = None
     """With ``response``, written by the same template; where the model has none, joined as in training."""
     response: str | None = None
@@ -35,6 +37,10 @@ class ScoreRequest:
     """Cut an over-long item from the left instead of refusing it; the result says so."""
     add_special_tokens: bool = False
     """Give a text the special tokens that its tokenizer adds, where they do not stand in it already."""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """The functions that the assistant of ``messages`` may call, for the template."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Variables of the template for this item, such as ``enable_thinking``."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.response is None):
@@ -45,7 +51,18 @@ class ScoreRequest:
             raise RequestError(f"give exactly one of token_ids, text, messages, or prompt with response; found {names}")
         if self.add_special_tokens and self.text is None:
             raise RequestError("add_special_tokens is for text: ids are scored as they are, a template adds its own")
-        for name, text in self.texts():
+        if self.tools and self.messages is None:
+            raise RequestError("tools are for messages, whose template writes them: give the prompt as messages too")
+        if self.chat_template_kwargs and self.messages is None and self.prompt is None:
+            raise RequestError(
+                "chat_template_kwargs are for messages, or a prompt and its response: no template writes this"
+            )
+        if self.chat_template_kwargs is not None and (problem := variables_problem(self.chat_template_kwargs)):
+            raise RequestError(f"chat_template_kwargs must be a mapping{problem}")
+        for number, message in enumerate(self.messages or (), 1):
+            if problem := _message_problem(message):
+                raise RequestError(f"messages: message {number} {problem}")
+        for name, text in self.texts(keys=True):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -53,14 +70,42 @@ class ScoreRequest:
                     f"{name} holds half of a surrogate pair at character {error.start}, so it is not valid text"
                 ) from None
 
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """Every text of the item, with the name of the field that holds it."""
+    def texts(self, *, keys: bool = False) -> Iterator[tuple[str, str]]:
+        """Every text of the item, with the name of the field that holds it; ``keys`` of mappings on request."""
         for name, text in (("text", self.text), ("prompt", self.prompt), ("response", self.response)):
             if text is not None:
                 yield name, text
-        for message in self.messages or ():
-            yield "messages", message["role"]
-            yield "messages", message["content"]
+        for name in ("messages", "tools", "chat_template_kwargs"):
+            yield from ((name, text) for text in _texts_in(getattr(self, name), keys=keys))
+
+
+def _message_problem(message: Any) -> str:
+    """Why a message can be written by no template; empty where nothing is wrong with it."""
+    if not isinstance(message, Mapping):
+        return f"must be a mapping with 'role' and 'content', this is of type {type(message).__name__}"
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        return f"must have a text under 'role', this is {_type_name(role)}"
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return ""
+    return f"must have a text under 'content', or 'tool_calls', this is {_type_name(content)}"
+
+
+def _type_name(value: Any) -> str:
+    return "nothing" if value is None else f"of type {type(value).__name__}"
+
+
+def _texts_in(value: Any, *, keys: bool) -> Iterator[str]:
+    """Every text in a value of JSON, in order."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            waiting.extend(reversed([*one, *one.values()] if keys else list(one.values())))
+        elif isinstance(one, list | tuple):
+            waiting.extend(reversed(one))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,22 @@ def test_a_conversation_goes_through_the_template_once() -> None:
     assert encoded(ScoreRequest(prompt=" why?", response="so "), TEMPLATED) == expected
 
 
+def test_the_template_reads_the_tools_the_variables_and_a_message_without_a_text() -> None:
+    template = (
+        "{% for tool in tools or [] %}({{ tool.name }}){% endfor %}{{ style }}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+    )
+    turns = (
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "nine"},
+        {"role": "assistant", "content": "so"},
+    )
+    request = ScoreRequest(messages=turns, tools=({"name": "clock"},), chat_template_kwargs={"style": "!"})
+    expected = written("(clock)![user]why?[assistant]clock[tool]nine[assistant]so")
+    assert encoded(request, make_tokenizer(template=template))[: len(expected)] == expected
+
+
 @pytest.mark.parametrize(
     ("request_", "tokenizer", "message"),
     [

@@ -1,10 +1,14 @@
-"""A request holds exactly one representation; a result holds finite numbers or an error, never both and never neither."""
+"""A request holds exactly one representation, whose messages have a role and a text or calls of tools; a result holds finite
+numbers or an error, never both and never neither.
+"""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import pickle
+import re
 
 import pytest
 from hypothesis import example, given
@@ -52,11 +56,72 @@ def test_empty_is_a_representation_of_its_own() -> None:
         ("response", {"prompt": "", "response": "ab\udfff"}),
         ("messages", {"messages": ({"role": "user", "content": "ab\ud800"},)}),
         ("messages", {"messages": ({"role": "us\ud800", "content": ""},)}),
+        ("messages", {"messages": ({"role": "user", "content": "", "name": {"a": ["ab\ud800"]}},)}),
+        ("messages", {"messages": ({"role": "user", "content": "", "ab\ud800": 1},)}),
+        ("tools", {"messages": (), "tools": ({"name": "ab\ud800"},)}),
+        ("chat_template_kwargs", {"messages": (), "chat_template_kwargs": {"ab\ud800": 1}}),
     ],
 )
 def test_half_a_surrogate_pair_is_no_text(where: str, values: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=f"{where} holds half of a surrogate pair at character 2"):
         ScoreRequest(**values)
+
+
+CALLS = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ("hello", "message 2 must be a mapping with 'role' and 'content', this is of type str"),
+        ({"content": "a"}, "message 2 must have a text under 'role', this is nothing"),
+        ({"role": 1, "content": "a"}, "message 2 must have a text under 'role', this is of type int"),
+        ({"role": "assistant"}, "message 2 must have a text under 'content', or 'tool_calls', this is nothing"),
+        ({"role": "assistant", "content": None}, "message 2 must have a text under 'content'"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "message 2 must have a text under 'content'"),
+        ({"role": "assistant", "content": [{"type": "text", "text": "a"}]}, "this is of type list"),
+        ({"role": "assistant", "content": ["a"], "tool_calls": CALLS}, "this is of type list"),
+    ],
+)
+def test_a_message_has_a_role_and_a_text_or_calls_of_tools(message: object, problem: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        ScoreRequest(messages=({"role": "user", "content": ""}, message))
+
+
+def test_a_call_of_tools_needs_no_text_and_its_texts_count() -> None:
+    request = ScoreRequest(
+        messages=(
+            {"role": "assistant", "content": None, "tool_calls": CALLS},
+            {"role": "assistant", "tool_calls": CALLS},
+        ),
+        tools=({"name": "clock"},),
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    assert [text for name, text in request.texts() if name == "messages"].count("clock") == 2
+    assert [text for name, text in request.texts() if name == "tools"] == ["clock"]
+    assert [text for name, text in request.texts(keys=True) if name == "tools"] == ["name", "clock"]
+
+
+@pytest.mark.parametrize("values", [{"token_ids": (1,)}, {"text": "a"}, {"prompt": "a", "response": "b"}])
+def test_tools_and_variables_are_for_what_a_template_writes(values: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match="tools are for messages"):
+        ScoreRequest(**values, tools=({"name": "clock"},))
+    if "prompt" in values:
+        assert ScoreRequest(**values, chat_template_kwargs={"enable_thinking": False})
+    else:
+        with pytest.raises(RequestError, match="chat_template_kwargs are for messages"):
+            ScoreRequest(**values, chat_template_kwargs={"enable_thinking": False})
+
+
+def test_a_variable_never_takes_the_place_of_an_argument_of_apply_chat_template() -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    for name in [*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"]:
+        if name not in ("self", "kwargs"):
+            with pytest.raises(RequestError, match=f"not the template's own: {name}"):
+                ScoreRequest(messages=(), chat_template_kwargs={name: "x"})
+    with pytest.raises(RequestError, match="chat_template_kwargs must be a mapping, this is of type list"):
+        ScoreRequest(messages=(), chat_template_kwargs=[1])
 
 
 @given(
