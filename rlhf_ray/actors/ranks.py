@@ -133,6 +133,8 @@ class RayRanks:
 
     def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         with self._one_order:
+            if not self.actors:
+                raise GroupError(self.role, None, method, "its processes have been stopped")
             return [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
 
 

@@ -1,17 +1,19 @@
 """Score requests on the side of a rank: encode them, cut them into packs, and turn scores into results.
 
 Invariants: every request ends in one result, a score or a sentence that says why there is none; all ranks of a group make
-the same cut from the same requests, each computes its own share, and the shares together are the whole.
+the same cut from the same requests, each computes its own share, and the shares together are the whole. An item that the
+model fails on costs only itself its score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -23,8 +25,10 @@ PREFIX_PACKS_PER_RANK = 4
 """Split items with a common prefix into at least this many packs per rank if there are no others."""
 
 Sequences = Sequence[Sequence[int]]
-ScoreSequences = Callable[[Sequences], Iterable[tuple[Sequence[int], "np.ndarray[Any, Any]"]]]
-"""From token ids to parts: indices of sequences and the score of each of them."""
+Parts = list[tuple[MicroBatch, "np.ndarray[Any, Any]"]]
+"""Indices of sequences, and the score of each of them."""
+ScoreSequences = Callable[[Sequences], tuple[Parts, Mapping[int, str]]]
+"""From token ids to scores, and by the index of a sequence why it has none."""
 
 
 class RequestScorer:
@@ -55,7 +59,10 @@ class RequestScorer:
         if not encoded:
             return results
         positions, items = list(encoded), list(encoded.values())
-        for indices, values in scores([item.token_ids for item in items]):
+        parts, failures = scores([item.token_ids for item in items])
+        for index, reason in failures.items():
+            results.append((positions[index], ScoreResult.failed(reason, len(items[index].token_ids))))
+        for indices, values in parts:
             for index, score in zip(indices, values.tolist(), strict=True):
                 item = items[index]
                 result = ScoreResult.of(score, len(item.token_ids), truncated=item.truncated)
@@ -99,3 +106,35 @@ def scoring_packs(
         return make_length_packs(lengths, units, ranks=ranks, streams=threads, max_tokens=budget)[rank]
     schedule = make_schedule([sum(lengths[i] for i in unit) for unit in units], ranks=ranks, max_tokens=budget)
     return [tuple(i for index in pack for i in units[index]) for pack in schedule.rank(rank)]
+
+
+def score_apart(
+    packs: Sequence[MicroBatch], score: Callable[[Sequence[MicroBatch]], Parts], works: Callable[[], object]
+) -> tuple[Parts, dict[int, str]]:
+    """Scores of ``packs``, and by the index of a sequence why it has none.
+
+    Where ``score`` raises, it is called with halves, until each sequence that it fails on is alone. Then ``works`` is called,
+    which scores what any model can: if it raises too, the model is at fault, and so does this function.
+    """
+    try:
+        return score(packs), {}
+    except Exception as error:
+        if len(packs) == len(packs[0]) == 1:
+            works()
+            reason = f"the model fails on this item ({type(error).__name__}: {_first_line(error)})"
+            get_logger(__name__).warning("%s", reason)
+            return [], {packs[0][0]: reason}
+    # only now, when the error no longer holds what the failed forward had in memory
+    if len(packs) == 1:
+        packs = _halves(packs[0])
+    (parts, failures), (more_parts, more_failures) = (score_apart(half, score, works) for half in _halves(packs))
+    return [*parts, *more_parts], failures | more_failures
+
+
+def _halves(whole: Sequence[Any]) -> tuple[Any, Any]:
+    middle = len(whole) // 2
+    return whole[:middle], whole[middle:]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

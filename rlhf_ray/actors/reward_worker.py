@@ -1,7 +1,7 @@
 """Workers that score with a reward model: on the packed forward pass of this project, or in vLLM's pooling runner.
 
 Invariants: a score does not depend on what else was asked for, nor on which rank or runner computed it; every request ends
-in one result, a score or a sentence that says why there is none.
+in one result, a score or a sentence that says why there is none; an item that the model fails on costs no other its score.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_ray.actors.critic_worker import RegressionWorker
 from rlhf_ray.actors.model_worker import Part, WorkerSetup
-from rlhf_ray.actors.request_scoring import RequestScorer, scoring_packs
+from rlhf_ray.actors.request_scoring import RequestScorer, score_apart, scoring_packs
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -87,16 +87,24 @@ class RewardWorker(RegressionWorker[RewardSetup]):
         """
         return self.scorer.score(requests, self._scores_of_share, rank=self.rank)
 
-    def _scores_of_share(self, sequences: Sequence[Sequence[int]]) -> list[Part]:
+    def _scores_of_share(self, sequences: Sequence[Sequence[int]]) -> tuple[list[Part], dict[int, str]]:
+        ranks_meet = self.streams is None and self.world_size > 1
         packs = scoring_packs(
             sequences,
             rank=self.rank,
             ranks=self.world_size,
             threads=1 if self.streams is None else self.streams.threads,
-            ranks_meet=self.streams is None and self.world_size > 1,
+            ranks_meet=ranks_meet,
             max_tokens=self.settings.max_tokens,
         )
-        return self.scores(TrajectoryBatch.from_sequences(sequences), packs, self.streams)
+        batch = TrajectoryBatch.from_sequences(sequences)
+        if ranks_meet:  # a rank that tried again alone would wait for the others for ever
+            return self.scores(batch, packs), {}
+        return score_apart(
+            packs,
+            lambda some: self.scores(batch, some, self.streams),
+            lambda: self.scores(TrajectoryBatch.from_sequences([[0]]), [(0,)]),
+        )
 
 
 class VllmRewardWorker(Worker):
@@ -131,13 +139,19 @@ class VllmRewardWorker(Worker):
         rows = tuple(index for micro_batch in micro_batches for index in micro_batch)
         chosen = batch.select(rows)
         with self.doing("score"):
-            return self._scores([ids.tolist() for ids in chosen["token_ids"].split(chosen.lengths.tolist())], rows)
+            return [self._scores([ids.tolist() for ids in chosen["token_ids"].split(chosen.lengths.tolist())], rows)]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[int, ScoreResult]]:
         """Results of ``requests``, with their positions."""
         with self.doing("score"):
-            return self.scorer.score(requests, self._scores, rank=self.rank)
+            return self.scorer.score(requests, self._scores_apart, rank=self.rank)
 
-    def _scores(self, sequences: Sequence[Sequence[int]], rows: MicroBatch | None = None) -> list[Part]:
-        indices = tuple(range(len(sequences))) if rows is None else rows
-        return [(indices, np.asarray(self.runner.scores(sequences), dtype=np.float32))]
+    def _scores_apart(self, sequences: Sequence[Sequence[int]]) -> tuple[list[Part], dict[int, str]]:
+        return score_apart(
+            [tuple(range(len(sequences)))],
+            lambda packs: [self._scores([sequences[i] for i in pack], pack) for pack in packs],
+            lambda: self.runner.scores([[0]]),
+        )
+
+    def _scores(self, sequences: Sequence[Sequence[int]], indices: MicroBatch) -> Part:
+        return indices, np.asarray(self.runner.scores(sequences), dtype=np.float32)

@@ -24,6 +24,7 @@ from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.forward.liger import use_liger
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import packed_forward, padded_positions, unpad
+from rlhf_ray.models.forward.rotation import share_alike
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
@@ -251,6 +252,7 @@ class PackedPolicy(nn.Module):
         are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer runs
         for wanted tokens only, and once for a prefix that sequences share.
         """
+        packed = share_alike(self.actor.config, packed)
         hidden = packed_forward(self.actor.backbone, packed)
         predicted = packed.previous_tokens >= 0
         if wanted is not None:

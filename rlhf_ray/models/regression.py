@@ -27,6 +27,7 @@ from rlhf_ray.models.forward.packed import (
     routed_forward,
     unpad,
 )
+from rlhf_ray.models.forward.rotation import share_alike
 from rlhf_ray.models.heads import ScoreHead
 from rlhf_ray.trajectories.packing import Packed
 
@@ -195,6 +196,7 @@ class PackedRegression(nn.Module):
         use their experts. ``values``: one per token of each sequence, the value of the state in which the token was chosen; 0
         at the first token.
         """
+        packed = share_alike(self.model.config, packed)
         if kind == "routed_scores":
             hidden, logits = routed_forward(self.model.backbone, packed)
             top_k = self.model.config.get_text_config().num_experts_per_tok

@@ -1,8 +1,9 @@
 """The models that a service scores with: each has versions, each version replicas and one queue in front of them.
 
 Invariants: all items of a request are scored by one version; a new version takes new requests while the old one answers
-those it has, so that none is dropped; a batch whose reward group died is scored again, whole, once the group is back, for
-as long as requests are held; a score is never made up.
+those it has, so that none is dropped; a batch whose reward group died is scored again, whole, once the group is back, and
+in halves if that one died too, for as long as requests are held, so that an item that kills its group costs only itself its
+score; a score is never made up.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.refusals import Refusal
 
-TRIES_OF_A_BATCH = 3
-"""Give a batch up after the group has died of it this often."""
+TRIES_OF_A_BATCH = 2
+"""Cut a batch into halves after the group has died of it this often; of a half, or of an item alone, once is enough."""
 SECONDS_BETWEEN_RESTARTS = 1.0
+PROBE = ScoreRequest(token_ids=(0,))
+"""What any replica that works can score."""
 
 
 class Backend(Protocol):
@@ -81,17 +84,27 @@ class ModelVersion:
         self._metrics.batch(batch, time.monotonic())
 
     async def _score(self, backend: Backend, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """Results of one batch; where the replica fails, those of another attempt once it is back."""
-        deadline = self._clock() + self._limits.hold_s
-        for attempt in range(1, TRIES_OF_A_BATCH + 1):
+        """Results of one batch; where the replica fails, those of other attempts once it is back."""
+        return await self._try(backend, requests, self._clock() + self._limits.hold_s, tries=TRIES_OF_A_BATCH)
+
+    async def _try(
+        self, backend: Backend, requests: Sequence[ScoreRequest], deadline: float, *, tries: int
+    ) -> Sequence[ScoreResult]:
+        for _ in range(tries):
             try:
                 return await self._forward(backend, requests)
             except GroupError as error:
                 get_logger("serving").error("%s: %s", self.model, error)
-                if attempt == TRIES_OF_A_BATCH or self._limits.hold_s == 0:
+                if self._limits.hold_s == 0:
                     raise
                 await self.restart(backend, deadline)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+                cause = error.cause.partition("\n")[0]
+        if len(requests) > 1:
+            middle = len(requests) // 2
+            halves = requests[:middle], requests[middle:]
+            return [result for half in halves for result in await self._try(backend, half, deadline, tries=1)]
+        await backend.score([PROBE])  # raises where the replica fails on everything
+        return [ScoreResult.failed(f"the reward group fails on this item: {cause}", fault="item")]
 
     async def _forward(self, backend: Backend, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         began = self._clock()
@@ -176,7 +189,7 @@ class ServedModel:
         if self.clock() - version.last_score <= within_s:
             return True
         try:
-            (result,) = await version.batcher.score([ScoreRequest(token_ids=(0,))], urgent=True)
+            (result,) = await version.batcher.score([PROBE], urgent=True)
         except RlhfRayError:
             return False
         return result.error is None

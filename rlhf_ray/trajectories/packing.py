@@ -133,6 +133,15 @@ class Packed:
         """Repeat for every sequence what was computed once for the tokens that it shares."""
         return tokens if self.parent is None else tokens.index_select(0, self.sequence_tokens)
 
+    def unshared(self) -> Packed:
+        """Return the same sequences in the same order, each whole and with nothing shared."""
+        if self.parent is None:
+            return self
+        lengths, ancestors = self.lengths.tolist(), list_ancestors(self.parent.tolist())
+        whole = [sum(lengths[segment] for segment in ancestors[end]) for end in self.sequences.tolist()]
+        offsets = torch.tensor([0, *whole]).cumsum(0).to(self.offsets.device)
+        return Packed(self.token_ids[self.sequence_tokens], offsets, self.position_ids[self.sequence_tokens])
+
     def to(self, device: torch.device | str) -> Packed:
         """Return the pack on a device."""
         parent = None if self.parent is None else self.parent.to(device)

@@ -1,5 +1,6 @@
 """All items of a request are scored by one version; a new version drops no request; a batch whose group died is scored
-again, whole, once the group is back; what does not come back is an error, never a made-up score.
+again, whole, once the group is back, and in halves if that one died too; what does not come back is an error, never a
+made-up score.
 """
 
 from __future__ import annotations
@@ -110,16 +111,45 @@ def test_a_restart_that_hangs_ends_with_the_time() -> None:
     asyncio.run(run())
 
 
-def test_a_batch_that_kills_every_group_is_given_up_and_others_go_on() -> None:
-    async def run() -> list[float | None]:
-        backend = Mortal(deaths=range(1, TRIES_OF_A_BATCH + 1))
-        model = served(backend)
-        with pytest.raises(GroupError, match="its process died"):
-            await score(model, 3)
-        await backend.restart()
-        return await score(model, 4)
+class Poisoned(Mortal):
+    """Dies of every item of ``poison`` tokens, wherever it stands."""
 
-    assert asyncio.run(run()) == [4.0]
+    def __init__(self, poison: int) -> None:
+        super().__init__()
+        self.poison = poison
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
+        if any(len(request.token_ids or ()) == self.poison for request in requests):
+            self.alive = False
+        return await super().score(requests)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_an_item_that_kills_every_group_costs_no_other_its_score(place: int) -> None:
+    lengths = [1] * 7
+    lengths[place] = 5
+
+    async def run() -> tuple[list[ScoreResult], list[float | None], int]:
+        backend = Poisoned(5)
+        model = served(backend, batch_tokens=100)
+        results = await model.current.batcher.score(items(*lengths))
+        return results, await score(model, 4), backend.restarts
+
+    results, after, restarts = asyncio.run(asyncio.wait_for(run(), timeout=5))
+    expected = [None if length == 5 else 1.0 for length in lengths]
+    assert [result.raw for result in results] == expected and after == [4.0]
+    assert results[place].error == "the reward group fails on this item: its process died"
+    assert results[place].fault == "item" and restarts <= TRIES_OF_A_BATCH + 3, "a few halves, not one restart an item"
+
+
+def test_a_group_that_fails_on_everything_is_no_item_at_fault() -> None:
+    async def run() -> int:
+        backend = Mortal(deaths=range(1, 1000))
+        with pytest.raises(GroupError, match="its process died"):
+            await score(served(backend, batch_tokens=100), *[1] * 64)
+        return backend.restarts
+
+    assert asyncio.run(asyncio.wait_for(run(), timeout=5)) < 12
 
 
 def test_the_other_replica_works_on_while_one_restarts() -> None:

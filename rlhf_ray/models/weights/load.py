@@ -21,6 +21,7 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.forward.attention_backends import REGISTERED, choose_backend
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import check_packable, packed_forward
+from rlhf_ray.models.forward.rotation import rotate_by_sequence, share_alike
 from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
@@ -133,6 +134,7 @@ def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -
     """
     turn_dropout_off(model)
     check_packable(model)
+    rotate_by_sequence(model)
     backend, note = choose_backend(attention, model.dtype, strict=strict)
     model.set_attn_implementation(REGISTERED[backend])
     return backend, note
@@ -195,6 +197,7 @@ def check_packing(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
     model.eval()
     try:
         alone = torch.cat([_run_alone(model, sequence) for sequence in sequences])
+        packed = share_alike(model.config, packed)
         together = packed.per_sequence(packed_forward(backbone, packed))
     finally:
         model.train(training)
