@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_ray import __version__, environment
+from rlhf_ray.config.openrlhf.answers import is_flag
 from rlhf_ray.errors import EXIT_WRONG_REQUEST, RlhfRayError
 
 COMMANDS = (
@@ -48,15 +49,37 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; ``key=value`` counts wherever it stands, even after an option, where argparse does not read it."""
+    """Parse the arguments; ``key=value`` counts wherever it stands, even after an option, where argparse does not read it.
+
+    A flag of OpenRLHF, with the words after it as its values, becomes an override too, where it is answered with our key.
+    """
     top = parser()
     options, left = top.parse_known_args(arguments)
-    unknown = [word for word in left if word.startswith("-") or "=" not in word or "overrides" not in options]
+    words = _with_values(left) if "overrides" in options else left
+    unknown = [word for word in words if "overrides" not in options or not _is_override(word)]
     if unknown:
         top.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if left:
-        options.overrides = [*options.overrides, *left]
+    if words:
+        options.overrides = [*options.overrides, *words]
     return options
+
+
+def _is_override(word: str) -> bool:
+    return is_flag(word.partition("=")[0]) if word.startswith("-") else "=" in word
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The words of a command line, each flag of OpenRLHF joined with its values: ``--flag a b`` becomes ``--flag=a b``."""
+    joined: list[str] = []
+    takes_values = False
+    for word in words:
+        is_option = word.startswith("--")
+        if takes_values and not is_option and "=" not in word:
+            joined[-1] += f"{' ' if '=' in joined[-1] else '='}{word}"
+            continue
+        takes_values = is_option and is_flag(word.partition("=")[0])
+        joined.append(word)
+    return joined
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Overrides from the command line: ``a.b.c=value``, with values as YAML writes them.
 
 Invariants: a later override wins; an override changes exactly the key that it names; ``key=`` and ``key=null`` clear a
-key; an override in the wrong form is reported, never ignored.
+key; an override in the wrong form is reported, never ignored; a flag of OpenRLHF is taken in every form that OpenRLHF takes,
+and reported by what checks the keys.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_ray.config.openrlhf import hint
+from rlhf_ray.config.jobs.registry import job_classes
+from rlhf_ray.config.keys import keys_of
+from rlhf_ray.config.openrlhf.answers import is_flag, plain_name
 from rlhf_ray.config.reading import SEPARATOR, Document, read_value
 
 ORIGIN = "command line"
@@ -26,9 +29,12 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
 def _apply(document: Document, text: str) -> str | None:
     key, equals, written = text.partition("=")
     key = key.strip()
+    if is_flag(key) and not _is_key(plain_name(key)):
+        return _set(document, plain_name(key), written)  # it is answered beside the flags of the file
     if key.startswith("-"):
-        name = key.lstrip("-")
-        return f"{key}: settings are written key=value, without dashes{hint(name, '; ') or ', such as run.seed=1'}"
+        own = plain_name(key)
+        example = f"{own}={written or 'value'}" if _is_key(own) else "run.seed=1"
+        return f"{key}: settings are written key=value, without dashes, such as {example}"
     if not equals:
         return f"{text}: not an override: write key=value, such as run.seed=1"
     if not all(key.split(SEPARATOR)):
@@ -38,6 +44,11 @@ def _apply(document: Document, text: str) -> str | None:
     except ValueError as error:
         return f"{key}: {written!r} is {str(error).rpartition(': not YAML: ')[2]}; quote it if it is a text"
     return _set(document, key, value)
+
+
+def _is_key(key: str) -> bool:
+    """Whether some kind of job has this key."""
+    return any(key in keys_of(job) for job in job_classes().values())
 
 
 def _set(document: Document, key: str, value: Any) -> str | None:

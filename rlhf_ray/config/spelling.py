@@ -1,7 +1,7 @@
 """Find out which known key each unknown key of a config was meant to be.
 
-Invariant: every unknown key is reported once; if it is a misspelling of a missing key, its value is checked under
-that key, so that a misspelt section is not reported as missing too.
+Invariants: every unknown key is reported once, flags of OpenRLHF by their whole names; if a key is a misspelling of a missing
+key, its value is checked under that key, so that a misspelt section is not reported as missing too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.config.keys import entries_of, join, keys_of, roles_of, section_of
-from rlhf_ray.config.openrlhf import hint
+from rlhf_ray.config.openrlhf.answers import hint, take_flags
 from rlhf_ray.config.reading import SEPARATOR
 from rlhf_ray.config.sections.base import Section
 
@@ -35,8 +35,9 @@ class Settled:
 
 def settle(job: type[Section], values: Mapping[str, Any]) -> Settled:
     """Sort the unknown keys out of ``values``; what one of them was meant to be takes its place where that is free."""
-    settled = Settled()
-    settled.values = _settle(job, job, values, "", settled)
+    own_values, flags = take_flags(values, keys_of(job))
+    settled = Settled(problems=flags)
+    settled.values = _settle(job, job, own_values, "", settled)
     return settled
 
 
@@ -89,6 +90,9 @@ def _deeper_keys(name: str, keys: Iterable[str]) -> list[str]:
 def _advice(job: type[Section], section: type[Section], name: str, at: str) -> str:
     """What to write in place of an unknown key: OpenRLHF's names first, then misspellings, then the same name elsewhere."""
     keys = keys_of(job)
+    if SEPARATOR in name and join(at, name) in keys:
+        section_name, _, inner = name.rpartition(SEPARATOR)
+        return f"write {inner} inside of the section {join(at, section_name)}, not with dots"
     outermost = at.partition(SEPARATOR)[0]
     from_openrlhf = hint(name, known=keys, role=outermost if outermost in roles_of(job) else None)
     if from_openrlhf:

@@ -48,12 +48,8 @@ def test_origins_move_to_the_command_line():
         ("=3", "=3: not an override: the key '' has an empty part; write section.key=value"),
         ("a..b=3", "a..b=3: not an override: the key 'a..b' has an empty part; write section.key=value"),
         ("a.b.c=1", "a.b.c: a.b is the value 1, which has no keys of its own"),
-        ("--seed=3", "--seed: settings are written key=value, without dashes, such as run.seed=1"),
-        (
-            "--init_kl_coef=0.1",
-            "--init_kl_coef: settings are written key=value, without dashes; "
-            "OpenRLHF's init_kl_coef is algorithm.kl.coefficient here",
-        ),
+        ("--sed=3", "--sed: settings are written key=value, without dashes, such as run.seed=1"),
+        ("--run.seed=3", "--run.seed: settings are written key=value, without dashes, such as run.seed=3"),
         ("a=[1", "a: '[1' is while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"),
     ],
 )
