@@ -33,9 +33,9 @@ class TrainedRewardWorker(RewardWorker):
         """The LoRA adapter and the head alone, without the base, written by rank 0; every rank takes part."""
         from rlhf_ray.models import save_adapter
 
-        head = f"{self.model.value_head_prefix}.weight"
+        head = f"{self.model.value_head_prefix}."
         weights = (pair for group in self.engine.full_state(self.hf_model) for pair in group)
-        trained = [(name, tensor) for name, tensor in weights if ".lora_" in name or name == head]
+        trained = [(name, tensor) for name, tensor in weights if ".lora_" in name or name.startswith(head)]
         if self.rank == 0:
             save_adapter(self.model, self.scorer.tokenizer, directory, tensors=trained, metadata=metadata)
 

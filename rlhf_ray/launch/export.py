@@ -16,7 +16,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models import load_policy, load_regression, load_tokenizer, save_pretrained
 from rlhf_ray.models.dtypes import LONG_NAMES
-from rlhf_ray.models.heads import adapter_head_name, find_head
+from rlhf_ray.models.head_layouts import scores
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 
 FINAL = "final"
@@ -40,7 +40,7 @@ def export(
             f"{target} exists already, and nothing is written over: remove it, or name another directory"
         )
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
-    scored = _has_head(checkpoint)
+    scored = scores(checkpoint, checkpoint.raw_config().get("value_head_prefix", HEAD_NAME))
     if head_prefix != HEAD_NAME and not scored:
         raise RequestError(f"--head-prefix names a score head, but {path} has none: leave it out")
     config = ModelConfig(path=path, dtype=dtype or _stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
@@ -70,13 +70,6 @@ def _model_directory(source: str) -> str:
             f"run {source} has no {FINAL}/ yet, which is written at its end: rlhf-ray resume {source} goes on with it"
         )
     return str(directory / FINAL)
-
-
-def _has_head(checkpoint: Checkpoint) -> bool:
-    """Whether it is a reward model or critic."""
-    prefix = checkpoint.raw_config().get("value_head_prefix", HEAD_NAME)
-    beside = checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None
-    return beside or find_head(checkpoint, prefix) is not None
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> Dtype:

@@ -1,7 +1,8 @@
 """Turn the parameters of a model in memory into tensors with the names and the form that they have on disk.
 
 Invariant: the result is what ``from_pretrained`` and vLLM read. The experts of a mixture come one by one, although they share
-a tensor in memory; adapters are merged; 4-bit weights are dequantised; tied weights come once; a head is ``score.weight``.
+a tensor in memory; adapters are merged; 4-bit weights are dequantised; tied weights come once; a head is ``score.weight``, or
+``score.0.weight`` and so on for an MLP.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ def to_disk_names(
 
 
 def _regression_names(model: SequenceRegression, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    start, head = f"{model.backbone.base_model_prefix}.", f"{model.value_head_prefix}.weight"
-    inside = {name.removeprefix(start): tensor for name, tensor in named.items() if name != head}
+    start, head = f"{model.backbone.base_model_prefix}.", f"{model.value_head_prefix}."
+    inside = {name.removeprefix(start): tensor for name, tensor in named.items() if not name.startswith(head)}
     for name, tensor in revert_weight_conversion(model.backbone, merged(model.backbone, inside)).items():
         yield start + name, tensor
-    if head in named:
-        yield f"{HEAD_NAME}.weight", named[head]
+    for name, tensor in named.items():
+        if name.startswith(head):
+            yield f"{HEAD_NAME}.{name.removeprefix(head)}", tensor
 
 
 def _buffers(model: nn.Module, parameter_names: Iterable[str]) -> dict[str, Tensor]:

@@ -28,13 +28,15 @@ from rlhf_ray.models.forward.packed import (
     unpad,
 )
 from rlhf_ray.models.forward.rotation import share_alike
-from rlhf_ray.models.heads import ScoreHead
+from rlhf_ray.models.heads import Head
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.trajectories.packing import Packed
 
 
 class SequenceRegression(nn.Module):
     """A backbone under its usual name (mostly ``model``) and a head under the name ``value_head_prefix``.
 
+    Where that name has dots, which no module's name can have, the head is called ``score``.
     ``normalization`` is the mean and standard deviation of raw scores that scores are normalised with.
     """
 
@@ -45,7 +47,7 @@ class SequenceRegression(nn.Module):
     def __init__(
         self,
         backbone: PreTrainedModel,
-        head: ScoreHead,
+        head: Head,
         *,
         value_head_prefix: str = "score",
         score_bias: float = 0.0,
@@ -55,8 +57,9 @@ class SequenceRegression(nn.Module):
         super().__init__()
         self.backbone_name = backbone.base_model_prefix
         self.add_module(self.backbone_name, backbone)
-        self.add_module(value_head_prefix, head)
-        self.value_head_prefix, self.score_bias = value_head_prefix, score_bias
+        self.value_head_prefix = HEAD_NAME if "." in value_head_prefix else value_head_prefix
+        self.add_module(self.value_head_prefix, head)
+        self.score_bias = score_bias
         self.normalization, self.packing_samples = normalization, packing_samples
         self.attention: str = "sdpa"
         self.attention_note: str | None = None
@@ -68,9 +71,9 @@ class SequenceRegression(nn.Module):
         return cast(PreTrainedModel, self.get_submodule(self.backbone_name))
 
     @property
-    def head(self) -> ScoreHead:
-        """The layer that computes one number from a hidden state."""
-        return cast(ScoreHead, self.get_submodule(self.value_head_prefix))
+    def head(self) -> Head:
+        """What computes one number from a hidden state."""
+        return cast(Head, self.get_submodule(self.value_head_prefix))
 
     @property
     def config(self) -> Any:

@@ -14,25 +14,23 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.description import describe
 from rlhf_ray.models.dtypes import torch_dtype
-from rlhf_ray.models.heads import (
-    HeadInit,
-    ScoreHead,
-    adapter_head_name,
+from rlhf_ray.models.head_layouts import (
+    OUTPUT_LAYERS,
+    FoundHead,
+    find_adapter_head,
     find_head,
-    fresh_head,
     head_tensors,
-    read_adapter_head,
+    outside_backbone,
     read_head,
+    require_head,
 )
+from rlhf_ray.models.heads import Head, HeadInit, ScoreHead, fresh_head
 from rlhf_ray.models.regression import CriticModel, RewardModel, SequenceRegression
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
-from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.load import check_packing, load_weights, prepare_for_packs
 from rlhf_ray.models.weights.lora import add_lora
-
-OUTPUT_LAYERS = {f"{layer}.{part}" for layer in ("lm_head", "embed_out", "output") for part in ("weight", "bias")}
-"""Tensors of a causal language model that a reward model or critic does not need."""
 
 
 def get_llm_for_sequence_regression(
@@ -61,37 +59,39 @@ def get_llm_for_sequence_regression(
     """Load a reward model (``model_type="reward"``) or a critic (``"critic"``).
 
     ``model_name_or_path`` is a directory or hub id: a ``*ForSequenceClassification`` model of transformers, a model of
-    OpenRLHF, or a value-head model of TRL. With ``init_value_head`` it may be any causal language model, which gets a fresh
-    head of kind ``head_init``, drawn from ``seed``. If ``ds_config`` asks for ZeRO-3, the backbone is built in shards, on all
-    ranks together.
+    OpenRLHF, a value-head model of TRL, or any other whose head :mod:`rlhf_ray.models.head_layouts` reads. With
+    ``init_value_head`` it may be any causal language model, which gets a fresh head of kind ``head_init``, drawn from
+    ``seed``. If ``ds_config`` asks for ZeRO-3, the backbone is built in shards, on all ranks together.
     """
     _class_for(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
     refuse_second_adapter(model_name_or_path, checkpoint.adapter, lora_rank)
     raw = checkpoint.raw_config()
-    prefix = raw.get("value_head_prefix", value_head_prefix)
+    prefix = _head_name(raw, value_head_prefix)
     normalization = _read_normalization(raw, checkpoint, normalize_reward)
-    _require_head(checkpoint, prefix, init_value_head)
+    beside = None if checkpoint.adapter is None else find_adapter_head(checkpoint.adapter)
+    if not init_value_head and beside is None:
+        require_head(checkpoint, prefix, trust_remote_code=trust_remote_code)
     backbone = load_weights(
         AutoModel,
         checkpoint,
         torch_dtype(param_dtype),
-        heads=OUTPUT_LAYERS | head_tensors(checkpoint) | {f"{prefix}.weight", f"{prefix}.bias"},
+        heads=head_tensors(checkpoint, prefix),
         ds_config=ds_config,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         load_in_4bit=load_in_4bit,
     )
     head, bias, origin = (
-        _load_head(checkpoint, prefix, backbone)
+        _load_head(*(beside or (checkpoint, find_head(checkpoint, prefix))), checkpoint, backbone)
         if not init_value_head
-        else _make_fresh_head(checkpoint, prefix, backbone, head_init, seed)
+        else _make_fresh_head(checkpoint, prefix, backbone, head_init, seed, trust_remote_code)
     )
     model = wrap_backbone(
         backbone,
         head,
         model_type,
-        value_head_prefix=prefix,
+        value_head_prefix=HEAD_NAME if prefix in OUTPUT_LAYERS else prefix,
         head_origin=origin,
         packing_samples=packing_samples,
         score_bias=bias,
@@ -109,7 +109,7 @@ def get_llm_for_sequence_regression(
 
 def wrap_backbone(
     backbone: PreTrainedModel,
-    head: ScoreHead,
+    head: Head,
     model_type: str,
     *,
     attention: str,
@@ -144,33 +144,46 @@ def make_head(backbone: PreTrainedModel, init: HeadInit, seed: int) -> ScoreHead
     return fresh_head(config.hidden_size, init, initializer_range=config.initializer_range, seed=seed)
 
 
-def _require_head(checkpoint: Checkpoint, prefix: str, init_value_head: bool) -> None:
-    """Refuse a checkpoint without a head, before anything is loaded, unless a fresh head is asked for."""
-    beside = checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None
-    if init_value_head or beside or find_head(checkpoint, prefix) is not None:
-        return
-    raise ModelLoadError(
-        f"{checkpoint.adapter or checkpoint.directory} has no score head ({prefix}.weight), so it is not a reward model "
-        "or critic. Ask for a fresh head (init_value_head=True; in a config, head_init) or choose another checkpoint"
-    )
+def _head_name(raw: dict[str, Any], asked: str) -> str:
+    """What the head is called: what the caller says, unless that is the default, or else what config.json says."""
+    return asked if asked != HEAD_NAME else str(raw.get("value_head_prefix", asked))
 
 
-def _load_head(checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel) -> tuple[ScoreHead, float, str]:
-    """Load the head and its bias, and say where it was. A head beside an adapter comes first: both were trained together."""
-    hidden = backbone.config.get_text_config().hidden_size
-    if checkpoint.adapter is not None and adapter_head_name(checkpoint.adapter) is not None:
-        return read_adapter_head(checkpoint.adapter, hidden), 0.0, "loaded with the adapter"
-    name = find_head(checkpoint, prefix)
-    assert name is not None  # _require_head has made sure of it
-    head, bias = read_head(checkpoint, name, hidden)
-    return head, float(checkpoint.raw_config().get("score_bias", bias)), f"loaded from {name}"
+def _load_head(
+    place: Checkpoint, found: FoundHead | None, checkpoint: Checkpoint, backbone: PreTrainedModel
+) -> tuple[Head, float, str]:
+    """Load the head and its bias from ``place``, the checkpoint or the adapter on it, and say where it was."""
+    assert found is not None  # require_head has made sure of it
+    head, bias = read_head(place, found, backbone.config.get_text_config().hidden_size)
+    if place is not checkpoint:
+        return head, bias, "loaded with the adapter"
+    raw = checkpoint.raw_config()
+    written = raw.get("score_bias")
+    if isinstance(written, (int, float)) and not isinstance(written, bool):  # safe-rlhf: whether the head has one
+        bias = float(written)
+    if "reward_token_id" in raw:
+        get_logger(__name__).warning(
+            "%s names reward_token_id %s: its authors end every item with that token and read the score there. Here the score "
+            "is read at the last token: end the items with it",
+            checkpoint.directory / "config.json",
+            raw["reward_token_id"],
+        )
+    return head, bias, f"loaded from {found.kind}"
 
 
 def _make_fresh_head(
-    checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel, init: HeadInit, seed: int
+    checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel, init: HeadInit, seed: int, trust_remote_code: bool
 ) -> tuple[ScoreHead, float, str]:
-    replaced = find_head(checkpoint, prefix)
-    origin = f"fresh, {init}, seed {seed}" + (f", in place of {replaced}" if replaced else "")
+    found = find_head(checkpoint, prefix)
+    trained = found.kind if found else ", ".join(outside_backbone(checkpoint, trust_remote_code=trust_remote_code)[:4])
+    if trained:
+        get_logger(__name__).warning(
+            "%s holds a trained head (%s), which a fresh one replaces, because head_init (init_value_head) asks for it: leave "
+            "that out to go on with the trained one",
+            checkpoint.adapter or checkpoint.directory,
+            trained,
+        )
+    origin = f"fresh, {init}, seed {seed}" + (f", in place of {trained}" if trained else "")
     return make_head(backbone, init, seed), 0.0, origin
 
 

@@ -1,8 +1,8 @@
 """Write models as plain Hugging Face directories.
 
 Invariants: transformers and vLLM read the directories without this project; if an architecture cannot be read so, a warning
-says it. Weights are safetensors with the names that transformers uses. A score head is ``score.weight`` without bias, unless
-the caller asks for another name.
+says it. Weights are safetensors with the names that transformers uses. A score head is ``score.weight`` without bias, or the
+layers ``score.0``, ``score.2`` ... of an MLP, unless the caller asks for another name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import to_disk_names
+from rlhf_ray.models.heads import MlpHead
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
@@ -52,7 +53,7 @@ def save_pretrained(
     target.mkdir(parents=True, exist_ok=True)
     weights = dict(to_disk_names(inner) if state is None else state)
     if isinstance(inner, SequenceRegression):
-        weights[f"{head_prefix}.weight"] = weights.pop(f"{HEAD_NAME}.weight")
+        weights = {_rename_head(name, head_prefix): tensor for name, tensor in weights.items()}
         if head_prefix != HEAD_NAME:
             get_logger(__name__).warning(
                 "the head is called %s: OpenRLHF and this project read it, plain transformers and vLLM look for %s",
@@ -69,7 +70,7 @@ def save_pretrained(
             )
         if tokenizer is not None and inner.config.pad_token_id is not None:
             add_pad_token(tokenizer)
-    config = _make_config(inner, _stored_dtype(weights, f"{head_prefix}.weight"), metadata or {}, head_prefix)
+    config = _make_config(inner, _stored_dtype(weights, f"{head_prefix}."), metadata or {}, head_prefix)
     config.save_pretrained(target)
     if isinstance(inner, PreTrainedModel) and inner.can_generate():
         inner.generation_config.save_pretrained(target)
@@ -108,7 +109,9 @@ def save_adapter(
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     if isinstance(model, SequenceRegression):
         config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME]
-        state[f"{PREFIX}{HEAD_NAME}.weight"] = _copy_to_cpu(whole[f"{model.value_head_prefix}.weight"].detach())
+        start = f"{model.value_head_prefix}."
+        head = {name.removeprefix(start): tensor for name, tensor in whole.items() if name.startswith(start)}
+        state |= {f"{PREFIX}{HEAD_NAME}.{name}": _copy_to_cpu(tensor.detach()) for name, tensor in head.items()}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
@@ -154,12 +157,28 @@ def _make_config(
     return config
 
 
+def _rename_head(name: str, prefix: str) -> str:
+    start = f"{HEAD_NAME}."
+    return f"{prefix}.{name.removeprefix(start)}" if name.startswith(start) else name
+
+
 def _stored_dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
-    return next(tensor.dtype for name, tensor in weights.items() if name != head and tensor.is_floating_point())
+    """The dtype of the weights whose names do not begin with ``head``."""
+    return next(
+        tensor.dtype for name, tensor in weights.items() if not name.startswith(head) and tensor.is_floating_point()
+    )
 
 
 def _find_architecture(model: SequenceRegression) -> str:
-    """Return the name of the class with which transformers reads this model."""
+    """Return the name of the class with which transformers reads this model; an MLP head keeps the name that it came with."""
+    if isinstance(model.head, MlpHead):
+        get_logger(__name__).warning(
+            "the head is an MLP (%s), for which transformers and vLLM have no class: only this project reads it, and the code "
+            "that the model came with",
+            ", ".join(f"{HEAD_NAME}.{name}" for name, _ in model.head.named_parameters() if name.endswith("weight")),
+        )
+        own = (name for name in model.config.architectures or () if name.endswith("RewardModel"))
+        return next(own, type(model.backbone).__name__)
     reason = reason_unreadable(model.config)
     if reason is not None:
         get_logger(__name__).warning("%s", reason)

@@ -21,8 +21,8 @@ from rlhf_ray.models.weights.lora import ADAPTER, inject, peft
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT writes before the name of every tensor."""
-HEADS = {f"{HEAD_NAME}.weight", "value_head.weight"}
-"""Tensors beside an adapter that are the head of a reward model or critic."""
+HEADS = (HEAD_NAME, "value_head")
+"""What the head of a reward model or critic is called beside an adapter."""
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -> None:
@@ -32,7 +32,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, *, inside: str = "") -
     """
     inject(model, _plain_lora(directory))
     parameters = {inside + name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    tensors = {_live_name(name): tensor for name, tensor in read_adapter(directory).items() if name not in HEADS}
+    tensors = {_live_name(name): tensor for name, tensor in read_adapter(directory).items() if not _in_head(name)}
     different = sorted(parameters.keys() ^ tensors.keys())
     if different:
         raise ModelLoadError(
@@ -93,6 +93,11 @@ def _plain_lora(directory: Path) -> Any:
         )
     adapter.modules_to_save, adapter.inference_mode = None, False
     return adapter
+
+
+def _in_head(name: str) -> bool:
+    """Whether a tensor is part of a head that was trained whole; an adapter on a head is not."""
+    return name.startswith(tuple(f"{head}." for head in HEADS)) and ".lora_" not in name
 
 
 def _live_name(name: str) -> str:

@@ -24,6 +24,8 @@ from rlhf_ray.errors import ModelLoadError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+HEAD_FILE = "value_head.safetensors"
+"""The file beside weights, or beside an adapter, in which LLaMA-Factory keeps the head of a reward model."""
 HEAD_NAME = "score"
 """What transformers, vLLM and this project call a score head on disk."""
 NORMALIZATION = ("mean", "std")
@@ -51,7 +53,7 @@ class Checkpoint:
             raise ModelLoadError(
                 f"{directory} has no config.json: give a model directory, with config.json and safetensors"
             )
-        return cls(directory, _tensor_files(directory))
+        return cls(directory, _tensor_files(directory) | dict.fromkeys(names_in(directory, HEAD_FILE), HEAD_FILE))
 
     @property
     def names(self) -> Collection[str]:
@@ -66,6 +68,14 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{self.directory / self.file_of[name]} cannot be read: {error}") from error
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor, without reading it."""
+        try:
+            with safe_open(self.directory / self.file_of[name], framework="pt") as file:
+                return tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{self.directory / self.file_of[name]} cannot be read: {error}") from error
 
     def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
         """Read the config."""
@@ -165,8 +175,15 @@ def _tensor_files(directory: Path) -> dict[str, str]:
                 "opened and is never read: convert it to safetensors"
             )
         raise ModelLoadError(f"{directory} has no weights: expected {WEIGHTS} or {INDEX}")
+    return dict.fromkeys(names_in(directory, WEIGHTS), WEIGHTS)
+
+
+def names_in(directory: Path, file: str) -> list[str]:
+    """The names of the tensors in a file; none if there is no such file."""
+    if not (directory / file).is_file():
+        return []
     try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), WEIGHTS)
+        with safe_open(directory / file, framework="pt") as opened:
+            return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+        raise ModelLoadError(f"{directory / file} cannot be read: {error}") from error
