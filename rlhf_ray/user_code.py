@@ -67,6 +67,22 @@ def existence_problems(name: str) -> Iterator[str]:
         yield from _definition_problems(path, attribute)
 
 
+def required_parameters(name: str) -> frozenset[str]:
+    """The parameters without a default of the function that ``name`` names, as far as its text shows; nothing is executed."""
+    origin, _, attribute = name.rpartition(":")
+    path = Path(origin) if origin.endswith(".py") else _find_module(origin)[1] if origin else None
+    try:
+        tree = ast.parse(path.read_bytes()) if path is not None else ast.Module([], [])
+    except (OSError, SyntaxError):
+        return frozenset()
+    found = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == attribute
+    ]
+    return frozenset().union(*(_required(node.args) for node in found[-1:]))
+
+
 def load_object(key: str, name: str, *, group: str | None = None, kind: str = "object") -> Any:
     """Import the object that ``name`` names at the config key ``key``; ``kind`` is the word for it in errors."""
     point = _entry_point(name, group) if group is not None and ":" not in name else None
@@ -142,6 +158,15 @@ def accepts(function: Any, *names: str) -> bool:
 def attribute_of(value: Any, name: str) -> Any:
     """The attribute ``name`` of an object of the user's; None where it has none."""
     return getattr(value, name, None)
+
+
+def _required(parameters: ast.arguments) -> frozenset[str]:
+    by_position = [*parameters.posonlyargs, *parameters.args]
+    by_name = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
+    required = by_position[: len(by_position) - len(parameters.defaults)]
+    return frozenset(
+        [parameter.arg for parameter in required] + [parameter.arg for parameter, default in by_name if default is None]
+    )
 
 
 def _entry_point(name: str, group: str) -> EntryPoint | None:

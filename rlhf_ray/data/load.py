@@ -6,7 +6,7 @@ Invariants: everything is read before a cluster is joined; the prompts of both h
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PAIR_NUMBERS
 from rlhf_ray.rows.prompts import Prompt
-from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.read import RowReader, read_file
 from rlhf_ray.world.generate import World
 
 WORLD_EVALUATION_DEMONSTRATIONS = 500
@@ -36,7 +36,7 @@ class TokenizedPrompt:
     text: str
     """What the policy is given to go on with; a conversation as the policy's chat template writes it."""
     token_ids: tuple[int, ...]
-    label: str | None = None
+    label: Any = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     """The conversation that the prompt is, where it is one."""
     source: str = ""
@@ -83,11 +83,17 @@ def load_pairs(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExample
     return examples
 
 
-def load_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[TokenizedPrompt]:
-    """Encoded prompts of the generated world or of files; those held out continue the numbers."""
+def load_prompts(
+    data: DataConfig, tokenizer: Any, seed: int, make_reader: Callable[[SourceConfig], RowReader[Prompt]] | None = None
+) -> Split[TokenizedPrompt]:
+    """Encoded prompts of the generated world or of files; those held out continue the numbers.
+
+    ``make_reader`` makes what a file is read with, for jobs that ask more of a row than the ``data`` section says.
+    """
+    make_reader = make_reader or data.prompt_reader
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
-        rows = read_file(source.rows, data.prompt_reader(source), max_rows=max_rows)
+        rows = read_file(source.rows, make_reader(source), max_rows=max_rows)
         return [row if row.source else replace(row, source=name) for row in rows]
 
     def encode(half: Sequence[Prompt], drops: Drops) -> list[TokenizedPrompt]:
@@ -95,7 +101,19 @@ def load_prompts(data: DataConfig, tokenizer: Any, seed: int) -> Split[Tokenized
         return [_tokenized(tokenizer, row, ids) for row, ids in zip(half, encoded, strict=True) if ids is not None]
 
     rows = _world_prompts(data.world) if data.world is not None else read_halves(data, seed, read, _prompt_key)
+    _say_how_texts_are_read(rows, tokenizer, sources_name(data))
     return encode_halves(_numbered_through(rows), data, encode)
+
+
+def _say_how_texts_are_read(rows: Halves[Prompt], tokenizer: Any, name: str) -> None:
+    """Say once that plain texts do not go through a chat template, where there is one."""
+    prompts = [row for half in (*rows.files, rows.held_out) for row in half]
+    texts = sum(row.messages is None for row in prompts)
+    if texts and tokenizer.chat_template is not None:
+        get_logger("data").warning(
+            "%s: %d of %d prompts are plain texts, which are sampled to as they stand, although the policy's tokenizer has a "
+            "chat template; data.apply_chat_template=true makes them turns of the user", name, texts, len(prompts),
+        )  # fmt: skip
 
 
 def _tokenized(tokenizer: Any, row: Prompt, ids: Sequence[int]) -> TokenizedPrompt:

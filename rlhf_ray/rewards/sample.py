@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class TextSample:
     """List ``prompts``: the prompt as the policy reads it. Of a conversation it is the text that the chat template gives."""
     response: str
     """List ``responses``: the decoded answer without special tokens. It is not stripped: spaces at its ends stay."""
-    label: str | None
-    """List ``labels``: what the prompt's row holds for judging answers (its column ``label`` or ``answer``), such as the
-    right result; none where the row has neither. The policy never reads it."""
+    label: Any
+    """List ``labels``: what the prompt's row holds for judging answers (``data.label_key``), such as the right result. A number
+    is text here; a list, a mapping or a truth value is what the row holds. None where the row has no label. The policy never
+    reads it."""
     finished: bool
     """List ``finished``: whether the policy ended the answer itself. False where it was cut off, for example at
     ``rollout.max_new_tokens``."""

@@ -1,23 +1,20 @@
 """Reward functions of this project that compare an answer with the label of its prompt.
 
-Invariants: a right answer gets 1.0 and any other 0.0; an answer that was cut off is never right; a prompt without a label is
-an error that says what is missing, never a 0.
+Invariants: a right answer gets 1.0 and any other 0.0; an answer that was cut off is never right; a label that is missing, or
+that answers cannot be compared with, is an error that says what is wrong, never a 0.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
 
 from rlhf_ray.errors import ScoringError
-
-FINAL = "####"
-"""The mark before the final number of a worked answer (GSM8K, Cobbe et al. 2021, section 2)."""
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+from rlhf_ray.rows.labels import KEY, final_number, number_label_problem, text_label_problem
 
 
-def gsm8k(responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]) -> list[float]:
+def gsm8k(responses: Sequence[str], labels: Sequence[Any], finished: Sequence[bool]) -> list[float]:
     """Whether the final number of the answer is that of the label.
 
     It is the number after the last ``####``; where the answer has none, its last number.
@@ -28,35 +25,24 @@ def gsm8k(responses: Sequence[str], labels: Sequence[str | None], finished: Sequ
     ]
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number that a worked answer ends with; none where it holds none. ``1,000``, ``$1000`` and ``1000.0`` are equal."""
-    _, mark, after = text.rpartition(FINAL)
-    numbers = NUMBER.findall(after if mark else text)
-    if not numbers:
-        return None
-    written = numbers[0] if mark else numbers[-1]
-    try:
-        return Decimal(written.replace(",", "").replace("$", ""))
-    except InvalidOperation:
-        return None
-
-
-def exact_match(responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]) -> list[float]:
+def exact_match(responses: Sequence[str], labels: Sequence[Any], finished: Sequence[bool]) -> list[float]:
     """Whether the answer equals the label, apart from space around both."""
     return [
-        float(ended and response.strip() == _label(label).strip())
+        float(ended and response.strip() == _compared(label, text_label_problem).strip())
         for response, label, ended in zip(responses, labels, finished, strict=True)
     ]
 
 
-def _wanted(label: str | None) -> Decimal:
-    number = final_number(_label(label))
-    if number is None:
-        raise ScoringError(f"the label {_label(label)[-40:]!r} holds no number: give the number, or a worked answer")
+def _wanted(label: Any) -> Decimal:
+    number = final_number(_compared(label, number_label_problem))
+    assert number is not None, "a label without a number is a problem"
     return number
 
 
-def _label(label: str | None) -> str:
+def _compared(label: Any, problem_of: Callable[[Any], str]) -> str:
+    """A label that answers can be compared with."""
     if label is None:
-        raise ScoringError("the prompt has no label to compare with: give rows a column label or answer")
-    return label
+        raise ScoringError(f"the prompt has no label to compare with: {KEY}")
+    if problem := problem_of(label):
+        raise ScoringError(f"the label {str(label)[-40:]!r} {problem}")
+    return str(label)

@@ -20,8 +20,9 @@ PAIR_NUMBERS = ("margin", "grade")
 """Optional columns: one number a pair, which some losses read."""
 ANSWER_BEGINS = "\n\nAssistant:"
 """What stands before each answer in a dialogue of Anthropic's HH data (hh-rlhf)."""
-SOURCE_KEYS = ("source", "subset")
-"""Columns that name where a row comes from (``subset`` is RewardBench's); the first that is there counts."""
+SOURCE_KEYS = ("source", "subset", "data_source")
+"""Columns that name where a row comes from (``subset`` is RewardBench's, ``data_source`` verl's); the first that is there
+counts."""
 
 Messages = Sequence[Mapping[str, Any]]
 

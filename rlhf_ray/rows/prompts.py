@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.rows.conversations import is_conversation
+from rlhf_ray.rows.labels import Label, LabelReader
 from rlhf_ray.rows.layouts import Keys, check_answer_follows, read_pair, read_prompt_messages, read_tools
 from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, find_prompt, read_source
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.row import KeySets, LayoutError, Row
 from rlhf_ray.rows.sources import AnySource
-
-LABEL_KEYS = ("label", "answer")
-"""Columns of labels; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Prompt:
     """The number of its row, from 0."""
     text: str
     """Empty where the prompt is a conversation."""
-    label: str | None = None
-    """What a reward function may compare answers with."""
+    label: Label | None = None
+    """What a reward function may compare answers with: a text, or what else its row holds."""
     source: str = ""
     """Where the prompt comes from, for figures by source; empty where its row does not say."""
     messages: Messages | None = None
@@ -50,6 +48,7 @@ class PromptReader:
 
     keys: Keys = Keys()  # noqa: RUF009 (a NamedTuple cannot change)
     turns: bool = False
+    labels: LabelReader = LabelReader()  # noqa: RUF009 (it is frozen)
 
     @property
     def needs(self) -> KeySets:
@@ -72,7 +71,7 @@ class PromptReader:
             prompt, tools = row.text(key), None
         if isinstance(prompt, str) and self.turns:
             prompt = [{"role": "user", "content": prompt}]
-        label, source = _label(row, key), read_source(row)
+        label, source = self.labels.read(row, self.keys), read_source(row)
         if isinstance(prompt, str):
             return Prompt(row.number, prompt, label, source, where=row.where)
         return Prompt(row.number, "", label, source, prompt, tools, row.where)
@@ -84,11 +83,12 @@ def read_prompts(
     *,
     chosen_key: str = "chosen",
     rejected_key: str = "rejected",
+    label_key: str | None = None,
     turns: bool = False,
     max_rows: int | None = None,
 ) -> list[Prompt]:
     """Every prompt of a data file or data set, as :class:`PromptReader` reads it."""
-    reader = PromptReader(Keys(prompt_key, chosen_key, rejected_key), turns)
+    reader = PromptReader(Keys(prompt_key, chosen_key, rejected_key), turns, LabelReader(label_key))
     return list(read_file(source, reader, max_rows=max_rows))
 
 
@@ -102,7 +102,3 @@ def _read_prompt_of_pair(row: Row, keys: Keys) -> tuple[str | Messages, Sequence
     if ANSWER_BEGINS not in prompt and ANSWER_BEGINS in parts.chosen:
         raise LayoutError("its two dialogues part before the first answer, so they have no prompt", "leave the row out")
     return prompt, None
-
-
-def _label(row: Row, prompt_key: str) -> str | None:
-    return next((row.short_text(key) for key in LABEL_KEYS if key != prompt_key and key in row), None)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from rlhf_ray.errors import ScoringError
 from rlhf_ray.world import language
 
 WorldTask = Literal["customers", "arithmetic"]
@@ -78,8 +79,10 @@ def world_gold(prompts: Sequence[str], responses: Sequence[str], finished: Seque
     return [gold_score(*sample) for sample in zip(prompts, responses, finished, strict=True)]
 
 
-def world_arithmetic(responses: Sequence[str], labels: Sequence[str | None], finished: Sequence[bool]) -> list[float]:
+def world_arithmetic(responses: Sequence[str], labels: Sequence[Any], finished: Sequence[bool]) -> list[float]:
     """The reward function ``world.arithmetic``: 1.0 for each response that is the sum in its label."""
+    if None in labels:
+        raise ScoringError("the prompt has no label to compare with: world.arithmetic needs the sum")
     return [
         arithmetic_score(str(label), response, done)
         for label, response, done in zip(labels, responses, finished, strict=True)

@@ -170,6 +170,9 @@ CASES = [
     ("rm", ["data.apply_chat_template=true"], "data.apply_chat_template: the generated world is plain text"),
     ("ppo", ["data.too_long=cut_prompt"], "data.too_long: cut_prompt is for preference pairs"),
     ("sft", ["data={path: a.jsonl, apply_chat_template: true}"], "data.apply_chat_template: is for preference pairs"),
+    ("rm", ["data={path: a.jsonl, evaluation_fraction: 0, label_key: winner}"],
+     "data.label_key: 'winner' would be what reward functions compare sampled answers with"),
+    ("sft", ["data={sources: {a: {path: a.jsonl, label_key: x}}}"], "data.sources.a.label_key: 'x' would be what reward"),
     ("sft", ["data.max_rows=10"], "data.max_rows: 10 limits a file, but the rows are made"),
     (
         "sft",

@@ -220,12 +220,64 @@ def test_each_kind_needs_its_own_keys(here, texts):
     assert rows_problems(here, "rows.jsonl", pair, kind="rm") == []
     assert "no 'chosen' and 'rejected'" in rows_problems(here, "rows.jsonl", LINE, kind="rm")[0]
     ppo = [*("data.world=null", "data.path=rows.jsonl"), "reward={function: rlhf_ray.rewards.verifiers:gsm8k}"]
-    for row, fine in ((pair, True), ('{"prompt": "p"}', True), ('{"question": "q"}', False)):
+    labelled = json.dumps({"chosen": "p c", "rejected": "p r", "label": "7"})
+    for row, fine in ((labelled, True), ('{"prompt": "p", "label": 7}', True), ('{"question": "q"}', False)):
         (here / "rows.jsonl").write_text(row)
         assert (check_files(parse_config(texts["ppo"], ppo)) == []) == fine
     message = check_files(parse_config(texts["ppo"], ppo))
     assert message == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"]
-    assert check_files(parse_config(texts["ppo"], [*ppo, "data.prompt_key=question"])) == []
+    unlabelled = [*ppo, "data.prompt_key=question", "reward={url: http://127.0.0.1:1}"]
+    assert check_files(parse_config(texts["ppo"], unlabelled)) == []
+
+
+AT = "data.path: rows.jsonl:1: "
+LABELS = [
+    ({"prompt": "p"}, "{function: gsm8k}", AT + "no label, but the reward function gsm8k compares"),
+    ({"prompt": "p", "label": "x"}, "{function: gsm8k}", AT + "the label under 'label' holds no number"),
+    ({"prompt": "p", "label": "x"}, "{function: exact_match}", ""),
+    ({"prompt": "p", "label": ["7"]}, "{function: exact_match}", AT + "the label under 'label' must be one"),
+    ({"prompt": "p", "label": ["7"]}, "{function: 'own.py:takes'}", ""),
+    ({"prompt": "p"}, "{function: rlhf_ray.rewards.verifiers:gsm8k}", AT + "no label"),
+    ({"prompt": "p"}, "{mixture: {a: {function: 'own.py:other'}, b: {function: exact_match}}}", AT + "no label"),
+    ({"prompt": "p"}, "{function: 'own.py:takes'}", "reward.function: own.py:takes asks for labels, but no row"),
+    ({"prompt": "p"}, "{function: 'own.py:can_do_without'}", ""),
+    ({"prompt": "p"}, "{function: 'own.py:other'}", ""),
+    ({"prompt": "p", "label": "a", "answer": "b"}, "{url: 'http://127.0.0.1:1'}", ""),
+    ({"prompt": "p", "label": "a", "answer": "b"}, "{function: 'own.py:takes'}", AT + "'label' and 'answer'"),
+    ({"prompt": "p", "solution": "7"}, "{function: gsm8k}", ""),
+    ({"prompt": "p", "reward_model": {"ground_truth": "7"}}, "{function: gsm8k}", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reward", "problem"), LABELS)
+def test_a_reward_function_finds_the_labels_that_it_compares_with(here, texts, row, reward, problem):
+    (here / "own.py").write_text(
+        "def takes(responses, labels): ...\ndef other(responses): ...\n"
+        "async def can_do_without(responses, *, labels=None): ...\n"
+    )
+    (here / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    config = parse_config(texts["ppo"], ["data.world=null", "data.path=rows.jsonl", f"reward={reward}"])
+    problems = check_files(config)
+    assert [text.startswith(problem) for text in problems] == ([True] if problem else [])
+
+
+def test_a_label_far_down_the_file_is_enough_for_a_function_that_takes_none_too(here, texts):
+    (here / "own.py").write_text("def takes(responses, labels): ...\n")
+    rows = [{"prompt": "p"}] * 150 + [{"prompt": "p", "label": "7"}]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = parse_config(
+        texts["ppo"], ["data.world=null", "data.path=rows.jsonl", "reward={function: 'own.py:takes'}"]
+    )
+    assert check_files(config) == []
+
+
+def test_the_gold_score_needs_labels_in_the_rows_that_it_judges(here, texts):
+    for name, row in (("rows", {"prompt": "p"}), ("held", {"prompt": "p", "label": "7"})):
+        (here / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    ppo = ["data.world=null", "data.path=rows.jsonl", "reward={url: http://127.0.0.1:1}", "evaluation.gold=gsm8k"]
+    assert check_files(parse_config(texts["ppo"], [*ppo, "data.evaluation_path=held.jsonl"])) == []
+    (problem,) = check_files(parse_config(texts["ppo"], [*ppo, "data.evaluation_fraction=0.5"]))
+    assert problem.startswith(AT + "no label, but the reward function gsm8k")
 
 
 PAIR = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.errors import ScoringError
-from rlhf_ray.rewards.verifiers import exact_match, final_number, gsm8k
+from rlhf_ray.rewards.verifiers import exact_match, gsm8k
+from rlhf_ray.rows.labels import final_number
+from rlhf_ray.world.gold import world_arithmetic
 
 WORKED = "She has 3 + 4 = <<3+4=7>>7 apples.\n#### 7"
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_test.jsonl.gz"
@@ -53,15 +55,25 @@ def test_an_answer_is_right_when_its_final_number_is_the_labels(response: str, f
     assert gsm8k([response, response], [WORKED, "7"], [finished, finished]) == [right, right]
 
 
-@pytest.mark.parametrize("verify", [gsm8k, exact_match])
+@pytest.mark.parametrize("verify", [gsm8k, exact_match, world_arithmetic])
 def test_a_prompt_without_a_label_is_an_error(verify: object) -> None:
     with pytest.raises(ScoringError, match="the prompt has no label to compare with"):
         verify(["7"], [None], [True])  # type: ignore[operator]
 
 
-def test_a_label_without_a_number_is_an_error() -> None:
-    with pytest.raises(ScoringError, match="'many' holds no number"):
-        gsm8k(["7"], ["many"], [True])
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [("many", "'many' holds no number"), ("1/2", "'1/2' holds 2 numbers"), (["7"], "must be one text or number")],
+)
+def test_a_label_that_says_no_number_is_an_error(label: object, problem: str) -> None:
+    with pytest.raises(ScoringError, match=problem):
+        gsm8k(["7"], [label], [True])
+
+
+@pytest.mark.parametrize("label", [["yes"], True])
+def test_a_label_that_is_no_text_is_an_error(label: object) -> None:
+    with pytest.raises(ScoringError, match="must be one text or number"):
+        exact_match(["yes"], [label], [True])
 
 
 def test_exact_match_overlooks_space_around() -> None:

@@ -11,18 +11,33 @@ from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.data import DataConfig
 
 
-def has_no_keys_of_pairs(data: DataConfig) -> Iterator[Problem]:
-    """A job that reads no preference pairs refuses the keys that only they have."""
+def has_no_pairs_to_cut(data: DataConfig) -> Iterator[Problem]:
+    """A job that reads no preference pairs refuses the key that cuts them."""
     if data.too_long != "drop":
         yield (
             "data.too_long",
             f"{data.too_long} is for preference pairs: this job's rows are dropped or whole; remove it",
         )
+
+
+def reads_texts_as_they_are(data: DataConfig) -> Iterator[Problem]:
+    """A job whose rows are plain texts refuses to make turns of them."""
     if data.apply_chat_template:
         yield (
             "data.apply_chat_template",
-            "is for preference pairs: write this job's prompts as the template would, and remove it",
+            "is for preference pairs and prompts: write demonstrations as the template would, and remove it",
         )
+
+
+def compares_with_no_label(data: DataConfig) -> Iterator[Problem]:
+    """A job without reward functions refuses to name the labels that they would compare answers with."""
+    keys = {"data": data.label_key} | {f"data.sources.{name}": one.label_key for name, one in data.sources.items()}
+    for key, label in keys.items():
+        if label is not None:
+            yield (
+                f"{key}.label_key",
+                f"{label!r} would be what reward functions compare sampled answers with, and this job samples none: remove it",
+            )
 
 
 def has_pairs_to_learn(data: DataConfig) -> Iterator[Problem]:

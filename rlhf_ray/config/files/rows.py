@@ -5,15 +5,20 @@ Invariant: the first rows of a file are read as the run reads them, and the rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
 from rlhf_ray.environment import is_hub_id
+from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import DemonstrationReader
+from rlhf_ray.rows.labels import KEY, LabelReader
+from rlhf_ray.rows.prompts import PromptReader
 from rlhf_ray.rows.read import RowReader, first_problem
+from rlhf_ray.rows.row import LayoutError, make_row
+from rlhf_ray.rows.sources import placed_rows
 
 
 def data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
@@ -38,6 +43,33 @@ def data_problems(data: DataConfig, row_reader: Callable[[SourceConfig], RowRead
             yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
         elif problem := first_problem(source.rows, row_reader(source)):
             yield key, problem
+
+
+def label_problems(
+    functions: Mapping[str, str], data: DataConfig, make_reader: Callable[[SourceConfig], PromptReader]
+) -> Iterator[Problem]:
+    """Functions, by their keys, that ask for labels although no row to train on has one."""
+    sources = list(data.files.values())
+    if not functions or not sources or not all(Path(source.path).exists() for source in sources):
+        return
+    if any(_has_label(source, make_reader(source).labels) for source in sources):
+        return
+    files = ", ".join(source.path for source in sources)
+    for key, name in functions.items():
+        yield (
+            key,
+            f"{name} asks for labels, but no row of {files} has one: {KEY}, or give the parameter a default (labels=None) "
+            "if the function can do without",
+        )
+
+
+def _has_label(source: SourceConfig, reader: LabelReader) -> bool:
+    """Whether a row has a label; a row that cannot be read is not told about here."""
+    try:
+        rows = (make_row(values, where) for where, values in placed_rows(source.rows))
+        return any(reader.read(row) is not None for row in rows)
+    except (DataError, LayoutError):
+        return True
 
 
 def demonstration_problems(key: str, name: str | None, data: DataConfig) -> Iterator[Problem]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from rlhf_ray.config.checks import algorithm as algorithm_checks
 from rlhf_ray.config.checks import rollout as rollout_checks
-from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_keys_of_pairs, world_has_enough_prompts
+from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_pairs_to_cut, world_has_enough_prompts
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems
 from rlhf_ray.config.files.places import token_problems
+from rlhf_ray.config.files.rows import label_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import role_sizes, shares, updates
@@ -22,12 +24,13 @@ from rlhf_ray.config.sections.base import Positive
 from rlhf_ray.config.sections.batch import BatchConfig
 from rlhf_ray.config.sections.data import SourceConfig
 from rlhf_ray.config.sections.evaluation import PpoEvaluationConfig
-from rlhf_ray.config.sections.rewards import RewardConfig
+from rlhf_ray.config.sections.rewards import COMPARED, VERIFIERS, RewardConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.service import ServiceConfig
+from rlhf_ray.rows.labels import LabelReader
 from rlhf_ray.rows.prompts import PromptReader
-from rlhf_ray.user_code import existence_problems
+from rlhf_ray.user_code import existence_problems, required_parameters
 
 
 class PpoConfig(TrainingJob):
@@ -105,7 +108,7 @@ class PpoConfig(TrainingJob):
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),
             lambda: gold_knows_the_prompts(self.data, self._functions()),
-            lambda: has_no_keys_of_pairs(self.data),
+            lambda: has_no_pairs_to_cut(self.data),
             lambda: exposes_a_reward_model(self.expose, self.reward),
             lambda: algorithm_checks.critic_where_needed(self.algorithm, self.critic),
             lambda: algorithm_checks.samples_to_compare(self.algorithm, self.batch.samples_per_prompt),
@@ -124,6 +127,7 @@ class PpoConfig(TrainingJob):
             lambda: tokenizer_problems(self.policy.model, {"critic": self.critic, "reference": self.reference}),
             lambda: engine_problems(self.rollout, self.policy.model),
             self._reward_files,
+            self._label_problems,
             self._gold_file,
             self._own_part_files,
             lambda: stop_token_problems(self.rollout.stop_tokens, self.policy.model),
@@ -131,7 +135,8 @@ class PpoConfig(TrainingJob):
         ]
 
     def row_reader(self, source: SourceConfig) -> PromptReader:
-        return self.data.prompt_reader(source)
+        reader = self.data.prompt_reader(source)
+        return replace(reader, labels=self._label_reader(source))
 
     def sizes(self, rows: int | None) -> Iterator[Size]:
         batch, longest = self.batch, self._longest_sequence()
@@ -162,6 +167,24 @@ class PpoConfig(TrainingJob):
             return Role(self.reference, head=False, work=work)
         reference = self.reference_role
         return None if reference is None else Role(reference, head=False, work=work, derived=True)
+
+    def _label_reader(self, source: SourceConfig) -> LabelReader:
+        """What the rewards, and on held-out rows the gold score, need of the labels of ``source``."""
+        is_held_out = source == self.data.evaluation_file or self.data.evaluation_fraction
+        functions = [(one.function or "").removeprefix(VERIFIERS) for one in self.reward.sources.values()]
+        gold = [(self.evaluation.gold or "").removeprefix(VERIFIERS)] if is_held_out else []
+        own = [one.source for one in self.reward.sources.values()]
+        verifiers = [name for name in (*functions, *gold) if name in COMPARED]
+        # a number asks more of a label than a text
+        verifier = max(verifiers, key=lambda name: COMPARED[name] == "number", default="")
+        used = any((*functions, *gold, *own))
+        return LabelReader(source.label_key, COMPARED.get(verifier, ""), verifier, used=used)
+
+    def _label_problems(self) -> Iterator[Problem]:
+        """Functions of the user's own that ask for labels find some."""
+        names = {f"{key}.function": source.function for key, source in self.reward.sources.items()}
+        asking = {key: name for key, name in names.items() if name and "labels" in required_parameters(name)}
+        yield from label_problems(asking, self.data, self.row_reader)
 
     def _functions(self) -> dict[str, str | None]:
         """Every function that scores answers, by its key."""

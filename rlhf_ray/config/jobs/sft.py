@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from rlhf_ray.config.checks.data import has_no_keys_of_pairs
+from rlhf_ray.config.checks.data import compares_with_no_label, has_no_pairs_to_cut, reads_texts_as_they_are
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import context_problems
 from rlhf_ray.config.jobs.base import TrainingJob
@@ -37,7 +37,12 @@ class SftConfig(TrainingJob):
         return present_roles({"policy": lambda: Role(self.policy, trained=True, head=False, work=work)})
 
     def rules(self) -> list[Rule]:
-        return [*super().rules(), lambda: has_no_keys_of_pairs(self.data)]
+        return [
+            *super().rules(),
+            lambda: has_no_pairs_to_cut(self.data),
+            lambda: reads_texts_as_they_are(self.data),
+            lambda: compares_with_no_label(self.data),
+        ]
 
     def files(self) -> list[Rule]:
         return [*super().files(), lambda: context_problems("policy.model", self.policy.model, self.data)]

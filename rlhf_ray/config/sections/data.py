@@ -13,6 +13,7 @@ from pydantic import Field
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.formats import is_file_name
+from rlhf_ray.rows.labels import LabelReader
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.prompts import PromptReader
@@ -47,6 +48,7 @@ class SourceConfig(Section):
     answer_key: str | None = None
     chosen_key: str | None = None
     rejected_key: str | None = None
+    label_key: str | None = None
 
     @property
     def rows(self) -> RowSource:
@@ -75,6 +77,8 @@ class DataConfig(Section):
     answer_key: str = "answer"
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
+    label_key: str | None = None
+    """The column that reward functions compare answers with, or a field in it; null: the one column that could be it."""
     apply_chat_template: bool = False
     """Whether plain texts become a conversation: the prompt a message of the user, the answer one of the assistant."""
     max_tokens: Positive = 512
@@ -124,7 +128,7 @@ class DataConfig(Section):
 
     def prompt_reader(self, source: SourceConfig) -> PromptReader:
         """A reader of prompts for ``source``."""
-        return PromptReader(_pair_keys(source), self.apply_chat_template)
+        return PromptReader(_pair_keys(source), self.apply_chat_template, LabelReader(source.label_key))
 
     def demonstration_reader(self, source: SourceConfig) -> DemonstrationReader:
         """A reader of demonstrations for ``source``."""
@@ -132,7 +136,7 @@ class DataConfig(Section):
 
     def _with_keys(self, source: SourceConfig) -> SourceConfig:
         of_data_set = () if is_file_name(source.path) else ("split", "config")  # a file beside data sets has none
-        keys = (*of_data_set, "prompt_key", "answer_key", "chosen_key", "rejected_key")
+        keys = (*of_data_set, "prompt_key", "answer_key", "chosen_key", "rejected_key", "label_key")
         own = {key: getattr(self, key) for key in keys if getattr(source, key) is None}
         return source.model_copy(update=own)
 

@@ -15,11 +15,16 @@ from rlhf_ray.config.sections.base import FreeValues, NonNegativeFloat, Positive
 from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig, Scorer, ScoringRole
+from rlhf_ray.rows.labels import Compared
 from rlhf_ray.user_code import REWARD_SOURCES, spelling_problem
 
 WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
 SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
 """Reward functions that this project brings."""
+COMPARED: Mapping[str, Compared] = {"gsm8k": "number", "exact_match": "text", "world.arithmetic": "text"}
+"""What those that verify an answer compare of its label."""
+VERIFIERS = "rlhf_ray.rewards.verifiers:"
+"""Where those of them that know nothing of the world are defined, in front of their names."""
 
 
 class RewardSourceConfig(Section):

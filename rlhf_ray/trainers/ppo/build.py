@@ -43,7 +43,7 @@ def train_ppo(
     """Run a whole PPO job, or the rest of it after ``checkpoint``; ``place`` is where its ranks live, by default a cluster."""
     tokenizer = load_tokenizer(config.policy.model)
     stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
-    prompts = load_prompts(config.data, tokenizer, config.run.seed)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed, config.row_reader)
     check_own_parts(config)
     with Session(config, place=place) as session, Journal(run, config) as journal:
         trainer = build(config, run, session, journal, tokenizer, stop_tokens, prompts, checkpoint)
