@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from rlhf_ray.config.jobs.base import Job
     from rlhf_ray.config.jobs.serve import ServeConfig
-    from rlhf_ray.launch.evaluate import RewardReport
+    from rlhf_ray.launch.reward_report import RewardReport
     from rlhf_ray.rewards.request import ScoreResult
     from rlhf_ray.runs.directory import RunDirectory
 

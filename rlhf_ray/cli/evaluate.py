@@ -22,7 +22,9 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
     )
-    command.add_argument("--data", required=True, type=Path, help="preference pairs in any layout; RewardBench's too")
+    command.add_argument(
+        "--data", required=True, type=Path, help="preference pairs in any layout; RewardBench's and RewardBench 2's too"
+    )
     command.add_argument("--prompt-key", default="prompt")
     command.add_argument("--chosen-key", default="chosen")
     command.add_argument("--rejected-key", default="rejected")

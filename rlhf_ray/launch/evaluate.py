@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,18 @@ from rlhf_ray import storage
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import Place, place_scoring_group
 from rlhf_ray.config.jobs.serve import ServeConfig
-from rlhf_ray.console import get_logger, say, table
+from rlhf_ray.console import get_logger
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
-from rlhf_ray.monitoring.report.summary import Table
+from rlhf_ray.launch.evaluate_candidates import is_file_of_candidates, read_candidates, report_on_candidates
+from rlhf_ray.launch.reward_report import RewardReport, print_report
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.sources import RowSource
 
 WORST = 50
 """The number of worst pairs in the file of figures."""
-
-
-@dataclass(frozen=True)
-class RewardReport:
-    """What a reward model makes of a file of preferences."""
-
-    figures: Mapping[str, float]
-    """Over all pairs: accuracy, loss, calibration and the others of ``docs/reward_training.md``."""
-    sources: Mapping[str, Mapping[str, float]]
-    """The same figures for each source of pairs."""
-    rewardbench: Mapping[str, float]
-    """The scores of RewardBench's sections, where the sources are its subsets; otherwise empty."""
-    calibration: Sequence[Any]
-    """Predicted against actual preference, by bins of the predicted one."""
-    worst: Table
-    """The pairs that the model gets most wrong."""
-    source_table: Table
 
 
 def evaluate(
@@ -73,11 +57,21 @@ def evaluate(
 def evaluate_pairs(
     config: ServeConfig, file: Path, keys: Keys, *, turns: bool, place: Place | None = None
 ) -> RewardReport:
-    """Score every pair of ``file`` with ``config.reward``. The model runs in ``place``, or on Ray if there is none."""
+    """Score every pair of ``file``, or every answer where its rows hold several, with ``config.reward``.
+
+    The model runs in ``place``, or on Ray if there is none.
+    """
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
     from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs, source_table
 
+    if is_file_of_candidates(file, keys):
+        rows = read_candidates(file, keys)
+        with Cluster.for_job(config) if place is None else nullcontext(place) as here:
+            scorer = place_scoring_group(here, config, config.reward).load().result()
+            return report_on_candidates(
+                rows, lambda requests: scorer.score(requests).result(), turns=turns, worst=WORST, file=file
+            )
     tokenizer = load_tokenizer(config.reward.model)
     pairs = _pairs(file, keys, tokenizer, config.max_tokens, turns=turns)
     with Cluster.for_job(config) if place is None else nullcontext(place) as here:
@@ -96,19 +90,8 @@ def evaluate_pairs(
         page.calibration,
         page.worst,
         source_table(scored),
+        missing_subsets(_accuracies(sources)),
     )
-
-
-def print_report(report: RewardReport) -> None:
-    """Print the figures of all pairs, of each source and of RewardBench's sections."""
-    say(table("all pairs", ("figure", "value"), [(name, f"{value:.4g}") for name, value in report.figures.items()]))
-    say(table("by source", report.source_table.headers, report.source_table.rows))
-    if report.rewardbench:
-        rows = [(name, f"{score:.4f}") for name, score in report.rewardbench.items()]
-        say(table("RewardBench", ("section", "score"), rows))
-        missing = missing_subsets(_accuracies(report.sources))
-        if missing:
-            get_logger().warning("these are not the leaderboard's scores: %s are missing", ", ".join(missing))
 
 
 def _accuracies(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
