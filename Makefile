@@ -12,10 +12,9 @@ setup:
 demo: setup  ## SFT, a reward model and PPO on this machine's CPU; report in runs/demo/report.html
 	@$(PYTHON_BIN) -m rlhf_ray demo $(if $(SEED),--seed $(SEED))
 
-test: setup  ## everything that must hold, offline, on two cores: the rooms side by side, vLLM's engines, the whole stack
+test: setup  ## everything that must hold, offline, on two cores: the rooms side by side, then the whole stack and vLLM's engines
 	@$(PYTHON_BIN) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not vllm" tests --ignore=tests/e2e
-	@$(PYTHON_BIN) -m pytest -q -m vllm $$(grep -rl --include='test_*.py' 'pytest\.mark\.vllm' tests)
-	@$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile tests/e2e
+	@$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/e2e $$(grep -rl --include='test_*.py' 'pytest\.mark\.vllm' tests)
 
 lint: setup
 	@.venv/bin/ruff check .

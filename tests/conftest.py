@@ -47,7 +47,7 @@ gc.disable()  # while tests and what they test are imported; on again when all a
 @pytest.fixture(scope="module", autouse=True)
 def vllm_has_a_process_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
     """vLLM takes over the threads, the compiler and the process group of the process that runs an engine: a module that does
-    so is marked ``vllm``, and `make test` gives those a pytest of their own.
+    so is marked ``vllm``, and `make test` runs those after the end-to-end tests, which start processes of their own.
     """
     before = ENGINE_MODULE in sys.modules
     yield

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import DEADLINE_S, command, metrics, run
 
+pytestmark = pytest.mark.early
+
 CONFIG = Path(__file__).with_name("ppo_tiny.yaml")
 STEPS = 6
 

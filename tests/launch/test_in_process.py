@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,11 +36,9 @@ batch: {pairs_per_update: 32}
 """
 
 
-def train(
-    directory: Path, *arguments: str, module: str = "rlhf_ray", **variables: str
-) -> subprocess.CompletedProcess[str]:
+def train(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a user types it, in a process of its own."""
-    return run_python(directory, "-m", module, "train", *arguments, "--in-process", **variables)
+    return run_python(directory, "-m", "rlhf_ray", "train", *arguments, "--in-process")
 
 
 def run_python(directory: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -62,42 +62,46 @@ def assert_whole_run(run: Path, role: str, done: subprocess.CompletedProcess[str
     assert "Ray" not in done.stderr + done.stdout, "no Ray is started"
 
 
-@pytest.mark.early
-def test_supervised_and_reward_training_one_after_the_other_from_python(tmp_path: Path) -> None:
-    (tmp_path / "rm.yaml").write_text(TINY_REWARD_MODEL)
-    program = """if True:
-        import rlhf_ray
-        small = {"policy.model.make.shape": "llama-tiny", "data.world.demonstrations": 64}
-        for config, overrides, metric in (("demo-sft", small, "loss/sft"), ("rm.yaml", {}, "loss/rm")):
-            run = rlhf_ray.train(config, overrides, in_process=True)
-            assert run.status["state"] == "finished", run.status
-            assert run.config.to_train().run.name == run.directory.name
-            assert run.metrics()[metric].notna().any()
-            assert run.report("page.html").read_text().startswith("<!")
-        """
-    done = run_python(tmp_path, "-c", program)
-    assert_whole_run(tmp_path / "runs/demo-sft", "policy", done)
-    assert_whole_run(tmp_path / "runs/tiny-rm", "reward", done)
+@dataclass(frozen=True)
+class Session:
+    """One process that trained all kinds of jobs, one after the other."""
+
+    directory: Path
+    done: subprocess.CompletedProcess[str]
+    stops: list[dict[str, Any]]
+    """Where a breakpoint in a worker stopped: the role, and the process."""
+
+    def stops_of(self, run: str) -> list[dict[str, Any]]:
+        return [stop for stop in self.stops if stop["run"] == run]
 
 
-@pytest.mark.early
-def test_a_breakpoint_stops_in_every_rank_of_ppo(tmp_path: Path) -> None:
-    options = ("rollout.backend=transformers", "steps=1", "evaluation.prompts=4")
-    notes = tmp_path / "breakpoints.jsonl"
-    done = train(
-        tmp_path,
-        "ppo",
-        str(TINY_PPO),
-        *options,
-        module=PROGRAM,
-        PYTHONBREAKPOINT=f"{PROGRAM}.note",
-        BREAKPOINTS=str(notes),
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """Supervised and reward training from Python, then PPO as on the command line, all with a breakpoint in the workers."""
+    directory = tmp_path_factory.mktemp("session")
+    (directory / "rm.yaml").write_text(TINY_REWARD_MODEL)
+    notes = directory / "breakpoints.jsonl"
+    done = run_python(
+        directory, "-m", PROGRAM, str(TINY_PPO), PYTHONBREAKPOINT=f"{PROGRAM}.note", BREAKPOINTS=str(notes)
     )
-    assert_whole_run(tmp_path / "runs/tiny", "policy", done)
-    stops = [json.loads(line) for line in notes.read_text().splitlines()]
-    assert {stop["role"] for stop in stops} == {"policy", "critic", "reference", "reward", "rollout"}
-    started = int(done.stdout.splitlines()[0])
-    assert {stop["pid"] for stop in stops} == {stop["here"] for stop in stops} == {started}
+    assert done.returncode == 0, done.stderr
+    return Session(directory, done, [json.loads(line) for line in notes.read_text().splitlines()])
+
+
+@pytest.mark.early
+def test_every_kind_of_job_is_a_whole_run(session: Session) -> None:
+    for run, role in (("demo-sft", "policy"), ("tiny-rm", "reward"), ("tiny", "policy")):
+        assert_whole_run(session.directory / "runs" / run, role, session.done)
+
+
+@pytest.mark.early
+def test_a_breakpoint_stops_in_every_rank(session: Session) -> None:
+    started = int(session.done.stdout.splitlines()[0])
+    ppo = {"policy", "critic", "reference", "reward", "rollout"}
+    for run, roles in (("demo-sft", {"policy"}), ("tiny-rm", {"reward"}), ("tiny", ppo)):
+        stops = session.stops_of(run)
+        assert {stop["role"] for stop in stops} == roles
+        assert {stop["pid"] for stop in stops} == {stop["here"] for stop in stops} == {started}
 
 
 def test_vllm_is_refused_with_the_way_out(tmp_path: Path) -> None:
