@@ -144,16 +144,21 @@ def evaluate(
     chosen_key: str = "chosen",
     rejected_key: str = "rejected",
     apply_chat_template: bool = False,
+    in_process: bool = False,
 ) -> RewardReport:
     """Compare what a reward model prefers with the preferences in ``data``; returns all figures.
 
-    ``overrides`` are keys of the recipe ``serve``, such as ``{"reward.ranks": 2}``.
+    ``overrides`` are keys of the recipe ``serve``, such as ``{"reward.ranks": 2}``. With ``in_process`` the model is loaded
+    here, with one rank and without Ray.
     """
     from rlhf_ray.launch.evaluate import evaluate_pairs
+    from rlhf_ray.launch.in_process import place_for_scoring
     from rlhf_ray.rows.layouts import Keys
 
     keys = Keys(prompt_key, chosen_key, rejected_key)
-    return evaluate_pairs(_load_serving(model, "evaluate", overrides), Path(data), keys, turns=apply_chat_template)
+    config = _load_serving(model, "evaluate", overrides)
+    place = place_for_scoring(config) if in_process else None
+    return evaluate_pairs(config, Path(data), keys, turns=apply_chat_template, place=place)
 
 
 def score(

@@ -1,4 +1,4 @@
-"""``rlhf-ray train --in-process``: the driver and every rank in this one process, so that a debugger reaches them all.
+"""A job in this one process, the driver and every rank, so that a debugger reaches them all: ``rlhf-ray train --in-process``.
 
 Invariants: no Ray is started and no other process drives the run; every role has one rank; a job that cannot run like this
 is refused before anything is loaded, with the way out.
@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_ray import environment
+from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.loading import dump_config, parse_config
 from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.problems import attempt
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_ray.actors.this_process import ThisProcess
 
 
 def train_in_process(config: TrainingJob) -> None:
@@ -28,6 +34,19 @@ def train_in_process(config: TrainingJob) -> None:
     from rlhf_ray.launch.driver import train_new_run
 
     train_new_run(dump_config(config), place=ThisProcess(config.cluster))
+
+
+def place_for_scoring(config: ServeConfig) -> ThisProcess:
+    """This process as the place of the one rank of ``config.reward``; :class:`ConfigError` if it cannot be that."""
+    problems = list(no_role_scores_in_vllm(config.roles()))
+    if config.reward.ranks > 1:
+        problems.append(("reward.ranks", f"{config.reward.ranks} ranks need processes of their own: set it to 1"))
+    if problems:
+        raise ConfigError([f"{key}: {text}" for key, text in problems], "in_process")
+
+    from rlhf_ray.actors.this_process import ThisProcess
+
+    return ThisProcess(config.cluster)
 
 
 def for_one_process(config: TrainingJob) -> TrainingJob:
