@@ -108,12 +108,3 @@ def test_a_driver_that_did_not_finish_is_an_error_of_its_kind(code, error, monke
     with pytest.raises(error, match=f"runs/demo-sft: the run ended with exit code {code}") as raised:
         rlhf_ray.train("demo-sft", {"run.root": str(tmp_path / "runs")})
     assert type(raised.value) is error
-
-
-@pytest.mark.parametrize(
-    ("override", "problem"),
-    [({"reward.ranks": 2}, "reward.ranks: 2 ranks need"), ({"reward.scorer": "vllm"}, "reward.scorer: vllm needs")],
-)
-def test_an_evaluation_that_needs_more_processes_is_not_done_in_this_one(tmp_path, override, problem) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        rlhf_ray.evaluate(tmp_path, tmp_path / "rows.jsonl", override, in_process=True)

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.launch.in_process import for_one_process, rank_environment
+from rlhf_ray.launch.in_process import for_one_process, place_for_scoring, rank_environment
 
 ROOT = Path(__file__).parents[2]
 TINY_PPO = ROOT / "tests/e2e/ppo_tiny.yaml"
@@ -138,3 +139,14 @@ def test_the_process_gets_the_environment_that_ranks_have() -> None:
         "1",
         "",
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [("reward.ranks=2", r"reward\.ranks: 2 ranks need"), ("reward.scorer=vllm", r"reward\.scorer: vllm needs")],
+)
+def test_scoring_that_needs_more_processes_is_not_done_in_this_one(override: str, problem: str) -> None:
+    config = load_config("serve", ["reward.model.path=anywhere", override], kind="serve")
+    assert isinstance(config, ServeConfig)
+    with pytest.raises(ConfigError, match=problem):
+        place_for_scoring(config)
