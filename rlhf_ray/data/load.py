@@ -25,6 +25,8 @@ from rlhf_ray.rows.read import RowReader, read_file
 from rlhf_ray.world.generate import World
 
 WORLD_EVALUATION_DEMONSTRATIONS = 500
+TIE = "that are ties, which only loss.name=ordinal reads"
+"""A reason to drop a pair, as it is logged."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, seed: int) -> Split[De
     return encode_halves(rows, data, encode)
 
 
-def load_pairs(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExample]:
-    """Encoded preference pairs of the generated world or of files; labels of the world's held-out pairs are never flipped."""
+def load_pairs(data: DataConfig, tokenizer: Any, seed: int, *, graded: bool = True) -> Split[PairExample]:
+    """Encoded preference pairs of the generated world or of files; labels of the world's held-out pairs are never flipped.
+
+    Without ``graded`` the loss reads no grades: ties, which have no better side, are dropped and counted.
+    """
     cut_prompt = data.too_long == "cut_prompt"
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[PairRow]:
@@ -69,7 +74,8 @@ def load_pairs(data: DataConfig, tokenizer: Any, seed: int) -> Split[PairExample
 
     def keep(half: Sequence[PairRow], drops: Drops) -> list[PairExample]:
         drops.update(row.pair for row in half if isinstance(row.pair, str))
-        return [row.pair for row in half if isinstance(row.pair, PairExample)]
+        pairs = [row.pair for row in half if isinstance(row.pair, PairExample)]
+        return pairs if graded else without_ties(pairs, drops)
 
     if data.world is not None:
         rows = _world_pairs(data.world, tokenizer, data.max_tokens, cut_prompt=cut_prompt)
@@ -114,6 +120,14 @@ def _say_how_texts_are_read(rows: Halves[Prompt], tokenizer: Any, name: str) -> 
             "%s: %d of %d prompts are plain texts, which are sampled to as they stand, although the policy's tokenizer has a "
             "chat template; data.apply_chat_template=true makes them turns of the user", name, texts, len(prompts),
         )  # fmt: skip
+
+
+def without_ties(pairs: Sequence[PairExample], drops: Drops) -> list[PairExample]:
+    """The pairs that have a better side, without their grades; ``drops`` counts the others."""
+    kept = [pair for pair in pairs if pair.grade != 0]
+    if len(kept) < len(pairs):
+        drops[TIE] += len(pairs) - len(kept)
+    return [replace(pair, grade=None) for pair in kept]
 
 
 def _tokenized(tokenizer: Any, row: Prompt, ids: Sequence[int]) -> TokenizedPrompt:

@@ -1,15 +1,28 @@
-"""Conversations: what a message must hold, and in which order the roles may speak.
+"""Conversations: how a message may be written, what it must hold, and in which order the roles may speak.
 
 Invariants: a conversation begins with the system (or developer) or the user; user and assistant take turns; a tool speaks
-only to answer a call of the assistant. A problem names the number of the message and what was expected, and quotes no text.
+only to answer a call of the assistant. A message written in another known way (``from`` and ``value``, parts of text, other
+names of roles, fields that a table left empty) becomes the same message under ``role`` and ``content``. A problem names the
+number of the message and what was expected, and quotes no text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_NAMES: Mapping[str, str] = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+"""Names of roles in data of others (ShareGPT, OpenAssistant, Gemini) that can mean one role only."""
+OTHER_TOOLS = ("function", "function_call", "observation")
+"""Roles of older tool data, whose calls are not under ``tool_calls``."""
 START = ""
 """The role before the first message."""
 AFTER: Mapping[str, tuple[str, ...]] = {
@@ -23,6 +36,8 @@ AFTER: Mapping[str, tuple[str, ...]] = {
 """Who may speak after whom; only a tool may speak after an assistant that calls tools."""
 MAY_BE_SILENT = ("system", "developer", "tool")
 """Roles whose message may be an empty text."""
+TURN = re.compile(r"\n\n(Human|Assistant):")
+"""What begins a turn of a dialogue written as one text, as in Anthropic's HH data (hh-rlhf)."""
 Message = Mapping[str, Any]
 
 
@@ -31,13 +46,46 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def plain_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages without their null fields: a table gives every message all fields that any of them has."""
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+def is_message(value: Any) -> bool:
+    """Whether a value is a mapping with the fields of a message, under either pair of names."""
+    return isinstance(value, Mapping) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def plain_messages(messages: Sequence[Any]) -> list[Any]:
+    """Messages in one form: ``role`` and ``content``, known names of roles, text parts joined by a line break, no empty fields.
+
+    An assistant that calls tools and says nothing has an empty text as its content, which most templates can write. What is
+    in none of the known forms stays as it is, for :func:`shape_problem` to find.
+    """
+    return [_plain_message(message) if isinstance(message, Mapping) else message for message in messages]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null fields of its mappings, at any depth: a table gives each row the fields of all."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(field) for name, field in value.items() if field is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def dialogue_messages(text: str) -> list[Message]:
+    """The turns of a dialogue written as one text, from ``Human:`` on; empty where ``text`` is none.
+
+    A last turn of the assistant without words is where the answer is to follow, and is left out.
+    """
+    opening, *turns = TURN.split("\n\n" + text.lstrip())
+    if opening or not turns or turns[0] != "Human":
+        return []
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[0::2]]
+    messages: list[Message] = [
+        {"role": role, "content": words.strip()} for role, words in zip(roles, turns[1::2], strict=True)
+    ]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        del messages[-1]
+    return messages
 
 
 def shape_problem(messages: Any) -> str:
-    """What is wrong with the form of one list of messages; empty where nothing is."""
+    """What is wrong with the form of one list of plain messages; empty where nothing is."""
     if not messages:
         return "holds no message, at least one was expected"
     for number, message in enumerate(messages, 1):
@@ -47,16 +95,44 @@ def shape_problem(messages: Any) -> str:
     return ""
 
 
+def _plain_message(message: Message) -> Message:
+    fields = dict(without_nulls(message))
+    if "from" in fields and "value" in fields and not {"role", "content"} & fields.keys():
+        fields = {"role": fields.pop("from"), "content": fields.pop("value"), **fields}
+    role = fields.get("role")
+    if isinstance(role, str) and role not in ROLES:
+        name = role.strip().lower()
+        fields["role"] = OTHER_NAMES.get(name, name if name in ROLES else role)
+    content = fields.get("content")
+    if is_conversation(content) and content and all(_is_text_part(part) for part in content):
+        fields["content"] = "\n".join(part["text"] for part in content)
+    if fields.get("tool_calls") and "content" not in fields:
+        fields["content"] = ""
+    return fields
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
 def _message_problem(message: Any) -> str:
     if not isinstance(message, dict):
         return f"must be a mapping with 'role' and 'content', this is a {type(message).__name__}"
     role, content = message.get("role"), message.get("content")
     if role is None:
         return f"has no 'role'; its keys are {', '.join(map(repr, message))}"
+    if role in OTHER_TOOLS:
+        return (
+            f"is of {role!r}: write calls as 'tool_calls' of an assistant's message, and results as messages of 'tool'"
+        )
     if role not in ROLES:
         return f"has no role that is known: {', '.join(ROLES[:-1])} or {ROLES[-1]} was expected"
-    if (content is None and message.get("tool_calls")) or (content == "" and role in MAY_BE_SILENT):
+    if content == "" and (role in MAY_BE_SILENT or message.get("tool_calls")):
         return ""
+    if isinstance(content, list):
+        others = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
+        kinds = f" of the kind {others[0]!r}" if others and len(others[0]) <= 20 else " that are no texts"
+        return f"must hold a text under 'content', this is a list with parts{kinds}: only parts of text are read"
     return f"must hold a text under 'content'{problem}" if (problem := text_problem(content)) else ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.read import PlainReader, read_file
 from rlhf_ray.rows.row import KeySets, Row
 from rlhf_ray.rows.sources import AnySource
 
@@ -22,7 +22,7 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
-class DemonstrationReader:
+class DemonstrationReader(PlainReader):
     """Reads a row with a text under each of two keys."""
 
     prompt_key: str = "prompt"

@@ -1,28 +1,34 @@
 """The layouts in which a row can hold a preference or a prompt, recognised from the row itself.
 
 Invariants: the prompt stands under a key of its own (explicit) or is what both sides begin with (implicit), and both sides
-are texts (standard) or lists of messages (conversation); a row that is none of these is a :class:`LayoutError` that
-says what was expected and quotes no text.
+are texts (standard) or lists of messages (conversation); a row that is none of these, or that could be two of them, is a
+:class:`LayoutError` that says what was expected and quotes no text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_ray.rows.conversations import (
     Message,
+    dialogue_messages,
     is_conversation,
+    is_message,
     plain_messages,
     shape_problem,
     text_problem,
     turn_problem,
+    without_nulls,
 )
 from rlhf_ray.rows.row import LayoutError, is_filled
 
 SYSTEM, TOOLS = "system", "tools"
 """Optional columns: the system message before a conversation, and the functions that the assistant may call."""
+PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:")
+"""How a list of messages begins that was written as Python writes it, as ``to_csv`` of ``datasets`` and pandas do."""
 
 
 class Keys(NamedTuple):
@@ -42,31 +48,56 @@ class PairParts(NamedTuple):
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-def read_pair(values: Mapping[str, Any], keys: Keys, *, turns: bool = False) -> PairParts:
-    """The prompt and the two sides of a row; with ``turns`` texts become messages of the user and the assistant."""
+def read_pair(
+    values: Mapping[str, Any], keys: Keys, *, turns: bool = False, prompt_in_sides: bool | None = None
+) -> PairParts:
+    """The prompt and the two sides of a row; with ``turns`` texts become messages of the user and the assistant.
+
+    ``prompt_in_sides`` says whether texts beside a prompt begin with it; none: that is told from the row, or refused.
+    """
     chosen, rejected = _read_cell(values, keys.chosen), _read_cell(values, keys.rejected)
     prompt = _read_cell(values, keys.prompt) if is_filled(values, keys.prompt) else ""
     if is_conversation(chosen) != is_conversation(rejected):
         kinds = f"{keys.chosen!r} is {_kind(chosen)} and {keys.rejected!r} is {_kind(rejected)}"
         raise LayoutError(f"{kinds}: write both in the same form")
-    if isinstance(chosen, str) and isinstance(prompt, str):
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
+        if prompt and _texts_hold_prompt(keys, prompt, (chosen, rejected), prompt_in_sides):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if not turns:
             _refuse_beside_texts(values)
             return PairParts(prompt, chosen, rejected)
-        if not prompt:
-            raise LayoutError(
-                f"nothing under {keys.prompt!r}, but data.apply_chat_template makes turns of prompts and answers: name the "
-                "column of the prompts in data.prompt_key"
-            )
+        prompt, chosen, rejected = _texts_as_turns(keys, prompt, chosen, rejected)
     return _read_conversation(values, keys, prompt, _as_turns(chosen, "assistant"), _as_turns(rejected, "assistant"))
 
 
 def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
     """The conversation under ``key`` that the assistant is to answer next, after the message of the ``system`` column."""
     prompt = _read_cell(values, key)
-    messages = [*_read_system(values, prompt), *_as_turns(prompt, "user")]
+    messages = [*_read_system(values, prompt), *as_prompt(prompt)]
     check_answer_follows(key, messages)
     return messages
+
+
+def holds_messages(value: Any) -> bool:
+    """Whether a cell holds messages, also where a table wrote them as text."""
+    return is_conversation(value) or is_conversation(decoded_cell(value))
+
+
+def decoded_cell(value: Any) -> Any:
+    """A cell as a list of messages where it holds one message, or messages written as JSON; or else the cell itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            content = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if is_message(content) or (isinstance(content, list) and content and all(map(is_message, content))):
+            return decoded_cell(content)
+    return [value] if isinstance(value, Mapping) and ({"role", "from"} & value.keys()) else value
+
+
+def as_prompt(cell: str | Sequence[Message]) -> Sequence[Message]:
+    """A text as the turns of a dialogue if it is written as one, or else as what the user says."""
+    return (dialogue_messages(cell) or _as_turns(cell, "user")) if isinstance(cell, str) else cell
 
 
 def check_answer_follows(key: str, messages: Sequence[Message]) -> None:
@@ -80,27 +111,34 @@ def read_tools(values: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The functions that a conversation may call: a list, or a list written as JSON; none where there are none."""
     if not is_filled(values, TOOLS):
         return None
-    tools = values[TOOLS]
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise LayoutError(f"{TOOLS!r} must hold a list of functions, and this text is not JSON") from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    tools = _tools_from_json(values[TOOLS])
+    if isinstance(tools, list):
+        tools = [_tools_from_json(tool) for tool in tools]
+    if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise LayoutError(
             f"{TOOLS!r} must hold a list of functions, each a mapping; this is of type {type(tools).__name__}"
         )
-    return tools or None
+    return without_nulls(tools) or None
+
+
+def _tools_from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise LayoutError(f"{TOOLS!r} must hold a list of functions, and this text is not JSON") from error
 
 
 def _read_conversation(
     values: Mapping[str, Any], keys: Keys, prompt: Any, chosen: Sequence[Message], rejected: Sequence[Message]
 ) -> PairParts:
     sides_are_whole = _holds_prompt(chosen, prompt) and _holds_prompt(rejected, prompt)
-    prompt = () if sides_are_whole else _as_turns(prompt, "user")
+    prompt = () if sides_are_whole else as_prompt(prompt)
     system = _read_system(values, prompt or chosen)
     if prompt:
         prompt = [*system, *prompt]
+        _refuse_another_prompt(keys, prompt, chosen)
     else:
         chosen, rejected = [*system, *chosen], [*system, *rejected]
     for key, side in ((keys.chosen, chosen), (keys.rejected, rejected)):
@@ -109,11 +147,64 @@ def _read_conversation(
 
 
 def _holds_prompt(side: Sequence[Message], prompt: Any) -> bool:
-    """Whether a side is a whole conversation with the prompt in it: as its first messages, or as a text of the user."""
-    if isinstance(prompt, str):
-        questions = [message.get("content") for message in side if message["role"] == "user"]
-        return bool(questions) and (not prompt or prompt in questions)
-    return list(side[: len(prompt)]) == plain_messages(prompt)
+    """Whether a side is a whole conversation with the prompt in it: as its first messages, or as a text of the user.
+
+    Blanks around a text do not count.
+    """
+    if is_conversation(prompt):
+        same = len(side) > len(prompt) and all(map(_same_message, side, prompt))
+        alone = len(prompt) == 1 and prompt[0]["role"] == "user" and isinstance(prompt[0]["content"], str)
+        return same or (alone and _holds_prompt(side, prompt[0]["content"]))
+    questions = [message["content"].strip() for message in side if message["role"] == "user"]
+    return bool(questions) and (not prompt or prompt.strip() in questions)
+
+
+def _same_message(one: Message, other: Message) -> bool:
+    return {**one, "content": one["content"].strip()} == {**other, "content": other["content"].strip()}
+
+
+def _refuse_another_prompt(keys: Keys, prompt: Sequence[Message], side: Sequence[Message]) -> None:
+    """Refuse sides that begin a conversation of their own after a prompt that the assistant should answer."""
+    opens = side[0]["role"] in ("system", "developer", "user") and side[-1]["role"] == "assistant"
+    if prompt[-1]["role"] == "user" and opens:
+        raise LayoutError(
+            f"{keys.prompt!r} is no message of the user in {keys.chosen!r}, which begins a conversation of its own",
+            f"set data.ignore_columns=[{keys.prompt}] to read the two sides as whole conversations, or mend the prompt",
+        )
+
+
+def _texts_hold_prompt(keys: Keys, prompt: str, sides: Sequence[str], prompt_in_sides: bool | None) -> bool:
+    """Whether texts repeat the prompt that stands beside them; certain only of a dialogue, or where the config says so."""
+    repeated = all(side.startswith(prompt) for side in sides)
+    if prompt_in_sides and not repeated:
+        raise LayoutError(f"the sides do not begin with {keys.prompt!r}, as data.prompt_in_sides=true says")
+    if not repeated or prompt_in_sides is not None:
+        return bool(prompt_in_sides)
+    if dialogue_messages(prompt):
+        return True
+    if len(prompt.split()) > 1:
+        raise LayoutError(
+            f"both sides begin with all of {keys.prompt!r}, which would stand there twice",
+            "set data.prompt_in_sides=true if the sides hold the prompt, or false if the answers do repeat it",
+        )
+    return False
+
+
+def _texts_as_turns(keys: Keys, prompt: str, chosen: str, rejected: str) -> tuple[Any, Any, Any]:
+    """Texts as turns: the prompt is the user's and the answers are the assistant's, or all are dialogues written as text."""
+    if not prompt or dialogue_messages(prompt):
+        sides = [dialogue_messages(prompt + side) for side in (chosen, rejected)]
+        if not all(sides):
+            raise LayoutError(
+                f"nothing under {keys.prompt!r} and no dialogue of 'Human:' and 'Assistant:' in the sides, but "
+                "data.apply_chat_template makes turns of prompts and answers: name the column of the prompts in "
+                "data.prompt_key"
+            )
+        for key, side in zip(keys[1:], sides, strict=True):
+            if problem := shape_problem(side):
+                raise LayoutError(f"{key!r}, a dialogue written as text: {problem}")
+        return "", sides[0], sides[1]
+    return prompt, chosen, rejected
 
 
 def _check_turns(parts: Sequence[tuple[str, Sequence[Message]]]) -> None:
@@ -138,18 +229,25 @@ def _read_system(values: Mapping[str, Any], first: Any) -> list[Message]:
 def _as_turns(cell: Any, role: str) -> list[Message]:
     """The messages of a cell; a text is one message of ``role``."""
     if is_conversation(cell):
-        return plain_messages(cell)
+        return list(cell)
     return [{"role": role, "content": cell}] if cell else []
 
 
 def _read_cell(values: Mapping[str, Any], key: str) -> Any:
-    """The text or the messages under ``key``."""
-    value = values.get(key)
+    """The text or the plain messages under ``key``."""
+    value = decoded_cell(values.get(key))
     if is_conversation(value):
-        if problem := shape_problem(value):
+        messages = plain_messages(value)
+        if problem := shape_problem(messages):
             raise LayoutError(f"{key!r}: {problem}")
-    elif problem := text_problem(value):
+        return messages
+    if problem := text_problem(value):
         raise LayoutError(f"{key!r} must hold a text or a list of messages{problem}")
+    if PYTHON_MESSAGES.match(value):
+        raise LayoutError(
+            f"{key!r} holds messages as Python writes them, which cannot be read back safely",
+            "write the rows as JSON lines or Parquet, or the cells as JSON (json.dumps)",
+        )
     return value
 
 
@@ -158,8 +256,8 @@ def _kind(cell: Any) -> str:
 
 
 def _refuse_beside_texts(values: Mapping[str, Any]) -> None:
-    for key in (SYSTEM, TOOLS):
-        if is_filled(values, key):
+    for key, there in ((SYSTEM, is_filled(values, SYSTEM)), (TOOLS, read_tools(values) is not None)):
+        if there:
             raise LayoutError(
                 f"there is something under {key!r}, for which a plain text has no place: set data.apply_chat_template=true, or "
                 "write the row as messages"

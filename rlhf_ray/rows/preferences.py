@@ -1,8 +1,8 @@
 """Preference pairs: two answers to one prompt, the better one first.
 
-Invariants: one pair a row, in the order of the file. Where a row does not name its prompt, the prompt followed by each answer
-gives back the two sides of the row. Prompt and answers are all texts or all lists of messages. Either all pairs of a file
-have a margin, a finite number, or none has; the same holds for grades.
+Invariants: the pairs of a row, mostly one, come in the order of the file. Where a row does not name its prompt, the prompt
+followed by each answer gives back the two sides of the row. Prompt and answers are all texts or all lists of messages. Either
+all pairs of a file have a margin, a finite number, or none has; the same holds for grades.
 """
 
 from __future__ import annotations
@@ -11,9 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from rlhf_ray.rows.comparisons import (
+    Ratings,
+    prompt_beside,
+    recast,
+    refuse_lists_of_answers,
+    refuse_unread_label,
+    with_ratings,
+)
 from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
-from rlhf_ray.rows.read import read_file
-from rlhf_ray.rows.row import KeySets, LayoutError, Row
+from rlhf_ray.rows.published import are_rated_together, find_layout, join_rated
+from rlhf_ray.rows.read import Expanded, PlainReader, read_file
+from rlhf_ray.rows.row import KeySets, LayoutError, Row, is_filled
 from rlhf_ray.rows.sources import AnySource
 
 PAIR_NUMBERS = ("margin", "grade")
@@ -61,11 +70,18 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
-class PreferenceReader:
-    """Reads a pair in any of the layouts of :mod:`rlhf_ray.rows.layouts`; with ``turns`` texts become messages."""
+class PreferenceReader(PlainReader):
+    """Reads pairs in any layout of :mod:`rlhf_ray.rows.layouts` and :mod:`rlhf_ray.rows.published`.
+
+    With ``turns`` texts become messages.
+    """
 
     keys: Keys = Keys()  # noqa: RUF009 (a NamedTuple cannot change)
     turns: bool = False
+    ratings: Ratings = "ties"
+    """What ratings of the two sides say besides: that equal ones are a tie, also the margin, or nothing."""
+    prompt_in_sides: bool | None = None
+    """Whether texts beside a prompt begin with it; none: that is told from the row, or refused."""
 
     @property
     def needs(self) -> KeySets:
@@ -77,9 +93,33 @@ class PreferenceReader:
         """The prompt and the numbers."""
         return (self.keys.prompt, *PAIR_NUMBERS)
 
+    def belong_together(self, one: Any, other: Any) -> bool:
+        """Rated answers to one prompt make pairs together."""
+        return are_rated_together(one, other)
+
+    def expand(self, rows: Sequence[Any]) -> Expanded:
+        """The pairs of a row, each with a prompt, a chosen and a rejected side."""
+        values = join_rated(rows)
+        if not isinstance(values, Mapping):
+            return Expanded(rows)
+        if not {self.keys.chosen, self.keys.rejected} <= values.keys():
+            layout = find_layout(values)
+            return (
+                Expanded(rows)
+                if layout is None
+                else Expanded(recast(values, layout, self.keys, self.ratings), layout.name)
+            )
+        refuse_lists_of_answers(values, self.keys)
+        refuse_unread_label(values, self.keys)
+        values = with_ratings(values, self.keys, self.ratings)
+        if not is_filled(values, self.keys.prompt):
+            prompt = prompt_beside(values, [values[self.keys.chosen], values[self.keys.rejected]])
+            values = values if prompt is None else {**values, self.keys.prompt: prompt}
+        return Expanded([values])
+
     def read(self, row: Row) -> PreferencePair:
         """The pair of one row."""
-        parts = read_pair(row.values, self.keys, turns=self.turns)
+        parts = read_pair(row.values, self.keys, turns=self.turns, prompt_in_sides=self.prompt_in_sides)
         margin, grade = row.numbers(PAIR_NUMBERS)
         prompt, chosen, rejected = parts.prompt or find_prompt(row, self.keys, parts), parts.chosen, parts.rejected
         if not parts.prompt:
@@ -106,8 +146,14 @@ def read_preferences(
 
 
 def read_source(row: Row) -> str:
-    """Where a row comes from, for tables by source; empty where it does not say."""
-    return next((row.short_text(key) or "" for key in SOURCE_KEYS if key in row), "")
+    """Where a row comes from, for tables by source; empty where it does not say. A list of names is one name."""
+    key = next((key for key in SOURCE_KEYS if key in row), None)
+    if key is None:
+        return ""
+    names = row.values[key]
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return ", ".join(names)
+    return row.short_text(key) or ""
 
 
 def find_prompt(row: Row, keys: Keys, parts: PairParts) -> str | Messages:

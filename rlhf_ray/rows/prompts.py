@@ -10,11 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_ray.rows.conversations import is_conversation
 from rlhf_ray.rows.labels import Label, LabelReader
-from rlhf_ray.rows.layouts import Keys, check_answer_follows, read_pair, read_prompt_messages, read_tools
+from rlhf_ray.rows.layouts import (
+    Keys,
+    as_prompt,
+    check_answer_follows,
+    holds_messages,
+    read_pair,
+    read_prompt_messages,
+    read_tools,
+)
 from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, find_prompt, read_source
-from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.read import PlainReader, read_file
 from rlhf_ray.rows.row import KeySets, LayoutError, Row
 from rlhf_ray.rows.sources import AnySource
 
@@ -40,7 +47,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PromptReader:
+class PromptReader(PlainReader):
     """Reads the prompt under a key of its own, or else what both sides of a pair begin with.
 
     With ``turns`` a text becomes what the user says.
@@ -65,12 +72,12 @@ class PromptReader:
         key = self.keys.prompt
         if key not in row.values:
             prompt, tools = _read_prompt_of_pair(row, self.keys)
-        elif self.turns or is_conversation(row.values[key]):
+        elif self.turns or holds_messages(row.values[key]):
             prompt, tools = read_prompt_messages(row.values, key), read_tools(row.values)
         else:
             prompt, tools = row.text(key), None
         if isinstance(prompt, str) and self.turns:
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = as_prompt(prompt)
         label, source = self.labels.read(row, self.keys), read_source(row)
         if isinstance(prompt, str):
             return Prompt(row.number, prompt, label, source, where=row.where)

@@ -1,7 +1,7 @@
 """One row of a data file, and how values are taken from it.
 
 Invariants: whatever is wrong with a row is one :class:`LayoutError`, which names the key and what was expected and never
-quotes the row's text; an empty cell of a table counts as nothing.
+quotes the row's text; an empty cell of a table counts as nothing, and a column that is left out as if the file did not have it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,22 @@ class LayoutError(ValueError):
     def __init__(self, problem: str, way_out: str = "") -> None:
         super().__init__(problem)
         self.way_out = way_out
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a config says about columns: those to leave out, and other names for some."""
+
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Names in the file, each with the name that it is read under."""
+
+    def apply(self, values: Any) -> Any:
+        """The row with these columns; what is no row stays as it is."""
+        if not isinstance(values, Mapping) or not (self.ignored or self.renamed):
+            return values
+        names = dict(self.renamed)
+        return {names.get(name, name): value for name, value in values.items() if name not in self.ignored}
 
 
 @dataclass(frozen=True, slots=True)

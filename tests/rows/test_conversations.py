@@ -82,4 +82,4 @@ def test_messages_of_a_wrong_form(messages, problem):
 
 def test_messages_that_may_be_silent():
     assert shape_problem([{"role": "system", "content": ""}, {"role": "tool", "content": ""}]) == ""
-    assert shape_problem([{"role": "assistant", "content": None, "tool_calls": [{}]}]) == ""
+    assert shape_problem([{"role": "assistant", "content": "", "tool_calls": [{}]}]) == ""

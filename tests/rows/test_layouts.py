@@ -123,8 +123,10 @@ def test_both_numbers_that_are_none_are_named():
         read_preference({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "x", "grade": float("nan")})
 
 
-def test_whole_dialogues_as_text_cannot_become_turns():
-    with pytest.raises(LayoutError, match=r"nothing under 'prompt', but data\.apply_chat_template makes turns"):
+def test_whole_texts_that_are_no_dialogues_cannot_become_turns():
+    with pytest.raises(
+        LayoutError, match=r"nothing under 'prompt' and no dialogue .* in the sides, but data\.apply_chat_te"
+    ):
         read(True, chosen="pc", rejected="pr")
 
 

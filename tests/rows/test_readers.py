@@ -105,10 +105,10 @@ def test_a_shared_prompt_is_shared_and_ends_as_late_as_it_may(start, one, other)
 
 
 def test_pairs_that_begin_differently_need_a_prompt(write):
-    path = write([{"question": "secret", "chosen": "yes", "rejected": "no"}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*set data\.prompt_key .*'question', 'chosen', 'rejected'"):
+    path = write([{"topic": "secret", "chosen": "yes", "rejected": "no"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*set data\.prompt_key .*'topic', 'chosen', 'rejected'"):
         read_preferences(path)
-    assert read_preferences(path, "question") == [PreferencePair("secret", "yes", "no")]
+    assert read_preferences(path, "topic") == [PreferencePair("secret", "yes", "no")]
 
 
 @pytest.mark.parametrize("key", ["prompt", "margin", "grade"])
@@ -145,7 +145,7 @@ def test_empty_columns_of_a_table_are_no_columns(write):
             {"prompt": "p", "chosen": "c", "rejected": 7},
             "'rejected' must hold a text or a list of messages, this is of type int",
         ),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "source": ["s"]}, "'source' must hold a text"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "source": [7]}, "'source' must hold a text"),
     ],
 )
 def test_bad_pairs(write, row, problem):

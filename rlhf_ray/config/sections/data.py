@@ -11,12 +11,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlhf_ray.rows.comparisons import Ratings
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.formats import is_file_name
 from rlhf_ray.rows.labels import LabelReader
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.prompts import PromptReader
+from rlhf_ray.rows.row import Columns
 from rlhf_ray.rows.sources import RowSource
 
 
@@ -79,6 +81,16 @@ class DataConfig(Section):
     rejected_key: str = "rejected"
     label_key: str | None = None
     """The column that reward functions compare answers with, or a field in it; null: the one column that could be it."""
+    ignore_columns: list[str] = []  # noqa: RUF012 (pydantic copies it)
+    """Columns that are read as if the files did not have them."""
+    rename_columns: dict[str, str] = {}  # noqa: RUF012 (pydantic copies it)
+    """Columns that are read under another name, such as ``{strength: margin}``."""
+    ratings: Ratings = "ties"
+    """What ratings of both sides of a pair say: that equal ones are a tie, also the margin, or nothing."""
+    prompt_in_sides: bool | None = None
+    """Whether texts beside a prompt begin with it; null: told from the row, or refused where both may be meant."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What happens to a row that is wrong: it ends the job before it starts, or is left out and counted."""
     apply_chat_template: bool = False
     """Whether plain texts become a conversation: the prompt a message of the user, the answer one of the assistant."""
     max_tokens: Positive = 512
@@ -124,15 +136,41 @@ class DataConfig(Section):
 
     def preference_reader(self, source: SourceConfig) -> PreferenceReader:
         """A reader of preference pairs for ``source``, which is one of ``files`` or the ``evaluation_file``."""
-        return PreferenceReader(_pair_keys(source), self.apply_chat_template)
+        return PreferenceReader(
+            _pair_keys(source),
+            self.apply_chat_template,
+            self.ratings,
+            self.prompt_in_sides,
+            columns=self._columns,
+            drops_bad_rows=self._drops_bad_rows,
+        )
 
     def prompt_reader(self, source: SourceConfig) -> PromptReader:
         """A reader of prompts for ``source``."""
-        return PromptReader(_pair_keys(source), self.apply_chat_template, LabelReader(source.label_key))
+        return PromptReader(
+            _pair_keys(source),
+            self.apply_chat_template,
+            LabelReader(source.label_key),
+            columns=self._columns,
+            drops_bad_rows=self._drops_bad_rows,
+        )
 
     def demonstration_reader(self, source: SourceConfig) -> DemonstrationReader:
         """A reader of demonstrations for ``source``."""
-        return DemonstrationReader(str(source.prompt_key), str(source.answer_key))
+        return DemonstrationReader(
+            str(source.prompt_key),
+            str(source.answer_key),
+            columns=self._columns,
+            drops_bad_rows=self._drops_bad_rows,
+        )
+
+    @property
+    def _columns(self) -> Columns:
+        return Columns(tuple(self.ignore_columns), tuple(self.rename_columns.items()))
+
+    @property
+    def _drops_bad_rows(self) -> bool:
+        return self.bad_rows == "drop"
 
     def _with_keys(self, source: SourceConfig) -> SourceConfig:
         of_data_set = () if is_file_name(source.path) else ("split", "config")  # a file beside data sets has none

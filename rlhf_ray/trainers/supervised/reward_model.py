@@ -32,7 +32,7 @@ def train_reward_model(
 ) -> None:
     """Train, evaluate, keep the best model, write ``final/`` and the report; ``place`` is where the ranks live."""
     tokenizer = load_tokenizer(config.reward.model)
-    examples = load_pairs(config.data, tokenizer, config.run.seed)
+    examples = load_pairs(config.data, tokenizer, config.run.seed, graded=config.loss.name == "ordinal")
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
     per_update = config.batch.pairs_per_update
     task = Task(examples.train, make_pair_batch, loss, per_update, examples.parts, config.epochs, unit=2)

@@ -1,0 +1,297 @@
+"""What preference data say that name no better and no worse side: labels, strengths, ranks and ratings.
+
+A layout is known by its columns, and becomes rows with a prompt, a chosen and a rejected side, as
+:mod:`rlhf_ray.rows.layouts` reads them; :mod:`rlhf_ray.rows.published` is the table of those that have a name.
+
+Invariants: a value that is not among those documented for its column is a :class:`LayoutError`, never a guess. Of several
+rated or ranked answers to one prompt every two make a pair. A column that could say which of two sides is better is read or
+named in the config, never passed over in silence. Two sides that are equally good are a tie: grade 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any, Literal, NamedTuple
+
+from rlhf_ray.rows.conversations import dialogue_messages, is_conversation
+from rlhf_ray.rows.layouts import Keys, decoded_cell
+from rlhf_ray.rows.row import LayoutError, Row, is_filled
+
+Values = Mapping[str, Any]
+KEPT = ("margin", "grade", "source", "subset", "system", "tools", "chat_template_kwargs")
+"""Columns that mean the same in every layout."""
+TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad", "a=b")
+STEMS = ("response", "answer", "output", "completion", "conversation", "candidate", "reply", "summary", "text")
+"""What columns of two sides are called, before the letter or the number of the side."""
+SIDES = (("a", "b"), ("A", "B"), ("1", "2"), ("0", "1"))
+LABELS = ("winner", "preference", "preferred", "label", "choice", "verdict", "judgment", "judgement")
+"""Columns whose value names the better side."""
+PROMPT_TEXTS = ("prompt", "instruction", "question", "query", "context", "history", "input")
+"""Columns of what both sides answer; of ``instruction`` with ``input`` both are the prompt (Alpaca)."""
+PROMPT_MESSAGES = ("conversations", "conversation", "messages", "context_messages", "context", "history")
+"""Columns of the conversation before the two sides (LLaMA-Factory, ms-swift, OpenRLHF)."""
+LABEL_WORDS = frozenset(
+    [
+        "label",
+        "labels",
+        "winner",
+        "winners",
+        "winning",
+        "better",
+        "best",
+        "safer",
+        "preference",
+        "preferences",
+        "preferred",
+        "choice",
+        "verdict",
+        "judgment",
+        "judgement",
+        "tie",
+    ]
+)
+"""Words in the name of a column that may say which side is better."""
+RATING_WORDS = frozenset(
+    ["score", "scores", "rating", "ratings", "rank", "ranks", "ranking", "votes", "upvotes", "overall"]
+)
+"""Words in the name of a column that may rate one side."""
+Ratings = Literal["ties", "margins", "ignore"]
+LONGEST_LABEL = 30
+"""Characters of the longest text that may be a label, and not an explanation."""
+NO_LABEL = ("margin", "grade", "source", "subset", "system", "tools", "prompt")
+
+
+class Comparison(NamedTuple):
+    """Two answers to one prompt, the better one first; in a tie the order means nothing."""
+
+    prompt: Any
+    better: Any
+    worse: Any
+    grade: float | None = None
+    """By how much it is better, where the layout knows ties or degrees: 0 is a tie."""
+    margin: float | None = None
+    """The difference of the ratings, or the strength of the preference, where the layout has them."""
+    source: Any = None
+
+
+Reader = Callable[[Values], Iterator[Comparison]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout: the data it is of, the columns that it is known by, and what they mean."""
+
+    name: str
+    columns: Sequence[str]
+    """A row has this layout if it has all of these."""
+    meaning: str
+    """Who wins, for the documentation."""
+    read: Reader
+
+    def fits(self, values: Values) -> bool:
+        """Whether a row has all columns of the layout."""
+        return set(self.columns) <= values.keys()
+
+
+def recast(values: Values, layout: Layout, keys: Keys, ratings: str) -> list[Values]:
+    """The pairs of a row as rows with the columns of ``keys``; with ``ratings`` ``margins`` ratings give margins."""
+    return [_as_row(values, comparison, keys, ratings) for comparison in layout.read(values)]
+
+
+def _as_row(values: Values, pair: Comparison, keys: Keys, ratings: str) -> Values:
+    row = {key: values[key] for key in KEPT if key in values}
+    if pair.source is not None:
+        row["source"] = pair.source
+    for key, number in (("grade", pair.grade), ("margin", pair.margin if ratings == "margins" else None)):
+        if number is not None and not is_filled(values, key):
+            row[key] = number
+    own_prompt = keys.prompt != Keys().prompt and keys.prompt in values
+    prompt = values[keys.prompt] if own_prompt else pair.prompt
+    return {**row, keys.prompt: prompt, keys.chosen: pair.better, keys.rejected: pair.worse}
+
+
+# ------------------------------------------------------------------------------------------------- what columns may say
+
+
+def order(prompt: Any, first: Any, second: Any, preference: float, **more: Any) -> Comparison:
+    """A comparison of two answers: the first is better where ``preference`` is above 0."""
+    better, worse = (second, first) if preference < 0 else (first, second)
+    return Comparison(prompt, better, worse, **more)
+
+
+def number_under(values: Values, key: str) -> float:
+    number = Row(values, "").numbers([key])[0]
+    if number is None:
+        raise LayoutError(f"nothing under {key!r}, which says which side is better")
+    return number
+
+
+def choose(values: Values, key: str, meanings: Mapping[str, int]) -> int:
+    """What the value under ``key`` means by ``meanings``: 1 for the first side, -1 for the second, 0 for a tie."""
+    value = values[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    name = f"{value:g}" if number else value.strip().lower() if isinstance(value, str) else ""
+    if name not in meanings:
+        shown = "is empty" if value in (None, "") else "is another" + (f": {name}" if number else "")
+        raise LayoutError(f"{key!r} says which side is better: one of {', '.join(meanings)} was expected, this {shown}")
+    return meanings[name]
+
+
+def every_two(
+    prompt: Any, rated: Sequence[tuple[Any, float]], *, highest_is_best: bool = True, **more: Any
+) -> Iterator[Comparison]:
+    """Every two of several answers to one prompt."""
+    if len(rated) < 2:
+        raise LayoutError("there is one answer to the prompt, and a pair needs two")
+    for (first, one), (second, other) in combinations(rated, 2):
+        difference = one - other if highest_is_best else other - one
+        margin = abs(difference) if highest_is_best else None
+        yield order(prompt, first, second, difference, grade=float(difference != 0), margin=margin, **more)
+
+
+def mappings_under(values: Values, key: str, fields: Sequence[str]) -> list[Values]:
+    """The list of mappings under ``key``, each with all of ``fields``."""
+    items = values[key]
+    if not isinstance(items, list) or not all(
+        isinstance(item, Mapping) and set(fields) <= item.keys() for item in items
+    ):
+        raise LayoutError(f"{key!r} must hold a list of mappings with {' and '.join(map(repr, fields))}")
+    return items
+
+
+def named_sides(values: Values) -> Layout | None:
+    """Two columns whose names end in the letter or number of a side, and one column that names the better by it.
+
+    A number 0 or 1 is not read as a name: in some data 1 means the first side, in others the second.
+    """
+    for stem, separator, (one, other) in product(STEMS, ("_", ""), SIDES):
+        sides = [f"{stem}{separator}{side}" for side in (one, other)]
+        labels = [label for label in LABELS if is_filled(values, label)]
+        if not set(sides) <= values.keys() or not labels:
+            continue
+        first, second = (
+            [f"{stem}{separator}{side}".lower(), f"{stem}_{side}".lower(), f"model_{side}".lower()]
+            for side in (one, other)
+        )
+        if one != "0":
+            first, second = [one.lower(), *first], [other.lower(), *second]
+        meanings = {**dict.fromkeys(first, 1), **dict.fromkeys(second, -1), **dict.fromkeys(TIES, 0)}
+        meanings |= {f"{one}>{other}".lower(): 1, f"{other}>{one}".lower(): -1, f"{one}={other}".lower(): 0}
+
+        def read(
+            row: Values, sides: Sequence[str] = sides, labels: Sequence[str] = labels, meanings: Any = meanings
+        ) -> Iterator[Comparison]:
+            better = {choose(row, label, meanings) for label in labels}
+            if len(better) > 1:
+                raise LayoutError(
+                    f"{' and '.join(map(repr, labels))} name different sides",
+                    "name the one that does not count in data.ignore_columns",
+                )
+            preference = better.pop()
+            prompt = prompt_beside(row, [row[side] for side in sides])
+            yield order(prompt, row[sides[0]], row[sides[1]], preference, grade=float(preference != 0))
+
+        return Layout(" and ".join(sides), [*sides, *labels], "", read)
+    return None
+
+
+# ------------------------------------------------------------------------------------------- columns beside the two sides
+
+
+def prompt_beside(values: Mapping[str, Any], sides: Sequence[Any]) -> Any:
+    """What two sides answer, from the columns beside them; none where the sides hold it themselves."""
+    sides = [decoded_cell(side) for side in sides]
+    if all(_is_whole(side) for side in sides):
+        return None
+    for name in PROMPT_MESSAGES:
+        if is_conversation(cell := decoded_cell(values.get(name))) and cell:
+            return cell
+    texts = {name: values[name] for name in PROMPT_TEXTS if is_filled(values, name)}
+    if texts.keys() == {"instruction", "input"}:
+        return "\n".join(texts.values()) if all(isinstance(text, str) for text in texts.values()) else None
+    if len(texts) > 1:
+        raise LayoutError(
+            f"{' and '.join(map(repr, texts))} may be the prompt: one was expected",
+            "name it in data.prompt_key, or the others in data.ignore_columns",
+        )
+    return next(iter(texts.values()), None)
+
+
+def _is_whole(side: Any) -> bool:
+    """Whether a side is a dialogue from its beginning, and not only an answer."""
+    if isinstance(side, str):
+        return bool(dialogue_messages(side))
+    first = side[0] if is_conversation(side) and side else None
+    return isinstance(first, Mapping) and first.get("role", first.get("from")) not in ("assistant", "gpt", "model")
+
+
+def refuse_unread_label(values: Mapping[str, Any], keys: Keys) -> None:
+    """Refuse a row with two sides and a column that may say which is better, and that no layout reads."""
+    read = {*keys, *NO_LABEL, *(name for names in rating_columns(values, keys) for name in names)}
+    for name, value in values.items():
+        if name not in read and _may_be_label(name, value, keys):
+            raise LayoutError(
+                f"{name!r} may say which side is better, and is not read: {keys.chosen!r} would be the better side in all rows",
+                f"set data.ignore_columns=[{name}] if it says nothing of that; if it does, {OTHERWISE}",
+            )
+
+
+OTHERWISE = (
+    "remove data.chosen_key and data.rejected_key where docs/configuration.md lists the layout, or write a file with the "
+    "better side under 'chosen'"
+)
+
+
+def _may_be_label(name: str, value: Any, keys: Keys) -> bool:
+    """By the words of its name and the kind of its value; a column named after one side may rate it."""
+    if not isinstance(value, str | int | float) or value == "" or len(str(value)) > LONGEST_LABEL:
+        return False
+    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+    of_sides = {keys.chosen, keys.rejected} != {Keys().chosen, Keys().rejected}
+    index = bool(words & {"chosen", "rejected"}) and bool(words & {"index", "id", "idx", "side"})
+    return bool(words & LABEL_WORDS) or index or (of_sides and bool(words & RATING_WORDS))
+
+
+def rating_columns(values: Mapping[str, Any], keys: Keys) -> list[tuple[str, str]]:
+    """The columns that rate the chosen and the rejected side, by pairs: ``score_chosen`` and ``score_rejected``, and so on."""
+    pairs = []
+    for what in ("score", "rating"):
+        for form in ("{what}_{side}", "{side}_{what}"):
+            one, other = (form.format(what=what, side=side) for side in (keys.chosen, keys.rejected))
+            if is_filled(values, one) and is_filled(values, other):
+                pairs.append((one, other))
+    return pairs
+
+
+def with_ratings(values: Mapping[str, Any], keys: Keys, ratings: Ratings) -> Mapping[str, Any]:
+    """The row with what the ratings of its two sides say: a grade of 0 where they are equal, and a margin if asked for."""
+    columns = [] if ratings == "ignore" else rating_columns(values, keys)
+    if not columns:
+        if ratings == "margins" and not is_filled(values, "margin"):
+            raise LayoutError(
+                "data.ratings=margins asks for the difference of two ratings, and this row has no such columns",
+                f"name them score_{keys.chosen} and score_{keys.rejected} (data.rename_columns), or set data.ratings=ties",
+            )
+        return values
+    better, worse = Row(values, "").numbers(columns[0])
+    difference = (better or 0.0) - (worse or 0.0)
+    if difference < 0:
+        raise LayoutError(
+            f"{columns[0][0]!r} is below {columns[0][1]!r}: the side that is taken to be better is rated worse",
+            "set data.ratings=ignore if the ratings do not count, or leave such rows out with data.bad_rows=drop",
+        )
+    numbers = {"grade": float(difference > 0), **({"margin": difference} if ratings == "margins" else {})}
+    return {**values, **{name: number for name, number in numbers.items() if not is_filled(values, name)}}
+
+
+def refuse_lists_of_answers(values: Mapping[str, Any], keys: Keys) -> None:
+    """Refuse sides that are lists of texts: several answers (RewardBench 2, RM-Bench), which are no pair."""
+    sides = (values[keys.chosen], values[keys.rejected])
+    if all(isinstance(side, list) and side and all(isinstance(text, str) for text in side) for side in sides):
+        raise LayoutError(
+            f"{keys.chosen!r} and {keys.rejected!r} hold lists of answers, as RewardBench 2 does, and not one answer each",
+            "rlhf-ray evaluate reads RewardBench 2; for training write one row for each pair of answers",
+        )
