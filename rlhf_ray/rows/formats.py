@@ -2,8 +2,8 @@
 
 Invariants: rows come one by one, in the order of the file, each with the place where it begins: ``file:line``, or
 ``file: row n`` in tables, which have no lines. Whatever is wrong with a file is one :class:`DataError` that begins with
-that place and holds nothing of the rows' texts. Values come as they are written: a date stays a text, and in CSV every cell
-is one. Reading needs neither the ``datasets`` library nor a copy of the file.
+that place and holds nothing of the rows' texts. Values come as they are written: a date stays a text, in CSV every cell is
+one, and what a table keeps as JSON is decoded. Reading needs neither the ``datasets`` library nor a copy of the file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from rlhf_ray.errors import DataError
 PlacedRows = Iterator[tuple[str, Any]]
 """For each row the place where it begins and its content, which is not yet known to be a mapping."""
 
+Decoder = Callable[[Any], Any]
+"""Makes a value of what a table holds for it."""
 BATCH_ROWS = 1000
 """Rows of a table that are turned into Python objects at once."""
 BLANKS = " \t\r\n"
@@ -155,8 +157,51 @@ def _arrow_rows(path: Path) -> PlacedRows:
 
 
 def _table_rows(path: Path, batches: Iterator[Any]) -> PlacedRows:
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+    decoders: dict[str, Decoder] | None = None
+    number = 0
+    for batch in batches:
+        if decoders is None:
+            decoders = json_decoders(batch.schema)
+        for row in batch.to_pylist():
+            number += 1
+            place = f"{path}: row {number}"
+            try:
+                yield place, {**row, **{name: decode(row[name]) for name, decode in decoders.items()}}
+            except ValueError as error:
+                raise _not_json(place, error) from error
+
+
+def json_decoders(schema: Any) -> dict[str, Decoder]:
+    """What decodes the columns that hold JSON as text at any depth: by their Arrow type, or by what ``datasets`` says of them.
+
+    The ``datasets`` library writes such columns where the values of a field differ in shape from row to row.
+    """
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    decoders = {field.name: _json_decoder(field.type, features.get(field.name)) for field in schema}
+    return {name: decode for name, decode in decoders.items() if decode is not None}
+
+
+def _json_decoder(kind: Any, feature: Any) -> Decoder | None:
+    """What decodes a value of an Arrow type that ``datasets`` describes by ``feature``; none where nothing in it is JSON."""
+    from pyarrow import BaseExtensionType, types
+
+    described = feature if isinstance(feature, dict) else {}
+    of_json = isinstance(kind, BaseExtensionType) and kind.extension_name == "arrow.json"
+    if of_json or described.get("_type") == "Json":
+        return lambda value: json.loads(value) if isinstance(value, str) else value
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        of_item = _json_decoder(kind.value_type, feature[0] if isinstance(feature, list) else described.get("feature"))
+        return None if of_item is None else lambda value: None if value is None else [of_item(item) for item in value]
+    if not types.is_struct(kind):
+        return None
+    decoders = {
+        field.name: decode for field in kind if (decode := _json_decoder(field.type, described.get(field.name)))
+    }
+
+    def decode_fields(value: Any) -> Any:
+        return value and {**value, **{name: decode(value[name]) for name, decode in decoders.items()}}
+
+    return decode_fields if decoders else None
 
 
 READERS: Mapping[str, Callable[[Path], PlacedRows]] = {

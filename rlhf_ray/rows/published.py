@@ -30,7 +30,7 @@ ANSWERS = "rated answers"
 """Where :func:`join_rated` keeps the rows that it joined."""
 SINGLE = "these are single answers that are marked as good or bad (KTO), and not pairs of answers"
 STEPWISE = (
-    "refused: steps of an answer that are marked as right or wrong (process supervision), and not pairs of answers"
+    "these are steps of an answer that are marked as right or wrong (process supervision), and not pairs of answers"
 )
 NO_PAIRS = "pairs are needed: two answers to each prompt, under data.chosen_key and data.rejected_key"
 

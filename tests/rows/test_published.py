@@ -6,6 +6,7 @@ The rows are made up, in the shapes of the data. Each case says for every pair w
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rlhf_ray.rows.layouts import Keys, LayoutError
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.published import LAYOUTS, REFUSED, find_layout
 from rlhf_ray.rows.read import first_problem, read_file
+from rlhf_ray.rows.row import Columns
 
 
 def said(role: str, *texts: str) -> list[dict[str, str]]:
@@ -296,9 +298,11 @@ def test_ratings_beside_the_sides(write, names):
 
 
 def test_columns_can_be_renamed_and_left_out(write):
-    row = SIDES | {"grade": "5th", "strength": 2, "tools": "none"}
-    assert "'grade' must hold a finite number" in first_problem(write([row]), PreferenceReader())
-    (pair,) = pairs_of(write, row, ignore_columns=["grade", "tools"], rename_columns={"strength": "margin"})
+    row = SIDES | {"grade": "5th", "strength": 2, "system": "s"}
+    assert "'system'" in first_problem(write([row]), PreferenceReader())
+    reader = PreferenceReader(columns=Columns(ignored=("system",)))
+    assert "'grade' must hold a finite number, this is a str that is none" in first_problem(write([row]), reader)
+    (pair,) = pairs_of(write, row, ignore_columns=["grade", "system"], rename_columns={"strength": "margin"})
     assert (pair.margin, pair.grade) == (2.0, None)
 
 
@@ -406,3 +410,13 @@ def test_bad_rows_are_dropped_counted_and_named_if_asked(write, caplog, monkeypa
     with pytest.raises(DataError, match=r"all 3 rows are wrong, so none is left; the first: .*:1: message 1"):
         list(read_file(path, dropping))
     assert "(3 of the first 3 rows are wrong)" in first_problem(path, dropping)
+
+
+def test_the_table_in_the_docs_is_the_table_of_layouts():
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text("utf-8")
+    lines = ["| data | known by the columns | read as |", "|---|---|---|"]
+    for layout in (*LAYOUTS, *REFUSED):
+        names = ", ".join(f"`{column}`" for column in layout.columns)
+        lines.append(f"| {layout.name} | {names} | {layout.meaning} |")
+    table = "\n".join(lines)
+    assert f"<!-- layouts -->\n\n{table}\n\n" in page, f"put this table into docs/configuration.md:\n{table}"
