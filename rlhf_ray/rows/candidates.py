@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_ray.rows.conversations import is_conversation
 from rlhf_ray.rows.layouts import Keys, read_prompt_messages
 from rlhf_ray.rows.preferences import Messages, read_source
+from rlhf_ray.rows.read import PlainReader
 from rlhf_ray.rows.row import KeySets, LayoutError, Row
 
 COUNTS = {"num_correct": "chosen", "num_incorrect": "rejected"}
@@ -34,7 +35,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class CandidateReader:
+class CandidateReader(PlainReader):
     """Reads rows whose two sides are lists of texts."""
 
     keys: Keys = Keys()  # noqa: RUF009 (a NamedTuple cannot change)
