@@ -29,7 +29,11 @@ def add_arguments(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the resolved config on standard output; returns the exit code."""
     from rlhf_ray.config.loading import dump_config, load_config
+    from rlhf_ray.config.preflight import hub_names
 
     config = load_config(options.config, options.overrides, files=True)
     sys.stdout.write(dump_config(config))
+    unseen = [f"{key} {name}" for key, name in hub_names(config)]
+    if unseen:
+        sys.stderr.write(f"rlhf-ray: not looked at, since only a hub has it: {', '.join(unseen)}\n")
     return 0

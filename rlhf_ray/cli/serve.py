@@ -49,5 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         "normalize": arguments.normalize or None,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    config = load_job(ServeConfig, "serve", [*overrides, *arguments.overrides], files=True)
-    return reload(config) if arguments.reload else serve(config, detach=arguments.detach)
+    overrides += arguments.overrides
+    config = load_job(ServeConfig, "serve", overrides, files=True)
+    if not arguments.reload:
+        return serve(config, detach=arguments.detach)
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    return reload(config, [*keys, *(["--detach"] if arguments.detach else [])])

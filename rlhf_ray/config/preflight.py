@@ -15,8 +15,12 @@ def check_files(config: Job) -> list[str]:
     return [f"{key}: {text}" for key, text in attempt(config.files(), partial=False)]
 
 
+def hub_names(config: Job) -> list[tuple[str, str]]:
+    """The models and data sets of ``config`` that only a hub can have, each after its key; no check looks at them."""
+    models = [(f"{key}.path", model.path) for key, model in config.model_sections() if model.path is not None]
+    return [(key, name) for key, name in [*models, *config.data_paths()] if is_hub_id(name)]
+
+
 def hub_ids(config: Job) -> list[str]:
-    """The models and data sets of ``config`` that only a hub can have, so that the job must be allowed to ask it."""
-    names = [model.path for _, model in config.model_sections()]
-    names += [path for _, path in config.data_paths()]
-    return sorted({name for name in names if name is not None and is_hub_id(name)})
+    """Their names: where there are any, the job must be allowed to ask the hub."""
+    return sorted({name for _, name in hub_names(config)})

@@ -74,7 +74,7 @@ class _Builder:
                 right[name] = self.build(inner, values[name], here)
             elif entry is not None and isinstance(values[name], dict):
                 right[name] = self._entries(entry, values[name], here)
-                if len(right[name]) < len(values[name]):
+                if values[name] and not right[name]:  # what is left of it can still be checked
                     absent.append(name)
             elif any(location[: len(here)] == here for location in self.locations):
                 self._report(here, _explain(values[name], info))

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -32,6 +32,8 @@ SECONDS_BETWEEN_CHECKS = 5.0
 CHECK_TIMEOUT_S = 90.0
 """Added to ``hold_s``, the time that requests wait for a reward group that restarts."""
 STOP_TIMEOUT_S = 30.0
+RELOADED = ("reward.model.path", "reward.model.revision", "name", "run.name")
+"""The keys that ``--reload`` follows, beside those of the cluster that it joins."""
 
 
 def serve(config: ServeConfig, *, detach: bool) -> int:
@@ -58,8 +60,17 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
     return EXIT_DONE
 
 
-def reload(config: ServeConfig) -> int:
-    """Let ``reward.model`` take the place of the model ``name`` of the service ``run.name``, which goes on answering."""
+def reload(config: ServeConfig, given: Collection[str]) -> int:
+    """Let ``reward.model`` take the place of the model ``name`` of the service ``run.name``, which goes on answering.
+
+    ``given`` are the keys and options of the command, which are refused where the service could not follow them.
+    """
+    ignored = [key for key in given if key not in RELOADED and not key.startswith("cluster.")]
+    if ignored:
+        raise RequestError(
+            f"{', '.join(ignored)}: --reload changes the model alone, and the rest of a service stays as it was started "
+            f"({', '.join(RELOADED)} say which model and where): leave it out, or start another service"
+        )
     if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
         raise RequestError("--reload changes a service that runs on a Ray cluster: give cluster.address=auto")
     model = with_absolute_paths(config, Path.cwd()).reward.model

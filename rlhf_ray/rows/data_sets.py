@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,16 +102,25 @@ def _open_saved(folder: Path, config: str | None, split: str | None) -> Dataset:
         raise DataError(f"{path}: a saved data set has no configurations: remove config")
     saved = _try(path, lambda: _library().load_from_disk(path))
     if isinstance(saved, DatasetDict):
-        chosen = _chosen_split(path, split, list(saved))
-        if chosen not in saved:
-            raise DataError(
-                f"{path}: no split is called {chosen!r}, and slices of saved data sets are not read: name one of "
-                f"{', '.join(map(repr, saved))}"
-            )
-        return saved[chosen]
-    if split is not None:
-        raise DataError(f"{path}: a saved data set of one split: remove split")
-    return saved
+        return _cut(path, saved, _chosen_split(path, split, list(saved)))
+    if split is None:
+        return saved
+    name = str(saved.split or USUAL_SPLIT)
+    return _cut(path, {name: saved}, _chosen_split(path, split, [name]))
+
+
+def _cut(path: str, splits: Mapping[str, Dataset], chosen: str) -> Dataset:
+    """A split of a saved data set, or a slice or sum of splits, as the library reads the words."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    if chosen in splits:
+        return splits[chosen]
+    try:
+        cuts = ReadInstruction.from_spec(chosen).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{path}: no such split as {chosen!r}: {_first_line(error)}") from error
+    parts = [splits[cut.splitname].select(range(cut.from_, cut.to)) for cut in cuts]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def _library() -> Any:

@@ -199,3 +199,14 @@ def test_a_cluster_that_does_not_answer(refused):
 def test_a_service_is_not_trained(refused):
     message = refused("submit", "serve", "reward.model.path=org/name", "--address", "http://127.0.0.1:9")
     assert "serve" in message and "rlhf-ray serve" in message
+
+
+def test_check_says_what_it_could_not_look_at(here, capsys):
+    assert main(["check", "hh-rm", "data.path=org/rows", "reward.model={path: org/model}"]) == 0
+    assert (
+        "not looked at, since only a hub has it: reward.model.path org/model, data.path org/rows"
+        in capsys.readouterr().err
+    )
+    (here / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    assert main(["check", "hh-rm", "data.path=rows.jsonl"]) == 0
+    assert "not looked at" not in capsys.readouterr().err

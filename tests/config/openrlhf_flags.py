@@ -158,7 +158,7 @@ eval.split data.evaluation_split
 eval.temperature evaluation.greedy
 eval.n_samples_per_prompt evaluation.samples_per_prompt
 data.input_key data.prompt_key
-data.label_key -
+data.label_key data.label_key
 data.input_template -
 data.apply_chat_template data.apply_chat_template
 logger.wandb.key -

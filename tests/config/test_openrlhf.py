@@ -16,7 +16,13 @@ ALL_ROLES = {role for job in job_classes().values() for role in roles_of(job)}
 PPO_KEYS = keys_of(job_classes()["ppo"])
 OF_PPO = read_table(TRAIN_PPO_RAY)
 TABLE = OF_PPO | read_table(FURTHER_FLAGS)
-OURS_TOO = {"rollout.max_new_tokens", "rollout.temperature", "rollout.top_p", "data.apply_chat_template"}
+OURS_TOO = {
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "rollout.top_p",
+    "data.apply_chat_template",
+    "data.label_key",
+}
 """Flags of ``train_ppo_ray`` that are keys of a ppo job under the same name."""
 
 

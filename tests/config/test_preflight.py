@@ -356,6 +356,28 @@ def test_the_evaluation_file_is_looked_at_too(here):
     ]
 
 
+def test_a_file_that_is_wrong_hides_no_problem_of_another(problems, texts):
+    text = texts["rm"].replace("data: {world: {}}", "data: {sources: {a: {path: a.jsonl}, b: 3, c: {path: c.jsonl, weight: x}, "
+                               "'d d': {path: d.jsonl}}, evaluation_path: held.jsonl, split: 3}")  # fmt: skip
+    keys = [line.partition(": ")[0] for line in problems(text=text, files=True)]
+    assert {"data.sources.a.path", "data.sources.c.path", "data.evaluation_path"} <= set(keys)
+    assert {"data.sources.b", "data.sources.c.weight", "data.sources", "data.split"} <= set(keys)
+
+
+def test_a_wrong_term_or_place_of_the_reward_hides_no_problem_of_another(problems):
+    reward = "reward={model: {path: gone}, mixture: 3}"
+    keys = [line.partition(": ")[0] for line in problems("ppo", reward, files=True)]
+    assert "reward.model.path" in keys and "reward.mixture" in keys
+    reward = (
+        "reward={mixture: {a: {model: {path: gone}, function: 3}, b: {function: 'gone.py:f'}, c: 3, "
+        "d: {model: 3, token_file: gone, url: 'http://x'}}, model: {path: gone_too}}"
+    )
+    keys = [line.partition(": ")[0] for line in problems("ppo", reward, files=True)]
+    for key in ("a.model.path", "a.function", "b.function", "c", "d.model", "d.token_file"):
+        assert f"reward.mixture.{key}" in keys
+    assert "reward.model.path" in keys
+
+
 # ----------------------------------------------------------------------------------------------------------------- ppo
 
 

@@ -63,8 +63,20 @@ def test_a_saved_data_set_of_several_splits(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(DataError, match="no split is called 'nope': name one of 'first', 'test'"):
         read(tmp_path, "nope")
-    with pytest.raises(DataError, match="slices of saved data sets are not read"):
-        read(tmp_path, "first[:1]")
+    assert read(tmp_path, "first[1:]+test[:1]") == PAIRS[1:4], "a slice is cut where the data set lies"
+    with pytest.raises(DataError, match=r"no such split as 'first\[9:3x\]'"):
+        read(tmp_path, "first[9:3x]")
+
+
+def test_a_slice_of_one_saved_split_is_what_the_library_cuts_out_of_it(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(PAIRS, split="validation").save_to_disk(tmp_path / "named")
+    datasets.Dataset.from_list(PAIRS).save_to_disk(tmp_path / "nameless")
+    for name, folder in (("validation", "named"), ("train", "nameless")):
+        assert read(tmp_path / folder, name) == PAIRS
+        assert read(tmp_path / folder, f"{name}[-2:]") == PAIRS[-2:]
+        assert read(tmp_path / folder, f"{name}[:50%]") == PAIRS[: round(len(PAIRS) / 2)]
+        with pytest.raises(DataError, match=f"name one of '{name}'"):
+            read(tmp_path / folder, "other[:1]")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv", "arrow"])

@@ -80,6 +80,46 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "ignored"),
+    [
+        (["--port", "5001"], "port"),
+        (["--normalize", "--host", "::1", "max_items=7"], "host, normalize, max_items"),
+        (["reward.model.dtype=fp32", "models.other.model.path=x"], "reward.model.dtype, models.other.model.path"),
+        (["--detach"], "--detach"),
+        (["reward.model={path: x}"], "reward.model"),
+    ],
+)
+def test_reload_refuses_by_name_what_it_could_only_ignore(
+    model: Path, words: list[str], ignored: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "Cluster", None)
+    (tmp := model.parent / "x").mkdir(exist_ok=True)
+    for file in model.iterdir():
+        (tmp / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(model.parent)
+    assert main(["serve", str(model), "--reload", "cluster.address=auto", *words]) == EXIT_WRONG_REQUEST
+    assert f"rlhf-ray: {ignored}: --reload changes the model alone" in capsys.readouterr().err
+
+
+def test_reload_takes_the_model_its_name_and_where_the_service_runs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        """Raised in place of joining a cluster."""
+
+    class NoCluster:
+        @staticmethod
+        def for_job(config: ServeConfig, **_: object) -> None:
+            raise Reached(config.run.name, config.name, config.reward.model.revision)
+
+    monkeypatch.setattr(launch, "Cluster", NoCluster)
+    words = ["cluster.address=auto", "cluster.call_timeout_s=5", "run.name=s", "name=other", "reward.model.revision=v2"]
+    with pytest.raises(Reached) as reached:
+        main(["serve", str(model), "--reload", *words])
+    assert reached.value.args == ("s", "other", "v2")
+
+
 def test_a_model_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/no/such/model"]) == EXIT_WRONG_REQUEST
     assert "/no/such/model does not exist" in capsys.readouterr().err

@@ -6,10 +6,11 @@ Invariant: the first rows of a file are read as the run reads them, and the rest
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
@@ -31,18 +32,37 @@ def data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
 
 def data_problems(data: DataConfig, row_reader: Callable[[SourceConfig], RowReader[Any]]) -> Iterator[Problem]:
     """What is wrong with the files of ``data``; ``row_reader`` makes what the job reads a file with."""
-    files = [(f"data.sources.{name}.path" if name else "data.path", file) for name, file in data.files.items()]
+    names = ["", *data.__dict__.get("sources", {})]  # those that are there: one that is wrong hides no other
+    yield from attempt([partial(_file_problems, data, name, row_reader) for name in names], partial=True)
+    yield from attempt([partial(_evaluation_file_problems, data, row_reader)], partial=True)
+
+
+def _file_problems(
+    data: DataConfig, name: str, row_reader: Callable[[SourceConfig], RowReader[Any]]
+) -> Iterator[Problem]:
+    file = data.file(name)
+    if file is not None:
+        yield from _source_problems(f"data.sources.{name}.path" if name else "data.path", file, row_reader)
+
+
+def _evaluation_file_problems(
+    data: DataConfig, row_reader: Callable[[SourceConfig], RowReader[Any]]
+) -> Iterator[Problem]:
     if data.evaluation_file is not None:
         key = "data.evaluation_split" if data.evaluation_path is None else "data.evaluation_path"
-        files.append((key, data.evaluation_file))
-    for key, source in files:
-        if is_hub_id(source.path):
-            continue
-        path = Path(source.path)
-        if not path.exists():
-            yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
-        elif problem := first_problem(source.rows, row_reader(source)):
-            yield key, problem
+        yield from _source_problems(key, data.evaluation_file, row_reader)
+
+
+def _source_problems(
+    key: str, source: SourceConfig, row_reader: Callable[[SourceConfig], RowReader[Any]]
+) -> Iterator[Problem]:
+    if is_hub_id(source.path):
+        return
+    path = Path(source.path)
+    if not path.exists():
+        yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
+    elif problem := first_problem(source.rows, row_reader(source)):
+        yield key, problem
 
 
 def label_problems(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 from rlhf_ray.config.checks import algorithm as algorithm_checks
@@ -24,7 +25,7 @@ from rlhf_ray.config.sections.base import Positive
 from rlhf_ray.config.sections.batch import BatchConfig
 from rlhf_ray.config.sections.data import SourceConfig
 from rlhf_ray.config.sections.evaluation import PpoEvaluationConfig
-from rlhf_ray.config.sections.rewards import COMPARED, VERIFIERS, RewardConfig
+from rlhf_ray.config.sections.rewards import COMPARED, VERIFIERS, RewardConfig, RewardSourceConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.service import ServiceConfig
@@ -126,8 +127,8 @@ class PpoConfig(TrainingJob):
             *super().files(),
             lambda: tokenizer_problems(self.policy.model, {"critic": self.critic, "reference": self.reference}),
             lambda: engine_problems(self.rollout, self.policy.model),
-            self._reward_files,
             self._label_problems,
+            *(partial(_source_files, key, source) for key, source in self._reward_sources().items()),
             self._gold_file,
             self._own_part_files,
             lambda: stop_token_problems(self.rollout.stop_tokens, self.policy.model),
@@ -193,12 +194,8 @@ class PpoConfig(TrainingJob):
         }
         return rewards | {"evaluation.gold": self.evaluation.gold}
 
-    def _reward_files(self) -> Iterator[Problem]:
-        for key, source in self.reward.sources.items():
-            for name, code in (("function", source.function), ("source", source.source)):
-                if code is not None:
-                    yield from ((f"{key}.{name}", text) for text in existence_problems(code))
-            yield from token_problems(f"{key}.token_file", source.token_file)
+    def _reward_sources(self) -> Mapping[str, RewardSourceConfig]:
+        return unless_absent(lambda: self.reward.sources, {})
 
     def _gold_file(self) -> Iterator[Problem]:
         if self.evaluation.gold is not None:
@@ -207,3 +204,12 @@ class PpoConfig(TrainingJob):
     def _own_part_files(self) -> Iterator[Problem]:
         for key, name in self.algorithm.own_parts.items():
             yield from ((f"algorithm.{key}", text) for text in existence_problems(name))
+
+
+def _source_files(key: str, source: RewardSourceConfig) -> Iterator[Problem]:
+    """The code and the token file of one place that rewards come from."""
+    for name in ("function", "source"):
+        code = source.__dict__.get(name)
+        if code is not None:
+            yield from ((f"{key}.{name}", text) for text in existence_problems(code))
+    yield from token_problems(f"{key}.token_file", source.token_file)

@@ -167,7 +167,7 @@ _DATA: dict[str, Answer] = {
     "data.prompt_key": _ours("data.prompt_key"),
     "data.chosen_key": _ours("data.chosen_key"),
     "data.rejected_key": _ours("data.rejected_key"),
-    "data.label_key": _none("labels are read from the column label or answer"),
+    "data.label_key": _ours("data.label_key"),
     "data.apply_chat_template": _ours("data.apply_chat_template"),
     "data.input_template": _none("write it into the rows, or let data.apply_chat_template make turns of them"),
     "data.tokenizer_chat_template": _none("put it beside the tokenizer, as chat_template.jinja"),

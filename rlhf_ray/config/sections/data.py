@@ -107,9 +107,16 @@ class DataConfig(Section):
     @property
     def files(self) -> dict[str, SourceConfig]:
         """The files of training rows by the names of their sources, with all keys set; the name of ``path`` is empty."""
-        own = {"": SourceConfig(path=self.path, split=self.split, config=self.config)} if self.path is not None else {}
-        files = own or self.sources
-        return {name: self._with_keys(source) for name, source in files.items()}
+        names = [""] if self.path is not None else [*self.sources]
+        return {name: file for name in names if (file := self.file(name)) is not None}
+
+    def file(self, name: str) -> SourceConfig | None:
+        """One file of ``files``, with all keys set; the file ``path``, if there is one, under the empty name."""
+        if name:
+            return self._with_keys(self.sources[name])
+        if self.path is None:
+            return None
+        return self._with_keys(SourceConfig(path=self.path, split=self.split, config=self.config))
 
     @property
     def evaluation_file(self) -> SourceConfig | None:

@@ -25,6 +25,8 @@ COMPARED: Mapping[str, Compared] = {"gsm8k": "number", "exact_match": "text", "w
 """What those that verify an answer compare of its label."""
 VERIFIERS = "rlhf_ray.rewards.verifiers:"
 """Where those of them that know nothing of the world are defined, in front of their names."""
+PLACES = ("model", "function", "url", "source")
+"""The keys that say where rewards come from; one of them is set."""
 
 
 class RewardSourceConfig(Section):
@@ -60,8 +62,7 @@ class RewardSourceConfig(Section):
     @property
     def places(self) -> list[str]:
         """The keys of the places that are set; a valid section has one."""
-        places = {"model": self.model, "function": self.function, "url": self.url, "source": self.source}
-        return [name for name, value in places.items() if value is not None]
+        return [name for name in PLACES if getattr(self, name) is not None]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         function, url = self.function, self.url
@@ -126,10 +127,13 @@ class RewardConfig(RewardSourceConfig):
 
     @property
     def sources(self) -> Mapping[str, RewardSourceConfig]:
-        """Every place by the key of its section: ``reward``, or ``reward.mixture.NAME`` for each term."""
-        if self.mixture:
-            return {f"reward.mixture.{name}": term for name, term in self.mixture.items()}
-        return {"reward": self}
+        """Every place by the key of its section: ``reward``, or ``reward.mixture.NAME`` for each term.
+
+        Of a section that is partial, or that names several places, all that is there, so that each can be checked.
+        """
+        terms = {f"reward.mixture.{name}": term for name, term in self.__dict__.get("mixture", {}).items()}
+        has_place = any(self.__dict__.get(name) is not None for name in PLACES)
+        return {"reward": self, **terms} if has_place or not terms else terms
 
     @property
     def weights(self) -> dict[str, float]:
@@ -141,7 +145,8 @@ class RewardConfig(RewardSourceConfig):
     @property
     def roles(self) -> dict[str, RoleConfig]:
         """Every reward model as a role, by the key of its section."""
-        roles = {key: source.role for key, source in self.sources.items()}
+        with_model = {key: source for key, source in self.sources.items() if "model" in source.__dict__}
+        roles = {key: source.role for key, source in with_model.items()}
         return {key: role for key, role in roles.items() if role is not None}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ cost no more than good ones.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
@@ -74,9 +75,9 @@ class Body(BaseModel):
             raise Refusal(*explain(first, cls)) from None  # pydantic's own error holds the value
         return body.parse()
 
+    @abstractmethod
     def parse(self) -> ParsedRequest:
         """The items and how they are answered."""
-        raise NotImplementedError
 
 
 def explain(error: ErrorDetails, form: type[Body] | None = None) -> tuple[str, str]:
