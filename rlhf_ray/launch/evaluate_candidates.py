@@ -27,8 +27,9 @@ from rlhf_ray.evaluation.rewardbench2 import (
 from rlhf_ray.launch.reward_report import RewardReport
 from rlhf_ray.monitoring.report.summary import Table
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rows.candidates import CandidateReader, Candidates, holds_candidates
+from rlhf_ray.rows.candidates import CandidateReader, Candidates
 from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.published.comparisons import hold_lists_of_answers
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource, placed_rows
 
@@ -45,7 +46,7 @@ def is_file_of_candidates(file: Path, keys: Keys) -> bool:
         first = next(islice(placed_rows(RowSource(str(file))), 1), None)
     except DataError:
         return False
-    return first is not None and isinstance(first[1], Mapping) and holds_candidates(first[1], keys)
+    return first is not None and isinstance(first[1], Mapping) and hold_lists_of_answers(first[1], keys)
 
 
 def read_candidates(file: Path, keys: Keys) -> list[Candidates]:

@@ -5,7 +5,7 @@ Invariants: a prompt has at least one right and one wrong answer, each a text; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,12 +61,6 @@ class CandidateReader(PlainReader):
             if stated is not None and stated != len(answers):
                 raise LayoutError(f"{column!r} is {stated!r}, but there are {len(answers)} answers")
         return Candidates(prompt, right, wrong, read_source(row), row.short_text("id") or "", row.where)
-
-
-def holds_candidates(values: Mapping[str, Any], keys: Keys) -> bool:
-    """Whether both sides of a row are lists of texts."""
-    sides = (values.get(keys.chosen), values.get(keys.rejected))
-    return all(isinstance(side, list) and bool(side) and isinstance(side[0], str) for side in sides)
 
 
 def _answers(row: Row, key: str) -> list[str]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from rlhf_ray.rows.comparisons import (
+from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
+from rlhf_ray.rows.published.comparisons import (
     Ratings,
     prompt_beside,
     recast,
@@ -19,8 +20,7 @@ from rlhf_ray.rows.comparisons import (
     refuse_unread_label,
     with_ratings,
 )
-from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
-from rlhf_ray.rows.published import are_rated_together, find_layout, join_rated
+from rlhf_ray.rows.published.table import are_rated_together, find_layout, join_rated
 from rlhf_ray.rows.read import Expanded, PlainReader, read_file
 from rlhf_ray.rows.row import KeySets, LayoutError, Row, is_filled
 from rlhf_ray.rows.sources import AnySource
@@ -71,7 +71,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class PreferenceReader(PlainReader):
-    """Reads pairs in any layout of :mod:`rlhf_ray.rows.layouts` and :mod:`rlhf_ray.rows.published`.
+    """Reads pairs in any layout of :mod:`rlhf_ray.rows.layouts` and :mod:`rlhf_ray.rows.published.table`.
 
     With ``turns`` texts become messages.
     """

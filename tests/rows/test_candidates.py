@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rlhf_ray.errors import DataError
-from rlhf_ray.rows.candidates import CandidateReader, holds_candidates
+from rlhf_ray.rows.candidates import CandidateReader
 from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.published.comparisons import hold_lists_of_answers
 from rlhf_ray.rows.read import read_file
 
 ROW = {
@@ -50,5 +51,5 @@ def test_bad_rows(write, changes, problem):
 def test_lists_of_texts_on_both_sides_are_candidates_and_conversations_are_not():
     keys = Keys()
     turns = [{"role": "assistant", "content": "a"}]
-    assert holds_candidates(ROW, keys) and not holds_candidates({"chosen": turns, "rejected": turns}, keys)
-    assert not holds_candidates({"chosen": "a", "rejected": ["b"]}, keys) and not holds_candidates({}, keys)
+    assert hold_lists_of_answers(ROW, keys) and not hold_lists_of_answers({"chosen": turns, "rejected": turns}, keys)
+    assert not hold_lists_of_answers({"chosen": "a", "rejected": ["b"]}, keys) and not hold_lists_of_answers({}, keys)

@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
-from rlhf_ray.rows.comparisons import Ratings
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.formats import is_file_name
 from rlhf_ray.rows.labels import LabelReader
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.prompts import PromptReader
+from rlhf_ray.rows.published.comparisons import Ratings
 from rlhf_ray.rows.row import Columns
 from rlhf_ray.rows.sources import RowSource
 

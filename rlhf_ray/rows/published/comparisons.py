@@ -1,7 +1,7 @@
 """What preference data say that name no better and no worse side: labels, strengths, ranks and ratings.
 
 A layout is known by its columns, and becomes rows with a prompt, a chosen and a rejected side, as
-:mod:`rlhf_ray.rows.layouts` reads them; :mod:`rlhf_ray.rows.published` is the table of those that have a name.
+:mod:`rlhf_ray.rows.layouts` reads them; :mod:`rlhf_ray.rows.published.table` is the table of those that have a name.
 
 Invariants: a value that is not among those documented for its column is a :class:`LayoutError`, never a guess. Of several
 rated or ranked answers to one prompt every two make a pair. A column that could say which of two sides is better is read or
@@ -287,10 +287,15 @@ def with_ratings(values: Mapping[str, Any], keys: Keys, ratings: Ratings) -> Map
     return {**values, **{name: number for name, number in numbers.items() if not is_filled(values, name)}}
 
 
+def hold_lists_of_answers(values: Mapping[str, Any], keys: Keys) -> bool:
+    """Whether both sides of a row are lists of texts, as in RewardBench 2 and RM-Bench."""
+    sides = (values.get(keys.chosen), values.get(keys.rejected))
+    return all(isinstance(side, list) and bool(side) and isinstance(side[0], str) for side in sides)
+
+
 def refuse_lists_of_answers(values: Mapping[str, Any], keys: Keys) -> None:
-    """Refuse sides that are lists of texts: several answers (RewardBench 2, RM-Bench), which are no pair."""
-    sides = (values[keys.chosen], values[keys.rejected])
-    if all(isinstance(side, list) and side and all(isinstance(text, str) for text in side) for side in sides):
+    """Refuse sides that are several answers, which are no pair."""
+    if hold_lists_of_answers(values, keys):
         raise LayoutError(
             f"{keys.chosen!r} and {keys.rejected!r} hold lists of answers, as RewardBench 2 does, and not one answer each",
             "rlhf-ray evaluate reads RewardBench 2; for training write one row for each pair of answers",

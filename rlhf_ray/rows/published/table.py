@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_ray.rows.comparisons import (
+from rlhf_ray.rows.published.comparisons import (
     TIES,
     Comparison,
     Layout,

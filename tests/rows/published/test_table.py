@@ -15,7 +15,7 @@ from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.layouts import Keys, LayoutError
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
-from rlhf_ray.rows.published import LAYOUTS, REFUSED, find_layout
+from rlhf_ray.rows.published.table import LAYOUTS, REFUSED, find_layout
 from rlhf_ray.rows.read import first_problem, read_file
 from rlhf_ray.rows.row import Columns
 
@@ -413,7 +413,7 @@ def test_bad_rows_are_dropped_counted_and_named_if_asked(write, caplog, monkeypa
 
 
 def test_the_table_in_the_docs_is_the_table_of_layouts():
-    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text("utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text("utf-8")
     lines = ["| data | known by the columns | read as |", "|---|---|---|"]
     for layout in (*LAYOUTS, *REFUSED):
         names = ", ".join(f"`{column}`" for column in layout.columns)
