@@ -23,10 +23,12 @@ import torch
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.algorithms.losses import LossOutput, Metrics
 from rlhf_ray.algorithms.reward_losses import RewardOutputs
+from rlhf_ray.config.files.positions import longest_sequence, too_long
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
+from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
@@ -52,6 +54,8 @@ class WorkerSetup:
     """Optimizer updates of the whole run, for the learning-rate schedule. None for a rank that does not train."""
     address: str | None = None
     """``host:port`` where the ranks meet. None for a single rank."""
+    longest: int | None = None
+    """Tokens of the longest sequence that the job may bring; None where each is looked at when it comes."""
 
 
 Setup = TypeVar("Setup", bound=WorkerSetup)
@@ -92,6 +96,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         torch.manual_seed(setup.seed + self.rank)
         self._meet(setup.address)
         module, line = self._load(setup)
+        self._read_the_longest(setup.longest)
         from rlhf_ray.engine.engine import Engine
 
         self.engine = Engine(
@@ -111,6 +116,13 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
             return
         host, _, port = (address or self.rendezvous()).rpartition(":")
         distributed.init_process_group(self.rank, self.world_size, host, int(port))
+
+    def _read_the_longest(self, longest: int | None) -> None:
+        """Refuse a model with fewer positions: one that comes from a hub is first seen here."""
+        config = self.hf_model.config.get_text_config().to_dict()
+        positions = longest_sequence(config)
+        if longest is not None and positions is not None and longest > positions:
+            raise RequestError(too_long(longest, f"{self.config.model.path} ({self.role})", positions, config))
 
     def _ds_config(self, setup: Setup) -> dict[str, Any] | None:
         """What the loader needs to build the model in shards. None if every rank holds the whole model."""

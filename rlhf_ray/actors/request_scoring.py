@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
@@ -40,8 +41,9 @@ class RequestScorer:
 
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
-        positions = model_config.get_text_config().to_dict().get("max_position_embeddings")
-        self.max_item_tokens = min(max_item_tokens, positions or max_item_tokens)
+        self.max_item_tokens = min(
+            max_item_tokens, longest_sequence(model_config.get_text_config().to_dict()) or max_item_tokens
+        )
         self._identity = {"fingerprint": fingerprint(tokenizer), "template": template_fingerprint(tokenizer)}
         self._statistics = _statistics(model_config.to_dict())
 

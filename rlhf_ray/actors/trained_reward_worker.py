@@ -69,10 +69,16 @@ def compute_shape(backbone: Any) -> ComputeShape:
     embeddings = {id(parameter) for parameter in backbone.get_input_embeddings().parameters()}
     shapes = [(full_shape(p), p.requires_grad) for p in backbone.parameters() if id(p) not in embeddings]
     matrices = [(shape.numel(), trains) for shape, trains in shapes if len(shape) > 1]
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = text.per_layer_config if text.is_heterogeneous else [text]
     return ComputeShape(
         parameters=sum(size for size, _ in matrices),
         trained=sum(size for size, trains in matrices if trains),
         layers=text.num_hidden_layers,
-        width=text.num_attention_heads * head_width,
+        width=sum(map(_attention_width, layers)) // len(layers),
     )
+
+
+def _attention_width(layer: Any) -> int:
+    """The width of all heads of a layer together; ``layer`` is its config."""
+    head_width: int = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return int(layer.num_attention_heads) * head_width

@@ -32,6 +32,9 @@ from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.load import check_packing, load_weights, prepare_for_packs
 from rlhf_ray.models.weights.lora import add_lora
 
+DEFAULT_DEVIATION = 0.02
+"""Standard deviation of fresh weights where a config names none, as in transformers."""
+
 
 def get_llm_for_sequence_regression(
     model_name_or_path: str,
@@ -141,7 +144,9 @@ def wrap_backbone(
 def make_head(backbone: PreTrainedModel, init: HeadInit, seed: int) -> ScoreHead:
     """Make a fresh head for a backbone."""
     config = backbone.config.get_text_config()
-    return fresh_head(config.hidden_size, init, initializer_range=config.initializer_range, seed=seed)
+    named = [getattr(config, name, None) for name in ("initializer_range", "init_std")]
+    deviation = next((number for number in named if number is not None), DEFAULT_DEVIATION)
+    return fresh_head(config.hidden_size, init, initializer_range=deviation, seed=seed)
 
 
 def _head_name(raw: dict[str, Any], asked: str) -> str:

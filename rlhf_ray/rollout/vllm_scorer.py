@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.vllm_engine import prepare_process, vllm_dtype
@@ -31,10 +32,10 @@ class VllmScorer:
         """``max_item_tokens`` bounds a sequence, as the model's positions do; ``gpus`` is the share of one to use."""
         assert model.path is not None, "the config takes scorer vllm only with a path"
         self.config = servable_config(model)
-        text = self.config.get_text_config()
-        self.vocabulary: int = text.vocab_size
-        positions = text.to_dict().get("max_position_embeddings")
-        self.max_item_tokens = min(max_item_tokens, positions or max_item_tokens)
+        self.vocabulary: int = self.config.get_text_config().vocab_size
+        self.max_item_tokens = min(
+            max_item_tokens, longest_sequence(self.config.get_text_config().to_dict()) or max_item_tokens
+        )
         on_cpu = prepare_process()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported

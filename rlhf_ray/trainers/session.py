@@ -17,7 +17,7 @@ from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.reward_worker import RewardSetup
 from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup
 from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup
-from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
@@ -28,9 +28,10 @@ from rlhf_ray.trainers import stopping
 class Session:
     """Starts the groups of one run. Without ``place`` the session joins or starts the Ray cluster of the config."""
 
-    def __init__(self, config: Job, *, place: Place | None = None) -> None:
+    def __init__(self, config: TrainingJob, *, place: Place | None = None) -> None:
         self.config = config
         self.seed = config.run.seed
+        self._longest = config.longest_sequence()
         self.cleanup = ExitStack()
         """Closes what no group owns: connections, and the processes of reward functions."""
         self._cluster: Cluster | None = None
@@ -59,17 +60,19 @@ class Session:
 
     def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> PlacedGroup[PolicyGroup]:
         """Place a policy that learns for ``total_updates`` updates; ``temperature`` is that of its log-probs."""
-        setup = LanguageSetup(role, self.seed, total_updates=total_updates, temperature=temperature)
+        setup = LanguageSetup(
+            role, self.seed, total_updates=total_updates, temperature=temperature, longest=self._longest
+        )
         return place_group(self.place, "policy", PolicyGroup, setup)
 
     def reference(self, role: RoleConfig, *, temperature: float) -> PlacedGroup[ReferenceGroup]:
         """Place the frozen model that the policy's KL is measured from."""
-        setup = LanguageSetup(role, self.seed, temperature=temperature)
+        setup = LanguageSetup(role, self.seed, temperature=temperature, longest=self._longest)
         return place_group(self.place, "reference", ReferenceGroup, setup)
 
     def critic(self, role: RoleConfig, *, total_updates: int) -> PlacedGroup[CriticGroup]:
         """Place a critic that learns for ``total_updates`` updates."""
-        setup = WorkerSetup(role, self.seed, total_updates=total_updates)
+        setup = WorkerSetup(role, self.seed, total_updates=total_updates, longest=self._longest)
         return place_group(self.place, "critic", CriticGroup, setup)
 
     def reward(self, role: RoleConfig, *, max_tokens: int, max_item_tokens: int, name: str) -> PlacedGroup[RewardGroup]:
@@ -79,7 +82,7 @@ class Session:
 
     def trained_reward(self, role: RoleConfig, *, total_updates: int, routers: bool) -> PlacedGroup[TrainedRewardGroup]:
         """Place a reward model that learns; ``routers`` says that the loss reads the routers of experts."""
-        setup = TrainedRewardSetup(role, self.seed, total_updates=total_updates, routers=routers)
+        setup = TrainedRewardSetup(role, self.seed, total_updates=total_updates, routers=routers, longest=self._longest)
         return place_group(self.place, "trained_reward", TrainedRewardGroup, setup)
 
     def engines(self, config: RolloutConfig) -> list[Ranks]:

@@ -61,6 +61,13 @@ def ranks(cluster: Cluster) -> Iterator[RayRanks]:
     group.stop()
 
 
+def test_ranks_that_were_stopped_are_a_typed_error() -> None:
+    """A service asks for the health of a group at any time, also while another takes its place."""
+    stopped = RayRanks("reward", [], timeout_s=60.0, on_stop=lambda: None)
+    with pytest.raises(GroupError, match="reward failed in health: its processes have been stopped"):
+        stopped.call("health", [()]).result()
+
+
 def test_values_come_in_rank_order_whoever_answers_first(ranks: RayRanks) -> None:
     assert ranks.call("double", [(10,), (20,)]).result() == [20, 41]
 

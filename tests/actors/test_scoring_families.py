@@ -21,7 +21,7 @@ from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.errors import GroupError
+from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest
 from tests.serving.reward_models import save_reward_model
 
@@ -155,3 +155,12 @@ def test_every_sequence_is_scored_once_or_has_one_reason(sizes: list[list[int]],
     scored = [index for indices, values in parts for index in indices]
     assert sorted([*scored, *failures]) == everything and set(failures) == bad & set(everything)
     assert all(list(indices) == values.tolist() for indices, values in parts)
+
+
+def test_a_model_with_fewer_positions_than_the_job_brings_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    """The config of a model that comes from a hub is first seen by its ranks."""
+    directory = save_reward_model(tmp_path / "model", positions=64)
+    role = RoleConfig(model=ModelConfig(path=str(directory), dtype="fp32"))
+    with pytest.raises(RequestError, match=r"65 is more than .* \(reward\) reads: lower it to 64"):
+        RewardWorker().setup(RewardSetup(role, seed=0, longest=65))
+    RewardWorker().setup(RewardSetup(role, seed=0, longest=64))

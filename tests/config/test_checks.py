@@ -49,6 +49,13 @@ CASES = [
     ("ppo", ["policy.engine.optimizer=null"],
      "policy.engine.optimizer: missing: this job trains the policy; set policy.engine.optimizer.learning_rate"),
     ("rm", ["reward.engine.optimizer=null"], "reward.engine.optimizer: null is not a section"),
+    ("rm", ["reward.model.dtype=fp16"],
+     "reward.model.dtype: fp16 at reward.engine.zero 0 does not scale the loss in DeepSpeed: set that to 1, 2 or 3, or dtype "
+     "to bf16"),
+    ("sft", ["policy.model.dtype=fp16", "policy.engine.zero=2"],
+     "policy.model.dtype: DeepSpeed has no fp16 on CPU, and policy.resources.gpus_per_rank is 0: set that to 1, or dtype to "
+     "bf16"),
+    ("ppo", ["reference.model.dtype=fp16", "reference.engine.zero=3"], "reference.model.dtype: DeepSpeed has no fp16 on CPU"),
     ("rm", ["reward.engine.optimizer.schedule=constant", "reward.engine.optimizer.final_fraction=0.2"],
      "final_fraction: 0.2 has no effect: schedule is constant"),
     ("rm", ["reward.engine.optimizer.power=2.0"], "power: 2.0 belongs to the schedule polynomial, but it is cosine"),
@@ -224,6 +231,8 @@ ALLOWED = [
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "policy.resources.gpus_per_rank=0.3"]),
     ("ppo", ["policy.engine={zero: 3, offload: all, optimizer: {learning_rate: 1e-3}}", "reward.engine.zero=3"]),
     ("sft", ["policy.model.quantization=nf4", "policy.model.dtype=bf16", LORA, "policy.engine.zero=2"]),
+    ("sft", ["policy.model.dtype=fp16", "policy.engine.zero=1", "policy.resources.gpus_per_rank=1"]),
+    ("ppo", ["reward.model.dtype=fp16"]),
     ("sft", ["data.max_tokens=4096"]),
     ("rm", ["data.max_tokens=2048"]),
     ("serve", ["host=0.0.0.0", "token_file=token"]),

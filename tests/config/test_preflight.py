@@ -324,7 +324,7 @@ def test_every_source_is_looked_at_with_its_own_keys(here, texts):
 
 def test_what_is_longer_than_the_models_context(here, texts):
     make_model(here / "model", max_position_embeddings=256)
-    message = "data.max_tokens: 512 is more than model reads ({}.model): lower it to 256"
+    message = "data.max_tokens: 512 is more than model ({}.model) reads: lower it to 256"
     for kind, role in (("rm", "reward"), ("sft", "policy")):
         config = [f"{role}.model={{path: model, dtype: fp32{', head_init: zero' if kind == 'rm' else ''}}}"]
         assert check_files(parse_config(texts[kind], config)) == [message.format(role)]
@@ -420,7 +420,7 @@ def test_the_rollout_must_be_able_to_serve_the_policy(here, texts):
     reported = ppo(here, texts, *parallel, num_attention_heads=6, max_position_embeddings=256)
     assert reported == [
         "rollout.tensor_parallel: 4 does not divide the 6 attention heads of policy",
-        "rollout.max_model_tokens: 512 is more than policy reads: lower it to 256",
+        "rollout.max_model_tokens: 512 is more than policy (policy.model) reads: lower it to 256",
     ]
 
 

@@ -68,6 +68,23 @@ def _quantizes_frozen_weights_only(key: str, role: Role) -> Iterator[Problem]:
         yield f"{key}.model.quantization", f"{quantization} weights do not train: set {key}.model.lora.rank, such as 16"
 
 
+def _runs_in_half_precision(key: str, role: Role) -> Iterator[Problem]:
+    """DeepSpeed trains in fp16 only with ZeRO, and on GPUs."""
+    config = role.config
+    if config.model.dtype != "fp16":
+        return
+    if config.engine.optimizer is not None and config.engine.zero == 0:
+        yield (
+            f"{key}.model.dtype",
+            f"fp16 at {key}.engine.zero 0 does not scale the loss in DeepSpeed: set that to 1, 2 or 3, or dtype to bf16",
+        )
+    elif config.engine.zero > 0 and config.resources.gpus_per_rank == 0:
+        yield (
+            f"{key}.model.dtype",
+            f"DeepSpeed has no fp16 on CPU, and {key}.resources.gpus_per_rank is 0: set that to 1, or dtype to bf16",
+        )
+
+
 def _every_rank_has_an_item(key: str, role: Role) -> Iterator[Problem]:
     if role.work is None:
         return
@@ -101,6 +118,7 @@ ROLE_RULES: tuple[RoleRule, ...] = (
     _has_the_right_head,
     _uses_one_device_per_rank,
     _quantizes_frozen_weights_only,
+    _runs_in_half_precision,
     _every_rank_has_an_item,
     _longest_item_fits,
 )

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.files.positions import longest_sequence, text_part, too_long
 from rlhf_ray.config.problems import Problem
-from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.environment import is_hub_id
@@ -99,31 +99,27 @@ def read_json(path: Path) -> dict[str, Any] | str:
 
 
 def model_config_file(model: ModelConfig) -> Mapping[str, Any]:
-    """The ``config.json`` of a model on this machine; empty where there is none to read."""
-    content = read_json(Path(model.path) / "config.json") if model.path is not None else {}
+    """The ``config.json`` of a model on this machine, of its base if it is an adapter; empty where there is none to read."""
+    path = Path(model.path) if model.path is not None else None
+    if path is not None and (path / "adapter_config.json").is_file():
+        adapter = read_json(path / "adapter_config.json")
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+        path = Path(base) if isinstance(base, str) else None
+    content = read_json(path / "config.json") if path is not None else {}
     return content if isinstance(content, dict) else {}
 
 
-def context_problems(key: str, model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
-    """The longest row fits the positions that the model knows, as far as its directory is on this machine."""
-    positions = model_config_file(model).get("max_position_embeddings")
-    if isinstance(positions, int) and data.max_tokens > positions:
-        yield "data.max_tokens", f"{data.max_tokens} is more than {model.path} reads ({key}): lower it to {positions}"
+def length_problems(key: str, model: ModelConfig, longest_key: str, longest: int) -> Iterator[Problem]:
+    """The longest sequence fits the positions that the model at ``key`` knows, as far as its directory is on this machine."""
+    config = model_config_file(model)
+    positions = longest_sequence(config)
+    if positions is not None and longest > positions:
+        yield longest_key, too_long(longest, f"{model.path} ({key})", positions, config)
 
 
 def engine_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
     """The engines can hold the policy, as far as its directory is on this machine."""
-    model = model_config_file(policy)
-    heads, positions = model.get("num_attention_heads"), model.get("max_position_embeddings")
-    if isinstance(heads, int) and heads % rollout.tensor_parallel:
-        parallel = rollout.tensor_parallel
-        yield (
-            "rollout.tensor_parallel",
-            f"{parallel} does not divide the {heads} attention heads of {policy.path}",
-        )
-    if isinstance(positions, int) and rollout.max_model_tokens > positions:
-        tokens = rollout.max_model_tokens
-        yield (
-            "rollout.max_model_tokens",
-            f"{tokens} is more than {policy.path} reads: lower it to {positions}",
-        )
+    heads, parallel = text_part(model_config_file(policy)).get("num_attention_heads"), rollout.tensor_parallel
+    if isinstance(heads, int) and heads % parallel:
+        yield "rollout.tensor_parallel", f"{parallel} does not divide the {heads} attention heads of {policy.path}"
+    yield from length_problems("policy.model", policy, "rollout.max_model_tokens", rollout.max_model_tokens)

@@ -96,6 +96,10 @@ class TrainingJob(Job):
     def row_reader(self, source: SourceConfig) -> RowReader[Any]:
         """What the job reads the rows of ``source`` with."""
 
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the models of the job read."""
+        return self.data.max_tokens
+
     def rules(self) -> list[Rule]:
         return role_rules(self.roles(), lambda key, role: repeats_exactly(key, role, self.run))
 

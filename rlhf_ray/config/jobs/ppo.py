@@ -13,7 +13,7 @@ from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_pairs_to_
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
-from rlhf_ray.config.files.models import engine_problems
+from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
 from rlhf_ray.config.files.rows import label_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
@@ -99,6 +99,9 @@ class PpoConfig(TrainingJob):
     def placements(self) -> list[Placement]:
         return [*super().placements(), Placement("rollout", self.rollout.engines, self.rollout.resources)]
 
+    def longest_sequence(self) -> int:
+        return self.rollout.max_model_tokens
+
     def rules(self) -> list[Rule]:
         return [
             *super().rules(),
@@ -127,6 +130,7 @@ class PpoConfig(TrainingJob):
             *super().files(),
             lambda: tokenizer_problems(self.policy.model, {"critic": self.critic, "reference": self.reference}),
             lambda: engine_problems(self.rollout, self.policy.model),
+            self._readers_read_the_longest,
             self._label_problems,
             *(partial(_source_files, key, source) for key, source in self._reward_sources().items()),
             self._gold_file,
@@ -196,6 +200,13 @@ class PpoConfig(TrainingJob):
 
     def _reward_sources(self) -> Mapping[str, RewardSourceConfig]:
         return unless_absent(lambda: self.reward.sources, {})
+
+    def _readers_read_the_longest(self) -> Iterator[Problem]:
+        for key, role in (("critic", self.critic), ("reference", self.reference)):
+            if role is not None and role.model.path != self.policy.model.path:
+                yield from length_problems(
+                    f"{key}.model", role.model, "rollout.max_model_tokens", self.rollout.max_model_tokens
+                )
 
     def _gold_file(self) -> Iterator[Problem]:
         if self.evaluation.gold is not None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from rlhf_ray.config.checks.data import compares_with_no_label, has_pairs_to_learn, says_what_is_held_out
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
-from rlhf_ray.config.files.models import context_problems
+from rlhf_ray.config.files.models import length_problems
 from rlhf_ray.config.files.rows import demonstration_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import epoch_sizes, role_sizes
@@ -59,7 +59,7 @@ class RewardModelConfig(TrainingJob):
             lambda: demonstration_problems(
                 "normalization.demonstrations_path", self.normalization.demonstrations_path, self.data
             ),
-            lambda: context_problems("reward.model", self.reward.model, self.data),
+            lambda: length_problems("reward.model", self.reward.model, "data.max_tokens", self.data.max_tokens),
         ]
 
     def row_reader(self, source: SourceConfig) -> PreferenceReader:

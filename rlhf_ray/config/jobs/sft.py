@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from rlhf_ray.config.checks.data import compares_with_no_label, has_no_pairs_to_cut, reads_texts_as_they_are
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
-from rlhf_ray.config.files.models import context_problems
+from rlhf_ray.config.files.models import length_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import epoch_sizes, role_sizes
 from rlhf_ray.config.problems import Rule
@@ -45,7 +45,10 @@ class SftConfig(TrainingJob):
         ]
 
     def files(self) -> list[Rule]:
-        return [*super().files(), lambda: context_problems("policy.model", self.policy.model, self.data)]
+        return [
+            *super().files(),
+            lambda: length_problems("policy.model", self.policy.model, "data.max_tokens", self.data.max_tokens),
+        ]
 
     def row_reader(self, source: SourceConfig) -> DemonstrationReader:
         return self.data.demonstration_reader(source)

@@ -215,7 +215,8 @@ def _make_interface(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         segments.attended += 1
         segments.windowed += sliding_window is not None
         tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return kernel(*tokens_first, segments, scaling=scale, window=sliding_window, softcap=softcap)[None], None
+        attended = kernel(*tokens_first, segments, scaling=scale, window=sliding_window, softcap=softcap)
+        return attended[None].contiguous(), None  # some models view it in another shape
 
     return attention
 

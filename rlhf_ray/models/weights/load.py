@@ -7,7 +7,7 @@ once with short sequences, two of which share a prefix.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -195,10 +195,10 @@ def check_packing(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
         torch.tensor([-1, 0, 0, -1], device=device),
     )
     model.eval()
+    packed = share_alike(model.config, packed)
     try:
-        alone = torch.cat([_run_alone(model, sequence) for sequence in sequences])
-        packed = share_alike(model.config, packed)
-        together = packed.per_sequence(packed_forward(backbone, packed))
+        alone = _runs(model, "alone", lambda: torch.cat([_run_alone(model, sequence) for sequence in sequences]))
+        together = _runs(model, "packed", lambda: packed.per_sequence(packed_forward(backbone, packed)))
     finally:
         model.train(training)
     head = model.get_output_embeddings() if model is not backbone else None
@@ -210,6 +210,19 @@ def check_packing(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
             f"{type(model).__name__} gives other outputs packed than alone (relative difference {difference:.2g}): it "
             "mixes segments, or changes its logits after the output layer. Choose another model"
         )
+
+
+def _runs(model: PreTrainedModel, how: str, forward: Callable[[], Tensor]) -> Tensor:
+    """Run a model for the first time; what its code raises becomes an error that names the model."""
+    try:
+        return forward()
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelLoadError(
+            f"{type(model).__name__} cannot be run {how} ({type(error).__name__}: {reason}). Choose another model"
+        ) from error
 
 
 def _run_alone(model: PreTrainedModel, sequence: Tensor) -> Tensor:
