@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ScoreRequest": ".rewards",
         "ScoreResult": ".rewards",
         "evaluate": ".api",
+        "evaluate_data": ".api",
         "get_llm_for_sequence_regression": ".models",
         "load_tokenizer": ".models",
         "read_demonstrations": ".rows",

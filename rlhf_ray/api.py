@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from rlhf_ray.config.jobs.base import Job
     from rlhf_ray.config.jobs.serve import ServeConfig
+    from rlhf_ray.launch.evaluate_data import DataReport
     from rlhf_ray.launch.reward_report import RewardReport
     from rlhf_ray.rewards.request import ScoreResult
     from rlhf_ray.runs.directory import RunDirectory
@@ -159,6 +160,36 @@ def evaluate(
     config = _load_serving(model, "evaluate", overrides)
     place = place_for_scoring(config) if in_process else None
     return evaluate_pairs(config, Path(data), keys, turns=apply_chat_template, place=place)
+
+
+def evaluate_data(
+    data: str | Path,
+    held_out: str | Path | None = None,
+    *,
+    tokenizer_from: str | Path | None = None,
+    max_tokens: int = 4096,
+    prompt_key: str = "prompt",
+    chosen_key: str = "chosen",
+    rejected_key: str = "rejected",
+    apply_chat_template: bool = False,
+) -> DataReport:
+    """Measure the preference pairs in ``data`` without a reward model, and the prompts that ``held_out`` shares with them.
+
+    ``tokenizer_from`` is a model whose tokenizer and chat template count tokens; without one characters are counted. Pairs
+    of more than ``max_tokens`` tokens are counted as dropped.
+    """
+    from rlhf_ray.launch.evaluate_data import DataRequest, measure_data
+    from rlhf_ray.rows.layouts import Keys
+
+    request = DataRequest(
+        Path(data),
+        None if held_out is None else Path(held_out),
+        Keys(prompt_key, chosen_key, rejected_key),
+        turns=apply_chat_template,
+        tokenizer_from=None if tokenizer_from is None else str(tokenizer_from),
+        max_tokens=max_tokens,
+    )
+    return measure_data(request)
 
 
 def score(

@@ -8,7 +8,10 @@ from typing import Any
 
 from rlhf_ray.cli.examples import examples
 
-EXAMPLES = ("evaluate runs/demo-rm/final --data pairs.jsonl --output figures.json",)
+EXAMPLES = (
+    "evaluate runs/demo-rm/final --data pairs.jsonl --output figures.json",
+    "evaluate --data-only --data pairs.jsonl --held-out test.jsonl",
+)
 
 
 def add_arguments(commands: Any) -> None:
@@ -18,7 +21,11 @@ def add_arguments(commands: Any) -> None:
         help="compare a reward model with a file of preferences",
         **examples(*EXAMPLES),
     )
-    command.add_argument("model", help="a directory or hub id of a reward model")
+    command.add_argument(
+        "model",
+        nargs="?",
+        help="a directory or hub id of a reward model; with --data-only, a model whose tokenizer counts tokens",
+    )
     command.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
     )
@@ -31,20 +38,61 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "--apply-chat-template", action="store_true", help="make turns of plain prompts and answers, as for RewardBench"
     )
+    command.add_argument(
+        "--data-only",
+        action="store_true",
+        help="measure the pairs themselves: repeated and contradicting ones, length bias, label noise",
+    )
+    command.add_argument(
+        "--held-out", type=Path, help="with --data-only: a file that must not share prompts with --data"
+    )
+    command.add_argument(
+        "--allow-shared-prompts", action="store_true", help="with --held-out: report shared prompts and accept them"
+    )
     command.add_argument("--output", type=Path, help="a .json file for all figures, the worst pairs among them")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, score, print the tables."""
+    """Check, score or count, print the tables."""
+    from rlhf_ray.rows.layouts import Keys
+
+    keys = Keys(options.prompt_key, options.chosen_key, options.rejected_key)
+    return _measure_data(options, keys) if options.data_only else _measure_model(options, keys)
+
+
+def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
     import json
 
     from rlhf_ray.config.jobs.serve import ServeConfig
     from rlhf_ray.config.loading import load_job
+    from rlhf_ray.errors import RequestError
     from rlhf_ray.launch.evaluate import evaluate
-    from rlhf_ray.rows.layouts import Keys
 
+    if options.model is None:
+        raise RequestError("evaluate needs a reward model: name its directory or hub id, or measure the --data-only")
+    if options.held_out is not None or options.allow_shared_prompts:
+        raise RequestError(
+            "--held-out and --allow-shared-prompts are about the data: add --data-only, or leave them out"
+        )
     model = f"reward.model.path={json.dumps(options.model)}"
     config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *options.overrides], files=True)
-    keys = Keys(options.prompt_key, options.chosen_key, options.rejected_key)
     return evaluate(config, options.data, keys, turns=options.apply_chat_template, output=options.output)
+
+
+def _measure_data(options: argparse.Namespace, keys: Keys) -> int:
+    from rlhf_ray.launch.evaluate_data import DataRequest, evaluate_data, longest_pair
+
+    settings = list(options.overrides)
+    if options.model is not None and "=" in options.model:  # without a model the first setting stands in its place
+        settings.insert(0, options.model)
+        options.model = None
+    request = DataRequest(
+        options.data,
+        options.held_out,
+        keys,
+        turns=options.apply_chat_template,
+        tokenizer_from=options.model,
+        max_tokens=longest_pair(settings, has_tokenizer=options.model is not None),
+    )
+    return evaluate_data(request, output=options.output, allow_shared_prompts=options.allow_shared_prompts)

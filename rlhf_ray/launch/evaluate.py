@@ -20,9 +20,10 @@ from rlhf_ray.actors.place import Place, place_scoring_group
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file
-from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
+from rlhf_ray.errors import EXIT_DONE, DataError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.launch.evaluate_candidates import is_file_of_candidates, read_candidates, report_on_candidates
+from rlhf_ray.launch.output import require_folder
 from rlhf_ray.launch.reward_report import RewardReport, print_report
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
@@ -36,10 +37,7 @@ def evaluate(
     config: ServeConfig, file: Path, keys: Keys, *, turns: bool, output: Path | None, place: Place | None = None
 ) -> int:
     """Print what :func:`evaluate_pairs` finds as tables, and write all of it to ``output``."""
-    if output is not None and not output.parent.is_dir():
-        raise RequestError(
-            f"--output {output}: the folder {output.parent} does not exist: make it, or name another file"
-        )
+    require_folder("--output", output)
     report = evaluate_pairs(config, file, keys, turns=turns, place=place)
     print_report(report)
     if output is not None:
