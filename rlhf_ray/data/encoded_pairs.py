@@ -6,8 +6,6 @@ what encoding the file again would give.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -21,9 +19,10 @@ from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part
 from rlhf_ray.data.tokenizers import encoding_fingerprint
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.rows.sources import RowSource, content_files
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
 SCHEMA = pa.schema(
@@ -61,7 +60,7 @@ class PairRow(NamedTuple):
     """What became of one row."""
 
     prompt: str
-    """A hash that two rows share if they have the same prompt and tools."""
+    """A hash that two rows share if they have the same prompt and tools, but for how the prompt is written."""
     pair: PairExample | str
     """The pair, or the reason why it is dropped."""
 
@@ -123,17 +122,12 @@ def _encode_table(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: in
 def _make_table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair | str]) -> pa.Table:
     pairs = [EncodedPair([], [], 0) if isinstance(outcome, str) else outcome for outcome in outcomes]
     columns = {
-        "prompt": [_prompt_hash(row) for row in rows],
+        "prompt": [hash_prompt(row.prompt, row.tools, nearly=True) for row in rows],
         "problem": [outcome if isinstance(outcome, str) else "" for outcome in outcomes],
         **{name: [getattr(pair, name) for pair in pairs] for name in EncodedPair._fields},
         **{name: [getattr(row, name) for row in rows] for name in ("margin", "grade", "source")},
     }
     return pa.table(columns, schema=SCHEMA)
-
-
-def _prompt_hash(row: PreferencePair) -> str:
-    prompt = row.prompt.strip() if isinstance(row.prompt, str) else [row.prompt, row.tools]
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _read_table(table: pa.Table, source: str = "") -> list[PairRow]:

@@ -5,7 +5,6 @@ Invariants: everything is read before a cluster is joined; the prompts of both h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,6 +21,7 @@ from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PAIR_NUMBERS
 from rlhf_ray.rows.prompts import Prompt
 from rlhf_ray.rows.read import RowReader, read_file
+from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.world.generate import World
 
 WORLD_EVALUATION_DEMONSTRATIONS = 500
@@ -57,7 +57,7 @@ def load_demonstrations(data: DataConfig, tokenizer: Any, seed: int) -> Split[De
     if data.world is not None:
         rows = _world_demonstrations(data.world)
     else:
-        rows = read_halves(data, seed, read, lambda row: row.prompt)
+        rows = read_halves(data, seed, read, lambda row: hash_prompt(row.prompt, nearly=True))
     return encode_halves(rows, data, encode)
 
 
@@ -146,8 +146,8 @@ def _numbered_through(rows: Halves[Prompt]) -> Halves[Prompt]:
 
 
 def _prompt_key(row: Prompt) -> Hashable:
-    """The same for two rows with the same prompt."""
-    return row.text or json.dumps([row.messages, row.tools], sort_keys=True)
+    """The same for two rows with the same prompt, but for how it is written."""
+    return hash_prompt(row.text if row.messages is None else row.messages, row.tools, nearly=True)
 
 
 def _world_demonstrations(config: WorldConfig) -> Halves[Demonstration]:

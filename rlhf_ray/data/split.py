@@ -6,7 +6,7 @@ empty half is an error that names the file and the way out, never a run over not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
@@ -56,8 +56,8 @@ def read_halves(
     files = [read(name, source, data.max_rows) for name, source in data.files.items()]
     if data.evaluation_file is not None:
         held_out = read("", data.evaluation_file, None)
-        _warn_of_shared_prompts({prompt_key(row) for file in files for row in file}, map(prompt_key, held_out), data)
-        return Halves(files, held_out)
+        trained = {prompt_key(row) for file in files for row in file}
+        return Halves(files, _held_out_rows(held_out, [prompt_key(row) in trained for row in held_out], data))
     return _hold_out_prompts(files, data, seed, prompt_key)
 
 
@@ -100,15 +100,25 @@ def _hold_out_prompts(
     return Halves(kept, [rows[number] for number in sorted(held_out)])
 
 
-def _warn_of_shared_prompts(trained: set[Hashable], held_out: Iterable[Hashable], data: DataConfig) -> None:
-    shared = [prompt in trained for prompt in held_out]
-    if any(shared):
-        get_logger("data").warning(
-            "%s: %d of %d held-out rows have a prompt that is trained on: figures will be too good",
-            _held_out_name(data),
-            sum(shared),
-            len(shared),
+def _held_out_rows(rows: list[Row], shared: Sequence[bool], data: DataConfig) -> list[Row]:
+    """The rows to evaluate on, given which of them have a prompt that is trained on."""
+    name = _held_out_name(data)
+    if not any(shared):
+        return rows
+    found = f"{sum(shared)} of {len(rows)} held-out rows have a prompt that is trained on, but perhaps for how it is written"
+    if data.shared_prompts == "refuse":
+        raise DataError(
+            f"{name}: {found}, so figures would be too good: leave them out with data.shared_prompts=drop, or keep them with "
+            "data.shared_prompts=keep"
         )
+    if data.shared_prompts == "keep":
+        get_logger("data").warning("%s: %s: figures will be too good (data.shared_prompts)", name, found)
+        return rows
+    kept = [row for row, is_shared in zip(rows, shared, strict=True) if not is_shared]
+    if not kept:
+        raise DataError(f"{name}: every held-out row has a prompt that is trained on: give other rows to evaluate on")
+    get_logger("data").warning("%s: %s; they are left out (data.shared_prompts)", name, found)
+    return kept
 
 
 def _encode_half(

@@ -148,12 +148,29 @@ def test_a_share_without_a_whole_prompt_is_an_error(files: Files) -> None:
     assert files.read(path=path).held_out == []
 
 
-def test_a_held_out_file_that_shares_prompts_is_reported(files: Files, log: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("prompt", ["what is 1?", "What  is 1"])
+def test_a_held_out_file_that_shares_prompts_is_refused_unless_a_key_says_what_to_do(
+    files: Files, log: pytest.LogCaptureFixture, prompt: str
+) -> None:
     train = files.write(pair(0), pair(1))
-    held_out = files.write(pair(5, "what is 1?"), pair(2), name="held.jsonl")
-    split = files.read(path=train, evaluation_path=held_out, evaluation_fraction=None)
-    assert [len(split.train), len(split.held_out)] == [2, 2]
-    assert f"{held_out}: 1 of 2 held-out rows have a prompt that is trained on" in log.text
+    held_out = files.write(pair(5, prompt), pair(2), name="held.jsonl")
+    keys = {"path": train, "evaluation_path": held_out, "evaluation_fraction": None}
+    found = f"{held_out}: 1 of 2 held-out rows have a prompt that is trained on"
+    with pytest.raises(DataError, match=r"leave them out with data\.shared_prompts=drop, or keep them") as refused:
+        files.read(**keys)
+    assert str(refused.value).startswith(found)
+    for choice, kept in (("keep", 2), ("drop", 1)):
+        log.clear()
+        split = files.read(**keys, shared_prompts=choice)
+        assert [len(split.train), len(split.held_out)] == [2, kept]
+        assert found in log.text
+    only = files.write(pair(5, prompt), name="only.jsonl")
+    with pytest.raises(DataError, match="every held-out row has a prompt that is trained on"):
+        files.read(**{**keys, "evaluation_path": only}, shared_prompts="drop")
+
+
+def test_what_is_left_of_a_held_out_file_may_be_nothing(files: Files) -> None:
+    held_out = files.write(pair(5), pair(2), name="held.jsonl")
     with pytest.raises(DataError, match=r"held\.jsonl: no row is left to evaluate on \(2 too long\)"):
         files.read(
             path=files.write(pair(0, "a", chosen="b", rejected="c")), evaluation_path=held_out, evaluation_fraction=None,

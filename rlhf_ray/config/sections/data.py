@@ -75,6 +75,9 @@ class DataConfig(Section):
     """The split of ``evaluation_path``, or where that is null of ``path``, whose rows are held out."""
     evaluation_fraction: Fraction | None = None
     """Share of the training rows that is held out, by whole prompts; 0 holds out nothing."""
+    shared_prompts: Literal["refuse", "drop", "keep"] = "refuse"
+    """What happens to rows of ``evaluation_path`` or ``evaluation_split`` whose prompt is trained on: they end the job before
+    it starts, are left out and counted, or are kept with a warning."""
     prompt_key: str = "prompt"
     answer_key: str = "answer"
     chosen_key: str = "chosen"
@@ -196,6 +199,11 @@ class DataConfig(Section):
         held_out = [name for name in ("evaluation_path", "evaluation_split") if getattr(self, name) is not None]
         if held_out and self.evaluation_fraction is not None:
             yield "", f"{held_out[0]} and evaluation_fraction exclude each other: remove one (set it to null)"
+        if self.shared_prompts != "refuse" and not held_out:
+            yield (
+                "shared_prompts",
+                f"{self.shared_prompts} is about rows of evaluation_path or evaluation_split, and neither is set: remove it",
+            )
         if held_out == ["evaluation_split"] and self.path is None and self.world is None:
             yield "", "evaluation_split is a split of evaluation_path, or else of path: set one of them"
         if self.world is not None:
