@@ -1,8 +1,8 @@
 """Whole weights of a model that ZeRO-3 may have split over many ranks, one layer at a time.
 
-Invariants: every parameter comes exactly once (a tied one under its first name), whole, and in the same order on every
-rank. Under ZeRO-3 all ranks walk together, and a group holds the parameters of one layer, so that no more than one layer
-is whole at a time.
+Invariants: every parameter and persistent buffer comes exactly once (a tied one under its first name), whole, and in the same
+order on every rank. Under ZeRO-3 all ranks walk together, and a group holds the tensors of one layer, so that no more than
+one layer is whole at a time. The parts of an adapted layer are in one group.
 """
 
 from __future__ import annotations
@@ -17,31 +17,37 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.weights.held import held_tensors
+from rlhf_ray.models.weights.lora import ADAPTED_PARTS
 from rlhf_ray.models.weights.quantization import dequantized
 
 Group = list[tuple[str, Tensor]]
 
 
 def layer_name(name: str) -> str:
-    """Return the part of a name in memory up to its first number: its layer. Without a number it is the whole name."""
+    """Return the part of a name in memory up to its first number: its layer.
+
+    Without a number it is the whole name, or the name of the adapted layer that the tensor is a part of.
+    """
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[: index + 1])
+        if part in ADAPTED_PARTS:
+            return ".".join(parts[:index])
     return name
 
 
-def layers(module: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
-    """Return the parameters of ``module`` with their names, in lists of neighbours that belong to one layer."""
-    named = list(module.named_parameters())
-    return [list(group) for _, group in groupby(named, key=lambda item: layer_name(item[0]))]
+def layers(module: nn.Module) -> list[list[tuple[str, Tensor]]]:
+    """Return the parameters and persistent buffers of ``module``, in lists of neighbours that belong to one layer."""
+    return [list(group) for _, group in groupby(held_tensors(module), key=lambda item: layer_name(item[0]))]
 
 
 def gathered_groups(module: nn.Module, *, receive: bool) -> Iterator[Group]:
     """Walk the layers of ``module``; yield the whole tensors of each on the CPU, or an empty list without ``receive``."""
     for layer in layers(module):
-        with _gather([parameter for _, parameter in layer]):
-            group = [(name, _copy(parameter)) for name, parameter in layer] if receive else []
+        with _gather([tensor for _, tensor in layer]):
+            group = [(name, _copy(tensor)) for name, tensor in layer] if receive else []
         yield group
 
 
@@ -54,8 +60,8 @@ def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) 
         yield list(to_disk_names(model, group)) if group else []
 
 
-def _gather(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+def _gather(tensors: list[Tensor]) -> contextlib.AbstractContextManager[object]:
+    sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not sharded:
         return contextlib.nullcontext()
     import deepspeed  # it is loaded already, since only DeepSpeed splits parameters
@@ -64,5 +70,5 @@ def _gather(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager
     return context
 
 
-def _copy(parameter: nn.Parameter) -> Tensor:
-    return dequantized(parameter).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _copy(tensor: Tensor) -> Tensor:
+    return dequantized(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

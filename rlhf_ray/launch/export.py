@@ -32,7 +32,7 @@ def export(
 ) -> Path:
     """Write ``source`` (a run directory, a model directory, an adapter, a hub id) to ``target``, a new directory.
 
-    ``dtype`` defaults to what the weights are stored in; ``head_prefix`` names the head for OpenRLHF.
+    ``dtype`` defaults to the one that the files store; ``head_prefix`` names the head for OpenRLHF.
     """
     path = _model_directory(source)
     if Path(target).exists():
@@ -73,6 +73,6 @@ def _model_directory(source: str) -> str:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> Dtype:
-    raw = checkpoint.raw_config()
-    long_name = raw.get("dtype", raw.get("torch_dtype"))
-    return next((name for name, known in LONG_NAMES.items() if known == long_name), "fp32")
+    """The dtype of most of the numbers in its files, whatever its config says."""
+    stored = checkpoint.stored_dtype()
+    return next((name for name, known in LONG_NAMES.items() if known == stored), "fp32")

@@ -1,4 +1,4 @@
-"""Turn the parameters of a model in memory into tensors with the names and the form that they have on disk.
+"""Turn the parameters and buffers of a model in memory into tensors with the names and the form that they have on disk.
 
 Invariant: the result is what ``from_pretrained`` and vLLM read. The experts of a mixture come one by one, although they share
 a tensor in memory; adapters are merged; 4-bit weights are dequantised; tied weights come once; a head is ``score.weight``, or
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME
+from rlhf_ray.models.weights.held import held_tensors
 from rlhf_ray.models.weights.lora import merged
 from rlhf_ray.models.weights.quantization import dequantized
 
@@ -22,15 +23,12 @@ from rlhf_ray.models.weights.quantization import dequantized
 def to_disk_names(
     model: PreTrainedModel | SequenceRegression, tensors: Iterable[tuple[str, Tensor]] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) for parameters of ``model``, by default for all of them.
+    """Yield (name on disk, tensor) for parameters and persistent buffers of ``model``, by default for all of them.
 
     ``tensors`` may be any group of (name in memory, whole tensor) that holds whole layers, such as the groups of
-    ``Engine.full_state``. Persistent buffers come with the parameters of their module.
+    ``Engine.full_state``.
     """
-    if tensors is None:
-        tensors = ((name, dequantized(parameter)) for name, parameter in model.named_parameters())
-    named = dict(tensors)
-    named |= _buffers(model, named)
+    named = {name: dequantized(tensor) for name, tensor in held_tensors(model)} if tensors is None else dict(tensors)
     if isinstance(model, SequenceRegression):
         yield from _regression_names(model, named)
     else:
@@ -45,15 +43,3 @@ def _regression_names(model: SequenceRegression, named: dict[str, Tensor]) -> It
     for name, tensor in named.items():
         if name.startswith(head):
             yield f"{HEAD_NAME}.{name.removeprefix(head)}", tensor
-
-
-def _buffers(model: nn.Module, parameter_names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the persistent buffers of the modules that own these parameters."""
-    persistent: dict[str, Tensor] = {}
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in parameter_names):
-        owner = model.get_submodule(path)
-        buffers = dict(owner.named_buffers(recurse=False))
-        if buffers:
-            kept = owner.state_dict().keys()
-            persistent |= {f"{path}.{name}": buffer for name, buffer in buffers.items() if name in kept}
-    return persistent

@@ -2,11 +2,15 @@
 
 Invariants: transformers and vLLM read the directories without this project; if an architecture cannot be read so, a warning
 says it. Weights are safetensors with the names that transformers uses. A score head is ``score.weight`` without bias, or the
-layers ``score.0``, ``score.2`` ... of an MLP, unless the caller asks for another name.
+layers ``score.0``, ``score.2`` ... of an MLP, unless the caller asks for another name. Everything that the model holds was
+found in the files again, bit for bit, or an error names what was not. The config is the one that the model was read with, but
+for the keys that docs/models.md lists.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -28,8 +32,12 @@ from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.classification import classifier_name, reason_unreadable
+from rlhf_ray.models.weights.config_as_read import GENERATION, config_as_read
 from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.weights.tokenizer import add_pad_token
+from rlhf_ray.models.written import check_written, names_to_write
+
+CONFIG = "config.json"
 
 
 def save_pretrained(
@@ -52,8 +60,10 @@ def save_pretrained(
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     weights = dict(to_disk_names(inner) if state is None else state)
+    expected = names_to_write(inner)
     if isinstance(inner, SequenceRegression):
         weights = {_rename_head(name, head_prefix): tensor for name, tensor in weights.items()}
+        expected = {_rename_head(name, head_prefix) for name in expected}
         if head_prefix != HEAD_NAME:
             get_logger(__name__).warning(
                 "the head is called %s: OpenRLHF and this project read it, plain transformers and vLLM look for %s",
@@ -70,14 +80,18 @@ def save_pretrained(
             )
         if tokenizer is not None and inner.config.pad_token_id is not None:
             add_pad_token(tokenizer)
-    config = _make_config(inner, _stored_dtype(weights, f"{head_prefix}."), metadata or {}, head_prefix)
-    config.save_pretrained(target)
-    if isinstance(inner, PreTrainedModel) and inner.can_generate():
-        inner.generation_config.save_pretrained(target)
+    _write_json(
+        target / CONFIG,
+        _make_config(inner, _stored_dtype(weights, f"{head_prefix}."), metadata or {}, head_prefix),
+    )
+    generation = config_as_read(inner).generation if isinstance(inner, PreTrainedModel) else None
+    if generation is not None:
+        _write_json(target / GENERATION, generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
     whole = {name: _copy_to_cpu(tensor) for name, tensor in weights.items()}
     save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    check_written(target, weights, expected)
 
 
 def save_adapter(
@@ -116,8 +130,9 @@ def save_adapter(
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
     if isinstance(model, SequenceRegression):
-        _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME).save_pretrained(target)
+        _write_json(target / CONFIG, _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME))
     save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    check_written(target, state, state.keys())
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
 
@@ -130,31 +145,57 @@ def _copy_to_cpu(tensor: Tensor) -> Tensor:
 
 def _make_config(
     model: PreTrainedModel | SequenceRegression, dtype: torch.dtype, metadata: Mapping[str, Any], prefix: str
-) -> Any:
-    config = deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)  # the weights are written dequantised
-    config.dtype = str(dtype).removeprefix("torch.")
+) -> dict[str, Any]:
+    """Return the content of config.json: what the model was read with, and what describes the weights that are written."""
+    inner = model.backbone if isinstance(model, SequenceRegression) else model
+    config = config_as_read(inner).now(inner.config)
+    config.pop("quantization_config", None)  # the weights are written dequantised
+    _set_dtype(config, str(dtype).removeprefix("torch."))
     if isinstance(model, SequenceRegression):
-        config.architectures = [_find_architecture(model)]
-        config.num_labels, config.problem_type = 1, "regression"
-        config.value_head_prefix = prefix if prefix != HEAD_NAME else model.value_head_prefix
-        if model.score_bias:
-            config.score_bias = model.score_bias
-            get_logger(__name__).warning(
-                "the head has a bias of %.6g, kept as score_bias in config.json: plain transformers "
-                "and vLLM read scores lower by it",
-                model.score_bias,
-            )
+        config |= _head_keys(model, config, prefix)
     else:
-        config.architectures = [type(model).__name__]
+        config["architectures"] = [type(model).__name__]
     if not type(model.config).__module__.startswith("transformers."):
         get_logger(__name__).warning(
             "%s has Python code of its own, which is not written: copy its *.py files beside the weights",
-            config.architectures[0],
+            config["architectures"][0],
         )
-    for name, value in metadata.items():
-        setattr(config, name, value)
-    return config
+    return config | dict(metadata)
+
+
+def _head_keys(model: SequenceRegression, config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return what config.json says of a head with one output."""
+    keys: dict[str, Any] = {
+        "architectures": [_find_architecture(model)],
+        "problem_type": "regression",
+        "value_head_prefix": prefix if prefix != HEAD_NAME else model.value_head_prefix,
+    }
+    if len(config.get("id2label") or ()) != 1:
+        keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if "num_labels" in config:
+        keys["num_labels"] = 1
+    if "score_bias" in config and not isinstance(config["score_bias"], bool):
+        keys["score_bias"] = 0.0  # of a head that a fresh one has replaced
+    if model.score_bias:
+        keys["score_bias"] = model.score_bias
+        get_logger(__name__).warning(
+            "the head has a bias of %.6g, kept as score_bias in config.json: plain transformers "
+            "and vLLM read scores lower by it",
+            model.score_bias,
+        )
+    return keys
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Set the dtype under the name that the config uses for it, and in the parts of a config that name one."""
+    config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, dict):
+            part |= {key: dtype for key in ("dtype", "torch_dtype") if part.get(key) is not None}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _rename_head(name: str, prefix: str) -> str:
@@ -163,10 +204,12 @@ def _rename_head(name: str, prefix: str) -> str:
 
 
 def _stored_dtype(weights: Mapping[str, Tensor], head: str) -> torch.dtype:
-    """The dtype of the weights whose names do not begin with ``head``."""
-    return next(
-        tensor.dtype for name, tensor in weights.items() if not name.startswith(head) and tensor.is_floating_point()
-    )
+    """Return the dtype of most numbers; the head, whose names begin with ``head``, and some buffers are always fp32."""
+    numbers: Counter[torch.dtype] = Counter()
+    for name, tensor in weights.items():
+        if not name.startswith(head) and tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
+    return numbers.most_common(1)[0][0]
 
 
 def _find_architecture(model: SequenceRegression) -> str:

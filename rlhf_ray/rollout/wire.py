@@ -125,8 +125,6 @@ class IncomingUpdate:
             if tuple(weight.shape) != shape:
                 raise WireError(f"weight {name!r} has shape {tuple(weight.shape)}, but the model's has {shape}")
             tensor = to_tensor(weight)
-            if not tensor.is_floating_point():
-                raise WireError(f"weight {name!r} is {tensor.dtype}, not floating point")
             self._checksum.add(name, weight)
             weights.append((name, tensor))
         return weights

@@ -25,6 +25,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     Olmo2Config,
     OlmoeConfig,
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }  # fmt: skip
 MORE_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmo2": lambda: Olmo2Config(**SIZES),
+    "minimax-m2": lambda: MiniMaxM2Config(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "qwen3-moe": lambda: Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
 }
@@ -112,7 +114,12 @@ def random_model(family: str, seed: int = 0, **changes: object) -> PreTrainedMod
         setattr(config, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        persistent = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                buffer.uniform_(0.5, 1.0)  # transformers makes all of them equal, so that a lost one would not be seen
+        return model
 
 
 def save_random(family: str, directory: Path, seed: int = 0) -> Path:

@@ -77,6 +77,16 @@ def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
     return measured
 
 
+def written(rank: int, directory: Path, family: str) -> None:
+    """The model as it is written from shards, without more."""
+    actor = Actor(str(directory / family), param_dtype="fp32", ds_config=SHARDS)
+    engine = Engine(PackedPolicy(actor), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
+    state = dict(engine.disk_weights(actor.model))
+    if rank == 0:
+        save_pretrained(actor, None, directory / f"{family} saved", state=state)
+    engine.close()
+
+
 def grown(rank: int, directory: Path) -> dict[str, Any]:
     """A reward model whose tokenizer has more tokens than the embedding has rows."""
     config = ModelConfig(path=str(directory / "unpadded"), dtype="fp32", head_init="inv")
@@ -185,6 +195,7 @@ def main(rank: int, port: int, directory: Path) -> None:
     measured: dict[str, Any] = {"tokens": [batch["token_ids"].tolist(), batch.offsets.tolist()]}
     for family in ("llama", "gemma2", "mixtral", "olmoe"):
         measured[family] = numbers(rank, directory, family)
+    written(rank, directory, "minimax-m2")
     measured["grown"], measured["adapted"] = grown(rank, directory), adapted(rank, directory)
     for family, lora in (("mixtral", False), ("olmoe", True)):
         for zero in (0, 3):

@@ -28,7 +28,7 @@ FAMILIES_IN_SHARDS = ("llama", "gemma2", "mixtral", "olmoe")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     directory = tmp_path_factory.mktemp("sharded")
-    for family in FAMILIES_IN_SHARDS:
+    for family in (*FAMILIES_IN_SHARDS, "minimax-m2"):
         save_random(family, directory / family)
     for broken in ("misshapen", "headless"):
         weights = load_file(save_random("llama", directory / broken) / "model.safetensors")
@@ -76,11 +76,11 @@ def test_no_rank_holds_the_whole(family: str, measured: tuple[Path, list[dict[st
         assert f"{count / 1000:.3g}k parameters" in rank[family]["report"]
 
 
-@pytest.mark.parametrize("family", FAMILIES_IN_SHARDS)
+@pytest.mark.parametrize("family", (*FAMILIES_IN_SHARDS, "minimax-m2"))
 def test_what_is_written_from_shards_is_the_checkpoint(
     family: str, measured: tuple[Path, list[dict[str, Any]]]
 ) -> None:
-    """Gathered layer by layer, under the names on disk: experts one by one, tied embeddings once."""
+    """Gathered layer by layer, under the names on disk: experts one by one, tied embeddings once, buffers as well."""
     written, original = (load_file(measured[0] / name / "model.safetensors") for name in (f"{family} saved", family))
     assert written.keys() == original.keys()
     assert all(torch.equal(written[name], original[name]) for name in original)

@@ -8,8 +8,10 @@ that it names.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ HEAD_FILE = "value_head.safetensors"
 """The file beside weights, or beside an adapter, in which LLaMA-Factory keeps the head of a reward model."""
 HEAD_NAME = "score"
 """What transformers, vLLM and this project call a score head on disk."""
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What safetensors and torch call a dtype."""
 NORMALIZATION = ("mean", "std")
 """Keys of config.json with which a reward model normalises its scores."""
 FROM_HUB, CODE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*.py"]
@@ -76,6 +80,20 @@ class Checkpoint:
                 return tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{self.directory / self.file_of[name]} cannot be read: {error}") from error
+
+    def stored_dtype(self) -> str:
+        """Return torch's name of the dtype in which most of the numbers are stored, which config.json may not say."""
+        numbers: Counter[str] = Counter()
+        for path in sorted({self.directory / file for file in self.file_of.values()}):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  (safe_open is not a mapping)
+            except (SafetensorError, OSError) as error:
+                raise ModelLoadError(f"{path} cannot be read: {error}") from error
+            for part in slices:
+                numbers[part.get_dtype()] += prod(part.get_shape())
+        most = max(numbers, key=lambda dtype: numbers[dtype])
+        return STORED.get(most, most)
 
     def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
         """Read the config."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.console import get_logger, stderr
@@ -24,6 +24,7 @@ from rlhf_ray.models.forward.packed import check_packable, packed_forward
 from rlhf_ray.models.forward.rotation import rotate_by_sequence, share_alike
 from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.config_as_read import keep_config
 from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.quantization import four_bit, prepare_four_bit
 from rlhf_ray.models.weights.sharded import load_in_shards, wants_shards
@@ -55,9 +56,10 @@ def load_weights(
     quantized: dict[str, Any] = {}
     if load_in_4bit:
         quantized = {"quantization_config": four_bit(dtype, in_shards=wants_shards(ds_config))}
-    if ds_config is not None and wants_shards(ds_config):
-        return load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
     config = checkpoint.config(trust_remote_code=trust_remote_code)
+    if ds_config is not None and wants_shards(ds_config):
+        sharded = load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
+        return _keep_config(sharded, checkpoint, config)
     try:
         with _quiet_transformers():
             loaded: Any = auto.from_pretrained(
@@ -79,6 +81,12 @@ def load_weights(
     _align(model)
     if load_in_4bit:
         prepare_four_bit(model)
+    return _keep_config(model, checkpoint, config)
+
+
+def _keep_config(model: PreTrainedModel, checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:
+    """Remember config.json as it stands, unless the model is only the part of it that a config of its own describes."""
+    keep_config(model, checkpoint.raw_config() if type(model.config) is type(config) else None, checkpoint.directory)
     return model
 
 
@@ -132,6 +140,7 @@ def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -
 
     With ``strict``, an attention backend that cannot run here is an error.
     """
+    keep_config(model)
     turn_dropout_off(model)
     check_packable(model)
     rotate_by_sequence(model)
@@ -141,7 +150,7 @@ def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -
 
 
 def turn_dropout_off(model: PreTrainedModel) -> None:
-    """Set every dropout rate to 0: in modules, in rates that attention passes on, and in the config."""
+    """Set every dropout rate to 0: in modules, in rates that attention passes on, and in the config in memory."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

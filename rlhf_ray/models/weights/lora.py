@@ -20,6 +20,8 @@ from rlhf_ray.models.weights.quantization import bitsandbytes
 
 ADAPTER = "default"
 """The name under which PEFT keeps an adapter in memory."""
+ADAPTED_PARTS = frozenset({"base_layer", "lora_A", "lora_B"})
+"""What PEFT calls the parts of a layer that has an adapter."""
 EVERY_LINEAR = "all-linear"
 """The target that stands for every linear layer."""
 

@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from rlhf_ray.console import progress
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.held import held_tensors
 
 
 def wants_shards(ds_config: Mapping[str, Any] | None) -> bool:
@@ -64,8 +65,8 @@ def load_in_shards(
     filled: dict[int, nn.Parameter] = {}
     for path, owner in progress(owners, f"building {checkpoint.directory.name} in shards"):
         for name, buffer in owner.named_buffers(recurse=False):
-            for part in parts.get(_join(path, name), []):
-                buffer.copy_(checkpoint.read(part.name))
+            if _join(path, name) in parts:  # the others are not on disk
+                _fill(buffer, checkpoint, parts[_join(path, name)])
         used = 0
         for name, empty in list(owner.named_parameters(recurse=False)):
             if id(empty) not in filled:
@@ -92,12 +93,7 @@ def grow_rows(embedding: nn.Embedding, added: Callable[[Tensor], Tensor], ds_con
 
 def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Part]]:
     """Find the tensors on disk of every parameter and persistent buffer; tied parameters count as one."""
-    parameters = dict(model.named_parameters())
-    tied = {id(parameter) for parameter in parameters.values()}
-    layout = _layout(model, parameters)
-    for live in model.state_dict():
-        if live not in layout and id(_find_tensor(model, live)) not in tied:
-            layout[live] = [Part(live, None)]
+    layout = _layout(model, dict(held_tensors(model)))
     lacking = [part.name for parts in layout.values() for part in parts if not _spelling(checkpoint, model, part.name)]
     if lacking:
         raise ModelLoadError(
@@ -111,15 +107,15 @@ def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Par
     }
 
 
-def _layout(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Part]]:
-    """Find which tensors on disk make up each parameter.
+def _layout(model: PreTrainedModel, held: Mapping[str, Tensor]) -> dict[str, list[Part]]:
+    """Find which tensors on disk make up each parameter and each persistent buffer.
 
-    Every row of every parameter gets a number, and transformers converts tensors of these numbers to their form on disk as it
+    Every row of each gets a number, and transformers converts tensors of these numbers to their form on disk as it
     would convert the weights. The tensors are two wide, since transformers drops dimensions of size one.
     """
-    numbered, first, names = {}, [0], list(parameters)
+    numbered, first, names = {}, [0], list(held)
     for name in names:
-        shape = parameters[name].shape
+        shape = held[name].shape
         lead = shape[:-1] if len(shape) > 1 else shape
         numbers = torch.arange(first[-1], first[-1] + lead.numel()).view(lead)
         numbered[name] = torch.stack([numbers, numbers], -1) if len(shape) > 1 else numbers
@@ -129,7 +125,7 @@ def _layout(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> d
     for disk, numbers in revert_weight_conversion(model, numbered).items():
         index = int(torch.searchsorted(starts, numbers.flatten()[0], right=True)) - 1
         name = names[index]
-        rows = numbers[..., 0] - first[index] if len(parameters[name].shape) > 1 else numbers - first[index]
+        rows = numbers[..., 0] - first[index] if len(held[name].shape) > 1 else numbers - first[index]
         layout[name].append(Part(disk, None if torch.equal(numbers, numbered[name]) else rows))
     return layout
 
@@ -138,12 +134,6 @@ def _spelling(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> str:
     """Return the name in the checkpoint, which may have the prefix of the base model or lack it; empty if there is none."""
     prefix = f"{model.base_model_prefix}."
     return next((s for s in (name, prefix + name, name.removeprefix(prefix)) if s in checkpoint.names), "")
-
-
-def _find_tensor(model: PreTrainedModel, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), last)
-    return tensor
 
 
 def _join(path: str, name: str) -> str:
@@ -155,7 +145,7 @@ def _own_size(module: nn.Module) -> int:
 
 
 def _fill(weight: Tensor, checkpoint: Checkpoint, parts: list[Part]) -> None:
-    """Fill a parameter from its parts, with one part in memory at a time."""
+    """Fill a parameter or buffer from its parts, with one part in memory at a time."""
     width, filled = weight.shape[-1:] if weight.dim() > 1 else torch.Size(), 0
     for part in parts:
         tensor = checkpoint.read(part.name)
