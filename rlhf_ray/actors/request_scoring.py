@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -39,7 +40,7 @@ class RequestScorer:
         """``max_item_tokens`` is lowered to the number of positions that the model has."""
         from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 
-        self.tokenizer = tokenizer
+        self.chat = ChatFormat(tokenizer)
         self.vocabulary = vocabulary
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(model_config.get_text_config().to_dict()) or max_item_tokens
@@ -50,7 +51,14 @@ class RequestScorer:
     def describe(self) -> dict[str, Any]:
         """What callers must know of this model: its tokenizer and template, its limit, its mean and std if it normalises."""
         mean, std = self._statistics
-        return {**self._identity, "mean": mean, "std": std, "max_tokens": self.max_item_tokens}
+        variables = dict(self.chat.variables)
+        return {
+            **self._identity,
+            "template_variables": variables,
+            "mean": mean,
+            "std": std,
+            "max_tokens": self.max_item_tokens,
+        }
 
     def score(
         self, requests: Sequence[ScoreRequest], scores: ScoreSequences, *, rank: int
@@ -77,7 +85,7 @@ class RequestScorer:
         for position, request in enumerate(requests):
             try:
                 encoded[position] = encode_request(
-                    self.tokenizer, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary
+                    self.chat, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary
                 )
             except ScoringError as error:
                 refused.append((position, ScoreResult.failed(str(error))))

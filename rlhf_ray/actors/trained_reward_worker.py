@@ -37,7 +37,7 @@ class TrainedRewardWorker(RewardWorker):
         weights = (pair for group in self.engine.full_state(self.hf_model) for pair in group)
         trained = [(name, tensor) for name, tensor in weights if ".lora_" in name or name.startswith(head)]
         if self.rank == 0:
-            save_adapter(self.model, self.scorer.tokenizer, directory, tensors=trained, metadata=metadata)
+            save_adapter(self.model, self.scorer.chat.tokenizer, directory, tensors=trained, metadata=metadata)
 
     def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> list[float]:
         """The scores that the model saved in ``directory`` gives to ``batch``.

@@ -4,7 +4,8 @@ Invariants:
 
 - A row is encoded whole, or dropped and counted. Only the prompt of a pair may be cut, at its beginning and equally in both
   sides, where the config asks for it; an end is never cut.
-- An answer that is text ends in exactly one end-of-sequence token; a conversation ends as its chat template ends it.
+- An answer ends in exactly one end token: a text in the tokenizer's end of sequence, a conversation in the one that its
+  template ends an answer with (:mod:`rlhf_ray.data.chat`).
 - A prompt that is text has the same ids wherever it stands: alone, before a demonstration, and before both sides of a pair.
 """
 
@@ -18,8 +19,9 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from rlhf_ray.console import progress
-from rlhf_ray.data.chat import Messages, render
-from rlhf_ray.errors import DataError
+from rlhf_ray.data.answer_ids import Ids, encode_text_answers, shared_length, tokenize_prompts
+from rlhf_ray.data.chat import ChatFormat, Conversation
+from rlhf_ray.data.chat_template import Messages
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.rows.prompts import Prompt
@@ -27,7 +29,6 @@ from rlhf_ray.rows.prompts import Prompt
 Row = TypeVar("Row")
 Encoded = TypeVar("Encoded")
 Example = TypeVar("Example")
-Ids = list[int]
 Drops = Counter[str]
 """How many rows were dropped, by reason."""
 
@@ -51,12 +52,6 @@ TOO_LONG, EQUAL, EMPTY = "too long", "with two equal sides", "without a token"
 """Reasons to drop a row, as they are logged."""
 
 
-def encode_answers(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[Ids, list[Ids]]:
-    """Ids of a prompt with the special tokens that the tokenizer begins a text with, and of each answer after it."""
-    ((prompt_ids, answer_ids),) = _encode_answers(tokenizer, [prompt], [answers])
-    return prompt_ids, answer_ids
-
-
 def encode_in_parts(rows: Sequence[Row], what: str, encode: Callable[[Sequence[Row]], Encoded]) -> Iterator[Encoded]:
     """``encode`` each stretch of ``ROWS_AT_ONCE`` rows, in their order; ``what`` names the rows in the progress bar.
 
@@ -72,26 +67,26 @@ def encode_in_parts(rows: Sequence[Row], what: str, encode: Callable[[Sequence[R
         yield from progress(rest, f"encoding {len(rows)} {what}, {ROWS_AT_ONCE} at a time", total=len(parts) - 1)
 
 
-def encode_prompts(tokenizer: Any, rows: Sequence[Prompt], max_tokens: int, drops: Drops) -> list[Ids | None]:
+def encode_prompts(chat: ChatFormat, rows: Sequence[Prompt], max_tokens: int, drops: Drops) -> list[Ids | None]:
     """The ids of each prompt; none for one that is dropped, which ``drops`` counts."""
-    encoded = encode_in_parts(rows, "prompts", lambda part: _encode_prompt_part(tokenizer, part))
+    encoded = encode_in_parts(rows, "prompts", lambda part: _encode_prompt_part(chat, part))
     return [_keep_or_drop(ids, _length_problem(ids, max_tokens), drops) for part in encoded for ids in part]
 
 
-def render_prompt(tokenizer: Any, row: Prompt) -> str:
+def render_prompt(chat: ChatFormat, row: Prompt) -> str:
     """The text that answers are sampled to; a conversation as the tokenizer's chat template writes it, up to the answer."""
     if row.messages is None:
         return row.text
-    return render(tokenizer, row.messages, tools=row.tools, answer_follows=True, where=row.where)
+    return chat.prompt_text(Conversation(row.messages, row.tools, row.template_variables, row.where))
 
 
-def _encode_prompt_part(tokenizer: Any, rows: Sequence[Prompt]) -> list[Ids]:
+def _encode_prompt_part(chat: ChatFormat, rows: Sequence[Prompt]) -> list[Ids]:
     """A text begins as the tokenizer begins a text; to a conversation nothing is added that its template did not write."""
     texts = [index for index, row in enumerate(rows) if row.messages is None]
     talks = [index for index, row in enumerate(rows) if row.messages is not None]
-    ids = dict(zip(texts, _tokenize_prompts(tokenizer, [rows[index].text for index in texts]), strict=True))
-    rendered = [render_prompt(tokenizer, rows[index]) for index in talks]
-    ids |= zip(talks, _tokenize(tokenizer, rendered, special=False), strict=True)
+    ids = dict(zip(texts, tokenize_prompts(chat.tokenizer, [rows[index].text for index in texts]), strict=True))
+    rendered = [render_prompt(chat, rows[index]) for index in talks]
+    ids |= zip(talks, chat.encode_prompts(rendered), strict=True)
     return [ids[index] for index in range(len(rows))]
 
 
@@ -104,7 +99,7 @@ def encode_demonstrations(
     """
 
     def encode(part: Sequence[Demonstration]) -> list[tuple[Ids, list[Ids]]]:
-        return _encode_answers(tokenizer, [row.prompt for row in part], [[row.answer] for row in part])
+        return encode_text_answers(tokenizer, [row.prompt for row in part], [[row.answer] for row in part])
 
     results = []
     for prompt, (answer,) in chain.from_iterable(encode_in_parts(rows, "demonstrations", encode)):
@@ -114,12 +109,12 @@ def encode_demonstrations(
 
 
 def encode_pairs(
-    tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, drops: Drops, *, cut_prompt: bool = False
+    chat: ChatFormat, rows: Sequence[PreferencePair], max_tokens: int, drops: Drops, *, cut_prompt: bool = False
 ) -> list[EncodedPair | None]:
     """The ids of each pair; none for one that is dropped, which ``drops`` counts."""
 
     def encode(part: Sequence[PreferencePair]) -> list[EncodedPair | str]:
-        return encode_pair_part(tokenizer, part, max_tokens, cut_prompt=cut_prompt)
+        return encode_pair_part(chat, part, max_tokens, cut_prompt=cut_prompt)
 
     outcomes = list(chain.from_iterable(encode_in_parts(rows, "pairs", encode)))
     drops.update(outcome for outcome in outcomes if isinstance(outcome, str))
@@ -127,13 +122,13 @@ def encode_pairs(
 
 
 def encode_pair_part(
-    tokenizer: Any, rows: Sequence[PreferencePair], max_tokens: int, *, cut_prompt: bool = False
+    chat: ChatFormat, rows: Sequence[PreferencePair], max_tokens: int, *, cut_prompt: bool = False
 ) -> list[EncodedPair | str]:
     """The ids of each pair, or why it is dropped; all at once, so of few pairs."""
-    texts = iter(_encode_texts(tokenizer, [row.texts for row in rows if row.texts is not None]))
-    talks = iter(_encode_conversations(tokenizer, [(row, sides) for row in rows if (sides := row.conversations)]))
+    texts = iter(_encode_texts(chat.tokenizer, [row.texts for row in rows if row.texts is not None]))
+    talks = iter(_encode_conversations(chat, [(row, sides) for row in rows if (sides := row.conversations)]))
     pairs = [next(talks if row.texts is None else texts) for row in rows]
-    return [_fit(pair, max_tokens, tokenizer.bos_token_id, cut_prompt=cut_prompt) for pair in pairs]
+    return [_fit(pair, max_tokens, chat.tokenizer.bos_token_id, cut_prompt=cut_prompt) for pair in pairs]
 
 
 def _fit(pair: EncodedPair, max_tokens: int, start: int | None, *, cut_prompt: bool) -> EncodedPair | str:
@@ -153,36 +148,37 @@ def _fit(pair: EncodedPair, max_tokens: int, start: int | None, *, cut_prompt: b
 
 
 def _encode_texts(tokenizer: Any, rows: Sequence[tuple[str, str, str]]) -> list[EncodedPair]:
-    encoded = _encode_answers(tokenizer, [prompt for prompt, _, _ in rows], [answers for _, *answers in rows])
+    encoded = encode_text_answers(tokenizer, [prompt for prompt, _, _ in rows], [answers for _, *answers in rows])
     return [EncodedPair(prompt + chosen, prompt + rejected, len(prompt)) for prompt, (chosen, rejected) in encoded]
 
 
 def _encode_conversations(
-    tokenizer: Any, rows: Sequence[tuple[PreferencePair, tuple[Messages, Messages, Messages]]]
+    chat: ChatFormat, rows: Sequence[tuple[PreferencePair, tuple[Messages, Messages, Messages]]]
 ) -> list[EncodedPair]:
-    texts: list[str] = []
-    for row, (prompt, *answers) in rows:
-        sides = [render(tokenizer, [*prompt, *answer], tools=row.tools, where=row.where) for answer in answers]
-        texts += [*sides, _render_shared_prompt(tokenizer, row, prompt, sides)]
-    ids = _tokenize(tokenizer, texts, special=False)
-    pairs = []
-    # Three texts a row were tokenized: its chosen side, its rejected side, and what both begin with.
-    for chosen, rejected, shared in zip(ids[0::3], ids[1::3], ids[2::3], strict=True):
-        begins_both = chosen[: len(shared)] == rejected[: len(shared)] == shared
-        pairs.append(EncodedPair(chosen, rejected, len(shared) if begins_both else 0))
-    return pairs
+    prompts: list[str] = []
+    answers: list[list[str]] = []
+    shared: list[str] = []
+    for row, (prompt, *sides) in rows:
+        common = Conversation(prompt, row.tools, row.template_variables, row.where)
+        shared.append(chat.prompt_text(common))
+        for side in sides:
+            whole = common._replace(messages=[*prompt, *side])
+            before = shared[-1] if len(side) == 1 else chat.prompt_text(whole._replace(messages=whole.messages[:-1]))
+            prompts.append(before)
+            answers.append([chat.answer_text(whole, before)])
+    encoded = [before + answer for before, (answer,) in chat.encode_answers(prompts, answers)]
+    pairs = zip(encoded[0::2], encoded[1::2], chat.encode_prompts(shared), strict=True)
+    return [
+        EncodedPair(chosen, rejected, _prompt_length(chosen, rejected, prompt)) for chosen, rejected, prompt in pairs
+    ]
 
 
-def _render_shared_prompt(tokenizer: Any, row: PreferencePair, prompt: Messages, sides: Sequence[str]) -> str:
-    """What both sides begin with before the assistant's answer; empty where the template cannot write a prompt alone."""
-    for answer_follows in (True, False):
-        try:
-            text = render(tokenizer, prompt, tools=row.tools, answer_follows=answer_follows)
-        except DataError:  # some templates refuse a conversation that does not end with an answer
-            continue
-        if all(side.startswith(text) for side in sides):
-            return text
-    return ""
+def _prompt_length(chosen: Ids, rejected: Ids, prompt: Ids) -> int:
+    """How many tokens of the prompt both sides begin with; less than all where a side goes on with a turn of its own."""
+    length = len(prompt)
+    if chosen[:length] == rejected[:length] == prompt:
+        return length
+    return min(shared_length(chosen, prompt), shared_length(rejected, prompt))
 
 
 def _length_problem(prompt: Ids, max_tokens: int) -> str:
@@ -195,53 +191,3 @@ def _keep_or_drop(example: Example, problem: str, drops: Drops) -> Example | Non
     if problem:
         drops[problem] += 1
     return None if problem else example
-
-
-def _encode_answers(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]
-) -> list[tuple[Ids, list[Ids]]]:
-    """For each row the ids of its prompt, and of each answer after it.
-
-    An answer has the ids that it has in the joined text where these begin with the ids of the prompt (a tokenizer that puts
-    a space before every text would put one before the answer), else those that it has alone.
-    """
-    prompt_ids = _tokenize_prompts(tokenizer, prompts)
-    rows = [row for row, texts in enumerate(answers) for _ in texts]
-    texts = [text for several in answers for text in several]
-    joined = _tokenize_prompts(tokenizer, [prompts[row] + text for row, text in zip(rows, texts, strict=True)])
-    split = [item for item, row in enumerate(rows) if joined[item][: len(prompt_ids[row])] != prompt_ids[row]]
-    alone = dict(zip(split, _tokenize(tokenizer, [texts[item] for item in split], special=False), strict=True))
-    results: list[tuple[Ids, list[Ids]]] = [(ids, []) for ids in prompt_ids]
-    for item, row in enumerate(rows):
-        answer = alone[item] if item in alone else joined[item][len(prompt_ids[row]) :]
-        results[row][1].append(_with_one_end(tokenizer, answer))
-    return results
-
-
-def _tokenize_prompts(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-    """Ids of texts that something follows: begun once as the tokenizer begins a text, and without an end that it adds."""
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoded = _tokenize(tokenizer, texts, special=True)
-    for text, ids in zip(texts, encoded, strict=True):
-        if start is not None and ids[:2] == [start, start]:
-            del ids[0]
-        if end is not None and ids[-1:] == [end] and not text.endswith(tokenizer.eos_token):
-            del ids[-1]
-    return encoded
-
-
-def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Ids]:
-    if not texts:
-        return []
-    return list(tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"])
-
-
-def _with_one_end(tokenizer: Any, answer: Ids) -> Ids:
-    """The answer with one end-of-sequence token, whether its text had one, several or none."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError("the tokenizer has no end-of-sequence token, so no answer could end: give it an eos_token")
-    length = len(answer)
-    while length and answer[length - 1] == end:
-        length -= 1
-    return [*answer[:length], end]

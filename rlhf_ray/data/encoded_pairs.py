@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from rlhf_ray.data.cache import hash_content, load_or_make, make_key
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part
 from rlhf_ray.data.tokenizers import encoding_fingerprint
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
@@ -51,7 +52,7 @@ class PairExample:
     """By how much the chosen side is better: 0 is a tie."""
     source: str = ""
     prompt_length: int = 0
-    """Tokens of the prompt, the same in both sides; 0 where the template does not tell where the answer begins."""
+    """Tokens of the prompt, the same in both sides."""
     cut: int = 0
     """Tokens that the prompt has lost."""
 
@@ -78,7 +79,7 @@ class PairFile:
 
 
 def encode_pair_file(
-    file: PairFile, tokenizer: Any, cache: str | Path | None = None, *, source: str = ""
+    file: PairFile, chat: ChatFormat, cache: str | Path | None = None, *, source: str = ""
 ) -> list[PairRow]:
     """Encode every row of a file, or take them from the folder ``cache`` if they lie there.
 
@@ -87,7 +88,7 @@ def encode_pair_file(
 
     def encode() -> pa.Table:
         rows = list(read_file(file.rows, file.reader, max_rows=file.max_rows))
-        return _encode_table(rows, tokenizer, file.max_tokens, cut_prompt=file.cut_prompt)
+        return _encode_table(rows, chat, file.max_tokens, cut_prompt=file.cut_prompt)
 
     if cache is None:
         return _read_table(encode(), source)
@@ -97,23 +98,25 @@ def encode_pair_file(
         "format": FORMAT,
         "settings": settings,
         "content": hash_content(*content_files(file.rows)),
-        "tokenizer": encoding_fingerprint(tokenizer),
+        "tokenizer": encoding_fingerprint(chat.tokenizer),
+        "template_variables": dict(chat.variables),
+        "day": chat.day,
     }
     return _read_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source)
 
 
 def encode_pair_rows(
-    rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool = False
+    rows: Sequence[PreferencePair], chat: ChatFormat, max_tokens: int, *, cut_prompt: bool = False
 ) -> list[PairRow]:
     """Encode rows that are in memory already."""
-    return _read_table(_encode_table(rows, tokenizer, max_tokens, cut_prompt=cut_prompt))
+    return _read_table(_encode_table(rows, chat, max_tokens, cut_prompt=cut_prompt))
 
 
-def _encode_table(rows: Sequence[PreferencePair], tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
+def _encode_table(rows: Sequence[PreferencePair], chat: ChatFormat, max_tokens: int, *, cut_prompt: bool) -> pa.Table:
     """Part by part, so that little besides the table is in memory at once."""
 
     def encode(part: Sequence[PreferencePair]) -> pa.Table:
-        return _make_table(part, encode_pair_part(tokenizer, part, max_tokens, cut_prompt=cut_prompt))
+        return _make_table(part, encode_pair_part(chat, part, max_tokens, cut_prompt=cut_prompt))
 
     parts = list(encode_in_parts(rows, "pairs", encode))
     return pa.concat_tables(parts) if parts else _make_table([], [])

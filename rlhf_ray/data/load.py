@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import DemonstrationExample
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, render_prompt
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, PairRow, encode_pair_file, encode_pair_rows
 from rlhf_ray.data.split import Halves, Split, encode_halves, read_halves, sources_name
@@ -42,6 +43,10 @@ class TokenizedPrompt:
     messages: tuple[Mapping[str, Any], ...] | None = None
     """The conversation that the prompt is, where it is one."""
     source: str = ""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Functions that the conversation may call."""
+    template_variables: Mapping[str, Any] | None = None
+    """Variables that the chat template was given for this prompt alone."""
 
 
 def load_demonstrations(data: DataConfig, tokenizer: Any, seed: int) -> Split[DemonstrationExample]:
@@ -67,10 +72,11 @@ def load_pairs(data: DataConfig, tokenizer: Any, seed: int, *, graded: bool = Tr
     Without ``graded`` the loss reads no grades: ties, which have no better side, are dropped and counted.
     """
     cut_prompt = data.too_long == "cut_prompt"
+    chat = ChatFormat(tokenizer, data.template_variables)
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[PairRow]:
         file = PairFile(source.rows, data.preference_reader(source), data.max_tokens, cut_prompt, max_rows)
-        return encode_pair_file(file, tokenizer, data.cache, source=name)
+        return encode_pair_file(file, chat, data.cache, source=name)
 
     def keep(half: Sequence[PairRow], drops: Drops) -> list[PairExample]:
         drops.update(row.pair for row in half if isinstance(row.pair, str))
@@ -78,7 +84,7 @@ def load_pairs(data: DataConfig, tokenizer: Any, seed: int, *, graded: bool = Tr
         return pairs if graded else without_ties(pairs, drops)
 
     if data.world is not None:
-        rows = _world_pairs(data.world, tokenizer, data.max_tokens, cut_prompt=cut_prompt)
+        rows = _world_pairs(data.world, chat, data.max_tokens, cut_prompt=cut_prompt)
     else:
         rows = read_halves(data, seed, read, lambda row: row.prompt)
     examples = encode_halves(rows, data, keep)
@@ -97,14 +103,15 @@ def load_prompts(
     ``make_reader`` makes what a file is read with, for jobs that ask more of a row than the ``data`` section says.
     """
     make_reader = make_reader or data.prompt_reader
+    chat = ChatFormat(tokenizer, data.template_variables)
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
         rows = read_file(source.rows, make_reader(source), max_rows=max_rows)
         return [row if row.source else replace(row, source=name) for row in rows]
 
     def encode(half: Sequence[Prompt], drops: Drops) -> list[TokenizedPrompt]:
-        encoded = encode_prompts(tokenizer, half, data.max_prompt_tokens, drops)
-        return [_tokenized(tokenizer, row, ids) for row, ids in zip(half, encoded, strict=True) if ids is not None]
+        encoded = encode_prompts(chat, half, data.max_prompt_tokens, drops)
+        return [_tokenized(chat, row, ids) for row, ids in zip(half, encoded, strict=True) if ids is not None]
 
     rows = _world_prompts(data.world) if data.world is not None else read_halves(data, seed, read, _prompt_key)
     _say_how_texts_are_read(rows, tokenizer, sources_name(data))
@@ -130,10 +137,12 @@ def without_ties(pairs: Sequence[PairExample], drops: Drops) -> list[PairExample
     return [replace(pair, grade=None) for pair in kept]
 
 
-def _tokenized(tokenizer: Any, row: Prompt, ids: Sequence[int]) -> TokenizedPrompt:
+def _tokenized(chat: ChatFormat, row: Prompt, ids: Sequence[int]) -> TokenizedPrompt:
     messages = None if row.messages is None else tuple(row.messages)
-    text = render_prompt(tokenizer, row)
-    return TokenizedPrompt(row.prompt_id, text, tuple(ids), row.label, messages, row.source)
+    text = render_prompt(chat, row)
+    return TokenizedPrompt(
+        row.prompt_id, text, tuple(ids), row.label, messages, row.source, row.tools, row.template_variables
+    )
 
 
 def _numbered_through(rows: Halves[Prompt]) -> Halves[Prompt]:
@@ -156,13 +165,13 @@ def _world_demonstrations(config: WorldConfig) -> Halves[Demonstration]:
     return Halves([make(config.demonstrations)], make(WORLD_EVALUATION_DEMONSTRATIONS, "evaluation"))
 
 
-def _world_pairs(config: WorldConfig, tokenizer: Any, max_tokens: int, *, cut_prompt: bool) -> Halves[PairRow]:
+def _world_pairs(config: WorldConfig, chat: ChatFormat, max_tokens: int, *, cut_prompt: bool) -> Halves[PairRow]:
     world = World(config.seed, config.raters)
     halves = (
         world.preferences(config.pairs),
         world.preferences(config.evaluation_pairs, "evaluation", flipped=0.0),
     )
-    train, held_out = (encode_pair_rows(rows, tokenizer, max_tokens, cut_prompt=cut_prompt) for rows in halves)
+    train, held_out = (encode_pair_rows(rows, chat, max_tokens, cut_prompt=cut_prompt) for rows in halves)
     return Halves([train], held_out)
 
 

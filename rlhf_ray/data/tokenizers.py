@@ -113,9 +113,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's end of sequence, and each of ``texts``, which must be one token each."""
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], known: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's end of sequence, those ``known``, and ``texts``, which must be one token
+    each.
+    """
+    ids = [*known] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id, *known]
     for text in texts:
         encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(encoded) != 1 or encoded[0] == tokenizer.unk_token_id:

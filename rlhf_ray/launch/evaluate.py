@@ -19,6 +19,7 @@ from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import Place, place_scoring_group
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file
 from rlhf_ray.errors import EXIT_DONE, DataError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
@@ -100,7 +101,9 @@ def _accuracies(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool) -> list[PairExample]:
     if not file.exists():
         raise DataError(f"{file} does not exist: name a file of preference pairs")
-    rows = encode_pair_file(PairFile(RowSource(str(file)), PreferenceReader(keys, turns), max_tokens), tokenizer)
+    rows = encode_pair_file(
+        PairFile(RowSource(str(file)), PreferenceReader(keys, turns), max_tokens), ChatFormat(tokenizer)
+    )
     pairs = [row.pair for row in rows if isinstance(row.pair, PairExample)]
     dropped = Counter(row.pair for row in rows if isinstance(row.pair, str))
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())

@@ -147,10 +147,12 @@ def _with_tokens(
     pairs: Iterator[PreferencePair], tokenizer: Any, max_tokens: int
 ) -> Iterator[tuple[PreferencePair, tuple[int, int, int] | None, str]]:
     """Each pair with its lengths in tokens, and the reason why training would drop it, if there is one."""
+    from rlhf_ray.data.chat import ChatFormat
     from rlhf_ray.data.encode import TOO_LONG, encode_pair_part
 
+    chat = ChatFormat(tokenizer)
     while part := list(islice(pairs, PAIRS_AT_ONCE)):
-        for pair, encoded in zip(part, encode_pair_part(tokenizer, part, NO_LIMIT), strict=True):
+        for pair, encoded in zip(part, encode_pair_part(chat, part, NO_LIMIT), strict=True):
             if isinstance(encoded, str):
                 yield pair, None, encoded
                 continue

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "get_llm_for_sequence_regression": ".regression_loading",
         "load_policy": ".from_config",
         "load_regression": ".from_config",
+        "load_generation_ends": ".weights.tokenizer",
         "load_tokenizer": ".weights.tokenizer",
         "make_model": ".weights.tiny_llama",
         "packed_forward": ".forward.packed",

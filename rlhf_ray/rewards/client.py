@@ -204,7 +204,9 @@ def _body(requests: Sequence[ScoreRequest]) -> str:
 
 
 def _item(request: ScoreRequest) -> Mapping[str, Any]:
-    values = {name: value for name, value in vars(request).items() if value is not None}
+    """The fields that say anything: the others are left to the service."""
+    of_request = {field.name: (getattr(request, field.name), field.default) for field in fields(request)}
+    values = {name: value for name, (value, default) in of_request.items() if value != default}
     values |= {name: [dict(one) for one in values[name]] for name in ("messages", "tools") if name in values}
     return values
 

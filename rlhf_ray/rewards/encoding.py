@@ -4,8 +4,10 @@ Invariants:
 
 - Token ids pass as they are. A text gets special tokens only where it asks for them, and none that it has already.
 - Nothing is stripped.
-- A conversation, and a prompt with its response, are written by the chat template of the reward model's tokenizer; where the
-  tokenizer has none, a prompt and its response are joined as in training, with one start and one end token.
+- A conversation, and a prompt with its response, are written by the chat template of the reward model's tokenizer as in
+  training (:mod:`rlhf_ray.data.chat`), up to the token that ends the answer; where the tokenizer has none, a prompt and its
+  response are joined as in training, with one start and one end token.
+- An answer that was cut by a limit gets no end token: its score is read at its last token.
 - An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
 
@@ -15,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.data.encode import encode_answers
+from rlhf_ray.data.answer_ids import encode_answers
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
 
@@ -28,12 +31,15 @@ class EncodedItem:
     truncated: bool
 
 
-def encode_request(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> EncodedItem:
+def encode_request(chat: ChatFormat, request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> EncodedItem:
     """Token ids of ``request``; raises :class:`ScoringError` for an item that cannot be scored as it is.
 
     ``max_tokens`` is the longest item, ``vocabulary`` the number of token ids that the reward model knows.
     """
-    token_ids = _token_ids(tokenizer, request)
+    try:
+        token_ids = _token_ids(chat, request)
+    except DataError as error:
+        raise ScoringError(str(error)) from error
     if not token_ids:
         raise ScoringError("the item is empty: there is no token to score")
     outside = next((token for token in token_ids if not 0 <= token < vocabulary), None)
@@ -48,23 +54,21 @@ def encode_request(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, vo
     return EncodedItem(tuple(token_ids[-max_tokens:]), truncated=True)
 
 
-def _token_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
+def _token_ids(chat: ChatFormat, request: ScoreRequest) -> list[int]:
+    tokenizer = chat.tokenizer
     if request.token_ids is not None:
         return list(request.token_ids)
     if request.text is not None:
         plain = list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
         return _with_special_tokens(tokenizer, request.text, plain) if request.add_special_tokens else plain
     if request.messages is not None:
-        return _conversation(tokenizer, request.messages, request)
+        return _conversation(chat, request.messages, request)
     assert request.prompt is not None and request.response is not None, "a request holds one representation"
     if tokenizer.chat_template is not None:
         turns = (("user", request.prompt), ("assistant", request.response))
-        return _conversation(tokenizer, [{"role": role, "content": text} for role, text in turns], request)
-    try:
-        before, (after,) = encode_answers(tokenizer, request.prompt, [request.response])
-    except DataError as error:
-        raise ScoringError(str(error)) from error
-    return [*before, *after]
+        return _conversation(chat, [{"role": role, "content": text} for role, text in turns], request)
+    before, (after,) = encode_answers(tokenizer, request.prompt, [request.response])
+    return [*before, *(after if request.finished else after[:-1])]
 
 
 def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[int]:
@@ -83,8 +87,8 @@ def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[in
     return whole
 
 
-def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], request: ScoreRequest) -> list[int]:
-    if tokenizer.chat_template is None:
+def _conversation(chat: ChatFormat, messages: Sequence[Mapping[str, Any]], request: ScoreRequest) -> list[int]:
+    if chat.tokenizer.chat_template is None:
         raise ScoringError(
             "the item is a conversation, but the reward model's tokenizer has no chat template: send text"
         )
@@ -92,15 +96,5 @@ def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], request
         raise ScoringError(
             "a conversation is scored at its last answer, so it must end with a message of the assistant"
         )
-    try:
-        return list(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in request.tools] if request.tools else None,
-                tokenize=True,
-                return_dict=False,
-                **(request.chat_template_kwargs or {}),
-            )
-        )
-    except Exception as error:  # a template is a program of its own, and may refuse a conversation with any error
-        raise ScoringError(f"the reward model's chat template refuses the conversation: {error}") from error
+    prompt, answer = chat.encode(messages, request.tools, request.chat_template_kwargs, finished=request.finished)
+    return [*prompt, *answer]

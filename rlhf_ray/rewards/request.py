@@ -41,6 +41,8 @@ class ScoreRequest:
     """The functions that the assistant of ``messages`` may call, for the template."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Variables of the template for this item, such as ``enable_thinking``."""
+    finished: bool = True
+    """Whether the answer is whole. One that a limit has cut gets no end token, and its score is read at its last token."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.response is None):

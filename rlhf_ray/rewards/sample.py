@@ -23,7 +23,8 @@ class TextSample:
     prompt: str
     """List ``prompts``: the prompt as the policy reads it. Of a conversation it is the text that the chat template gives."""
     response: str
-    """List ``responses``: the decoded answer without special tokens. It is not stripped: spaces at its ends stay."""
+    """List ``responses``: the decoded answer without special tokens and without the token that ended it. It is not
+    stripped: spaces at its ends stay."""
     label: Any
     """List ``labels``: what the prompt's row holds for judging answers (``data.label_key``), such as the right result. A number
     is text here; a list, a mapping or a truth value is what the row holds. None where the row has no label. The policy never
@@ -35,6 +36,10 @@ class TextSample:
     """Ids of prompt and answer in the policy's vocabulary, exactly as they were sampled."""
     source: str = ""
     """List ``sources``: the name of the data source that the prompt comes from; empty where it has none."""
-    messages: tuple[Mapping[str, str], ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
     """List ``messages``: the conversation as mappings of ``role`` and ``content``, the answer as its last turn; none where
     the prompt is plain text."""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """The functions that the conversation may call, for reward models; none where its row has no ``tools``."""
+    template_variables: Mapping[str, Any] | None = None
+    """The variables that the prompt's row gives to a chat template, for reward models."""

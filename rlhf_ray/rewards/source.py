@@ -7,10 +7,11 @@ failed as a whole has failed at every sample.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -39,16 +40,27 @@ class Scorer(Protocol):
 class ModelSource:
     """A reward model's scores, normalised with the mean and deviation of its directory where asked.
 
-    Token ids pass as they were sampled where policy and reward model have the same tokenizer; otherwise the text is written
-    again with the reward model's own template.
+    Token ids pass as they were sampled where policy and reward model have the same tokenizer, which ``policy`` then is with
+    its chat template; otherwise the text is written again with the reward model's own template. A finished answer is read at
+    the end token that the reward model was trained with, whichever token has stopped it; one that was cut at its last token.
     """
 
-    def __init__(self, scorer: Scorer, *, same_tokenizer: bool, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        policy: ChatFormat | None,
+        stop_tokens: Collection[int] = (),
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        """``stop_tokens`` are the ids that end a sampled answer."""
         self.scorer = scorer
-        self.same_tokenizer = same_tokenizer
+        self.policy = policy
+        self.stop_tokens = frozenset(stop_tokens)
         self.mean = mean
         self.std = std
-        self.reads = "the ids as sampled" if same_tokenizer else "text, tokenized again"
+        self.reads = "text, tokenized again" if policy is None else "the ids as sampled"
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result per sample, in order."""
@@ -59,11 +71,27 @@ class ModelSource:
 
     def request(self, sample: TextSample) -> ScoreRequest:
         """The request for one sample."""
-        if self.same_tokenizer:
-            return ScoreRequest(token_ids=sample.token_ids)
-        if sample.messages is not None:
-            return ScoreRequest(messages=sample.messages)
-        return ScoreRequest(prompt=sample.prompt, response=sample.response)
+        return self.text_request(sample) if self.policy is None else ScoreRequest(token_ids=self._ended_ids(sample))
+
+    def text_request(self, sample: TextSample) -> ScoreRequest:
+        """The request for one sample as text, which is encoded as in the training of the reward model."""
+        if sample.messages is None:
+            return ScoreRequest(prompt=sample.prompt, response=sample.response, finished=sample.finished)
+        return ScoreRequest(
+            messages=sample.messages,
+            tools=sample.tools,
+            chat_template_kwargs=sample.template_variables,
+            finished=sample.finished,
+        )
+
+    def _ended_ids(self, sample: TextSample) -> tuple[int, ...]:
+        """The ids as sampled; of a finished answer with the one end token that reward models are trained with."""
+        assert self.policy is not None, "ids pass between equal tokenizers only"
+        end = self.policy.tokenizer.eos_token_id if sample.messages is None else self.policy.end_token_id
+        if not sample.finished or end is None:
+            return sample.token_ids
+        stopped = not {*sample.token_ids[-1:]}.isdisjoint({*self.stop_tokens, end})
+        return (*(sample.token_ids[:-1] if stopped else sample.token_ids), end)
 
 
 def score_or_hold(

@@ -24,6 +24,7 @@ from rlhf_ray.rows.conversations import (
     without_nulls,
 )
 from rlhf_ray.rows.row import LayoutError, is_filled
+from rlhf_ray.rows.template_variables import CHAT_TEMPLATE_KWARGS, variables_problem
 
 SYSTEM, TOOLS = "system", "tools"
 """Optional columns: the system message before a conversation, and the functions that the assistant may call."""
@@ -128,6 +129,24 @@ def _tools_from_json(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise LayoutError(f"{TOOLS!r} must hold a list of functions, and this text is not JSON") from error
+
+
+def read_variables(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The template variables of a row: a mapping, or one written as JSON; none where there are none.
+
+    A table gives every row the variables that any row has: those that are null are none.
+    """
+    if not is_filled(values, CHAT_TEMPLATE_KWARGS):
+        return None
+    variables = values[CHAT_TEMPLATE_KWARGS]
+    if isinstance(variables, str):
+        try:
+            variables = json.loads(variables)
+        except ValueError as error:
+            raise LayoutError(f"{CHAT_TEMPLATE_KWARGS!r} must hold a mapping, and this text is not JSON") from error
+    if problem := variables_problem(variables):
+        raise LayoutError(f"{CHAT_TEMPLATE_KWARGS!r} must hold a mapping{problem}")
+    return {name: value for name, value in variables.items() if value is not None} or None
 
 
 def _read_conversation(
@@ -256,7 +275,12 @@ def _kind(cell: Any) -> str:
 
 
 def _refuse_beside_texts(values: Mapping[str, Any]) -> None:
-    for key, there in ((SYSTEM, is_filled(values, SYSTEM)), (TOOLS, read_tools(values) is not None)):
+    found = {
+        SYSTEM: is_filled(values, SYSTEM),
+        TOOLS: read_tools(values) is not None,
+        CHAT_TEMPLATE_KWARGS: read_variables(values) is not None,
+    }
+    for key, there in found.items():
         if there:
             raise LayoutError(
                 f"there is something under {key!r}, for which a plain text has no place: set data.apply_chat_template=true, or "

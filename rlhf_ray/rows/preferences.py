@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from rlhf_ray.rows.layouts import Keys, PairParts, read_pair
+from rlhf_ray.rows.layouts import Keys, PairParts, read_pair, read_variables
 from rlhf_ray.rows.published.comparisons import (
     Ratings,
     prompt_beside,
@@ -55,6 +55,8 @@ class PreferencePair:
     """Functions that a conversation may call."""
     where: str = field(default="", compare=False)
     """File and line."""
+    template_variables: Mapping[str, Any] | None = None
+    """Variables that the chat template is given for this pair alone."""
 
     @property
     def texts(self) -> tuple[str, str, str] | None:
@@ -124,7 +126,8 @@ class PreferenceReader(PlainReader):
         prompt, chosen, rejected = parts.prompt or find_prompt(row, self.keys, parts), parts.chosen, parts.rejected
         if not parts.prompt:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return PreferencePair(prompt, chosen, rejected, margin, read_source(row), grade, parts.tools, row.where)
+        source, variables = read_source(row), read_variables(row.values)
+        return PreferencePair(prompt, chosen, rejected, margin, source, grade, parts.tools, row.where, variables)
 
 
 def read_preferences(
@@ -138,8 +141,8 @@ def read_preferences(
 ) -> list[PreferencePair]:
     """Every pair of a data file or data set; where its rows have no ``prompt_key``, the prompt is what both sides begin with.
 
-    Columns ``margin``, ``grade``, ``system`` and ``tools`` are read where they are there, and as the source the first of
-    ``SOURCE_KEYS``. With ``turns`` texts become messages.
+    Columns ``margin``, ``grade``, ``system``, ``tools`` and ``chat_template_kwargs`` are read where they are there, and as the
+    source the first of ``SOURCE_KEYS``. With ``turns`` texts become messages.
     """
     reader = PreferenceReader(Keys(prompt_key, chosen_key, rejected_key), turns)
     return list(read_file(source, reader, max_rows=max_rows))

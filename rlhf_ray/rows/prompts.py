@@ -19,6 +19,7 @@ from rlhf_ray.rows.layouts import (
     read_pair,
     read_prompt_messages,
     read_tools,
+    read_variables,
 )
 from rlhf_ray.rows.preferences import ANSWER_BEGINS, Messages, find_prompt, read_source
 from rlhf_ray.rows.read import PlainReader, read_file
@@ -44,6 +45,8 @@ class Prompt:
     """Functions that a conversation may call."""
     where: str = field(default="", compare=False)
     """File and line."""
+    template_variables: Mapping[str, Any] | None = None
+    """Variables that the chat template is given for this prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class PromptReader(PlainReader):
         label, source = self.labels.read(row, self.keys), read_source(row)
         if isinstance(prompt, str):
             return Prompt(row.number, prompt, label, source, where=row.where)
-        return Prompt(row.number, "", label, source, prompt, tools, row.where)
+        return Prompt(row.number, "", label, source, prompt, tools, row.where, read_variables(row.values))
 
 
 def read_prompts(

@@ -7,12 +7,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.data.answer_ids import encode_answers
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import (
     EQUAL,
     ROWS_AT_ONCE,
     TOO_LONG,
     Drops,
-    encode_answers,
     encode_demonstrations,
     encode_pairs,
     encode_prompts,
@@ -32,7 +33,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 
 def encode_prompt(tokenizer, row, max_tokens):
-    (encoded,) = encode_prompts(tokenizer, [row], max_tokens, Drops())
+    (encoded,) = encode_prompts(ChatFormat(tokenizer), [row], max_tokens, Drops())
     return encoded
 
 
@@ -42,7 +43,7 @@ def encode_demonstration(tokenizer, row, max_tokens):
 
 
 def encode_pair(tokenizer, row, max_tokens):
-    (encoded,) = encode_pairs(tokenizer, [row], max_tokens, Drops())
+    (encoded,) = encode_pairs(ChatFormat(tokenizer), [row], max_tokens, Drops())
     return encoded
 
 
@@ -129,8 +130,8 @@ def test_tokens_that_reach_over_the_seam_leave_the_prompt_as_it_is(byte_tokenize
 def test_long_rows_are_dropped_whole_and_counted(byte_tokenizer, texts, limit):
     pairs = [PreferencePair(*row) for row in texts]
     drops = Drops()
-    fitted = encode_pairs(byte_tokenizer, pairs, limit, drops)
-    whole = encode_pairs(byte_tokenizer, pairs, MANY, Drops())
+    fitted = encode_pairs(ChatFormat(byte_tokenizer), pairs, limit, drops)
+    whole = encode_pairs(ChatFormat(byte_tokenizer), pairs, MANY, Drops())
     for row, full, kept in zip(pairs, whole, fitted, strict=True):
         assert kept == (full if full and max(map(len, full[:2])) <= limit else None), "as it is, or not at all"
         assert encode_pair(byte_tokenizer, row, limit) == kept
@@ -141,7 +142,8 @@ def test_long_rows_are_dropped_whole_and_counted(byte_tokenizer, texts, limit):
         (encode_prompts, [Prompt(0, prompt) for prompt, _, _ in texts]),
     ):
         drops = Drops()
-        fitted, whole = encode(byte_tokenizer, rows, limit, drops), encode(byte_tokenizer, rows, MANY, Drops())
+        reader = byte_tokenizer if encode is encode_demonstrations else ChatFormat(byte_tokenizer)
+        fitted, whole = encode(reader, rows, limit, drops), encode(reader, rows, MANY, Drops())
         lengths = [len(ids[0] if isinstance(ids, tuple) else ids) for ids in whole]
         assert fitted == [ids if length <= limit else None for ids, length in zip(whole, lengths, strict=True)]
         assert dict(drops) == ({TOO_LONG: fitted.count(None)} if None in fitted else {})
@@ -156,7 +158,7 @@ def test_a_prompt_that_is_cut_loses_its_beginning_and_nothing_else_is_cut(
     tokenizer, row = spaced_tokenizer(template), PreferencePair(prompt, one, other)
     whole = encode_pair(tokenizer, row, MANY)
     drops = Drops()
-    (cut,) = encode_pairs(tokenizer, [row], limit, drops, cut_prompt=True)
+    (cut,) = encode_pairs(ChatFormat(tokenizer), [row], limit, drops, cut_prompt=True)
     start = int(template != PLAIN)
     if whole is None:
         assert drops == {EQUAL: 1}
@@ -171,16 +173,16 @@ def test_a_prompt_that_is_cut_loses_its_beginning_and_nothing_else_is_cut(
     assert cut.prompt_length == length - cut.cut > 0
     for before, after in zip(whole[:2], cut[:2], strict=True):
         assert after == before[:start] + before[start + cut.cut :], "the start stays, the answer stays"
-    assert encode_pairs(tokenizer, [row], limit, Drops()) == [whole if not cut.cut else None], (
+    assert encode_pairs(ChatFormat(tokenizer), [row], limit, Drops()) == [whole if not cut.cut else None], (
         "only where it is asked for"
     )
 
 
 def test_many_rows_are_the_rows_one_by_one(byte_tokenizer):
     rows = [Prompt(number, f"row {number}") for number in range(ROWS_AT_ONCE + 7)]
-    encoded = encode_prompts(byte_tokenizer, rows, MANY, Drops())
+    encoded = encode_prompts(ChatFormat(byte_tokenizer), rows, MANY, Drops())
     assert [byte_tokenizer.decode(ids) for ids in encoded] == [row.text for row in rows]
-    assert encode_prompts(byte_tokenizer, [], MANY, Drops()) == []
+    assert encode_prompts(ChatFormat(byte_tokenizer), [], MANY, Drops()) == []
 
 
 def test_the_limit_is_met_to_the_token(byte_tokenizer):

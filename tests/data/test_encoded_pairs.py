@@ -10,13 +10,16 @@ import pytest
 from pyarrow import parquet
 
 from rlhf_ray.data import encoded_pairs as room
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file, encode_pair_rows
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader, read_preferences
 from rlhf_ray.rows.sources import RowSource
-from tests.data.test_chat import CHATML, assistant, user
+from tests.data.chat_templates import SHAPES
+from tests.data.test_chat import assistant, user
 
+CHATML = SHAPES["a newline after the end"].template
 TEXTS = [
     {"prompt": "how?", "chosen": " so", "rejected": " not so", "margin": 0.5, "grade": 1, "source": "a"},
     {"prompt": "how? ", "chosen": " so", "rejected": " so", "margin": 0, "grade": 0, "source": ""},
@@ -49,7 +52,7 @@ def encodings(monkeypatch):
 
 
 def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
-    rows = encode_pair_file(file, byte_tokenizer, source="mine")
+    rows = encode_pair_file(file, ChatFormat(byte_tokenizer), source="mine")
     assert [row.pair if isinstance(row.pair, str) else "" for row in rows] == ["", EQUAL, TOO_LONG, ""]
     pair, last = rows[0].pair, rows[3].pair
     assert byte_tokenizer.decode(pair.chosen) == "how? so<eos>"
@@ -59,35 +62,37 @@ def test_every_row_has_an_entry_with_all_that_it_says(byte_tokenizer, file):
     assert (last.margin, last.grade, last.source) == (2.0, 0.0, "b")
     assert rows[0].prompt == rows[1].prompt, "spaces around it make no other prompt"
     assert len({row.prompt for row in rows}) == 3
-    assert plain(encode_pair_rows(read_preferences(file.rows), byte_tokenizer, 60)) == plain(
-        encode_pair_file(file, byte_tokenizer)
+    assert plain(encode_pair_rows(read_preferences(file.rows), ChatFormat(byte_tokenizer), 60)) == plain(
+        encode_pair_file(file, ChatFormat(byte_tokenizer))
     )
 
 
 def test_rows_that_name_no_source_have_that_of_their_file(byte_tokenizer, write):
     path = write([{"prompt": "p", "chosen": " a", "rejected": " b"}])
     for source in ("mine", ""):
-        (row,) = encode_pair_file(PairFile(RowSource(str(path)), PreferenceReader(), 60), byte_tokenizer, source=source)
+        (row,) = encode_pair_file(
+            PairFile(RowSource(str(path)), PreferenceReader(), 60), ChatFormat(byte_tokenizer), source=source
+        )
         assert row.pair.source == source
         assert (row.pair.margin, row.pair.grade) == (None, None)
 
 
 def test_the_cache_gives_what_encoding_gives(byte_tokenizer, file, tmp_path, encodings):
-    fresh = plain(encode_pair_file(file, byte_tokenizer, source="mine"))
+    fresh = plain(encode_pair_file(file, ChatFormat(byte_tokenizer), source="mine"))
     for times in (2, 2, 2):
-        assert plain(encode_pair_file(file, byte_tokenizer, tmp_path / "cache", source="mine")) == fresh
+        assert plain(encode_pair_file(file, ChatFormat(byte_tokenizer), tmp_path / "cache", source="mine")) == fresh
         assert len(encodings) == times
-    assert plain(encode_pair_file(file, byte_tokenizer, tmp_path / "cache")) == plain(
-        encode_pair_file(file, byte_tokenizer)
+    assert plain(encode_pair_file(file, ChatFormat(byte_tokenizer), tmp_path / "cache")) == plain(
+        encode_pair_file(file, ChatFormat(byte_tokenizer))
     )
 
 
 def test_whatever_decides_the_ids_is_in_the_key(
     byte_tokenizer, spaced_tokenizer, file, tmp_path, encodings, monkeypatch
 ):
-    def encodes(one, tokenizer=byte_tokenizer):
+    def encodes(one, tokenizer=byte_tokenizer, variables=None):
         before = len(encodings)
-        encode_pair_file(one, tokenizer, tmp_path / "cache")
+        encode_pair_file(one, ChatFormat(tokenizer, variables or {}), tmp_path / "cache")
         return len(encodings) - before
 
     assert encodes(file)
@@ -108,6 +113,10 @@ def test_whatever_decides_the_ids_is_in_the_key(
     monkeypatch.setattr(byte_tokenizer, "chat_template", CHATML)
     assert encodes(file), "the template counts"
     assert encodes(replace(file, reader=PreferenceReader(turns=True)))
+    assert encodes(file, variables={"enable_thinking": False}), "the variables of the template count"
+    with monkeypatch.context() as tomorrow:
+        tomorrow.setattr(ChatFormat, "day", "2026-11-30")
+        assert encodes(file), "the day counts where the template writes it"
     monkeypatch.setattr(byte_tokenizer, "chat_template", None)
     assert not encodes(file)
     with moved.open("a") as added:
@@ -127,7 +136,7 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     ]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(talks), tmp_path / "rows.parquet")
     results = [
-        encode_pair_file(PairFile(RowSource(str(path)), PreferenceReader(), 99), byte_tokenizer)
+        encode_pair_file(PairFile(RowSource(str(path)), PreferenceReader(), 400), ChatFormat(byte_tokenizer))
         for path in (write(talks), tmp_path / "rows.parquet")
     ]
     assert plain(results[0]) == plain(results[1])
@@ -135,5 +144,5 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     assert all(isinstance(row.pair, PairExample) for row in results[0])
     whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in talks]
     assert plain(
-        encode_pair_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 99), byte_tokenizer)
+        encode_pair_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 400), ChatFormat(byte_tokenizer))
     ) == plain(results[0]), "implicit prompts"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_pairs
 from rlhf_ray.data.tokenizers import EOS, make_tokenizer
 from rlhf_ray.rows.preferences import ANSWER_BEGINS, read_preferences
@@ -36,7 +37,7 @@ def test_preference_dialogues():
     written = [(row.text("chosen"), row.text("rejected")) for row in rows]
     assert sum(sides != texts for sides, texts in zip(whole, written, strict=True)) == 0
     tokenizer, drops = make_tokenizer(path, 512), Drops()
-    encoded = encode_pairs(tokenizer, pairs[:100], 8192, drops)
+    encoded = encode_pairs(ChatFormat(tokenizer), pairs[:100], 8192, drops)
     assert not drops
     decoded = [tuple(map(tokenizer.decode, pair[:2])) for pair in encoded]
     ended = [(chosen + EOS, rejected + EOS) for chosen, rejected in whole[:100]]

@@ -34,13 +34,14 @@ def make_inputs(seed: int = 24) -> dict[str, Any]:
 
 def real_pairs(file: Path, seed: int = 25) -> dict[str, Any]:
     """Pairs of a data file with no side longer than the model's positions, in the order of the file."""
+    from rlhf_ray.data.chat import ChatFormat
     from rlhf_ray.data.encode import Drops, encode_pairs
     from rlhf_ray.data.tokenizers import make_tokenizer
     from rlhf_ray.rows.preferences import read_preferences
 
     tokenizer = make_tokenizer(file, REAL_SIZES["vocab_size"])
     longest = REAL_SIZES["max_position_embeddings"]
-    encoded = encode_pairs(tokenizer, read_preferences(file), longest, Drops())
+    encoded = encode_pairs(ChatFormat(tokenizer), read_preferences(file), longest, Drops())
     pairs = [{"chosen": pair.chosen, "rejected": pair.rejected, "margin": 0.0} for pair in encoded if pair is not None]
     return _inputs(seed, pairs[: UPDATES * PAIRS_PER_UPDATE + HELD_OUT], REAL_SIZES)
 

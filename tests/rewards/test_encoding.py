@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_demonstrations
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
@@ -25,7 +26,7 @@ VOCABULARY = len(PLAIN)
 def encoded(
     request: ScoreRequest, tokenizer: PreTrainedTokenizerFast = PLAIN, max_tokens: int = 1000
 ) -> tuple[int, ...]:
-    return encode_request(tokenizer, request, max_tokens=max_tokens, vocabulary=VOCABULARY).token_ids
+    return encode_request(ChatFormat(tokenizer), request, max_tokens=max_tokens, vocabulary=VOCABULARY).token_ids
 
 
 def written(text: str) -> tuple[int, ...]:
@@ -84,6 +85,7 @@ def test_the_template_reads_the_tools_the_variables_and_a_message_without_a_text
     template = (
         "{% for tool in tools or [] %}({{ tool.name }}){% endfor %}{{ style }}"
         "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     turns = (
         {"role": "user", "content": "why?"},
@@ -92,8 +94,8 @@ def test_the_template_reads_the_tools_the_variables_and_a_message_without_a_text
         {"role": "assistant", "content": "so"},
     )
     request = ScoreRequest(messages=turns, tools=({"name": "clock"},), chat_template_kwargs={"style": "!"})
-    expected = written("(clock)![user]why?[assistant]clock[tool]nine[assistant]so")
-    assert encoded(request, make_tokenizer(template=template))[: len(expected)] == expected
+    expected = written(f"(clock)![user]why?[assistant]clock[tool]nine[assistant]so{EOS}")
+    assert encoded(request, make_tokenizer(template=template)) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,13 @@ def test_what_is_too_long_is_refused_or_loses_its_beginning() -> None:
     assert encoded(ScoreRequest(text="abcd"), max_tokens=4) == written("abcd")
     with pytest.raises(ScoringError, match="has 5 tokens, the limit is 4: shorten it, or ask for truncate"):
         encoded(ScoreRequest(text="abcde"), max_tokens=4)
-    cut = encode_request(PLAIN, ScoreRequest(text="abcde", truncate=True), max_tokens=4, vocabulary=VOCABULARY)
+    cut = encode_request(
+        ChatFormat(PLAIN), ScoreRequest(text="abcde", truncate=True), max_tokens=4, vocabulary=VOCABULARY
+    )
     assert cut == EncodedItem(written("bcde"), truncated=True)
-    whole = encode_request(PLAIN, ScoreRequest(text="abcd", truncate=True), max_tokens=4, vocabulary=VOCABULARY)
+    whole = encode_request(
+        ChatFormat(PLAIN), ScoreRequest(text="abcd", truncate=True), max_tokens=4, vocabulary=VOCABULARY
+    )
     assert not whole.truncated
 
 

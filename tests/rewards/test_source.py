@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource, score_or_hold
+from tests.data.chat_templates import EOS, SHAPES, make_tokenizer
 from tests.rewards.answers import answer
 
 get_logger()  # set up before pytest looks where to listen
 
 
+POLICY = ChatFormat(make_tokenizer(SHAPES["an end of the turn and then an end of the conversation"]))
 SAMPLES = [
     answer("a", "x", "1", token_ids=(1, 2)),
     answer("b", "yy", None, finished=False),
@@ -44,9 +48,9 @@ class Scorer:
 
 def test_a_models_scores_are_normalised_where_its_statistics_are_known() -> None:
     results = [ScoreResult.of(3.0, 5), ScoreResult.failed("too long", 9), ScoreResult.of(-1.0, 2)]
-    plain = ModelSource(Scorer(results), same_tokenizer=False).score(SAMPLES).result()
+    plain = ModelSource(Scorer(results), policy=None).score(SAMPLES).result()
     assert plain == results
-    normalised = ModelSource(Scorer(results), same_tokenizer=True, mean=1.0, std=2.0).score(SAMPLES).result()
+    normalised = ModelSource(Scorer(results), policy=POLICY, mean=1.0, std=2.0).score(SAMPLES).result()
     assert [result.reward for result in normalised] == [1.0, None, -1.0]
     assert raws(normalised) == [3.0, None, -1.0]
     assert normalised[1] == results[1]
@@ -54,14 +58,43 @@ def test_a_models_scores_are_normalised_where_its_statistics_are_known() -> None
 
 def test_ids_pass_where_the_tokenizer_is_the_policys_and_text_is_rendered_again_elsewhere() -> None:
     scorer = Scorer([ScoreResult.of(0.0)] * 3)
-    ModelSource(scorer, same_tokenizer=True).score(SAMPLES).result()
-    assert scorer.received == [ScoreRequest(token_ids=sample.token_ids) for sample in SAMPLES]
-    ModelSource(scorer, same_tokenizer=False).score(SAMPLES).result()
+    ModelSource(scorer, policy=POLICY).score(SAMPLES).result()
+    assert [
+        request.token_ids[: len(sample.token_ids)] for request, sample in zip(scorer.received, SAMPLES, strict=True)
+    ] == [sample.token_ids for sample in SAMPLES]
+    ModelSource(scorer, policy=None).score(SAMPLES).result()
     assert scorer.received == [
         ScoreRequest(prompt="a", response="x"),
-        ScoreRequest(prompt="b", response="yy"),
+        ScoreRequest(prompt="b", response="yy", finished=False),
         ScoreRequest(messages=SAMPLES[2].messages),
     ]
+
+
+def test_a_finished_answer_ends_in_the_token_that_training_ends_it_with_and_a_cut_one_in_its_last() -> None:
+    """Two other tokens stop answers as well; a text ends in the tokenizer's own end, a conversation in the template's."""
+    text_end, turn_end, other = POLICY.tokenizer.convert_tokens_to_ids([EOS, "<|end|>", "x"])
+    source = ModelSource(Scorer([]), policy=POLICY, stop_tokens=(text_end, turn_end, other))
+
+    def ended(ids: tuple[int, ...], **fields: Any) -> tuple[int, ...] | None:
+        return source.request(answer("a", "b", None, token_ids=ids, **fields)).token_ids
+
+    talk: Any = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    for stop in (text_end, turn_end, other):
+        assert ended((5, 6, stop)) == (5, 6, text_end)
+        assert ended((5, 6, stop), messages=talk) == (5, 6, turn_end)
+        assert ended((5, 6, stop), messages=talk, finished=False) == (5, 6, stop)
+    assert ended((5, 6), messages=talk) == (5, 6, turn_end), "a collector of the user's own may leave the end out"
+
+
+def test_what_a_template_reads_besides_the_messages_is_handed_on() -> None:
+    tools, variables = ({"type": "function", "function": {"name": "find"}},), {"enable_thinking": False}
+    call: Any = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "find"}}]},
+    )
+    sample = replace(answer("a", "", None, messages=call), tools=tools, template_variables=variables)
+    request = ModelSource(Scorer([]), policy=None).request(sample)
+    assert request == ScoreRequest(messages=call, tools=tools, chat_template_kwargs=variables)
 
 
 class Clock:

@@ -28,6 +28,7 @@ def measure(
     from rlhf_ray.config.sections.models import ModelConfig
     from rlhf_ray.config.sections.roles import RoleConfig
     from rlhf_ray.data.batches import make_pair_batch
+    from rlhf_ray.data.chat import ChatFormat
     from rlhf_ray.data.encode import Drops, encode_pairs
     from rlhf_ray.data.encoded_pairs import PairExample
     from rlhf_ray.data.tokenizers import make_tokenizer
@@ -45,7 +46,7 @@ def measure(
                 super()._meet(address)
 
     rows = World(5).preferences(UPDATES * PAIRS + HELD_OUT)
-    encoded = encode_pairs(make_tokenizer("world"), rows, 80, Drops())
+    encoded = encode_pairs(ChatFormat(make_tokenizer("world")), rows, 80, Drops())
     pairs = [PairExample(pair.chosen, pair.rejected) for pair in encoded if pair is not None]
     held_out, loss = make_pair_batch(pairs[UPDATES * PAIRS :]), RewardLoss(centering=0.01)
     measured: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.loading import parse_config
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import fingerprint, make_tokenizer, template_fingerprint
 from rlhf_ray.errors import RequestError
 from rlhf_ray.pending import Pending
@@ -42,11 +43,18 @@ class DescribedGroup:
 
 
 def source(
-    reward: str, group: DescribedGroup | None = None, *, conversations: bool = False, cleanup: ExitStack | None = None
+    reward: str,
+    group: DescribedGroup | None = None,
+    *,
+    conversations: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    cleanup: ExitStack | None = None,
 ) -> Any:
     config: Any = parse_config(CONFIG.replace("REWARD", reward))
     groups: Any = {} if group is None else {"reward": group}
-    return make_reward_source(config, groups, POLICY, conversations=conversations, cleanup=cleanup or ExitStack())
+    return make_reward_source(
+        config, groups, ChatFormat(POLICY, variables or {}), conversations=conversations, cleanup=cleanup or ExitStack()
+    )
 
 
 POLICY = make_tokenizer("world")
@@ -60,14 +68,24 @@ MODEL = "{model: {path: org/reward}}"
 def test_the_template_counts_where_there_are_conversations(conversations: bool) -> None:
     same = DescribedGroup(fingerprint=fingerprint(POLICY), template=template_fingerprint(POLICY))
     another = DescribedGroup(fingerprint=fingerprint(OTHER), template=template_fingerprint(OTHER))
-    assert source(MODEL, same, conversations=conversations).same_tokenizer
-    assert source(MODEL, another, conversations=conversations).same_tokenizer is not conversations
+    assert source(MODEL, same, conversations=conversations).policy is not None
+    assert (source(MODEL, another, conversations=conversations).policy is None) is conversations
+
+
+@pytest.mark.parametrize("conversations", [False, True])
+def test_the_variables_of_the_template_count_as_the_template_does(conversations: bool) -> None:
+    quiet = {"enable_thinking": False}
+    same: dict[str, Any] = {"fingerprint": fingerprint(POLICY), "template": template_fingerprint(POLICY)}
+    for mine, theirs in (({}, {}), (quiet, quiet), (quiet, {}), ({}, quiet)):
+        group = DescribedGroup(**same, template_variables=theirs)
+        passed = source(MODEL, group, conversations=conversations, variables=mine).policy is not None
+        assert passed is (mine == theirs or not conversations)
 
 
 @pytest.mark.parametrize("conversations", [False, True])
 def test_another_tokenizer_reads_text(conversations: bool) -> None:
     group = DescribedGroup(fingerprint="another", template=template_fingerprint(POLICY))
-    assert not source(MODEL, group, conversations=conversations).same_tokenizer
+    assert source(MODEL, group, conversations=conversations).policy is None
 
 
 def test_normalisation_needs_the_statistics_of_the_model() -> None:

@@ -6,7 +6,7 @@ Invariant: exactly one of the generated world, a file, and several files by name
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from rlhf_ray.rows.prompts import PromptReader
 from rlhf_ray.rows.published.comparisons import Ratings
 from rlhf_ray.rows.row import Columns
 from rlhf_ray.rows.sources import RowSource
+from rlhf_ray.rows.template_variables import variables_problem
 
 
 class WorldConfig(Section):
@@ -96,6 +97,9 @@ class DataConfig(Section):
     """What happens to a row that is wrong: it ends the job before it starts, or is left out and counted."""
     apply_chat_template: bool = False
     """Whether plain texts become a conversation: the prompt a message of the user, the answer one of the assistant."""
+    template_variables: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
+    """Variables that the chat template is given, such as ``enable_thinking``; those of a row (its column
+    ``chat_template_kwargs``) win."""
     max_tokens: Positive = 512
     """Tokens of the longest training sequence, prompt included."""
     too_long: Literal["drop", "cut_prompt"] = "drop"
@@ -189,6 +193,8 @@ class DataConfig(Section):
         return source.model_copy(update=own)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        if problem := variables_problem(self.template_variables):
+            yield "template_variables", f"must be a mapping{problem}"
         origins = [name for name in ("world", "path", "sources") if getattr(self, name) not in (None, {})]
         if len(origins) > 1:
             ways = " or ".join(f"data.{name}={'{}' if name == 'sources' else 'null'}" for name in origins)

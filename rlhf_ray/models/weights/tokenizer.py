@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_ray.config.files.models import TOKENIZER_FILES
+from rlhf_ray.config.files.models import TOKENIZER_FILES, read_json
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
@@ -41,6 +41,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (ValueError, OSError, KeyError) as error:
         raise ModelLoadError(f"{directory} has no tokenizer that can be read: {error}") from error
     return tokenizer
+
+
+def load_generation_ends(config: ModelConfig) -> tuple[int, ...]:
+    """The ids that end a text by the ``generation_config.json`` beside a model; none where there is no such file."""
+    if config.path is None:
+        return ()
+    content = read_json(find_directory(config.path, config.revision) / "generation_config.json")
+    ends = content.get("eos_token_id") if isinstance(content, dict) else None
+    return tuple(token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int))
 
 
 def add_pad_token(tokenizer: PreTrainedTokenizerBase, *, pad_with_eos: bool = False) -> bool:

@@ -25,6 +25,7 @@ class Item(TypedDict, total=False):
     response: str
     truncate: Annotated[bool, Field(description="cut an item that is too long from the left; false by default")]
     add_special_tokens: Annotated[bool, Field(description="to a text, as its tokenizer does; false by default")]
+    finished: Annotated[bool, Field(description="false for an answer that a limit has cut: it gets no end token")]
 
 
 KEYS = frozenset(Item.__annotations__)
@@ -36,8 +37,8 @@ def _read_item(value: Any, validate: ValidatorFunctionWrapHandler) -> ScoreReque
         return ScoreResult.failed(f"an item must be a JSON object, not {type_name(value)}")
     if not value.keys() <= KEYS:
         return ScoreResult.failed(
-            "unknown key: an item has token_ids, text, messages, or prompt and response; and it may have truncate, or "
-            "with text add_special_tokens"
+            "unknown key: an item has token_ids, text, messages, or prompt and response; and it may have truncate, "
+            "with text add_special_tokens, or with an answer finished"
         )
     try:
         return ScoreRequest(**validate(value))

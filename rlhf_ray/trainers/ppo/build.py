@@ -12,10 +12,11 @@ from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.load import TokenizedPrompt, load_prompts
 from rlhf_ray.data.split import Split
 from rlhf_ray.data.tokenizers import stop_token_ids
-from rlhf_ray.models import load_tokenizer
+from rlhf_ray.models import load_generation_ends, load_tokenizer
 from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -41,15 +42,30 @@ def train_ppo(
     config: PpoConfig, run: RunDirectory, checkpoint: Checkpoint | None, *, place: Place | None = None
 ) -> None:
     """Run a whole PPO job, or the rest of it after ``checkpoint``; ``place`` is where its ranks live, by default a cluster."""
-    tokenizer = load_tokenizer(config.policy.model)
-    stop_tokens = stop_token_ids(tokenizer, config.rollout.stop_tokens)
-    prompts = load_prompts(config.data, tokenizer, config.run.seed, config.row_reader)
+    chat = ChatFormat(load_tokenizer(config.policy.model), config.data.template_variables)
+    prompts = load_prompts(config.data, chat.tokenizer, config.run.seed, config.row_reader)
+    stop_tokens = find_stop_tokens(config, chat, conversations=_has_conversations(prompts))
     check_own_parts(config)
     with Session(config, place=place) as session, Journal(run, config) as journal:
-        trainer = build(config, run, session, journal, tokenizer, stop_tokens, prompts, checkpoint)
+        trainer = build(config, run, session, journal, chat, stop_tokens, prompts, checkpoint)
         trainer.start()
         trainer.run()
         trainer.finish()
+
+
+def find_stop_tokens(config: PpoConfig, chat: ChatFormat, *, conversations: bool) -> tuple[int, ...]:
+    """The ids that end an answer: those of the tokenizer, of the policy's generation config and of ``rollout.stop_tokens``.
+
+    An answer in a conversation also ends with the token that the chat template ends answers with, at which rewards are read.
+    """
+    known = [chat.end_token_id] if conversations else []
+    return stop_token_ids(
+        chat.tokenizer, config.rollout.stop_tokens, [*known, *load_generation_ends(config.policy.model)]
+    )
+
+
+def _has_conversations(prompts: Split[TokenizedPrompt]) -> bool:
+    return any(prompt.messages is not None for prompt in (*prompts.train, *prompts.held_out))
 
 
 def check_own_parts(config: PpoConfig) -> None:
@@ -66,7 +82,7 @@ def build(
     run: RunDirectory,
     session: Session,
     journal: Journal,
-    tokenizer: Any,
+    chat: ChatFormat,
     stop_tokens: tuple[int, ...],
     prompts: Split[TokenizedPrompt],
     checkpoint: Checkpoint | None,
@@ -78,15 +94,26 @@ def build(
     groups.policy.save_pretrained(str(start_directory)).result()
     setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
     sampler = Sampler(config, session.fleet(engines, setup))
-    conversations = any(prompt.messages is not None for prompt in prompts.train)
     rewards = make_reward_source(
-        config, groups.rewards, tokenizer, conversations=conversations, cleanup=session.cleanup
+        config,
+        groups.rewards,
+        chat,
+        conversations=_has_conversations(prompts),
+        cleanup=session.cleanup,
+        stop_tokens=stop_tokens,
     )
     if config.expose is not None:
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
     preparation = make_preparation(config)
     learner = Learner(config, groups, preparation)
-    experience = Experience(config, groups=groups, preparation=preparation, rewards=rewards, tokenizer=tokenizer)
+    experience = Experience(
+        config,
+        groups=groups,
+        preparation=preparation,
+        rewards=rewards,
+        tokenizer=chat.tokenizer,
+        stop_tokens=stop_tokens,
+    )
     truth = make_ground_truth(config, session.cleanup)
     evaluation = PpoEvaluation(
         config,
@@ -108,7 +135,7 @@ def build(
         collector=make_collector(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
-        metrics=StepMetrics(config, tokenizer, truth.of_steps),
+        metrics=StepMetrics(config, chat.tokenizer, truth.of_steps),
         evaluation=evaluation,
         self_check=SelfCheck(config, experience, learner),
         checkpoints=checkpoints,

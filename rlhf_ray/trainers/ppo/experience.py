@@ -7,7 +7,7 @@ made again only when prompts were dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +73,15 @@ class Experience:
         preparation: Preparation,
         rewards: RewardSource,
         tokenizer: Any,
+        stop_tokens: Collection[int] = (),
     ) -> None:
+        """``stop_tokens`` are the ids that end an answer; they are no part of its text."""
         self.config = config
         self.groups = groups
         self.preparation = preparation
         self.rewards = rewards
         self.tokenizer = tokenizer
+        self.stop_tokens = frozenset(stop_tokens)
 
     def gather(
         self,
@@ -129,7 +132,9 @@ class Experience:
         for row, prompt_id in enumerate(trajectories["prompt_id"].tolist()):
             prompt = prompts[prompt_id]
             ids = token_ids[offsets[row] : offsets[row + 1]]
-            response = self.tokenizer.decode(ids[len(prompt.token_ids) :], skip_special_tokens=True)
+            answer = ids[len(prompt.token_ids) :]
+            ended = finished[row] and answer[-1:] and answer[-1] in self.stop_tokens
+            response = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
             conversation = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
             samples.append(
                 TextSample(
@@ -142,6 +147,8 @@ class Experience:
                     token_ids=tuple(ids),
                     source=prompt.source,
                     messages=conversation,
+                    tools=None if prompt.tools is None else tuple(prompt.tools),
+                    template_variables=prompt.template_variables,
                 )
             )
         return samples

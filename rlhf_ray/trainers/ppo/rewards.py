@@ -1,18 +1,19 @@
 """Build the reward source of a PPO run from its config: models, functions, scoring backends, or a mixture of them.
 
 Invariants: token ids reach a reward model only if it has the policy's tokenizer and, for conversations, the policy's chat
-template. A user's function runs in a process of its own, which ends with the run.
+template with the same variables. A user's function runs in a process of its own, which ends with the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.rewards import RewardSourceConfig
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 from rlhf_ray.errors import RequestError
 from rlhf_ray.pending import Pending
@@ -23,7 +24,7 @@ from rlhf_ray.rewards.function_source import FunctionSource, InThisProcess
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.rewards.mixture import MixtureSource, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rewards.source import ModelSource, RewardSource
+from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer
 from rlhf_ray.rewards.user_source import make_user_source
 from rlhf_ray.serving.auth import read_tokens
 from rlhf_ray.world.gold import world_arithmetic, world_gold
@@ -42,35 +43,48 @@ class RemoteScorer:
     def __init__(self, client: RewardClient) -> None:
         self.client = client
 
-    def score(self, requests: list[ScoreRequest]) -> Pending[list[ScoreResult]]:
+    def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
         """One result a request, in order."""
         return Pending(lambda: self.client.score(requests))
 
 
 def make_reward_source(
-    config: PpoConfig, groups: Mapping[str, RewardGroup], tokenizer: Any, *, conversations: bool, cleanup: ExitStack
+    config: PpoConfig,
+    groups: Mapping[str, RewardGroup],
+    policy: ChatFormat,
+    *,
+    conversations: bool,
+    cleanup: ExitStack,
+    stop_tokens: Collection[int] = (),
 ) -> RewardSource:
     """The source that the config names.
 
-    ``groups`` holds the reward models by the keys of their sections; ``conversations`` says whether some prompts are
-    conversations; ``cleanup`` closes the connections and processes that are opened here.
+    ``groups`` holds the reward models by the keys of their sections; ``policy`` is the format that prompts were encoded with;
+    ``stop_tokens`` end an answer; ``conversations`` says whether some prompts are conversations; ``cleanup`` closes the
+    connections and processes that are opened here.
     """
 
-    def reads_ids(description: Mapping[str, Any]) -> bool:
-        same_template = not conversations or description.get("template") == template_fingerprint(tokenizer)
-        return description.get("fingerprint") == fingerprint(tokenizer) and same_template
+    def read(key: str, source: RewardSourceConfig, scorer: Scorer, description: Mapping[str, Any]) -> ModelSource:
+        mean, std = _statistics(key, description) if source.normalize else (0.0, 1.0)
+        return ModelSource(scorer, policy=passes_ids(description), stop_tokens=stop_tokens, mean=mean, std=std)
+
+    def passes_ids(description: Mapping[str, Any]) -> ChatFormat | None:
+        template = description.get("template"), description.get("template_variables", {})
+        same_template = template == (template_fingerprint(policy.tokenizer), dict(policy.variables))
+        same_tokenizer = description.get("fingerprint") == fingerprint(policy.tokenizer)
+        return policy if same_tokenizer and (same_template or not conversations) else None
 
     def make_source(key: str, source: RewardSourceConfig) -> RewardSource:
         if source.function is not None:
             return make_function_source(source.function, source, cleanup)
         if source.source is not None:
-            return make_user_source(key, source, tokenizer, cleanup)
+            return make_user_source(key, source, policy.tokenizer, cleanup)
         if source.url is None:
-            return _model_source(key, source, groups[key], groups[key].describe().result(), reads_ids)
+            return read(key, source, groups[key], groups[key].describe().result())
         token = next(iter(read_tokens(source.token_file)), None)
         client = RewardClient(source.url, token=token, timeout_s=source.timeout_s, hold_s=0.0)
         cleanup.callback(client.close)
-        return _model_source(key, source, RemoteScorer(client), client.info(), reads_ids)
+        return read(key, source, RemoteScorer(client), client.info())
 
     sources = {key: make_source(key, source) for key, source in config.reward.sources.items()}
     if not config.reward.mixture:
@@ -89,17 +103,9 @@ def make_function_source(name: str, settings: RewardSourceConfig, cleanup: ExitS
     return FunctionSource(name, process, settings.samples_per_call)
 
 
-def _model_source(
-    key: str,
-    source: RewardSourceConfig,
-    scorer: Any,
-    description: Mapping[str, Any],
-    reads_ids: Callable[[Mapping[str, Any]], bool],
-) -> ModelSource:
-    mean, std = 0.0, 1.0
-    if source.normalize:
-        if description.get("mean") is None or not description.get("std"):
-            raise RequestError(f"{key}.normalize is true, but the reward model's config.json has no mean and std: train it "
-                               f"here with held-out pairs, or set {key}.normalize to false")  # fmt: skip
-        mean, std = float(description["mean"]), float(description["std"])
-    return ModelSource(scorer, same_tokenizer=reads_ids(description), mean=mean, std=std)
+def _statistics(key: str, description: Mapping[str, Any]) -> tuple[float, float]:
+    """The mean and standard deviation of a reward model that is to be normalised."""
+    if description.get("mean") is None or not description.get("std"):
+        raise RequestError(f"{key}.normalize is true, but the reward model's config.json has no mean and std: train it "
+                           f"here with held-out pairs, or set {key}.normalize to false")  # fmt: skip
+    return float(description["mean"]), float(description["std"])

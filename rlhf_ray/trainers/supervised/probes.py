@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.sections.data import DataConfig
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_pairs
 from rlhf_ray.evaluation.preferences import win_rate
 from rlhf_ray.monitoring.report.summary import Table
@@ -44,7 +45,7 @@ def measure_probes(data: DataConfig, reward: RewardGroup, tokenizer: Any, max_to
         return None
     probes = make_probes(World(data.world.seed, data.world.raters))
     pairs = probe_pairs(probes)
-    encoded = encode_pairs(tokenizer, pairs, max_tokens // 2, Drops())
+    encoded = encode_pairs(ChatFormat(tokenizer), pairs, max_tokens // 2, Drops())
     whole = [pair for pair in encoded if pair is not None]
     assert len(whole) == len(pairs), "answers of the world that differ have other tokens, and are short"
     batch = TrajectoryBatch.from_sequences([side for pair in whole for side in (pair.chosen, pair.rejected)])
