@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
 
+JOBS = ("sft", "rm", "ppo")
 EXAMPLES = (
     "demo --seed 1",
     "demo ppo.steps=10 --root runs/short",
@@ -29,7 +31,30 @@ def add_arguments(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the three jobs one after the other in one Ray session."""
+    """Check the settings of all three jobs, then run them one after the other in one Ray session."""
     from rlhf_ray.launch.parent import start_demo
 
+    check(options.overrides)
     return start_demo(options.root, options.seed, options.overrides)
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Refuse settings that name no job of the demo, and those that are wrong for their job, before anything starts."""
+    from rlhf_ray.config.loading import load_config
+    from rlhf_ray.errors import ConfigError, RequestError
+
+    for override in overrides:
+        if override.lstrip("-").partition(".")[0] not in JOBS:
+            raise RequestError(
+                f"{override}: a setting of the demo begins with the job that it is for, {', '.join(JOBS[:-1])} or {JOBS[-1]}, "
+                "such as ppo.steps=10"
+            )
+    problems = []
+    for job in JOBS:
+        own = [override.removeprefix(f"{job}.") for override in overrides if override.startswith(f"{job}.")]
+        try:
+            load_config(f"demo-{job}", own)
+        except ConfigError as error:
+            problems += [f"{job}.{problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems, "demo")

@@ -60,7 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         top.error(f"unrecognized arguments: {' '.join(unknown)}")
     if words:
-        options.overrides = [*options.overrides, *words]
+        has_flag = any(word.startswith("-") for word in words)  # then a single word that argparse took is a value of it
+        options.overrides = [*(word for word in options.overrides if "=" in word or not has_flag), *words]
     return options
 
 

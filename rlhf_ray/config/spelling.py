@@ -48,7 +48,7 @@ def _settle(
     for name, value in values.items():
         if name not in section.model_fields:
             settled.problems.append((join(at, name), f"unknown key; {_advice(job, section, name, at)}"))
-            meant = _meant_key(section, name)
+            meant = None if _flag_hint(job, name, at) else _meant_key(section, name)
             if meant is not None and meant not in kept:
                 kept[meant] = value
                 settled.renamed[join(at, meant)] = join(at, name)
@@ -93,8 +93,7 @@ def _advice(job: type[Section], section: type[Section], name: str, at: str) -> s
     if SEPARATOR in name and join(at, name) in keys:
         section_name, _, inner = name.rpartition(SEPARATOR)
         return f"write {inner} inside of the section {join(at, section_name)}, not with dots"
-    outermost = at.partition(SEPARATOR)[0]
-    from_openrlhf = hint(name, known=keys, role=outermost if outermost in roles_of(job) else None)
+    from_openrlhf = _flag_hint(job, name, at)
     if from_openrlhf:
         return from_openrlhf
     meant = _meant_key(section, name)
@@ -105,3 +104,9 @@ def _advice(job: type[Section], section: type[Section], name: str, at: str) -> s
     if suggestions:
         return f"did you mean {' or '.join(suggestions)}?"
     return f"keys here are {', '.join(section.model_fields)}"
+
+
+def _flag_hint(job: type[Section], name: str, at: str) -> str:
+    """What is said to an unknown key that is the name of a flag of OpenRLHF; empty for another one."""
+    outermost = at.partition(SEPARATOR)[0]
+    return hint(name, keys_of(job), role=outermost if outermost in roles_of(job) else None)

@@ -210,3 +210,17 @@ def test_check_says_what_it_could_not_look_at(here, capsys):
     (here / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     assert main(["check", "hh-rm", "data.path=rows.jsonl"]) == 0
     assert "not looked at" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ppo.steps=many", "sft.epochz=2"], "sft.epochz: unknown key; did you mean epochs?"),
+        (["ppo.steps=many", "sft.epochz=2"], "ppo.steps: 'many' is not a whole number"),
+        (["ppo.algo.kl.init_coef=0.1"], "ppo.algo.kl.init_coef: OpenRLHF's algo.kl.init_coef is algorithm.kl.coefficient here"),
+        (["steps=10"], "steps=10: a setting of the demo begins with the job that it is for, sft, rm or ppo"),
+        (["--algo.kl.init_coef", "0.1"], "--algo.kl.init_coef: a setting of the demo begins with the job that it is for"),
+    ],
+)  # fmt: skip
+def test_settings_of_the_demo_are_checked_before_its_first_job(refused, words, message):
+    assert message in refused("demo", *words)

@@ -92,6 +92,7 @@ def test_flags_in_sections_of_a_yaml_file_are_looked_up_whole(problems, texts):
         ("ppo", "batch.micro_train_batch_size=4", "is batch.max_tokens_per_micro_batch here (counted in tokens)"),
         ("ppo", "critic.zero_stage=2", "OpenRLHF's zero_stage is critic.engine.zero here"),
         ("ppo", "reference.model_name_or_path=x", "OpenRLHF's model_name_or_path is reference.model.path here"),
+        ("rm", "reward.model.lora_rank=4", "OpenRLHF's lora_rank is reward.model.lora.rank here (0 is no lora section)"),
         ("ppo", "zero_stage=2", "is policy.engine.zero or critic.engine.zero or reference.engine.zero or reward.engine.zero"),
         ("ppo", "init_kl_coef=0.1", "OpenRLHF's init_kl_coef is algorithm.kl.coefficient here"),
         ("ppo", "--init_kl_coef=0.1", "OpenRLHF's init_kl_coef is algorithm.kl.coefficient here"),
