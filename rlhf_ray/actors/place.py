@@ -20,6 +20,7 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig
+from rlhf_ray.models.weights.encoder_config import is_encoder
 from rlhf_ray.pending import Pending
 
 AnyGroup = TypeVar("AnyGroup", bound=Group)
@@ -74,10 +75,14 @@ def place_group(
 
 
 def place_reward_group(place: Place, setup: RewardSetup, *, name: str | None = None) -> PlacedGroup[RewardGroup]:
-    """Start the ranks of a reward model that only scores, in the runner that its section names."""
-    role = setup.config
-    runs_in_vllm = isinstance(role, ScoringRole) and role.scorer == "vllm"
-    return place_group(place, "vllm_reward" if runs_in_vllm else "reward", RewardGroup, setup, name=name)
+    """Start the ranks of a reward model that only scores, in the runner that its section and its architecture ask for."""
+    return place_group(place, _scoring_worker(setup.config), RewardGroup, setup, name=name)
+
+
+def _scoring_worker(role: RoleConfig) -> WorkerKind:
+    if isinstance(role, ScoringRole) and role.scorer == "vllm":
+        return "vllm_reward"
+    return "encoder_reward" if is_encoder(role.model) else "reward"
 
 
 def place_scoring_group(

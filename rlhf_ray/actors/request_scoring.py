@@ -19,6 +19,7 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.text_pairs import encode_text_pair
 from rlhf_ray.trajectories.length_packs import make_length_packs
 from rlhf_ray.trajectories.packing import group_by_prefix
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
@@ -79,17 +80,32 @@ class RequestScorer:
                 results.append((positions[index], result))
         return results
 
+    def _encode_item(self, request: ScoreRequest) -> EncodedItem:
+        return encode_request(self.chat, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary)
+
     def _encode(self, requests: Sequence[ScoreRequest]) -> tuple[dict[int, EncodedItem], list[tuple[int, ScoreResult]]]:
         encoded: dict[int, EncodedItem] = {}
         refused: list[tuple[int, ScoreResult]] = []
         for position, request in enumerate(requests):
             try:
-                encoded[position] = encode_request(
-                    self.chat, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary
-                )
+                encoded[position] = self._encode_item(request)
             except ScoringError as error:
                 refused.append((position, ScoreResult.failed(str(error))))
         return encoded, refused
+
+
+class TextPairScorer(RequestScorer):
+    """Reads a request as an encoder does: a prompt and its response are a pair of texts."""
+
+    def describe(self) -> dict[str, Any]:
+        """The same as of any other model, but with a fingerprint that no other has: its ids are not those of a policy."""
+        described = super().describe()
+        return {**described, "fingerprint": f"text pairs of {described['fingerprint']}"}
+
+    def _encode_item(self, request: ScoreRequest) -> EncodedItem:
+        return encode_text_pair(
+            self.chat.tokenizer, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary
+        )
 
 
 def _statistics(model_config: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_ray.actors.critic_worker import RegressionWorker
 from rlhf_ray.actors.model_worker import Part, WorkerSetup
-from rlhf_ray.actors.request_scoring import RequestScorer, score_apart, scoring_packs
+from rlhf_ray.actors.request_scoring import RequestScorer, TextPairScorer, score_apart, scoring_packs
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -121,11 +121,12 @@ class VllmRewardWorker(Worker):
         self.runner = VllmScorer(
             model, max_item_tokens=setup.max_item_tokens, gpus=setup.config.resources.gpus_per_rank
         )
-        self.scorer = RequestScorer(
+        scorer = TextPairScorer if self.runner.encoder else RequestScorer
+        self.scorer = scorer(
             load_tokenizer(model),
             self.runner.config,
             vocabulary=self.runner.vocabulary,
-            max_item_tokens=setup.max_item_tokens,
+            max_item_tokens=self.runner.max_item_tokens,
         )
         self.phase = "ready"
         return f"{model.path}: reward in vLLM's pooling runner, {model.dtype}"

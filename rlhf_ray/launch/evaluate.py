@@ -21,6 +21,7 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file
+from rlhf_ray.data.text_pairs import encode_text_pairs
 from rlhf_ray.errors import EXIT_DONE, DataError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.launch.evaluate_candidates import is_file_of_candidates, read_candidates, report_on_candidates
@@ -28,6 +29,7 @@ from rlhf_ray.launch.output import require_folder
 from rlhf_ray.launch.reward_report import RewardReport, print_report
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource
 
 WORST = 50
@@ -62,6 +64,7 @@ def evaluate_pairs(
     """
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
+    from rlhf_ray.models.weights.encoder_config import encoder_positions, is_encoder
     from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs, source_table
 
     if is_file_of_candidates(file, keys):
@@ -72,7 +75,11 @@ def evaluate_pairs(
                 rows, lambda requests: scorer.score(requests).result(), turns=turns, worst=WORST, file=file
             )
     tokenizer = load_tokenizer(config.reward.model)
-    pairs = _pairs(file, keys, tokenizer, config.max_tokens, turns=turns)
+    in_pairs = is_encoder(config.reward.model)
+    max_tokens = min(
+        config.max_tokens, (encoder_positions(config.reward.model) if in_pairs else None) or config.max_tokens
+    )
+    pairs = _pairs(file, keys, tokenizer, max_tokens, turns=turns, text_pairs=in_pairs)
     with Cluster.for_job(config) if place is None else nullcontext(place) as here:
         group = place_scoring_group(here, config, config.reward).load().result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
@@ -98,14 +105,20 @@ def _accuracies(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {source: figures["accuracy"] for source, figures in sources.items() if "accuracy" in figures}
 
 
-def _pairs(file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool) -> list[PairExample]:
+def _pairs(
+    file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool, text_pairs: bool
+) -> list[PairExample]:
+    """The pairs of a file that fit; with ``text_pairs`` each side is what an encoder reads."""
     if not file.exists():
         raise DataError(f"{file} does not exist: name a file of preference pairs")
-    rows = encode_pair_file(
-        PairFile(RowSource(str(file)), PreferenceReader(keys, turns), max_tokens), ChatFormat(tokenizer)
+    source, reader = RowSource(str(file)), PreferenceReader(keys, turns)
+    rows = (
+        encode_text_pairs(tokenizer, read_file(source, reader), max_tokens)
+        if text_pairs
+        else [row.pair for row in encode_pair_file(PairFile(source, reader, max_tokens), ChatFormat(tokenizer))]
     )
-    pairs = [row.pair for row in rows if isinstance(row.pair, PairExample)]
-    dropped = Counter(row.pair for row in rows if isinstance(row.pair, str))
+    pairs = [row for row in rows if isinstance(row, PairExample)]
+    dropped = Counter(row for row in rows if isinstance(row, str))
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not pairs:
         raise DataError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ray import storage
+from rlhf_ray.config.files.encoders import encoder_type
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.config.sections.models import Dtype, ModelConfig
 from rlhf_ray.console import get_logger
@@ -40,6 +41,7 @@ def export(
             f"{target} exists already, and nothing is written over: remove it, or name another directory"
         )
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
+    _refuse_encoder(path, checkpoint)
     scored = scores(checkpoint, checkpoint.raw_config().get("value_head_prefix", HEAD_NAME))
     if head_prefix != HEAD_NAME and not scored:
         raise RequestError(f"--head-prefix names a score head, but {path} has none: leave it out")
@@ -58,6 +60,15 @@ def export(
     get_logger(__name__).info("wrote %s: %s in %s, %s%s", target, path, config.dtype, kind, merged)
     written: Path = pending.target
     return written
+
+
+def _refuse_encoder(path: str, checkpoint: Checkpoint) -> None:
+    """An encoder has nothing to be exported: it lies as transformers reads it, and is not trained here."""
+    kind = encoder_type(checkpoint.raw_config())
+    if kind is not None:
+        raise RequestError(
+            f"{path} is an encoder ({kind}), which this project scores with as it lies and never changes: copy its directory"
+        )
 
 
 def _model_directory(source: str) -> str:

@@ -28,6 +28,7 @@ from rlhf_ray.models.forward.rotation import share_alike
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
+from rlhf_ray.models.weights.encoder_config import refuse_encoder
 from rlhf_ray.models.weights.load import (
     check_packing,
     install_log_prob_head,
@@ -71,6 +72,7 @@ class Actor(nn.Module):
         if isinstance(pretrain_or_model, str):
             checkpoint = Checkpoint.open(pretrain_or_model, revision, trust_remote_code=trust_remote_code)
             adapter = checkpoint.adapter
+            refuse_encoder(checkpoint)
             refuse_second_adapter(pretrain_or_model, adapter, lora_rank)
             model = load_weights(
                 AutoModelForCausalLM,

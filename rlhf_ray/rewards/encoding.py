@@ -40,18 +40,21 @@ def encode_request(chat: ChatFormat, request: ScoreRequest, *, max_tokens: int, 
         token_ids = _token_ids(chat, request)
     except DataError as error:
         raise ScoringError(str(error)) from error
+    check_item(token_ids, request, max_tokens=max_tokens, vocabulary=vocabulary)
+    return EncodedItem(tuple(token_ids[-max_tokens:]), truncated=len(token_ids) > max_tokens)
+
+
+def check_item(token_ids: Sequence[int], request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> None:
+    """Refuse an item without a token, with one that the model does not know, or with too many unless it asks to be cut."""
     if not token_ids:
         raise ScoringError("the item is empty: there is no token to score")
     outside = next((token for token in token_ids if not 0 <= token < vocabulary), None)
     if outside is not None:
         raise ScoringError(f"token id {outside} is outside the reward model's vocabulary of {vocabulary}")
-    if len(token_ids) <= max_tokens:
-        return EncodedItem(tuple(token_ids), truncated=False)
-    if not request.truncate:
+    if len(token_ids) > max_tokens and not request.truncate:
         raise ScoringError(
             f"the item has {len(token_ids)} tokens, the limit is {max_tokens}: shorten it, or ask for truncate"
         )
-    return EncodedItem(tuple(token_ids[-max_tokens:]), truncated=True)
 
 
 def _token_ids(chat: ChatFormat, request: ScoreRequest) -> list[int]:

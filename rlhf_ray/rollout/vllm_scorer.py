@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.files.encoders import encoder_type
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
@@ -33,6 +34,7 @@ class VllmScorer:
         assert model.path is not None, "the config takes scorer vllm only with a path"
         self.config = servable_config(model)
         self.vocabulary: int = self.config.get_text_config().vocab_size
+        self.encoder = encoder_type(self.config.to_dict()) is not None
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(self.config.get_text_config().to_dict()) or max_item_tokens
         )
@@ -82,9 +84,34 @@ def servable_config(model: ModelConfig) -> Any:
             f"{model.path} holds {described}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write "
             f"one with rlhf-ray export, {OTHERWISE}"
         )
-    if config.to_dict().get("score_bias"):
+    if encoder_type(config.to_dict()) is None:
+        _refuse_other_heads(model, config)
+    elif (getattr(config, "type_vocab_size", 0) or 0) > 1:
         raise RequestError(
-            f"the head of {model.path} has a bias (score_bias {config.score_bias:g}), which vLLM would leave out: set "
-            "scorer to packed"
+            f"{model.path} is an encoder ({config.model_type}) that has a type for every token, which vLLM would leave out: "
+            "set scorer to packed"
         )
     return config
+
+
+def _refuse_other_heads(model: ModelConfig, config: Any) -> None:
+    """Refuse a causal model whose head is not the plain ``score.weight`` that vLLM looks for."""
+    from rlhf_ray.models.head_layouts import find_head, require_head
+    from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
+
+    assert model.path is not None
+    checkpoint = Checkpoint.open(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+    require_head(checkpoint, HEAD_NAME, trust_remote_code=model.trust_remote_code)
+    found = find_head(checkpoint, HEAD_NAME)
+    assert found is not None, "require_head refuses a checkpoint without a head"
+    if found.layers != (HEAD_NAME,):
+        raise RequestError(
+            f"the head of {model.path} is {found.kind}, and vLLM reads one called {HEAD_NAME} with one layer: rlhf-ray export "
+            f"writes a linear head so, {OTHERWISE}"
+        )
+    bias = config.to_dict().get("score_bias")
+    if f"{HEAD_NAME}.bias" in checkpoint.names or (bias and bias is not True):
+        shown = f"score_bias {bias:g}" if bias else f"{HEAD_NAME}.bias"
+        raise RequestError(
+            f"the head of {model.path} has a bias ({shown}), which vLLM would leave out: set scorer to packed"
+        )

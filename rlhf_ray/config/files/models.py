@@ -17,7 +17,9 @@ from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.environment import is_hub_id
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, get_args
 from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
 from rlhf_ray.config.facts import Placement, Role, Size
+from rlhf_ray.config.files.encoders import encoder_problems
 from rlhf_ray.config.files.models import model_problems
 from rlhf_ray.config.files.places import root_problems
 from rlhf_ray.config.files.rows import data_paths, data_problems
@@ -58,7 +59,9 @@ class Job(Section):
     def files(self) -> list[Rule]:
         """The rules about what the job needs to find on this machine."""
         own_data = [path for _, path in self.data_paths()]
-        return [partial(model_problems, key, model, own_data) for key, model in self.model_sections()]
+        models: list[Rule] = [partial(model_problems, key, model, own_data) for key, model in self.model_sections()]
+        roles = [(key, role) for key, role in self.roles().items() if not role.derived]
+        return [*models, *(partial(encoder_problems, key, role) for key, role in roles)]
 
     def placements(self) -> list[Placement]:
         """What the cluster must find room for, role by role."""

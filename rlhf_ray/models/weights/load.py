@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.console import get_logger, stderr
@@ -38,7 +44,7 @@ ALIGNMENT = 64
 
 
 def load_weights(
-    auto: type[AutoModel] | type[AutoModelForCausalLM],
+    auto: type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     *,
