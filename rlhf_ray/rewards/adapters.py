@@ -66,8 +66,7 @@ def _request(prompt: str | Turns, answer: str | Turns, truncate: bool = False) -
         return ScoreRequest(prompt=prompt, response=answer, truncate=truncate)
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in (*before, *after))
-    return ScoreRequest(messages=turns, truncate=truncate)
+    return ScoreRequest(messages=tuple(map(dict, (*before, *after))), truncate=truncate)
 
 
 _shared_clients: dict[tuple[str, str | None], _Clients] = {}

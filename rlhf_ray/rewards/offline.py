@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,14 +21,25 @@ from typing import Any, BinaryIO
 from rlhf_ray.console import progress
 from rlhf_ray.errors import DataError, RequestError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.request import DEEPEST, ScoreRequest, ScoreResult, depth_exceeds
 from rlhf_ray.rewards.source import Scorer
 from rlhf_ray.rows.formats import raw_rows
+from rlhf_ray.rows.layouts import (
+    SYSTEM,
+    TOOLS,
+    holds_messages,
+    read_answered_messages,
+    read_tools,
+    read_variables,
+)
+from rlhf_ray.rows.row import LayoutError, is_filled
+from rlhf_ray.rows.template_variables import CHAT_TEMPLATE_KWARGS
 from rlhf_ray.storage import storage_errors, write_file
 
 SCORE = "score"
 """The name of the column that is added to each row."""
 COLUMNS = ("token_ids", "text", "messages", "prompt", "response")
+TEXTS, PAIR = ("text", "prompt", "response"), {"prompt", "response"}
 AHEAD = 2
 """How many chunks the model has at a time, so that it never waits for the file."""
 
@@ -135,7 +147,7 @@ def _ahead(
 
 def score_rows(rows: Sequence[Mapping[str, Any]], scorer: Scorer, *, truncate: bool) -> Pending[list[ScoreResult]]:
     """One result for every row, in order; a row that asks for nothing that can be scored has a failed one."""
-    items = [row_item(row, truncate=truncate) for row in rows]
+    items = [row_item(plain_row(row), truncate=truncate) for row in rows]
     requests = [item for item in items if isinstance(item, ScoreRequest)]
 
     def in_order(results: list[ScoreResult]) -> list[ScoreResult]:
@@ -145,18 +157,61 @@ def score_rows(rows: Sequence[Mapping[str, Any]], scorer: Scorer, *, truncate: b
     return scorer.score(requests).then(in_order) if requests else Pending.done(in_order([]))
 
 
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with lists and numbers of Python where a table of NumPy holds its own."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
 def row_item(row: Mapping[str, Any], *, truncate: bool = False) -> ScoreRequest | ScoreResult:
-    """The request of a row, by the columns of ``/v1/reward``'s items; a failed result for a row that holds none."""
-    columns: dict[str, Any] = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    """The request of a row, by the columns of ``/v1/reward``'s items; conversations are read as training reads them.
+
+    A row that holds none of these, or one that training would refuse, has a failed result.
+    """
+    if depth_exceeds(row, DEEPEST):
+        return ScoreResult.failed(f"the row is nested deeper than {DEEPEST} levels: write it flatter")
     try:
-        if "token_ids" in columns:
-            columns["token_ids"] = tuple(map(int, columns["token_ids"]))
-        if "messages" in columns:
-            columns["messages"] = tuple(
-                {"role": str(turn["role"]), "content": str(turn["content"])} for turn in columns["messages"]
-            )
-        return ScoreRequest(**columns, truncate=truncate)
+        return ScoreRequest(**_fields(row), truncate=truncate)
+    except LayoutError as error:
+        return ScoreResult.failed(": ".join(filter(None, (str(error), error.way_out))))
     except RequestError as error:
         return ScoreResult.failed(str(error))
-    except (TypeError, ValueError, KeyError) as error:
-        return ScoreResult.failed(f"token_ids or messages are not of their form ({type(error).__name__})")
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the request of a row. An empty cell is nothing, except that an empty text can be scored."""
+    names = {name for name in COLUMNS if is_filled(row, name)} or {name for name in TEXTS if row.get(name) == ""}
+    if names & PAIR:
+        names |= {name for name in PAIR if row.get(name) == ""}
+    if len(names - {"response"}) != 1 or bool(names & PAIR) != (names >= PAIR):
+        return {name: row[name] for name in names}  # the request says what is wrong with it
+    if "token_ids" in names:
+        return {"token_ids": _token_ids(row["token_ids"])}
+    variables = read_variables(row)
+    texts = {name: row[name] for name in names if isinstance(row[name], str) and not holds_messages(row[name])}
+    if "text" in names:
+        beside = next((name for name in (SYSTEM, TOOLS) if is_filled(row, name)), None)
+        if beside is not None:
+            raise LayoutError(f"there is something under {beside!r}, for which a text has no place", "give messages")
+        return _as_texts(row, names)
+    if texts.keys() == PAIR and not any(is_filled(row, name) for name in (SYSTEM, TOOLS)):
+        return {**texts, CHAT_TEMPLATE_KWARGS: variables}
+    key, answer_key = ("prompt", "response") if names == PAIR else ("messages", None)
+    tools = read_tools(row)
+    messages = read_answered_messages(row, key, answer_key)
+    return {"messages": messages, "tools": None if tools is None else tuple(tools), CHAT_TEMPLATE_KWARGS: variables}
+
+
+def _as_texts(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    for name in names:
+        if not isinstance(row[name], str):
+            raise LayoutError(f"{name!r} must hold a text, this is of type {type(row[name]).__name__}")
+    return {name: row[name] for name in names}
+
+
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    try:
+        if any(isinstance(one, bool) for one in ids):
+            raise TypeError("a truth value is no id")
+        return tuple(map(operator.index, ids))
+    except TypeError as error:
+        raise LayoutError("'token_ids' must hold a list of whole numbers") from error

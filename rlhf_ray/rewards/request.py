@@ -1,7 +1,8 @@
 """The request to score one item, and its result; PPO, the scoring backend and its clients share both.
 
-Invariants: a request holds exactly one representation of its item; every message of a conversation has a role, and a text or
-calls of tools; every text can be encoded; a result holds finite numbers or an error, never both and never neither.
+Invariants: a request holds exactly one representation of its item; messages and tools are in the one form in which training
+reads them (:func:`rlhf_ray.rows.conversations.plain_messages`), so that every message has a role and a text; every text can be
+encoded; a result holds finite numbers or an error, never both and never neither.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.rows.conversations import parts_problem, plain_messages, without_nulls
 from rlhf_ray.rows.template_variables import variables_problem
 
 Fault = Literal["item", "model", "source"]
 """Why an item has no reward. ``item``: it cannot be scored as it is. ``model``: the model gave no finite number.
 ``source``: the source failed, and another attempt may not."""
+
+DEEPEST = 100
+"""Levels of lists and mappings in a message, a tool or a variable: more than any schema has."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class ScoreRequest:
     text: str | None = None
     """Tokenised as it stands: special tokens are expected in it, unless ``add_special_tokens`` asks for the tokenizer's."""
     messages: tuple[Mapping[str, Any], ...] | None = None
-    """Turns with ``role`` and ``content`` (a text, or nothing beside ``tool_calls``), written by the reward model's own chat
-    template, which also reads their other keys."""
+    """Turns with ``role`` and ``content``, written by the reward model's own chat template, which also reads their other keys.
+    A content may be a list of parts of text, or nothing beside ``tool_calls``: it becomes one text."""
     prompt: str | None = None
     """With ``response``, written by the same template; where the model has none, joined as in training."""
     response: str | None = None
@@ -61,6 +66,7 @@ class ScoreRequest:
             )
         if self.chat_template_kwargs is not None and (problem := variables_problem(self.chat_template_kwargs)):
             raise RequestError(f"chat_template_kwargs must be a mapping{problem}")
+        self._make_plain()
         for number, message in enumerate(self.messages or (), 1):
             if problem := _message_problem(message):
                 raise RequestError(f"messages: message {number} {problem}")
@@ -71,6 +77,16 @@ class ScoreRequest:
                 raise RequestError(
                     f"{name} holds half of a surrogate pair at character {error.start}, so it is not valid text"
                 ) from None
+
+    def _make_plain(self) -> None:
+        """Bring messages and tools into the form in which training reads them."""
+        for name in ("messages", "tools", "chat_template_kwargs"):
+            if depth_exceeds(getattr(self, name), DEEPEST):
+                raise RequestError(f"{name} is nested deeper than {DEEPEST} levels: send it flatter")
+        if self.messages is not None:
+            object.__setattr__(self, "messages", tuple(plain_messages(self.messages)))
+        if self.tools is not None:
+            object.__setattr__(self, "tools", tuple(map(without_nulls, self.tools)) or None)
 
     def texts(self, *, keys: bool = False) -> Iterator[tuple[str, str]]:
         """Every text of the item, with the name of the field that holds it; ``keys`` of mappings on request."""
@@ -88,13 +104,30 @@ def _message_problem(message: Any) -> str:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         return f"must have a text under 'role', this is {_type_name(role)}"
-    if isinstance(content, str) or (content is None and message.get("tool_calls")):
-        return ""
-    return f"must have a text under 'content', or 'tool_calls', this is {_type_name(content)}"
+    if isinstance(content, list):
+        return f"must have a text under 'content', this is {parts_problem(content)}"
+    if not isinstance(content, str):
+        return f"must have a text under 'content', or 'tool_calls', this is {_type_name(content)}"
+    return ""
 
 
 def _type_name(value: Any) -> str:
     return "nothing" if value is None else f"of type {type(value).__name__}"
+
+
+def depth_exceeds(value: Any, levels: int) -> bool:
+    """Whether lists and mappings are nested deeper than this."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            part
+            for one in level
+            if isinstance(one, Mapping | list | tuple)
+            for part in (one.values() if isinstance(one, Mapping) else one)
+        ]
+        if not level:
+            return False
+    return any(isinstance(one, Mapping | list | tuple) for one in level)
 
 
 def _texts_in(value: Any, *, keys: bool) -> Iterator[str]:

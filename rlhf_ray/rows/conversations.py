@@ -23,6 +23,8 @@ OTHER_NAMES: Mapping[str, str] = {
 """Names of roles in data of others (ShareGPT, OpenAssistant, Gemini) that can mean one role only."""
 OTHER_TOOLS = ("function", "function_call", "observation")
 """Roles of older tool data, whose calls are not under ``tool_calls``."""
+OTHER_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file")
+"""Kinds of parts of a content that are no texts, which a message may name."""
 START = ""
 """The role before the first message."""
 AFTER: Mapping[str, tuple[str, ...]] = {
@@ -111,6 +113,13 @@ def _plain_message(message: Message) -> Message:
     return fields
 
 
+def parts_problem(content: Sequence[Any]) -> str:
+    """What a content of several parts holds that is no text, in words that continue "this is"."""
+    kinds = [part.get("type") for part in content if isinstance(part, Mapping)]
+    known = next((f" of the kind {kind!r}" for kind in kinds if kind in OTHER_PARTS), " that are no texts")
+    return f"a list with parts{known}: only parts of text are read"
+
+
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
@@ -130,9 +139,7 @@ def _message_problem(message: Any) -> str:
     if content == "" and (role in MAY_BE_SILENT or message.get("tool_calls")):
         return ""
     if isinstance(content, list):
-        others = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
-        kinds = f" of the kind {others[0]!r}" if others and len(others[0]) <= 20 else " that are no texts"
-        return f"must hold a text under 'content', this is a list with parts{kinds}: only parts of text are read"
+        return f"must hold a text under 'content', this is {parts_problem(content)}"
     return f"must hold a text under 'content'{problem}" if (problem := text_problem(content)) else ""
 
 

@@ -28,6 +28,7 @@ from rlhf_ray.rows.template_variables import CHAT_TEMPLATE_KWARGS, variables_pro
 
 SYSTEM, TOOLS = "system", "tools"
 """Optional columns: the system message before a conversation, and the functions that the assistant may call."""
+EMPTY_ANSWER: Message = {"role": "assistant", "content": ""}
 PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:")
 """How a list of messages begins that was written as Python writes it, as ``to_csv`` of ``datasets`` and pandas do."""
 
@@ -79,6 +80,24 @@ def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
     return messages
 
 
+def read_answered_messages(values: Mapping[str, Any], key: str, answer_key: str | None = None) -> tuple[Message, ...]:
+    """The conversation under ``key`` that ends with an answer of the assistant, after the message of the ``system`` column.
+
+    With ``answer_key`` the answer stands there, as a text or as messages, after the prompt under ``key``.
+    """
+    if answer_key is None:
+        messages = _read_cell(values, key)
+        if not is_conversation(messages):
+            raise LayoutError(f"{key!r} must hold a list of messages, this is a text")
+        parts = [(key, [*_read_system(values, messages), *messages])]
+    else:
+        prompt, answer = _read_cell(values, key), values.get(answer_key)
+        answered = _as_turns(_read_cell(values, answer_key), "assistant") if answer != "" else [EMPTY_ANSWER]
+        parts = [(key, [*_read_system(values, prompt), *as_prompt(prompt)]), (answer_key, answered)]
+    _check_turns(parts)
+    return tuple(message for _, messages in parts for message in messages)
+
+
 def holds_messages(value: Any) -> bool:
     """Whether a cell holds messages, also where a table wrote them as text."""
     return is_conversation(value) or is_conversation(decoded_cell(value))
@@ -122,15 +141,6 @@ def read_tools(values: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     return without_nulls(tools) or None
 
 
-def _tools_from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise LayoutError(f"{TOOLS!r} must hold a list of functions, and this text is not JSON") from error
-
-
 def read_variables(values: Mapping[str, Any]) -> dict[str, Any] | None:
     """The template variables of a row: a mapping, or one written as JSON; none where there are none.
 
@@ -142,11 +152,20 @@ def read_variables(values: Mapping[str, Any]) -> dict[str, Any] | None:
     if isinstance(variables, str):
         try:
             variables = json.loads(variables)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LayoutError(f"{CHAT_TEMPLATE_KWARGS!r} must hold a mapping, and this text is not JSON") from error
     if problem := variables_problem(variables):
         raise LayoutError(f"{CHAT_TEMPLATE_KWARGS!r} must hold a mapping{problem}")
     return {name: value for name, value in variables.items() if value is not None} or None
+
+
+def _tools_from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise LayoutError(f"{TOOLS!r} must hold a list of functions, and this text is not JSON") from error
 
 
 def _read_conversation(

@@ -79,8 +79,10 @@ CALLS = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
         ({"role": "assistant"}, "message 2 must have a text under 'content', or 'tool_calls', this is nothing"),
         ({"role": "assistant", "content": None}, "message 2 must have a text under 'content'"),
         ({"role": "assistant", "content": None, "tool_calls": []}, "message 2 must have a text under 'content'"),
-        ({"role": "assistant", "content": [{"type": "text", "text": "a"}]}, "this is of type list"),
-        ({"role": "assistant", "content": ["a"], "tool_calls": CALLS}, "this is of type list"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, "this is a list with parts of the kind 'image'"),
+        ({"role": "assistant", "content": [{"type": "a secret"}]}, "this is a list with parts that are no texts"),
+        ({"role": "assistant", "content": ["a"], "tool_calls": CALLS}, "this is a list with parts that are no texts"),
+        ({"role": "assistant", "content": []}, "this is a list with parts that are no texts"),
     ],
 )
 def test_a_message_has_a_role_and_a_text_or_calls_of_tools(message: object, problem: str) -> None:

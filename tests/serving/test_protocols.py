@@ -91,6 +91,14 @@ def pair(prompt: str, response: str, **options: Any) -> ScoreRequest:
 
 LITTLE, BIG = (base64.b64encode(struct.pack(form, 3.0)).decode() for form in ("<f", ">f"))
 CHAT = ScoreRequest(messages=tuple(TURNS))
+CALLED = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+    {"role": "tool", "content": "nine"},
+    {"role": "assistant", "content": "ab"},
+]
+PLAIN = ({"role": "user", "content": "a\nb"}, {**CALLED[1], "content": ""}, *CALLED[2:])
+"""What training makes of the same messages."""
 OPENRLHF = {"rewards": [3.0, 1.0], "scores": [3.0, 1.0], "extra_logs": {}}
 EXCHANGES: list[tuple[str, str, dict[str, Any], list[ScoreRequest], Any]] = [
     ("openrlhf, first", "/get_reward", {"query": ["abc", "d"]},
@@ -109,6 +117,12 @@ EXCHANGES: list[tuple[str, str, dict[str, Any], list[ScoreRequest], Any]] = [
     ("vLLM, ids", "/v1/classify", {"input": [1, 2, 3]}, [ScoreRequest(token_ids=(1, 2, 3))], listing(classified(3.0), 3)),
     ("vLLM, lists of ids", "/classify", {"input": [[1], [2, 3]]},
      [ScoreRequest(token_ids=(1,)), ScoreRequest(token_ids=(2, 3))], listing(classified(1.0, 2.0), 3)),
+    ("vLLM, chat with a call", "/classify",
+     {"messages": CALLED, "tools": [{"name": "clock", "x": None}], "chat_template_kwargs": {"enable_thinking": False}},
+     [ScoreRequest(messages=PLAIN, tools=({"name": "clock"},), chat_template_kwargs={"enable_thinking": False})],
+     listing(classified(14.0), 14)),
+    ("slime, tools", "/rm", {"prompt": CALLED[:3], "response": "ab", "tools": [{"name": "clock"}]},
+     [ScoreRequest(messages=(*PLAIN[:3], {"role": "assistant", "content": "ab"}), tools=({"name": "clock"},))], 14.0),
     ("vLLM, chat", "/classify", {"messages": TURNS, "softmax": False}, [CHAT], listing(classified(4.0), 4)),
     ("vLLM, as it stands", "/classify", {"input": "abc", "add_special_tokens": False, "truncate_prompt_tokens": -1},
      [ScoreRequest(text="abc", truncate=True)], listing(classified(3.0), 3)),
@@ -181,6 +195,29 @@ def test_the_native_protocol_reads_every_representation_and_a_bad_item_fails_alo
     assert response.headers["x-request-id"] == "mine" and response.headers["x-model-version"] == "1"
 
 
+def test_the_native_protocol_reads_a_conversation_with_all_that_its_template_reads(
+    app: Starlette, backend: Lengths
+) -> None:
+    variables = {"enable_thinking": False}
+    items = [
+        {"messages": CALLED, "tools": [{"name": "clock"}], "chat_template_kwargs": variables},
+        {"prompt": "a", "response": "b", "chat_template_kwargs": variables},
+        {"text": "a", "tools": [{"name": SECRET}]},
+        {"messages": CALLED, "tools": {SECRET: 1}},
+        {"messages": CALLED, "chat_template_kwargs": {"tools": SECRET}},
+    ]
+    response = post(app, "/v1/reward", {"items": items})
+    results = response.json()["results"]
+    assert [result["fault"] for result in results] == [None, None, "item", "item", "item"]
+    assert backend.batches == [
+        [
+            ScoreRequest(messages=PLAIN, tools=({"name": "clock"},), chat_template_kwargs=variables),
+            ScoreRequest(prompt="a", response="b", chat_template_kwargs=variables),
+        ]
+    ]
+    assert SECRET not in response.text
+
+
 REFUSED = [
     ("/get_reward", {"query": SECRET}, 422, "wrong_body", "query must be a list of texts, not str"),
     ("/get_reward", {"query": ["a", 1]}, 422, "wrong_body", "query 1 must be a text, not int"),
@@ -192,7 +229,21 @@ REFUSED = [
     ("/classify", {}, 422, "wrong_body", "input must be a text, texts, token ids or lists of them, not nothing"),
     ("/classify", {"input": [[1], SECRET, 2.5]}, 422, "wrong_body", "input 2 must be a text or token ids, not float"),
     ("/classify", {"input": "a", "messages": TURNS}, 422, "wrong_body", "not both"),
-    ("/classify", {"messages": [{"role": SECRET}]}, 422, "wrong_body", "messages 0 content must be a text, not nothing"),
+    ("/classify", {"messages": [{"role": SECRET}]}, 422, "item",
+     "message 1 must have a text under 'content', or 'tool_calls', this is nothing"),
+    ("/classify", {"messages": [{"role": "user", "content": 5}]}, 422, "wrong_body",
+     "messages 0 content must be a text, parts of text, or null beside tool_calls, not int"),
+    ("/classify", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": SECRET}]}]},
+     422, "item", "a list with parts of the kind 'image_url': only parts of text are read"),
+    ("/pooling", {"messages": [{"role": "user", "content": [SECRET]}]}, 422, "wrong_body", "must be"),
+    ("/classify", {"messages": TURNS, "tools": SECRET}, 422, "wrong_body", "tools must be a list of objects, not str"),
+    ("/classify", {"messages": TURNS, "tools": [SECRET]}, 422, "wrong_body", "tools 0 must be an object, not str"),
+    ("/classify", {"messages": TURNS, "chat_template_kwargs": {"chat_template": SECRET}}, 422, "item",
+     "not the template's own: chat_template"),
+    ("/classify", {"input": "a", "tools": [{"name": SECRET}]}, 422, "unsupported", "tools is for messages"),
+    ("/classify", {"input": "a", "chat_template_kwargs": {SECRET: 1}}, 422, "unsupported", "is for messages"),
+    ("/score", {"text_1": "a", "text_2": "b", "chat_template_kwargs": {SECRET: 1}}, 422, "unsupported", "is not served"),
+    ("/rm", {"prompt": "a", "response": "b", "tools": [{"name": SECRET}]}, 422, "unsupported", "that is a conversation"),
     ("/classify", {"messages": [{"role": "user", "content": "a", f"{SECRET}\ud800": 1}]}, 422, "wrong_body",
      "messages 0 has a key that holds half of a surrogate pair"),
     ("/classify", {"messages": SECRET}, 422, "wrong_body", "messages must be a list of objects with the texts role"),

@@ -11,13 +11,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, NotRequired, cast
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     Tag,
@@ -41,12 +42,12 @@ JSON_TYPES: Mapping[str, str] = {
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "an object",
-    "missing": "a text",  # inside a value only role and content can be missing; a field of a body has a title
+    "missing": "a text",  # inside a value only texts can be missing; a field of a body has a title
 }
 """What a value must be, by pydantic's name of the error."""
 BRANCH = "as "
 """The tags of unions begin with it, so that they can be told from the keys and positions of a location."""
-AsText, AsIds, AsList, AsPair = Tag("as text"), Tag("as ids"), Tag("as list"), Tag("as pair")
+AsText, AsIds, AsList, AsPair, AsNothing = map(Tag, ("as text", "as ids", "as list", "as pair", "as nothing"))
 OF_NO_BRANCH = "of_no_branch"
 """The error of a value that is of no branch of its union."""
 
@@ -182,13 +183,36 @@ def _refuse_many(value: Any, info: ValidationInfo[int | None]) -> Any:
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
+class Part(TypedDict):
+    """One of several parts of a content, which are joined by line breaks; parts that are no texts are refused."""
+
+    type: str
+    text: NotRequired[str]
+
+
+def _branch_of_content(value: Any) -> Tag | None:
+    if isinstance(value, list):
+        return AsList
+    return AsText if isinstance(value, str) else AsNothing if value is None else None
+
+
+Content = Annotated[
+    Annotated[str, AsText] | Annotated[list[Part], JsonList(), AsList] | Annotated[None, AsNothing],
+    one_of(_branch_of_content, "a text, parts of text, or null beside tool_calls"),
+]
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
 class Turn(TypedDict):
-    """One turn of a conversation; its other keys reach the reward model's template."""
+    """One turn of a conversation; its other keys reach the reward model's template, as they do in training."""
 
     role: str
-    content: str
+    content: NotRequired[Content]
+    tool_calls: NotRequired[Annotated[list[dict[str, Any]], JsonList()] | None]
 
 
+Tools = Annotated[tuple[dict[str, Any], ...], JsonList()]
+Variables = Annotated[dict[str, Any], Field(description="variables of the reward model's template")]
 TokenIds = Annotated[tuple[int, ...], JsonList()]
 Conversation = Annotated[tuple[Turn, ...], JsonList()]
 

@@ -23,7 +23,9 @@ from rlhf_ray.serving.protocols.fields import (
     JsonList,
     Only,
     TokenIds,
+    Tools,
     Unserved,
+    Variables,
     make_item,
     one_of,
     type_name,
@@ -106,9 +108,14 @@ class InputBody(CommonBody):
     messages: Annotated[
         Conversation,
         Field(
-            title="a list of objects with the texts role and content", description="a conversation, instead of input"
+            title="a list of objects with the texts role and content",
+            description="a conversation, instead of input; a content may be parts of text, or null beside tool_calls",
         ),
     ] = ()
+    tools: Annotated[
+        Tools | None, Field(title="a list of objects", description="functions that the assistant of messages may call")
+    ] = None
+    chat_template_kwargs: Annotated[Variables | None, Field(title="an object")] = None
     add_special_tokens: Annotated[
         bool | None, Field(description="to texts, as the tokenizer does; true by default")
     ] = None
@@ -119,7 +126,18 @@ class InputBody(CommonBody):
         if "messages" in self.model_fields_set:
             if self.input is not None:
                 raise Refusal("wrong_body", "give input or messages, not both")
-            return [make_item("messages", messages=self.messages, truncate=truncate)]
+            return [
+                make_item(
+                    "messages",
+                    messages=self.messages,
+                    tools=self.tools,
+                    chat_template_kwargs=self.chat_template_kwargs,
+                    truncate=truncate,
+                )
+            ]
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(self, name):
+                raise Refusal("unsupported", f"{name} is for messages: no template writes input")
         if self.input is None:
             raise Refusal("wrong_body", f"input must be {INPUT}, not {type_name(self.input)}")
         if isinstance(self.input, list):

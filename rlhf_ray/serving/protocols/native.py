@@ -9,7 +9,16 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import Fault, ScoreRequest, ScoreResult
-from rlhf_ray.serving.protocols.fields import Body, Conversation, JsonList, TokenIds, explain, type_name
+from rlhf_ray.serving.protocols.fields import (
+    Body,
+    Conversation,
+    JsonList,
+    TokenIds,
+    Tools,
+    Variables,
+    explain,
+    type_name,
+)
 from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 
@@ -21,6 +30,8 @@ class Item(TypedDict, total=False):
     token_ids: TokenIds
     text: str
     messages: Conversation
+    tools: Annotated[Tools, Field(description="functions that the assistant of messages may call")]
+    chat_template_kwargs: Variables
     prompt: str
     response: str
     truncate: Annotated[bool, Field(description="cut an item that is too long from the left; false by default")]
@@ -37,8 +48,9 @@ def _read_item(value: Any, validate: ValidatorFunctionWrapHandler) -> ScoreReque
         return ScoreResult.failed(f"an item must be a JSON object, not {type_name(value)}")
     if not value.keys() <= KEYS:
         return ScoreResult.failed(
-            "unknown key: an item has token_ids, text, messages, or prompt and response; and it may have truncate, "
-            "with text add_special_tokens, or with an answer finished"
+            "unknown key: an item has token_ids, text, messages, or prompt and response; and it may have truncate, with text "
+            "add_special_tokens, with an answer finished, with messages tools, and with what a template writes "
+            "chat_template_kwargs"
         )
     try:
         return ScoreRequest(**validate(value))

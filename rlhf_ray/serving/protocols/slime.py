@@ -12,9 +12,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, Tag
 
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.protocols.fields import AsList, AsText, Body, Conversation, make_item, one_of
+from rlhf_ray.serving.protocols.fields import AsList, AsText, Body, Conversation, Tools, make_item, one_of
 from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
+from rlhf_ray.serving.refusals import Refusal
 
 PROMPT = "a text or a conversation"
 
@@ -34,6 +35,9 @@ class RmBody(Body):
         Field(title=PROMPT),
     ]
     response: Annotated[str, Field(title="a text")]
+    tools: Annotated[
+        Tools | None, Field(title="a list of objects", description="functions that a conversation may call")
+    ] = None
     label: Annotated[Any, Field(description="not read")] = None
     example: ClassVar = {"prompt": "<bos>why? ", "response": "because.", "label": None}
 
@@ -42,9 +46,11 @@ class RmBody(Body):
 
     def _item(self) -> ScoreRequest:
         if isinstance(self.prompt, str):
+            if self.tools:
+                raise Refusal("unsupported", "tools is for a prompt that is a conversation: no template writes a text")
             return make_item("the sample", text=self.prompt + self.response)
         turns = (*self.prompt, {"role": "assistant", "content": self.response})
-        return make_item("the sample", messages=turns)
+        return make_item("prompt", messages=turns, tools=self.tools)
 
 
 def _answer(scored: ScoredRequest) -> float:
