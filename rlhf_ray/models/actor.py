@@ -34,6 +34,7 @@ from rlhf_ray.models.weights.load import (
     install_log_prob_head,
     load_weights,
     prepare_for_packs,
+    refuse_what_does_not_run,
 )
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
@@ -74,6 +75,7 @@ class Actor(nn.Module):
             adapter = checkpoint.adapter
             refuse_encoder(checkpoint)
             refuse_second_adapter(pretrain_or_model, adapter, lora_rank)
+            refuse_what_does_not_run(checkpoint, scores=False)
             model = load_weights(
                 AutoModelForCausalLM,
                 checkpoint,

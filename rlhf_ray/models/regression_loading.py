@@ -30,7 +30,7 @@ from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.encoder_config import refuse_encoder
-from rlhf_ray.models.weights.load import check_packing, load_weights, prepare_for_packs
+from rlhf_ray.models.weights.load import check_packing, load_weights, prepare_for_packs, refuse_what_does_not_run
 from rlhf_ray.models.weights.lora import add_lora
 
 DEFAULT_DEVIATION = 0.02
@@ -70,6 +70,7 @@ def get_llm_for_sequence_regression(
     _class_for(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
     refuse_encoder(checkpoint)
+    refuse_what_does_not_run(checkpoint, scores=model_type == "reward")
     refuse_second_adapter(model_name_or_path, checkpoint.adapter, lora_rank)
     raw = checkpoint.raw_config()
     prefix = _head_name(raw, value_head_prefix)

@@ -78,7 +78,7 @@ def save_pretrained(
                 inner.value_head_prefix,
                 inner.value_head_prefix,
             )
-        if tokenizer is not None and inner.config.pad_token_id is not None:
+        if tokenizer is not None and inner.config.get_text_config().pad_token_id is not None:
             add_pad_token(tokenizer)
     _write_json(
         target / CONFIG,

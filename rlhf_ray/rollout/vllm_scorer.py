@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.files.architectures import vllm_refusal
 from rlhf_ray.config.files.encoders import encoder_type
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
@@ -38,6 +39,9 @@ class VllmScorer:
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(self.config.get_text_config().to_dict()) or max_item_tokens
         )
+        refused = vllm_refusal(self.config.to_dict(), self.max_item_tokens)
+        if refused is not None:
+            raise RequestError(f"{model.path}: {refused}")
         on_cpu = prepare_process()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported

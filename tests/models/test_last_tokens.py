@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_ray.models.forward import attention_backends as backends
 from rlhf_ray.models.forward import last_tokens
@@ -17,7 +17,7 @@ from rlhf_ray.models.regression import PackedRegression
 from rlhf_ray.models.regression_loading import make_head, wrap_backbone
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
-from tests.models.conftest import ALL_FAMILIES, LENGTHS, VOCABULARY
+from tests.models.conftest import ALL_FAMILIES, LENGTHS, SIZES, VOCABULARY
 
 Make = Callable[..., PreTrainedModel]
 
@@ -107,3 +107,31 @@ def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
     assert seen["layers.1.self_attn.k_proj"] == [tokens]
     assert ran.count(read) == len(last_tokens.LAST_LAYER) + 1, "the MLP, norms before and behind it, both projections"
     assert attended == [None, packed.last_tokens.tolist()], "the last layer attends for them alone"
+
+
+@pytest.mark.parametrize("model_type", ["nanochat", "hrm_text"])
+def test_a_model_that_runs_a_module_twice_is_not_narrowed(model_type: str, packed: Packed) -> None:
+    """nanochat normalises with one module before its layers and behind them; hrm_text runs its layers again and again."""
+    torch.manual_seed(0)
+    causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in causal.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    backbone = causal.base_model
+    head = make_head(backbone, "inv_sqrt", 0)
+    module = PackedRegression(
+        wrap_backbone(backbone, head, "reward", attention="sdpa", strict_attention=True, head_origin="")
+    )
+    alone = torch.stack(
+        [
+            backbone(input_ids=packed.token_ids[tokens][None], use_cache=False).last_hidden_state[0, -1]
+            for tokens in tokens_of_sequences(packed)
+        ]
+    )
+    torch.testing.assert_close(module(packed, "scores"), module.model.regress(alone), atol=1e-5, rtol=1e-5)
+
+
+def tokens_of_sequences(packed: Packed) -> tuple[Tensor, ...]:
+    lengths = packed.unshared().lengths.tolist()
+    return packed.sequence_tokens.split(lengths)

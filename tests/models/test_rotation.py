@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlhf_ray.config.files.positions import FIXED
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.forward.rotation import FIXED, longest_alike, sequence_lengths
+from rlhf_ray.models.forward.rotation import longest_alike, sequence_lengths
 from rlhf_ray.models.regression import PackedRegression
 from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -70,7 +71,7 @@ DEPENDS = {"dynamic", "longrope", "phi3 longrope", "phimoe longrope", "hunyuan d
 
 def test_every_type_that_transformers_knows_is_tried() -> None:
     assert set(TYPES) == set(ROPE_INIT_FUNCTIONS) | {"default"}
-    assert set(TYPES) - {"dynamic", "longrope"} == FIXED
+    assert set(TYPES) - {"dynamic", "longrope"} | {"mrope"} == FIXED
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,9 @@ BEHIND_PADDING = {
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 """Models that number the tokens of a text from the pad token's id plus one, and so read that many fewer."""
+ORIGINAL = "original_max_position_embeddings"
+FIXED = {"default", "linear", "llama3", "mrope", "proportional", "yarn"}
+"""Types of RoPE whose frequencies follow from the config alone. Any other type is taken to depend on a sequence's length."""
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -42,6 +45,19 @@ def rope_parameters(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
     by_layer_type = [one for one in parameters.values() if isinstance(one, Mapping)]
     return by_layer_type or [parameters]
+
+
+def longest_rotated_alike(config: Mapping[str, Any]) -> int | None:
+    """Up to how many tokens RoPE rotates all sequences alike; None if that is so at any length, 0 if at none."""
+    text = text_part(config)
+    varying = [rope for rope in rope_parameters(config) if rope_type(rope) not in FIXED]
+    limits = [
+        text.get(
+            ORIGINAL, rope.get(ORIGINAL, text.get("max_position_embeddings") if rope_type(rope) == "dynamic" else 0)
+        )
+        for rope in varying
+    ]
+    return min((int(limit or 0) for limit in limits), default=None)
 
 
 def rope_type(parameters: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, get_args
 from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
 from rlhf_ray.config.facts import Placement, Role, Size
+from rlhf_ray.config.files.architectures import architecture_problems
 from rlhf_ray.config.files.encoders import encoder_problems
 from rlhf_ray.config.files.models import model_problems
 from rlhf_ray.config.files.places import root_problems
@@ -61,7 +62,18 @@ class Job(Section):
         own_data = [path for _, path in self.data_paths()]
         models: list[Rule] = [partial(model_problems, key, model, own_data) for key, model in self.model_sections()]
         roles = [(key, role) for key, role in self.roles().items() if not role.derived]
-        return [*models, *(partial(encoder_problems, key, role) for key, role in roles)]
+        return [
+            *models,
+            *(partial(encoder_problems, key, role) for key, role in roles),
+            *(partial(self._architecture_problems, key, role) for key, role in roles),
+        ]
+
+    def _architecture_problems(self, key: str, role: Role) -> Iterator[Problem]:
+        return architecture_problems(key, role, self.longest_sequence())
+
+    @abstractmethod
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the models of the job read."""
 
     def placements(self) -> list[Placement]:
         """What the cluster must find room for, role by role."""
@@ -100,7 +112,6 @@ class TrainingJob(Job):
         """What the job reads the rows of ``source`` with."""
 
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence that the models of the job read."""
         return self.data.max_tokens
 
     def rules(self) -> list[Rule]:

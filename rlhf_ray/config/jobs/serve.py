@@ -45,6 +45,9 @@ class ServeConfig(Job, ServiceConfig):
     def placements(self) -> list[Placement]:
         return [Placement(name, role.ranks * self.replicas, role.resources) for name, role in self.served.items()]
 
+    def longest_sequence(self) -> int:
+        return self.max_tokens
+
     def rules(self) -> list[Rule]:
         return [*super().rules(), self._named_once, lambda: open_ports_have_keys(self), self._requests_fit]
 

@@ -1,7 +1,8 @@
 """Run the last layer only for the tokens whose hidden state is read, and run norms and MLPs in cache-sized parts.
 
-Invariants: the hidden states of the tokens that are read, and every gradient, are those of the whole pass. The hidden
-states of other tokens are finite and otherwise undefined. Afterwards the modules are what they were.
+Invariants: in a model that runs each layer once, and its last norm once behind them, the hidden states of the tokens that are
+read, and every gradient, are those of the whole pass. The hidden states of other tokens are finite and otherwise undefined.
+Afterwards the modules are what they were. Who calls this tries first whether the model is one of these.
 
 A reward model reads one token per sequence. The last layer needs the keys and values of every token, but queries, attention
 outputs, the output projection and the MLP only for those tokens. In a model of six layers this saves a seventh of all
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.models.forward.segments import Segments
-from rlhf_ray.models.forward.shards import in_shards
 
 ATTENTION = "self_attn"
 LAST_LAYER = ("post_attention_layernorm", "mlp", f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj")
@@ -43,8 +43,7 @@ Forward = Callable[..., Any]
 def narrow_last_layer(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterator[None]:
     """Within this context the backbone computes only what the last hidden states of ``tokens`` need.
 
-    Two cases save less. Checkpointed layers run for all tokens, since the backward pass calls them again after this context
-    has ended. Models in shards run their norms and MLPs in one part, since all ranks must call each module equally often.
+    Checkpointed layers run for all tokens, since the backward pass calls them again after this context has ended.
     """
     with ExitStack() as replacements:
         for module, forward in _narrowed_modules(backbone, tokens):
@@ -56,7 +55,7 @@ def _narrowed_modules(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) 
     """Yield each module that runs otherwise than usual, with the function that takes the place of its forward."""
     with_gradients = torch.is_grad_enabled()
     narrow = not (with_gradients and backbone.is_gradient_checkpointing)
-    in_parts = not with_gradients and tokens.device.type == "cpu" and not in_shards(backbone)
+    in_parts = not with_gradients and tokens.device.type == "cpu"
     layers = _layers(backbone)
     for layer in layers:
         read = tokens if narrow and layer is layers[-1] else None

@@ -22,6 +22,10 @@ from rlhf_ray.trajectories.packing import Packed
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 """Types of layers, as configs name them, that can run packed."""
+NARROWS = "narrows_last_layer"
+"""Attribute of a backbone: whether its last layer may run for the tokens that are read alone."""
+NARROWED_TO = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
+"""Largest relative difference between the narrowed pass and the whole one with which a model is narrowed."""
 
 
 def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "tokens hidden"]:
@@ -31,9 +35,24 @@ def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "
 
 
 def last_token_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "sequences hidden"]:
-    """Return the last hidden state of the last token of each sequence; the last layer computes no other."""
+    """Return the last hidden state of the last token of each sequence; the last layer computes no other where it can."""
+    if not vars(backbone).get(NARROWS, False):
+        return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
     with narrow_last_layer(backbone, packed.last_tokens):
         return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
+
+
+@torch.no_grad()
+def try_narrowing(backbone: PreTrainedModel, packed: Packed) -> None:
+    """Let :func:`last_token_forward` narrow the last layer from now on, if that changes nothing for ``packed``.
+
+    It does in a model that runs its last layer or its last norm more than once. A model in shards cannot be tried before an
+    engine holds it, and is not narrowed.
+    """
+    vars(backbone)[NARROWS] = True
+    whole = packed_forward(backbone, packed).index_select(0, packed.last_tokens)
+    difference = float((last_token_forward(backbone, packed) - whole).float().norm() / whole.float().norm())
+    vars(backbone)[NARROWS] = difference <= NARROWED_TO[whole.dtype]
 
 
 def routed_forward(

@@ -10,7 +10,7 @@ is rotated by a copy of the module as it was loaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,41 +18,22 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlhf_ray.config.files.positions import FIXED, longest_rotated_alike
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.trajectories.packing import Packed
-
-FIXED = {"default", "linear", "llama3", "proportional", "yarn"}
-"""Types of RoPE whose frequencies follow from the config alone. Any other type is taken to depend on the length."""
 
 
 def longest_alike(config: PreTrainedConfig) -> int | None:
     """Up to how many tokens all sequences are rotated alike; None if that is so at any length, 0 if at none."""
-    text = config.get_text_config()
-    limits = [_limit(text, parameters) for parameters in _varying(text)]
-    return min(limits, default=None)
-
-
-def _varying(text: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
-    """Yield the parameters of RoPE, of each type of layers if they differ, whose frequencies depend on the length."""
-    parameters = getattr(text, "rope_parameters", None) or {}
-    by_layer_type = [one for one in parameters.values() if isinstance(one, Mapping)]
-    for one in by_layer_type or [parameters]:
-        if one.get("rope_type", "default") not in FIXED:
-            yield one
-
-
-def _limit(text: PreTrainedConfig, parameters: Mapping[str, Any]) -> int:
-    if "original_max_position_embeddings" in parameters:
-        return int(parameters["original_max_position_embeddings"])
-    return int(text.max_position_embeddings) if parameters["rope_type"] == "dynamic" else 0
+    return longest_rotated_alike(config.get_text_config().to_dict())
 
 
 def share_alike(config: PreTrainedConfig, packed: Packed) -> Packed:
     """Return the pack, with nothing shared if its sequences may be rotated differently."""
-    limit = longest_alike(config)
-    if packed.parent is None or limit is None or int(packed.position_ids.max()) < limit:
+    if packed.parent is None:
         return packed
-    return packed.unshared()
+    limit = longest_alike(config)
+    return packed if limit is None or int(packed.position_ids.max()) < limit else packed.unshared()
 
 
 def rotate_by_sequence(model: PreTrainedModel) -> None:

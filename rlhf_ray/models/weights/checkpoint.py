@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from rlhf_ray.config.files.architectures import quantized
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import ModelLoadError
 
@@ -98,12 +99,8 @@ class Checkpoint:
     def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
         """Read the config."""
         raw = self.raw_config()
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method")
-            raise ModelLoadError(
-                f"{self.directory} holds weights that are quantised already ({method}), which is not supported: "
-                "give the model in bf16, and set quantization to nf4 to quantise it here"
-            )
+        if (reason := quantized(raw)) is not None:
+            raise ModelLoadError(f"{self.directory}: {reason}")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
         except (ValueError, OSError, KeyError) as error:

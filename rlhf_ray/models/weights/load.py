@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rlhf_ray.config.files.architectures import refusal
 from rlhf_ray.console import get_logger, stderr
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.forward.attention_backends import REGISTERED, choose_backend
 from rlhf_ray.models.forward.log_probs import LogProbHead
-from rlhf_ray.models.forward.packed import check_packable, packed_forward
+from rlhf_ray.models.forward.packed import check_packable, packed_forward, try_narrowing
 from rlhf_ray.models.forward.rotation import rotate_by_sequence, share_alike
 from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.checkpoint import Checkpoint
@@ -39,6 +41,9 @@ from rlhf_ray.trajectories.packing import Packed
 AGREES_TO = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 """Largest relative difference between packed and ordinary outputs that passes the check. A model that mixes segments differs
 by about 1. In half precision the difference is large at times: a router may send a token to another expert."""
+JITTER = {"input_jitter_noise", "jitter_noise"}
+"""What transformers calls the noise that it multiplies the input of experts with in training."""
+DRAWING_ROUTERS = {"PhimoeTopKRouter"}
 ALIGNMENT = 64
 """Bytes to which torch aligns the memory that it allocates on CPU."""
 
@@ -79,8 +84,8 @@ def load_weights(
                 trust_remote_code=trust_remote_code,
                 **quantized,
             )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {error}") from error
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {str(error).strip()}") from error
     model: PreTrainedModel
     model, info = loaded
     _check_info(checkpoint, type(model).__name__, info, heads)
@@ -141,6 +146,13 @@ def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads:
         )
 
 
+def refuse_what_does_not_run(checkpoint: Checkpoint, *, scores: bool) -> None:
+    """Refuse an architecture that cannot be packed, before its weights are read; ``scores`` says that it only scores."""
+    reason = refusal(checkpoint.raw_config(), scores=scores)
+    if reason is not None:
+        raise ModelLoadError(f"{checkpoint.directory}: {reason}")
+
+
 def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[str, str | None]:
     """Turn dropout off and set the attention backend; return the backend and, if it is not ``attention``, why.
 
@@ -156,17 +168,27 @@ def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -
 
 
 def turn_dropout_off(model: PreTrainedModel) -> None:
-    """Set every dropout rate to 0: in modules, in rates that attention passes on, and in the config in memory."""
+    """Set every dropout rate to 0: in modules, in rates that attention passes on, and in the config in memory.
+
+    The noise of a mixture's routers goes too, and routers that draw experts at random in training stay in evaluation.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name in JITTER) and isinstance(value, float):
                 setattr(module, name, 0.0)
+        if type(module).__name__ in DRAWING_ROUTERS:
+            vars(module.eval())["train"] = partial(_stay, module)  # takes the place of the method
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for name, value in config.to_dict().items():
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Leave a module in the mode it has, whatever ``mode`` is asked for."""
+    return module
 
 
 def install_log_prob_head(model: PreTrainedModel) -> LogProbHead:
@@ -214,6 +236,7 @@ def check_packing(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
     try:
         alone = _runs(model, "alone", lambda: torch.cat([_run_alone(model, sequence) for sequence in sequences]))
         together = _runs(model, "packed", lambda: packed.per_sequence(packed_forward(backbone, packed)))
+        try_narrowing(backbone, packed)
     finally:
         model.train(training)
     head = model.get_output_embeddings() if model is not backbone else None

@@ -1,0 +1,109 @@
+"""What check says of an architecture before anything starts: the reason, and what serves it instead.
+
+``tests/architectures`` holds the table against what transformers and this project really do.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.files.architectures import NOT_RUN, SERVED_BY_VLLM, reason_not_run
+from rlhf_ray.config.loading import parse_config
+from rlhf_ray.config.preflight import check_files
+
+SERVE = "kind: serve\nrun: {name: small}\nreward: {model: {path: model, dtype: fp32}}\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(here: Path, **config: Any) -> None:
+    (here / "model").mkdir(exist_ok=True)
+    (here / "model" / "config.json").write_text(json.dumps(config))
+    (here / "model" / "model.safetensors").write_bytes(b"")
+    (here / "model" / "tokenizer.json").write_text("{}")
+
+
+TRAIN = ["reward.model={path: model, dtype: fp32, head_init: zero}"]
+
+
+@pytest.mark.parametrize(
+    ("config", "served", "trained"),
+    [
+        ({"model_type": "llama"}, None, None),
+        ({"model_type": "llama", "layer_types": ["full_attention", "sliding_attention"]}, None, None),
+        ({"model_type": "granitemoehybrid", "layer_types": ["attention"]}, None, None),
+        (
+            {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
+            "it has layers of type mamba, and packs support attention, full_attention, sliding_attention. Choose another",
+            "it has layers of type mamba",
+        ),
+        (
+            {"model_type": "gpt_oss"},
+            "a gpt_oss model does not run packed: its attention uses sinks. Set scorer to vllm, which scores it",
+            "a gpt_oss model does not run packed: its attention uses sinks. Choose another model",
+        ),
+        ({"model_type": "falcon"}, "Set scorer to vllm", "attention interface. Choose another model"),
+        ({"model_type": "mamba"}, "keep a state or convolve", "keep a state or convolve"),
+        ({"model_type": "x", "text_config": {"model_type": "llama4_text"}}, "chunks of the text", "chunks of the text"),
+        ({"model_type": "t5"}, "it has an encoder and a decoder", "it has an encoder and a decoder"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
+            "it holds weights that are quantised already (awq), which is not supported: give the model in bf16",
+            "quantised already (awq)",
+        ),
+    ],
+)
+def test_what_check_says(
+    here: Path, texts: dict[str, str], config: dict[str, Any], served: str | None, trained: str | None
+) -> None:
+    make(here, **config)
+    for problems, expected in (
+        (check_files(parse_config(SERVE)), served),
+        (check_files(parse_config(texts["rm"], TRAIN)), trained),
+    ):
+        assert len(problems) == (expected is not None), problems
+        if expected is not None:
+            assert problems[0].startswith("reward.model.path: model: ") and expected in problems[0]
+
+
+def test_what_vllm_cannot_serve_is_said_under_its_key(here: Path) -> None:
+    longrope = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    phi3 = {"model_type": "phi3", "original_max_position_embeddings": 64, "rope_scaling": longrope}
+    vllm = ["reward.scorer=vllm"]
+    make(here, **phi3)
+    assert check_files(parse_config(SERVE)) == [], "packed rotates each item by its own length"
+    assert check_files(parse_config(SERVE, [*vllm, "max_tokens=64"])) == []
+    assert check_files(parse_config(SERVE, [*vllm, "max_tokens=65"])) == [
+        "reward.scorer: model: vLLM rotates all items alike, but RoPE of this model depends on the length beyond 64 tokens: "
+        "lower max_tokens (now 65) to that, or set scorer to packed"
+    ]
+    make(here, model_type="gemma3_text")
+    assert check_files(parse_config(SERVE, vllm)) == [
+        "reward.scorer: model: vLLM's pooling runner does not read the weights of a gemma3_text reward model: set scorer to "
+        "packed"
+    ]
+    make(here, model_type="gpt_oss")
+    assert check_files(parse_config(SERVE, vllm)) == []
+
+
+def test_checkpointing_that_transformers_lacks(here: Path, texts: dict[str, str]) -> None:
+    make(here, model_type="jetmoe")
+    assert check_files(parse_config(texts["rm"], TRAIN)) == []
+    assert check_files(parse_config(texts["rm"], [*TRAIN, "reward.model.gradient_checkpointing=true"])) == [
+        "reward.model.gradient_checkpointing: transformers has none for jetmoe models: set it to false"
+    ]
+
+
+def test_every_type_has_one_reason() -> None:
+    everything = [kind for kinds in NOT_RUN.values() for kind in kinds]
+    assert len(everything) == len(set(everything)) and set(everything) >= SERVED_BY_VLLM
+    for kind in everything:
+        assert f"a {kind} model does not run packed: " in str(reason_not_run({"model_type": kind}))
