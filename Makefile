@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity faults gpu
+.PHONY: setup demo test lint bench parity templates faults gpu
 
 setup:
 	@./setup.sh
@@ -28,6 +28,9 @@ bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]);
 parity: setup  ## compare with independent implementations, each in an environment of its own
 	@$(PYTHON_BIN) -m tests.parity.run
 	@$(PYTHON_BIN) -m tests.parity.clients
+
+templates: setup  ## ids of conversations over the chat templates of published packages, which are downloaded (PACKAGES=folder keeps them)
+	@$(PYTHON_BIN) -m tests.parity.chat_templates $(if $(PACKAGES),--packages $(PACKAGES))
 
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign

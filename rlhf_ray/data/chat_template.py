@@ -96,11 +96,11 @@ def find_ending(tokenizer: Any, variables: Variables) -> Ending:
     """How the template ends an answer.
 
     Two answers that differ in their last letter are rendered; the common end of both is what the template writes after an
-    answer. The end token is the added token in it. Of several that follow each other without a blank it is the tokenizer's
-    end of sequence, or else the last; what comes after a blank belongs to no answer. A template that writes no such token
-    gets the tokenizer's end of sequence.
+    answer. The end token is the added token in it. Of several, those count that also follow an answer before a next turn.
+    Of several that follow each other without a blank it is the tokenizer's end of sequence, or else the last; what comes
+    after a blank belongs to no answer. A template that writes no such token gets the tokenizer's end of sequence.
     """
-    prompt, one, other = _try_out(tokenizer, variables)
+    prompt, one, other, followed = _try_out(tokenizer, variables)
     if QUESTION not in prompt or ANSWERS[0] not in one:
         lost = "of the user" if QUESTION not in prompt else "of the assistant"
         raise DataError(
@@ -111,7 +111,8 @@ def find_ending(tokenizer: Any, variables: Variables) -> Ending:
     tail = one[len(one) - shared_length(one[::-1], other[::-1]) :]
     answer = one.rindex(ANSWERS[0])
     head = one[len(shared_head(prompt, one[:answer])) : answer]
-    tokens = _tokens_in(tokenizer, tail)
+    before_next = followed.partition(ANSWERS[0])[2]
+    tokens = _tokens_in(tokenizer, tail[: shared_length(tail, before_next)]) or _tokens_in(tokenizer, tail)
     eos = tokenizer.eos_token
     if not tokens and eos is None:
         raise DataError(
@@ -177,24 +178,28 @@ def unread_variables(tokenizer: Any, variables: Variables) -> list[str]:
     return [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template))]
 
 
-def _try_out(tokenizer: Any, variables: Variables) -> tuple[str, str, str]:
-    """The prompt of a short conversation, and the whole of it with each of two answers."""
+def _try_out(tokenizer: Any, variables: Variables) -> tuple[str, str, str, str]:
+    """The prompt of a short conversation, the whole of it with each of two answers, and the first followed by a next turn.
+
+    The last is empty where the template refuses it.
+    """
     question = {"role": "user", "content": QUESTION}
-    for tools in (None, [TOOL]):
-        try:
-            prompt = render(tokenizer, [question], tools=tools, variables=variables, answer_follows=True)
-            one, other = (
-                render(
-                    tokenizer, [question, {"role": "assistant", "content": answer}], tools=tools, variables=variables
-                )
-                for answer in ANSWERS
-            )
-        except DataError:
-            if tools is not None:
-                raise
-        else:
-            return prompt, one, other
-    raise AssertionError("a template renders, or raises")
+    one, other = ([question, {"role": "assistant", "content": answer}] for answer in ANSWERS)
+
+    def write(messages: Messages, tools: Tools | None, *, answer_follows: bool = False) -> str:
+        return render(tokenizer, messages, tools=tools, variables=variables, answer_follows=answer_follows)
+
+    tools: Tools | None = None
+    try:
+        prompt = write([question], tools, answer_follows=True)
+    except DataError:
+        tools = [TOOL]
+        prompt = write([question], tools, answer_follows=True)
+    try:
+        followed = write([*one, question], tools)
+    except DataError:
+        followed = ""
+    return prompt, write(one, tools), write(other, tools), followed
 
 
 def _tokens_in(tokenizer: Any, tail: str) -> list[str]:

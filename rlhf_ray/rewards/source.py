@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
@@ -35,6 +35,14 @@ class Scorer(Protocol):
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
         """One result per request, in order."""
+
+
+class Forms(NamedTuple):
+    """The results of one sample in two forms."""
+
+    sample: TextSample
+    by_ids: ScoreResult
+    by_text: ScoreResult
 
 
 class ModelSource:
@@ -83,6 +91,25 @@ class ModelSource:
             chat_template_kwargs=sample.template_variables,
             finished=sample.finished,
         )
+
+    def compare_forms(self, samples: Sequence[TextSample]) -> list[Forms]:
+        """Results of the samples by ids, as the run asks for them, and by text, which is encoded as in training.
+
+        Only of samples whose text has the ids that were sampled; none where ids do not pass.
+        """
+        same = [sample for sample in samples if self.policy is not None and self._is_its_text(sample, self.policy)]
+        by_ids = self.scorer.score([self.request(sample) for sample in same])
+        by_text = self.scorer.score([self.text_request(sample) for sample in same])
+        return [Forms(*each) for each in zip(same, by_ids.result(), by_text.result(), strict=True)] if same else []
+
+    def _is_its_text(self, sample: TextSample, policy: ChatFormat) -> bool:
+        """Whether the ids of a sampled answer in a conversation are those that its text has, with and without an end."""
+        if sample.messages is None:
+            return False
+        prompt, answer = policy.encode(
+            sample.messages, sample.tools, sample.template_variables, finished=sample.finished
+        )
+        return (*prompt, *answer) == self._ended_ids(sample)
 
     def _ended_ids(self, sample: TextSample) -> tuple[int, ...]:
         """The ids as sampled; of a finished answer with the one end token that reward models are trained with."""

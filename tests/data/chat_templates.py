@@ -142,6 +142,11 @@ SHAPES: dict[str, Shape] = {
         ("<|START|>", "<|BODY|>", "<|END_RESPONSE|>", "<|END_OF_TURN|>", "<|THINKING|>"),
         eos="<|END_OF_TURN|>",
     ),
+    "the next header after everything": Shape(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>{% endfor %}<|assistant|>\n",
+        "<|end|>",
+        ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    ),
     "a closing of many tokens, none of them the tokenizer's end": Shape(
         _turns(
             "<|open|>{{ m.role }}<|sep|>{{ m.content }}<|close|>{{ m.role }}<|sep|><|end_of_msg|>",

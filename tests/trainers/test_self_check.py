@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +10,20 @@ import pytest
 import torch
 
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError
+from rlhf_ray.monitoring.report.summary import Check
 from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.mixture import MixtureSource, Term
+from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.trainers.ppo.algorithm import make_policy_loss
 from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, SCORE_ALONE, WAYS_OUT, SelfCheck
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
+from tests.data.chat_templates import SHAPES, make_tokenizer
 
 SAMPLES = [TextSample(0, index, "p", "r", None, True, (1, 2)) for index in range(3)]
 SCHEDULES = {"policy": make_schedule([2, 2, 2], ranks=1, max_tokens=8)}
@@ -39,6 +46,57 @@ class Policy:
     def apply(self, skip: bool) -> Pending[Applied]:
         self.skipped.append(skip)
         return Pending.done(Applied(skipped=skip, grad_norm=None, learning_rate=0.0, update=0))
+
+
+CHAT = ChatFormat(make_tokenizer(SHAPES["a newline after the end"]))
+
+
+class Reward:
+    """A reward model whose scores of texts are off by so much, or that refuses them."""
+
+    def __init__(self, off: float, error: str = "") -> None:
+        self.off, self.error = off, error
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
+        return Pending.done([self._result(request) for request in requests])
+
+    def _result(self, request: ScoreRequest) -> ScoreResult:
+        if request.token_ids is not None:
+            return ScoreResult.of(len(request.token_ids))
+        if self.error:
+            return ScoreResult.failed(self.error)
+        assert request.messages is not None
+        prompt, answer = CHAT.encode(request.messages, finished=request.finished)
+        return ScoreResult.of(len(prompt) + len(answer) + self.off)
+
+
+def talk(answer: str, *, finished: bool = True, ids: str | None = None) -> TextSample:
+    """An answer in a conversation; ``ids`` is the text that its ids stand for, where it is another one."""
+    messages = ({"role": "user", "content": "why?"}, {"role": "assistant", "content": answer})
+    prompt, answer_ids = CHAT.encode([messages[0], {**messages[1], "content": ids or answer}], finished=finished)
+    return TextSample(0, 0, "p", answer, None, finished, (*prompt, *answer_ids), messages=messages)
+
+
+TALKS = [talk("so"), talk("and so", finished=False), talk("so", ids="s<|im_start|>o")]
+
+
+def compare_forms(reward: Reward, *, terms: bool = False) -> list[Check]:
+    source: Any = ModelSource(reward, policy=CHAT)
+    mixture: Any = MixtureSource({"helpful": Term(source, 1.0)}) if terms else source
+    experience: Any = SimpleNamespace(rewards=mixture)
+    return SelfCheck(load_config("demo-ppo"), experience, None).same_form(TALKS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("terms", [False, True])
+def test_ids_must_have_the_score_of_their_text_finished_and_cut(terms: bool) -> None:
+    (equal,) = compare_forms(Reward(0.0), terms=terms)
+    assert equal.passed and equal.value == "2 of 3 answers (1 cut) differ by 0.0e+00 at most"
+    (off,) = compare_forms(Reward(2.5), terms=terms)
+    assert not off.passed and "2 of 3 answers (1 cut) differ by 2.5e+00" in off.value
+    (refused,) = compare_forms(Reward(0.0, "it has no chat template"), terms=terms)
+    assert not refused.passed and refused.value == "no score: it has no chat template"
+    text: Any = SimpleNamespace(rewards=ModelSource(Reward(2.5), policy=None))
+    assert SelfCheck(load_config("demo-ppo"), text, None).same_form(TALKS) == []  # type: ignore[arg-type]
 
 
 def run(*, shift: float = 0.0, ratio: float = 1.0, alone: float = 0.0) -> tuple[list[Any], Policy]:

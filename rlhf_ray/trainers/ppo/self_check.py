@@ -15,7 +15,9 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
 from rlhf_ray.monitoring.report.summary import Check
+from rlhf_ray.rewards.mixture import MixtureSource
 from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.source import ModelSource, RewardSource
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.roles import Schedules
 from rlhf_ray.trainers.ppo.update import Learner
@@ -30,10 +32,13 @@ CHECKED_ALONE = 4
 
 
 LOG_PROBS, FIRST_RATIO, SCORE_ALONE = "trainer and rollout log-probs", "first ratio", "reward alone and in a batch"
+SAME_FORM = "reward of the ids and of their text"
 WAYS_OUT = {
     LOG_PROBS: "compare policy.model.dtype with rollout.dtype, and rollout.temperature with what the engine samples at",
     FIRST_RATIO: "log-probs and training must run the same packs in the same precision, without dropout",
     SCORE_ALONE: "the reward source must score each sample by itself",
+    SAME_FORM: "the reward model encodes a conversation in another way than the policy, so the ids that were sampled are not "
+    "what it was trained on: compare its chat template and template variables with the policy's, and data.template_variables",
 }
 """What to do where a check fails."""
 
@@ -52,6 +57,7 @@ class SelfCheck:
             self.same_log_probs(batch),
             self.first_ratio(batch, schedules),
             self.score_alone(batch, samples),
+            *self.same_form(samples),
             self.tokenizers(),
         ]
         rows = [(check.name, check.value, check.bound, "yes" if check.passed else "NO") for check in checks]
@@ -102,8 +108,7 @@ class SelfCheck:
         together = batch["score"][: len(few)]
         alone = torch.tensor([self.experience.require_rewards([sample])[0] for sample in few])
         largest = float((together - alone).abs().max())
-        dtypes = [role.model.dtype for role in self.config.reward.roles.values()]
-        limit = max(SCORE_LIMITS[dtype] for dtype in [*dtypes, "fp32"]) * max(1.0, float(together.abs().max()))
+        limit = self._score_limit(together)
         return Check(
             SCORE_ALONE,
             f"differ by {largest:.1e} at most",
@@ -111,9 +116,42 @@ class SelfCheck:
             largest <= limit,
         )
 
+    def same_form(self, samples: Sequence[TextSample]) -> list[Check]:
+        """A reward model that is asked about ids gives them the score of their text, which it encodes as in its training.
+
+        None where no reward model is asked about the ids of conversations.
+        """
+        models = [source for source in model_sources(self.experience.rewards) if source.policy is not None]
+        talks = [sample for sample in samples if sample.messages is not None]
+        if not models or not talks:
+            return []
+        forms = [form for model in models for form in model.compare_forms(talks)]
+        failed = next((each.error for form in forms for each in form[1:] if each.error is not None), None)
+        if failed is not None:
+            return [Check(SAME_FORM, f"no score: {failed}", "a score in both forms", False)]
+        scores = torch.tensor([[form.by_ids.raw, form.by_text.raw] for form in forms], dtype=torch.float64).view(-1, 2)
+        largest = float((scores[:, 0] - scores[:, 1]).abs().max()) if forms else 0.0
+        cut = sum(not form.sample.finished for form in forms)
+        measured = f"{len(forms)} of {len(talks) * len(models)} answers ({cut} cut) differ by {largest:.1e} at most"
+        limit = self._score_limit(scores)
+        return [Check(SAME_FORM, measured, f"<= {limit:.1e}", largest <= limit)]
+
+    def _score_limit(self, scores: torch.Tensor) -> float:
+        """The largest difference of scores of this size that rounding explains."""
+        dtypes = [role.model.dtype for role in self.config.reward.roles.values()]
+        size = float(scores.abs().max()) if scores.numel() else 0.0
+        return max(SCORE_LIMITS[dtype] for dtype in [*dtypes, "fp32"]) * max(1.0, size)
+
     def tokenizers(self) -> Check:
         """States what the reward sources read: ids only if they have the policy's tokenizer. It cannot fail."""
         return Check("what the reward reads", self.experience.rewards.reads, "ids, or text", True)
+
+
+def model_sources(source: RewardSource) -> list[ModelSource]:
+    """The reward models behind a source: itself, or those among its terms."""
+    if isinstance(source, MixtureSource):
+        return [model for term in source.terms.values() for model in model_sources(term.source)]
+    return [source] if isinstance(source, ModelSource) else []
 
 
 def log_prob_difference(batch: TrajectoryBatch) -> torch.Tensor:
