@@ -22,6 +22,7 @@ from rlhf_ray.console import progress
 from rlhf_ray.data.answer_ids import Ids, encode_text_answers, shared_length, tokenize_prompts
 from rlhf_ray.data.chat import ChatFormat, Conversation
 from rlhf_ray.data.chat_template import Messages
+from rlhf_ray.data.template_losses import answer_losses, prompt_losses
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.rows.prompts import Prompt
@@ -44,6 +45,8 @@ class EncodedPair(NamedTuple):
     """Tokens of the prompt that both sides begin with."""
     cut: int = 0
     """Tokens that the prompt has lost at its beginning."""
+    losses: tuple[str, ...] | None = None
+    """What the chat template leaves out of a conversation (:mod:`rlhf_ray.data.template_losses`); none of texts."""
 
 
 ROWS_AT_ONCE = 256
@@ -144,7 +147,7 @@ def _fit(pair: EncodedPair, max_tokens: int, start: int | None, *, cut_prompt: b
     if not cut_prompt or pair.prompt_length - starts <= excess:
         return TOO_LONG
     chosen, rejected = (side[:starts] + side[starts + excess :] for side in pair[:2])
-    return EncodedPair(chosen, rejected, pair.prompt_length - excess, excess)
+    return EncodedPair(chosen, rejected, pair.prompt_length - excess, excess, pair.losses)
 
 
 def _encode_texts(tokenizer: Any, rows: Sequence[tuple[str, str, str]]) -> list[EncodedPair]:
@@ -158,18 +161,24 @@ def _encode_conversations(
     prompts: list[str] = []
     answers: list[list[str]] = []
     shared: list[str] = []
+    losses: list[tuple[str, ...]] = []
     for row, (prompt, *sides) in rows:
         common = Conversation(prompt, row.tools, row.template_variables, row.where)
         shared.append(chat.prompt_text(common))
+        lost: list[str] = []
         for side in sides:
             whole = common._replace(messages=[*prompt, *side])
             before = shared[-1] if len(side) == 1 else chat.prompt_text(whole._replace(messages=whole.messages[:-1]))
             prompts.append(before)
             answers.append([chat.answer_text(whole, before)])
+            lost += prompt_losses(whole._replace(messages=whole.messages[:-1]), before)
+            lost += answer_losses(side[-1], before, answers[-1][0])
+        losses.append(tuple(dict.fromkeys(lost)))
     encoded = [before + answer for before, (answer,) in chat.encode_answers(prompts, answers)]
-    pairs = zip(encoded[0::2], encoded[1::2], chat.encode_prompts(shared), strict=True)
+    pairs = zip(encoded[0::2], encoded[1::2], chat.encode_prompts(shared), losses, strict=True)
     return [
-        EncodedPair(chosen, rejected, _prompt_length(chosen, rejected, prompt)) for chosen, rejected, prompt in pairs
+        EncodedPair(chosen, rejected, _prompt_length(chosen, rejected, prompt), losses=lost)
+        for chosen, rejected, prompt, lost in pairs
     ]
 
 

@@ -17,13 +17,14 @@ import pyarrow as pa
 from rlhf_ray.data.cache import hash_content, load_or_make, make_key
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part
+from rlhf_ray.data.template_losses import report_losses
 from rlhf_ray.data.tokenizers import encoding_fingerprint
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.rows.sources import RowSource, content_files
 
-FORMAT = 2
+FORMAT = 3
 """To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
 SCHEMA = pa.schema(
@@ -34,6 +35,7 @@ SCHEMA = pa.schema(
         "rejected": IDS,
         "prompt_length": pa.int32(),
         "cut": pa.int32(),
+        "losses": pa.list_(pa.string()),
         "margin": pa.float64(),
         "grade": pa.float64(),
         "source": pa.string(),
@@ -64,6 +66,8 @@ class PairRow(NamedTuple):
     """A hash that two rows share if they have the same prompt and tools, but for how the prompt is written."""
     pair: PairExample | str
     """The pair, or the reason why it is dropped."""
+    losses: Sequence[str] | None = None
+    """What the chat template leaves out of a conversation; none of texts, and of pairs that are dropped."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def encode_pair_file(
         return _encode_table(rows, chat, file.max_tokens, cut_prompt=file.cut_prompt)
 
     if cache is None:
-        return _read_table(encode(), source)
+        return _said(file, chat, _read_table(encode(), source))
     settings = asdict(file)
     del settings["rows"]["path"]  # where the rows lie does not count, what they are does
     identity = {
@@ -102,7 +106,14 @@ def encode_pair_file(
         "template_variables": dict(chat.variables),
         "day": chat.day,
     }
-    return _read_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source)
+    return _said(file, chat, _read_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source))
+
+
+def _said(file: PairFile, chat: ChatFormat, rows: list[PairRow]) -> list[PairRow]:
+    """The rows, once it is said what the chat template leaves out of them."""
+    losses = [(f"row {number}", row.losses) for number, row in enumerate(rows, 1) if row.losses is not None]
+    report_losses(chat, str(file.rows), losses)
+    return rows
 
 
 def encode_pair_rows(
@@ -135,11 +146,11 @@ def _make_table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair |
 
 def _read_table(table: pa.Table, source: str = "") -> list[PairRow]:
     chosen, rejected = _id_views(table["chosen"]), _id_views(table["rejected"])
-    names = ("prompt", "problem", "margin", "grade", "source", "prompt_length", "cut")
+    names = ("prompt", "problem", "losses", "margin", "grade", "source", "prompt_length", "cut")
     columns = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [
-        PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *lengths))
-        for better, worse, (prompt, problem, margin, grade, own_source, *lengths) in zip(
+        PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *lengths), losses)
+        for better, worse, (prompt, problem, losses, margin, grade, own_source, *lengths) in zip(
             chosen, rejected, columns, strict=True
         )
     ]

@@ -13,10 +13,11 @@ from typing import Any
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import DemonstrationExample
-from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.chat import ChatFormat, Conversation
 from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, render_prompt
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, PairRow, encode_pair_file, encode_pair_rows
 from rlhf_ray.data.split import Halves, Split, encode_halves, read_halves, sources_name
+from rlhf_ray.data.template_losses import prompt_losses, report_losses
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PAIR_NUMBERS
@@ -115,7 +116,18 @@ def load_prompts(
 
     rows = _world_prompts(data.world) if data.world is not None else read_halves(data, seed, read, _prompt_key)
     _say_how_texts_are_read(rows, tokenizer, sources_name(data))
+    _say_what_is_lost(rows, chat, sources_name(data))
     return encode_halves(_numbered_through(rows), data, encode)
+
+
+def _say_what_is_lost(rows: Halves[Prompt], chat: ChatFormat, name: str) -> None:
+    prompts = [row for half in (*rows.files, rows.held_out) for row in half]
+    talks = [
+        (row.where, Conversation(row.messages, row.tools, row.template_variables, row.where))
+        for row in prompts
+        if row.messages is not None
+    ]
+    report_losses(chat, name, [(where, prompt_losses(talk, chat.prompt_text(talk))) for where, talk in talks])
 
 
 def _say_how_texts_are_read(rows: Halves[Prompt], tokenizer: Any, name: str) -> None:
