@@ -32,6 +32,10 @@ LONGEST_TAG = 40
 """Characters."""
 
 
+class RefusedConversation(DataError):
+    """A chat template refuses one conversation; others it may write."""
+
+
 def render(
     tokenizer: Any,
     messages: Messages,
@@ -60,7 +64,7 @@ def render(
             **(variables or {}),
         )
     except Exception as error:  # a template is a program, and may refuse a conversation with any error
-        raise DataError(
+        raise RefusedConversation(
             f"{place}the tokenizer's chat template refuses the conversation: {error} (variables that it needs are given in "
             "data.template_variables)"
         ) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from rlhf_ray.console import progress
 from rlhf_ray.data.answer_ids import Ids, encode_text_answers, shared_length, tokenize_prompts
 from rlhf_ray.data.chat import ChatFormat, Conversation
-from rlhf_ray.data.chat_template import Messages
+from rlhf_ray.data.chat_template import Messages, RefusedConversation
 from rlhf_ray.data.template_losses import answer_losses, prompt_losses
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PreferencePair
@@ -158,28 +158,67 @@ def _encode_texts(tokenizer: Any, rows: Sequence[tuple[str, str, str]]) -> list[
 def _encode_conversations(
     chat: ChatFormat, rows: Sequence[tuple[PreferencePair, tuple[Messages, Messages, Messages]]]
 ) -> list[EncodedPair]:
-    prompts: list[str] = []
-    answers: list[list[str]] = []
-    shared: list[str] = []
-    losses: list[tuple[str, ...]] = []
-    for row, (prompt, *sides) in rows:
-        common = Conversation(prompt, row.tools, row.template_variables, row.where)
-        shared.append(chat.prompt_text(common))
-        lost: list[str] = []
-        for side in sides:
-            whole = common._replace(messages=[*prompt, *side])
-            before = shared[-1] if len(side) == 1 else chat.prompt_text(whole._replace(messages=whole.messages[:-1]))
-            prompts.append(before)
-            answers.append([chat.answer_text(whole, before)])
-            lost += prompt_losses(whole._replace(messages=whole.messages[:-1]), before)
-            lost += answer_losses(side[-1], before, answers[-1][0])
-        losses.append(tuple(dict.fromkeys(lost)))
+    rendered = [_render_pair(chat, row, sides) for row, sides in rows]
+    prompts = [before for pair in rendered for before, _ in pair.sides]
+    answers = [[answer] for pair in rendered for _, answer in pair.sides]
     encoded = [before + answer for before, (answer,) in chat.encode_answers(prompts, answers)]
-    pairs = zip(encoded[0::2], encoded[1::2], chat.encode_prompts(shared), losses, strict=True)
+    shared = chat.encode_prompts([pair.shared for pair in rendered])
+    losses = [pair.losses for pair in rendered]
+    pairs = zip(encoded[0::2], encoded[1::2], shared, losses, strict=True)
     return [
         EncodedPair(chosen, rejected, _prompt_length(chosen, rejected, prompt), losses=lost)
         for chosen, rejected, prompt, lost in pairs
     ]
+
+
+class _RenderedPair(NamedTuple):
+    """The texts of a pair of conversations."""
+
+    shared: str
+    """The prompt of both."""
+    sides: list[tuple[str, str]]
+    """Of each side what stands before its last answer, and that answer."""
+    losses: tuple[str, ...]
+    """What the template leaves out, by kinds."""
+
+
+def _render_pair(
+    chat: ChatFormat, row: PreferencePair, conversations: tuple[Messages, Messages, Messages]
+) -> _RenderedPair:
+    prompt, *sides = conversations
+    common = Conversation(prompt, row.tools, row.template_variables, row.where)
+    shared, rendered = chat.prompt_text(common), []
+    losses: list[str] = []
+    for side in sides:
+        whole = common._replace(messages=[*prompt, *side])
+        asked = whole._replace(messages=whole.messages[:-1])
+        before = shared if len(side) == 1 else chat.prompt_text(asked)
+        answer = chat.answer_text(whole, before)
+        rendered.append((before, answer))
+        losses += [*prompt_losses(asked, before), *answer_losses(side[-1], before, answer)]
+    return _RenderedPair(shared, rendered, tuple(dict.fromkeys(losses)))
+
+
+def without_refused_pairs(chat: ChatFormat, rows: Iterable[PreferencePair], refused: list[str]) -> list[PreferencePair]:
+    """The rows whose conversations the chat template writes; what it says of the others is added to ``refused``."""
+    return _without_refused(rows, refused, lambda row: row.conversations and _render_pair(chat, row, row.conversations))
+
+
+def without_refused_prompts(chat: ChatFormat, rows: Iterable[Prompt], refused: list[str]) -> list[Prompt]:
+    """The same of prompts."""
+    return _without_refused(rows, refused, lambda row: render_prompt(chat, row))
+
+
+def _without_refused(rows: Iterable[Row], refused: list[str], write: Callable[[Row], object]) -> list[Row]:
+    kept = []
+    for row in rows:
+        try:
+            write(row)
+        except RefusedConversation as error:
+            refused.append(str(error))
+        else:
+            kept.append(row)
+    return kept
 
 
 def _prompt_length(chosen: Ids, rejected: Ids, prompt: Ids) -> int:

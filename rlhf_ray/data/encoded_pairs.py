@@ -6,6 +6,7 @@ what encoding the file again would give.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -16,17 +17,20 @@ import pyarrow as pa
 
 from rlhf_ray.data.cache import hash_content, load_or_make, make_key
 from rlhf_ray.data.chat import ChatFormat
-from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part
+from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part, without_refused_pairs
 from rlhf_ray.data.template_losses import report_losses
 from rlhf_ray.data.tokenizers import encoding_fingerprint
+from rlhf_ray.errors import DataError
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
-from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.read import read_file, report_bad_rows
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.rows.sources import RowSource, content_files
 
 FORMAT = 3
 """To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
+BAD_ROWS = b"bad rows"
+"""Where a table keeps the places of the rows that were left out, and what is wrong with them."""
 SCHEMA = pa.schema(
     {
         "prompt": pa.string(),
@@ -91,11 +95,21 @@ def encode_pair_file(
     """
 
     def encode() -> pa.Table:
-        rows = list(read_file(file.rows, file.reader, max_rows=file.max_rows))
-        return _encode_table(rows, chat, file.max_tokens, cut_prompt=file.cut_prompt)
+        bad_rows: list[str] = []
+        rows = list(read_file(file.rows, file.reader, max_rows=file.max_rows, bad_rows=bad_rows))
+        if file.reader.drops_bad_rows:
+            rows = without_refused_pairs(chat, rows, bad_rows)
+        if not rows:
+            raise DataError(f"{file.rows}: all {len(bad_rows)} rows are bad, so none is left; the first: {bad_rows[0]}")
+        table = _encode_table(rows, chat, file.max_tokens, cut_prompt=file.cut_prompt)
+        return table.replace_schema_metadata({BAD_ROWS: json.dumps(bad_rows)})
+
+    def read(table: pa.Table) -> list[PairRow]:
+        report_bad_rows(file.rows, json.loads(table.schema.metadata[BAD_ROWS]))
+        return _said(file, chat, _read_table(table, source))
 
     if cache is None:
-        return _said(file, chat, _read_table(encode(), source))
+        return read(encode())
     settings = asdict(file)
     del settings["rows"]["path"]  # where the rows lie does not count, what they are does
     identity = {
@@ -106,7 +120,7 @@ def encode_pair_file(
         "template_variables": dict(chat.variables),
         "day": chat.day,
     }
-    return _said(file, chat, _read_table(load_or_make(cache, f"pairs-{make_key(identity)}", encode), source))
+    return read(load_or_make(cache, f"pairs-{make_key(identity)}", encode))
 
 
 def _said(file: PairFile, chat: ChatFormat, rows: list[PairRow]) -> list[PairRow]:

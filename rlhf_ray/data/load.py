@@ -14,7 +14,7 @@ from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import DemonstrationExample
 from rlhf_ray.data.chat import ChatFormat, Conversation
-from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, render_prompt
+from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, render_prompt, without_refused_prompts
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, PairRow, encode_pair_file, encode_pair_rows
 from rlhf_ray.data.split import Halves, Split, encode_halves, read_halves, sources_name
 from rlhf_ray.data.template_losses import prompt_losses, report_losses
@@ -22,7 +22,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import PAIR_NUMBERS
 from rlhf_ray.rows.prompts import Prompt
-from rlhf_ray.rows.read import RowReader, read_file
+from rlhf_ray.rows.read import RowReader, read_file, report_bad_rows
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.world.generate import World
 
@@ -107,7 +107,11 @@ def load_prompts(
     chat = ChatFormat(tokenizer, data.template_variables)
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Prompt]:
-        rows = read_file(source.rows, make_reader(source), max_rows=max_rows)
+        bad_rows: list[str] = []
+        rows = list(read_file(source.rows, make_reader(source), max_rows=max_rows, bad_rows=bad_rows))
+        if data.bad_rows == "drop":
+            rows = without_refused_prompts(chat, rows, bad_rows)
+        report_bad_rows(source.rows, bad_rows)
         return [row if row.source else replace(row, source=name) for row in rows]
 
     def encode(half: Sequence[Prompt], drops: Drops) -> list[TokenizedPrompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, replace
 
@@ -9,10 +10,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from rlhf_ray.console import get_logger
 from rlhf_ray.data import encoded_pairs as room
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, encode_pair_file, encode_pair_rows
+from rlhf_ray.errors import DataError
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader, read_preferences
 from rlhf_ray.rows.sources import RowSource
@@ -146,3 +149,32 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     assert plain(
         encode_pair_file(PairFile(RowSource(str(write(whole))), PreferenceReader(), 400), ChatFormat(byte_tokenizer))
     ) == plain(results[0]), "implicit prompts"
+
+
+def test_bad_rows_are_named_also_where_the_rest_is_read_from_the_cache(
+    byte_tokenizer, write, tmp_path, caplog, monkeypatch
+):
+    """Rows of a wrong form, and conversations that the chat template refuses."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "[{{ message.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    sides = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
+    rows = [{"prompt": [user("q")], **sides}, {"prompt": [user("q")], **sides, "system": "s"}]
+    path = write([*rows, {"prompt": [assistant("q")], **sides}])
+    file = PairFile(RowSource(str(path)), PreferenceReader(drops_bad_rows=True), 60)
+    for _ in range(2):
+        caplog.clear()
+        assert len(encode_pair_file(file, ChatFormat(tokenizer), tmp_path / "cache")) == 1
+        assert "2 bad rows are left out (data.bad_rows)" in caplog.text
+        assert "jsonl:3: message 1 of 'prompt' is of 'assistant'" in caplog.text
+        assert "jsonl:2: the tokenizer's chat template refuses the conversation: no system here" in caplog.text
+    with pytest.raises(DataError, match=r"jsonl:2: the tokenizer's chat template refuses"):
+        encode_pair_file(replace(file, reader=PreferenceReader(), max_rows=2), ChatFormat(tokenizer))
+    refused = PairFile(RowSource(str(write(rows[1:], "one.jsonl"))), PreferenceReader(drops_bad_rows=True), 60)
+    with pytest.raises(
+        DataError, match=r"one\.jsonl: all 1 rows are bad, so none is left; the first: .*one\.jsonl:1: the"
+    ):
+        encode_pair_file(refused, ChatFormat(tokenizer))

@@ -18,7 +18,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample
-from rlhf_ray.data.load import load_demonstrations, load_pairs, load_prompts
+from rlhf_ray.data.load import TIE, load_demonstrations, load_pairs, load_prompts
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import DataError
 
@@ -315,3 +315,18 @@ def test_a_batch_of_pairs_holds_chosen_and_rejected_in_turn() -> None:
 def test_a_batch_has_the_columns_that_its_pairs_have(numbers: dict[str, float]) -> None:
     batch = make_pair_batch([PairExample([1], [2], **numbers)] * 2)
     assert set(batch.columns) == {"token_ids", *numbers}
+
+
+def test_ties_are_dropped_and_counted_unless_the_loss_reads_grades(files: Files, log: pytest.LogCaptureFixture) -> None:
+    arena = {"prompt": "what?", "response_a": " this", "response_b": " that"}
+    path = files.write(*[arena | {"winner": winner, "prompt": f"what {winner}?"} for winner in ("b", "tie", "a")])
+    graded = files.read(path=path)
+    assert [pair.grade for pair in graded.train] == [1, 0, 1] and not graded.dropped
+    data = DataConfig.model_validate({"path": path, "evaluation_fraction": 0.0, "cache": None})
+    split = load_pairs(data, files.tokenizer, 0, graded=False)
+    assert [files.text(pair.chosen) for pair in split.train] == ["what b? that", "what a? this"]
+    assert [pair.grade for pair in split.train] == [None, None]
+    assert split.dropped == {TIE: 1} and "1 that are ties, which only loss.name=ordinal reads" in log.text
+    same = load_pairs(data.model_copy(update={"path": files.write(pair(1, grade=2), pair(2, grade=2))}), files.tokenizer, 0,
+                      graded=False)  # fmt: skip
+    assert len(same.train) == 2, "a grade that never differs does not matter to a loss that reads none"
