@@ -149,17 +149,20 @@ def evaluate(
 ) -> RewardReport:
     """Compare what a reward model prefers with the preferences in ``data``; returns all figures.
 
-    ``overrides`` are keys of the recipe ``serve``, such as ``{"reward.ranks": 2}``. With ``in_process`` the model is loaded
-    here, with one rank and without Ray.
+    ``overrides`` are keys of the recipe ``serve``, such as ``{"reward.ranks": 2}``, or of how rows are read, such as
+    ``{"data.bad_rows": "drop"}``. With ``in_process`` the model is loaded here, with one rank and without Ray.
     """
+    from rlhf_ray.config.loading import take_rows_settings
     from rlhf_ray.launch.evaluate import evaluate_pairs
     from rlhf_ray.launch.in_process import place_for_scoring
     from rlhf_ray.rows.layouts import Keys
 
-    keys = Keys(prompt_key, chosen_key, rejected_key)
-    config = _load_serving(model, "evaluate", overrides)
+    rows, _ = take_rows_settings(_texts(overrides))
+    reader = rows.pair_reader(Keys(prompt_key, chosen_key, rejected_key), turns=apply_chat_template)
+    of_model = {key: value for key, value in (overrides or {}).items() if not key.startswith("data.")}
+    config = _load_serving(model, "evaluate", of_model)
     place = place_for_scoring(config) if in_process else None
-    return evaluate_pairs(config, Path(data), keys, turns=apply_chat_template, place=place)
+    return evaluate_pairs(config, Path(data), reader, place=place)
 
 
 def evaluate_data(
@@ -180,12 +183,12 @@ def evaluate_data(
     """
     from rlhf_ray.launch.evaluate_data import DataRequest, measure_data
     from rlhf_ray.rows.layouts import Keys
+    from rlhf_ray.rows.preferences import PreferenceReader
 
     request = DataRequest(
         Path(data),
         None if held_out is None else Path(held_out),
-        Keys(prompt_key, chosen_key, rejected_key),
-        turns=apply_chat_template,
+        PreferenceReader(Keys(prompt_key, chosen_key, rejected_key), apply_chat_template),
         tokenizer_from=None if tokenizer_from is None else str(tokenizer_from),
         max_tokens=max_tokens,
     )

@@ -27,7 +27,11 @@ def add_arguments(commands: Any) -> None:
         help="a directory or hub id of a reward model; with --data-only, a model whose tokenizer counts tokens",
     )
     command.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of the recipe serve, such as reward.ranks=2"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="of the recipe serve, such as reward.ranks=2, or of how rows are read, such as data.bad_rows=drop",
     )
     command.add_argument(
         "--data", required=True, type=Path, help="preference pairs in any layout; RewardBench's and RewardBench 2's too"
@@ -65,7 +69,7 @@ def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
     import json
 
     from rlhf_ray.config.jobs.serve import ServeConfig
-    from rlhf_ray.config.loading import load_job
+    from rlhf_ray.config.loading import load_job, take_rows_settings
     from rlhf_ray.errors import RequestError
     from rlhf_ray.launch.evaluate import evaluate
 
@@ -76,22 +80,25 @@ def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
             "--held-out and --allow-shared-prompts are about the data: add --data-only, or leave them out"
         )
     model = f"reward.model.path={json.dumps(options.model)}"
-    config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *options.overrides], files=True)
-    return evaluate(config, options.data, keys, turns=options.apply_chat_template, output=options.output)
+    rows, overrides = take_rows_settings(options.overrides)
+    config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *overrides], files=True)
+    reader = rows.pair_reader(keys, turns=options.apply_chat_template)
+    return evaluate(config, options.data, reader, output=options.output)
 
 
 def _measure_data(options: argparse.Namespace, keys: Keys) -> int:
+    from rlhf_ray.config.loading import take_rows_settings
     from rlhf_ray.launch.evaluate_data import DataRequest, evaluate_data, longest_pair
 
     settings = list(options.overrides)
     if options.model is not None and "=" in options.model:  # without a model the first setting stands in its place
         settings.insert(0, options.model)
         options.model = None
+    rows, settings = take_rows_settings(settings)
     request = DataRequest(
         options.data,
         options.held_out,
-        keys,
-        turns=options.apply_chat_template,
+        rows.pair_reader(keys, turns=options.apply_chat_template),
         tokenizer_from=options.model,
         max_tokens=longest_pair(settings, has_tokenizer=options.model is not None),
     )

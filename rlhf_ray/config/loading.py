@@ -19,6 +19,7 @@ from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.config.reading import SEPARATOR, Document, read_mapping
 from rlhf_ray.config.recipes import find
 from rlhf_ray.config.sections.algorithm import with_preset
+from rlhf_ray.config.sections.data import RowsConfig
 from rlhf_ray.config.validation import parse, show
 from rlhf_ray.config.writing import write_mapping
 from rlhf_ray.errors import ConfigError
@@ -68,6 +69,22 @@ def parse_config(
 def load_job(job: type[AnyJob], source: str | Path, overrides: Sequence[str] = (), *, files: bool = False) -> AnyJob:
     """The same as :func:`load_config` for a config that must be of the kind of ``job``, such as ``SftConfig``."""
     return cast(AnyJob, load_config(source, overrides, job.kind_name(), files=files))
+
+
+def take_rows_settings(overrides: Sequence[str]) -> tuple[RowsConfig, list[str]]:
+    """The settings among ``overrides`` that say how rows are read (``data.ignore_columns=[label]``), and the others.
+
+    For commands that read rows without a job. Raises :class:`ConfigError` with every problem.
+    """
+    prefix = f"data{SEPARATOR}"
+    own = [text for text in overrides if text.strip().startswith(prefix)]
+    document = Document()
+    apply_overrides(document, own)
+    parsed = parse(RowsConfig, document.values.get("data", {}))
+    lines = [*document.problems, *(f"{prefix}{key}: {problem}" for key, problem in parsed.problems)]
+    if lines:
+        raise ConfigError(lines, "command line")
+    return parsed.config, [text for text in overrides if text not in own]
 
 
 def dump_config(config: Job) -> str:

@@ -27,7 +27,6 @@ from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.launch.evaluate_candidates import is_file_of_candidates, read_candidates, report_on_candidates
 from rlhf_ray.launch.output import require_folder
 from rlhf_ray.launch.reward_report import RewardReport, print_report
-from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource
@@ -37,11 +36,11 @@ WORST = 50
 
 
 def evaluate(
-    config: ServeConfig, file: Path, keys: Keys, *, turns: bool, output: Path | None, place: Place | None = None
+    config: ServeConfig, file: Path, reader: PreferenceReader, *, output: Path | None, place: Place | None = None
 ) -> int:
     """Print what :func:`evaluate_pairs` finds as tables, and write all of it to ``output``."""
     require_folder("--output", output)
-    report = evaluate_pairs(config, file, keys, turns=turns, place=place)
+    report = evaluate_pairs(config, file, reader, place=place)
     print_report(report)
     if output is not None:
         content = {
@@ -56,7 +55,7 @@ def evaluate(
 
 
 def evaluate_pairs(
-    config: ServeConfig, file: Path, keys: Keys, *, turns: bool, place: Place | None = None
+    config: ServeConfig, file: Path, reader: PreferenceReader, *, place: Place | None = None
 ) -> RewardReport:
     """Score every pair of ``file``, or every answer where its rows hold several, with ``config.reward``.
 
@@ -67,19 +66,19 @@ def evaluate_pairs(
     from rlhf_ray.models.weights.encoder_config import encoder_positions, is_encoder
     from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs, source_table
 
-    if is_file_of_candidates(file, keys):
-        rows = read_candidates(file, keys)
+    if is_file_of_candidates(file, reader.keys):
+        rows = read_candidates(file, reader)
         with Cluster.for_job(config) if place is None else nullcontext(place) as here:
             scorer = place_scoring_group(here, config, config.reward).load().result()
             return report_on_candidates(
-                rows, lambda requests: scorer.score(requests).result(), turns=turns, worst=WORST, file=file
+                rows, lambda requests: scorer.score(requests).result(), turns=reader.turns, worst=WORST, file=file
             )
     tokenizer = load_tokenizer(config.reward.model)
     in_pairs = is_encoder(config.reward.model)
     max_tokens = min(
         config.max_tokens, (encoder_positions(config.reward.model) if in_pairs else None) or config.max_tokens
     )
-    pairs = _pairs(file, keys, tokenizer, max_tokens, turns=turns, text_pairs=in_pairs)
+    pairs = _pairs(file, reader, tokenizer, max_tokens, text_pairs=in_pairs)
     with Cluster.for_job(config) if place is None else nullcontext(place) as here:
         group = place_scoring_group(here, config, config.reward).load().result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
@@ -106,12 +105,12 @@ def _accuracies(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def _pairs(
-    file: Path, keys: Keys, tokenizer: Any, max_tokens: int, *, turns: bool, text_pairs: bool
+    file: Path, reader: PreferenceReader, tokenizer: Any, max_tokens: int, *, text_pairs: bool
 ) -> list[PairExample]:
     """The pairs of a file that fit; with ``text_pairs`` each side is what an encoder reads."""
     if not file.exists():
         raise DataError(f"{file} does not exist: name a file of preference pairs")
-    source, reader = RowSource(str(file)), PreferenceReader(keys, turns)
+    source = RowSource(str(file))
     rows = (
         encode_text_pairs(tokenizer, read_file(source, reader), max_tokens)
         if text_pairs

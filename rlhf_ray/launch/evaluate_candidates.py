@@ -29,6 +29,7 @@ from rlhf_ray.monitoring.report.summary import Table
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rows.candidates import CandidateReader, Candidates
 from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.published.comparisons import hold_lists_of_answers
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource, placed_rows
@@ -49,9 +50,10 @@ def is_file_of_candidates(file: Path, keys: Keys) -> bool:
     return first is not None and isinstance(first[1], Mapping) and hold_lists_of_answers(first[1], keys)
 
 
-def read_candidates(file: Path, keys: Keys) -> list[Candidates]:
-    """Every prompt of a file."""
-    return list(read_file(RowSource(str(file)), CandidateReader(keys)))
+def read_candidates(file: Path, like: PreferenceReader) -> list[Candidates]:
+    """Every prompt of a file, whose columns are read as ``like`` reads them."""
+    reader = CandidateReader(like.keys, columns=like.columns, drops_bad_rows=like.drops_bad_rows)
+    return list(read_file(RowSource(str(file)), reader))
 
 
 def report_on_candidates(

@@ -20,7 +20,6 @@ from rlhf_ray.console import progress, say, table
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.pair_census import PairCensus, text_length
 from rlhf_ray.launch.output import require_folder
-from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource
@@ -58,8 +57,7 @@ class DataRequest:
 
     data: Path
     held_out: Path | None = None
-    keys: Keys = Keys()  # noqa: RUF009 (a NamedTuple cannot change)
-    turns: bool = False
+    reader: PreferenceReader = PreferenceReader()  # noqa: RUF009 (it is frozen)
     tokenizer_from: str | None = None
     """A model whose tokenizer and chat template count tokens; none: characters are counted."""
     max_tokens: int = 4096
@@ -128,7 +126,7 @@ def _count(path: Path, request: DataRequest, tokenizer: Any | None) -> tuple[Pai
     """The census of a file, and how many of its pairs would be dropped."""
     if not path.exists():
         raise DataError(f"{path} does not exist: name a file of preference pairs")
-    pairs = read_file(RowSource(str(path)), PreferenceReader(request.keys, request.turns))
+    pairs = read_file(RowSource(str(path)), request.reader)
     census, dropped = PairCensus(), Counter[str]()
     if tokenizer is None:
         for pair in progress(pairs, f"{path}: pairs read"):

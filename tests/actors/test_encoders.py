@@ -30,7 +30,7 @@ from rlhf_ray.errors import ConfigError, ModelLoadError
 from rlhf_ray.launch.evaluate import evaluate_pairs
 from rlhf_ray.models import Actor, get_llm_for_sequence_regression
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
 
@@ -175,7 +175,7 @@ def test_an_evaluation_reads_both_sides_as_pairs(tmp_path: Path, kind: str) -> N
     config = load_config("serve", [f"reward.model.path={path}", "reward.model.dtype=fp32"], kind="serve", files=True)
     for written in ([*rows, too_long], turned):
         file.write_text("".join(json.dumps(row) + "\n" for row in written))
-        report = evaluate_pairs(config, file, Keys(), turns=False, place=ThisProcess(config.cluster))
+        report = evaluate_pairs(config, file, PreferenceReader(), place=ThisProcess(config.cluster))
         assert report.figures["pairs"] == 20
         assert report.figures["margin"] == pytest.approx(sum(margins) / 20, abs=1e-5)
 

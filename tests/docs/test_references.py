@@ -27,7 +27,7 @@ from rlhf_ray.config.sections.algorithm import (
 )
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, SequenceBatchConfig
-from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
+from rlhf_ray.config.sections.data import DataConfig, RowsConfig, SourceConfig, WorldConfig
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, ResourcesConfig
 from rlhf_ray.config.sections.evaluation import EvaluationConfig, PpoEvaluationConfig, RewardEvaluationConfig
 from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
@@ -193,6 +193,7 @@ def test_every_section_is_on_the_page() -> None:
     }
     abstract = {
         Section,
+        RowsConfig,
         TokenBudget,
         RewardSourceConfig,
         RewardTrainingRole,

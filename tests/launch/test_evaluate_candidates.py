@@ -18,7 +18,7 @@ from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.rewardbench2 import SUBSETS
 from rlhf_ray.launch.evaluate import evaluate
-from rlhf_ray.rows.layouts import Keys
+from rlhf_ray.rows.preferences import PreferenceReader
 
 from ..serving.reward_models import save_reward_model
 
@@ -76,7 +76,7 @@ def written(directory: Path, rows: list[dict[str, Any]]) -> Path:
 def run(model: Path, path: Path, *, turns: bool = False) -> dict[str, Any]:
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=60"], kind="serve", files=True)
     output = path.with_name("figures.json")
-    assert evaluate(config, path, Keys(), turns=turns, output=output, place=ThisProcess(config.cluster)) == 0
+    assert evaluate(config, path, PreferenceReader(turns=turns), output=output, place=ThisProcess(config.cluster)) == 0
     return dict(json.loads(output.read_text()))
 
 

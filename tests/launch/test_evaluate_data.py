@@ -136,3 +136,19 @@ def test_neither_torch_nor_ray_is_imported(pairs: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_rows_are_read_as_the_settings_say(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The keys that an error about a row names are taken here too, and only those."""
+    path = write(tmp_path / "labelled.jsonl", row("one", " a", " b") | {"labels": 1}, row("two", " a", ""))
+    words = ["evaluate", "--data-only", "--data", str(path), "--output", str(tmp_path / "figures.json")]
+    assert main(words) == EXIT_WRONG_REQUEST
+    assert "data.ignore_columns=[labels]" in capfd.readouterr().err
+    assert main([*words, "data.ignore_columns=[labels]", "data.bad_rows=drop"]) == EXIT_DONE
+    assert json.loads((tmp_path / "figures.json").read_text())["figures"]["pairs"] == 1
+    assert "1 bad rows are left out" in caplog.text
+    assert main([*words, "data.ratings=often", "data.cache=null"]) == EXIT_WRONG_REQUEST
+    printed = capfd.readouterr().err
+    assert "data.ratings" in printed and "data.cache" in printed

@@ -59,7 +59,43 @@ class SourceConfig(Section):
         return RowSource(self.path, self.split, self.config)
 
 
-class DataConfig(Section):
+class RowsConfig(Section):
+    """What is read of a row, and what of a row that is wrong."""
+
+    ignore_columns: list[str] = []  # noqa: RUF012 (pydantic copies it)
+    """Columns that are read as if the files did not have them."""
+    rename_columns: dict[str, str] = {}  # noqa: RUF012 (pydantic copies it)
+    """Columns that are read under another name, such as ``{strength: margin}``."""
+    ratings: Ratings = "ties"
+    """What ratings of both sides of a pair say: that equal ones are a tie, also the margin, or nothing."""
+    prompt_in_sides: bool | None = None
+    """Whether texts beside a prompt begin with it; null: told from the row, or refused where both may be meant."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What happens to a row that is wrong: it ends the job before it starts, or is left out and counted."""
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns are left out or have another name."""
+        return Columns(tuple(self.ignore_columns), tuple(self.rename_columns.items()))
+
+    @property
+    def drops_bad_rows(self) -> bool:
+        """Whether a row that is wrong is left out and counted."""
+        return self.bad_rows == "drop"
+
+    def pair_reader(self, keys: Keys, *, turns: bool) -> PreferenceReader:
+        """A reader of preference pairs under ``keys``; with ``turns`` texts become messages."""
+        return PreferenceReader(
+            keys,
+            turns,
+            self.ratings,
+            self.prompt_in_sides,
+            columns=self.columns,
+            drops_bad_rows=self.drops_bad_rows,
+        )
+
+
+class DataConfig(RowsConfig):
     """The rows of a job: exactly one of ``world``, ``path`` and ``sources`` is set."""
 
     world: WorldConfig | None = None
@@ -85,16 +121,6 @@ class DataConfig(Section):
     rejected_key: str = "rejected"
     label_key: str | None = None
     """The column that reward functions compare answers with, or a field in it; null: the one column that could be it."""
-    ignore_columns: list[str] = []  # noqa: RUF012 (pydantic copies it)
-    """Columns that are read as if the files did not have them."""
-    rename_columns: dict[str, str] = {}  # noqa: RUF012 (pydantic copies it)
-    """Columns that are read under another name, such as ``{strength: margin}``."""
-    ratings: Ratings = "ties"
-    """What ratings of both sides of a pair say: that equal ones are a tie, also the margin, or nothing."""
-    prompt_in_sides: bool | None = None
-    """Whether texts beside a prompt begin with it; null: told from the row, or refused where both may be meant."""
-    bad_rows: Literal["refuse", "drop"] = "refuse"
-    """What happens to a row that is wrong: it ends the job before it starts, or is left out and counted."""
     apply_chat_template: bool = False
     """Whether plain texts become a conversation: the prompt a message of the user, the answer one of the assistant."""
     template_variables: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
@@ -150,14 +176,7 @@ class DataConfig(Section):
 
     def preference_reader(self, source: SourceConfig) -> PreferenceReader:
         """A reader of preference pairs for ``source``, which is one of ``files`` or the ``evaluation_file``."""
-        return PreferenceReader(
-            _pair_keys(source),
-            self.apply_chat_template,
-            self.ratings,
-            self.prompt_in_sides,
-            columns=self._columns,
-            drops_bad_rows=self._drops_bad_rows,
-        )
+        return self.pair_reader(_pair_keys(source), turns=self.apply_chat_template)
 
     def prompt_reader(self, source: SourceConfig) -> PromptReader:
         """A reader of prompts for ``source``."""
@@ -165,8 +184,8 @@ class DataConfig(Section):
             _pair_keys(source),
             self.apply_chat_template,
             LabelReader(source.label_key),
-            columns=self._columns,
-            drops_bad_rows=self._drops_bad_rows,
+            columns=self.columns,
+            drops_bad_rows=self.drops_bad_rows,
         )
 
     def demonstration_reader(self, source: SourceConfig) -> DemonstrationReader:
@@ -174,17 +193,9 @@ class DataConfig(Section):
         return DemonstrationReader(
             str(source.prompt_key),
             str(source.answer_key),
-            columns=self._columns,
-            drops_bad_rows=self._drops_bad_rows,
+            columns=self.columns,
+            drops_bad_rows=self.drops_bad_rows,
         )
-
-    @property
-    def _columns(self) -> Columns:
-        return Columns(tuple(self.ignore_columns), tuple(self.rename_columns.items()))
-
-    @property
-    def _drops_bad_rows(self) -> bool:
-        return self.bad_rows == "drop"
 
     def _with_keys(self, source: SourceConfig) -> SourceConfig:
         of_data_set = () if is_file_name(source.path) else ("split", "config")  # a file beside data sets has none
