@@ -26,7 +26,7 @@ from rlhf_ray.rows.read import read_file, report_bad_rows
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.rows.sources import RowSource, content_files
 
-FORMAT = 3
+FORMAT = 4
 """To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
 BAD_ROWS = b"bad rows"
