@@ -16,6 +16,7 @@ from rlhf_ray.imports import quick_imports
 
 with quick_imports():
     from rlhf_ray.actors.critic_worker import CriticWorker
+    from rlhf_ray.actors.encoder_worker import EncoderRewardWorker
     from rlhf_ray.actors.policy_worker import PolicyWorker, ReferenceWorker
     from rlhf_ray.actors.reward_worker import RewardWorker, VllmRewardWorker
     from rlhf_ray.actors.rollout_worker import RolloutWorker
@@ -67,6 +68,10 @@ class VllmRewardModelActor(RankShell, VllmRewardWorker):
     """A reward model that vLLM runs."""
 
 
+class EncoderRewardModelActor(RankShell, EncoderRewardWorker):
+    """One rank of a reward model that is an encoder."""
+
+
 class RolloutActor(RankShell, RolloutWorker):
     """One rollout engine."""
 
@@ -78,6 +83,7 @@ ACTORS: Mapping[WorkerKind, type[RankShell]] = {
     "reward": RewardModelActor,
     "trained_reward": TrainedRewardModelActor,
     "vllm_reward": VllmRewardModelActor,
+    "encoder_reward": EncoderRewardModelActor,
     "rollout": RolloutActor,
 }
 

@@ -10,13 +10,12 @@ from typing import Any
 
 from transformers import AutoModel, PreTrainedModel
 
+from rlhf_ray.config.files.score_heads import OUTPUT_LAYERS, FoundHead
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.description import describe
 from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.head_layouts import (
-    OUTPUT_LAYERS,
-    FoundHead,
     find_adapter_head,
     find_head,
     head_tensors,

@@ -19,7 +19,9 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.place import place_reward_group
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardSetup
+from rlhf_ray.actors.shells import ACTORS
 from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.actors.workers import WORKERS
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.files.encoders import ENCODERS as KINDS
 from rlhf_ray.config.loading import load_config
@@ -89,6 +91,25 @@ def test_scores_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
     assert scores_of(group, [longest]) == [pytest.approx(reference.score(longest.text or ""), abs=1e-5)]
     (refused,) = group.score([ScoreRequest(text=words(1, limit - 1))]).result()
     assert f"has {limit + 1} tokens, the limit is {limit}" in str(refused.error)
+
+
+def test_the_last_layer_runs_for_the_first_token_where_the_head_reads_no_other(tmp_path: Path) -> None:
+    for kind, expected in (("bert", 1), ("deberta-v2", 1), ("fnet", 9)):
+        worker = EncoderRewardWorker()
+        group = RewardGroup(InProcessRanks("reward", worker))
+        path = save_encoder(kind, tmp_path / kind)
+        role = ScoringRole.model_validate({"model": {"path": str(path), "dtype": "fp32"}})
+        group.setup(RewardSetup(role, seed=0), timeout_s=60).result()
+        read: list[int] = []
+        layers = [module for name, module in worker.encoder.model.named_modules() if name.endswith("encoder.layer")]
+        layers[0][-1].output.register_forward_hook(lambda _, __, out, read=read: read.append(out.shape[1]))
+        score = Reference(path).score(words(1, 7))
+        assert scores_of(group, [ScoreRequest(text=words(1, 7))]) == [pytest.approx(score, abs=1e-5)]
+        assert read == [expected]
+
+
+def test_every_worker_can_be_a_ray_actor() -> None:
+    assert {kind: actor.__mro__[2] for kind, actor in ACTORS.items()} == WORKERS
 
 
 def test_each_of_several_ranks_scores_its_share(tmp_path: Path) -> None:

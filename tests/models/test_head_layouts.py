@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaModel, PreTrainedModel
 
 from rlhf_ray.cli.main import main
-from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.errors import ConfigError, ModelLoadError
 from rlhf_ray.models import get_llm_for_sequence_regression, save_adapter, save_pretrained
 from rlhf_ray.models.regression import PackedRegression, SequenceRegression
 from rlhf_ray.models.weights.lora import add_lora
@@ -117,6 +118,8 @@ def test_the_heads_of_others_are_read(tmp_path: Path, layout: str, sequences: li
     expected = by_hand(path, head, sequences)
     assert float(expected.std()) > 0.05, "scores that hardly differ compare nothing"
     torch.testing.assert_close(scores_of(load(path), packed), expected, atol=1e-5, rtol=1e-5)
+    word_tokenizer().save_pretrained(path)
+    load_config("serve", [f"reward.model.path={path}"], kind="serve", files=True)
 
 
 @pytest.mark.parametrize("layout", KEYS)
@@ -124,6 +127,10 @@ def test_a_key_names_any_other_head(tmp_path: Path, layout: str, sequences: list
     tensors, prefix, head = KEYS[layout]
     path = directory_of(tmp_path, tensors)
     model = load(path, value_head_prefix=prefix)
+    word_tokenizer().save_pretrained(path)
+    load_config(
+        "serve", [f"reward.model.path={path}", f"reward.model.value_head_prefix={prefix}"], kind="serve", files=True
+    )
     torch.testing.assert_close(scores_of(model, packed), by_hand(path, head, sequences), atol=1e-5, rtol=1e-5)
 
 
@@ -192,6 +199,11 @@ def test_a_head_of_another_kind_is_refused_by_its_kind_and_never_advised_away(tm
     with pytest.raises(ModelLoadError, match=sentence) as refused:
         load(path)
     assert "fresh" not in str(refused.value)
+    word_tokenizer().save_pretrained(path)
+    with pytest.raises(ConfigError) as checked:
+        load_config("serve", [f"reward.model.path={path}"], kind="serve", files=True)
+    same = str(refused.value) if "another name" not in layout else "reward.model.value_head_prefix"
+    assert "reward.model.path: " in str(checked.value) and same in str(checked.value)
 
 
 def test_a_head_beside_a_bare_backbone_is_found(tmp_path: Path, causal: Callable[..., PreTrainedModel]) -> None:

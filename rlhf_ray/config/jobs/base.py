@@ -19,6 +19,7 @@ from rlhf_ray.config.files.encoders import encoder_problems
 from rlhf_ray.config.files.models import model_problems
 from rlhf_ray.config.files.places import root_problems
 from rlhf_ray.config.files.rows import data_paths, data_problems
+from rlhf_ray.config.files.score_heads import head_problems
 from rlhf_ray.config.problems import Problem, Rule, unless_absent
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
@@ -64,7 +65,7 @@ class Job(Section):
         roles = [(key, role) for key, role in self.roles().items() if not role.derived]
         return [
             *models,
-            *(partial(encoder_problems, key, role) for key, role in roles),
+            *(partial(rule, key, role) for key, role in roles for rule in (encoder_problems, head_problems)),
             *(partial(self._architecture_problems, key, role) for key, role in roles),
         ]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_ray.config.files.architectures import quantized
+from rlhf_ray.config.files.score_heads import HEAD_NAME as HEAD_NAME
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import ModelLoadError
 
@@ -29,8 +30,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HEAD_FILE = "value_head.safetensors"
 """The file beside weights, or beside an adapter, in which LLaMA-Factory keeps the head of a reward model."""
-HEAD_NAME = "score"
-"""What transformers, vLLM and this project call a score head on disk."""
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """What safetensors and torch call a dtype."""
 NORMALIZATION = ("mean", "std")
