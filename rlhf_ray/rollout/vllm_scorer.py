@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.files.architectures import vllm_refusal
-from rlhf_ray.config.files.encoders import encoder_type
+from rlhf_ray.config.files.encoders import encoder_type, not_in_vllm
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
@@ -88,13 +88,11 @@ def servable_config(model: ModelConfig) -> Any:
             f"{model.path} holds {described}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write "
             f"one with rlhf-ray export, {OTHERWISE}"
         )
-    if encoder_type(config.to_dict()) is None:
+    kind = encoder_type(config.to_dict())
+    if kind is None:
         _refuse_other_heads(model, config)
-    elif (getattr(config, "type_vocab_size", 0) or 0) > 1:
-        raise RequestError(
-            f"{model.path} is an encoder ({config.model_type}) that has a type for every token, which vLLM would leave out: "
-            "set scorer to packed"
-        )
+    elif (problem := not_in_vllm(model.path, kind)) is not None:
+        raise RequestError(problem)
     return config
 
 

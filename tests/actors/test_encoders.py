@@ -222,6 +222,7 @@ def test_what_an_encoder_cannot_do_is_refused_before_anything_starts(tmp_path: P
     for role in ("policy", "critic", "reference"):
         assert f"{role}.model.path: {path} is an encoder" in problems("ppo", [f"{role}.model.path={path}"])
     served = [f"reward.model.path={path}", "reward.model.lora={rank: 2}", "reward.engine.zero=3"]
+    assert "reward.scorer: " in problems("serve", [f"reward.model.path={path}", "reward.scorer=vllm"])
     found = problems("serve", served)
     assert f"reward.model.lora: {path} is an encoder" in found and f"reward.engine: {path} is an encoder" in found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.place import place_reward_group
@@ -16,12 +17,13 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rollout.vllm_scorer import servable_config
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
 
+from ..models.encoders import save_encoder
 from ..serving.reward_models import BOS, EOS, MEAN, STD, Reference, save_reward_model
 
 pytestmark = pytest.mark.vllm
@@ -97,6 +99,28 @@ def test_a_model_that_vllm_would_score_otherwise_is_refused(
     (path / "config.json").write_text(json.dumps(values | changed))
     with pytest.raises(RequestError, match=sentence):
         servable_config(ModelConfig(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("renamed", "sentence"),
+    [
+        ({"score.weight": "v_head.weight"}, "head of .* is v_head, and vLLM reads one called score .* rlhf-ray export"),
+        ({"score.weight": "gating.weight"}, "multi-objective head"),
+        ({"score.weight": "worth.weight"}, "no head called score, but tensors outside of its backbone: worth.weight"),
+    ],
+)
+def test_a_head_that_vllm_would_not_find_is_refused(tmp_path: Path, renamed: dict[str, str], sentence: str) -> None:
+    path = save_reward_model(tmp_path)
+    file = path / "model.safetensors"
+    save_file({renamed.get(name, name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises((RequestError, ModelLoadError), match=sentence):
+        servable_config(ModelConfig(path=str(path)))
+
+
+def test_encoders_are_refused_where_vllm_would_leave_something_out(tmp_path: Path) -> None:
+    assert servable_config(ModelConfig(path=str(save_encoder("roberta", tmp_path / "roberta")))).num_labels == 1
+    with pytest.raises(RequestError, match=r"is an encoder of a kind \(bert\) .* set scorer to packed"):
+        servable_config(ModelConfig(path=str(save_encoder("bert", tmp_path / "bert"))))
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rlhf_ray.config.files.models import model_config_file
 from rlhf_ray.config.problems import Problem, unless_absent
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
 
 ENCODERS = {
     "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2",
@@ -23,6 +24,9 @@ ENCODERS = {
     "xlm-roberta-xl", "xmod", "yoso",
 }  # fmt: skip
 """Values of ``model_type`` in config.json: those that transformers both fills masks and classifies texts with."""
+
+IN_VLLM = {"modernbert", "roberta", "xlm-roberta"}
+"""Encoders that vLLM's pooling runner scores right. It knows BERT too, but would leave out the types of its tokens."""
 
 
 def encoder_type(content: Mapping[str, Any]) -> str | None:
@@ -40,6 +44,16 @@ def not_trained(name: str, kind: str) -> str:
     )
 
 
+def not_in_vllm(name: str, kind: str) -> str | None:
+    """Why vLLM does not score with an encoder; None if it does."""
+    if kind in IN_VLLM:
+        return None
+    return (
+        f"{name} is an encoder of a kind ({kind}) that vLLM's pooling runner does not have, or reads without the types of its "
+        "tokens: set scorer to packed"
+    )
+
+
 def encoder_problems(key: str, role: Role) -> Iterator[Problem]:
     """What an encoder at ``key`` cannot do, if the model there is one."""
     model: ModelConfig | None = unless_absent(lambda: role.config.model, None)
@@ -49,6 +63,9 @@ def encoder_problems(key: str, role: Role) -> Iterator[Problem]:
     if role.trained or role.head is False:
         yield f"{key}.model.path", not_trained(str(model.path), kind)
         return
+    unserved = not_in_vllm(str(model.path), kind) if _scorer(role) == "vllm" else None
+    if unserved is not None:
+        yield f"{key}.scorer", unserved
     alone = f"{model.path} is an encoder ({kind}), which scores with its own head and weights as they are: remove it"
     given = {
         "model.lora": model.lora is not None,
@@ -58,3 +75,7 @@ def encoder_problems(key: str, role: Role) -> Iterator[Problem]:
         "engine": unless_absent(lambda: role.config.engine, EngineConfig()) != EngineConfig(),
     }
     yield from ((f"{key}.{name}", alone) for name, is_given in given.items() if is_given)
+
+
+def _scorer(role: Role) -> str | None:
+    return role.config.scorer if isinstance(role.config, ScoringRole) else None
