@@ -23,7 +23,11 @@ class RegressionWorker(ModelWorker[Setup]):
         from rlhf_ray.models.description import describe
 
         self.model = load_regression(
-            setup.config.model, self.model_type, ds_config=self._ds_config(setup), seed=setup.seed
+            setup.config.model,
+            self.model_type,
+            ds_config=self._ds_config(setup),
+            seed=setup.seed,
+            tokenizer=self.tokenizer,
         )
         return PackedRegression(self.model), describe(self.model)
 

@@ -67,6 +67,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     role = "model"
     engine: Engine
     settings: Setup
+    tokenizer: Any = None
+    """The tokenizer of a model that reads texts; others get token ids alone."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         with quick_imports():  # here, while others start too, and not in the driver, which only names this class
@@ -197,9 +199,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
         state = dict(self.disk_weights())
         if self.rank == 0:
-            save_pretrained(
-                self.hf_model, load_tokenizer(self.config.model), directory, state=state, metadata=metadata or {}
-            )
+            tokenizer = load_tokenizer(self.config.model) if self.tokenizer is None else self.tokenizer
+            save_pretrained(self.hf_model, tokenizer, directory, state=state, metadata=metadata or {})
 
     def disk_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Whole weights by their names on disk, on rank 0; the other ranks take part and get none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from rlhf_ray.trajectories.length_packs import make_length_packs
 from rlhf_ray.trajectories.packing import group_by_prefix
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule
 
+if TYPE_CHECKING:
+    from rlhf_ray.models.reward_reading import RewardReading
+
 PREFIX_PACKS_PER_RANK = 4
 """Split items with a common prefix into at least this many packs per rank if there are no others."""
 
@@ -35,13 +38,22 @@ ScoreSequences = Callable[[Sequences], tuple[Parts, Mapping[int, str]]]
 
 
 class RequestScorer:
-    """Holds what decides how a reward model reads a request: its tokenizer, its template, its limits."""
+    """Holds what decides how a reward model reads a request: its tokenizer, its template, its training, its limits."""
 
-    def __init__(self, tokenizer: Any, model_config: Any, *, vocabulary: int, max_item_tokens: int) -> None:
-        """``max_item_tokens`` is lowered to the number of positions that the model has."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        model_config: Any,
+        *,
+        vocabulary: int,
+        max_item_tokens: int,
+        reading: RewardReading | None = None,
+    ) -> None:
+        """``max_item_tokens`` is lowered to the number of positions that the model has; an encoder has no ``reading``."""
         from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 
-        self.chat = ChatFormat(tokenizer)
+        self.chat = ChatFormat(tokenizer, {} if reading is None else reading.template_variables)
+        self.reading = reading
         self.vocabulary = vocabulary
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(model_config.get_text_config().to_dict()) or max_item_tokens
@@ -50,12 +62,11 @@ class RequestScorer:
         self._statistics = _statistics(model_config.to_dict())
 
     def describe(self) -> dict[str, Any]:
-        """What callers must know of this model: its tokenizer and template, its limit, its mean and std if it normalises."""
+        """What callers must know of this model: its tokenizer and template, how it reads, its limit, and its mean and std."""
         mean, std = self._statistics
-        variables = dict(self.chat.variables)
         return {
             **self._identity,
-            "template_variables": variables,
+            "reads": None if self.reading is None else self.reading.describe(),
             "mean": mean,
             "std": std,
             "max_tokens": self.max_item_tokens,
@@ -81,7 +92,14 @@ class RequestScorer:
         return results
 
     def _encode_item(self, request: ScoreRequest) -> EncodedItem:
-        return encode_request(self.chat, request, max_tokens=self.max_item_tokens, vocabulary=self.vocabulary)
+        assert self.reading is not None, "encoders have a scorer of their own"
+        return encode_request(
+            self.chat,
+            request,
+            reading=self.reading,
+            max_tokens=self.max_item_tokens,
+            vocabulary=self.vocabulary,
+        )
 
     def _encode(self, requests: Sequence[ScoreRequest]) -> tuple[dict[int, EncodedItem], list[tuple[int, ScoreResult]]]:
         encoded: dict[int, EncodedItem] = {}

@@ -16,6 +16,8 @@ from rlhf_ray.actors.critic_worker import RegressionWorker
 from rlhf_ray.actors.model_worker import Part, WorkerSetup
 from rlhf_ray.actors.request_scoring import RequestScorer, TextPairScorer, score_apart, scoring_packs
 from rlhf_ray.actors.worker import Worker
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.console import get_logger
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -23,6 +25,7 @@ from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
     from rlhf_ray.models.forward.parallel_packs import ParallelPacks
+    from rlhf_ray.models.reward_reading import RewardReading
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class RewardSetup(WorkerSetup):
     """Token budget of what a rank computes at once when it scores requests."""
     max_item_tokens: int = 4096
     """The longest item that is scored."""
+
+
+def scoring_reading(setup: RewardSetup, tokenizer: Any, rank: int) -> RewardReading:
+    """How a model that scores reads its items; rank 0 says it, and what has changed since the training."""
+    from rlhf_ray.models import load_reward_reading
+
+    role, model = setup.config, setup.config.model
+    said = {"form": role.form, "scored_token": role.scored_token} if isinstance(role, ScoringRole) else {}
+    reading: RewardReading = load_reward_reading(model, tokenizer, **said)
+    if rank == 0:
+        get_logger(__name__).info("%s %s", model.path or "a made model", reading.sentence())
+        for warning in reading.warnings:
+            get_logger(__name__).warning("%s", warning)
+    return reading
 
 
 class RewardWorker(RegressionWorker[RewardSetup]):
@@ -46,15 +63,21 @@ class RewardWorker(RegressionWorker[RewardSetup]):
     def setup(self, setup: RewardSetup) -> str:
         from rlhf_ray.models import load_tokenizer
 
+        self.tokenizer = load_tokenizer(setup.config.model)
+        reading = self._reading(setup)
         line = super().setup(setup)
         self.scorer = RequestScorer(
-            load_tokenizer(setup.config.model),
+            self.tokenizer,
             self.hf_model.config,
+            reading=reading,
             vocabulary=self.hf_model.get_input_embeddings().num_embeddings,
             max_item_tokens=setup.max_item_tokens,
         )
         self.streams = self._make_streams(setup)
-        return line
+        return f"{line}, {reading.sentence()}"
+
+    def _reading(self, setup: RewardSetup) -> RewardReading:
+        return scoring_reading(setup, self.tokenizer, self.rank)
 
     def _make_streams(self, setup: RewardSetup) -> ParallelPacks | None:
         from rlhf_ray.models.forward.parallel_packs import ParallelPacks
@@ -68,7 +91,7 @@ class RewardWorker(RegressionWorker[RewardSetup]):
         return ParallelPacks(threads)
 
     def describe(self) -> dict[str, Any]:
-        """What callers must know of this model: its tokenizer and template, its limit, its mean and std if it normalises."""
+        """What callers must know of this model: its tokenizer and template, how it reads, its limit, and its mean and std."""
         return self.scorer.describe()
 
     def scores(
@@ -118,21 +141,25 @@ class VllmRewardWorker(Worker):
         from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
         model = setup.config.model
+        tokenizer = load_tokenizer(model)
         self.runner = VllmScorer(
             model, max_item_tokens=setup.max_item_tokens, gpus=setup.config.resources.gpus_per_rank
         )
+        reading = None if self.runner.encoder else scoring_reading(setup, tokenizer, self.rank)
         scorer = TextPairScorer if self.runner.encoder else RequestScorer
         self.scorer = scorer(
-            load_tokenizer(model),
+            tokenizer,
             self.runner.config,
+            reading=reading,
             vocabulary=self.runner.vocabulary,
             max_item_tokens=self.runner.max_item_tokens,
         )
         self.phase = "ready"
-        return f"{model.path}: reward in vLLM's pooling runner, {model.dtype}"
+        how = "" if reading is None else f", {reading.sentence()}"
+        return f"{model.path}: reward in vLLM's pooling runner, {model.dtype}{how}"
 
     def describe(self) -> dict[str, Any]:
-        """What callers must know of this model: its tokenizer and template, its limit, its mean and std if it normalises."""
+        """What callers must know of this model: its tokenizer and template, how it reads, its limit, and its mean and std."""
         return self.scorer.describe()
 
     def scores(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,6 +12,9 @@ from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
+
+if TYPE_CHECKING:
+    from rlhf_ray.models.reward_reading import RewardReading
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,14 @@ class TrainedRewardSetup(RewardSetup):
 
 
 class TrainedRewardWorker(RewardWorker):
-    """The reward model in training."""
+    """The reward model in training: always read at the end of an answer, with which it therefore does not pad."""
+
+    def _reading(self, setup: RewardSetup) -> RewardReading:
+        from rlhf_ray.models.reward_reading import answer_ends, training_reading
+        from rlhf_ray.models.weights.tokenizer import add_pad_token
+
+        add_pad_token(self.tokenizer, ends=answer_ends(self.tokenizer))
+        return training_reading(self.tokenizer)
 
     def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
         settings = cast(TrainedRewardSetup, self.settings)
@@ -37,7 +47,7 @@ class TrainedRewardWorker(RewardWorker):
         weights = (pair for group in self.engine.full_state(self.hf_model) for pair in group)
         trained = [(name, tensor) for name, tensor in weights if ".lora_" in name or name.startswith(head)]
         if self.rank == 0:
-            save_adapter(self.model, self.scorer.chat.tokenizer, directory, tensors=trained, metadata=metadata)
+            save_adapter(self.model, self.tokenizer, directory, tensors=trained, metadata=metadata)
 
     def scores_on_disk(self, directory: str, batch: TrajectoryBatch) -> list[float]:
         """The scores that the model saved in ``directory`` gives to ``batch``.

@@ -101,6 +101,16 @@ class ChatFormat:
         ((prompt_ids, (answer,)),) = self.encode_answers([prompt], [[self.answer_text(conversation, prompt)]])
         return prompt_ids, answer if finished else answer[:-1]
 
+    def rendering_ids(
+        self, messages: Messages, tools: Tools | None = None, variables: Variables | None = None, *, where: str = ""
+    ) -> Ids:
+        """The ids of all that the template writes for a conversation that ends with an answer.
+
+        Nothing is trained on them: programs elsewhere read reward models at the last one.
+        """
+        text = self._render(Conversation(messages, tools, variables, where), answer_follows=False)
+        return tokenize(self.tokenizer, [text])[0]
+
     def encode_answers(self, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[tuple[Ids, list[Ids]]]:
         """For each prompt that the template has written its ids, and those of the answers after it with their end token."""
         rows = join_answers(self.tokenizer, partial(tokenize, self.tokenizer), prompts, answers)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.data.cache import hash_content, load_or_make, make_key
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EncodedPair, encode_in_parts, encode_pair_part, without_refused_pairs
@@ -26,7 +27,7 @@ from rlhf_ray.rows.read import read_file, report_bad_rows
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.rows.sources import RowSource, content_files
 
-FORMAT = 4
+FORMAT = 5
 """To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
 BAD_ROWS = b"bad rows"
@@ -43,6 +44,7 @@ SCHEMA = pa.schema(
         "margin": pa.float64(),
         "grade": pa.float64(),
         "source": pa.string(),
+        "form": pa.string(),
     }
 )
 
@@ -61,6 +63,8 @@ class PairExample:
     """Tokens of the prompt, the same in both sides."""
     cut: int = 0
     """Tokens that the prompt has lost."""
+    form: Form = "text"
+    """Whether prompt and answers are texts, or messages that the chat template has written."""
 
 
 class PairRow(NamedTuple):
@@ -154,17 +158,18 @@ def _make_table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair |
         "problem": [outcome if isinstance(outcome, str) else "" for outcome in outcomes],
         **{name: [getattr(pair, name) for pair in pairs] for name in EncodedPair._fields},
         **{name: [getattr(row, name) for row in rows] for name in ("margin", "grade", "source")},
+        "form": ["conversation" if row.texts is None else "text" for row in rows],
     }
     return pa.table(columns, schema=SCHEMA)
 
 
 def _read_table(table: pa.Table, source: str = "") -> list[PairRow]:
     chosen, rejected = _id_views(table["chosen"]), _id_views(table["rejected"])
-    names = ("prompt", "problem", "losses", "margin", "grade", "source", "prompt_length", "cut")
+    names = ("prompt", "problem", "losses", "margin", "grade", "source", "prompt_length", "cut", "form")
     columns = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [
-        PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *lengths), losses)
-        for better, worse, (prompt, problem, losses, margin, grade, own_source, *lengths) in zip(
+        PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *rest), losses)
+        for better, worse, (prompt, problem, losses, margin, grade, own_source, *rest) in zip(
             chosen, rejected, columns, strict=True
         )
     ]

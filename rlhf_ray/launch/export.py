@@ -8,17 +8,30 @@ would compute other scores.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray import storage
 from rlhf_ray.config.files.encoders import encoder_type
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.config.sections.models import Dtype, ModelConfig
+from rlhf_ray.config.sections.roles import ScoredToken
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
-from rlhf_ray.models import load_policy, load_regression, load_tokenizer, save_pretrained
+from rlhf_ray.models import (
+    SequenceRegression,
+    load_policy,
+    load_regression,
+    load_reward_reading,
+    load_tokenizer,
+    save_pretrained,
+)
 from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.models.head_layouts import scores
+from rlhf_ray.models.reward_reading import answer_ends
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
+from rlhf_ray.models.weights.tokenizer import add_pad_token
 
 FINAL = "final"
 
@@ -29,11 +42,13 @@ def export(
     *,
     dtype: Dtype | None = None,
     head_prefix: str = HEAD_NAME,
+    scored_token: Literal["end", "before_end"] | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write ``source`` (a run directory, a model directory, an adapter, a hub id) to ``target``, a new directory.
 
-    ``dtype`` defaults to the one that the files store; ``head_prefix`` names the head for OpenRLHF.
+    ``dtype`` defaults to the one that the files store; ``head_prefix`` names the head for OpenRLHF. ``scored_token`` says at
+    which token a reward model that does not remember it is read; what is written is read there by transformers too.
     """
     path = _model_directory(source)
     if Path(target).exists():
@@ -43,11 +58,12 @@ def export(
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
     _refuse_encoder(path, checkpoint)
     scored = scores(checkpoint, checkpoint.raw_config().get("value_head_prefix", HEAD_NAME))
-    if head_prefix != HEAD_NAME and not scored:
-        raise RequestError(f"--head-prefix names a score head, but {path} has none: leave it out")
+    for option, value, default in (("--head-prefix", head_prefix, HEAD_NAME), ("--scored-token", scored_token, None)):
+        if value != default and not scored:
+            raise RequestError(f"{option} is about a score head, but {path} has none: leave it out")
     config = ModelConfig(path=path, dtype=dtype or _stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(config)
-    model = load_regression(config, "reward") if scored else load_policy(config)
+    model = _load_reward_model(config, tokenizer, scored_token) if scored else load_policy(config)
     pending = storage.begin_directory(target)
     try:
         save_pretrained(model, tokenizer, pending.path, head_prefix=head_prefix)
@@ -69,6 +85,22 @@ def _refuse_encoder(path: str, checkpoint: Checkpoint) -> None:
         raise RequestError(
             f"{path} is an encoder ({kind}), which this project scores with as it lies and never changes: copy its directory"
         )
+
+
+def _load_reward_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, scored_token: ScoredToken | None
+) -> SequenceRegression:
+    """The model and its tokenizer with such a pad token that transformers, which skips it, reads where this project does."""
+    reading = load_reward_reading(config, tokenizer, scored_token=scored_token)
+    ends = answer_ends(tokenizer)
+    if reading.scored_token != "before_end":
+        add_pad_token(tokenizer, ends=ends)
+    elif tokenizer.pad_token_id not in ends:
+        tokenizer.pad_token = reading.end_token
+    get_logger(__name__).info("%s %s", config.path, reading.sentence())
+    for warning in reading.warnings:
+        get_logger(__name__).warning("%s", warning)
+    return load_regression(config, "reward", tokenizer=tokenizer)
 
 
 def _model_directory(source: str) -> str:

@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "load_policy": ".from_config",
         "load_regression": ".from_config",
         "load_generation_ends": ".weights.tokenizer",
+        "load_reward_reading": ".reward_reading",
         "load_tokenizer": ".weights.tokenizer",
         "make_model": ".weights.tiny_llama",
         "packed_forward": ".forward.packed",

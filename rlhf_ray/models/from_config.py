@@ -60,12 +60,13 @@ def load_regression(
     ds_config: dict[str, Any] | None = None,
     seed: int = 0,
     normalize_reward: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SequenceRegression:
-    """Load or make a reward model or critic, with a pad token.
+    """Load or make a reward model or critic, with a pad token: that of ``tokenizer``, by default of the model's own.
 
     Whatever is not loaded (head, adapters, new rows of the embedding) is drawn from ``seed``.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config) if tokenizer is None else tokenizer
     if config.path is None and normalize_reward:
         raise ModelLoadError(
             "a model made from a shape has no mean and std to normalise rewards with: leave normalize off"
@@ -84,6 +85,7 @@ def load_regression(
                 load_in_4bit=config.quantization is not None,
                 ds_config=ds_config,
                 init_value_head=config.path is None or config.head_init is not None,
+                replace_value_head=config.replace_head,
                 head_init=config.head_init or "inv_sqrt",
                 value_head_prefix=config.value_head_prefix,
                 normalize_reward=normalize_reward,

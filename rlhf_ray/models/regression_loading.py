@@ -22,6 +22,7 @@ from rlhf_ray.models.head_layouts import (
     outside_backbone,
     read_head,
     require_head,
+    scores,
 )
 from rlhf_ray.models.heads import Head, HeadInit, ScoreHead, fresh_head
 from rlhf_ray.models.regression import CriticModel, RewardModel, SequenceRegression
@@ -50,6 +51,7 @@ def get_llm_for_sequence_regression(
     attn_implementation: str = "flash_attention_2",
     ds_config: dict[str, Any] | None = None,
     init_value_head: bool = False,
+    replace_value_head: bool = True,
     value_head_prefix: str = "score",
     device_map: Any = None,
     packing_samples: bool = False,
@@ -64,7 +66,8 @@ def get_llm_for_sequence_regression(
     ``model_name_or_path`` is a directory or hub id: a ``*ForSequenceClassification`` model of transformers, a model of
     OpenRLHF, a value-head model of TRL, or any other whose head :mod:`rlhf_ray.models.head_layouts` reads. With
     ``init_value_head`` it may be any causal language model, which gets a fresh head of kind ``head_init``, drawn from
-    ``seed``. If ``ds_config`` asks for ZeRO-3, the backbone is built in shards, on all ranks together.
+    ``seed``; without ``replace_value_head`` a head that it has already is kept. If ``ds_config`` asks for ZeRO-3, the backbone
+    is built in shards, on all ranks together.
     """
     _class_for(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
@@ -75,7 +78,8 @@ def get_llm_for_sequence_regression(
     prefix = _head_name(raw, value_head_prefix)
     normalization = _read_normalization(raw, checkpoint, normalize_reward)
     beside = None if checkpoint.adapter is None else find_adapter_head(checkpoint.adapter)
-    if not init_value_head and beside is None:
+    fresh = init_value_head and (replace_value_head or not scores(checkpoint, prefix))
+    if not fresh and beside is None:
         require_head(checkpoint, prefix, trust_remote_code=trust_remote_code)
     backbone = load_weights(
         AutoModel,
@@ -87,11 +91,12 @@ def get_llm_for_sequence_regression(
         trust_remote_code=trust_remote_code,
         load_in_4bit=load_in_4bit,
     )
-    head, bias, origin = (
-        _load_head(*(beside or (checkpoint, find_head(checkpoint, prefix))), checkpoint, backbone)
-        if not init_value_head
-        else _make_fresh_head(checkpoint, prefix, backbone, head_init, seed, trust_remote_code)
-    )
+    place, found = beside or (checkpoint, find_head(checkpoint, prefix))
+    if fresh:
+        head, bias, origin = _make_fresh_head(checkpoint, found, backbone, head_init, seed, trust_remote_code)
+    else:
+        head, bias, origin = _load_head(place, found, checkpoint, backbone)
+        origin += "; head_init is for a model without a head, and is not used" if init_value_head else ""
     model = wrap_backbone(
         backbone,
         head,
@@ -179,14 +184,19 @@ def _load_head(
 
 
 def _make_fresh_head(
-    checkpoint: Checkpoint, prefix: str, backbone: PreTrainedModel, init: HeadInit, seed: int, trust_remote_code: bool
-) -> tuple[ScoreHead, float, str]:
-    found = find_head(checkpoint, prefix)
-    trained = found.kind if found else ", ".join(outside_backbone(checkpoint, trust_remote_code=trust_remote_code)[:4])
+    checkpoint: Checkpoint,
+    found: FoundHead | None,
+    backbone: PreTrainedModel,
+    init: HeadInit,
+    seed: int,
+    trust_remote_code: bool,
+) -> tuple[Head, float, str]:
+    others = outside_backbone(checkpoint, trust_remote_code=trust_remote_code)
+    trained = found.kind if found else ", ".join(others[:4])
     if trained:
         get_logger(__name__).warning(
-            "%s holds a trained head (%s), which a fresh one replaces, because head_init (init_value_head) asks for it: leave "
-            "that out to go on with the trained one",
+            "%s holds a trained head (%s), which a fresh one replaces, because replace_head or init_value_head asks for it, or "
+            "it has no known name: leave them out, or name it in value_head_prefix, to go on with the trained one",
             checkpoint.adapter or checkpoint.directory,
             trained,
         )

@@ -3,11 +3,12 @@
 Invariants:
 
 - Token ids pass as they are. A text gets special tokens only where it asks for them, and none that it has already.
-- Nothing is stripped.
-- A conversation, and a prompt with its response, are written by the chat template of the reward model's tokenizer as in
-  training (:mod:`rlhf_ray.data.chat`), up to the token that ends the answer; where the tokenizer has none, a prompt and its
-  response are joined as in training, with one start and one end token.
+- Nothing is stripped, but of a text for a model that remembers its chat template what that writes after the end of an answer.
+- A conversation is written by the chat template of the reward model's tokenizer as in training (:mod:`rlhf_ray.data.chat`), up
+  to the token that ends the answer. A prompt with its response is joined as in training, with one start and one end token,
+  where the model reads texts; else they are turns of a conversation.
 - An answer that was cut by a limit gets no end token: its score is read at its last token.
+- Nothing follows the token at which the model's score is read (:class:`~rlhf_ray.models.reward_reading.RewardReading`).
 - An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
 
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.answer_ids import encode_answers
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
+
+if TYPE_CHECKING:
+    from rlhf_ray.models.reward_reading import RewardReading
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,16 @@ class EncodedItem:
     truncated: bool
 
 
-def encode_request(chat: ChatFormat, request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> EncodedItem:
+def encode_request(
+    chat: ChatFormat, request: ScoreRequest, *, reading: RewardReading, max_tokens: int, vocabulary: int
+) -> EncodedItem:
     """Token ids of ``request``; raises :class:`ScoringError` for an item that cannot be scored as it is.
 
-    ``max_tokens`` is the longest item, ``vocabulary`` the number of token ids that the reward model knows.
+    ``reading`` is how the reward model reads, ``max_tokens`` the longest item, ``vocabulary`` the number of token ids that
+    the model knows.
     """
     try:
-        token_ids = _token_ids(chat, request)
+        token_ids = reading.scored_ids(_token_ids(chat, request, reading))
     except DataError as error:
         raise ScoringError(str(error)) from error
     check_item(token_ids, request, max_tokens=max_tokens, vocabulary=vocabulary)
@@ -57,19 +64,20 @@ def check_item(token_ids: Sequence[int], request: ScoreRequest, *, max_tokens: i
         )
 
 
-def _token_ids(chat: ChatFormat, request: ScoreRequest) -> list[int]:
+def _token_ids(chat: ChatFormat, request: ScoreRequest, reading: RewardReading) -> list[int]:
     tokenizer = chat.tokenizer
     if request.token_ids is not None:
         return list(request.token_ids)
     if request.text is not None:
-        plain = list(tokenizer(request.text, add_special_tokens=False)["input_ids"])
+        plain = list(tokenizer(reading.without_tail(request.text), add_special_tokens=False)["input_ids"])
         return _with_special_tokens(tokenizer, request.text, plain) if request.add_special_tokens else plain
     if request.messages is not None:
-        return _conversation(chat, request.messages, request)
+        _require_conversations(tokenizer, reading)
+        return _conversation(chat, request.messages, request, reading)
     assert request.prompt is not None and request.response is not None, "a request holds one representation"
-    if tokenizer.chat_template is not None:
+    if "text" not in reading.forms:
         turns = (("user", request.prompt), ("assistant", request.response))
-        return _conversation(chat, [{"role": role, "content": text} for role, text in turns], request)
+        return _conversation(chat, [{"role": role, "content": text} for role, text in turns], request, reading)
     before, (after,) = encode_answers(tokenizer, request.prompt, [request.response])
     return [*before, *(after if request.finished else after[:-1])]
 
@@ -90,7 +98,17 @@ def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[in
     return whole
 
 
-def _conversation(chat: ChatFormat, messages: Sequence[Mapping[str, Any]], request: ScoreRequest) -> list[int]:
+def _require_conversations(tokenizer: Any, reading: RewardReading) -> None:
+    if tokenizer.chat_template is not None and "conversation" not in reading.forms:
+        raise ScoringError(
+            f"the item is a conversation, but the reward model reads plain texts ({reading.reason}): send prompt and response "
+            "as texts"
+        )
+
+
+def _conversation(
+    chat: ChatFormat, messages: Sequence[Mapping[str, Any]], request: ScoreRequest, reading: RewardReading
+) -> list[int]:
     if chat.tokenizer.chat_template is None:
         raise ScoringError(
             "the item is a conversation, but the reward model's tokenizer has no chat template: send text"
@@ -99,5 +117,7 @@ def _conversation(chat: ChatFormat, messages: Sequence[Mapping[str, Any]], reque
         raise ScoringError(
             "a conversation is scored at its last answer, so it must end with a message of the assistant"
         )
+    if reading.scored_token == "rendering" and request.finished:
+        return chat.rendering_ids(messages, request.tools, request.chat_template_kwargs)
     prompt, answer = chat.encode(messages, request.tools, request.chat_template_kwargs, finished=request.finished)
     return [*prompt, *answer]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EQUAL, TOO_LONG, Drops, encode_pairs, encode_prompts
 from rlhf_ray.errors import DataError, ScoringError
+from rlhf_ray.models.reward_reading import assumed_reading
 from rlhf_ray.rewards.encoding import encode_request
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rows.preferences import PreferencePair, read_preferences
@@ -34,6 +35,12 @@ def user(text):
 
 def assistant(text, **more):
     return {"role": "assistant", "content": text, **more}
+
+
+def limits(chat):
+    """How a model that remembers nothing reads, and no limits."""
+    reading = assumed_reading("model", chat.tokenizer, None, form="conversation")
+    return {"reading": reading, "max_tokens": MANY, "vocabulary": MANY}
 
 
 def encode_pair(chat, row, max_tokens=MANY, **options):
@@ -76,12 +83,12 @@ def test_training_scoring_and_sampling_have_the_same_ids(name):
             assert pair.rejected == [*before, *chat.tokenizer("no")["input_ids"], end]
             assert pair.prompt_length >= len(before)
             item = ScoreRequest(messages=(*prompt, assistant(answer)), chat_template_kwargs=dict(chat.variables))
-            assert list(encode_request(chat, item, max_tokens=MANY, vocabulary=MANY).token_ids) == whole
+            assert list(encode_request(chat, item, **limits(chat)).token_ids) == whole
             cut = ScoreRequest(messages=(*prompt, assistant(answer)), finished=False)
-            assert list(encode_request(chat, cut, max_tokens=MANY, vocabulary=MANY).token_ids) == whole[:-1]
+            assert list(encode_request(chat, cut, **limits(chat)).token_ids) == whole[:-1]
             if prompt == [user("why?")]:
                 item = ScoreRequest(prompt="why?", response=answer)
-                assert list(encode_request(chat, item, max_tokens=MANY, vocabulary=MANY).token_ids) == whole
+                assert list(encode_request(chat, item, **limits(chat)).token_ids) == whole
 
 
 @quick
@@ -226,7 +233,7 @@ def test_a_template_that_leaves_out_what_is_said_is_refused(talking, template, w
         encode_pair(chat, PreferencePair([user("q")], [assistant("a")], [assistant("b")]))
     item = ScoreRequest(messages=(user("q"), assistant("a")))
     with pytest.raises(ScoringError, match=problem):
-        encode_request(chat, item, max_tokens=MANY, vocabulary=MANY)
+        encode_request(chat, item, **limits(chat))
 
 
 def test_a_template_that_wants_tools_is_read_with_them(talking):

@@ -231,7 +231,8 @@ def test_a_fresh_head_in_place_of_a_trained_one_is_a_warning(tmp_path: Path, cap
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert [message for message in warnings if "a fresh one replaces" in message] == (
             [f"{path} holds a trained head ({next(iter(tensors)).removesuffix('.weight' * (name == 'known'))}), which a fresh "
-             "one replaces, because head_init (init_value_head) asks for it: leave that out to go on with the trained one"]
+             "one replaces, because replace_head or init_value_head asks for it, or it has no known name: leave them out, or "
+             "name it in value_head_prefix, to go on with the trained one"]
             if tensors else []
         )  # fmt: skip
 

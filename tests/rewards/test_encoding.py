@@ -4,6 +4,8 @@ too long is refused, or loses its beginning.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_demonstrations
 from rlhf_ray.errors import ScoringError
+from rlhf_ray.models.reward_reading import assumed_reading
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rows.demonstrations import Demonstration
@@ -26,7 +29,9 @@ VOCABULARY = len(PLAIN)
 def encoded(
     request: ScoreRequest, tokenizer: PreTrainedTokenizerFast = PLAIN, max_tokens: int = 1000
 ) -> tuple[int, ...]:
-    return encode_request(ChatFormat(tokenizer), request, max_tokens=max_tokens, vocabulary=VOCABULARY).token_ids
+    reading = assumed_reading("model", tokenizer, tokenizer.pad_token_id)
+    chat = ChatFormat(tokenizer)
+    return encode_request(chat, request, reading=reading, max_tokens=max_tokens, vocabulary=VOCABULARY).token_ids
 
 
 def written(text: str) -> tuple[int, ...]:
@@ -127,13 +132,10 @@ def test_what_is_too_long_is_refused_or_loses_its_beginning() -> None:
     assert encoded(ScoreRequest(text="abcd"), max_tokens=4) == written("abcd")
     with pytest.raises(ScoringError, match="has 5 tokens, the limit is 4: shorten it, or ask for truncate"):
         encoded(ScoreRequest(text="abcde"), max_tokens=4)
-    cut = encode_request(
-        ChatFormat(PLAIN), ScoreRequest(text="abcde", truncate=True), max_tokens=4, vocabulary=VOCABULARY
-    )
+    limits: Any = {"reading": assumed_reading("model", PLAIN, 0), "max_tokens": 4, "vocabulary": VOCABULARY}
+    cut = encode_request(ChatFormat(PLAIN), ScoreRequest(text="abcde", truncate=True), **limits)
     assert cut == EncodedItem(written("bcde"), truncated=True)
-    whole = encode_request(
-        ChatFormat(PLAIN), ScoreRequest(text="abcd", truncate=True), max_tokens=4, vocabulary=VOCABULARY
-    )
+    whole = encode_request(ChatFormat(PLAIN), ScoreRequest(text="abcd", truncate=True), **limits)
     assert not whole.truncated
 
 

@@ -24,6 +24,7 @@ SERVED = ModelConfig(
     gradient_checkpointing=True,
     trust_remote_code=True,
     head_init="zero",
+    replace_head=True,
     value_head_prefix="v_head",
 )
 """A model with a value of its own in every field."""

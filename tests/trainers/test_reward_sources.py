@@ -77,7 +77,7 @@ def test_the_variables_of_the_template_count_as_the_template_does(conversations:
     quiet = {"enable_thinking": False}
     same: dict[str, Any] = {"fingerprint": fingerprint(POLICY), "template": template_fingerprint(POLICY)}
     for mine, theirs in (({}, {}), (quiet, quiet), (quiet, {}), ({}, quiet)):
-        group = DescribedGroup(**same, template_variables=theirs)
+        group = DescribedGroup(**same, reads={"template_variables": theirs})
         passed = source(MODEL, group, conversations=conversations, variables=mine).policy is not None
         assert passed is (mine == theirs or not conversations)
 

@@ -44,7 +44,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     head_init: Literal["hf", "inv_sqrt", "inv", "zero"] | None = None
-    """How a new score head is initialised; null means that the checkpoint must hold one."""
+    """How a score head is initialised where the checkpoint holds none; null means that it must hold one."""
+    replace_head: bool = False
+    """Draw a fresh head although the checkpoint holds a trained one, which is lost."""
     value_head_prefix: str = "score"
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -52,5 +54,7 @@ class ModelConfig(Section):
             yield "", "set exactly one of path (a directory or hub id) and make (a small model made here)"
         if self.revision is not None and self.path is None:
             yield "revision", "a made model has no revision: remove it, or name a hub id in path"
+        if self.replace_head and self.head_init is None:
+            yield "replace_head", "true draws a fresh score head: set head_init to how, such as inv_sqrt, or remove it"
         if self.quantization is not None and self.dtype == "fp32":
             yield "quantization", f"{self.quantization} computes in half precision, but dtype is fp32: set it to bf16"

@@ -14,7 +14,7 @@ from pydantic import Field
 from rlhf_ray.config.sections.base import FreeValues, NonNegativeFloat, Positive, PositiveFloat, Section
 from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.config.sections.roles import RoleConfig, Scorer, ScoringRole
+from rlhf_ray.config.sections.roles import Form, RoleConfig, ScoredToken, Scorer, ScoringRole
 from rlhf_ray.rows.labels import Compared
 from rlhf_ray.user_code import REWARD_SOURCES, spelling_problem
 
@@ -38,6 +38,8 @@ class RewardSourceConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     max_tokens_per_micro_batch: Positive | None = None
     scorer: Scorer = "packed"
+    form: Form | None = None
+    scored_token: ScoredToken | None = None
     function: str | None = None
     """``package.module:name``, ``path.py:name``, or one of :data:`SHIPPED_FUNCTIONS`."""
     url: str | None = None
@@ -78,6 +80,9 @@ class RewardSourceConfig(Section):
             yield "normalize", "the mean and deviation stand in a reward model's directory: a function has none"
         if self.scorer != "packed" and self.role is None:
             yield "scorer", f"{self.scorer} runs a reward model: set model too, or remove it"
+        for key in ("form", "scored_token"):
+            if getattr(self, key) is not None and self.role is None:
+                yield key, f"{getattr(self, key)} says how a reward model is read: set model too, or remove it"
         if self.role is not None:
             yield from self.role.conflicts()
         if self.samples_per_call is not None and self.model is not None:

@@ -38,6 +38,11 @@ class RoleConfig(Section):
 
 
 Scorer = Literal["packed", "vllm"]
+Form = Literal["conversation", "text"]
+"""``conversation``: prompt and answer are messages, written by the chat template. ``text``: both are joined as they are."""
+ScoredToken = Literal["end", "before_end", "rendering"]
+"""Where a score is read. ``end``: at the token that ends the answer. ``before_end``: at the last token before it.
+``rendering``: at the last token of all that the chat template writes, such as a newline after the end of the turn."""
 
 
 class ScoringRole(RoleConfig):
@@ -45,6 +50,10 @@ class ScoringRole(RoleConfig):
 
     scorer: Scorer = "packed"
     """What runs it: the packed forward on the role's engine, or vLLM's pooling runner."""
+    form: Form | None = None
+    """What it was trained on, where its directory does not say. Null: conversations if it has a chat template, else texts."""
+    scored_token: ScoredToken | None = None
+    """Where it was trained to be read, where its directory does not say. Null: at the end, or as transformers reads it."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.scorer == "vllm":

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_ray.config.files.architectures import quantized
+from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.config.files.score_heads import HEAD_NAME as HEAD_NAME
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import ModelLoadError
@@ -111,18 +112,23 @@ class Checkpoint:
             raise ModelLoadError(f"{self.directory / 'config.json'} cannot be read: {error}") from error
         for name, value in self._trained_with_adapter().items():
             setattr(config, name, value)
+        if self.adapter is not None and KEY not in self._trained_with_adapter():
+            vars(config).pop(KEY, None)  # it is of the base alone
         return config
 
     def raw_config(self) -> dict[str, Any]:
         """Read config.json as it stands, without the defaults of transformers."""
-        return _read_json(self.directory / "config.json") | self._trained_with_adapter()
+        raw = _read_json(self.directory / "config.json")
+        if self.adapter is not None:
+            raw.pop(KEY, None)  # the record of the base says nothing of the adapter
+        return raw | self._trained_with_adapter()
 
     def _trained_with_adapter(self) -> dict[str, Any]:
-        """Return the mean and std that lie beside the adapter, if any."""
+        """Return the mean and std that lie beside the adapter, and the record of its training, as far as they are there."""
         if self.adapter is None or not (self.adapter / "config.json").is_file():
             return {}
         beside = _read_json(self.adapter / "config.json")
-        return {name: beside[name] for name in NORMALIZATION if name in beside}
+        return {name: beside[name] for name in (*NORMALIZATION, KEY) if name in beside}
 
 
 def find_base(directory: Path) -> tuple[str, str | None] | None:

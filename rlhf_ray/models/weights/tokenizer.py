@@ -1,11 +1,13 @@
 """Loading the tokenizer of a model, and giving it a pad token.
 
-Invariant: the pad token is the tokenizer's own or a dedicated one, and never another token unless the caller asks for it.
+Invariants: the pad token is the tokenizer's own or a dedicated one, and never another token unless the caller asks for it. Of
+a reward model that is read at the end of an answer, the pad token ends no answer: transformers reads a score at the last
+token that is not the pad token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -52,13 +54,15 @@ def load_generation_ends(config: ModelConfig) -> tuple[int, ...]:
     return tuple(token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int))
 
 
-def add_pad_token(tokenizer: PreTrainedTokenizerBase, *, pad_with_eos: bool = False) -> bool:
+def add_pad_token(
+    tokenizer: PreTrainedTokenizerBase, *, pad_with_eos: bool = False, ends: Collection[int] = ()
+) -> bool:
     """Give a tokenizer without a pad token a dedicated one; return whether the vocabulary has grown.
 
-    ``pad_with_eos`` uses the end-of-sequence token instead. Scores are correct even then, since they are read at the last
-    *attended* token.
+    One that pads with one of ``ends``, the tokens that end an answer, gets a dedicated one too. ``pad_with_eos`` uses the
+    end-of-sequence token instead. Scores are correct even then, since they are read at the last *attended* token.
     """
-    if tokenizer.pad_token_id is not None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return False
     if pad_with_eos:
         if tokenizer.eos_token_id is None:

@@ -69,7 +69,10 @@ def make_reward_source(
         return ModelSource(scorer, policy=passes_ids(description), stop_tokens=stop_tokens, mean=mean, std=std)
 
     def passes_ids(description: Mapping[str, Any]) -> ChatFormat | None:
-        template = description.get("template"), description.get("template_variables", {})
+        reads = description.get("reads") or {}
+        if conversations and reads.get("scored_token") == "rendering":
+            return None
+        template = description.get("template"), reads.get("template_variables", {})
         same_template = template == (template_fingerprint(policy.tokenizer), dict(policy.variables))
         same_tokenizer = description.get("fingerprint") == fingerprint(policy.tokenizer)
         return policy if same_tokenizer and (same_template or not conversations) else None

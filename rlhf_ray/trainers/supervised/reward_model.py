@@ -14,6 +14,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.load import load_pairs
 from rlhf_ray.models import load_tokenizer
+from rlhf_ray.models.reward_reading import make_reward_record
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -33,6 +34,7 @@ def train_reward_model(
     """Train, evaluate, keep the best model, write ``final/`` and the report; ``place`` is where the ranks live."""
     tokenizer = load_tokenizer(config.reward.model)
     examples = load_pairs(config.data, tokenizer, config.run.seed, graded=config.loss.name == "ordinal")
+    record = make_reward_record(tokenizer, {pair.form for pair in examples.train}, config.data.template_variables)
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
     per_update = config.batch.pairs_per_update
     task = Task(examples.train, make_pair_batch, loss, per_update, examples.parts, config.epochs, unit=2)
@@ -42,7 +44,7 @@ def train_reward_model(
         started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
         reward = started.load().result()
         held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
-        saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer)
+        saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer, record)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
         with Journal(run, config) as journal:
             journal.measure_against(reward.compute_shape().result(), reward.matmul_rate().result())

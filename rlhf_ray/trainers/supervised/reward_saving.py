@@ -1,7 +1,8 @@
 """Write a reward model to disk, and check that what was written gives the same scores.
 
 Invariants: every directory that is committed here was read back, and its scores of some pairs were those of the model in
-training. ``mean`` and ``std`` in its ``config.json`` are over what ``normalization.over`` says.
+training. ``mean`` and ``std`` in its ``config.json`` are over what ``normalization.over`` says. The model remembers in which
+form its pairs were, with which tokenizer and template, and at which token it was scored.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from rlhf_ray import storage
 from rlhf_ray.actors.groups import TrainedRewardGroup
+from rlhf_ray.config.files.reward_record import KEY, RewardRecord
 from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import make_pair_batch
@@ -33,15 +35,21 @@ class RewardSaver:
     """Saves the model of the group ``reward`` as it is at that moment."""
 
     def __init__(
-        self, config: RewardModelConfig, reward: TrainedRewardGroup, pairs: Sequence[PairExample], tokenizer: Any
+        self,
+        config: RewardModelConfig,
+        reward: TrainedRewardGroup,
+        pairs: Sequence[PairExample],
+        tokenizer: Any,
+        record: RewardRecord,
     ) -> None:
-        """The shortest of ``pairs`` are scored again after each save."""
+        """The shortest of ``pairs`` are scored again after each save; ``record`` is what the model is to remember."""
         self.config, self.reward = config, reward
         self.max_tokens = config.reward.forward_tokens(config.batch)
         self._again = make_pair_batch(
             sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))[:RESCORED_PAIRS]
         )
         self._demonstrations = self._read_demonstrations(tokenizer)
+        self._record = record
 
     def final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
         """Write ``final/``, whole or not at all."""
@@ -59,7 +67,7 @@ class RewardSaver:
         Raises :class:`IntegrityError` if the scores differ by more than the dtype explains.
         """
         save = self.reward.save_adapter if self.config.save == "adapter" else self.reward.save_pretrained
-        save(str(pending.path), self.normalization(figures)).result()
+        save(str(pending.path), {**self.normalization(figures), KEY: self._record.as_json()}).result()
         live = self.scores(self._again)
         read = torch.tensor(self.reward.scores_on_disk(str(pending.path), self._again).result())
         off = float(((live - read).abs() / (1.0 + live.abs())).max())
