@@ -13,6 +13,7 @@ from datetime import datetime
 from itertools import product, takewhile
 from typing import Any, NamedTuple
 
+from rlhf_ray.config.files.tokenizers import NO_TEMPLATE
 from rlhf_ray.data.answer_ids import shared_length
 from rlhf_ray.errors import DataError
 
@@ -51,10 +52,7 @@ def render(
     """
     place = f"{where}: " if where else ""
     if tokenizer.chat_template is None:
-        raise DataError(
-            f"{place}holds a conversation, but the tokenizer has no chat template: start from a model whose tokenizer has "
-            "one, put a chat_template.jinja beside its tokenizer.json, or write the rows as plain texts"
-        )
+        raise DataError(f"{place}{NO_TEMPLATE}")
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],

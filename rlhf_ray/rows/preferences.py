@@ -65,6 +65,11 @@ class PreferencePair:
         return cast("tuple[str, str, str]", sides) if isinstance(self.prompt, str) else None
 
     @property
+    def is_conversation(self) -> bool:
+        """Whether prompt and answers are lists of messages."""
+        return not isinstance(self.prompt, str)
+
+    @property
     def conversations(self) -> tuple[Messages, Messages, Messages] | None:
         """Prompt, chosen and rejected answer where they are lists of messages."""
         sides = (self.prompt, self.chosen, self.rejected)

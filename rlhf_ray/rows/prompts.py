@@ -48,6 +48,11 @@ class Prompt:
     template_variables: Mapping[str, Any] | None = None
     """Variables that the chat template is given for this prompt alone."""
 
+    @property
+    def is_conversation(self) -> bool:
+        """Whether the prompt is a list of messages."""
+        return self.messages is not None
+
 
 @dataclass(frozen=True)
 class PromptReader(PlainReader):

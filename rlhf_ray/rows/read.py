@@ -162,15 +162,29 @@ def report_bad_rows(source: RowSource, bad_rows: Sequence[str]) -> None:
         get_logger("data").warning("%s: %d bad rows are left out (data.bad_rows): %s", source, len(bad_rows), shown)
 
 
-def first_problem(source: AnySource, reader: RowReader[Any]) -> str:
+def first_values(source: AnySource, reader: RowReader[Value], *, max_rows: int | None = None) -> list[Value]:
+    """What the reader makes of the rows that ``check`` reads and that are right."""
+    try:
+        outcomes = list(_outcomes(as_source(source), reader, _rows_checked(max_rows)))
+    except DataError:  # which first_problem tells
+        return []
+    return [outcome.value for outcome in outcomes if not isinstance(outcome.value, LayoutError)]
+
+
+def _rows_checked(max_rows: int | None) -> int:
+    """How many rows ``check`` reads of a file of which a job reads ``max_rows``."""
+    return min(ROWS_CHECKED, max_rows or ROWS_CHECKED)
+
+
+def first_problem(source: AnySource, reader: RowReader[Any], *, max_rows: int | None = None) -> str:
     """What is wrong with the first rows of a source: the first row that is, and how many are; empty where none is.
 
-    Where bad rows are dropped, there is a problem only if the whole source holds no other.
+    Where bad rows are dropped, there is a problem only if all that the job reads are wrong.
     """
     source = as_source(source)
     problems, count = [], 0
     try:
-        for outcome in _outcomes(source, reader, ROWS_CHECKED):
+        for outcome in _outcomes(source, reader, _rows_checked(max_rows)):
             count += 1
             if isinstance(outcome.value, LayoutError):
                 problems.append(": ".join(filter(None, (outcome.where, str(outcome.value), outcome.value.way_out))))
@@ -178,7 +192,8 @@ def first_problem(source: AnySource, reader: RowReader[Any]) -> str:
         return str(error) if reader.drops_bad_rows or not problems else problems[0]
     if not count:
         return f"{source}: holds no rows"
-    if reader.drops_bad_rows and (len(problems) < count or count >= ROWS_CHECKED):
+    seen_all = count < ROWS_CHECKED or (max_rows is not None and max_rows <= ROWS_CHECKED)
+    if reader.drops_bad_rows and (len(problems) < count or not seen_all):
         return ""
     further = f" ({len(problems)} of the first {count} rows are wrong)" if len(problems) > 1 else ""
     return f"{problems[0]}{further}" if problems else ""

@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from rlhf_ray.config.files.tokenizers import NO_TEMPLATE, has_chat_template
 from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.reward_training import RewardLossConfig
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.labels import KEY, LabelReader
 from rlhf_ray.rows.prompts import PromptReader
-from rlhf_ray.rows.read import RowReader, first_problem
+from rlhf_ray.rows.read import RowReader, first_problem, first_values
 from rlhf_ray.rows.row import LayoutError, make_row
 from rlhf_ray.rows.sources import placed_rows
+
+Value = TypeVar("Value")
 
 
 def data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
@@ -42,7 +47,7 @@ def _file_problems(
 ) -> Iterator[Problem]:
     file = data.file(name)
     if file is not None:
-        yield from _source_problems(f"data.sources.{name}.path" if name else "data.path", file, row_reader)
+        yield from _source_problems(_path_key(name), file, row_reader, data.max_rows)
 
 
 def _evaluation_file_problems(
@@ -50,19 +55,52 @@ def _evaluation_file_problems(
 ) -> Iterator[Problem]:
     if data.evaluation_file is not None:
         key = "data.evaluation_split" if data.evaluation_path is None else "data.evaluation_path"
-        yield from _source_problems(key, data.evaluation_file, row_reader)
+        yield from _source_problems(key, data.evaluation_file, row_reader, None)
 
 
 def _source_problems(
-    key: str, source: SourceConfig, row_reader: Callable[[SourceConfig], RowReader[Any]]
+    key: str, source: SourceConfig, row_reader: Callable[[SourceConfig], RowReader[Any]], max_rows: int | None
 ) -> Iterator[Problem]:
     if is_hub_id(source.path):
         return
     path = Path(source.path)
     if not path.exists():
         yield key, f"{path} does not exist: name a data file, as in {key}=pairs.jsonl.gz"
-    elif problem := first_problem(source.rows, row_reader(source)):
+    elif problem := first_problem(source.rows, row_reader(source), max_rows=max_rows):
         yield key, problem
+
+
+def _path_key(name: str) -> str:
+    return f"data.sources.{name}.path" if name else "data.path"
+
+
+def _first_values(data: DataConfig, make_reader: Callable[[SourceConfig], RowReader[Value]]) -> dict[str, list[Value]]:
+    """What the first rows of the training files that lie here hold, by the keys of their paths."""
+    return {
+        _path_key(name): first_values(file.rows, make_reader(file), max_rows=data.max_rows)
+        for name, file in data.files.items()
+        if not is_hub_id(file.path) and Path(file.path).exists()
+    }
+
+
+def loss_problems(loss: RewardLossConfig, data: DataConfig) -> Iterator[Problem]:
+    """Numbers of pairs that the loss reads and the first rows do not have, or have wrong."""
+    for key, pairs in _first_values(data, data.preference_reader).items():
+        problem = loss.number_problem([pair.margin for pair in pairs], [pair.grade for pair in pairs])
+        if problem:
+            yield key, problem
+
+
+def template_problems(
+    model: ModelConfig, data: DataConfig, make_reader: Callable[[SourceConfig], Any]
+) -> Iterator[Problem]:
+    """Conversations in the first rows, where the tokenizer of ``model`` is known to have no chat template."""
+    if data.world is not None or has_chat_template(model) is not False:
+        return
+    for key, values in _first_values(data, make_reader).items():
+        talk = next((value for value in values if value.is_conversation), None)
+        if talk is not None:
+            yield key, f"{talk.where}: {NO_TEMPLATE}"
 
 
 def label_problems(

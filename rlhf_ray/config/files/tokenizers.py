@@ -72,3 +72,22 @@ def not_one_token(text: str, count: int) -> str:
         f"rollout.stop_tokens: {text!r} is not one token of the policy's tokenizer ({count} tokens): name one that it has, "
         "such as '<|im_end|>' of ChatML models"
     )
+
+
+NO_TEMPLATE = (
+    "holds a conversation, but the tokenizer has no chat template: start from a model whose tokenizer has one, put a "
+    "chat_template.jinja beside its tokenizer.json, or write the rows as plain texts"
+)
+"""What is wrong with a row; it follows its place."""
+
+
+def has_chat_template(model: ModelConfig) -> bool | None:
+    """Whether the tokenizer of a model has a chat template; none where its files are not here. A made one has none."""
+    if model.make is not None:
+        return False
+    folder = Path(model.path or "")
+    settings = read_json(folder / "tokenizer_config.json")
+    if model.path is None or not isinstance(settings, dict):
+        return None
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    return bool(settings.get("chat_template")) or any((folder / name).exists() for name in files)

@@ -15,7 +15,7 @@ from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
-from rlhf_ray.config.files.rows import label_problems
+from rlhf_ray.config.files.rows import label_problems, template_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import role_sizes, shares, updates
@@ -132,6 +132,7 @@ class PpoConfig(TrainingJob):
             lambda: engine_problems(self.rollout, self.policy.model),
             self._readers_read_the_longest,
             self._label_problems,
+            lambda: template_problems(self.policy.model, self.data, self.row_reader),
             *(partial(_source_files, key, source) for key, source in self._reward_sources().items()),
             self._gold_file,
             self._own_part_files,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from rlhf_ray.config.checks.data import compares_with_no_label, has_pairs_to_learn, says_what_is_held_out
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import length_problems
-from rlhf_ray.config.files.rows import demonstration_problems
+from rlhf_ray.config.files.rows import demonstration_problems, loss_problems, template_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import epoch_sizes, role_sizes
 from rlhf_ray.config.problems import Problem, Rule
@@ -59,6 +59,8 @@ class RewardModelConfig(TrainingJob):
             lambda: demonstration_problems(
                 "normalization.demonstrations_path", self.normalization.demonstrations_path, self.data
             ),
+            lambda: loss_problems(self.loss, self.data),
+            lambda: template_problems(self.reward.model, self.data, self.row_reader),
             lambda: length_problems("reward.model", self.reward.model, "data.max_tokens", self.data.max_tokens),
         ]
 

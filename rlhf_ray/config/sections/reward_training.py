@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -31,6 +31,37 @@ class RewardLossConfig(Section):
     thresholds: list[PositiveFloat] | None = None
     """Thresholds of the loss ``ordinal``, one per grade, ascending; null means 0.5, 1.5, ... up to the highest grade of the
     data."""
+
+    def number_problem(self, margins: Sequence[float | None], grades: Sequence[float | None]) -> str:
+        """Why the loss cannot read the numbers of pairs, with the way out; empty where it can, or reads none."""
+        if self.name == "scaled":
+            if None in margins:
+                return (
+                    "loss.name scaled reads the margin of each pair, but the rows have none: add a column margin, take the "
+                    "difference of two ratings (data.ratings=margins), or choose another loss"
+                )
+            if any(margin is not None and margin < 0 for margin in margins):
+                return "loss.name scaled weighs pairs by their margin, but some are negative: make them 0 or more"
+        if self.name == "ordinal":
+            if None in grades:
+                return (
+                    "loss.name ordinal reads the grade of each pair, but the rows have none: add a column grade, or choose "
+                    "another loss"
+                )
+            return self._grade_problem([grade for grade in grades if grade is not None])
+        return ""
+
+    def _grade_problem(self, grades: Sequence[float]) -> str:
+        wrong = next((grade for grade in grades if grade < 0 or grade != int(grade)), None)
+        if wrong is not None:
+            return f"the grade {wrong:g} of a pair is not one of 0, 1, 2, ...: 0 is a tie, 1 the weakest preference"
+        highest = int(max(grades, default=1))
+        if self.thresholds is not None and highest > len(self.thresholds):
+            return (
+                f"the highest grade of the pairs is {highest}, but loss.thresholds has {len(self.thresholds)} numbers: give "
+                "one a grade"
+            )
+        return ""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         for key, name in (("hinge_margin", "hinge"), ("focal_gamma", "focal"), ("thresholds", "ordinal")):

@@ -22,18 +22,14 @@ def make_loss(config: RewardLossConfig, examples: Sequence[PairExample]) -> Rewa
 
     Raises :class:`DataError` if the pairs lack a number that the loss reads, or have one that it cannot use.
     """
+    problem = config.number_problem([pair.margin for pair in examples], [pair.grade for pair in examples])
+    if problem:
+        raise DataError(problem)
     ranking = _ranking(config, examples)
     present = [name for name in PAIR_NUMBERS if all(getattr(pair, name) is not None for pair in examples)]
-    if ranking.requires_number and ranking.reads not in present:
-        raise DataError(
-            f"loss.name {config.name} reads the {ranking.reads} of each pair, but the rows have none: add a column "
-            f"{ranking.reads}, or choose another loss"
-        )
     unread = [name for name in present if name != ranking.reads]
     if unread:
         get_logger("data").info("the loss %s does not read the pairs' %s", config.name, " and ".join(unread))
-    if config.name == "scaled" and min(pair.margin or 0.0 for pair in examples) < 0:
-        raise DataError("loss.name scaled weighs pairs by their margin, but some are negative: make them 0 or more")
     return RewardLoss(ranking, config.label_smoothing, config.centering, config.router_balance)
 
 
@@ -52,17 +48,6 @@ def _ranking(config: RewardLossConfig, examples: Sequence[PairExample]) -> Ranki
 
 def _thresholds(config: RewardLossConfig, grades: Sequence[float]) -> tuple[float, ...]:
     """One threshold for each grade: those of the config, or 0.5, 1.5, ... below the highest grade."""
-    wrong = next((grade for grade in grades if grade < 0 or grade != int(grade)), None)
-    if wrong is not None:
-        raise DataError(
-            f"the grade {wrong:g} of a pair is not one of 0, 1, 2, ...: 0 is a tie, 1 the weakest preference"
-        )
-    highest = int(max(grades, default=1))
-    if config.thresholds is None:
-        return tuple(grade + 0.5 for grade in range(max(highest, 1)))
-    if highest > len(config.thresholds):
-        raise DataError(
-            f"the highest grade of the pairs is {highest}, but loss.thresholds has {len(config.thresholds)} numbers: give "
-            "one a grade"
-        )
-    return tuple(config.thresholds)
+    if config.thresholds is not None:
+        return tuple(config.thresholds)
+    return tuple(grade + 0.5 for grade in range(max(int(max(grades, default=1)), 1)))
