@@ -261,6 +261,27 @@ def test_a_reward_function_finds_the_labels_that_it_compares_with(here, texts, r
     assert [text.startswith(problem) for text in problems] == ([True] if problem else [])
 
 
+def test_labels_are_looked_for_in_the_columns_that_the_config_leaves(here, texts):
+    (here / "own.py").write_text("def takes(responses, labels): ...\n")
+    (here / "rows.jsonl").write_text('{"prompt": "p", "label": "7", "winner": "8"}\n')
+    ppo = ["data.world=null", "data.path=rows.jsonl", "reward={function: 'own.py:takes'}"]
+    assert check_files(parse_config(texts["ppo"], ppo)) == []
+    (problem,) = check_files(parse_config(texts["ppo"], [*ppo, "data.ignore_columns=[label]"]))
+    assert problem.startswith("reward.function: own.py:takes asks for labels, but no row")
+    renamed = [*ppo, "data.ignore_columns=[label]", "data.rename_columns={winner: answer}"]
+    assert check_files(parse_config(texts["ppo"], renamed)) == []
+
+
+def test_a_row_without_a_label_is_left_out_where_bad_rows_are(here, texts):
+    (here / "rows.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q", "label": "7"}\n')
+    ppo = ["data.world=null", "data.path=rows.jsonl", "reward={function: gsm8k}"]
+    assert len(check_files(parse_config(texts["ppo"], ppo))) == 1
+    assert check_files(parse_config(texts["ppo"], [*ppo, "data.bad_rows=drop"])) == []
+    (here / "rows.jsonl").write_text('{"prompt": "p"}\n')
+    (problem,) = check_files(parse_config(texts["ppo"], [*ppo, "data.bad_rows=drop"]))
+    assert "no label, but the reward function gsm8k" in problem
+
+
 def test_a_label_far_down_the_file_is_enough_for_a_function_that_takes_none_too(here, texts):
     (here / "own.py").write_text("def takes(responses, labels): ...\n")
     rows = [{"prompt": "p"}] * 150 + [{"prompt": "p", "label": "7"}]

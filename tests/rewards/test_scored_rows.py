@@ -13,13 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.errors import DataError
+from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.encode import Drops, encode_pairs
+from rlhf_ray.errors import DataError, RlhfRayError
+from rlhf_ray.models.reward_reading import training_reading
 from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.encoding import encode_request
 from rlhf_ray.rewards.offline import COLUMNS, row_item, score_rows
 from rlhf_ray.rewards.request import DEEPEST, ScoreRequest, ScoreResult
 from rlhf_ray.rows.layouts import Keys
-from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
+
+from ..data.chat_templates import SHAPES, make_tokenizer
 
 ASK = {"role": "user", "content": "Time in Rome?"}
 CALLS = [{"type": "function", "function": {"name": "clock", "arguments": {"city": "Rome", "zone": None}}}]
@@ -52,8 +58,8 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(row: dict[str, Any], write: Any) -> tuple[list[Any], Any]:
-    """The messages and tools of a pair whose chosen side is this row, as the reader of training gives them."""
+def trained_pair(row: dict[str, Any], write: Any) -> PreferencePair:
+    """A pair whose chosen side is this row, as the reader of training gives it."""
     columns = {name: value for name, value in row.items() if name not in ("messages", "response")}
     answer, other = row.get("messages", row.get("response")), "Another answer."
     last = {"role": "assistant", "content": other}
@@ -65,15 +71,15 @@ def trained(row: dict[str, Any], write: Any) -> tuple[list[Any], Any]:
         sides = [answer, json.dumps([*json.loads(answer)[:-1], last]) if answer[0] == "[" else other]
     rows = write([{**columns, "chosen": sides[0], "rejected": sides[1]}])
     (pair,) = read_file(rows, PreferenceReader(Keys(), turns=True))
-    return [*pair.prompt, *pair.chosen], pair.tools
+    return pair
 
 
 @pytest.mark.parametrize("row", [*CONVERSATIONS.values(), *PROMPTS.values()], ids=[*CONVERSATIONS, *PROMPTS])
 def test_a_conversation_is_read_as_training_reads_it(row: dict[str, Any], write: Any) -> None:
     item = row_item(row)
     assert isinstance(item, ScoreRequest), item
-    messages, tools = trained(row, write)
-    assert list(item.messages or ()) == messages and (item.tools or ()) == tuple(tools or ())
+    pair = trained_pair(row, write)
+    assert list(item.messages or ()) == [*pair.prompt, *pair.chosen] and (item.tools or ()) == tuple(pair.tools or ())
 
 
 def test_nothing_of_a_row_is_lost_or_made_up() -> None:
@@ -184,4 +190,31 @@ def test_no_row_raises_and_what_is_asked_for_is_whole(row: dict[str, Any]) -> No
 def test_training_refuses_what_score_refuses(write: Any) -> None:
     for messages in ([ASK], [END], [ASK, ASK, END]):
         with pytest.raises(DataError):
-            trained({"messages": messages}, write)
+            trained_pair({"messages": messages}, write)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_read_has_the_ids_of_training_under_every_shape_of_template(name: str, write: Any) -> None:
+    chat = ChatFormat(make_tokenizer(SHAPES[name]))
+    limits = {"reading": training_reading(chat.tokenizer), "max_tokens": 10_000, "vocabulary": 10_000}
+    compared = 0
+    for row in (*CONVERSATIONS.values(), *PROMPTS.values()):
+        pair = trained_pair(row, write)
+        outcome = encoded(lambda pair=pair: encode_pairs(chat, [pair], 10_000, Drops()))  # type: ignore[misc]
+        item = row_item(row)
+        assert isinstance(item, ScoreRequest)
+        scored = encoded(lambda item=item: encode_request(chat, item, **limits))  # type: ignore[misc]
+        if isinstance(outcome, str) or isinstance(scored, str):
+            assert isinstance(outcome, str) and isinstance(scored, str), (outcome, scored)
+            continue
+        compared += 1
+        assert list(scored.token_ids) == list(outcome[0].chosen)
+    assert compared >= 10, "most rows can be written by every template"
+
+
+def encoded(encode: Any) -> Any:
+    """What was encoded, or why it was refused."""
+    try:
+        return encode()
+    except RlhfRayError as error:
+        return str(error)

@@ -6,6 +6,7 @@ Invariant: the first rows of a file are read as the run reads them, and the rest
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,9 @@ from rlhf_ray.config.sections.reward_training import RewardLossConfig
 from rlhf_ray.environment import is_hub_id
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import DemonstrationReader
-from rlhf_ray.rows.labels import KEY, LabelReader
+from rlhf_ray.rows.labels import KEY
 from rlhf_ray.rows.prompts import PromptReader
-from rlhf_ray.rows.read import RowReader, first_problem, first_values
-from rlhf_ray.rows.row import LayoutError, make_row
-from rlhf_ray.rows.sources import placed_rows
+from rlhf_ray.rows.read import RowReader, first_problem, first_values, read_file
 
 Value = TypeVar("Value")
 
@@ -110,7 +109,7 @@ def label_problems(
     sources = list(data.files.values())
     if not functions or not sources or not all(Path(source.path).exists() for source in sources):
         return
-    if any(_has_label(source, make_reader(source).labels) for source in sources):
+    if any(_has_label(source, make_reader(source)) for source in sources):
         return
     files = ", ".join(source.path for source in sources)
     for key, name in functions.items():
@@ -121,12 +120,13 @@ def label_problems(
         )
 
 
-def _has_label(source: SourceConfig, reader: LabelReader) -> bool:
-    """Whether a row has a label; a row that cannot be read is not told about here."""
+def _has_label(source: SourceConfig, reader: PromptReader) -> bool:
+    """Whether a row has a label, as far as is known: a row that cannot be read is told about elsewhere."""
+    bad_rows: list[str] = []
     try:
-        rows = (make_row(values, where) for where, values in placed_rows(source.rows))
-        return any(reader.read(row) is not None for row in rows)
-    except (DataError, LayoutError):
+        rows = read_file(source.rows, replace(reader, drops_bad_rows=True), bad_rows=bad_rows)
+        return any(row.label is not None for row in rows) or bool(bad_rows)
+    except DataError:
         return True
 
 
