@@ -10,23 +10,29 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_ray import storage
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import progress, say, table
+from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.encode import EQUAL, TOO_LONG, EncodedPair, encode_in_parts, encode_pair_part, without_refused_pairs
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
-from rlhf_ray.evaluation.pair_census import PairCensus, text_length
+from rlhf_ray.evaluation.pair_census import PLACES_SHOWN, PairCensus, text_length
 from rlhf_ray.launch.output import require_folder
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
-from rlhf_ray.rows.read import read_file
+from rlhf_ray.rows.read import read_file, report_bad_rows
 from rlhf_ray.rows.sources import RowSource
 
-PAIRS_AT_ONCE = 256
+PAIRS_AT_ONCE = 4096
+"""Pairs whose texts are in memory at once; enough for all threads to tokenize."""
 NO_LIMIT = 2**31
 Figures = Mapping[str, float]
+Measured = tuple[PreferencePair, tuple[int, int, int] | None, str, Sequence[str]]
+"""A pair; the lengths of prompt, chosen and rejected answer, where they are known; why training would drop it, if it would;
+what the chat template leaves out of it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class DataReport:
     """``tokens`` where a tokenizer was given, else ``characters``."""
     dropped: Mapping[str, int]
     """How many pairs training would drop, by reason, as far as it is known without a tokenizer."""
+    left_out_by_template: Mapping[str, int]
+    """In how many pairs the chat template leaves something out, by what it is; empty without a tokenizer."""
     shared: Figures
     """Prompts of the held-out file that the file shares; empty without one."""
     places: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -105,58 +113,79 @@ def longest_pair(settings: Sequence[str], *, has_tokenizer: bool) -> int:
 def measure_data(request: DataRequest) -> DataReport:
     """Read the pairs of ``request`` and measure them."""
     tokenizer = None if request.tokenizer_from is None else _load_tokenizer(request.tokenizer_from)
-    census, dropped = _count(request.data, request, tokenizer)
+    census, dropped, left_out, bad_rows = _count(request.data, request, tokenizer)
     shared: Figures = {}
     if request.held_out is not None:
-        shared = census.shared_prompts(_count(request.held_out, request, None)[0])
+        shared = census.shared_prompts(_count(request.held_out, request, None).census)
     figures, intervals = census.figures()
     return DataReport(
-        figures,
+        {**figures, "bad_rows": float(len(bad_rows))},
         intervals,
         census.by_source(),
         census.lengths(),
         "characters" if tokenizer is None else "tokens",
-        dropped,
+        dict(dropped),
+        dict(left_out),
         shared,
-        census.places(),
+        {"bad_rows": bad_rows[:PLACES_SHOWN], **census.places()},
     )
 
 
-def _count(path: Path, request: DataRequest, tokenizer: Any | None) -> tuple[PairCensus, dict[str, int]]:
-    """The census of a file, and how many of its pairs would be dropped."""
+class _Count(NamedTuple):
+    """What was found in one file."""
+
+    census: PairCensus
+    dropped: Counter[str]
+    """Pairs that training would drop, by reason."""
+    left_out: Counter[str]
+    """Pairs of which the chat template leaves something out, by what it is."""
+    bad_rows: list[str]
+    """Rows that cannot be read, each with its place and what is wrong."""
+
+
+def _count(path: Path, request: DataRequest, tokenizer: Any | None) -> _Count:
+    """Read one file to its end."""
     if not path.exists():
         raise DataError(f"{path} does not exist: name a file of preference pairs")
-    pairs = read_file(RowSource(str(path)), request.reader)
-    census, dropped = PairCensus(), Counter[str]()
-    if tokenizer is None:
-        for pair in progress(pairs, f"{path}: pairs read"):
-            census.add(pair, (text_length(pair.prompt), text_length(pair.chosen), text_length(pair.rejected)))
-        if census.equal_sides:
-            dropped["with two equal sides"] = census.equal_sides
-        return census, dict(dropped)
-    for pair, lengths, reason in _with_tokens(progress(pairs, f"{path}: pairs read"), tokenizer, request.max_tokens):
-        census.add(pair, lengths)
-        if reason:
-            dropped[reason] += 1
-    return census, dict(dropped)
+    source, bad_rows = RowSource(str(path)), list[str]()
+    pairs = progress(read_file(source, request.reader, bad_rows=bad_rows), f"{path}: pairs read")
+    count = _Count(PairCensus(), Counter(), Counter(), bad_rows)
+    for pair, lengths, reason, losses in (
+        _with_characters(pairs) if tokenizer is None else _with_tokens(pairs, tokenizer, request, bad_rows)
+    ):
+        count.census.add(pair, lengths)
+        count.dropped.update([reason] if reason else [])
+        count.left_out.update(losses)
+    report_bad_rows(source, bad_rows)
+    return count
+
+
+def _with_characters(pairs: Iterator[PreferencePair]) -> Iterator[Measured]:
+    """Each pair with its lengths in characters."""
+    for pair in pairs:
+        reason = EQUAL if pair.chosen == pair.rejected else ""
+        yield pair, (text_length(pair.prompt), text_length(pair.chosen), text_length(pair.rejected)), reason, ()
 
 
 def _with_tokens(
-    pairs: Iterator[PreferencePair], tokenizer: Any, max_tokens: int
-) -> Iterator[tuple[PreferencePair, tuple[int, int, int] | None, str]]:
-    """Each pair with its lengths in tokens, and the reason why training would drop it, if there is one."""
-    from rlhf_ray.data.chat import ChatFormat
-    from rlhf_ray.data.encode import TOO_LONG, encode_pair_part
-
+    pairs: Iterator[PreferencePair], tokenizer: Any, request: DataRequest, bad_rows: list[str]
+) -> Iterator[Measured]:
+    """Each pair with its lengths in tokens; pairs that the chat template refuses are bad rows too."""
     chat = ChatFormat(tokenizer)
+
+    def encode(part: Sequence[PreferencePair]) -> list[EncodedPair | str]:
+        return encode_pair_part(chat, part, NO_LIMIT)
+
     while part := list(islice(pairs, PAIRS_AT_ONCE)):
-        for pair, encoded in zip(part, encode_pair_part(chat, part, NO_LIMIT), strict=True):
+        if request.reader.drops_bad_rows:
+            part = without_refused_pairs(chat, part, bad_rows)
+        for pair, encoded in zip(part, chain.from_iterable(encode_in_parts(part, "pairs", encode)), strict=True):
             if isinstance(encoded, str):
-                yield pair, None, encoded
+                yield pair, None, encoded, ()
                 continue
             chosen, rejected, prompt = len(encoded.chosen), len(encoded.rejected), encoded.prompt_length
-            reason = TOO_LONG if max(chosen, rejected) > max_tokens else ""
-            yield pair, (prompt, chosen - prompt, rejected - prompt), reason
+            reason = TOO_LONG if max(chosen, rejected) > request.max_tokens else ""
+            yield pair, (prompt, chosen - prompt, rejected - prompt), reason, encoded.losses or ()
 
 
 def _load_tokenizer(path: str) -> Any:
@@ -178,6 +207,8 @@ def print_data_report(report: DataReport) -> None:
     say(table(f"lengths in {report.unit}", ("", *columns), lengths))
     if report.dropped:
         say(table("dropped by training", ("reason", "pairs"), report.dropped.items()))
+    if report.left_out_by_template:
+        say(table("left out by the chat template", ("what", "pairs"), report.left_out_by_template.items()))
     for kind, places in report.places.items():
         if places:
             say(f"{kind}: {'; '.join(places)}")

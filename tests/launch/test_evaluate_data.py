@@ -106,6 +106,42 @@ def test_shared_prompts_end_it_unless_they_are_allowed(
     assert main([*words[:-1], str(other)]) == EXIT_DONE
 
 
+def test_rows_that_cannot_be_read_are_counted_and_left_out(pairs: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(
+        pairs.read_text() + '{"prompt": "p", "chosen": "a"}\n' + '{"prompt": "p", "chosen": "", "rejected": "b"}\n'
+    )
+    output = tmp_path / "figures.json"
+    words = ["evaluate", "--data-only", "--data", str(mixed), "--output", str(output)]
+    assert main(words) == EXIT_WRONG_REQUEST, "training would end at the first of them too"
+    assert main([*words, "data.bad_rows=drop"]) == EXIT_DONE
+    report = json.loads(output.read_text())
+    assert report["figures"] == {**rlhf_ray.evaluate_data(pairs).figures, "bad_rows": 2}
+    assert [place.partition(": ")[0] for place in report["places"]["bad_rows"]] == [f"{mixed}:6", f"{mixed}:7"]
+
+
+def test_what_the_chat_template_leaves_out_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A template that writes no system turn and refuses an answer of ``no``."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}"
+        "{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    asked = [{"role": "user", "content": "why?"}]
+    told = [{"role": "system", "content": "Be brief."}, *asked]
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    refused = [{"role": "user", "content": "no"}]
+    path = write(tmp_path / "talks.jsonl", *({"prompt": prompt, **sides} for prompt in (asked, told, told, refused)))
+    output = tmp_path / "figures.json"
+    words = ["evaluate", str(tmp_path / "chat"), "--data-only", "--data", str(path), "--output", str(output)]
+    assert main([*words, "data.bad_rows=drop"]) == EXIT_DONE
+    report = json.loads(output.read_text())
+    assert report["left_out_by_template"] == {"the text of messages of the system": 2}
+    assert (report["figures"]["pairs"], report["figures"]["bad_rows"]) == (3, 1)
+    assert report["places"]["bad_rows"][0].startswith(f"{path}:4: the tokenizer's chat template refuses")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
