@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,8 +53,9 @@ def source(
 ) -> Any:
     config: Any = parse_config(CONFIG.replace("REWARD", reward))
     groups: Any = {} if group is None else {"reward": group}
+    forms: list[Any] = ["conversation" if conversations else "text"]
     return make_reward_source(
-        config, groups, ChatFormat(POLICY, variables or {}), conversations=conversations, cleanup=cleanup or ExitStack()
+        config, groups, ChatFormat(POLICY, variables or {}), forms=forms, cleanup=cleanup or ExitStack()
     )
 
 
@@ -86,6 +88,34 @@ def test_the_variables_of_the_template_count_as_the_template_does(conversations:
 def test_another_tokenizer_reads_text(conversations: bool) -> None:
     group = DescribedGroup(fingerprint="another", template=template_fingerprint(POLICY))
     assert source(MODEL, group, conversations=conversations).policy is None
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_prompts_reach_a_model_in_the_form_that_it_reads(recorded: bool, project_log: io.StringIO) -> None:
+    """Ids only in its own form; a text as turns, which is said; a conversation never as a text."""
+
+    def read(form: str, *, conversations: bool) -> Any:
+        same = {"fingerprint": fingerprint(POLICY), "template": template_fingerprint(POLICY)}
+        group = DescribedGroup(**same, reads={"forms": [form], "scored_token": "end", "recorded": recorded})
+        return source(MODEL, group, conversations=conversations)
+
+    assert read("text", conversations=False).policy is not None
+    assert read("conversation", conversations=True).policy is not None
+    assert project_log.getvalue() == ""
+    assert read("conversation", conversations=False).policy is None
+    for part in ("reward: the prompts are plain texts", "as a turn of the user", "data.apply_chat_template=true"):
+        assert part in project_log.getvalue()
+    assert ("reward.form=text" in project_log.getvalue()) is not recorded
+    with pytest.raises(
+        RequestError, match="reward: the prompts are conversations, but the reward model reads plain texts"
+    ):
+        read("text", conversations=True)
+
+
+def test_a_model_that_is_read_after_the_end_gets_messages() -> None:
+    same = {"fingerprint": fingerprint(POLICY), "template": template_fingerprint(POLICY)}
+    group = DescribedGroup(**same, reads={"forms": ["conversation"], "scored_token": "rendering"})
+    assert source(MODEL, group, conversations=True).policy is None
 
 
 def test_normalisation_needs_the_statistics_of_the_model() -> None:

@@ -12,6 +12,7 @@ from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.rollout_worker import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.load import TokenizedPrompt, load_prompts
 from rlhf_ray.data.split import Split
@@ -44,7 +45,7 @@ def train_ppo(
     """Run a whole PPO job, or the rest of it after ``checkpoint``; ``place`` is where its ranks live, by default a cluster."""
     chat = ChatFormat(load_tokenizer(config.policy.model), config.data.template_variables)
     prompts = load_prompts(config.data, chat.tokenizer, config.run.seed, config.row_reader)
-    stop_tokens = find_stop_tokens(config, chat, conversations=_has_conversations(prompts))
+    stop_tokens = find_stop_tokens(config, chat, conversations="conversation" in prompt_forms(prompts))
     check_own_parts(config)
     with Session(config, place=place) as session, Journal(run, config) as journal:
         trainer = build(config, run, session, journal, chat, stop_tokens, prompts, checkpoint)
@@ -64,8 +65,9 @@ def find_stop_tokens(config: PpoConfig, chat: ChatFormat, *, conversations: bool
     )
 
 
-def _has_conversations(prompts: Split[TokenizedPrompt]) -> bool:
-    return any(prompt.messages is not None for prompt in (*prompts.train, *prompts.held_out))
+def prompt_forms(prompts: Split[TokenizedPrompt]) -> set[Form]:
+    """Whether the prompts are texts, conversations, or some of them both."""
+    return {"text" if prompt.messages is None else "conversation" for prompt in (*prompts.train, *prompts.held_out)}
 
 
 def check_own_parts(config: PpoConfig) -> None:
@@ -98,7 +100,7 @@ def build(
         config,
         groups.rewards,
         chat,
-        conversations=_has_conversations(prompts),
+        forms=prompt_forms(prompts),
         cleanup=session.cleanup,
         stop_tokens=stop_tokens,
     )

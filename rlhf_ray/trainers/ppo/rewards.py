@@ -1,7 +1,8 @@
 """Build the reward source of a PPO run from its config: models, functions, scoring backends, or a mixture of them.
 
 Invariants: token ids reach a reward model only if it has the policy's tokenizer and, for conversations, the policy's chat
-template with the same variables. A user's function runs in a process of its own, which ends with the run.
+template with the same variables, and reads prompts of their form; else it gets texts or messages. A user's function runs in
+a process of its own, which ends with the run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.rewards import RewardSourceConfig
+from rlhf_ray.config.sections.roles import Form
+from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 from rlhf_ray.errors import RequestError
@@ -53,24 +56,26 @@ def make_reward_source(
     groups: Mapping[str, RewardGroup],
     policy: ChatFormat,
     *,
-    conversations: bool,
+    forms: Collection[Form],
     cleanup: ExitStack,
     stop_tokens: Collection[int] = (),
 ) -> RewardSource:
     """The source that the config names.
 
     ``groups`` holds the reward models by the keys of their sections; ``policy`` is the format that prompts were encoded with;
-    ``stop_tokens`` end an answer; ``conversations`` says whether some prompts are conversations; ``cleanup`` closes the
-    connections and processes that are opened here.
+    ``stop_tokens`` end an answer; ``forms`` are those of the prompts; ``cleanup`` closes the connections and processes that
+    are opened here.
     """
 
     def read(key: str, source: RewardSourceConfig, scorer: Scorer, description: Mapping[str, Any]) -> ModelSource:
         mean, std = _statistics(key, description) if source.normalize else (0.0, 1.0)
+        _check_forms(key, description, forms)
         return ModelSource(scorer, policy=passes_ids(description), stop_tokens=stop_tokens, mean=mean, std=std)
 
     def passes_ids(description: Mapping[str, Any]) -> ChatFormat | None:
         reads = description.get("reads") or {}
-        if conversations and reads.get("scored_token") == "rendering":
+        conversations = "conversation" in forms
+        if not {*forms} <= {*reads.get("forms", forms)} or (conversations and reads.get("scored_token") == "rendering"):
             return None
         template = description.get("template"), reads.get("template_variables", {})
         same_template = template == (template_fingerprint(policy.tokenizer), dict(policy.variables))
@@ -104,6 +109,27 @@ def make_function_source(name: str, settings: RewardSourceConfig, cleanup: ExitS
     process = FunctionProcess(name, settings.timeout_s)
     cleanup.callback(process.close)
     return FunctionSource(name, process, settings.samples_per_call)
+
+
+def _check_forms(key: str, description: Mapping[str, Any], forms: Collection[Form]) -> None:
+    """Refuse conversations for a reward model that reads texts, and say where texts become turns of a conversation."""
+    reads = description.get("reads") or {}
+    read_forms, recorded = reads.get("forms", forms), reads.get("recorded", False)
+    if "conversation" in forms and "conversation" not in read_forms:
+        raise RequestError(
+            f"{key}: the prompts are conversations, but the reward model reads plain texts"
+            f"{', on which it was trained' if recorded else ''}: give one that was trained on conversations"
+            + ("" if recorded else f", or set {key}.form to conversation if this one was")
+            + ", or write the prompts as texts"
+        )
+    if "text" in forms and "text" not in read_forms:
+        get_logger("rewards").warning(
+            "%s: the prompts are plain texts, but the reward model reads conversations%s: it gets each prompt as a turn of the "
+            "user and its answer as one of the assistant. data.apply_chat_template=true lets the policy read them so too%s",
+            key,
+            ", on which it was trained" if recorded else " as far as its chat template tells",
+            "" if recorded else f"; {key}.form=text joins prompt and answer, for a model that was trained on texts",
+        )
 
 
 def _statistics(key: str, description: Mapping[str, Any]) -> tuple[float, float]:
