@@ -42,10 +42,10 @@ class TrainedRewardWorker(RewardWorker):
     def save_adapter(self, directory: str, metadata: dict[str, Any] | None = None) -> None:
         """The LoRA adapter and the head alone, without the base, written by rank 0; every rank takes part."""
         from rlhf_ray.models import save_adapter
+        from rlhf_ray.models.save import in_adapter
 
-        head = f"{self.model.value_head_prefix}."
         weights = (pair for group in self.engine.full_state(self.hf_model) for pair in group)
-        trained = [(name, tensor) for name, tensor in weights if ".lora_" in name or name.startswith(head)]
+        trained = [(name, tensor) for name, tensor in weights if in_adapter(self.model, name)]
         if self.rank == 0:
             save_adapter(self.model, self.tokenizer, directory, tensors=trained, metadata=metadata)
 

@@ -36,7 +36,7 @@ from rlhf_ray.models.weights.load import (
     prepare_for_packs,
     refuse_what_does_not_run,
 )
-from rlhf_ray.models.weights.lora import add_lora
+from rlhf_ray.models.weights.lora import adapted_layers, add_lora
 from rlhf_ray.trajectories.packing import Packed
 
 
@@ -218,6 +218,8 @@ class Actor(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass instead of keeping their activations (non-reentrant by default)."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if adapted_layers(self.model):
+            self.model.enable_input_require_grads()  # a reentrant pass drops gradients where no input has one
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations for the backward pass."""

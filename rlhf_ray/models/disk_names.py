@@ -8,9 +8,16 @@ a tensor in memory; adapters are merged; 4-bit weights are dequantised; tied wei
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_ray.models.regression import SequenceRegression
@@ -18,6 +25,8 @@ from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.held import held_tensors
 from rlhf_ray.models.weights.lora import merged
 from rlhf_ray.models.weights.quantization import dequantized
+
+READER = "model_that_reads"
 
 
 def to_disk_names(
@@ -38,8 +47,30 @@ def to_disk_names(
 def _regression_names(model: SequenceRegression, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     start, head = f"{model.backbone.base_model_prefix}.", f"{model.value_head_prefix}."
     inside = {name.removeprefix(start): tensor for name, tensor in named.items() if not name.startswith(head)}
-    for name, tensor in revert_weight_conversion(model.backbone, merged(model.backbone, inside)).items():
-        yield start + name, tensor
+    whole, reader = merged(model.backbone, inside), _reader(model)
+    if reader is None:
+        for name, tensor in revert_weight_conversion(model.backbone, whole).items():
+            yield start + name, tensor
+    else:
+        yield from revert_weight_conversion(reader, {start + name: whole[name] for name in whole}).items()
     for name, tensor in named.items():
         if name.startswith(head):
             yield f"{HEAD_NAME}.{name.removeprefix(head)}", tensor
+
+
+def _reader(model: SequenceRegression) -> PreTrainedModel | None:
+    """Return the model, without data, that reads the weights if other parts than text have names of their own on disk.
+
+    In such a model the names depend on the class around the backbone: its classifier, or else the one that generates.
+    """
+    if model.config.get_text_config() is model.config:
+        return None
+    if not hasattr(model, READER):
+        kind = type(model.config)
+        mappings = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        known: Any = next((mapping[kind] for mapping in mappings if kind in mapping), None)
+        with torch.device("meta"):
+            reader = None if known is None else known(deepcopy(model.config))
+        setattr(model, READER, (reader,))  # in a tuple, or it would become a part of the model
+    found: PreTrainedModel | None = getattr(model, READER)[0]
+    return found

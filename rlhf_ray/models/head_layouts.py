@@ -28,9 +28,9 @@ from rlhf_ray.config.files.score_heads import (
 )
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.heads import Head, MlpHead, ScoreHead
-from rlhf_ray.models.weights.adapters import HEADS, PREFIX, read_adapter
+from rlhf_ray.models.weights.adapters import HEADS, PREFIX, adapts_head, read_adapter
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from rlhf_ray.models.weights.checkpoint import HEAD_FILE, Checkpoint, names_in
+from rlhf_ray.models.weights.checkpoint import HEAD_FILE, HEAD_NAME, Checkpoint, names_in
 
 OUTPUT_TENSORS = {f"{layer}.{part}" for layer in OUTPUT_LAYERS for part in ("weight", "bias")}
 """Tensors of a causal language model that a reward model or critic does not need."""
@@ -119,6 +119,12 @@ def require_head(checkpoint: Checkpoint, prefix: str, *, trust_remote_code: bool
             f"{where} holds its head as pickle ({', '.join(PICKLED_HEADS)}), which can run code when opened and is never read: "
             f"save it as {HEAD_FILE}"
         )
+    if checkpoint.adapter is not None and adapts_head(checkpoint.adapter):
+        raise ModelLoadError(
+            f"{where} has LoRA on its head (target_modules), but neither it nor {checkpoint.directory} holds the head itself, "
+            "which was drawn when the training began: merge them where the head still is, or train with modules_to_save "
+            f"[{HEAD_NAME}]"
+        )
     outside = outside_backbone(checkpoint, trust_remote_code=trust_remote_code)
     if outside:
         raise ModelLoadError(
@@ -135,7 +141,8 @@ def require_head(checkpoint: Checkpoint, prefix: str, *, trust_remote_code: bool
 
 def scores(checkpoint: Checkpoint, prefix: str) -> bool:
     """Whether a checkpoint holds a reward model or critic, be it one that is refused."""
-    beside = checkpoint.adapter is not None and find_adapter_head(checkpoint.adapter) is not None
+    adapter = checkpoint.adapter
+    beside = adapter is not None and (find_adapter_head(adapter) is not None or adapts_head(adapter))
     refused = bool(multi_objective(checkpoint.names)) or "ProcessReward" in named_architecture(checkpoint.raw_config())
     return beside or refused or find_head(checkpoint, prefix) is not None
 

@@ -30,6 +30,7 @@ from rlhf_ray.models.forward.packed import (
 from rlhf_ray.models.forward.rotation import share_alike
 from rlhf_ray.models.heads import Head
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME
+from rlhf_ray.models.weights.lora import adapted_layers
 from rlhf_ray.trajectories.packing import Packed
 
 
@@ -123,6 +124,8 @@ class SequenceRegression(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute layers in the backward pass instead of keeping their activations (non-reentrant by default)."""
         self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if adapted_layers(self.backbone):
+            self.backbone.enable_input_require_grads()  # a reentrant pass drops gradients where no input has one
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations for the backward pass."""

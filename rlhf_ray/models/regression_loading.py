@@ -110,7 +110,7 @@ def get_llm_for_sequence_regression(
         strict_attention=strict_attention,
     )
     if checkpoint.adapter is not None:
-        load_adapter(model.backbone, checkpoint.adapter, inside=f"{model.backbone_name}.")
+        load_adapter(model.backbone, checkpoint.adapter, head=None if init_value_head else model.head)
     elif lora_rank:
         add_lora(model.backbone, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
     get_logger(__name__).info("%s: %s", model_name_or_path, describe(model))

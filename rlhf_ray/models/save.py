@@ -28,11 +28,11 @@ from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.heads import MlpHead
 from rlhf_ray.models.regression import SequenceRegression
-from rlhf_ray.models.weights.adapters import PREFIX, adapter_name
+from rlhf_ray.models.weights.adapters import PREFIX, adapter_name, is_tied, replaced_by_adapter
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.classification import classifier_name, reason_unreadable
-from rlhf_ray.models.weights.config_as_read import GENERATION, config_as_read
+from rlhf_ray.models.weights.held import GENERATION, config_as_read, held_tensors
 from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.weights.tokenizer import add_pad_token
 from rlhf_ray.models.written import check_written, names_to_write
@@ -89,7 +89,7 @@ def save_pretrained(
         _write_json(target / GENERATION, generation)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
-    whole = {name: _copy_to_cpu(tensor) for name, tensor in weights.items()}
+    whole = _apart({name: _copy_to_cpu(tensor) for name, tensor in weights.items()})
     save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
     check_written(target, weights, expected)
 
@@ -116,31 +116,54 @@ def save_adapter(
             "the base of this adapter lies in no directory, so the adapter alone could not be loaded again: save the base "
             "first and load it from there, or use save_pretrained, which merges"
         )
-    whole = dict(
-        (model.model if isinstance(model, Actor) else model).named_parameters() if tensors is None else tensors
-    )
-    state = {adapter_name(name): _copy_to_cpu(tensor.detach()) for name, tensor in whole.items() if ".lora_" in name}
-    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    held = dict(held_tensors(model.model if isinstance(model, Actor) else model))
+    names = {name: _name_in_adapter(model, name) for name in held if in_adapter(model, name)}
+    whole = held if tensors is None else dict(tensors)
+    state = {names[name]: _copy_to_cpu(tensor) for name, tensor in whole.items() if name in names}
+    kept = sorted({name.rpartition(".")[0] for name in replaced_by_adapter(inner)})
+    config.task_type, config.inference_mode, config.modules_to_save = "CAUSAL_LM", True, kept or None
+    config.trainable_token_indices, config.ensure_weight_tying = None, bool(kept) and is_tied(inner)
     if isinstance(model, SequenceRegression):
-        config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME]
-        start = f"{model.value_head_prefix}."
-        head = {name.removeprefix(start): tensor for name, tensor in whole.items() if name.startswith(start)}
-        state |= {f"{PREFIX}{HEAD_NAME}.{name}": _copy_to_cpu(tensor.detach()) for name, tensor in head.items()}
+        config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME, *kept]
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(target))
     if isinstance(model, SequenceRegression):
         _write_json(target / CONFIG, _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME))
     save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    check_written(target, state, state.keys())
+    check_written(target, state, set(names.values()))
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
+
+
+def in_adapter(model: Actor | SequenceRegression, name: str) -> bool:
+    """Whether the tensor of this name in memory is saved with an adapter: LoRA, the head, or what an adapter brought whole."""
+    if isinstance(model, SequenceRegression) and name.startswith(f"{model.value_head_prefix}."):
+        return True
+    return ".lora_" in name or name in replaced_by_adapter(model.model if isinstance(model, Actor) else model.backbone)
+
+
+def _name_in_adapter(model: Actor | SequenceRegression, name: str) -> str:
+    start = f"{model.value_head_prefix}." if isinstance(model, SequenceRegression) else None
+    if start is not None and name.startswith(start):
+        return f"{PREFIX}{HEAD_NAME}.{name.removeprefix(start)}"
+    return adapter_name(name)
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:
     """Return the tensor on CPU, in memory of its own: safetensors refuses views, such as the experts of a layer."""
     whole = tensor.detach().to("cpu").contiguous()
     return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with another, of which the hub's library writes only one: buffers may, under two names."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _make_config(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.errors import IntegrityError
@@ -32,7 +32,7 @@ def names_to_write(model: PreTrainedModel | SequenceRegression) -> set[str]:
     named: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and not (scales and name.startswith(scales)):
+        if not (isinstance(tensor, nn.Parameter) and id(tensor) in seen) and not (scales and name.startswith(scales)):
             seen.add(id(tensor))
             named[name] = _without_data(tensor)
     return {name for name, _ in to_disk_names(model, named.items())}

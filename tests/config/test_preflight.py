@@ -121,10 +121,19 @@ def test_an_adapter_needs_its_base(here):
     adapter = here / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "missing/base/model"}))
-    assert "is an adapter of missing/base/model, which does not exist" in sft_problems(adapter)[0]
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    assert sft_problems(adapter) == []
+
+    def problems(base, **options):
+        content = {"peft_type": "LORA", "base_model_name_or_path": base, **options}
+        (adapter / "adapter_config.json").write_text(json.dumps(content))
+        return sft_problems(adapter)
+
+    assert "is an adapter of missing/base/model, which does not exist" in problems("missing/base/model")[0]
+    assert (
+        problems("org/base", bias="none", use_dora=False, init_lora_weights=True, megatron_core="megatron.core") == []
+    )
+    refused = problems("org/base", bias="all", use_dora=True, init_lora_weights="pissa_niter_4")
+    assert len(refused) == 1 and "merge it into its base with PEFT" in refused[0]
+    assert "uses use_dora (True), bias ('all'), init_lora_weights ('pissa_niter_4')" in refused[0]
 
 
 def test_a_tokenizer_made_from_a_missing_file(texts, here):

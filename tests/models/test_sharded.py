@@ -14,6 +14,7 @@ from rlhf_ray.models import load_regression, save_adapter
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.regression import PackedRegression
 from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
+from rlhf_ray.models.weights.adapters import remember_replaced
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
 
@@ -22,6 +23,8 @@ from .conftest import run_ranks, save_random, shake_adapters, word_tokenizer
 pytestmark = pytest.mark.early
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
+BROUGHT = ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight")
+"""What the adapter brings besides LoRA."""
 FAMILIES_IN_SHARDS = ("llama", "gemma2", "mixtral", "olmoe")
 
 
@@ -43,6 +46,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
         str(directory / "llama"), "reward", param_dtype="fp32", init_value_head=True, lora_rank=3
     )
     shake_adapters(reward)
+    for name in BROUGHT:
+        reward.get_parameter(name).data += 0.1
+    remember_replaced(reward.backbone, BROUGHT)
     save_adapter(reward, None, directory / "adapter")
     return directory, run_ranks(PROGRAM, directory)
 

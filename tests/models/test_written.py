@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
     Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -21,11 +24,12 @@ from transformers import (
     PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
 )
 
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.engine.weights import disk_weights
-from rlhf_ray.errors import IntegrityError
+from rlhf_ray.errors import IntegrityError, ModelLoadError
 from rlhf_ray.models import load_regression, save
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.regression import SequenceRegression
@@ -41,7 +45,8 @@ BY_ROLE = {
     "reward": {"architectures", "dtype", "id2label", "label2id", "problem_type", "value_head_prefix"},
 }
 """The keys of config.json that docs/models.md lets differ where neither padding nor the vocabulary changed."""
-WITH_SWITCHES: dict[str, Callable[[], PreTrainedConfig]] = ALL_FAMILIES | {
+WITH_SWITCHES: dict[str, Callable[[], PreTrainedConfig]] = {
+    **{family: ALL_FAMILIES[family] for family in ("llama", "gemma3", "mixtral", "olmoe", "minimax-m2")},
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.2, pad_token_id=0),
     "gpt-neox": lambda: GPTNeoXConfig(**PLAIN, hidden_dropout=0.1),
     "opt": lambda: OPTConfig(
@@ -64,6 +69,7 @@ class Counted(nn.Module):
         self.register_buffer("mean", torch.linspace(-1, 1, 5))
         self.register_buffer("seen", torch.tensor(7))
         self.register_buffer("nan", torch.tensor([float("nan"), 1.0]))
+        self.register_buffer("mean_again", self.mean)
         self.register_buffer("scratch", torch.ones(3), persistent=False)
 
 
@@ -94,18 +100,38 @@ def reward_on(model: PreTrainedModel) -> SequenceRegression:
 @pytest.mark.parametrize("role", ["policy", "reward"])
 def test_every_persistent_buffer_is_written_and_published(tmp_path: Path, role: str, lora: bool) -> None:
     plain = with_buffers(random_model("llama"))
-    buffers = {name: tensor for name, tensor in plain.state_dict().items() if name in dict(plain.named_buffers())}
+    buffers = {
+        name: tensor
+        for name, tensor in plain.state_dict().items()
+        if name in dict(plain.named_buffers(remove_duplicate=False))
+    }
     model: Any = Actor(plain, param_dtype="fp32") if role == "policy" else reward_on(plain)
     adapted(model.model if role == "policy" else model.backbone, lora=lora)
     save_pretrained(model, None, tmp_path)
     inner = model.model if role == "policy" else model
     published = {name: tensor for group in disk_weights(inner, receive=True) for name, tensor in group}
     written = load_file(tmp_path / "model.safetensors")
-    assert written.keys() == published.keys() and len(buffers) == 6
+    assert written.keys() == published.keys() and len(buffers) == 7
     for tensors in (written, published):
         assert all(torch.allclose(tensors[name], buffer, equal_nan=True) for name, buffer in buffers.items())
         assert {tensors[name].dtype for name in buffers} == {torch.float32, torch.int64, torch.bool}
     assert not any("scratch" in name for name in written)
+
+
+def test_state_that_no_file_could_hold_is_refused_at_once() -> None:
+    class Scaled(nn.Module):
+        def get_extra_state(self) -> dict[str, float]:
+            return {"scale": 2.0}
+
+        def set_extra_state(self, state: dict[str, float]) -> None:
+            """Nothing to set."""
+
+    model = random_model("llama")
+    model.base_model.add_module("scaled", Scaled())
+    with pytest.raises(
+        ModelLoadError, match=r"LlamaForCausalLM holds model.scaled._extra_state, which is neither a parameter"
+    ):
+        Actor(model, param_dtype="fp32")
 
 
 @pytest.mark.parametrize("family", ["gemma4", "minimax-m2"])
@@ -120,6 +146,53 @@ def test_a_policy_with_buffers_comes_back_with_its_numbers(tmp_path: Path, famil
     ids = torch.tensor([[5, 9, 12, 7, 1]])
     with torch.no_grad():
         assert scaled and torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+def with_vision(family: str) -> PreTrainedModel:
+    """A model that reads images too, of which only the part that reads text is used."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    if family == "gemma3":
+        siglip = {**vision, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "vision_use_head": False}
+        text = {**SIZES, "sliding_window": 5, "query_pre_attn_scalar": 8}
+        config: PreTrainedConfig = Gemma3Config(
+            text_config=text, vision_config=siglip, mm_tokens_per_image=4, pad_token_id=0, eos_token_id=2
+        )
+    else:
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        qwen = {**vision, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+        config = Qwen2_5_VLConfig(
+            text_config={**SIZES, "rope_parameters": rope}, vision_config=qwen, pad_token_id=0, eos_token_id=2
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2.5-vl"])
+def test_a_reward_model_on_a_part_of_a_model_keeps_the_names_on_disk(tmp_path: Path, family: str) -> None:
+    """They are those of the class that reads it, also where the engine hands over one layer at a time."""
+    base = with_vision(family)
+    base.save_pretrained(tmp_path / "base")
+    reward = get_llm_for_sequence_regression(
+        str(tmp_path / "base"), "reward", param_dtype="fp32", init_value_head=True, lora_rank=2
+    ).eval()
+    shake_adapters(reward)
+    save_pretrained(reward, None, tmp_path / "out")
+    written, original = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert written.keys() - {"score.weight"} == original.keys() - {"lm_head.weight"}
+    published = {name: tensor for group in disk_weights(reward, receive=True) for name, tensor in group}
+    assert written.keys() == published.keys() and all(written[name].equal(published[name]) for name in written)
+    ids = torch.tensor([[5, 9, 12, 7, 1]])
+    readers = [get_llm_for_sequence_regression(str(tmp_path / "out"), "reward", param_dtype="fp32").eval()]
+    if family == "gemma3":
+        readers.append(
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
+        )
+    with torch.no_grad():
+        for again in readers:
+            scores = again(ids)
+            scores = scores if isinstance(scores, Tensor) else scores.logits[:, 0]
+            torch.testing.assert_close(scores, reward(ids), atol=1e-5, rtol=1e-5)
 
 
 NORM = "model.norm.weight"
@@ -174,10 +247,12 @@ def test_the_config_differs_in_documented_keys_only(tmp_path: Path, family: str)
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "router_jitter_noise"):
         if hasattr(config, name):
             setattr(config, name, 0.1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     before, table = content(tmp_path / "base"), Path("docs/models.md").read_text()
     policy = Actor(str(tmp_path / "base"), param_dtype="fp32", lora_rank=0 if family == "gpt2" else 2)
-    reward = get_llm_for_sequence_regression(str(tmp_path / "base"), "reward", init_value_head=True)  # in bf16
+    reward = get_llm_for_sequence_regression(str(tmp_path / "base"), "reward", param_dtype="fp32", init_value_head=True)
     for role, model in (("policy", policy), ("reward", reward)):
         save_pretrained(model, None, tmp_path / role)
         assert different(before, content(tmp_path / role)) <= BY_ROLE[role]

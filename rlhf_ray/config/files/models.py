@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.files.adapters import why_refused
 from rlhf_ray.config.files.positions import longest_sequence, text_part, too_long
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
@@ -83,6 +84,9 @@ def _adapter_problems(key: str, path: Path) -> Iterator[Problem]:
     base = str(content.get("base_model_name_or_path"))
     if not Path(base).is_dir() and not is_hub_id(base):
         yield key, f"{path} is an adapter of {base}, which does not exist on this machine"
+    refused = why_refused(content)
+    if refused is not None:
+        yield key, f"the adapter {path} {refused}"
     for text in _weight_problems(path):
         yield key, text
 

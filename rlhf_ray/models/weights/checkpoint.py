@@ -118,7 +118,7 @@ class Checkpoint:
 
     def raw_config(self) -> dict[str, Any]:
         """Read config.json as it stands, without the defaults of transformers."""
-        raw = _read_json(self.directory / "config.json")
+        raw = read_json(self.directory / "config.json")
         if self.adapter is not None:
             raw.pop(KEY, None)  # the record of the base says nothing of the adapter
         return raw | self._trained_with_adapter()
@@ -127,7 +127,7 @@ class Checkpoint:
         """Return the mean and std that lie beside the adapter, and the record of its training, as far as they are there."""
         if self.adapter is None or not (self.adapter / "config.json").is_file():
             return {}
-        beside = _read_json(self.adapter / "config.json")
+        beside = read_json(self.adapter / "config.json")
         return {name: beside[name] for name in (*NORMALIZATION, KEY) if name in beside}
 
 
@@ -139,7 +139,7 @@ def find_base(directory: Path) -> tuple[str, str | None] | None:
     path = directory / "adapter_config.json"
     if not path.is_file() or any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
         return None
-    config = _read_json(path)
+    config = read_json(path)
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelLoadError(f"{path} does not say which model it belongs to: set base_model_name_or_path")
@@ -150,7 +150,8 @@ def find_base(directory: Path) -> tuple[str, str | None] | None:
     return base, config.get("revision")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise :class:`ModelLoadError`."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -180,7 +181,7 @@ def find_directory(name: str, revision: str | None = None, *, code: bool = False
 
 def _tensor_files(directory: Path) -> dict[str, str]:
     if (directory / INDEX).is_file():
-        weight_map: dict[str, str] = _read_json(directory / INDEX).get("weight_map", {})
+        weight_map: dict[str, str] = read_json(directory / INDEX).get("weight_map", {})
         missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
         if missing:
             raise ModelLoadError(

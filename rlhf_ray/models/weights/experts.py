@@ -6,12 +6,20 @@ architectures.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
+from transformers import PreTrainedModel
+
+
+def text_part(model: nn.Module) -> nn.Module:
+    """Return the part of a model that reads text: its decoder, beside which there may be a vision tower."""
+    return cast(nn.Module, model.get_decoder()) if isinstance(model, PreTrainedModel) else model
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """Return the names of parameters that hold all experts of a layer in one 3-D tensor."""
-    return [name for name, parameter in model.named_parameters() if _dimensions(parameter) == 3]
+    """Return the names, within the text part, of parameters that hold all experts of a layer in one 3-D tensor."""
+    return [name for name, parameter in text_part(model).named_parameters() if _dimensions(parameter) == 3]
 
 
 def expert_blocks(model: nn.Module) -> list[nn.Module]:

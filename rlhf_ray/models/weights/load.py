@@ -31,9 +31,10 @@ from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.models.forward.packed import check_packable, packed_forward, try_narrowing
 from rlhf_ray.models.forward.rotation import rotate_by_sequence, share_alike
 from rlhf_ray.models.forward.shards import in_shards
+from rlhf_ray.models.weights.adapter_modules import replace_modules
 from rlhf_ray.models.weights.checkpoint import Checkpoint
-from rlhf_ray.models.weights.config_as_read import keep_config
 from rlhf_ray.models.weights.embeddings import input_embedding
+from rlhf_ray.models.weights.held import keep_config, refuse_extra_state
 from rlhf_ray.models.weights.quantization import four_bit, prepare_four_bit
 from rlhf_ray.models.weights.sharded import load_in_shards, wants_shards
 from rlhf_ray.trajectories.packing import Packed
@@ -70,7 +71,7 @@ def load_weights(
     config = checkpoint.config(trust_remote_code=trust_remote_code)
     if ds_config is not None and wants_shards(ds_config):
         sharded = load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
-        return _keep_config(sharded, checkpoint, config)
+        return _finish(sharded, checkpoint, config)
     try:
         with _quiet_transformers():
             loaded: Any = auto.from_pretrained(
@@ -92,12 +93,17 @@ def load_weights(
     _align(model)
     if load_in_4bit:
         prepare_four_bit(model)
-    return _keep_config(model, checkpoint, config)
+    return _finish(model, checkpoint, config)
 
 
-def _keep_config(model: PreTrainedModel, checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:
-    """Remember config.json as it stands, unless the model is only the part of it that a config of its own describes."""
+def _finish(model: PreTrainedModel, checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:
+    """Remember config.json as it stands, and put in what an adapter trained whole.
+
+    Of a model that is only a part of what config.json describes, the config in memory is remembered.
+    """
     keep_config(model, checkpoint.raw_config() if type(model.config) is type(config) else None, checkpoint.directory)
+    if checkpoint.adapter is not None:
+        replace_modules(model, checkpoint.adapter)
     return model
 
 
@@ -159,6 +165,7 @@ def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -
     With ``strict``, an attention backend that cannot run here is an error.
     """
     keep_config(model)
+    refuse_extra_state(model)
     turn_dropout_off(model)
     check_packable(model)
     rotate_by_sequence(model)

@@ -1,21 +1,27 @@
 """LoRA: small trainable matrices on the layers of a frozen model (Hu et al. 2021, arXiv:2106.09685).
 
-Invariants: the model keeps its structure; adapters are put into its layers. Only adapters and heads are trainable. What is
-exported is the merged weight ``W + scaling * B A``, so no reader needs to know about adapters.
+Invariants: the model keeps its structure; adapters are put into its layers. A layer is known by its name in the whole model, as
+PEFT knows it, whether or not the model in memory has an output layer. Only adapters and heads are trainable, and only layers
+that text passes through are adapted. What is exported is the merged weight ``W + scaling * B A``, so no reader needs to know
+about adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.weights.experts import expert_parameters
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME
+from rlhf_ray.models.weights.experts import expert_parameters, text_part
 from rlhf_ray.models.weights.quantization import bitsandbytes
 
 ADAPTER = "default"
@@ -24,6 +30,8 @@ ADAPTED_PARTS = frozenset({"base_layer", "lora_A", "lora_B"})
 """What PEFT calls the parts of a layer that has an adapter."""
 EVERY_LINEAR = "all-linear"
 """The target that stands for every linear layer."""
+LINEAR = (nn.Linear, Conv1D)
+"""Layers that can be adapted; a Conv1D, as in GPT-2, is a linear layer with its weight transposed."""
 
 
 def add_lora(
@@ -36,15 +44,12 @@ def add_lora(
 ) -> None:
     """Put an adapter on the target layers and freeze all other parameters.
 
-    The default targets are all linear layers, or in a mixture of experts those of attention.
+    ``targets`` are last parts of names, or a regular expression for whole names. By default they are all linear layers, or in
+    a mixture of experts those of attention. Layers of a vision tower and the output layer are never among them.
     """
-    layer_names = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
-    if layer_names == EVERY_LINEAR and expert_parameters(model):
-        layer_names = sorted(
-            {name.rpartition(".")[2] for name in _linear_names(model) if "attn" in name or "attention" in name}
-        )
-    _check_targets(model, layer_names)
-    config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layer_names, bias="none")
+    wanted = EVERY_LINEAR if targets is None else targets if isinstance(targets, str) else list(targets)
+    names = _target_names(model, wanted)
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")
     inject(model, config)
 
 
@@ -56,42 +61,81 @@ def peft() -> ModuleType:
     return peft
 
 
-def inject(model: PreTrainedModel, config: Any) -> None:
-    """Put the adapter that the ``LoraConfig`` describes on the model."""
-    layer_names = config.target_modules
-    try:
-        model.add_adapter(config, ADAPTER)
-    except ValueError as error:
-        raise _unfit(model, layer_names, "do") from error
-    if not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in adapted_layers(model).values()):
-        raise _unfit(model, layer_names, "do")  # PEFT takes some names for those of experts
+def whole_names(model: PreTrainedModel, head: nn.Module | None = None) -> nn.Module:
+    """Return a container in which each module of ``model`` has the name that it has in the whole model.
+
+    A backbone lies there under its prefix, and ``head`` beside it. The modules are the same objects, so that what is put in the
+    place of a layer within the container is put into the model, but for the children of the container itself.
+    """
+    backbone = {model.base_model_prefix: model, HEAD_NAME: head}
+    view = nn.Module()
+    for name, child in (backbone if model.base_model is model else dict(model.named_children())).items():
+        view.add_module(name, child)
+    return view
 
 
-def _check_targets(model: PreTrainedModel, layer_names: str | list[str]) -> None:
-    """Refuse a list with a name that fits no layer: PEFT silently ignores such a name if another one fits."""
-    if isinstance(layer_names, str):
-        return
-    names = [f".{name}" for name in _linear_names(model)]
-    for target in layer_names:
-        if not any(name.endswith(f".{target}") for name in names):
+def inject(
+    model: PreTrainedModel, config: Any, *, head: nn.Module | None = None, tensors: Collection[str] | None = None
+) -> nn.Module:
+    """Put the adapter that the ``LoraConfig`` describes on the model and ``head``; return the container of both.
+
+    ``tensors`` names the adapter's tensors, which then say which layers get one; by default the config does. All parameters
+    but those of the adapter are frozen.
+    """
+    view = whole_names(model, head)
+    state = None if tensors is None else {name: torch.empty(0) for name in tensors}
+    config.base_model_name_or_path = model.name_or_path
+    with warnings.catch_warnings():  # of tied layers and transposed weights, which are read right or refused here
+        warnings.simplefilter("ignore")
+        peft().inject_adapter_in_model(config, view, ADAPTER, state_dict=state)
+    model.peft_config = {ADAPTER: config}
+    return view
+
+
+def _target_names(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
+    """Return the names of the layers that ``targets`` means, or refuse a target that fits none."""
+    linear = linear_names(model)
+    if targets == EVERY_LINEAR:
+        mixture = bool(expert_parameters(model))
+        return [name for name in linear if not mixture or "attn" in name or "attention" in name]
+    if isinstance(targets, str):
+        matched = [name for name, _ in whole_names(model).named_modules() if re.fullmatch(targets, name)]
+        inside = [name for name in matched if _is_text(model, name)]
+        if not inside or set(inside) - set(linear):
+            raise _unfit(model, targets, "do")
+        return inside
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise _unfit(model, target, "does")
+    return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
 def _unfit(model: PreTrainedModel, targets: object, do: str) -> ModelLoadError:
-    linear = {name.rpartition(".")[2] for name in _linear_names(model)}
+    last = {name.rpartition(".")[2] for name in linear_names(model)}
     experts = (
         " (the experts of a mixture are 3-D parameters, which no adapter reaches)" if expert_parameters(model) else ""
     )
     return ModelLoadError(
         f"LoRA targets {targets!r} {do} not fit {type(model).__name__}: choose all-linear or some of "
-        f"{', '.join(sorted(linear))}{experts}"
+        f"{', '.join(sorted(last))}{experts}"
     )
 
 
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers, without the output layer."""
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the whole names of the linear layers that text passes through, without the output layer."""
     output = model.get_output_embeddings()
-    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output]
+    return [
+        name
+        for name, layer in whole_names(model).named_modules()
+        if isinstance(layer, LINEAR) and layer is not output and _is_text(model, name)
+    ]
+
+
+def _is_text(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module lies in the part of the model that reads text, and not in a vision tower."""
+    part = text_part(model)
+    path = next((path for path, module in whole_names(model).named_modules() if module is part), "")
+    return not path or name.startswith(f"{path}.")
 
 
 def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,4 +163,4 @@ def _merge(layer: Any, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     weight = tensors[f"{name}.base_layer.weight"]
     down, up = tensors[f"{name}.lora_A.{ADAPTER}.weight"], tensors[f"{name}.lora_B.{ADAPTER}.weight"]
     change = layer.scaling[ADAPTER] * (up.float() @ down.float())
-    return torch.add(weight.float(), change).to(weight.dtype)
+    return torch.add(weight.float(), change.T if layer.fan_in_fan_out else change).to(weight.dtype)

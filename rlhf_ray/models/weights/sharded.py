@@ -12,7 +12,8 @@ transformers is asked which rows belong to which part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,17 @@ def grow_rows(embedding: nn.Embedding, added: Callable[[Tensor], Tensor], ds_con
         weight = nn.Parameter(torch.cat([old, added(old).to(old)]), requires_grad=embedding.weight.requires_grad)
     embedding.weight, embedding.num_embeddings = weight, len(weight)
     zero.Init(module=embedding, config_dict_or_path=dict(ds_config))
+
+
+def made_whole(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Make parameters whole while all ranks change them in the same way; those that lie in no shards are whole already."""
+    sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    from deepspeed import zero
+
+    context: AbstractContextManager[object] = zero.GatheredParameters(sharded, modifier_rank=0)
+    return context
 
 
 def _parts(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Part]]:
