@@ -154,7 +154,8 @@ class ChatFormat:
         shared = len(shared_head(prompt, whole))
         if after_all and prompt[shared:].strip():
             return ""
-        text = self.ending.cut(whole[shared:])
+        text = whole[shared:]
+        text = self.ending.cut(text, _end_of_texts(conversation.messages[-1], text))
         return text if keep_head else text.removeprefix(self.ending.head)
 
     def _render(self, conversation: Conversation, *, answer_follows: bool) -> str:
@@ -172,6 +173,19 @@ class ChatFormat:
 def reasoning_of(message: Mapping[str, Any]) -> str:
     """The thinking that a message holds in a field beside its content; empty where there is none."""
     return next((str(message[name]) for name in REASONING_FIELDS if message.get(name)), "")
+
+
+def called_names(functions: Any) -> list[str]:
+    """The names of functions, or of calls of them."""
+    found = [each.get("function", each) for each in functions or () if isinstance(each, Mapping)]
+    return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]
+
+
+def _end_of_texts(message: Mapping[str, Any], text: str) -> int:
+    """Behind how many letters of a rendered ``text`` all texts of its message stand."""
+    texts = [str(message.get("content") or ""), reasoning_of(message), *called_names(message.get("tool_calls"))]
+    places = [(text.rfind(one.strip()), len(one.strip())) for one in texts if one.strip()]
+    return max((place + length for place, length in places if place >= 0), default=0)
 
 
 def _with_reasoning(conversation: Conversation, reasoning: Mapping[str, str]) -> Conversation:

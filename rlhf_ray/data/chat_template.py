@@ -82,16 +82,16 @@ class Ending:
     special: frozenset[str]
     """The tokenizer's special tokens."""
 
-    def cut(self, text: str) -> str:
-        """A rendered answer without what ends it."""
-        if self.tail and text.endswith(self.tail):
-            return text.removesuffix(self.tail)
-        if self.token in self.tail and self.token in text:
-            return text[: text.rindex(self.token)]
-        other = next((token for token in self.special if text.rstrip().endswith(token)), None)
-        if self.tail and other is not None:  # a call of a tool ends with a token of its own in some templates
+    def cut(self, text: str, after: int = 0) -> str:
+        """A rendered answer without what ends it; what ends it stands behind the first ``after`` letters."""
+        before, found, _ = self.tail.partition(self.token)
+        end = text.find(self.token, after)
+        if found and end >= 0:
+            return text[:end].removesuffix(before)
+        other = next((token for token in self.special if text[after:].rstrip().endswith(token)), None)
+        if found and other is not None:  # a call of a tool ends with a token of its own in some templates
             return text[: text.rindex(other)]
-        return text
+        return text.removesuffix(self.tail)
 
 
 def find_ending(tokenizer: Any, variables: Variables) -> Ending:

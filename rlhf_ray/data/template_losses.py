@@ -12,7 +12,7 @@ from logging import INFO, WARNING
 from typing import Any
 
 from rlhf_ray.console import get_logger
-from rlhf_ray.data.chat import ChatFormat, Conversation, reasoning_of
+from rlhf_ray.data.chat import ChatFormat, Conversation, called_names, reasoning_of
 from rlhf_ray.data.chat_template import open_thinking, unread_variables
 from rlhf_ray.errors import RequestError
 
@@ -41,15 +41,15 @@ def prompt_losses(conversation: Conversation, prompt: str) -> list[str]:
         found += _content_loss(message, prompt)
         if reasoning_of(message).strip() not in prompt:
             found.append(EARLIER_THINKING)
-        found += [CALLS] * any(name not in prompt for name in _names(message.get("tool_calls")))
-    found += [TOOLS] * any(name not in prompt for name in _names(conversation.tools))
+        found += [CALLS] * any(name not in prompt for name in called_names(message.get("tool_calls")))
+    found += [TOOLS] * any(name not in prompt for name in called_names(conversation.tools))
     return list(dict.fromkeys(found))
 
 
 def answer_losses(message: Mapping[str, Any], prompt: str, answer: str) -> list[str]:
     """What of the message that is the answer is not in the text of the ``answer`` after ``prompt``."""
     found = [THINKING] * (reasoning_of(message).strip() not in answer)
-    found += [CALLS] * any(name not in answer for name in _names(message.get("tool_calls")))
+    found += [CALLS] * any(name not in answer for name in called_names(message.get("tool_calls")))
     if str(message.get("content") or "").strip() not in prompt[-len(answer) :] + answer:
         found.append("the text of an answer that calls tools")
     block = open_thinking(prompt)
@@ -108,9 +108,3 @@ def _is_data(message: Mapping[str, Any], content: str) -> bool:
         return isinstance(json.loads(content), dict | list)
     except ValueError:
         return False
-
-
-def _names(functions: Any) -> list[str]:
-    """The names of functions, or of calls of them."""
-    found = [each.get("function", each) for each in functions or () if isinstance(each, Mapping)]
-    return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]

@@ -130,6 +130,25 @@ def test_a_call_is_what_the_template_writes_after_the_prompt_without_its_empty_b
         assert prompt == chat.prompt_ids([user("why?")])
 
 
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.thinking %}<think>{{ m.thinking }}<|im_end|>{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}END{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "end", ["<|im_end|>\n", "{{ '<eos>' if m.tool_calls else '<|im_end|>\n' }}", "<|im_end|>\nAct:<|im_end|>"]
+)
+def test_a_call_ends_where_its_template_ends_it_behind_all_its_texts(end):
+    """Another token may end calls; the end token may also stand between the parts of an answer, or in what follows it."""
+    tokenizer = make_tokenizer(SHAPES[CHATML])
+    tokenizer.chat_template = CALLS.replace("END", end)
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    _, ids = ChatFormat(tokenizer).encode([user("why?"), assistant("so ", reasoning_content="hm", tool_calls=[call])])
+    assert tokenizer.decode(ids) == "<think>hm<|im_end|>so [find]<|im_end|>"
+
+
 def test_tools_and_variables_are_in_the_prompt():
     chat, tools = CHATS[THINKS], [{"type": "function", "function": {"name": "find"}}]
     quiet = ChatFormat(chat.tokenizer, {"enable_thinking": False})

@@ -59,7 +59,7 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     "<|eot_id|>": ("functionary", "firefunction", "Llama-3", "llama3", "unsloth__llama-3"),
     "<|eot|>": ("muse-glimmer", "muse_glimmer"),
     "<|return|>": ("gpt-oss", "gptoss"),
-    "<|eos|>": ("Hy3",),
+    "<｜hy_eos:opensource｜>": ("Hy3",),
     "<end_of_utterance>": ("idefics3", "smolvlm"),
     "<|end_of_turn|>": ("starling",),
     "<_end>": ("teleflm",),
@@ -101,18 +101,21 @@ ANSWERS = (
 WORSE = "No."
 
 
-def make_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some 1500 merges that splits as Qwen's does, with the tokens that the template names."""
+def make_tokenizer(
+    name: str, template: str, *, start: str = "<bos>", besides: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of some 1500 merges that splits as Qwen's does, with the tokens that the template names, and others."""
     end = end_of(name)
     eos = next((token for part, token in OTHER_EOS.items() if part in name), end)
-    special = list(dict.fromkeys(["<bos>", eos, end, *SPECIAL.findall(template)]))
+    special = list(dict.fromkeys([start, eos, end, *SPECIAL.findall(template), *besides]))
     words = Tokenizer.from_str(_merges())
     words.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     added = [token for token in dict.fromkeys(ADDED.findall(template)) if token not in special]
     words.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
-    start = words.token_to_id("<bos>")
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", start)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token=eos, chat_template=template)
+    words.post_processor = processors.TemplateProcessing(
+        single="START $A", special_tokens=[{"id": "START", "ids": [words.token_to_id(start)], "tokens": [start]}]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=start, eos_token=eos, chat_template=template)
 
 
 _trained: list[str] = []

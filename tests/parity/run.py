@@ -63,7 +63,7 @@ class Comparison:
 
 def comparisons() -> list[Comparison]:
     """All of them."""
-    from . import algorithms, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_training
+    from . import algorithms, chat_renderers, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_training
 
     modules = {"trl_reward": trl_reward, "trl_log_probs": trl_log_probs, "openrlhf_models": openrlhf_models}
     found = [Comparison(name, each.make_inputs, each.prepare, each.ours) for name, each in modules.items()]
@@ -72,6 +72,16 @@ def comparisons() -> list[Comparison]:
     )
     for name, ours in algorithms.COMPARISONS.items():
         found.append(Comparison(name, algorithms.make_inputs, algorithms.prepare, ours, bar=1e-6))
+    found.append(
+        Comparison(
+            "chat_renderers",
+            chat_renderers.make_inputs,
+            chat_renderers.prepare,
+            chat_renderers.ours,
+            bar=0.0,
+            committed=False,
+        )
+    )
     training = Comparison(
         "trl_training",
         trl_training.make_inputs,
