@@ -104,15 +104,34 @@ def holds_messages(value: Any) -> bool:
 
 
 def decoded_cell(value: Any) -> Any:
-    """A cell as a list of messages where it holds one message, or messages written as JSON; or else the cell itself."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            content = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if is_message(content) or (isinstance(content, list) and content and all(map(is_message, content))):
-            return decoded_cell(content)
-    return [value] if isinstance(value, Mapping) and ({"role", "from"} & value.keys()) else value
+    """A cell as a list of messages where it holds them in another known form; or else the cell itself.
+
+    The forms are one message alone, messages written as JSON, and lists of roles and of contents (``Sequence`` of older
+    versions of ``datasets``).
+    """
+    if isinstance(value, str):
+        content = _message_from_json(value)
+        return value if content is None else decoded_cell(content)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        messages = [_message_from_json(item) for item in value]
+        return messages if all(map(is_message, messages)) else value
+    if isinstance(value, Mapping) and {"role", "from"} & value.keys():
+        if all(isinstance(field, list) for field in value.values()):
+            return [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=False)]
+        return [value]
+    return value
+
+
+def _message_from_json(text: str) -> Any:
+    """The message, or the list of messages, that a text spells as JSON; none where it spells none."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    messages = content if isinstance(content, list) else [content]
+    return content if messages and all(map(is_message, messages)) else None
 
 
 def as_prompt(cell: str | Sequence[Message]) -> Sequence[Message]:

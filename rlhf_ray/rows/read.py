@@ -187,7 +187,7 @@ def first_problem(source: AnySource, reader: RowReader[Any], *, max_rows: int | 
         for outcome in _outcomes(source, reader, _rows_checked(max_rows)):
             count += 1
             if isinstance(outcome.value, LayoutError):
-                problems.append(": ".join(filter(None, (outcome.where, str(outcome.value), outcome.value.way_out))))
+                problems.append(f"{outcome.where}: {outcome.value}: {outcome.value.way_out or WAY_OUT}")
     except DataError as error:
         return str(error) if reader.drops_bad_rows or not problems else problems[0]
     if not count:
@@ -213,6 +213,10 @@ def _outcomes(source: RowSource, reader: RowReader[Any], max_rows: int | None) -
             except LayoutError as error:
                 problem = f"read as {expanded.layout}: {error}" if expanded.layout else str(error)
                 yield Outcome(where, LayoutError(problem, error.way_out))
+            except UnevenColumn as error:
+                if not reader.drops_bad_rows:
+                    raise
+                yield Outcome(where, LayoutError(str(error)))
             else:
                 yield Outcome(where, value, expanded.layout)
 
@@ -247,6 +251,10 @@ def _read(reader: RowReader[Value], values: Any, where: str, number: int, unifor
     return value
 
 
+class UnevenColumn(DataError):
+    """A column is filled in some rows of a file only."""
+
+
 class _UniformColumns:
     """Compares each row with the first one: a column is filled in both or in neither."""
 
@@ -259,7 +267,7 @@ class _UniformColumns:
         for column in self.columns:
             if (column in row) != (column in first):
                 having, lacking = (row, first) if column in row else (first, row)
-                raise DataError(
+                raise UnevenColumn(
                     f"{lacking.where}: nothing under {column!r}, but there is something in {having.where}: fill it in all "
                     "rows or none"
                 )

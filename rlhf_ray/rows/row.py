@@ -72,7 +72,10 @@ class Row:
 
     def numbers(self, keys: Sequence[str]) -> list[float | None]:
         """The finite numbers under ``keys``, also where they are written as text; none where there is nothing."""
-        _refuse([problem for key in keys if (problem := self._number_problem(key))])
+        _refuse(
+            [problem for key in keys if (problem := self._number_problem(key))],
+            "name a column that is something else in data.ignore_columns, or the right one in data.rename_columns",
+        )
         return [float(self.values[key]) if key in self else None for key in keys]
 
     def short_text(self, key: str) -> str | None:
@@ -109,6 +112,6 @@ def is_filled(values: Mapping[str, Any], key: str) -> bool:
     return values.get(key) not in (None, "")
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _refuse(problems: Sequence[str], way_out: str = "") -> None:
     if problems:
-        raise LayoutError(" and ".join(problems))
+        raise LayoutError(" and ".join(problems), way_out)

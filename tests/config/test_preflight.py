@@ -11,6 +11,7 @@ import pytest
 from rlhf_ray.config.loading import load_config, parse_config
 from rlhf_ray.config.preflight import check_files, hub_ids
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.rows.read import WAY_OUT
 
 SFT = """
 kind: sft
@@ -181,7 +182,7 @@ def test_good_rows_are_no_problem(here, name, content):
         ("rows.jsonl", LINE + '{"prompt": 3, "answer": "a"}\n', "rows.jsonl:2: 'prompt' must hold a text, this is of type int"),
         ("rows.jsonl", '{"prompt": [{"role": "u"}], "answer": "a"}', "rows.jsonl:1: 'prompt' must hold a text, this is a l"),
         ("rows.jsonl", LINE + '{"prompt": "p", "answer": ""}\n', "rows.jsonl:2: 'answer' must hold a text"),
-        ("rows.jsonl", '{"x": 1}\n' * 7, "rows.jsonl:1: no 'prompt' and 'answer'; its keys are 'x' (7 of the first 7 rows "),
+        ("rows.jsonl", '{"x": 1}\n' * 7, f"no 'prompt' and 'answer'; its keys are 'x': {WAY_OUT} (7 of the first 7 rows "),
         ("rows.json", "[{\n]", "data.path: rows.json:2: not JSON: "),
         ("rows.json", '{"prompt": "p"}', "rows.json:1: a .json file is a list of rows"),
         ("rows.json", '[{"prompt": "p"}]', "rows.json:1: no 'prompt' and 'answer'"),
@@ -234,7 +235,9 @@ def test_each_kind_needs_its_own_keys(here, texts):
         (here / "rows.jsonl").write_text(row)
         assert (check_files(parse_config(texts["ppo"], ppo)) == []) == fine
     message = check_files(parse_config(texts["ppo"], ppo))
-    assert message == ["data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question'"]
+    assert message == [
+        f"data.path: rows.jsonl:1: no 'prompt' or 'chosen' and 'rejected'; its keys are 'question': {WAY_OUT}"
+    ]
     unlabelled = [*ppo, "data.prompt_key=question", "reward={url: http://127.0.0.1:1}"]
     assert check_files(parse_config(texts["ppo"], unlabelled)) == []
 
@@ -344,7 +347,7 @@ def test_every_source_is_looked_at_with_its_own_keys(here, texts):
     data = f"data={{sources: {{{sources}}}, evaluation_fraction: 0.1}}"
     config = parse_config(texts["rm"], [data])
     assert check_files(config) == [
-        "data.sources.b.path: b.jsonl:1: no 'chosen' and 'rejected'; its keys are 'better', 'worse'",
+        f"data.sources.b.path: b.jsonl:1: no 'chosen' and 'rejected'; its keys are 'better', 'worse': {WAY_OUT}",
         "data.sources.c.path: nowhere.jsonl does not exist: name a data file, as in data.sources.c.path=pairs.jsonl.gz",
     ]
     assert hub_ids(config) == ["Org/set"]
@@ -367,7 +370,7 @@ def test_the_splits_of_a_folder_are_looked_at_and_a_file_has_none(here, texts):
     (here / "set" / "test.jsonl").write_text('{"prompt": "p"}\n')
     keys = "data={{path: {}, split: train, evaluation_split: test}}"
     assert check_files(parse_config(texts["rm"], [keys.format("set")])) == [
-        "data.evaluation_split: set (test): row 1: 'chosen' must hold a text or a list of messages, this is empty"
+        f"data.evaluation_split: set (test): row 1: 'chosen' must hold a text or a list of messages, this is empty: {WAY_OUT}"
     ]
     (here / "rows.jsonl").write_text(PAIR)
     problem = check_files(parse_config(texts["rm"], ["data={path: rows.jsonl, split: train, evaluation_fraction: 0}"]))

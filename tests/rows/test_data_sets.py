@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.preferences import PreferenceReader, read_preferences
-from rlhf_ray.rows.read import AnyRow, first_problem, read_rows
+from rlhf_ray.rows.read import WAY_OUT, AnyRow, first_problem, read_rows
 from rlhf_ray.rows.sources import RowSource, content_files, every_split
 
 PAIRS = [{"prompt": f"p{number}", "chosen": f"c{number}", "rejected": "r"} for number in range(5)]
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_row_names_its_number(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "secret", "chosen": "c"}])
     source = RowSource(str(tmp_path), "train")
     problem = f"{tmp_path} (train): row 6: 'rejected' must hold a text or a list of messages, this is empty"
-    assert first_problem(source, PreferenceReader()) == problem
+    assert first_problem(source, PreferenceReader()) == f"{problem}: {WAY_OUT}"
     with pytest.raises(DataError) as error:
         read_preferences(source)
     assert str(error.value).startswith(problem)

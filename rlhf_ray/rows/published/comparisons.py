@@ -10,6 +10,7 @@ named in the config, never passed over in silence. Two sides that are equally go
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,36 +30,43 @@ STEMS = ("response", "answer", "output", "completion", "conversation", "candidat
 SIDES = (("a", "b"), ("A", "B"), ("1", "2"), ("0", "1"))
 LABELS = ("winner", "preference", "preferred", "label", "choice", "verdict", "judgment", "judgement")
 """Columns whose value names the better side."""
-PROMPT_TEXTS = ("prompt", "instruction", "question", "query", "context", "history", "input")
+LISTS = ("responses", "answers", "completions", "candidates", "outputs", "generations")
+SCORES, RANKS = ("scores", "ratings", "rewards"), ("ranks", "ranking", "rank")
+"""Columns of several answers to one prompt, and of what each of them is worth."""
+PROMPT_TEXTS = (
+    "prompt",
+    "instruction",
+    "question",
+    "query",
+    "problem",
+    "request",
+    "user_prompt",
+    "user_input",
+    "context",
+    "history",
+    "input",
+)
 """Columns of what both sides answer; of ``instruction`` with ``input`` both are the prompt (Alpaca)."""
-PROMPT_MESSAGES = ("conversations", "conversation", "messages", "context_messages", "context", "history")
-"""Columns of the conversation before the two sides (LLaMA-Factory, ms-swift, OpenRLHF)."""
-LABEL_WORDS = frozenset(
-    [
-        "label",
-        "labels",
-        "winner",
-        "winners",
-        "winning",
-        "better",
-        "best",
-        "safer",
-        "preference",
-        "preferences",
-        "preferred",
-        "choice",
-        "verdict",
-        "judgment",
-        "judgement",
-        "tie",
-    ]
+PROMPT_MESSAGES = (
+    "conversations",
+    "conversation",
+    "messages",
+    "context_messages",
+    "trajectory",
+    "context",
+    "history",
 )
+"""Columns of the conversation before the two sides (LLaMA-Factory, ms-swift, OpenRLHF, UltraInteract)."""
+LABEL_WORDS = frozenset({
+    "label", "labels", "winner", "winners", "winning", "win", "wins", "won", "better", "best", "safer", "preference",
+    "preferences", "preferred", "prefers", "prefer", "choice", "selected", "selection", "pick", "picked", "vote", "voted",
+    "verdict", "judgment", "judgement", "tie", "swapped", "flipped", "reversed",
+})  # fmt: skip
 """Words in the name of a column that may say which side is better."""
-RATING_WORDS = frozenset(
-    ["score", "scores", "rating", "ratings", "rank", "ranks", "ranking", "votes", "upvotes", "overall"]
-)
+RATING_WORDS = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "votes", "upvotes", "overall"})
 """Words in the name of a column that may rate one side."""
 Ratings = Literal["ties", "margins", "ignore"]
+RANK_WORDS = frozenset({"rank", "ranks", "ranking"})
 LONGEST_LABEL = 30
 """Characters of the longest text that may be a label, and not an explanation."""
 NO_LABEL = ("margin", "grade", "source", "subset", "system", "tools", "prompt")
@@ -134,6 +142,7 @@ def choose(values: Values, key: str, meanings: Mapping[str, int]) -> int:
     value = values[key]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     name = f"{value:g}" if number else value.strip().lower() if isinstance(value, str) else ""
+    name = f"{float(name):g}" if re.fullmatch(r"-?\d+\.0+", name) else name  # CSV of a column that once had empty cells
     if name not in meanings:
         shown = "is empty" if value in (None, "") else "is another" + (f": {name}" if number else "")
         raise LayoutError(f"{key!r} says which side is better: one of {', '.join(meanings)} was expected, this {shown}")
@@ -198,6 +207,26 @@ def named_sides(values: Values) -> Layout | None:
     return None
 
 
+def named_lists(values: Values) -> Layout | None:
+    """A list of answers and a list of numbers: scores, of which the highest is best, or ranks, of which the lowest is."""
+    for name, numbers in product(LISTS, (*SCORES, *RANKS)):
+        if name not in values or numbers not in values:
+            continue
+
+        def read(row: Values, name: str = name, numbers: str = numbers) -> Iterator[Comparison]:
+            answers, rated = row[name], row[numbers]
+            if not isinstance(answers, list) or not isinstance(rated, list) or len(answers) != len(rated):
+                raise LayoutError(f"{name!r} and {numbers!r} must be lists of the same length")
+            pairs = [
+                (answer, number_under({numbers: number}, numbers))
+                for answer, number in zip(answers, rated, strict=True)
+            ]
+            return every_two(prompt_beside(row, answers), pairs, highest_is_best=numbers in SCORES)
+
+        return Layout(f"{name} with {numbers}", (name, numbers), "", read)
+    return None
+
+
 # ------------------------------------------------------------------------------------------- columns beside the two sides
 
 
@@ -206,12 +235,15 @@ def prompt_beside(values: Mapping[str, Any], sides: Sequence[Any]) -> Any:
     sides = [decoded_cell(side) for side in sides]
     if all(_is_whole(side) for side in sides):
         return None
+    texts = {name: values[name] for name in PROMPT_TEXTS if isinstance(values.get(name), str) and values[name]}
+    if texts.keys() in ({"instruction"}, {"instruction", "input"}):  # Alpaca, whose earlier turns are pairs of texts
+        asked, history = "\n".join(texts.values()), values.get("history") or []
+        if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+            said = [(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
+            return [{"role": role, "content": text} for role, text in [*said, ("user", asked)]] if said else asked
     for name in PROMPT_MESSAGES:
         if is_conversation(cell := decoded_cell(values.get(name))) and cell:
             return cell
-    texts = {name: values[name] for name in PROMPT_TEXTS if is_filled(values, name)}
-    if texts.keys() == {"instruction", "input"}:
-        return "\n".join(texts.values()) if all(isinstance(text, str) for text in texts.values()) else None
     if len(texts) > 1:
         raise LayoutError(
             f"{' and '.join(map(repr, texts))} may be the prompt: one was expected",
@@ -249,20 +281,24 @@ def _may_be_label(name: str, value: Any, keys: Keys) -> bool:
     """By the words of its name and the kind of its value; a column named after one side may rate it."""
     if not isinstance(value, str | int | float) or value == "" or len(str(value)) > LONGEST_LABEL:
         return False
-    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+    words = _words(name)
     of_sides = {keys.chosen, keys.rejected} != {Keys().chosen, Keys().rejected}
     index = bool(words & {"chosen", "rejected"}) and bool(words & {"index", "id", "idx", "side"})
-    return bool(words & LABEL_WORDS) or index or (of_sides and bool(words & RATING_WORDS))
+    return bool(words & LABEL_WORDS) or index or (of_sides and bool(words & (RATING_WORDS | RANK_WORDS)))
+
+
+def _words(name: str) -> set[str]:
+    """The words of a column's name, however they are joined: ``chosen_score``, ``chosen-rating``, ``scoreChosen``."""
+    return set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
 
 
 def rating_columns(values: Mapping[str, Any], keys: Keys) -> list[tuple[str, str]]:
     """The columns that rate the chosen and the rejected side, by pairs: ``score_chosen`` and ``score_rejected``, and so on."""
     pairs = []
-    for what in ("score", "rating"):
-        for form in ("{what}_{side}", "{side}_{what}"):
-            one, other = (form.format(what=what, side=side) for side in (keys.chosen, keys.rejected))
-            if is_filled(values, one) and is_filled(values, other):
-                pairs.append((one, other))
+    for one in values:
+        other = one.replace(keys.chosen, keys.rejected).replace(keys.chosen.title(), keys.rejected.title())
+        if other != one and _words(one) & RATING_WORDS and _is_number(values[one]) and _is_number(values.get(other)):
+            pairs.append((one, other))
     return pairs
 
 
@@ -276,8 +312,13 @@ def with_ratings(values: Mapping[str, Any], keys: Keys, ratings: Ratings) -> Map
                 f"name them score_{keys.chosen} and score_{keys.rejected} (data.rename_columns), or set data.ratings=ties",
             )
         return values
-    better, worse = Row(values, "").numbers(columns[0])
-    difference = (better or 0.0) - (worse or 0.0)
+    differences = [float(values[one]) - float(values[other]) for one, other in columns]
+    difference = differences[0]
+    if len({(number > 0) - (number < 0) for number in differences}) > 1:
+        names = " and ".join(repr(one) for one, _ in columns)
+        raise LayoutError(
+            f"the ratings {names} differ in which side is better", "name those that do not count in data.ignore_columns"
+        )
     if difference < 0:
         raise LayoutError(
             f"{columns[0][0]!r} is below {columns[0][1]!r}: the side that is taken to be better is rated worse",
@@ -287,10 +328,16 @@ def with_ratings(values: Mapping[str, Any], keys: Keys, ratings: Ratings) -> Map
     return {**values, **{name: number for name, number in numbers.items() if not is_filled(values, name)}}
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value)) and not isinstance(value, bool)
+    except (TypeError, ValueError):
+        return False
+
+
 def hold_lists_of_answers(values: Mapping[str, Any], keys: Keys) -> bool:
     """Whether both sides of a row are lists of texts, as in RewardBench 2 and RM-Bench."""
-    sides = (values.get(keys.chosen), values.get(keys.rejected))
-    return all(isinstance(side, list) and bool(side) and isinstance(side[0], str) for side in sides)
+    return all(_is_list_of_texts(values.get(side)) for side in (keys.chosen, keys.rejected))
 
 
 def refuse_lists_of_answers(values: Mapping[str, Any], keys: Keys) -> None:
@@ -300,3 +347,13 @@ def refuse_lists_of_answers(values: Mapping[str, Any], keys: Keys) -> None:
             f"{keys.chosen!r} and {keys.rejected!r} hold lists of answers, as RewardBench 2 does, and not one answer each",
             "rlhf-ray evaluate reads RewardBench 2; for training write one row for each pair of answers",
         )
+    for side in (keys.chosen, keys.rejected):
+        if _is_list_of_texts(values[side]):
+            raise LayoutError(
+                f"{side!r} holds a list of texts, and not one answer", "write one row for each pair of answers"
+            )
+
+
+def _is_list_of_texts(side: Any) -> bool:
+    """Texts, and not messages that are written as JSON one by one."""
+    return isinstance(side, list) and bool(side) and isinstance(side[0], str) and isinstance(decoded_cell(side[0]), str)

@@ -19,10 +19,10 @@ from rlhf_ray.rows.published.comparisons import (
     choose,
     every_two,
     mappings_under,
+    named_lists,
     named_sides,
     number_under,
     order,
-    prompt_beside,
 )
 from rlhf_ray.rows.row import LayoutError, is_filled
 
@@ -37,8 +37,8 @@ NO_PAIRS = "pairs are needed: two answers to each prompt, under data.chosen_key 
 
 def find_layout(values: Values) -> Layout | None:
     """The layout of a row without a chosen and a rejected side; none where it has no known one."""
-    known = next((layout for layout in LAYOUTS if layout.fits(values)), None)
-    return known or named_sides(values) or next((layout for layout in REFUSED if layout.fits(values)), None)
+    known, refused = (next((row for row in table if row.fits(values)), None) for table in (LAYOUTS, REFUSED))
+    return named_lists(values) or known or named_sides(values) or refused
 
 
 def are_rated_together(one: Any, other: Any) -> bool:
@@ -164,14 +164,6 @@ def _helpsteer(values: Values) -> Iterator[Comparison]:
     return every_two(values["prompt"], rated)
 
 
-def _scored_responses(values: Values) -> Iterator[Comparison]:
-    responses, scores = values["responses"], values["scores"]
-    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
-        raise LayoutError("'responses' and 'scores' must be lists of the same length")
-    rated = [(text, number_under({"scores": score}, "scores")) for text, score in zip(responses, scores, strict=True)]
-    return every_two(prompt_beside(values, responses), rated)
-
-
 def _stack_exchange(values: Values) -> Iterator[Comparison]:
     yield Comparison(values["question"], values["response_j"], values["response_k"])
 
@@ -265,12 +257,6 @@ LAYOUTS: Sequence[Layout] = (
     ),
     RATED,
     Layout(
-        "answers with scores",
-        ("responses", "scores"),
-        "every two of `responses`; the higher of `scores` is better",
-        _scored_responses,
-    ),
-    Layout(
         "Stack Exchange, paired", ("question", "response_j", "response_k"), "`response_j` is better", _stack_exchange
     ),
     Layout("ms-swift", ("messages", "rejected_response"), "`messages` ends with the better answer", _rejected_answer),
@@ -278,6 +264,7 @@ LAYOUTS: Sequence[Layout] = (
 )
 REFUSED: Sequence[Layout] = (
     Layout("KTO", ("prompt", "completion", "label"), SINGLE, _refused(SINGLE, NO_PAIRS)),
+    Layout("KTO with responses", ("prompt", "response", "label"), SINGLE, _refused(SINGLE, NO_PAIRS)),
     Layout("KTO with messages", ("messages", "label"), SINGLE, _refused(SINGLE, NO_PAIRS)),
     Layout("KTO with a tag", ("kto_tag",), SINGLE, _refused(SINGLE, NO_PAIRS)),
     Layout("stepwise", ("prompt", "completions", "labels"), STEPWISE, _refused(STEPWISE, NO_PAIRS)),

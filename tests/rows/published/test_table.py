@@ -125,10 +125,6 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[Any, ...]]]] = {
         [rated("q", "y", 1), rated("q", "x", 4), rated("r", "x", 2), rated("r", "y", 2), rated("r", "z", 0)],
         [("q", "x", "y", 1), ("r", "x", "y", 0), ("r", "x", "z", 1), ("r", "y", "z", 1)],
     ),
-    "answers with scores": (
-        [{"prompt": "q", "responses": ["y", "x"], "scores": [1, 3]}],
-        [("q", "x", "y", 1)],
-    ),
     "Stack Exchange, paired": ([{"question": "q", "response_j": "x", "response_k": "y"}], [("q", "x", "y", None)]),
     "ms-swift": ([{"messages": talk("q", "x"), "rejected_response": "y"}], [("q", "x", "y", None)]),
     "ms-swift, whole": ([{"messages": talk("q", "x"), "rejected_messages": talk("q", "y")}], [("q", "x", "y", None)]),
@@ -140,6 +136,21 @@ def test_the_winner_of_every_row_is_the_documented_one(write, name):
     rows, expected = CASES[name]
     assert find_layout(rows[0]).name == name
     assert meanings(pairs_of(write, *rows)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "responses": ["y", "x"], "scores": [1, 3]}, [("q", "x", "y", 1)]),
+        ({"instruction": "q", "completions": ["y", "x"], "ranks": [2, 1]}, [("q", "x", "y", 1)]),
+        ({"question": "q", "answers": ["x", "y", "z"], "rank": [1, 2, 2]},
+         [("q", "x", "y", 1), ("q", "x", "z", 1), ("q", "y", "z", 0)]),
+    ],
+)  # fmt: skip
+def test_lists_of_answers_with_a_number_each(write, row, expected):
+    assert meanings(pairs_of(write, row)) == expected
+    short = row | {key: numbers[:1] for key, numbers in row.items() if key in ("scores", "ranks", "rank")}
+    assert "must be lists of the same length" in first_problem(write([short]), PreferenceReader())
 
 
 def test_ratings_and_strengths_are_margins_if_asked(write):
@@ -206,6 +217,7 @@ def test_a_label_that_names_a_side_by_its_letter_or_number(write, row, expected)
         ({"messages": talk("q", "a"), "label": False}, "these are single answers that are marked as good or bad (KTO)"),
         ({"prompt": "q", "completions": ["s"], "labels": [True]}, "these are steps of an answer that are marked as right or"),
         ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "subset": "Ties"}, "'chosen' and 'rejected' hold lists of"),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b", "c"]}, "'rejected' holds a list of texts, and not one answer"),
         ({"prompt": "q", "response_a": "x", "response_b": "y"}, "no 'chosen' and 'rejected'; its keys are 'prompt', 'respon"),
         (SHP | {"labels": 1, "human_ref_A": ""}, "read as SHP: 'chosen' must hold a text or a list of messages, this is emp"),
     ],
@@ -245,6 +257,8 @@ SIDES = {"prompt": "q", "chosen": "x", "rejected": "y"}
         {"human_preference": True},
         {"chosen_index": 1},
         {"is_tie": False},
+        {"vote": 2},
+        {"swapped": True},
     ],
     ids=lambda column: next(iter(column)),
 )
@@ -281,7 +295,7 @@ def test_other_columns_do_not_matter(write, column):
     assert meanings(pairs_of(write, SIDES | column)) == [("q", "x", "y", None)]
 
 
-@pytest.mark.parametrize("names", ["score_{}", "{}_score", "{}_rating", "rating_{}"])
+@pytest.mark.parametrize("names", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-avg-rating", "{}Score"])
 def test_ratings_beside_the_sides(write, names):
     """Equal ratings are a tie, a better rating of the worse side is refused, and their difference is a margin if asked for."""
 
@@ -294,6 +308,8 @@ def test_ratings_beside_the_sides(write, names):
     ignored = pairs_of(write, *rows, row(1.0, 2.0), ratings="ignore")
     assert [(pair.grade, pair.margin) for pair in ignored] == [(None, None)] * 3
     assert "is below" in first_problem(write([row(1.0, 2.0)]), PreferenceReader())
+    several = row(4.0, 4.0) | {"chosen_reward": 2, "rejected_reward": 1}
+    assert "differ in which side is better" in first_problem(write([several]), PreferenceReader())
     assert "data.ratings=margins asks for" in first_problem(write([SIDES]), PreferenceReader(ratings="margins"))
 
 
@@ -318,6 +334,9 @@ def test_columns_can_be_renamed_and_left_out(write):
         ({"query": "q"}, "q"),
         ({"conversations": [{"from": "human", "value": "q"}]}, "q"),
         ({"messages": talk("q", "a", "q2")}, "q/a/q2"),
+        ({"trajectory": [{"from": "user", "value": "q"}], "task": "Coding"}, "q"),
+        ({"instruction": "q", "input": "i", "history": [["h", "a"]]}, "h/a/q\ni"),
+        ({"instruction": "q", "history": []}, "q"),
     ],
 )
 @pytest.mark.parametrize("form", ["text", "message", "messages"])
@@ -346,7 +365,19 @@ def test_whole_sides_need_no_prompt_beside_them(write):
     ]
 
 
-@pytest.mark.parametrize("write_as", [json.dumps, lambda cell: cell[0], lambda cell: json.dumps(cell[0])])
+@pytest.mark.parametrize(
+    "write_as",
+    [
+        json.dumps,
+        lambda cell: cell[0],
+        lambda cell: json.dumps(cell[0]),
+        lambda cell: [json.dumps(message) for message in cell],
+        lambda cell: {
+            "role": [message["role"] for message in cell],
+            "content": [message["content"] for message in cell],
+        },
+    ],
+)
 def test_messages_written_as_json_or_alone(write, write_as):
     row = {"prompt": write_as(said("user", "q")), "chosen": write_as(said("assistant", "x"))}
     assert meanings(pairs_of(write, row | {"rejected": said("assistant", "y")})) == [("q", "x", "y", None)]
@@ -390,7 +421,19 @@ def test_dialogues_as_text_become_turns_if_asked(write):
     assert "message 2 of 'chosen' is of 'user'" in first_problem(write([two]), PreferenceReader(turns=True))
 
 
+def test_labels_of_csv(write):
+    """Cells are texts there, and whole numbers of a column with gaps end in ``.0``."""
+    rows = [SHP | {"labels": "1.0"}, SHP | {"labels": "0"}]
+    assert [words(pair.chosen) for pair in pairs_of(write, *rows)] == ["x", "y"]
+    assert meanings(pairs_of(write, STEER2 | {"preference_strength": "-2.0"})) == [("q", "x", "y", 2)]
+
+
 # ---------------------------------------------------------------------------------------------------------------- bad rows
+
+
+def test_rows_that_lack_what_the_first_has_are_bad_rows(write):
+    rows = [SIDES | {"margin": 1.0}, SIDES, SIDES | {"margin": 0.0}]
+    assert [pair.margin for pair in pairs_of(write, *rows, bad_rows="drop")] == [1.0, 0.0]
 
 
 def test_bad_rows_are_dropped_counted_and_named_if_asked(write, caplog, monkeypatch):
