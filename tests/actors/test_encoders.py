@@ -221,10 +221,11 @@ def test_what_an_encoder_cannot_do_is_refused_before_anything_starts(tmp_path: P
     assert f"reward.model.path: {path} is an encoder (model_type deberta-v2)" in trained and "only causal" in trained
     for role in ("policy", "critic", "reference"):
         assert f"{role}.model.path: {path} is an encoder" in problems("ppo", [f"{role}.model.path={path}"])
-    served = [f"reward.model.path={path}", "reward.model.lora={rank: 2}", "reward.engine.zero=3"]
+    served = [f"reward.model.path={path}", "reward.model.lora={rank: 2}", "reward.engine.zero=3", "reward.form=text"]
     assert "reward.scorer: " in problems("serve", [f"reward.model.path={path}", "reward.scorer=vllm"])
     found = problems("serve", served)
     assert f"reward.model.lora: {path} is an encoder" in found and f"reward.engine: {path} is an encoder" in found
+    assert f"reward.form: {path} is an encoder" in found
 
 
 def test_an_encoder_is_no_causal_model_in_python_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

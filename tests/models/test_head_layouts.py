@@ -171,6 +171,7 @@ REFUSED: dict[str, tuple[Tensors, dict[str, object], str]] = {
         r"a process reward model \(LlamaForTokenClassification, score.weight \(2, 32\)\)",
     ),
     "URM": ({"score.weight": rows(10, 32)}, {}, r"score.weight of .* has 10 outputs \(num_labels\), shape \(10, 32\)"),
+    "a vector": ({"score.weight": rows(32)}, {}, r"score.weight of .* has shape \(32,\), but that of a linear layer"),
     "an MLP with two outputs": (
         {**mlp_named("score"), "score.2.weight": rows(2, 48)}, {}, r"score.2.weight of .* has 2 outputs"
     ),

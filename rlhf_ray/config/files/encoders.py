@@ -63,7 +63,7 @@ def encoder_problems(key: str, role: Role) -> Iterator[Problem]:
     if role.trained or role.head is False:
         yield f"{key}.model.path", not_trained(str(model.path), kind)
         return
-    unserved = not_in_vllm(str(model.path), kind) if _scorer(role) == "vllm" else None
+    unserved = not_in_vllm(str(model.path), kind) if _said(role, "scorer") == "vllm" else None
     if unserved is not None:
         yield f"{key}.scorer", unserved
     alone = f"{model.path} is an encoder ({kind}), which scores with its own head and weights as they are: remove it"
@@ -72,10 +72,14 @@ def encoder_problems(key: str, role: Role) -> Iterator[Problem]:
         "model.quantization": model.quantization is not None,
         "model.head_init": model.head_init is not None,
         "model.attention": model.attention != "auto",
+        "model.value_head_prefix": model.value_head_prefix != "score",
+        "form": _said(role, "form") is not None,
+        "scored_token": _said(role, "scored_token") is not None,
         "engine": unless_absent(lambda: role.config.engine, EngineConfig()) != EngineConfig(),
     }
     yield from ((f"{key}.{name}", alone) for name, is_given in given.items() if is_given)
 
 
-def _scorer(role: Role) -> str | None:
-    return role.config.scorer if isinstance(role.config, ScoringRole) else None
+def _said(role: Role, key: str) -> Any:
+    """What a role that only scores says under a key; None where it says nothing."""
+    return unless_absent(lambda: getattr(role.config, key), None) if isinstance(role.config, ScoringRole) else None

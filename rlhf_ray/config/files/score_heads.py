@@ -144,6 +144,11 @@ def wrong_outputs(shape: Shape, name: str, where: str, architecture: str = "") -
     """Why a weight does not give one number; None if it does."""
     if len(shape) == 2 and shape[0] == 1:
         return None
+    if len(shape) != 2:
+        return (
+            f"the head {name} of {where} has shape {shape}, but that of a linear layer is (1, features): choose another "
+            f"checkpoint, or {WITH_ITS_CODE}"
+        )
     if "TokenClassification" in architecture and shape[0] == 2:
         return process_reward(where, f"{architecture}, {name} {shape}")
     return (
