@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_pairs, encode_prompts
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.models.reward_reading import assumed_reading
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.encoding import encode_request
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -60,6 +61,7 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     "<|eot|>": ("muse-glimmer", "muse_glimmer"),
     "<|return|>": ("gpt-oss", "gptoss"),
     "<｜hy_eos:opensource｜>": ("Hy3",),
+    "<|eos|>": ("hunyuan",),
     "<end_of_utterance>": ("idefics3", "smolvlm"),
     "<|end_of_turn|>": ("starling",),
     "<_end>": ("teleflm",),
@@ -196,8 +198,10 @@ def product(
     turns = tuple(dict(turn) for turn in (*prompt, said))
     whole = [*before, *ids]
 
+    reading = assumed_reading("the model", chat.tokenizer, None, form="conversation")
+
     def served(request: ScoreRequest) -> list[int]:
-        return list(encode_request(chat, request, max_tokens=MANY, vocabulary=MANY).token_ids)
+        return list(encode_request(chat, request, reading=reading, max_tokens=MANY, vocabulary=MANY).token_ids)
 
     def rewarded(token_ids: list[int], *, finished: bool) -> list[int]:
         sample = TextSample(0, 0, "", answer, None, finished, tuple(token_ids), messages=turns)
