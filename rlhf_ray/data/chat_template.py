@@ -175,11 +175,6 @@ def depends_on_day(tokenizer: Any, variables: Variables) -> bool:
     return False
 
 
-def unread_variables(tokenizer: Any, variables: Variables) -> list[str]:
-    """The variables whose names do not occur in the template, so that they would change nothing."""
-    return [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template))]
-
-
 def _try_out(tokenizer: Any, variables: Variables) -> tuple[str, str, str, str]:
     """The prompt of a short conversation, the whole of it with each of two answers, and the first followed by a next turn.
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
+from rlhf_ray.config.files.tokenizers import unread_variable
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat, Conversation, called_names, reasoning_of
-from rlhf_ray.data.chat_template import open_thinking, unread_variables
+from rlhf_ray.data.chat_template import open_thinking
 from rlhf_ray.errors import RequestError
 
 BLANKS = "blanks at the ends of messages"
@@ -76,10 +77,8 @@ def report_losses(chat: ChatFormat, name: str, rows: Sequence[tuple[str, Sequenc
 
 
 def _check_format(chat: ChatFormat, name: str) -> None:
-    unread = unread_variables(chat.tokenizer, chat.variables)
-    if unread:
-        raise RequestError(f"data.template_variables: the chat template reads no variable {unread[0]!r}, so it would change "
-                           "nothing: correct its name or leave it out")  # fmt: skip
+    if problem := unread_variable(str(chat.tokenizer.chat_template), chat.variables):
+        raise RequestError(f"data.template_variables: {problem}")
     if chat.day:
         get_logger("data").warning(
             "%s: the chat template writes the day (%s) into conversations, so a model trained today reads another text "

@@ -11,7 +11,7 @@ import pytest
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.data.load import load_pairs
 from rlhf_ray.data.tokenizers import make_tokenizer
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import ConfigError, DataError, RequestError
 from rlhf_ray.trainers.supervised.preference_loss import make_loss
 from tests.config.conftest import TEXTS
 
@@ -94,6 +94,18 @@ def test_a_chat_template_is_found_where_tokenizers_keep_it(tmp_path, place):
     if place == "tokenizer_config.json":
         settings = json.loads((model / place).read_text()) | {"chat_template": TEMPLATE}
         (model / place).write_text(json.dumps(settings))
-    found = checked(path, f"reward.model={{path: {model}, dtype: fp32}}")
+    reads = f"reward.model={{path: {model}, dtype: fp32}}"
+    found = checked(path, reads)
     assert ("the tokenizer has no chat template" in found) == (place == "nothing")
     assert trained(path, template=TEMPLATE) == ""
+    for name, problem in (
+        ("enable_thinking", "reads no variable 'enable_thinking'"),
+        ("messages", "not the template's own"),
+    ):
+        variables = f"data.template_variables={{{name}: false}}"
+        assert (problem in checked(path, reads, variables)) == (place != "nothing" or name == "messages")
+    with pytest.raises(RequestError, match=r"data\.template_variables: .* reads no variable 'enable_thinking'"):
+        trained(path, "data.template_variables={enable_thinking: false}", template=TEMPLATE)
+    assert trained(path, "data.template_variables={style: short}", template="{{ style }}" + TEMPLATE) == ""
+    texts = checked(write(path, TEXT), reads, "data.template_variables={enable_thinking: false}")
+    assert "enable_thinking" not in texts, "no template writes them"

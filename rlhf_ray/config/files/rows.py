@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_ray.config.files.tokenizers import NO_TEMPLATE, has_chat_template
+from rlhf_ray.config.files.tokenizers import NO_TEMPLATE, read_chat_template, unread_variable
 from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
 from rlhf_ray.config.sections.models import ModelConfig
@@ -93,13 +93,23 @@ def loss_problems(loss: RewardLossConfig, data: DataConfig) -> Iterator[Problem]
 def template_problems(
     model: ModelConfig, data: DataConfig, make_reader: Callable[[SourceConfig], Any]
 ) -> Iterator[Problem]:
-    """Conversations in the first rows, where the tokenizer of ``model`` is known to have no chat template."""
-    if data.world is not None or has_chat_template(model) is not False:
+    """Conversations in the first rows, where the tokenizer of ``model`` is known to have no chat template.
+
+    And variables that its template does not read.
+    """
+    template = read_chat_template(model)
+    if data.world is not None or template is None or (template and not data.template_variables):
         return
-    for key, values in _first_values(data, make_reader).items():
-        talk = next((value for value in values if value.is_conversation), None)
-        if talk is not None:
+    talks = {
+        key: next((value for value in values if value.is_conversation), None)
+        for key, values in _first_values(data, make_reader).items()
+    }
+    for key, talk in talks.items():
+        if talk is not None and not template:
             yield key, f"{talk.where}: {NO_TEMPLATE}"
+    problem = unread_variable(template, data.template_variables)
+    if problem and template and any(talk is not None for talk in talks.values()):
+        yield "data.template_variables", problem
 
 
 def label_problems(

@@ -5,7 +5,8 @@ Invariant: a tokenizer that is on a hub, or that an earlier job has still to wri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.files.models import read_json
@@ -81,13 +82,29 @@ NO_TEMPLATE = (
 """What is wrong with a row; it follows its place."""
 
 
-def has_chat_template(model: ModelConfig) -> bool | None:
-    """Whether the tokenizer of a model has a chat template; none where its files are not here. A made one has none."""
+def read_chat_template(model: ModelConfig) -> str | None:
+    """What the chat templates of a model's tokenizer say, one after the other; empty where it has none, as a made one.
+
+    None where its files are not here.
+    """
     if model.make is not None:
-        return False
+        return ""
     folder = Path(model.path or "")
     settings = read_json(folder / "tokenizer_config.json")
     if model.path is None or not isinstance(settings, dict):
         return None
-    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    return bool(settings.get("chat_template")) or any((folder / name).exists() for name in files)
+    files = [folder / "chat_template.jinja", folder / "chat_template.json"]
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return str(settings.get("chat_template") or "") + "".join(
+        file.read_text("utf-8") for file in files if file.is_file()
+    )
+
+
+def unread_variable(template: str, variables: Iterable[str]) -> str:
+    """What is wrong with the first of the variables that a chat template does not read; empty where it reads them all."""
+    unread = next((name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)), None)
+    if unread is None:
+        return ""
+    return (
+        f"the chat template reads no variable {unread!r}, so it would change nothing: correct its name, or leave it out"
+    )
