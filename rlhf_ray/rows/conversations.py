@@ -40,6 +40,8 @@ MAY_BE_SILENT = ("system", "developer", "tool")
 """Roles whose message may be an empty text."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
 """What begins a turn of a dialogue written as one text, as in Anthropic's HH data (hh-rlhf)."""
+PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:")
+"""How messages begin that were written as Python writes them, as ``to_csv`` of ``datasets`` and pandas do."""
 Message = Mapping[str, Any]
 
 
@@ -171,6 +173,8 @@ def text_problem(value: Any) -> str:
         return ", this is empty" if value is None else f", this is of type {type(value).__name__}"
     if not value:
         return ", this is empty"
+    if PYTHON_MESSAGES.match(value):
+        return ", these are messages as Python writes them: write them as JSON (json.dumps), or the rows as JSON lines"
     try:
         value.encode()
     except UnicodeEncodeError as error:

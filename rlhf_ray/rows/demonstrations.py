@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_ray.rows.layouts import holds_messages
 from rlhf_ray.rows.read import PlainReader, read_file
-from rlhf_ray.rows.row import KeySets, Row
+from rlhf_ray.rows.row import KeySets, LayoutError, Row
 from rlhf_ray.rows.sources import AnySource
 
 
@@ -36,7 +37,15 @@ class DemonstrationReader(PlainReader):
 
     def read(self, row: Row) -> Demonstration:
         """The demonstration of one row."""
-        return Demonstration(*row.texts((self.prompt_key, self.answer_key)))
+        keys = (self.prompt_key, self.answer_key)
+        texts = row.texts(keys)
+        for key, text in zip(keys, texts, strict=True):
+            if holds_messages(text):
+                raise LayoutError(
+                    f"{key!r} holds messages written as JSON, and a demonstration is made of texts",
+                    "write the prompt as the chat template would, and the answer as a text",
+                )
+        return Demonstration(*texts)
 
 
 def read_demonstrations(

@@ -8,7 +8,6 @@ are texts (standard) or lists of messages (conversation); a row that is none of 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +28,6 @@ from rlhf_ray.rows.template_variables import CHAT_TEMPLATE_KWARGS, variables_pro
 SYSTEM, TOOLS = "system", "tools"
 """Optional columns: the system message before a conversation, and the functions that the assistant may call."""
 EMPTY_ANSWER: Message = {"role": "assistant", "content": ""}
-PYTHON_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:")
-"""How a list of messages begins that was written as Python writes it, as ``to_csv`` of ``datasets`` and pandas do."""
 
 
 class Keys(NamedTuple):
@@ -63,6 +60,7 @@ def read_pair(
         kinds = f"{keys.chosen!r} is {_kind(chosen)} and {keys.rejected!r} is {_kind(rejected)}"
         raise LayoutError(f"{kinds}: write both in the same form")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
+        _refuse_lists_of_turns(keys, (prompt, chosen, rejected))
         if prompt and _texts_hold_prompt(keys, prompt, (chosen, rejected), prompt_in_sides):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if not turns:
@@ -230,6 +228,22 @@ def _refuse_another_prompt(keys: Keys, prompt: Sequence[Message], side: Sequence
         )
 
 
+def _refuse_lists_of_turns(keys: Keys, cells: Sequence[str]) -> None:
+    """Refuse a row whose prompt and sides are all lists of texts written as JSON, one text a turn."""
+    if all(cell.lstrip().startswith("[") for cell in cells) and all(map(_is_list_of_texts, cells)):
+        raise LayoutError(
+            f"{', '.join(map(repr, keys))} hold lists of turns written as JSON", "write them as lists of messages"
+        )
+
+
+def _is_list_of_texts(text: str) -> bool:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, list) and bool(content) and all(isinstance(turn, str) for turn in content)
+
+
 def _texts_hold_prompt(keys: Keys, prompt: str, sides: Sequence[str], prompt_in_sides: bool | None) -> bool:
     """Whether texts repeat the prompt that stands beside them; certain only of a dialogue, or where the config says so."""
     repeated = all(side.startswith(prompt) for side in sides)
@@ -300,11 +314,6 @@ def _read_cell(values: Mapping[str, Any], key: str) -> Any:
         return messages
     if problem := text_problem(value):
         raise LayoutError(f"{key!r} must hold a text or a list of messages{problem}")
-    if PYTHON_MESSAGES.match(value):
-        raise LayoutError(
-            f"{key!r} holds messages as Python writes them, which cannot be read back safely",
-            "write the rows as JSON lines or Parquet, or the cells as JSON (json.dumps)",
-        )
     return value
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.errors import DataError
+from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.layouts import Keys, LayoutError
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
+from rlhf_ray.rows.prompts import PromptReader
 from rlhf_ray.rows.published.table import LAYOUTS, REFUSED, find_layout
 from rlhf_ray.rows.read import first_problem, read_file
 from rlhf_ray.rows.row import Columns
@@ -386,7 +388,23 @@ def test_messages_written_as_json_or_alone(write, write_as):
 @pytest.mark.parametrize("cell", [repr(said("assistant", "x")), "[{'content': array([1]), 'role': 'user'}]"])
 def test_messages_as_python_writes_them_are_refused(write, cell):
     problem = first_problem(write([{"prompt": "q", "chosen": cell, "rejected": cell}]), PreferenceReader())
-    assert "'chosen' holds messages as Python writes them" in problem and "json.dumps" in problem
+    assert "'chosen' must hold a text or a list of messages, these are messages as Python writes them" in problem
+    assert "json.dumps" in problem
+    for reader in (PromptReader(Keys("chosen")), DemonstrationReader("prompt", "chosen")):
+        assert "these are messages as Python writes them" in first_problem(
+            write([{"prompt": "q", "chosen": cell}]), reader
+        )
+
+
+def test_messages_as_json_are_no_demonstration(write):
+    row = {"prompt": "q", "answer": json.dumps(said("assistant", "x"))}
+    assert "'answer' holds messages written as JSON" in first_problem(write([row]), DemonstrationReader())
+
+
+def test_lists_of_turns_as_json_are_refused_without_their_labels(write):
+    row = {"prompt": '["q"]', "chosen": '["x"]', "rejected": '["y"]'}
+    assert "hold lists of turns written as JSON" in first_problem(write([row]), PreferenceReader())
+    assert meanings(pairs_of(write, row | {"prompt": "List it."})) == [("List it.", '["x"]', '["y"]', None)]
 
 
 def test_a_text_that_repeats_the_prompt(write):
