@@ -7,6 +7,7 @@ with is refused with its row.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -84,8 +85,18 @@ def field_of(row: Row, key: str) -> Any:
     if value is None and "." in key and key not in row.values:
         value = row.values
         for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            value = _as_mapping(value).get(part)
     return None if value == "" else value
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping, also where a table holds it as JSON; anything else has no fields."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def as_label(value: Any) -> Label | None:

@@ -42,6 +42,8 @@ def test_a_column_with_a_dot_in_its_name_comes_before_a_field():
     assert label({"a.b": "1", "a": {"b": "2"}}, key="a.b") == "1"
     assert label({"a": {"b": {"c": 7}}}, key="a.b.c") == "7"
     assert label({"a": {"b": "text"}}, key="a.b.c") is None
+    assert label({"a": '{"b": {"c": 7}}'}, key="a.b.c") == "7", "a table holds mappings as JSON"
+    assert label({"a": '{"b": '}, key="a.b") is None
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ REQUESTS = [
     ScoreRequest(token_ids=(3, 1, 4)),
     ScoreRequest(text="two", truncate=True),
     ScoreRequest(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"})),
+    ScoreRequest(
+        messages=(
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+        ),
+        tools=({"name": "clock"},),
+        chat_template_kwargs={"enable_thinking": False},
+        finished=False,
+    ),
     ScoreRequest(prompt="four", response="words"),
     ScoreRequest(text=""),
 ]
@@ -132,7 +141,7 @@ def test_a_batch_beyond_the_servers_limit_is_an_error_that_tells_the_limit(
     score: Score, serve: Callable[..., WebServer], config: Callable[..., ServeConfig]
 ) -> None:
     server = serve(service(config(max_items=3), Echo()))
-    with pytest.raises(RequestError, match=r"413: .*5 items in one request, the limit is 3"):
+    with pytest.raises(RequestError, match=r"413: .*6 items in one request, the limit is 3"):
         score(server.address, REQUESTS)
 
 
