@@ -8,6 +8,7 @@ with is refused with its row.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -100,8 +101,13 @@ def _as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def as_label(value: Any) -> Label | None:
-    """A value as a label: a number as text, anything else as it is."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    """A value as a label: a number as text, anything else as it is.
+
+    A table writes 7 as 7.0, and nothing as NaN, where a column of numbers has empty cells.
+    """
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def text_label_problem(label: Label) -> str:

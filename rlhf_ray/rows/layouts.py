@@ -78,6 +78,13 @@ def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
     return messages
 
 
+def read_prompt_text(values: Mapping[str, Any], key: str) -> str:
+    """The plain text under ``key`` that is to be gone on with; columns that it has no place for are refused."""
+    text = _read_cell(values, key)
+    _refuse_beside_texts(values)
+    return str(text)
+
+
 def read_answered_messages(values: Mapping[str, Any], key: str, answer_key: str | None = None) -> tuple[Message, ...]:
     """The conversation under ``key`` that ends with an answer of the assistant, after the message of the ``system`` column.
 

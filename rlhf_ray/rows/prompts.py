@@ -18,6 +18,7 @@ from rlhf_ray.rows.layouts import (
     holds_messages,
     read_pair,
     read_prompt_messages,
+    read_prompt_text,
     read_tools,
     read_variables,
 )
@@ -83,7 +84,7 @@ class PromptReader(PlainReader):
         elif self.turns or holds_messages(row.values[key]):
             prompt, tools = read_prompt_messages(row.values, key), read_tools(row.values)
         else:
-            prompt, tools = row.text(key), None
+            prompt, tools = read_prompt_text(row.values, key), None
         if isinstance(prompt, str) and self.turns:
             prompt = as_prompt(prompt)
         label, source = self.labels.read(row, self.keys), read_source(row)

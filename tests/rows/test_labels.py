@@ -48,11 +48,27 @@ def test_a_column_with_a_dot_in_its_name_comes_before_a_field():
 
 @pytest.mark.parametrize(
     ("value", "read"),
-    [("x", "x"), (5, "5"), (2.5, "2.5"), (["5"], ["5"]), (True, True), ({"a": 1}, {"a": 1}), (0, "0")],
+    [
+        ("x", "x"),
+        (5, "5"),
+        (2.5, "2.5"),
+        (["5"], ["5"]),
+        (True, True),
+        ({"a": 1}, {"a": 1}),
+        (0, "0"),
+        (7.0, "7"),
+        (-0.5, "-0.5"),
+    ],
 )
 def test_a_number_becomes_text_and_nothing_else_is_changed(value, read):
     found = label({"label": value})
     assert found == read and type(found) is type(read)
+
+
+def test_a_number_that_a_table_lacks_is_no_label():
+    assert label({"label": float("nan")}) is None
+    assert label({"label": float("nan"), "answer": "7"}) == "7"
+    assert label({"label": 7.0, "answer": "7"}) == "7", "they say the same"
 
 
 def test_columns_that_differ_are_refused_by_name_unless_nothing_reads_labels():
