@@ -28,7 +28,7 @@ from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.heads import MlpHead
 from rlhf_ray.models.regression import SequenceRegression
-from rlhf_ray.models.weights.adapters import PREFIX, adapter_name, is_tied, replaced_by_adapter
+from rlhf_ray.models.weights.adapters import PREFIX, adapter_name, replaced_by_adapter, tied_names
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME
 from rlhf_ray.models.weights.classification import classifier_name, reason_unreadable
@@ -120,9 +120,15 @@ def save_adapter(
     names = {name: _name_in_adapter(model, name) for name in held if in_adapter(model, name)}
     whole = held if tensors is None else dict(tensors)
     state = {names[name]: _copy_to_cpu(tensor) for name, tensor in whole.items() if name in names}
-    kept = sorted({name.rpartition(".")[0] for name in replaced_by_adapter(inner)})
+    replaced, tied = replaced_by_adapter(inner), tied_names(inner)
+    if tied is not None and replaced.intersection(tied):  # PEFT reads both, and ties no embedding of every architecture
+        replaced |= set(tied)
+        for one, other in (tied, tied[::-1]):
+            if PREFIX + one in state:
+                state.setdefault(PREFIX + other, state[PREFIX + one].clone())
+    kept = sorted({name.rpartition(".")[0] for name in replaced})
     config.task_type, config.inference_mode, config.modules_to_save = "CAUSAL_LM", True, kept or None
-    config.trainable_token_indices, config.ensure_weight_tying = None, bool(kept) and is_tied(inner)
+    config.trainable_token_indices = None
     if isinstance(model, SequenceRegression):
         config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME, *kept]
     target = Path(directory)
@@ -131,7 +137,7 @@ def save_adapter(
     if isinstance(model, SequenceRegression):
         _write_json(target / CONFIG, _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME))
     save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    check_written(target, state, set(names.values()))
+    check_written(target, state, {*names.values(), *(PREFIX + name for name in replaced)})
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
 

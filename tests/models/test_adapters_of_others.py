@@ -281,14 +281,25 @@ def test_what_an_adapter_brought_whole_is_saved_with_it_again(tmp_path: Path, fa
         tmp_path / "base", num_labels=1, attn_implementation="eager"
     )
     close(numbers(PeftModel.from_pretrained(base, tmp_path / "again").eval()), expected)
-    tied = random_model(family, **TIED)
-    (tmp_path / "policy").mkdir()
-    adapter, expected = write(
-        tmp_path / "policy", "CAUSAL_LM", tied, trainable_token_indices=[2, 9], target_modules=["q_proj"]
-    )
-    policy = Actor(str(adapter), param_dtype="fp32")
-    save_adapter(policy, None, tmp_path / "policy again")
-    close(ours(Actor(str(tmp_path / "policy again"), param_dtype="fp32")), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"trainable_token_indices": [2, 9], "target_modules": ["q_proj"]}),
+        ("llama", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, "target_modules": ["q_proj"]}),
+        ("gpt2", {"trainable_token_indices": [2, 9], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ],
+)
+def test_a_shared_weight_that_an_adapter_brought_is_saved_with_it_again(
+    tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    base = gpt2() if family == "gpt2" else random_model(family, **TIED)
+    adapter, expected = write(tmp_path, "CAUSAL_LM", base, **options)
+    save_adapter(Actor(str(adapter), param_dtype="fp32"), None, tmp_path / "again")
+    close(ours(Actor(str(tmp_path / "again"), param_dtype="fp32")), expected)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    close(numbers(PeftModel.from_pretrained(theirs, tmp_path / "again").eval()), expected)
 
 
 def test_a_policys_adapter_becomes_a_reward_model_without_its_output_layer(tmp_path: Path) -> None:

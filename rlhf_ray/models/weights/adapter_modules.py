@@ -23,6 +23,7 @@ from rlhf_ray.models.weights.adapters import (
     lora_config,
     read_adapter,
     remember_replaced,
+    tied_names,
 )
 from rlhf_ray.models.weights.lora import whole_names
 from rlhf_ray.models.weights.quantization import dequantized_like
@@ -51,7 +52,8 @@ def replace_modules(model: PreTrainedModel, directory: Path) -> None:
     for name, tensor in rows.items():
         _replace_rows(live.get(f"{name}.weight"), name, tensor, directory, config)
     replaced = sorted({*whole, *(f"{name}.weight" for name in rows)})
-    remember_replaced(model, replaced)
+    both = tied_names(model) or ()
+    remember_replaced(model, (*replaced, *(both if set(both) & set(replaced) else ())))
     get_logger(__name__).info(
         "the adapter %s brings %s besides LoRA: they are read, and stay as they are in training",
         directory,
@@ -79,9 +81,9 @@ def _check(name: str, tensor: Tensor, live: dict[str, Any], directory: Path) -> 
 
 def _check_ties(model: PreTrainedModel, whole: dict[str, Tensor], directory: Path, config: Any) -> None:
     """Refuse an embedding and an output layer that differ, of a model that has one weight for both."""
-    if not is_tied(model):
+    both = tied_names(model)
+    if both is None:
         return
-    both = _names_of(model, model.get_input_embeddings()), _names_of(model, model.get_output_embeddings())
     given = [whole[name] for name in both if name in whole]
     if not given or (len(given) == 1 and config.ensure_weight_tying) or (len(given) == 2 and torch.equal(*given)):
         return

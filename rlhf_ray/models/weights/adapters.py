@@ -123,6 +123,15 @@ def is_tied(model: PreTrainedModel) -> bool:
     return output is not None and output.weight is embedding.weight
 
 
+def tied_names(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Return the whole names of the one weight of embedding and output layer, or None if each has its own."""
+    if not is_tied(model):
+        return None
+    names = {id(module): name for name, module in whole_names(model).named_modules()}
+    embedding, output = (names[id(layer)] for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return f"{embedding}.weight", f"{output}.weight"
+
+
 def belongs_to(model: PreTrainedModel, name: str, head: nn.Module | None) -> bool:
     """Whether a tensor of an adapter is for ``model`` or ``head``: a policy has no head, and a backbone no output layer."""
     if _in_head(name):
