@@ -19,8 +19,10 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 URL_VARIABLE, TOKEN_VARIABLE = "RLHF_RAY_REWARD_URL", "RLHF_RAY_REWARD_TOKEN"
 PROMPT_KEYS = ("prompt", "question")
 """Where verl's ``extra_info`` may hold the prompt."""
+BESIDE_CONVERSATIONS = ("tools", "chat_template_kwargs")
+"""Columns that a template reads beside the messages."""
 
-Turns = Sequence[Mapping[str, str]]
+Turns = Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., Awaitable[list[float]]]
 
 
@@ -49,24 +51,28 @@ def _reward(position: int, result: ScoreResult) -> float:
 def remote_reward(url: str, *, token: str | None = None, truncate: bool = False, **options: Any) -> RewardFunction:
     """A reward function for TRL's ``reward_funcs`` that gets its scores from the backend at ``url``.
 
-    Prompts and completions are texts, scored as prompt and response, or conversations, scored whole; both go through the
-    reward model's template. ``options`` are those of :class:`~rlhf_ray.rewards.AsyncRewardClient`.
+    Prompts and completions are texts, scored as prompt and response, or conversations, scored whole with what the data set's
+    columns ``tools`` and ``chat_template_kwargs`` hold; both go through the reward model's template. ``options`` are those of
+    :class:`~rlhf_ray.rewards.AsyncRewardClient`.
     """
     clients = _Clients(url, token, **options)
 
-    async def remote_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        pairs = zip(prompts, completions, strict=True)
-        return await clients.rewards([_request(prompt, answer, truncate) for prompt, answer in pairs])
+    async def remote_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        requests = []
+        for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
+            beside = {name: columns[name][row] for name in BESIDE_CONVERSATIONS if columns.get(name) is not None}
+            requests.append(_request(prompt, answer, truncate, **beside))
+        return await clients.rewards(requests)
 
     return remote_reward
 
 
-def _request(prompt: str | Turns, answer: str | Turns, truncate: bool = False) -> ScoreRequest:
+def _request(prompt: str | Turns, answer: str | Turns, truncate: bool = False, **beside: Any) -> ScoreRequest:
     if isinstance(prompt, str) and isinstance(answer, str):
         return ScoreRequest(prompt=prompt, response=answer, truncate=truncate)
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return ScoreRequest(messages=tuple(map(dict, (*before, *after))), truncate=truncate)
+    return ScoreRequest(messages=tuple(map(dict, (*before, *after))), truncate=truncate, **beside)
 
 
 _shared_clients: dict[tuple[str, str | None], _Clients] = {}

@@ -7,18 +7,21 @@ nothing after it; all turns of all conversations are scored in one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rows.conversations import plain_messages
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]
 Score = Callable[[Sequence[ScoreRequest]], Sequence[ScoreResult]]
 """Gives one result per request, in order, as ``RewardClient.score`` does."""
 
 
 def turn_requests(conversation: Conversation) -> list[ScoreRequest]:
     """The conversation up to each turn of the assistant."""
-    ends = [number for number, turn in enumerate(conversation, 1) if turn["role"] == "assistant"]
+    conversation = plain_messages(conversation)
+    ends = [number for number, turn in enumerate(conversation, 1) if turn.get("role") == "assistant"]
     if not ends:
         raise RequestError("a conversation without a turn of the assistant has nothing to score")
     return [ScoreRequest(messages=tuple(conversation[:end])) for end in ends]

@@ -58,6 +58,19 @@ def test_trl_gets_one_reward_an_answer(backend: Lengths, transport: httpx.ASGITr
     ]
 
 
+def test_trl_sends_all_that_the_template_reads(backend: Lengths, transport: httpx.ASGITransport) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    completion = [call, {"role": "tool", "content": "nine"}, {"role": "assistant", "content": "Nine."}]
+    tools, variables = [{"name": "clock"}], {"enable_thinking": False}
+    columns = {"tools": [tools, None], "chat_template_kwargs": [variables, None], "label": [1, 2]}
+    reward = remote_reward(URL, transport=transport)
+    asyncio.run(reward([TURNS, TURNS], [completion, completion[2:]], **columns))  # type: ignore[arg-type]
+    assert received(backend) == [
+        ScoreRequest(messages=(*TURNS, *completion), tools=tuple(tools), chat_template_kwargs=variables),
+        ScoreRequest(messages=(*TURNS, completion[2])),
+    ]
+
+
 def test_it_works_from_one_event_loop_after_another(transport: httpx.ASGITransport) -> None:
     reward = remote_reward(URL, transport=transport)
     assert [asyncio.run(reward(["a"], ["b"])) for _ in range(3)] == [[2.0]] * 3  # type: ignore[arg-type]

@@ -34,6 +34,13 @@ CONVERSATION = st.lists(TURN, min_size=1, max_size=6).map(
 )
 
 
+def test_turns_are_found_under_any_names_of_theirs() -> None:
+    requests = turn_requests([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
+    assert requests == [
+        ScoreRequest(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    ]
+
+
 @given(st.lists(CONVERSATION, max_size=4))
 def test_every_turn_is_scored_with_what_came_before_it(conversations: list[list[dict[str, str]]]) -> None:
     scorer = Lengths()
