@@ -19,6 +19,7 @@ from rlhf_ray import environment
 
 PARTS = (
     "demo",
+    "encoders",
     "learning",
     "log_probs",
     "models",

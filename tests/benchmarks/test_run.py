@@ -41,7 +41,8 @@ MODELS = {
 }  # fmt: skip
 ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
 """What can be measured without TRL beside it."""
-NAMES = {"weights.update_ms", *MODELS, *ALONE, *SCORING, *LEARNED}
+ENCODERS = {f"encoders.{kind}_vs_padded" for kind in ("bert", "deberta-v2", "modernbert")}
+NAMES = {"weights.update_ms", *ENCODERS, *MODELS, *ALONE, *SCORING, *LEARNED}
 
 
 def stored(path: Path) -> dict[str, dict[str, Any]]:
@@ -83,7 +84,7 @@ def test_a_quick_run_is_never_kept(file: list[str], capsys: pytest.CaptureFixtur
 def test_a_part_that_does_not_exist_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--quick", "--only", "models,modles"])
-    assert "modles is no part: choose from demo, learning" in capsys.readouterr().err
+    assert "modles is no part: choose from demo, encoders, learning" in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_for_each_figure() -> None:
