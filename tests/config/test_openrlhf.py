@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 
 from rlhf_ray.cli.main import main
@@ -26,12 +28,12 @@ OURS_TOO = {
 """Flags of ``train_ppo_ray`` that are keys of a ppo job under the same name."""
 
 
-def names_in_ppo(key: str) -> list[str]:
-    """The keys of a ppo job that stand for a key of the table."""
+def names_in(keys: Collection[str], key: str) -> list[str]:
+    """The keys of a job that stand for a key of the table."""
     if key.startswith("ROLE."):
         roles = [key.replace("ROLE", role) for role in ("policy", "critic", "reference", "reward")]
-        return [name for name in roles if name in PPO_KEYS]
-    return [name for name in key.split("|") if name in PPO_KEYS][:1]
+        return [name for name in roles if name in keys]
+    return [name for name in key.split("|") if name in keys][:1]
 
 
 def test_the_table_holds_all_flags_of_train_ppo_ray_and_no_other_than_the_product_knows():
@@ -56,10 +58,21 @@ def test_each_of_the_167_flags_given_to_check_names_our_key_or_has_no_counterpar
     assert len(lines) == len(flags)
     for flag in flags:
         (line,) = [line for line in lines if line.startswith(f"  - {flag}: ")]
-        expected = [name for key in OF_PPO[flag] for name in names_in_ppo(key)]
+        expected = [name for key in OF_PPO[flag] for name in names_in(PPO_KEYS, key)]
         assert all(name in line for name in expected), line
         assert ("no counterpart" in line) == (not expected), line
         assert f"OpenRLHF's {flag} " in line and "(command line)" in line
+
+
+def test_every_kind_of_job_answers_every_flag_with_its_own_key_or_that_it_has_none(problems, kind):
+    keys = keys_of(job_classes()[kind])
+    flags = [flag for flag in TABLE if flag not in keys]
+    lines = dict(line.split(": ", 1) for line in problems(kind, *(f"{flag}=1" for flag in flags)))
+    assert set(lines) == set(flags)
+    for flag, line in lines.items():
+        expected = [name for key in TABLE[flag] for name in names_in(keys, key)]
+        assert all(f"{name} " in line for name in expected), line
+        assert ("no counterpart" in line) == (not expected), line
 
 
 def test_each_flag_in_a_yaml_file_is_answered_with_its_line(problems, texts):
@@ -114,6 +127,7 @@ def test_flags_in_sections_of_a_yaml_file_are_looked_up_whole(problems, texts):
         ("ppo", "actor.num_nodes=1", "OpenRLHF's actor.num_nodes is policy.ranks here"),
         ("ppo", "actor.lr=1", "did you mean actor.adam.lr? OpenRLHF's actor.adam.lr is policy.engine.optimizer.learning_rate"),
         ("ppo", "algo.kl.init_coeff=1", "did you mean algo.kl.init_coef? OpenRLHF's algo.kl.init_coef is algorithm.kl.coef"),
+        ("ppo", "actor.foo=1", "no flag of OpenRLHF 0.11.2 is called so, and its section actor is policy here"),
         ("ppo", "vllm.wrong=1", "no flag of OpenRLHF 0.11.2 is called so, and its section vllm is rollout here"),
         ("rm", "n_samples_per_prompt=4", "is batch.samples_per_prompt, for which this kind of job has no counterpart"),
     ],

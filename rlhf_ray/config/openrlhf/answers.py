@@ -112,8 +112,10 @@ def _without_flags(
 
 def _say_to_unknown(name: str, first: str, known: Collection[str]) -> str:
     """What is said to a name under a section that only OpenRLHF has."""
-    inside = [flag for flag in FLAGS if flag.startswith(first + SEPARATOR)]
-    close = difflib.get_close_matches(name, inside, n=3, cutoff=CLOSE)
+    inside = {flag.removeprefix(first + SEPARATOR): flag for flag in FLAGS if flag.startswith(first + SEPARATOR)}
+    written = name.removeprefix(first + SEPARATOR)
+    same_end = [rest for rest in inside if rest.endswith(SEPARATOR + written)]
+    close = [inside[rest] for rest in same_end or difflib.get_close_matches(written, inside, n=3, cutoff=CLOSE)]
     for flag in sorted(close, key=lambda flag: not FLAGS[flag].keys)[:1]:  # one with a counterpart first
         return f"unknown key; {UNKNOWN}; did you mean {flag}? {say(flag, FLAGS[flag], known)}"
     return f"unknown key; {UNKNOWN}, and its section {first} is {SECTIONS[first]} here"
