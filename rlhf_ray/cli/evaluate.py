@@ -40,7 +40,9 @@ def add_arguments(commands: Any) -> None:
     command.add_argument("--chosen-key", default="chosen")
     command.add_argument("--rejected-key", default="rejected")
     command.add_argument(
-        "--apply-chat-template", action="store_true", help="make turns of plain prompts and answers, as for RewardBench"
+        "--apply-chat-template",
+        action="store_true",
+        help="make turns of plain texts, where the model does not remember that",
     )
     command.add_argument(
         "--data-only",

@@ -98,6 +98,14 @@ def _load_reward_model(
     elif tokenizer.pad_token_id not in ends:
         tokenizer.pad_token = reading.end_token
     get_logger(__name__).info("%s %s", config.path, reading.sentence())
+    if reading.tail:
+        get_logger(__name__).warning(
+            "the chat template writes %r after %r, where a score is read: programs that give all of it to "
+            "AutoModelForSequenceClassification read another token; cut their text after %s",
+            reading.tail,
+            reading.end_token,
+            reading.end_token,
+        )
     for warning in reading.warnings:
         get_logger(__name__).warning("%s", warning)
     return load_regression(config, "reward", tokenizer=tokenizer)

@@ -36,7 +36,7 @@ class ScoreRequest:
     """Turns with ``role`` and ``content``, written by the reward model's own chat template, which also reads their other keys.
     A content may be a list of parts of text, or nothing beside ``tool_calls``: it becomes one text."""
     prompt: str | None = None
-    """With ``response``, written by the same template; where the model has none, joined as in training."""
+    """With ``response``: joined as in training by a model that was trained on texts, else turns for the same template."""
     response: str | None = None
     truncate: bool = False
     """Cut an over-long item from the left instead of refusing it; the result says so."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +22,11 @@ from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.actors.this_process import ThisProcess
-from rlhf_ray.config.files.reward_record import read_reward_record
+from rlhf_ray.config.files.reward_record import KEY, read_reward_record
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import make_tokenizer
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import ConfigError, RequestError
 from rlhf_ray.launch.evaluate import evaluate_pairs
 from rlhf_ray.models.weights.tiny_llama import make_model
 from rlhf_ray.rewards.offline import score_rows
@@ -192,6 +194,50 @@ def test_ppo_gives_the_same_score_or_refuses_the_prompts(trained: Trained, conve
     )
     results = rewards.score([sample(policy, answer, conversations) for answer in ANSWERS]).result()
     assert [result.reward for result in results] == close(plain_scores(trained))
+
+
+def test_a_model_that_remembers_nothing_is_read_after_all_that_its_template_writes_where_that_is_said(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """As programs read it that give the result of ``apply_chat_template`` to transformers; ``evaluate`` too."""
+    shutil.copytree(trained.path, tmp_path / "elsewhere")
+    config = json.loads((trained.path / "config.json").read_text())
+    del config[KEY]
+    (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(trained.path)
+    model = AutoModelForSequenceClassification.from_pretrained(trained.path, dtype=torch.float32).eval()
+    talks = [[{"role": "user", "content": PROMPT}, {"role": "assistant", "content": answer}] for answer in ANSWERS]
+    with torch.no_grad():
+        ids = [tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=False) for talk in talks]
+        expected = [float(model(input_ids=one).logits) for one in ids]
+    role = f"reward={{model: {{path: {tmp_path / 'elsewhere'}, dtype: fp32}}, scored_token: rendering}}"
+    serve: Any = load_config("serve", [role], kind="serve", files=True)
+    group = RewardGroup(InProcessRanks("reward", RewardWorker()))
+    group.setup(RewardSetup(serve.reward, seed=0), timeout_s=60.0).result()
+    results = score_rows([{"messages": talk} for talk in talks], group, truncate=False).result()
+    assert [result.raw for result in results] == close(expected)
+    assert abs(expected[0] - plain_scores(trained)[0]) > 1e-4, "another token"
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": PROMPT, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}))
+    report = evaluate_pairs(serve, tmp_path / "one.jsonl", PreferenceReader(), place=ThisProcess(serve.cluster))
+    assert report.figures["margin"] == pytest.approx(expected[0] - expected[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("conversations", [False, True])
+def test_check_refuses_what_a_model_remembers_otherwise(trained: Trained, tmp_path: Path, conversations: bool) -> None:
+    for key, value in (("form", "conversation" if trained.form == "text" else "text"), ("scored_token", "before_end")):
+        with pytest.raises(ConfigError, match=f"reward.{key}: {value}, but .* was trained .*: remove it"):
+            load_config(
+                "serve", [f"reward.model.path={trained.path}", f"reward.{key}={value}"], kind="serve", files=True
+            )
+    prompt = [{"role": "user", "content": PROMPT}] if conversations else PROMPT
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt}))
+    config: Any = parse_config(
+        PPO.format(model=trained.path), ["data.world=null", f"data.path={tmp_path / 'prompts.jsonl'}"]
+    )
+    problems = [
+        text for key, text in chain.from_iterable(rule() for rule in config.files()) if "trained on plain" in text
+    ]
+    assert bool(problems) is (conversations and trained.form == "text")
 
 
 def sample(policy: ChatFormat, answer: str, conversations: bool) -> TextSample:

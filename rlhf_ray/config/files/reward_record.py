@@ -6,11 +6,16 @@ record was trained elsewhere, or before there were records, and nothing is known
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
-from rlhf_ray.config.sections.roles import Form, ScoredToken
+from rlhf_ray.config.facts import Role
+from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import Form, ScoredToken, ScoringRole
 from rlhf_ray.errors import ModelLoadError
 
 KEY = "rlhf_ray_reward"
@@ -74,3 +79,38 @@ def _problem(written: Any) -> str | None:
         texts["template"] = written["template"]
     wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value]
     return f"has no text under {', '.join(wrong)}" if wrong else None
+
+
+def recorded_training(model: ModelConfig) -> RewardRecord | None:
+    """The record of a model whose directory is on this machine; None where there is none, or none that can be read."""
+    try:
+        return read_reward_record(model_config_file(model), str(model.path))
+    except ModelLoadError:  # record_problems says it
+        return None
+
+
+def record_problems(key: str, role: Role) -> Iterator[Problem]:
+    """A reward model that scores remembers its training in a form that is known, and its section says nothing else."""
+    section = role.config
+    if not isinstance(section, ScoringRole):
+        return
+    model = section.model
+    try:
+        record = read_reward_record(model_config_file(model), str(Path(str(model.path)) / "config.json"))
+    except ModelLoadError as error:
+        yield f"{key}.model.path", str(error)
+        return
+    if record is None:
+        return
+    if section.form is not None and section.form not in record.forms:
+        was = " and ".join(record.forms)
+        yield (
+            f"{key}.form",
+            f"{section.form}, but {model.path} was trained on the form {was} (its config.json): remove it",
+        )
+    if section.scored_token not in (None, record.scored_token):
+        yield (
+            f"{key}.scored_token",
+            f"{section.scored_token}, but {model.path} was trained to be read at {record.scored_token} (its config.json): "
+            "remove it",
+        )

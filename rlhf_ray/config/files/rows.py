@@ -112,6 +112,20 @@ def template_problems(
         yield "data.template_variables", problem
 
 
+def form_problems(
+    readers_of_texts: Mapping[str, str], data: DataConfig, make_reader: Callable[[SourceConfig], PromptReader]
+) -> Iterator[Problem]:
+    """Reward models, by their keys, that were trained on texts alone, although there are conversations to score."""
+    firsts = _first_values(data, make_reader) if readers_of_texts else {}
+    talks = [value.where for values in firsts.values() for value in values if value.is_conversation]
+    for key, path in readers_of_texts.items() if talks else ():
+        yield (
+            f"{key}.model.path",
+            f"{path} was trained on plain texts (its config.json), but prompts are conversations ({talks[0]}): give a model "
+            "that was trained on conversations, or write the prompts as texts",
+        )
+
+
 def label_problems(
     functions: Mapping[str, str], data: DataConfig, make_reader: Callable[[SourceConfig], PromptReader]
 ) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from rlhf_ray.config.files.architectures import architecture_problems
 from rlhf_ray.config.files.encoders import encoder_problems
 from rlhf_ray.config.files.models import model_problems
 from rlhf_ray.config.files.places import root_problems
+from rlhf_ray.config.files.reward_record import record_problems
 from rlhf_ray.config.files.rows import data_paths, data_problems
 from rlhf_ray.config.files.score_heads import head_problems
 from rlhf_ray.config.problems import Problem, Rule, unless_absent
@@ -65,7 +66,11 @@ class Job(Section):
         roles = [(key, role) for key, role in self.roles().items() if not role.derived]
         return [
             *models,
-            *(partial(rule, key, role) for key, role in roles for rule in (encoder_problems, head_problems)),
+            *(
+                partial(rule, key, role)
+                for key, role in roles
+                for rule in (encoder_problems, head_problems, record_problems)
+            ),
             *(partial(self._architecture_problems, key, role) for key, role in roles),
         ]
 

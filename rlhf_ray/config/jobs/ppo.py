@@ -15,7 +15,8 @@ from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
-from rlhf_ray.config.files.rows import label_problems, template_problems
+from rlhf_ray.config.files.reward_record import recorded_training
+from rlhf_ray.config.files.rows import form_problems, label_problems, template_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import role_sizes, shares, updates
@@ -132,6 +133,7 @@ class PpoConfig(TrainingJob):
             lambda: engine_problems(self.rollout, self.policy.model),
             self._readers_read_the_longest,
             self._label_problems,
+            self._form_problems,
             lambda: template_problems(self.policy.model, self.data, self.row_reader),
             *(partial(_source_files, key, source) for key, source in self._reward_sources().items()),
             self._gold_file,
@@ -163,6 +165,11 @@ class PpoConfig(TrainingJob):
         for name, role in self.roles().items():
             if role.trained:
                 yield from role_sizes(name, role, "sequences")
+
+    def _form_problems(self) -> Iterator[Problem]:
+        records = {key: (role.model.path, recorded_training(role.model)) for key, role in self.reward.roles.items()}
+        texts = {key: str(path) for key, (path, record) in records.items() if record and record.forms == ("text",)}
+        yield from form_problems(texts, self.data, self.row_reader)
 
     def _longest_sequence(self) -> Amount:
         prompt, answer = self.data.max_prompt_tokens, self.rollout.max_new_tokens
