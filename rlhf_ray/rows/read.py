@@ -8,7 +8,7 @@ make one) and refuses none that a job would take.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -240,8 +240,15 @@ def _joined_rows(source: RowSource, reader: RowReader[Any], max_rows: int | None
 
 
 def _with_columns(rows: PlacedRows, columns: Columns) -> PlacedRows:
+    """The rows with their columns; those that should be renamed and that no row has are told at the end."""
+    where, missing = "", {name for name, _ in columns.renamed}
     for where, values in rows:
+        if missing and isinstance(values, Mapping):
+            missing -= values.keys()
         yield where, columns.apply(values)
+    if missing and where:
+        names = ", ".join(map(repr, sorted(missing)))
+        get_logger("data").warning("%s: no row up to here has %s, which data.rename_columns names", where, names)
 
 
 def _read(reader: RowReader[Value], values: Any, where: str, number: int, uniform: _UniformColumns) -> Value:

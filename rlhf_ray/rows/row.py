@@ -34,11 +34,12 @@ class Columns:
     """Names in the file, each with the name that it is read under."""
 
     def apply(self, values: Any) -> Any:
-        """The row with these columns; what is no row stays as it is."""
+        """The row with these columns; one that is renamed wins over one that has the name. What is no row stays as it is."""
         if not isinstance(values, Mapping) or not (self.ignored or self.renamed):
             return values
         names = dict(self.renamed)
-        return {names.get(name, name): value for name, value in values.items() if name not in self.ignored}
+        kept = {name: value for name, value in values.items() if name not in self.ignored and name not in names}
+        return kept | {new: values[name] for name, new in self.renamed if name in values}
 
 
 @dataclass(frozen=True, slots=True)

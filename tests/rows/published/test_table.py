@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.sections.data import DataConfig
+from rlhf_ray.console import get_logger
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.layouts import Keys, LayoutError
@@ -315,6 +316,15 @@ def test_ratings_beside_the_sides(write, names):
     assert "data.ratings=margins asks for" in first_problem(write([SIDES]), PreferenceReader(ratings="margins"))
 
 
+def test_a_renamed_column_wins_and_one_that_is_nowhere_is_told(write, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    row = SIDES | {"margin": 1, "strength": 2}
+    (pair,) = pairs_of(write, row, rename_columns={"strength": "margin"})
+    assert pair.margin == 2 and not caplog.text
+    (pair,) = pairs_of(write, row, rename_columns={"stength": "margin"})
+    assert pair.margin == 1 and "no row up to here has 'stength', which data.rename_columns names" in caplog.text
+
+
 def test_columns_can_be_renamed_and_left_out(write):
     row = SIDES | {"grade": "5th", "strength": 2, "system": "s"}
     assert "'system'" in first_problem(write([row]), PreferenceReader())
@@ -455,8 +465,6 @@ def test_rows_that_lack_what_the_first_has_are_bad_rows(write):
 
 
 def test_bad_rows_are_dropped_counted_and_named_if_asked(write, caplog, monkeypatch):
-    from rlhf_ray.console import get_logger
-
     monkeypatch.setattr(get_logger(), "propagate", True)
     first = {"chosen": said("assistant", "hello") + talk("q", "x"), "rejected": talk("q", "y")}
     rows = [first, {"chosen": talk("q", "x"), "rejected": talk("q", "y")}, {"chosen": talk("q", ""), "rejected": []}]
