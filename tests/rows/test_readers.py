@@ -219,7 +219,7 @@ def test_prompts_of_pairs(write):
         ({"prompt": [{"role": "user"}]}, "'prompt': message 1 must hold a text under 'content'"),
         ({"prompt": "p", "system": "be brief"}, "there is something under 'system', for which a plain text has no place"),
         ({"prompt": "p", "tools": [{"name": "clock"}]}, "there is something under 'tools', for which a plain text"),
-        ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "'prompt' holds messages as Python writes them"),
+        ({"prompt": "[{'role': 'user', 'content': 'q'}]"}, "'prompt' must hold a text or a list of messages, these are m"),
         ({"prompt": "p", "label": "x", "answer": "y"}, "'label' and 'answer' could each be the label, and they differ"),
     ],
 )  # fmt: skip
