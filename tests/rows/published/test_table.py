@@ -15,7 +15,7 @@ from rlhf_ray.rows.layouts import LayoutError
 from rlhf_ray.rows.preferences import PreferenceReader
 from rlhf_ray.rows.published.table import LAYOUTS, REFUSED, find_layout
 from rlhf_ray.rows.read import first_problem, read_file
-from tests.rows.published.pairs import meanings, pairs_of, said, talk
+from tests.rows.published.pairs import meanings, pairs_of, said, talk, words
 
 PKU = {"prompt": "q", "response_0": "x", "response_1": "y", "is_response_0_safe": True, "prompt_source": "s"}
 SHP = {"history": "q", "human_ref_A": "x", "human_ref_B": "y", "score_A": 1, "score_B": 9, "domain": "d"}
