@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlhf_ray import storage
+from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.files.reward_record import read_reward_record
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import progress, say, table
 from rlhf_ray.data.chat import ChatFormat
@@ -112,8 +114,8 @@ def longest_pair(settings: Sequence[str], *, has_tokenizer: bool) -> int:
 
 def measure_data(request: DataRequest) -> DataReport:
     """Read the pairs of ``request`` and measure them."""
-    tokenizer = None if request.tokenizer_from is None else _load_tokenizer(request.tokenizer_from)
-    census, dropped, left_out, bad_rows = _count(request.data, request, tokenizer)
+    chat = None if request.tokenizer_from is None else _load_chat(request.tokenizer_from)
+    census, dropped, left_out, bad_rows = _count(request.data, request, chat)
     shared: Figures = {}
     if request.held_out is not None:
         shared = census.shared_prompts(_count(request.held_out, request, None).census)
@@ -123,7 +125,7 @@ def measure_data(request: DataRequest) -> DataReport:
         intervals,
         census.by_source(),
         census.lengths(),
-        "characters" if tokenizer is None else "tokens",
+        "characters" if chat is None else "tokens",
         dict(dropped),
         dict(left_out),
         shared,
@@ -143,7 +145,7 @@ class _Count(NamedTuple):
     """Rows that cannot be read, each with its place and what is wrong."""
 
 
-def _count(path: Path, request: DataRequest, tokenizer: Any | None) -> _Count:
+def _count(path: Path, request: DataRequest, chat: ChatFormat | None) -> _Count:
     """Read one file to its end."""
     if not path.exists():
         raise DataError(f"{path} does not exist: name a file of preference pairs")
@@ -151,7 +153,7 @@ def _count(path: Path, request: DataRequest, tokenizer: Any | None) -> _Count:
     pairs = progress(read_file(source, request.reader, bad_rows=bad_rows), f"{path}: pairs read")
     count = _Count(PairCensus(), Counter(), Counter(), bad_rows)
     for pair, lengths, reason, losses in (
-        _with_characters(pairs) if tokenizer is None else _with_tokens(pairs, tokenizer, request, bad_rows)
+        _with_characters(pairs) if chat is None else _with_tokens(pairs, chat, request, bad_rows)
     ):
         count.census.add(pair, lengths)
         count.dropped.update([reason] if reason else [])
@@ -168,10 +170,9 @@ def _with_characters(pairs: Iterator[PreferencePair]) -> Iterator[Measured]:
 
 
 def _with_tokens(
-    pairs: Iterator[PreferencePair], tokenizer: Any, request: DataRequest, bad_rows: list[str]
+    pairs: Iterator[PreferencePair], chat: ChatFormat, request: DataRequest, bad_rows: list[str]
 ) -> Iterator[Measured]:
     """Each pair with its lengths in tokens; pairs that the chat template refuses are bad rows too."""
-    chat = ChatFormat(tokenizer)
 
     def encode(part: Sequence[PreferencePair]) -> list[EncodedPair | str]:
         return encode_pair_part(chat, part, NO_LIMIT)
@@ -188,10 +189,13 @@ def _with_tokens(
             yield pair, (prompt, chosen - prompt, rejected - prompt), reason, encoded.losses or ()
 
 
-def _load_tokenizer(path: str) -> Any:
+def _load_chat(path: str) -> ChatFormat:
+    """The tokenizer of a model, with the template variables that a reward model remembers."""
     from rlhf_ray.models import load_tokenizer
 
-    return load_tokenizer(ModelConfig(path=path))
+    model = ModelConfig(path=path)
+    record = read_reward_record(model_config_file(model), f"{path}/config.json")
+    return ChatFormat(load_tokenizer(model), {} if record is None else record.template_variables)
 
 
 def print_data_report(report: DataReport) -> None:

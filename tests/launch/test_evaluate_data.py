@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 import rlhf_ray
 from rlhf_ray.cli.main import main
+from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.errors import EXIT_DONE, EXIT_WRONG_REQUEST
+from rlhf_ray.models.reward_reading import make_reward_record
 
 SECRET = "quokka"
 
@@ -140,6 +143,28 @@ def test_what_the_chat_template_leaves_out_is_counted(tokenizer: PreTrainedToken
     assert report["left_out_by_template"] == {"the text of messages of the system": 2}
     assert (report["figures"]["pairs"], report["figures"]["bad_rows"]) == (3, 1)
     assert report["places"]["bad_rows"][0].startswith(f"{path}:4: the tokenizer's chat template refuses")
+
+
+def test_tokens_are_counted_with_the_template_variables_that_a_reward_model_remembers(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt and enable_thinking | default(true) %}abc{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "reward")
+    asked, answer = [{"role": "user", "content": "w"}], [{"role": "assistant", "content": "x"}]
+    path = write(
+        tmp_path / "talks.jsonl", {"prompt": asked, "chosen": answer, "rejected": [{**answer[0], "content": "y"}]}
+    )
+    largest = []
+    for variables in ({}, {"enable_thinking": False}):
+        record = make_reward_record(tokenizer, {"conversation"}, variables)
+        written = {"model_type": "llama", KEY: asdict(record)}
+        (tmp_path / "reward" / "config.json").write_text(json.dumps(written))
+        report = rlhf_ray.evaluate_data(path, tokenizer_from=tmp_path / "reward")
+        largest.append(report.lengths["prompt"]["largest"])
+    assert largest[0] - largest[1] == len(tokenizer("abc")["input_ids"]) > 0
 
 
 @pytest.mark.parametrize(
