@@ -27,6 +27,8 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
     about = {
         "model": model.model_dump(),
         "files": _files(model.path),
+        "form": config.reward.form,
+        "scored_token": config.reward.scored_token,
         "max_tokens": config.max_tokens,
         "truncate": truncate,
     }
@@ -36,8 +38,10 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
     with Cluster.for_job(config) as cluster:
         scorer = _load(cluster, config)
         failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
-    if failed:
-        get_logger().warning("%s: %d rows have an error instead of a score", target, failed)
+    if failed.rows:
+        get_logger().warning(
+            "%s: %d rows have an error instead of a score, such as %s", target, failed.rows, failed.first
+        )
     return EXIT_DONE
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from rlhf_ray.console import progress
 from rlhf_ray.errors import DataError, RequestError
@@ -109,16 +109,26 @@ def input_identity(path: Path) -> Mapping[str, Any]:
         return {"input": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def score_file(source: Path, output: Output, scorer: Scorer, *, chunk: int, truncate: bool = False) -> int:
-    """Score the rows of ``source`` that the output lacks, ``chunk`` at a time; returns how many of them have an error."""
-    failed = 0
+class Failures(NamedTuple):
+    """Rows without a score: how many there are, and the number of the first, from 1, with its error."""
+
+    rows: int = 0
+    first: str = ""
+
+
+def score_file(source: Path, output: Output, scorer: Scorer, *, chunk: int, truncate: bool = False) -> Failures:
+    """Score the rows of ``source`` that the output lacks, ``chunk`` at a time; returns which of them have an error."""
+    count, first, done = 0, "", output.done
     with output:
         rows = islice(_rows(source), output.done, None)
         for chunk_rows, results in _ahead(rows, scorer, chunk, truncate):
             output.write(chunk_rows, results)
-            failed += sum(result.error is not None for result in results)
+            errors = [
+                f"row {done + place}: {one.error}" for place, one in enumerate(results, 1) if one.error is not None
+            ]
+            count, first, done = count + len(errors), first or next(iter(errors), ""), done + len(results)
     output.finish()
-    return failed
+    return Failures(count, first)
 
 
 def _rows(source: Path) -> Iterator[Mapping[str, Any]]:

@@ -340,6 +340,19 @@ def test_a_bad_pair_is_named_with_file_and_line(here, row, message):
     assert message in reported
 
 
+def test_every_source_has_labels_under_its_own_key(here, texts):
+    (here / "a.jsonl").write_text('{"prompt": "p", "label": "7", "x": "8"}\n')
+    (here / "b.jsonl").write_text('{"prompt": "p", "result": {"number": 7}}\n')
+    sources = "a: {path: a.jsonl}, b: {path: b.jsonl, label_key: result.number}"
+    ppo = [f"data={{sources: {{{sources}}}, evaluation_fraction: 0.1}}", "reward={function: gsm8k}"]
+    config = parse_config(texts["ppo"], ppo)
+    assert check_files(config) == []
+    keys = {name: config.row_reader(source).labels.key for name, source in config.data.files.items()}
+    assert keys == {"a": None, "b": "result.number"}
+    (problem,) = check_files(parse_config(texts["ppo"], [*ppo, "data.sources.b.label_key=null"]))
+    assert problem.startswith("data.sources.b.path: b.jsonl:1: no label")
+
+
 def test_every_source_is_looked_at_with_its_own_keys(here, texts):
     (here / "a.jsonl").write_text(PAIR)
     (here / "b.jsonl").write_text('{"better": "p c", "worse": "p r"}\n')

@@ -67,7 +67,7 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def run(source: Path, target: Path, scorer: Lengths, *, chunk: int = 2, **about: Any) -> int:
-    return score_file(source, Output(target, {**input_identity(source), **about}), scorer, chunk=chunk)
+    return score_file(source, Output(target, {**input_identity(source), **about}), scorer, chunk=chunk).rows
 
 
 def scores(target: Path) -> list[float | None]:
@@ -129,6 +129,19 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path: Path, rows:
     source = write(tmp_path / "rows.jsonl", [{"text": "a"}, *rows])
     with pytest.raises(DataError, match=rf"rows.jsonl:2: .*{message}"):
         run(source, tmp_path / "scores.jsonl", Lengths())
+
+
+def test_rows_without_a_score_are_told_by_their_number_in_the_file(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "scores.jsonl"
+    failed = score_file(source, Output(target, input_identity(source)), Lengths(), chunk=2)
+    assert failed.rows == 2 and failed.first.startswith("row 3: give exactly one of ")
+    target.unlink()
+    with pytest.raises(GroupError):
+        score_file(source, Output(target, input_identity(source)), Lengths(3), chunk=2)
+    again = Output(target, input_identity(source))
+    assert 0 < again.done < 6
+    rest = score_file(source, again, Lengths(), chunk=2)
+    assert rest.rows == 1 and rest.first.startswith("row 6: 'token_ids'"), "those before are not counted anew"
 
 
 def test_a_missing_input_is_told(tmp_path: Path) -> None:
