@@ -112,6 +112,15 @@ def test_prompts_reach_a_model_in_the_form_that_it_reads(recorded: bool, project
         read("text", conversations=True)
 
 
+@pytest.mark.parametrize("form", ["text", "conversation"])
+def test_a_model_that_is_read_at_another_end_gets_text(form: str) -> None:
+    """Tokenizers that differ in the end of sequence alone give every text the same ids."""
+    same = {"fingerprint": fingerprint(POLICY), "template": template_fingerprint(POLICY)}
+    for end, passed in (("<eos>", True), ("<pad>", False)):
+        group = DescribedGroup(**same, reads={"forms": [form], "end_token": end})
+        assert (source(MODEL, group, conversations=form == "conversation").policy is not None) is passed
+
+
 def test_a_model_that_is_read_after_the_end_gets_messages() -> None:
     same = {"fingerprint": fingerprint(POLICY), "template": template_fingerprint(POLICY)}
     group = DescribedGroup(**same, reads={"forms": ["conversation"], "scored_token": "rendering"})

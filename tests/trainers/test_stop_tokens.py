@@ -39,7 +39,7 @@ def config(path: Path, stops: str = "[]") -> Any:
 @pytest.mark.parametrize(
     ("generation", "known"),
     [
-        ({"eos_token_id": [EOS, START]}, [START]),
+        ({"eos_token_id": [EOS, START, 10**6]}, [START]),
         ({"eos_token_id": START}, [START]),
         ({"eos_token_id": None}, []),
         (None, []),

@@ -60,9 +60,8 @@ def find_stop_tokens(config: PpoConfig, chat: ChatFormat, *, conversations: bool
     An answer in a conversation also ends with the token that the chat template ends answers with, at which rewards are read.
     """
     known = [chat.end_token_id] if conversations else []
-    return stop_token_ids(
-        chat.tokenizer, config.rollout.stop_tokens, [*known, *load_generation_ends(config.policy.model)]
-    )
+    known += [token for token in load_generation_ends(config.policy.model) if 0 <= token < len(chat.tokenizer)]
+    return stop_token_ids(chat.tokenizer, config.rollout.stop_tokens, known)
 
 
 def prompt_forms(prompts: Split[TokenizedPrompt]) -> set[Form]:

@@ -80,7 +80,9 @@ def make_reward_source(
         template = description.get("template"), reads.get("template_variables", {})
         same_template = template == (template_fingerprint(policy.tokenizer), dict(policy.variables))
         same_tokenizer = description.get("fingerprint") == fingerprint(policy.tokenizer)
-        return policy if same_tokenizer and (same_template or not conversations) else None
+        if not same_tokenizer or (conversations and not same_template):
+            return None
+        return policy if _ends_alike(policy, reads) else None
 
     def make_source(key: str, source: RewardSourceConfig) -> RewardSource:
         if source.function is not None:
@@ -100,6 +102,14 @@ def make_reward_source(
     weights = config.reward.weights
     # A term is called by the last part of its key: reward.mixture.helpful is the term helpful.
     return MixtureSource({key.rpartition(".")[2]: Term(source, weights[key]) for key, source in sources.items()})
+
+
+def _ends_alike(policy: ChatFormat, reads: Mapping[str, Any]) -> bool:
+    """Whether answers of the policy end in the token at which a reward model is read that reads one form of prompts."""
+    if len(reads.get("forms", ())) != 1 or not reads.get("end_token"):
+        return True
+    talks = reads["forms"][0] == "conversation"
+    return bool(reads["end_token"] == (policy.ending.token if talks else policy.tokenizer.eos_token))
 
 
 def make_function_source(name: str, settings: RewardSourceConfig, cleanup: ExitStack) -> FunctionSource:
