@@ -37,6 +37,10 @@ def template(single: str) -> Change:
 
 OTHERS = {
     "the model": (make(vocabulary={**VOCABULARY, "a": 1, "b": 0}), "a b"),
+    "an added token behind the pad token": (
+        make(lambda tokenizer: tokenizer.add_tokens([AddedToken("<|pad|>", special=True), AddedToken("ab")])),
+        "ab",
+    ),
     "an added token": (make(lambda tokenizer: tokenizer.add_tokens([AddedToken("ab")])), "ab"),
     "the normalizer": (make(set_part("normalizer", normalizers.Lowercase())), "A b"),
     "the pre-tokenizer": (make(set_part("pre_tokenizer", None)), "a b"),
@@ -63,6 +67,9 @@ SAME = {
     "offsets that are trimmed": make(set_part("post_processor", processors.ByteLevel(trim_offsets=True))),
     "a template that adds nothing": make(template("$A")),
     "padding": make(lambda tokenizer: tokenizer.enable_padding(pad_id=3, pad_token="[UNK]")),
+    "the pad token of a reward model that was trained here": make(
+        lambda tokenizer: tokenizer.add_special_tokens([AddedToken("<|pad|>", special=True)])
+    ),
     "truncation": make(lambda tokenizer: tokenizer.enable_truncation(1)),
 }
 

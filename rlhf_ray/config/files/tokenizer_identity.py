@@ -1,7 +1,8 @@
 """When two tokenizers are the same: the parts of a ``tokenizer.json`` that decide which ids a text gets.
 
 Invariant: two descriptions with equal identities give every text the same ids, whoever compares them: ``check`` compares
-files, and a run compares the tokenizers that it loaded. The chat template, padding, truncation and the decoder do not count.
+files, and a run compares the tokenizers that it loaded. The chat template, padding, truncation and the decoder do not count,
+and neither does the pad token that this project adds behind all others to a tokenizer without one: no text is meant to hold it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 PARTS_THAT_DECIDE_IDS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 """Keys of a ``tokenizer.json``; of its ``post_processor`` only the tokens count that it puts around a text."""
+PAD_TOKEN = "<|pad|>"
+"""The dedicated pad token, which reward models that were trained here have beside what their base has."""
 TEXT = "text"
 """Stands for the ids of the text itself among the ids that a post-processor adds."""
 
@@ -21,7 +24,17 @@ TEXT = "text"
 def tokenizer_identity(description: Mapping[str, Any]) -> dict[str, Any]:
     """What decides ids in the content of a ``tokenizer.json``, as plain JSON to be compared or hashed."""
     parts = {part: description.get(part) for part in PARTS_THAT_DECIDE_IDS}
-    return {**parts, "around_a_text": _around_a_text(description.get("post_processor"))}
+    added = _without_dedicated_pad(description.get("added_tokens"))
+    return {**parts, "added_tokens": added, "around_a_text": _around_a_text(description.get("post_processor"))}
+
+
+def _without_dedicated_pad(added: Any) -> Any:
+    """The added tokens, without the dedicated pad token where it is the last of them."""
+    try:
+        last = max(added, key=lambda token: token["id"])
+        return [token for token in added if token is not last] if last["content"] == PAD_TOKEN else added
+    except (TypeError, KeyError, ValueError):  # none, or not of the form that is known
+        return added
 
 
 def same_tokenizer_files(one: Path, other: Path) -> bool:

@@ -13,13 +13,12 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_ray.config.files.models import TOKENIZER_FILES, read_json
+from rlhf_ray.config.files.tokenizer_identity import PAD_TOKEN
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import find_base, find_directory
 from rlhf_ray.models.weights.embeddings import grow_embeddings
-
-PAD_TOKEN = "<|pad|>"
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
