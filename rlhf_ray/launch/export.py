@@ -29,7 +29,7 @@ from rlhf_ray.models import (
 )
 from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.models.head_layouts import scores
-from rlhf_ray.models.reward_reading import answer_ends
+from rlhf_ray.models.reward_reading import end_token_id
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 from rlhf_ray.models.weights.tokenizer import add_pad_token
 
@@ -92,10 +92,10 @@ def _load_reward_model(
 ) -> SequenceRegression:
     """The model and its tokenizer with such a pad token that transformers, which skips it, reads where this project does."""
     reading = load_reward_reading(config, tokenizer, scored_token=scored_token)
-    ends = answer_ends(tokenizer)
+    end = end_token_id(tokenizer, reading.end_token)
     if reading.scored_token != "before_end":
-        add_pad_token(tokenizer, ends=ends)
-    elif tokenizer.pad_token_id not in ends:
+        add_pad_token(tokenizer, ends=() if end is None else (end,))
+    elif tokenizer.pad_token_id != end:
         tokenizer.pad_token = reading.end_token
     get_logger(__name__).info("%s %s", config.path, reading.sentence())
     if reading.tail:

@@ -97,15 +97,21 @@ def load_reward_reading(
     Raises :class:`ModelLoadError` where they contradict what the model remembers, or its tokenizer has no template to read
     conversations with.
     """
-    record, pad = (None, None) if config.path is None else _read_directory(config)
+    name, (record, pad) = config.path or "the made model", _read_directory(config)
     if record is not None:
-        return _as_recorded(str(config.path), tokenizer, record, form, scored_token)
-    return assumed_reading(str(config.path), tokenizer, pad, form=form, scored_token=scored_token)
+        return _as_recorded(name, tokenizer, record, form, scored_token)
+    return assumed_reading(name, tokenizer, pad, form=form, scored_token=scored_token)
 
 
 def training_reading(tokenizer: PreTrainedTokenizerBase) -> RewardReading:
     """How every reward model is read while it is trained here: at the last of the ids that it is given."""
     return RewardReading(("conversation", "text"), "end", str(tokenizer.eos_token or ""), "as it is trained")
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, end_token: str) -> int | None:
+    """The id of the token that ends an answer; none where the tokenizer has no such token."""
+    token_id = tokenizer.convert_tokens_to_ids(end_token) if end_token else None
+    return token_id if isinstance(token_id, int) else None
 
 
 def answer_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -136,12 +142,13 @@ def make_reward_record(
 
 def _read_directory(config: ModelConfig) -> tuple[RewardRecord | None, int | None]:
     """The record of a model, and the pad token by which transformers finds the token to read."""
-    assert config.path is not None
+    if config.path is None:
+        return None, None
     checkpoint = Checkpoint.open(config.path, config.revision, trust_remote_code=config.trust_remote_code)
     where = str((checkpoint.adapter or checkpoint.directory) / "config.json")
     record = read_reward_record(checkpoint.raw_config(), where)
     text_config = checkpoint.config(trust_remote_code=config.trust_remote_code).get_text_config()
-    return record, text_config.pad_token_id
+    return record, getattr(text_config, "pad_token_id", None)
 
 
 def _as_recorded(
@@ -196,25 +203,23 @@ def assumed_reading(
             "or remove form"
         )
     forms: tuple[Form, ...] = (form or ("text" if tokenizer.chat_template is None else "conversation"),)
-    ends = answer_ends(tokenizer)
-    pads_ends = pad in ends
-    token = scored_token or ("before_end" if pads_ends else "end")
-    unread: Mapping[ScoredToken, Collection[int | None]] = {
-        "end": (),
-        "before_end": (pad,) if pads_ends else ends,
-        "rendering": (pad,) if pads_ends else (),
-    }
+    end_token = _end_token(tokenizer, forms, {})
+    end = end_token_id(tokenizer, end_token)
+    pads_end = end is not None and pad == end
+    token = scored_token or ("before_end" if pads_end else "end")
+    skipped = {pad} & answer_ends(tokenizer) if scored_token != "end" else set()  # what transformers skips
+    unread = skipped | ({end} if token == "before_end" else set())
     return RewardReading(
         forms,
         token,
-        _end_token(tokenizer, forms, {}),
-        _reason(tokenizer, form, scored_token, pads_ends=pads_ends),
-        unread=frozenset(token_id for token_id in unread[token] if token_id is not None),
+        end_token,
+        _reason(tokenizer, form, scored_token, pads_end=pads_end),
+        unread=frozenset(token_id for token_id in unread if token_id is not None),
     )
 
 
 def _reason(
-    tokenizer: PreTrainedTokenizerBase, form: Form | None, scored_token: ScoredToken | None, *, pads_ends: bool
+    tokenizer: PreTrainedTokenizerBase, form: Form | None, scored_token: ScoredToken | None, *, pads_end: bool
 ) -> str:
     """Why a model without a record is read as it is, and what else may be said."""
     reasons = []
@@ -223,7 +228,7 @@ def _reason(
     tail = _tail(tokenizer, {})
     if scored_token is None and tail and form != "text":
         reasons.append(f"its chat template writes {tail!r} after that, which scored_token=rendering reads")
-    if scored_token is None and pads_ends:
+    if scored_token is None and pads_end:
         reasons.append(
             "it pads with the token that ends an answer, and transformers reads the token before that one; scored_token=end "
             "reads the end"

@@ -84,6 +84,23 @@ def test_the_token_that_is_read_is_said_with_its_reason_and_the_other_one(elsewh
     assert load_reward_reading(config, tokenizer, form="text").forms == ("text",)
 
 
+def test_a_pad_token_that_ends_texts_alone_leaves_the_end_of_a_turn_to_be_read(elsewhere: Path) -> None:
+    """As of Llama 3 models that pad with their end of text: transformers skips that one, and reads the end of the turn."""
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w9"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} w9{% endfor %}"
+    tokenizer.save_pretrained(elsewhere)
+    turn = tokenizer.convert_tokens_to_ids("w9")
+    reading = load_reward_reading(ModelConfig(path=str(elsewhere)), tokenizer)
+    assert (reading.scored_token, reading.end_token) == ("end", "w9")
+    items = ([5, 7, turn], [5, 7, turn, END], [5, END])
+    assert scores(elsewhere, items) == pytest.approx(plain_scores(elsewhere, items), abs=1e-5)
+    assert load_reward_reading(ModelConfig(path=str(elsewhere)), tokenizer, scored_token="before_end").unread == {
+        END,
+        turn,
+    }
+
+
 @pytest.mark.parametrize("scored_token", [None, "end", "before_end"])
 def test_transformers_reads_an_export_where_this_project_reads_it(
     elsewhere: Path, tmp_path: Path, scored_token: str | None

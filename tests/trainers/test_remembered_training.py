@@ -218,8 +218,12 @@ def test_a_model_that_remembers_nothing_is_read_after_all_that_its_template_writ
     assert [result.raw for result in results] == close(expected)
     assert abs(expected[0] - plain_scores(trained)[0]) > 1e-4, "another token"
     (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": PROMPT, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}))
-    report = evaluate_pairs(serve, tmp_path / "one.jsonl", PreferenceReader(), place=ThisProcess(serve.cluster))
-    assert report.figures["margin"] == pytest.approx(expected[0] - expected[1], abs=1e-5)
+    with torch.no_grad():
+        before_the_end = [float(model(input_ids=one[:, :-2]).logits) for one in ids]  # without <eos> and the newline
+    for token, (better, worse) in (("rendering", expected), ("before_end", before_the_end)):
+        serve = load_config("serve", [role.replace("rendering", token)], kind="serve", files=True)
+        report = evaluate_pairs(serve, tmp_path / "one.jsonl", PreferenceReader(), place=ThisProcess(serve.cluster))
+        assert report.figures["margin"] == pytest.approx(better - worse, abs=1e-5)
 
 
 @pytest.mark.parametrize("conversations", [False, True])

@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.data.load import load_demonstrations, load_pairs
 from rlhf_ray.errors import IntegrityError
+from rlhf_ray.launch.export import export
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.supervised import reward_model, reward_saving
@@ -223,6 +225,9 @@ def test_an_adapter_is_saved_alone_with_its_head_and_normalisation(tmp_path: Pat
         scores = loaded(ids)
     expected = (plain_scores(merged.final, ids.tolist()) - plain["mean"]) / plain["std"]
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+    exported = export(str(adapter.final), str(tmp_path / "exported"))
+    records = [json.loads((path / "config.json").read_text())[KEY] for path in (merged.final, adapter.final, exported)]
+    assert records == [plain[KEY]] * 3, "what it remembers goes with it"
 
 
 def test_an_adapter_over_four_bits_is_read_back_over_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
