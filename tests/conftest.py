@@ -19,6 +19,8 @@ from typing import Any
 import jaxtyping
 import pytest
 
+from rlhf_ray.environment import HUB_SWITCHES
+
 CHECKED_ROOMS = (
     "rlhf_ray.algorithms",
     "rlhf_ray.evaluation.baseline",
@@ -64,6 +66,18 @@ def pytest_collection_finish() -> None:
     """What was imported stays, and is no garbage."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def no_test_lets_later_ones_ask_the_hub() -> Iterator[None]:
+    """A job whose config names a hub id lets its process ask the hub, which here is the process of all tests."""
+    before = {name: os.environ.get(name) for name in HUB_SWITCHES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="module", autouse=True)
