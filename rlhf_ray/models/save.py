@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
@@ -182,6 +183,8 @@ def _make_config(
     _set_dtype(config, str(dtype).removeprefix("torch."))
     if isinstance(model, SequenceRegression):
         config |= _head_keys(model, config, prefix)
+        if model.role == "critic":
+            config.pop(KEY, None)  # it is of the reward model that the critic started from
     else:
         config["architectures"] = [type(model).__name__]
     if not type(model.config).__module__.startswith("transformers."):

@@ -52,8 +52,8 @@ def remote_reward(url: str, *, token: str | None = None, truncate: bool = False,
     """A reward function for TRL's ``reward_funcs`` that gets its scores from the backend at ``url``.
 
     Prompts and completions are texts, scored as prompt and response, or conversations, scored whole with what the data set's
-    columns ``tools`` and ``chat_template_kwargs`` hold; both go through the reward model's template. ``options`` are those of
-    :class:`~rlhf_ray.rewards.AsyncRewardClient`.
+    columns ``tools`` and ``chat_template_kwargs`` hold; the reward model reads them as it was trained. ``options`` are those
+    of :class:`~rlhf_ray.rewards.AsyncRewardClient`.
     """
     clients = _Clients(url, token, **options)
 

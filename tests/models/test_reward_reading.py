@@ -128,7 +128,9 @@ def test_what_a_model_remembers_is_followed_and_cannot_be_overruled(elsewhere: P
     path.write_text(json.dumps(json.loads(path.read_text()) | {KEY: record.as_json()}))
     assert main(["export", str(elsewhere), str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())[KEY] == record.as_json()
-    config = ModelConfig(path=str(tmp_path / "out"))
+    config = ModelConfig(path=str(tmp_path / "out"), dtype="fp32")
+    save_pretrained(load_regression(config, "critic"), None, tmp_path / "critic")
+    assert KEY not in json.loads((tmp_path / "critic" / "config.json").read_text()), "a critic scores nothing"
     written = AutoTokenizer.from_pretrained(tmp_path / "out")
     reading = load_reward_reading(config, written)
     assert (reading.forms, reading.scored_token, reading.recorded, reading.warnings) == (("text",), "end", True, ())
