@@ -1,22 +1,29 @@
 """``rlhf-ray score``: score a file of items with a reward model on Ray.
 
 Invariants: running the same command again continues an interrupted run; the exit code is 0 only when every row has its line.
+A row that kills its reward group gets an error, and the others their scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE
+from rlhf_ray.launch.lasting_group import LastingGroup
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.offline import Output, input_identity, score_file, score_rows
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import Scorer
+
+if TYPE_CHECKING:
+    from rlhf_ray.actors.groups import RewardGroup
 
 ROWS_PER_CALL = 512
 
@@ -65,18 +72,29 @@ def _files(model: str | None) -> Mapping[str, Any]:
 def _load(cluster: Cluster, config: ServeConfig) -> Scorer:
     from rlhf_ray.actors.place import place_scoring_group
 
-    group = place_scoring_group(cluster, config, config.reward).load().result()
-    return _Normalising(group, group.describe().result())
+    numbers = count(1)
+
+    def start(failed: RewardGroup | None) -> RewardGroup:
+        if failed is not None:
+            assert isinstance(failed.ranks, RayRanks), "the cluster started them"
+            cluster.stop(failed.ranks)
+        number = next(numbers)  # names of actors that end are free only a moment later
+        name = None if number == 1 else f"reward-{number}"
+        return place_scoring_group(cluster, config, config.reward, name=name).load().result()
+
+    lasting = LastingGroup(start)
+    return _Normalising(lasting, lasting.group.describe().result())
 
 
 class _Normalising:
     """A reward group that also normalises its results if the model's directory has a mean and a std."""
 
-    def __init__(self, group: Any, described: Mapping[str, Any]) -> None:
+    def __init__(self, group: Scorer, described: Mapping[str, Any]) -> None:
         mean, std = described["mean"], described["std"]
         self._group, self._statistics = group, (0.0, 1.0) if mean is None else (mean, std)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
         """Return one result per request, in order."""
-        scored: Pending[list[ScoreResult]] = self._group.score(requests)
-        return scored.then(lambda results: [result.normalised(*self._statistics) for result in results])
+        return self._group.score(requests).then(
+            lambda results: [result.normalised(*self._statistics) for result in results]
+        )

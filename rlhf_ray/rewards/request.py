@@ -143,6 +143,10 @@ def _texts_in(value: Any, *, keys: bool) -> Iterator[str]:
             waiting.extend(reversed(one))
 
 
+PROBE = ScoreRequest(token_ids=(0,))
+"""What any reward model that works can score."""
+
+
 @dataclass(frozen=True)
 class ScoreResult:
     """The score of one item, or why it has none."""

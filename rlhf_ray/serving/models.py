@@ -20,15 +20,13 @@ from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError, GroupError, RlhfRayError
 from rlhf_ray.rewards.batcher import Batcher, Waiting
-from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rewards.request import PROBE, ScoreRequest, ScoreResult
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.refusals import Refusal
 
 TRIES_OF_A_BATCH = 2
 """Cut a batch into halves after the group has died of it this often; of a half, or of an item alone, once is enough."""
 SECONDS_BETWEEN_RESTARTS = 1.0
-PROBE = ScoreRequest(token_ids=(0,))
-"""What any replica that works can score."""
 
 
 class Backend(Protocol):
