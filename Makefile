@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity templates faults gpu
+.PHONY: setup demo test lint bench parity templates architectures faults gpu
 
 setup:
 	@./setup.sh
@@ -31,6 +31,9 @@ parity: setup  ## compare with independent implementations, each in an environme
 
 templates: setup  ## ids of conversations over the chat templates of published packages, which are downloaded (PACKAGES=folder keeps them)
 	@$(PYTHON_BIN) -m tests.parity.chat_templates $(if $(PACKAGES),--packages $(PACKAGES))
+
+architectures: setup  ## try every architecture of transformers, and write the tables of docs/architectures.md
+	@$(PYTHON_BIN) -m tests.architectures.table $(ONLY)
 
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign

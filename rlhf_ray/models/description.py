@@ -87,7 +87,8 @@ def _short(number: int) -> str:
 
 def _tokens(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
-    return f"pad {config.pad_token_id}, eos {config.eos_token_id}"
+    pad, eos = (getattr(config, name, getattr(model.config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+    return f"pad {pad}, eos {eos}"
 
 
 def _quantization(model: nn.Module) -> str:

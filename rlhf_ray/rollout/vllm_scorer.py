@@ -9,11 +9,11 @@ vLLM changes the threads and process groups of its process: run one scorer per p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.files.architectures import vllm_refusal
+from rlhf_ray.config.files.architectures import HEAD, OTHERWISE, not_one_score, vllm_refusal
 from rlhf_ray.config.files.encoders import encoder_type, not_in_vllm
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
@@ -23,8 +23,6 @@ from rlhf_ray.rollout.vllm_engine import prepare_process, vllm_dtype
 CPU_CACHE_BYTES = 2**30
 """Size of the key-value cache for what is scored at once. Memory is used only as it fills."""
 GPU_SHARE = 0.9
-HEAD = "ForSequenceClassification"
-OTHERWISE = "or set scorer to packed"
 
 
 class VllmScorer:
@@ -33,22 +31,20 @@ class VllmScorer:
     def __init__(self, model: ModelConfig, *, max_item_tokens: int, gpus: float) -> None:
         """``max_item_tokens`` bounds a sequence, as the model's positions do; ``gpus`` is the share of one to use."""
         assert model.path is not None, "the config takes scorer vllm only with a path"
-        self.config = servable_config(model)
+        self.config = servable_config(model, max_item_tokens)
         self.vocabulary: int = self.config.get_text_config().vocab_size
         self.encoder = encoder_type(self.config.to_dict()) is not None
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(self.config.get_text_config().to_dict()) or max_item_tokens
         )
-        refused = vllm_refusal(self.config.to_dict(), self.max_item_tokens)
-        if refused is not None:
-            raise RequestError(f"{model.path}: {refused}")
         on_cpu = prepare_process()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
             from vllm import LLM
             from vllm.config import PoolerConfig
 
-            self._llm = LLM(
+            self._llm = _started(
+                LLM,
                 model.path,
                 runner="pooling",
                 revision=model.revision,
@@ -69,7 +65,19 @@ class VllmScorer:
         return [output.outputs.probs[0] for output in self._llm.classify(prompts, use_tqdm=False)]
 
 
-def servable_config(model: ModelConfig) -> Any:
+def _started(start: Callable[..., Any], path: str, **options: Any) -> Any:
+    """Start vLLM on a model; what it says against one that it does not know becomes an error in one line."""
+    try:
+        return start(path, **options)
+    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else repr(error))
+        raise RequestError(
+            f"vLLM's pooling runner does not run {path} ({said[:200]}): choose another model, {OTHERWISE}"
+        ) from error
+
+
+def servable_config(model: ModelConfig, max_item_tokens: int = 0) -> Any:
     """The model's configuration, where vLLM's pooling runner gives it the scores that this project does."""
     from transformers import AutoConfig
 
@@ -84,15 +92,15 @@ def servable_config(model: ModelConfig) -> Any:
         described = (
             architecture if not architecture.endswith(HEAD) else f"{architecture} with {config.num_labels} outputs"
         )
-        raise RequestError(
-            f"{model.path} holds {described}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write "
-            f"one with rlhf-ray export, {OTHERWISE}"
-        )
+        raise RequestError(f"{model.path}: {not_one_score(described)}")
     kind = encoder_type(config.to_dict())
     if kind is None:
         _refuse_other_heads(model, config)
     elif (problem := not_in_vllm(model.path, kind)) is not None:
         raise RequestError(problem)
+    refused = vllm_refusal(config.to_dict(), max_item_tokens)
+    if refused is not None:
+        raise RequestError(f"{model.path}: {refused}")
     return config
 
 

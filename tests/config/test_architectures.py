@@ -87,11 +87,31 @@ def test_what_vllm_cannot_serve_is_said_under_its_key(here: Path) -> None:
     ]
     make(here, model_type="gemma3_text")
     assert check_files(parse_config(SERVE, vllm)) == [
-        "reward.scorer: model: vLLM's pooling runner does not read the weights of a gemma3_text reward model: set scorer to "
-        "packed"
+        "reward.scorer: model: vLLM's pooling runner does not score a gemma3_text reward model as transformers does: set "
+        "scorer to packed"
     ]
-    make(here, model_type="gpt_oss")
+    make(here, model_type="bloom")
+    assert check_files(parse_config(SERVE, vllm))[0].endswith("as transformers does: choose another model")
+    make(here, model_type="llama", architectures=["LlamaForCausalLM"])
+    assert check_files(parse_config(SERVE, vllm))[0].startswith(
+        "reward.scorer: model: it holds LlamaForCausalLM: vLLM's"
+    )
+    make(here, model_type="gpt_oss", architectures=["GptOssForSequenceClassification"])
     assert check_files(parse_config(SERVE, vllm)) == []
+
+
+def test_engines_of_vllm_rotate_a_policy_as_the_trainer_does(here: Path, texts: dict[str, str]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 8.0}
+    make(here, model_type="llama", max_position_embeddings=300, rope_parameters=rope)
+    policy = ["policy.model={path: model, dtype: fp32}", "critic.model={path: model, dtype: fp32, head_init: zero}"]
+    policy.append("reference.model={path: model, dtype: fp32}")
+    problem = (
+        "rollout.max_model_tokens: vLLM rotates all sequences alike, but RoPE of model depends on the length beyond 300"
+    )
+    found = check_files(parse_config(texts["ppo"], [*policy, "rollout.max_model_tokens=301"]))
+    assert [text for text in found if text.startswith(problem)]
+    for more in (["rollout.max_model_tokens=300"], ["rollout.max_model_tokens=301", "rollout.backend=transformers"]):
+        assert not [text for text in check_files(parse_config(texts["ppo"], [*policy, *more])) if "rotates" in text]
 
 
 def test_checkpointing_that_transformers_lacks(here: Path, texts: dict[str, str]) -> None:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     Glm4MoeConfig,
     Olmo2Config,
@@ -28,7 +30,7 @@ from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.trajectories.packing import Packed
 
-from .conftest import save_random, shake_adapters
+from .conftest import SIZES, save_random, shake_adapters, word_tokenizer
 
 Make = Callable[..., PreTrainedModel]
 
@@ -232,3 +234,23 @@ def test_large_models_are_written_in_shards(tmp_path: Path, causal: Make, packed
     save_pretrained(sharded, None, tmp_path / "reward", max_shard_size="20KB")
     loaded = get_llm_for_sequence_regression(str(tmp_path / "reward"), "reward", param_dtype="fp32")
     assert torch.equal(loaded.head.weight, sharded.head.weight)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
+def test_a_reward_model_of_images_and_text_is_read_again(model_type: str, tmp_path: Path) -> None:
+    """transformers gives names that begin with ``model`` to the text part of some of these."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = SIZES | ({"sliding_window": 5} if model_type == "gemma3" else {"rope_parameters": rope})
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "vision_use_head": False, "depth": 1, "num_heads": 2, "out_hidden_size": 32,
+    }  # fmt: skip
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "seeing")
+    model = get_llm_for_sequence_regression(
+        str(tmp_path / "seeing"), "reward", param_dtype="fp32", init_value_head=True
+    )
+    save_pretrained(model, word_tokenizer(), tmp_path / "out")
+    again = get_llm_for_sequence_regression(str(tmp_path / "out"), "reward", param_dtype="fp32")
+    ids = torch.arange(3, 11)[None]
+    torch.testing.assert_close(again.eval()(ids), model.eval()(ids), atol=0.0, rtol=0.0)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_ray.config.facts import Role
+from rlhf_ray.config.files.encoders import encoder_type
 from rlhf_ray.config.files.models import model_config_file
 from rlhf_ray.config.files.positions import longest_rotated_alike, text_part
 from rlhf_ray.config.problems import Problem, unless_absent
@@ -52,15 +53,28 @@ NOT_RUN: Mapping[str, frozenset[str]] = {
         }
     ),
     "its score head is more than layers behind one token": frozenset({"modernbert-decoder"}),
+    "its layers shorten the text as it passes them": frozenset({"funnel"}),
+    "its layers compute in integers of their own": frozenset({"ibert"}),
+    "transformers builds it only with the package timm": frozenset({"gemma3n"}),
     "transformers does not build it from its config": frozenset({"dbrx"}),
 }  # fmt: skip
 """Values of ``model_type`` that do not run, by the reason."""
+READS_WEIGHTS = frozenset({"gemma3n_text"})
+"""Architectures that read the weights of some linear layers beside calling them, so that an adapter on these is left out."""
 NO_CHECKPOINTING = frozenset({"jetmoe"})
 """Architectures whose layers transformers does not recompute in the backward pass."""
-SERVED_BY_VLLM = frozenset({"falcon", "gpt_oss"})
+SERVED_BY_VLLM = frozenset({"falcon", "gpt_oss", "gptj", "nemotron", "stablelm"})
 """Those of them that vLLM's pooling runner scores right."""
-NOT_IN_VLLM = frozenset({"bloom", "gemma3_text"})
-"""Architectures whose weights vLLM's pooling runner does not read, although it knows them."""
+NOT_IN_VLLM = frozenset(
+    {
+        "axk1", "biogpt", "bloom", "ctrl", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "gemma3_text", "gpt_neo",
+        "helium", "jetmoe", "minicpm3", "minimax", "ministral", "mistral4", "modernbert-decoder", "mpt", "persimmon", "phimoe",
+        "xlnet",
+    }
+)  # fmt: skip
+"""Architectures of reward models that vLLM's pooling runner does not read, or scores wrong."""
+HEAD = "ForSequenceClassification"
+"""The end of an architecture's name that vLLM takes for a reward model."""
 OTHERWISE = "or set scorer to packed"
 
 
@@ -92,7 +106,11 @@ def vllm_refusal(config: Mapping[str, Any], max_tokens: int) -> str | None:
     """The sentence that refuses a model, with items of ``max_tokens`` at most, for vLLM's pooling runner."""
     kind = text_part(config).get("model_type")
     if kind in NOT_IN_VLLM:
-        return f"vLLM's pooling runner does not read the weights of a {kind} reward model: set scorer to packed"
+        instead = "set scorer to packed" if reason_not_run(config) is None else "choose another model"
+        return f"vLLM's pooling runner does not score a {kind} reward model as transformers does: {instead}"
+    architecture = (config.get("architectures") or [HEAD])[0]
+    if not architecture.endswith(HEAD):
+        return not_one_score(architecture)
     alike = longest_rotated_alike(config)
     if alike is not None and max_tokens > alike:
         return (
@@ -102,11 +120,19 @@ def vllm_refusal(config: Mapping[str, Any], max_tokens: int) -> str | None:
     return None
 
 
+def not_one_score(what: str) -> str:
+    """The sentence that refuses a model that vLLM does not take for a reward model."""
+    return (
+        f"it holds {what}: vLLM's pooling runner reads reward models of ...{HEAD} with one output; write one with rlhf-ray "
+        f"export, {OTHERWISE}"
+    )
+
+
 def architecture_problems(key: str, role: Role, max_tokens: int) -> Iterator[Problem]:
     """What is known against the architecture of the model at ``key``, whose items have ``max_tokens`` at most."""
     model: ModelConfig | None = unless_absent(lambda: role.config.model, None)
-    if model is None:
-        return
+    if model is None or encoder_type(model_config_file(model)) is not None:
+        return  # ``encoders.py`` knows these
     config, runner = model_config_file(model), role.config
     in_vllm = isinstance(runner, ScoringRole) and runner.scorer == "vllm"
     if in_vllm:
@@ -114,6 +140,12 @@ def architecture_problems(key: str, role: Role, max_tokens: int) -> Iterator[Pro
     else:
         problem = quantized(config) or refusal(config, scores=isinstance(runner, ScoringRole))
     kind = text_part(config).get("model_type")
+    if model.lora is not None and model.lora.targets == "all-linear" and kind in READS_WEIGHTS:
+        yield (
+            f"{key}.model.lora.targets",
+            f"all-linear holds layers of a {kind} model that are read beside their adapters: name layers, such as "
+            "[q_proj, k_proj, v_proj, o_proj]",
+        )
     if model.gradient_checkpointing and kind in NO_CHECKPOINTING:
         yield f"{key}.model.gradient_checkpointing", f"transformers has none for {kind} models: set it to false"
     if problem is not None:

@@ -18,12 +18,13 @@ from rlhf_ray.config.sections.roles import ScoringRole
 
 ENCODERS = {
     "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2",
-    "distilbert", "electra", "ernie", "eurobert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3",
+    "distilbert", "electra", "ernie", "eurobert", "fnet", "gte", "jina_embeddings_v3",
     "longformer", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer",
     "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm-roberta",
     "xlm-roberta-xl", "xmod", "yoso",
 }  # fmt: skip
-"""Values of ``model_type`` in config.json: those that transformers both fills masks and classifies texts with."""
+"""Values of ``model_type`` in config.json: those that transformers both fills masks and classifies texts with
+(``architectures.py`` names two more that do not run here)."""
 
 IN_VLLM = {"modernbert", "roberta", "xlm-roberta"}
 """Encoders that vLLM's pooling runner scores right. It knows BERT too, but would leave out the types of its tokens."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.files.adapters import why_refused
-from rlhf_ray.config.files.positions import longest_sequence, text_part, too_long
+from rlhf_ray.config.files.positions import longest_rotated_alike, longest_sequence, text_part, too_long
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
@@ -129,3 +129,10 @@ def engine_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Pro
     if isinstance(heads, int) and heads % parallel:
         yield "rollout.tensor_parallel", f"{parallel} does not divide the {heads} attention heads of {policy.path}"
     yield from length_problems("policy.model", policy, "rollout.max_model_tokens", rollout.max_model_tokens)
+    alike = longest_rotated_alike(model_config_file(policy))
+    if alike is not None and rollout.max_model_tokens > alike and rollout.backend == "vllm":
+        yield (
+            "rollout.max_model_tokens",
+            f"vLLM rotates all sequences alike, but RoPE of {policy.path} depends on the length beyond {alike} tokens, so that "
+            f"its log-probs would not be the trainer's: lower it to {alike}",
+        )
