@@ -11,7 +11,7 @@ from statistics import median
 from typing import Literal
 
 from benchmarks.figures import Figure, Figures
-from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
+from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig

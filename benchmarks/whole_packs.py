@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-from rlhf_ray.actors import model_worker
+from rlhf_ray.actors.workers import model
 from rlhf_ray.trajectories import pack
 
 
 @contextmanager
 def nothing_shared() -> Iterator[None]:
     """In the ``with`` block, the workers of this process pack every sequence whole."""
-    with patch.object(model_worker, "pack", partial(pack, share_prefixes=False)):
+    with patch.object(model, "pack", partial(pack, share_prefixes=False)):
         yield

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.whole_packs import nothing_shared
-from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
+from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig

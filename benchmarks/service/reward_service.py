@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.model_worker import Loss, Part, WorkerSetup
 from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.workers.model import Loss, Part, WorkerSetup
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
 from rlhf_ray.pending import Pending

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, RewardGroup
-from rlhf_ray.actors.model_worker import WorkerSetup
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.actors.reward_worker import RewardSetup
-from rlhf_ray.actors.workers import WORKERS, WorkerKind
+from rlhf_ray.actors.workers.model import WorkerSetup
+from rlhf_ray.actors.workers.registry import WORKERS, WorkerKind
+from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole

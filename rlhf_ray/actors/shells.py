@@ -11,17 +11,17 @@ from typing import Any, TypeVar, cast
 
 import ray
 
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.imports import quick_imports
 
 with quick_imports():
-    from rlhf_ray.actors.critic_worker import CriticWorker
-    from rlhf_ray.actors.encoder_worker import EncoderRewardWorker
-    from rlhf_ray.actors.policy_worker import PolicyWorker, ReferenceWorker
-    from rlhf_ray.actors.reward_worker import RewardWorker, VllmRewardWorker
-    from rlhf_ray.actors.rollout_worker import RolloutWorker
-    from rlhf_ray.actors.trained_reward_worker import TrainedRewardWorker
-    from rlhf_ray.actors.workers import WorkerKind
+    from rlhf_ray.actors.workers.critic import CriticWorker
+    from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
+    from rlhf_ray.actors.workers.policy import PolicyWorker, ReferenceWorker
+    from rlhf_ray.actors.workers.registry import WorkerKind
+    from rlhf_ray.actors.workers.reward import RewardWorker, VllmRewardWorker
+    from rlhf_ray.actors.workers.rollout import RolloutWorker
+    from rlhf_ray.actors.workers.trained_reward import TrainedRewardWorker
 
 HEALTH_LANE = "health"
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.workers import WORKERS
+from rlhf_ray.actors.workers.registry import WORKERS
 from rlhf_ray.config.sections.run import ClusterConfig
 
 

@@ -9,6 +9,8 @@ Invariants:
   where the model reads texts; else they are turns of a conversation.
 - An answer that was cut by a limit gets no end token: its score is read at its last token.
 - Nothing follows the token at which the model's score is read (:class:`~rlhf_ray.models.reward_reading.RewardReading`).
+- An encoder reads a prompt and its response, or a conversation, as a pair of texts (:mod:`rlhf_ray.data.text_pairs`), and a
+  text with the special tokens of its tokenizer, since it is read at the first of them.
 - An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
 """
 
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.answer_ids import encode_answers
 from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.text_pairs import conversation_ids, cut_to, pair_ids
 from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
 
@@ -121,3 +124,40 @@ def _conversation(
         return chat.rendering_ids(messages, request.tools, request.chat_template_kwargs)
     prompt, answer = chat.encode(messages, request.tools, request.chat_template_kwargs, finished=request.finished)
     return [*prompt, *answer]
+
+
+def encode_text_pair(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> EncodedItem:
+    """Token ids of ``request``; raises :class:`ScoringError` for an item that cannot be scored as it is."""
+    token_ids = _pair_ids(tokenizer, request)
+    check_item(token_ids, request, max_tokens=max_tokens, vocabulary=vocabulary)
+    return EncodedItem(tuple(cut_to(token_ids, max_tokens)), truncated=len(token_ids) > max_tokens)
+
+
+def _pair_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
+    if request.token_ids is not None:
+        return list(request.token_ids)
+    if request.text is not None:
+        return _first_token_once(tokenizer, request.text)
+    messages = request.messages
+    if messages is None:
+        assert request.prompt is not None and request.response is not None, "a request holds one representation"
+        if tokenizer.chat_template is None:
+            return pair_ids(tokenizer, request.prompt, request.response)
+        turns = (("user", request.prompt), ("assistant", request.response))
+        messages = tuple({"role": role, "content": text} for role, text in turns)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ScoringError(
+            "a conversation is scored at its last answer, so it must end with a message of the assistant"
+        )
+    tools = [dict(tool) for tool in request.tools] if request.tools else None
+    try:
+        return conversation_ids(tokenizer, messages, tools=tools, **(request.chat_template_kwargs or {}))
+    except Exception as error:  # a template is a program of its own, and may refuse a conversation with any error
+        raise ScoringError(f"the reward model's chat template refuses the conversation: {error}") from error
+
+
+def _first_token_once(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text with its special tokens, which are not added again where the text begins with the first of them."""
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text)["input_ids"])
+    return plain if plain[:1] == whole[:1] else whole if plain else []

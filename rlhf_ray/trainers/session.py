@@ -10,13 +10,13 @@ from types import TracebackType
 
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
-from rlhf_ray.actors.model_worker import WorkerSetup
 from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
-from rlhf_ray.actors.policy_worker import LanguageSetup
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.actors.reward_worker import RewardSetup
-from rlhf_ray.actors.rollout_worker import RanksHandle, RolloutSetup
-from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup
+from rlhf_ray.actors.workers.model import WorkerSetup
+from rlhf_ray.actors.workers.policy import LanguageSetup
+from rlhf_ray.actors.workers.reward import RewardSetup
+from rlhf_ray.actors.workers.rollout import RanksHandle, RolloutSetup
+from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto import modeling_auto
 
-from rlhf_ray.actors.encoder_worker import EncoderRewardWorker
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.place import place_reward_group
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup
 from rlhf_ray.actors.shells import ACTORS
 from rlhf_ray.actors.this_process import ThisProcess
-from rlhf_ray.actors.workers import WORKERS
+from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
+from rlhf_ray.actors.workers.registry import WORKERS
+from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.files.encoders import ENCODERS as KINDS
 from rlhf_ray.config.loading import load_config

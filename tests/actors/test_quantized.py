@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
+from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.errors import IntegrityError

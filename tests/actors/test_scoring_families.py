@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.request_scoring import score_apart
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.request_scoring import score_apart
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.place import place_reward_group
-from rlhf_ray.actors.reward_worker import RewardSetup
 from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_ray.actors.encoder_worker import EncoderRewardWorker
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.files.architectures import NO_CHECKPOINTING
 from rlhf_ray.config.files.encoders import ENCODERS
 from rlhf_ray.config.loading import parse_config

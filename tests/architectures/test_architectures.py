@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.files.architectures import NOT_IN_VLLM, NOT_RUN, SERVED_BY_VLLM
 from rlhf_ray.config.files.encoders import ENCODERS
 from rlhf_ray.config.sections.models import ModelConfig

@@ -33,8 +33,8 @@ def note() -> None:
 
 def stop_in_workers() -> None:
     """Put a breakpoint at the start of every worker's ``setup``."""
-    from rlhf_ray.actors.model_worker import ModelWorker
-    from rlhf_ray.actors.rollout_worker import RolloutWorker
+    from rlhf_ray.actors.workers.model import ModelWorker
+    from rlhf_ray.actors.workers.rollout import RolloutWorker
 
     for worker_class in (ModelWorker, RolloutWorker):
         _stop_before(worker_class)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.policy_worker import LanguageSetup, ReferenceWorker
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.policy import LanguageSetup, ReferenceWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import destroy_process_group
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.config.sections.models import ModelConfig

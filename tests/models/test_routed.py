@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
+from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig

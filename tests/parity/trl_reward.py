@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
+from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig

@@ -31,7 +31,7 @@ from starlette.applications import Starlette
 from rlhf_ray import environment
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.serving.backend import GroupBackend
 

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.errors import RequestError

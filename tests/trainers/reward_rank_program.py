@@ -22,7 +22,7 @@ def measure(
     rank: int, world: int, directory: Path, stages: tuple[tuple[int, str], ...], address: str | None = None
 ) -> dict[str, Any]:
     """This rank's share of the losses of every update and of the held-out scores, by stage and dtype."""
-    from rlhf_ray.actors.trained_reward_worker import TrainedRewardSetup, TrainedRewardWorker
+    from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup, TrainedRewardWorker
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
     from rlhf_ray.config.sections.models import ModelConfig

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rlhf_ray.actors.groups import PolicyGroup
-from rlhf_ray.actors.policy_worker import LanguageSetup, PolicyWorker
 from rlhf_ray.actors.ranks import InProcessRanks
+from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs
 from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss

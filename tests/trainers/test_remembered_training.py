@@ -20,8 +20,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
 from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.files.reward_record import KEY, read_reward_record
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.data.chat import ChatFormat

@@ -84,7 +84,7 @@ def test_figures_hardly_depend_on_the_token_budget(tmp_path: Path) -> None:
     """Counts are the same; means are within 1e-6."""
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.ranks import InProcessRanks
-    from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+    from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
     from rlhf_ray.data.load import load_pairs
 
     config = config_of(tmp_path)

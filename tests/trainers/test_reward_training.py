@@ -241,7 +241,7 @@ def test_an_adapter_over_four_bits_is_read_back_over_four_bits(tmp_path: Path, m
 def test_a_directory_that_says_something_else_when_read_back_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_ray.actors.reward_worker import RewardWorker
+    from rlhf_ray.actors.workers.reward import RewardWorker
 
     save = RewardWorker.save_pretrained
 

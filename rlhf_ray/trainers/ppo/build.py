@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.actors.rollout_worker import RolloutSetup
+from rlhf_ray.actors.workers.rollout import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.data.chat import ChatFormat

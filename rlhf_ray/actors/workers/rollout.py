@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.actors.ranks import Ranks
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.pending import Pending

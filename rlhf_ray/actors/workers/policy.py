@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.model_worker import ModelWorker, Part, WorkerSetup
+from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.algorithms.losses import LossOutput, Metrics
 from rlhf_ray.algorithms.reward_losses import RewardOutputs
 from rlhf_ray.config.files.positions import longest_sequence, too_long

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.model_worker import Part
-from rlhf_ray.actors.request_scoring import TextPairScorer, score_apart
-from rlhf_ray.actors.reward_worker import RewardSetup
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.workers.base import Worker
+from rlhf_ray.actors.workers.model import Part
+from rlhf_ray.actors.workers.request_scoring import TextPairScorer, score_apart
+from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_ray.actors.critic_worker import RegressionWorker
-from rlhf_ray.actors.model_worker import Part, WorkerSetup
-from rlhf_ray.actors.request_scoring import RequestScorer, TextPairScorer, score_apart, scoring_packs
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.workers.base import Worker
+from rlhf_ray.actors.workers.critic import RegressionWorker
+from rlhf_ray.actors.workers.model import Part, WorkerSetup
+from rlhf_ray.actors.workers.request_scoring import RequestScorer, TextPairScorer, score_apart, scoring_packs
 from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.console import get_logger
 from rlhf_ray.environment import keep_freed_memory

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_ray.actors.model_worker import ModelWorker, Part, Setup, WorkerSetup
+from rlhf_ray.actors.workers.model import ModelWorker, Part, Setup, WorkerSetup
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch

@@ -17,9 +17,8 @@ from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import ScoringError
-from rlhf_ray.rewards.encoding import EncodedItem, encode_request
+from rlhf_ray.rewards.encoding import EncodedItem, encode_request, encode_text_pair
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rewards.text_pairs import encode_text_pair
 from rlhf_ray.trajectories.length_packs import make_length_packs
 from rlhf_ray.trajectories.packing import group_by_prefix
 from rlhf_ray.trajectories.schedule import MicroBatch, make_schedule

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from rlhf_ray.actors.reward_worker import RewardSetup, RewardWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.trajectories.batch import TrajectoryBatch
