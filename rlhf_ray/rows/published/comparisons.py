@@ -24,7 +24,7 @@ from rlhf_ray.rows.row import LayoutError, Row, is_filled
 Values = Mapping[str, Any]
 KEPT = ("margin", "grade", "source", "subset", "system", "tools", "chat_template_kwargs")
 """Columns that mean the same in every layout."""
-TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "both bad", "a=b")
+TIES = ("tie", "tie (bothbad)", "tie (inconsistent)", "both_bad", "bothbad", "both bad", "a=b")
 STEMS = ("response", "answer", "output", "completion", "conversation", "candidate", "reply", "summary", "text")
 """What columns of two sides are called, before the letter or the number of the side."""
 SIDES = (("a", "b"), ("A", "B"), ("1", "2"), ("0", "1"))
@@ -65,8 +65,15 @@ LABEL_WORDS = frozenset({
 """Words in the name of a column that may say which side is better."""
 RATING_WORDS = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "votes", "upvotes", "overall"})
 """Words in the name of a column that may rate one side."""
-Ratings = Literal["ties", "margins", "ignore"]
 RANK_WORDS = frozenset({"rank", "ranks", "ranking"})
+OTHER_WORDS = RATING_WORDS | RANK_WORDS | {
+    "outcome", "outcomes", "result", "results", "target", "targets", "gold", "correct", "correctness", "quality", "elo",
+    "helpfulness", "harmlessness", "grades", "points", "stars", "strength", "decision", "annotation", "annotations",
+}  # fmt: skip
+"""Words in the name of a column that may compare two sides, where their own names do not say which is better."""
+SIDE_IN_BRACKETS = re.compile(r"\[\[(a|b|c|1|2|tie)\]\]", re.IGNORECASE)
+"""How judges that are language models write the better side behind their reasons (MT-Bench)."""
+Ratings = Literal["ties", "margins", "ignore"]
 LONGEST_LABEL = 30
 """Characters of the longest text that may be a label, and not an explanation."""
 NO_LABEL = ("margin", "grade", "source", "subset", "system", "tools", "prompt")
@@ -278,13 +285,25 @@ OTHERWISE = (
 
 
 def _may_be_label(name: str, value: Any, keys: Keys) -> bool:
-    """By the words of its name and the kind of its value; a column named after one side may rate it."""
+    """By the words of its name and the kind of its value; of sides with names that say nothing also by the value alone."""
+    words, unnamed = _words(name), {keys.chosen, keys.rejected} != {Keys().chosen, Keys().rejected}
+    if isinstance(value, str) and unnamed and _names_a_side(value, keys):
+        return True
+    if isinstance(value, list | Mapping):  # votes, one rating a side
+        return bool(value) and unnamed and bool(words & (LABEL_WORDS | OTHER_WORDS))
     if not isinstance(value, str | int | float) or value == "" or len(str(value)) > LONGEST_LABEL:
         return False
-    words = _words(name)
-    of_sides = {keys.chosen, keys.rejected} != {Keys().chosen, Keys().rejected}
     index = bool(words & {"chosen", "rejected"}) and bool(words & {"index", "id", "idx", "side"})
-    return bool(words & LABEL_WORDS) or index or (of_sides and bool(words & (RATING_WORDS | RANK_WORDS)))
+    return bool(words & LABEL_WORDS) or index or (unnamed and bool(words & OTHER_WORDS))
+
+
+def _names_a_side(value: str, keys: Keys) -> bool:
+    """Whether a text is the name of one of the two sides, of both in an order, or of a tie, or ends a judgement with one."""
+    letters = _words(keys.chosen) ^ _words(keys.rejected)  # a number may be anything, and is no word
+    names = {keys.chosen.lower(), keys.rejected.lower(), *TIES, "first", "second", *letters}
+    names |= {f"model_{letter}" for letter in letters}
+    parts = [part.strip() for part in re.split("[<>=]+", value.lower())]
+    return all(part in names for part in parts) or SIDE_IN_BRACKETS.search(value) is not None
 
 
 def _words(name: str) -> set[str]:

@@ -136,9 +136,11 @@ def _arena_conversations(values: Values) -> Iterator[Comparison]:
     """The judged turn may be an earlier one than the last (MT-Bench): what comes after it was not judged."""
     better = choose(values, "winner", {"model_a": 1, "model_b": -1, **dict.fromkeys(TIES, 0)})
     sides = [values["conversation_a"], values["conversation_b"]]
-    turn = values.get("turn")
-    if isinstance(turn, int) and turn > 0 and all(isinstance(side, list) for side in sides):
-        sides = [side[: 2 * turn] for side in sides]
+    if is_filled(values, "turn") and all(isinstance(side, list) for side in sides):
+        turn = number_under(values, "turn")  # a table may write it as 1.0, and CSV as text
+        if turn < 1 or not turn.is_integer():
+            raise LayoutError(f"'turn' is the number of the judged turn, from 1, this is {turn:g}")
+        sides = [side[: 2 * int(turn)] for side in sides]
     yield order(None, sides[0], sides[1], better, grade=float(better != 0))
 
 
@@ -245,7 +247,7 @@ LAYOUTS: Sequence[Layout] = (
     Layout(
         "LMSYS arena, 33k, 100k and 140k; MT-Bench",
         ("conversation_a", "conversation_b", "winner"),
-        "`winner` is `model_a`, `model_b` or a tie (`tie`, `both_bad`); with `turn` the conversation ends there",
+        "`winner` is `model_a`, `model_b` or a tie (also `tie (inconsistent)`, `both_bad`); with `turn` the conversation ends there",
         _arena_conversations,
     ),
     Layout("Nectar", ("prompt", "answers"), "every two answers; the lower `rank` is better", _nectar),

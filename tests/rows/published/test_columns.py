@@ -63,6 +63,51 @@ def test_columns_that_rate_two_named_sides_are_never_passed_over(write):
 @pytest.mark.parametrize(
     "column",
     [
+        {"score": [9, 8]},
+        {"winner": [1, 0]},
+        {"preference_labels": {"judge": "response_b"}},
+        {"choose-best-response": [{"value": 2}]},
+        {"outcome": 1},
+        {"helpfulness_a": 1},
+        {"annotation": "response_b"},
+        {"conclusion": "B>A"},
+        {"human": "B"},
+        {"gpt4": "model_b"},
+        {"reviewer": "Second"},
+        {"reason": "The other one is wrong in its second step, so I prefer this one: [[B]]"},
+    ],
+    ids=lambda column: next(iter(column)),
+)
+def test_of_sides_whose_names_say_nothing_a_value_that_names_one_may_be_the_label(write, column):
+    (name,) = column
+    row, reader = (
+        {"prompt": "q", "response_a": "x", "response_b": "y"},
+        PreferenceReader(Keys("prompt", "response_a", "response_b")),
+    )
+    with pytest.raises(DataError, match=rf"'{name}' may say which side is better"):
+        list(read_file(write([row | column]), reader))
+    for other in (
+        {"model": "b-large"},
+        {"lengths": [3, 5]},
+        {"id": 2},
+        {"comment": "The first is shorter."},
+        {"turns": "1"},
+    ):
+        assert meanings(read_file(write([row | other]), reader)) == [("q", "x", "y", None)]
+
+
+@pytest.mark.parametrize("turn", [1, 1.0, "1"])
+def test_the_judged_turn_counts_however_a_table_writes_it(write, turn):
+    row = {"conversation_a": talk("q", "x", "more", "x2"), "conversation_b": talk("q", "y", "more", "y2"), "turn": turn}
+    assert meanings(pairs_of(write, row | {"winner": "model_b"})) == [("q", "y", "x", 1)]
+    assert meanings(pairs_of(write, row | {"winner": "tie (inconsistent)"})) == [("q", "x", "y", 0)]
+    problem = first_problem(write([row | {"winner": "model_b", "turn": 0}]), PreferenceReader())
+    assert "'turn' is the number of the judged turn, from 1, this is 0" in problem
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
         {"chosen_model": "m", "rejected_model": "n", "id": 7, "prompt_id": "a", "num_turns": 2, "dataset": "d"},
         {"preference_elaboration": "The first one is much better, since it says what was asked for."},
         {"label": None, "winner": ""},
