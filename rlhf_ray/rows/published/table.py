@@ -247,7 +247,7 @@ LAYOUTS: Sequence[Layout] = (
     Layout(
         "LMSYS arena, 33k, 100k and 140k; MT-Bench",
         ("conversation_a", "conversation_b", "winner"),
-        "`winner` is `model_a`, `model_b` or a tie (also `tie (inconsistent)`, `both_bad`); with `turn` the conversation ends there",
+        "`winner` is `model_a`, `model_b` or a tie (`tie`, `both_bad`, ...); with `turn` the conversation ends there",
         _arena_conversations,
     ),
     Layout("Nectar", ("prompt", "answers"), "every two answers; the lower `rank` is better", _nectar),
