@@ -133,8 +133,15 @@ def stop_token_ids(
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the chat template, which decides how a conversation is written as text."""
-    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+    """A hash of what decides how a conversation is written as text: the chat template and the tokens that it names.
+
+    A template that writes ``eos_token`` writes what the tokenizer calls so. The pad token does not count.
+    """
+    template = tokenizer.chat_template
+    named = tokenizer.special_tokens_map.items()
+    tokens = {name: str(token) for name, token in named if name != "pad_token" and name in str(template)}
+    parts = [template, tokens] if tokens else template
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def encoding_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -173,8 +173,14 @@ def _as_recorded(
         changed.append(f"the tokenizer of {name} is not the one it was trained with: put back its tokenizer files")
     if record.template is not None and template_fingerprint(tokenizer) != record.template:
         changed.append(
-            f"the chat template of {name} is not the one it was trained with: put back its chat_template.jinja, or train it "
-            "again with this one"
+            f"the chat template of {name} is not the one it was trained with, or the tokens that it names are others: put back "
+            "its chat_template.jinja and tokenizer_config.json, or train it again with this one"
+        )
+    end_token = _end_token(tokenizer, record.forms, record.template_variables)
+    if not changed and end_token != record.end_token:
+        changed.append(
+            f"answers end in {end_token!r} by the tokenizer of {name}, and ended in {record.end_token!r} when it was trained: "
+            "put back its tokenizer_config.json"
         )
     return RewardReading(
         record.forms if form is None else (form,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.roles import Form, ScoringRole
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.from_config import load_regression
 from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
@@ -157,6 +158,28 @@ def test_a_tokenizer_or_template_that_has_changed_since_the_training_is_said(els
     assert "the chat template of" in warning and "put back its chat_template.jinja" in warning
     tokenizer.add_tokens("another")
     assert len(load_reward_reading(config, tokenizer).warnings) == 2
+
+
+@pytest.mark.parametrize("form", ["text", "conversation"])
+def test_an_end_or_start_of_another_name_since_the_training_is_said(elsewhere: Path, form: Form) -> None:
+    """The vocabulary and the template are as they were: only what the tokenizer calls its end, or its start, is another."""
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere)
+    tokenizer.bos_token = "w3"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    record = make_reward_record(tokenizer, {form})
+    path, config = elsewhere / "config.json", ModelConfig(path=str(elsewhere))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {KEY: record.as_json()}))
+    assert load_reward_reading(config, tokenizer).warnings == ()
+    for name in ("bos_token", "eos_token"):
+        changed = deepcopy(tokenizer)
+        setattr(changed, name, "w4")
+        warnings = load_reward_reading(config, changed).warnings
+        expected = name == "eos_token" or form == "conversation"
+        assert len(warnings) == expected and all(
+            "put back" in text and "tokenizer_config.json" in text for text in warnings
+        )
+    if form == "text":
+        assert "answers end in 'w4'" in warnings[0] and "ended in '</s>' when it was trained" in warnings[0]
 
 
 def test_a_trained_head_is_replaced_only_where_that_is_asked_for(elsewhere: Path, project_log: io.StringIO) -> None:
