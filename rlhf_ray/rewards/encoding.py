@@ -25,6 +25,8 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.text_pairs import conversation_ids, cut_to, pair_ids
 from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.rows.conversations import dialogue_messages
+from rlhf_ray.rows.preferences import ANSWER_BEGINS
 
 if TYPE_CHECKING:
     from rlhf_ray.models.reward_reading import RewardReading
@@ -79,10 +81,17 @@ def _token_ids(chat: ChatFormat, request: ScoreRequest, reading: RewardReading) 
         return _conversation(chat, request.messages, request, reading)
     assert request.prompt is not None and request.response is not None, "a request holds one representation"
     if "text" not in reading.forms:
-        turns = (("user", request.prompt), ("assistant", request.response))
-        return _conversation(chat, [{"role": role, "content": text} for role, text in turns], request, reading)
+        return _conversation(chat, _turns(request.prompt, request.response), request, reading)
     before, (after,) = encode_answers(tokenizer, request.prompt, [request.response])
     return [*before, *(after if request.finished else after[:-1])]
+
+
+def _turns(prompt: str, response: str) -> list[dict[str, Any]]:
+    """A prompt and its response as turns; as in training, a prompt that is a dialogue written as text has several."""
+    dialogue = dialogue_messages(prompt) if prompt.rstrip().endswith(ANSWER_BEGINS) else []
+    if dialogue and response.strip():
+        return dialogue_messages(prompt + response)
+    return [*(dialogue or [{"role": "user", "content": prompt}]), {"role": "assistant", "content": response}]
 
 
 def _with_special_tokens(tokenizer: Any, text: str, plain: list[int]) -> list[int]:

@@ -4,6 +4,8 @@ too long is refused, or loses its beginning.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,13 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.data.chat import ChatFormat
-from rlhf_ray.data.encode import Drops, encode_demonstrations
+from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_pairs
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.models.reward_reading import assumed_reading
 from rlhf_ray.rewards.encoding import EncodedItem, encode_request
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.preferences import read_preferences
 
 from ..serving.reward_models import BOS, EOS, make_tokenizer
 
@@ -159,3 +162,20 @@ def test_an_end_token_is_not_added_twice_either() -> None:
 def test_an_empty_text_stays_empty() -> None:
     with pytest.raises(ScoringError, match="the item is empty"):
         encoded(ScoreRequest(text="", add_special_tokens=True))
+
+
+@pytest.mark.parametrize("answer", [" Not yet.", "Not yet.", " Wait.\n\nHuman: How long?\n\nAssistant: An hour."])
+def test_a_dialogue_written_as_text_has_the_turns_that_training_makes_of_it(tmp_path: Path, answer: str) -> None:
+    prompt = "\n\nHuman: Hello.\n\nAssistant: Hi.\n\nHuman: Is it late?\n\nAssistant:"
+    row = {"prompt": prompt, "chosen": answer, "rejected": " No idea."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (pair,) = encode_pairs(ChatFormat(TEMPLATED), read_preferences(tmp_path / "rows.jsonl", turns=True), 1000, Drops())
+    assert pair is not None
+    assert encoded(ScoreRequest(prompt=prompt, response=answer), TEMPLATED) == tuple(pair.chosen)
+
+
+def test_a_prompt_that_only_begins_like_a_dialogue_is_what_the_user_says() -> None:
+    turns = ({"role": "user", "content": "Human: hi"}, {"role": "assistant", "content": "hello"})
+    assert encoded(ScoreRequest(prompt="Human: hi", response="hello"), TEMPLATED) == encoded(
+        ScoreRequest(messages=turns), TEMPLATED
+    )
