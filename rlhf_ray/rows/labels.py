@@ -22,6 +22,11 @@ LABEL_COLUMNS = ("label", "answer", "solution", "ground_truth", "reward_model.gr
 FINAL = "####"
 """The mark before the final number of a worked answer (GSM8K, Cobbe et al. 2021, section 2)."""
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+FORMULA = re.compile(
+    r"\\(?!boxed\b|text\b|mathrm\b)[A-Za-z]+|\d[A-Za-zπ]|[A-Za-z]-?\d|√\s*\d"
+    r"|(?<=[\w)])\s*[\^_*/+]\s*\{?-?\d|\d\s*[\^_*/+]\s*[\w(]"
+)
+"""What makes another number of the one beside it: a command of LaTeX, a variable or unit, an operator."""
 KEY = "name the column of the labels in data.label_key, as in data.label_key=solution"
 
 Label = Any
@@ -124,9 +129,12 @@ def number_label_problem(label: Label) -> str:
         return problem
     _, mark, after = label.rpartition(FINAL)
     count = len(NUMBER.findall(after if mark else label))
-    if count == 1 or (mark and count):
+    if mark and count:
         return ""
-    held = "no number" if not count else f"{count} numbers, so it is not certain which is meant"
+    if count == 1 and FORMULA.search(label) is None:
+        return ""
+    several = f"{count} numbers, so it is not certain which is meant"
+    held = {0: "no number", 1: "a formula"}.get(count, several)
     return f"holds {held}: give the number alone, or after {FINAL}"
 
 

@@ -101,7 +101,23 @@ def test_what_a_verifier_cannot_compare_with_is_refused(row, settings, problem):
     assert "data.label_key" in error.value.way_out
 
 
-@pytest.mark.parametrize("text", ["5", 5, "It is 4 + 1.\n#### 5", "#### 5 of 7", "-1,250.5", "$18"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5",
+        5,
+        "It is 4 + 1.\n#### 5",
+        "#### 5 of 7",
+        "-1,250.5",
+        "$18",
+        r"\boxed{12}",
+        "x = 4",
+        "12 km",
+        "+5",
+        "**12**",
+        "It is 7.",
+    ],
+)
 def test_labels_that_say_one_number(text):
     assert label({"label": text}, compared="number", verifier="gsm8k") == str(text)
     assert number_label_problem(str(text)) == ""
@@ -113,6 +129,12 @@ def test_labels_that_say_one_number(text):
         ("many", "no number"),
         (r"$\frac{1}{2}$", "2 numbers"),
         ("1/2", "2 numbers"),
+        (r"$\sqrt{2}$", "a formula"),
+        (r"2\pi", "a formula"),
+        ("3x", "a formula"),
+        ("x^2", "a formula"),
+        ("x + 2", "a formula"),
+        ("√2", "a formula"),
         ("7 ####", "no number"),
         (" ", "no"),
     ],
