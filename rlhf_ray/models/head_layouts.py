@@ -30,12 +30,10 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.heads import Head, MlpHead, ScoreHead
 from rlhf_ray.models.weights.adapters import HEADS, PREFIX, adapts_head, read_adapter
 from rlhf_ray.models.weights.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from rlhf_ray.models.weights.checkpoint import HEAD_FILE, HEAD_NAME, Checkpoint, names_in
+from rlhf_ray.models.weights.checkpoint import HEAD_FILE, HEAD_NAME, IN_LAYERS, Checkpoint, names_in
 
 OUTPUT_TENSORS = {f"{layer}.{part}" for layer in OUTPUT_LAYERS for part in ("weight", "bias")}
 """Tensors of a causal language model that a reward model or critic does not need."""
-IN_LAYERS = re.compile(r"\.(layers|blocks|layer|h)\.\d+\.")
-"""What names of tensors within the layers of a model contain."""
 PICKLED_HEADS = ("value_head.bin",)
 
 

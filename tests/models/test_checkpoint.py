@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.load import load_weights
+
+from .conftest import SIZES
 
 Make = Callable[..., PreTrainedModel]
 
@@ -109,3 +113,18 @@ def test_tensors_are_listed_without_being_read(directory: Path) -> None:
 def test_unknown_dtypes(directory: Path) -> None:
     with pytest.raises(ModelLoadError, match="unknown dtype 'int3'"):
         Actor(str(directory), param_dtype="int3")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"), [("num_hidden_layers", 1, "layers.1."), ("attention_bias", False, ".bias")]
+)
+def test_trained_tensors_that_a_config_has_no_place_for_are_a_warning(
+    tmp_path: Path, project_log: io.StringIO, option: str, value: object, name: str
+) -> None:
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_bias=True)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for changed, warned in (({}, False), ({option: value}, True)):
+        (tmp_path / "config.json").write_text(json.dumps(written | changed))
+        load_weights(AutoModelForCausalLM, Checkpoint.open(str(tmp_path)), torch.float32)
+        said = project_log.getvalue()
+        assert ("correct config.json" in said) == (name in said) == warned

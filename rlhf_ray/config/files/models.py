@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.files.adapters import why_refused
+from rlhf_ray.config.files.config_values import readable, wrong_values
 from rlhf_ray.config.files.positions import longest_rotated_alike, longest_sequence, text_part, too_long
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
@@ -57,6 +58,8 @@ def _checkpoint_problems(path: Path) -> Iterator[str]:
         yield content
     elif "model_type" not in content:
         yield f"{path / 'config.json'} names no model_type, so it is not the config of a model"
+    else:
+        yield from (f"{path}: {sentence}" for sentence in wrong_values(content))
     yield from _weight_problems(path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         yield f"{path} has no tokenizer.json: save the tokenizer beside the model"
@@ -105,14 +108,17 @@ def read_json(path: Path) -> dict[str, Any] | str:
 
 
 def model_config_file(model: ModelConfig) -> Mapping[str, Any]:
-    """The ``config.json`` of a model on this machine, of its base if it is an adapter; empty where there is none to read."""
+    """The ``config.json`` of a model on this machine, of its base if it is an adapter; empty where there is none to read.
+
+    Nulls, and values of a kind that no model has, are left out: the rule about models names them.
+    """
     path = Path(model.path) if model.path is not None else None
     if path is not None and (path / "adapter_config.json").is_file():
         adapter = read_json(path / "adapter_config.json")
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         path = Path(base) if isinstance(base, str) else None
     content = read_json(path / "config.json") if path is not None else {}
-    return content if isinstance(content, dict) else {}
+    return readable(content) if isinstance(content, dict) else {}
 
 
 def length_problems(key: str, model: ModelConfig, longest_key: str, longest: int) -> Iterator[Problem]:

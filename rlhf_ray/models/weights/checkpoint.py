@@ -8,6 +8,7 @@ that it names.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -16,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_ray.config.files.architectures import quantized
+from rlhf_ray.config.files.config_values import wrong_values
 from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.config.files.score_heads import HEAD_NAME as HEAD_NAME
 from rlhf_ray.environment import is_hub_id
@@ -35,6 +43,10 @@ STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """What safetensors and torch call a dtype."""
 NORMALIZATION = ("mean", "std")
 """Keys of config.json with which a reward model normalises its scores."""
+IN_LAYERS = re.compile(r"\.(layers|blocks|layer|h)\.\d+\.")
+"""What names of tensors within the layers of a model contain."""
+NOT_BUILT = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError, AssertionError)
+"""What transformers and torch raise where a config.json describes no model that they can build."""
 FROM_HUB, CODE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*.py"]
 
 
@@ -99,11 +111,12 @@ class Checkpoint:
     def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
         """Read the config."""
         raw = self.raw_config()
-        if (reason := quantized(raw)) is not None:
+        reason = quantized(raw)
+        if reason is not None:
             raise ModelLoadError(f"{self.directory}: {reason}")
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except (*NOT_BUILT, StrictDataclassError) as error:
             if "auto_map" in raw and not trust_remote_code:
                 raise ModelLoadError(
                     f"{self.directory} brings Python code of its own (auto_map in config.json), which is not run: read "
@@ -119,6 +132,8 @@ class Checkpoint:
     def raw_config(self) -> dict[str, Any]:
         """Read config.json as it stands, without the defaults of transformers."""
         raw = read_json(self.directory / "config.json")
+        for sentence in wrong_values(raw):
+            raise ModelLoadError(f"{self.directory}: {sentence}")
         if self.adapter is not None:
             raw.pop(KEY, None)  # the record of the base says nothing of the adapter
         return raw | self._trained_with_adapter()

@@ -32,7 +32,7 @@ from rlhf_ray.models.forward.packed import check_packable, packed_forward, try_n
 from rlhf_ray.models.forward.rotation import rotate_by_sequence, share_alike
 from rlhf_ray.models.forward.shards import in_shards
 from rlhf_ray.models.weights.adapter_modules import replace_modules
-from rlhf_ray.models.weights.checkpoint import Checkpoint
+from rlhf_ray.models.weights.checkpoint import IN_LAYERS, NOT_BUILT, Checkpoint
 from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.held import keep_config, refuse_extra_state
 from rlhf_ray.models.weights.quantization import four_bit, prepare_four_bit
@@ -45,6 +45,8 @@ by about 1. In half precision the difference is large at times: a router may sen
 JITTER = {"input_jitter_noise", "jitter_noise"}
 """What transformers calls the noise that it multiplies the input of experts with in training."""
 DRAWING_ROUTERS = {"PhimoeTopKRouter"}
+ATTENTION_MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""How the names of masks end that older versions of transformers wrote with the layers."""
 ALIGNMENT = 64
 """Bytes to which torch aligns the memory that it allocates on CPU."""
 
@@ -85,7 +87,7 @@ def load_weights(
                 trust_remote_code=trust_remote_code,
                 **quantized,
             )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+    except (*NOT_BUILT, RuntimeError, ImportError) as error:
         raise ModelLoadError(f"{checkpoint.directory} cannot be loaded: {str(error).strip()}") from error
     model: PreTrainedModel
     model, info = loaded
@@ -146,7 +148,15 @@ def _check_info(checkpoint: Checkpoint, model: str, info: dict[str, Any], heads:
             f"{checkpoint.directory} does not hold the weights of a {model} ({problems}): it is another kind of model"
         )
     unread = sorted(set(info["unexpected_keys"]) - set(heads))
-    if unread:
+    trained = [name for name in unread if IN_LAYERS.search(f".{name}") and name.endswith((".weight", ".bias"))]
+    trained = [name for name in trained if not name.endswith(ATTENTION_MASKS)]
+    if trained:
+        get_logger(__name__).warning(
+            "%s holds %d tensors of layers for which a %s has no place with this config.json (num_hidden_layers, biases), such "
+            "as %s: they are not read, and are not in what is written. If they were trained, correct config.json",
+            checkpoint.directory, len(trained), model, ", ".join(trained[:4]),
+        )  # fmt: skip
+    elif unread:
         get_logger(__name__).info(
             "%s does not use %d tensors of %s: %s", model, len(unread), checkpoint.directory, ", ".join(unread[:4])
         )
