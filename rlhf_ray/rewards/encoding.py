@@ -86,7 +86,7 @@ def _token_ids(chat: ChatFormat, request: ScoreRequest, reading: RewardReading) 
     return [*before, *(after if request.finished else after[:-1])]
 
 
-def _turns(prompt: str, response: str) -> list[dict[str, Any]]:
+def _turns(prompt: str, response: str) -> list[Mapping[str, Any]]:
     """A prompt and its response as turns; as in training, a prompt that is a dialogue written as text has several."""
     dialogue = dialogue_messages(prompt) if prompt.rstrip().endswith(ANSWER_BEGINS) else []
     if dialogue and response.strip():
