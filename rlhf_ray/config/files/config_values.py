@@ -50,7 +50,7 @@ def _wrong(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "a list of texts" if list in kinds and int not in kinds else " or ".join(CALLED[one] for one in kinds)
             )
             yield name, f"{name} is {json.dumps(value)[:80]} in its config.json, but must be {called}: {WAY_OUT}"
-        elif name.startswith("rope_"):
+        elif name.startswith("rope_") and isinstance(value, dict):
             parts = [value, *(part for part in value.values() if isinstance(part, dict))]
             original = next((part[ORIGINAL] for part in parts if not isinstance(part.get(ORIGINAL, 0), int)), None)
             if original is not None:
