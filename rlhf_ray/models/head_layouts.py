@@ -184,5 +184,6 @@ def _config_beside(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _stem(names: list[str]) -> str:
     """How ``value_head_prefix`` would name the head that these tensors belong to."""
-    weights = [name for name in names if name.endswith(".weight")] or names
+    trained = [name for name in names if ".original_module." not in name]  # PEFT's copy of it before the training
+    weights = [name for name in trained if name.endswith(".weight")] or names
     return re.sub(r"\.\d+$", "", weights[-1].rpartition(".")[0] or weights[-1])

@@ -182,6 +182,14 @@ REFUSED: dict[str, tuple[Tensors, dict[str, object], str]] = {
     "an MLP of another model": (
         {"score.0.weight": rows(48, 16), "score.2.weight": LAST}, {}, r"score.0.weight of .* reads 16 features"
     ),
+    "a layer before the one of a known name": (
+        {"score.dense.weight": FIRST, "score.weight": LAST}, {},
+        r"head score of .* has parts besides score: score.dense.weight \(48, 32\)",
+    ),
+    "a norm within a value head": (
+        {"v_head.summary.weight": WEIGHT, "v_head.norm.weight": rows(32)}, {},
+        r"head v_head of .* has parts besides v_head.summary: v_head.norm.weight \(32,\)",
+    ),
     "another name": (
         {"worth.weight": WEIGHT, "worth.bias": BIAS}, {},
         r"no head called score, but tensors outside of its backbone: worth.bias \(1,\), worth.weight \(1, 32\)"
@@ -205,6 +213,20 @@ def test_a_head_of_another_kind_is_refused_by_its_kind_and_never_advised_away(tm
         load_config("serve", [f"reward.model.path={path}"], kind="serve", files=True)
     same = str(refused.value) if "another name" not in layout else "reward.model.value_head_prefix"
     assert "reward.model.path: " in str(checked.value) and same in str(checked.value)
+
+
+def test_the_last_part_of_a_head_is_not_read_for_the_whole(tmp_path: Path) -> None:
+    """A key that names it would leave the parts before it out in silence."""
+    path = directory_of(tmp_path, {"worth.dense.weight": rows(32, 32), "worth.out_proj.weight": WEIGHT})
+    with pytest.raises(ModelLoadError, match=r"head worth of .* has parts besides worth.out_proj: worth.dense.weight"):
+        load(path, value_head_prefix="worth.out_proj")
+
+
+def test_the_head_as_it_was_before_the_training_is_not_advised(tmp_path: Path) -> None:
+    """What PEFT's wrapper of a module to save holds, written without PEFT."""
+    wrapped = {"worth.original_module.weight": rows(1, 32), "worth.modules_to_save.default.weight": WEIGHT}
+    with pytest.raises(ModelLoadError, match=r"value_head_prefix \(worth.modules_to_save.default\)"):
+        load(directory_of(tmp_path, wrapped))
 
 
 def test_a_head_beside_a_bare_backbone_is_found(tmp_path: Path, causal: Callable[..., PreTrainedModel]) -> None:

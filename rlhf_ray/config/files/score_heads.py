@@ -111,7 +111,21 @@ def refusal(shapes: Mapping[str, Shape], config: Mapping[str, Any], prefix: str,
             f"or {WITH_ITS_CODE}"
         )
     found = find_head(shapes, config, prefix)
-    return None if found is None else wrong_shape(found, shapes, config, where)
+    return None if found is None else _more_parts(found, shapes, where) or wrong_shape(found, shapes, config, where)
+
+
+def _more_parts(found: FoundHead, shapes: Mapping[str, Shape], where: str) -> str | None:
+    """Why a head is only a part of the one in the checkpoint, which computes something else; None if it is whole."""
+    whole = found.name.rpartition(".")[0] or found.name
+    inside = [name for name in shapes if name.startswith(f"{whole}.")]
+    read = {f"{layer}.{part}" for layer in found.layers for part in ("weight", "bias")}
+    others = sorted(set(inside) - read)
+    if not others or any(name.endswith(EMBEDDINGS) for name in inside):
+        return None
+    return (
+        f"the head {whole} of {where} has parts besides {', '.join(found.layers)}: {shown(shapes, others)}. A head is read "
+        f"where it is one linear layer, or numbered ones with ReLU between: choose another checkpoint, or {WITH_ITS_CODE}"
+    )
 
 
 def wrong_shape(found: FoundHead, shapes: Mapping[str, Shape], config: Mapping[str, Any], where: str) -> str | None:
