@@ -122,6 +122,28 @@ def test_checkpointing_that_transformers_lacks(here: Path, texts: dict[str, str]
     ]
 
 
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ({"model_type": "cohere2", "logit_scale": 0.25}, "logit_scale 0.25"),
+        ({"model_type": "cohere"}, "logit_scale 0.0625"),
+        ({"model_type": "granite", "logits_scaling": 1.0}, None),
+        ({"model_type": "cohere2", "logit_scale": 1.0}, None),
+    ],
+)
+def test_a_policy_whose_logits_are_scaled_is_refused(
+    here: Path, texts: dict[str, str], config: dict[str, Any], scale: str | None
+) -> None:
+    """A reward model of the same kind is not: it has no logits."""
+    make(here, **config)
+    found = check_files(parse_config(texts["sft"], ["policy.model={path: model, dtype: fp32}"]))
+    scaled = [text for text in found if "scales its logits behind the output layer" in text]
+    assert len(scaled) == (scale is not None)
+    assert all(text.startswith("policy.model.path: model: ") and f"({scale})" in text for text in scaled)
+    assert not [text for text in check_files(parse_config(texts["rm"], TRAIN)) if "logits" in text]
+
+
 def test_every_type_has_one_reason() -> None:
     everything = [kind for kinds in NOT_RUN.values() for kind in kinds]
     assert len(everything) == len(set(everything)) and set(everything) >= SERVED_BY_VLLM

@@ -75,6 +75,10 @@ NOT_IN_VLLM = frozenset(
 """Architectures of reward models that vLLM's pooling runner does not read, or scores wrong."""
 HEAD = "ForSequenceClassification"
 """The end of an architecture's name that vLLM takes for a reward model."""
+LOGIT_SCALES = ("logit_scale", "logits_scaling")
+"""Keys of the number by which a language model multiplies or divides its logits behind the output layer."""
+COHERES_SCALE = 0.0625
+"""What it is for Cohere's models whose config.json has none."""
 OTHERWISE = "or set scorer to packed"
 
 
@@ -139,6 +143,7 @@ def architecture_problems(key: str, role: Role, max_tokens: int) -> Iterator[Pro
         problem = vllm_refusal(config, max_tokens)
     else:
         problem = quantized(config) or refusal(config, scores=isinstance(runner, ScoringRole))
+        problem = problem or (scaled_logits(config) if role.head is False else None)
     kind = text_part(config).get("model_type")
     if model.lora is not None and model.lora.targets == "all-linear" and kind in READS_WEIGHTS:
         yield (
@@ -150,6 +155,17 @@ def architecture_problems(key: str, role: Role, max_tokens: int) -> Iterator[Pro
         yield f"{key}.model.gradient_checkpointing", f"transformers has none for {kind} models: set it to false"
     if problem is not None:
         yield f"{key}.scorer" if in_vllm else f"{key}.model.path", f"{model.path}: {problem}"
+
+
+def scaled_logits(config: Mapping[str, Any]) -> str | None:
+    """The sentence that refuses a policy whose logits are not those of its output layer."""
+    text = text_part(config)
+    implied = {"logit_scale": COHERES_SCALE} if str(text.get("model_type")).startswith("cohere") else {}
+    scales = {name: value for name, value in (implied | dict(text)).items() if name in LOGIT_SCALES and value != 1}
+    if not scales:
+        return None
+    name, value = next(iter(scales.items()))
+    return f"it scales its logits behind the output layer ({name} {value}), which a policy here cannot: choose another model"
 
 
 def quantized(config: Mapping[str, Any]) -> str | None:
