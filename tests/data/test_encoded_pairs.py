@@ -10,7 +10,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlhf_ray.console import get_logger
 from rlhf_ray.data import encoded_pairs as room
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
@@ -155,7 +154,6 @@ def test_bad_rows_are_named_also_where_the_rest_is_read_from_the_cache(
     byte_tokenizer, write, tmp_path, caplog, monkeypatch
 ):
     """Rows of a wrong form, and conversations that the chat template refuses."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"

@@ -11,7 +11,6 @@ import pytest
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.console import get_logger
 from rlhf_ray.errors import (
     CapacityError,
     ConfigError,
@@ -39,7 +38,6 @@ def signals() -> Iterator[None]:
 @pytest.fixture
 def message(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What the project's logger says."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
     return caplog
 
 

@@ -19,7 +19,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.backend import GroupBackend
 
-from .reward_models import MEAN, STD, Reference
+from .reward_models import EOS, MEAN, STD, Reference
 from .served_model import LIMIT, MakeConfig, ask, backend_of, close, post
 from .services import served_models, service
 
@@ -187,10 +187,13 @@ def test_ready_means_a_score_lately(group: RewardGroup, config: MakeConfig, mode
 def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: RewardGroup, model: Path) -> None:
     served = app(max_items=7, max_body_bytes=1234)
     info = ask(served, lambda client: client.get("/info")).json()
+    reads = {
+        "forms": ["conversation"], "scored_token": "end", "end_token": EOS, "template_variables": {}, "recorded": False,
+    }  # fmt: skip
     described = {
         "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "version": "1", "name": "reward",
         **{part: group.describe().result()[part] for part in ("fingerprint", "template")}, "max_tokens": LIMIT,
-        "template_variables": {},
+        "template_variables": {}, "reads": reads,
     }  # fmt: skip
     of_tei = {name: info.pop(name) for name in (*TEI_KEYS, "model_type")}
     assert (of_tei["model_id"], of_tei["max_input_length"]) == (str(model), LIMIT)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.console import get_logger
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import DemonstrationReader
 from rlhf_ray.rows.layouts import Keys
@@ -139,7 +138,6 @@ def test_ratings_beside_the_sides(write, names):
 
 
 def test_a_renamed_column_wins_and_one_that_is_nowhere_is_told(write, caplog, monkeypatch):
-    monkeypatch.setattr(get_logger(), "propagate", True)
     row = SIDES | {"margin": 1, "strength": 2}
     (pair,) = pairs_of(write, row, rename_columns={"strength": "margin"})
     assert pair.margin == 2 and not caplog.text
@@ -280,7 +278,6 @@ def test_rows_that_lack_what_the_first_has_are_bad_rows(write):
 
 
 def test_bad_rows_are_dropped_counted_and_named_if_asked(write, caplog, monkeypatch):
-    monkeypatch.setattr(get_logger(), "propagate", True)
     first = {"chosen": said("assistant", "hello") + talk("q", "x"), "rejected": talk("q", "y")}
     rows = [first, {"chosen": talk("q", "x"), "rejected": talk("q", "y")}, {"chosen": talk("q", ""), "rejected": []}]
     assert len(pairs_of(write, *rows, bad_rows="drop")) == 1
