@@ -193,7 +193,7 @@ def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: Re
     described = {
         "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "version": "1", "name": "reward",
         **{part: group.describe().result()[part] for part in ("fingerprint", "template")}, "max_tokens": LIMIT,
-        "template_variables": {}, "reads": reads,
+        "reads": reads,
     }  # fmt: skip
     of_tei = {name: info.pop(name) for name in (*TEI_KEYS, "model_type")}
     assert (of_tei["model_id"], of_tei["max_input_length"]) == (str(model), LIMIT)
