@@ -96,16 +96,6 @@ def outside_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the project's logger says, which passes nothing on to the root logger that pytest watches."""
-    from rlhf_ray.console import get_logger
-
-    get_logger().addHandler(caplog.handler)
-    yield caplog
-    get_logger().removeHandler(caplog.handler)
-
-
-@pytest.fixture
 def project_log() -> Iterator[io.StringIO]:
     """What the project's logger says, whoever set up logging or pytest's capture of it before."""
     from rlhf_ray.console import get_logger

@@ -150,9 +150,7 @@ def test_conversations_of_a_table_are_those_of_a_text_file(byte_tokenizer, monke
     ) == plain(results[0]), "implicit prompts"
 
 
-def test_bad_rows_are_named_also_where_the_rest_is_read_from_the_cache(
-    byte_tokenizer, write, tmp_path, caplog, monkeypatch
-):
+def test_bad_rows_are_named_also_where_the_rest_is_read_from_the_cache(byte_tokenizer, write, tmp_path, project_log):
     """Rows of a wrong form, and conversations that the chat template refuses."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = (
@@ -164,11 +162,13 @@ def test_bad_rows_are_named_also_where_the_rest_is_read_from_the_cache(
     path = write([*rows, {"prompt": [assistant("q")], **sides}])
     file = PairFile(RowSource(str(path)), PreferenceReader(drops_bad_rows=True), 60)
     for _ in range(2):
-        caplog.clear()
+        project_log.seek(project_log.truncate(0))
         assert len(encode_pair_file(file, ChatFormat(tokenizer), tmp_path / "cache")) == 1
-        assert "2 bad rows are left out (data.bad_rows)" in caplog.text
-        assert "jsonl:3: message 1 of 'prompt' is of 'assistant'" in caplog.text
-        assert "jsonl:2: the tokenizer's chat template refuses the conversation: no system here" in caplog.text
+        assert "2 bad rows are left out (data.bad_rows)" in project_log.getvalue()
+        assert "jsonl:3: message 1 of 'prompt' is of 'assistant'" in project_log.getvalue()
+        assert (
+            "jsonl:2: the tokenizer's chat template refuses the conversation: no system here" in project_log.getvalue()
+        )
     with pytest.raises(DataError, match=r"jsonl:2: the tokenizer's chat template refuses"):
         encode_pair_file(replace(file, reader=PreferenceReader(), max_rows=2), ChatFormat(tokenizer))
     refused = PairFile(RowSource(str(write(rows[1:], "one.jsonl"))), PreferenceReader(drops_bad_rows=True), 60)

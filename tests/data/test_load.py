@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.sections.data import DataConfig
+from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encode import EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample
@@ -33,6 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level(logging.INFO)
     return caplog
 

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_ray import environment
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.console import get_logger
 from rlhf_ray.errors import (
     CapacityError,
     ConfigError,
@@ -38,6 +39,7 @@ def signals() -> Iterator[None]:
 @pytest.fixture
 def message(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What the project's logger says."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
     return caplog
 
 

@@ -4,6 +4,7 @@ prompts end it unless they are allowed; what it would not read is refused by nam
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_neither_torch_nor_ray_is_imported(pairs: Path) -> None:
 
 
 def test_rows_are_read_as_the_settings_say(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], project_log: io.StringIO
 ) -> None:
     """The keys that an error about a row names are taken here too, and only those."""
     path = write(tmp_path / "labelled.jsonl", row("one", " a", " b") | {"labels": 1}, row("two", " a", ""))
@@ -209,7 +210,7 @@ def test_rows_are_read_as_the_settings_say(
     assert "data.ignore_columns=[labels]" in capfd.readouterr().err
     assert main([*words, "data.ignore_columns=[labels]", "data.bad_rows=drop"]) == EXIT_DONE
     assert json.loads((tmp_path / "figures.json").read_text())["figures"]["pairs"] == 1
-    assert "1 bad rows are left out" in caplog.text
+    assert "1 bad rows are left out" in project_log.getvalue()
     assert main([*words, "data.ratings=often", "data.cache=null"]) == EXIT_WRONG_REQUEST
     printed = capfd.readouterr().err
     assert "data.ratings" in printed and "data.cache" in printed

@@ -269,6 +269,7 @@ def test_a_token_that_ends_every_item_elsewhere_is_named(tmp_path: Path, caplog:
 def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from rlhf_ray.console import get_logger
 
+    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level("INFO", logger=get_logger().name)
 
 

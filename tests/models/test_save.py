@@ -177,6 +177,7 @@ def test_architectures_that_transformers_cannot_map_are_ours_only(
 def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     from rlhf_ray.console import get_logger
 
+    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level("INFO", logger=get_logger().name)
     return caplog
 

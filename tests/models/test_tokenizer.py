@@ -44,6 +44,7 @@ def test_padding_with_the_end_of_sequence_only_on_request(
 ) -> None:
     from rlhf_ray.console import get_logger
 
+    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level("INFO", logger=get_logger().name)
     model, tokenizer = causal(), make_tokenizer(pad=False)
     prepare_padding(model, tokenizer, pad_with_eos=True)

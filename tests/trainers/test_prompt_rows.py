@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -40,15 +41,15 @@ def test_conversations_are_sampled_from_as_the_template_writes_them(tmp_path: Pa
     assert turned.text == "[user]Hello.[assistant]" and turned.messages == ({"role": "user", "content": "Hello."},)
 
 
-def test_texts_that_pass_by_a_template_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_texts_that_pass_by_a_template_are_told_once(tmp_path: Path, project_log: io.StringIO) -> None:
     path = written(tmp_path, {"prompt": "Hello."}, {"prompt": [{"role": "user", "content": "Hello."}]})
     tokenizer = make_tokenizer(path, vocabulary=280)
     tokenizer.chat_template = TEMPLATE
     for turns, told in ((False, ["1 of 2 prompts are plain texts"]), (True, [])):
-        caplog.clear()
+        project_log.seek(project_log.truncate(0))
         load_prompts(DataConfig(path=path, evaluation_fraction=0.0, apply_chat_template=turns), tokenizer, 0)
-        assert [message for message in told if message in caplog.text] == told
-        assert caplog.text.count("plain texts") == len(told)
+        assert [message for message in told if message in project_log.getvalue()] == told
+        assert project_log.getvalue().count("plain texts") == len(told)
 
 
 def test_a_conversation_without_a_template_is_told_by_its_row(tmp_path: Path) -> None:

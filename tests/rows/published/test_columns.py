@@ -137,12 +137,15 @@ def test_ratings_beside_the_sides(write, names):
     assert "data.ratings=margins asks for" in first_problem(write([SIDES]), PreferenceReader(ratings="margins"))
 
 
-def test_a_renamed_column_wins_and_one_that_is_nowhere_is_told(write, caplog, monkeypatch):
+def test_a_renamed_column_wins_and_one_that_is_nowhere_is_told(write, project_log):
     row = SIDES | {"margin": 1, "strength": 2}
     (pair,) = pairs_of(write, row, rename_columns={"strength": "margin"})
-    assert pair.margin == 2 and not caplog.text
+    assert pair.margin == 2 and not project_log.getvalue()
     (pair,) = pairs_of(write, row, rename_columns={"stength": "margin"})
-    assert pair.margin == 1 and "no row up to here has 'stength', which data.rename_columns names" in caplog.text
+    assert (
+        pair.margin == 1
+        and "no row up to here has 'stength', which data.rename_columns names" in project_log.getvalue()
+    )
 
 
 def test_columns_can_be_renamed_and_left_out(write):
@@ -277,14 +280,14 @@ def test_rows_that_lack_what_the_first_has_are_bad_rows(write):
     assert [pair.margin for pair in pairs_of(write, *rows, bad_rows="drop")] == [1.0, 0.0]
 
 
-def test_bad_rows_are_dropped_counted_and_named_if_asked(write, caplog, monkeypatch):
+def test_bad_rows_are_dropped_counted_and_named_if_asked(write, project_log):
     first = {"chosen": said("assistant", "hello") + talk("q", "x"), "rejected": talk("q", "y")}
     rows = [first, {"chosen": talk("q", "x"), "rejected": talk("q", "y")}, {"chosen": talk("q", ""), "rejected": []}]
     assert len(pairs_of(write, *rows, bad_rows="drop")) == 1
-    assert "2 bad rows are left out (data.bad_rows)" in caplog.text
-    assert (
-        "jsonl:1: message 1 of 'chosen' is of 'assistant'" in caplog.text and "jsonl:3: 'chosen': mess" in caplog.text
-    )
+    said_of_them = project_log.getvalue()
+    assert "2 bad rows are left out (data.bad_rows)" in said_of_them
+    assert "jsonl:1: message 1 of 'chosen' is of 'assistant'" in said_of_them
+    assert "jsonl:3: 'chosen': mess" in said_of_them
     with pytest.raises(DataError, match=r"jsonl:1: .*leave bad rows out with data\.bad_rows=drop"):
         list(read_file(write(rows), PreferenceReader()))
     path, dropping = write([first] * 3), PreferenceReader(drops_bad_rows=True)
