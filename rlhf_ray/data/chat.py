@@ -177,8 +177,8 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 
 def called_names(functions: Any) -> list[str]:
     """The names of functions, or of calls of them."""
-    found = [each.get("function", each) for each in functions or () if isinstance(each, Mapping)]
-    return [str(each["name"]) for each in found if isinstance(each, Mapping) and each.get("name")]
+    bodies = [each.get("function", each) for each in functions or () if isinstance(each, Mapping)]
+    return [str(each["name"]) for each in bodies if isinstance(each, Mapping) and each.get("name")]
 
 
 def _end_of_texts(message: Mapping[str, Any], text: str) -> int:

@@ -84,12 +84,12 @@ class Ending:
 
     def cut(self, text: str, after: int = 0) -> str:
         """A rendered answer without what ends it; what ends it stands behind the first ``after`` letters."""
-        before, found, _ = self.tail.partition(self.token)
+        before, token, _ = self.tail.partition(self.token)
         end = text.find(self.token, after)
-        if found and end >= 0:
+        if token and end >= 0:
             return text[:end].removesuffix(before)
         other = next((token for token in self.special if text[after:].rstrip().endswith(token)), None)
-        if found and other is not None:  # a call of a tool ends with a token of its own in some templates
+        if token and other is not None:  # a call of a tool ends with a token of its own in some templates
             return text[: text.rindex(other)]
         return text.removesuffix(self.tail)
 
@@ -206,11 +206,11 @@ def _tokens_in(tokenizer: Any, tail: str) -> list[str]:
     """
     added = [str(token) for token in tokenizer.get_added_vocab() if str(token).strip()]
     for known in (_special_tokens(tokenizer), added):
-        found = list(_find(known, tail))
-        if found:
-            first = found[0].start()
+        matches = list(_find(known, tail))
+        if matches:
+            first = matches[0].start()
             end = first + len("".join(takewhile(lambda letter: not letter.isspace(), tail[first:])))
-            return [match[0] for match in found if match.start() < end]
+            return [match[0] for match in matches if match.start() < end]
     return []
 
 

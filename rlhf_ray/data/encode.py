@@ -191,11 +191,11 @@ def _render_pair(
     losses: list[str] = []
     for side in sides:
         whole = common._replace(messages=[*prompt, *side])
-        asked = whole._replace(messages=whole.messages[:-1])
-        before = shared if len(side) == 1 else chat.prompt_text(asked)
+        question = whole._replace(messages=whole.messages[:-1])
+        before = shared if len(side) == 1 else chat.prompt_text(question)
         answer = chat.answer_text(whole, before)
         rendered.append((before, answer))
-        losses += [*prompt_losses(asked, before), *answer_losses(side[-1], before, answer)]
+        losses += [*prompt_losses(question, before), *answer_losses(side[-1], before, answer)]
     return _RenderedPair(shared, rendered, tuple(dict.fromkeys(losses)))
 
 

@@ -105,19 +105,19 @@ def _held_out_rows(rows: list[Row], shared: Sequence[bool], data: DataConfig) ->
     name = _held_out_name(data)
     if not any(shared):
         return rows
-    found = f"{sum(shared)} of {len(rows)} held-out rows have a prompt that is trained on, but perhaps for how it is written"
+    problem = f"{sum(shared)} of {len(rows)} held-out rows have a prompt that is trained on, but perhaps for how it is written"
     if data.shared_prompts == "refuse":
         raise DataError(
-            f"{name}: {found}, so figures would be too good: leave them out with data.shared_prompts=drop, or keep them with "
+            f"{name}: {problem}, so figures would be too good: leave them out with data.shared_prompts=drop, or keep them with "
             "data.shared_prompts=keep"
         )
     if data.shared_prompts == "keep":
-        get_logger("data").warning("%s: %s: figures will be too good (data.shared_prompts)", name, found)
+        get_logger("data").warning("%s: %s: figures will be too good (data.shared_prompts)", name, problem)
         return rows
     kept = [row for row, is_shared in zip(rows, shared, strict=True) if not is_shared]
     if not kept:
         raise DataError(f"{name}: every held-out row has a prompt that is trained on: give other rows to evaluate on")
-    get_logger("data").warning("%s: %s; they are left out (data.shared_prompts)", name, found)
+    get_logger("data").warning("%s: %s; they are left out (data.shared_prompts)", name, problem)
     return kept
 
 

@@ -37,24 +37,24 @@ WAYS_OUT: Mapping[str, str] = {
 
 def prompt_losses(conversation: Conversation, prompt: str) -> list[str]:
     """What is not in the ``prompt`` that was rendered of a conversation without its answer."""
-    found: list[str] = []
+    losses: list[str] = []
     for message in conversation.messages:
-        found += _content_loss(message, prompt)
+        losses += _content_loss(message, prompt)
         if reasoning_of(message).strip() not in prompt:
-            found.append(EARLIER_THINKING)
-        found += [CALLS] * any(name not in prompt for name in called_names(message.get("tool_calls")))
-    found += [TOOLS] * any(name not in prompt for name in called_names(conversation.tools))
-    return list(dict.fromkeys(found))
+            losses.append(EARLIER_THINKING)
+        losses += [CALLS] * any(name not in prompt for name in called_names(message.get("tool_calls")))
+    losses += [TOOLS] * any(name not in prompt for name in called_names(conversation.tools))
+    return list(dict.fromkeys(losses))
 
 
 def answer_losses(message: Mapping[str, Any], prompt: str, answer: str) -> list[str]:
     """What of the message that is the answer is not in the text of the ``answer`` after ``prompt``."""
-    found = [THINKING] * (reasoning_of(message).strip() not in answer)
-    found += [CALLS] * any(name not in answer for name in called_names(message.get("tool_calls")))
+    losses = [THINKING] * (reasoning_of(message).strip() not in answer)
+    losses += [CALLS] * any(name not in answer for name in called_names(message.get("tool_calls")))
     if str(message.get("content") or "").strip() not in prompt[-len(answer) :] + answer:
-        found.append("the text of an answer that calls tools")
+        losses.append("the text of an answer that calls tools")
     block = open_thinking(prompt)
-    return [*found, UNTHOUGHT] if block is not None and block.closing not in answer else found
+    return [*losses, UNTHOUGHT] if block is not None and block.closing not in answer else losses
 
 
 def report_losses(chat: ChatFormat, name: str, rows: Sequence[tuple[str, Sequence[str]]]) -> None:

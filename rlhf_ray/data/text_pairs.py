@@ -6,18 +6,19 @@ chat template writes if it has one. An item that is cut keeps its first token, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from rlhf_ray.data.answer_ids import Ids, tokenize
+from rlhf_ray.data.chat import Conversation
+from rlhf_ray.data.chat_template import Messages, render
 from rlhf_ray.data.encode import EMPTY, EQUAL, TOO_LONG
 from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.errors import DataError
 from rlhf_ray.rows.preferences import PreferencePair
 
 BETWEEN_TURNS = "\n\n"
 """What stands between the turns of a conversation in the first of the two texts."""
-
-Ids = list[int]
-Messages = Sequence[Mapping[str, Any]]
 
 
 def pair_ids(tokenizer: Any, prompt: str, response: str) -> Ids:
@@ -25,17 +26,22 @@ def pair_ids(tokenizer: Any, prompt: str, response: str) -> Ids:
     return list(tokenizer(prompt, response)["input_ids"])
 
 
-def conversation_ids(tokenizer: Any, messages: Messages, **variables: Any) -> Ids:
+def conversation_ids(tokenizer: Any, conversation: Conversation) -> Ids:
     """Ids of a conversation that ends with a message of the assistant.
 
-    The chat template writes it if there is one, with ``variables``. Otherwise the last message is the response, and the texts
-    of all before it are the prompt, with an empty line between each two.
+    The chat template writes it if there is one. Otherwise the last message is the response, and the texts of all before it are
+    the prompt, with an empty line between each two; :class:`DataError` for a conversation that is more than its texts.
     """
+    messages, tools, variables, where = conversation
     if tokenizer.chat_template is not None:
-        rendered = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=True, return_dict=False, **variables
+        (ids,) = tokenize(tokenizer, [render(tokenizer, messages, tools=tools, variables=variables, where=where)])
+        return ids
+    if tools or variables or any(message.get("tool_calls") for message in messages):
+        place = f"{where}: " if where else ""
+        raise DataError(
+            f"{place}the conversation has tools, calls of them or template variables, which an encoder without a chat template "
+            "does not read: leave them out, or write them into the texts"
         )
-        return list(rendered)
     *before, answer = (message.get("content") or "" for message in messages)
     return pair_ids(tokenizer, BETWEEN_TURNS.join(before), answer)
 
@@ -70,6 +76,7 @@ def _side(tokenizer: Any, row: PreferencePair, answer: str | Messages) -> Ids:
         if tokenizer.chat_template is None:
             return pair_ids(tokenizer, prompt, answer)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return conversation_ids(tokenizer, turns)
+        return conversation_ids(tokenizer, Conversation(turns, where=row.where))
     assert not isinstance(row.prompt, str), "prompt and answers are all texts or all lists of messages"
-    return conversation_ids(tokenizer, [*row.prompt, *answer], tools=row.tools)
+    messages = [*row.prompt, *answer]
+    return conversation_ids(tokenizer, Conversation(messages, row.tools, row.template_variables, row.where))

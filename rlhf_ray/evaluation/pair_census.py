@@ -39,7 +39,7 @@ class _Labels:
 
 
 @dataclass
-class _Side:
+class _SourceCounts:
     """Counts and lengths of the pairs of one source."""
 
     pairs: int = 0
@@ -60,13 +60,13 @@ class PairCensus:
         self._rows: Counter[bytes] = Counter()
         self._duplicates: list[tuple[str, str]] = []
         self._prompts: dict[str, str] = {}
-        self._sources: dict[str, _Side] = {}
+        self._sources: dict[str, _SourceCounts] = {}
 
     def add(self, pair: PreferencePair, lengths: tuple[int, int, int] | None) -> None:
         """Take one pair; ``lengths`` are those of prompt, chosen and rejected answer, in one unit, or None if unknown."""
         exact, near = (hash_prompt(pair.prompt, pair.tools, nearly=nearly) for nearly in (False, True))
         self._prompts[exact] = near
-        source = self._sources.setdefault(pair.source, _Side())
+        source = self._sources.setdefault(pair.source, _SourceCounts())
         source.pairs += 1
         chosen, rejected = _hash_side(pair.chosen), _hash_side(pair.rejected)
         if chosen == rejected:
@@ -172,7 +172,7 @@ class PairCensus:
         }
 
 
-def length_bias(sides: Sequence[_Side]) -> tuple[Figures, dict[str, Interval]]:
+def length_bias(sources: Sequence[_SourceCounts]) -> tuple[Figures, dict[str, Interval]]:
     """Return how far the longer answer is the chosen one.
 
     ``longer_chosen`` is the share of it among pairs whose answers differ in length, ``longer_wins_accuracy`` the accuracy of
@@ -180,7 +180,7 @@ def length_bias(sides: Sequence[_Side]) -> tuple[Figures, dict[str, Interval]]:
     with the difference in length, each pair seen from both sides: ``mean(d) / sqrt(mean(d^2))``.
     """
     chosen, rejected, decided = (
-        np.array([value for side in sides for value in getattr(side, name)])
+        np.array([value for source in sources for value in getattr(source, name)])
         for name in ("chosen", "rejected", "decided")
     )
     if not decided.any():
@@ -204,11 +204,11 @@ def text_length(value: str | Sequence[Mapping[str, Any]]) -> int:
     return sum(len(message["content"]) for message in value if isinstance(message.get("content"), str))
 
 
-def _means(side: _Side) -> Figures:
+def _means(source: _SourceCounts) -> Figures:
     return {
-        f"{name}_length": float(np.mean(getattr(side, name)))
+        f"{name}_length": float(np.mean(getattr(source, name)))
         for name in ("prompt", "chosen", "rejected")
-        if getattr(side, name)
+        if getattr(source, name)
     }
 
 

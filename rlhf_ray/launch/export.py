@@ -28,7 +28,7 @@ from rlhf_ray.models import (
     save_pretrained,
 )
 from rlhf_ray.models.dtypes import LONG_NAMES
-from rlhf_ray.models.head_layouts import scores
+from rlhf_ray.models.head_layouts import holds_scoring_model
 from rlhf_ray.models.reward_reading import end_token_id
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
 from rlhf_ray.models.weights.tokenizer import add_pad_token
@@ -57,7 +57,7 @@ def export(
         )
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
     _refuse_encoder(path, checkpoint)
-    scored = scores(checkpoint, checkpoint.raw_config().get("value_head_prefix", HEAD_NAME))
+    scored = holds_scoring_model(checkpoint, checkpoint.raw_config().get("value_head_prefix", HEAD_NAME))
     for option, value, default in (("--head-prefix", head_prefix, HEAD_NAME), ("--scored-token", scored_token, None)):
         if value != default and not scored:
             raise RequestError(f"{option} is about a score head, but {path} has none: leave it out")

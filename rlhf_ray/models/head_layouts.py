@@ -137,7 +137,7 @@ def require_head(checkpoint: Checkpoint, prefix: str, *, trust_remote_code: bool
     )
 
 
-def scores(checkpoint: Checkpoint, prefix: str) -> bool:
+def holds_scoring_model(checkpoint: Checkpoint, prefix: str) -> bool:
     """Whether a checkpoint holds a reward model or critic, be it one that is refused."""
     adapter = checkpoint.adapter
     beside = adapter is not None and (find_adapter_head(adapter) is not None or adapts_head(adapter))

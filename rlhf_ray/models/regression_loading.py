@@ -19,10 +19,10 @@ from rlhf_ray.models.head_layouts import (
     find_adapter_head,
     find_head,
     head_tensors,
+    holds_scoring_model,
     outside_backbone,
     read_head,
     require_head,
-    scores,
 )
 from rlhf_ray.models.heads import Head, HeadInit, ScoreHead, fresh_head
 from rlhf_ray.models.regression import CriticModel, RewardModel, SequenceRegression
@@ -78,7 +78,7 @@ def get_llm_for_sequence_regression(
     prefix = _head_name(raw, value_head_prefix)
     normalization = _read_normalization(raw, checkpoint, normalize_reward)
     beside = None if checkpoint.adapter is None else find_adapter_head(checkpoint.adapter)
-    fresh = init_value_head and (replace_value_head or not scores(checkpoint, prefix))
+    fresh = init_value_head and (replace_value_head or not holds_scoring_model(checkpoint, prefix))
     if not fresh and beside is None:
         require_head(checkpoint, prefix, trust_remote_code=trust_remote_code)
     backbone = load_weights(

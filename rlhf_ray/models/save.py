@@ -206,7 +206,8 @@ def _head_keys(model: SequenceRegression, config: Mapping[str, Any], prefix: str
         keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if "num_labels" in config:
         keys["num_labels"] = 1
-    if "score_bias" in config and not isinstance(config["score_bias"], bool):
+    bias = config.get("score_bias", True)  # true and false say only whether the head has one (safe-rlhf)
+    if not isinstance(bias, bool):
         keys["score_bias"] = 0.0  # of a head that a fresh one has replaced
     if model.score_bias:
         keys["score_bias"] = model.score_bias

@@ -54,9 +54,9 @@ def check_written(directory: Path, written: Mapping[str, Tensor], expected: Coll
         ("the files hold what the model does not", sorted(read - set(expected))),
         ("what is in the files is not what the model holds", different),
     )
-    found = "; ".join(f"{what}: {_list(names)}" for what, names in problems if names)
-    if found:
-        raise IntegrityError(f"{directory} was written and read again, but {found}. Do not use this directory")
+    differences = "; ".join(f"{what}: {_list(names)}" for what, names in problems if names)
+    if differences:
+        raise IntegrityError(f"{directory} was written and read again, but {differences}. Do not use this directory")
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:

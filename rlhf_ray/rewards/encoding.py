@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.answer_ids import encode_answers
-from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.chat import ChatFormat, Conversation
 from rlhf_ray.data.text_pairs import conversation_ids, cut_to, pair_ids
 from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
@@ -125,19 +125,26 @@ def _conversation(
         raise ScoringError(
             "the item is a conversation, but the reward model's tokenizer has no chat template: send text"
         )
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ScoringError(
-            "a conversation is scored at its last answer, so it must end with a message of the assistant"
-        )
+    _require_answer(messages)
     if reading.scored_token == "rendering" and request.finished:
         return chat.rendering_ids(messages, request.tools, request.chat_template_kwargs)
     prompt, answer = chat.encode(messages, request.tools, request.chat_template_kwargs, finished=request.finished)
     return [*prompt, *answer]
 
 
+def _require_answer(messages: Sequence[Mapping[str, Any]]) -> None:
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ScoringError(
+            "a conversation is scored at its last answer, so it must end with a message of the assistant"
+        )
+
+
 def encode_text_pair(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> EncodedItem:
     """Token ids of ``request``; raises :class:`ScoringError` for an item that cannot be scored as it is."""
-    token_ids = _pair_ids(tokenizer, request)
+    try:
+        token_ids = _pair_ids(tokenizer, request)
+    except DataError as error:
+        raise ScoringError(str(error)) from error
     check_item(token_ids, request, max_tokens=max_tokens, vocabulary=vocabulary)
     return EncodedItem(tuple(cut_to(token_ids, max_tokens)), truncated=len(token_ids) > max_tokens)
 
@@ -147,22 +154,14 @@ def _pair_ids(tokenizer: Any, request: ScoreRequest) -> list[int]:
         return list(request.token_ids)
     if request.text is not None:
         return _first_token_once(tokenizer, request.text)
-    messages = request.messages
+    messages: Sequence[Mapping[str, Any]] | None = request.messages
     if messages is None:
         assert request.prompt is not None and request.response is not None, "a request holds one representation"
         if tokenizer.chat_template is None:
             return pair_ids(tokenizer, request.prompt, request.response)
-        turns = (("user", request.prompt), ("assistant", request.response))
-        messages = tuple({"role": role, "content": text} for role, text in turns)
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ScoringError(
-            "a conversation is scored at its last answer, so it must end with a message of the assistant"
-        )
-    tools = [dict(tool) for tool in request.tools] if request.tools else None
-    try:
-        return conversation_ids(tokenizer, messages, tools=tools, **(request.chat_template_kwargs or {}))
-    except Exception as error:  # a template is a program of its own, and may refuse a conversation with any error
-        raise ScoringError(f"the reward model's chat template refuses the conversation: {error}") from error
+        messages = _turns(request.prompt, request.response)
+    _require_answer(messages)
+    return conversation_ids(tokenizer, Conversation(messages, request.tools, request.chat_template_kwargs))
 
 
 def _first_token_once(tokenizer: Any, text: str) -> list[int]:

@@ -201,6 +201,35 @@ def test_an_evaluation_reads_both_sides_as_pairs(tmp_path: Path, kind: str) -> N
         assert report.figures["margin"] == pytest.approx(sum(margins) / 20, abs=1e-5)
 
 
+def test_evaluation_and_scoring_give_the_template_the_same_variables(tmp_path: Path) -> None:
+    path, file = save_encoder("modernbert", tmp_path / "model"), tmp_path / "pairs.jsonl"
+    (path / "chat_template.jinja").write_text(
+        "[CLS] {{ style }}{% for m in messages %} {{ m.content }} [SEP]{% endfor %}"
+    )
+    variables = {"style": "w9"}
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "w5"), ("rejected", "w6 w7"))}
+    asked = {"role": "user", "content": "w8"}
+    file.write_text(json.dumps({"prompt": [asked], **sides, "chat_template_kwargs": variables}))
+    config = load_config("serve", [f"reward.model.path={path}", "reward.model.dtype=fp32"], kind="serve", files=True)
+    report = evaluate_pairs(config, file, PreferenceReader(), place=ThisProcess(config.cluster))
+    requests = [ScoreRequest(messages=(asked, *side), chat_template_kwargs=variables) for side in sides.values()]
+    chosen, rejected = scores_of(group_of(path), requests)
+    assert chosen is not None and rejected is not None
+    assert report.figures["margin"] == pytest.approx(chosen - rejected, abs=1e-6)
+    without = scores_of(group_of(path), [ScoreRequest(messages=(asked, *sides["chosen"]))])
+    assert without != [pytest.approx(chosen, abs=1e-4)], "the variable reaches the template"
+
+
+def test_tools_without_a_template_to_write_them_are_refused_and_not_left_out(tmp_path: Path) -> None:
+    turns = {"role": "user", "content": "w7"}, {"role": "assistant", "content": "w9"}
+    (result,) = (
+        group_of(save_encoder("bert", tmp_path)).score([ScoreRequest(messages=turns, tools=({"name": "w8"},))]).result()
+    )
+    assert result.raw is None and "an encoder without a chat template does not read: leave them out" in str(
+        result.error
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ what is refused
 
 

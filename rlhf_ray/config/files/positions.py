@@ -30,13 +30,13 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def longest_sequence(config: Mapping[str, Any]) -> int | None:
     """How many tokens the model of a ``config.json`` reads; None where that is not said, or has no bound."""
     text = text_part(config)
-    found = next((text[name] for name in NAMES if isinstance(text.get(name), int) and text[name] > 0), None)
-    if found is None:
+    positions = next((text[name] for name in NAMES if isinstance(text.get(name), int) and text[name] > 0), None)
+    if positions is None:
         return None
     if text.get("model_type") in BEHIND_PADDING:
         padding = text.get("pad_token_id")
-        return int(found) - 1 - (padding if isinstance(padding, int) else 1)
-    return max([int(found), *(_extended(int(found), rope) for rope in rope_parameters(config))])
+        return int(positions) - 1 - (padding if isinstance(padding, int) else 1)
+    return max([int(positions), *(_extended(int(positions), rope) for rope in rope_parameters(config))])
 
 
 def rope_parameters(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -244,10 +244,10 @@ def prompt_beside(values: Mapping[str, Any], sides: Sequence[Any]) -> Any:
         return None
     texts = {name: values[name] for name in PROMPT_TEXTS if isinstance(values.get(name), str) and values[name]}
     if texts.keys() in ({"instruction"}, {"instruction", "input"}):  # Alpaca, whose earlier turns are pairs of texts
-        asked, history = "\n".join(texts.values()), values.get("history") or []
+        question, history = "\n".join(texts.values()), values.get("history") or []
         if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
             said = [(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
-            return [{"role": role, "content": text} for role, text in [*said, ("user", asked)]] if said else asked
+            return [{"role": role, "content": text} for role, text in [*said, ("user", question)]] if said else question
     for name in PROMPT_MESSAGES:
         if is_conversation(cell := decoded_cell(values.get(name))) and cell:
             return cell
