@@ -48,6 +48,7 @@ class VllmScorer:
                 model.path,
                 runner="pooling",
                 revision=model.revision,
+                load_format="safetensors",  # else vLLM opens a pickle where there is nothing else
                 trust_remote_code=model.trust_remote_code,
                 dtype=vllm_dtype(model.dtype),
                 max_model_len=self.max_item_tokens,

@@ -66,6 +66,36 @@ def test_weights_that_are_missing_pickled_or_broken(directory: Path) -> None:
     refused(directory, "model.safetensors cannot be read")
 
 
+def test_an_index_names_only_safetensors_of_its_own_directory(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Transformers opens whatever the index names: a pickle of some tensors, or a file elsewhere."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").rename(directory / "part.safetensors")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "part.safetensors"
+    save_file(tensors, elsewhere, {"format": "pt"})
+    torch.save({"lm_head.weight": tensors["lm_head.weight"]}, directory / "part.bin")
+    (directory / "part.pkl").symlink_to("part.safetensors")
+    (directory / "sub").mkdir()
+    index = directory / "model.safetensors.index.json"
+
+    def write(**changed: object) -> None:
+        files = dict.fromkeys(tensors, "part.safetensors") | changed
+        index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+    write()
+    assert Checkpoint.open(str(directory)).names == tensors.keys()
+    for file in ("part.bin", "part.pkl", "part", ""):
+        write(**{"lm_head.weight": file})
+        refused(directory, rf"index.json says that lm_head.weight is in '{file}', which is not safetensors")
+    for file in (str(elsewhere), f"../{elsewhere.parent.name}/part.safetensors", "sub/../part.safetensors"):
+        write(**{"lm_head.weight": file})
+        refused(directory, f"says that lm_head.weight is in '{file}', which is not in its directory")
+    for content in ([], {"lm_head.weight": 5}, None):
+        index.write_text(json.dumps({"weight_map": content}))
+        refused(directory, r"index.json does not map names of tensors to files \(weight_map\)")
+
+
 def test_tensors_that_are_missing_or_misshapen(directory: Path) -> None:
     """transformers would draw them anew and only warn."""
     weights = directory / "model.safetensors"

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -196,7 +196,7 @@ def find_directory(name: str, revision: str | None = None, *, code: bool = False
 
 def _tensor_files(directory: Path) -> dict[str, str]:
     if (directory / INDEX).is_file():
-        weight_map: dict[str, str] = read_json(directory / INDEX).get("weight_map", {})
+        weight_map = _read_index(directory / INDEX)
         missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
         if missing:
             raise ModelLoadError(
@@ -212,6 +212,29 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             )
         raise ModelLoadError(f"{directory} has no weights: expected {WEIGHTS} or {INDEX}")
     return dict.fromkeys(names_in(directory, WEIGHTS), WEIGHTS)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which file holds which tensor, by an index; each file is safetensors and lies in the directory of the index.
+
+    Transformers opens whatever an index names, a pickle too.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelLoadError(f"{path} does not map names of tensors to files (weight_map): write the model anew")
+    for name, file in weight_map.items():
+        place = PurePath(file)
+        if place.is_absolute() or ".." in place.parts:
+            raise ModelLoadError(
+                f"{path} says that {name} is in {file!r}, which is not in its directory: copy the file there, and correct the "
+                "index"
+            )
+        if place.suffix != ".safetensors":
+            raise ModelLoadError(
+                f"{path} says that {name} is in {file!r}, which is not safetensors; a pickle can run code when opened and is "
+                "never read: convert it to safetensors, and correct the index"
+            )
+    return weight_map
 
 
 def names_in(directory: Path, file: str) -> list[str]:
