@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage import begin_directory, commit, storage_errors, verify
+from rlhf_ray.storage.fingerprint import fingerprint_content
 
 TABLE = "table.arrow"
 
@@ -60,15 +60,4 @@ def make_key(identity: Mapping[str, Any]) -> str:
 
 def hash_content(*paths: str | Path) -> str:
     """SHA-256 of files, and of the names and contents of all files in folders; where they lie does not count."""
-    digest = hashlib.sha256()
-    for name, file in chain.from_iterable(_files(Path(path)) for path in paths):
-        with open(file, "rb") as stream:
-            digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
-    return digest.hexdigest()
-
-
-def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    if not path.is_dir():
-        yield "".join(path.suffixes), path  # the suffixes say how the content is read, so they count
-        return
-    yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())
+    return fingerprint_content(paths).digest
