@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -42,6 +43,9 @@ ENGINE_MODULE = "vllm.v1.engine.llm_engine"
 # No test asks a hub or writes into the user's cache; the libraries read this when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f"rlhf_ray-tests-{os.getuid()}"))
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # on a busy machine any example may take long
+hypothesis.settings.load_profile("no deadline")
 
 gc.disable()  # while tests and what they test are imported; on again when all are collected
 
