@@ -53,6 +53,12 @@ class StorageError(RequestError):
     """A file cannot be read or written: the disk is full, read-only or out of reach. Earlier commits are intact."""
 
 
+class DiskFullError(StorageError):
+    """A disk or a quota is full. It is no mistake in the request: once there is space, the same goes on."""
+
+    exit_code = EXIT_FAILED
+
+
 class MissingColumnError(RlhfRayError):
     """A trajectory batch has no column that a function needs."""
 

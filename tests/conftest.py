@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,6 +110,25 @@ def project_log() -> Iterator[io.StringIO]:
     get_logger().addHandler(handler)
     yield buffer
     get_logger().removeHandler(handler)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a real disk of so many kB; for root alone."""
+    disks: list[Path] = []
+
+    def mount(kilobytes: int) -> Path:
+        disk = tmp_path / f"disk-{len(disks)}"
+        disk.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True)
+        if done.returncode != 0:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode().strip()}")
+        disks.append(disk)
+        return disk
+
+    yield mount
+    for disk in disks:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.experts import expert_blocks
 from rlhf_ray.models.weights.quantization import four_bit_layers
+from rlhf_ray.storage import storage_errors
 
 MicroBatch = TypeVar("MicroBatch")
 Result = TypeVar("Result")
@@ -197,13 +198,22 @@ class Engine:
     def save_shards(self, directory: Path) -> None:
         """Write this rank's part of weights, optimizer and random state into ``directory``."""
         self._expect(pending=False, call="save_shards")
-        shards.save(self._deepspeed, directory, self._identity(), self.updates)
+        with storage_errors(directory, needed=self._shard_bytes()):
+            shards.save(self._deepspeed, directory, self._identity(), self.updates)
 
     def load_shards(self, directory: Path) -> None:
         """Restore what ``save_shards`` of a group of the same shape wrote, to go on bit for bit."""
         self._expect(pending=False, call="load_shards")
         quantized = bool(four_bit_layers(self.module))
         self.updates = shards.load(self._deepspeed, directory, self._identity(), quantized=quantized)
+
+    def _shard_bytes(self) -> int:
+        """About how many bytes this rank writes: the weights, and of each trained number an fp32 copy and two moments."""
+        held = sum(
+            tensor.numel() * tensor.element_size() for tensor in (*self.module.parameters(), *self.module.buffers())
+        )
+        trained = sum(full_shape(parameter).numel() for parameter in self._trained)
+        return held + 12 * trained // (self.world_size if self.config.zero else 1)
 
     def _identity(self) -> dict[str, int | str]:
         return {"zero": self.config.zero, "dtype": self.dtype, "ranks": self.world_size}

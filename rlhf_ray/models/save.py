@@ -37,6 +37,7 @@ from rlhf_ray.models.weights.held import GENERATION, config_as_read, held_tensor
 from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
 from rlhf_ray.models.weights.tokenizer import add_pad_token
 from rlhf_ray.models.written import check_written, names_to_write
+from rlhf_ray.storage import storage_errors
 
 CONFIG = "config.json"
 
@@ -59,7 +60,6 @@ def save_pretrained(
     """
     inner = model.model if isinstance(model, Actor) else model
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     weights = dict(to_disk_names(inner) if state is None else state)
     expected = names_to_write(inner)
     if isinstance(inner, SequenceRegression):
@@ -81,17 +81,17 @@ def save_pretrained(
             )
         if tokenizer is not None and inner.config.get_text_config().pad_token_id is not None:
             add_pad_token(tokenizer)
-    _write_json(
-        target / CONFIG,
-        _make_config(inner, _stored_dtype(weights, f"{head_prefix}."), metadata or {}, head_prefix),
-    )
+    config = _make_config(inner, _stored_dtype(weights, f"{head_prefix}."), metadata or {}, head_prefix)
     generation = config_as_read(inner).generation if isinstance(inner, PreTrainedModel) else None
-    if generation is not None:
-        _write_json(target / GENERATION, generation)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target)
     whole = _apart({name: _copy_to_cpu(tensor) for name, tensor in weights.items()})
-    save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    with storage_errors(target, needed=_size(whole)):
+        target.mkdir(parents=True, exist_ok=True)
+        _write_json(target / CONFIG, config)
+        if generation is not None:
+            _write_json(target / GENERATION, generation)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
     check_written(target, weights, expected)
 
 
@@ -133,14 +133,15 @@ def save_adapter(
     if isinstance(model, SequenceRegression):
         config.task_type, config.modules_to_save = "SEQ_CLS", [HEAD_NAME, *kept]
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(target))
-    if isinstance(model, SequenceRegression):
-        _write_json(target / CONFIG, _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME))
-    save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    check_written(target, state, {*names.values(), *(PREFIX + name for name in replaced)})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target)
+    with storage_errors(target, needed=_size(state)):
+        target.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(target))
+        if isinstance(model, SequenceRegression):
+            _write_json(target / CONFIG, _make_config(model, model.backbone.dtype, metadata or {}, HEAD_NAME))
+        save_file(state, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        check_written(target, state, {*names.values(), *(PREFIX + name for name in replaced)})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
 
 
 def in_adapter(model: Actor | SequenceRegression, name: str) -> bool:
@@ -155,6 +156,10 @@ def _name_in_adapter(model: Actor | SequenceRegression, name: str) -> str:
     if start is not None and name.startswith(start):
         return f"{PREFIX}{HEAD_NAME}.{name.removeprefix(start)}"
     return adapter_name(name)
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class CheckpointStore:
         """Steps that have a committed checkpoint, in ascending order; their files are not verified."""
         if not self.directory.is_dir():
             return []
-        with storage.storage_errors(self.directory):
+        with storage.storage_errors(self.directory, "read"):
             matches = (_COMMITTED.fullmatch(name) for name in os.listdir(self.directory))
             return sorted(int(match[1]) for match in matches if match is not None)
 

@@ -99,7 +99,7 @@ class RunDirectory:
 
     def config_text(self) -> str:
         """The run's config as YAML, with every default."""
-        with storage.storage_errors(self.config_path):
+        with storage.storage_errors(self.config_path, "read"):
             return self.config_path.read_text()
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -125,7 +125,7 @@ class RunDirectory:
         """The summary that :meth:`write_summary` wrote, or an empty one."""
         if not self.summary_path.exists():
             return Summary()
-        with storage.storage_errors(self.summary_path):
+        with storage.storage_errors(self.summary_path, "read"):
             return Summary.from_json(self.summary_path.read_text(), str(self.summary_path))
 
     def release(self) -> None:

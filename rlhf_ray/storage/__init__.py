@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "differences": ".manifest",
         "read_manifest": ".manifest",
         "remove_directory": ".atomic",
-        "storage_errors": ".atomic",
+        "storage_errors": ".failures",
         "sweep": ".atomic",
         "verify": ".manifest",
         "write_file": ".atomic",

@@ -15,49 +15,15 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_ray.errors import StorageError
+from rlhf_ray.storage.failures import storage_errors
 
 PENDING = ".pending-"
 REPLACED = ".replaced-"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
-
-
-@contextmanager
-def storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn an ``OSError`` in the ``with`` block into a :class:`StorageError` about ``path`` that names the way out."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(_explain(error, path)) from error
-
-
-def _explain(error: OSError, path: str | Path) -> str:
-    place = error.filename or path
-    if error.errno in _FULL:
-        return (
-            f"disk full: cannot write {place}{_free_space(Path(path))}; what was committed before is intact. "
-            "Free some space, or write to another disk, and run the same command again"
-        )
-    if error.errno in _REFUSED:
-        return f"cannot write {place}: {error.strerror}. Make it writable, or choose a directory that is"
-    return f"cannot use {place}: {error.strerror or error}"
-
-
-def _free_space(path: Path) -> str:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError:
-        return ""
-    return f" ({usage.free / 1e9:.2f} GB of {usage.total / 1e9:.1f} GB are free at {path})"
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:

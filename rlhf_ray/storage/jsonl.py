@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import IntegrityError
-from rlhf_ray.storage.atomic import storage_errors, sync_directory, write_file
+from rlhf_ray.storage.atomic import sync_directory, write_file
+from rlhf_ray.storage.failures import storage_errors
 
 Line = dict[str, Any]
 
@@ -45,7 +46,7 @@ class JsonLines:
         """All complete lines; none if the file does not exist."""
         if not self.path.exists():
             return []
-        with storage_errors(self.path):
+        with storage_errors(self.path, "read"):
             content = self.path.read_bytes()
         whole, _, _torn = content.rpartition(b"\n")
         return [self._parse(raw, number) for number, raw in enumerate(whole.split(b"\n"), 1) if raw]

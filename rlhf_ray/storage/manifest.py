@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import IntegrityError, StorageError
-from rlhf_ray.storage.atomic import PendingDirectory, storage_errors
+from rlhf_ray.storage.atomic import PendingDirectory
+from rlhf_ray.storage.failures import storage_errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -100,7 +101,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise IntegrityError(f"{path} is missing: the directory was never committed, or its manifest was removed")
-    with storage_errors(path):
+    with storage_errors(path, "read"):
         raw = path.read_bytes()
     return Manifest.from_bytes(raw, path)
 
@@ -136,7 +137,7 @@ def differences(directory: str | Path, manifest: Manifest) -> list[str]:
 
 def _records(root: Path) -> dict[str, FileRecord]:
     """Hash every file below ``root`` except its manifest, on several threads."""
-    with storage_errors(root):
+    with storage_errors(root, "read"):
         names = sorted(set(_file_names(root)) - {MANIFEST})
         with ThreadPoolExecutor(HASHING_THREADS) as threads:
             return dict(zip(names, threads.map(lambda name: _record(root / name), names), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,13 @@ def test_what_cannot_be_exported(base: Path, tmp_path: Path, capsys: pytest.Capt
         assert main(["export", *arguments.split()]) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_an_export_onto_a_full_disk_says_so_and_leaves_nothing(
+    base: Path, small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(12)
+    assert main(["export", str(base), str(disk / "out")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "disk full" in line]
+    assert f"disk full: cannot write {disk}/out" in line and "are needed" in line
+    assert list(disk.iterdir()) == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray import storage
-from rlhf_ray.errors import EXIT_WRONG_REQUEST, StorageError
+from rlhf_ray.errors import EXIT_FAILED, StorageError
 
 
 def test_several_processes_write_into_one_pending_directory(tmp_path: Path) -> None:
@@ -103,9 +103,11 @@ def test_a_full_disk_is_a_clear_message_and_leaves_the_old_directory(
     second = storage.begin_directory(target, replace=True)
     (second.path / "weights").write_bytes(b"new")
     full_disk()
-    with pytest.raises(StorageError, match=r"disk full: cannot write .*final.*GB are free.*Free some space") as caught:
+    with pytest.raises(
+        StorageError, match=r"disk full: cannot write .*/final: .* are free at .*Free some space"
+    ) as caught:
         storage.commit(second)
-    assert caught.value.exit_code == EXIT_WRONG_REQUEST
+    assert caught.value.exit_code == EXIT_FAILED, "the request is right, and may be made again"
     assert storage.verify(target).files.keys() == {"weights"}
     assert (target / "weights").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["final"]

@@ -186,7 +186,6 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
     def save(self, directory: str) -> None:
         """Everything this rank needs to go on bit for bit: weights, optimizer state, random state."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
         self.engine.save_shards(Path(directory))
 
     def load(self, directory: str) -> None:

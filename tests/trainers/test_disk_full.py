@@ -1,0 +1,64 @@
+"""A run whose disk fills up says so, loses nothing that was committed, leaves no half file, and goes on once there is space."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import set_num_threads
+
+from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.errors import DiskFullError
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.checkpointing import Checkpointer
+from rlhf_ray.trainers.ppo.build import train_ppo
+
+TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
+ONE_PROCESS = ["policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
+               "monitoring.ray_metrics=false", "evaluation.prompts=4", "steps=2", "checkpoint.every_steps=1"]  # fmt: skip
+LEFT = 20_000
+"""Bytes that the others leave on the disk; a model needs more."""
+
+
+def fill(disk: Path) -> None:
+    usage = os.statvfs(disk)
+    (disk / "others").write_bytes(bytes(usage.f_bavail * usage.f_frsize - LEFT))
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "what"), [("save", 2, "checkpoints/step-000002/"), ("save_final", 1, "final")]
+)
+def test_a_disk_that_fills_up_costs_nothing_that_was_committed(
+    call: str, number: int, what: str, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_num_threads(1)
+    disk = small_disk(30_000)
+    config = load_config(TINY_PPO, [f"run.root={disk}", *ONE_PROCESS], kind="ppo")
+    run = RunDirectory.create(disk / config.run.name, dump_config(config))
+    method, calls = getattr(Checkpointer, call), []
+
+    def meet_a_full_disk(self: Checkpointer, *arguments: Any) -> None:
+        calls.append(call)
+        if len(calls) == number:
+            fill(disk)
+        method(self, *arguments)
+
+    monkeypatch.setattr(Checkpointer, call, meet_a_full_disk)
+    with pytest.raises(Exception, match=r".") as caught:
+        train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    assert caught.type is DiskFullError
+    assert str(caught.value).startswith(f"disk full: cannot write {run.path}/{what}"), caught.value
+    assert "are needed, " in str(caught.value)
+    kept = [1] if call == "save" else [1, 2]
+    assert run.checkpoints.steps() == kept and not [*run.path.rglob(".pending-*")]
+    run.release()
+    monkeypatch.undo()
+    (disk / "others").unlink()
+    again, checkpoint = RunDirectory.resume(run.path)
+    assert checkpoint is not None and checkpoint.step == kept[-1]
+    train_ppo(config, again, checkpoint, place=ThisProcess(config.cluster))
+    assert (run.final / "model.safetensors").is_file() and again.checkpoints.steps()[-1] == 2
