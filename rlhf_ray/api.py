@@ -95,11 +95,14 @@ class Run:
         lines = pandas.DataFrame(self._files.metrics.read())
         return lines if lines.empty else lines.groupby("step").last()
 
-    def report(self, output: str | Path | None = None) -> Path:
-        """Write the HTML report, by default into the run directory, and return its path."""
+    def report(self, output: str | Path | None = None, *, overwrite: bool = False) -> Path:
+        """Write the HTML report, by default into the run directory, and return its path.
+
+        A file that stands at ``output`` is refused unless ``overwrite`` allows to write over it.
+        """
         from rlhf_ray.runs.reporting import write_report
 
-        return write_report([self._files], output)
+        return write_report([self._files], output, overwrite=overwrite)
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r})"

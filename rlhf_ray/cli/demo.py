@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
@@ -35,7 +36,22 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.launch.parent import start_demo
 
     check(options.overrides)
+    check_root(Path(options.root))
     return start_demo(options.root, options.seed, options.overrides)
+
+
+def check_root(root: Path) -> None:
+    """Refuse a place that the runs and the report cannot be written to, before anything starts."""
+    from rlhf_ray import storage
+
+    with storage.storage_errors(root):
+        made = storage.make_directories(root)
+    try:
+        storage.OutputFile(
+            root / "report.html", "demo --root", way_out="move it away, or choose another --root"
+        ).check()
+    finally:
+        storage.remove_empty(made)
 
 
 def check(overrides: Sequence[str]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.cli.examples import examples
+
+if TYPE_CHECKING:
+    from rlhf_ray.storage.output import OutputFile
 
 EXAMPLES = (
     "evaluate runs/demo-rm/final --data pairs.jsonl --output figures.json",
@@ -56,6 +59,7 @@ def add_arguments(commands: Any) -> None:
         "--allow-shared-prompts", action="store_true", help="with --held-out: report shared prompts and accept them"
     )
     command.add_argument("--output", type=Path, help="a .json file for all figures, the worst pairs among them")
+    command.add_argument("--overwrite", action="store_true", help="let --output take the place of a file of yours")
     command.set_defaults(run=run)
 
 
@@ -85,7 +89,7 @@ def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
     rows, overrides = take_rows_settings(options.overrides)
     config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *overrides], files=True)
     reader = rows.pair_reader(keys, turns=options.apply_chat_template)
-    return evaluate(config, options.data, reader, output=options.output)
+    return evaluate(config, options.data, reader, output=_output(options))
 
 
 def _measure_data(options: argparse.Namespace, keys: Keys) -> int:
@@ -104,4 +108,10 @@ def _measure_data(options: argparse.Namespace, keys: Keys) -> int:
         tokenizer_from=options.model,
         max_tokens=longest_pair(settings, has_tokenizer=options.model is not None),
     )
-    return evaluate_data(request, output=options.output, allow_shared_prompts=options.allow_shared_prompts)
+    return evaluate_data(request, output=_output(options), allow_shared_prompts=options.allow_shared_prompts)
+
+
+def _output(options: argparse.Namespace) -> OutputFile | None:
+    from rlhf_ray.storage.output import OutputFile
+
+    return None if options.output is None else OutputFile(options.output, overwrite=options.overwrite)

@@ -23,6 +23,7 @@ def add_arguments(commands: Any) -> None:
     )
     command.add_argument("run_directories", nargs="+", metavar="RUN_DIR")
     command.add_argument("--output", help="the file to write (default: report.html in the first run directory)")
+    command.add_argument("--overwrite", action="store_true", help="let --output take the place of a file of yours")
     command.set_defaults(run=run)
 
 
@@ -32,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.runs.reporting import write_report
 
     runs = [RunDirectory.open(directory) for directory in options.run_directories]
-    sys.stdout.write(f"{write_report(runs, options.output)}\n")
+    sys.stdout.write(f"{write_report(runs, options.output, overwrite=options.overwrite)}\n")
     return 0

@@ -21,7 +21,7 @@ from rlhf_ray.config.jobs.sft import SftConfig
 from rlhf_ray.config.loading import AnyJob, load_job
 from rlhf_ray.console import get_logger, say, table
 from rlhf_ray.errors import RequestError
-from rlhf_ray.launch.driver import exit_code, new_run_directory, run_trainer
+from rlhf_ray.launch.driver import exit_code, new_run, run_trainer
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.report.summary import Figure, MemoryRecord
 from rlhf_ray.rows.preferences import PreferencePair
@@ -35,6 +35,7 @@ STARTS_FROM: Mapping[str, Mapping[str, str]] = {
 }
 """The job whose result each model of a job starts from, by the kind of the job and the key of the model's role."""
 SAMPLES_SHOWN = 3
+REPORT = "report.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +59,9 @@ def demo(root: Path, seed: int, overrides: Sequence[str]) -> None:
     with MemorySampler() as memory, Cluster(first.cluster, first.run):
         for job in JOBS:
             config = job_config(job, root, seed, overrides)
-            run = runs[config.kind] = new_run_directory(config)
-            run_trainer(config, run, None)
-            run.release()
+            with new_run(config) as run:
+                runs[config.kind] = run
+                run_trainer(config, run, None)
     seconds = time.monotonic() - began
     peak = memory.peak
     history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in memory.history)
@@ -102,7 +103,7 @@ def finish(root: Path, runs: Mapping[str, RunDirectory], baseline: float, second
         say(f"\n{sample.prompt.strip()}")
         for answer in sample.answers:
             say(f"  {answer.label:>5} (gold {answer.scores.get('gold', 0.0):.1f}): {answer.text.strip()}")
-    report = write_report([runs["ppo"]], root / "report.html")
+    report = write_report([runs["ppo"]], root / REPORT)
     for kind in ("sft", "rm"):
         write_report([runs[kind]])
     get_logger("demo").info("report: %s", report)

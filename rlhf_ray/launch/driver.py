@@ -1,15 +1,16 @@
 """The driver process of one run: it reads the data, joins the cluster and runs the trainer that the job names.
 
 Invariants: all data is read and checked before Ray starts; every ending is an exit code, and a mistake of the user is one
-message without a stack trace; a run that was refused before its first step leaves no directory behind.
+message without a stack trace; a run that was refused before its first step leaves nothing behind, and removes nothing that it
+did not make.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,15 +66,8 @@ def exit_code(work: Callable[[], None]) -> int:
 def train_new_run(text: str, *, place: Place | None = None) -> None:
     """Make the run directory of a config and train from the start; ``place`` as in :func:`run_trainer`."""
     config = parse_config(text).to_train()
-    run = new_run_directory(config)
-    try:
+    with new_run(config) as run:
         run_trainer(config, run, None, place=place)
-    except (RequestError, CapacityError):
-        if not run.metrics.read() and not run.checkpoints.steps():  # nothing has begun, so the name becomes free again
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
-    finally:
-        run.release()
 
 
 def continue_run(path: str) -> None:
@@ -83,9 +77,18 @@ def continue_run(path: str) -> None:
     run_trainer(config, run, checkpoint)
 
 
-def new_run_directory(config: TrainingJob) -> RunDirectory:
-    """The directory of a new run, ``run.root/run.name``."""
-    return RunDirectory.create(run_directory(config), dump_config(config), config.checkpoint.keep)
+@contextmanager
+def new_run(config: TrainingJob) -> Iterator[RunDirectory]:
+    """A new run in ``run.root/run.name``, owned in the ``with`` block; discarded if it is refused before its first step."""
+    run = RunDirectory.create(run_directory(config), dump_config(config), config.checkpoint.keep)
+    try:
+        yield run
+    except (RequestError, CapacityError):
+        if not run.metrics.read() and not run.checkpoints.steps():  # nothing has begun, so the name becomes free again
+            run.discard()
+        raise
+    finally:
+        run.release()
 
 
 def run_trainer(

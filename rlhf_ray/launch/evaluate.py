@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray import storage
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import Place, place_scoring_group
 from rlhf_ray.config.jobs.serve import ServeConfig
@@ -27,11 +26,11 @@ from rlhf_ray.data.text_pairs import encode_text_pairs
 from rlhf_ray.errors import EXIT_DONE, DataError, ModelLoadError
 from rlhf_ray.evaluation.rewardbench import missing_subsets, section_scores
 from rlhf_ray.launch.evaluate_candidates import is_file_of_candidates, read_candidates, report_on_candidates
-from rlhf_ray.launch.output import require_folder
 from rlhf_ray.launch.reward_report import RewardReport, print_report
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file
 from rlhf_ray.rows.sources import RowSource
+from rlhf_ray.storage import OutputFile
 
 if TYPE_CHECKING:
     from rlhf_ray.models.reward_reading import RewardReading
@@ -41,10 +40,11 @@ WORST = 50
 
 
 def evaluate(
-    config: ServeConfig, file: Path, reader: PreferenceReader, *, output: Path | None, place: Place | None = None
+    config: ServeConfig, file: Path, reader: PreferenceReader, *, output: OutputFile | None, place: Place | None = None
 ) -> int:
     """Print what :func:`evaluate_pairs` finds as tables, and write all of it to ``output``."""
-    require_folder("--output", output)
+    if output is not None:
+        output.check()
     report = evaluate_pairs(config, file, reader, place=place)
     print_report(report)
     if output is not None:
@@ -55,7 +55,7 @@ def evaluate(
             "calibration": report.calibration,
             "worst": asdict(report.worst),
         }
-        storage.write_file(output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        output.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return EXIT_DONE
 
 

@@ -14,7 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_ray import storage
 from rlhf_ray.config.files.models import model_config_file
 from rlhf_ray.config.files.reward_record import read_reward_record
 from rlhf_ray.config.sections.models import ModelConfig
@@ -23,10 +22,10 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import EQUAL, TOO_LONG, EncodedPair, encode_in_parts, encode_pair_part, without_refused_pairs
 from rlhf_ray.errors import EXIT_DONE, DataError, RequestError
 from rlhf_ray.evaluation.pair_census import PLACES_SHOWN, PairCensus, text_length
-from rlhf_ray.launch.output import require_folder
 from rlhf_ray.rows.preferences import PreferencePair, PreferenceReader
 from rlhf_ray.rows.read import read_file, report_bad_rows
 from rlhf_ray.rows.sources import RowSource
+from rlhf_ray.storage import OutputFile
 
 PAIRS_AT_ONCE = 4096
 """Pairs whose texts are in memory at once; enough for all threads to tokenize."""
@@ -74,18 +73,19 @@ class DataRequest:
     """Longer pairs are counted as dropped, where tokens are counted."""
 
 
-def evaluate_data(request: DataRequest, *, output: Path | None, allow_shared_prompts: bool) -> int:
+def evaluate_data(request: DataRequest, *, output: OutputFile | None, allow_shared_prompts: bool) -> int:
     """Print what :func:`measure_data` finds as tables, and write all of it to ``output``.
 
     Raises :class:`DataError` at the end where the held-out file shares prompts with the other one, unless that is allowed.
     """
-    require_folder("--output", output)
+    if output is not None:
+        output.check()
     if allow_shared_prompts and request.held_out is None:
         raise RequestError("--allow-shared-prompts needs a file whose prompts could be shared: add --held-out")
     report = measure_data(request)
     print_data_report(report)
     if output is not None:
-        storage.write_file(output, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+        output.write(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
     shared = int(report.shared.get("shared_prompts", 0) + report.shared.get("nearly_shared_prompts", 0))
     if shared and not allow_shared_prompts:
         raise DataError(

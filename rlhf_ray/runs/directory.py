@@ -1,7 +1,8 @@
 """The directory of a run, which holds everything that the run writes and needs to be resumed.
 
-Invariants: a run that exists is never overwritten, only continued. One process at a time owns it. After
-:meth:`RunDirectory.resume`, metrics, ledger and samples end exactly at the step of the checkpoint that it returns.
+Invariants: a run that exists is never overwritten, only continued, and it begins in a directory that holds nothing of others.
+One process at a time owns it. What :meth:`RunDirectory.discard` removes the run has made. After :meth:`RunDirectory.resume`,
+metrics, ledger and samples end exactly at the step of the checkpoint that it returns.
 
 The directory holds ``config.yaml`` (with every default), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl`` (one line
 each time the run was started), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better
@@ -10,11 +11,10 @@ than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import socket
+import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,10 +27,22 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.runs.ledger import Ledger
+from rlhf_ray.storage.atomic import PENDING
 from rlhf_ray.storage.jsonl import JsonLines
+from rlhf_ray.storage.locks import is_taken, take, this_process
+from rlhf_ray.storage.made import target_of
 
 LOCK = ".lock"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+MODE = 0o750
+"""Of a new run directory: its shards are read by pickle, so nobody else may write there."""
+_MADE = re.compile(
+    r"config\.yaml|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|summary\.json|report\.html|tensorboard"
+    r"|rollout-start|evaluation"
+)
+"""What a run has in its directory, besides files whose writing was interrupted."""
+_SAMPLES = re.compile(r"step-(\d{6,12})\.jsonl")
+_OWNER = re.compile(rb"(process \d+ on .*)?", re.DOTALL)
+"""What stands in the file that is locked."""
 
 
 class RunDirectory:
@@ -51,23 +63,40 @@ class RunDirectory:
         self.attempt = len(self.attempts.read())
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
         self._lock: int | None = None
+        self._is_new = False
 
     @classmethod
     def create(cls, path: str | Path, config: str, keep: int = 2) -> RunDirectory:
-        """Begin a new run. ``config`` is its resolved config as YAML; raises :class:`RequestError` if the run exists."""
+        """Begin a new run. ``config`` is its resolved config as YAML; raises :class:`RequestError` where anything is there."""
         path = Path(path)
         with storage.storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
+            made = storage.make_directories(path, MODE)
         run = cls(path, keep)
-        run._own()
-        content = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        if content:
+        run._is_new = bool(made)
+        try:
+            run._require_empty()
+            run._own()
+            run._require_empty()  # another process may have begun it meanwhile
+            storage.sweep(path)
+            storage.write_file(run.config_path, config)
+            run._begin_attempt(from_step=0)
+        except BaseException:
             run.release()
-            raise RequestError(run._refusal(content))
-        storage.sweep(path)
-        storage.write_file(run.config_path, config)
-        run._begin_attempt(from_step=0)
+            storage.remove_empty(made[:1])
+            raise
         return run
+
+    def discard(self) -> None:
+        """Remove what :meth:`create` and a trainer after it have made, and give the run back; what others put there stays."""
+        with storage.storage_errors(self.path):
+            for name in os.listdir(self.path):
+                if _MADE.fullmatch(name) or _is_interrupted(name):
+                    _remove(self.path / name)
+            if self._lock is not None:
+                (self.path / LOCK).unlink(missing_ok=True)
+        self.release()
+        if self._is_new:
+            storage.remove_empty([self.path])
 
     @classmethod
     def open(cls, path: str | Path, keep: int = 2) -> RunDirectory:
@@ -138,27 +167,35 @@ class RunDirectory:
         """Whether any process owns the run now, this one included."""
         if self._lock is not None:
             return True
-        try:
-            probe = os.open(self.path / LOCK, os.O_RDWR)
-        except OSError:  # never owned, or on a disk that this user cannot write to
-            return False
-        try:
-            return not _try_lock(probe)
-        finally:
-            os.close(probe)
+        return is_taken(self.path / LOCK)
 
     def _own(self) -> None:
         with storage.storage_errors(self.path / LOCK):
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            if not _try_lock(lock):
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            if not take(lock):
                 owner = os.read(lock, 200).decode(errors="replace")
                 os.close(lock)
                 raise RequestError(
                     f"{self.path} is in use by {owner or 'another process'}: wait for it, or stop it first"
                 )
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            os.pwrite(lock, this_process().encode(), 0)
         self._lock = lock
+
+    def _require_empty(self) -> None:
+        """Refuse a directory that holds more than a start leaves that was killed before there was a config."""
+        with storage.storage_errors(self.path, "read"):
+            content = sorted(
+                name for name in os.listdir(self.path) if not _is_interrupted(name) and not self._is_lock(name)
+            )
+        if content:
+            raise RequestError(self._refusal(content))
+
+    def _is_lock(self, name: str) -> bool:
+        place = self.path / name
+        if name != LOCK or place.is_symlink() or not place.is_file():
+            return False
+        return place.stat().st_size < 500 and _OWNER.fullmatch(place.read_bytes()) is not None
 
     def _begin_attempt(self, from_step: int) -> None:
         self.attempt += 1
@@ -169,7 +206,8 @@ class RunDirectory:
         voided = self.metrics.keep(lambda line: line["step"] <= step, JsonLines(self.path / "metrics.void.jsonl"))
         self.ledger.void_after(step)
         for path in self.samples.glob("step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) > step:
+            match = _SAMPLES.fullmatch(path.name)
+            if match is not None and int(match[1]) > step:
                 path.unlink()
         if voided:
             get_logger("runs").info(
@@ -192,13 +230,14 @@ class RunDirectory:
         return f"{self.path} is not empty and is not a run (it holds {', '.join(content[:3])}): choose another run.name"
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        get_logger("runs").warning("this file system has no locks: take care that only one process drives the run")
-    return True
+def _is_interrupted(name: str) -> bool:
+    """Whether an interrupted write of a file of the run left this."""
+    target = target_of(name, PENDING)
+    return target is not None and _MADE.fullmatch(target) is not None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -12,13 +12,24 @@ from pathlib import Path
 
 from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
+from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.output import OutputFile
 
 
-def write_report(runs: Sequence[RunDirectory], output: str | Path | None = None) -> Path:
-    """Write the report of one run, or of several side by side; returns its path, by default in the first run."""
-    path = runs[0].report_path if output is None else Path(output)
+def write_report(runs: Sequence[RunDirectory], output: str | Path | None = None, *, overwrite: bool = False) -> Path:
+    """Write the report of one run, or of several side by side; returns its path, by default in the first run.
+
+    There it takes the place of the one before. A file at ``output`` is written over only with ``overwrite``.
+    """
+    if output is not None:
+        file = OutputFile(Path(output), overwrite=overwrite)
+        file.check()
+        return file.write(render_report([_read_run(run) for run in runs]))
+    path = runs[0].report_path
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise RequestError(f"{path} is no file, so no report takes its place: remove it, or name a file with --output")
     storage.write_file(path, render_report([_read_run(run) for run in runs]))
     return path
 

@@ -2,7 +2,7 @@
 
 Invariant: at whatever moment the process is killed, the target holds the old content or the new, complete and on disk. An
 interrupted write leaves files beside the target whose names begin with ``.pending-`` or ``.replaced-``. No reader looks at
-them, and the next :func:`sweep` removes them.
+them, and the next :func:`sweep` removes them, and nothing that others made.
 
 There is one exception. A file system that cannot swap two names in one step (NFS) needs two renames to replace an existing
 directory. A crash between them leaves the old directory under ``.replaced-`` and no target; ``sweep`` puts it back.
@@ -14,11 +14,11 @@ import ctypes
 import errno
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 from rlhf_ray.errors import StorageError
 from rlhf_ray.storage.failures import storage_errors
+from rlhf_ray.storage.made import remove_own, target_of, temporary_name
 
 PENDING = ".pending-"
 REPLACED = ".replaced-"
@@ -26,8 +26,11 @@ REPLACED = ".replaced-"
 _NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
 
-def write_file(path: str | Path, content: bytes | str) -> None:
-    """Write ``content`` to ``path`` and to disk, replacing a file that is there in one step."""
+def write_file(path: str | Path, content: bytes | str, *, replace: bool = True) -> None:
+    """Write ``content`` to ``path`` and to disk, in one step; with ``replace`` in the place of a file that is there.
+
+    Without it a file that is there, also one made meanwhile, is a :class:`StorageError`.
+    """
     path = Path(path)
     pending = _beside(path, PENDING)
     with storage_errors(path):
@@ -36,7 +39,7 @@ def write_file(path: str | Path, content: bytes | str) -> None:
                 stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(pending, path)
+            (os.replace if replace else rename_to_new)(pending, path)
         except BaseException:
             pending.unlink(missing_ok=True)
             raise
@@ -61,7 +64,7 @@ class PendingDirectory:
             replaced = self._install()
             sync_directory(self.target.parent)
             if replaced is not None:
-                shutil.rmtree(replaced)
+                remove_own(replaced, self.target.name)
 
     def abort(self) -> None:
         """Remove what was written; the target stays as it is."""
@@ -94,11 +97,14 @@ class PendingDirectory:
 def begin_directory(target: str | Path, *, replace: bool = False) -> PendingDirectory:
     """Make an empty directory beside ``target``, to be filled and then committed under the name ``target``.
 
-    With ``replace`` the commit replaces a target that exists; without it, such a target is a ``StorageError`` now.
+    With ``replace`` the commit replaces a directory that exists; without it, such a target is a ``StorageError`` now. So is
+    anything but a directory. Of a directory that is replaced, files that are not in its manifest are kept beside it.
     """
     target = Path(target)
-    if not replace and target.exists():
+    if not replace and os.path.lexists(target):
         raise StorageError(f"{target} exists already: remove it or choose another name")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise StorageError(f"{target} is not a directory, so it is not written over: move it away")
     path = _beside(target, PENDING)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +113,13 @@ def begin_directory(target: str | Path, *, replace: bool = False) -> PendingDire
 
 
 def remove_directory(path: str | Path) -> None:
-    """Remove a directory; nobody sees a part of it under its name at any moment."""
+    """Remove a directory; nobody sees a part of it under its name at any moment. Files that its manifest lacks are kept."""
     path = Path(path)
     with storage_errors(path):
         pending = _beside(path, PENDING)
         os.rename(path, pending)
         sync_directory(path.parent)
-        shutil.rmtree(pending)
+        remove_own(pending, path.name)
 
 
 def sweep(parent: str | Path) -> list[Path]:
@@ -124,14 +130,15 @@ def sweep(parent: str | Path) -> list[Path]:
     parent = Path(parent)
     removed = []
     with storage_errors(parent):
-        for old in sorted(parent.glob(f"{REPLACED}*")):
-            target = parent / old.name.removeprefix(REPLACED).rpartition("-")[0]
-            if target.exists():
-                removed.append(_remove(old))
-            else:
-                os.rename(old, target)
+        for name in sorted(os.listdir(parent)):
+            path = parent / name
+            if path.is_symlink() or path.lstat().st_uid != os.geteuid():
+                continue
+            if (target := target_of(name, REPLACED)) is not None and not os.path.lexists(parent / target):
+                os.rename(path, parent / target)
                 sync_directory(parent)
-        removed += [_remove(pending) for pending in sorted(parent.glob(f"{PENDING}*"))]
+            elif (target := target or target_of(name, PENDING)) is not None:
+                removed.append(_remove(path, target))
     return removed
 
 
@@ -141,13 +148,25 @@ def sync_directory(path: str | Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux ``renameat2``); returns false if the system or the file system cannot."""
+    """Swap two names in one step; returns false if the system or the file system cannot."""
+    return _rename_in_one_step(first, second, flags=2)  # RENAME_EXCHANGE of the Linux headers
+
+
+def rename_to_new(source: Path, target: Path) -> None:
+    """Rename a file to a name that nothing has; raises ``FileExistsError`` where something has it."""
+    if not _rename_in_one_step(source, target, flags=1):  # RENAME_NOREPLACE
+        os.link(source, target)
+        os.unlink(source)
+
+
+def _rename_in_one_step(first: Path, second: Path, *, flags: int) -> bool:
+    """Linux's ``renameat2``; returns false if the system or the file system has no such flags."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         return False
-    at_working_directory, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of the Linux headers
-    result = renameat2(at_working_directory, os.fsencode(first), at_working_directory, os.fsencode(second), swap)
+    at_working_directory = -100  # AT_FDCWD
+    result = renameat2(at_working_directory, os.fsencode(first), at_working_directory, os.fsencode(second), flags)
     if result == 0:
         return True
     code = ctypes.get_errno()
@@ -157,12 +176,12 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def _beside(target: Path, prefix: str) -> Path:
-    return target.parent / f"{prefix}{target.name}-{uuid.uuid4().hex[:12]}"
+    return target.parent / temporary_name(target.name, prefix)
 
 
-def _remove(path: Path) -> Path:
+def _remove(path: Path, target: str) -> Path:
     if path.is_dir():
-        shutil.rmtree(path)
+        remove_own(path, target, unlisted=True)
     else:
         path.unlink()
     return path

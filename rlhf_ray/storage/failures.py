@@ -33,7 +33,7 @@ HIDDEN = ("inline_container.cc", "iostream error", "PytorchStreamWriter failed")
 """What torch 2.13 says where it could not write an archive, without the reason."""
 PROBE_BYTES = 2**20
 """A write of this size fails too where a file of a model did not fit."""
-_PENDING = re.compile(r"\.pending-(.+)-[0-9a-f]{12}(?=/|$)")
+_PENDING = re.compile(r"\.pending-(.+)-[0-9a-f]{16}(?=/|$)")
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def free_space(path: str | Path) -> tuple[int, int, Path] | None:
 def existing_folder(path: str | Path) -> Path:
     """``path``, or the nearest folder above it that exists."""
     folder = Path(path)
-    while not folder.is_dir() and folder != folder.parent:
+    while not os.path.isdir(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 

@@ -21,8 +21,8 @@ from typing import Any
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage.atomic import PendingDirectory
 from rlhf_ray.storage.failures import storage_errors
+from rlhf_ray.storage.made import MANIFEST
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 HASHING_THREADS = 8
 SHOWN_DIFFERENCES = 8

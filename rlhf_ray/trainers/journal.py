@@ -189,6 +189,6 @@ class Journal:
         memory = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
         summary = Summary(**self._summary, memory=memory)
         self.run.write_summary(summary)
-        write_report([self.run], self.run.report_path)
+        write_report([self.run])
         self.logger.info("report: %s", self.run.report_path)
         return summary

@@ -21,6 +21,7 @@ from rlhf_ray.launch.evaluate import evaluate
 from rlhf_ray.models import load_tokenizer, save_pretrained
 from rlhf_ray.models.from_config import load_regression
 from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.storage import OutputFile
 from rlhf_ray.trainers.supervised import reward_evaluation
 from rlhf_ray.world.generate import World
 
@@ -79,7 +80,7 @@ def test_figures_are_those_of_plain_transformers(
     monkeypatch.setattr(reward_evaluation, "PAIRS_PER_CALL", at_once)
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=100"], kind="serve", files=True)
     place, output = ThisProcess(config.cluster), tmp_path / "figures.json"
-    code = evaluate(config, tmp_path / "pairs.jsonl", PreferenceReader(), output=output, place=place)
+    code = evaluate(config, tmp_path / "pairs.jsonl", PreferenceReader(), output=OutputFile(output), place=place)
     figures_file, printed, logged = json.loads(output.read_text()), capsys.readouterr(), project_log.getvalue()
     margins = plain_margins(model, rows)
     assert code == 0

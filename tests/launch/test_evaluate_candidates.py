@@ -19,6 +19,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.rewardbench2 import SUBSETS
 from rlhf_ray.launch.evaluate import evaluate
 from rlhf_ray.rows.preferences import PreferenceReader
+from rlhf_ray.storage import OutputFile
 
 from ..serving.reward_models import save_reward_model
 
@@ -76,7 +77,8 @@ def written(directory: Path, rows: list[dict[str, Any]]) -> Path:
 def run(model: Path, path: Path, *, turns: bool = False) -> dict[str, Any]:
     config = load_config("serve", [f"reward.model.path={model}", "max_tokens=60"], kind="serve", files=True)
     output = path.with_name("figures.json")
-    assert evaluate(config, path, PreferenceReader(turns=turns), output=output, place=ThisProcess(config.cluster)) == 0
+    file, place = OutputFile(output, overwrite=True), ThisProcess(config.cluster)
+    assert evaluate(config, path, PreferenceReader(turns=turns), output=file, place=place) == 0
     return dict(json.loads(output.read_text()))
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from rlhf_ray import storage
 from rlhf_ray.errors import EXIT_FAILED, StorageError
+from rlhf_ray.storage.atomic import PENDING
+from rlhf_ray.storage.made import temporary_name
 
 
 def test_several_processes_write_into_one_pending_directory(tmp_path: Path) -> None:
@@ -74,12 +76,19 @@ def test_whoever_reads_a_file_while_it_is_replaced_reads_the_old_one_to_its_end(
 
 def test_a_sweep_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "step-000001").mkdir()
-    (tmp_path / ".hidden").write_text("mine")
+    others = (
+        ".hidden", ".pending-thesis", ".pending-metrics.jsonl-abc", ".pending-final-0123456789ab", ".replaced-a-0123456789ab",
+        ".pending-final-0123456789abcdef", ".pending-", ".replaced--",
+    )  # fmt: skip
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / temporary_name("link", PENDING)).symlink_to(tmp_path / "step-000001")
+    kept = sorted(os.listdir(tmp_path))
     storage.begin_directory(tmp_path / "step-000002")
-    (tmp_path / ".pending-metrics.jsonl-abc").write_text("half a file")
+    (tmp_path / temporary_name("metrics.jsonl", PENDING)).write_text("half a file")
     removed = storage.sweep(tmp_path)
     assert len(removed) == 2
-    assert sorted(os.listdir(tmp_path)) == [".hidden", "step-000001"]
+    assert sorted(os.listdir(tmp_path)) == kept
 
 
 @pytest.fixture(params=[errno.ENOSPC, errno.EDQUOT])

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from rlhf_ray import storage
-from rlhf_ray.storage import atomic, manifest
+from rlhf_ray.storage import atomic, made, manifest
+from rlhf_ray.storage.atomic import PENDING, REPLACED
+from rlhf_ray.storage.made import temporary_name
 
 pytestmark = pytest.mark.early
 
-STORAGE = (atomic, manifest, shutil)
+STORAGE = (atomic, made, manifest, shutil)
 OLD = {"weights.bin": b"old" * 50}
 NEW = {"weights.bin": b"new" * 70, "rank-0/state.json": b'{"step": 2}'}
 KILLED = 77
@@ -101,8 +103,8 @@ def test_where_names_cannot_be_swapped_a_sweep_settles_the_crash(
 
 def test_a_crash_while_a_sweep_settles_loses_nothing(tmp_path: Path, crash_everywhere: CrashEverywhere) -> None:
     target = tmp_path / "final"
-    commit_tree(tmp_path / ".replaced-final-0123456789ab", OLD)
-    write_tree(tmp_path / ".pending-final-0123456789ac", NEW)
+    commit_tree(tmp_path / temporary_name("final", REPLACED), OLD)
+    write_tree(tmp_path / temporary_name("final", PENDING), NEW)
     seen = crash_everywhere(
         tmp_path, lambda: storage.sweep(tmp_path), lambda: content_now_and_after_a_sweep(target), STORAGE
     )

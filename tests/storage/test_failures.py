@@ -125,7 +125,7 @@ def test_a_quota_that_torch_does_not_name_is_asked_for(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", fsync)
     hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-    error = translate(hidden, tmp_path / "step" / ".pending-step-000004-0123456789ab" / "policy")
+    error = translate(hidden, tmp_path / "step" / ".pending-step-000004-0123456789abcdef" / "policy")
     assert isinstance(error, DiskFullError)
     assert f"disk full: cannot write {tmp_path}/step/step-000004/policy: the disk quota is used up" in str(error)
 

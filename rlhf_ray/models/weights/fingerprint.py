@@ -12,7 +12,7 @@ from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import CODE, FROM_HUB, INDEX, WEIGHTS, find_base, find_directory, read_json
 from rlhf_ray.storage.fingerprint import Fingerprint, fingerprint, fingerprint_content
-from rlhf_ray.storage.manifest import MANIFEST
+from rlhf_ray.storage.made import MANIFEST
 
 WORDS_OF_THE_WORLD = "world"
 NOTES = {MANIFEST, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
