@@ -1,12 +1,21 @@
-"""The command ``rlhf-ray check``: validate a config and print it resolved."""
+"""The command ``rlhf-ray check``: validate a config, print it resolved, and say how its first rows and answers will be read."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.cli.examples import examples
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import DataError
+
+if TYPE_CHECKING:
+    from rlhf_ray.config.sections.models import ModelConfig
+
+FIRST_ROWS = 200
+"""So many rows of each file are read as the job will read them."""
 
 EXAMPLES = (
     "check demo-sft",
@@ -36,4 +45,50 @@ def run(options: argparse.Namespace) -> int:
     unseen = [f"{key} {name}" for key, name in hub_names(config)]
     if unseen:
         sys.stderr.write(f"rlhf-ray: not looked at, since only a hub has it: {', '.join(unseen)}\n")
+    else:
+        preview(config)
     return 0
+
+
+def preview(config: Any) -> None:
+    """Encode the first rows of each file as the job will, which says what is left out, and log what ends an answer of PPO.
+
+    For jobs whose models and rows are all on this machine. Nothing where the tokenizer is still to be made of rows.
+    """
+    name = {"ppo": "policy", "sft": "policy", "rm": "reward"}.get(config.kind)
+    if name is None or (config.kind != "ppo" and not config.data.files):
+        return
+    model: ModelConfig = getattr(config, name).model
+    if model.make is not None and model.make.tokenizer_from != "world":
+        return
+    from rlhf_ray.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    prompts = _read_first_rows(config, tokenizer) if config.data.files else []
+    if config.kind == "ppo":
+        from rlhf_ray.data.chat import ChatFormat
+        from rlhf_ray.models import load_end_tokens
+
+        talks = any(prompt.messages is not None for prompt in prompts)
+        chat = ChatFormat(tokenizer, config.data.template_variables)
+        load_end_tokens(model, chat, config.rollout.stop_tokens, conversations=talks).log("check")
+
+
+def _read_first_rows(config: Any, tokenizer: Any) -> Sequence[Any]:
+    """The first rows of each file, encoded; what a loader says against them is a warning, since others follow."""
+    from rlhf_ray.data.load import load_demonstrations, load_pairs, load_prompts
+
+    most = min(config.data.max_rows or FIRST_ROWS, FIRST_ROWS)
+    alone = {"cache": None, "evaluation_fraction": None, "evaluation_path": None, "evaluation_split": None}
+    data = config.data.model_copy(update={"max_rows": most, **alone})
+    logger, seed = get_logger("check"), config.run.seed
+    logger.info("the first %d rows of each file, as the job will read them:", most)
+    try:
+        if config.kind == "sft":
+            return load_demonstrations(data, tokenizer, seed).train
+        if config.kind == "rm":
+            return load_pairs(data, tokenizer, seed, graded=config.loss.name == "ordinal").train
+        return load_prompts(data, tokenizer, seed, config.row_reader).train
+    except DataError as error:
+        logger.warning("%s", error)
+        return []

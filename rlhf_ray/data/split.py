@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.data.encode import Drops
+from rlhf_ray.data.encode import TOO_LONG, Drops
 from rlhf_ray.data.holdout import hold_out
 from rlhf_ray.data.order import Part
 from rlhf_ray.errors import DataError
@@ -132,6 +132,11 @@ def _encode_half(
         raise DataError(f"{name}: no row is left to {purpose} on ({reasons or 'there were none'}); raise data.max_tokens or "
                         "data.max_prompt_tokens, or give other rows")  # fmt: skip
     if drops:
-        get_logger("data").info("%s: of %d %s rows dropped: %s", name, len(rows), half, reasons)
+        text = f"{name}: of {len(rows)} {half} rows dropped: {reasons}"
+        if len(examples) < len(rows) / 2:
+            raised = "raise data.max_tokens (of prompts data.max_prompt_tokens), or " if drops[TOO_LONG] else ""
+            get_logger("data").warning("%s: only %d are left; %sgive other rows", text, len(examples), raised)
+        else:
+            get_logger("data").info("%s", text)
     dropped.update(drops)
     return examples

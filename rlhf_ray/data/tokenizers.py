@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rlhf_ray.config.files.tokenizer_identity import tokenizer_identity
-from rlhf_ray.config.files.tokenizers import not_one_token
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rows.read import AnyRow, read_file
 from rlhf_ray.rows.sources import as_source, every_split
@@ -111,25 +110,6 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         parts = tokenizer_identity(json.loads(backend.to_str()))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], known: Sequence[int] = ()
-) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's end of sequence, those ``known``, and ``texts``, which must be one token
-    each.
-    """
-    ids = [*known] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id, *known]
-    for text in texts:
-        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(encoded) != 1 or encoded[0] == tokenizer.unk_token_id:
-            raise RequestError(not_one_token(text, len(encoded)))
-        ids += encoded
-    if not ids:
-        raise RequestError(
-            "rollout.stop_tokens: the tokenizer has no end of sequence, so no answer could end: name a token"
-        )
-    return tuple(dict.fromkeys(ids))
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from rlhf_ray.data.tokenizers import fingerprint, make_tokenizer, stop_token_ids, template_fingerprint
+from rlhf_ray.data.tokenizers import fingerprint, make_tokenizer, template_fingerprint
 from rlhf_ray.errors import DataError, RequestError
 from rlhf_ray.world import language
 from rlhf_ray.world.generate import World
@@ -129,23 +129,6 @@ def test_what_cannot_be_made_is_told(rows_file: Path, tmp_path: Path) -> None:
         make_tokenizer(rows_file, vocabulary=100)
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         make_tokenizer(tmp_path / "nowhere.jsonl")
-
-
-def test_stop_tokens_are_single_tokens_beside_the_end_of_sequence(
-    words: PreTrainedTokenizerFast, byte_pairs: PreTrainedTokenizerFast
-) -> None:
-    newline = words("\n")["input_ids"]
-    assert stop_token_ids(words, []) == (words.eos_token_id,)
-    assert stop_token_ids(words, ["\n", "\n", "<eos>"]) == (words.eos_token_id, *newline)
-    with pytest.raises(RequestError, match=r"rollout.stop_tokens: 'zebra' is not one token of the policy's tokenizer"):
-        stop_token_ids(words, ["zebra"])
-    with pytest.raises(RequestError, match=r"'<.im_end.>' is not one token .*\(\d+ tokens\)"):
-        stop_token_ids(byte_pairs, ["<|im_end|>"])
-    endless = copy.deepcopy(words)
-    endless.eos_token = None
-    assert stop_token_ids(endless, ["\n"]) == tuple(newline)
-    with pytest.raises(RequestError, match="no end of sequence, so no answer could end: name a token"):
-        stop_token_ids(endless, [])
 
 
 def test_the_template_has_a_fingerprint_of_its_own(words: PreTrainedTokenizerFast) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.loading import load_config, parse_config
+from rlhf_ray.data.ends import EndTokens
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.gold import GroundTruth, make_gold, make_ground_truth
@@ -50,7 +51,7 @@ def test_another_gold_function_is_for_evaluations_alone() -> None:
 def test_nothing_is_known_of_answers_to_prompts_from_elsewhere() -> None:
     truth = make_truth(parse_config(ROWS))
     assert truth == GroundTruth()
-    assert StepMetrics(parse_config(ROWS), None, truth.of_steps).gold is None  # type: ignore[arg-type]
+    assert StepMetrics(parse_config(ROWS), None, EndTokens({}, {}), truth.of_steps).gold is None  # type: ignore[arg-type]
 
 
 def test_a_gold_function_that_fails_is_an_error() -> None:

@@ -7,15 +7,18 @@ token that is not the pad token.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_ray.config.files.models import TOKENIZER_FILES, read_json
+from rlhf_ray.config.files.positions import text_part
 from rlhf_ray.config.files.tokenizer_identity import PAD_TOKEN
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.ends import CONFIG, GENERATION_CONFIG, EndTokens, find_end_tokens
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import find_base, find_directory
 from rlhf_ray.models.weights.embeddings import grow_embeddings
@@ -44,13 +47,36 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_generation_ends(config: ModelConfig) -> tuple[int, ...]:
-    """The ids that end a text by the ``generation_config.json`` beside a model; none where there is no such file."""
+def load_end_tokens(config: ModelConfig, chat: ChatFormat, texts: Sequence[str], *, conversations: bool) -> EndTokens:
+    """The tokens that end an answer of the policy ``config``, whose tokenizer ``chat`` has.
+
+    ``texts`` are those of ``rollout.stop_tokens``; ``conversations`` says whether there are any among the prompts.
+    """
+    return find_end_tokens(chat, _recorded_ends(config), texts, conversations=conversations)
+
+
+def _recorded_ends(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The ids that end a text by the files of a model, by the names of the files; an adapter has those of its base too."""
     if config.path is None:
-        return ()
-    content = read_json(find_directory(config.path, config.revision) / "generation_config.json")
-    ends = content.get("eos_token_id") if isinstance(content, dict) else None
-    return tuple(token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int))
+        return {}
+    directory = find_directory(config.path, config.revision)
+    base = find_base(directory)
+    directories = [directory] if base is None else [directory, find_directory(*base)]
+    ends = {
+        name: [end for folder in directories for end in _ends_in(read_json(folder / name))]
+        for name in (GENERATION_CONFIG, CONFIG)
+    }
+    return {name: tuple(dict.fromkeys(found)) for name, found in ends.items() if found}
+
+
+def _ends_in(content: Any) -> list[int]:
+    """The value of ``eos_token_id``, one id or several, of a config or of the part of it that is about text."""
+    if not isinstance(content, dict):
+        return []
+    ends = content.get("eos_token_id")
+    if ends is None:
+        ends = text_part(content).get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
 
 
 def add_pad_token(

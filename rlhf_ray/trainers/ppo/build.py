@@ -14,10 +14,10 @@ from rlhf_ray.actors.workers.rollout import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.ends import EndTokens
 from rlhf_ray.data.load import TokenizedPrompt, load_prompts
 from rlhf_ray.data.split import Split
-from rlhf_ray.data.tokenizers import stop_token_ids
-from rlhf_ray.models import load_generation_ends, load_tokenizer
+from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -45,23 +45,21 @@ def train_ppo(
     """Run a whole PPO job, or the rest of it after ``checkpoint``; ``place`` is where its ranks live, by default a cluster."""
     chat = ChatFormat(load_tokenizer(config.policy.model), config.data.template_variables)
     prompts = load_prompts(config.data, chat.tokenizer, config.run.seed, config.row_reader)
-    stop_tokens = find_stop_tokens(config, chat, conversations="conversation" in prompt_forms(prompts))
+    ends = find_ends(config, chat, prompts)
     check_own_parts(config)
     with Session(config, place=place) as session, Journal(run, config) as journal:
-        trainer = build(config, run, session, journal, chat, stop_tokens, prompts, checkpoint)
+        trainer = build(config, run, session, journal, chat, ends, prompts, checkpoint)
         trainer.start()
         trainer.run()
         trainer.finish()
 
 
-def find_stop_tokens(config: PpoConfig, chat: ChatFormat, *, conversations: bool) -> tuple[int, ...]:
-    """The ids that end an answer: those of the tokenizer, of the policy's generation config and of ``rollout.stop_tokens``.
-
-    An answer in a conversation also ends with the token that the chat template ends answers with, at which rewards are read.
-    """
-    known = [chat.end_token_id] if conversations else []
-    known += [token for token in load_generation_ends(config.policy.model) if 0 <= token < len(chat.tokenizer)]
-    return stop_token_ids(chat.tokenizer, config.rollout.stop_tokens, known)
+def find_ends(config: PpoConfig, chat: ChatFormat, prompts: Split[TokenizedPrompt]) -> EndTokens:
+    """The tokens that end an answer in this run, which are logged."""
+    talks = "conversation" in prompt_forms(prompts)
+    ends: EndTokens = load_end_tokens(config.policy.model, chat, config.rollout.stop_tokens, conversations=talks)
+    ends.log("ppo")
+    return ends
 
 
 def prompt_forms(prompts: Split[TokenizedPrompt]) -> set[Form]:
@@ -84,7 +82,7 @@ def build(
     session: Session,
     journal: Journal,
     chat: ChatFormat,
-    stop_tokens: tuple[int, ...],
+    ends: EndTokens,
     prompts: Split[TokenizedPrompt],
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
@@ -93,7 +91,7 @@ def build(
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
-    setup = RolloutSetup(config.rollout, str(start_directory), stop_tokens, config.run.seed, config.run.deterministic)
+    setup = RolloutSetup(config.rollout, str(start_directory), ends.ids, config.run.seed, config.run.deterministic)
     sampler = Sampler(config, session.fleet(engines, setup))
     rewards = make_reward_source(
         config,
@@ -101,7 +99,7 @@ def build(
         chat,
         forms=prompt_forms(prompts),
         cleanup=session.cleanup,
-        stop_tokens=stop_tokens,
+        stop_tokens=ends.ids,
     )
     if config.expose is not None:
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
@@ -113,7 +111,7 @@ def build(
         preparation=preparation,
         rewards=rewards,
         tokenizer=chat.tokenizer,
-        stop_tokens=stop_tokens,
+        stop_tokens=ends.ids,
     )
     truth = make_ground_truth(config, session.cleanup)
     evaluation = PpoEvaluation(
@@ -136,7 +134,7 @@ def build(
         collector=make_collector(config, stream, sampler, experience),
         experience=experience,
         learner=learner,
-        metrics=StepMetrics(config, chat.tokenizer, truth.of_steps),
+        metrics=StepMetrics(config, chat.tokenizer, ends, truth.of_steps),
         evaluation=evaluation,
         self_check=SelfCheck(config, experience, learner),
         checkpoints=checkpoints,

@@ -1,6 +1,7 @@
 """Metrics of a PPO step besides those of its advantages and losses.
 
-Invariants: every number is of this step's batch. The gold score is logged and never trained on.
+Invariants: every number is of this step's batch. The gold score is logged and never trained on. The first steps say why where
+nearly every answer was cut.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.ends import EndTokens, why_cut
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.experience import TERM
@@ -24,13 +26,20 @@ ERRORS_BELOW_ZERO = 4.0
 """A mean KL is called negative if it is this many standard errors below 0."""
 
 
-@dataclass(frozen=True)
+FIRST_STEPS = 3
+"""So many steps of an attempt say why nearly every answer was cut."""
+
+
+@dataclass
 class StepMetrics:
     """Measures the batch of each step; ``gold`` scores its samples where the truth about them is known."""
 
     config: PpoConfig
     tokenizer: Any
+    ends: EndTokens
     gold: Gold | None = None
+    steps: int = 0
+    """How many steps were measured in this attempt."""
 
     def measure(
         self, batch: TrajectoryBatch, samples: Sequence[TextSample], collected: Collected, *, weight_version: int
@@ -43,6 +52,7 @@ class StepMetrics:
         if warning is not None:
             get_logger("ppo").warning("%s", warning)
         prompts = collected.by_id
+        self._say_why_cut(samples, prompts)
         prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
         metrics = {
             "reward/learned": float(batch["score"].mean()),
@@ -59,6 +69,20 @@ class StepMetrics:
             scores = self.gold(samples)
             metrics["gold/mean"] = sum(scores) / len(scores)
         return metrics
+
+    def _say_why_cut(self, samples: Sequence[TextSample], prompts: Mapping[int, TokenizedPrompt]) -> None:
+        self.steps += 1
+        if self.steps > FIRST_STEPS:
+            return
+        answers = [sampled_ids(sample, prompts) for sample in samples]
+        reason = why_cut(self.tokenizer, self.ends, answers, self.config.rollout.max_new_tokens)
+        if reason is not None:
+            get_logger("ppo").warning("%s", reason)
+
+
+def sampled_ids(sample: TextSample, prompts: Mapping[int, TokenizedPrompt]) -> list[int]:
+    """The ids of an answer, without those of its prompt."""
+    return list(sample.token_ids[len(prompts[sample.prompt_id].token_ids) :])
 
 
 def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
@@ -91,7 +115,7 @@ def failed_round_trips(tokenizer: Any, samples: Sequence[TextSample], prompts: M
     """Share of samples whose ids are not what their text encodes to: a reward by text then reads other tokens."""
     failed = 0
     for sample in samples:
-        answer = list(sample.token_ids[len(prompts[sample.prompt_id].token_ids) :])
+        answer = sampled_ids(sample, prompts)
         text = tokenizer.decode(answer, skip_special_tokens=False)
         failed += tokenizer(text, add_special_tokens=False)["input_ids"] != answer
     return failed / len(samples)
