@@ -1,7 +1,8 @@
 """``rlhf-ray score``: score a file of items with a reward model on Ray.
 
 Invariants: running the same command again continues an interrupted run; the exit code is 0 only when every row has its line.
-A row that kills its reward group gets an error, and the others their scores.
+A row that kills its reward group gets an error, and the others their scores. Whatever is wrong with the files is told before
+Ray starts, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE
 from rlhf_ray.launch.lasting_group import LastingGroup
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.offline import Output, input_identity, score_file, score_rows
+from rlhf_ray.rewards.offline import check_rows, input_identity, score_file, score_rows
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import Scorer
+from rlhf_ray.storage.growing import GrowingFile
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
@@ -39,12 +41,13 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
         "max_tokens": config.max_tokens,
         "truncate": truncate,
     }
-    output = Output(target, {**input_identity(source), **about})
-    if output.done:
-        get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
-    with Cluster.for_job(config) as cluster:
-        scorer = _load(cluster, config)
-        failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
+    with GrowingFile(target, {**input_identity(source), **about}) as output:
+        if output.done:
+            get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
+        check_rows(source)
+        with Cluster.for_job(config) as cluster:
+            scorer = _load(cluster, config)
+            failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
     if failed.rows:
         get_logger().warning(
             "%s: %d rows have an error instead of a score, such as %s", target, failed.rows, failed.first
@@ -66,7 +69,8 @@ def _files(model: str | None) -> Mapping[str, Any]:
     """Sizes and times of the model's files: they change when other files take the same names."""
     directory = Path(model or "")
     files = sorted(directory.iterdir()) if model and directory.is_dir() else []
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    statuses = {file.name: file.stat() for file in files if file.exists()}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
 
 
 def _load(cluster: Cluster, config: ServeConfig) -> Scorer:

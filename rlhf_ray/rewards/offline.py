@@ -1,22 +1,23 @@
 """Scores the rows of a file into another file.
 
 Invariants: the output holds one line per row of the input, in the same order, with the row's own columns and its score or
-error; an interrupted run goes on after the last whole line, and only over the same input with the same model; a finished file
-is never written over.
+error; a row that no line can hold is refused by its place, before anything is scored.
 """
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
+import math
 import operator
-import os
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_ray.console import progress
 from rlhf_ray.errors import DataError, RequestError
@@ -34,7 +35,8 @@ from rlhf_ray.rows.layouts import (
 )
 from rlhf_ray.rows.row import LayoutError, is_filled
 from rlhf_ray.rows.template_variables import CHAT_TEMPLATE_KWARGS
-from rlhf_ray.storage import storage_errors, write_file
+from rlhf_ray.storage.failures import storage_errors
+from rlhf_ray.storage.growing import GrowingFile
 
 SCORE = "score"
 """The name of the column that is added to each row."""
@@ -44,68 +46,11 @@ AHEAD = 2
 """How many chunks the model has at a time, so that it never waits for the file."""
 
 
-class Output:
-    """A file of scores that grows line by line; until it is finished, a file beside it says which input and model it is of."""
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        self._about = path.with_name(path.name + ".unfinished")
-        self._identity = json.dumps(identity, sort_keys=True)
-        self.done = self._lines_already_there()
-
-    def _lines_already_there(self) -> int:
-        """The whole lines of a run that was interrupted, without the torn one after them."""
-        if not self._about.exists():
-            if self.path.exists():
-                raise RequestError(f"{self.path} exists and is finished: remove it, or give another --output")
-            return 0
-        if self._about.read_text("utf-8") != self._identity:
-            raise RequestError(
-                f"{self.path} was begun with another input, model or limit ({self._about.name} says which): give the same "
-                "again to go on with it, or remove both files"
-            )
-        if not self.path.exists():
-            return 0
-        with storage_errors(self.path), self.path.open("r+b") as file:
-            lines, whole = 0, 0
-            for line in file:
-                if line.endswith(b"\n"):
-                    lines, whole = lines + 1, whole + len(line)
-            file.truncate(whole)
-        return lines
-
-    def __enter__(self) -> Output:
-        with storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self._about, self._identity)
-            self._file: BinaryIO = self.path.open("ab")
-        return self
-
-    def write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[ScoreResult]) -> None:
-        """Add one line per row; they are on disk when this returns."""
-        lines = [
-            json.dumps({**row, SCORE: asdict(result)}, ensure_ascii=False, allow_nan=False)
-            for row, result in zip(rows, results, strict=True)
-        ]
-        with storage_errors(self.path):
-            self._file.write("".join(f"{line}\n" for line in lines).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def finish(self) -> None:
-        """Mark the file as finished."""
-        with storage_errors(self.path):
-            self._about.unlink()
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
 def input_identity(path: Path) -> Mapping[str, Any]:
     """What tells one input file from another: its hash and size."""
     if not path.is_file():
         raise RequestError(f"{path} is not a file: name a file of rows, such as items.jsonl")
-    with path.open("rb") as file:
+    with storage_errors(path, "read"), path.open("rb") as file:
         return {"input": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
@@ -116,28 +61,87 @@ class Failures(NamedTuple):
     first: str = ""
 
 
-def score_file(source: Path, output: Output, scorer: Scorer, *, chunk: int, truncate: bool = False) -> Failures:
+def score_file(source: Path, output: GrowingFile, scorer: Scorer, *, chunk: int, truncate: bool = False) -> Failures:
     """Score the rows of ``source`` that the output lacks, ``chunk`` at a time; returns which of them have an error."""
     count, first, done = 0, "", output.done
     with output:
         rows = islice(_rows(source), output.done, None)
         for chunk_rows, results in _ahead(rows, scorer, chunk, truncate):
-            output.write(chunk_rows, results)
+            output.extend([line_of(row, result) for row, result in zip(chunk_rows, results, strict=True)])
             errors = [
                 f"row {done + place}: {one.error}" for place, one in enumerate(results, 1) if one.error is not None
             ]
             count, first, done = count + len(errors), first or next(iter(errors), ""), done + len(results)
-    output.finish()
+        output.finish()
     return Failures(count, first)
 
 
+def check_rows(source: Path) -> None:
+    """Read all rows, and raise :class:`DataError` with the place of the first that cannot be read or has no line."""
+    for where, row in _placed_rows(source):
+        try:
+            line_of(row, ScoreResult.failed("not scored yet"))
+        except LayoutError as error:
+            raise DataError(f"{where}: {error}: {error.way_out}") from error
+
+
+def line_of(row: Mapping[str, Any], result: ScoreResult) -> str:
+    """The line of a row: its own columns, as far as JSON has them, and its score.
+
+    Dates and times are written as ISO 8601 has them, exact decimals as texts, and no number (NaN) as null. What JSON has no
+    form for (bytes, infinities) raises :class:`LayoutError`.
+    """
+    score = asdict(result)
+    try:
+        line = json.dumps({**row, SCORE: score}, ensure_ascii=False, allow_nan=False)
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only its escape can stand for
+        return json.dumps({**row, SCORE: score}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        plain = {name: _column(name, value) for name, value in row.items()}
+        return json.dumps({**plain, SCORE: score}, allow_nan=False)
+    return line
+
+
+def _column(name: str, value: Any) -> Any:
+    try:
+        return _plain_value(value)
+    except (LayoutError, RecursionError) as error:
+        what = str(error) if isinstance(error, LayoutError) else "lists within lists without end"
+        raise LayoutError(
+            f"{name!r} holds {what}, which no line of JSON can hold", "leave the column out, or write it as text"
+        ) from error
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value):
+            return None
+        raise LayoutError(f"the number {value}")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise LayoutError(f"a value of type {type(value).__name__}")
+
+
 def _rows(source: Path) -> Iterator[Mapping[str, Any]]:
+    return (row for _, row in _placed_rows(source))
+
+
+def _placed_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for where, row in progress(raw_rows(source), "rows read"):
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: a row must be an object with columns, not {type(row).__name__}")
         if SCORE in row:
             raise DataError(f"{where}: there is a column {SCORE!r} already, where the score is to stand: rename it")
-        yield row
+        yield where, row
 
 
 def _ahead(

@@ -4,18 +4,24 @@ whole line ends, over the same input only; a finished file is never written over
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from rlhf_ray.errors import DataError, GroupError, RequestError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.offline import AHEAD, Output, input_identity, row_item, score_file
+from rlhf_ray.rewards.offline import AHEAD, check_rows, input_identity, line_of, row_item, score_file
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.storage.growing import GrowingFile
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
 ROWS: list[dict[str, Any]] = [
@@ -67,7 +73,7 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def run(source: Path, target: Path, scorer: Lengths, *, chunk: int = 2, **about: Any) -> int:
-    return score_file(source, Output(target, {**input_identity(source), **about}), scorer, chunk=chunk).rows
+    return score_file(source, GrowingFile(target, {**input_identity(source), **about}), scorer, chunk=chunk).rows
 
 
 def scores(target: Path) -> list[float | None]:
@@ -94,8 +100,9 @@ def test_what_was_interrupted_goes_on_after_its_last_whole_line(tmp_path: Path, 
     source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "scores.jsonl"
     with pytest.raises(GroupError):
         run(source, target, Lengths(dies))
-    before = target.read_bytes()
-    target.write_bytes(before[: max(len(before) - torn, 0)])
+    before = target.read_bytes() if target.exists() else b""
+    if before:
+        target.write_bytes(before[: max(len(before) - torn, 0)])
     whole = before[: max(len(before) - torn, 0)].count(b"\n")
     again = Lengths()
     run(source, target, again)
@@ -133,15 +140,86 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path: Path, rows:
 
 def test_rows_without_a_score_are_told_by_their_number_in_the_file(tmp_path: Path) -> None:
     source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "scores.jsonl"
-    failed = score_file(source, Output(target, input_identity(source)), Lengths(), chunk=2)
+    failed = score_file(source, GrowingFile(target, input_identity(source)), Lengths(), chunk=2)
     assert failed.rows == 2 and failed.first.startswith("row 3: give exactly one of ")
     target.unlink()
     with pytest.raises(GroupError):
-        score_file(source, Output(target, input_identity(source)), Lengths(3), chunk=2)
-    again = Output(target, input_identity(source))
+        score_file(source, GrowingFile(target, input_identity(source)), Lengths(3), chunk=2)
+    again = GrowingFile(target, input_identity(source))
     assert 0 < again.done < 6
     rest = score_file(source, again, Lengths(), chunk=2)
     assert rest.rows == 1 and rest.first.startswith("row 6: 'token_ids'"), "those before are not counted anew"
+
+
+def test_an_input_that_was_mended_before_the_first_line_is_taken(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "deep/scores.jsonl"
+    with pytest.raises(GroupError):
+        run(source, target, Lengths(1))
+    assert not target.parent.exists(), "nothing was scored, so nothing is left"
+    (tmp_path / "deep").mkdir()
+    target.touch()
+    (tmp_path / "deep/scores.jsonl.unfinished").write_text('{"input": "another", "writer": "process 1 on vm"}')
+    run(source, target, Lengths())
+    assert scores(target) == SCORES
+
+
+ODD: dict[str, tuple[Any, Any]] = {
+    "no number": (math.nan, None),
+    "no number, deep": ([{"a": math.nan}], [{"a": None}]),
+    "a date": (datetime.date(2026, 1, 2), "2026-01-02"),
+    "a moment": (datetime.datetime(2026, 1, 2, 3, 4, 5, 6), "2026-01-02T03:04:05.000006"),
+    "a time": (datetime.time(3, 4), "03:04:00"),
+    "an exact number": (decimal.Decimal("1.10"), "1.10"),
+    "half a pair": ("a\ud83d", "a\ud83d"),
+    "half a pair as a key": ({"\ud83d": 1}, {"\ud83d": 1}),
+    "a large number": (10**30, 10**30),
+    "pairs of a map": ([("a", 1.5)], [["a", 1.5]]),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_column_that_json_writes_otherwise_costs_no_score(tmp_path: Path, odd: str) -> None:
+    value, written = ODD[odd]
+    line = line_of({"text": "abc", "ü": "ü", "mine": value}, ScoreResult.of(3.0))
+    assert json.loads(line) | {"score": None} == {"text": "abc", "ü": "ü", "mine": written, "score": None}
+    assert "\n" not in line and line.encode()
+    assert json.loads(line)["score"]["raw"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"raw", "a value of type bytes"),
+        ([{"a": b"raw"}], "a value of type bytes"),
+        (math.inf, "the number inf"),
+        (-math.inf, "the number -inf"),
+        (datetime.timedelta(1), "a value of type timedelta"),
+        (json.loads("[" * 400 + "]" * 400), None),
+    ],
+)
+def test_a_column_that_no_line_can_hold_is_told_with_its_row_before_anything_is_scored(
+    tmp_path: Path, value: Any, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("rows.parquet: row 1", {"text": "a"}), ("rows.parquet: row 2", {"text": "b", "mine": value})]
+    monkeypatch.setattr("rlhf_ray.rewards.offline.raw_rows", lambda path: iter(rows))
+    if message is None:
+        check_rows(tmp_path / "rows.parquet")
+        return
+    with pytest.raises(
+        DataError, match=f"row 2: 'mine' holds {message}, .*: leave the column out, or write it as text"
+    ):
+        check_rows(tmp_path / "rows.parquet")
+
+
+def test_tables_with_odd_columns_are_scored_or_refused_by_row(tmp_path: Path) -> None:
+    odd = {"text": ["a", "bb"], "when": [datetime.datetime(2026, 1, 2)] * 2, "share": [math.nan, 0.5]}
+    for name, column in (("good", [decimal.Decimal("1.5")] * 2), ("bad", [None, b"raw"])):
+        parquet.write_table(pyarrow.table({**odd, "mine": column}), tmp_path / f"{name}.parquet")
+    check_rows(tmp_path / "good.parquet")
+    run(tmp_path / "good.parquet", tmp_path / "scores.jsonl", Lengths())
+    assert scores(tmp_path / "scores.jsonl") == [1.0, 2.0]
+    with pytest.raises(DataError, match=r"bad\.parquet: row 2: 'mine' holds a value of type bytes"):
+        check_rows(tmp_path / "bad.parquet")
 
 
 def test_a_missing_input_is_told(tmp_path: Path) -> None:
