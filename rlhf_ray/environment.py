@@ -18,6 +18,11 @@ Device = Literal["cpu", "cuda"]
 HUB_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 """With 1, Hugging Face's libraries use no network; they read it once, when they are imported."""
 
+SAYS_EXIT_CODE = "RLHF_RAY_SAYS_EXIT_CODE"
+"""Where it is set, a command ends its log with its exit code, which Ray does not keep of a job that was stopped."""
+EXIT_CODE_LINE = "rlhf-ray: exit code "
+"""How that line begins."""
+
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KERNELS_KEPT = 512
 """How many compiled kernels oneDNN may keep.

@@ -6,6 +6,7 @@ message without a stack trace, and names the thing, the value and the way out. E
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 EXIT_DONE = 0
@@ -13,6 +14,29 @@ EXIT_FAILED = 1
 EXIT_WRONG_REQUEST = 2
 EXIT_NO_CAPACITY = 3
 EXIT_RESUMABLE = 75
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks this process to stop; it is no ``Exception``, so that nothing that handles failures takes it for one."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        self.number = number
+        self.message = message
+        """What the user should know besides, such as what goes on or how to go on."""
+        super().__init__(number, message)
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal, as shells have it."""
+        return 128 + self.number
+
+    def saying(self, message: str) -> Interrupted:
+        """The same with a message."""
+        return Interrupted(self.number, message)
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.number).name
+        return f"stopped by {name}" + (f": {self.message}" if self.message else "")
 
 
 class RlhfRayError(Exception):

@@ -19,6 +19,8 @@ from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError, RequestError
 from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
+from rlhf_ray.processes.interrupts import kept_handlers
+from rlhf_ray.processes.lifeline import leaving
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -69,7 +71,8 @@ class Cluster:
         if ray.is_initialized():
             self._joined = True
         else:
-            self._connect(ray)
+            with kept_handlers():  # Ray takes SIGTERM for itself
+                self._connect(ray)
         try:
             require_fit(self.needed, _cpus_and_gpus(ray.available_resources()))
         except CapacityError:
@@ -105,11 +108,17 @@ class Cluster:
     ) -> None:
         import ray
 
+        if self._joined:
+            self._stop_groups()
+            return
+        with leaving(error):
+            self._stop_groups()
+            ray.shutdown()
+
+    def _stop_groups(self) -> None:
         for group in self._groups:
             group.stop()
         self._groups = []
-        if not self._joined:
-            ray.shutdown()
 
     def start(self, spec: RankSpec) -> RayRanks:
         """Place and start the ranks of ``spec``; they have no model yet."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from rlhf_ray import __version__, environment
 from rlhf_ray.config.openrlhf.answers import is_flag
-from rlhf_ray.errors import EXIT_WRONG_REQUEST, RlhfRayError
+from rlhf_ray.environment import EXIT_CODE_LINE
+from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.processes import lifeline
+from rlhf_ray.processes.interrupts import interruptible
 
 COMMANDS = (
     "train",
@@ -31,7 +35,10 @@ COMMANDS = (
     "demo",
 )
 
-EPILOG = "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed"
+EPILOG = (
+    "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed; "
+    "128+N stopped by signal N"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,19 +92,29 @@ def _with_values(words: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = parse(arguments)
+    try:
+        with interruptible():
+            code = _run(parse(arguments))
+    except Interrupted as error:
+        _show(error)
+        code = error.exit_code
+    if environment.SAYS_EXIT_CODE in os.environ and not lifeline.is_child():
+        sys.stderr.write(f"{EXIT_CODE_LINE}{code}\n")
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     hub = "source" in options and environment.is_hub_id(options.source)
     environment.prepare(environment.for_process(hub=hub))
+    lifeline.connect()
     try:
         return int(options.run(options))
     except RlhfRayError as error:
         _show(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_WRONG_REQUEST
 
 
-def _show(error: RlhfRayError) -> None:
+def _show(error: BaseException) -> None:
     sys.stderr.write(f"rlhf-ray: {error}\n")
 
 

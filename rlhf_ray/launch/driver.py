@@ -21,8 +21,16 @@ from rlhf_ray.config.paths import run_directory
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, CapacityError, RequestError, RlhfRayError
+from rlhf_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    CapacityError,
+    RequestError,
+    ResumableStop,
+    RlhfRayError,
+)
 from rlhf_ray.imports import import_object, quick_imports
+from rlhf_ray.processes import lifeline
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -51,12 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def exit_code(work: Callable[[], None]) -> int:
     """Do ``work`` and return the exit code of its ending; only an unexpected failure shows a stack trace."""
-    stopping.listen()
     try:
+        stopping.listen()
+        lifeline.connect()
         work()
     except RlhfRayError as error:
         get_logger().error("%s", error)
         return error.exit_code
+    except KeyboardInterrupt:
+        stopped = stopping.interrupted()
+        get_logger().info("%s", stopped)
+        return stopped.exit_code
     except Exception:
         get_logger().exception("the driver failed")
         return EXIT_FAILED
@@ -96,14 +109,19 @@ def run_trainer(
 ) -> None:
     """Run the trainer that the job names in this process, from ``checkpoint`` or from the start.
 
-    ``place`` is where ranks live; none means a Ray cluster.
+    ``place`` is where ranks live; none means a Ray cluster. Raises :class:`ResumableStop` on a request to stop.
     """
-    stopping.listen()
     if hub_ids(config):  # the driver reads the tokenizer and the rows itself
         environment.allow_hub()
     with quick_imports():
         train: Trainer = import_object(config.trainer)
-    train(config, run, checkpoint, place=place)
+    try:
+        stopping.listen()
+        train(config, run, checkpoint, place=place)
+    except KeyboardInterrupt as error:  # Ray makes a plain one of what is raised while it waits
+        raise ResumableStop(
+            f"stopped on request before the first step; go on with: rlhf-ray resume {run.path}"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -2,54 +2,40 @@
 
 Invariants: it loads neither torch nor ray; signals reach the driver, and the exit code of the driver reaches the caller. A
 driver that died or failed is started again from the last commit, as often as the config allows, unless it was asked to
-stop. A job that this machine cannot hold is refused before any driver starts.
+stop; if it is not, the last sentence says how it ended, where its last commit is, and how to go on. A job that this machine
+cannot hold is refused before any driver starts.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from rlhf_ray import environment
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_NO_CAPACITY, EXIT_RESUMABLE, EXIT_WRONG_REQUEST, RequestError
+from rlhf_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_NO_CAPACITY,
+    EXIT_RESUMABLE,
+    EXIT_WRONG_REQUEST,
+    Interrupted,
+    RequestError,
+)
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
+from rlhf_ray.processes.child import Ended, run_child
+from rlhf_ray.runs.checkpoints import CheckpointStore
 from rlhf_ray.runs.directory import RunDirectory
 
 FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
-FORWARDED = (signal.SIGTERM, signal.SIGINT)
 DRIVER = "rlhf_ray.launch.driver"
 DEMO = "rlhf_ray.launch.demo"
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a driver ended: its exit code (negative for a signal), and whether it had been asked to stop."""
-
-    code: int
-    stop_requested: bool = False
-
-    @property
-    def is_final(self) -> bool:
-        """Whether another start would change nothing, or is not wanted."""
-        return self.stop_requested or self.code in FINAL_CODES
-
-    def exit_code(self, directory: Path) -> int:
-        """The exit code for the caller: a driver that was killed by the request to stop can be resumed from its last commit."""
-        if self.code in FINAL_CODES:
-            return self.code
-        resumable = self.stop_requested and self.code < 0 and (directory / CONFIG_NAME).is_file()
-        return EXIT_RESUMABLE if resumable else EXIT_FAILED
+ON_STOP = "the run ends after the step that it is in, with a commit; before its first step, at once"
 
 
 def start_run(config: Job, *, driver: str = DRIVER) -> int:
@@ -84,7 +70,14 @@ def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
     """Run the demo's three jobs in one driver."""
     root = str(Path(root).absolute())
-    return run_driver(DEMO, ["--root", root, "--seed", str(seed), *overrides]).exit_code(Path(root))
+    ended = run_driver(DEMO, ["--root", root, "--seed", str(seed), *overrides])
+    if _is_failure(ended):
+        get_logger().error(
+            "the demo's driver %s: `rlhf-ray status` says of each run in %s how far it is and how to go on with it",
+            ended.how,
+            root,
+        )
+    return exit_code(ended, Path(root))
 
 
 def _require_room(config: Job) -> None:
@@ -94,41 +87,51 @@ def _require_room(config: Job) -> None:
         require_fit(needed(config), offered)
 
 
-def _restart_until_final(ending: Ending, directory: Path, restarts: int, driver: str, text: str) -> int:
+def _restart_until_final(ended: Ended, directory: Path, restarts: int, driver: str, text: str) -> int:
     """Start another driver as long as the last one failed: from the last commit, or anew where no run was begun."""
     for attempt in range(1, restarts + 1):
-        if ending.is_final:
+        if not _is_failure(ended) or ended.signal is not None:
             break
-        get_logger().warning("the driver ended with %d: restart %d of %d", ending.code, attempt, restarts)
+        get_logger().warning("the driver %s: restart %d of %d", ended.how, attempt, restarts)
         begun = (directory / CONFIG_NAME).is_file()
-        ending = _run_resuming_driver(driver, directory) if begun else run_driver(driver, [], text)
-    return ending.exit_code(directory)
+        ended = _run_resuming_driver(driver, directory) if begun else run_driver(driver, [], text)
+    if _is_failure(ended):
+        get_logger().error("the driver %s: %s", ended.how, _way_on(directory))
+    return exit_code(ended, directory)
 
 
-def _run_resuming_driver(driver: str, directory: Path) -> Ending:
+def _is_failure(ended: Ended) -> bool:
+    """Whether a driver died, or ended with a code that another start might change."""
+    return ended.code not in FINAL_CODES and ended.code != _code_of_signal(ended)
+
+
+def exit_code(ended: Ended, directory: Path) -> int:
+    """The exit code for the caller: a driver that was killed by the request to stop can be resumed from its last commit."""
+    if not _is_failure(ended):
+        return ended.code
+    if ended.signal is None or ended.code >= 0:
+        return EXIT_FAILED
+    return EXIT_RESUMABLE if (directory / CONFIG_NAME).is_file() else _code_of_signal(ended)
+
+
+def _code_of_signal(ended: Ended) -> int:
+    """The exit code of a process that the signal stopped before it had begun anything; 0 where there was no signal."""
+    return 0 if ended.signal is None else Interrupted(ended.signal).exit_code
+
+
+def _way_on(directory: Path) -> str:
+    """What is left of a run whose driver failed, and the command that goes on with it."""
+    if not (directory / CONFIG_NAME).is_file():
+        return "no run was begun"
+    steps = CheckpointStore(directory / "checkpoints").steps()
+    commit = f"the last commit is that of step {steps[-1]}" if steps else "nothing was committed yet"
+    return f"{commit}; go on with: rlhf-ray resume {directory}"
+
+
+def _run_resuming_driver(driver: str, directory: Path) -> Ended:
     return run_driver(driver, ["--resume", str(directory)])
 
 
-def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ending:
+def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ended:
     """Run one driver from start to end; ``text`` is its standard input. Signals to this process are passed on to it."""
-    command = [sys.executable, "-m", module, *arguments]
-    received: list[int] = []
-    running: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for driver in running:
-            driver.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        variables = {**environment.for_process(), **os.environ}
-        driver = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
-        running.append(driver)
-        if received:  # before the driver existed
-            driver.send_signal(received[-1])
-        driver.communicate(text.encode())
-        return Ending(driver.returncode, bool(received))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return run_child(["-m", module, *arguments], text=text, on_stop=ON_STOP)

@@ -2,95 +2,123 @@
 
 Invariants: the config is checked here before anything is sent; the resolved config is sent, so the cluster needs this package
 but not the recipe; relative paths are taken from the current directory and must exist on the cluster under the same name; the
-caller gets the driver's own exit code.
+caller gets the driver's own exit code, and never one of a failure while the job runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shlex
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray import environment
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import dump_config
-from rlhf_ray.config.paths import with_absolute_paths
+from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger, say
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, RequestError
+from rlhf_ray.environment import SAYS_EXIT_CODE
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Interrupted, RequestError
+from rlhf_ray.launch.submission.following import Log, follow
+from rlhf_ray.launch.submission.job_server import JobServer, JobUnknown
+from rlhf_ray.runs.directory import RunDirectory
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-SECONDS_TO_SETTLE = 10.0
 STOP_WAIT, SECONDS_TO_COMMIT = "RAY_JOB_STOP_WAIT_TIME_S", "600"
 
 
 def submit(config: Job, *, address: str | None, wait: bool) -> int:
     """Submit ``config``; with ``wait`` stream its log and return the driver's exit code."""
-    config = config.to_train()
-    client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    config = with_absolute_paths(config.to_train(), Path.cwd())
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", SAYS_EXIT_CODE: "1", STOP_WAIT: _time_to_stop()}
+    server = JobServer(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    job = f"raysubmit_{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / CONFIG_NAME).write_text(dump_config(with_absolute_paths(config, Path.cwd())))
-        job = client.submit_job(
+        (Path(directory) / CONFIG_NAME).write_text(dump_config(config))
+        server.submit(
+            job,
             entrypoint=shlex.join(["python", "-m", "rlhf_ray", "train", config.kind, CONFIG_NAME]),
-            runtime_env={"working_dir": directory, "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", **_time_to_stop()}},
+            runtime_env={"working_dir": directory, "env_vars": variables},
             metadata={"run": config.run.name, "kind": config.kind},
         )
     get_logger().info("submitted %s: run %s, %s", job, config.run.name, config.kind)
     if not wait:
         say(job)
         return EXIT_DONE
+    return watch(server, job, run_directory(config))
+
+
+def watch(server: JobServer, job: str, run: Path) -> int:
+    """Follow a job to its end and return its exit code; ``run`` is its run directory, where this machine sees it."""
+    log = Log(_write)
+    where = f"--address {server.address} {job}"
     try:
-        asyncio.run(_follow(client, job))
-    except KeyboardInterrupt:
-        get_logger().warning(
-            "%s goes on: `ray job logs --follow %s` shows it, `ray job stop %s` stops it", job, job, job
+        details = asyncio.run(follow(server, job, log))
+    except Interrupted as error:
+        raise error.saying(
+            f"{job} goes on: `ray job logs --follow {where}` follows it again, `ray job stop {where}` stops it"
+        ) from None
+    except JobUnknown as error:
+        get_logger().error(
+            "the cluster does not know %s any more, as after a new start of its head (%s); `rlhf-ray status %s` says how far "
+            "the run came",
+            job,
+            error,
+            run,
         )
         return EXIT_FAILED
-    return _exit_code(client, job)
+    return _exit_code(details, job, log.exit_code, run)
 
 
-def _time_to_stop() -> dict[str, str]:
-    """Ray kills a stopped job after three seconds, which is less than a step and its commit may take."""
-    return {STOP_WAIT: os.environ.get(STOP_WAIT, SECONDS_TO_COMMIT)}
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
-def _client(address: str) -> Any:
-    environment.prepare()
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return JobSubmissionClient(address)
-    except AuthenticationError as error:
+def _time_to_stop() -> str:
+    """How many seconds a stopped job has before Ray kills it: by default three, less than a step and its commit may take."""
+    seconds = os.environ.get(STOP_WAIT, SECONDS_TO_COMMIT)
+    if not (seconds.isascii() and seconds.isdigit() and int(seconds) > 0):
         raise RequestError(
-            f"the Ray cluster at {address} asks for a token, and this is not the one it knows: set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
-        ) from error
-    except (ConnectionError, RuntimeError) as error:
-        raise RequestError(
-            f"no Ray cluster answers at {address} ({error}); start one (ray start --head), or name it with --address"
-        ) from error
+            f"{STOP_WAIT}={seconds}: Ray reads it as a whole number of seconds, at least 1, and cannot stop a job otherwise: "
+            f"set it to what a step and a checkpoint may take, such as {SECONDS_TO_COMMIT}, or unset it"
+        )
+    return seconds
 
 
-async def _follow(client: Any, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        say(lines.rstrip("\n"))
+def _exit_code(details: Any, job: str, said: int | None, run: Path) -> int:
+    """The driver's exit code: what Ray knows, else what the job ``said`` last, else what lies in the run directory."""
+    if details.status.value == "STOPPED":
+        return _exit_code_of_stopped(job, said, run)
+    if details.driver_exit_code is not None:
+        code = int(details.driver_exit_code)
+        return 128 - code if code < 0 else code  # as a shell says that a signal killed it
+    if said is not None:
+        return said
+    get_logger().error("%s: %s", job, details.message)
+    return EXIT_FAILED
 
 
-def _exit_code(client: Any, job: str) -> int:
-    """The driver's exit code; a stopped job is resumable, one without a code of its own failed."""
-    deadline = time.monotonic() + SECONDS_TO_SETTLE
-    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    info = client.get_job_info(job)
-    if status.value == "STOPPED":
-        get_logger().warning("%s was stopped; its last commit is intact", job)
+def _exit_code_of_stopped(job: str, said: int | None, run: Path) -> int:
+    """Ray keeps no exit code of a stopped job, and calls it stopped as well if it was killed before it could commit."""
+    if said is not None:
+        get_logger().warning("%s was stopped and ended with %d", job, said)
+        return said
+    steps = RunDirectory(run).checkpoints.steps()
+    if steps:
+        get_logger().warning(
+            "%s was stopped, and killed before it had ended: its last commit is that of step %d; `rlhf-ray resume %s` goes on "
+            "from there",
+            job,
+            steps[-1],
+            run,
+        )
         return EXIT_RESUMABLE
-    if info.driver_exit_code is not None:
-        return int(info.driver_exit_code)
-    get_logger().error("%s: %s", job, info.message)
+    get_logger().error(
+        "%s was stopped, and killed before it said how it ended; no commit of it is to be seen here in %s", job, run
+    )
     return EXIT_FAILED

@@ -22,7 +22,6 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.rollout.fleet import Fleet
-from rlhf_ray.trainers import stopping
 
 
 class Session:
@@ -42,7 +41,6 @@ class Session:
     def __enter__(self) -> Session:
         if self._cluster is not None:
             self._place = self._cluster.__enter__()
-            stopping.listen()  # ray.init has taken SIGTERM for itself
         return self
 
     def __exit__(

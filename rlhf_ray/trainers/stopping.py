@@ -1,7 +1,7 @@
-"""Stop a training run between two steps when it gets SIGTERM or SIGINT.
+"""Stop a training run when it gets SIGTERM, SIGINT or SIGHUP.
 
-Invariant: the signal handler only sets a flag, which the training loop reads after each step; nothing is interrupted in the
-middle.
+Invariant: before the first step the signal raises :class:`Interrupted` at once, since nothing can be lost yet. From then on the
+handler only sets a flag, which the training loop reads after each step: nothing is interrupted in the middle.
 """
 
 from __future__ import annotations
@@ -10,19 +10,37 @@ import signal
 import threading
 from types import FrameType
 
-_stop = threading.Event()
+from rlhf_ray.errors import Interrupted
+from rlhf_ray.processes import interrupts
+
+_received: list[int] = []
+_training = threading.Event()
 
 
 def listen() -> None:
-    """Turn SIGTERM and SIGINT into a request to stop after the current step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _request_stop)
+    """Turn the signals into a request to stop. The run that begins now has made no step yet: an earlier request is raised."""
+    _training.clear()
+    interrupts.listen(_request_stop)
+    if _received:
+        raise interrupted()
+
+
+def steps_begin() -> None:
+    """From now on no step is interrupted: a request to stop is obeyed after one."""
+    _training.set()
 
 
 def stop_requested() -> bool:
     """Whether this process was asked to stop."""
-    return _stop.is_set()
+    return bool(_received)
+
+
+def interrupted() -> Interrupted:
+    """The request to stop as the error that it raises before the first step."""
+    return Interrupted(_received[0] if _received else signal.SIGINT)
 
 
 def _request_stop(number: int, frame: FrameType | None) -> None:
-    _stop.set()
+    _received.append(number)
+    if len(_received) == 1 and not _training.is_set():
+        raise Interrupted(number)

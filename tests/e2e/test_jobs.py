@@ -30,6 +30,7 @@ import pytest
 from rlhf_ray.monitoring.registry import PHASES
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import DEADLINE_S, metrics
+from tests.e2e.cutting_proxy import CuttingProxy
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "http://127.0.0.1:8299"
@@ -188,10 +189,17 @@ without_tokens = pytest.mark.parametrize("head", ["disabled"], indirect=True)
 
 @with_tokens
 def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tmp_path):
-    with Watch(head) as watch:
-        done = head.run("rlhf_ray", "submit", *SMALL, "run.name=submitted", "--address", ADDRESS, cwd=tmp_path)
+    """Through a proxy that ends every connection to the log after two seconds, with and without a word."""
+    with Watch(head) as watch, CuttingProxy(ADDRESS, seconds=2.0).running() as proxy:
+        done = head.run("rlhf_ray", "submit", *SMALL, "run.name=submitted", "--address", proxy.address, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4/4  loss/sft" in done.stderr
+    assert {"close", "abort"} <= set(proxy.cuts)
+    for line in (
+        "Running entrypoint for job",
+        *(f"{step}/4  loss/sft" for step in range(1, 5)),
+        "rlhf-ray: exit code 0",
+    ):
+        assert done.stderr.count(line) == 1, done.stderr
     assert (tmp_path / "runs/submitted/final/model.safetensors").is_file()
     assert head.job("submitted")["metadata"] == {"run": "submitted", "kind": "sft"}
     assert [line for line in watch.seen if line.startswith("ray_rlhf_loss_sft{") and 'run="submitted"' in line]

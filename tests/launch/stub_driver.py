@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from rlhf_ray.processes import lifeline
+
 
 def main() -> None:
     text = sys.stdin.read()
@@ -32,6 +34,7 @@ def main() -> None:
             signal.signal(number, lambda number, frame: (Path("signal").write_text(str(number)), os._exit(75)))
     elif words[0] == "deaf":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    lifeline.connect()
     if words[0] in ("wait", "deaf"):
         Path("ready").touch()
         time.sleep(60)

@@ -17,11 +17,13 @@ from rlhf_ray.errors import (
     ConfigError,
     DataError,
     GroupError,
+    Interrupted,
     NumericalError,
     RequestError,
     ResumableStop,
 )
 from rlhf_ray.launch import driver
+from rlhf_ray.processes.interrupts import kept_handlers
 from rlhf_ray.trainers import stopping
 
 CONFIG = dump_config(load_config("demo-sft", ["run.name=small"]))
@@ -30,10 +32,9 @@ CONFIG = dump_config(load_config("demo-sft", ["run.name=small"]))
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """A driver listens to signals; the tests after it do not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with kept_handlers():
+        yield
+    stopping._received.clear()
 
 
 @pytest.fixture
@@ -78,10 +79,42 @@ def test_work_that_ends_is_done():
     assert driver.exit_code(lambda: None) == 0
 
 
-def test_a_signal_only_asks(monkeypatch):
-    monkeypatch.setattr(stopping, "_stop", type(stopping._stop)())
-    assert driver.exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 0
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_only_asks_once_steps_have_begun(number):
+    def work() -> None:
+        stopping.steps_begin()
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    assert driver.exit_code(work) == 0
     assert stopping.stop_requested()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_is_obeyed_at_once_and_the_run_can_go_on(tmp_path, monkeypatch, message, number):
+    went_on = []
+
+    def train(*job: object, place: object) -> None:
+        signal.raise_signal(number)
+        went_on.append("after the signal")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "import_object", lambda path: train)
+    assert driver.exit_code(lambda: driver.train_new_run(CONFIG)) == 75
+    assert went_on == []
+    assert "stopped on request before the first step; go on with: rlhf-ray resume" in message.text
+    assert (tmp_path / "runs/small/config.yaml").is_file()
+
+
+def test_a_signal_before_a_run_is_begun_leaves_nothing(message):
+    assert driver.exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert message.text.count("stopped by SIGTERM") == 1
+
+
+def test_a_request_to_stop_made_in_one_job_of_the_demo_stops_the_next_before_it_begins(monkeypatch):
+    assert driver.exit_code(lambda: (stopping.steps_begin(), signal.raise_signal(signal.SIGTERM))) == 0
+    with pytest.raises(Interrupted):
+        stopping.listen()
 
 
 @pytest.mark.parametrize("error", [DataError("rows.jsonl:3: no 'answer'"), CapacityError("full")])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.launch.parent import Ending
+from rlhf_ray.launch.parent import exit_code
+from rlhf_ray.processes.child import Ended
 
 ROOT = Path(__file__).parents[2]
 PARENT = """
@@ -85,7 +86,10 @@ def test_a_driver_that_died_is_started_again_from_the_last_commit(parent):
     code, message = parent.run(["begin kill", "1", "0"], "new", "2")
     assert code == 0
     assert parent.starts == ["new", f"--resume {parent.directory}/runs/stub", f"--resume {parent.directory}/runs/stub"]
-    assert "ended with -9: restart 1 of 2" in message and "ended with 1: restart 2 of 2" in message
+    assert (
+        "was killed by SIGKILL, as by the kernel when memory runs out: restart 1 of 2" in message
+        and "ended with 1: restart 2 of 2" in message
+    )
 
 
 def test_restarts_are_counted(parent):
@@ -125,12 +129,12 @@ def test_a_driver_that_dies_of_the_request_to_stop_is_not_started_again(parent):
 
 def test_a_driver_stopped_before_it_began_a_run_leaves_nothing_to_resume(parent):
     process = parent.start(["deaf", "0"], "new", "3")
-    assert parent.stop(process, signal.SIGTERM) == 1
+    assert parent.stop(process, signal.SIGTERM) == 128 + signal.SIGTERM
     assert parent.starts == ["new"]
 
 
 def test_a_failure_after_the_request_to_stop_stays_a_failure(tmp_path):
     (tmp_path / "config.yaml").touch()
-    assert Ending(1, stop_requested=True).exit_code(tmp_path) == 1
-    assert Ending(-15, stop_requested=True).exit_code(tmp_path) == 75
-    assert Ending(-15).exit_code(tmp_path) == 1
+    assert exit_code(Ended(1, signal.SIGTERM), tmp_path) == 1
+    assert exit_code(Ended(-15, signal.SIGTERM), tmp_path) == 75
+    assert exit_code(Ended(-15), tmp_path) == 1

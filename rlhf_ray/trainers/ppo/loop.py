@@ -24,7 +24,7 @@ from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
-from rlhf_ray.trainers.stopping import stop_requested
+from rlhf_ray.trainers.stopping import steps_begin, stop_requested
 
 CHECKED_PROMPTS = 8
 """The self-check samples answers to at most so many prompts."""
@@ -64,6 +64,7 @@ class PpoTrainer:
 
     def run(self) -> None:
         """Run all remaining steps; raises :class:`ResumableStop` if the process is asked to stop between two of them."""
+        steps_begin()
         self.journal.clock.take()  # the time that starting took belongs to no step
         while self.progress.step < self.config.steps:
             self.step()

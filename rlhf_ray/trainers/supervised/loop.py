@@ -20,7 +20,7 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.stopping import stop_requested
+from rlhf_ray.trainers.stopping import steps_begin, stop_requested
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, make_schedule
@@ -113,6 +113,7 @@ class SupervisedTrainer:
         Raises :class:`ResumableStop` if the process is asked to stop before the last update.
         """
         self.restore()
+        steps_begin()
         remaining = range(self.progress.update, self.total)
         for _ in progress(remaining, self.config.kind, total=len(remaining)):
             self.update()

@@ -1,0 +1,76 @@
+"""The child's end of the line between a process that does the work and the one that started it and waits for it.
+
+Invariants: a child whose parent ends, however it ends, is asked to stop as by SIGTERM. What a child says about its outcome
+before it leaves a cluster holds, even if leaving kills it or never ends: Ray ends a process whose cluster has died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
+from rlhf_ray.processes.interrupts import SIGNALS
+
+DESCRIPTOR = "RLHF_RAY_LIFELINE"
+"""The environment variable that gives a child the number of its end of the line."""
+LEFT = b"\xff"
+"""What is said once the cluster is left; every other byte is an exit code."""
+
+_line: socket.socket | None = None
+
+
+def is_child() -> bool:
+    """Whether a parent of ours waits for this process."""
+    return _line is not None or DESCRIPTOR in os.environ
+
+
+def connect() -> None:
+    """Take up the line, if a parent of ours gave one, and the signals that it held back until now, when they are handled."""
+    global _line
+    number = os.environ.pop(DESCRIPTOR, None)  # a process that this one starts is no child of that parent
+    if number is None:
+        return
+    line = _line = socket.socket(fileno=int(number))
+    line.set_inheritable(False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_watch, args=(line,), name="lifeline", daemon=True).start()
+
+
+@contextmanager
+def leaving(error: BaseException | None) -> Iterator[None]:
+    """Around the leaving of a cluster by work that ended in ``error``, or was done."""
+    _say(bytes([outcome(error)]))
+    try:
+        yield
+    finally:
+        _say(LEFT)
+
+
+def outcome(error: BaseException | None) -> int:
+    """The exit code of work that ended in ``error``."""
+    if error is None:
+        return EXIT_DONE
+    code = (
+        getattr(error, "exit_code", EXIT_FAILED) if isinstance(error, RlhfRayError | KeyboardInterrupt) else EXIT_FAILED
+    )
+    return int(code)
+
+
+def _say(word: bytes) -> None:
+    if _line is not None:
+        with suppress(OSError):  # the parent is gone
+            _line.send(word)
+
+
+def _watch(line: socket.socket) -> None:
+    with suppress(OSError):
+        while line.recv(1):
+            pass
+    get_logger().warning("the process that started this one has ended: stopping as by SIGTERM")
+    os.kill(os.getpid(), signal.SIGTERM)

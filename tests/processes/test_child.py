@@ -1,0 +1,163 @@
+"""A child in a session of its own: signals reach it alone and once it listens, its outcome is known, and nothing of it is left.
+
+Each test runs a real parent in a process of its own, over a real child.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf_ray.processes.child import Ended
+
+ROOT = Path(__file__).parents[2]
+BOTH = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from rlhf_ray.processes import interrupts, lifeline
+"""
+PARENT = f"""{BOTH}
+from rlhf_ray.processes import child
+child.SECONDS_TO_LEAVE, child.SECONDS_TO_END = 0.3, 0.3
+text = Path("text").read_text() if Path("text").exists() else None
+ended = child.run_child(["-c", Path("child").read_text()], text=text, on_stop="the child stops")
+print(ended.code, ended.signal)
+"""
+CHILD = f"""{BOTH}
+def listen(handler):
+    interrupts.listen(handler)
+    lifeline.connect()
+    Path("ready").touch()
+def end(code):
+    return lambda number, frame: (Path("got").write_text(str(number)), os._exit(code))
+def start(*command):
+    heeds_signals = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    Path("started").write_text(str(subprocess.Popen(command, preexec_fn=heeds_signals).pid))
+"""
+
+
+class Parent:
+    """A parent over a child that runs ``program``, in a directory of its own."""
+
+    def __init__(self, directory: Path, program: str) -> None:
+        self.directory = directory
+        (directory / "child").write_text(CHILD + program)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PARENT],
+            cwd=directory,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, file: str) -> str:
+        """What the child wrote there, once it is there."""
+        deadline = time.monotonic() + 60
+        while not (path := self.directory / file).exists() or (file != "ready" and not path.read_text()):
+            assert time.monotonic() < deadline, f"{file} was not written"
+            time.sleep(0.02)
+        return path.read_text()
+
+    def ended(self) -> tuple[str, str]:
+        """What the parent says of the child's end, and what it said before."""
+        out, message = self.process.communicate(timeout=60)
+        return out.strip(), message
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Callable[[str], Parent]:
+    return lambda program: Parent(tmp_path, program)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_reaches_the_child_and_nothing_that_the_child_started(parent, number):
+    """A cluster that dies of the signal would take the child's commit along."""
+    cluster = "import time; time.sleep(2); open('survived', 'w').write('yes')"
+    running = parent(f"start(sys.executable, '-c', {cluster!r})\nlisten(end(75))\ntime.sleep(60)")
+    running.wait_for("started")
+    running.wait_for("ready")
+    pid = int(running.wait_for("started"))
+    watched = psutil.Process(pid)
+    os.killpg(running.process.pid, number)
+    assert running.wait_for("got") == str(int(number))
+    out, message = running.ended()
+    assert out == f"75 {int(number)}"
+    assert message.count(f"{number.name}: the child stops") == 1
+    assert not watched.is_running() or watched.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_signal_that_comes_before_the_child_listens_waits_for_it(parent):
+    running = parent("Path('begun').write_text('yes')\ntime.sleep(1)\nlisten(end(75))\ntime.sleep(60)")
+    running.wait_for("begun")
+    running.process.send_signal(signal.SIGINT)
+    out, message = running.ended()
+    assert out == f"75 {int(signal.SIGINT)}"
+    assert "Traceback" not in message
+
+
+def test_a_child_whose_parent_is_killed_is_asked_to_stop(parent):
+    running = parent("Path('pid').write_text(str(os.getpid()))\nlisten(end(75))\ntime.sleep(60)")
+    running.wait_for("ready")
+    running.process.kill()
+    running.process.wait()
+    assert running.wait_for("got") == str(int(signal.SIGTERM))
+
+
+def test_a_process_of_the_child_is_not_a_child_of_the_parent(parent):
+    running = parent("listen(end(75))\nPath('seen').write_text(str(lifeline.DESCRIPTOR in os.environ))\nsys.exit(0)")
+    assert running.ended()[0] == "0 None"
+    assert running.wait_for("seen") == "False"
+
+
+@pytest.mark.parametrize(
+    ("leaving", "code"),
+    [
+        ("with lifeline.leaving(None): os.kill(os.getpid(), signal.SIGABRT)", "0"),
+        ("with lifeline.leaving(None): os._exit(1)", "0"),
+        ("with lifeline.leaving(None): time.sleep(60)", "0"),
+        ("with lifeline.leaving(ResumableStop('stopped')): os._exit(1)", "75"),
+        ("with lifeline.leaving(KeyError('a bug')): os._exit(0)", "1"),
+        ("with lifeline.leaving(None): pass\nsys.exit(3)", "3"),
+        ("with lifeline.leaving(None): pass\nos.kill(os.getpid(), signal.SIGKILL)", "-9"),
+    ],
+)
+def test_what_the_child_said_before_it_left_its_cluster_holds_until_it_has_left(parent, leaving, code):
+    running = parent(f"from rlhf_ray.errors import ResumableStop\nlisten(end(75))\n{leaving}")
+    assert running.ended()[0] == f"{code} None"
+
+
+def test_nothing_of_a_child_that_was_killed_is_left(parent):
+    agent = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    running = parent(f"start(sys.executable, '-c', {agent!r})\nlisten(end(75))\nos.kill(os.getpid(), signal.SIGKILL)")
+    agent_process = psutil.Process(int(running.wait_for("started")))
+    assert running.ended()[0] == "-9 None"
+    assert not agent_process.is_running() or agent_process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_gets_its_text(tmp_path):
+    (tmp_path / "text").write_text("a config\n" * 20000)
+    running = Parent(tmp_path, "listen(end(75))\nPath('got').write_text(sys.stdin.read()[-9:])")
+    assert running.ended()[0] == "0 None"
+    assert running.wait_for("got") == "a config\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        (1, "ended with 1"),
+        (-6, "was killed by SIGABRT"),
+        (-9, "was killed by SIGKILL, as by the kernel when memory runs out"),
+    ],
+)
+def test_an_end_is_told_in_words(code, how):
+    assert Ended(code).how == how

@@ -1,0 +1,58 @@
+"""SIGINT, SIGTERM and SIGHUP are one exception, raised once; what they did before is restored."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from rlhf_ray.errors import Interrupted
+from rlhf_ray.processes.interrupts import SIGNALS, interruptible, kept_handlers
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_raised_once_and_the_handlers_are_restored(number):
+    before = [signal.getsignal(one) for one in SIGNALS]
+    cleaned_up = []
+    with pytest.raises(Interrupted) as caught, interruptible():
+        try:
+            signal.raise_signal(number)
+        finally:
+            for again in SIGNALS:
+                signal.raise_signal(again)
+            cleaned_up.append("whole")
+    assert cleaned_up == ["whole"]
+    assert (caught.value.exit_code, str(caught.value)) == (128 + number, f"stopped by {number.name}")
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_a_plain_interrupt_keeps_the_number_of_its_signal():
+    """Ray makes one of whatever a handler raises while it waits."""
+    with pytest.raises(Interrupted) as caught, interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+    assert caught.value.number == signal.SIGTERM
+
+
+def test_nohup_holds():
+    with kept_handlers():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with interruptible():
+            signal.raise_signal(signal.SIGHUP)
+
+
+def test_another_thread_leaves_the_signals_alone():
+    before = [signal.getsignal(one) for one in SIGNALS]
+    seen = []
+
+    def work() -> None:
+        with interruptible():
+            seen.extend(signal.getsignal(one) for one in SIGNALS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == before
