@@ -13,6 +13,7 @@ from types import FrameType
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.processes import interrupts
 
+_stop = threading.Event()
 _received: list[int] = []
 _training = threading.Event()
 
@@ -21,7 +22,7 @@ def listen() -> None:
     """Turn the signals into a request to stop. The run that begins now has made no step yet: an earlier request is raised."""
     _training.clear()
     interrupts.listen(_request_stop)
-    if _received:
+    if stop_requested():
         raise interrupted()
 
 
@@ -32,7 +33,7 @@ def steps_begin() -> None:
 
 def stop_requested() -> bool:
     """Whether this process was asked to stop."""
-    return bool(_received)
+    return _stop.is_set()
 
 
 def interrupted() -> Interrupted:
@@ -42,5 +43,6 @@ def interrupted() -> Interrupted:
 
 def _request_stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
+    _stop.set()
     if len(_received) == 1 and not _training.is_set():
         raise Interrupted(number)

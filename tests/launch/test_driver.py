@@ -35,6 +35,7 @@ def signals() -> Iterator[None]:
     with kept_handlers():
         yield
     stopping._received.clear()
+    stopping._stop.clear()
 
 
 @pytest.fixture
