@@ -99,6 +99,10 @@ class ResumableStop(RlhfRayError):
     exit_code = EXIT_RESUMABLE
 
 
+class ClosingError(RlhfRayError):
+    """All steps of a run are committed and ``final/`` is written, but its last evaluation or its report failed."""
+
+
 class NumericalError(RlhfRayError):
     """More updates in a row saw NaN or Inf than ``run.max_consecutive_skips`` allows."""
 

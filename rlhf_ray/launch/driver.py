@@ -33,6 +33,7 @@ from rlhf_ray.imports import import_object, quick_imports
 from rlhf_ray.processes import lifeline
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.reporting import close_run
 from rlhf_ray.trainers import stopping
 
 if TYPE_CHECKING:
@@ -83,11 +84,21 @@ def train_new_run(text: str, *, place: Place | None = None) -> None:
         run_trainer(config, run, None, place=place)
 
 
-def continue_run(path: str) -> None:
-    """Train on from the last valid checkpoint of a run, or from its start where none was committed."""
+def continue_run(path: str, *, place: Place | None = None) -> None:
+    """Train on from the last valid checkpoint of a run, or from its start where none was committed.
+
+    Of a run that lacks only its report, write that. ``place`` is as in :func:`run_trainer`.
+    """
     config = load_config(Path(path) / CONFIG_NAME).to_train()
     run, checkpoint = RunDirectory.resume(path, config.checkpoint.keep)
-    run_trainer(config, run, checkpoint)
+    try:
+        if run.closing_path.exists():
+            close_run(run, keep_commit=config.checkpoint.every_steps != 0)
+            get_logger().info("the run was trained and evaluated; its report was missing: %s", run.report_path)
+        else:
+            run_trainer(config, run, checkpoint, place=place)
+    finally:
+        run.release()
 
 
 @contextmanager
@@ -97,7 +108,8 @@ def new_run(config: TrainingJob) -> Iterator[RunDirectory]:
     try:
         yield run
     except (RequestError, CapacityError):
-        if not run.metrics.read() and not run.checkpoints.steps():  # nothing has begun, so the name becomes free again
+        if not (run.metrics.read() or run.checkpoints.steps() or run.final.exists()):
+            # Nothing has begun, so the name becomes free again.
             run.discard()
         raise
     finally:

@@ -71,6 +71,13 @@ class CheckpointStore:
         self.retain(step)
         return Checkpoint(step, pending.target, manifest)
 
+    def remove_newest(self) -> None:
+        """Remove the newest checkpoint, and the directory of checkpoints if that was the only one."""
+        for step in self.steps()[-1:]:
+            storage.remove_directory(self.checkpoint_path(step))
+        if not self.steps():
+            storage.remove_empty([self.directory])
+
     def latest_valid(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or none if none was ever committed; damaged ones are renamed.
 

@@ -7,6 +7,7 @@ metrics, ledger and samples end exactly at the step of the checkpoint that it re
 The directory holds ``config.yaml`` (with every default), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl`` (one line
 each time the run was started), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better
 than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``.
+``summary.json`` is the last file of a run; until the report is written it is called ``closing.json``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from rlhf_ray import storage
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import IntegrityError, RequestError
 from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.runs.ledger import Ledger
@@ -36,8 +37,8 @@ LOCK = ".lock"
 MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
-    r"config\.yaml|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|summary\.json|report\.html|tensorboard"
-    r"|rollout-start|evaluation"
+    r"config\.yaml|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|(summary|closing)\.json|report\.html"
+    r"|tensorboard|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
 _SAMPLES = re.compile(r"step-(\d{6,12})\.jsonl")
@@ -56,6 +57,7 @@ class RunDirectory:
         self.samples = self.path / "samples"
         self.report_path = self.path / "report.html"
         self.summary_path = self.path / "summary.json"
+        self.closing_path = self.path / "closing.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
         self.metrics = JsonLines(self.path / "metrics.jsonl")
@@ -146,16 +148,33 @@ class RunDirectory:
         """An empty directory for the model of the best evaluation; ``storage.commit`` puts it at ``best/``."""
         return storage.begin_directory(self.best, replace=True)
 
+    def final_step(self, *, whole: bool = False) -> int | None:
+        """The step whose weights ``final/`` holds; none where it is missing or does not say.
+
+        If it must be ``whole``, every file is read, and there is none where one is damaged.
+        """
+        try:
+            step = (storage.verify if whole else storage.read_manifest)(self.final).about.get("step")
+        except IntegrityError:
+            return None
+        return step if isinstance(step, int) else None
+
     def write_summary(self, summary: Summary) -> None:
-        """Write what the report shows besides metrics."""
+        """Write what the report shows besides metrics; the run counts as finished."""
         storage.write_file(self.summary_path, summary.to_json())
+        self.closing_path.unlink(missing_ok=True)
+
+    def write_closing(self, summary: Summary) -> None:
+        """Write the summary of a run whose report is still missing."""
+        storage.write_file(self.closing_path, summary.to_json())
 
     def summary(self) -> Summary:
-        """The summary that :meth:`write_summary` wrote, or an empty one."""
-        if not self.summary_path.exists():
-            return Summary()
-        with storage.storage_errors(self.summary_path, "read"):
-            return Summary.from_json(self.summary_path.read_text(), str(self.summary_path))
+        """The summary that :meth:`write_summary` or :meth:`write_closing` wrote, or an empty one."""
+        for path in (self.closing_path, self.summary_path):
+            if path.exists():
+                with storage.storage_errors(path, "read"):
+                    return Summary.from_json(path.read_text(), str(path))
+        return Summary()
 
     def release(self) -> None:
         """Let another process own the run. The end of this process does the same."""

@@ -34,6 +34,17 @@ def write_report(runs: Sequence[RunDirectory], output: str | Path | None = None,
     return path
 
 
+def close_run(run: RunDirectory, *, keep_commit: bool) -> None:
+    """Write the report of a run that has its ``closing.json``; it counts as finished only then.
+
+    Unless the config wants commits, that of the last step, which was there for the case that the closing failed, goes.
+    """
+    write_report([run])
+    run.write_summary(run.summary())
+    if not keep_commit:
+        run.checkpoints.remove_newest()
+
+
 def status(run: RunDirectory) -> dict[str, str]:
     """How far a run is, as rows of a table: facts from its files, and whether a process owns it."""
     lines, checkpoints = run.metrics.read(), run.checkpoints.steps()
@@ -49,6 +60,11 @@ def _state(run: RunDirectory) -> str:
         return "running"
     if run.summary_path.exists():
         return "finished"
+    if run.closing_path.exists():
+        return f"trained; its report is missing; write it with: rlhf-ray resume {run.path}"
+    steps = run.checkpoints.steps()
+    if steps and run.final_step() == steps[-1]:
+        return f"trained, final/ is written; its last evaluation and its report are missing: rlhf-ray resume {run.path}"
     return f"stopped; go on with: rlhf-ray resume {run.path}"
 
 

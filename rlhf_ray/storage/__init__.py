@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Manifest": ".manifest",
         "OutputFile": ".output",
         "PendingDirectory": ".atomic",
+        "amend": ".manifest",
         "begin_directory": ".atomic",
         "commit": ".manifest",
         "differences": ".manifest",

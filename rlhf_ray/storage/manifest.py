@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import IntegrityError, StorageError
-from rlhf_ray.storage.atomic import PendingDirectory
+from rlhf_ray.storage.atomic import PendingDirectory, begin_directory
 from rlhf_ray.storage.failures import storage_errors
 from rlhf_ray.storage.made import MANIFEST
 
@@ -94,6 +95,36 @@ def commit(
         pending.abort()
         raise
     return manifest
+
+
+def amend(directory: str | Path, changed: Mapping[str, str]) -> Manifest:
+    """Commit a directory anew in which the files named by ``changed`` have these contents; returns its manifest.
+
+    The other files are not copied where the file system knows hard links.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    pending = begin_directory(directory, replace=True)
+    try:
+        with storage_errors(directory):
+            for name in manifest.files.keys() | changed.keys():
+                target = pending.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if name in changed:
+                    target.write_text(changed[name])
+                else:
+                    _link_or_copy(directory / name, target)
+    except BaseException:
+        pending.abort()
+        raise
+    return commit(pending, manifest.about, manifest.files.keys())
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def read_manifest(directory: str | Path) -> Manifest:

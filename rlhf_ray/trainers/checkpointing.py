@@ -2,12 +2,15 @@
 
 Invariants: a checkpoint holds the driver's state and the shards of every trained group, or it does not exist. That is so
 even where a rank wrote to a disk that the driver does not see: the checkpoint is then refused. Restoring returns the
-driver's state only after every group has loaded its own.
+driver's state only after every group has loaded its own. A step is committed once. Steps that are finished are committed
+before an error that came after them ends the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +19,41 @@ from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.shards import expected_files
+from rlhf_ray.errors import GroupError, ResumableStop, ScoringError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.commit_schedule import CommitSchedule
 
 
 class Checkpointer:
-    """Writes the checkpoints and the final models of one run; ``checkpoint`` is the one that the run goes on from."""
+    """Writes the checkpoints and the final models of a run of ``total`` steps.
+
+    ``checkpoint`` is the one that the run goes on from.
+    """
 
     def __init__(
-        self, run: RunDirectory, config: CheckpointConfig, groups: Mapping[str, Group], checkpoint: Checkpoint | None
+        self,
+        run: RunDirectory,
+        config: CheckpointConfig,
+        groups: Mapping[str, Group],
+        checkpoint: Checkpoint | None,
+        total: int,
     ) -> None:
         self.run = run
-        self.every = config.every_steps
         self.groups = dict(groups)
         self.checkpoint = checkpoint
-
-    def is_due(self, step: int) -> bool:
-        """Whether ``checkpoint.every_steps`` asks for a checkpoint after ``step``."""
-        return self.every > 0 and step % self.every == 0
+        self.committed = None if checkpoint is None else checkpoint.step
+        """The step of the newest commit; none before the first."""
+        self.schedule = CommitSchedule(config.every_steps, total, self.committed or 0)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``."""
+        """Write ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``.
+
+        Nothing happens where that step is committed already: a stop may meet a checkpoint that was due.
+        """
+        if step == self.committed:
+            return
+        began = time.monotonic()
         pending = self.run.checkpoints.begin(step)
         try:
             for saving in [group.save(str(pending.path / name)) for name, group in self.groups.items()]:
@@ -46,9 +63,55 @@ class Checkpointer:
             raise
         expected = [f"{name}/{file}" for name, group in self.groups.items() for file in expected_files(group.size)]
         self.run.checkpoints.commit(pending, about={"state": dict(state)}, expected=expected)
+        self.committed = step
+        self.schedule.committed(step, time.monotonic() - began)
 
-    def save_final(self, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:
-        """Write ``final/``, whole or not at all.
+    @contextmanager
+    def committing_on_failure(self, step: int, state: Mapping[str, Any]) -> Iterator[None]:
+        """Commit ``step``, whose driver's state is ``state``, before an error leaves the ``with`` block.
+
+        The groups must hold the weights of ``step`` all the while. A reward source that failed then ends the run with
+        :class:`ResumableStop`; every other error is raised as it is.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._commit_before(error, step, state) and isinstance(error, ScoringError):
+                raise ResumableStop(
+                    f"{error}. Everything up to step {step} is committed; when the source works again, go on with: "
+                    f"rlhf-ray resume {self.run.path}"
+                ) from error
+            raise
+
+    def _commit_before(self, error: Exception, step: int, state: Mapping[str, Any]) -> bool:
+        """Try to commit ``step`` before ``error`` is raised; returns whether it is committed."""
+        if step == self.committed:
+            return True
+        # The other ranks of a group that failed may sit in a collective for ever.
+        together = {group.role for group in self.groups.values() if group.size > 1}
+        if step == 0 or (isinstance(error, GroupError) and error.role in together):
+            return False
+        try:
+            self.save(step, state)
+        except Exception as second:
+            get_logger("runs").error("step %d could not be committed before the run ended: %s", step, second)
+            return False
+        get_logger("runs").info("step %d is committed, since the run ends with an error", step)
+        return True
+
+    def keep_result(self, step: int, state: Mapping[str, Any], write_final: Callable[[], None]) -> None:
+        """Commit ``step``, the last one, and have ``final/`` written; what is there already stays.
+
+        One that fails does not keep the other from being written.
+        """
+        try:
+            self.save(step, state)
+        finally:
+            if self.run.final_step(whole=True) != step:
+                write_final()
+
+    def save_final(self, step: int, parts: Mapping[str, tuple[Group, Mapping[str, Any]]]) -> None:
+        """Write ``final/``, whole or not at all, as the weights of ``step``.
 
         ``parts`` maps a directory below ``final/`` (``""`` is ``final/`` itself) to the group whose model is written there
         as a Hugging Face directory, and to facts that its ``config.json`` gets besides.
@@ -60,7 +123,7 @@ class Checkpointer:
         except BaseException:
             pending.abort()
             raise
-        storage.commit(pending, expected=[str(Path(place) / "config.json") for place in parts])
+        storage.commit(pending, {"step": step}, expected=[str(Path(place) / "config.json") for place in parts])
 
     def restore(self) -> dict[str, Any] | None:
         """Load the checkpoint into every group and return the driver's state; none where the run starts from the beginning."""

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.errors import StorageError
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
 from rlhf_ray.monitoring.phases import PhaseClock
@@ -32,7 +33,7 @@ from rlhf_ray.monitoring.report.summary import (
 )
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.runs.reporting import write_report
+from rlhf_ray.runs.reporting import close_run
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CONSOLE_METRICS = (
@@ -64,9 +65,11 @@ class Journal:
         self._compute: tuple[ComputeShape, float] | None = None
         self._first: tuple[float, int] | None = None
         """When the first update of this attempt ended (monotonic seconds), and its number."""
+        self._samples_lost = 0
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
 
     def __enter__(self) -> Journal:
+        self.run.closing_path.unlink(missing_ok=True)  # of a run that trains on
         self._memory.start()
         self._log = MetricsLog(self.run.metrics, self._sinks())
         self.clock = PhaseClock(self._phase_gauge())
@@ -77,6 +80,8 @@ class Journal:
     ) -> None:
         self._log.close()
         self._memory.stop()
+        if self._samples_lost:
+            self.logger.warning("the samples of %d steps could not be written", self._samples_lost)
 
     def _sinks(self) -> list[Sink]:
         sinks: list[Sink] = []
@@ -163,8 +168,14 @@ class Journal:
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the first ``monitoring.samples_per_log`` samples of a step as JSON lines."""
         count = self.config.monitoring.samples_per_log
-        if count:
+        if not count:
+            return
+        try:
             self.run.write_samples(step, rows[:count])
+        except StorageError as error:
+            if not self._samples_lost:
+                self.logger.warning("the samples of step %d could not be written (%s): training goes on", step, error)
+            self._samples_lost += 1
 
     def keep_checks(self, checks: Sequence[Check]) -> None:
         """Keep the results of the start-up self-check for the report."""
@@ -184,11 +195,12 @@ class Journal:
 
     def finish(self) -> Summary:
         """Write the summary and the report."""
+        self.add_facts({f"missed by {name}": f"{count} lines of metrics" for name, count in self._log.lost.items()})
         peak = self._memory.peak
         history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in self._memory.history)
         memory = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
         summary = Summary(**self._summary, memory=memory)
-        self.run.write_summary(summary)
-        write_report([self.run])
+        self.run.write_closing(summary)
+        close_run(self.run, keep_commit=self.config.checkpoint.every_steps != 0)
         self.logger.info("report: %s", self.run.report_path)
         return summary

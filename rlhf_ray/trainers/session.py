@@ -46,7 +46,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cleanup.close()
+        try:
+            self.cleanup.close()
+        except Exception as cleanup_error:  # a user's own close; what the run has done is on disk
+            get_logger().warning("closing what the run had opened failed: %r", cleanup_error)
         if self._cluster is not None:
             self._cluster.__exit__(kind, error, trace)
 

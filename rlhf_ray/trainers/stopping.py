@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 
-from rlhf_ray.errors import Interrupted
+from rlhf_ray.errors import Interrupted, ResumableStop
 from rlhf_ray.processes import interrupts
 
 _stop = threading.Event()
@@ -39,6 +40,12 @@ def stop_requested() -> bool:
 def interrupted() -> Interrupted:
     """The request to stop as the error that it raises before the first step."""
     return Interrupted(_received[0] if _received else signal.SIGINT)
+
+
+def stopped(unit: str, done: int, total: int, run: Path) -> ResumableStop:
+    """What a run ends with that was asked to stop after ``done`` of ``total`` steps, each called a ``unit``."""
+    last = ", before its last evaluation and its report" if done == total else ""
+    return ResumableStop(f"stopped on request after {unit} {done} of {total}{last}; go on with: rlhf-ray resume {run}")
 
 
 def _request_stop(number: int, frame: FrameType | None) -> None:

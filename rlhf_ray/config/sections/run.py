@@ -48,8 +48,8 @@ class ClusterConfig(Section):
 class CheckpointConfig(Section):
     """How often a run is saved so that it can be resumed, and how many of these checkpoints are kept."""
 
-    every_steps: NonNegative = 0
-    """0 keeps only the final weights."""
+    every_steps: NonNegative | None = None
+    """Null commits after every tenth of a run and every quarter of an hour; 0 keeps only the final weights."""
     keep: Positive = 2
 
 

@@ -88,7 +88,7 @@ def build(
 ) -> PpoTrainer:
     """Start every group and engine, and put the trainer together."""
     groups, engines = start_groups(config, session)
-    checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint)
+    checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
     setup = RolloutSetup(config.rollout, str(start_directory), ends.ids, config.run.seed, config.run.deterministic)

@@ -2,32 +2,52 @@
 
 Invariants: a step is sampled by one version of the weights, and scored, valued and learned from as one batch. One schedule a
 step serves log-probs, values and the first pass, so that the first ratio is exactly 1. All ranks of policy and critic apply
-an update, or none does. A step counts only once its prompts are in the ledger.
+an update, or none does. A step counts only once its prompts are in the ledger. What fails after a step does not cost it: the
+step is committed before the run ends, and the last one before anything else is done.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import NumericalError, ResumableStop
+from rlhf_ray.errors import NumericalError
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
+from rlhf_ray.trainers.closing import closing
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.comparison_table import show_samples, summarize_comparison
 from rlhf_ray.trainers.ppo.evaluation import Comparison, PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.metrics import StepMetrics, sample_rows
 from rlhf_ray.trainers.ppo.progress import PpoProgress
-from rlhf_ray.trainers.ppo.roles import Groups
-from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler
+from rlhf_ray.trainers.ppo.roles import Groups, Schedules
+from rlhf_ray.trainers.ppo.sampling import Collected, Collector, PromptStream, Sampler
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
-from rlhf_ray.trainers.stopping import steps_begin, stop_requested
+from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
+from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CHECKED_PROMPTS = 8
 """The self-check samples answers to at most so many prompts."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The batch of a step, ready to learn from, and what is known of it."""
+
+    collected: Collected
+    batch: TrajectoryBatch
+    schedules: Schedules
+    samples: Sequence[TextSample]
+    metrics: Mapping[str, float]
+    objective: Mapping[str, float]
+    """Metrics of rewards and advantages."""
 
 
 @dataclass
@@ -48,6 +68,8 @@ class PpoTrainer:
     checkpoints: Checkpointer
     journal: Journal
     progress: PpoProgress
+    state: dict[str, Any] = field(default_factory=dict)
+    """The driver's part of a checkpoint after the last finished step: a step that has begun has moved the prompts on."""
 
     def start(self) -> None:
         """Load the last checkpoint if there is one, give the engines the weights, check the set-up, and measure the start."""
@@ -56,6 +78,7 @@ class PpoTrainer:
             self.progress.restore(state["progress"])
             self.prompts.restore(state["prompts"])
             self.prompts.account(self.run_directory.ledger)
+        self.remember()
         self.publish(self.progress.weight_version)
         with self.journal.phase("evaluation"):
             if state is None:
@@ -66,15 +89,50 @@ class PpoTrainer:
         """Run all remaining steps; raises :class:`ResumableStop` if the process is asked to stop between two of them."""
         steps_begin()
         self.journal.clock.take()  # the time that starting took belongs to no step
+        self.stop_if_asked()
         while self.progress.step < self.config.steps:
             self.step()
-            if stop_requested() and self.progress.step < self.config.steps:
-                self.save_checkpoint()
-                raise ResumableStop(f"stopped on request after step {self.progress.step} of {self.config.steps}; go on "
-                                    f"with: rlhf-ray resume {self.run_directory.path}")  # fmt: skip
+            self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Commit and raise :class:`ResumableStop` if the process was asked to stop; before the first step nothing is lost."""
+        if not stop_requested():
+            return
+        if self.progress.step > 0:
+            self.save_checkpoint()
+        raise stopped("step", self.progress.step, self.config.steps, self.run_directory.path)
 
     def step(self) -> None:
-        """One step of PPO, in the order in which the data moves: sample, score, learn, publish, record."""
+        """One step of PPO, in the order in which the data moves: sample, score, learn, record, publish."""
+        progress = self.progress
+        with self.checkpoints.committing_on_failure(progress.step, self.state):
+            prepared = self.prepare()
+        with self.journal.phase("update"):
+            train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
+            outcome = self.learner.learn(
+                prepared.batch, prepared.schedules, train_policy=train_policy, kl_coefficient=progress.kl.coefficient
+            )
+        progress.weight_version += outcome.policy_applied
+        progress.finish_step(outcome, prepared.objective, sequences=len(prepared.batch))
+        self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prepared.collected.prompts])
+        self.remember()
+        with self.checkpoints.committing_on_failure(progress.step, self.state):
+            self.commit_if_due()
+            if outcome.policy_applied:
+                with self.journal.phase("weights"):
+                    self.publish(progress.weight_version)
+            self.journal.write_samples(progress.step, sample_rows(prepared.samples, prepared.batch))
+            metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **progress.metrics()}
+            self.journal.log_step(progress.step, self.config.steps, metrics, prepared.batch)
+            every = self.config.evaluation.every_steps
+            if every and progress.step % every == 0 and progress.step < self.config.steps:
+                self.compare()
+        if progress.consecutive_skips >= self.config.run.max_consecutive_skips:
+            raise NumericalError(f"{progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: look "
+                                 "at the last metrics, lower the learning rate, or resume an earlier checkpoint")  # fmt: skip
+
+    def prepare(self) -> Prepared:
+        """Sample and score the batch of the next step; this changes no weight."""
         phase, progress = self.journal.phase, self.progress
         collected = self.collector.collect(progress.step, progress.weight_version, phase)
         batch, schedules, samples = self.experience.gather(
@@ -82,44 +140,35 @@ class PpoTrainer:
         )
         progress.observe_scores(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
-        measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
-        with phase("update"):
-            train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
-            outcome = self.learner.learn(
-                batch, schedules, train_policy=train_policy, kl_coefficient=progress.kl.coefficient
-            )
-        if outcome.policy_applied:
-            with phase("weights"):
-                self.publish(progress.weight_version + 1)
-
-        progress.finish_step(outcome, objective, sequences=len(batch))
-        self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in collected.prompts])
-        if self.checkpoints.is_due(progress.step):
-            with phase("checkpoint"):
-                self.save_checkpoint()
-        self.journal.write_samples(progress.step, sample_rows(samples, batch))
-        metrics = measured | objective | outcome.metrics | progress.metrics()
-        self.journal.log_step(progress.step, self.config.steps, metrics, batch)
-        self.after_step()
-
-    def after_step(self) -> None:
-        """Evaluate if it is due; raises :class:`NumericalError` if too many updates in a row were skipped."""
-        step, every = self.progress.step, self.config.evaluation.every_steps
-        if every and step % every == 0 and step < self.config.steps:
-            self.compare()
-        if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
-            raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: look "
-                                 "at the last metrics, lower the learning rate, or resume an earlier checkpoint")  # fmt: skip
+        metrics = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
+        return Prepared(collected, batch, schedules, samples, metrics, objective)
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every rollout engine as ``version``."""
-        self.progress.weight_version = version
         self.sampler.update_weights(version, self.groups.policy.publish_weights(version).result())
 
+    def remember(self) -> None:
+        """Keep the driver's state as it is now, after a finished step, for its checkpoint."""
+        self.state = {"progress": self.progress.state(), "prompts": self.prompts.state()}
+
+    def commit_if_due(self) -> None:
+        """Commit the step that was just finished if it is due; after the last one, write ``final/`` too."""
+        step = self.progress.step
+        if step == self.config.steps or self.checkpoints.schedule.is_due(step):
+            with self.journal.phase("checkpoint"):
+                self.save_checkpoint()
+
     def save_checkpoint(self) -> None:
-        """Save everything up to the last step, so that it survives a kill."""
-        state = {"progress": self.progress.state(), "prompts": self.prompts.state()}
-        self.checkpoints.save(self.progress.step, state)
+        """Save everything up to the last step, so that it survives a kill; after the last one, ``final/`` too.
+
+        The critic is in ``final/critic``.
+        """
+        step = self.progress.step
+        if step < self.config.steps:
+            self.checkpoints.save(step, self.state)
+        else:
+            write = partial(self.checkpoints.save_final, step, self.groups.results)
+            self.checkpoints.keep_result(step, self.state, write)
 
     def check(self) -> None:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
@@ -140,14 +189,17 @@ class PpoTrainer:
         return comparison
 
     def finish(self) -> None:
-        """Check the ledger, compare a last time, write ``final/`` (the critic in ``final/critic``) and the report."""
-        epochs = self.prompts.account(self.run_directory.ledger)
-        get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
-        comparison = self.compare()
-        if comparison is not None:
-            self.journal.keep_comparison(
-                *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
-            )
-        self.checkpoints.save_final(self.groups.results)
-        self.journal.finish()
-        get_logger("ppo").info("done: %s", self.run_directory.path)
+        """Check the ledger, compare a last time, and write the report; a run that was killed may lack ``final/`` too."""
+        self.save_checkpoint()
+        run, step = self.run_directory, self.progress.step
+        with closing(run, step, "the last evaluation"):
+            epochs = self.prompts.account(run.ledger)
+            get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
+            comparison = self.compare()
+            if comparison is not None:
+                self.journal.keep_comparison(
+                    *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
+                )
+        with closing(run, step, "the report"):
+            self.journal.finish()
+        get_logger("ppo").info("done: %s", run.path)

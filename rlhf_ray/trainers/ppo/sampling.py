@@ -166,8 +166,8 @@ class DynamicSampling:
     """Dynamic sampling (DAPO, Yu et al. 2025): replace prompts whose answers all score the same by further prompts.
 
     It does so at most ``algorithm.dynamic_sampling`` times, and then learns from what it has. If the answers to no prompt
-    differ in score, the step learns from its last samples, which change nothing. Samples without a score are kept:
-    ``reward.on_failure`` decides about them once, at the end.
+    differ in score, the step learns from its last samples, by what shaping (DAPO's penalty on long answers, say) and KL make of
+    them. Samples without a score are kept: ``reward.on_failure`` decides about them once, at the end.
     """
 
     fixed: FixedSampling

@@ -1,7 +1,8 @@
 """The training loop that supervised fine-tuning and reward-model training share.
 
 Invariants: every example is used exactly once an epoch, in an order that depends on the seed alone and that a resumed run
-continues. The loss of an update is divided by its own count over all ranks. An update with NaN or Inf changes no weight.
+continues. The loss of an update is divided by its own count over all ranks. An update with NaN or Inf changes no weight. What
+fails after an update does not cost it: it is committed before the run ends, and the last one before anything else is done.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
+from rlhf_ray.errors import NumericalError, RequestError
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
-from rlhf_ray.trainers.stopping import steps_begin, stop_requested
+from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, make_schedule
@@ -79,7 +80,8 @@ class SupervisedProgress:
 class SupervisedTrainer:
     """Runs the remaining updates of a job.
 
-    ``evaluate`` returns figures by their metric names, and ``max_tokens`` bounds a training micro-batch.
+    ``evaluate`` returns figures by their metric names, ``write_final`` writes ``final/``, and ``max_tokens`` bounds a training
+    micro-batch.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class SupervisedTrainer:
         checkpoints: Checkpointer,
         journal: Journal,
         evaluate: Callable[[], dict[str, float]],
+        write_final: Callable[[], None],
         max_tokens: int,
         best: Best | None = None,
     ) -> None:
@@ -100,6 +103,7 @@ class SupervisedTrainer:
         self.checkpoints = checkpoints
         self.journal = journal
         self.evaluate = evaluate
+        self.write_final = write_final
         self.max_tokens = max_tokens
         self.best = best
         self.order = ShuffledOrder(config.run.seed, task.parts)
@@ -107,18 +111,25 @@ class SupervisedTrainer:
         self.total_examples = task.total_examples
         self.total = task.total_updates
 
-    def run(self) -> dict[str, float]:
-        """Run all remaining updates and then the last evaluation; returns its figures.
+    def run(self) -> None:
+        """Run all remaining updates, and see to it that the last one is committed and ``final/`` is written.
 
-        Raises :class:`ResumableStop` if the process is asked to stop before the last update.
+        Raises :class:`ResumableStop` if the process is asked to stop, and :class:`NumericalError` if too many updates in a row
+        were skipped.
         """
         self.restore()
         steps_begin()
+        self.stop_if_asked()
         remaining = range(self.progress.update, self.total)
         for _ in progress(remaining, self.config.kind, total=len(remaining)):
-            self.update()
-            self.after_update()
-        return self.evaluation()
+            report, applied, batch = self.update()
+            with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
+                self.after_update(report, applied, batch)
+            if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
+                raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: "
+                                     "lower the learning rate, or look for a bad example")  # fmt: skip
+            self.stop_if_asked()
+        self.commit()  # a run that was killed after its last update may lack final/
 
     def evaluation(self) -> dict[str, float]:
         """Evaluate and log the model as it is now."""
@@ -127,8 +138,8 @@ class SupervisedTrainer:
         self.journal.log_evaluation(self.progress.update, figures)
         return figures
 
-    def update(self) -> None:
-        """Run one optimizer update; raises :class:`NumericalError` if too many in a row were skipped."""
+    def update(self) -> tuple[Report, Applied, TrajectoryBatch]:
+        """Run and count one optimizer update."""
         count = min(self.task.per_update, self.total_examples - self.progress.examples)
         chosen = [self.task.examples[index] for index in self.order.take(count)]
         batch = self.task.make_batch(chosen)
@@ -137,30 +148,47 @@ class SupervisedTrainer:
         self.progress.update += 1
         self.progress.examples += count
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
-        self.journal.log_update(self.progress.update, self.total, report, applied, batch)
-        if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
-            raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: "
-                                 "lower the learning rate, or look for a bad example")  # fmt: skip
+        return report, applied, batch
 
-    def after_update(self) -> None:
-        """Evaluate and save a checkpoint if they are due; raises :class:`ResumableStop` if the process is asked to stop.
+    def after_update(self, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
+        """Log the update; evaluate and commit if they are due. After the last one, commit before anything else.
 
-        The checkpoint comes before ``best/``, so that after a kill between the two the state says what is missing.
+        On the way the commit comes after the evaluation, whose figures it holds, and before ``best/``, so that after a kill
+        between the two the state says what is missing.
         """
         update, every = self.progress.update, self.config.evaluation.every_steps
+        if update == self.total:
+            self.commit()
+        self.journal.log_update(update, self.total, report, applied, batch)
+        if update == self.total:
+            return
         improved = False
-        if every and update % every == 0 and update < self.total:
+        if every and update % every == 0:
             figures = self.evaluation()
             improved = self.best is not None and self.best.improves(update, figures)
-        if self.checkpoints.is_due(update) or stop_requested() or (improved and self.checkpoints.every):
-            with self.journal.phase("checkpoint"):
-                self.checkpoints.save(update, self.state())
+        schedule = self.checkpoints.schedule
+        if schedule.is_due(update) or (improved and schedule.commits_on_the_way):
+            self.commit()
         if improved and self.best is not None:
             with self.journal.phase("checkpoint"):
                 self.best.keep()
-        if stop_requested() and update < self.total:
-            raise ResumableStop(f"stopped on request after update {update} of {self.total}; go on with: rlhf-ray resume "
-                                f"{self.checkpoints.run.path}")  # fmt: skip
+
+    def commit(self) -> None:
+        """Commit the last update; if it is that of the whole run, write ``final/`` too."""
+        update = self.progress.update
+        with self.journal.phase("checkpoint"):
+            if update < self.total:
+                self.checkpoints.save(update, self.state())
+            else:
+                self.checkpoints.keep_result(update, self.state(), self.write_final)
+
+    def stop_if_asked(self) -> None:
+        """Commit and raise :class:`ResumableStop` if the process was asked to stop; before the first update nothing is lost."""
+        if not stop_requested():
+            return
+        if self.progress.update > 0:
+            self.commit()
+        raise stopped("update", self.progress.update, self.total, self.checkpoints.run.path)
 
     def state(self) -> dict[str, Any]:
         """The driver's part of a checkpoint, as plain JSON."""

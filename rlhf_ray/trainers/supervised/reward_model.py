@@ -1,7 +1,7 @@
 """Train a reward model, which gives an answer one number, on pairs of answers of which one was preferred.
 
-Invariants: ``final/`` holds the weights of the last update, and was read back before it was committed. ``best/`` exists only
-if an earlier evaluation was better than the last.
+Invariants: ``final/`` holds the weights of the last update, was read back before it was committed, and is there before the
+last evaluation begins. ``best/`` exists only if an earlier evaluation was better than the last.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rlhf_ray.models.reward_reading import make_reward_record
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
+from rlhf_ray.trainers.closing import closing
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.best import Best
@@ -52,22 +53,26 @@ def train_reward_model(
                 config,
                 task,
                 reward,
-                checkpoints=Checkpointer(run, config.checkpoint, {"reward": reward}, checkpoint),
+                checkpoints=Checkpointer(run, config.checkpoint, {"reward": reward}, checkpoint, updates),
                 journal=journal,
                 evaluate=held_out.figures if held_out else dict,
+                write_final=lambda: saver.final(run, updates),
                 max_tokens=config.reward.training_tokens(config.batch),
                 best=best,
             )
-            figures = trainer.run()
-            saver.final(run, figures)
-            journal.add_facts(settle_best(best, updates, figures))
-            if held_out is not None:
-                probes = measure_probes(config.data, reward, tokenizer, max_tokens)
-                if probes is not None:
-                    journal.log_evaluation(updates, probes.figures, headline=False)
-                table = None if probes is None else probes.table
-                journal.keep_preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
-            journal.finish()
+            trainer.run()
+            with closing(run, updates, "the last evaluation, from which final/config.json gets its mean and std,"):
+                figures = trainer.evaluation()
+                saver.normalize_final(run, figures)
+                journal.add_facts(settle_best(best, updates, figures))
+                if held_out is not None:
+                    probes = measure_probes(config.data, reward, tokenizer, max_tokens)
+                    if probes is not None:
+                        journal.log_evaluation(updates, probes.figures, headline=False)
+                    table = None if probes is None else probes.table
+                    journal.keep_preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
+            with closing(run, updates, "the report"):
+                journal.finish()
 
 
 def settle_best(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:

@@ -7,6 +7,7 @@ form its pairs were, with which tokenizer and template, and at which token it wa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import deal_packs
 
+CONFIG = "config.json"
 RESCORED_PAIRS = 8
 AGREES_TO = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
 """Largest difference of a score relative to 1 + |score|, by dtype. In half precision another device, another pack and a merged
@@ -51,23 +53,33 @@ class RewardSaver:
         self._demonstrations = self._read_demonstrations(tokenizer)
         self._record = record
 
-    def final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
-        """Write ``final/``, whole or not at all."""
+    def final(self, run: RunDirectory, update: int) -> None:
+        """Write ``final/``, whole or not at all, as the weights of ``update``; it has no ``mean`` and ``std`` yet."""
         pending = run.begin_final()
         try:
-            self.save(pending, figures)
+            self._save(pending, {})
         except BaseException:
             pending.abort()
             raise
-        storage.commit(pending, expected=["config.json"])
+        storage.commit(pending, {"step": update}, expected=[CONFIG])
+
+    def normalize_final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
+        """Add ``mean`` and ``std`` to ``final/config.json``; ``figures`` are from the evaluation of these weights."""
+        normalization = self.normalization(figures)
+        if normalization:
+            config = json.loads((run.final / CONFIG).read_text()) | normalization
+            storage.amend(run.final, {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"})
 
     def save(self, pending: storage.PendingDirectory, figures: Mapping[str, float]) -> None:
         """Fill a directory, read it back and compare the scores; ``figures`` are from the evaluation of these weights.
 
         Raises :class:`IntegrityError` if the scores differ by more than the dtype explains.
         """
+        self._save(pending, self.normalization(figures))
+
+    def _save(self, pending: storage.PendingDirectory, normalization: Mapping[str, float]) -> None:
         save = self.reward.save_adapter if self.config.save == "adapter" else self.reward.save_pretrained
-        save(str(pending.path), {**self.normalization(figures), KEY: self._record.as_json()}).result()
+        save(str(pending.path), {**normalization, KEY: self._record.as_json()}).result()
         live = self.scores(self._again)
         read = torch.tensor(self.reward.scores_on_disk(str(pending.path), self._again).result())
         off = float(((live - read).abs() / (1.0 + live.abs())).max())

@@ -15,6 +15,7 @@ from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
+from rlhf_ray.trainers.closing import closing
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, schedule_update
@@ -31,7 +32,7 @@ def train_sft(
     updates = task.total_updates
     with Session(config, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
-        checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint)
+        checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
         with Journal(run, config) as journal:
             trainer = SupervisedTrainer(
                 config,
@@ -40,11 +41,14 @@ def train_sft(
                 checkpoints=checkpoints,
                 journal=journal,
                 evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
+                write_final=lambda: checkpoints.save_final(updates, {"": (policy, {})}),
                 max_tokens=config.policy.training_tokens(config.batch),
             )
             trainer.run()
-            checkpoints.save_final({"": (policy, {})})
-            journal.finish()
+            with closing(run, updates, "the last evaluation"):
+                trainer.evaluation()
+            with closing(run, updates, "the report"):
+                journal.finish()
 
 
 def evaluate(policy: PolicyGroup, held_out: list[DemonstrationExample], max_tokens: int) -> dict[str, float]:

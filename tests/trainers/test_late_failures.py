@@ -1,0 +1,301 @@
+"""Thirty runs with one failure each after their last step: what was trained is there, and a resume does only what is missing.
+
+The failures come from where real ones do: a full disk, a tracker, the report, a reward source, a rank, an engine, a signal.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.actors.workers.policy import PolicyWorker
+from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.errors import ClosingError, GroupError, ResumableStop, RlhfRayError, StorageError
+from rlhf_ray.launch.driver import continue_run, train_new_run
+from rlhf_ray.runs import reporting
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.jsonl import JsonLines
+from rlhf_ray.trainers import stopping
+from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
+from rlhf_ray.trainers.ppo.sampling import Sampler
+from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trainers.session import Session
+from rlhf_ray.trainers.supervised import loop, sft
+from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
+
+pytestmark = [
+    pytest.mark.early,
+    pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+    ),  # TensorBoard's, on the full disk
+]
+
+STEPS = 2
+SHARED = ["monitoring.ray_metrics=false", "run.deterministic=true", "run.name=late"]
+TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
+JOBS = {
+    "ppo": (TINY_PPO, [
+        "policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1", "steps=2",
+        "critic=null", "reference=null", "algorithm.name=grpo", "rollout.max_new_tokens=4", "checkpoint.every_steps=null",
+        "data.world={prompts: 8, evaluation_prompts: 2}", "evaluation={prompts: 2}",
+        "batch={prompts_per_step: 2, samples_per_prompt: 2, sequences_per_update: 4, max_tokens_per_micro_batch: 512}",
+    ]),
+    "sft": ("demo-sft", [
+        "policy.model.make.shape=llama-tiny", "policy.ranks=1", "data.world.demonstrations=16", "epochs=0.5",
+        "batch.sequences_per_update=4",
+    ]),
+    "rm": ("demo-rm", [
+        "reward.ranks=1", "batch.pairs_per_update=4", "epochs=1",
+    ]),
+}  # fmt: skip
+FUNCTION = """
+import pathlib
+
+def wordy(responses):
+    if pathlib.Path(__file__).with_name("away").exists():
+        raise ConnectionError("the judge is away")
+    return [float(len(response)) for response in responses]
+"""
+
+
+class Late:
+    """Knows when everything is learned; from then on ``fails`` raises, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+        self.monkeypatch = monkeypatch
+        self.root = root
+        self.learned = 0
+        self.failed = False
+        for owner, name in ((Learner, "learn"), (loop, "run_update")):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, learn: Callable[..., Any]) -> Callable[..., Any]:
+        def learn_and_count(*arguments: Any, **options: Any) -> Any:
+            outcome = learn(*arguments, **options)
+            self.learned += 1
+            return outcome
+
+        return learn_and_count
+
+    def before(self, owner: Any, name: str, act: Callable[[], None]) -> None:
+        """Do ``act`` before the first call of this name after the last step."""
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.learned >= STEPS and not self.failed:
+                self.failed = True
+                act()
+            return original(*arguments, **options)
+
+        self.monkeypatch.setattr(owner, name, call)
+
+    def fails(self, owner: Any, name: str, error: Exception) -> None:
+        def act() -> None:
+            raise error
+
+        self.before(owner, name, act)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How to break a run late, and the error that it then ends with; none where it ends well."""
+
+    breaks: Callable[[Late], None]
+    ends_with: type[RlhfRayError] | None = None
+    says: str = ""
+
+
+class BrokenSink:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if step == STEPS:
+            raise RuntimeError("the tracker is down")
+
+    def close(self) -> None:
+        raise RuntimeError("the tracker is down")
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+EVALUATIONS = {"ppo": (PpoEvaluation, "compare"), "sft": (sft, "evaluate"), "rm": (HeldOutPairs, "figures")}
+
+
+def tracker_fails(late: Late) -> None:
+    late.monkeypatch.setattr(Journal, "_sinks", lambda journal: [BrokenSink()])
+    late.failed = True
+
+
+def a_close_fails(late: Late) -> None:
+    enter = Session.__enter__
+
+    def enter_and_promise(session: Session) -> Session:
+        session.cleanup.callback(lambda: 1 / 0)
+        return enter(session)
+
+    late.monkeypatch.setattr(Session, "__enter__", enter_and_promise)
+    late.failed = True
+
+
+def forget_the_stop() -> None:
+    stopping._stop.clear()
+    stopping._received.clear()
+    stopping._training.clear()
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def metrics_disk_full(late: Late) -> None:
+    late.fails(JsonLines, "append", StorageError("disk full: metrics.jsonl"))
+
+
+def failures(kind: str) -> dict[str, Failure]:
+    evaluation = EVALUATIONS[kind]
+    shared = {
+        "evaluation": Failure(
+            lambda late: late.fails(*evaluation, ValueError("no figures")), ClosingError, "last evaluation.*no figures"
+        ),
+        "report": Failure(
+            lambda late: late.fails(reporting, "render_report", ValueError("no page")), ClosingError, "report.*no page"
+        ),
+        "summary on a full disk": Failure(
+            lambda late: late.fails(RunDirectory, "write_closing", StorageError("disk full")), ClosingError, "disk full"
+        ),
+        "stop as soon as all is learned": Failure(
+            lambda late: late.before(JsonLines, "append", ask_to_stop),
+            ResumableStop,
+            f"{STEPS} of {STEPS}, before its last",
+        ),
+        "stop in the evaluation": Failure(lambda late: late.before(*evaluation, ask_to_stop)),
+        "tracker": Failure(tracker_fails),
+        "tracker on a full disk": Failure(lambda late: late.fails(RecordWriter, "write", FULL)),
+        "closing a connection": Failure(a_close_fails),
+    }
+    log_evaluation = Failure(
+        lambda late: late.fails(Journal, "log_evaluation", StorageError("disk full")), ClosingError, "disk full"
+    )
+    if kind == "ppo":
+        return shared | {
+            "reward source": Failure(
+                lambda late: late.before(PpoEvaluation, "compare", (late.root / "away").touch), ResumableStop, "away"
+            ),
+            "engine": Failure(
+                lambda late: late.fails(Sampler, "update_weights", GroupError("rollout", 0, "update", "died")),
+                GroupError, "died",
+            ),
+        }  # fmt: skip
+    if kind == "sft":
+        rank = Failure(
+            lambda late: late.fails(PolicyWorker, "log_probs", RuntimeError("out of memory")),
+            ClosingError,
+            "out of memory",
+        )
+        return shared | {"rank": rank, "figures on a full disk": log_evaluation}
+    return shared | {
+        "last metrics on a full disk": Failure(metrics_disk_full, StorageError, "disk full"),
+        "page": Failure(lambda late: late.fails(HeldOutPairs, "page", KeyError("pair")), ClosingError, "pair"),
+    }
+
+
+CASES = [(kind, name) for kind in JOBS for name in failures(kind)]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    forget_the_stop()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def config_of(kind: str, root: Path, *overrides: str) -> Any:
+    recipe, settings = JOBS[kind]
+    if kind == "ppo":
+        (root / "mine.py").write_text(FUNCTION)
+        settings = [*settings, f"reward={{function: '{root}/mine.py:wordy', hold_s: 0.0}}"]
+    if kind == "rm":
+        rows = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(12)]
+        (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        make = f"{{shape: llama-tiny, tokenizer_from: {root}/pairs.jsonl, vocabulary: 300}}"
+        model = f"reward.model={{make: {make}, dtype: fp32, head_init: inv_sqrt}}"
+        settings = [*settings, model, f"data={{path: {root}/pairs.jsonl, evaluation_fraction: 0.34}}"]
+    return load_config(recipe, [f"run.root={root}", *SHARED, *settings, *overrides], kind=kind)
+
+
+def train(config: Any) -> RunDirectory:
+    train_new_run(dump_config(config), place=ThisProcess(config.cluster))
+    return RunDirectory.open(Path(config.run.root) / config.run.name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], RunDirectory]]:
+    """The run of a kind that nothing disturbs."""
+    runs: dict[str, RunDirectory] = {}
+    yield (
+        lambda kind: (
+            runs[kind] if kind in runs else runs.setdefault(kind, train(config_of(kind, tmp_path_factory.mktemp(kind))))
+        )
+    )
+
+
+def same_files(one: Path, other: Path, names: Sequence[str]) -> bool:
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_there_are_thirty() -> None:
+    assert len(CASES) == 30
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_what_was_trained_is_there_after_a_late_failure(
+    kind: str,
+    name: str,
+    whole: Callable[[str], RunDirectory],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undisturbed, failure = whole(kind), failures(kind)[name]
+    config = config_of(kind, tmp_path, f"monitoring.tensorboard={str(name == 'tracker on a full disk').lower()}")
+    run = RunDirectory(tmp_path / "late")
+    with monkeypatch.context() as patch:
+        late = Late(patch, tmp_path)
+        failure.breaks(late)
+        if failure.ends_with is None:
+            train(config)
+        else:
+            with pytest.raises(failure.ends_with, match=failure.says):
+                train(config)
+    assert late.failed and late.learned == STEPS
+    assert run.final_step(whole=True) == STEPS, "final/ is there, whole"
+    checkpoint = run.checkpoints.latest_valid()
+    assert checkpoint is not None and checkpoint.step == STEPS, "the last step is committed"
+    weights, expected = (load_file(one.final / "model.safetensors") for one in (run, undisturbed))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected), "and holds what was trained"
+
+    forget_the_stop()
+    (tmp_path / "away").unlink(missing_ok=True)
+    assert run.summary_path.exists() == (failure.ends_with is None)
+    if failure.ends_with is not None:
+        assert reporting.status(run)["state"].startswith("trained"), "the status says the truth"
+        with monkeypatch.context() as patch:
+            late = Late(patch, tmp_path)
+            continue_run(str(run.path), place=ThisProcess(config.cluster))
+        assert late.learned == 0, "the resume trains nothing"
+    assert run.summary_path.exists() and run.report_path.exists() and not run.closing_path.exists()
+    assert reporting.status(run)["state"] == "finished"
+    assert same_files(run.final, undisturbed.final, ["config.json", "model.safetensors"])
+    assert run.summary().figures == undisturbed.summary().figures
