@@ -66,6 +66,8 @@ def load_group(role: ScoringRole, *, max_batch_tokens: int) -> RewardGroup:
 class Instant:
     """A model that takes no time, so that only the transport is measured."""
 
+    restarts = False
+
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         return [ScoreResult.of(0.5, len(request.token_ids or ())) for request in requests]
 

@@ -126,9 +126,10 @@ class RayRanks:
     def stop(self) -> None:
         import ray
 
-        for actor in self.actors:
+        with self._one_order:  # a call under way reaches all actors or none
+            actors, self.actors = self.actors, []
+        for actor in actors:
             ray.kill(actor, no_restart=True)
-        self.actors = []
         self._on_stop()
 
     def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

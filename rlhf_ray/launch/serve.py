@@ -1,8 +1,8 @@
 """``rlhf-ray serve``: start a reward model behind HTTP, and keep it running until a signal stops it.
 
 Invariants: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line; a
-service whose model died restarts it, and ends with an error where that fails; a stopped service leaves no process behind.
-Only with ``--detach`` does a service outlive the command.
+service whose model died or hangs restarts it, and tries again where that fails: only a signal or the end of the gateway's own
+process ends it; a stopped service leaves no process behind. Only with ``--detach`` does a service outlive the command.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, RequestError, RlhfRayError
+from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError
 from rlhf_ray.serving.auth import read_tokens, require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from rlhf_ray.serving.server import WebServer
 
 SECONDS_BETWEEN_CHECKS = 5.0
 CHECK_TIMEOUT_S = 90.0
-"""Added to ``hold_s``, the time that requests wait for a reward group that restarts."""
 STOP_TIMEOUT_S = 30.0
 RELOADED = ("reward.model.path", "reward.model.revision", "name", "run.name")
 """The keys that ``--reload`` follows, beside those of the cluster that it joins."""
@@ -54,7 +53,7 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
             _gateway(config, detach=detach) as gateway,
         ):
             if not detach:
-                _watch(gateway, CHECK_TIMEOUT_S + config.hold_s)
+                _watch(gateway)
     except (KeyboardInterrupt, SystemExit):  # the second is what Ray's handler raises
         get_logger("serving").info("stopped")
     return EXIT_DONE
@@ -137,11 +136,14 @@ def _stop(gateway: RayRanks, *, gracefully: bool) -> None:
         gateway.stop()
 
 
-def _watch(gateway: RayRanks, timeout_s: float) -> NoReturn:
-    """Check the service again and again; raises what it died of, or the interrupt of a signal."""
+def _watch(gateway: RayRanks) -> NoReturn:
+    """Have the service check its groups again and again; raises what its gateway died of, or the interrupt of a signal."""
     while True:
         time.sleep(SECONDS_BETWEEN_CHECKS)
-        gateway.call("check", [()], timeout_s=timeout_s).result()
+        try:
+            gateway.call("check", [()], timeout_s=CHECK_TIMEOUT_S).result()
+        except DeadlineError as error:  # a machine that is busy is no reason to end
+            get_logger("serving").warning("%s: checking again", error)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Invariants: every accepted item gets exactly one result or one error; a batch keeps to the token budget by an estimate that
 needs no tokenizer; urgent items go first; callers take turns, so that one with many items or many requests cannot starve one
-with a single item; an item that does not fit the queue is refused at once; an item whose caller gave up is never scored.
+with a single item; an item that does not fit the queue is refused at once, but what one caller has waiting never costs another
+a place; an item whose caller gave up is never scored.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class FairQueue:
         self._callers: OrderedDict[object, deque[Waiting]] = OrderedDict()
         self.items = 0
         self.tokens = 0
+
+    def share(self, caller: object) -> tuple[int, int, int]:
+        """How many items and tokens of a caller wait, and among how many callers the queue is shared, this one included."""
+        own = self._callers.get(caller, ())
+        return len(own), sum(one.tokens for one in own), len(self._callers) + (caller not in self._callers)
 
     def put(self, caller: object, waiting: Sequence[Waiting]) -> None:
         """Add items of a caller, behind those it has already; a new caller comes last in turn."""
@@ -97,8 +103,9 @@ class FairQueue:
 class Batcher:
     """Collects items while forwards run; each of ``scorers``, which are replicas, runs one forward at a time.
 
-    A batch has ``max_tokens`` at most, the queue ``max_items`` and ``max_queue_tokens``; ``on_batch`` is called with each
-    batch that leaves the queue.
+    A batch has ``max_tokens`` at most, the queue ``max_items`` and ``max_queue_tokens``. A named caller that has no more than
+    its share of these, with all callers that wait, is let in beyond them, up to twice as many. ``on_batch`` is called with each
+    batch that leaves the queue; a scorer takes none before its ``ready`` returns, where that is given.
     """
 
     def __init__(
@@ -108,8 +115,10 @@ class Batcher:
         max_items: int,
         max_queue_tokens: int | None = None,
         on_batch: Callable[[Sequence[Waiting]], None] = lambda _: None,
+        ready: Sequence[Callable[[], Awaitable[None]]] = (),
     ) -> None:
         self._scorers = scorers
+        self._ready = ready
         self._max_tokens = max_tokens
         self._max_items = max_items
         self._max_queue_tokens = max_queue_tokens
@@ -122,10 +131,9 @@ class Batcher:
         """How many items wait for a forward."""
         return self._urgent.items + self._ordinary.items
 
-    @property
-    def full(self) -> bool:
-        """Whether the queue has no room for another item."""
-        return self.waiting >= self._max_items
+    def full(self, caller: object = None) -> bool:
+        """Whether the queue has no room for another item of ``caller``."""
+        return not self._items_fit(caller, 1)
 
     @property
     def waiting_tokens(self) -> int:
@@ -145,12 +153,13 @@ class Batcher:
         Requests of one ``caller`` share its turn; without one, each request is a caller of its own. ``on_forward`` is
         called when the first item leaves the queue.
         """
-        loop, caller = asyncio.get_running_loop(), object() if caller is None else caller
+        loop = asyncio.get_running_loop()
         items = [Waiting(request, loop.create_future(), estimated_tokens(request)) for request in requests]
         for waiting in items[:1]:
             waiting.on_forward = on_forward
         if not urgent:  # urgent items are few, and a training step waits for them
-            self._refuse_overload(items)
+            self._refuse_overload(caller, items)
+        caller = object() if caller is None else caller
         queue = self._urgent if urgent else self._ordinary
         queue.put(caller, items)
         self._start_workers(loop)
@@ -166,29 +175,42 @@ class Batcher:
         while workers := [worker for worker in self._workers.values() if not worker.done()]:
             await asyncio.wait(workers)
 
-    def _refuse_overload(self, items: Sequence[Waiting]) -> None:
-        if self.waiting + len(items) > self._max_items:
+    def _refuse_overload(self, caller: object, items: Sequence[Waiting]) -> None:
+        if not self._items_fit(caller, len(items)):
             raise OverloadedError(f"{self.waiting} items are waiting and the queue holds {self._max_items}: try again")
-        tokens = sum(waiting.tokens for waiting in items)
-        limit = self._max_queue_tokens
-        if limit is not None and self.waiting_tokens and self.waiting_tokens + tokens > limit:
+        if not self._tokens_fit(caller, sum(waiting.tokens for waiting in items)):
             raise OverloadedError(
-                f"about {self.waiting_tokens} tokens are waiting and the queue holds {limit}: try again"
+                f"about {self.waiting_tokens} tokens are waiting and the queue holds {self._max_queue_tokens}: try again"
             )
+
+    def _items_fit(self, caller: object, more: int) -> bool:
+        """Whether so many more items of ``caller`` fit into the queue, or into its share of the queue."""
+        own, _, callers = self._ordinary.share(caller)
+        return _fits(self.waiting, more, own, 0 if caller is None else callers, self._max_items)
+
+    def _tokens_fit(self, caller: object, more: int) -> bool:
+        if self._max_queue_tokens is None or not self.waiting_tokens:  # one request may have any number of them
+            return True
+        _, own, callers = self._ordinary.share(caller)
+        return _fits(self.waiting_tokens, more, own, 0 if caller is None else callers, self._max_queue_tokens)
 
     def _start_workers(self, loop: asyncio.AbstractEventLoop) -> None:
         for number, score in enumerate(self._scorers):
             worker = self._workers.get(number)
             if worker is None or worker.done():
-                self._workers[number] = loop.create_task(self._work(score))
+                ready = self._ready[number] if self._ready else _at_once
+                self._workers[number] = loop.create_task(self._work(score, ready))
 
     def _take(self) -> list[Waiting]:
         batch = self._urgent.take(self._max_tokens)
         left = self._max_tokens - sum(waiting.tokens for waiting in batch)
         return batch + self._ordinary.take(left, at_least_one=not batch)
 
-    async def _work(self, score: Score) -> None:
-        while batch := self._take():
+    async def _work(self, score: Score, ready: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await ready()
+            if not (batch := self._take()):
+                return
             self._on_batch(batch)
             for waiting in batch:
                 if waiting.on_forward is not None:
@@ -205,6 +227,17 @@ class Batcher:
             for waiting, result in zip(batch, results, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(result)
+
+
+async def _at_once() -> None:
+    """What a scorer that is always ready waits for."""
+
+
+def _fits(waiting: int, more: int, own: int, callers: int, limit: int) -> bool:
+    """Whether ``more`` fits beside what waits; ``callers`` is 0 where the caller has no share of its own."""
+    if waiting + more <= limit:
+        return True
+    return callers > 0 and own + more <= limit // callers and waiting + more <= 2 * limit
 
 
 def estimated_tokens(request: ScoreRequest) -> int:

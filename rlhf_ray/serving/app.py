@@ -6,6 +6,7 @@ answer with a status, a kind and a sentence; a caller that went away costs nothi
 
 from __future__ import annotations
 
+import asyncio
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -35,7 +36,7 @@ from rlhf_ray.serving.refusals import Refusal, plain
 from rlhf_ray.serving.scoring import RequestScorer
 from rlhf_ray.serving.tracing import NoTracer, Span, Tracer
 
-READY_IF_SCORED_WITHIN_S = 60.0
+READY_IF_SCORED_WITHIN_S, READY_TIMEOUT_S = 60.0, 5.0
 CALLER_LEFT = 499
 """The status of a request whose caller hung up, as nginx counts it; nobody reads the answer."""
 
@@ -56,6 +57,7 @@ class ScoringApp:
         )
         metrics.watch("waiting_items", "Items that wait for a forward", lambda: catalog.waiting)
         metrics.watch("waiting_tokens", "About how many tokens they have", lambda: catalog.waiting_tokens)
+        metrics.watch("replicas_down", "Replicas that are being brought back", lambda: catalog.down)
         metrics.watch("body_bytes", "Bytes of bodies that are held", lambda: self.bodies.held)
 
     def scoring(self, protocol: Protocol) -> Endpoint:
@@ -82,7 +84,7 @@ class ScoringApp:
     async def _answer(self, protocol: Protocol, http: Request, began: float, span: Span) -> Response:
         span.stage("read")
         self.rate.spend(caller_of(http))
-        self.catalog.refuse_when_full()
+        self.catalog.refuse_when_full(caller_of(http))
         request = protocol.read(await self.bodies.json(http), max_items=self.scorer.max_items)
         read = time.monotonic()
         span.stage("queue")
@@ -127,9 +129,16 @@ class ScoringApp:
         return Response(status_code=200)
 
     async def ready(self, http: Request) -> Response:
-        """Whether the weights are loaded and have scored something lately; if nobody asked for a score, this does."""
-        ready = [await model.ready(READY_IF_SCORED_WITHIN_S) for model in self.catalog.models]
-        return Response(status_code=200 if all(ready) else 503)
+        """Whether the weights are loaded and have scored something lately; if nobody asked for a score, this does.
+
+        Where replicas are being brought back, the body says how many.
+        """
+        asked = (model.current.ready(READY_IF_SCORED_WITHIN_S, READY_TIMEOUT_S) for model in self.catalog.models)
+        ready = all(await asyncio.gather(*asked))
+        if ready and not self.catalog.down:
+            return Response(status_code=200)
+        about = {"ready": ready, "replicas": self.catalog.replicas, "restarting": self.catalog.down}
+        return JSONResponse(about, 200 if ready else 503)
 
     async def info(self, http: Request) -> Response:
         """What is served and within which limits; the keys of the first model also stand at the top."""

@@ -1,21 +1,25 @@
 """A reward group as one replica of a served model.
 
-Invariants: forwards wait in a thread, never in the event loop; restarts that several batches ask for at once are one; a
-restart that fails leaves the backend as it was, to be tried again.
+Invariants: forwards wait in a thread, never in the event loop; a restart has a thread of its own, so that calls to groups that
+hang never hold it up; one that fails leaves the backend as it was, to be tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.errors import GroupError, RequestError
+from rlhf_ray.errors import GroupError, RequestError, RlhfRayError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
+
+CALLS_AT_ONCE = 4
+"""Of one replica: a batch, and batches of groups before it that hang until they are stopped."""
 
 
 class GroupBackend:
@@ -45,12 +49,20 @@ class GroupBackend:
         self._mean, self._std = statistics
         self.group = group
         self._start_again, self._stop = start_again, stop
-        self._restarting: asyncio.Task[None] | None = None
+        self.restarts = start_again is not None
+        self._calls = ThreadPoolExecutor(CALLS_AT_ONCE, "reward group call")
+        self._restart = ThreadPoolExecutor(1, "reward group restart")
 
     async def score(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
-        """One result per request, in order."""
+        """One result per request, in order; raises :class:`GroupError`, also for an error that nobody foresaw."""
         group = self.group
-        results = await asyncio.to_thread(lambda: group.score(requests).result())
+        scoring = asyncio.get_running_loop().run_in_executor(self._calls, lambda: group.score(requests).result())
+        try:
+            results = await scoring
+        except RlhfRayError:
+            raise
+        except Exception as error:  # its message may hold a text
+            raise GroupError(group.role, None, "score", type(error).__name__) from error
         return [result.normalised(self._mean, self._std) for result in results]
 
     def describe(self) -> Mapping[str, Any]:
@@ -61,9 +73,7 @@ class GroupBackend:
         """Put another group in the place of the one that failed."""
         if self._start_again is None:
             raise GroupError("reward", None, "restart", "the run that owns it does not restart it")
-        if self._restarting is None or self._restarting.done():
-            self._restarting = asyncio.create_task(asyncio.to_thread(self._replace_group, self._start_again))
-        await asyncio.shield(self._restarting)
+        await asyncio.get_running_loop().run_in_executor(self._restart, self._replace_group, self._start_again)
 
     def _replace_group(self, start_again: Callable[[RewardGroup], RewardGroup]) -> None:
         self.group = start_again(self.group)
@@ -72,6 +82,8 @@ class GroupBackend:
         """Stop the group."""
         if self._stop is not None:
             await asyncio.to_thread(self._stop, self.group)
+        for threads in (self._calls, self._restart):
+            threads.shutdown(wait=False)
 
 
 def model_name(model: ModelConfig) -> str:

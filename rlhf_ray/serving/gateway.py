@@ -1,14 +1,15 @@
 """The Ray actor behind ``rlhf-ray serve``: it owns the reward groups and the web server in front of them.
 
 Invariants: groups live and die with the gateway, never with a request; it answers only after the weights are loaded; a
-group that died is restarted by its gateway while requests wait; a new version takes over only once it is loaded.
+group that died or hangs is restarted by its gateway while requests wait, again and again, and no failure of a group ends the
+gateway; a new version takes over only once it is loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import ray
 
@@ -16,17 +17,20 @@ from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.errors import GroupError, RequestError
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import RequestError
+from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.backend import GroupBackend, with_weights_of
-from rlhf_ray.serving.models import ServedModel
+from rlhf_ray.serving.models import ModelVersion, ServedModel
 from rlhf_ray.serving.service import ScoringService
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.place import PlacedGroup
 
-HEALTH_TIMEOUT_S = 60.0
+HEALTH_TIMEOUT_S = 30.0
+"""A rank whose process says nothing for so long hangs; it says something while it computes, too."""
 ACTOR_OPTIONS: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"scoring": 64, "control": 4}}
 """Scores and control have threads of their own, so that a reload, which takes minutes, holds up no score."""
 Value = TypeVar("Value")
@@ -61,7 +65,7 @@ class Gateway:
 
     def _backend(self, name: str, role: RoleConfig, group: RewardGroup) -> GroupBackend:
         def start_again(failed: RewardGroup) -> RewardGroup:
-            self._stop_group(failed)
+            self._stop_failed(failed)
             replacement = self._place(name, role)
             try:
                 return replacement.load().result()
@@ -72,6 +76,13 @@ class Gateway:
         return GroupBackend(
             group, role.model, normalize=self.config.normalize, start_again=start_again, stop=self._stop_group
         )
+
+    def _stop_failed(self, group: RewardGroup) -> None:
+        """Stop what is left of a group; a failure to do so must not keep another group from taking its place."""
+        try:
+            self._stop_group(group)
+        except Exception as error:
+            get_logger("serving").warning("what is left of %s cannot be stopped: %r", group.role, error)
 
     def _place(self, name: str, role: RoleConfig) -> PlacedGroup[RewardGroup]:
         from rlhf_ray.actors.place import place_scoring_group
@@ -88,7 +99,7 @@ class Gateway:
     def score(self, requests: Sequence[ScoreRequest], model: str | None = None) -> list[ScoreResult]:
         """Scores for a job of the same cluster, before those that come over HTTP."""
         version = self._named(model).current
-        return self._in_loop(version.batcher.score(requests, caller="cluster", urgent=True))
+        return self._in_loop(version.score(requests, caller="cluster", urgent=True))
 
     @ray.method(concurrency_group="scoring")
     def describe(self, model: str | None = None) -> Mapping[str, Any]:
@@ -110,25 +121,24 @@ class Gateway:
         return served.current.name
 
     @ray.method(concurrency_group="control")
-    def check(self) -> str:
-        """Check that every group is alive, and restart one that is not; returns the report of the first."""
-        reports = [
-            self._check(model, backend)
+    def check(self) -> None:
+        """Ask every group that should be up whether it is, and begin to restart one that is not; never raises."""
+        asked = [
+            (model.current, backend, backend.group, _begin(backend.group))
             for model in self.service.catalog.models
             for backend in model.current.backends
-            if isinstance(backend, GroupBackend)
+            if isinstance(backend, GroupBackend) and not model.current.is_down(backend)
         ]
-        return reports[0]
+        for version, backend, group, health in asked:
+            try:
+                health.result()
+            except Exception as error:
+                get_logger("serving").error("%s: %s", version.model, error)
+                self._in_loop(self._recover(version, backend, group))
 
-    def _check(self, model: ServedModel, backend: GroupBackend) -> str:
-        group = backend.group
-        try:
-            group.health(timeout_s=HEALTH_TIMEOUT_S).result()
-        except GroupError:
-            if backend.group is group and self.config.hold_s > 0:  # else a request has had it restarted meanwhile
-                deadline = model.clock() + self.config.hold_s
-                self._in_loop(model.current.restart(backend, deadline))
-        return backend.group.report_line
+    async def _recover(self, version: ModelVersion, backend: GroupBackend, group: RewardGroup) -> None:
+        if backend.group is group and not version.is_down(backend):  # else it has been restarted meanwhile
+            version.recover(backend)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
@@ -144,6 +154,19 @@ class Gateway:
 
     def _in_loop(self, work: Coroutine[Any, Any, Value]) -> Value:
         return asyncio.run_coroutine_threadsafe(work, self.service.server.loop).result()
+
+
+def _begin(group: RewardGroup) -> Pending[Any]:
+    """Ask a group whether it is up; an error of asking is an error of the answer."""
+    try:
+        return group.health(timeout_s=HEALTH_TIMEOUT_S)
+    except Exception as error:
+        failure = error
+
+    def fail() -> NoReturn:
+        raise failure
+
+    return Pending(fail)
 
 
 GatewayActor: Any = ray.remote(**ACTOR_OPTIONS)(Gateway)

@@ -60,7 +60,7 @@ async def _score(
     version: ModelVersion, items: Sequence[ScoreRequest], caller: str, on_forward: Callable[[], None]
 ) -> Sequence[ScoreResult]:
     try:
-        return await version.batcher.score(items, caller=caller, on_forward=on_forward)
+        return await version.score(items, caller=caller, on_forward=on_forward)
     except OverloadedError as error:
         raise Refusal("overloaded", str(error)) from error
     except GroupError as error:

@@ -322,3 +322,32 @@ def test_replicas_score_side_by_side() -> None:
         return models
 
     asyncio.run(run())
+
+
+def test_what_one_caller_has_waiting_never_costs_another_a_place() -> None:
+    async def run() -> None:
+        model = Model(gate=asyncio.Event())
+        batcher = Batcher(model, max_tokens=1, max_items=8)
+        asking = [asyncio.create_task(batcher.score([item(0)], caller="greedy"))]
+        await turns(3)
+        asking += [asyncio.create_task(batcher.score([item(0)] * 8, caller="greedy"))]
+        await turns(3)
+        assert batcher.waiting == 8 and batcher.full("greedy") and not batcher.full("other")
+        with pytest.raises(OverloadedError):
+            await batcher.score([item(1)], caller="greedy")
+        asking += [asyncio.create_task(batcher.score([item(1)] * 4, caller="other"))]
+        await turns(3)
+        assert batcher.waiting == 12
+        with pytest.raises(OverloadedError):
+            await batcher.score([item(1)], caller="other")
+        asking += [asyncio.create_task(batcher.score([item(1)] * 2, caller="third"))]
+        await turns(3)
+        asking += [asyncio.create_task(batcher.score([item(1)] * 2, caller="fourth"))]
+        await turns(3)
+        assert batcher.waiting == 16
+        with pytest.raises(OverloadedError):
+            await batcher.score([item(1)], caller="fifth")
+        model.gate.set()
+        await asyncio.gather(*asking)
+
+    asyncio.run(run())

@@ -60,6 +60,8 @@ class Lengths:
     def describe(self) -> Mapping[str, Any]:
         return {"model": self.name, "max_tokens": 100}
 
+    restarts = True
+
     async def restart(self) -> None:
         raise AssertionError("nothing fails here")
 

@@ -177,7 +177,7 @@ def test_ready_means_a_score_lately(group: RewardGroup, config: MakeConfig, mode
         statuses = []
         for seconds in (0.0, 59.0, 2.0):
             now[0] += seconds
-            statuses.append(await models.models[0].ready(60.0))
+            statuses.append(await models.models[0].current.ready(60.0, 5.0))
         return statuses
 
     assert asyncio.run(run()) == [True, True, True]

@@ -14,7 +14,7 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import GroupError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.metrics import Metrics
-from rlhf_ray.serving.models import TRIES_OF_A_BATCH, Limits, ServedModel
+from rlhf_ray.serving.models import TRIES_OF_A_BATCH, TRIES_OF_AN_ITEM, Limits, ServedModel
 
 from .services import Lengths
 
@@ -27,7 +27,7 @@ class Mortal(Lengths):
     def __init__(self, deaths: Sequence[int] = (), failing_restarts: int = 0, plus: float = 0.0) -> None:
         super().__init__("mortal", plus)
         self.deaths, self.failing = set(deaths), failing_restarts
-        self.forwards, self.restarts, self.alive = 0, 0, True
+        self.forwards, self.attempts, self.alive = 0, 0, True
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -40,9 +40,9 @@ class Mortal(Lengths):
         return await super().score(requests)
 
     async def restart(self) -> None:
-        self.restarts += 1
+        self.attempts += 1
         await asyncio.sleep(0)
-        if self.restarts <= self.failing:
+        if self.attempts <= self.failing:
             raise GroupError("reward", 0, "setup", "no room")
         self.alive = True
 
@@ -57,7 +57,7 @@ def items(*lengths: int) -> list[ScoreRequest]:
 
 
 async def score(model: ServedModel, *lengths: int) -> list[float | None]:
-    return [result.raw for result in await model.current.batcher.score(items(*lengths))]
+    return [result.raw for result in await model.current.score(items(*lengths))]
 
 
 async def turns(count: int = 20) -> None:
@@ -75,18 +75,18 @@ def test_twenty_deaths_lose_no_reward_and_make_none_up() -> None:
         return answers, backend
 
     _, backend = asyncio.run(asyncio.wait_for(run(), timeout=60))
-    assert backend.restarts == 20, "every death was met by one restart"
+    assert backend.attempts == 20, "every death was met by one restart"
 
 
 def test_a_group_that_comes_back_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_ray.serving.models.SECONDS_BETWEEN_RESTARTS", 0.01)
+    monkeypatch.setattr("rlhf_ray.serving.recovery.FIRST_PAUSE_S", 0.01)
 
     async def run() -> Mortal:
         backend = Mortal(deaths=[1], failing_restarts=3)
         assert await score(served(backend), 3) == [3.0]
         return backend
 
-    assert asyncio.run(run()).restarts == 4
+    assert asyncio.run(run()).attempts == 4
 
 
 @pytest.mark.parametrize("hold_s", [0.0, 0.05])
@@ -132,14 +132,14 @@ def test_an_item_that_kills_every_group_costs_no_other_its_score(place: int) -> 
     async def run() -> tuple[list[ScoreResult], list[float | None], int]:
         backend = Poisoned(5)
         model = served(backend, batch_tokens=100)
-        results = await model.current.batcher.score(items(*lengths))
-        return results, await score(model, 4), backend.restarts
+        results = await model.current.score(items(*lengths))
+        return results, await score(model, 4), backend.attempts
 
     results, after, restarts = asyncio.run(asyncio.wait_for(run(), timeout=5))
     expected = [None if length == 5 else 1.0 for length in lengths]
     assert [result.raw for result in results] == expected and after == [4.0]
     assert results[place].error == "the reward group fails on this item: its process died"
-    assert results[place].fault == "item" and restarts <= TRIES_OF_A_BATCH + 3, "a few halves, not one restart an item"
+    assert results[place].fault == "item" and restarts <= TRIES_OF_A_BATCH + TRIES_OF_AN_ITEM + 2, "a few halves"
 
 
 def test_a_group_that_fails_on_everything_is_no_item_at_fault() -> None:
@@ -147,7 +147,7 @@ def test_a_group_that_fails_on_everything_is_no_item_at_fault() -> None:
         backend = Mortal(deaths=range(1, 1000))
         with pytest.raises(GroupError, match="its process died"):
             await score(served(backend, batch_tokens=100), *[1] * 64)
-        return backend.restarts
+        return backend.attempts
 
     assert asyncio.run(asyncio.wait_for(run(), timeout=5)) < 12
 
@@ -191,3 +191,96 @@ def test_a_new_version_takes_new_requests_and_the_old_one_answers_its_own() -> N
         assert old.closed and not new.closed
 
     asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_a_restart_is_tried_for_as_long_as_it_takes_and_requests_that_come_later_are_held_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlhf_ray.serving.recovery.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("rlhf_ray.serving.recovery.LONGEST_PAUSE_S", 0.001)
+
+    async def run() -> None:
+        backend = Mortal(deaths=[1], failing_restarts=10**6)
+        model = served(backend, hold_s=0.2)
+        with pytest.raises(GroupError):
+            await score(model, 3)
+        tried = backend.attempts
+        await until(lambda: backend.attempts > tried + 3)
+        assert model.current.down == 1, "nobody waits, and it is tried on"
+        later = asyncio.create_task(score(model, 2))
+        await asyncio.sleep(0.1)
+        assert not later.done(), "a request that comes when the group is long down waits too"
+        backend.failing = 0
+        assert await asyncio.wait_for(later, timeout=5) == [2.0]
+        assert model.current.down == 0
+
+    asyncio.run(asyncio.wait_for(run(), timeout=10))
+
+
+def test_requests_behind_a_batch_that_waits_for_its_group_are_held_no_longer_than_it() -> None:
+    async def run() -> None:
+        model = served(Mortal(deaths=[1], failing_restarts=10**6), hold_s=0.3, batch_tokens=1)
+        began = asyncio.get_running_loop().time()
+        results = await asyncio.gather(*(score(model, 1) for _ in range(8)), return_exceptions=True)
+        took = asyncio.get_running_loop().time() - began
+        assert all(isinstance(result, GroupError) for result in results)
+        assert 0.3 <= took < 0.6, "eight batches one after the other would wait for 2.4 s"
+
+    asyncio.run(asyncio.wait_for(run(), timeout=10))
+
+
+@pytest.mark.parametrize("error", [ValueError("zip() argument 2 is longer"), OSError("no room"), KeyError("x")])
+def test_no_error_of_a_restart_ends_it(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ray.serving.recovery.FIRST_PAUSE_S", 0.001)
+
+    class Odd(Mortal):
+        async def restart(self) -> None:
+            if not self.attempts:
+                self.attempts += 1
+                raise error
+            await super().restart()
+
+    async def run() -> list[float | None]:
+        return await score(served(Odd(deaths=[1])), 3)
+
+    assert asyncio.run(asyncio.wait_for(run(), timeout=5)) == [3.0]
+
+
+def test_an_item_whose_group_was_killed_twice_from_outside_still_gets_its_score() -> None:
+    async def run() -> list[float | None]:
+        return await score(served(Mortal(deaths=[1, 2])), 3)
+
+    assert asyncio.run(asyncio.wait_for(run(), timeout=5)) == [3.0]
+
+
+def test_readiness_is_told_within_its_time_whatever_the_model_does() -> None:
+    async def run() -> None:
+        hung = Mortal()
+        hung.gate.clear()
+        model = served(hung)
+        assert await asyncio.gather(*(model.current.ready(60.0, 0.05) for _ in range(50))) == [False] * 50
+        assert hung.forwards == 1, "one probe for all who ask"
+        hung.gate.set()
+        assert await model.current.ready(60.0, 5.0)
+
+    asyncio.run(asyncio.wait_for(run(), timeout=5))
+
+
+def test_a_replica_that_is_down_takes_no_batch_and_is_not_ready() -> None:
+    async def run() -> None:
+        backend = Mortal(deaths=[2], failing_restarts=10**6)
+        model = served(backend, hold_s=0.1)
+        assert await score(model, 1) == [1.0] and await model.current.ready(60.0, 1.0)
+        with pytest.raises(GroupError):
+            await score(model, 1)
+        assert not await model.current.ready(60.0, 1.0), "a score of a minute ago does not count once the group is down"
+        with pytest.raises(GroupError):
+            await score(model, 1)
+        assert backend.forwards == 2
+
+    asyncio.run(asyncio.wait_for(run(), timeout=5))
