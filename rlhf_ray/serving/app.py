@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,7 +25,6 @@ from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.serving.auth import OPEN_ROUTES, Keys, RateLimit, TokenGate
 from rlhf_ray.serving.bodies import BodyReader
-from rlhf_ray.serving.callers import caller_of, request_identity, while_connected
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import ModelCatalog, ServedModel
 from rlhf_ray.serving.protocols.openapi import document, page
@@ -35,10 +35,15 @@ from rlhf_ray.serving.protocols.tei import info_keys
 from rlhf_ray.serving.refusals import Refusal, plain
 from rlhf_ray.serving.scoring import RequestScorer
 from rlhf_ray.serving.tracing import NoTracer, Span, Tracer
+from rlhf_ray.serving.transport.callers import caller_of, refuse_upgrade, request_identity, while_connected
 
 READY_IF_SCORED_WITHIN_S, READY_TIMEOUT_S = 60.0, 5.0
 CALLER_LEFT = 499
 """The status of a request whose caller hung up, as nginx counts it; nobody reads the answer."""
+
+STOPPING = Refusal("stopping", "the service stops: send the request again, to the next one")
+CLOSING = frozenset({"stopping", "upgrade"})
+"""Kinds of refusals after which the connection is closed."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -54,7 +59,10 @@ class ScoringApp:
             max_bytes=config.max_body_bytes,
             max_bytes_together=config.max_bodies_bytes,
             timeout_s=config.body_timeout_s,
+            max_items=self.scorer.max_items,
         )
+        self._answering: set[asyncio.Task[Any]] = set()
+        self._given_up = False
         metrics.watch("waiting_items", "Items that wait for a forward", lambda: catalog.waiting)
         metrics.watch("waiting_tokens", "About how many tokens they have", lambda: catalog.waiting_tokens)
         metrics.watch("replicas_down", "Replicas that are being brought back", lambda: catalog.down)
@@ -66,7 +74,7 @@ class ScoringApp:
         async def endpoint(http: Request) -> Response:
             began = time.monotonic()
             try:
-                with self.tracer.request(protocol.name) as span, self.bodies.reserving(http):
+                with self._answered(), self.tracer.request(protocol.name) as span:
                     response = await self._answer(protocol, http, began, span)
             except ClientDisconnect:
                 response = Response(status_code=CALLER_LEFT)
@@ -83,20 +91,23 @@ class ScoringApp:
 
     async def _answer(self, protocol: Protocol, http: Request, began: float, span: Span) -> Response:
         span.stage("read")
-        self.rate.spend(caller_of(http))
-        self.catalog.refuse_when_full(caller_of(http))
-        request = protocol.read(await self.bodies.json(http), max_items=self.scorer.max_items)
-        read = time.monotonic()
-        span.stage("queue")
-        scored = await while_connected(
-            http,
-            self.scorer.score(
-                request,
-                caller=caller_of(http),
-                request_id=request_identity(http, request),
-                on_forward=lambda: span.stage("forward"),
-            ),
-        )
+        caller = caller_of(http)
+        self.rate.spend(caller)
+        self.catalog.refuse_when_full(caller)
+        refuse_upgrade(http)
+        with self.bodies.reserving(http, caller) as body:
+            request = await body.read(partial(protocol.read, max_items=self.scorer.max_items))
+            read = time.monotonic()
+            span.stage("queue")
+            scored = await while_connected(
+                http,
+                self.scorer.score(
+                    request,
+                    caller=caller,
+                    request_id=request_identity(http, request),
+                    on_forward=lambda: span.stage("forward"),
+                ),
+            )
         back = time.monotonic()
         span.stage("answer")
         response = JSONResponse(request.answer(scored), headers=_headers(scored))
@@ -107,6 +118,30 @@ class ScoringApp:
             items=len(scored.results), tokens=scored.tokens, version=scored.version, seconds=time.monotonic() - began
         )
         return response
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """A request that :meth:`give_up` may end."""
+        if self._given_up:
+            raise STOPPING
+        task = asyncio.current_task()
+        assert task is not None, "a server answers in tasks"
+        self._answering.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._given_up:
+                raise
+            task.uncancel()
+            raise STOPPING from None
+        finally:
+            self._answering.discard(task)
+
+    def give_up(self) -> None:
+        """Answer every request that is under way now, and those that still come, with a refusal: the service stops."""
+        self._given_up = True
+        for task in self._answering:
+            task.cancel()
 
     def _count(
         self, protocol: Protocol, scored: ScoredRequest, *, read_s: float, answer_s: float, total_s: float
@@ -122,6 +157,8 @@ class ScoringApp:
         """The answer that says why there are no scores."""
         self.metrics.errors.labels(refusal.kind).inc()
         headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
+        if refusal.kind in CLOSING:
+            headers["Connection"] = "close"
         return JSONResponse(form(refusal), refusal.status, headers)
 
     async def health(self, http: Request) -> Response:
@@ -203,7 +240,10 @@ def create_app(
     routes = [Route(path, app.scoring(protocol), methods=["POST"]) for protocol in PROTOCOLS for path in protocol.paths]
     routes += [Route(path, endpoint) for path, endpoint in operating.items()]
     gate = Middleware(TokenGate, keys=keys, on_refusal=lambda _, refusal: metrics.errors.labels(refusal.kind).inc())
-    return Starlette(routes=routes, middleware=[gate], exception_handlers={404: app.unknown, 405: app.unknown})
+    served = Starlette(routes=routes, middleware=[gate], exception_handlers={404: app.unknown, 405: app.unknown})
+    served.router.redirect_slashes = False  # a redirection would lead to whatever the header Host names
+    served.state.give_up = app.give_up
+    return served
 
 
 def _headers(scored: ScoredRequest) -> dict[str, str]:

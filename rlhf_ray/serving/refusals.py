@@ -15,12 +15,13 @@ from rlhf_ray.errors import RequestError
 KINDS: Mapping[str, tuple[int, str]] = {
     "not_json": (400, "the body is not JSON"),
     "too_deep": (400, "the body is nested too deeply"),
+    "upgrade": (400, "the request asks for another protocol on its connection"),
     "token_required": (401, "no token, or one that is not known"),
     "not_found": (404, "there is no such route"),
     "unknown_model": (404, "no model of that name is served"),
     "method_not_allowed": (405, "the route exists, but not for this method"),
     "slow_body": (408, "the body did not arrive in time"),
-    "body_too_large": (413, "the body has more bytes than are read"),
+    "body_too_large": (413, "the body has more bytes, or more texts, lists and objects, than are read"),
     "too_many_items": (413, "the body has more items than one request may hold"),
     "compressed": (415, "the body is compressed"),
     "wrong_body": (422, "a key is missing, or its value is not of the form that it must have"),
@@ -31,10 +32,11 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "server": (500, "the server failed"),
     "overloaded": (503, "the queue is full"),
     "source": (503, "the reward group failed and did not come back in time"),
+    "stopping": (503, "the service stops"),
 }
 """Status and meaning of every kind."""
 
-RETRY_AFTER_S: Mapping[str, int] = {"rate_limited": 5, "overloaded": 1, "source": 5}
+RETRY_AFTER_S: Mapping[str, int] = {"rate_limited": 5, "overloaded": 1, "source": 5, "stopping": 5}
 
 
 class Refusal(RequestError):

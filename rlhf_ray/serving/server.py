@@ -1,8 +1,8 @@
 """A web server: one ASGI app on one port, in a thread of its own.
 
 Invariants: the port is taken before anything slow begins, so that a port in use is an error at once; nothing listens before
-``start``; after ``start`` the address answers; a connection whose headers do not arrive in time, or are too large, is closed;
-``stop`` lets requests under way finish, for a while.
+``start``; after ``start`` the address answers; headers that say whom a request comes from count only where they come from a
+proxy that is trusted; ``stop`` lets requests under way finish for a while, and then has those that are left told so.
 """
 
 from __future__ import annotations
@@ -11,64 +11,21 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rlhf_ray.errors import RequestError, RlhfRayError
+from rlhf_ray.serving.transport.connection import Connection, ConnectionLimits
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection: they close it first, and never send into one that the server closes."""
-MAX_HEADER_BYTES = 65_536
 START_TIMEOUT_S = 20.0
-FINISH_TIMEOUT_S = 10
-
-
-class HeaderDeadline(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits: by itself it waits for headers for ever, and reads any number of them."""
-
-    def __init__(self, *arguments: Any, header_timeout_s: float, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._header_timeout_s = header_timeout_s
-        self._waiting: asyncio.TimerHandle | None = None
-        self._header_bytes = 0
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._begin()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._header_bytes += len(data)
-        if self._waiting is not None and self._header_bytes > MAX_HEADER_BYTES:
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        if self._waiting is None:
-            self._begin()
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._end()
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end()
-        super().connection_lost(exc)
-
-    def _begin(self) -> None:
-        loop, self._header_bytes = asyncio.get_running_loop(), 0
-        self._waiting = loop.call_later(self._header_timeout_s, self.transport.close)
-
-    def _end(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+FINISH_TIMEOUT_S, LAST_ANSWERS_S = 10.0, 2.0
+"""How long requests under way may go on after a stop, and how long the answers of those that did not end are sent."""
 
 
 class WebServer:
@@ -77,36 +34,47 @@ class WebServer:
     loop: asyncio.AbstractEventLoop
     """The event loop that the app runs in, from ``start`` on."""
 
-    def __init__(self, host: str, port: int, *, header_timeout_s: float = 10.0) -> None:
-        self._header_timeout_s = header_timeout_s
+    def __init__(
+        self, host: str, port: int, *, limits: ConnectionLimits | None = None, trusted_proxies: Sequence[str] = ()
+    ) -> None:
+        self._limits = ConnectionLimits() if limits is None else limits
+        self._trusted_proxies = list(trusted_proxies)
+        self._give_up: Callable[[], None] = _nothing
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
-        except OSError as error:
+        except (OSError, TypeError, UnicodeError) as error:  # a name with letters that no host has is one of the latter
             self._socket.close()
+            reason = (error.strerror or error) if isinstance(error, OSError) else "no host has such a name"
             raise RequestError(
-                f"{host}:{port} cannot be listened on ({error.strerror or error}): choose another host or port "
-                "(port=0 takes a free one)"
+                f"{host}:{port} cannot be listened on ({reason}): choose another host or port (port=0 takes a free one)"
             ) from error
         bound = self._socket.getsockname()[1]
         self.address = f"http://[{host}]:{bound}" if family == socket.AF_INET6 else f"http://{host}:{bound}"
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, app: ASGIApp) -> None:
-        """Answer with ``app`` from now on; returns when the address answers."""
+    def start(self, app: ASGIApp, *, give_up: Callable[[], None] | None = None) -> None:
+        """Answer with ``app`` from now on; returns when the address answers.
+
+        ``give_up`` is called in the loop when the time is over that a stop gives to requests; it has them answered at once.
+        """
+        self._give_up = give_up or _nothing
         config = uvicorn.Config(
             app,
             # uvicorn calls it to make a protocol, but its type asks for a class
-            http=partial(HeaderDeadline, header_timeout_s=self._header_timeout_s),  # type: ignore[arg-type]
-            log_level="warning",
+            http=partial(Connection, limits=self._limits),  # type: ignore[arg-type]
+            ws="none",
+            log_level="error",
+            proxy_headers=bool(self._trusted_proxies),
+            forwarded_allow_ips=self._trusted_proxies,
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=FINISH_TIMEOUT_S,
+            timeout_graceful_shutdown=int(FINISH_TIMEOUT_S + LAST_ANSWERS_S),
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
@@ -132,5 +100,12 @@ class WebServer:
         """Let requests under way finish, then close the port."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
-            self._thread.join(FINISH_TIMEOUT_S + 5)
+            self._thread.join(FINISH_TIMEOUT_S)
+            if self._thread.is_alive():
+                self.loop.call_soon_threadsafe(self._give_up)
+                self._thread.join(LAST_ANSWERS_S + 3.0)
         self._socket.close()
+
+
+def _nothing() -> None:
+    """What an app without an answer for requests that are given up does."""

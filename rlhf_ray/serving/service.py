@@ -15,6 +15,7 @@ from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Backend, Limits, ModelCatalog, ServedModel
 from rlhf_ray.serving.server import WebServer
 from rlhf_ray.serving.tracing import OpenTelemetryTracer
+from rlhf_ray.serving.transport.connection import ConnectionLimits
 
 
 class ScoringService:
@@ -28,7 +29,8 @@ class ScoringService:
         self._keys = TokenFile(config.token_file)
         require_closed(config.host, self._keys())
         self._tracer = OpenTelemetryTracer() if config.tracing else None
-        self.server = WebServer(config.host, config.port, header_timeout_s=config.header_timeout_s)
+        limits = ConnectionLimits(config.header_timeout_s, config.write_timeout_s)
+        self.server = WebServer(config.host, config.port, limits=limits, trusted_proxies=config.trusted_proxies)
 
     def start(self, replicas: Mapping[str, Sequence[Backend]]) -> str:
         """Answer with these models, each under its name and by its loaded replicas; returns the address."""
@@ -36,7 +38,8 @@ class ScoringService:
         self.catalog = ModelCatalog(
             [ServedModel(name, backends, limits, metrics) for name, backends in replicas.items()]
         )
-        self.server.start(create_app(self.catalog, self.config, metrics, self._keys, self._tracer))
+        app = create_app(self.catalog, self.config, metrics, self._keys, self._tracer)
+        self.server.start(app, give_up=app.state.give_up)
         return self.server.address
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,13 +15,26 @@ from rlhf_ray.serving.bodies import BodyReader
 from rlhf_ray.serving.refusals import Refusal
 
 
-def reader(max_bytes: int = 1000, together: int = 10_000, timeout_s: float = 5.0) -> BodyReader:
+def reader(max_bytes: int = 1000, together: int = 100_000_000, timeout_s: float = 5.0) -> BodyReader:
     return BodyReader(max_bytes=max_bytes, max_bytes_together=together, timeout_s=timeout_s)
 
 
 def read(content: bytes, max_bytes: int = 1000, chunk: int = 7) -> Mapping[str, Any]:
     chunks = iter([content[start : start + chunk] for start in range(0, len(content), chunk)] or [b""])
-    return asyncio.run(reader(max_bytes).json(request_of(chunks)))
+    return ask(reader(max_bytes), request_of(chunks))
+
+
+def ask(bodies: BodyReader, request: Request, caller: str = "a") -> Mapping[str, Any]:
+    """The object that a request's body is."""
+
+    async def run() -> Mapping[str, Any]:
+        with bodies.reserving(request, caller) as body:
+            return await body.read(lambda values: values)
+
+    try:
+        return asyncio.run(run())
+    finally:
+        assert bodies.held == 0, "it is given back, whatever comes of it"
 
 
 def request_of(chunks: Iterator[bytes], **headers: str) -> Request:
@@ -64,28 +78,90 @@ def test_a_body_is_read_only_up_to_the_limit() -> None:
     assert read(b'{"a": 12345}', max_bytes=12) == {"a": 12345}
     endless = iter(lambda: b"x" * 10, b"never")
     with pytest.raises(Refusal, match="larger than 100 bytes") as caught:
-        asyncio.run(reader(100).json(request_of(endless)))
+        ask(reader(100), request_of(endless))
     assert caught.value.status == 413
 
 
 def test_a_told_length_beyond_the_limit_is_refused_before_anything_is_read() -> None:
     with (
         pytest.raises(Refusal, match="larger than 100 bytes"),
-        reader(100).reserving(request_of(iter([]), content_length="101")),
+        reader(100).reserving(request_of(iter([]), content_length="101"), "a"),
     ):
         pytest.fail("it was let in")
 
 
-def test_bytes_of_all_requests_together_are_bounded_and_given_back() -> None:
-    bodies = reader(max_bytes=100, together=250)
-    with bodies.reserving(request_of(iter([]), content_length="100")), bodies.reserving(request_of(iter([]))):
-        assert bodies.held == 200, "one that does not tell its length may send as much as any"
-        with pytest.raises(Refusal) as caught, bodies.reserving(request_of(iter([]), content_length="51")):
-            pytest.fail("it was let in")
-        assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
-        with bodies.reserving(request_of(iter([]), content_length="50")):
-            assert bodies.held == 250
+TEXTS = b'{"a": ["%s"]}'
+
+
+def test_memory_of_all_bodies_together_is_bounded_shared_and_given_back() -> None:
+    bodies = reader(max_bytes=1000, together=8000)
+
+    async def held(caller: str, letters: int, over: asyncio.Event) -> int:
+        with bodies.reserving(request_of(iter([TEXTS % (b"x" * letters)])), caller) as body:
+            await body.read(lambda values: values)
+            await over.wait()
+        return letters
+
+    async def run() -> None:
+        over = asyncio.Event()
+        greedy = [asyncio.create_task(held("greedy", 500, over)) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        refused = [one.exception() for one in greedy if one.done()]
+        assert refused and all(isinstance(one, Refusal) and one.kind == "overloaded" for one in refused)
+        assert 2000 < bodies.held <= 4000, "half of all at most"
+        others = [asyncio.create_task(held(caller, 500, over)) for caller in ("b", "c")]
+        await asyncio.sleep(0.05)
+        assert not any(one.done() for one in others), "what one caller holds costs no other its place"
+        over.set()
+        await asyncio.gather(*others)
+
+    asyncio.run(run())
     assert bodies.held == 0
+
+
+def test_a_request_that_sends_nothing_holds_nothing() -> None:
+    bodies = reader(max_bytes=1000, together=2000)
+
+    async def run() -> None:
+        silent = [asyncio.create_task(hold(bodies)) for _ in range(33)]
+        await asyncio.sleep(0.05)
+        assert bodies.held == 0 and not any(one.done() for one in silent)
+        for one in silent:
+            one.cancel()
+
+    asyncio.run(run())
+
+
+async def hold(bodies: BodyReader) -> None:
+    async def receive() -> Mapping[str, Any]:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+    request = Request({"type": "http", "method": "POST", "headers": [(b"transfer-encoding", b"chunked")]}, receive)
+    with bodies.reserving(request, "silent") as body:
+        await body.read(lambda values: values)
+
+
+WIDE = {
+    "lists": b'{"items": [%s 1]}' % (b"[]," * 1_500_000),
+    "objects": b'{"items": [{"text": "a", "x": [%s 1]}]}' % (b'{"a":{}},' * 500_000),
+    "texts": b'{"messages": [%s 1]}' % (b'"ab",' * 900_000),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_a_body_of_too_many_parts_is_refused_before_anything_is_built(kind: str) -> None:
+    bodies = BodyReader(max_bytes=8_000_000, max_bytes_together=256_000_000, timeout_s=30)
+    chunks = iter([WIDE[kind][start : start + 65536] for start in range(0, len(WIDE[kind]), 65536)])
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal, match="texts, lists and objects") as caught:
+            ask(bodies, request_of(chunks))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.status == 413
+    assert peak < 20_000_000 and next(chunks, None) is not None, "the rest was not read"
 
 
 def test_a_body_that_does_not_arrive_is_given_up() -> None:
@@ -95,12 +171,12 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
 
     request = Request({"type": "http", "method": "POST", "headers": []}, receive)
     with pytest.raises(Refusal, match=r"within 0\.05 s") as caught:
-        asyncio.run(reader(timeout_s=0.05).json(request))
+        ask(reader(timeout_s=0.05), request)
     assert caught.value.status == 408
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "GZIP, identity"])
 def test_a_compressed_body_is_refused_unread(encoding: str) -> None:
     with pytest.raises(Refusal, match="compressed") as caught:
-        asyncio.run(reader().json(request_of(iter([b"x"]), content_encoding=encoding)))
+        ask(reader(), request_of(iter([b"x"]), content_encoding=encoding))
     assert caught.value.status == 415

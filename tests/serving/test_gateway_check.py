@@ -49,6 +49,14 @@ class Ranks:
         return Pending(result)
 
 
+def error_of(call: Callable[[], Any]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
 TROUBLES = (
     GroupError("reward", 0, "health", "its process died"),
     ValueError("zip() argument 2 is longer than argument 1"),
@@ -82,7 +90,7 @@ def test_a_group_in_any_trouble_is_restarted_and_the_gateway_goes_on(
         assert not started, "a group that is well is left alone"
         broken.trouble, broken.at_once = trouble, at_once
         for _ in range(3):
-            await asyncio.to_thread(gateway.check)
+            assert await asyncio.to_thread(error_of, gateway.check) is None, "an error of the check ends the service"
         while catalog.down:
             await asyncio.sleep(0.001)
         assert started == [broken] * 3 and backend.group is not broken

@@ -17,7 +17,8 @@ import pytest
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.serving.server import MAX_HEADER_BYTES, WebServer
+from rlhf_ray.serving.server import WebServer
+from rlhf_ray.serving.transport.connection import MAX_HEADER_BYTES, ConnectionLimits
 
 from .services import Lengths, service
 
@@ -131,7 +132,7 @@ def wait_for(server: WebServer, line: str) -> None:
 
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 def test_headers_that_do_not_arrive_are_not_waited_for(config: Callable[..., ServeConfig], begun: bytes) -> None:
-    server = WebServer("127.0.0.1", 0, header_timeout_s=0.3)
+    server = WebServer("127.0.0.1", 0, limits=ConnectionLimits(header_timeout_s=0.3))
     server.start(service(config(), Slow()))
     try:
         began = time.monotonic()

@@ -35,9 +35,14 @@ class ServiceConfig(Section):
     max_queue_tokens: Positive = 4_000_000
     max_body_bytes: Positive = 8_000_000
     max_bodies_bytes: Positive = 256_000_000
-    """Bytes of all request bodies together that are being read or answered."""
+    """About how many bytes all request bodies take in memory that are being read or answered. One caller may take half of what
+    the others leave."""
     header_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
+    write_timeout_s: PositiveFloat = 30.0
+    """Seconds in which a client must read its answer."""
+    trusted_proxies: list[str] = []  # noqa: RUF012 (pydantic copies it)
+    """Addresses or networks of proxies whose header ``X-Forwarded-For`` says who a caller is; nobody else's is read."""
     hold_s: NonNegativeFloat = 100.0
     """Seconds for which requests wait for a reward model whose processes restart."""
     tracing: bool = False

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from rlhf_ray.serving.auth import KEY
 from rlhf_ray.serving.protocols.requests import ParsedRequest
+from rlhf_ray.serving.refusals import Refusal
 
 IDENTITY = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 """What is given back as the identity of a request; anything else is replaced by one of ours."""
@@ -27,6 +28,12 @@ def request_identity(http: Request, request: ParsedRequest) -> str:
     """The identity of a request: the caller's, where it gave a plain one."""
     identity = http.headers.get("x-request-id") or request.request_id or ""
     return identity if IDENTITY.fullmatch(identity) else uuid.uuid4().hex
+
+
+def refuse_upgrade(http: Request) -> None:
+    """Refuse a request that asks for another protocol on its connection: what follows its headers is not its body."""
+    if "upgrade" in http.headers.get("connection", "").lower():
+        raise Refusal("upgrade", "the connection stays HTTP/1.1: send the request without the header Upgrade")
 
 
 async def while_connected(http: Request, work: Coroutine[Any, Any, Value]) -> Value:
