@@ -130,13 +130,17 @@ def train(config: str | Path, overrides: Overrides | None = None, *, in_process:
     return Run(directory)
 
 
-def resume(directory: str | Path) -> Run:
-    """Go on with the run in ``directory`` from its last commit, and return it when it has finished."""
+def resume(directory: str | Path, overrides: Overrides | None = None, *, accept: Sequence[str] = ()) -> Run:
+    """Go on with the run in ``directory`` from its last commit, and return it when it has finished.
+
+    ``overrides`` change its config for the rest of the run, as far as it may change, such as ``{"steps": 80}``; ``accept``
+    names keys of inputs whose content has changed on disk. A run that has finished is returned as it is.
+    """
     from rlhf_ray.launch.parent import resume_run
 
     run = Run(directory)
-    _require_done(resume_run(directory), run.directory)
-    return run
+    _require_done(resume_run(directory, _texts(overrides), accept), run.directory)
+    return Run(run.directory)
 
 
 def evaluate(

@@ -2,20 +2,20 @@
 
 Invariants: all data is read and checked before Ray starts; every ending is an exit code, and a mistake of the user is one
 message without a stack trace; a run that was refused before its first step leaves nothing behind, and removes nothing that it
-did not make.
+did not make; a run that has finished is never trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_ray import environment
-from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.jobs.base import Job, TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.paths import run_directory
 from rlhf_ray.config.preflight import hub_ids
@@ -34,6 +34,7 @@ from rlhf_ray.processes import lifeline
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run
+from rlhf_ray.runs.resuming import resume_run
 from rlhf_ray.trainers import stopping
 
 if TYPE_CHECKING:
@@ -52,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train a new run, whose resolved config comes on standard input, or resume one; returns the exit code."""
     parser = argparse.ArgumentParser(prog="rlhf_ray.launch.driver")
     parser.add_argument("--resume", metavar="RUN_DIR")
+    parser.add_argument("--accept", metavar="KEY", action="append", default=[])
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of the config of a resumed run")
     options = parser.parse_args(arguments)
     environment.prepare()
-    resume: str | None = options.resume
-    return exit_code(lambda: train_new_run(sys.stdin.read()) if resume is None else continue_run(resume))
+    if options.resume is None:
+        return exit_code(lambda: train_new_run(sys.stdin.read()))
+    return exit_code(lambda: continue_run(options.resume, options.overrides, options.accept))
 
 
 def exit_code(work: Callable[[], None]) -> int:
@@ -84,19 +88,26 @@ def train_new_run(text: str, *, place: Place | None = None) -> None:
         run_trainer(config, run, None, place=place)
 
 
-def continue_run(path: str, *, place: Place | None = None) -> None:
+def continue_run(
+    path: str, overrides: Sequence[str] = (), accept: Collection[str] = (), *, place: Place | None = None
+) -> None:
     """Train on from the last valid checkpoint of a run, or from its start where none was committed.
 
-    Of a run that lacks only its report, write that. ``place`` is as in :func:`run_trainer`.
+    ``overrides`` change its config, and ``accept`` names inputs that may have changed. A run that has finished stays as it
+    is; of one that lacks only its report, write that. ``place`` is as in :func:`run_trainer`.
     """
-    config = load_config(Path(path) / CONFIG_NAME).to_train()
-    run, checkpoint = RunDirectory.resume(path, config.checkpoint.keep)
+    _may_ask_hub(load_config(Path(path) / CONFIG_NAME))
+    with quick_imports():
+        resumed = resume_run(path, overrides, accept)
+    if resumed is None:
+        return
+    config, run = resumed.config, resumed.run
     try:
         if run.closing_path.exists():
             close_run(run, keep_commit=config.checkpoint.every_steps != 0)
             get_logger().info("the run was trained and evaluated; its report was missing: %s", run.report_path)
         else:
-            run_trainer(config, run, checkpoint, place=place)
+            run_trainer(config, run, resumed.checkpoint, place=place)
     finally:
         run.release()
 
@@ -123,10 +134,13 @@ def run_trainer(
 
     ``place`` is where ranks live; none means a Ray cluster. Raises :class:`ResumableStop` on a request to stop.
     """
-    if hub_ids(config):  # the driver reads the tokenizer and the rows itself
-        environment.allow_hub()
+    _may_ask_hub(config)
     with quick_imports():
+        from rlhf_ray.runs.inputs import fingerprint_inputs, write_inputs
+
         train: Trainer = import_object(config.trainer)
+    if not run.inputs_path.exists():
+        write_inputs(run.inputs_path, fingerprint_inputs(config))
     try:
         stopping.listen()
         train(config, run, checkpoint, place=place)
@@ -134,6 +148,12 @@ def run_trainer(
         raise ResumableStop(
             f"stopped on request before the first step; go on with: rlhf-ray resume {run.path}"
         ) from error
+
+
+def _may_ask_hub(config: Job) -> None:
+    """The driver reads the tokenizer and the rows itself, so it may ask the hub where the job names it."""
+    if hub_ids(config):
+        environment.allow_hub()
 
 
 if __name__ == "__main__":

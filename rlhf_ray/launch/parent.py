@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_ray.config.jobs.base import Job
-from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
@@ -23,12 +23,12 @@ from rlhf_ray.errors import (
     EXIT_RESUMABLE,
     EXIT_WRONG_REQUEST,
     Interrupted,
-    RequestError,
 )
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
 from rlhf_ray.processes.child import Ended, run_child
 from rlhf_ray.runs.checkpoints import CheckpointStore
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.resuming import plan_continuation
 
 FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
 DRIVER = "rlhf_ray.launch.driver"
@@ -48,23 +48,23 @@ def start_run(config: Job, *, driver: str = DRIVER) -> int:
     )
 
 
-def resume_run(directory: str | Path, *, driver: str = DRIVER) -> int:
+def resume_run(
+    directory: str | Path, overrides: Sequence[str] = (), accept: Sequence[str] = (), *, driver: str = DRIVER
+) -> int:
     """Run a driver that resumes the run in ``directory`` from its last commit; returns the exit code.
 
-    A finished run without a checkpoint is refused: it would be trained again from the start, over its final model.
+    ``overrides`` change its config, as far as a run may change (:mod:`rlhf_ray.runs.changes`); ``accept`` names inputs that
+    may have changed on disk. A run that has finished stays as it is, unless it becomes longer.
     """
     run = RunDirectory.open(directory)
-    if run.summary_path.is_file() and not run.checkpoints.steps():
-        raise RequestError(
-            f"the run {run.path} has finished and has no checkpoint to go on from: to train it again, choose another "
-            "run.name, or remove the directory"
-        )
-    directory = run.path.absolute()
-    config = load_config(directory / CONFIG_NAME)
+    continuation = plan_continuation(run, overrides, files=bool(overrides))
+    if continuation is None:
+        return EXIT_DONE
+    directory, config = run.path.absolute(), continuation.config
     _require_room(config)
-    return _restart_until_final(
-        _run_resuming_driver(driver, directory), directory, config.run.max_restarts, driver, dump_config(config)
-    )
+    changed = [*overrides, *(word for key in accept for word in ("--accept", key))]
+    ended = _run_resuming_driver(driver, directory, changed)
+    return _restart_until_final(ended, directory, config.run.max_restarts, driver, dump_config(config), changed)
 
 
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
@@ -87,14 +87,19 @@ def _require_room(config: Job) -> None:
         require_fit(needed(config), offered)
 
 
-def _restart_until_final(ended: Ended, directory: Path, restarts: int, driver: str, text: str) -> int:
-    """Start another driver as long as the last one failed: from the last commit, or anew where no run was begun."""
+def _restart_until_final(
+    ended: Ended, directory: Path, restarts: int, driver: str, text: str, changed: Sequence[str] = ()
+) -> int:
+    """Start another driver as long as the last one failed: from the last commit, or anew where no run was begun.
+
+    ``changed`` is what a resumed run was to change: where it was changed already, it is no change any more.
+    """
     for attempt in range(1, restarts + 1):
         if not _is_failure(ended) or ended.signal is not None:
             break
         get_logger().warning("the driver %s: restart %d of %d", ended.how, attempt, restarts)
         begun = (directory / CONFIG_NAME).is_file()
-        ended = _run_resuming_driver(driver, directory) if begun else run_driver(driver, [], text)
+        ended = _run_resuming_driver(driver, directory, changed) if begun else run_driver(driver, [], text)
     if _is_failure(ended):
         get_logger().error("the driver %s: %s", ended.how, _way_on(directory))
     return exit_code(ended, directory)
@@ -128,8 +133,8 @@ def _way_on(directory: Path) -> str:
     return f"{commit}; go on with: rlhf-ray resume {directory}"
 
 
-def _run_resuming_driver(driver: str, directory: Path) -> Ended:
-    return run_driver(driver, ["--resume", str(directory)])
+def _run_resuming_driver(driver: str, directory: Path, changed: Sequence[str] = ()) -> Ended:
+    return run_driver(driver, ["--resume", str(directory), *changed])
 
 
 def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ended:

@@ -1,13 +1,16 @@
 """The directory of a run, which holds everything that the run writes and needs to be resumed.
 
 Invariants: a run that exists is never overwritten, only continued, and it begins in a directory that holds nothing of others.
-One process at a time owns it. What :meth:`RunDirectory.discard` removes the run has made. After :meth:`RunDirectory.resume`,
-metrics, ledger and samples end exactly at the step of the checkpoint that it returns.
+One process at a time owns it. What :meth:`RunDirectory.discard` removes the run has made. After :meth:`RunDirectory.go_on`,
+metrics, ledger and samples end exactly at the step of the checkpoint that it goes on from, and ``config.yaml`` and
+``inputs.json`` are those of the run from there on; what changed stands in ``attempts.jsonl``.
 
-The directory holds ``config.yaml`` (with every default), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl`` (one line
-each time the run was started), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better
-than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``.
-``summary.json`` is the last file of a run; until the report is written it is called ``closing.json``.
+The directory holds ``config.yaml`` (with every default), ``inputs.json`` (fingerprints of data and models), ``metrics.jsonl``,
+``ledger.jsonl``, ``attempts.jsonl`` (one line each time the run was started), ``samples/``, ``checkpoints/``, ``final/``,
+``best/`` (if an earlier evaluation was better than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint
+of a resume move to ``*.void.jsonl``, and the summary of a run that is trained further to ``summary.void.json``.
+``summary.json`` is the last file of a run, by which a finished one is known; until the report is written it is called
+``closing.json``.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ LOCK = ".lock"
 MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
-    r"config\.yaml|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|(summary|closing)\.json|report\.html"
-    r"|tensorboard|rollout-start|evaluation"
+    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|(summary|closing)\.json"
+    r"|summary\.void\.json|report\.html|tensorboard|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
 _SAMPLES = re.compile(r"step-(\d{6,12})\.jsonl")
@@ -47,11 +50,12 @@ _OWNER = re.compile(rb"(process \d+ on .*)?", re.DOTALL)
 
 
 class RunDirectory:
-    """The paths and files of one run. ``create`` and ``resume`` own the run until ``release``; ``open`` only reads it."""
+    """The paths and files of one run. ``create``, ``take`` and ``resume`` own it until ``release``; ``open`` only reads it."""
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
         self.path = Path(path)
         self.config_path = self.path / CONFIG_NAME
+        self.inputs_path = self.path / "inputs.json"
         self.final = self.path / "final"
         self.best = self.path / "best"
         self.samples = self.path / "samples"
@@ -81,7 +85,7 @@ class RunDirectory:
             run._require_empty()  # another process may have begun it meanwhile
             storage.sweep(path)
             storage.write_file(run.config_path, config)
-            run._begin_attempt(from_step=0)
+            run._begin_attempt(0)
         except BaseException:
             run.release()
             storage.remove_empty(made[:1])
@@ -109,24 +113,55 @@ class RunDirectory:
         return run
 
     @classmethod
-    def resume(cls, path: str | Path, keep: int = 2) -> tuple[RunDirectory, Checkpoint | None]:
-        """Own an existing run and return to its newest valid checkpoint, or to its beginning if it has none.
-
-        Half-written files of a crash are removed, and lines after the checkpoint move to ``*.void.jsonl``.
-        """
+    def take(cls, path: str | Path, keep: int = 2) -> RunDirectory:
+        """Own an existing run and change nothing of it yet, but for half-written files of a crash, which are removed."""
         run = cls.open(path, keep)
         run._own()
         for directory in (run.path, run.checkpoints.directory, run.samples):
             if directory.is_dir():
                 storage.sweep(directory)
+        return run
+
+    @classmethod
+    def resume(cls, path: str | Path, keep: int = 2) -> tuple[RunDirectory, Checkpoint | None]:
+        """Own an existing run and go on from its newest valid checkpoint, or from its beginning if it has none."""
+        run = cls.take(path, keep)
         checkpoint = run.checkpoints.latest_valid()
+        run.go_on(checkpoint)
+        return run, checkpoint
+
+    def go_on(
+        self,
+        checkpoint: Checkpoint | None,
+        *,
+        config: str | None = None,
+        longer: bool = False,
+        changes: Sequence[Mapping[str, Any]] = (),
+        accepted: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Begin another attempt after ``checkpoint``: lines past it move to ``*.void.jsonl``.
+
+        ``config`` is the run's config from here on, if it is another; ``changes`` of it and ``accepted`` inputs, as plain
+        JSON, stand in the attempt. With ``longer`` a run that had come to its end is trained further. After a kill in
+        between, the same call again does the rest.
+        """
         step = 0
         if checkpoint is not None:
             step = checkpoint.step
-            run.checkpoints.retain(step)
-        run._void_after(step)
-        run._begin_attempt(from_step=step)
-        return run, checkpoint
+            self.checkpoints.retain(step)
+        self._void_after(step)
+        for ended in (self.closing_path, self.summary_path):
+            if longer and ended.exists():
+                with storage.storage_errors(ended):
+                    os.replace(ended, self.path / "summary.void.json")
+        self._begin_attempt(step, changes=list(changes), accepted=list(accepted))
+        if config is not None:
+            storage.write_file(self.config_path, config)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary_path.exists()
 
     def config_text(self) -> str:
         """The run's config as YAML, with every default."""
@@ -216,9 +251,10 @@ class RunDirectory:
             return False
         return place.stat().st_size < 500 and _OWNER.fullmatch(place.read_bytes()) is not None
 
-    def _begin_attempt(self, from_step: int) -> None:
+    def _begin_attempt(self, from_step: int, **known: Sequence[Mapping[str, Any]]) -> None:
         self.attempt += 1
-        self.attempts.append({"attempt": self.attempt, "from_step": from_step, "timestamp": time.time()})
+        line = {"attempt": self.attempt, "from_step": from_step, "timestamp": time.time()}
+        self.attempts.append(line | {name: value for name, value in known.items() if value})
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
 
     def _void_after(self, step: int) -> None:
@@ -237,8 +273,11 @@ class RunDirectory:
         return self.samples / f"step-{step:06d}.jsonl"
 
     def _refusal(self, content: Sequence[str]) -> str:
-        if self.config_path.is_file() and self.summary_path.is_file():
-            return f"the run {self.path} has finished: choose another run.name, or remove the directory"
+        if self.config_path.is_file() and self.is_finished:
+            return (
+                f"the run {self.path} has finished: train it further with `rlhf-ray resume {self.path}` and more steps or "
+                "epochs, choose another run.name, or remove the directory"
+            )
         if self.config_path.is_file():
             steps = self.checkpoints.steps()
             last = f"its last checkpoint is of step {steps[-1]}" if steps else "it has no checkpoint yet"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
+from rlhf_ray.config.writing import write_value
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.runs.directory import RunDirectory
@@ -58,7 +59,7 @@ def status(run: RunDirectory) -> dict[str, str]:
 def _state(run: RunDirectory) -> str:
     if run.is_owned():
         return "running"
-    if run.summary_path.exists():
+    if run.is_finished:
         return "finished"
     if run.closing_path.exists():
         return f"trained; its report is missing; write it with: rlhf-ray resume {run.path}"
@@ -90,7 +91,22 @@ def _facts(run: RunDirectory) -> dict[str, str]:
         facts["steps"] = str(lines[-1]["step"])
     if len(starts) > 1:
         facts["starts"] = str(len(starts))
+    if changed := _changes(run):
+        facts["changed"] = "; ".join(changed)
     return facts
+
+
+def _changes(run: RunDirectory) -> list[str]:
+    """What each attempt changed, and after which step."""
+    phrases = []
+    for line in run.attempts.read():
+        changes = [
+            f"{one['key']} {write_value(one['from'])} -> {write_value(one['to'])}" for one in line.get("changes", ())
+        ]
+        changes += [f"{one['key']} accepted with other content" for one in line.get("accepted", ())]
+        if changes:
+            phrases.append(f"after step {line['from_step']}: {', '.join(changes)}")
+    return phrases
 
 
 def _duration(seconds: float) -> str:

@@ -165,6 +165,16 @@ class Journal:
                     Figure(names[name].replace("_", " "), f"{value:.3f}") for name, value in figures.items()
                 )
 
+    def evaluated(self, step: int) -> dict[str, float]:
+        """The figures on held-out rows that were logged for a step; empty if it was not evaluated."""
+        lines = [line for line in self.run.metrics.read() if line["step"] == step]
+        return {
+            name: value
+            for line in lines
+            for name, value in line.items()
+            if name.startswith("evaluation/") and value is not None
+        }
+
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the first ``monitoring.samples_per_log`` samples of a step as JSON lines."""
         count = self.config.monitoring.samples_per_log

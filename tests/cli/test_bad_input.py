@@ -183,12 +183,35 @@ def test_a_directory_that_is_no_run(refused, here, command):
     assert "nothing is not a run directory: it has no config.yaml" in refused(command, "nothing")
 
 
-def test_a_finished_run_without_a_checkpoint_is_not_trained_again(refused, here):
+@pytest.fixture
+def finished(here):
     run = RunDirectory.create(here / "runs/done", dump_config(load_config("demo-sft", ["run.name=done"])))
     run.write_summary(Summary())
     run.release()
-    message = refused("resume", "runs/done")
-    assert "runs/done has finished and has no checkpoint to go on from: to train it again" in message
+    return run
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(finished, project_log):
+    before = {path: path.read_bytes() for path in finished.path.rglob("*") if path.is_file()}
+    assert main(["resume", "runs/done"]) == 0
+    assert "the run runs/done has finished: there is nothing left to do; to train it further" in project_log.getvalue()
+    assert "rlhf-ray resume runs/done epochs=N, with N above 1" in project_log.getvalue()
+    assert {path: path.read_bytes() for path in finished.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_changes_only_if_it_becomes_longer(finished, refused):
+    message = refused("resume", "runs/done", "checkpoint.keep=5")
+    assert (
+        "runs/done has finished, so checkpoint.keep: 2 -> 5 would change nothing: make it longer too (epochs=N"
+        in message
+    )
+
+
+def test_what_a_run_may_not_change_is_refused_all_at_once(finished, refused):
+    message = refused("resume", "runs/done", "run.seed=9", "policy.model.dtype=bf16", "epochs=3")
+    assert "runs/done: 2 problems" in message
+    assert "run.seed: it is 0 in this run and cannot become 9" in message
+    assert "policy.model.dtype: it is fp32 in this run and cannot become bf16" in message
 
 
 def test_a_cluster_that_does_not_answer(refused):

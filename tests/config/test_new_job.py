@@ -15,6 +15,7 @@ from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.errors import ConfigError, RequestError
 from rlhf_ray.launch.driver import continue_run, train_new_run
+from rlhf_ray.runs import inputs
 
 TOY_JOB = '''
 """The job ``toy``: a student that imitates a teacher, as far as a test needs it."""
@@ -122,7 +123,8 @@ def test_it_is_planned(toy, capsys):
     assert ["student", "1", "1", "0", "1", "0"] in lines and ["teacher", "2", "1", "0", "2", "0"] in lines
 
 
-def test_it_is_trained_and_resumed(toy, tmp_path):
+def test_it_is_trained_and_resumed(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "fingerprint_inputs", lambda config: {})  # would ask the hub
     train_new_run(dump_config(load_config(toy, ["lessons=4"])))
     run = tmp_path / "runs" / "small"
     assert (run / "place").read_text() == "ToyConfig None None"

@@ -24,6 +24,7 @@ from rlhf_ray.errors import (
 )
 from rlhf_ray.launch import driver
 from rlhf_ray.processes.interrupts import kept_handlers
+from rlhf_ray.runs import inputs
 from rlhf_ray.trainers import stopping
 
 CONFIG = dump_config(load_config("demo-sft", ["run.name=small"]))
@@ -165,5 +166,6 @@ def test_only_a_job_that_names_a_hub_id_lets_its_driver_ask_the_hub(source, offl
         seen.extend(os.environ[name] for name in environment.HUB_SWITCHES)
 
     monkeypatch.setattr(driver, "import_object", lambda path: train)
+    monkeypatch.setattr(inputs, "fingerprint_inputs", lambda config: {})  # would ask the hub
     driver.train_new_run(text)
     assert seen == [offline] * 3

@@ -100,11 +100,11 @@ def test_a_run_that_exists_is_refused_with_the_way_on(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_has_finished_is_refused_without_advice_to_resume_it(tmp_path: Path) -> None:
+def test_a_run_that_has_finished_is_refused_with_the_way_to_train_it_further(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", CONFIG)
     run.write_summary(Summary())
     run.release()
-    with pytest.raises(RequestError, match=r"run has finished: choose another run\.name, or remove the directory"):
+    with pytest.raises(RequestError, match=r"run has finished: train it further with .* and more steps or epochs"):
         RunDirectory.create(tmp_path / "run", CONFIG)
 
 

@@ -25,16 +25,19 @@ class Process:
     def __init__(self, run: RunDirectory, accuracies: list[float]) -> None:
         self.run, self.accuracies = run, accuracies
         self.committed: tuple[int, object] | None = None
+        self.evaluated: dict[int, dict[str, float]] = {}
+        """What the metrics hold of each update."""
 
     def go(self, *, commits_every: int, killed: Callable[[str, int], bool]) -> Best:
         """From the last commit to the end, or to where it is killed."""
         start, state = self.committed or (0, None)
         self.update = start
         best = Best(self.run, FIGURE, lambda pending, figures: self.write(pending.path, figures))
-        best.restore(state, start)
+        best.restore(state, start, self.evaluated.get(start, {}))
         for update in range(start + 1, len(self.accuracies) + 1):
             self.update = update
-            improved = best.improves(update, {FIGURE: self.accuracies[update - 1]})
+            self.evaluated[update] = {FIGURE: self.accuracies[update - 1]}
+            improved = best.improves(update, self.evaluated[update])
             if killed("before the commit", update):
                 raise Killed
             if commits_every and (improved or update % commits_every == 0):
@@ -96,10 +99,24 @@ def test_a_best_that_belongs_to_no_commit_is_void(tmp_path: Path) -> None:
     best.improves(2, {FIGURE: 0.9})
     best.keep()
     again = Best(run, FIGURE, lambda pending, figures: None)
-    again.restore(state, 5)
+    again.restore(state, 5, {})
     assert again.so_far is None and not run.best.exists()
 
 
 def test_an_evaluation_without_the_figure_is_never_the_best(tmp_path: Path) -> None:
     best = Best(RunDirectory.create(tmp_path / "run", "kind: rm\n"), FIGURE, lambda pending, figures: None)
     assert not best.improves(1, {"evaluation/loss": 0.1}) and best.state() is None
+
+
+def test_the_end_of_a_shorter_run_stays_the_best_when_it_is_trained_further(tmp_path: Path) -> None:
+    """Its last evaluation was its best, so that ``final/`` held those weights and ``best/`` was removed."""
+    process = Process(RunDirectory.create(tmp_path / "run", "kind: rm\n"), [0.5, 0.6, 0.9])
+    best = process.go(commits_every=1, killed=lambda *_: False)
+    process.committed = (
+        3,
+        {"update": 2, "figures": {FIGURE: 0.6}},
+    )  # committed before the evaluation that closed the run
+    best.remove()
+    process.accuracies = [0.5, 0.6, 0.9, 0.7]
+    best = process.go(commits_every=1, killed=lambda *_: False)
+    assert best.so_far is not None and best.so_far.update == 3 == process.kept

@@ -7,7 +7,7 @@ partial config too, as far as its values go.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, get_args
 
@@ -107,11 +107,17 @@ class TrainingJob(Job):
     command: ClassVar[str] = "rlhf-ray train KIND CONFIG"
     trainer: ClassVar[str]
     """What trains it, as ``module:function``; it is called with the job, its run directory and a checkpoint."""
+    length_key: ClassVar[str] = ""
+    """The key that says how long the run is, by which a finished run is trained further; empty where it cannot be."""
 
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+
+    def length_done(self, state: Mapping[str, Any]) -> float:
+        """How much of the run is behind the driver's state in a checkpoint, in the unit of ``length_key``."""
+        return 0.0
 
     @abstractmethod
     def row_reader(self, source: SourceConfig) -> RowReader[Any]:
@@ -133,6 +139,10 @@ class TrainingJob(Job):
     def data_paths(self) -> Iterable[tuple[str, str]]:
         data = unless_absent(lambda: self.data, None)
         return () if data is None else data_paths(data)
+
+    def further_data_paths(self) -> Iterable[tuple[str, str]]:
+        """The key and the path of every file of rows outside the ``data`` section."""
+        return ()
 
     def to_train(self) -> TrainingJob:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_ray.config.checks import algorithm as algorithm_checks
 from rlhf_ray.config.checks import rollout as rollout_checks
@@ -39,6 +39,7 @@ class PpoConfig(TrainingJob):
     """PPO: a policy improved against a reward, held near a reference by KL."""
 
     trainer: ClassVar[str] = "rlhf_ray.trainers.ppo.build:train_ppo"
+    length_key: ClassVar[str] = "steps"
 
     kind: Literal["ppo"]
     batch: BatchConfig
@@ -141,6 +142,9 @@ class PpoConfig(TrainingJob):
             lambda: stop_token_problems(self.rollout.stop_tokens, self.policy.model),
             lambda: token_problems("expose.token_file", self.expose.token_file if self.expose else None),
         ]
+
+    def length_done(self, state: Mapping[str, Any]) -> float:
+        return float(state["progress"]["step"])
 
     def row_reader(self, source: SourceConfig) -> PromptReader:
         reader = self.data.prompt_reader(source)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from rlhf_ray.config.checks.data import compares_with_no_label, has_pairs_to_learn, says_what_is_held_out
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import length_problems
 from rlhf_ray.config.files.rows import demonstration_problems, loss_problems, template_problems
 from rlhf_ray.config.jobs.base import TrainingJob
-from rlhf_ray.config.jobs.sizes import epoch_sizes, role_sizes
+from rlhf_ray.config.jobs.sizes import epoch_sizes, epochs_done, role_sizes
 from rlhf_ray.config.problems import Problem, Rule
 from rlhf_ray.config.sections.base import PositiveFloat
 from rlhf_ray.config.sections.batch import PairBatchConfig
@@ -24,6 +24,7 @@ class RewardModelConfig(TrainingJob):
     """Training a reward model on preference pairs."""
 
     trainer: ClassVar[str] = "rlhf_ray.trainers.supervised.reward_model:train_reward_model"
+    length_key: ClassVar[str] = "epochs"
 
     kind: Literal["rm"]
     batch: PairBatchConfig
@@ -63,6 +64,13 @@ class RewardModelConfig(TrainingJob):
             lambda: template_problems(self.reward.model, self.data, self.row_reader),
             lambda: length_problems("reward.model", self.reward.model, "data.max_tokens", self.data.max_tokens),
         ]
+
+    def length_done(self, state: Mapping[str, Any]) -> float:
+        return epochs_done(state)
+
+    def further_data_paths(self) -> Iterator[tuple[str, str]]:
+        if self.normalization.demonstrations_path is not None:
+            yield "normalization.demonstrations_path", self.normalization.demonstrations_path
 
     def row_reader(self, source: SourceConfig) -> PreferenceReader:
         return self.data.preference_reader(source)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from rlhf_ray.config.checks.data import compares_with_no_label, has_no_pairs_to_cut, reads_texts_as_they_are
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import length_problems
 from rlhf_ray.config.jobs.base import TrainingJob
-from rlhf_ray.config.jobs.sizes import epoch_sizes, role_sizes
+from rlhf_ray.config.jobs.sizes import epoch_sizes, epochs_done, role_sizes
 from rlhf_ray.config.problems import Rule
 from rlhf_ray.config.sections.base import PositiveFloat
 from rlhf_ray.config.sections.batch import SequenceBatchConfig
@@ -22,6 +22,7 @@ class SftConfig(TrainingJob):
     """Supervised fine-tuning of a policy on demonstrations."""
 
     trainer: ClassVar[str] = "rlhf_ray.trainers.supervised.sft:train_sft"
+    length_key: ClassVar[str] = "epochs"
 
     kind: Literal["sft"]
     batch: SequenceBatchConfig
@@ -49,6 +50,9 @@ class SftConfig(TrainingJob):
             *super().files(),
             lambda: length_problems("policy.model", self.policy.model, "data.max_tokens", self.data.max_tokens),
         ]
+
+    def length_done(self, state: Mapping[str, Any]) -> float:
+        return epochs_done(state)
 
     def row_reader(self, source: SourceConfig) -> DemonstrationReader:
         return self.data.demonstration_reader(source)

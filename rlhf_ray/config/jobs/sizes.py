@@ -5,8 +5,9 @@ Invariant: the counts are those a run makes; what depends on lengths that are no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import floor
+from typing import Any
 
 from rlhf_ray.config.facts import Role, Size
 
@@ -19,6 +20,12 @@ def updates(items: int, items_per_update: int) -> int:
 def training_items(rows: int, epochs: float) -> int:
     """Demonstrations or pairs that ``epochs`` over ``rows`` train on."""
     return floor(rows * epochs + 1e-9)  # in floating point 0.29 * 100 is below 29
+
+
+def epochs_done(state: Mapping[str, Any]) -> float:
+    """The epochs behind the driver's state in a checkpoint of a job that goes through its rows."""
+    epoch = sum(int(per_epoch) for _, per_epoch in state["order"]["parts"])
+    return int(state["progress"]["examples"]) / epoch
 
 
 def epoch_sizes(items: str, per_update: int, rows: int | None, epochs: float) -> Iterator[Size]:

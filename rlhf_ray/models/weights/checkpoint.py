@@ -151,6 +151,18 @@ def find_base(directory: Path) -> tuple[str, str | None] | None:
 
     A directory that also holds weights of its own is a model, not an adapter.
     """
+    base = named_base(directory)
+    if base is None:
+        return None
+    try:
+        find_directory(*base)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{directory} is a LoRA adapter of {base[0]}: {error}") from error
+    return base
+
+
+def named_base(directory: Path) -> tuple[str, str | None] | None:
+    """The same as :func:`find_base`, wherever the base lies and whether or not it is there."""
     path = directory / "adapter_config.json"
     if not path.is_file() or any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
         return None
@@ -158,10 +170,6 @@ def find_base(directory: Path) -> tuple[str, str | None] | None:
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelLoadError(f"{path} does not say which model it belongs to: set base_model_name_or_path")
-    try:
-        find_directory(base, config.get("revision"))
-    except ModelLoadError as error:
-        raise ModelLoadError(f"{directory} is a LoRA adapter of {base}: {error}") from error
     return base, config.get("revision")
 
 
@@ -178,6 +186,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def find_directory(name: str, revision: str | None = None, *, code: bool = False) -> Path:
     """Return the local directory of a path or hub id, fetched if need be; Python files are fetched only with ``code``."""
+    return _local_directory(name) or _fetch(name, revision, FROM_HUB + CODE * code)
+
+
+def find_description(name: str, revision: str | None = None) -> Path:
+    """The same as :func:`find_directory` without weights: a directory with the JSON files of a model.
+
+    That of a hub id is named after the commit that the hub has, or the cache if the hub is not asked.
+    """
+    return _local_directory(name) or _fetch(name, revision, ["*.json"])
+
+
+def _local_directory(name: str) -> Path | None:
+    """The directory at the path ``name``; None for a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -185,8 +206,13 @@ def find_directory(name: str, revision: str | None = None, *, code: bool = False
         raise ModelLoadError(f"model path {name!r} is a file: give the directory with config.json and safetensors")
     if not is_hub_id(name):
         raise ModelLoadError(f"model path {name!r} does not exist: give a directory, or a hub id such as org/name")
+    return None
+
+
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The directory into which files of a hub id were fetched."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FROM_HUB + CODE * code))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         raise ModelLoadError(
             f"model {name!r} is not a local directory and could not be fetched from the hub ({type(error).__name__}): "

@@ -30,7 +30,7 @@ from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import make_ground_truth
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.ppo.metrics import StepMetrics
-from rlhf_ray.trainers.ppo.progress import PpoProgress
+from rlhf_ray.trainers.ppo.progress import PpoProgress, updates_in_all
 from rlhf_ray.trainers.ppo.rewards import make_reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, check_user_collector, make_collector
@@ -87,7 +87,8 @@ def build(
     checkpoint: Checkpoint | None,
 ) -> PpoTrainer:
     """Start every group and engine, and put the trainer together."""
-    groups, engines = start_groups(config, session)
+    state = None if checkpoint is None else checkpoint.manifest.about["state"]["progress"]
+    groups, engines = start_groups(config, session, updates_in_all(config, state))
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
@@ -139,16 +140,16 @@ def build(
         self_check=SelfCheck(config, experience, learner),
         checkpoints=checkpoints,
         journal=journal,
-        progress=PpoProgress.start(config.algorithm.kl),
+        progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step),
     )
 
 
-def start_groups(config: PpoConfig, session: Session) -> tuple[Groups, list[Ranks]]:
-    """The model groups, loaded, and the rollout engines, placed but not loaded.
+def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Groups, list[Ranks]]:
+    """The model groups, loaded, and the rollout engines, placed but not loaded; ``updates`` are those of the whole run.
 
     Every process is placed before the first model is loaded, so that all load at once.
     """
-    updates, temperature = config.steps * config.updates_per_step, config.rollout.temperature
+    temperature = config.rollout.temperature
     placed: dict[str, PlacedGroup[Any]] = {
         "policy": session.policy(config.policy, total_updates=updates, temperature=temperature)
     }

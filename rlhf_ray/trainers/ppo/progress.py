@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller
 from rlhf_ray.algorithms.moments import RunningMoments
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.algorithm import KlConfig
 from rlhf_ray.trainers.ppo.update import StepOutcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -23,16 +24,20 @@ class PpoProgress:
     """Counters, the KL controller, and mean and variance of all rewards so far."""
 
     kl: FixedKl | AdaptiveKl
+    updates_per_step: int
+    """Updates that a step is to have from here on; one whose prompts were left out has fewer."""
     moments: RunningMoments = field(default_factory=RunningMoments)
     step: int = 0
     update: int = 0
+    planned_updates: int = 0
+    """Updates that the steps so far were to have, for the learning rate: a resumed run may change the size of its steps."""
     weight_version: int = 0
     consecutive_skips: int = 0
 
     @classmethod
-    def start(cls, config: KlConfig) -> PpoProgress:
+    def start(cls, config: KlConfig, updates_per_step: int = 1) -> PpoProgress:
         """The progress of a run before its first step."""
-        return cls(kl_controller(config.coefficient, config.target, config.horizon))
+        return cls(kl_controller(config.coefficient, config.target, config.horizon), updates_per_step)
 
     def observe_scores(self, batch: TrajectoryBatch) -> None:
         """Add the scores of a step, as the reward source gave them, to the moments."""
@@ -41,6 +46,7 @@ class PpoProgress:
     def finish_step(self, outcome: StepOutcome, objective: Mapping[str, float], *, sequences: int) -> None:
         """Count a step of ``sequences`` samples, and adapt the KL coefficient to ``objective["kl/k1"]`` if it is there."""
         self.step += 1
+        self.planned_updates += self.updates_per_step
         self.update += outcome.updates - outcome.skipped
         skipped_all = outcome.skipped == outcome.updates
         self.consecutive_skips = self.consecutive_skips + outcome.skipped if skipped_all else outcome.last_skips
@@ -56,7 +62,7 @@ class PpoProgress:
 
     def state(self) -> dict[str, Any]:
         """The progress as plain JSON, for a checkpoint."""
-        counters = ("step", "update", "weight_version", "consecutive_skips")
+        counters = ("step", "update", "planned_updates", "weight_version", "consecutive_skips")
         state = {"kl": self.kl.state(), "moments": self.moments.state()}
         return {**state, **{name: getattr(self, name) for name in counters}}
 
@@ -65,4 +71,21 @@ class PpoProgress:
         self.kl = self.kl.restored(state["kl"])
         self.moments = RunningMoments.restored(state["moments"])
         self.step, self.update = state["step"], state["update"]
+        self.planned_updates = planned_updates(state, self.updates_per_step)
         self.weight_version, self.consecutive_skips = state["weight_version"], state["consecutive_skips"]
+
+
+def planned_updates(state: Mapping[str, Any], updates_per_step: int) -> int:
+    """The updates that the steps behind ``state`` were to have; without a count of them all steps were of one size."""
+    return int(state.get("planned_updates", int(state["step"]) * updates_per_step))
+
+
+def updates_in_all(config: PpoConfig, state: Mapping[str, Any] | None) -> int:
+    """Optimizer updates of the whole run: those of the steps behind ``state``, and those of the steps to come.
+
+    ``state`` is the progress in the checkpoint that the run goes on from, or none at its start.
+    """
+    if state is None:
+        return config.steps * config.updates_per_step
+    to_come = config.steps - int(state["step"])
+    return planned_updates(state, config.updates_per_step) + to_come * config.updates_per_step

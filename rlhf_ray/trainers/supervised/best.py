@@ -62,9 +62,16 @@ class Best:
         """The best evaluation so far as plain JSON, for a checkpoint; none before the first."""
         return None if self.so_far is None else asdict(self.so_far)
 
-    def restore(self, state: Mapping[str, Any] | None, update: int) -> None:
-        """Go on from a checkpoint of ``update`` that held ``state``; at the start of a run these are 0 and none."""
+    def restore(self, state: Mapping[str, Any] | None, update: int, evaluated: Mapping[str, float]) -> None:
+        """Go on from a checkpoint of ``update`` that held ``state``; at the start of a run these are 0 and none.
+
+        ``evaluated`` are the figures of that update, if it was evaluated. Where it ended a shorter run and was its best, its
+        weights are in no ``best/``, but here they are again.
+        """
         self.so_far = None if state is None else BestSoFar(**state)
+        if self.improves(update, evaluated):
+            self.keep()
+            return
         kept = self._kept_update()
         if self.so_far is None:
             if kept is not None:

@@ -19,6 +19,7 @@ from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError, RequestError
+from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
@@ -62,10 +63,14 @@ class Task:
             raise RequestError(f"epochs {self.epochs:g} of {size} examples is less than one example: raise epochs")
         return total
 
-    @property
-    def total_updates(self) -> int:
-        """The number of optimizer updates; the last one may have fewer examples."""
-        return updates(self.total_examples, self.per_update)
+    def total_updates(self, checkpoint: Checkpoint | None) -> int:
+        """The number of optimizer updates of a run that goes on from ``checkpoint``; the last may have fewer examples.
+
+        So may the one at which the checkpoint was made, if that ended a shorter run, and those before it may have had
+        another size.
+        """
+        done = SupervisedProgress.at(checkpoint)
+        return done.update + updates(self.total_examples - done.examples, self.per_update)
 
 
 @dataclass
@@ -75,6 +80,11 @@ class SupervisedProgress:
     update: int = 0
     examples: int = 0
     consecutive_skips: int = 0
+
+    @classmethod
+    def at(cls, checkpoint: Checkpoint | None) -> SupervisedProgress:
+        """The counters in a checkpoint, or those of a new run."""
+        return cls() if checkpoint is None else cls(**checkpoint.manifest.about["state"]["progress"])
 
 
 class SupervisedTrainer:
@@ -109,7 +119,7 @@ class SupervisedTrainer:
         self.order = ShuffledOrder(config.run.seed, task.parts)
         self.progress = SupervisedProgress()
         self.total_examples = task.total_examples
-        self.total = task.total_updates
+        self.total = task.total_updates(checkpoints.checkpoint)
 
     def run(self) -> None:
         """Run all remaining updates, and see to it that the last one is committed and ``final/`` is written.
@@ -199,10 +209,11 @@ class SupervisedTrainer:
         """Load the checkpoint that the run goes on from, if there is one."""
         state = self.checkpoints.restore()
         if state is not None:
-            self.progress = SupervisedProgress(**state["progress"])
+            self.progress = SupervisedProgress.at(self.checkpoints.checkpoint)
             self.order = ShuffledOrder.from_state(state["order"], self.task.parts)
         if self.best is not None:
-            self.best.restore(None if state is None else state["best"], self.progress.update)
+            update = self.progress.update
+            self.best.restore(None if state is None else state["best"], update, self.journal.evaluated(update))
 
 
 def run_update(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:

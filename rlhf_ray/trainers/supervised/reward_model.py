@@ -39,7 +39,7 @@ def train_reward_model(
     loss = make_loss(config.loss, [*examples.train, *examples.held_out])
     per_update = config.batch.pairs_per_update
     task = Task(examples.train, make_pair_batch, loss, per_update, examples.parts, config.epochs, unit=2)
-    updates = task.total_updates
+    updates = task.total_updates(checkpoint)
     max_tokens = config.reward.forward_tokens(config.batch)
     with Session(config, place=place) as session:
         started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
