@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import DeadlineError, GroupError, RequestError
-from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.errors import GroupError, RequestError
+from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed
 from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedWeights, shapes_on_disk
 
@@ -72,6 +73,10 @@ class RolloutEngine(ABC):
         """Run one step of the model for the unfinished requests; returns those that it finished."""
 
     @abstractmethod
+    def _running(self) -> int:
+        """The number of requests for which the next step samples a token, at most."""
+
+    @abstractmethod
     def _drop(self) -> None:
         """Forget all requests."""
 
@@ -106,18 +111,21 @@ class RolloutEngine(ABC):
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Generation]:
         """Return the generations of all requests in their order.
 
-        Raises :class:`DeadlineError` after ``deadline_s`` seconds, and then drops every request of the call.
+        Raises :class:`TooSlowError` after ``deadline_s`` seconds, and then drops every request of the call.
         """
         if self._unfinished:
             raise RequestError(f"rollout engine {self.rank} has {self.unfinished} requests in work: step or abort them")
         end = self._clock() + deadline_s
         self.submit(requests)
         done: dict[Key, Generation] = {}
+        sampled = 0
         while self._unfinished:
             if self._clock() >= end:
-                dropped = self.abort()
-                cause = f"{dropped} of {len(requests)} requests were unfinished after {deadline_s:g} s and were dropped"
-                raise DeadlineError(ROLE, self.rank, "generate", cause)
+                left = sum(request.max_new_tokens for request in self._unfinished.values())
+                ended = sum(len(generation.token_ids) for generation in done.values())
+                cause = explain_too_slow(self.abort(), len(requests), deadline_s, sampled, ended + left)
+                raise TooSlowError(ROLE, self.rank, "generate", cause)
+            sampled += self._running()
             done |= {generation.key: generation for generation in self.step()}
         return [done[request.key] for request in requests]
 
@@ -222,6 +230,18 @@ class RolloutEngine(ABC):
                 pass
             raise RequestError(f"rollout engine {self.rank}: {phase} outside of a weight update: begin_update first")
         return self._update
+
+
+def explain_too_slow(dropped: int, requests: int, deadline_s: float, sampled: int, most: int) -> str:
+    """Why ``dropped`` of the requests were unfinished: about ``sampled`` tokens of ``most`` at the longest were sampled."""
+    text = f"{dropped} of {requests} requests were unfinished after {deadline_s:g} s (rollout.timeout_s) and were dropped: "
+    if not sampled:
+        return f"{text}not one token was sampled in that time. Raise rollout.timeout_s"
+    rate = sampled / deadline_s
+    return (
+        f"{text}about {rate:.1f} tokens/s were sampled, so that answers of full length need about {math.ceil(most / rate)} s. "
+        "Raise rollout.timeout_s to that, lower rollout.max_new_tokens, or add engines (rollout.engines)"
+    )
 
 
 def _refuse_cut_distributions(config: RolloutConfig) -> None:

@@ -6,7 +6,7 @@ restarted and has received all weights again.
 
 from __future__ import annotations
 
-from rlhf_ray.errors import GroupError, RlhfRayError
+from rlhf_ray.errors import DeadlineError, GroupError, RlhfRayError
 
 
 class EngineDeadError(GroupError):
@@ -15,6 +15,10 @@ class EngineDeadError(GroupError):
 
 class WeightUpdateError(GroupError):
     """A weight update failed part-way. The engine holds a mixture of weights, so it is dead, not stale."""
+
+
+class TooSlowError(DeadlineError):
+    """The engine works, but needs longer for its requests than it was given: the same again takes as long again."""
 
 
 class WireError(RlhfRayError):

@@ -5,7 +5,8 @@ Invariants:
 - Prompts are cut into as many shares as the fleet has engines, by their order alone, and a share is generated whole, by one
   engine, in one call. In deterministic mode the batch therefore has the same bits, whichever engine generated a share and
   however often.
-- Only healthy engines generate. A share whose engine failed is generated again, from the start, on a healthy one.
+- Only healthy engines generate. A share whose engine failed is generated again, from the start, on a healthy one. One that took
+  too long is generated again only if another share was in time: else it would take as long again.
 - Tokens that were sampled with other weights than the published ones are refused.
 """
 
@@ -20,7 +21,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError, StaleWeightsError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import ROLE
-from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.health import ALIVE, EngineState, FleetHealth, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe, gather
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -99,13 +100,16 @@ class Fleet:
             self.probe(self.health.in_state(EngineState.SUSPECT))
             placed = self._place(waiting)
             started = {share: self._begin(engine, shares[share], deadline_s) for share, engine in placed.items()}
+            failures: dict[int, Exception] = {}
             for share, pending in started.items():
-                engine = placed[share]
                 attempts[share] += 1
                 try:
-                    done[share] = self._collect(engine, shares[share], pending)
+                    done[share] = self._collect(placed[share], shares[share], pending)
                 except (GroupError, StaleWeightsError) as error:
-                    self._report(share, engine, error, last=attempts[share] == MAX_ATTEMPTS)
+                    failures[share] = error
+            in_time = any(done.values())
+            for share, error in failures.items():
+                self._report(share, placed[share], error, tries=attempts[share], in_time=in_time)
             waiting = [share for share in waiting if share not in done]
         return gather(requests, [generation for share in shares for generation in done[share]])
 
@@ -144,8 +148,11 @@ class Fleet:
         self.health.answered(engine)
         return generations
 
-    def _report(self, share: int, engine: int, error: Exception, *, last: bool) -> None:
-        if last:
+    def _report(self, share: int, engine: int, error: Exception, *, tries: int, in_time: bool) -> None:
+        """Warn that a share is generated again, or raise ``error`` where that was done often enough or would not help."""
+        if isinstance(error, TooSlowError) and not in_time:
+            raise error
+        if tries == MAX_ATTEMPTS:
             cause = f"share {share} failed {MAX_ATTEMPTS} times, last: {error}\n{self.health.describe()}"
             raise GroupError(ROLE, None, "generate", cause) from error
         self._log.warning("engine %d lost share %d, which is generated again: %s", engine, share, error)

@@ -77,6 +77,9 @@ class TransformersEngine(RolloutEngine):
     def _add(self, requests: Sequence[GenerationRequest]) -> None:
         self._waiting.extend(requests)
 
+    def _running(self) -> int:
+        return min(MAX_ROWS, len(self._waiting)) if self._group is None else len(self._group.rows)
+
     def _drop(self) -> None:
         self._waiting.clear()
         self._group = None

@@ -125,6 +125,9 @@ class VllmEngine(RolloutEngine):
         reason = FINISH_REASONS[output.finish_reason]
         return Generation(*request.key, token_ids, tuple(output.logprobs.logprobs), versions, reason)
 
+    def _running(self) -> int:
+        return min(len(self._in_work), self._engine.vllm_config.scheduler_config.max_num_seqs)
+
     def _drop(self) -> None:
         self._engine.abort_request(list(self._in_work))
         self._in_work.clear()

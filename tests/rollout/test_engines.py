@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import DeadlineError, RequestError
+from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.engine import RolloutEngine
-from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
 from rlhf_ray.rollout.vllm_engine import VllmEngine
@@ -199,8 +200,16 @@ def test_a_late_call_is_dropped_whole_and_leaves_no_trace(bench: Bench) -> None:
     engine, requests = bench.engine(), requests_of(6)
     before = engine.generate(requests, DEADLINE_S)
     bench.clock.seconds = 1.0
-    with pytest.raises(DeadlineError, match=r"generate: \d+ of 12 requests were unfinished after 4 s"):
+    with pytest.raises(TooSlowError) as caught:
         engine.generate(requests, 4.0)
+    text = str(caught.value)
+    pattern = r"(\d+) of 12 requests .* after 4 s \(rollout.timeout_s\) .* (\S+) tokens/s .* about (\d+) s\."
+    told = re.search(pattern, text)
+    assert told is not None, text
+    rate, needed = float(told[2]), float(told[3])
+    assert int(told[1]) / 4 <= rate <= 3 * 12 / 4, "three steps of at most 12 tokens in 4 s"
+    assert 4.0 < needed <= sum(request.max_new_tokens for request in requests) / rate + 1
+    assert "Raise rollout.timeout_s to that" in text
     assert engine.unfinished == 0
     assert engine.step() == []
     assert bench.engine().generate(requests, DEADLINE_S) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import DeadlineError, GroupError, RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine
-from rlhf_ray.rollout.errors import EngineDeadError
+from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError
 from rlhf_ray.rollout.fleet import Fleet, cut_shares
 from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
@@ -274,3 +275,29 @@ def test_a_probe_finds_the_dead(make_handle: Any, weights: PublishedWeights) -> 
     fleet.probe()
     assert (fleet.health[0].state, fleet.health[0].cause) == (EngineState.DEAD, "it was shut down")
     assert fleet.health.healthy == (1,)
+
+
+SLOW = TooSlowError("rollout", 0, "generate", "31 of 32 requests were unfinished")
+
+
+def test_a_share_that_took_too_long_is_not_tried_again_where_none_was_in_time(
+    make_handle: Callable[..., Handle], weights: PublishedWeights
+) -> None:
+    handles = [make_handle(SLOW), make_handle(SLOW)]
+    fleet = Fleet(handles)
+    fleet.update_weights(1, weights)
+    with pytest.raises(GroupError) as caught:
+        fleet.generate(REQUESTS, DEADLINE_S)
+    assert [len(handle.shares) for handle in handles] == [1, 1], "nobody is asked to take as long again"
+    assert caught.value is SLOW
+
+
+def test_a_share_that_took_too_long_is_tried_again_where_another_was_in_time(
+    make_handle: Callable[..., Handle], weights: PublishedWeights, expected: TrajectoryBatch, project_log: StringIO
+) -> None:
+    fleet = Fleet([make_handle(), make_handle(SLOW), make_handle()])
+    fleet.update_weights(1, weights)
+    assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    assert "engine 1 lost share 1, which is generated again: rollout rank 0 failed in generate: 31 of 32" in (
+        project_log.getvalue()
+    )
