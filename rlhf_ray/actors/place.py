@@ -89,5 +89,11 @@ def place_scoring_group(
     place: Place, config: ServeConfig, role: RoleConfig, *, name: str | None = None
 ) -> PlacedGroup[RewardGroup]:
     """Start the ranks of a reward model that scores what callers send, within the limits of ``config``."""
-    setup = RewardSetup(role, seed=0, max_tokens=config.max_batch_tokens, max_item_tokens=config.max_tokens)
+    setup = RewardSetup(
+        role,
+        seed=0,
+        max_tokens=config.max_batch_tokens,
+        max_item_tokens=config.max_tokens,
+        refuse_markers=config.refuse_markers,
+    )
     return place_reward_group(place, setup, name=name)

@@ -19,12 +19,13 @@ from typing import NoReturn
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
 from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError
-from rlhf_ray.serving.auth import read_tokens, require_closed
+from rlhf_ray.serving.auth import require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from rlhf_ray.serving.server import WebServer
 
@@ -93,8 +94,7 @@ def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
     try:
         limit_s = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
         address = gateway.call("start", [()], timeout_s=limit_s).result()[0]
-        sys.stdout.write(f"{address}\n")
-        sys.stdout.flush()
+        _announce(address)
         end = f"ray.kill(ray.get_actor({name!r}, {SERVICE_NAMESPACE!r})) ends it" if detach else "Ctrl-C ends it"
         get_logger("serving").info("POST %s/get_reward or %s/v1/reward; %s", address, address, end)
         is_up = True
@@ -102,6 +102,15 @@ def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
     finally:
         if not (detach and is_up):
             _stop(gateway, gracefully=is_up)
+
+
+def _announce(address: str) -> None:
+    """Print the address; where standard output is closed or full, the log below holds it alone."""
+    try:
+        sys.stdout.write(f"{address}\n")
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # no stream at all, one that nobody reads, one that is closed
+        get_logger("serving").warning("standard output takes nothing: the address stands here alone")
 
 
 def _start(config: ServeConfig, name: str, *, detach: bool) -> RayRanks:

@@ -11,7 +11,9 @@ Invariants:
 - Nothing follows the token at which the model's score is read (:class:`~rlhf_ray.models.reward_reading.RewardReading`).
 - An encoder reads a prompt and its response, or a conversation, as a pair of texts (:mod:`rlhf_ray.data.text_pairs`), and a
   text with the special tokens of its tokenizer, since it is read at the first of them.
-- An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end.
+- An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end. One that
+  is many times over it is refused before a tokenizer reads it.
+- No error holds a text of the item: of what a template says only what stands in the template itself.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.data.answer_ids import encode_answers
 from rlhf_ray.data.chat import ChatFormat, Conversation
+from rlhf_ray.data.chat_template import RefusedConversation
 from rlhf_ray.data.text_pairs import conversation_ids, cut_to, pair_ids
 from rlhf_ray.errors import DataError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
@@ -30,6 +33,11 @@ from rlhf_ray.rows.preferences import ANSWER_BEGINS
 
 if TYPE_CHECKING:
     from rlhf_ray.models.reward_reading import RewardReading
+
+
+BYTES_PER_TOKEN, SHORTEST_REFUSED = 64, 65_536
+"""An item with more bytes than this for each token of the limit, and than this in all, is refused unread. No text of a language
+has so many; a tokenizer would take seconds for it, in which nobody else is scored."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,31 @@ def encode_request(
     try:
         token_ids = reading.scored_ids(_token_ids(chat, request, reading))
     except DataError as error:
-        raise ScoringError(str(error)) from error
+        raise ScoringError(_without_texts(error, chat.tokenizer)) from error
     check_item(token_ids, request, max_tokens=max_tokens, vocabulary=vocabulary)
     return EncodedItem(tuple(token_ids[-max_tokens:]), truncated=len(token_ids) > max_tokens)
+
+
+def refuse_unread(request: ScoreRequest, *, max_tokens: int) -> None:
+    """Refuse an item with so many bytes of text that reading it would hold up the others; also one that asks to be cut."""
+    limit = max(BYTES_PER_TOKEN * max_tokens, SHORTEST_REFUSED)
+    size = sum(len(text.encode()) for _, text in request.texts())
+    if size > limit:
+        raise ScoringError(
+            f"the item has {size} bytes of text, and more than {limit} are not read where the limit is {max_tokens} tokens: "
+            "shorten it"
+        )
+
+
+def _without_texts(error: DataError, tokenizer: Any) -> str:
+    """The message of an error; where a template refuses a conversation, only if the template's own text holds the reason."""
+    reason = str(error.__cause__)
+    if not isinstance(error, RefusedConversation) or reason in str(tokenizer.chat_template):
+        return str(error)
+    return (
+        f"the tokenizer's chat template refuses the conversation with {type(error.__cause__).__name__}, whose message may hold "
+        "texts of the item and is not shown: render it with the tokenizer to see it"
+    )
 
 
 def check_item(token_ids: Sequence[int], request: ScoreRequest, *, max_tokens: int, vocabulary: int) -> None:
@@ -144,7 +174,7 @@ def encode_text_pair(tokenizer: Any, request: ScoreRequest, *, max_tokens: int, 
     try:
         token_ids = _pair_ids(tokenizer, request)
     except DataError as error:
-        raise ScoringError(str(error)) from error
+        raise ScoringError(_without_texts(error, tokenizer)) from error
     check_item(token_ids, request, max_tokens=max_tokens, vocabulary=vocabulary)
     return EncodedItem(tuple(cut_to(token_ids, max_tokens)), truncated=len(token_ids) > max_tokens)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -112,6 +113,7 @@ def _json_rows(path: Path) -> PlacedRows:
 
 def _csv_rows(path: Path) -> PlacedRows:
     """A header and rows of texts; a row may span several lines, and its place is the first of them."""
+    csv.field_size_limit(sys.maxsize)  # by itself the module refuses a cell of more than 131,072 letters, as "not CSV"
     reader = csv.reader(_lines(path), strict=True)
     header: list[str] | None = None
     line = 1

@@ -21,9 +21,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from rlhf_ray.config.files.tokens import Keys
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.serving.auth import OPEN_ROUTES, Keys, RateLimit, TokenGate
+from rlhf_ray.serving.auth import OPEN_ROUTES, RateLimit, TokenGate
 from rlhf_ray.serving.bodies import BodyReader
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import ModelCatalog, ServedModel

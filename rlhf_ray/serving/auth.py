@@ -1,21 +1,25 @@
 """Access to the service: one token or several named ones open every route; two routes need none.
 
 Invariants: a route that is not on the list of open ones is closed; tokens are compared in constant time; a token never
-reaches a log; a token file that changed counts within a second, and one that cannot be read any more changes nothing.
+reaches a log; a token file that changed counts within a second, line by line; one that holds no token any more, or is gone,
+closes every route once an editor would have written it again; one that cannot be read changes nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import hmac
+import math
+import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rlhf_ray.config.files.tokens import Keys, parse_tokens, read_tokens
 from rlhf_ray.config.sections.service import is_open_to_others
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
@@ -23,34 +27,11 @@ from rlhf_ray.serving.refusals import Refusal, plain
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 """Routes that say whether the service is up, and nothing else."""
-SHORTEST_TOKEN = 16
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_WITHOUT_TOKENS = 3.0
+"""For so long the tokens of a file that holds none any more stay valid: some programs empty or remove a file to write it."""
 KEY = "rlhf_ray.key"
 """Under this name the scope of a request holds the name of the key that opened it."""
-
-Keys = Mapping[str, str]
-"""Names of keys, by their tokens."""
-
-
-def read_tokens(path: str | None) -> Keys:
-    """The tokens of a file in its order: one per line, ``name:token`` or bare; ``#`` begins a comment. No path, no tokens."""
-    if path is None:
-        return {}
-    try:
-        lines = [line.strip() for line in Path(path).expanduser().read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"token_file {path} cannot be read ({error}): write one token a line into it") from error
-    pairs = [line.rpartition(":") for line in lines if line and not line.startswith("#")]
-    keys = {token: name or f"key {number}" for number, (name, _, token) in enumerate(pairs, 1)}
-    short = [number for number, (_, _, token) in enumerate(pairs, 1) if len(token) < SHORTEST_TOKEN]
-    if short or not keys:
-        problem = (
-            f"token {short[0]} is shorter than {SHORTEST_TOKEN} characters" if short else "there is no token in it"
-        )
-        raise RequestError(
-            f"token_file {path}: {problem}; make one with: python -c 'import secrets; print(secrets.token_hex())'"
-        )
-    return keys
 
 
 class TokenFile:
@@ -61,30 +42,50 @@ class TokenFile:
         self._clock = clock
         self._keys = read_tokens(path)
         self._looked, self._seen = clock(), self._state()
+        self._closes_at = math.inf
 
     def __call__(self) -> Keys:
-        """The keys that are valid now."""
-        if self._path is not None and self._clock() - self._looked >= SECONDS_BETWEEN_LOOKS:
-            self._looked = self._clock()
+        """The keys that are valid now; no mapping at all but an empty one opens the service to everybody."""
+        now = self._clock()
+        if self._path is not None and now - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._looked = now
             if (state := self._state()) != self._seen:
                 self._seen = state
-                self._read_again()
+                self._read_again(self._path)
+            if now >= self._closes_at:
+                self._keys, self._closes_at = {secrets.token_hex(): "nobody"}, math.inf
+                get_logger("serving").warning("token_file %s holds no token: every request is refused now", self._path)
         return self._keys
 
-    def _read_again(self) -> None:
+    def _read_again(self, path: Path) -> None:
         try:
-            self._keys = read_tokens(str(self._path))
-        except RequestError as error:
-            get_logger("serving").warning("%s; the tokens read before stay valid", error)
+            keys, problems = parse_tokens(path.read_bytes())
+        except FileNotFoundError:
+            keys, problems = {}, ["it is gone"]
+        except OSError as error:
+            get_logger("serving").warning(
+                "token_file %s cannot be read (%s); the tokens read before stay valid", path, error
+            )
             return
-        get_logger("serving").info("token_file %s changed: %d keys open now", self._path, len(self._keys))
+        for problem in problems:
+            get_logger("serving").warning("token_file %s: %s", path, problem)
+        if keys:
+            self._keys, self._closes_at = keys, math.inf
+            get_logger("serving").info("token_file %s changed: %d keys open now", path, len(keys))
+        elif math.isinf(self._closes_at):
+            self._closes_at = self._clock() + SECONDS_WITHOUT_TOKENS
+            get_logger("serving").warning(
+                "token_file %s holds no token: in %g s every request is refused, until it holds one",
+                path,
+                SECONDS_WITHOUT_TOKENS,
+            )
 
-    def _state(self) -> tuple[int, int] | None:
+    def _state(self) -> tuple[int, ...] | None:
         try:
             known = self._path.stat() if self._path is not None else None
         except OSError:
             return None
-        return None if known is None else (known.st_mtime_ns, known.st_size)
+        return None if known is None else (known.st_mtime_ns, known.st_ctime_ns, known.st_size, known.st_ino)
 
 
 def require_closed(host: str, tokens: Iterable[str]) -> None:
@@ -148,12 +149,16 @@ class RateLimit:
         self._per_minute = per_minute
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
+        self._swept = clock()
 
     def spend(self, key: str) -> None:
         """Count one request; raises a :class:`Refusal` where the key has none left."""
         if self._per_minute is None:
             return
         now, full = self._clock(), float(self._per_minute)
+        if now - self._swept >= 60:  # a bucket is full again after a minute, and then as good as none
+            self._swept = now
+            self._buckets = {name: bucket for name, bucket in self._buckets.items() if now - bucket[1] < 60}
         left, since = self._buckets.get(key, (full, now))
         left = min(full, left + (now - since) * full / 60)
         if left < 1:

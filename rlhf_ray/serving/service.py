@@ -45,3 +45,5 @@ class ScoringService:
     def stop(self) -> None:
         """Finish what is being answered, and free the port."""
         self.server.stop()
+        if self._tracer is not None:
+            self._tracer.close()

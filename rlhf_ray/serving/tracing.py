@@ -1,12 +1,14 @@
 """Traces of requests through OpenTelemetry, where the service is configured to send them.
 
 Invariants: without ``tracing`` nothing of OpenTelemetry is imported; a request is one span, with one below it for each stage
-that the request went through; a span holds a protocol, counts, a version and the kind of a refusal, never a text. Where
-spans are sent is set by OpenTelemetry's own variables (``OTEL_EXPORTER_OTLP_ENDPOINT`` and so on).
+that the request went through; a span holds a protocol, counts, a version and the kind of a refusal, never a text; a collector
+that does not answer holds up no request, and the end of the service for ``CLOSE_TIMEOUT_S`` at most. Where spans are sent is
+set by OpenTelemetry's own variables (``OTEL_EXPORTER_OTLP_ENDPOINT`` and so on).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +18,9 @@ from rlhf_ray.serving.refusals import Refusal
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
+
+
+CLOSE_TIMEOUT_S = 3.0
 
 
 class Span(Protocol):
@@ -63,9 +68,16 @@ class OpenTelemetryTracer:
                 f"tracing needs OpenTelemetry, which is not installed ({error.name}): "
                 "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http, or leave tracing off"
             ) from error
-        self.provider = TracerProvider(resource=Resource.create({"service.name": "rlhf-ray-scoring"}))
+        resource = Resource.create({"service.name": "rlhf-ray-scoring"})
+        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # its own end waits half a minute
         self.provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self.provider.get_tracer("rlhf_ray.serving")
+
+    def close(self) -> None:
+        """Send the spans that are left; those that cannot be sent in time are lost."""
+        closing = threading.Thread(target=self.provider.shutdown, name="traces", daemon=True)
+        closing.start()
+        closing.join(CLOSE_TIMEOUT_S)
 
     @contextmanager
     def request(self, protocol: str) -> Iterator[Span]:

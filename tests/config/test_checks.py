@@ -138,6 +138,8 @@ CASES = [
      "reward.function: 'score' is not one of package.module:name, path.py:name, gsm8k, exact_match, world.gold, world"),
     ("ppo", ["reward={url: 'localhost:5000'}"],
      "reward.url: 'localhost:5000' is not the address of a scoring backend: write http://host:port"),
+    ("ppo", ["reward={url: 'http://x:a-secret-token-here@localhost:5000'}"],
+     "reward.url: it holds a password, which config.yaml and reports would show: write it into a file, give token_file"),
     ("ppo", ["reward={function: gsm8k, token_file: token}"],
      "reward.token_file: it holds the token of a scoring backend: set url too, or remove it"),
     ("ppo", ["reward.samples_per_call=8"],

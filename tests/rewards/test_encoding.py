@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.actors.workers.request_scoring import RequestScorer
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_pairs
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.models.reward_reading import assumed_reading
-from rlhf_ray.rewards.encoding import EncodedItem, encode_request
+from rlhf_ray.rewards.encoding import EncodedItem, encode_request, refuse_unread
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import read_preferences
@@ -129,6 +130,55 @@ def test_what_cannot_be_scored_is_an_error_that_says_why(
 ) -> None:
     with pytest.raises(ScoringError, match=message):
         encoded(request_, tokenizer)
+
+
+ECHOING = (
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no role ' + m.role) }}{% endif %}"
+    "{% if m.content == 'sum' %}{{ m.content + 1 }}{% endif %}{{ m.content }}<eos>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("turn", [{"role": "my secret", "content": "a"}, {"role": "user", "content": "sum"}])
+def test_the_message_of_a_template_holds_no_text_of_the_item(turn: dict[str, str]) -> None:
+    tokenizer = make_tokenizer(template=ECHOING)
+    with pytest.raises(ScoringError, match=r"refuses the conversation with (TemplateError|TypeError)") as caught:
+        encoded(ScoreRequest(messages=(turn, {"role": "assistant", "content": "b"})), tokenizer)
+    assert "secret" not in str(caught.value) and "concatenate" not in str(caught.value)
+
+
+class Unread:
+    """A tokenizer that must not be asked."""
+
+    chat_template = None
+    bos_token_id = eos_token_id = 1
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("a text that is many times too long was read")
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text": "x" * 300_000},
+        {"prompt": "ü" * 150_000, "response": "b"},
+        {"messages": ({"role": "user", "content": "x" * 300_000}, {"role": "assistant", "content": "b"})},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_an_item_that_is_many_times_too_long_is_refused_before_it_is_read(values: Any, truncate: bool) -> None:
+    with pytest.raises(ScoringError, match=r"3000\d\d bytes of text, and more than 262144 are not read"):
+        refuse_unread(ScoreRequest(**values, truncate=truncate), max_tokens=4096)
+    refuse_unread(ScoreRequest(text="x" * 262_144), max_tokens=4096)
+    refuse_unread(ScoreRequest(text="x" * 65_536), max_tokens=1)
+
+
+def test_a_rank_refuses_such_an_item_unread_and_scores_the_others() -> None:
+    scorer = RequestScorer.__new__(RequestScorer)
+    scorer.max_item_tokens, scorer._markers, scorer.vocabulary = 100, None, 10
+    scorer.chat, scorer.reading = ChatFormat(Unread()), assumed_reading("model", PLAIN, 0)
+    items, refused = scorer._encode([ScoreRequest(text="x" * 70_000), ScoreRequest(token_ids=(1,))])
+    assert [position for position, _ in refused] == [0] and list(items) == [1]
 
 
 def test_what_is_too_long_is_refused_or_loses_its_beginning() -> None:

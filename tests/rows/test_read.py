@@ -245,3 +245,9 @@ def test_check_sees_what_a_job_would_refuse_in_the_first_rows(write):
         list(read_file(path, PreferenceReader()))
     assert str(error.value) == first_problem(path, PreferenceReader())
     assert "set data.prompt_key to the key that does; its keys are 'topic'" in str(error.value)
+
+
+def test_a_cell_of_csv_may_be_as_long_as_a_text_is(write):
+    path = write("text,mine\n" + "x" * 300_000 + ",1\n", "rows.csv")
+    assert first_problem(path, AnyRow([("text", "mine")])) == ""
+    assert [len(row.values["text"]) for row in read_rows(path, [("text", "mine")])] == [300_000]

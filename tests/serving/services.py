@@ -8,10 +8,10 @@ from typing import Any
 
 from starlette.applications import Starlette
 
+from rlhf_ray.config.files.tokens import Keys
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.app import create_app
-from rlhf_ray.serving.auth import Keys
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import Backend, Limits, ModelCatalog, ServedModel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving import auth
-from rlhf_ray.serving.auth import OPEN_ROUTES, RateLimit, TokenFile, presented_token, read_tokens, require_closed
+from rlhf_ray.serving.auth import (
+    OPEN_ROUTES,
+    SECONDS_WITHOUT_TOKENS,
+    RateLimit,
+    TokenFile,
+    presented_token,
+    require_closed,
+)
 from rlhf_ray.serving.refusals import Refusal
 
 from .services import Lengths, service
@@ -169,7 +178,9 @@ def test_tokens_are_read_one_a_line_with_or_without_a_name(tmp_path: Path) -> No
         ("# nothing\n", "there is no token in it"),
         (f"{TOKENS[0]}\nshort\n", "token 2 is shorter than 16 characters"),
         ("name:\n", "token 1 is shorter"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe", "it is not a text of UTF-8"),
+        (f"{TOKENS[0]}\n\nalice {TOKENS[1]}\n", "line 3: token 2 holds a space or a letter"),
+        (f"bob:{TOKENS[1]}\u00fc\n", "line 1: token 1 holds a space or a letter"),
         (None, "cannot be read"),
     ],
 )
@@ -196,24 +207,87 @@ def test_this_machine_needs_none(host: str) -> None:
     require_closed(host, ())
 
 
-def test_a_changed_file_counts_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
-    file, now = tmp_path / "tokens", [0.0]
-    file.write_text(f"a:{TOKENS[0]}\n")
-    keys = TokenFile(str(file), clock=lambda: now[0])
-    assert keys() == {TOKENS[0]: "a"}
-    file.write_text(f"a:{TOKENS[0]}\nbee:{TOKENS[1]}\n")
-    now[0] += 1.0
-    assert keys() == {TOKENS[0]: "a", TOKENS[1]: "bee"}, "old and new open while callers change over"
-    file.write_text(f"bee:{TOKENS[1]}\n")
-    now[0] += 1.0
-    assert keys() == {TOKENS[1]: "bee"}
-    for content in ("", "bee:short\n"):
+@pytest.mark.parametrize("line", ["\ufeffalice:{}", "alice: {}", " alice :\t{} ", "\ufeff alice: {}\r"])
+def test_a_mark_at_the_beginning_and_spaces_around_a_token_change_nothing(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "tokens"
+    file.write_bytes(f"{line.format(TOKENS[0])}\n".encode())
+    assert read_tokens(str(file)) == {TOKENS[0]: "alice"}
+
+
+class Clocked:
+    """A file of tokens and the keys it opens as time goes on."""
+
+    def __init__(self, file: Path, content: str) -> None:
+        self.file, self.now = file, 0.0
         file.write_text(content)
-        now[0] += 1.0
-        assert keys() == {TOKENS[1]: "bee"}
-    file.unlink()
-    now[0] += 1.0
-    assert keys() == {TOKENS[1]: "bee"}
+        self.keys = TokenFile(str(file), clock=lambda: self.now)
+
+    def after(self, seconds: float) -> Mapping[str, str]:
+        self.now += seconds
+        return dict(self.keys())
+
+
+def test_a_changed_file_counts_line_by_line(tmp_path: Path, project_log: io.StringIO) -> None:
+    clocked = Clocked(tmp_path / "tokens", f"a:{TOKENS[0]}\n")
+    assert clocked.after(0.0) == {TOKENS[0]: "a"}
+    clocked.file.write_text(f"a:{TOKENS[0]}\nbee:{TOKENS[1]}\n")
+    assert clocked.after(1.0) == {TOKENS[0]: "a", TOKENS[1]: "bee"}, "old and new open while callers change over"
+    clocked.file.write_text(f"a:short\nbee:{TOKENS[1]}\n")
+    assert clocked.after(1.0) == {TOKENS[1]: "bee"}, "a bad line keeps no revoked token valid"
+    assert "line 1: token 1 is shorter than 16 characters" in project_log.getvalue()
+    assert not any(token in project_log.getvalue() for token in TOKENS)
+
+
+@pytest.mark.parametrize("end", ["", "# nothing\n", "a:short\n", None])
+def test_the_last_token_can_be_revoked_and_no_route_opens(
+    tmp_path: Path, end: str | None, config: Callable[..., ServeConfig], project_log: io.StringIO
+) -> None:
+    clocked = Clocked(tmp_path / "tokens", f"a:{TOKENS[0]}\n")
+    app = service(config(hold_s=0.0), Down(), keys=clocked.keys)
+    info = [("GET", "/info")]
+    if end is None:
+        clocked.file.unlink()
+    else:
+        clocked.file.write_text(end)
+    clocked.after(1.0)
+    assert statuses(app, info, {"authorization": f"Bearer {TOKENS[0]}"}) == [200], "an editor may be writing it"
+    assert "in 3 s every request is refused" in project_log.getvalue()
+    clocked.after(SECONDS_WITHOUT_TOKENS)
+    for headers in (
+        {"authorization": f"Bearer {TOKENS[0]}"},
+        {},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer nobody"},
+    ):
+        assert statuses(app, info, headers) == [401]
+    clocked.file.write_text(f"b:{TOKENS[1]}\n")
+    clocked.after(1.0)
+    assert statuses(app, info, {"authorization": f"Bearer {TOKENS[1]}"}) == [200]
+
+
+def test_a_file_that_is_written_again_in_time_closes_nothing(tmp_path: Path) -> None:
+    clocked = Clocked(tmp_path / "tokens", f"a:{TOKENS[0]}\n")
+    clocked.file.unlink()
+    assert clocked.after(1.0) == {TOKENS[0]: "a"}
+    clocked.file.write_text(f"a:{TOKENS[0]}\n")
+    assert clocked.after(1.0) == clocked.after(10.0) == {TOKENS[0]: "a"}
+
+
+def test_a_file_that_cannot_be_read_changes_nothing(tmp_path: Path) -> None:
+    clocked = Clocked(tmp_path / "tokens", f"a:{TOKENS[0]}\n")
+    clocked.file.unlink()
+    clocked.file.mkdir()
+    assert clocked.after(1.0) == clocked.after(10.0) == {TOKENS[0]: "a"}
+
+
+def test_a_key_that_came_once_is_not_remembered_for_ever() -> None:
+    now = [0.0]
+    limit = RateLimit(3, clock=lambda: now[0])
+    for number in range(10_000):
+        limit.spend(f"caller {number}")
+    now[0] += 61.0
+    limit.spend("a")
+    assert len(limit._buckets) == 1
 
 
 def test_a_key_has_its_share_of_requests_and_no_other_pays_for_it() -> None:

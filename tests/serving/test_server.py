@@ -84,6 +84,12 @@ def test_an_address_that_is_not_ours_is_an_error() -> None:
         WebServer("192.0.2.1", 0)
 
 
+@pytest.mark.parametrize("host", ["ü..x", "a..b", "x" * 300, ".", "\0"])
+def test_a_name_that_no_host_has_is_an_error(host: str) -> None:
+    with pytest.raises(RequestError, match=r"cannot be listened on .*: choose another host or port"):
+        WebServer(host, 0)
+
+
 def test_ipv6_is_written_as_addresses_are() -> None:
     try:
         server = WebServer("::1", 0)

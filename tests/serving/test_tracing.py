@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,3 +85,33 @@ def test_without_opentelemetry_the_way_out_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(RequestError, match="pip install opentelemetry-sdk"):
         OpenTelemetryTracer()
+
+
+class Unreachable(InMemorySpanExporter):
+    """A collector that never answers."""
+
+    def export(self, spans: Any) -> Any:
+        threading.Event().wait(30)
+        raise AssertionError("nobody waits so long")
+
+
+def test_a_collector_that_never_answers_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ray.serving.tracing.CLOSE_TIMEOUT_S", 0.2)
+    registered: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda call, *_, **__: registered.append(call))
+    tracer = OpenTelemetryTracer(Unreachable())
+    with tracer.request("reward"):
+        pass
+    began = time.monotonic()
+    tracer.close()
+    assert 0.1 < time.monotonic() - began < 2
+    assert tracer.provider.shutdown not in registered, "the end of the process waits for nothing either"
+
+
+def test_spans_that_are_left_are_sent_at_the_end() -> None:
+    exporter = InMemorySpanExporter()
+    tracer = OpenTelemetryTracer(exporter)
+    with tracer.request("reward"):
+        pass
+    tracer.close()
+    assert [span.name for span in exporter.get_finished_spans()] == ["score reward"]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_ray.actors.workers.template_markers import TemplateMarkers
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import ScoringError
-from rlhf_ray.rewards.encoding import EncodedItem, encode_request, encode_text_pair
+from rlhf_ray.rewards.encoding import EncodedItem, encode_request, encode_text_pair, refuse_unread
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.length_packs import make_length_packs
 from rlhf_ray.trajectories.packing import group_by_prefix
@@ -47,8 +48,12 @@ class RequestScorer:
         vocabulary: int,
         max_item_tokens: int,
         reading: RewardReading | None = None,
+        refuse_markers: bool = False,
     ) -> None:
-        """``max_item_tokens`` is lowered to the number of positions that the model has; an encoder has no ``reading``."""
+        """``max_item_tokens`` is lowered to the number of positions that the model has; an encoder has no ``reading``.
+
+        With ``refuse_markers`` an item whose texts hold what marks turns gets an error.
+        """
         from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 
         self.chat = ChatFormat(tokenizer, {} if reading is None else reading.template_variables)
@@ -58,6 +63,7 @@ class RequestScorer:
             max_item_tokens, longest_sequence(model_config.get_text_config().to_dict()) or max_item_tokens
         )
         self._identity = {"fingerprint": fingerprint(tokenizer), "template": template_fingerprint(tokenizer)}
+        self._markers = TemplateMarkers(tokenizer) if refuse_markers else None
         self._statistics = _statistics(model_config.to_dict())
 
     def describe(self) -> dict[str, Any]:
@@ -105,6 +111,9 @@ class RequestScorer:
         refused: list[tuple[int, ScoreResult]] = []
         for position, request in enumerate(requests):
             try:
+                refuse_unread(request, max_tokens=self.max_item_tokens)
+                if self._markers is not None:
+                    self._markers.refuse(request)
                 encoded[position] = self._encode_item(request)
             except ScoringError as error:
                 refused.append((position, ScoreResult.failed(str(error))))

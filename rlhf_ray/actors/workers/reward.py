@@ -36,6 +36,8 @@ class RewardSetup(WorkerSetup):
     """Token budget of what a rank computes at once when it scores requests."""
     max_item_tokens: int = 4096
     """The longest item that is scored."""
+    refuse_markers: bool = False
+    """Whether an item whose texts hold what marks turns gets an error."""
 
 
 def scoring_reading(setup: RewardSetup, tokenizer: Any, rank: int) -> RewardReading:
@@ -72,6 +74,7 @@ class RewardWorker(RegressionWorker[RewardSetup]):
             reading=reading,
             vocabulary=self.hf_model.get_input_embeddings().num_embeddings,
             max_item_tokens=setup.max_item_tokens,
+            refuse_markers=setup.refuse_markers,
         )
         self.streams = self._make_streams(setup)
         return f"{line}, {reading.sentence()}"
@@ -153,6 +156,7 @@ class VllmRewardWorker(Worker):
             reading=reading,
             vocabulary=self.runner.vocabulary,
             max_item_tokens=self.runner.max_item_tokens,
+            refuse_markers=setup.refuse_markers,
         )
         self.phase = "ready"
         how = "" if reading is None else f", {reading.sentence()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_ray.config.files.tokens import MAKE_ONE, parse_tokens
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.run import RunConfig
 
@@ -16,11 +17,18 @@ def root_problems(run: RunConfig) -> Iterator[Problem]:
 
 
 def token_problems(key: str, name: str | None) -> Iterator[Problem]:
-    """The file of tokens at ``key`` is there and holds something."""
+    """The file of tokens at ``key`` is there, and each of its lines holds a token."""
     if name is None:
         return
     path = Path(name)
-    if not path.is_file():
-        yield key, f"{path} does not exist: write a token into it, readable for you alone"
-    elif not path.read_text().strip():
+    try:
+        if not path.is_file():
+            yield key, f"{path} does not exist: write a token into it, readable for you alone"
+            return
+        keys, problems = parse_tokens(path.read_bytes())
+    except OSError as error:
+        yield key, f"{path} cannot be read ({error.strerror or error}): name a file with one token a line"
+        return
+    yield from ((key, f"{path}: {problem}; {MAKE_ONE}") for problem in problems)
+    if not keys and not problems:
         yield key, f"{path} is empty: write a token into it"

@@ -30,6 +30,9 @@ class ServeConfig(Job, ServiceConfig):
     """Further models, by the names that requests call them."""
     replicas: Positive = 1
     max_tokens: Positive = 4096
+    refuse_markers: bool = False
+    """Refuse conversations, and prompts with responses, whose texts hold special tokens or what the template writes between
+    turns: they would be read as turns that nobody had."""
 
     @property
     def served(self) -> dict[str, ScoringRole]:

@@ -72,7 +72,12 @@ class RewardSourceConfig(Section):
         if problem is not None:
             yield "function", problem
         yield from self._own_source_conflicts()
-        if url is not None and not url.startswith(("http://", "https://")):
+        if url is not None and "@" in url:  # the value is not repeated: it would stand in logs
+            yield (
+                "url",
+                "it holds a password, which config.yaml and reports would show: write it into a file, give token_file",
+            )
+        elif url is not None and not url.startswith(("http://", "https://")):
             yield "url", f"{url!r} is not the address of a scoring backend: write http://host:port"
         if self.token_file is not None and url is None:
             yield "token_file", "it holds the token of a scoring backend: set url too, or remove it"

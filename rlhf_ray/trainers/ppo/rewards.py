@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from rlhf_ray.actors.groups import RewardGroup
+from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.rewards import RewardSourceConfig
 from rlhf_ray.config.sections.roles import Form
@@ -29,7 +30,6 @@ from rlhf_ray.rewards.mixture import MixtureSource, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer
 from rlhf_ray.rewards.user_source import make_user_source
-from rlhf_ray.serving.auth import read_tokens
 from rlhf_ray.world.gold import world_arithmetic, world_gold
 
 SHIPPED: Mapping[str, RewardFunction] = {
