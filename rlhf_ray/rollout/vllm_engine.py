@@ -78,6 +78,9 @@ class VllmEngine(RolloutEngine):
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30) if on_cpu else None,
             gpu_memory_utilization=config.gpu_memory_utilization,
             enable_prefix_caching=not self.deterministic,
+            # On CPU a request with a seed whose prompt is cut by a step's token budget ends the engine: vLLM winds its
+            # generator back, which the CPU's cannot do. Uncut, prompts beyond the budget wait for the next step.
+            enable_chunked_prefill=False if on_cpu else None,
             async_scheduling=False,  # a token sampled ahead would carry the version of the weights that came after it
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.RegisterInWorker.__name__}",

@@ -15,8 +15,9 @@ from typing import Any, Protocol, cast
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_heads
 
 BACKEND = "rlhf_ray"
 
@@ -51,6 +52,7 @@ class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
 
     def start_weight_update(self) -> None:
         """Make the model take whole weights again, layer by layer."""
+        forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -66,25 +68,10 @@ class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
     def finish_weight_update(self) -> None:
         """Process what came, into the tensors that the compiled model reads."""
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied_heads(self.model)
+        repack_tied_heads(self.model)
 
     def shutdown(self) -> None:
         """Nothing to release."""
-
-
-def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """Process layers again whose weight is another layer's.
-
-    A tied head has no weight of its own on disk, so that the layerwise reload of vLLM 0.32 leaves it as it was; on CPU
-    it then goes on with its packed copy of the old embedding.
-    """
-    owners: dict[int, torch.nn.Module] = {}
-    for layer in model.modules():
-        for weight in layer.parameters(recurse=False):
-            tied = owners.setdefault(id(weight), layer) is not layer
-            method = getattr(layer, "quant_method", None)
-            if tied and isinstance(method, UnquantizedEmbeddingMethod):
-                method.process_weights_after_loading(layer)
 
 
 class RegisterInWorker:

@@ -13,7 +13,7 @@ VOCABULARY = 61
 EOS = 1
 
 
-def make_llama(seed: int, *, tied: bool = False) -> LlamaForCausalLM:
+def make_llama(seed: int, *, tied: bool = False, positions: int = 512) -> LlamaForCausalLM:
     """Peaked distributions (wide weights), so that other weights give clearly other log-probs."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -24,7 +24,7 @@ def make_llama(seed: int, *, tied: bool = False) -> LlamaForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.15,
         eos_token_id=EOS,
