@@ -8,8 +8,8 @@ either, so this module names the parts that it touches, and ``tests/rollout/test
 - **Experts.** ``UnquantizedFusedMoEMethod`` packs (and pads) the experts of a layer when it makes the layer's kernel, and makes
   that once. A second set of weights stays unpacked, and the kernel reads it as if it were packed. So the kernel is dropped
   before an update, and made anew by it.
-- **Tied heads.** A head that shares the embedding has no weight of its own on disk. The layerwise reload leaves it as it was, with
-  its packed copy of the old embedding. So it is processed again after an update.
+- **Tied heads.** A head that shares the embedding has no weight of its own on disk. The layerwise reload leaves it as it was,
+  with its packed copy of the old embedding. So it is processed again after an update.
 """
 
 from __future__ import annotations

@@ -188,8 +188,8 @@ class Journal:
             self._samples_lost += 1
 
     def keep_checks(self, checks: Sequence[Check]) -> None:
-        """Keep the results of the start-up self-check for the report."""
-        self._summary["checks"] = tuple(checks)
+        """Keep results of the self-check for the report, beside those that it has."""
+        self._summary["checks"] = (*self._summary.get("checks", ()), *checks)
 
     def add_facts(self, facts: Mapping[str, str]) -> None:
         """Add facts, by their names, to the top of the report."""

@@ -96,6 +96,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What single architectures need besides."""
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 32},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1},
+    "minimax_m2": {"rotary_dim": 16},
+}
+"""Keys that published models of these architectures have in their config.json, which vLLM reads and transformers does not know."""
+
+
 def model_types() -> list[str]:
     """Every causal architecture of transformers, and those that only classify texts."""
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *SEEING})
@@ -114,7 +124,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
             )
         elif isinstance(part, type) and part is not PreTrainedConfig and part.model_type:
             values[name] = _sized(part, VISION)
-    return kind(**values)
+    return kind(**values, **PUBLISHED.get(model_type, {}))
 
 
 def _sized(kind: type[PreTrainedConfig], sizes: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +135,10 @@ def _sized(kind: type[PreTrainedConfig], sizes: dict[str, Any]) -> dict[str, Any
     }
 
 
-def small_model(model_type: str) -> tuple[PreTrainedModel, bool]:
-    """A random model in fp32 with eager attention, and whether it has a score head; otherwise it is a causal one."""
+def small_model(model_type: str, *, policy: bool = False) -> tuple[PreTrainedModel, bool]:
+    """A random model in fp32 with eager attention, and whether it has a score head; otherwise, and a ``policy``, is causal."""
     config = small_config(model_type)
-    classifies = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    classifies = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and not policy
     if classifies:
         config.num_labels = 1
     auto = AutoModelForImageTextToText if model_type in SEEING else AutoModelForCausalLM
@@ -140,4 +150,7 @@ def small_model(model_type: str) -> tuple[PreTrainedModel, bool]:
             for parameter in model.parameters():  # so that what layers do is seen in scores
                 if parameter.dim() >= 2 and parameter.std() < 0.05:
                     parameter.mul_(5)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name.endswith(("e_score_correction_bias", "expert_bias")):  # zero in a fresh model, and in none that was trained
+                    tensor.normal_(std=0.1)
     return model, classifies

@@ -11,6 +11,7 @@ from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.engine.weights import disk_weights
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.save import save_pretrained
+from rlhf_ray.models.weights.held import held_tensors
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.vllm_engine import VllmEngine
 from rlhf_ray.rollout.wire import publish
@@ -25,6 +26,8 @@ def worst_over_updates(directory: Path, updates: int = 2) -> list[float]:
     The engine starts from what the policy writes, and gets what the policy publishes, as in a run.
     """
     actor = Actor(str(directory), param_dtype="fp32", attn_implementation="sdpa").eval()
+    for module in actor.modules():  # where vLLM runs transformers' own model, it changes how the class is called, for all of it
+        type(module).do_not_compile = True
     start = directory.with_name(f"{directory.name}-start")
     save_pretrained(actor, None, start)
     config = RolloutConfig(dtype="fp32", kv_cache_gib=0.1, max_model_tokens=128)
@@ -45,9 +48,10 @@ def worst_over_updates(directory: Path, updates: int = 2) -> list[float]:
 def _change(actor: Actor, seed: int) -> None:
     """Other weights of the same sizes, so that what an engine keeps of the old ones is seen."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in actor.model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(0.3 * parameter.std(correction=0).clamp_min(0.05) * noise)
+    for _, tensor in held_tensors(actor.model):
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.add_(0.3 * tensor.std(correction=0).clamp_min(0.05) * noise)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.trainers.ppo.algorithm import make_policy_loss
-from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, SCORE_ALONE, WAYS_OUT, SelfCheck
+from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, SCORE_ALONE, SelfCheck, way_out
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
 from tests.data.chat_templates import SHAPES, make_tokenizer
@@ -132,4 +132,53 @@ def test_a_check_that_fails_says_what_it_measured_and_what_to_look_at(
 ) -> None:
     with pytest.raises(NumericalError, match=measured) as error:
         run(**fault)
-    assert str(error.value).endswith(f"{name}: {WAYS_OUT[name]}")
+    assert str(error.value).endswith(f"{name}: {way_out(name, load_config('demo-ppo'))}")  # type: ignore[arg-type]
+
+
+def sampled(shift: float, *, version: int = 1) -> TrajectoryBatch:
+    """A batch of training, sampled by weights of this version, whose rollout log-probs are off by so much."""
+    batch = TrajectoryBatch.from_sequences([[1, 2]] * 3, action_mask=[[False, True]] * 3)
+    return batch.with_columns(
+        log_probs=torch.zeros(6),
+        rollout_log_probs=torch.full((6,), shift),
+        weight_version=torch.full((6,), version, dtype=torch.int32),
+    )
+
+
+def check_of(**overrides: Any) -> SelfCheck:
+    config = load_config("demo-ppo", [f"{key}={value}" for key, value in overrides.items()])
+    return SelfCheck(config, None, None)  # type: ignore[arg-type]
+
+
+def test_the_first_batch_that_new_weights_sampled_is_checked_once() -> None:
+    check = check_of()
+    assert check.after_update(sampled(9.0, version=0), 0) == [], "the weights that the engines started from"
+    assert check.after_update(sampled(9.0, version=1), 2) == [], "the trainer's weights are newer than the sampler's"
+    assert check.after_update(sampled(float("nan")), 1) == [], "the update will skip it"
+    (passed,) = check.after_update(sampled(1e-6), 1)
+    assert passed.passed and passed.value == "differ by 1.0e-06 nats at most"
+    assert check.after_update(sampled(9.0), 1) == [], "once"
+    with pytest.raises(NumericalError, match=r"after an update differ by 9\.0e\+00 nats at most, wanted <= "):
+        check_of().after_update(sampled(9.0), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            {"policy.model.dtype": "fp32", "rollout.dtype": "bf16"},
+            "policy.model.dtype is fp32 and rollout.dtype bf16: set both",
+        ),
+        (
+            {"policy.model.dtype": "fp32", "rollout.dtype": "fp32"},
+            "vLLM does not compute with the weights that it was sent",
+        ),
+        ({"rollout.backend": "transformers"}, "both run the model of transformers"),
+    ],
+)
+def test_the_way_out_names_what_can_be_the_cause(overrides: dict[str, str], named: str) -> None:
+    with pytest.raises(NumericalError) as error:
+        check_of(**overrides).after_update(sampled(9.0), 1)
+    assert named in str(error.value)
+    assert ("policy.model.dtype" in str(error.value)) == ("bf16" in named), "one dtype is not the cause"
+    assert "temperature" not in str(error.value), "both sides read one key"

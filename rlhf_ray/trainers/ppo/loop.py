@@ -28,13 +28,10 @@ from rlhf_ray.trainers.ppo.metrics import StepMetrics, sample_rows
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trainers.ppo.sampling import Collected, Collector, PromptStream, Sampler
-from rlhf_ray.trainers.ppo.self_check import SelfCheck
+from rlhf_ray.trainers.ppo.self_check import CHECKED_PROMPTS, SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-
-CHECKED_PROMPTS = 8
-"""The self-check samples answers to at most so many prompts."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +135,7 @@ class PpoTrainer:
         batch, schedules, samples = self.experience.gather(
             collected.trajectories, collected.by_id, step=progress.step, phase=phase, scored=collected.scored
         )
+        self.journal.keep_checks(self.self_check.after_update(batch, progress.weight_version))
         progress.observe_scores(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
         metrics = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)

@@ -1,4 +1,4 @@
-"""Check a PPO run before its first step, on a few samples of its own.
+"""Check a PPO run before its first step, on a few samples of its own, and once more on the first that new weights sampled.
 
 Invariants: the checks use the same calls as training, and change nothing: the update that they accumulate is dropped. Each
 says what it measured and what it allows, and one that fails says what to look at.
@@ -31,16 +31,28 @@ CHECKED_ALONE = 4
 """So many samples are scored again, one by one."""
 
 
+CHECKED_PROMPTS = 8
+"""Answers to so many prompts are checked at most."""
+
+
 LOG_PROBS, FIRST_RATIO, SCORE_ALONE = "trainer and rollout log-probs", "first ratio", "reward alone and in a batch"
+UPDATED_LOG_PROBS = "trainer and rollout log-probs after an update"
 SAME_FORM = "reward of the ids and of their text"
 WAYS_OUT = {
-    LOG_PROBS: "compare policy.model.dtype with rollout.dtype, and rollout.temperature with what the engine samples at",
     FIRST_RATIO: "log-probs and training must run the same packs in the same precision, without dropout",
     SCORE_ALONE: "the reward source must score each sample by itself",
     SAME_FORM: "the reward model encodes a conversation in another way than the policy, so the ids that were sampled are not "
     "what it was trained on: compare its chat template and template variables with the policy's, and data.template_variables",
 }
-"""What to do where a check fails."""
+"""What to do where a check fails whose causes do not depend on the config."""
+ENGINE_CAUSES = {
+    LOG_PROBS: "vLLM computes this model in another way than transformers, which trains it (a layer, or a value of its "
+    "config.json that only one of them knows): set rollout.backend to transformers, which samples with the trainer's own model",
+    UPDATED_LOG_PROBS: "vLLM does not compute with the weights that it was sent (layers that it packs when it starts, such as "
+    "experts or a tied output layer): set rollout.backend to transformers, which samples with the trainer's own model",
+}
+SAME_LIBRARY = "both run the model of transformers, so that the engine has not the weights of the policy: report it"
+"""Why an engine gives other log-probs than the trainer, where both compute in one dtype."""
 
 
 class SelfCheck:
@@ -50,6 +62,7 @@ class SelfCheck:
         self.config = config
         self.experience = experience
         self.learner = learner
+        self._update_checked = False
 
     def run(self, batch: TrajectoryBatch, schedules: Schedules, samples: Sequence[TextSample]) -> list[Check]:
         """Check a batch with all its columns; raises :class:`NumericalError`, with the table of all checks, if one fails."""
@@ -64,18 +77,39 @@ class SelfCheck:
         sheet = table("start-up self-check", ("what", "measured", "wanted", "holds"), rows)
         failed = [check for check in checks if not check.passed]
         if failed:
-            ways = "\n".join(f"{check.name}: {WAYS_OUT[check.name]}" for check in failed)
+            ways = "\n".join(f"{check.name}: {way_out(check.name, self.config)}" for check in failed)
             raise NumericalError(f"the start-up self-check failed\n{sheet}\n{ways}")
         get_logger("ppo").info("\n%s", sheet)
         return checks
 
-    def same_log_probs(self, batch: TrajectoryBatch) -> Check:
+    def after_update(self, batch: TrajectoryBatch, version: int) -> list[Check]:
+        """Check the first batch that was sampled by other weights than the engines started from: by ``version`` alone, above 0.
+
+        It costs nothing, since the batch has its log-probs already. Every other batch has no check, nor has one whose
+        log-probs are not finite, which the update will skip. Raises :class:`NumericalError` if trainer and rollout disagree.
+        """
+        few = batch.select(range(min(len(batch), CHECKED_PROMPTS * self.config.batch.samples_per_prompt)))
+        versions = few["weight_version"][few["action_mask"]]
+        if self._update_checked or version == 0 or not bool((versions == version).all()):
+            return []
+        if not bool(log_prob_difference(few).isfinite().all()):
+            return []
+        self._update_checked = True
+        check = self.same_log_probs(few, UPDATED_LOG_PROBS)
+        if not check.passed:
+            raise NumericalError(
+                f"{check.name} {check.value}, wanted {check.bound}: {way_out(check.name, self.config)}"
+            )
+        get_logger("ppo").info("%s %s (wanted %s)", check.name, check.value, check.bound)
+        return [check]
+
+    def same_log_probs(self, batch: TrajectoryBatch, name: str = LOG_PROBS) -> Check:
         """Trainer and rollout give the same log-probs to the same tokens."""
         largest = float(log_prob_difference(batch).max())
         dtypes = {self.config.policy.model.dtype, self.config.rollout.dtype}
         limit = max(LOG_PROB_LIMITS[dtype] for dtype in dtypes)
         return Check(
-            LOG_PROBS,
+            name,
             f"differ by {largest:.1e} nats at most",
             f"<= {limit:g}",
             largest <= limit,
@@ -145,6 +179,17 @@ class SelfCheck:
     def tokenizers(self) -> Check:
         """States what the reward sources read: ids only if they have the policy's tokenizer. It cannot fail."""
         return Check("what the reward reads", self.experience.rewards.reads, "ids, or text", True)
+
+
+def way_out(name: str, config: PpoConfig) -> str:
+    """What to do where the check of this name fails."""
+    if name not in ENGINE_CAUSES:
+        return WAYS_OUT[name]
+    policy, rollout = config.policy.model.dtype, config.rollout
+    cause = ENGINE_CAUSES[name] if rollout.backend == "vllm" else SAME_LIBRARY
+    if policy == rollout.dtype:
+        return cause
+    return f"policy.model.dtype is {policy} and rollout.dtype {rollout.dtype}: set both to one of them; or {cause}"
 
 
 def model_sources(source: RewardSource) -> list[ModelSource]:
