@@ -8,6 +8,7 @@ never happened (in fp16 except for the loss scale). Nothing here knows which alg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.distributed import all_agree, min_and_max, require_process_group
+from rlhf_ray.engine.frozen import Digests, frozen_digests, frozen_names
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
@@ -33,7 +35,6 @@ from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.experts import expert_blocks
-from rlhf_ray.models.weights.quantization import four_bit_layers
 from rlhf_ray.storage import storage_errors
 
 MicroBatch = TypeVar("MicroBatch")
@@ -45,6 +46,7 @@ class Program(nn.Module):
 
     DeepSpeed notices the start of a backward pass by hooks on what a forward returns, and it finds tensors only in tuples,
     lists and dicts. With this class it always sees the loss itself, whatever ``module`` returns and however often it runs.
+    Its state, which DeepSpeed saves, has no frozen weights: DeepSpeed leaves these out under one of their names only.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,6 +56,13 @@ class Program(nn.Module):
     def forward(self, function: Callable[[nn.Module], Any]) -> Any:
         """Return ``function(module)``."""
         return function(self.module)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # any arguments of torch
+        """The state of the module without its frozen weights."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        for name in frozen_names(self):
+            state.pop(name, None)
+        return state
 
 
 class Engine:
@@ -198,20 +207,26 @@ class Engine:
     def save_shards(self, directory: Path) -> None:
         """Write this rank's part of weights, optimizer and random state into ``directory``."""
         self._expect(pending=False, call="save_shards")
+        frozen = self._frozen
         with storage_errors(directory, needed=self._shard_bytes()):
-            shards.save(self._deepspeed, directory, self._identity(), self.updates)
+            shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen)
 
-    def load_shards(self, directory: Path) -> None:
-        """Restore what ``save_shards`` of a group of the same shape wrote, to go on bit for bit."""
+    def load_shards(self, directory: Path, base: str = "the model") -> None:
+        """Restore what ``save_shards`` of a group of the same shape wrote, to go on bit for bit.
+
+        ``base`` says in an error where the frozen weights came from, if they are others than before.
+        """
         self._expect(pending=False, call="load_shards")
-        quantized = bool(four_bit_layers(self.module))
-        self.updates = shards.load(self._deepspeed, directory, self._identity(), quantized=quantized)
+        self.updates = shards.load(self._deepspeed, directory, self._identity(), self._frozen, base)
+
+    @cached_property
+    def _frozen(self) -> Digests:
+        """The digests of the frozen weights, which never change. Collective under ZeRO-3."""
+        return frozen_digests(self.module)
 
     def _shard_bytes(self) -> int:
-        """About how many bytes this rank writes: the weights, and of each trained number an fp32 copy and two moments."""
-        held = sum(
-            tensor.numel() * tensor.element_size() for tensor in (*self.module.parameters(), *self.module.buffers())
-        )
+        """About how many bytes this rank writes: trained weights, and of each number an fp32 copy and two moments."""
+        held = sum(tensor.numel() * tensor.element_size() for tensor in (*self._trained, *self.module.buffers()))
         trained = sum(full_shape(parameter).numel() for parameter in self._trained)
         return held + 12 * trained // (self.world_size if self.config.zero else 1)
 

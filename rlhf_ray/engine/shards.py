@@ -1,13 +1,17 @@
 """Save and load one rank's training state, in DeepSpeed's own format.
 
-Invariants: training that goes on from a saved state gives the same bits as training that never stopped. The state of a group
-of another shape is refused before DeepSpeed opens it. DeepSpeed reads its files with pickle, so the caller must verify them
-against a manifest first.
+Invariants: training that goes on from a saved state gives the same bits as training that never stopped. Frozen weights are not
+in it, but their digests are: a model whose frozen weights are others is refused, by the name of one. The state of a group of
+another shape is refused too, both before DeepSpeed opens it. DeepSpeed reads its files with pickle, so the caller must verify
+them against a manifest first.
+
+A state that was saved with its frozen weights, as before this rule, brings them back as it did.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,27 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_ray.errors import IntegrityError, RequestError
+from rlhf_ray.engine.distributed import all_agree
+from rlhf_ray.engine.frozen import Digests, changed_weights, frozen_names
+from rlhf_ray.errors import IntegrityError, ModelLoadError, RequestError
 
 TAG = "shards"
 IDENTITY_FILE = "engine.json"
+FROZEN_FILE = "frozen.json"
+"""The digests of the frozen weights, in a state of a model that has some."""
 
 
-def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: int) -> None:
-    """Write the state of this rank; rank 0 also writes which group it belongs to. Collective."""
+def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: int, frozen: Digests) -> None:
+    """Write the state of this rank; rank 0 also writes which group it belongs to, and the digests of ``frozen`` weights.
+
+    Collective. The engine's module must leave its frozen weights out of its state.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+    engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     save_file(_random_state(), str(_random_file(directory)))
     if dist.get_rank() == 0:
+        if frozen:
+            (directory / FROZEN_FILE).write_text(json.dumps(frozen, indent=2) + "\n")
         (directory / IDENTITY_FILE).write_text(json.dumps({**identity, "updates": updates}, indent=2) + "\n")
     dist.barrier()
 
@@ -37,10 +50,11 @@ def expected_files(ranks: int) -> list[str]:
     return [IDENTITY_FILE, *(_random_name(rank) for rank in range(ranks))]
 
 
-def load(engine: Any, directory: Path, identity: dict[str, int | str], *, quantized: bool = False) -> int:
+def load(engine: Any, directory: Path, identity: dict[str, int | str], frozen: Digests, base: str) -> int:
     """Restore the state of this rank; return the number of updates before it. Collective.
 
-    ``quantized`` says that some weights are in 4 bits.
+    ``frozen`` are the digests of the frozen weights that the engine has now, which came from ``base``. Raises
+    :class:`ModelLoadError` if they are not those of the state.
     """
     stored = _read_identity(directory)
     updates = stored.pop("updates")
@@ -49,8 +63,12 @@ def load(engine: Any, directory: Path, identity: dict[str, int | str], *, quanti
             f"{directory} was saved by an engine with {_in_words(stored)}, but this one has {_in_words(identity)}: "
             "resume with the settings of the run"
         )
+    before = directory / FROZEN_FILE
+    if before.is_file():
+        _refuse_other_weights(json.loads(before.read_text()), frozen, base, engine.device)
+    load_module = partial(_load_module, with_frozen=not before.is_file())
     path, _ = engine.load_checkpoint(
-        str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=_load_module if quantized else None
+        str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=load_module
     )
     if path is None:
         raise IntegrityError(f"{directory}: DeepSpeed found no shards of rank {dist.get_rank()}")
@@ -58,19 +76,38 @@ def load(engine: Any, directory: Path, identity: dict[str, int | str], *, quanti
     return int(updates)
 
 
-def _load_module(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load a module with weights in 4 bits. torch writes their scales into the state, but cannot read them.
+def _refuse_other_weights(before: Digests, now: Digests, base: str, device: torch.device) -> None:
+    """Raise on every rank if one of them has other frozen weights than the state. Collective."""
+    changed = changed_weights(before, now)
+    agreed = all_agree(not changed, device)
+    if agreed:
+        return
+    which = f"{changed[0]} differs, {len(changed)} of {len(before)} in all" if changed else "another rank found others"
+    raise ModelLoadError(
+        f"{base} is not the base that this run trained on: of its frozen weights {which}. Put back the files of that base, "
+        "or start a new run on this one"
+    )
 
-    The scales are frozen with the weights, so they must equal those that the module already has from its checkpoint.
+
+def _load_module(src: dict[str, Tensor], dst: nn.Module, *, with_frozen: bool) -> None:
+    """Load what a state holds of a module: all but its frozen weights, or ``with_frozen`` those too.
+
+    torch writes the scales of weights in 4 bits into a state, but cannot read them. They are frozen with the weights, so they
+    must equal those that the module already has from its checkpoint.
     """
-    current = dst.state_dict()
-    scales = current.keys() - dict(dst.named_parameters()).keys() - dict(dst.named_buffers()).keys()
-    changed = sorted(name for name in scales if name not in src or not src[name].cpu().equal(current[name].cpu()))
+    current = nn.Module.state_dict(dst)
+    scales = current.keys() - dict(dst.named_parameters(remove_duplicate=False)).keys()
+    scales -= dict(dst.named_buffers(remove_duplicate=False)).keys()
+    expected = current.keys() - (set() if with_frozen else frozen_names(dst))
+    odd = sorted(expected ^ src.keys())
+    if odd:
+        raise IntegrityError(f"the saved state does not fit the model: {odd[0]} is in one of both only")
+    changed = sorted(name for name in scales & src.keys() if not src[name].cpu().equal(current[name].cpu()))
     if changed:
         raise IntegrityError(
             f"the model that was loaded is not the one that was quantised before: {changed[0]} differs"
         )
-    dst.load_state_dict({name: tensor for name, tensor in src.items() if name not in scales})
+    dst.load_state_dict({name: tensor for name, tensor in src.items() if name not in scales}, strict=False)
 
 
 def _read_identity(directory: Path) -> dict[str, Any]:

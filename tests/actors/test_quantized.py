@@ -10,7 +10,7 @@ import torch
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.algorithms.losses import NegativeLogLikelihood
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.errors import IntegrityError
+from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models import load_policy, save_pretrained
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.weights.quantization import four_bit_layers
@@ -76,5 +76,5 @@ def test_resuming_gives_the_same_bits_on_the_same_base_only(zero: int, tmp_path:
     again = start(zero)
     again.load(str(tmp_path / "shards"))
     assert train(again, 2) == expected
-    with pytest.raises(IntegrityError, match="not the one that was quantised before"):
+    with pytest.raises(ModelLoadError, match="not the base that this run trained on: of its frozen weights"):
         start(zero, base=2).load(str(tmp_path / "shards"))

@@ -103,7 +103,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "hy_v3": {"first_k_dense_replace": 1},
     "minimax_m2": {"rotary_dim": 16},
 }
-"""Keys that published models of these architectures have in their config.json, which vLLM reads and transformers does not know."""
+"""Keys of published models of these architectures in config.json, which vLLM reads and transformers does not know."""
 
 
 def model_types() -> list[str]:
@@ -151,6 +151,8 @@ def small_model(model_type: str, *, policy: bool = False) -> tuple[PreTrainedMod
                 if parameter.dim() >= 2 and parameter.std() < 0.05:
                     parameter.mul_(5)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith(("e_score_correction_bias", "expert_bias")):  # zero in a fresh model, and in none that was trained
+                if name.endswith(
+                    ("e_score_correction_bias", "expert_bias")
+                ):  # zero in a fresh model, and in none that was trained
                     tensor.normal_(std=0.1)
     return model, classifies

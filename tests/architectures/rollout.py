@@ -26,7 +26,9 @@ def worst_over_updates(directory: Path, updates: int = 2) -> list[float]:
     The engine starts from what the policy writes, and gets what the policy publishes, as in a run.
     """
     actor = Actor(str(directory), param_dtype="fp32", attn_implementation="sdpa").eval()
-    for module in actor.modules():  # where vLLM runs transformers' own model, it changes how the class is called, for all of it
+    for (
+        module
+    ) in actor.modules():  # where vLLM runs transformers' own model, it changes how the class is called, for all of it
         type(module).do_not_compile = True
     start = directory.with_name(f"{directory.name}-start")
     save_pretrained(actor, None, start)

@@ -185,12 +185,14 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     # Files
 
     def save(self, directory: str) -> None:
-        """Everything this rank needs to go on bit for bit: weights, optimizer state, random state."""
+        """Everything this rank needs to go on bit for bit, on the model that it loaded: weights that train, optimizer state,
+        random state.
+        """
         self.engine.save_shards(Path(directory))
 
     def load(self, directory: str) -> None:
         """Go on from what ``save`` wrote."""
-        self.engine.load_shards(Path(directory))
+        self.engine.load_shards(Path(directory), base=self.config.model.path or f"the made model ({self.role})")
 
     def save_pretrained(self, directory: str, metadata: dict[str, Any] | None = None) -> None:
         """A plain Hugging Face directory, written by rank 0; every rank takes part in gathering."""
