@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray import storage
+from rlhf_ray.config.sections.run import LEAST_KEPT
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage import Manifest, PendingDirectory
 
-LEAST_KEPT = 2
-"""Checkpoints that are always kept, so that a damaged one has another before it."""
 BAD = ".bad"
 _COMMITTED = re.compile(r"step-(\d{6,})")
 

@@ -17,10 +17,12 @@ from rlhf_ray.actors.workers.critic import CriticWorker
 from rlhf_ray.actors.workers.model import ModelWorker, WorkerSetup
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood
+from rlhf_ray.config.facts import Role
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.engine import Program
 from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.planning.checkpoints import bytes_each, trained_numbers
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from tests.models.conftest import word_tokenizer
 from tests.rollout.llamas import VOCABULARY, make_llama
@@ -167,14 +169,19 @@ def test_a_checkpoint_of_before_with_its_base_still_loads(
     assert train(again, 2) == expected and equal(weights(again), end)
 
 
-def test_the_shard_of_an_adapter_is_a_fifth_of_what_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lora", "share"), [({"rank": 8}, 0.2), (None, None)], ids=["lora", "full"])
+def test_the_shard_of_an_adapter_is_a_fifth_of_what_it_was_and_weighs_what_the_plan_says(
+    lora: dict[str, int] | None, share: float | None, tmp_path: Path
+) -> None:
     """llama-14m, rank 8, bf16: 26.95 MB with the base."""
-    make = {"shape": "llama-14m", "tokenizer_from": "world"}
-    model = {"make": make, "dtype": "bf16", "lora": {"rank": 8}}
+    model = {"make": {"shape": "llama-14m", "tokenizer_from": "world"}, "dtype": "bf16", "lora": lora}
     role = RoleConfig.model_validate({"model": model, "engine": {"optimizer": {"learning_rate": 1e-3}}})
     worker = PolicyWorker()
     worker.setup(LanguageSetup(role, seed=0, total_updates=16))
     train(worker, 1)
     worker.save(str(tmp_path / "shards"))
     size = sum(file.stat().st_size for file in (tmp_path / "shards").rglob("*") if file.is_file())
-    assert size <= 0.2 * 26.95e6
+    assert share is None or size <= share * 26.95e6
+    planned = Role(role, trained=True, head=False)
+    numbers = trained_numbers(planned)
+    assert numbers is not None and numbers * bytes_each(planned) == pytest.approx(size, rel=0.05)

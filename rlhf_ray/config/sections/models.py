@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, Section
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa"]
+
+
+@dataclass(frozen=True)
+class MadeShape:
+    """The sizes of a model. The parameter counts in the names of :data:`MADE_SHAPES` hold for a vocabulary of 4096."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+
+
+MADE_SHAPES: dict[str, MadeShape] = {
+    "llama-tiny": MadeShape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=1, head_dim=32),
+    "llama-0.5m": MadeShape(hidden=128, intermediate=256, layers=3, heads=4, key_value_heads=4, head_dim=32),
+    "llama-14m": MadeShape(hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, head_dim=64),
+    "llama-120m": MadeShape(hidden=768, intermediate=2048, layers=16, heads=12, key_value_heads=12, head_dim=64),
+}
 
 
 class MakeConfig(Section):

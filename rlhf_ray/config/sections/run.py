@@ -45,6 +45,10 @@ class ClusterConfig(Section):
             yield "num_cpus", f"{self.num_cpus} counts only where Ray is started here: remove it, or address"
 
 
+LEAST_KEPT = 2
+"""Checkpoints that are always kept, so that a damaged one has another before it."""
+
+
 class CheckpointConfig(Section):
     """How often a run is saved so that it can be resumed, and how many of these checkpoints are kept."""
 

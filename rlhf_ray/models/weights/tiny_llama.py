@@ -6,32 +6,12 @@ generator, which is left as it was. Every shape uses a head size that vLLM's CPU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from rlhf_ray.config.sections.models import MADE_SHAPES
 from rlhf_ray.errors import ModelLoadError
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model. The parameter counts in the names of :data:`SHAPES` hold for a vocabulary of 4096."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-
-
-SHAPES: dict[str, Shape] = {
-    "llama-tiny": Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=1, head_dim=32),
-    "llama-0.5m": Shape(hidden=128, intermediate=256, layers=3, heads=4, key_value_heads=4, head_dim=32),
-    "llama-14m": Shape(hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, head_dim=64),
-    "llama-120m": Shape(hidden=768, intermediate=2048, layers=16, heads=12, key_value_heads=12, head_dim=64),
-}
 MAX_POSITIONS = 4096
 
 
@@ -44,9 +24,9 @@ def make_config(
     eos_token_id: int | None = None,
 ) -> LlamaConfig:
     """Make the config of a model of this shape with ``vocabulary`` tokens."""
-    if shape not in SHAPES:
-        raise ModelLoadError(f"unknown model shape {shape!r}: choose one of {', '.join(SHAPES)}")
-    sizes = SHAPES[shape]
+    if shape not in MADE_SHAPES:
+        raise ModelLoadError(f"unknown model shape {shape!r}: choose one of {', '.join(MADE_SHAPES)}")
+    sizes = MADE_SHAPES[shape]
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=sizes.hidden,
