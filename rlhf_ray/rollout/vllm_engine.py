@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray import environment
+from rlhf_ray.config.files.sampled import sampling_refusal
 from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import RequestError
@@ -45,6 +47,7 @@ class VllmEngine(RolloutEngine):
         """``settings`` are those of :class:`RolloutEngine`."""
         super().__init__(model_dir, config, **settings)
         on_cpu = prepare_process()
+        _refuse_what_vllm_gets_wrong(self.model_dir, on_cpu=on_cpu)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
             from vllm import LLMEngine
@@ -153,6 +156,13 @@ class VllmEngine(RolloutEngine):
     def _close(self) -> None:
         self._engine.engine_core.shutdown()
         del self._engine
+
+
+def _refuse_what_vllm_gets_wrong(directory: Path, *, on_cpu: bool) -> None:
+    """Refuse a model whose log-probs would not be the trainer's, as ``check`` does where its directory is at hand."""
+    refused = sampling_refusal(json.loads((directory / "config.json").read_text("utf-8")), on_cpu=on_cpu)
+    if refused is not None:
+        raise RequestError(f"{directory}: {refused}")
 
 
 def vllm_dtype(dtype: Dtype) -> ModelDType:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
@@ -26,7 +28,7 @@ from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
-from tests.architectures.configs import POSITIONS, VOCABULARY, small_model
+from tests.architectures.configs import POSITIONS, SEEING, VOCABULARY, small_model
 from tests.models.conftest import shake_adapters, word_tokenizer
 
 LENGTHS = (5, 21, 9, 34)
@@ -51,8 +53,18 @@ class Architecture:
         word_tokenizer(VOCABULARY).save_pretrained(directory)
         self.theirs: PreTrainedModel = model
 
+    @cached_property
+    def policy(self) -> Path:
+        """The directory of a causal model of the architecture, made when it is first asked for."""
+        directory = self.directory.with_name(f"{self.directory.name}-policy")
+        small_model(self.model_type, policy=True)[0].save_pretrained(directory)
+        word_tokenizer(VOCABULARY).save_pretrained(directory)
+        return directory
+
     def has(self, cell: str) -> bool:
-        """Whether there is such a cell: vLLM is given models with a head, and encoders are not written."""
+        """Whether there is such a cell: vLLM is given models with a head, and encoders are not written and write nothing."""
+        if cell == "rollout":
+            return self.model_type not in ENCODERS and self.model_type in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEEING}
         return self.classifies if cell == "vLLM" else cell != "export" or self.model_type not in ENCODERS
 
     def load(self, **options: Any) -> SequenceRegression:
@@ -193,8 +205,16 @@ def in_vllm(one: Architecture) -> float:
         return relative(scores, torch.stack([one.score(ids, None) for ids in items()]))
 
 
+def rollout(one: Architecture) -> float:
+    """Log-probs of a policy in nats, vLLM's and the trainer's, at start and after two updates of every weight."""
+    from tests.architectures.rollout import over_updates
+
+    return max(over_updates(one.policy))
+
+
 CELLS: dict[str, Callable[[Architecture], float | str]] = {
     "scoring": scoring, "training": training, "LoRA": lora, "export": export, "vLLM": in_vllm,
+    "rollout": rollout,
 }  # fmt: skip
 SERVE = (
     "kind: serve\nrun: {{name: a}}\nmax_tokens: 128\n"
@@ -204,9 +224,15 @@ TRAIN = (
     "kind: rm\nrun: {{name: a}}\ndata: {{world: {{}}, max_tokens: 128}}\nbatch: {{pairs_per_update: 8}}\nreward: "
     "{{model: {{path: {path}, dtype: fp32, head_init: hf{more}}}, engine: {{optimizer: {{learning_rate: 1e-3}}}}}}\n"
 )
+SAMPLE = (
+    "kind: ppo\nrun: {{name: a}}\nsteps: 1\ndata: {{world: {{}}, max_prompt_tokens: 48}}\nrollout: {{dtype: fp32, "
+    "max_model_tokens: 128}}\nbatch: {{prompts_per_step: 8, samples_per_prompt: 4, sequences_per_update: 32}}\n"
+    "algorithm: {{name: grpo}}\npolicy: {{model: {{path: {path}, dtype: fp32{more}}}, engine: {{optimizer: {{learning_rate: "
+    "1e-3}}}}}}\nreward: {{model: {{make: {{shape: llama-tiny, tokenizer_from: world}}, head_init: zero, dtype: fp32}}}}\n"
+)
 JOBS = {
     "scoring": (SERVE, ""), "training": (TRAIN, ""), "LoRA": (TRAIN, ", lora: {rank: 4}"), "export": (SERVE, ""),
-    "vLLM": (SERVE, ""),
+    "vLLM": (SERVE, ""), "rollout": (SAMPLE, ""),
 }  # fmt: skip
 
 
@@ -216,7 +242,8 @@ def said_by_check(one: Architecture, cell: str) -> list[str]:
     if job == SERVE and not one.classifies:
         more += ", head_init: hf"
     scorer = "vllm" if cell == "vLLM" else "packed"
-    return check_files(parse_config(job.format(path=one.directory, more=more, scorer=scorer)))
+    path = one.policy if cell == "rollout" else one.directory
+    return check_files(parse_config(job.format(path=path, more=more, scorer=scorer)))
 
 
 def outcome(one: Architecture, cell: str) -> float | str:

@@ -59,7 +59,7 @@ WIDE_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 
 """The only sizes of latent attention that vLLM computes on CPU."""
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3", "mistral4",
+        ("axk1", "kimi_linear", "longcat_flash", "minicpm3", "mistral4",
          "youtu"),
         LATENT,
     ),
@@ -75,6 +75,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0, 0.0], "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
     },
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    "glm4_moe_lite": LATENT | WIDE_LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "granitemoehybrid": {"layer_types": ["attention", "attention"], "mamba_n_heads": 16, "mamba_d_head": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -97,13 +98,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True},
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
-    "hy_v3": {"first_k_dense_replace": 1},
-    "minimax_m2": {"rotary_dim": 16},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 48, "route_norm": True},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
 }
 """Keys of published models of these architectures in config.json, which vLLM reads and transformers does not know."""
+
+
+CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+"""What corrects the scores of experts, as the tensor's name ends."""
 
 
 def model_types() -> list[str]:
@@ -135,9 +140,14 @@ def _sized(kind: type[PreTrainedConfig], sizes: dict[str, Any]) -> dict[str, Any
     }
 
 
-def small_model(model_type: str, *, policy: bool = False) -> tuple[PreTrainedModel, bool]:
-    """A random model in fp32 with eager attention, and whether it has a score head; otherwise, and a ``policy``, is causal."""
+def small_model(model_type: str, *, policy: bool = False, **changes: Any) -> tuple[PreTrainedModel, bool]:
+    """A random model in fp32 with eager attention, and whether it has a score head; otherwise, and a ``policy``, is causal.
+
+    ``changes`` are keys of its config.
+    """
     config = small_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
     classifies = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and not policy
     if classifies:
         config.num_labels = 1
@@ -151,8 +161,6 @@ def small_model(model_type: str, *, policy: bool = False) -> tuple[PreTrainedMod
                 if parameter.dim() >= 2 and parameter.std() < 0.05:
                     parameter.mul_(5)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith(
-                    ("e_score_correction_bias", "expert_bias")
-                ):  # zero in a fresh model, and in none that was trained
+                if name.endswith(CORRECTIONS):  # zero in a fresh model, and in none that was trained
                     tensor.normal_(std=0.1)
     return model, classifies

@@ -20,50 +20,53 @@ from tests.architectures.configs import TOKENS, VOCABULARY
 DEADLINE_S = 120.0
 
 
-def worst_over_updates(directory: Path, updates: int = 2) -> list[float]:
-    """The largest difference of a log-prob (nats) at start, and after each of ``updates`` that change every weight.
+class Sampled:
+    """A policy in fp32 and the vLLM engine that samples from it, which starts from what the policy writes, as in a run."""
 
-    The engine starts from what the policy writes, and gets what the policy publishes, as in a run.
-    """
-    actor = Actor(str(directory), param_dtype="fp32", attn_implementation="sdpa").eval()
-    for (
-        module
-    ) in actor.modules():  # where vLLM runs transformers' own model, it changes how the class is called, for all of it
-        type(module).do_not_compile = True
-    start = directory.with_name(f"{directory.name}-start")
-    save_pretrained(actor, None, start)
-    config = RolloutConfig(dtype="fp32", kv_cache_gib=0.1, max_model_tokens=128)
-    engine = VllmEngine(start, config, stop_token_ids=(TOKENS["eos_token_id"],), seed=5)
+    def __init__(self, directory: Path) -> None:
+        self.actor = Actor(str(directory), param_dtype="fp32", attn_implementation="sdpa").eval()
+        for (
+            module
+        ) in self.actor.modules():  # where vLLM runs transformers' own model, it changes how its class is called
+            type(module).do_not_compile = True
+        start = directory.with_name(f"{directory.name}-start")
+        save_pretrained(self.actor, None, start)
+        config = RolloutConfig(dtype="fp32", kv_cache_gib=0.1, max_model_tokens=128)
+        self.engine = VllmEngine(start, config, stop_token_ids=(TOKENS["eos_token_id"],), seed=5)
+
+    def update(self, version: int) -> None:
+        """Change every weight and publish them all. The sizes of weights stay, so that what an engine keeps is seen."""
+        generator = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for _, tensor in held_tensors(self.actor.model):
+                if tensor.is_floating_point():
+                    noise = torch.randn(tensor.shape, generator=generator)
+                    tensor.add_(0.3 * tensor.std(correction=0).clamp_min(0.05) * noise)
+        groups = disk_weights(self.actor.model, receive=True)
+        self.engine.receive(publish(version, (weight for group in groups for weight in group)))
+
+    @torch.no_grad()
+    def difference(self) -> float:
+        """The largest difference of a log-prob between engine and trainer, in nats."""
+        requests = _requests()
+        generations = self.engine.generate(requests, DEADLINE_S)
+        return max(
+            float((_log_probs(self.actor, request, generation) - torch.tensor(generation.log_probs)).abs().max())
+            for request, generation in zip(requests, generations, strict=True)
+        )
+
+
+def over_updates(directory: Path, updates: int = 2) -> list[float]:
+    """The difference at start, and after each of ``updates``."""
+    sampled = Sampled(directory)
     try:
-        differences = [_difference(actor, engine)]
+        differences = [sampled.difference()]
         for version in range(1, updates + 1):
-            _change(actor, version)
-            groups = disk_weights(actor.model, receive=True)
-            engine.receive(publish(version, (weight for group in groups for weight in group)))
-            differences.append(_difference(actor, engine))
+            sampled.update(version)
+            differences.append(sampled.difference())
     finally:
-        engine.shutdown()
+        sampled.engine.shutdown()
     return differences
-
-
-@torch.no_grad()
-def _change(actor: Actor, seed: int) -> None:
-    """Other weights of the same sizes, so that what an engine keeps of the old ones is seen."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, tensor in held_tensors(actor.model):
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            tensor.add_(0.3 * tensor.std(correction=0).clamp_min(0.05) * noise)
-
-
-@torch.no_grad()
-def _difference(actor: Actor, engine: VllmEngine) -> float:
-    requests = _requests()
-    generations = engine.generate(requests, DEADLINE_S)
-    return max(
-        float((_log_probs(actor, request, generation) - torch.tensor(generation.log_probs)).abs().max())
-        for request, generation in zip(requests, generations, strict=True)
-    )
 
 
 def _requests() -> list[GenerationRequest]:

@@ -25,21 +25,25 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 SCORES_TO, GRADIENTS_TO = 1e-5, 1e-4
 """Largest differences that count as right, over the largest score and over the largest gradient. Merging an adapter rounds each
-weight, which counts as a gradient does."""
+weight, which counts as a gradient does. A rollout differs by nats, of which the self-check of a run allows as many."""
 SECONDS = 180
 """Limit for one cell."""
-CELLS = ("scoring", "training", "LoRA", "export", "vLLM")
+CELLS = ("scoring", "training", "LoRA", "export", "vLLM", "rollout")
+APART = ("vLLM", "rollout")
+"""Cells in processes of their own, whose threads and process groups vLLM changes."""
+NOT_THERE = {"vLLM": "no head", "rollout": "no policy"}
 Result = float | str
 
 
 def try_all(model_types: Sequence[str], cells: Sequence[str] = CELLS) -> dict[str, dict[str, Result]]:
     """Try every cell of every architecture, each architecture in a process of its own."""
-    others = [cell for cell in cells if cell != "vLLM"]
+    others = [cell for cell in cells if cell not in APART]
     results = {}
     for model_type in model_types:
         results[model_type] = _apart(model_type, others) if others else {}
-        if "vLLM" in cells:  # in another process, whose threads and process groups it changes
-            results[model_type] |= _apart(model_type, ["vLLM"])
+        for cell in APART:
+            if cell in cells:
+                results[model_type] |= _apart(model_type, [cell])
     return results
 
 
@@ -77,9 +81,9 @@ def _line(error: Exception) -> str:
 def verdict(cell: str, result: Result | None) -> str:
     """What the page says of a cell: right, refused, or what is wrong."""
     if result is None:
-        return "no head"
+        return NOT_THERE.get(cell, "no head")
     if isinstance(result, float):
-        limit = GRADIENTS_TO if cell in ("training", "LoRA") else SCORES_TO
+        limit = GRADIENTS_TO if cell in ("training", "LoRA", "rollout") else SCORES_TO
         return "right" if result <= limit else f"WRONG: {result:.1e}"
     return result
 
@@ -89,8 +93,8 @@ def page_tables(results: Mapping[str, Mapping[str, Result]]) -> str:
     refused = {kind for kinds in NOT_RUN.values() for kind in kinds}
     runs = sorted(set(results) - refused - ENCODERS)
     lines = [
-        "| architecture | scoring and serving | training | LoRA | read by transformers | vLLM's scorer |",
-        "|---|---|---|---|---|---|",
+        "| architecture | scoring and serving | training | LoRA | read by transformers | vLLM's scorer | vLLM's rollout |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind in runs:
         cells = [verdict(cell, results[kind].get(cell)) for cell in CELLS]

@@ -31,6 +31,7 @@ def make(here: Path, **config: Any) -> None:
     (here / "model" / "tokenizer.json").write_text("{}")
 
 
+GPU = ["rollout.resources.gpus_per_rank=1"]
 TRAIN = ["reward.model={path: model, dtype: fp32, head_init: zero}"]
 
 
@@ -112,6 +113,37 @@ def test_engines_of_vllm_rotate_a_policy_as_the_trainer_does(here: Path, texts: 
     assert [text for text in found if text.startswith(problem)]
     for more in (["rollout.max_model_tokens=300"], ["rollout.max_model_tokens=301", "rollout.backend=transformers"]):
         assert not [text for text in check_files(parse_config(texts["ppo"], [*policy, *more])) if "rotates" in text]
+
+
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "expected"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 4, "hidden_size": 64, "moe_intermediate_size": 48}, [], None),
+        ({"model_type": "deepseek_v3"}, [], "does not sample from policies of type deepseek_v3: it gives other log-probs"),
+        ({"model_type": "ernie4_5_moe"}, [], "type ernie4_5_moe: its router for CPU knows no bias and no sigmoid"),
+        ({"model_type": "phimoe"}, [], "type phimoe: it does not read what transformers writes"),
+        ({"model_type": "x", "text_config": {"model_type": "phimoe"}}, [], "of type phimoe"),
+        ({"model_type": "phimoe"}, GPU, "it does not read what transformers writes"),
+        ({"model_type": "deepseek_v3"}, GPU, None),
+        ({"model_type": "deepseek_v3"}, ["rollout.backend=transformers"], None),
+        ({**MIXTURE, "hidden_size": 80}, [], "need a hidden size that is a multiple of 32, and this model has 80"),
+        ({**MIXTURE, "hidden_size": 80}, GPU, None),
+        ({"model_type": "llama", "hidden_size": 80}, [], None),
+    ],
+)
+def test_policies_that_vllm_does_not_sample_from(
+    here: Path, texts: dict[str, str], config: dict[str, Any], more: list[str], expected: str | None
+) -> None:
+    make(here, **config)
+    problems = check_files(parse_config(texts["ppo"], ["policy.model={path: model, dtype: fp32}", *more]))
+    found = [text for text in problems if text.startswith("rollout.backend: model: vLLM")]
+    assert len(found) == (expected is not None), problems
+    for text in found:
+        assert str(expected) in text
+        assert text.endswith("Set rollout.backend to transformers, which samples with the trainer's own model")
 
 
 def test_checkpointing_that_transformers_lacks(here: Path, texts: dict[str, str]) -> None:

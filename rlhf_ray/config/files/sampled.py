@@ -1,0 +1,60 @@
+"""Which policies vLLM 0.32 samples from as transformers trains them, at start and after every update of their weights.
+
+Invariant: an architecture that is refused here is refused by ``check`` and by the engine in the same words, and every other one
+that runs is right: ``tests/architectures`` tries them all on CPU. What is wrong on CPU alone is left to the self-check of a run
+where engines have GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.files.positions import text_part
+from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
+
+NOT_SAMPLED: Mapping[str, frozenset[str]] = {
+    "it does not read what transformers writes of this architecture": frozenset({"aria_text", "axk1", "phimoe"}),
+}
+"""Values of ``model_type`` that vLLM does not sample from on any device, by the reason."""
+NOT_SAMPLED_ON_CPU: Mapping[str, frozenset[str]] = {
+    "its router for CPU knows no bias and no sigmoid for experts that are in no groups": frozenset(
+        {"ernie4_5_moe", "laguna", "minimax_m3_vl_text"}
+    ),
+    "it gives other log-probs than transformers on CPU": frozenset({"apertus", "deepseek_v2", "deepseek_v3", "jetmoe"}),
+}
+"""Those that it samples wrong, or not at all, on CPU."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys that hold the number of experts of a layer."""
+EXPERT_MULTIPLE = 32
+"""vLLM's kernel for experts on CPU computes hidden sizes that are multiples of this. It pads the experts' own size itself."""
+WAY_OUT = "Set rollout.backend to transformers, which samples with the trainer's own model"
+
+
+def sampling_refusal(config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
+    """The sentence that refuses the model of a ``config.json`` for rollout in vLLM; None where nothing is known against it."""
+    text = text_part(config)
+    kinds = {config.get("model_type"), text.get("model_type")}
+    for reason, refused in {**NOT_SAMPLED, **(NOT_SAMPLED_ON_CPU if on_cpu else {})}.items():
+        for kind in kinds & refused:
+            return f"vLLM does not sample from policies of type {kind}: {reason}. {WAY_OUT}"
+    hidden = text.get("hidden_size")
+    mixture = any(isinstance(text.get(name), int) and text[name] > 1 for name in EXPERTS)
+    if on_cpu and mixture and isinstance(hidden, int) and hidden % EXPERT_MULTIPLE:
+        return (
+            f"vLLM's experts on CPU need a hidden size that is a multiple of {EXPERT_MULTIPLE}, and this model has {hidden}. "
+            f"{WAY_OUT}"
+        )
+    return None
+
+
+def sampling_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
+    """What is known against sampling from ``policy`` in vLLM, as far as its directory is on this machine."""
+    if rollout.backend != "vllm":
+        return
+    refused = sampling_refusal(model_config_file(policy), on_cpu=rollout.resources.gpus_per_rank == 0)
+    if refused is not None:
+        yield "rollout.backend", f"{policy.path}: {refused}"

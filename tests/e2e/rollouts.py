@@ -1,0 +1,99 @@
+"""Rollouts in vLLM on the whole real stack, in the long form: ``python -m tests.e2e.rollouts [NAME ...]`` (some 5 minutes).
+
+- Mixtures of experts of three shapes, tied and untied, in fp32: trainer and engine agree to 1e-4 nats before and after each of
+  ten updates.
+- Two deterministic runs with 256 prompts of 120 tokens a step end with the same bits.
+
+The short forms are ``tests/rollout/test_vllm_repairs.py`` and ``tests/rollout/test_vllm_budget.py``. Exit code 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.data.tokenizers import make_tokenizer
+from rlhf_ray.world import language
+from tests.architectures.configs import small_model
+from tests.e2e.conftest import metrics, run
+
+CONFIG = Path(__file__).with_name("ppo_tiny.yaml")
+UPDATES, TOLERANCE = 10, 1e-4
+PROMPTS, TOKENS = 256, 120
+SMALL = (
+    "policy.ranks=1", "policy.engine.zero=0", "critic=null", "reference=null", "algorithm.name=grpo", "rollout.engines=1",
+    "batch.samples_per_prompt=4", "batch.prompts_per_step=8", "evaluation.prompts=4",
+)  # fmt: skip
+
+
+def mixture(model_type: str, directory: Path, *, tied: bool) -> str:
+    """The largest difference over a run of eleven steps, of which ten are sampled by updated weights."""
+    tokenizer = make_tokenizer("world")
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model, _ = small_model(model_type, policy=True, tie_word_embeddings=tied, bos_token_id=None, **ids)
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    policy = f"policy.model={{path: {directory / 'model'}, dtype: fp32}}"
+    run("train", "ppo", CONFIG, f"run.root={directory}", policy, f"steps={UPDATES + 1}", *SMALL)
+    steps = metrics(directory / "tiny")
+    assert [step["weights/version"] for step in steps] == list(range(1, UPDATES + 2))
+    before, after = (load_file(directory / "tiny" / part / "model.safetensors") for part in ("rollout-start", "final"))
+    experts = [name for name in before if "experts" in name]
+    assert experts and not all(torch.equal(before[name], after[name]) for name in experts), "experts have trained"
+    worst = max(step["rollout/log_prob_difference"] for step in steps)
+    assert worst <= TOLERANCE, f"trainer and rollout differ by {worst:.1e} nats"
+    return f"differs by {worst:.1e} nats at most over {len(steps)} versions"
+
+
+def twice(directory: Path) -> str:
+    """Two deterministic runs whose steps hold many times the tokens that vLLM takes at once."""
+    words, draw = [word for word in language.vocabulary() if word.isalpha()], random.Random(0)
+    rows = [{"prompt": " ".join(draw.choices(words, k=(TOKENS + 1) // 2))} for _ in range(2 * PROMPTS + 8)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ends = []
+    for name in ("one", "other"):
+        run(
+            "train", "ppo", CONFIG, f"run.root={directory}", f"run.name={name}", *SMALL, "batch.samples_per_prompt=1",
+            f"batch.prompts_per_step={PROMPTS}", f"batch.sequences_per_update={PROMPTS}", "algorithm.name=reinforce++",
+            f"data={{path: {directory / 'prompts.jsonl'}, max_prompt_tokens: 160}}", "rollout.max_model_tokens=192",
+            "batch.max_tokens_per_micro_batch=4096", "steps=2",
+        )  # fmt: skip
+        ends.append(load_file(directory / name / "final" / "model.safetensors"))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    first, second = ([step["reward/learned"] for step in metrics(directory / name)] for name in ("one", "other"))
+    assert first == second
+    tokens = [step["prompt/tokens"] for step in metrics(directory / "one") if "prompt/tokens" in step]
+    return f"the same bits after two steps of {PROMPTS} prompts {tokens}"
+
+
+CASES: dict[str, Callable[[Path], str]] = {
+    f"{model_type}{'-tied' if tied else ''}": lambda directory, kind=model_type, tied=tied: mixture(
+        kind, directory, tied=tied
+    )
+    for model_type in ("mixtral", "qwen3_moe", "olmoe")
+    for tied in (False, True)
+} | {"deterministic": twice}
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the cases; say of each what was measured."""
+    failed = 0
+    for name in names or CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                print(f"{name}: {CASES[name](Path(directory))}", flush=True)
+            except AssertionError as error:
+                failed += 1
+                print(f"{name}: FAILED: {error}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
