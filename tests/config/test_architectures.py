@@ -122,7 +122,11 @@ MIXTURE = {"model_type": "mixtral", "num_local_experts": 4}
     ("config", "more", "expected"),
     [
         ({"model_type": "qwen3_moe", "num_experts": 4, "hidden_size": 64, "moe_intermediate_size": 48}, [], None),
-        ({"model_type": "deepseek_v3"}, [], "does not sample from policies of type deepseek_v3: it gives other log-probs"),
+        (
+            {"model_type": "deepseek_v3"},
+            [],
+            "does not sample from policies of type deepseek_v3: it gives other log-probs",
+        ),
         ({"model_type": "ernie4_5_moe"}, [], "type ernie4_5_moe: its router for CPU knows no bias and no sigmoid"),
         ({"model_type": "phimoe"}, [], "type phimoe: it does not read what transformers writes"),
         ({"model_type": "x", "text_config": {"model_type": "phimoe"}}, [], "of type phimoe"),
