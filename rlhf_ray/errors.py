@@ -116,7 +116,14 @@ class StaleWeightsError(RlhfRayError):
 
 
 class ScoringError(RlhfRayError):
-    """An item could not be scored. It has no reward, rather than a reward of 0."""
+    """An item could not be scored. It has no reward, rather than a reward of 0.
+
+    ``may_pass`` says whether another attempt may end otherwise.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = True) -> None:
+        self.may_pass = may_pass
+        super().__init__(message)
 
 
 class GroupError(RlhfRayError):

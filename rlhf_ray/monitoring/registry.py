@@ -207,6 +207,7 @@ _METRICS = {
         ("evaluation/length", "tokens", "Mean length of the answers to held-out prompts"),
         ("evaluation/length_start", "tokens", "The same of the starting policy"),
         ("evaluation/truncated", "share", "Share of held-out answers cut off at the longest allowed length"),
+        ("evaluation/prompts_dropped", "prompts", "Held-out prompts left out because an answer to them has no reward"),
         (
             "evaluation/habit_rate",
             "share",

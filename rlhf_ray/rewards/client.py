@@ -20,9 +20,10 @@ import httpx
 
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.transient import PASSING_STATUSES, status_may_pass
 
-MAY_PASS = frozenset({429, 502, 503, 504})
-"""Statuses that another attempt may not get."""
+MAY_PASS = PASSING_STATUSES | {502, 503, 504}
+"""Statuses that another attempt may not get, for which no model was at fault."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
 RESULT_FIELDS = tuple(field.name for field in fields(ScoreResult))
 NO_ANSWER = "answers, but not as a scoring backend does"
@@ -180,7 +181,7 @@ def _mapping(response: httpx.Response, url: str) -> Mapping[str, Any]:
     if response.is_client_error:
         raise RequestError(f"{url} refuses the request: {_summary(response)}")
     if not response.is_success:
-        raise ScoringError(f"{url} answers {_summary(response)}")
+        raise ScoringError(f"{url} answers {_summary(response)}", may_pass=status_may_pass(response.status_code))
     try:
         answer = response.json()
     except ValueError as error:

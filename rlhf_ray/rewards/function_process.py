@@ -10,6 +10,7 @@ error; the process ends with the one that started it.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlhf_ray.errors import RequestError
-from rlhf_ray.rewards.functions import Columns, Outcome, accepted_columns, is_async, load_function, run_calls, too_late
+from rlhf_ray.rewards.functions import (
+    Columns,
+    Failure,
+    Outcome,
+    accepted_columns,
+    is_async,
+    load_function,
+    run_calls,
+    too_late,
+)
 
 START_LIMIT_S = 120.0
 """How long importing the function's module may take."""
@@ -66,14 +76,15 @@ class FunctionProcess:
                 ended[numbers[position]] = outcome
         except (EOFError, OSError):
             code = self._process.wait() if self._process is not None else None
-            return ended | self._lost(numbers, ended, f"ended its process (exit code {code})")
+            killed = code in (-signal.SIGKILL, -signal.SIGTERM)  # by somebody else, such as a system short of memory
+            return ended | self._lost(numbers, ended, Failure(f"ended its process (exit code {code})", may_pass=killed))
         return ended
 
-    def _lost(self, numbers: Sequence[int], ended: dict[int, Outcome], reason: str) -> dict[int, Outcome]:
+    def _lost(self, numbers: Sequence[int], ended: dict[int, Outcome], failure: Failure) -> dict[int, Outcome]:
         """End the process; the call that was running in it has failed, or all calls that an async function had begun."""
         self.close()
         running = [number for number in numbers if number not in ended]
-        return dict.fromkeys(running if self.is_async else running[:1], reason)
+        return dict.fromkeys(running if self.is_async else running[:1], failure)
 
     def _start(self) -> tuple[tuple[str, ...], bool]:
         """Start the process; returns the columns that the function takes, and whether it is asynchronous."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.functions import Columns, Outcome, RewardFunction, accepted_columns, run_calls
-from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.functions import Columns, Failure, Outcome, RewardFunction, accepted_columns, run_calls
+from rlhf_ray.rewards.request import Fault, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 
 FAILED_ALONE = 3
@@ -64,24 +64,25 @@ class FunctionSource:
         outcomes = self.caller.run([self._columns(call) for call in calls])
         results: list[ScoreResult] = []
         for call, outcome in zip(calls, outcomes, strict=True):
-            results += self._one_by_one(call, outcome) if isinstance(outcome, str) else map(self._result, outcome)
+            results += self._one_by_one(call, outcome) if isinstance(outcome, Failure) else map(self._result, outcome)
         return results
 
-    def _one_by_one(self, call: Sequence[TextSample], reason: str) -> list[ScoreResult]:
-        """Results of a call that failed for ``reason``, from calls of one sample each."""
+    def _one_by_one(self, call: Sequence[TextSample], failure: Failure) -> list[ScoreResult]:
+        """Results of a call that ended in ``failure``, from calls of one sample each."""
         if len(call) == 1:
-            return [self._result(reason)]
-        alone: list[float | str] = []
+            return [self._result(failure)]
+        alone: list[float | Failure] = []
         for sample in call:
             (outcome,) = self.caller.run([self._columns([sample])])
-            alone.append(outcome if isinstance(outcome, str) else outcome[0])
-            if len(alone) == FAILED_ALONE and all(isinstance(one, str) for one in alone):
-                return [self._result(reason)] * len(call)
+            alone.append(outcome if isinstance(outcome, Failure) else outcome[0])
+            if len(alone) == FAILED_ALONE and all(isinstance(one, Failure) for one in alone):
+                return [self._result(failure)] * len(call)
         return [self._result(one) for one in alone]
 
-    def _result(self, outcome: float | str) -> ScoreResult:
-        if isinstance(outcome, str):
-            return ScoreResult.failed(f"reward function {self.name} {outcome}", fault="source")
+    def _result(self, outcome: float | Failure) -> ScoreResult:
+        if isinstance(outcome, Failure):
+            fault: Fault = "source" if outcome.may_pass else "model"
+            return ScoreResult.failed(f"reward function {self.name} {outcome.reason}", fault=fault)
         return ScoreResult.of(outcome)
 
     def _columns(self, samples: Sequence[TextSample]) -> dict[str, list[Any]]:

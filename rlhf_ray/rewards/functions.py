@@ -1,7 +1,8 @@
 """Calls a reward function, synchronous or not, with the columns that it takes and within a time limit.
 
-Invariants: each call ends in exactly one outcome; each sample of it has a finite number or a reason why it has none; what a
-function raises becomes a reason and never ends the run; a function gets the columns that its parameters name and no others.
+Invariants: each call ends in exactly one outcome; each sample of it has a finite number or a failure that says why it has none;
+what a function raises becomes a failure and never ends the run; a function gets the columns that its parameters name and no
+others.
 Nothing here starts a process: this is the code that runs inside one.
 """
 
@@ -12,9 +13,11 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.errors import RequestError
+from rlhf_ray.transient import may_pass
 from rlhf_ray.user_code import load_object
 
 RewardFunction = Callable[..., Any]
@@ -23,8 +26,18 @@ Columns = Mapping[str, Sequence[Any]]
 COLUMNS = ("prompts", "responses", "labels", "finished", "sources", "messages")
 CALLS_AT_ONCE = 64
 """How many calls of an asynchronous function run at the same time."""
-Outcome = list[float | str] | str
-"""How one call ended: for each of its samples a finite number or the reason why there is none; or one reason for all."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no reward, and whether another attempt may bring one."""
+
+    reason: str
+    may_pass: bool = False
+
+
+Outcome = list[float | Failure] | Failure
+"""How one call ended: for each of its samples a finite number or why there is none; or one failure for all."""
 Report = Callable[[int, Outcome], None]
 """Takes the number of a call and its outcome."""
 
@@ -41,7 +54,7 @@ def run_calls(function: RewardFunction, calls: Sequence[Columns], timeout_s: flo
         try:
             outcome = read_returned(function(**columns), _size(columns))
         except Exception as error:  # the function is the user's program, and fails in its own ways
-            outcome = f"raised {error!r}"
+            outcome = _raised(error)
         report(number, outcome)
 
 
@@ -60,31 +73,35 @@ async def _run_async(function: RewardFunction, calls: Sequence[Columns], timeout
             except TimeoutError:
                 outcome = too_late(timeout_s)
             except Exception as error:
-                outcome = f"raised {error!r}"
+                outcome = _raised(error)
             report(number, outcome)
 
     await asyncio.gather(*(one(number, columns) for number, columns in enumerate(calls)))
 
 
-def too_late(timeout_s: float) -> str:
-    """The reason of a call that did not end in time."""
-    return f"did not answer within {timeout_s:g} s (reward.timeout_s)"
+def _raised(error: Exception) -> Failure:
+    return Failure(f"raised {error!r}", may_pass(error))
+
+
+def too_late(timeout_s: float) -> Failure:
+    """How a call ends that did not answer in time: what it waits for may be there later."""
+    return Failure(f"did not answer within {timeout_s:g} s (reward.timeout_s)", may_pass=True)
 
 
 def read_returned(returned: Any, count: int) -> Outcome:
     """The outcome of a call for ``count`` samples that returned this; an array or a tensor counts as a list of numbers."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, list | tuple):
-        return f"returned {_short(returned)} for {count} samples, not a list of numbers"
+        return Failure(f"returned {_short(returned)} for {count} samples, not a list of numbers")
     if len(values) != count:
-        return f"returned {len(values)} rewards for {count} samples"
+        return Failure(f"returned {len(values)} rewards for {count} samples")
     return [_number(value) for value in values]
 
 
-def _number(value: Any) -> float | str:
+def _number(value: Any) -> float | Failure:
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
-    return f"returned {_short(value)}, which is not a finite number"
+    return Failure(f"returned {_short(value)}, which is not a finite number")
 
 
 def _short(value: Any) -> str:

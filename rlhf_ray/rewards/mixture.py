@@ -52,9 +52,11 @@ class MixtureSource:
 
     def _sum(self, results: Sequence[ScoreResult]) -> ScoreResult:
         named = dict(zip(self.terms, results, strict=True))
-        for name, result in named.items():
-            if result.error is not None and result.fault is not None:
-                return ScoreResult.failed(f"{name}: {result.error}", result.tokens, fault=result.fault)
+        failed = {name: result for name, result in named.items() if result.error is not None}
+        # One that no attempt mends comes first: waiting for the others would bring no sum.
+        for name, result in sorted(failed.items(), key=lambda item: item[1].fault == "source"):
+            assert result.fault is not None
+            return ScoreResult.failed(f"{name}: {result.error}", result.tokens, fault=result.fault)
         rewards = {name: float(result.reward) for name, result in named.items() if result.reward is not None}
         total = math.fsum(self.terms[name].weight * reward for name, reward in rewards.items())
         if not math.isfinite(total):
@@ -68,4 +70,4 @@ def _results(pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResul
     try:
         return pending.result()
     except ScoringError as error:
-        return [ScoreResult.failed(str(error), fault="source")] * count
+        return [ScoreResult.failed_by(error)] * count

@@ -17,8 +17,8 @@ from rlhf_ray.rows.conversations import parts_problem, plain_messages, without_n
 from rlhf_ray.rows.template_variables import variables_problem
 
 Fault = Literal["item", "model", "source"]
-"""Why an item has no reward. ``item``: it cannot be scored as it is. ``model``: the model gave no finite number.
-``source``: the source failed, and another attempt may not."""
+"""Why an item has no reward. ``item``: it cannot be scored as it is. ``model``: the model gave no finite number,
+or the source failed in a way that any attempt repeats. ``source``: the source failed, and another attempt may not."""
 
 DEEPEST = 100
 """Levels of lists and mappings in a message, a tool or a variable: more than any schema has."""
@@ -181,6 +181,11 @@ class ScoreResult:
     def failed(cls, error: str, tokens: int = 0, *, fault: Fault = "item") -> ScoreResult:
         """The result of an item without a reward."""
         return cls(tokens=tokens, error=error, fault=fault)
+
+    @classmethod
+    def failed_by(cls, error: ScoringError) -> ScoreResult:
+        """The result of an item at whose source ``error`` was raised."""
+        return cls.failed(str(error), fault="source" if error.may_pass else "model")
 
     def normalised(self, mean: float, std: float) -> ScoreResult:
         """The result with ``reward = (raw - mean) / std``; a failed one stays as it is."""

@@ -129,7 +129,10 @@ def score_or_hold(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[ScoreResult]:
-    """Score everything; samples that the source failed at are tried again for ``hold_s`` seconds, and then keep their error."""
+    """Score everything; samples that the source failed at are tried again for ``hold_s`` seconds, and then keep their error.
+
+    What another attempt would not change (:mod:`rlhf_ray.transient`) is not tried again.
+    """
     results = _try(source, samples)
     failed = _to_try_again(range(len(results)), results)
     if failed and hold_s > 0:
@@ -157,4 +160,4 @@ def _try(source: RewardSource, samples: Sequence[TextSample]) -> list[ScoreResul
     try:
         return source.score(samples).result()
     except ScoringError as error:
-        return [ScoreResult.failed(str(error), fault="source")] * len(samples)
+        return [ScoreResult.failed_by(error)] * len(samples)

@@ -3,22 +3,23 @@
 Invariants:
 
 - It answers every sample with one :class:`ScoreResult`.
-- An exception that it raises is a failure of the source, which is asked again while ``reward.hold_s`` lasts, and never a
-  reward.
+- An exception that it raises is a failure of the source and never a reward. It is asked again while ``reward.hold_s`` lasts,
+  unless waiting cannot mend the exception.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rlhf_ray.config.sections.rewards import RewardSourceConfig
-from rlhf_ray.errors import RequestError, RlhfRayError, ScoringError
+from rlhf_ray.errors import GroupError, RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import RewardSource
+from rlhf_ray.transient import may_pass
 from rlhf_ray.user_code import REWARD_SOURCES, accepts, attribute_of, check_parameters, construct, load_object
 
 
@@ -36,12 +37,8 @@ class UserRewardSource:
         return Pending(lambda: self._checked(pending, len(samples)))
 
     def _ask(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
-        try:
+        with self._failures():
             pending = self.source.score(samples)
-        except RlhfRayError:
-            raise
-        except Exception as error:  # the source is the user's program, and fails in its own ways
-            raise ScoringError(f"{self.where} raised {error!r}") from error
         if not isinstance(pending, Pending):
             raise RequestError(
                 f"{self.where}: score returned {type(pending).__name__}, not Pending: return Pending.done(results), or "
@@ -49,13 +46,19 @@ class UserRewardSource:
             )
         return pending
 
-    def _checked(self, pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResult]:
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Make a :class:`ScoringError` of what the user's program raises: it fails in its own ways."""
         try:
-            results = pending.result()
-        except RlhfRayError:
+            yield
+        except (ScoringError, GroupError):
             raise
         except Exception as error:
-            raise ScoringError(f"{self.where} raised {error!r}") from error
+            raise ScoringError(f"{self.where} raised {error!r}", may_pass=may_pass(error)) from error
+
+    def _checked(self, pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResult]:
+        with self._failures():
+            results = pending.result()
         if not isinstance(results, list) or len(results) != count:
             size = f" of {len(results)}" if isinstance(results, list) else ""
             raise RequestError(

@@ -1,14 +1,22 @@
-"""A logged step is one line of the metrics file and reaches every sink; an unregistered name reaches none."""
+"""A logged step is one line of the metrics file and reaches every sink; an unregistered name reaches none.
+
+A sink that fails costs no step and keeps no other from its values or its end.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from rlhf_ray.monitoring import MetricsLog, UnknownMetricError
+from rlhf_ray.monitoring.metrics_log import GuardedSink
 from rlhf_ray.storage.jsonl import JsonLines
 
 
@@ -44,6 +52,95 @@ def test_an_unregistered_metric_is_logged_nowhere(tmp_path: Path) -> None:
         log.log(1, {"reward/mean": 1.0, "reward/average": 1.0})
     assert sink.seen == []
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+class Failing(Sink):
+    """Raises at these steps, and when it is closed; ``takes_s`` is what each call takes."""
+
+    def __init__(self, *steps: int, takes_s: float = 0.0) -> None:
+        super().__init__()
+        self.steps, self.takes_s = steps, takes_s
+        self.tried: list[int] = []
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.tried.append(step)
+        self.now += self.takes_s
+        if step in self.steps:
+            raise OSError("the disk is full")
+        super().log(step, values)
+
+    def close(self) -> None:
+        raise OSError("the disk is full")
+
+
+def test_a_sink_that_fails_costs_no_step_and_no_other_sink_its_values_or_its_end(
+    tmp_path: Path, project_log: io.StringIO
+) -> None:
+    failing, good = Failing(2, 3), Sink()
+    log = MetricsLog(JsonLines(tmp_path / "metrics.jsonl"), [failing, good])
+    for step in (1, 2, 3, 4):
+        log.log(step, {"reward/mean": 1.0})
+    log.close()
+    assert [step for step, _ in good.seen] == [1, 2, 3, 4, -1]
+    assert [step for step, _ in failing.seen] == [1, 4], "it is tried again at the next step"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert log.lost == {"Failing": 2}
+    said = project_log.getvalue().splitlines()
+    assert len(said) == 3 and said[0].startswith(
+        "Failing failed at step 2 (OSError: the disk is full): training goes on"
+    )
+    assert said[1] == "Failing failed when it was closed: OSError: the disk is full"
+    assert said[2] == "Failing has missed 2 lines of metrics.jsonl"
+
+
+def test_a_sink_that_keeps_failing_is_tried_ever_more_rarely_and_never_given_up() -> None:
+    sink = Failing(*range(1, 2001))
+    guarded = GuardedSink(sink, sink.clock)
+    for step in range(1, 3001):
+        sink.now += 1.0
+        guarded.log(step, {})
+    assert sink.tried[:6] == [1, 2, 3, 4, 6, 10]
+    assert 10 <= len([step for step in sink.tried if step <= 2000]) <= 20
+    assert sink.tried[-1] == 3000 and guarded.lost < 2301, "once it works it gets every step"
+
+
+def test_a_sink_that_hangs_takes_a_tenth_of_the_time_at_most() -> None:
+    sink = Failing(*range(1, 2001), takes_s=60.0)
+    guarded = GuardedSink(sink, sink.clock)
+    for step in range(1, 2001):
+        sink.now += 1.0
+        guarded.log(step, {})
+    assert 60.0 * (len(sink.tried) - 3) <= 0.1 * sink.now
+
+
+def test_tensorboard_goes_on_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that writes the file of events ends with its first error."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    from rlhf_ray.monitoring import TensorBoardWriter
+
+    directory = tmp_path / "tensorboard"
+    log = MetricsLog(JsonLines(tmp_path / "metrics.jsonl"), [TensorBoardWriter(directory)])
+    log.log(1, {"reward/mean": 1.0})
+    with monkeypatch.context() as full, warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)
+        full.setattr(threading, "excepthook", lambda arguments: None)
+        full.setattr(RecordWriter, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        log.log(2, {"reward/mean": 2.0})
+    log.log(3, {"reward/mean": 3.0})
+    log.close()
+    seen = []
+    for path in directory.iterdir():
+        events = EventAccumulator(str(path), size_guidance={"tensors": 0, "scalars": 0})
+        events.Reload()
+        if "reward/mean" in events.Tags()["tensors"]:
+            seen += [event.step for event in events.Tensors("reward/mean")]
+    assert sorted(seen) == [1, 3] and log.lost == {"TensorBoardWriter": 1}
 
 
 def test_tensorboard_shows_the_same_names_steps_and_numbers(tmp_path: Path) -> None:

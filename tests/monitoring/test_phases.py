@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from rlhf_ray.monitoring import PhaseClock, UnknownMetricError
@@ -27,3 +29,15 @@ def test_a_phase_costs_what_passed_inside_it_and_a_step_what_passed_in_all() -> 
     assert clock.take() == {"time/scoring": 4.0, "time/step": 4.0}
     with pytest.raises(UnknownMetricError, match="time/sleeping"):
         spend("sleeping", 1.0)
+
+
+def test_whoever_is_told_of_a_phase_and_fails_keeps_it_from_nothing(project_log: io.StringIO) -> None:
+    def fail(phase: str) -> None:
+        raise ConnectionError("no agent")
+
+    clock, ran = PhaseClock(fail), []
+    for phase in ("rollout", "update"):
+        with clock.phase(phase):
+            ran.append(phase)
+    assert ran == ["rollout", "update"] and clock.take().keys() == {"time/rollout", "time/update", "time/step"}
+    assert project_log.getvalue().count("could not be shown") == 1

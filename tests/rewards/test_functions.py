@@ -21,6 +21,7 @@ from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.function_source import FAILED_ALONE, Caller, FunctionSource, InThisProcess
 from rlhf_ray.rewards.functions import COLUMNS, load_function
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.source import score_or_hold
 from tests.rewards.answers import answer
 
 SAMPLES = [answer("a", "x", "1"), answer("b", "yy", None, finished=False), answer("c", "zzz", "3")]
@@ -42,7 +43,7 @@ def raws(results: Sequence[ScoreResult]) -> list[float | None]:
 
 def errors(results: Sequence[ScoreResult]) -> list[str | None]:
     assert all((result.error is None) == (result.fault is None) for result in results)
-    assert {result.fault for result in results} <= {None, "source"}
+    assert {result.fault for result in results} <= {None, "source", "model"}
     return [result.error for result in results]
 
 
@@ -108,6 +109,50 @@ def test_what_is_no_finite_number_is_an_error_of_its_sample_alone(bad: Any) -> N
 )
 def test_another_number_of_rewards_is_an_error_of_every_sample(returned: Any, message: str) -> None:
     assert errors(score(source_of(lambda responses: returned))) == [f"reward function f {message}"] * 3
+
+
+class Refused(Exception):
+    def __init__(self, status_code: int) -> None:
+        self.status_code = status_code
+
+
+def raising(error: Exception) -> Callable[..., list[float]]:
+    def function(responses: list[str]) -> list[float]:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "tries"),
+    [
+        (raising(ConnectionError("refused")), 3),
+        (raising(TimeoutError("late")), 3),
+        (raising(Refused(429)), 3),
+        (raising(Refused(503)), 3),
+        (raising(Refused(401)), 1),
+        (raising(KeyError("missing")), 1),
+        (lambda responses: [math.nan] * len(responses), 1),
+        (lambda responses: [None] * len(responses), 1),
+        (lambda responses: [], 1),
+        (lambda responses: None, 1),
+    ],
+    ids=["connection", "timeout", "429", "503", "401", "key", "nan", "none", "too few", "nothing"],
+)
+def test_only_what_waiting_may_mend_is_asked_again(function: Callable[..., Any], tries: int) -> None:
+    """A clock that a sleep moves on by a second: 2 s to hold are two more tries."""
+    now, asked = [0.0], []
+
+    def counted(responses: list[str]) -> Any:
+        asked.append(responses)
+        return function(responses)
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    results = score_or_hold(source_of(counted), SAMPLES[:1], hold_s=2.0, clock=lambda: now[0], sleep=sleep)
+    assert results[0].reward is None and len(asked) == tries
+    assert results[0].fault == ("source" if tries > 1 else "model")
 
 
 def fails_at(*bad: str) -> tuple[Callable[..., list[float]], list[list[str]]]:
@@ -199,6 +244,11 @@ def dies(responses):
         os._exit(7)
     return [1.0] * len(responses)
 
+def killed(responses):
+    if "yy" in responses:
+        os.kill(os.getpid(), 9)
+    return [1.0] * len(responses)
+
 def raises(responses):
     raise KeyError("missing")
 
@@ -259,6 +309,7 @@ def test_a_call_that_hangs_costs_itself_and_no_other(process: Any) -> None:
     results = score(FunctionSource("f", process("hangs", 0.5), samples_per_call=1))
     assert raws(results) == [1.0, None, 1.0] and time.monotonic() - began < 10.0
     assert errors(results)[1] == "reward function f did not answer within 0.5 s (reward.timeout_s)"
+    assert results[1].fault == "source", "what it waits for may be there later"
 
 
 def test_one_that_blocks_the_event_loop_is_ended_too(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +322,12 @@ def test_a_function_may_end_its_process(process: Any) -> None:
     results = score(FunctionSource("f", process("dies"), samples_per_call=1))
     assert raws(results) == [1.0, None, 1.0]
     assert errors(results)[1] == "reward function f ended its process (exit code 7)"
+    assert results[1].fault == "model"
+
+
+def test_a_process_that_was_killed_from_outside_may_not_be_the_next_time(process: Any) -> None:
+    results = score(FunctionSource("f", process("killed"), samples_per_call=1))
+    assert raws(results) == [1.0, None, 1.0] and results[1].fault == "source"
 
 
 def test_what_is_no_number_and_what_is_raised_cross_as_text(process: Any) -> None:

@@ -58,6 +58,14 @@ def test_a_failure_of_a_term_is_one_of_the_sample_and_says_whose(fault: Any) -> 
     assert (results[1].error, results[1].fault, results[1].reward) == ("other: no", fault, None)
 
 
+def test_a_failure_that_no_attempt_mends_comes_before_one_that_may_pass() -> None:
+    late, never = (
+        Fixed(lambda fault=fault: [ScoreResult.failed("no", fault=fault)] * 2) for fault in ("source", "model")
+    )
+    results = mixed(late=(late, 1.0), never=(never, 1.0))
+    assert [(result.error, result.fault) for result in results] == [("never: no", "model")] * 2
+
+
 def test_a_term_that_failed_as_a_whole_has_failed_at_every_sample() -> None:
     def down() -> list[ScoreResult]:
         raise ScoringError("down")

@@ -14,6 +14,7 @@ import torch
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.monitoring.report.summary import BestOf
+from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.algorithm import make_preparation
 from rlhf_ray.trainers.ppo.answers import HeldOutAnswer
@@ -35,10 +36,15 @@ def make_evaluation(tmp_path: Path, *overrides: str) -> PpoEvaluation:
         finish_reason=torch.tensor([FinishReason.LENGTH, *[FinishReason.STOP] * 3], dtype=torch.int8),
     )
     samples = [TextSample(0, index, "p", "r", None, index > 0, (5, 6)) for index in range(4)]
-    experience: Any = SimpleNamespace(decode=lambda *_: samples, require_rewards=lambda _: REWARDS)
+    experience: Any = SimpleNamespace(
+        decode=lambda *_: samples,
+        score=lambda _: list(map(ScoreResult.of, REWARDS)),
+        rows_to_keep=lambda samples, *_: list(range(len(samples))),
+    )
     shaping = make_preparation(config).shaping
     return PpoEvaluation(
-        config, experience, [TokenizedPrompt(0, "p", (5,))], shaping=shaping, gold=lambda _: GOLD, measures={},
+        config, experience, [TokenizedPrompt(0, "p", (5,))], shaping=shaping,
+        gold=lambda _: list(map(ScoreResult.of, GOLD)), measures={},
         generate=lambda *_: trajectories, directory=tmp_path,
     )  # fmt: skip
 

@@ -106,11 +106,6 @@ def test_more_than_the_allowed_share_stops_the_run_too() -> None:
         gather(bad, "reward.on_failure=drop", "reward.max_dropped_share=0.4")
 
 
-def test_an_evaluation_drops_nothing() -> None:
-    with pytest.raises(ScoringError, match="no reward for 1 of 8 samples, such as: it is NaN"):
-        gather(Bad((1, 0)), "reward.on_failure=drop", complete=True)
-
-
 def test_the_terms_of_a_mixture_become_columns() -> None:
     results = [MixedResult(raw=x, reward=x, terms={"a": x, "b": -x}) for x in (1.0, 2.0)]
     assert score_columns(results) == {"score": [1.0, 2.0], "term_a": [1.0, 2.0], "term_b": [-1.0, -2.0]}

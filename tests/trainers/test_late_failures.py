@@ -6,9 +6,6 @@ The failures come from where real ones do: a full disk, a tracker, the report, a
 from __future__ import annotations
 
 import errno
-import json
-import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +18,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.actors.workers.policy import PolicyWorker
-from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import ClosingError, GroupError, ResumableStop, RlhfRayError, StorageError
-from rlhf_ray.launch.driver import continue_run, train_new_run
+from rlhf_ray.launch.driver import continue_run
 from rlhf_ray.runs import reporting
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.storage.jsonl import JsonLines
-from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.sampling import Sampler
@@ -35,6 +30,7 @@ from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised import loop, sft
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
+from tests.trainers.small_runs import JOBS, STEPS, ask_to_stop, config_of, forget_the_stop, signals_as_before, train
 
 pytestmark = [
     pytest.mark.early,
@@ -42,33 +38,6 @@ pytestmark = [
         "ignore::pytest.PytestUnhandledThreadExceptionWarning"
     ),  # TensorBoard's, on the full disk
 ]
-
-STEPS = 2
-SHARED = ["monitoring.ray_metrics=false", "run.deterministic=true", "run.name=late"]
-TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
-JOBS = {
-    "ppo": (TINY_PPO, [
-        "policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1", "steps=2",
-        "critic=null", "reference=null", "algorithm.name=grpo", "rollout.max_new_tokens=4", "checkpoint.every_steps=null",
-        "data.world={prompts: 8, evaluation_prompts: 2}", "evaluation={prompts: 2}",
-        "batch={prompts_per_step: 2, samples_per_prompt: 2, sequences_per_update: 4, max_tokens_per_micro_batch: 512}",
-    ]),
-    "sft": ("demo-sft", [
-        "policy.model.make.shape=llama-tiny", "policy.ranks=1", "data.world.demonstrations=16", "epochs=0.5",
-        "batch.sequences_per_update=4",
-    ]),
-    "rm": ("demo-rm", [
-        "reward.ranks=1", "batch.pairs_per_update=4", "epochs=1",
-    ]),
-}  # fmt: skip
-FUNCTION = """
-import pathlib
-
-def wordy(responses):
-    if pathlib.Path(__file__).with_name("away").exists():
-        raise ConnectionError("the judge is away")
-    return [float(len(response)) for response in responses]
-"""
 
 
 class Late:
@@ -147,16 +116,6 @@ def a_close_fails(late: Late) -> None:
     late.failed = True
 
 
-def forget_the_stop() -> None:
-    stopping._stop.clear()
-    stopping._received.clear()
-    stopping._training.clear()
-
-
-def ask_to_stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def metrics_disk_full(late: Late) -> None:
     late.fails(JsonLines, "append", StorageError("disk full: metrics.jsonl"))
 
@@ -214,31 +173,8 @@ CASES = [(kind, name) for kind in JOBS for name in failures(kind)]
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    yield
-    forget_the_stop()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def config_of(kind: str, root: Path, *overrides: str) -> Any:
-    recipe, settings = JOBS[kind]
-    if kind == "ppo":
-        (root / "mine.py").write_text(FUNCTION)
-        settings = [*settings, f"reward={{function: '{root}/mine.py:wordy', hold_s: 0.0}}"]
-    if kind == "rm":
-        rows = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(12)]
-        (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        make = f"{{shape: llama-tiny, tokenizer_from: {root}/pairs.jsonl, vocabulary: 300}}"
-        model = f"reward.model={{make: {make}, dtype: fp32, head_init: inv_sqrt}}"
-        settings = [*settings, model, f"data={{path: {root}/pairs.jsonl, evaluation_fraction: 0.34}}"]
-    return load_config(recipe, [f"run.root={root}", *SHARED, *settings, *overrides], kind=kind)
-
-
-def train(config: Any) -> RunDirectory:
-    train_new_run(dump_config(config), place=ThisProcess(config.cluster))
-    return RunDirectory.open(Path(config.run.root) / config.run.name)
+    with signals_as_before():
+        yield
 
 
 @pytest.fixture(scope="module")

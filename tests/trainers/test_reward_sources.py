@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from rlhf_ray.config.loading import parse_config
@@ -16,10 +18,14 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import fingerprint, make_tokenizer, template_fingerprint
 from rlhf_ray.errors import RequestError
 from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.client import RewardClient
 from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.function_source import FunctionSource
-from rlhf_ray.rewards.source import ModelSource
-from rlhf_ray.trainers.ppo.rewards import SHIPPED, make_reward_source
+from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.source import ModelSource, score_or_hold
+from rlhf_ray.trainers.ppo.rewards import SHIPPED, RemoteScorer, make_reward_source
+
+SAMPLE = TextSample(0, 0, "a prompt", "an answer", None, finished=True, token_ids=(1, 2))
 
 CONFIG = """
 kind: ppo
@@ -151,3 +157,25 @@ def test_functions_of_the_project_run_here_and_those_of_a_user_in_a_process_that
         process = mine.caller._process
         assert process.poll() is None
     assert process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("status", "fault"),
+    [(400, "model"), (401, "model"), (404, "model"), (413, "model"), (422, "model"), (501, "model"),
+     (408, "source"), (429, "source"), (500, "source"), (502, "source"), (503, "source"), (None, "source")],
+)  # fmt: skip
+def test_a_backend_is_asked_again_only_where_that_may_help(status: int | None, fault: str) -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        if status is None:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(status, text="said so")
+
+    client = RewardClient("http://backend:1", hold_s=0.0, transport=httpx.MockTransport(answer))
+    source = ModelSource(RemoteScorer(client), policy=None)
+    clock = itertools.count()
+    hold = score_or_hold(source, [SAMPLE], hold_s=2.5, clock=lambda: next(clock), sleep=lambda _: None)
+    assert [result.fault for result in hold] == [fault]
+    assert (len(asked) > 1) == (fault == "source")

@@ -18,7 +18,9 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.ppo.answers import HeldOutAnswer
 from rlhf_ray.trainers.ppo.build import train_ppo
+from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.world.language import NAMES
 from tests.trainers.glossary import unexplained
 
@@ -26,8 +28,19 @@ TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 ONE_PROCESS = ["policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
                "monitoring.ray_metrics=false", "checkpoint.every_steps=0", "steps=2"]  # fmt: skip
 FUNCTION = """
+import math, pathlib
+
 def short(responses, sources):
     return [-float(len(response)) if source != "bad" else None for response, source in zip(responses, sources)]
+
+def particular(prompts, responses):
+    # Cannot judge tents, and lamps no more once a file says so.
+    no_lamps = pathlib.Path(__file__).with_name("no_lamps").exists()
+    cannot = lambda prompt: "tent" in prompt or (no_lamps and "lamp" in prompt)
+    return [math.nan if cannot(prompt) else float(len(response)) for prompt, response in zip(prompts, responses)]
+
+def knows_no_radio(prompts, responses):
+    return [None if "radio" in prompt else float(len(response) > 3) for prompt, response in zip(prompts, responses)]
 
 def right(responses, labels):
     return [float(label == "1") for label in labels]
@@ -102,6 +115,43 @@ def test_a_sample_without_a_reward_ends_the_run_or_drops_its_prompt(tmp_path: Pa
         ScoringError, match=r"such as sample 0 of prompt \d+: reward function .*mine.py:short returned None"
     ):
         train_ppo(config, run, None, place=ThisProcess(config.cluster))
+
+
+def test_an_evaluation_drops_a_prompt_that_has_no_reward_for_both_policies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, mine = rows(tmp_path, "one"), tmp_path / "mine.py"
+    config, run = start(
+        tmp_path, path, f"{{function: '{mine}:particular', on_failure: drop, max_dropped_share: 0.9}}",
+        f"evaluation.gold={mine}:knows_no_radio", "evaluation.best_of=2", "evaluation.samples_per_prompt=2",
+        "evaluation.prompts=100",
+    )  # fmt: skip
+    answered: list[list[HeldOutAnswer]] = []
+    compare = PpoEvaluation.compare
+
+    def keep(evaluation: PpoEvaluation) -> Any:
+        mine.with_name("no_lamps").touch()
+        answered.append(evaluation.start)
+        comparison = compare(evaluation)
+        answered.append(list(comparison.now))
+        assert [row.prompt_id for row in comparison.start] == [row.prompt_id for row in comparison.now]
+        return comparison
+
+    monkeypatch.setattr(PpoEvaluation, "compare", keep)
+    train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    lines = run.metrics.read()
+    assert max(line["time/scoring"] for line in lines if "time/scoring" in line) < 20, (
+        "NaN is not asked again for 100 s"
+    )
+    at_start, now = answered
+    held_out = 12
+    assert not any(word in row.prompt for row in at_start for word in ("tent", "radio"))
+    assert any("lamp" in row.prompt for row in at_start)
+    assert now and not any(word in row.prompt for row in now for word in ("tent", "radio", "lamp"))
+    assert lines[-1]["evaluation/prompts_dropped"] == held_out - len({row.prompt_id for row in now})
+    paired = [row.reward for row in at_start if "lamp" not in row.prompt]
+    assert lines[-1]["evaluation/reward_start"] == pytest.approx(sum(paired) / len(paired))
+    assert len(paired) == len(now) == 2 * len({row.prompt_id for row in now})
 
 
 @pytest.mark.parametrize("tokens", ['["\\n"]', "[zebra]"])

@@ -29,6 +29,7 @@ from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreResult
+from rlhf_ray.rewards.source import score_or_hold
 from rlhf_ray.rewards.user_source import UserRewardSource, make_user_source
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.algorithm import make_estimator, make_objective
@@ -300,6 +301,27 @@ class Source:
 def test_what_a_source_answers_is_checked(answer: Any, error: type[Exception], refusal: str) -> None:
     with pytest.raises(error, match=refusal):
         UserRewardSource("reward", "a:b", Source(answer)).score([SimpleNamespace()]).result()  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (ConnectionError("refused"), "source"),
+        (KeyError("x"), "model"),
+        (RequestError("refuses the request: 404"), "model"),
+        (ScoringError("later"), "source"),
+        (ScoringError("never", may_pass=False), "model"),
+    ],
+    ids=repr,
+)
+def test_a_source_that_raises_is_asked_again_only_where_that_may_help(error: Exception, fault: str) -> None:
+    def fail() -> list[ScoreResult]:
+        raise error
+
+    for answer in (fail, Pending(fail)):
+        source = UserRewardSource("reward", "a:b", Source(answer))
+        (result,) = score_or_hold(source, [SimpleNamespace()], hold_s=0.0)  # type: ignore[list-item]
+        assert result.fault == fault
 
 
 # What a collector collects

@@ -1,7 +1,8 @@
 """Measure on held-out prompts whether the policy got better than the one that the run started from.
 
-Invariants: both policies answer the same prompts in the same way, sampled at the training temperature or greedily. The
-answers of the start are kept with the run, so that a resumed run compares with the same answers. Best-of-n of the start,
+Invariants: both policies answer the same prompts in the same way, sampled at the training temperature or greedily. A prompt
+whose answers have no reward is treated as in training: it is left out, for both policies, and counted, or the evaluation fails.
+The answers of the start are kept with the run, so that a resumed run compares with the same answers. Best-of-n of the start,
 with the KL that picking costs, picks by the shaped rewards that the run trains on.
 """
 
@@ -20,8 +21,10 @@ from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.errors import ScoringError
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.monitoring.report.summary import BestOf
+from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.answers import HeldOutAnswer, compare_answers
 from rlhf_ray.trainers.ppo.experience import Experience
@@ -100,8 +103,17 @@ class PpoEvaluation:
     def compare(self) -> Comparison:
         """The answers of the current policy and their figures, against those of the start."""
         answers, figures = self.answer_prompts()
-        figures |= compare_answers(answers, self.start, self.config.evaluation.pass_at, self.measures)
-        return Comparison(figures, self.start, answers, self.best, tuple(self.measures))
+        now, start = in_both(answers, self.start)
+        if not now:
+            raise ScoringError(
+                "no held-out prompt has rewards for its answers both by the policy of the start and by the current one: mend "
+                "the reward source (reward.on_failure drop leaves out prompts without)"
+            )
+        figures |= compare_answers(now, start, self.config.evaluation.pass_at, self.measures)
+        if self.config.reward.on_failure == "drop":
+            left_out = len(self.prompts) - len({answer.prompt_id for answer in now})
+            figures["evaluation/prompts_dropped"] = float(left_out)
+        return Comparison(figures, start, now, self.best, tuple(self.measures))
 
     def answer_prompts(self) -> tuple[list[HeldOutAnswer], dict[str, float]]:
         """The current policy's answers, those to one prompt together.
@@ -113,9 +125,12 @@ class PpoEvaluation:
             self.generate(self.prompts, settings.samples_per_prompt, settings.greedy),
             {prompt.prompt_id: prompt for prompt in self.prompts},
             step=0,
-            complete=True,
         )
-        answers = self._score_answers(samples, batch["score"].tolist())
+        if self.gold is None:
+            gold = None
+        else:
+            batch, samples, gold = self._with_gold(batch, samples, self.gold(samples))
+        answers = self._held_out_answers(samples, batch["score"].tolist(), gold)
         if settings.greedy or "reference_log_probs" not in batch:
             return answers, {}
         kl = sequence_kl(batch["log_probs"], batch["reference_log_probs"], batch["action_mask"], batch.offsets)
@@ -131,9 +146,15 @@ class PpoEvaluation:
             return []
         trajectories = self.generate(self.prompts, largest, False)
         samples = self.experience.decode(trajectories, {prompt.prompt_id: prompt for prompt in self.prompts})
-        rewards, gold = self._shape(trajectories, self.experience.require_rewards(samples)), self.gold(samples)
+        results = self.experience.score(samples)
         # Reversed, so that the first answer to each prompt is the one that stays in the mapping.
         baseline = {answer.prompt_id: float(answer.gold or 0.0) for answer in reversed(self.start)}
+        kept = [row for row in self.experience.rows_to_keep(samples, results) if samples[row].prompt_id in baseline]
+        trajectories = trajectories.select(kept).with_columns(score=torch.tensor(_rewards(results, kept)))
+        trajectories, samples, gold = self._with_gold(
+            trajectories, [samples[row] for row in kept], self.gold([samples[row] for row in kept])
+        )
+        rewards = self._shape(trajectories)
         by_prompt = [slice(first, first + largest) for first in range(0, len(samples), largest)]
         wins = [_score_wins(gold[rows], baseline[samples[rows.start].prompt_id]) for rows in by_prompt]
         prompt_rewards, prompt_gold = [rewards[rows] for rows in by_prompt], [gold[rows] for rows in by_prompt]
@@ -142,17 +163,26 @@ class PpoEvaluation:
             for n in best_of_sizes(largest)
         ]
 
-    def _shape(self, trajectories: TrajectoryBatch, rewards: Sequence[float]) -> list[float]:
+    def _with_gold(
+        self, batch: TrajectoryBatch, samples: Sequence[TextSample], results: Sequence[ScoreResult]
+    ) -> tuple[TrajectoryBatch, list[TextSample], list[float]]:
+        """The rows of the prompts whose samples all have a gold score, with these scores."""
+        kept = self.experience.rows_to_keep(samples, results, "gold score (evaluation.gold)")
+        return batch.select(kept), [samples[row] for row in kept], _rewards(results, kept)
+
+    def _shape(self, trajectories: TrajectoryBatch) -> list[float]:
         """The rewards as training would shape them, so that an answer which training punishes is not picked."""
-        score = torch.tensor(rewards)
+        score = trajectories["score"]
         tokens = count_actions(trajectories["action_mask"], trajectories.offsets)
         moments = RunningMoments().update(score)
         shaped = self.shaping(score, trajectories["finish_reason"], tokens, moments)
         return [float(value) for value in shaped]
 
-    def _score_answers(self, samples: Sequence[TextSample], scores: Sequence[float]) -> list[HeldOutAnswer]:
+    def _held_out_answers(
+        self, samples: Sequence[TextSample], scores: Sequence[float], gold: Sequence[float] | None
+    ) -> list[HeldOutAnswer]:
         lengths = {prompt.prompt_id: len(prompt.token_ids) for prompt in self.prompts}
-        gold = [None] * len(samples) if self.gold is None else self.gold(samples)
+        truths: Sequence[float | None] = [None] * len(samples) if gold is None else gold
         return [
             HeldOutAnswer(
                 prompt_id=sample.prompt_id,
@@ -164,8 +194,17 @@ class PpoEvaluation:
                 gold=truth,
                 source=sample.source,
             )
-            for sample, score, truth in zip(samples, scores, gold, strict=True)
+            for sample, score, truth in zip(samples, scores, truths, strict=True)
         ]
+
+
+def in_both(
+    now: Sequence[HeldOutAnswer], start: Sequence[HeldOutAnswer]
+) -> tuple[list[HeldOutAnswer], list[HeldOutAnswer]]:
+    """The answers of each to the prompts that both have answers to, in the order of each."""
+    common = {answer.prompt_id for answer in now} & {answer.prompt_id for answer in start}
+    kept_now, kept_start = ([answer for answer in rows if answer.prompt_id in common] for rows in (now, start))
+    return kept_now, kept_start
 
 
 def best_of_sizes(largest: int) -> list[int]:
@@ -177,6 +216,12 @@ def best_within_kl(best: Sequence[BestOf], kl: float) -> BestOf | None:
     """The entry with the largest n whose KL is at most ``kl`` nats; none where even two samples cost more."""
     within = [row for row in best if row.kl <= kl]
     return max(within, key=lambda row: row.n) if within else None
+
+
+def _rewards(results: Sequence[ScoreResult], rows: Sequence[int]) -> list[float]:
+    """The rewards of these rows, which all have one."""
+    rewards = (results[row].reward for row in rows)
+    return [reward for reward in rewards if reward is not None]
 
 
 def _score_wins(gold: Sequence[float], baseline: float) -> list[float]:

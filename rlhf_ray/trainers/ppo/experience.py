@@ -90,25 +90,21 @@ class Experience:
         *,
         step: int,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
-        complete: bool = False,
         scored: ScoredSamples | None = None,
     ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
         """The batch with scores, log-probs, reference log-probs and values; the schedules that these used; the samples.
 
         ``step`` decides how the batch is divided into updates. ``scored`` holds the rewards if they are known already.
-        ``phase`` times each wait. Samples without a reward are left out as configured; if the batch must be ``complete``,
-        one of them raises :class:`ScoringError`.
+        ``phase`` times each wait. Samples without a reward are left out as configured, or raise :class:`ScoringError`.
         """
         schedules = self.groups.schedules(trajectories, step)
         pending = self.groups.columns(trajectories, schedules)
         with phase("scoring"):
             scored = scored or self.score_trajectories(trajectories, prompts)
             samples, results = scored.samples, scored.results
-            if complete:
-                self._require_all(results)
         with phase("log_probs"):
             columns = {name: column.result() for name, column in pending.items()}
-        kept = self._rows_to_keep(samples, results)
+        kept = self.rows_to_keep(samples, results)
         if len(kept) < len(trajectories):
             rest = trajectories.select(kept)
             return self.gather(rest, prompts, step=step, phase=phase, scored=scored.select(kept))
@@ -168,16 +164,22 @@ class Experience:
         if errors:
             raise ScoringError(f"no reward for {len(errors)} of {len(results)} samples, such as: {errors[0]}")
 
-    def _rows_to_keep(self, samples: Sequence[TextSample], results: Sequence[ScoreResult]) -> list[int]:
-        """Rows of the prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop."""
+    def rows_to_keep(
+        self, samples: Sequence[TextSample], results: Sequence[ScoreResult], what: str = "reward"
+    ) -> list[int]:
+        """Rows of the prompts whose samples all have a reward; raises :class:`ScoringError` where the run must stop.
+
+        ``what`` is what the results are called in the message.
+        """
         failed = [row for row, result in enumerate(results) if result.error is not None]
         if not failed:
             return list(range(len(results)))
         lost = {samples[row].prompt_id for row in failed}
         prompts, first, reward = {sample.prompt_id for sample in samples}, samples[failed[0]], self.config.reward
+        held = f" after {reward.hold_s:g} s" if results[failed[0]].fault == "source" else ""
         reason = (
-            f"no reward for {len(failed)} of {len(samples)} samples after {reward.hold_s:g} s, such as sample "
-            f"{first.sample_index} of prompt {first.prompt_id}: {results[failed[0]].error}"
+            f"no {what} for {len(failed)} of {len(samples)} samples{held}, such as sample {first.sample_index} of prompt "
+            f"{first.prompt_id}: {results[failed[0]].error}"
         )
         if reward.on_failure == "stop":
             raise ScoringError(f"{reason}; mend the reward source, or set reward.on_failure to drop")

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.rewards import RewardConfig
-from rlhf_ray.errors import ScoringError
+from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.source import score_or_hold
 from rlhf_ray.trainers.ppo.rewards import make_function_source
 from rlhf_ray.world.gold import GOLD_FUNCTIONS, answer_measures
 
-Gold = Callable[[Sequence[TextSample]], list[float]]
-"""Scores samples by the truth, in order."""
+Gold = Callable[[Sequence[TextSample]], list[ScoreResult]]
+"""Scores samples by the truth, in order, or says why one has no such score."""
 Measures = Mapping[str, Callable[[str], float]]
 """What an evaluation reports about the text of each answer, by the name of its metric."""
 
@@ -37,24 +38,17 @@ class GroundTruth:
 def make_ground_truth(config: PpoConfig, cleanup: ExitStack) -> GroundTruth:
     """What a job knows about answers; ``cleanup`` ends the processes that this starts."""
     world = config.data.world
-    of_steps = None if world is None else make_gold(GOLD_FUNCTIONS[world.task], cleanup)
+    hold_s = config.reward.hold_s
+    of_steps = None if world is None else make_gold(GOLD_FUNCTIONS[world.task], hold_s, cleanup)
     named = config.evaluation.gold
     return GroundTruth(
         of_steps=of_steps,
-        of_evaluations=of_steps if named is None else make_gold(named, cleanup),
+        of_evaluations=of_steps if named is None else make_gold(named, hold_s, cleanup),
         measures={} if world is None else answer_measures(world.task),
     )
 
 
-def make_gold(name: str, cleanup: ExitStack) -> Gold:
-    """The reward function called ``name`` as a gold score, which raises :class:`ScoringError` where the function fails."""
+def make_gold(name: str, hold_s: float, cleanup: ExitStack) -> Gold:
+    """The reward function called ``name`` as a gold score; what it fails at is tried again for ``hold_s`` seconds."""
     source = make_function_source(name, RewardConfig(function=name), cleanup)
-
-    def score(samples: Sequence[TextSample]) -> list[float]:
-        results = source.score(samples).result()
-        error = next((result.error for result in results if result.error is not None), None)
-        if error is not None:
-            raise ScoringError(f"no gold score (evaluation.gold): {error}")
-        return [float(result.reward) for result in results if result.reward is not None]
-
-    return score
+    return lambda samples: score_or_hold(source, samples, hold_s=hold_s)

@@ -66,8 +66,9 @@ class StepMetrics:
         terms = [name for name in batch.columns if name.startswith(TERM)]
         metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
         if self.gold is not None:
-            scores = self.gold(samples)
-            metrics["gold/mean"] = sum(scores) / len(scores)
+            scores = [result.reward for result in self.gold(samples) if result.reward is not None]
+            if scores:
+                metrics["gold/mean"] = sum(scores) / len(scores)
         return metrics
 
     def _say_why_cut(self, samples: Sequence[TextSample], prompts: Mapping[int, TokenizedPrompt]) -> None:

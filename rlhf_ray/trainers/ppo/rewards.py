@@ -19,7 +19,7 @@ from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards import verifiers
 from rlhf_ray.rewards.client import RewardClient
@@ -41,14 +41,20 @@ SHIPPED: Mapping[str, RewardFunction] = {
 
 
 class RemoteScorer:
-    """A scoring backend over HTTP. Each call is one attempt: the run itself repeats what failed (``reward.hold_s``)."""
+    """A scoring backend over HTTP. Each call is one attempt: the run itself repeats what may pass (``reward.hold_s``)."""
 
     def __init__(self, client: RewardClient) -> None:
         self.client = client
 
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
         """One result a request, in order."""
-        return Pending(lambda: self.client.score(requests))
+        return Pending(lambda: self._ask(requests))
+
+    def _ask(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        try:
+            return self.client.score(requests)
+        except RequestError as error:  # refused: a token that was revoked, a body that is too large
+            raise ScoringError(str(error), may_pass=False) from error
 
 
 def make_reward_source(
