@@ -77,7 +77,12 @@ def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
     from rlhf_ray.config.jobs.serve import ServeConfig
     from rlhf_ray.config.loading import load_job, take_rows_settings
     from rlhf_ray.errors import RequestError
-    from rlhf_ray.launch.evaluate import evaluate
+    from rlhf_ray.launch.parent import with_own_ray
+
+    def work() -> int:
+        from rlhf_ray.launch.evaluate import evaluate
+
+        return evaluate(config, options.data, reader, output=_output(options))
 
     if options.model is None:
         raise RequestError("evaluate needs a reward model: name its directory or hub id, or measure the --data-only")
@@ -89,7 +94,7 @@ def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
     rows, overrides = take_rows_settings(options.overrides)
     config = load_job(ServeConfig, "serve", [model, "run.name=evaluate", *overrides], files=True)
     reader = rows.pair_reader(keys, turns=options.apply_chat_template)
-    return evaluate(config, options.data, reader, output=_output(options))
+    return with_own_ray(config, options.arguments, work)
 
 
 def _measure_data(options: argparse.Namespace, keys: Keys) -> int:

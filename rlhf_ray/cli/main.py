@@ -62,6 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     top = parser()
     options, left = top.parse_known_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = _with_values(left) if "overrides" in options else left
     unknown = [word for word in words if "overrides" not in options or not _is_override(word)]
     if unknown:

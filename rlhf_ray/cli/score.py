@@ -33,13 +33,18 @@ def add_arguments(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, score, say what has no score."""
+    """Check, score, say what has no score; raises :class:`ResumableStop` on a request to stop."""
     import json
 
     from rlhf_ray.config.jobs.serve import ServeConfig
     from rlhf_ray.config.loading import load_job
-    from rlhf_ray.launch.score import score
+    from rlhf_ray.launch.parent import with_own_ray
+
+    def work() -> int:
+        from rlhf_ray.launch.score import score
+
+        return score(config, options.input, options.output, truncate=options.truncate)
 
     model = f"reward.model.path={json.dumps(options.model)}"
     config = load_job(ServeConfig, "serve", [model, "run.name=score", *options.overrides], files=True)
-    return score(config, options.input, options.output, truncate=options.truncate)
+    return with_own_ray(config, options.arguments, work)

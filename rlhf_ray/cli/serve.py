@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rlhf_ray.config.jobs.serve import ServeConfig
     from rlhf_ray.config.loading import load_job
-    from rlhf_ray.launch.serve import reload, serve
+    from rlhf_ray.launch.parent import with_own_ray
 
     options = {
         "reward.model.path": arguments.model,
@@ -51,7 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     overrides += arguments.overrides
     config = load_job(ServeConfig, "serve", overrides, files=True)
-    if not arguments.reload:
+
+    def work() -> int:
+        from rlhf_ray.launch.serve import serve
+
         return serve(config, detach=arguments.detach)
+
+    if not arguments.reload:
+        return with_own_ray(config, arguments.arguments, work)
+
+    from rlhf_ray.launch.serve import reload
+
     keys = [override.partition("=")[0].strip() for override in overrides]
     return reload(config, [*keys, *(["--detach"] if arguments.detach else [])])

@@ -8,7 +8,7 @@ cannot hold is refused before any driver starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.jobs.base import Job
@@ -25,6 +25,7 @@ from rlhf_ray.errors import (
     Interrupted,
 )
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
+from rlhf_ray.processes import lifeline
 from rlhf_ray.processes.child import Ended, run_child
 from rlhf_ray.runs.checkpoints import CheckpointStore
 from rlhf_ray.runs.directory import RunDirectory
@@ -80,6 +81,21 @@ def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
     return exit_code(ended, Path(root))
 
 
+def with_own_ray(config: Job, arguments: Sequence[str], work: Callable[[], int]) -> int:
+    """Do the ``work`` of the command with these arguments; returns its exit code.
+
+    Where it starts Ray on this machine, the same command does it again as a child with a session of its own: a signal to
+    the whole process group would else end that Ray before the work could be ended in order.
+    """
+    if lifeline.is_child() or offered_here(config.cluster) is None:
+        return work()
+    ended = run_child(["-m", "rlhf_ray", *arguments], on_stop="the command stops, and what it has written is kept")
+    if ended.code >= 0:
+        return ended.code
+    get_logger().error("the process that did the work %s", ended.how)
+    return EXIT_FAILED if ended.signal is None else _code_of_signal(ended)
+
+
 def _require_room(config: Job) -> None:
     """Refuse a job that this machine cannot hold if Ray starts here; the driver asks a running cluster itself."""
     offered = offered_here(config.cluster)
@@ -106,15 +122,15 @@ def _restart_until_final(
 
 
 def _is_failure(ended: Ended) -> bool:
-    """Whether a driver died, or ended with a code that another start might change."""
+    """Whether a driver died or failed; one that was asked to stop before it had begun anything has not."""
     return ended.code not in FINAL_CODES and ended.code != _code_of_signal(ended)
 
 
 def exit_code(ended: Ended, directory: Path) -> int:
     """The exit code for the caller: a driver that was killed by the request to stop can be resumed from its last commit."""
-    if not _is_failure(ended):
+    if ended.code in FINAL_CODES:
         return ended.code
-    if ended.signal is None or ended.code >= 0:
+    if ended.signal is None or (ended.code >= 0 and _is_failure(ended)):
         return EXIT_FAILED
     return EXIT_RESUMABLE if (directory / CONFIG_NAME).is_file() else _code_of_signal(ended)
 

@@ -7,7 +7,8 @@ Ray starts, and leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE
+from rlhf_ray.errors import EXIT_DONE, ResumableStop
 from rlhf_ray.launch.lasting_group import LastingGroup
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.offline import check_rows, input_identity, score_file, score_rows
@@ -41,11 +42,11 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
         "max_tokens": config.max_tokens,
         "truncate": truncate,
     }
-    with GrowingFile(target, {**input_identity(source), **about}) as output:
+    with _resumable(target), GrowingFile(target, {**input_identity(source), **about}) as output:
         if output.done:
             get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
         check_rows(source)
-        with Cluster.for_job(config) as cluster:
+        with Cluster.for_job(config) as cluster, _resumable(target):
             scorer = _load(cluster, config)
             failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
     if failed.rows:
@@ -53,6 +54,17 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
             "%s: %d rows have an error instead of a score, such as %s", target, failed.rows, failed.first
         )
     return EXIT_DONE
+
+
+@contextmanager
+def _resumable(target: Path) -> Iterator[None]:
+    """Turn an interrupt into a :class:`ResumableStop`: each line is on disk as soon as it is written."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise ResumableStop(
+            f"stopped on request; the rows that have their scores are kept in {target}, and the same command goes on after them"
+        ) from error
 
 
 def score_items(config: ServeConfig, rows: Sequence[Mapping[str, Any]], *, truncate: bool) -> list[ScoreResult]:

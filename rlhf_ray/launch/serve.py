@@ -8,7 +8,6 @@ process ends it; a stopped service leaves no process behind. Only with ``--detac
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -25,6 +24,7 @@ from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError
+from rlhf_ray.processes.interrupts import interruptible
 from rlhf_ray.serving.auth import require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
 from rlhf_ray.serving.server import WebServer
@@ -48,14 +48,13 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
     WebServer(config.host, config.port).stop()  # a port in use is an error before anything starts
     try:
         with (
-            _interrupted_by_signals(),
+            interruptible(),
             Cluster.for_job(config, namespace=SERVICE_NAMESPACE),
-            _interrupted_by_signals(),  # again: Ray sets handlers of its own when it starts
             _gateway(config, detach=detach) as gateway,
         ):
             if not detach:
                 _watch(gateway)
-    except (KeyboardInterrupt, SystemExit):  # the second is what Ray's handler raises
+    except KeyboardInterrupt:
         get_logger("serving").info("stopped")
     return EXIT_DONE
 
@@ -153,14 +152,3 @@ def _watch(gateway: RayRanks) -> NoReturn:
             gateway.call("check", [()], timeout_s=CHECK_TIMEOUT_S).result()
         except DeadlineError as error:  # a machine that is busy is no reason to end
             get_logger("serving").warning("%s: checking again", error)
-
-
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does."""
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
