@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray import environment
+from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
@@ -95,6 +96,7 @@ class Cluster:
         offered = offered_here(self.config)
         assert offered is not None, "a job without an address starts Ray here"
         require_fit(self.needed, offered)
+        warn_if_taken()
         ray.init(
             address="local",
             num_cpus=int(offered["CPU"]),

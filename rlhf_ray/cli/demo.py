@@ -43,13 +43,17 @@ def run(options: argparse.Namespace) -> int:
 def check_root(root: Path) -> None:
     """Refuse a place that the runs and the report cannot be written to, before anything starts."""
     from rlhf_ray import storage
+    from rlhf_ray.runs.directory import RunDirectory
 
+    root = root.absolute()
     with storage.storage_errors(root):
         made = storage.make_directories(root)
     try:
         storage.OutputFile(
             root / "report.html", "demo --root", way_out="move it away, or choose another --root"
         ).check()
+        for job in JOBS:
+            RunDirectory.create(root / job, "").discard()
     finally:
         storage.remove_empty(made)
 
@@ -69,7 +73,9 @@ def check(overrides: Sequence[str]) -> None:
     for job in JOBS:
         own = [override.removeprefix(f"{job}.") for override in overrides if override.startswith(f"{job}.")]
         try:
-            load_config(f"demo-{job}", own)
+            config: Any = load_config(f"demo-{job}", own)
+            if job == "rm" and config.data.world is None:
+                problems.append("rm.data.world: null, but the demo compares models on the pairs of the generated world")
         except ConfigError as error:
             problems += [f"{job}.{problem}" for problem in error.problems]
     if problems:

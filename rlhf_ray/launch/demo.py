@@ -20,7 +20,6 @@ from rlhf_ray.config.jobs.reward_model import RewardModelConfig
 from rlhf_ray.config.jobs.sft import SftConfig
 from rlhf_ray.config.loading import AnyJob, load_job
 from rlhf_ray.console import get_logger, say, table
-from rlhf_ray.errors import RequestError
 from rlhf_ray.launch.driver import exit_code, new_run, run_trainer
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.report.summary import Figure, MemoryRecord
@@ -85,14 +84,13 @@ def finish(root: Path, runs: Mapping[str, RunDirectory], baseline: float, second
     ``baseline`` is the accuracy of a model that knows words and lengths alone, on the pairs of the reward model.
     """
     closing = runs["ppo"].summary()
-    accuracy = last_figure(runs["rm"], "evaluation/accuracy")
     rows = (
-        ("reward model, held-out accuracy without noise", f"{accuracy:.3f}"),
+        ("reward model, held-out accuracy without noise", last_figure(runs["rm"], "evaluation/accuracy")),
         ("bag of words and length, the same", f"{baseline:.3f}"),
-        ("SFT, gold mean", f"{last_figure(runs['ppo'], 'evaluation/gold_start'):.3f}"),
-        ("PPO, gold mean", f"{last_figure(runs['ppo'], 'evaluation/gold'):.3f}"),
-        ("PPO, gold win rate over SFT", f"{last_figure(runs['ppo'], 'evaluation/gold_win_rate'):.3f}"),
-        ("PPO, KL in nats", f"{last_figure(runs['ppo'], 'evaluation/kl'):.2f}"),
+        ("SFT, gold mean", last_figure(runs["ppo"], "evaluation/gold_start")),
+        ("PPO, gold mean", last_figure(runs["ppo"], "evaluation/gold")),
+        ("PPO, gold win rate over SFT", last_figure(runs["ppo"], "evaluation/gold_win_rate")),
+        ("PPO, KL in nats", last_figure(runs["ppo"], "evaluation/kl", digits=2)),
         ("time", f"{seconds:.0f} s"),
         ("memory at its peak", f"{memory.pss_gb + memory.object_store_gb:.2f} GB in {memory.processes} processes"),
     )
@@ -109,22 +107,18 @@ def finish(root: Path, runs: Mapping[str, RunDirectory], baseline: float, second
     get_logger("demo").info("report: %s", report)
 
 
-def last_figure(run: RunDirectory, name: str) -> float:
-    """The last value that a run logged for a metric."""
-    return float(next(line[name] for line in reversed(run.metrics.read()) if name in line))
+def last_figure(run: RunDirectory, name: str, digits: int = 3) -> str:
+    """The last value that a run logged for a metric; a dash where its settings let it log none."""
+    return next((f"{float(line[name]):.{digits}f}" for line in reversed(run.metrics.read()) if name in line), "-")
 
 
 def words_baseline(config: RewardModelConfig) -> float:
-    """The accuracy of logistic regression on length and words of the answers, on the same generated pairs.
-
-    Raises :class:`RequestError` where the job does not read the generated world.
-    """
+    """The accuracy of logistic regression on length and words of the answers, on the same generated pairs."""
     from rlhf_ray.evaluation.baseline import bag_of_words_baseline
     from rlhf_ray.world.generate import World
 
     settings = config.data.world
-    if settings is None:
-        raise RequestError("rm.data.world is null, but the demo compares models on the pairs of the generated world")
+    assert settings is not None, "the command refuses a demo without the generated world"
     world = World(settings.seed, settings.raters)
     training = world.preferences(settings.pairs)
     held_out = world.preferences(settings.evaluation_pairs, split="evaluation", flipped=0.0)

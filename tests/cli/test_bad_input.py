@@ -242,6 +242,9 @@ def test_check_says_what_it_could_not_look_at(here, capsys):
         (["ppo.steps=many", "sft.epochz=2"], "ppo.steps: 'many' is not a whole number"),
         (["ppo.algo.kl.init_coef=0.1"], "ppo.algo.kl.init_coef: OpenRLHF's algo.kl.init_coef is algorithm.kl.coefficient here"),
         (["steps=10"], "steps=10: a setting of the demo begins with the job that it is for, sft, rm or ppo"),
+        (["foo.x=1"], "foo.x=1: a setting of the demo begins with the job that it is for, sft, rm or ppo"),
+        (["ppo.nosuch=1"], "ppo.nosuch: unknown key"),
+        (["rm.data.world=null", "rm.data.path=p.jsonl", "rm.data.evaluation_fraction=0.1"], "rm.data.world: null, but"),
         (["--algo.kl.init_coef", "0.1"], "--algo.kl.init_coef: a setting of the demo begins with the job that it is for"),
     ],
 )  # fmt: skip

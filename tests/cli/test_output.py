@@ -66,7 +66,12 @@ def test_a_place_that_is_refused_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize(
     ("root", "message"),
-    [("/proc/demo", "/proc/demo"), ("file/deep", "Not a directory"), ("old", "report.html: exists")],
+    [
+        ("/proc/demo", "/proc/demo"),
+        ("file/deep", "Not a directory"),
+        ("old", "report.html: exists"),
+        ("trained", "choose another run.name"),
+    ],
 )
 def test_a_root_of_the_demo_that_cannot_be_written_to_is_told_before_anything_starts(
     tmp_path: Path, root: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -75,6 +80,8 @@ def test_a_root_of_the_demo_that_cannot_be_written_to_is_told_before_anything_st
     (tmp_path / "file").write_text("")
     (tmp_path / "old").mkdir()
     (tmp_path / "old/report.html").write_text("mine")
+    RunDirectory.create(tmp_path / "trained/ppo", "kind: ppo\n").release()
     assert main(["demo", "--root", str(tmp_path / root)]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["file", "old"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "old", "trained"]
+    assert os.listdir(tmp_path / "trained") == ["ppo"]

@@ -102,6 +102,27 @@ def test_without_restarts_a_dead_driver_is_a_failure(parent):
     assert len(parent.starts) == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        (
+            "commit kill",
+            "was killed by SIGKILL, as by the kernel when memory runs out: the last commit is that of step 4; go on",
+        ),
+        ("commit 1", "ended with 1: the last commit is that of step 4; go on with: rlhf-ray resume"),
+        ("begin kill", "memory runs out: nothing was committed yet; go on with: rlhf-ray resume"),
+        ("kill", "memory runs out: no run was begun"),
+    ],
+)
+def test_the_last_sentence_says_how_the_driver_ended_and_how_to_go_on(parent, script, sentence):
+    code, message = parent.run([script], "new", "0")
+    assert code == 1
+    last = message.splitlines()[-1]
+    assert "the driver " in last and sentence in last
+    assert ("rlhf-ray resume" in message) == (script != "kill")
+    assert str(parent.directory / "runs/stub") in message or script == "kill"
+
+
 def test_a_driver_that_died_before_it_began_a_run_begins_one(parent):
     assert parent.run(["kill", "begin 0"], "new", "1")[0] == 0
     assert parent.starts == ["new", "new"]
@@ -113,7 +134,7 @@ def test_a_resumed_run_is_restarted_as_its_own_config_says(parent):
     assert parent.starts == ["new", f"--resume {parent.directory}/runs/stub", f"--resume {parent.directory}/runs/stub"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_reaches_the_driver_and_its_answer_the_caller(parent, number):
     process = parent.start(["begin wait", "0"], "new", "3")
     assert parent.stop(process, number) == 75
