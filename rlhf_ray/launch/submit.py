@@ -23,7 +23,7 @@ from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger, say
 from rlhf_ray.environment import SAYS_EXIT_CODE
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Interrupted, RequestError
-from rlhf_ray.launch.submission.following import Log, follow
+from rlhf_ray.launch.submission.following import Log, Server, follow
 from rlhf_ray.launch.submission.job_server import JobServer, JobUnknown
 from rlhf_ray.runs.directory import RunDirectory
 
@@ -52,7 +52,7 @@ def submit(config: Job, *, address: str | None, wait: bool) -> int:
     return watch(server, job, run_directory(config))
 
 
-def watch(server: JobServer, job: str, run: Path) -> int:
+def watch(server: Server, job: str, run: Path) -> int:
     """Follow a job to its end and return its exit code; ``run`` is its run directory, where this machine sees it."""
     log = Log(_write)
     where = f"--address {server.address} {job}"

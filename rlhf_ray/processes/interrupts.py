@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -48,15 +48,27 @@ def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
 
 @contextmanager
 def kept_handlers() -> Iterator[None]:
-    """After the block the signals do what they did before it, whatever a library such as Ray made them do."""
+    """After the block the signals do what they did before it, whatever a library made them do.
+
+    ``ray.init`` takes SIGTERM for itself, and exits on it with its number; that signal is handled as before the block.
+    """
     previous = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
+    except SystemExit as ended:
+        _restore(previous)
+        if ended.code in SIGNALS:
+            signal.raise_signal(ended.code)
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in previous.items():
-                if handler is not None:  # else it was not set from Python, and cannot be set again
-                    signal.signal(number, handler)
+        _restore(previous)
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:  # else it was not set from Python, and cannot be set again
+                signal.signal(number, handler)
 
 
 def listen(handler: Callable[[int, FrameType | None], Any]) -> None:

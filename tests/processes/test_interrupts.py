@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 
 import pytest
@@ -56,3 +57,16 @@ def test_another_thread_leaves_the_signals_alone():
     thread.start()
     thread.join()
     assert seen == before
+
+
+def test_a_signal_on_which_a_library_exits_meanwhile_is_handled_as_before():
+    """As in ``ray.init``, which takes SIGTERM for itself."""
+    with pytest.raises(Interrupted) as caught, interruptible(), kept_handlers():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.number == signal.SIGTERM
+
+
+def test_an_exit_of_another_kind_stays_one():
+    with pytest.raises(SystemExit), interruptible(), kept_handlers():
+        sys.exit(75)

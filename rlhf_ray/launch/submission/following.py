@@ -31,6 +31,10 @@ _ENDED = re.compile(rf"^{re.escape(EXIT_CODE_LINE)}(\d+)$", re.MULTILINE)
 class Server(Protocol):
     """What following needs of a job server."""
 
+    @property
+    def address(self) -> str:
+        """Where it is."""
+
     def details(self, job: str) -> Any:
         """Ray's ``JobDetails``; raises :class:`ServerAway` or :class:`JobUnknown`."""
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf_ray.errors import Interrupted
 from rlhf_ray.launch import submit
 from rlhf_ray.launch.submission import following
-from rlhf_ray.launch.submission.job_server import ServerAway
+from rlhf_ray.launch.submission.job_server import JobUnknown, ServerAway
+from rlhf_ray.processes.interrupts import SIGNALS, interruptible
 
 WHOLE = "".join(f"line {number}\n" for number in range(40))
 
@@ -32,6 +35,8 @@ class Server:
     The job has ended after the last of them. A log is always sent from its first character on, in pieces of ``piece``.
     ``away`` is for how many questions the server is away, before it answers any, and before it gives the whole log.
     """
+
+    address = "http://head:8265"
 
     def __init__(self, *connections: tuple[int, str], away: int = 0, piece: int = 17) -> None:
         self.connections = list(connections)
@@ -100,6 +105,33 @@ def test_a_cluster_that_stays_away_is_not_said_to_have_failed_the_job(monkeypatc
     monkeypatch.setattr(following, "AWAY_LIMIT_S", 0.0)
     with pytest.raises(ServerAway, match="job may still go on"):
         followed(Server((0, "ends"), away=10**9))
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_client_that_is_stopped_says_that_the_job_goes_on_and_how_to_follow_and_stop_it(tmp_path, number):
+    class Interrupting(Server):
+        async def log(self, job: str) -> AsyncIterator[str]:
+            signal.raise_signal(number)
+            yield ""
+
+    with pytest.raises(Interrupted) as caught, interruptible():
+        submit.watch(Interrupting((0, "ends")), "raysubmit_1", tmp_path)
+    assert caught.value.exit_code == 128 + number
+    for part in (
+        "raysubmit_1 goes on",
+        "ray job logs --follow --address http://head:8265 raysubmit_1",
+        "ray job stop --address",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_job_that_its_cluster_forgot_is_told_with_where_to_look(tmp_path, project_log):
+    class Forgetful(Server):
+        def details(self, job: str) -> Any:
+            raise JobUnknown("http://head:8265: Request failed with status code 404: Job raysubmit_1 does not exist.")
+
+    assert submit.watch(Forgetful(), "raysubmit_1", tmp_path) == 1
+    assert f"rlhf-ray status {tmp_path}" in project_log.getvalue()
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
