@@ -7,6 +7,7 @@ deadline; leaving the ``with`` block stops every actor that this job started, an
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class Cluster:
         if ray.is_initialized():
             self._joined = True
         else:
-            with kept_handlers():  # Ray takes SIGTERM for itself
+            with kept_handlers(exits_on=signal.SIGTERM):  # Ray takes it for itself
                 self._connect(ray)
         try:
             require_fit(self.needed, _cpus_and_gpus(ray.available_resources()))

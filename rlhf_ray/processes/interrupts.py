@@ -47,18 +47,18 @@ def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
 
 
 @contextmanager
-def kept_handlers() -> Iterator[None]:
+def kept_handlers(exits_on: signal.Signals | None = None) -> Iterator[None]:
     """After the block the signals do what they did before it, whatever a library made them do.
 
-    ``ray.init`` takes SIGTERM for itself, and exits on it with its number; that signal is handled as before the block.
+    If the library exits on ``exits_on`` meanwhile, with its number, that signal is handled as before the block.
     """
     previous = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     except SystemExit as ended:
         _restore(previous)
-        if ended.code in SIGNALS:
-            signal.raise_signal(ended.code)
+        if exits_on is not None and ended.code == exits_on:
+            signal.raise_signal(exits_on)
         raise
     finally:
         _restore(previous)

@@ -38,9 +38,15 @@ def listen(handler):
     Path("ready").touch()
 def end(code):
     return lambda number, frame: (Path("got").write_text(str(number)), os._exit(code))
+def end_a_moment_later(number, frame):
+    time.sleep(0.3)
+    Path("cluster").write_text("lives" if started.poll() is None else "died")
+    end(75)(number, frame)
 def start(*command):
     heeds_signals = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    Path("started").write_text(str(subprocess.Popen(command, preexec_fn=heeds_signals).pid))
+    global started
+    started = subprocess.Popen(command, preexec_fn=heeds_signals)
+    Path("started").write_text(str(started.pid))
 """
 
 
@@ -82,13 +88,12 @@ def parent(tmp_path: Path) -> Callable[[str], Parent]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_to_the_whole_group_reaches_the_child_and_nothing_that_the_child_started(parent, number):
     """A cluster that dies of the signal would take the child's commit along."""
-    cluster = "import time; time.sleep(2); open('survived', 'w').write('yes')"
-    running = parent(f"start(sys.executable, '-c', {cluster!r})\nlisten(end(75))\ntime.sleep(60)")
-    running.wait_for("started")
+    cluster = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
+    running = parent(f"start(sys.executable, '-c', {cluster!r})\nlisten(end_a_moment_later)\ntime.sleep(60)")
     running.wait_for("ready")
-    pid = int(running.wait_for("started"))
-    watched = psutil.Process(pid)
+    watched = psutil.Process(int(running.wait_for("started")))
     os.killpg(running.process.pid, number)
+    assert running.wait_for("cluster") == "lives"
     assert running.wait_for("got") == str(int(number))
     out, message = running.ended()
     assert out == f"75 {int(number)}"

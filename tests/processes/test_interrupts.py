@@ -61,12 +61,15 @@ def test_another_thread_leaves_the_signals_alone():
 
 def test_a_signal_on_which_a_library_exits_meanwhile_is_handled_as_before():
     """As in ``ray.init``, which takes SIGTERM for itself."""
-    with pytest.raises(Interrupted) as caught, interruptible(), kept_handlers():
+    with pytest.raises(Interrupted) as caught, interruptible(), kept_handlers(exits_on=signal.SIGTERM):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.number == signal.SIGTERM
 
 
-def test_an_exit_of_another_kind_stays_one():
-    with pytest.raises(SystemExit), interruptible(), kept_handlers():
-        sys.exit(75)
+@pytest.mark.parametrize("code", [2, 15, 75, None])
+def test_an_exit_of_another_kind_stays_one(code):
+    """Codes are numbers of signals too: 2 of a wrong request, 15 where nothing takes SIGTERM."""
+    with pytest.raises(SystemExit) as caught, interruptible():
+        sys.exit(code)
+    assert caught.value.code == code

@@ -73,9 +73,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def followed(server: Server) -> tuple[Any, str]:
-    """How the job ended and what was shown."""
+    """How the job ended and what was shown; the test fails where the job is given up, or followed without end."""
     shown: list[str] = []
-    details = asyncio.run(following.follow(server, "job", following.Log(shown.append)))
+    job = following.follow(server, "job", following.Log(shown.append))
+    try:
+        details = asyncio.run(asyncio.wait_for(job, 20))
+    except (ServerAway, TimeoutError) as error:
+        pytest.fail(f"the job was not followed to its end: {error!r}")
     return details, "".join(shown)
 
 
@@ -103,8 +107,9 @@ def test_a_server_that_is_away_for_a_while_is_asked_again(project_log):
 
 def test_a_cluster_that_stays_away_is_not_said_to_have_failed_the_job(monkeypatch):
     monkeypatch.setattr(following, "AWAY_LIMIT_S", 0.0)
+    server = Server((0, "ends"), away=10**9)
     with pytest.raises(ServerAway, match="job may still go on"):
-        followed(Server((0, "ends"), away=10**9))
+        asyncio.run(following.follow(server, "job", following.Log(lambda text: None)))
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
