@@ -31,10 +31,12 @@ from rlhf_ray.errors import IntegrityError, RequestError
 from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.runs.ledger import Ledger
+from rlhf_ray.runs.lines import attempt_problem, metrics_problem
 from rlhf_ray.storage.atomic import PENDING
 from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.storage.locks import is_taken, take, this_process
 from rlhf_ray.storage.made import target_of
+from rlhf_ray.storage.reading import read_text
 
 LOCK = ".lock"
 MODE = 0o750
@@ -64,8 +66,8 @@ class RunDirectory:
         self.closing_path = self.path / "closing.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
-        self.metrics = JsonLines(self.path / "metrics.jsonl")
-        self.attempts = JsonLines(self.path / "attempts.jsonl")
+        self.metrics = JsonLines(self.path / "metrics.jsonl", metrics_problem)
+        self.attempts = JsonLines(self.path / "attempts.jsonl", attempt_problem)
         self.attempt = len(self.attempts.read())
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
         self._lock: int | None = None
@@ -165,8 +167,7 @@ class RunDirectory:
 
     def config_text(self) -> str:
         """The run's config as YAML, with every default."""
-        with storage.storage_errors(self.config_path, "read"):
-            return self.config_path.read_text()
+        return read_text(self.config_path)
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write samples of a step to ``samples/step-NNNNNN.jsonl``."""
@@ -207,8 +208,7 @@ class RunDirectory:
         """The summary that :meth:`write_summary` or :meth:`write_closing` wrote, or an empty one."""
         for path in (self.closing_path, self.summary_path):
             if path.exists():
-                with storage.storage_errors(path, "read"):
-                    return Summary.from_json(path.read_text(), str(path))
+                return Summary.from_json(read_text(path), str(path))
         return Summary()
 
     def release(self) -> None:

@@ -28,6 +28,7 @@ from rlhf_ray.models.weights.fingerprint import fingerprint_model
 from rlhf_ray.rows.sources import RowSource, content_files
 from rlhf_ray.runs.changes import Change
 from rlhf_ray.storage.fingerprint import Fingerprint, fingerprint_content
+from rlhf_ray.storage.reading import read_bytes
 
 FORMAT = 1
 SHOWN_FILES = 3
@@ -98,8 +99,7 @@ def read_inputs(path: Path) -> dict[str, Fingerprint] | None:
     """What :func:`write_inputs` kept; none in the directory of a run that began before fingerprints were kept."""
     if not path.exists():
         return None
-    with storage.storage_errors(path):
-        raw = path.read_bytes()
+    raw = read_bytes(path)
     try:
         inputs: Mapping[str, Any] = json.loads(raw)["inputs"]
         return {str(key): Fingerprint.from_json(one, path) for key, one in inputs.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlhf_ray.data.order import Part
 from rlhf_ray.errors import IntegrityError
+from rlhf_ray.runs.lines import ledger_problem
 from rlhf_ray.storage.jsonl import JsonLines
 
 
@@ -31,7 +32,7 @@ class Ledger:
     def __init__(self, path: str | Path, attempt: int = 1) -> None:
         self.path = Path(path)
         self.attempt = attempt
-        self._lines = JsonLines(self.path)
+        self._lines = JsonLines(self.path, ledger_problem)
         self._last_step: int | None = None
 
     @property

@@ -1,7 +1,8 @@
 """Append-only files with one JSON object on each line.
 
 Invariants: a line counts once its newline is on disk. An unfinished line at the end, which a crash leaves, is ignored by
-readers and removed by the next append. A damaged line before the end is an ``IntegrityError`` that names it.
+readers and removed by the next append. A damaged line before the end, or one that is not what the file is for, is an
+``IntegrityError`` that names it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.storage.atomic import sync_directory, write_file
 from rlhf_ray.storage.failures import storage_errors
+from rlhf_ray.storage.reading import not_a_file, read_bytes
 
 Line = dict[str, Any]
 
 
 class JsonLines:
-    """One file of JSON lines, with one writer and any number of readers."""
+    """One file of JSON lines, with one writer and any number of readers.
 
-    def __init__(self, path: str | Path) -> None:
+    ``check`` says what is wrong with a line that was read, and nothing (an empty text) if it is as it must be.
+    """
+
+    def __init__(self, path: str | Path, check: Callable[[Line], str] = lambda line: "") -> None:
         self.path = Path(path)
+        self._check = check
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line and wait until it is on disk."""
@@ -34,6 +40,8 @@ class JsonLines:
         text = b"".join(map(_render, lines))
         with storage_errors(self.path):
             is_new = not self.path.exists()
+            if not is_new and not self.path.is_file():
+                raise not_a_file(self.path)
             with open(self.path, "ab+") as stream:
                 _cut_torn_end(stream)
                 stream.write(text)
@@ -46,9 +54,7 @@ class JsonLines:
         """All complete lines; none if the file does not exist."""
         if not self.path.exists():
             return []
-        with storage_errors(self.path, "read"):
-            content = self.path.read_bytes()
-        whole, _, _torn = content.rpartition(b"\n")
+        whole, _, _torn = read_bytes(self.path).rpartition(b"\n")
         return [self._parse(raw, number) for number, raw in enumerate(whole.split(b"\n"), 1) if raw]
 
     def keep(self, is_valid: Callable[[Line], bool], void: JsonLines) -> int:
@@ -65,14 +71,18 @@ class JsonLines:
 
     def _parse(self, raw: bytes, number: int) -> Line:
         try:
-            line = json.loads(raw)
-        except ValueError as error:
-            raise IntegrityError(f"{self.path}:{number} is damaged ({error}): remove the line to continue") from error
-        if not isinstance(line, dict):
-            raise IntegrityError(
-                f"{self.path}:{number} is {type(line).__name__}, not an object: remove the line to continue"
-            )
-        return line
+            line = json.loads(raw, parse_constant=_refuse)
+            problem = self._check(line) if isinstance(line, dict) else f"{type(line).__name__}, not an object"
+        except (ValueError, RecursionError) as error:
+            problem = "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        if problem:
+            raise IntegrityError(f"{self.path}:{number} is damaged ({problem}): remove the line to continue")
+        return cast(Line, line)
+
+
+def _refuse(constant: str) -> None:
+    """NaN and Infinity, which Python would read although JSON has no such numbers."""
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def _render(line: Mapping[str, Any]) -> bytes:

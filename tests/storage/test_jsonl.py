@@ -42,7 +42,7 @@ def test_damage_before_the_end_is_an_error_with_its_line(tmp_path: Path) -> None
     with pytest.raises(IntegrityError, match=r"metrics\.jsonl:2 is damaged .* remove the line"):
         JsonLines(path).read()
     path.write_text('{"step": 1}\n17\n')
-    with pytest.raises(IntegrityError, match=r"metrics\.jsonl:2 is int, not an object"):
+    with pytest.raises(IntegrityError, match=r"metrics\.jsonl:2 is damaged \(int, not an object\)"):
         JsonLines(path).read()
 
 

@@ -21,11 +21,12 @@ from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
-from rlhf_ray.errors import ScoringError
+from rlhf_ray.errors import IntegrityError, ScoringError
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl
 from rlhf_ray.monitoring.report.summary import BestOf
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.storage.reading import read_text
 from rlhf_ray.trainers.ppo.answers import HeldOutAnswer, compare_answers
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import Gold, Measures
@@ -87,12 +88,7 @@ class PpoEvaluation:
             return
         path = self.directory / "start.json"
         if resumed:
-            stored = json.loads(path.read_text())
-            columns = {field.name for field in fields(HeldOutAnswer)}  # version 0.1 kept a count of habits beside them
-            self.start = [
-                HeldOutAnswer(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]
-            ]
-            self.best = [BestOf(**row) for row in stored["best_of"]]
+            self.start, self.best = _read_start(path)
             return
         self.start, _ = self.answer_prompts()
         self.best = self.measure_best_of()
@@ -205,6 +201,19 @@ def in_both(
     common = {answer.prompt_id for answer in now} & {answer.prompt_id for answer in start}
     kept_now, kept_start = ([answer for answer in rows if answer.prompt_id in common] for rows in (now, start))
     return kept_now, kept_start
+
+
+def _read_start(path: Path) -> tuple[list[HeldOutAnswer], list[BestOf]]:
+    """The answers of the starting policy that a run kept, and best-of-n of them."""
+    columns = {field.name for field in fields(HeldOutAnswer)}  # version 0.1 kept a count of habits beside them
+    try:
+        stored = json.loads(read_text(path))
+        answers = [HeldOutAnswer(**{key: row[key] for key in row if key in columns}) for row in stored["answers"]]
+        return answers, [BestOf(**row) for row in stored["best_of"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path} is damaged ({type(error).__name__}): restore it from a backup; the evaluation compares with it"
+        ) from error
 
 
 def best_of_sizes(largest: int) -> list[int]:

@@ -1,0 +1,73 @@
+"""What a line of each record of a run must hold, so that whoever reads a run that somebody edited is told which line is wrong.
+
+Invariant: of a line without a problem every key that this project reads is there and has a value that can be computed with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+LARGEST = 10**15
+"""Of a step or the number of an attempt."""
+LATEST = 10.0**11
+"""Of a time, in seconds since 1970: four digits of a year are enough."""
+
+
+def metrics_problem(line: Mapping[str, Any]) -> str:
+    """What is wrong with a line of ``metrics.jsonl``; empty if nothing is."""
+    wrong = [name for name, value in line.items() if value is not None and not _is_number(value)]
+    return _count_problem(line, "step") or _time_problem(line) or (_not(line, wrong[0], "a number") if wrong else "")
+
+
+def attempt_problem(line: Mapping[str, Any]) -> str:
+    """What is wrong with a line of ``attempts.jsonl``; empty if nothing is."""
+    counts = _count_problem(line, "attempt") or _count_problem(line, "from_step")
+    return counts or _time_problem(line) or _changes_problem(line, "changes") or _changes_problem(line, "accepted")
+
+
+def ledger_problem(line: Mapping[str, Any]) -> str:
+    """What is wrong with a line of ``ledger.jsonl``; empty if nothing is."""
+    prompts = line.get("prompt_ids")
+    if not isinstance(prompts, list) or not all(_is_count(prompt) for prompt in prompts):
+        return _not(line, "prompt_ids", "a list of whole numbers")
+    return _count_problem(line, "step") or _count_problem(line, "attempt")
+
+
+def _changes_problem(line: Mapping[str, Any], key: str) -> str:
+    changes = line.get(key, [])
+    is_right = isinstance(changes, list) and all(
+        isinstance(one, dict) and isinstance(one.get("key"), str) and {"from", "to"} <= one.keys() for one in changes
+    )
+    return "" if is_right else _not(line, key, "a list of key, from and to")
+
+
+def _count_problem(line: Mapping[str, Any], key: str) -> str:
+    return "" if _is_count(line.get(key)) else _not(line, key, "a whole number")
+
+
+def _time_problem(line: Mapping[str, Any]) -> str:
+    time: Any = line.get("timestamp")
+    is_time = _is_number(time) and 0 <= time < LATEST
+    return "" if is_time else _not(line, "timestamp", "a time in seconds")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def _not(line: Mapping[str, Any], key: str, wanted: str) -> str:
+    if key not in line:
+        return f"it has no {key}"
+    shown = ascii(line[key])
+    return f"{ascii(key)[1:-1]} is {shown if len(shown) <= 40 else shown[:40] + ' ...'}, not {wanted}"
