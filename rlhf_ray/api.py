@@ -21,7 +21,9 @@ from rlhf_ray.errors import (
     EXIT_NO_CAPACITY,
     EXIT_RESUMABLE,
     EXIT_WRONG_REQUEST,
+    SIGNALLED,
     CapacityError,
+    Interrupted,
     RequestError,
     ResumableStop,
     RlhfRayError,
@@ -254,6 +256,8 @@ def _plain(key: str, value: Any) -> Any:
 
 def _require_done(code: int, directory: Path) -> None:
     """Raise the error of an exit code; its message is on standard error already."""
+    if code > SIGNALLED:
+        raise Interrupted(code - SIGNALLED)
     if code != EXIT_DONE:
         raise _ENDINGS.get(code, RlhfRayError)(
             f"{directory}: the run ended with exit code {code}; its last messages on standard error say why"

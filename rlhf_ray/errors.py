@@ -14,6 +14,8 @@ EXIT_FAILED = 1
 EXIT_WRONG_REQUEST = 2
 EXIT_NO_CAPACITY = 3
 EXIT_RESUMABLE = 75
+SIGNALLED = 128
+"""The exit code of a process that a signal stopped is this and the number of the signal, as shells have it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,8 +29,8 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal, as shells have it."""
-        return 128 + self.number
+        """That of a process which the signal stopped."""
+        return SIGNALLED + self.number
 
     def saying(self, message: str) -> Interrupted:
         """The same with a message."""

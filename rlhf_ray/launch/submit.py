@@ -22,9 +22,9 @@ from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger, say
 from rlhf_ray.environment import SAYS_EXIT_CODE
-from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Interrupted, RequestError
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, SIGNALLED, Interrupted, RequestError
 from rlhf_ray.launch.submission.following import Log, Server, follow
-from rlhf_ray.launch.submission.job_server import JobServer, JobUnknown
+from rlhf_ray.launch.submission.job_server import ADDRESS_VARIABLES, JobServer, JobUnknown
 from rlhf_ray.runs.directory import RunDirectory
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -35,16 +35,20 @@ def submit(config: Job, *, address: str | None, wait: bool) -> int:
     """Submit ``config``; with ``wait`` stream its log and return the driver's exit code."""
     config = with_absolute_paths(config.to_train(), Path.cwd())
     variables = {"RAY_USAGE_STATS_ENABLED": "0", SAYS_EXIT_CODE: "1", STOP_WAIT: _time_to_stop()}
-    server = JobServer(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    given = (address, *(os.environ.get(name) for name in ADDRESS_VARIABLES), DEFAULT_ADDRESS)
+    server = JobServer(next(filter(None, given)))
     job = f"raysubmit_{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / CONFIG_NAME).write_text(dump_config(config))
-        server.submit(
-            job,
-            entrypoint=shlex.join(["python", "-m", "rlhf_ray", "train", config.kind, CONFIG_NAME]),
-            runtime_env={"working_dir": directory, "env_vars": variables},
-            metadata={"run": config.run.name, "kind": config.kind},
-        )
+        try:
+            server.submit(
+                job,
+                entrypoint=shlex.join(["python", "-m", "rlhf_ray", "train", config.kind, CONFIG_NAME]),
+                runtime_env={"working_dir": directory, "env_vars": variables},
+                metadata={"run": config.run.name, "kind": config.kind},
+            )
+        except Interrupted as error:
+            raise error.saying(f"{job} may have been submitted: {_to_stop(server, job)}") from None
     get_logger().info("submitted %s: run %s, %s", job, config.run.name, config.kind)
     if not wait:
         say(job)
@@ -55,12 +59,11 @@ def submit(config: Job, *, address: str | None, wait: bool) -> int:
 def watch(server: Server, job: str, run: Path) -> int:
     """Follow a job to its end and return its exit code; ``run`` is its run directory, where this machine sees it."""
     log = Log(_write)
-    where = f"--address {server.address} {job}"
     try:
         details = asyncio.run(follow(server, job, log))
     except Interrupted as error:
         raise error.saying(
-            f"{job} goes on: `ray job logs --follow {where}` follows it again, `ray job stop {where}` stops it"
+            f"{job} goes on: `ray job logs --follow --address {server.address} {job}` follows it again, {_to_stop(server, job)}"
         ) from None
     except JobUnknown as error:
         get_logger().error(
@@ -72,6 +75,10 @@ def watch(server: Server, job: str, run: Path) -> int:
         )
         return EXIT_FAILED
     return _exit_code(details, job, log.exit_code, run)
+
+
+def _to_stop(server: Server, job: str) -> str:
+    return f"`ray job stop --address {server.address} {job}` stops it"
 
 
 def _write(text: str) -> None:
@@ -96,7 +103,7 @@ def _exit_code(details: Any, job: str, said: int | None, run: Path) -> int:
         return _exit_code_of_stopped(job, said, run)
     if details.driver_exit_code is not None:
         code = int(details.driver_exit_code)
-        return 128 - code if code < 0 else code  # as a shell says that a signal killed it
+        return SIGNALLED - code if code < 0 else code
     if said is not None:
         return said
     get_logger().error("%s: %s", job, details.message)

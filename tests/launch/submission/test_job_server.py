@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +11,11 @@ from typing import Any, TypeVar
 import pytest
 
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import Interrupted, RequestError
 from rlhf_ray.launch import submit
 from rlhf_ray.launch.submission import job_server
 from rlhf_ray.launch.submission.job_server import JobServer, JobUnknown, ServerAway, checked_address
+from rlhf_ray.processes.interrupts import SIGNALS, interruptible
 
 T = TypeVar("T")
 VERSION = (200, '{"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}')
@@ -176,6 +178,33 @@ def test_a_server_that_never_answers_is_away(address, answers, monkeypatch):
 def test_the_address_that_was_typed_comes_before_the_environment(address, monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     assert accepted(lambda: JobServer(address)).address == address
+
+
+@pytest.mark.parametrize(
+    ("typed", "variables", "asked"),
+    [
+        ("http://a:1", {"RAY_API_SERVER_ADDRESS": "http://b:1", "RAY_ADDRESS": "http://c:1"}, "http://a:1"),
+        (None, {"RAY_API_SERVER_ADDRESS": "http://b:1", "RAY_ADDRESS": "http://c:1"}, "http://b:1"),
+        (None, {"RAY_ADDRESS": "http://c:1"}, "http://c:1"),
+        (None, {}, "http://127.0.0.1:8265"),
+    ],
+)
+def test_an_address_is_taken_from_where_it_is_given_first(monkeypatch, typed, variables, asked):
+    seen = []
+    monkeypatch.setattr(JobServer, "_connect", lambda server, address: seen.append(address))
+    monkeypatch.setattr(JobServer, "submit", lambda server, job, **options: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    submit.submit(load_config("demo-sft", ["run.name=small"]), address=typed, wait=False)
+    assert seen == [asked]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_client_that_is_stopped_while_it_submits_says_that_the_job_may_have_started(monkeypatch, number):
+    monkeypatch.setattr(JobServer, "_connect", lambda server, address: None)
+    monkeypatch.setattr(JobServer, "submit", lambda server, job, **options: signal.raise_signal(number))
+    with pytest.raises(Interrupted, match=r"raysubmit_.* may have been submitted: `ray job stop"), interruptible():
+        submit.submit(load_config("demo-sft", ["run.name=small"]), address="http://a:1", wait=True)
 
 
 @pytest.mark.parametrize("value", ["2.5", "", "-1", "0", "ten", "1e3", "٣"])
