@@ -38,6 +38,7 @@ architectures: setup  ## try every architecture of transformers, and write the t
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign
 	@$(PYTHON_BIN) -m tests.faults.serving
+	@$(PYTHON_BIN) -m tests.faults.endings
 
 gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out
 	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run

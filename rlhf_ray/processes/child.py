@@ -77,7 +77,7 @@ def run_child(arguments: Sequence[str], *, text: str | None = None, on_stop: str
         if text is not None:
             _write(child, text.encode())
         code = _wait(child, ours)
-    _end_session(child.pid)
+        _end_session(child.pid)
     return Ended(code, received[0] if received else None)
 
 

@@ -248,6 +248,7 @@ def test_a_stopped_job_commits_and_can_be_resumed(head, tmp_path):
     head.stop("ended")
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 75, message
+    assert "was stopped and ended with 75" in message
     assert run.checkpoints.steps() == [run.metrics.read()[-1]["step"]]
 
 
