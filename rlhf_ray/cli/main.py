@@ -1,7 +1,8 @@
 """The command ``rlhf-ray``, with one module for each of its subcommands.
 
 Invariants: ``--help`` loads nothing of a subcommand but its arguments. A user's mistake ends in one message and exit code
-2, a cluster that is too small in 3, a run that can be resumed in 75. Only a real failure shows a stack trace.
+2, a cluster that is too small in 3, a run that can be resumed in 75. Only a real failure shows a stack trace. Signals are
+handled before anything else is imported.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rlhf_ray import __version__, environment
-from rlhf_ray.config.openrlhf.answers import is_flag
-from rlhf_ray.environment import EXIT_CODE_LINE
+from rlhf_ray import __version__
 from rlhf_ray.errors import Interrupted, RlhfRayError
-from rlhf_ray.processes import lifeline
 from rlhf_ray.processes.interrupts import interruptible
 
 COMMANDS = (
@@ -74,11 +72,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_override(word: str) -> bool:
+    from rlhf_ray.config.openrlhf.answers import is_flag
+
     return is_flag(word.partition("=")[0]) if word.startswith("-") else "=" in word
 
 
 def _with_values(words: Sequence[str]) -> list[str]:
     """The words of a command line, each flag of OpenRLHF joined with its values: ``--flag a b`` becomes ``--flag=a b``."""
+    from rlhf_ray.config.openrlhf.answers import is_flag
+
     joined: list[str] = []
     takes_values = False
     for word in words:
@@ -99,12 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         _show(error)
         code = error.exit_code
+    from rlhf_ray import environment
+    from rlhf_ray.processes import lifeline
+
     if environment.SAYS_EXIT_CODE in os.environ and not lifeline.is_child():
-        sys.stderr.write(f"{EXIT_CODE_LINE}{code}\n")
+        sys.stderr.write(f"{environment.EXIT_CODE_LINE}{code}\n")
     return code
 
 
 def _run(options: argparse.Namespace) -> int:
+    from rlhf_ray import environment
+    from rlhf_ray.processes import lifeline
+
     hub = "source" in options and environment.is_hub_id(options.source)
     environment.prepare(environment.for_process(hub=hub))
     lifeline.connect()

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from rlhf_ray.console import get_logger
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
 from rlhf_ray.processes.interrupts import SIGNALS
 
@@ -72,5 +71,7 @@ def _watch(line: socket.socket) -> None:
     with suppress(OSError):
         while line.recv(1):
             pass
+    from rlhf_ray.console import get_logger  # imports much, and a command asks of this module before it needs that
+
     get_logger().warning("the process that started this one has ended: stopping as by SIGTERM")
     os.kill(os.getpid(), signal.SIGTERM)

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,25 @@ def test_the_exit_code_is_the_last_line_of_a_submitted_job(monkeypatch, capsys):
     assert main(["check", "no-such-recipe"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"{environment.EXIT_CODE_LINE}2"
     assert os.environ[environment.SAYS_EXIT_CODE] == "1"
+
+
+def test_signals_are_handled_before_anything_that_takes_a_while_is_imported():
+    """A signal that comes earlier meets Python's own handlers, which show a stack trace."""
+    program = "import sys; import rlhf_ray.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"rich", "ruamel", "psutil", "numpy", "torch", "ray", "transformers", "shutil"}
+
+
+@each_signal
+def test_an_export_that_is_stopped_leaves_nothing(monkeypatch, capsys, tmp_path, model, number):
+    from rlhf_ray.launch import export
+
+    def save(*arguments: object, **options: object) -> None:
+        (Path(str(arguments[2])) / "half").write_text("written")
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(export, "save_pretrained", save)
+    assert main(["export", str(model), str(tmp_path / "exported")]) == 128 + number
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
