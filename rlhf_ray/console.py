@@ -1,21 +1,27 @@
 """Messages for people: the logger, progress bars and tables, all on standard error.
 
-Invariants: standard output stays free for results. Without a terminal a progress bar becomes a log line every few seconds,
-so that the logs of jobs stay readable.
+Invariants: standard output stays free for results. A result is on standard output whole, or the command says why it is not.
+A text that :func:`printable` returns never moves the cursor of a terminal. Without a terminal a progress bar becomes a log line
+every few seconds, so that the logs of jobs stay readable.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from rlhf_ray.errors import StorageError
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
@@ -70,10 +76,44 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]]) 
         grid.add_column(header)
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
-    console = Console(width=120, highlight=False, color_system=None)
-    with console.capture() as capture:
-        console.print(grid)
-    return capture.get().rstrip()
+    text = io.StringIO()  # rich writes to standard output at the end of a capture, even if there is nothing to write
+    Console(file=text, width=120, highlight=False, color_system=None).print(grid)
+    return text.getvalue().rstrip()
+
+
+def write_result(text: str) -> None:
+    """Write what a command was asked for to standard output; raises :class:`StorageError` where that takes none of it."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except UnicodeEncodeError as error:
+        letters = error.object[error.start : error.end]
+        raise StorageError(
+            f"standard output is {error.encoding}, which has no {letters[:8]!r}: set PYTHONIOENCODING=utf-8"
+        ) from error
+    except io.UnsupportedOperation as error:
+        raise StorageError("standard output is closed: send it to a file, or to /dev/null") from error
+    except BrokenPipeError as error:
+        _leave_standard_output()
+        raise StorageError("standard output was closed by the program that reads it, so it lacks the end") from error
+    except (OSError, ValueError) as error:
+        _leave_standard_output()
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StorageError(f"cannot write to standard output: {reason}. Redirect it to a file that can grow") from error
+
+
+def _leave_standard_output() -> None:
+    """Let Python's end not write again what could not be written."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """A text with escapes in place of what a terminal would obey: control characters, but for line breaks and tabs."""
+    return "".join(
+        letter if letter in "\n\t" or letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def say(text: str) -> None:

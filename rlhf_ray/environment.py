@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from rlhf_ray.errors import RequestError
+
 Device = Literal["cpu", "cuda"]
 
 HUB_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -22,6 +24,9 @@ SAYS_EXIT_CODE = "RLHF_RAY_SAYS_EXIT_CODE"
 """Where it is set, a command ends its log with its exit code, which Ray does not keep of a job that was stopped."""
 EXIT_CODE_LINE = "rlhf-ray: exit code "
 """How that line begins."""
+
+SOCKET_BYTES = 107
+"""The longest name of a Unix socket on Linux."""
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KERNELS_KEPT = 512
@@ -78,6 +83,31 @@ def prepare(variables: Mapping[str, str] | None = None) -> None:
 def allow_hub() -> None:
     """Let this process ask the hub, as the ranks of a job do that names a hub id."""
     os.environ.update(dict.fromkeys(HUB_SWITCHES, "0"))
+
+
+def require_room_for_sockets() -> None:
+    """Refuse a directory for temporary files below which the names of Ray's sockets would be too long for the system."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    directory = "/tmp" if name is None else os.environ[name]
+    longest = SOCKET_BYTES - len(f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    if len(os.fsencode(directory)) > longest:
+        raise RequestError(
+            f"{name} {directory} has {len(os.fsencode(directory))} letters, but names of Ray's sockets below it may have "
+            f"{SOCKET_BYTES} in all: set RAY_TMPDIR to a directory of {longest} letters at most, such as /tmp"
+        )
+
+
+def expand_home(path: str | Path) -> Path:
+    """``path`` with the home directory in the place of a ``~`` or ``~user`` at its beginning.
+
+    Raises :class:`RequestError` where there is no such user, or nobody knows this user's home.
+    """
+    expanded = os.path.expanduser(path)
+    if str(expanded).startswith("~"):
+        user = Path(expanded).parts[0].removeprefix("~")
+        known = f"there is no user {user}" if user else f"no home directory is known for user {os.getuid()}: set HOME"
+        raise RequestError(f"{path}: {known}, or write the path out (./~ for a name that begins with ~)")
+    return Path(expanded)
 
 
 def is_hub_id(name: str, directory: str | Path = "") -> bool:

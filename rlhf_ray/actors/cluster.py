@@ -98,6 +98,7 @@ class Cluster:
         assert offered is not None, "a job without an address starts Ray here"
         require_fit(self.needed, offered)
         warn_if_taken()
+        environment.require_room_for_sockets()
         ray.init(
             address="local",
             num_cpus=int(offered["CPU"]),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.cli.examples import examples
-from rlhf_ray.console import get_logger
+from rlhf_ray.console import get_logger, write_result
 from rlhf_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.config.preflight import hub_names
 
     config = load_config(options.config, options.overrides, files=True)
-    sys.stdout.write(dump_config(config))
+    write_result(dump_config(config))
     unseen = [f"{key} {name}" for key, name in hub_names(config)]
     if unseen:
         sys.stderr.write(f"rlhf-ray: not looked at, since only a hub has it: {', '.join(unseen)}\n")

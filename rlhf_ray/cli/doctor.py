@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
+from rlhf_ray.console import write_result
 
 EXAMPLES = ("doctor",)
 
@@ -24,5 +24,5 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.launch.doctor import examine, exit_code, report
 
     findings = examine()
-    sys.stdout.write(f"{report(findings)}\n")
+    write_result(f"{report(findings)}\n")
     return exit_code(findings)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
+from rlhf_ray.console import write_result
 
 EXAMPLES = (
     "export runs/demo-ppo policy",
@@ -46,5 +46,5 @@ def run(options: argparse.Namespace) -> int:
         scored_token=options.scored_token,
         trust_remote_code=options.trust_remote_code,
     )
-    sys.stdout.write(f"{out}\n")
+    write_result(f"{out}\n")
     return 0

@@ -1,8 +1,8 @@
 """The command ``rlhf-ray``, with one module for each of its subcommands.
 
 Invariants: ``--help`` loads nothing of a subcommand but its arguments. A user's mistake ends in one message and exit code
-2, a cluster that is too small in 3, a run that can be resumed in 75. Only a real failure shows a stack trace. Signals are
-handled before anything else is imported.
+2, a cluster that is too small in 3, a run that can be resumed in 75. Whatever the system says of a path or a stream that the
+user named is such a message too. Only a real failure shows a stack trace. Signals are handled before anything else is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_ray import __version__
-from rlhf_ray.errors import Interrupted, RlhfRayError
+from rlhf_ray.errors import Interrupted, RlhfRayError, StorageError
 from rlhf_ray.processes.interrupts import interruptible
 
 COMMANDS = (
@@ -95,6 +95,7 @@ def _with_values(words: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _occupy_closed_streams()
     try:
         with interruptible():
             code = _run(parse(arguments))
@@ -121,10 +122,42 @@ def _run(options: argparse.Namespace) -> int:
     except RlhfRayError as error:
         _show(error)
         return error.exit_code
+    except OSError as error:
+        about_path = path_error(error)
+        if about_path is None:
+            raise
+        _show(about_path)
+        return about_path.exit_code
+
+
+def _occupy_closed_streams() -> None:
+    """Open the null device in the place of standard streams that are closed: the next file would take their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115 (for reading: a result is not lost without a word)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def path_error(error: OSError) -> StorageError | None:
+    """A sentence about the path that the system refused; none where it names no path, so that the error is one of ours."""
+    from rlhf_ray.storage.failures import translate
+
+    if not isinstance(error.filename, str | bytes):
+        return None
+    place = os.fsdecode(error.filename)
+    is_there = os.path.lexists(place)
+    folder, wanted = os.path.dirname(place) or ".", os.R_OK if is_there else os.R_OK | os.X_OK
+    reads = not os.access(place if is_there else folder, wanted, effective_ids=True)
+    return translate(error, place, "read" if reads else "write")
 
 
 def _show(error: BaseException) -> None:
-    sys.stderr.write(f"rlhf-ray: {error}\n")
+    from rlhf_ray.console import printable
+
+    sys.stderr.write(f"rlhf-ray: {printable(str(error))}\n")
 
 
 if __name__ == "__main__":

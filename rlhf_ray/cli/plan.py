@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
+from rlhf_ray.console import write_result
 
 EXAMPLES = (
     "plan llama-3-8b-8gpu",
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.planning.capacity import capacity_table, needed
 
     config = load_config(options.config, options.overrides)
-    sys.stdout.write(f"{batch_table(config)}\n\n{capacity_table(needed(config))}\n")
+    write_result(f"{batch_table(config)}\n\n{capacity_table(needed(config))}\n")
     return 0

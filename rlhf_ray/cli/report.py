@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
+from rlhf_ray.console import write_result
 
 EXAMPLES = (
     "report runs/demo-ppo",
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.runs.reporting import write_report
 
     runs = [RunDirectory.open(directory) for directory in options.run_directories]
-    sys.stdout.write(f"{write_report(runs, options.output, overwrite=options.overwrite)}\n")
+    write_result(f"{write_report(runs, options.output, overwrite=options.overwrite)}\n")
     return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
+from rlhf_ray.console import printable, write_result
 
 EXAMPLES = ("status runs/demo-ppo",)
 
@@ -25,5 +25,5 @@ def run(options: argparse.Namespace) -> int:
 
     lines = status(RunDirectory.open(options.run_directory))
     width = max(map(len, lines))
-    sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in lines.items()))
+    write_result("".join(f"{name:<{width}}  {printable(value)}\n" for name, value in lines.items()))
     return 0

@@ -42,7 +42,7 @@ def _apply(document: Document, text: str) -> str | None:
     try:
         value = read_value(written)
     except ValueError as error:
-        return f"{key}: {written!r} is {str(error).rpartition(': not YAML: ')[2]}; quote it if it is a text"
+        return f"{key}: {written[:80]!r} is {str(error).rpartition(': not YAML: ')[2]}; quote it if it is a text"
     return _set(document, key, value)
 
 

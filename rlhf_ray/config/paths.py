@@ -37,9 +37,9 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: _absolute(item, directory, name) for name, item in value.items()}
     if isinstance(value, str) and PYTHON_OBJECT.fullmatch(value):
-        return str(directory / Path(value).expanduser())
+        return str(directory / environment.expand_home(value))
     if key in PATH_KEYS and isinstance(value, str) and not (key in NAMED_KEYS and _is_name(value, directory)):
-        return str(directory / Path(value).expanduser())
+        return str(directory / environment.expand_home(value))
     return value
 
 

@@ -4,7 +4,9 @@ Texts are read as YAML 1.2 by ruamel.yaml: ``1e-5`` is a number, only ``true`` a
 and ``12:30`` are texts. Going beyond YAML 1.2, what looks like a date or like a number with a leading zero or a base
 (``010``, ``0x10``) stays text too: in a config it is a name, such as a revision.
 
-Invariants: a key that stands twice in one mapping is a problem that names both lines; nothing but plain values is made.
+Invariants: a key that stands twice in one mapping is a problem that names both lines; nothing but plain values is made. A text
+of any content takes little more time and memory than its length: one that nests too deep, or whose aliases make too much of it,
+is a problem too.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -22,6 +25,13 @@ SEPARATOR = "."
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 NAMES_LIKE_NUMBERS = re.compile(r"=|[-+]?0[0-9box_][0-9a-fA-F_.]*|\d{4}-\d\d?-\d\d?.*|_+")
 """Plain scalars that YAML 1.2 or its extensions turn into numbers or dates, and that stay texts here."""
+
+
+LONGEST = 2**20
+"""Characters of a config; the shipped ones have a few thousand."""
+MOST_LEVELS = 200
+MOST_VALUES = 20_000
+"""Values of a config with its aliases written out."""
 
 
 @dataclass
@@ -47,13 +57,14 @@ def read_mapping(text: str) -> Document:
     document = Document()
     try:
         values = _Reader(document).read(text)
-    except YAMLError as error:
+    except UNREADABLE as error:
         document.problems.append(_explain(error))
         return document
     if isinstance(values, dict):
         document.values = values
     elif values is not None:
-        document.problems.append(f"a config is a mapping of keys to values, but this is {values!r}")
+        shown = f"{str(values)[:80]!r}" if isinstance(values, str) else repr(values)[:80]
+        document.problems.append(f"a config is a mapping of keys to values, but this is {shown}")
     return document
 
 
@@ -62,11 +73,14 @@ def read_value(text: str) -> Any:
     document = Document()
     try:
         value = _Reader(document).read(text)
-    except YAMLError as error:
+    except UNREADABLE as error:
         raise ValueError(_explain(error)) from error
     if document.problems:
         raise ValueError("; ".join(document.problems))
     return value
+
+
+UNREADABLE = (YAMLError, RecursionError)
 
 
 class _Reader:
@@ -79,8 +93,17 @@ class _Reader:
         """The nodes around the one that is read."""
 
     def read(self, text: str) -> Any:
+        if len(text) > LONGEST:
+            raise YAMLError(
+                f"it has {len(text)} characters, and a config has {LONGEST} at most: is it the file that is meant?"
+            )
+        if _deepest(text) > MOST_LEVELS:  # which the parser would take minutes to find
+            raise RecursionError
         node = self.yaml.compose(text)
-        return None if node is None else self._value(node, "")
+        if node is None:
+            return None
+        _require_few(node)
+        return self._value(node, "")
 
     def _value(self, node: Node, key: str) -> Any:
         if any(node is outer for outer in self.outer):
@@ -101,7 +124,13 @@ class _Reader:
         text = str(node.value)
         if not node.style and NAMES_LIKE_NUMBERS.fullmatch(text):  # a style is a pair of quotes or a block
             return text
-        value = self.yaml.constructor.construct_object(node)
+        try:
+            value = self.yaml.constructor.construct_object(node)
+        except (ValueError, OverflowError) as error:  # a number of more digits than Python reads, a date that is none
+            raise MarkedYAMLError(
+                problem=f"{text[:20]!r} ... cannot be read: {str(error).partition(';')[0]}",
+                problem_mark=node.start_mark,
+            ) from error
         if isinstance(value, float) and math.isinf(value) and "inf" not in text.lower():
             return text  # a commit hash such as 12e4567
         return _join_surrogates(value, node) if isinstance(value, str) else value
@@ -128,6 +157,30 @@ class _Reader:
             lines.setdefault(path, line)
 
 
+def _deepest(text: str) -> int:
+    """How many brackets are open at most, those in quoted texts included."""
+    steps = {"[": 1, "{": 1, "]": -1, "}": -1}
+    return max(accumulate(steps[bracket] for bracket in re.findall(r"[\[\]{}]", text)), default=0)
+
+
+def _require_few(root: Node) -> None:
+    """Refuse a document that would have too many values with its aliases written out, without writing them out."""
+    counts: dict[int, int] = {}
+
+    def count(node: Node) -> int:
+        if id(node) not in counts:
+            counts[id(node)] = 0  # of a node that is around itself, which is refused where it is read
+            parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            counts[id(node)] = 1 + (0 if isinstance(node, ScalarNode) else sum(map(count, parts)))
+        return counts[id(node)]
+
+    if count(root) > MOST_VALUES:
+        raise MarkedYAMLError(
+            problem=f"it stands for more than {MOST_VALUES} values with its aliases (*) written out: shorten it",
+            problem_mark=root.start_mark,
+        )
+
+
 def _join(key: str, name: Node) -> str:
     return f"{key}{SEPARATOR}{name.value}" if key else str(name.value)
 
@@ -144,7 +197,9 @@ def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1  # marks count from 0
 
 
-def _explain(error: YAMLError) -> str:
+def _explain(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "not YAML that is read here: it is nested too deep"
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return f"not YAML: {error}"
     mark = error.problem_mark

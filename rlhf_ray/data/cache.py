@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.environment import expand_home
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage import begin_directory, commit, storage_errors, verify
 from rlhf_ray.storage.fingerprint import fingerprint_content
@@ -26,7 +27,7 @@ def load_or_make(folder: str | Path | None, key: str, make: Callable[[], pa.Tabl
     """The table that ``folder`` holds under ``key``, or else a new one, which is kept there unless ``folder`` is null."""
     if folder is None:
         return make()
-    entry = Path(folder).expanduser() / key
+    entry = expand_home(folder) / key
     if entry.is_dir():
         try:
             verify(entry)

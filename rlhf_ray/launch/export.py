@@ -7,6 +7,7 @@ would compute other scores.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.config.sections.models import Dtype, ModelConfig
 from rlhf_ray.config.sections.roles import ScoredToken
 from rlhf_ray.console import get_logger
+from rlhf_ray.environment import expand_home
 from rlhf_ray.errors import RequestError
 from rlhf_ray.models import (
     SequenceRegression,
@@ -51,7 +53,7 @@ def export(
     which token a reward model that does not remember it is read; what is written is read there by transformers too.
     """
     path = _model_directory(source)
-    if Path(target).exists():
+    if os.path.lexists(target):
         raise RequestError(
             f"{target} exists already, and nothing is written over: remove it, or name another directory"
         )
@@ -113,7 +115,7 @@ def _load_reward_model(
 
 def _model_directory(source: str) -> str:
     """The model directory of a run; anything else as it is."""
-    directory = Path(source).expanduser()
+    directory = expand_home(source)
     if not (directory / CONFIG_NAME).is_file():
         return source
     if not (directory / FINAL).is_dir():

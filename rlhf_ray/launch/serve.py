@@ -8,7 +8,6 @@ process ends it; a stopped service leaves no process behind. Only with ``--detac
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
-from rlhf_ray.console import get_logger
-from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError
+from rlhf_ray.console import get_logger, write_result
+from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError, StorageError
 from rlhf_ray.processes.interrupts import interruptible
 from rlhf_ray.serving.auth import require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
@@ -106,9 +105,8 @@ def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
 def _announce(address: str) -> None:
     """Print the address; where standard output is closed or full, the log below holds it alone."""
     try:
-        sys.stdout.write(f"{address}\n")
-        sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # no stream at all, one that nobody reads, one that is closed
+        write_result(f"{address}\n")
+    except StorageError:
         get_logger("serving").warning("standard output takes nothing: the address stands here alone")
 
 

@@ -16,6 +16,7 @@ from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
+from rlhf_ray.planning.processors import processors
 
 UNIT = 10_000
 Free = Mapping[str, float] | Sequence[Mapping[str, float]]
@@ -45,7 +46,7 @@ def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         return None
     gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
-    return {"CPU": float(cluster.num_cpus or os.cpu_count() or 1), "GPU": gpus}
+    return {"CPU": float(cluster.num_cpus or processors()), "GPU": gpus}
 
 
 def require_fit(bundles: Sequence[Bundle], free: Free) -> None:

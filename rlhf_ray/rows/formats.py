@@ -11,9 +11,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ Decoder = Callable[[Any], Any]
 """Makes a value of what a table holds for it."""
 BATCH_ROWS = 1000
 """Rows of a table that are turned into Python objects at once."""
+LONGEST_LINE = 2**28
+"""Bytes of a line; a file that was compressed may hold far longer ones than the memory does."""
+LONGEST_LIST = 2**31
+"""Characters of a list of rows, which is in memory as a whole."""
 BLANKS = " \t\r\n"
 """What JSON allows between values."""
 
@@ -53,7 +57,11 @@ def _reader(path: Path) -> Callable[[Path], PlacedRows]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends, decoded one by one, so that the line of a wrong byte is known."""
     with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB, which no row has: write one row a line"
+                )
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -78,7 +86,13 @@ def _jsonl_rows(path: Path) -> PlacedRows:
 
 def _json_rows(path: Path) -> PlacedRows:
     """One list, decoded element by element, so that the line of each is known."""
-    text = "".join(_lines(path))
+    parts, length = [], 0
+    for part in _lines(path):
+        parts.append(part)
+        length += len(part)
+        if length > LONGEST_LIST:
+            raise DataError(f"{path}: a list of more than {LONGEST_LIST >> 30} GiB: write it as .jsonl, one row a line")
+    text = "".join(parts)
     decode = json.JSONDecoder().raw_decode
 
     def skip_blanks(position: int) -> int:
@@ -113,7 +127,7 @@ def _json_rows(path: Path) -> PlacedRows:
 
 def _csv_rows(path: Path) -> PlacedRows:
     """A header and rows of texts; a row may span several lines, and its place is the first of them."""
-    csv.field_size_limit(sys.maxsize)  # by itself the module refuses a cell of more than 131,072 letters, as "not CSV"
+    csv.field_size_limit(LONGEST_LINE)  # a cell may hold what a line may
     reader = csv.reader(_lines(path), strict=True)
     header: list[str] | None = None
     line = 1
@@ -178,9 +192,18 @@ def json_decoders(schema: Any) -> dict[str, Decoder]:
 
     The ``datasets`` library writes such columns where the values of a field differ in shape from row to row.
     """
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = _described_features(schema)
     decoders = {field.name: _json_decoder(field.type, features.get(field.name)) for field in schema}
     return {name: decode for name, decode in decoders.items() if decode is not None}
+
+
+def _described_features(schema: Any) -> Mapping[str, Any]:
+    """What ``datasets`` wrote about the columns of a table; nothing where that was somebody else, or is not as it writes it."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    return features if isinstance(features, dict) else {}
 
 
 def _json_decoder(kind: Any, feature: Any) -> Decoder | None:

@@ -99,7 +99,7 @@ class OutputFile:
         folder = self.path.parent
         if not folder.is_dir():
             return f"the folder {folder} does not exist: make it, or name another file"
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             return f"the folder {folder} is not writable for this user: name a file elsewhere"
         return ""
 

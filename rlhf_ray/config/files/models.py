@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any] | str:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         return f"{path}:{error.lineno}: not JSON: {error.msg}"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{path}: cannot be read: {error}"
     return content if isinstance(content, dict) else f"{path}: not a JSON object"
 

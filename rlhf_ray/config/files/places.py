@@ -8,6 +8,7 @@ from pathlib import Path
 from rlhf_ray.config.files.tokens import MAKE_ONE, parse_tokens
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.run import RunConfig
+from rlhf_ray.environment import expand_home
 
 
 def root_problems(run: RunConfig) -> Iterator[Problem]:
@@ -20,7 +21,7 @@ def token_problems(key: str, name: str | None) -> Iterator[Problem]:
     """The file of tokens at ``key`` is there, and each of its lines holds a token."""
     if name is None:
         return
-    path = Path(name)
+    path = expand_home(name)
     try:
         if not path.is_file():
             yield key, f"{path} does not exist: write a token into it, readable for you alone"

@@ -32,7 +32,7 @@ from rlhf_ray.config.files.architectures import quantized
 from rlhf_ray.config.files.config_values import wrong_values
 from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.config.files.score_heads import HEAD_NAME as HEAD_NAME
-from rlhf_ray.environment import is_hub_id
+from rlhf_ray.environment import expand_home, is_hub_id
 from rlhf_ray.errors import ModelLoadError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -177,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise :class:`ModelLoadError`."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} cannot be read: it holds no JSON object")
@@ -199,7 +199,7 @@ def find_description(name: str, revision: str | None = None) -> Path:
 
 def _local_directory(name: str) -> Path | None:
     """The directory at the path ``name``; None for a hub id."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         return path
     if path.is_file():
