@@ -175,8 +175,8 @@ class Cluster:
         require_fit(bundles, _cpus_and_gpus(ray.available_resources()))
         raise CapacityError(
             f"{spec.group_name}: no place for {spec.ranks} ranks of {bundle} within "
-            f"{self.config.placement_timeout_s:g} s. The cluster has enough in total, but no single node has room for "
-            "one rank: lower cpus_per_rank or gpus_per_rank"
+            f"{self.config.placement_timeout_s:g} s (cluster.placement_timeout_s). The cluster has enough in total, but no "
+            "single node has room for one rank: lower cpus_per_rank or gpus_per_rank; or raise the limit if a node is to come"
         )
 
     def stop(self, ranks: RayRanks) -> None:

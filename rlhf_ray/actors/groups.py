@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.model import Loss, Part, WorkerSetup
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
@@ -45,9 +45,13 @@ class Group:
 
     def setup(self, setup: WorkerSetup, *, timeout_s: float) -> Pending[str]:
         """Load the models; every rank meets at rank 0's address. The value is rank 0's load report."""
-        address = self._everywhere("rendezvous", timeout_s=timeout_s).result()[0] if self.size > 1 else None
+        address = (
+            self._everywhere("rendezvous", timeout_s=timeout_s, key=START_TIMEOUT).result()[0]
+            if self.size > 1
+            else None
+        )
         setup = replace(setup, address=address)
-        return self._everywhere("setup", setup, timeout_s=timeout_s).then(self._remember)
+        return self._everywhere("setup", setup, timeout_s=timeout_s, key=START_TIMEOUT).then(self._remember)
 
     def _remember(self, lines: list[str]) -> str:
         self.report_line = lines[0]
@@ -82,8 +86,10 @@ class Group:
             raise GroupError(self.role, None, "apply", f"ranks disagree on skipping the update: {applied}")
         return applied[0]
 
-    def _everywhere(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Pending[list[Any]]:
-        return self.ranks.call(method, [arguments] * self.size, timeout_s=timeout_s)
+    def _everywhere(
+        self, method: str, *arguments: Any, timeout_s: float | None = None, key: str | None = None
+    ) -> Pending[list[Any]]:
+        return self.ranks.call(method, [arguments] * self.size, timeout_s=timeout_s, key=key)
 
     def _column(
         self, method: str, shared: SharedBatch, schedule: Schedule, *, per_token: bool

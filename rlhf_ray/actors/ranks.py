@@ -20,6 +20,10 @@ from typing import Any, Protocol
 from rlhf_ray.errors import DeadlineError, GroupError, RlhfRayError
 from rlhf_ray.pending import Pending
 
+CALL_TIMEOUT = "cluster.call_timeout_s"
+START_TIMEOUT = "cluster.start_timeout_s"
+"""Keys of how long a call may take, and how long loading a model may."""
+
 
 class Ranks(Protocol):
     """What a group needs to reach its ranks."""
@@ -34,8 +38,12 @@ class Ranks(Protocol):
         *,
         phase: str | None = None,
         timeout_s: float | None = None,
+        key: str | None = None,
     ) -> Pending[list[Any]]:
-        """Run ``method`` on every rank, with its own arguments; results in rank order."""
+        """Run ``method`` on every rank, with its own arguments; results in rank order.
+
+        ``timeout_s`` is by default that of all calls (``cluster.call_timeout_s``); ``key`` names the key of another one.
+        """
 
     def call_shared(
         self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
@@ -66,6 +74,7 @@ class InProcessRanks:
         *,
         phase: str | None = None,
         timeout_s: float | None = None,
+        key: str | None = None,
     ) -> Pending[list[Any]]:
         try:
             with self._one_at_a_time:
@@ -106,11 +115,12 @@ class RayRanks:
         *,
         phase: str | None = None,
         timeout_s: float | None = None,
+        key: str | None = None,
     ) -> Pending[list[Any]]:
         references = self._submit(method, arguments)
-        limit = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
-        return Pending(lambda: gather(references, self.role, phase or method, deadline, limit))
+        limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
+        began = time.monotonic()
+        return Pending(lambda: gather(references, self.role, phase or method, began, limit, name))
 
     def call_shared(
         self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
@@ -139,21 +149,38 @@ class RayRanks:
             return [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
 
 
-def gather(references: Sequence[Any], role: str, phase: str, deadline: float, limit: float) -> list[Any]:
-    """Return the values of ``references`` in order, or raise the first failure as a typed error as soon as it is known."""
+def gather(
+    references: Sequence[Any], role: str, phase: str, began: float, limit: float, key: str | None = None
+) -> list[Any]:
+    """Return the values of ``references`` in order, or raise the first failure as a typed error as soon as it is known.
+
+    They were asked for at ``began`` (monotonic seconds) and have ``limit`` seconds, which the config has under ``key``.
+    """
     import ray
 
     ranks = {reference: rank for rank, reference in enumerate(references)}
     values: dict[int, Any] = {}
     waiting = list(references)
+    last_answer: float | None = None
     while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(began + limit - time.monotonic(), 0.0))
         if not ready:
             late = sorted(ranks[reference] for reference in waiting)
-            raise DeadlineError(role, late[0], phase, f"ranks {late} did not answer within {limit:g} s")
+            raise DeadlineError(role, late[0], phase, why_late(late, limit, key, last_answer))
+        last_answer = time.monotonic() - began
         for reference in ready:
             values[ranks[reference]] = _value(reference, role, ranks[reference], phase)
     return [values[rank] for rank in range(len(references))]
+
+
+def why_late(late: Sequence[int], limit: float, key: str | None, last_answer: float | None) -> str:
+    """Why a call has failed that the ranks ``late`` did not answer; ``last_answer`` is when the last of the others did."""
+    text = f"ranks {list(late)} did not answer within {limit:g} s"
+    if last_answer is not None:
+        text += f", the others had after {last_answer:.1f} s"
+    if key is None:
+        return text
+    return f"{text}. If they were still at work, raise {key}; if they hang, their logs say where"
 
 
 def _value(reference: Any, role: str, rank: int, phase: str) -> Any:

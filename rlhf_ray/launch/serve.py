@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
-from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.actors.ranks import START_TIMEOUT, RayRanks
 from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.paths import with_absolute_paths
@@ -91,7 +91,7 @@ def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
     is_up = False
     try:
         limit_s = config.cluster.placement_timeout_s + 2 * config.cluster.start_timeout_s
-        address = gateway.call("start", [()], timeout_s=limit_s).result()[0]
+        address = gateway.call("start", [()], timeout_s=limit_s, key=START_TIMEOUT).result()[0]
         _announce(address)
         end = f"ray.kill(ray.get_actor({name!r}, {SERVICE_NAMESPACE!r})) ends it" if detach else "Ctrl-C ends it"
         get_logger("serving").info("POST %s/get_reward or %s/v1/reward; %s", address, address, end)

@@ -10,7 +10,7 @@ import ray
 
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import RankSpec
-from rlhf_ray.actors.ranks import InProcessRanks, RayRanks
+from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import CapacityError, DeadlineError, GroupError, ModelLoadError
@@ -88,8 +88,16 @@ def test_our_own_errors_cross_processes_as_themselves(ranks: RayRanks) -> None:
 
 def test_a_call_past_its_deadline_names_the_late_ranks(ranks: RayRanks) -> None:
     ranks.call("double", [(0,), (0,)]).result()
-    with pytest.raises(DeadlineError, match=r"ranks \[0\] did not answer within 1 s"):
+    late = r"ranks \[0\] did not answer within 1 s, the others had after 0\.\d s"
+    with pytest.raises(DeadlineError, match=rf"{late}$"):
         ranks.call("sleep", [(20.0,), (0.0,)], timeout_s=1.0).result()
+    with pytest.raises(
+        DeadlineError, match=rf"{late}\. If they were still at work, raise cluster\.start_timeout_s; if"
+    ):
+        ranks.call("sleep", [(20.0,), (0.0,)], timeout_s=1.0, key=START_TIMEOUT).result()
+    ranks.timeout_s = 1.0
+    with pytest.raises(DeadlineError, match=r"ranks \[0, 1\] did not .* 1 s\. If .* raise cluster\.call_timeout_s"):
+        ranks.call("sleep", [(20.0,), (20.0,)]).result()
 
 
 def test_a_rank_whose_process_died_is_named(ranks: RayRanks) -> None:
@@ -109,7 +117,9 @@ def test_more_than_the_cluster_has_is_refused_before_anything_is_placed(cluster:
         pass
     resources = ResourcesConfig(cpus_per_rank=4.0)
     short = Cluster(cluster.config.model_copy(update={"placement_timeout_s": 1.0}), cluster.run)
-    with pytest.raises(CapacityError, match=r"policy"):
+    with pytest.raises(
+        CapacityError, match=r"policy: no place for 1 ranks .* within 1 s \(cluster.placement_timeout_s\)"
+    ):
         short.start(RankSpec("policy", 1, resources))
 
 

@@ -99,7 +99,9 @@ class RanksHandle:
         self.ranks = ranks
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
-        answer = self.ranks.call("generate", [(list(requests), deadline_s)], timeout_s=deadline_s + self.GRACE_S)
+        limit_s = deadline_s + self.GRACE_S
+        key = f"rollout.timeout_s, to which {self.GRACE_S:g} s are added"
+        answer = self.ranks.call("generate", [(list(requests), deadline_s)], timeout_s=limit_s, key=key)
         return answer.then(lambda values: values[0])
 
     def receive(self, weights: Any) -> Pending[None]:
