@@ -2,8 +2,8 @@
 
 Invariants: training that goes on from a saved state gives the same bits as training that never stopped. Frozen weights are not
 in it, but their digests are: a model whose frozen weights are others is refused, by the name of one. The state of a group of
-another shape is refused too, both before DeepSpeed opens it. DeepSpeed reads its files with pickle, so the caller must verify
-them against a manifest first.
+another shape is refused too, both before DeepSpeed opens it. Nothing in the files is run (:mod:`rlhf_ray.engine.weights_only`);
+that they are what was written, the caller verifies against a manifest first.
 
 A state that was saved with its frozen weights, as before this rule, brings them back as it did.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.engine.frozen import Digests, changed_weights, frozen_names
+from rlhf_ray.engine.weights_only import weights_only
 from rlhf_ray.errors import IntegrityError, ModelLoadError, RequestError
 
 TAG = "shards"
@@ -67,9 +68,10 @@ def load(engine: Any, directory: Path, identity: dict[str, int | str], frozen: D
     if before.is_file():
         _refuse_other_weights(json.loads(before.read_text()), frozen, base, engine.device)
     load_module = partial(_load_module, with_frozen=not before.is_file())
-    path, _ = engine.load_checkpoint(
-        str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=load_module
-    )
+    with weights_only(engine):
+        path, _ = engine.load_checkpoint(
+            str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=load_module
+        )
     if path is None:
         raise IntegrityError(f"{directory}: DeepSpeed found no shards of rank {dist.get_rank()}")
     _restore_random_state(load_file(str(_random_file(directory))))

@@ -35,6 +35,7 @@ from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run
 from rlhf_ray.runs.resuming import resume_run
+from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.trainers import stopping
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def continue_run(
     ``overrides`` change its config, and ``accept`` names inputs that may have changed. A run that has finished stays as it
     is; of one that lacks only its report, write that. ``place`` is as in :func:`run_trainer`.
     """
+    refuse_untrusted(path)
     _may_ask_hub(load_config(Path(path) / CONFIG_NAME))
     with quick_imports():
         resumed = resume_run(path, overrides, accept)

@@ -30,6 +30,7 @@ from rlhf_ray.processes.child import Ended, run_child
 from rlhf_ray.runs.checkpoints import CheckpointStore
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.resuming import plan_continuation
+from rlhf_ray.runs.trust import refuse_untrusted
 
 FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
 DRIVER = "rlhf_ray.launch.driver"
@@ -57,6 +58,7 @@ def resume_run(
     ``overrides`` change its config, as far as a run may change (:mod:`rlhf_ray.runs.changes`); ``accept`` names inputs that
     may have changed on disk. A run that has finished stays as it is, unless it becomes longer.
     """
+    refuse_untrusted(directory)
     run = RunDirectory.open(directory)
     continuation = plan_continuation(run, overrides, files=bool(overrides))
     if continuation is None:

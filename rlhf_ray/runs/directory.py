@@ -32,6 +32,7 @@ from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.runs.lines import attempt_problem, metrics_problem
+from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.storage.atomic import PENDING
 from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.storage.locks import is_taken, take, this_process
@@ -117,6 +118,7 @@ class RunDirectory:
     @classmethod
     def take(cls, path: str | Path, keep: int = 2) -> RunDirectory:
         """Own an existing run and change nothing of it yet, but for half-written files of a crash, which are removed."""
+        refuse_untrusted(path)
         run = cls.open(path, keep)
         run._own()
         for directory in (run.path, run.checkpoints.directory, run.samples):
