@@ -108,8 +108,8 @@ class Fleet:
                 except (GroupError, StaleWeightsError) as error:
                     failures[share] = error
             in_time = any(done.values())
-            for share, error in failures.items():
-                self._report(share, placed[share], error, tries=attempts[share], in_time=in_time)
+            for share, failure in failures.items():
+                self._report(share, placed[share], failure, tries=attempts[share], in_time=in_time)
             waiting = [share for share in waiting if share not in done]
         return gather(requests, [generation for share in shares for generation in done[share]])
 
