@@ -81,12 +81,18 @@ def test_work_that_ends_is_done():
     assert driver.exit_code(lambda: None) == 0
 
 
+def raise_signal(number: int) -> None:
+    """Raise a signal that something handles; any other would end the tests."""
+    assert signal.getsignal(number) != signal.SIG_DFL
+    signal.raise_signal(number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_only_asks_once_steps_have_begun(number):
     def work() -> None:
         stopping.steps_begin()
-        signal.raise_signal(number)
-        signal.raise_signal(number)
+        raise_signal(number)
+        raise_signal(number)
 
     assert driver.exit_code(work) == 0
     assert stopping.stop_requested()
@@ -97,7 +103,7 @@ def test_a_signal_before_the_first_step_is_obeyed_at_once_and_the_run_can_go_on(
     went_on = []
 
     def train(*job: object, place: object) -> None:
-        signal.raise_signal(number)
+        raise_signal(number)
         went_on.append("after the signal")
 
     monkeypatch.chdir(tmp_path)

@@ -117,7 +117,7 @@ def test_without_restarts_a_dead_driver_is_a_failure(parent):
 def test_the_last_sentence_says_how_the_driver_ended_and_how_to_go_on(parent, script, sentence):
     code, message = parent.run([script], "new", "0")
     assert code == 1
-    last = message.splitlines()[-1]
+    last = message.splitlines()[-1] if message else "nothing"
     assert "the driver " in last and sentence in last
     assert ("rlhf-ray resume" in message) == (script != "kill")
     assert str(parent.directory / "runs/stub") in message or script == "kill"

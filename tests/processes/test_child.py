@@ -76,7 +76,11 @@ class Parent:
 
     def ended(self) -> tuple[str, str]:
         """What the parent says of the child's end, and what it said before."""
-        out, message = self.process.communicate(timeout=60)
+        try:
+            out, message = self.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            pytest.fail("it did not end, or something that the child started did not")
         return out.strip(), message
 
 

@@ -41,8 +41,11 @@ def test_a_plain_interrupt_keeps_the_number_of_its_signal():
 def test_nohup_holds():
     with kept_handlers():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with interruptible():
-            signal.raise_signal(signal.SIGHUP)
+        try:
+            with interruptible():
+                signal.raise_signal(signal.SIGHUP)
+        except Interrupted as error:
+            pytest.fail(repr(error))
 
 
 def test_another_thread_leaves_the_signals_alone():
