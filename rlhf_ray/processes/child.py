@@ -123,7 +123,12 @@ def _wait(child: subprocess.Popen[bytes], line: socket.socket) -> int:
     words = line.recv(64) if lines and select.select(lines, [], [], 0)[0] else b""
     if words:
         said = None if words[-1:] == lifeline.LEFT else words[-1]
-    return child.returncode if said is None else said
+    if said is None:
+        return child.returncode
+    get_logger().warning(
+        "the work had ended with %d, but its cluster could not be left in order, as when it has died", said
+    )
+    return said
 
 
 def _end_session(session: int) -> None:
