@@ -61,6 +61,7 @@ REWARD = Rule(
     "said", "rewards from here on are not comparable with those before, nor is the start that evaluation shows"
 )
 SAMPLING = Rule("said", "answers from here on are sampled otherwise than those before, and than those of the start")
+COMPARED = Rule("said", "figures from here on are of the prompts that the starting policy answered too")
 ROUNDING = Rule("said", "the rounding is another from here on")
 REPEATS = Rule("said", "only what follows repeats exactly, or no longer does")
 
@@ -119,7 +120,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "monitoring": _same(FREE, "ray_metrics", "tensorboard", "samples_per_log"),
     "evaluation": {
         **_same(FREE, "every_steps", "keep_best", "worst_pairs", "samples_shown", "pass_at"),
-        **_same(KEPT_START, "prompts", "samples_per_prompt", "greedy", "gold", "best_of"),
+        "prompts": COMPARED,
+        **_same(KEPT_START, "samples_per_prompt", "greedy", "gold", "best_of"),
     },
     "batch": {
         **_same(BATCH, "prompts_per_step", "samples_per_prompt", "sequences_per_update", "passes_per_step",

@@ -22,9 +22,10 @@ from rlhf_ray import storage
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.errors import ConfigError, RequestError
+from rlhf_ray.errors import ConfigError, RequestError, ResumableStop
 from rlhf_ray.launch.driver import continue_run, train_new_run
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
 
 pytestmark = pytest.mark.early
@@ -63,8 +64,8 @@ RM: dict[str, Any] = {
     "batch": {"pairs_per_update": 8},
     "checkpoint": {"every_steps": 1},
 }
-ROWS = 32
-"""Of which 29 are trained on: the last update of an epoch is smaller than the others."""
+ROWS = 28
+"""Of which 25 are trained on: the last update of an epoch is smaller than the others."""
 Train = Callable[..., RunDirectory]
 
 
@@ -137,7 +138,7 @@ def test_ppo_finished_stays_as_it_is_and_goes_on_when_it_is_made_longer(place, t
     assert (longer.final / "model.safetensors").read_bytes() != before["final/model.safetensors"]
     assert longer.is_finished and longer.ledger.last_step == 4
     used = [prompt for entry in longer.ledger.entries() for prompt in entry.prompt_ids]
-    assert len(used) == 32 and len(set(used[:29])) == 29, "every prompt once in the first epoch"
+    assert len(used) == 32 and len(set(used[:25])) == 25, "every prompt once in the first epoch"
     steps = [line for line in longer.metrics.read() if "kl/coefficient" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     most = 0.2 * 16 / 50 + 1e-6  # how far a step of 16 sequences moves it at a horizon of 50
@@ -153,12 +154,12 @@ def test_ppo_finished_stays_as_it_is_and_goes_on_when_it_is_made_longer(place, t
 @pytest.mark.parametrize("content", [SFT, RM], ids=["sft", "rm"])
 def test_supervised_training_goes_on_over_the_rows_that_an_undisturbed_run_takes(content, train) -> None:
     run = train(content)
-    assert [line["step"] for line in run.metrics.read() if "learning_rate" in line] == [1, 2, 3, 4], "29 rows by 8"
+    assert [line["step"] for line in run.metrics.read() if "learning_rate" in line] == [1, 2, 3, 4], "25 rows by 8"
     longer = resume(run, "epochs=2.0")
     lines = [line for line in longer.metrics.read() if "learning_rate" in line]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8], "29 more rows by 8"
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8], "25 more rows by 8"
     state = longer.checkpoints.latest_valid().manifest.about["state"]
-    assert state["progress"]["examples"] == 58 and state["order"]["taken"] == 58
+    assert state["progress"]["examples"] == 50 and state["order"]["taken"] == 50
     assert longer.is_finished and longer.attempts.read()[-1]["changes"][0]["to"] == 2.0
     assert lines[-1]["learning_rate"] == pytest.approx(0.0, abs=2e-4) and lines[4]["learning_rate"] > 3e-4
 
@@ -185,24 +186,40 @@ def test_a_run_that_would_end_before_it_goes_on_is_refused_and_left_as_it_was(tr
         assert files(run) == before
 
 
+def test_a_longer_run_that_is_stopped_on_the_way_has_not_finished(train, monkeypatch, capsys) -> None:
+    run = train(SFT)
+    taken = []
+    monkeypatch.setattr(stopping._stop, "is_set", lambda: taken.append(1) or len(taken) > 3)
+    with pytest.raises(ResumableStop):
+        resume(run, "epochs=2.0")
+    monkeypatch.undo()
+    assert not RunDirectory.open(run.path).is_finished and (run.path / "summary.void.json").exists()
+    assert main(["status", str(run.path)]) == 0
+    assert f"rlhf-ray resume {run.path}" in capsys.readouterr().out
+    ended = resume(run)
+    assert ended.is_finished and ended.checkpoints.steps()[-1] == 8
+
+
 def test_each_change_stands_in_the_attempts_and_is_shown(train, project_log, capsys) -> None:
     run = train(PPO)
-    changed = resume(run, "steps=3", "batch.prompts_per_step=4", "policy.engine.optimizer.learning_rate=2e-3",
-                     "checkpoint.keep=3")  # fmt: skip
-    changes = {one["key"]: (one["from"], one["to"]) for one in changed.attempts.read()[-1]["changes"]}
+    changed = resume(run, "steps=3", "batch.prompts_per_step=16", "policy.engine.optimizer.learning_rate=2e-3",
+                     "checkpoint.keep=3", "evaluation.prompts=1")  # fmt: skip
+    recorded = changed.attempts.read()[-1].get("changes", [])
+    changes = {one["key"]: (one["from"], one["to"]) for one in recorded}
     assert changes == {
         "steps": (2, 3),
-        "batch.prompts_per_step": (8, 4),
+        "batch.prompts_per_step": (8, 16),
         "policy.engine.optimizer.learning_rate": (1e-3, 2e-3),
         "checkpoint.keep": (2, 3),
+        "evaluation.prompts": (2, 1),
     }
     assert "steps: 2 -> 3 (the schedule of the learning rate" in project_log.getvalue()
-    assert len(changed.ledger.entries()[-1].prompt_ids) == 4
-    assert rates(changed)[-1] == 0.0, "a cosine ends at the last update: 2 steps of 2, and 1 of 1"
-    assert load_config(changed.config_path).batch.prompts_per_step == 4
+    assert len(changed.ledger.entries()[-1].prompt_ids) == 16
+    assert rates(changed)[-1] == 0.0, "a cosine ends at the last update: of 2 steps of 2, and 1 of 4"
+    assert load_config(changed.config_path).batch.prompts_per_step == 16
     assert main(["status", str(run.path)]) == 0
     shown = capsys.readouterr().out
-    assert "after step 2: " in shown and "steps 2 -> 3" in shown and "batch.prompts_per_step 8 -> 4" in shown
+    assert "after step 2: " in shown and "steps 2 -> 3" in shown and "batch.prompts_per_step 8 -> 16" in shown
     assert main(["report", str(run.path)]) == 0
     assert "steps 2 -&gt; 3" in run.report_path.read_text()
 
@@ -212,16 +229,16 @@ def test_an_input_that_changed_on_disk_is_refused_by_name_until_it_is_accepted(p
     start = train(SFT, name="start")
     run = train({**PPO, "policy": {**PPO["policy"], "model": {"path": str(start.final), "dtype": "fp32"}}})
     (run.path / "summary.json").unlink()
-    for key, file in (
-        ("data.path", place / "rows.jsonl"),
-        ("policy.model.path", start.final / "model.safetensors"),
-        ("policy.model.path", start.final / "tokenizer.json"),
-        ("reward.function", place / "reward.py"),
+    for key, file, change in (
+        ("data.path", place / "rows.jsonl", lambda old: old.replace(b"dear", b"near", 1)),
+        ("policy.model.path", start.final / "model.safetensors", lambda old: old[:-1] + bytes([old[-1] ^ 1])),
+        ("policy.model.path", start.final / "tokenizer.json", lambda old: old.replace(b"  ", b"\t ", 1)),
+        ("reward.function", place / "reward.py", lambda old: old.replace(b"    return", b"\treturn")),
     ):
         before, earlier, stat = files(run), file.read_bytes(), file.stat()
-        content = bytearray(earlier)
-        content[-3] ^= 1
-        file.write_bytes(content)
+        changed = change(earlier)
+        assert changed != earlier
+        file.write_bytes(changed)
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         with pytest.raises(ConfigError, match=rf"{key}: what lies there has changed.*--accept {key}") as refused:
             resume(run)
@@ -254,6 +271,6 @@ def test_a_run_of_before_goes_on_with_one_line_about_what_is_not_known(train, pr
     run = train(SFT)
     run.inputs_path.unlink()
     longer = resume(run, "epochs=2.0")
-    (line,) = [line for line in project_log.getvalue().splitlines() if "kept no fingerprints" in line]
-    assert "data.path" in line and "policy.model.make.tokenizer_from" in line
+    lines = [line for line in project_log.getvalue().splitlines() if "kept no fingerprints" in line]
+    assert len(lines) == 1 and "data.path" in lines[0] and "policy.model.make.tokenizer_from" in lines[0]
     assert longer.is_finished and longer.inputs_path.exists(), "from now on it is known"

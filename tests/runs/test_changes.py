@@ -81,7 +81,9 @@ def job(*overrides: str, kind: str = "ppo") -> Any:
 def test_what_may_not_change_is_refused_with_key_both_values_and_the_way_out(kind, before, after):
     changes = compare(job(before, kind=kind), job(after, kind=kind))
     key, _, old = before.partition("=")
-    (sentence,) = refusals(changes)
+    sentences = refusals(changes)
+    assert len(sentences) == 1
+    sentence = sentences[0]
     assert sentence.startswith(f"{key}: it is {old} in this run and cannot become {after.partition('=')[2]}: ")
     assert any(way in sentence for way in ("start a new run", "resume with the value of the run", "move the directory"))
 
