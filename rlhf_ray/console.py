@@ -26,7 +26,16 @@ from rlhf_ray.errors import StorageError
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
 
-stderr = Console(stderr=True, highlight=False)
+
+class LastingConsole(Console):
+    """A console whose reader may go: what is printed then is lost, and nothing else."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on; rich's own method ends the process."""
+        self.quiet = True
+
+
+stderr = LastingConsole(stderr=True, highlight=False)
 
 
 def get_logger(name: str = "rlhf_ray") -> logging.Logger:
@@ -117,5 +126,6 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print ``text`` on standard error without wrapping it or reading markup in it."""
-    stderr.print(text, markup=False, soft_wrap=True)
+    """Print ``text`` on standard error without wrapping it or reading markup in it; a terminal that is gone costs nothing."""
+    with suppress(OSError, ValueError):  # ValueError: it was closed in this process
+        stderr.print(text, markup=False, soft_wrap=True)

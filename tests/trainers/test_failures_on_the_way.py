@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,13 @@ def test_a_last_commit_that_fails_does_not_keep_final_from_being_written(
     with pytest.raises(StorageError, match="disk full"):
         train(config_of("sft", tmp_path, "checkpoint.every_steps=0", "epochs=0.2"))
     assert RunDirectory(tmp_path / "late").final_step(whole=True) == 1
+
+
+def test_samples_that_cannot_be_written_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    monkeypatch.setattr(RunDirectory, "write_samples", lambda *_: raising(StorageError("disk full"))())
+    run = train(config_of("ppo", tmp_path))
+    assert run.final_step(whole=True) == 2 and run.is_finished
+    said = project_log.getvalue()
+    assert said.count("could not be written (disk full)") == 1 and "the samples of 2 steps could not be written" in said
