@@ -23,6 +23,7 @@ from rlhf_ray.errors import (
     EXIT_RESUMABLE,
     EXIT_WRONG_REQUEST,
     Interrupted,
+    ResumableStop,
 )
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
 from rlhf_ray.processes import lifeline
@@ -112,12 +113,17 @@ def _restart_until_final(
 
     ``changed`` is what a resumed run was to change: where it was changed already, it is no change any more.
     """
-    for attempt in range(1, restarts + 1):
-        if not _is_failure(ended) or ended.signal is not None:
-            break
-        get_logger().warning("the driver %s: restart %d of %d", ended.how, attempt, restarts)
-        begun = (directory / CONFIG_NAME).is_file()
-        ended = _run_resuming_driver(driver, directory, changed) if begun else run_driver(driver, [], text)
+    try:
+        for attempt in range(1, restarts + 1):
+            if not _is_failure(ended) or ended.signal is not None:
+                break
+            get_logger().warning("the driver %s: restart %d of %d", ended.how, attempt, restarts)
+            begun = (directory / CONFIG_NAME).is_file()
+            ended = _run_resuming_driver(driver, directory, changed) if begun else run_driver(driver, [], text)
+    except Interrupted as error:  # between two drivers
+        if (directory / CONFIG_NAME).is_file():
+            raise ResumableStop(f"{error}: {_way_on(directory)}") from error
+        raise
     if _is_failure(ended):
         get_logger().error("the driver %s: %s", ended.how, _way_on(directory))
     return exit_code(ended, directory)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.errors import Interrupted, ResumableStop
+from rlhf_ray.launch import parent as launch_parent
 from rlhf_ray.launch.parent import exit_code
 from rlhf_ray.processes.child import Ended
 
@@ -90,6 +92,20 @@ def test_a_driver_that_died_is_started_again_from_the_last_commit(parent):
         "was killed by SIGKILL, as by the kernel when memory runs out: restart 1 of 2" in message
         and "ended with 1: restart 2 of 2" in message
     )
+
+
+def test_a_signal_between_two_drivers_stops_the_restarts_and_the_run_can_go_on(tmp_path, monkeypatch):
+    def interrupted(*arguments: object) -> Ended:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(launch_parent, "run_driver", interrupted)
+    with pytest.raises((Interrupted, ResumableStop)) as caught:
+        launch_parent._restart_until_final(Ended(1), tmp_path, 1, "stub_driver", "")
+    assert caught.type is Interrupted, "no run was begun"
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises((Interrupted, ResumableStop)) as caught:
+        launch_parent._restart_until_final(Ended(1), tmp_path, 1, "stub_driver", "")
+    assert caught.type is ResumableStop and f"rlhf-ray resume {tmp_path}" in str(caught.value)
 
 
 def test_restarts_are_counted(parent):
