@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
-from rlhf_ray.actors.workers.model import Loss, Part, WorkerSetup
+from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
 from rlhf_ray.pending import Pending
@@ -65,6 +65,10 @@ class Group:
 
     def save_pretrained(self, directory: str, metadata: dict[str, Any] | None = None) -> Pending[list[None]]:
         return self._everywhere("save_pretrained", directory, metadata)
+
+    def vocabulary(self) -> Pending[Vocabulary]:
+        """The tokens that the model was loaded with."""
+        return self._everywhere("vocabulary").then(lambda answers: answers[0])
 
     def health(self, timeout_s: float = 10.0) -> Pending[list[dict[str, Any]]]:
         return self._everywhere("health", timeout_s=timeout_s)

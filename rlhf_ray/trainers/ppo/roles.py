@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.groups import CriticGroup, Group, PolicyGroup, ReferenceGroup, RewardGroup
+from rlhf_ray.config.files.tokenizers import different_tokenizer
 from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, make_schedule
@@ -47,6 +50,27 @@ class Groups:
         """All groups but those of reward models."""
         every = {"policy": self.policy, "critic": self.critic, "reference": self.reference}
         return {role: group for role, group in every.items() if group is not None}
+
+    def check_vocabularies(self) -> None:
+        """Refuse a critic or reference that was loaded with another tokenizer than the policy, whose ids it reads.
+
+        Only loading shows those of a hub, and those that are made. Embeddings may be padded differently.
+        """
+        pending = {role: group.vocabulary() for role, group in self.by_role.items()}
+        loaded = {role: answer.result() for role, answer in pending.items()}
+        policy = loaded.pop("policy")
+        models = {"critic": self.config.critic, "reference": self.config.reference_role}
+        for role, vocabulary in loaded.items():
+            section = models[role]
+            assert section is not None, "a group has a section"
+            if vocabulary.fingerprint != policy.fingerprint:
+                reason = different_tokenizer(role, section.model, self.config.policy.model)
+                raise RequestError(f"{role}.model: {reason}")
+            if vocabulary.rows < policy.rows:
+                get_logger("ppo").warning(
+                    "%s.model: its embedding has %d rows and the policy's %d: ids beyond the tokenizer's, which the policy may "
+                    "sample all the same, could not be read", role, vocabulary.rows, policy.rows,
+                )  # fmt: skip
 
     @property
     def trained(self) -> dict[str, Group]:
