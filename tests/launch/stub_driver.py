@@ -1,8 +1,7 @@
 """A driver as the parent sees one: it notes how it was started and ends as the file ``script`` says, one line a start.
 
-A line is a number (end with that code), ``kill`` (end as by SIGKILL), ``begin`` or ``commit`` before either (leave a run
-directory behind, with a commit of step 4), ``wait`` (wait for a signal and end with 75), or ``deaf`` (wait, and die of the
-signal).
+A line is a number (end with that code), ``kill`` (end as by SIGKILL), ``begin`` before either (leave a run directory
+behind), ``wait`` (wait for a signal and end with 75), or ``deaf`` (wait, and die of the signal).
 """
 
 from __future__ import annotations
@@ -25,14 +24,11 @@ def main() -> None:
     script = Path("script").read_text().splitlines()
     Path("script").write_text("\n".join(script[1:]))
     words = script[0].split()
-    if words[0] in ("begin", "commit"):
-        begun = words.pop(0)
+    if words[0] == "begin":
+        words.pop(0)
         run = Path("runs") / yaml.safe_load(text)["run"]["name"]
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(text)
-        if begun == "commit":
-            (run / "checkpoints/step-000004").mkdir(parents=True)
-            (run / "checkpoints/step-000004/manifest.json").touch()
     if words[0] == "wait":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, frame: (Path("signal").write_text(str(number)), os._exit(75)))

@@ -119,24 +119,31 @@ def test_without_restarts_a_dead_driver_is_a_failure(parent):
 
 
 @pytest.mark.parametrize(
-    ("script", "sentence"),
+    ("code", "begun", "commits", "sentence"),
     [
         (
-            "commit kill",
+            -9,
+            True,
+            [2, 4],
             "was killed by SIGKILL, as by the kernel when memory runs out: the last commit is that of step 4; go on",
         ),
-        ("commit 1", "ended with 1: the last commit is that of step 4; go on with: rlhf-ray resume"),
-        ("begin kill", "memory runs out: nothing was committed yet; go on with: rlhf-ray resume"),
-        ("kill", "memory runs out: no run was begun"),
+        (1, True, [4], "ended with 1: the last commit is that of step 4; go on with: rlhf-ray resume"),
+        (-6, True, [], "was killed by SIGABRT: nothing was committed yet; go on with: rlhf-ray resume"),
+        (-9, False, [], "memory runs out: no run was begun"),
     ],
 )
-def test_the_last_sentence_says_how_the_driver_ended_and_how_to_go_on(parent, script, sentence):
-    code, message = parent.run([script], "new", "0")
-    assert code == 1
-    last = message.splitlines()[-1] if message else "nothing"
-    assert "the driver " in last and sentence in last
-    assert ("rlhf-ray resume" in message) == (script != "kill")
-    assert str(parent.directory / "runs/stub") in message or script == "kill"
+def test_the_last_sentence_says_how_the_driver_ended_and_how_to_go_on(
+    tmp_path, project_log, code, begun, commits, sentence
+):
+    if begun:
+        (tmp_path / "config.yaml").touch()
+    for step in commits:
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step:06d}/manifest.json").touch()
+    assert launch_parent._restart_until_final(Ended(code), tmp_path, 0, "stub_driver", "") == 1
+    said = project_log.getvalue()
+    assert "the driver " in said and sentence in said
+    assert (f"rlhf-ray resume {tmp_path}" in said) == begun
 
 
 def test_a_driver_that_died_before_it_began_a_run_begins_one(parent):
