@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity templates architectures faults gpu
+.PHONY: setup demo test lint bench parity templates architectures faults nodes gpu
 
 setup:
 	@./setup.sh
@@ -39,6 +39,9 @@ faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m tests.faults.campaign
 	@$(PYTHON_BIN) -m tests.faults.serving
 	@$(PYTHON_BIN) -m tests.faults.endings
+
+nodes: setup  ## two machines made of namespaces on this one: ranks on both, a node that dies, a disk that is not shared; needs root
+	@$(PYTHON_BIN) -m tests.nodes.run
 
 gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out
 	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run

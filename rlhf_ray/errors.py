@@ -140,5 +140,9 @@ class GroupError(RlhfRayError):
         return type(self), (self.role, self.rank, self.phase, self.cause)
 
 
+class DeadRankError(GroupError):
+    """The process of a rank died, or the node it ran on."""
+
+
 class DeadlineError(GroupError):
     """A call to a group of ranks missed its deadline."""

@@ -6,20 +6,22 @@ deadline; leaving the ``with`` block stops every actor that this job started, an
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
+from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
 from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import CapacityError, RequestError
+from rlhf_ray.errors import CapacityError
+from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
 from rlhf_ray.processes.interrupts import kept_handlers
 from rlhf_ray.processes.lifeline import leaving
@@ -59,7 +61,9 @@ class Cluster:
         self.needed = list(needed)
         self.hub = hub
         self._groups: list[RayRanks] = []
-        self._joined = False
+        self._shared = False
+        self.joined: JoinedCluster | None = None
+        """The cluster that this one is a connection to; none where Ray was started here, or was there in this process."""
 
     @classmethod
     def for_job(cls, config: Job, *, namespace: str | None = None, check_room: bool = True) -> Cluster:
@@ -68,13 +72,10 @@ class Cluster:
         return cls(config.cluster, config.run, needed=bundles, hub=bool(hub_ids(config)), namespace=namespace)
 
     def __enter__(self) -> Cluster:
+        with kept_handlers(exits_on=signal.SIGTERM):  # Ray takes it for itself
+            self._connect()
         import ray
 
-        if ray.is_initialized():
-            self._joined = True
-        else:
-            with kept_handlers(exits_on=signal.SIGTERM):  # Ray takes it for itself
-                self._connect(ray)
         try:
             require_fit(self.needed, _cpus_and_gpus(ray.available_resources()))
         except CapacityError:
@@ -82,25 +83,22 @@ class Cluster:
             raise
         return self
 
-    def _connect(self, ray: Any) -> None:
+    def _connect(self) -> None:
+        """Join or start Ray, where this process has not done so; Ray is first imported when it is known which."""
+        if _is_connected():
+            self._shared = True
+            return
         options: dict[str, Any] = {"namespace": self.namespace, "log_to_driver": True}
-        address = self.config.address or os.environ.get("RAY_ADDRESS")
+        address = cluster_address(self.config.address)
         if address is not None:
-            try:
-                ray.init(address=address, **options)
-            except ConnectionError as error:
-                raise RequestError(
-                    f"cluster.address {address}: no Ray cluster answers there ({error}). If a cluster with token "
-                    "authentication runs there, set RAY_AUTH_MODE=token"
-                ) from error
+            self.joined = join_ray(address, **options)
             return
         offered = offered_here(self.config)
         assert offered is not None, "a job without an address starts Ray here"
         require_fit(self.needed, offered)
         warn_if_taken()
         environment.require_room_for_sockets()
-        ray.init(
-            address="local",
+        start_ray(
             num_cpus=int(offered["CPU"]),
             object_store_memory=self.config.object_store_mb * 2**20,
             include_dashboard=self.config.dashboard,
@@ -112,7 +110,7 @@ class Cluster:
     ) -> None:
         import ray
 
-        if self._joined:
+        if self._shared:
             self._stop_groups()
             return
         with leaving(error):
@@ -154,9 +152,12 @@ class Cluster:
             actors,
             timeout_s=self.config.call_timeout_s,
             on_stop=lambda: remove_placement_group(placement),
+            nodes=_nodes(placement, spec.ranks),
         )
         self._groups.append(ranks)
-        get_logger().info("%s: %d rank%s placed", spec.group_name, spec.ranks, "" if spec.ranks == 1 else "s")
+        count = f"{spec.ranks} rank{'' if spec.ranks == 1 else 's'}"
+        where = "" if self.joined is None else f" on {', '.join(dict.fromkeys(ranks.nodes))}"
+        get_logger().info("%s: %s placed%s", spec.group_name, count, where)
         return ranks
 
     def _reserve(self, spec: RankSpec) -> PlacementGroup:
@@ -184,6 +185,21 @@ class Cluster:
         if ranks in self._groups:
             self._groups.remove(ranks)
             ranks.stop()
+
+
+def _nodes(placement: PlacementGroup, ranks: int) -> list[str]:
+    """Address and host name of the node of each rank."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    names = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in ray.nodes()}
+    places = placement_group_table(placement)["bundles_to_node_id"]
+    return [names.get(places.get(rank), "unknown") for rank in range(ranks)]
+
+
+def _is_connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _cpus_and_gpus(resources: Mapping[str, float]) -> dict[str, float]:

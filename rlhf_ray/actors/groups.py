@@ -16,6 +16,7 @@ from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
+from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
@@ -44,14 +45,18 @@ class Group:
         return SharedBatch(batch, self.ranks.share(batch))
 
     def setup(self, setup: WorkerSetup, *, timeout_s: float) -> Pending[str]:
-        """Load the models; every rank meets at rank 0's address. The value is rank 0's load report."""
-        address = (
-            self._everywhere("rendezvous", timeout_s=timeout_s, key=START_TIMEOUT).result()[0]
-            if self.size > 1
-            else None
-        )
-        setup = replace(setup, address=address)
+        """Load the models; ranks meet where rank 0 listens. The value is rank 0's load report."""
+        if self.size > 1:
+            setup = replace(setup, rendezvous=self._rendezvous(timeout_s))
         return self._everywhere("setup", setup, timeout_s=timeout_s, key=START_TIMEOUT).then(self._remember)
+
+    def _rendezvous(self, timeout_s: float) -> tuple[str, int] | None:
+        """Address and port where rank 0 listens from now on; only ranks on several nodes need more than loopback."""
+        addresses = self._everywhere("node_address", timeout_s=timeout_s, key=START_TIMEOUT).result()
+        address = LOOPBACK if len(set(addresses)) == 1 else addresses[0]
+        held = self._everywhere("hold_rendezvous", address, timeout_s=timeout_s, key=START_TIMEOUT)
+        port = held.result()[0]
+        return None if port is None else (address, port)
 
     def _remember(self, lines: list[str]) -> str:
         self.report_line = lines[0]

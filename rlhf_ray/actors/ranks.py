@@ -4,7 +4,8 @@ Invariants:
 
 - A call reaches every rank, has a deadline, and ends in one value per rank (in rank order) or in one typed error that names
   role, rank, phase and cause.
-- The first rank that fails ends the call at once, because its peers may be waiting in a collective that never completes.
+- The first rank that fails ends the call, because its peers may be waiting in a collective that never completes. Where a rank
+  died, the error is about that rank and its node, whichever peer noticed first.
 - Calls from several threads reach all ranks in the same order. Otherwise ranks would meet in different collectives.
 - Nothing here knows what the ranks compute.
 """
@@ -17,12 +18,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from rlhf_ray.errors import DeadlineError, GroupError, RlhfRayError
+from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, RlhfRayError
 from rlhf_ray.pending import Pending
 
 CALL_TIMEOUT = "cluster.call_timeout_s"
 START_TIMEOUT = "cluster.start_timeout_s"
 """Keys of how long a call may take, and how long loading a model may."""
+DEATH_SHOWS_S = 4.0
+"""How long after a node was killed Ray may take to say so of its actors: it needs about two seconds."""
 
 
 class Ranks(Protocol):
@@ -98,11 +101,20 @@ class InProcessRanks:
 
 
 class RayRanks:
-    """Ray actors, one per rank."""
+    """Ray actors, one per rank. ``nodes`` says of each rank where it runs, for errors."""
 
-    def __init__(self, role: str, actors: Sequence[Any], *, timeout_s: float, on_stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        role: str,
+        actors: Sequence[Any],
+        *,
+        timeout_s: float,
+        on_stop: Callable[[], None],
+        nodes: Sequence[str] = (),
+    ) -> None:
         self.role = role
         self.actors = list(actors)
+        self.nodes = list(nodes)
         self.size = len(self.actors)
         self.timeout_s = timeout_s
         self._on_stop = on_stop
@@ -120,7 +132,7 @@ class RayRanks:
         references = self._submit(method, arguments)
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
-        return Pending(lambda: gather(references, self.role, phase or method, began, limit, name))
+        return Pending(lambda: self._gather(references, phase or method, began, limit, name))
 
     def call_shared(
         self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
@@ -148,29 +160,71 @@ class RayRanks:
                 raise GroupError(self.role, None, method, "its processes have been stopped")
             return [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
 
+    def _gather(self, references: Sequence[Any], phase: str, began: float, limit: float, key: str | None) -> list[Any]:
+        """The values of ``references`` in order, or the failure of the group as a typed error as soon as it is known.
 
-def gather(
-    references: Sequence[Any], role: str, phase: str, began: float, limit: float, key: str | None = None
-) -> list[Any]:
-    """Return the values of ``references`` in order, or raise the first failure as a typed error as soon as it is known.
+        They were asked for at ``began`` (monotonic seconds) and have ``limit`` seconds, which the config has under ``key``.
+        """
+        import ray
 
-    They were asked for at ``began`` (monotonic seconds) and have ``limit`` seconds, which the config has under ``key``.
-    """
-    import ray
+        ranks = {reference: rank for rank, reference in enumerate(references)}
+        values: dict[int, Any] = {}
+        waiting = list(references)
+        last_answer: float | None = None
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(began + limit - time.monotonic(), 0.0))
+            if not ready:
+                late = sorted(ranks[reference] for reference in waiting)
+                raise DeadlineError(self.role, late[0], phase, why_late(late, limit, key, last_answer))
+            last_answer = time.monotonic() - began
+            for reference in ready:
+                values[ranks[reference]] = self._value(reference, ranks[reference], phase)
+        return [values[rank] for rank in range(len(references))]
 
-    ranks = {reference: rank for rank, reference in enumerate(references)}
-    values: dict[int, Any] = {}
-    waiting = list(references)
-    last_answer: float | None = None
-    while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(began + limit - time.monotonic(), 0.0))
-        if not ready:
-            late = sorted(ranks[reference] for reference in waiting)
-            raise DeadlineError(role, late[0], phase, why_late(late, limit, key, last_answer))
-        last_answer = time.monotonic() - began
-        for reference in ready:
-            values[ranks[reference]] = _value(reference, role, ranks[reference], phase)
-    return [values[rank] for rank in range(len(references))]
+    def _value(self, reference: Any, rank: int, phase: str) -> Any:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+        try:
+            return ray.get(reference, timeout=60)
+        except RayTaskError as error:
+            if isinstance(error.cause, RlhfRayError):
+                raise error.cause from None
+            failure = GroupError(self.role, rank, phase, f"{error.cause!r}\n{error}")
+            raise self._dead_peer(failure) or failure from error
+        except RayActorError as error:
+            raise self._death(rank, phase, error) from error
+        except GetTimeoutError as error:
+            raise DeadlineError(self.role, rank, phase, "its result could not be fetched within 60 s") from error
+        except RayError as error:
+            raise GroupError(self.role, rank, phase, repr(error)) from error
+
+    def _death(self, rank: int, phase: str, error: Exception) -> DeadRankError:
+        where = f" on node {self.nodes[rank]}" if self.nodes else ""
+        return DeadRankError(self.role, rank, phase, f"its process{where} died: {error}")
+
+    def _dead_peer(self, failure: GroupError) -> DeadRankError | None:
+        """The death that ``failure`` is a consequence of, if there is one: a peer notices before Ray does, in a collective.
+
+        A peer that lives and is busy does not answer, so this waits ``DEATH_SHOWS_S`` where no rank has died.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayError
+
+        peers = {actor.__ray_ready__.remote(): rank for rank, actor in enumerate(self.actors) if rank != failure.rank}
+        waiting, deadline = list(peers), time.monotonic() + DEATH_SHOWS_S
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                break
+            try:
+                ray.get(ready)
+            except RayActorError as error:
+                noticed = f"{error}\nRank {failure.rank} noticed: {failure.cause.partition(chr(10))[0]}"
+                return self._death(peers[ready[0]], failure.phase, RuntimeError(noticed))
+            except RayError:
+                continue
+        return None
 
 
 def why_late(late: Sequence[int], limit: float, key: str | None, last_answer: float | None) -> str:
@@ -181,21 +235,3 @@ def why_late(late: Sequence[int], limit: float, key: str | None, last_answer: fl
     if key is None:
         return text
     return f"{text}. If they were still at work, raise {key}; if they hang, their logs say where"
-
-
-def _value(reference: Any, role: str, rank: int, phase: str) -> Any:
-    import ray
-    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-
-    try:
-        return ray.get(reference, timeout=60)
-    except RayTaskError as error:
-        if isinstance(error.cause, RlhfRayError):
-            raise error.cause from None
-        raise GroupError(role, rank, phase, f"{error.cause!r}\n{error}") from error
-    except RayActorError as error:
-        raise GroupError(role, rank, phase, f"its process died: {error}") from error
-    except GetTimeoutError as error:
-        raise DeadlineError(role, rank, phase, "its result could not be fetched within 60 s") from error
-    except RayError as error:
-        raise GroupError(role, rank, phase, repr(error)) from error

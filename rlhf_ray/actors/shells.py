@@ -1,7 +1,7 @@
 """The workers as Ray actors: the same methods, each rank in a process of its own.
 
-Invariant: an actor adds to its worker only a name, a lane of its own for health checks, so that a rank inside a collective
-still answers, and handles for results that stay in the object store.
+Invariant: an actor adds to its worker only a name, the address of its node, a lane of its own for health checks, so that a
+rank inside a collective still answers, and handles for results that stay in the object store.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class RankShell(Worker):
     @_in_health_lane
     def health(self) -> dict[str, Any]:
         return super().health()
+
+    def node_address(self) -> str:
+        return str(ray.util.get_node_ip_address())
 
     def run_and_share(self, method: str, *arguments: Any) -> list[Any]:
         """Run ``method`` and keep its result in the object store; a list, so that the handle travels and not the value."""

@@ -19,5 +19,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "destroy_process_group": ".distributed",
         "init_process_group": ".distributed",
         "learning_rate": ".schedules",
+        "rendezvous": ".distributed",
     },
 )

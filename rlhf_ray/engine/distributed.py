@@ -1,36 +1,65 @@
 """The process group that the ranks of one role form, and decisions that they take together.
 
 Invariants: every collective operation has a deadline, after which it raises instead of waiting. A decision taken here is the
-same on every rank.
+same on every rank. Ranks meet at a port that one of them holds from the moment it is chosen, and that listens at one address
+alone; a lone rank meets nobody and opens none.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # documented, but not in its types
 
+from rlhf_ray import environment
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.network import LOOPBACK, variables_at
+
+TIMEOUT_S = 600.0
+BACKLOG = 2048
+
+
+def rendezvous(rank: int, world_size: int, address: str, port: int = 0, *, timeout_s: float = TIMEOUT_S) -> TCPStore:
+    """Where a group of ranks meets: rank 0 holds it and listens at ``address`` only, the others join it.
+
+    At port 0 rank 0 takes a free one, which is the ``port`` of what this returns. Raises ``OSError`` on rank 0 if ``address``
+    is none of this machine's or the port is taken; on others ``DistNetworkError`` if rank 0 is out of reach for ``timeout_s``.
+    """
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "wait_for_workers": False}
+    if rank != 0:
+        return TCPStore(address, port, world_size, is_master=False, **options)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+        port = listener.getsockname()[1]
+        # By itself the store would listen at every address of the machine. It closes the socket that it is given.
+        return TCPStore(address, port, world_size, is_master=True, master_listen_fd=listener.detach(), **options)
 
 
 def init_process_group(
-    rank: int, world_size: int, master_addr: str, master_port: int, *, local_rank: int = 0, timeout_s: float = 600.0
+    rank: int,
+    world_size: int,
+    store: dist.Store | None,
+    *,
+    address: str = LOOPBACK,
+    local_rank: int = 0,
+    timeout_s: float = TIMEOUT_S,
 ) -> None:
-    """Join the group of ``world_size`` ranks that meets at ``master_addr:master_port``: over nccl on a GPU, else gloo.
+    """Join the group of ``world_size`` ranks that meets at ``store`` (none for a lone rank): over nccl on a GPU, else gloo.
 
+    ``address`` is this machine's among those of the group: it says which interface to use, unless the user has said so.
     ``local_rank`` is the index of this rank's device among those it sees: 0 in a Ray actor, which sees only its own.
     ``timeout_s`` is the deadline of every collective operation, in seconds.
     """
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(local_rank),
-        "MASTER_ADDR": master_addr,
-        "MASTER_PORT": str(master_port),
-    }
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+    environment.prepare(variables_at(address))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -38,7 +67,7 @@ def init_process_group(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"tcp://{master_addr}:{master_port}",
+        store=HashStore() if store is None else store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

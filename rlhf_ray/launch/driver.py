@@ -32,6 +32,7 @@ from rlhf_ray.errors import (
 from rlhf_ray.imports import import_object, quick_imports
 from rlhf_ray.processes import lifeline
 from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run
 from rlhf_ray.runs.resuming import resume_run
@@ -109,7 +110,7 @@ def continue_run(
             close_run(run, keep_commit=config.checkpoint.every_steps != 0)
             get_logger().info("the run was trained and evaluated; its report was missing: %s", run.report_path)
         else:
-            run_trainer(config, run, resumed.checkpoint, place=place)
+            run_trainer(on_its_cluster(config, run), run, resumed.checkpoint, place=place)
     finally:
         run.release()
 

@@ -29,6 +29,7 @@ from rlhf_ray.planning.capacity import needed, offered_here, require_fit
 from rlhf_ray.processes import lifeline
 from rlhf_ray.processes.child import Ended, run_child
 from rlhf_ray.runs.checkpoints import CheckpointStore
+from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.resuming import plan_continuation
 from rlhf_ray.runs.trust import refuse_untrusted
@@ -65,7 +66,7 @@ def resume_run(
     if continuation is None:
         return EXIT_DONE
     directory, config = run.path.absolute(), continuation.config
-    _require_room(config)
+    _require_room(on_its_cluster(config, run))
     changed = [*overrides, *(word for key in accept for word in ("--accept", key))]
     ended = _run_resuming_driver(driver, directory, changed)
     return _restart_until_final(ended, directory, config.run.max_restarts, driver, dump_config(config), changed)

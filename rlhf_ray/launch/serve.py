@@ -7,7 +7,6 @@ process ends it; a stopped service leaves no process behind. Only with ``--detac
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.console import get_logger, write_result
 from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError, StorageError
+from rlhf_ray.network import cluster_address
 from rlhf_ray.processes.interrupts import interruptible
 from rlhf_ray.serving.auth import require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
@@ -39,7 +39,7 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
     """Serve until SIGINT or SIGTERM; with ``detach`` return as soon as it answers and leave it running."""
     require_closed(config.host, read_tokens(config.token_file))
     config = with_absolute_paths(config, Path.cwd())  # the gateway and its ranks have other working directories
-    if detach and config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+    if detach and cluster_address(config.cluster.address) is None:
         raise RequestError(
             "--detach leaves the service on a Ray cluster, but this command would start one and take it along when it "
             "ends: start one (ray start --head) and give cluster.address=auto"
@@ -69,7 +69,7 @@ def reload(config: ServeConfig, given: Collection[str]) -> int:
             f"{', '.join(ignored)}: --reload changes the model alone, and the rest of a service stays as it was started "
             f"({', '.join(RELOADED)} say which model and where): leave it out, or start another service"
         )
-    if config.cluster.address is None and "RAY_ADDRESS" not in os.environ:
+    if cluster_address(config.cluster.address) is None:
         raise RequestError("--reload changes a service that runs on a Ray cluster: give cluster.address=auto")
     model = with_absolute_paths(config, Path.cwd()).reward.model
     if model.path is None:

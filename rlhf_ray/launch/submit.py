@@ -13,6 +13,7 @@ import secrets
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,56 @@ STOP_WAIT, SECONDS_TO_COMMIT = "RAY_JOB_STOP_WAIT_TIME_S", "600"
 def submit(config: Job, *, address: str | None, wait: bool) -> int:
     """Submit ``config``; with ``wait`` stream its log and return the driver's exit code."""
     config = with_absolute_paths(config.to_train(), Path.cwd())
+    metadata = {"run": config.run.name, "kind": config.kind}
+    words = ["train", config.kind, CONFIG_NAME]
+    return _send(words, metadata, run_directory(config), address, wait, files={CONFIG_NAME: dump_config(config)})
+
+
+def submit_resume(directory: str, changes: Sequence[str] = (), *, address: str | None, wait: bool) -> int:
+    """Let the cluster resume the run in ``directory``, which it must see under the same name; the rest as in :func:`submit`.
+
+    ``changes`` are the words that ``rlhf-ray resume`` takes besides.
+    """
+    run = Path(directory).expanduser().absolute()
+    if run.exists():
+        RunDirectory.open(run)
+    elif Path(directory).is_absolute():
+        get_logger().info("this machine does not see %s: the cluster will say whether it is a run", run)
+    else:
+        raise RequestError(f"{directory} is not here: give --resume the whole path that the run has on the cluster")
+    return _send(["resume", str(run), *changes], {"run": run.name, "kind": "resume"}, run, address, wait)
+
+
+def _send(
+    words: Sequence[str],
+    metadata: dict[str, str],
+    run: Path,
+    address: str | None,
+    wait: bool,
+    files: Mapping[str, str] | None = None,
+) -> int:
+    """Submit the command ``words`` with ``files`` beside it; ``run`` is the directory of its run."""
     variables = {"RAY_USAGE_STATS_ENABLED": "0", SAYS_EXIT_CODE: "1", STOP_WAIT: _time_to_stop()}
     given = (address, *(os.environ.get(name) for name in ADDRESS_VARIABLES), DEFAULT_ADDRESS)
     server = JobServer(next(filter(None, given)))
     job = f"raysubmit_{secrets.token_hex(8)}"
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / CONFIG_NAME).write_text(dump_config(config))
+        for name, text in (files or {}).items():
+            (Path(directory) / name).write_text(text)
         try:
             server.submit(
                 job,
-                entrypoint=shlex.join(["python", "-m", "rlhf_ray", "train", config.kind, CONFIG_NAME]),
+                entrypoint=shlex.join(["python", "-m", "rlhf_ray", *words]),
                 runtime_env={"working_dir": directory, "env_vars": variables},
-                metadata={"run": config.run.name, "kind": config.kind},
+                metadata=metadata,
             )
         except Interrupted as error:
             raise error.saying(f"{job} may have been submitted: {_to_stop(server, job)}") from None
-    get_logger().info("submitted %s: run %s, %s", job, config.run.name, config.kind)
+    get_logger().info("submitted %s: run %s, %s", job, metadata["run"], metadata["kind"])
     if not wait:
         say(job)
         return EXIT_DONE
-    return watch(server, job, run_directory(config))
+    return watch(server, job, run)
 
 
 def watch(server: Server, job: str, run: Path) -> int:

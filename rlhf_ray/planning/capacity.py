@@ -6,7 +6,6 @@ needs and what is free. Sums are exact in Ray's own unit, a ten-thousandth of a 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
+from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.processors import processors
 
 UNIT = 10_000
@@ -43,7 +43,7 @@ def needed(config: Job) -> list[Bundle]:
 
 def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
     """What Ray will offer if the job starts it on this machine; none if the job joins a running cluster."""
-    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
+    if cluster_address(cluster.address) is not None:
         return None
     gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
     return {"CPU": float(cluster.num_cpus or processors()), "GPU": gpus}

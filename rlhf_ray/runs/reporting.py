@@ -15,6 +15,7 @@ from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.writing import write_value
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.page import RunReport, render_report
+from rlhf_ray.runs.clusters import remembered
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.storage.output import OutputFile
 
@@ -52,6 +53,9 @@ def status(run: RunDirectory) -> dict[str, str]:
     rows = {"run": str(run.path), "state": _state(run), **_facts(run)}
     if lines:
         rows["last line"] = f"{_duration(time.time() - lines[-1]['timestamp'])} ago"
+    cluster = remembered(run)
+    if cluster is not None:
+        rows["cluster"] = f"{cluster.address} ({cluster.session})"
     rows["last commit"] = f"step {checkpoints[-1]}" if checkpoints else "none"
     return rows
 
@@ -66,7 +70,8 @@ def _state(run: RunDirectory) -> str:
     steps = run.checkpoints.steps()
     if steps and run.final_step() == steps[-1]:
         return f"trained, final/ is written; its last evaluation and its report are missing: rlhf-ray resume {run.path}"
-    return f"stopped; go on with: rlhf-ray resume {run.path}"
+    elsewhere = "" if remembered(run) is None else f" on a node of its cluster, or rlhf-ray submit --resume {run.path}"
+    return f"stopped; go on with: rlhf-ray resume {run.path}{elsewhere}"
 
 
 def _read_run(run: RunDirectory) -> RunReport:

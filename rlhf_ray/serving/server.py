@@ -18,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rlhf_ray.errors import RequestError, RlhfRayError
+from rlhf_ray.network import is_every_address, outward_address
 from rlhf_ray.serving.transport.connection import Connection, ConnectionLimits
 
 BACKLOG = 2048
@@ -51,8 +52,11 @@ class WebServer:
             raise RequestError(
                 f"{host}:{port} cannot be listened on ({reason}): choose another host or port (port=0 takes a free one)"
             ) from error
-        bound = self._socket.getsockname()[1]
+        listens_at, bound = self._socket.getsockname()[:2]
+        if is_every_address(listens_at):
+            host, family = outward_address(), socket.AF_INET
         self.address = f"http://[{host}]:{bound}" if family == socket.AF_INET6 else f"http://{host}:{bound}"
+        """Where others reach the server, or this machine alone if it listens on loopback."""
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 

@@ -57,6 +57,11 @@ class JsonLines:
         whole, _, _torn = read_bytes(self.path).rpartition(b"\n")
         return [self._parse(raw, number) for number, raw in enumerate(whole.split(b"\n"), 1) if raw]
 
+    def amend_last(self, values: Mapping[str, Any]) -> None:
+        """Add ``values`` to the last line, which is there."""
+        lines = self.read()
+        write_file(self.path, b"".join(map(_render, [*lines[:-1], {**lines[-1], **values}])))
+
     def keep(self, is_valid: Callable[[Line], bool], void: JsonLines) -> int:
         """Keep the valid lines and move the others to the end of ``void``; returns how many moved.
 

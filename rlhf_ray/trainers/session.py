@@ -1,11 +1,13 @@
 """Start the groups of ranks that a training run needs, on a Ray cluster or in this process.
 
-Invariants: the same code runs in both places. Leaving the ``with`` block ends every process that the session started.
+Invariants: the same code runs in both places. Leaving the ``with`` block ends every process that the session started. A run
+remembers the cluster that it joined, and no rank writes before its node is known to see the run directory.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 
 from rlhf_ray.actors.cluster import Cluster
@@ -22,13 +24,17 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.runs import clusters
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.shared import SharedFile
 
 
 class Session:
     """Starts the groups of one run. Without ``place`` the session joins or starts the Ray cluster of the config."""
 
-    def __init__(self, config: TrainingJob, *, place: Place | None = None) -> None:
+    def __init__(self, config: TrainingJob, run: RunDirectory, *, place: Place | None = None) -> None:
         self.config = config
+        self._run = run
         self.seed = config.run.seed
         self._longest = config.longest_sequence()
         self.cleanup = ExitStack()
@@ -41,6 +47,7 @@ class Session:
     def __enter__(self) -> Session:
         if self._cluster is not None:
             self._place = self._cluster.__enter__()
+            clusters.remember(self._run, self._cluster.joined)
         return self
 
     def __exit__(
@@ -59,10 +66,19 @@ class Session:
         assert self._place is not None, "a session starts groups inside its with block"
         return self._place
 
+    @property
+    def _shared(self) -> SharedFile:
+        return SharedFile.at(self._run.attempts.path)
+
     def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> PlacedGroup[PolicyGroup]:
         """Place a policy that learns for ``total_updates`` updates; ``temperature`` is that of its log-probs."""
         setup = LanguageSetup(
-            role, self.seed, total_updates=total_updates, temperature=temperature, longest=self._longest
+            role,
+            self.seed,
+            total_updates=total_updates,
+            temperature=temperature,
+            shared=self._shared,
+            longest=self._longest,
         )
         return place_group(self.place, "policy", PolicyGroup, setup)
 
@@ -73,7 +89,7 @@ class Session:
 
     def critic(self, role: RoleConfig, *, total_updates: int) -> PlacedGroup[CriticGroup]:
         """Place a critic that learns for ``total_updates`` updates."""
-        setup = WorkerSetup(role, self.seed, total_updates=total_updates, longest=self._longest)
+        setup = WorkerSetup(role, self.seed, total_updates=total_updates, shared=self._shared, longest=self._longest)
         return place_group(self.place, "critic", CriticGroup, setup)
 
     def reward(self, role: RoleConfig, *, max_tokens: int, max_item_tokens: int, name: str) -> PlacedGroup[RewardGroup]:
@@ -83,7 +99,9 @@ class Session:
 
     def trained_reward(self, role: RoleConfig, *, total_updates: int, routers: bool) -> PlacedGroup[TrainedRewardGroup]:
         """Place a reward model that learns; ``routers`` says that the loss reads the routers of experts."""
-        setup = TrainedRewardSetup(role, self.seed, total_updates=total_updates, routers=routers, longest=self._longest)
+        setup = TrainedRewardSetup(
+            role, self.seed, total_updates=total_updates, routers=routers, shared=self._shared, longest=self._longest
+        )
         return place_group(self.place, "trained_reward", TrainedRewardGroup, setup)
 
     def engines(self, config: RolloutConfig) -> list[Ranks]:
@@ -99,6 +117,7 @@ class Session:
     def fleet(self, engines: list[Ranks], setup: RolloutSetup) -> Fleet:
         """Load the model into all engines; they generate nothing before the first weight update."""
         timeout_s = self.place.config.start_timeout_s
+        setup = replace(setup, shared=self._shared)
         for loading in [engine.call("setup", [(setup,)], timeout_s=timeout_s, key=START_TIMEOUT) for engine in engines]:
             get_logger().info("rollout: %s", loading.result()[0])
         return Fleet([RanksHandle(engine) for engine in engines])

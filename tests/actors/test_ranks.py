@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,7 +15,7 @@ from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
-from rlhf_ray.errors import CapacityError, DeadlineError, GroupError, ModelLoadError
+from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, ModelLoadError
 from rlhf_ray.planning.capacity import Bundle
 
 
@@ -43,6 +45,18 @@ class Rank:
         if self.rank == 1:
             ray.actor.exit_actor()
 
+    def lose_rank_0(self, dies_s: float, fails_s: float, answered: bool) -> int:
+        """Rank 0 dies after ``dies_s``, in the call or when it has ``answered``; rank 1 fails after ``fails_s``."""
+        if self.rank == 1:
+            time.sleep(fails_s)
+            raise RuntimeError("Connection closed by peer")
+        if answered:
+            threading.Timer(dies_s, os._exit, [1]).start()
+        else:
+            time.sleep(dies_s)
+            os._exit(1)
+        return 0
+
     def run_and_share(self, method: str, *arguments: object) -> list[object]:
         return [ray.put(getattr(self, method)(*arguments))]
 
@@ -56,7 +70,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def ranks(cluster: Cluster) -> Iterator[RayRanks]:
     actors = [ray.remote(num_cpus=0)(Rank).remote(rank) for rank in range(2)]
-    group = RayRanks("policy", actors, timeout_s=60.0, on_stop=lambda: None)
+    nodes = ["10.0.0.1 (here)", "10.0.0.2 (there)"]
+    group = RayRanks("policy", actors, timeout_s=60.0, on_stop=lambda: None, nodes=nodes)
     yield group
     group.stop()
 
@@ -101,8 +116,25 @@ def test_a_call_past_its_deadline_names_the_late_ranks(ranks: RayRanks) -> None:
 
 
 def test_a_rank_whose_process_died_is_named(ranks: RayRanks) -> None:
-    with pytest.raises(GroupError, match="policy rank 1 failed in die: its process died"):
+    with pytest.raises(
+        GroupError, match=r"policy rank 1 failed in die: its process on node 10\.0\.0\.2 \(there\) died"
+    ):
         ranks.call("die", [(), ()]).result()
+
+
+@pytest.mark.parametrize(
+    ("dies_s", "fails_s", "answered"),
+    [(0.8, 0.2, False), (0.2, 0.6, True)],
+    ids=["in the call, which the peer notices before Ray does", "after it had answered"],
+)
+def test_a_death_is_told_of_the_rank_that_died_and_its_node_whichever_peer_noticed_first(
+    ranks: RayRanks, dies_s: float, fails_s: float, answered: bool
+) -> None:
+    ranks.call("double", [(0,), (0,)]).result()
+    wanted = r"policy rank 0 failed in update: its process on node 10\.0\.0\.1 \(here\) died"
+    with pytest.raises(DeadRankError, match=wanted) as caught:
+        ranks.call("lose_rank_0", [(dies_s, fails_s, answered)] * 2, phase="update").result()
+    assert "Rank 1 noticed: RuntimeError('Connection closed by peer')" in str(caught.value)
 
 
 def test_a_shared_result_stays_in_the_object_store_until_it_is_used(ranks: RayRanks) -> None:

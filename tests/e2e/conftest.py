@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+
+from rlhf_ray.network import is_loopback
 
 DEADLINE_S = 300
 MARK = "RLHF_RAY_END_TO_END"
@@ -39,6 +41,17 @@ def marked_processes(mark: str) -> dict[int, str]:
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                 commands[process.pid] = " ".join(process.info["cmdline"] or ())
     return commands
+
+
+def listening_beyond_loopback(processes: Iterable[psutil.Process]) -> set[tuple[str, int]]:
+    """Name and port of what these processes let other machines connect to."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            for one in process.net_connections(kind="inet"):
+                if one.status == psutil.CONN_LISTEN and not is_loopback(one.laddr.ip):
+                    found.add((process.name(), one.laddr.port))
+    return found
 
 
 def unheld_memory() -> set[str]:

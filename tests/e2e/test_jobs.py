@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.monitoring.registry import PHASES
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import DEADLINE_S, metrics
@@ -34,6 +35,7 @@ from tests.e2e.cutting_proxy import CuttingProxy
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "http://127.0.0.1:8299"
+GCS = "127.0.0.1:6399"
 START_TIMEOUT_S = 120.0
 WHOLE_STACK = Path(__file__).with_name("ppo_tiny.yaml")
 WRONG = ("data.world=null", "data.path=./gone.jsonl", "policy.model.make.tokenizer_from=world")
@@ -249,14 +251,20 @@ def test_a_stopped_job_commits_and_can_be_resumed(head, tmp_path):
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 75, message
     assert "was stopped and ended with 75" in message
-    assert run.checkpoints.steps() == [run.metrics.read()[-1]["step"]]
+    (commit,) = run.checkpoints.steps()
+    assert commit == run.metrics.read()[-1]["step"]
+    _shorten(run, commit)
+    done = head.run("rlhf_ray", "submit", "--resume", "runs/ended", "--address", ADDRESS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert run.metrics.read()[-1]["step"] == commit + 2 and run.final.is_dir()
 
 
 @with_tokens
 def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
-    """Over a joined cluster, whose connection takes SIGTERM for itself."""
-    long = (*SMALL, "epochs=300", "run.name=stopped", "cluster.address=127.0.0.1:6399")
-    process = head.start("rlhf_ray", "train", "sft", *long, cwd=tmp_path)
+    """Over a joined cluster, whose connection takes SIGTERM for itself, and which the run remembers when it goes on."""
+    long = (*SMALL, "epochs=300", "run.name=stopped")
+    joining = Head({**head.variables, "RAY_ADDRESS": GCS}, head.directory)
+    process = joining.start("rlhf_ray", "train", "sft", *long, cwd=tmp_path)
     run = RunDirectory(tmp_path / "runs/stopped")
     _wait_for(lambda: len(run.metrics.read()) >= 3, "no step was made")
     process.send_signal(signal.SIGTERM)
@@ -265,12 +273,52 @@ def test_a_stopped_run_commits_and_goes_on(head, tmp_path):
     (commit,) = run.checkpoints.steps()
     assert commit == run.metrics.read()[-1]["step"] < 600
     assert f"rlhf-ray resume {run.path}" in message
-    config = (run.path / "config.yaml").read_text()
-    (run.path / "config.yaml").write_text(config.replace("epochs: 300.0", f"epochs: {commit / 2 + 1}"))
+    _shorten(run, commit)
     done = head.run("rlhf_ray", "resume", "stopped", cwd=run.path.parent)
     assert done.returncode == 0, done.stderr
+    assert "joined the Ray cluster at" in done.stderr and "Started a local Ray" not in done.stderr
     assert [line["step"] for line in run.metrics.read() if "loss/sft" in line] == list(range(1, commit + 3))
     assert run.final.is_dir()
+
+
+def _shorten(run, commit):
+    """Let a run of 300 epochs end two steps after its commit."""
+    run.config_path.write_text(run.config_path.read_text().replace("epochs: 300.0", f"epochs: {commit / 2 + 1}"))
+
+
+OTHER_VERSION = (
+    "import ray; ray.__version__ = '2.0.0'; from rlhf_ray.launch.driver import main; raise SystemExit(main([]))"
+)
+
+
+@with_tokens
+def test_a_cluster_that_cannot_be_joined_is_a_sentence_and_leaves_no_run(head, tmp_path):
+    """Without the token, with another one, and with another Ray; each from a home without a token of its own."""
+    bare = {**head.variables, "RAY_ADDRESS": GCS, "HOME": str(tmp_path)}
+    without = {name: value for name, value in bare.items() if name != "RAY_AUTH_TOKEN"}
+    wrong = {**bare, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    train = ("rlhf_ray", "train", "sft", *SMALL, f"run.root={tmp_path}/runs")
+    running = {
+        "asks for a token, and this is not the one": Head(without, head.directory).start(
+            *train, "run.name=a", cwd=tmp_path
+        ),
+        "if it asks for a token, set RAY_AUTH_MODE": Head(wrong, head.directory).start(
+            *train, "run.name=b", cwd=tmp_path
+        ),
+    }
+    config = dump_config(load_config(SMALL[0], [*SMALL[1:], f"run.root={tmp_path}/runs", "run.name=other"]))
+    pipe = subprocess.PIPE
+    running["runs other versions than this process"] = subprocess.Popen(
+        [sys.executable, "-c", OTHER_VERSION], env=bare, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path
+    )
+    ended = {
+        sentence: (process.communicate(config if process.stdin else None, timeout=DEADLINE_S)[1], process.returncode)
+        for sentence, process in running.items()
+    }
+    for sentence, (message, code) in ended.items():
+        assert code == 2, message
+        assert f"the Ray cluster at {GCS}" in message and sentence in message and "Traceback" not in message
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @with_tokens

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.runs.directory import RunDirectory
-from tests.e2e.conftest import DEADLINE_S, command, metrics, run
+from tests.e2e.conftest import DEADLINE_S, command, listening_beyond_loopback, metrics, run
 
 pytestmark = pytest.mark.early
 
@@ -74,6 +74,9 @@ def kill_inside_step_five(root: Path) -> None:
     while not (ledger.exists() and ledger.read_text().count("\n") >= 5):
         assert parent.poll() is None and time.monotonic() < deadline, "the run ended before step 5"
         time.sleep(0.002)
+    running = psutil.Process(parent.pid).children(recursive=True)
+    assert any("RolloutActor" in process.name() for process in running)
+    assert not listening_beyond_loopback(running), "a run lets other machines connect to it"
     (driver,) = [child for child in psutil.Process(parent.pid).children() if "driver" in " ".join(child.cmdline())]
     os.kill(driver.pid, signal.SIGKILL)
     assert parent.wait(timeout=60) == 1

@@ -4,6 +4,7 @@ in any process, and leaves nothing behind when it is told to stop.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,9 @@ import httpx
 import psutil
 import pytest
 
+from rlhf_ray.network import outward_address
 from rlhf_ray.rewards import RewardClient, ScoreRequest
+from tests.e2e.conftest import listening_beyond_loopback
 
 from ..serving.reward_models import BOS, EOS, MEAN, STD, Reference, save_reward_model
 
@@ -38,9 +41,17 @@ class Service:
     log: Path
     mark: str
 
-    def processes(self) -> list[str]:
-        """Everything that it started and that lives."""
-        return [" ".join(process.cmdline())[:80] for process in psutil.process_iter() if self._mine(process)]
+    def processes(self) -> list[psutil.Process]:
+        """Everything that it started and that lives, itself included."""
+        return [process for process in psutil.process_iter() if self._mine(process)]
+
+    def commands(self) -> list[str]:
+        """The commands of its processes."""
+        commands = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                commands.append(" ".join(process.cmdline())[:80])
+        return commands
 
     def _mine(self, process: psutil.Process) -> bool:
         try:
@@ -60,7 +71,7 @@ def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     directory = tmp_path_factory.mktemp("service")
     tokens, log, mark = directory / "tokens", directory / "log", uuid.uuid4().hex
     tokens.write_text(f"test:{TOKEN}\n")
-    options = ["port=0", "cluster.num_cpus=1", "cluster.object_store_mb=80", "run.name=serve-test"]
+    options = ["--host", "0.0.0.0", "port=0", "cluster.num_cpus=1", "cluster.object_store_mb=80", "run.name=serve-test"]
     command = [sys.executable, "-m", "rlhf_ray", "serve", str(model), "--token-file", str(tokens), *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("w") as stderr:
@@ -85,6 +96,14 @@ def read_address(process: subprocess.Popen[str], log: Path) -> str:
     pytest.fail(f"serve ended without an address:\n{log.read_text()}")
 
 
+def test_nothing_but_the_port_asked_for_listens_beyond_this_machine(service: Service) -> None:
+    """Ray's ports, the rendezvous of the ranks and the metrics agents included; others reach it at the address it prints."""
+    host, _, port = service.address.removeprefix("http://").partition(":")
+    assert host == outward_address()
+    open_ports = listening_beyond_loopback(service.processes())
+    assert {number for _, number in open_ports} == {int(port)}, open_ports
+
+
 def test_it_serves_the_models_scores_and_leaves_nothing(service: Service, model: Path) -> None:
     reference = Reference(model)
     expected = [pytest.approx(reference.of_text(text), rel=0, abs=1e-5) for text in TEXTS]
@@ -107,7 +126,7 @@ def test_it_serves_the_models_scores_and_leaves_nothing(service: Service, model:
     assert by_ids.reward == pytest.approx((by_ids.raw - MEAN) / STD)
     assert "outside the reward model's vocabulary" in str(bad.error)
 
-    assert any("RewardModelActor" in line for line in service.processes()), "a reward actor of Ray scores"
+    assert any("RewardModelActor" in line for line in service.commands()), "a reward actor of Ray scores"
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(timeout=STOP_S) == 0, service.log.read_text()
     assert gone(service) == []
@@ -118,6 +137,6 @@ def test_it_serves_the_models_scores_and_leaves_nothing(service: Service, model:
 def gone(service: Service) -> list[str]:
     """What is left once processes that were told to end had time to."""
     deadline = time.monotonic() + 10
-    while (left := service.processes()) and time.monotonic() < deadline:
+    while (left := service.commands()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left

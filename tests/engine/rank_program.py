@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from inspect_engine import bits, digest, first_gradient, same_bits, steps, weights
 from torch import Tensor
@@ -36,7 +38,7 @@ from toy import (
 )
 
 from rlhf_ray.algorithms.losses import LossOutput
-from rlhf_ray.engine import Applied, Engine, deepspeed_config, destroy_process_group, init_process_group
+from rlhf_ray.engine import Applied, Engine, deepspeed_config, destroy_process_group, init_process_group, rendezvous
 from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.errors import RlhfRayError
 
@@ -341,7 +343,7 @@ def inference(program: Program, zero: int, dtype: str) -> Measured:
 
 def abandoned(rank: int, world: int, port: int) -> Measured:
     """A rank whose peer stays away from a collective gets an error at the deadline."""
-    init_process_group(rank, world, "127.0.0.1", port, timeout_s=5)
+    init_process_group(rank, world, rendezvous(rank, world, "127.0.0.1", port), timeout_s=5)
     started, error = time.monotonic(), ""
     if rank == 0:
         try:
@@ -352,6 +354,15 @@ def abandoned(rank: int, world: int, port: int) -> Measured:
         time.sleep(10)
     destroy_process_group()
     return {"seconds": time.monotonic() - started, "error": error}
+
+
+def _listening() -> Measured:
+    """Where this process listens, once its group has met."""
+    connections = psutil.Process().net_connections(kind="inet")
+    return {
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        "at": sorted(one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN),
+    }
 
 
 def _agree_on_a_free_port(rank: int) -> int:
@@ -396,8 +407,8 @@ def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
 def main(rank: int, world: int, port: int, directory: Path) -> None:
     """Run all scenarios."""
     torch.set_num_threads(1)
-    init_process_group(rank, world, "127.0.0.1", port, timeout_s=120)
-    program, measured = Program(rank, world, directory), {}
+    init_process_group(rank, world, rendezvous(rank, world, "127.0.0.1", port) if world > 1 else None, timeout_s=120)
+    program, measured = Program(rank, world, directory), {"listening": _listening()}
     gc.collect()
     gc.freeze()  # DeepSpeed collects garbage at every start of an engine; what was imported need not be walked again
     for name, run in scenarios(program):

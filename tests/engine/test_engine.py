@@ -17,9 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import rlhf_ray
+from rlhf_ray.engine import rendezvous
+from rlhf_ray.network import LOOPBACK, interface_with, is_loopback
 
 pytestmark = pytest.mark.early
 
@@ -239,3 +242,23 @@ def test_weights_come_by_their_names_on_disk_as_often_as_asked(case: str, pair: 
 
 def test_a_rank_whose_peer_stays_away_stops_at_the_deadline(pair: Ranks) -> None:
     assert pair[0]["deadline"]["error"] and 4.0 < pair[0]["deadline"]["seconds"] < 9.0
+
+
+def test_ranks_that_meet_on_this_machine_let_no_other_connect(ranks: Ranks) -> None:
+    listening = [address for rank in ranks for address in rank["listening"]["at"]]
+    assert all(is_loopback(address) for address in listening), listening
+    assert {rank["listening"]["interface"] for rank in ranks} == {interface_with(LOOPBACK)}
+
+
+def test_the_port_of_a_rendezvous_is_held_from_the_moment_it_is_chosen() -> None:
+    store = rendezvous(0, 2, LOOPBACK)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind((LOOPBACK, store.port))
+    listening = {
+        one.laddr
+        for one in psutil.Process().net_connections(kind="inet")
+        if one.laddr.port == store.port and not one.raddr
+    }
+    assert listening == {(LOOPBACK, store.port)}
+    store.set("from", "rank 0")
+    assert rendezvous(1, 2, LOOPBACK, store.port).get("from") == b"rank 0"

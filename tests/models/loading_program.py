@@ -52,7 +52,7 @@ class Peak(threading.Thread):
 def setup(path: Path, port: int, kind: type[LanguageSetup | RewardSetup]) -> Any:
     model = {"path": str(path), "dtype": "bf16", "head_init": "zero"}
     role = RoleConfig.model_validate({"model": model, "engine": {"zero": 3}, "ranks": WORLD})
-    return kind(role, seed=0, address=f"127.0.0.1:{port}")
+    return kind(role, seed=0, rendezvous=("127.0.0.1", port))
 
 
 def close(worker: ReferenceWorker | RewardWorker) -> int:
@@ -71,12 +71,14 @@ def main(rank: int, port: int, directory: Path) -> None:
     peaks = {}
     for family, kind, needs in (("llama", ReferenceWorker, LanguageSetup), ("mixtral", RewardWorker, RewardSetup)):
         tiny, worker = kind(rank, WORLD), kind(rank, WORLD)
+        tiny.hold_rendezvous("127.0.0.1", port)
         tiny.setup(setup(directory / f"{family} tiny", port, needs))  # imports what loading needs
         port = close(tiny)
         del tiny
         gc.collect()
         peak = Peak()
         peak.start()
+        worker.hold_rendezvous("127.0.0.1", port)
         worker.setup(setup(directory / family, port, needs))
         peaks[family] = peak.stop()
         port = close(worker)

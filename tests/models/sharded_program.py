@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.engine import Engine, destroy_process_group, init_process_group
+from rlhf_ray.engine import Engine, destroy_process_group, init_process_group, rendezvous
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models import load_regression
@@ -189,7 +189,7 @@ def refusals(directory: Path) -> list[str]:
 
 def main(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
-    init_process_group(rank, WORLD, "127.0.0.1", port, timeout_s=60.0)
+    init_process_group(rank, WORLD, rendezvous(rank, WORLD, "127.0.0.1", port), timeout_s=60.0)
     log_probs.LOGITS_AT_ONCE, log_probs.FEWEST_TOKENS_AT_ONCE = 1, 3  # ten chunks on one rank, one on the other
     batch = ragged(rank)
     measured: dict[str, Any] = {"tokens": [batch["token_ids"].tolist(), batch.offsets.tolist()]}

@@ -16,6 +16,7 @@ import pytest
 
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import RequestError
+from rlhf_ray.network import outward_address
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.server import WebServer
 from rlhf_ray.serving.transport.connection import MAX_HEADER_BYTES, ConnectionLimits
@@ -163,3 +164,14 @@ def test_headers_without_end_are_not_read(server: WebServer, config: Callable[..
         with pytest.raises(OSError):
             for _ in range(1000):
                 endless.sendall(b"x" * MAX_HEADER_BYTES)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0"])
+def test_a_server_at_every_address_says_one_at_which_others_reach_it(host: str) -> None:
+    server = WebServer(host, 0)
+    try:
+        url = httpx.URL(server.address)
+        assert url.host == outward_address()
+        assert url.port is not None and url.port > 0
+    finally:
+        server.stop()

@@ -19,7 +19,11 @@ HALF = ((3, "bf16"),)
 
 
 def measure(
-    rank: int, world: int, directory: Path, stages: tuple[tuple[int, str], ...], address: str | None = None
+    rank: int,
+    world: int,
+    directory: Path,
+    stages: tuple[tuple[int, str], ...],
+    rendezvous: tuple[str, int] | None = None,
 ) -> dict[str, Any]:
     """This rank's share of the losses of every update and of the held-out scores, by stage and dtype."""
     from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup, TrainedRewardWorker
@@ -39,11 +43,13 @@ def measure(
     class Rank(TrainedRewardWorker):
         """A worker that meets its group once, for all stages."""
 
-        def _meet(self, address: str | None) -> None:
+        def _meet(self, rendezvous: tuple[str, int] | None) -> None:
             import torch.distributed as dist
 
             if not dist.is_initialized():
-                super()._meet(address)
+                if rendezvous is not None:
+                    self.hold_rendezvous(*rendezvous)
+                super()._meet(rendezvous)
 
     rows = World(5).preferences(UPDATES * PAIRS + HELD_OUT)
     encoded = encode_pairs(ChatFormat(make_tokenizer("world")), rows, 80, Drops())
@@ -57,7 +63,7 @@ def measure(
             engine=EngineConfig(zero=zero, optimizer=optimizer),
         )
         worker = Rank(rank, world)
-        worker.setup(TrainedRewardSetup(role, seed=1, total_updates=UPDATES, address=address))
+        worker.setup(TrainedRewardSetup(role, seed=1, total_updates=UPDATES, rendezvous=rendezvous))
         packs = deal_packs(held_out.lengths.tolist(), ranks=world, max_tokens=BUDGET, unit=2).rank(rank)
         scores = {
             str(i): float(s) for ids, part in worker.scores(held_out, packs) for i, s in zip(ids, part, strict=True)
@@ -75,7 +81,7 @@ def measure(
 
 def main(rank: int, world: int, port: int, directory: Path) -> None:
     whole = tuple((zero, "fp32") for zero in STAGES)
-    measured = measure(rank, world, directory, whole + HALF, f"127.0.0.1:{port}")
+    measured = measure(rank, world, directory, whole + HALF, ("127.0.0.1", port))
     (directory / f"measured-{rank}.json").write_text(json.dumps(measured))
 
 

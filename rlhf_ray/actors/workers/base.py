@@ -9,7 +9,12 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from rlhf_ray.errors import StorageError
+from rlhf_ray.network import LOOPBACK
+from rlhf_ray.storage.shared import SharedFile
 
 
 class Worker:
@@ -26,12 +31,25 @@ class Worker:
         """Role, rank, current phase and process id."""
         return {"role": self.role, "rank": self.rank, "phase": self.phase, "pid": os.getpid()}
 
-    def rendezvous(self) -> str:
-        """A free ``host:port`` on this rank's machine, where the ranks of the group can meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return f"{socket.gethostbyname(socket.gethostname())}:{port}"
+    def node_address(self) -> str:
+        """The address at which other ranks reach this one's node; without Ray there is no other node."""
+        return LOOPBACK
+
+    def require_shared(self, file: SharedFile | None) -> None:
+        """Raise :class:`StorageError` if this rank's node does not see the run directory that ``file`` lies in."""
+        if file is not None and not file.is_seen():
+            raise StorageError(
+                f"node {self.node_address()} ({socket.gethostname()}) does not see the run directory "
+                f"{Path(file.path).parent}, where its {self.role} rank {self.rank} reads or writes: give run.root a directory "
+                "that all nodes share, on a network file system"
+            )
+
+    def hold_rendezvous(self, address: str, port: int = 0) -> int | None:
+        """On rank 0, listen at ``address`` for the group's other ranks from now on; returns the port.
+
+        None on other ranks, and where ranks do not meet because they share nothing but the requests.
+        """
+        return None
 
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:

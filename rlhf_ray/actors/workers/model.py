@@ -30,6 +30,8 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
+from rlhf_ray.network import LOOPBACK
+from rlhf_ray.storage.shared import SharedFile
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
 from rlhf_ray.trajectories.schedule import MicroBatch
@@ -52,8 +54,10 @@ class WorkerSetup:
     seed: int
     total_updates: int | None = None
     """Optimizer updates of the whole run, for the learning-rate schedule. None for a rank that does not train."""
-    address: str | None = None
-    """``host:port`` where the ranks meet. None for a single rank."""
+    rendezvous: tuple[str, int] | None = None
+    """Address and port where the ranks meet. None for a single rank."""
+    shared: SharedFile | None = None
+    """A file by which a rank that writes into the run directory tells whether its node sees it."""
     longest: int | None = None
     """Tokens of the longest sequence that the job may bring; None where each is looked at when it comes."""
 
@@ -101,11 +105,12 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
     def setup(self, setup: Setup) -> str:
         """Load the model and make the engine; returns the loader's one-line report."""
+        self.require_shared(setup.shared)
         self.config = setup.config
         self.settings = setup
         torch.set_num_threads(setup.config.resources.threads_per_rank)
         torch.manual_seed(setup.seed + self.rank)
-        self._meet(setup.address)
+        self._meet(setup.rendezvous)
         module, line = self._load(setup)
         self._read_the_longest(setup.longest)
         from rlhf_ray.engine.engine import Engine
@@ -121,12 +126,22 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         self.phase = "ready"
         return line
 
-    def _meet(self, address: str | None) -> None:
+    def hold_rendezvous(self, address: str, port: int = 0) -> int | None:
+        if self.rank != 0:
+            return None
+        self._store = distributed.rendezvous(self.rank, self.world_size, address, port)
+        return int(self._store.port)
+
+    def _meet(self, rendezvous: tuple[str, int] | None) -> None:
         """Join the group's other ranks. Single ranks of several roles in one process share one process group."""
-        if self.world_size == 1 and torch.distributed.is_initialized():
+        if self.world_size == 1:
+            if not torch.distributed.is_initialized():
+                distributed.init_process_group(self.rank, self.world_size, None)
             return
-        host, _, port = (address or self.rendezvous()).rpartition(":")
-        distributed.init_process_group(self.rank, self.world_size, host, int(port))
+        assert rendezvous is not None, "the driver says where several ranks meet"
+        store = self._store if self.rank == 0 else distributed.rendezvous(self.rank, self.world_size, *rendezvous)
+        address = LOOPBACK if rendezvous[0] == LOOPBACK else self.node_address()
+        distributed.init_process_group(self.rank, self.world_size, store, address=address)
 
     def _read_the_longest(self, longest: int | None) -> None:
         """Refuse a model with fewer positions: one that comes from a hub is first seen here."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_ray import environment
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.actors.workers.critic import RegressionWorker
 from rlhf_ray.actors.workers.model import Part, WorkerSetup
@@ -19,6 +20,7 @@ from rlhf_ray.actors.workers.request_scoring import RequestScorer, TextPairScore
 from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.console import get_logger
 from rlhf_ray.environment import keep_freed_memory
+from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import MicroBatch
@@ -143,6 +145,7 @@ class VllmRewardWorker(Worker):
         from rlhf_ray.models import load_tokenizer
         from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
+        environment.prepare(variables_at(LOOPBACK))
         model = setup.config.model
         tokenizer = load_tokenizer(model)
         self.runner = VllmScorer(

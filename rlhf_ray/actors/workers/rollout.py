@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray import environment
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.imports import quick_imports
+from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.wire import PublishedWeights
+from rlhf_ray.storage.shared import SharedFile
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class RolloutSetup:
     seed: int
     deterministic: bool
     weight_version: int = 0
+    shared: SharedFile | None = None
+    """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
 
 def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
@@ -68,6 +73,9 @@ class RolloutWorker(Worker):
 
     def setup(self, setup: RolloutSetup) -> str:
         """Start the engine; returns one line about it."""
+        self.require_shared(setup.shared)
+        alone = setup.config.tensor_parallel == 1
+        environment.prepare(variables_at(LOOPBACK if alone else self.node_address()))
         self.engine = make_engine(setup, self.rank)
         self.phase = "ready"
         return (

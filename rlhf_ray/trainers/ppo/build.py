@@ -47,7 +47,7 @@ def train_ppo(
     prompts = load_prompts(config.data, chat.tokenizer, config.run.seed, config.row_reader)
     ends = find_ends(config, chat, prompts)
     check_own_parts(config)
-    with Session(config, place=place) as session, Journal(run, config) as journal:
+    with Session(config, run, place=place) as session, Journal(run, config) as journal:
         trainer = build(config, run, session, journal, chat, ends, prompts, checkpoint)
         trainer.start()
         trainer.run()

@@ -41,7 +41,7 @@ def train_reward_model(
     task = Task(examples.train, make_pair_batch, loss, per_update, examples.parts, config.epochs, unit=2)
     updates = task.total_updates(checkpoint)
     max_tokens = config.reward.forward_tokens(config.batch)
-    with Session(config, place=place) as session:
+    with Session(config, run, place=place) as session:
         started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
         reward = started.load().result()
         held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None

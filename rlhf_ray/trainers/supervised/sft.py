@@ -30,7 +30,7 @@ def train_sft(
     size = config.batch.sequences_per_update
     task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts, config.epochs)
     updates = task.total_updates(checkpoint)
-    with Session(config, place=place) as session:
+    with Session(config, run, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
         with Journal(run, config) as journal:

@@ -1,0 +1,133 @@
+"""Joining a Ray cluster that runs, and starting one here.
+
+Invariants: an address where no cluster can be joined is one sentence within a bounded time; a Ray that is started here listens
+on this machine alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import RequestError
+from rlhf_ray.network import LOOPBACK, failure_to_reach, outward_address
+
+REACH_S = 5.0
+"""How long a cluster's address may take to accept a connection."""
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Makes Ray (2.60) take 127.0.0.1 for the node's address, and bind every port there. By itself it does so on Windows and macOS
+only, and opens eleven ports at all addresses here; no option of ``ray.init`` closes them. Read when Ray is imported."""
+ONE_ATTEMPT = {"RAY_gcs_server_port_wait_time_s": "1"}
+"""How often Ray (2.60) tries to reach a cluster, by itself twenty times. An attempt at what is no cluster takes 40 s."""
+GCS_FLAG = "--gcs-address="
+"""Names the head's address in the command line of each node's raylet, where Ray looks for it too."""
+OTHERWISE = (
+    "Start one (ray start --head), name another with cluster.address or RAY_ADDRESS, or start Ray on this machine with "
+    "RAY_ADDRESS=local"
+)
+TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster"
+
+
+@dataclass(frozen=True)
+class JoinedCluster:
+    """The cluster that this process has joined."""
+
+    address: str
+    """``host:port`` of its head."""
+    session: str
+    """Ray's name of the session; another cluster at the same address has another."""
+
+
+def start_ray(**options: Any) -> None:
+    """Start Ray here, for this process and those that it starts."""
+    for name, value in LOOPBACK_ONLY.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    ray.init(address="local", **options)
+
+
+def join_ray(address: str, **options: Any) -> JoinedCluster:
+    """Join the cluster at ``address`` (``host:port`` or ``auto``); raises :class:`RequestError` where that cannot be."""
+    found = _of_this_machine() if address == "auto" else address
+    asked = address if found == address else f"{address} (which is {found} here)"
+    host, port = _host_and_port(found)
+    variables = ONE_ATTEMPT | (LOOPBACK_ONLY if _answers_on_loopback_alone(asked, host, port) else {})
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(address=found, **options)
+    except AuthenticationError as error:
+        raise RequestError(
+            f"the Ray cluster at {asked} asks for a token, and this is not the one it knows: {TOKEN}"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RequestError(_refusal(asked, error)) from error
+    context = ray.get_runtime_context()
+    joined = JoinedCluster(context.gcs_address, context.get_session_name())
+    get_logger().info("joined the Ray cluster at %s (%s)", joined.address, joined.session)
+    return joined
+
+
+def _of_this_machine() -> str:
+    """What ``auto`` means, in Ray's order: the cluster that this machine is a node of, else the last one started here."""
+    running = {
+        word.removeprefix(GCS_FLAG)
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet"
+        for word in process.info["cmdline"] or ()
+        if word.startswith(GCS_FLAG)
+    }
+    directory = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        last = (Path(directory) / "ray" / "ray_current_cluster").read_text().strip()
+    except OSError:
+        last = ""
+    if len(running) > 1 and not last:
+        raise RequestError(
+            f"several Ray clusters run on this machine ({', '.join(sorted(running))}): name one with cluster.address or "
+            "RAY_ADDRESS instead of auto"
+        )
+    found = last if len(running) != 1 else running.pop()
+    if not found:
+        raise RequestError(f"no Ray cluster runs on this machine, so auto finds none: {OTHERWISE}")
+    return found
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise RequestError(
+            f"the cluster address {address} is neither auto nor host:port of a head, such as 10.0.0.1:6379: correct "
+            "cluster.address or RAY_ADDRESS"
+        )
+    return host.strip("[]"), int(port)
+
+
+def _answers_on_loopback_alone(asked: str, host: str, port: int) -> bool:
+    """Whether the cluster was started for this machine alone. Where nothing answers it is refused: Ray would go on trying."""
+    failure = failure_to_reach(host, port, REACH_S)
+    if failure is not None:
+        raise RequestError(f"no Ray cluster answers at {asked}: {failure}. {OTHERWISE}")
+    if host not in ("localhost", LOOPBACK, "::1"):
+        return False
+    # Ray looks for such a head at the address that others reach this machine at.
+    return failure_to_reach(outward_address(), port, REACH_S) is not None
+
+
+def _refusal(address: str, error: Exception) -> str:
+    cause = str(error).strip()
+    if "Version mismatch" in cause:
+        return f"the Ray cluster at {address} runs other versions than this process: {cause}. Use the versions of the cluster"
+    return (
+        f"the Ray cluster at {address} cannot be joined: {cause.splitlines()[0] if cause else repr(error)}. It must be the "
+        f"port of a head (6379, not the dashboard), with a node of the cluster on this machine; if it asks for a token, {TOKEN}"
+    )
