@@ -70,9 +70,9 @@ class CheckpointStore:
         self.retain(step)
         return Checkpoint(step, pending.target, manifest)
 
-    def remove_newest(self) -> None:
-        """Remove the newest checkpoint, and the directory of checkpoints if that was the only one."""
-        for step in self.steps()[-1:]:
+    def remove(self, step: int) -> None:
+        """Remove the checkpoint of ``step`` if there is one, and the directory of checkpoints if nothing else is in it."""
+        if step in self.steps():
             storage.remove_directory(self.checkpoint_path(step))
         if not self.steps():
             storage.remove_empty([self.directory])

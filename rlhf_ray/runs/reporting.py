@@ -43,8 +43,9 @@ def close_run(run: RunDirectory, *, keep_commit: bool) -> None:
     """
     write_report([run])
     run.write_summary(run.summary())
-    if not keep_commit:
-        run.checkpoints.remove_newest()
+    step = run.final_step()
+    if not keep_commit and step is not None:
+        run.checkpoints.remove(step)
 
 
 def status(run: RunDirectory) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.shards import expected_files
-from rlhf_ray.errors import GroupError, ResumableStop, ScoringError
+from rlhf_ray.errors import GroupError, ResumableStop, ScoringError, StorageError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.commit_schedule import CommitSchedule
@@ -102,10 +102,17 @@ class Checkpointer:
     def keep_result(self, step: int, state: Mapping[str, Any], write_final: Callable[[], None]) -> None:
         """Commit ``step``, the last one, and have ``final/`` written; what is there already stays.
 
-        One that fails does not keep the other from being written.
+        One that fails does not keep the other from being written. Where the config wants no commits, there need not be space
+        for one.
         """
         try:
             self.save(step, state)
+        except StorageError as error:
+            if self.schedule.commits_on_the_way:
+                raise
+            get_logger("runs").warning(
+                "the last step could not be committed, so an evaluation that fails now cannot be made again: %s", error
+            )
         finally:
             if self.run.final_step(whole=True) != step:
                 write_final()

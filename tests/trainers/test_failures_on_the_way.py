@@ -157,8 +157,23 @@ def test_a_last_commit_that_fails_does_not_keep_final_from_being_written(
 ) -> None:
     monkeypatch.setattr(Checkpointer, "save", lambda *_: raising(StorageError("disk full"))())
     with pytest.raises(StorageError, match="disk full"):
-        train(config_of("sft", tmp_path, "checkpoint.every_steps=0", "epochs=0.2"))
+        train(config_of("sft", tmp_path, "epochs=0.2"))
     assert RunDirectory(tmp_path / "late").final_step(whole=True) == 1
+
+
+def test_a_run_that_wants_no_commits_needs_no_space_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    before(monkeypatch, Checkpointer, "save", ask_to_stop)  # a commit of the first step, which stays
+    with pytest.raises(ResumableStop):
+        train(config := config_of("sft", tmp_path, "checkpoint.every_steps=1"))
+    forget_the_stop()
+    monkeypatch.undo()
+    monkeypatch.setattr(Checkpointer, "save", lambda *_: raising(StorageError("disk full"))())
+    continue_run(str(tmp_path / "late"), ["checkpoint.every_steps=0"], place=ThisProcess(config.cluster))
+    run = RunDirectory(tmp_path / "late")
+    assert run.is_finished and run.final_step(whole=True) == 2 and run.checkpoints.steps() == [1]
+    assert "the last step could not be committed" in project_log.getvalue()
 
 
 def test_samples_that_cannot_be_written_cost_nothing(
