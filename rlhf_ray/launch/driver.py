@@ -34,6 +34,7 @@ from rlhf_ray.processes import lifeline
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.record import Record, write_record
 from rlhf_ray.runs.reporting import close_run
 from rlhf_ray.runs.resuming import resume_run
 from rlhf_ray.runs.trust import refuse_untrusted
@@ -139,11 +140,11 @@ def run_trainer(
     """
     _may_ask_hub(config)
     with quick_imports():
-        from rlhf_ray.runs.inputs import fingerprint_inputs, write_inputs
+        from rlhf_ray.runs.inputs import fingerprint_inputs
 
         train: Trainer = import_object(config.trainer)
     if not run.inputs_path.exists():
-        write_inputs(run.inputs_path, fingerprint_inputs(config))
+        write_record(run.inputs_path, Record(dump_config(config), fingerprint_inputs(config)))
     try:
         stopping.listen()
         train(config, run, checkpoint, place=place)

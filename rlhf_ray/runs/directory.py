@@ -5,12 +5,12 @@ One process at a time owns it. What :meth:`RunDirectory.discard` removes the run
 metrics, ledger and samples end exactly at the step of the checkpoint that it goes on from, and ``config.yaml`` and
 ``inputs.json`` are those of the run from there on; what changed stands in ``attempts.jsonl``.
 
-The directory holds ``config.yaml`` (with every default), ``inputs.json`` (fingerprints of data and models), ``metrics.jsonl``,
-``ledger.jsonl``, ``attempts.jsonl`` (one line each time the run was started), ``samples/``, ``checkpoints/``, ``final/``,
-``best/`` (if an earlier evaluation was better than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint
-of a resume move to ``*.void.jsonl``, and the summary of a run that is trained further to ``summary.void.json``.
-``summary.json`` is the last file of a run, by which a finished one is known; until the report is written it is called
-``closing.json``.
+The directory holds ``config.yaml`` (with every default), ``inputs.json`` (its last config, and fingerprints of data and
+models), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl`` (one line each time the run was started), ``samples/``,
+``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last), ``summary.json`` and
+``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run that is trained
+further to ``summary.void.json``. ``summary.json`` is the last file of a run, by which a finished one is known; until the
+report is written it is called ``closing.json``.
 """
 
 from __future__ import annotations
@@ -154,13 +154,13 @@ class RunDirectory:
             step = checkpoint.step
             self.checkpoints.retain(step)
         self._void_after(step)
+        if config is not None:
+            storage.write_file(self.config_path, config)
         for ended in (self.closing_path, self.summary_path):
             if longer and ended.exists():
                 with storage.storage_errors(ended):
                     os.replace(ended, self.path / "summary.void.json")
         self._begin_attempt(step, changes=list(changes), accepted=list(accepted))
-        if config is not None:
-            storage.write_file(self.config_path, config)
 
     @property
     def is_finished(self) -> bool:

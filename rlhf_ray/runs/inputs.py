@@ -9,31 +9,25 @@ What lies at a URL or in an installed package has no fingerprint.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from rlhf_ray import storage
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.keys import join
 from rlhf_ray.config.paths import PYTHON_OBJECT
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import ConfigError, IntegrityError, RequestError, RlhfRayError
+from rlhf_ray.errors import ConfigError, RequestError, RlhfRayError
 from rlhf_ray.models.weights.fingerprint import fingerprint_model
 from rlhf_ray.rows.sources import RowSource, content_files
 from rlhf_ray.runs.changes import Change
+from rlhf_ray.runs.record import Inputs
 from rlhf_ray.storage.fingerprint import Fingerprint, fingerprint_content
-from rlhf_ray.storage.reading import read_bytes
 
-FORMAT = 1
 SHOWN_FILES = 3
-Inputs = Mapping[str, Fingerprint]
-"""Fingerprints by the key of the config that names the input."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +81,6 @@ def _sources(config: TrainingJob) -> Iterator[tuple[str, RowSource]]:
         yield "data.evaluation_split" if data.evaluation_path is None else "data.evaluation_path", held_out.rows
     for key, path in config.further_data_paths():
         yield key, RowSource(path)
-
-
-def write_inputs(path: Path, inputs: Inputs) -> None:
-    """Keep fingerprints in the file ``path`` of a run directory."""
-    content = {"format": FORMAT, "inputs": {key: one.to_json() for key, one in inputs.items()}}
-    storage.write_file(path, json.dumps(content, indent=1) + "\n")
-
-
-def read_inputs(path: Path) -> dict[str, Fingerprint] | None:
-    """What :func:`write_inputs` kept; none in the directory of a run that began before fingerprints were kept."""
-    if not path.exists():
-        return None
-    raw = read_bytes(path)
-    try:
-        inputs: Mapping[str, Any] = json.loads(raw)["inputs"]
-        return {str(key): Fingerprint.from_json(one, path) for key, one in inputs.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path} is damaged ({type(error).__name__}): restore it from a backup, or remove it to go on without knowing "
-            "whether data and models are those that the run began with"
-        ) from error
 
 
 def compare_inputs(

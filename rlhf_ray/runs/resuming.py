@@ -1,8 +1,8 @@
 """How a run goes on: with which config, from which checkpoint, and over which inputs.
 
 Invariants: a run that has finished is left as it is, unless it is to become longer. What is refused is refused before a line
-of the run is moved. What changes is in ``attempts.jsonl`` before it is in ``config.yaml`` or ``inputs.json``, so that the
-record never lacks a change that counts.
+of the run is moved. A change is the same whether it was asked for or written into ``config.yaml`` by hand, and stands in
+``attempts.jsonl`` before the run knows it (``inputs.json``), so that no kill leaves a change that is not on record.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.jobs.base import TrainingJob
-from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.config.paths import with_absolute_paths
+from rlhf_ray.config.jobs.base import Job, TrainingJob
+from rlhf_ray.config.loading import dump_config, load_config, parse_config
+from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ConfigError, RequestError
 from rlhf_ray.runs.changes import Change, compare, refusals
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.record import Record, read_record, write_record
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """The config that a run goes on with, and every change from the one that it had."""
+    """The config that a run goes on with, the one that it had, and every change between them."""
 
     config: TrainingJob
+    before: TrainingJob
     changes: Sequence[Change] = ()
-    longer: bool = False
-    """Whether the run ends later than it was to."""
+
+    @property
+    def is_longer(self) -> bool:
+        """Whether the run ends later than it was to."""
+        return _length(self.config) > _length(self.before)
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,24 @@ class Resumed:
 
 
 def plan_continuation(run: RunDirectory, overrides: Sequence[str] = (), *, files: bool = False) -> Continuation | None:
-    """What ``overrides`` make of a run; none where it has finished and nothing is left to do, which is said.
+    """What ``config.yaml`` and ``overrides`` make of a run; none where it has finished and nothing is left to do.
 
     With ``files`` the files that its config names are checked too. Raises :class:`ConfigError` with every key that may not
     change, and :class:`RequestError` where a finished run would not become longer.
     """
     here = Path.cwd()
-    old = with_absolute_paths(load_config(run.config_path), here).to_train()
-    new = (
-        with_absolute_paths(load_config(run.config_path, overrides, files=files), here).to_train() if overrides else old
-    )
-    changes = compare(old, new)
+    new = with_absolute_paths(load_config(run.config_path, overrides, files=files), here).to_train()
+    old = with_absolute_paths(_config_before(run), here).to_train()
+    if type(old) is not type(new):
+        raise ConfigError(
+            [f"kind: it is {old.kind} in this run and cannot become {new.kind}: start a new run"], str(run.path)
+        )
+    changes = [change for change in compare(old, new) if not _names_its_place(change, new, run)]
     if refused := refusals(changes):
         raise ConfigError(refused, str(run.path))
-    is_longer = _length(new) > _length(old)
-    if not run.is_finished or is_longer:
-        return Continuation(new, changes, is_longer)
+    continuation = Continuation(new, old, changes)
+    if not run.is_finished or continuation.is_longer:
+        return continuation
     longer = f"{new.length_key}=N, with N above {_length(old):g}" if new.length_key else ""
     if changes:
         way = f"make it longer too ({longer}), or start a new run" if longer else "start a new run"
@@ -65,6 +72,22 @@ def plan_continuation(run: RunDirectory, overrides: Sequence[str] = (), *, files
     hint = f"; to train it further: rlhf-ray resume {run.path} {longer}" if longer else ""
     get_logger("runs").info("the run %s has finished: there is nothing left to do%s", run.path, hint)
     return None
+
+
+def _config_before(run: RunDirectory) -> Job:
+    """The config of the last attempt; that in ``config.yaml`` where the run does not know it, or cannot read it any more."""
+    record = read_record(run.inputs_path)
+    if record is not None:
+        try:
+            return parse_config(record.config, source=str(run.inputs_path))
+        except ConfigError as error:
+            get_logger("runs").warning("what changed since the last attempt is not known: %s", error)
+    return load_config(run.config_path)
+
+
+def _names_its_place(change: Change, config: TrainingJob, run: RunDirectory) -> bool:
+    """Whether the name or the place of a run was changed to where the directory really is: it was moved or copied."""
+    return change.key in ("run.name", "run.root") and run_directory(config).resolve() == run.path.resolve()
 
 
 def resume_run(path: str | Path, overrides: Sequence[str] = (), accept: Collection[str] = ()) -> Resumed | None:
@@ -85,7 +108,7 @@ def resume_run(path: str | Path, overrides: Sequence[str] = (), accept: Collecti
 
 
 def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]) -> Resumed | None:
-    from rlhf_ray.runs.inputs import compare_inputs, fingerprint_inputs, read_inputs, write_inputs
+    from rlhf_ray.runs.inputs import compare_inputs, fingerprint_inputs
 
     continuation = plan_continuation(run, overrides)
     if continuation is None:
@@ -94,22 +117,24 @@ def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]
     run.checkpoints.keep = max(run.checkpoints.keep, config.checkpoint.keep)
     checkpoint = run.checkpoints.latest_valid()
     _check_length(config, run, checkpoint)
-    now = fingerprint_inputs(config)
-    known = read_inputs(run.inputs_path)
+    now, record = fingerprint_inputs(config), read_record(run.inputs_path)
+    known = None if record is None else record.inputs
+    if known is None and any(change.rule.kind == "content" for change in changes):
+        known = fingerprint_inputs(continuation.before)  # what lies at the place that the run had can still be read
     accepted = compare_inputs(known, now, run=run.path, changes=changes, accept=accept)
     for change in changes:
         get_logger("runs").info("%s%s", change, f" ({change.rule.text})" if change.rule.text else "")
     for one in accepted:
         get_logger("runs").warning("%s: accepted as it is now: fingerprint %s -> %s", one.key, one.before, one.after)
+    text = dump_config(config)
     run.go_on(
         checkpoint,
-        config=dump_config(config) if changes else None,
-        longer=continuation.longer,
+        config=text if changes else None,
+        longer=continuation.is_longer,
         changes=[change.to_json() for change in changes],
         accepted=[one.to_json() for one in accepted],
     )
-    if (kept := {**(known or {}), **now}) != known:
-        write_inputs(run.inputs_path, kept)
+    write_record(run.inputs_path, Record(text, {**(known or {}), **now}))
     return Resumed(config, run, checkpoint)
 
 

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +72,11 @@ def fingerprint(files: Iterable[tuple[str, Path]], what: str) -> Fingerprint:
     """
     named = list(files)
     try:
-        total = sum(path.stat().st_size for _, path in named)
+        statuses = [(path, path.stat()) for _, path in named]
+        no_file = next((path for path, status in statuses if not stat.S_ISREG(status.st_mode)), None)
+        if no_file is not None:
+            raise StorageError(f"{what}: {no_file} is no regular file, so it has no fingerprint: name a file")
+        total = sum(status.st_size for _, status in statuses)
         if total >= SAID_FROM_BYTES:
             get_logger("storage").info("%s: reading %.0f GB for its fingerprint", what, total / 1e9)
         with ThreadPoolExecutor(HASHING_THREADS) as threads:

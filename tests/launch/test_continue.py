@@ -224,6 +224,30 @@ def test_each_change_stands_in_the_attempts_and_is_shown(train, project_log, cap
     assert "steps 2 -&gt; 3" in run.report_path.read_text()
 
 
+def test_a_config_that_was_edited_by_hand_is_held_to_the_same_rules(place, train) -> None:
+    run = train(SFT)
+    text = run.config_path.read_text()
+    for wrong, key in (("seed: 5", "run.seed"), ("dtype: fp32", "policy.model.dtype"), ("name: run", "run.name")):
+        edited = {"seed: 5": "seed: 6", "dtype: fp32": "dtype: bf16", "name: run": "name: other"}[wrong]
+        assert wrong in text
+        run.config_path.write_text(text.replace(wrong, edited))
+        with pytest.raises(ConfigError, match=rf"{key}: it is .* in this run and cannot become"):
+            resume(run)
+    run.config_path.write_text(text.replace("epochs: 1.0", "epochs: 2.0"))
+    longer = resume(run)
+    assert longer.is_finished and longer.attempts.read()[-1].get("changes") == [
+        {"key": "epochs", "from": 1.0, "to": 2.0}
+    ]
+    resume(longer)
+    assert len(longer.attempts.read()) == 2, "what is known is no change any more"
+    copy = place / "copy"
+    shutil.copytree(longer.path, copy)
+    (copy / "config.yaml").write_text(longer.config_text().replace("name: run", "name: copy"))
+    assert resume(RunDirectory.open(copy), "epochs=3.0").is_finished, (
+        "a run that was copied may be named after its place"
+    )
+
+
 def test_an_input_that_changed_on_disk_is_refused_by_name_until_it_is_accepted(place, train) -> None:
     """Rows, models and the user's own code; the same size and time prove nothing."""
     start = train(SFT, name="start")

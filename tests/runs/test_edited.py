@@ -11,7 +11,7 @@ import pytest
 from rlhf_ray.cli.main import main
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.runs.inputs import read_inputs
+from rlhf_ray.runs.record import read_record
 from rlhf_ray.storage.reading import read_bytes, read_text
 
 DEEP = "[" * 6000 + "]" * 6000
@@ -138,4 +138,4 @@ def test_a_config_that_is_none_has_a_status_and_is_not_resumed(run, capsys, text
 def test_fingerprints_that_were_edited_are_refused_with_the_way_out(tmp_path, text):
     (tmp_path / "inputs.json").write_text(text)
     with pytest.raises(IntegrityError, match=r"inputs\.json is damaged"):
-        read_inputs(tmp_path / "inputs.json")
+        read_record(tmp_path / "inputs.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from threading import Thread
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -59,3 +60,14 @@ def test_a_fingerprint_is_read_back_as_it_was_and_a_damaged_one_is_refused(tmp_p
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"rows\.jsonl: No such file"):
         fingerprint_content([tmp_path / "rows.jsonl"])
+
+
+def test_a_pipe_is_neither_waited_for_nor_read(tmp_path):
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    writer = Thread(target=pipe.write_bytes, args=(b"{}",), daemon=True)  # so that one who reads comes to an end
+    writer.start()
+    with pytest.raises(StorageError, match=r"rows\.jsonl is no regular file"):
+        fingerprint_content([pipe])
+    assert writer.is_alive(), "nobody has read"
+    assert pipe.read_bytes() == b"{}"
