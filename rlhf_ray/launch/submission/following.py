@@ -19,8 +19,9 @@ from rlhf_ray.environment import EXIT_CODE_LINE
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.launch.submission.job_server import ServerAway
 
-SILENCE_S = 60.0
-"""A log connection without a word for so long is made again: a dead one cannot be told from a quiet one."""
+SILENCE_S, LONGEST_SILENCE_S = 60.0, 600.0
+"""A log connection without a word for so long is made again: a dead one cannot be told from a quiet one. Each time that
+nothing had been missed the time doubles, since a log is always sent from its beginning."""
 SECONDS_BETWEEN_TRIES = (0.5, 1.0, 2.0, 5.0, 10.0)
 AWAY_LIMIT_S = 600.0
 """A cluster that answers nothing for so long is given up."""
@@ -50,7 +51,8 @@ class Log:
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
-        self._shown = 0
+        self.shown = 0
+        """How many characters have been shown."""
         self._received = 0
         self._line = ""
         self.exit_code: int | None = None
@@ -62,9 +64,9 @@ class Log:
 
     def receive(self, text: str) -> None:
         """Show the part of ``text`` that is new."""
-        new = text[max(0, self._shown - self._received) :]
+        new = text[max(0, self.shown - self._received) :]
         self._received += len(text)
-        self._shown = max(self._shown, self._received)
+        self.shown = max(self.shown, self._received)
         if not new:
             return
         self._show(new)
@@ -79,20 +81,23 @@ async def follow(server: Server, job: str, log: Log) -> Any:
 
     Raises :class:`JobUnknown` if its cluster forgot it, and :class:`ServerAway` if the cluster is gone for good.
     """
-    failures, told = 0, False
+    asyncio.get_running_loop().set_exception_handler(_except_interrupts)
+    failures, told, silence_s = 0, False, SILENCE_S
     while True:
         details = await _details(server, job)
         if details.status.is_terminal():
             await _show_rest(server, job, log)
             return details
+        shown = log.shown
         try:
-            await _show(server, job, log)
+            await _show(server, job, log, silence_s)
             failures = 0
         except ServerAway as error:
             failures += 1
             if not told:
                 get_logger().info("the connection to the log of %s broke (%s): following it again", job, error)
                 told = True
+        silence_s = SILENCE_S if log.shown > shown else min(2 * silence_s, LONGEST_SILENCE_S)
         await _pause(failures)
 
 
@@ -114,13 +119,13 @@ async def _details(server: Server, job: str) -> Any:
             await _pause(failures)
 
 
-async def _show(server: Server, job: str, log: Log) -> None:
-    """Show what is new in the log until the connection ends."""
+async def _show(server: Server, job: str, log: Log, silence_s: float) -> None:
+    """Show what is new in the log until the connection ends, or has been silent for so long."""
     log.connected()
     lines = aiter(server.log(job))
     with suppress(StopAsyncIteration, TimeoutError):
         while True:
-            log.receive(await asyncio.wait_for(anext(lines), SILENCE_S))
+            log.receive(await asyncio.wait_for(anext(lines), silence_s))
 
 
 async def _show_rest(server: Server, job: str, log: Log) -> None:
@@ -137,6 +142,12 @@ async def _show_rest(server: Server, job: str, log: Log) -> None:
         log.connected()
         log.receive(whole)
         return
+
+
+def _except_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Let the loop show no trace of an interrupt that met a task, and has been raised already."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 async def _pause(failures: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -93,6 +94,23 @@ def test_a_log_whose_connection_goes_is_shown_once_and_whole(how, last, piece):
     assert shown == WHOLE
 
 
+def test_a_quiet_log_is_sent_less_and_less_often(monkeypatch):
+    """Each connection sends it from its beginning; one that had missed something is looked at soon again."""
+    waited = []
+
+    async def wait_for(line: Any, seconds: float) -> Any:
+        waited.append(seconds)
+        return await line
+
+    monkeypatch.setattr(following.asyncio, "wait_for", wait_for)
+    monkeypatch.setattr(following, "SILENCE_S", 60.0)
+    quiet = [(30, "ends")] * 6
+    asyncio.run(
+        following.follow(Server(*quiet, (40, "ends"), (40, "ends"), piece=1000), "job", following.Log(lambda new: None))
+    )
+    assert waited[::2] == [60, 60, 120, 240, 480, 600, 600, 60]
+
+
 def test_a_job_whose_log_stays_out_of_reach_still_ends_with_its_status(project_log):
     details, shown = followed(Server(*[(30, "breaks")] * 20, away=10**3))
     assert details.status.value == "SUCCEEDED" and shown == WHOLE[:30]
@@ -113,7 +131,7 @@ def test_a_cluster_that_stays_away_is_not_said_to_have_failed_the_job(monkeypatc
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_client_that_is_stopped_says_that_the_job_goes_on_and_how_to_follow_and_stop_it(tmp_path, number):
+def test_a_client_that_is_stopped_says_that_the_job_goes_on_and_how_to_follow_and_stop_it(tmp_path, number, caplog):
     class Interrupting(Server):
         async def log(self, job: str) -> AsyncIterator[str]:
             signal.raise_signal(number)
@@ -122,6 +140,8 @@ def test_a_client_that_is_stopped_says_that_the_job_goes_on_and_how_to_follow_an
     with pytest.raises(Interrupted) as caught, interruptible():
         submit.watch(Interrupting((0, "ends")), "raysubmit_1", tmp_path)
     assert caught.value.exit_code == 128 + number
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == [], "a stack trace is shown"
     for part in (
         "raysubmit_1 goes on",
         "ray job logs --follow --address http://head:8265 raysubmit_1",
