@@ -32,7 +32,7 @@ from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.sampling import FixedSampling, Sampler
-from rlhf_ray.trainers.supervised import sft
+from rlhf_ray.trainers.supervised import loop, sft
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
 from tests.trainers.small_runs import ask_to_stop, config_of, forget_the_stop, signals_as_before, train
 
@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, list[str], tuple[Any, str, Callable[[], None], int],
     "evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", raising(WRONG), 1), ValueError),
     "stop in an evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", ask_to_stop, 1), ResumableStop),
     "stop in a step": ("ppo", [], (Journal, "log_step", ask_to_stop, 1), ResumableStop),
+    "batch": ("sft", [], (loop, "schedule_update", raising(WRONG), 2), ValueError),
     "evaluation of sft": ("sft", [EVERY], (sft, "evaluate", raising(WRONG), 1), ValueError),
     "stop in sft": ("sft", [EVERY], (sft, "evaluate", ask_to_stop, 1), ResumableStop),
     "evaluation of pairs": ("rm", [EVERY], (HeldOutPairs, "figures", raising(WRONG), 1), ValueError),

@@ -132,9 +132,11 @@ class SupervisedTrainer:
         self.stop_if_asked()
         remaining = range(self.progress.update, self.total)
         for _ in progress(remaining, self.config.kind, total=len(remaining)):
-            report, applied, batch = self.update()
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
-                self.after_update(report, applied, batch)
+                batch, schedule = self.next_batch()
+            report, applied = self.update(batch, schedule)
+            with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
+                self.after_update(report, applied, batch.batch)
             if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
                 raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: "
                                      "lower the learning rate, or look for a bad example")  # fmt: skip
@@ -148,17 +150,21 @@ class SupervisedTrainer:
         self.journal.log_evaluation(self.progress.update, figures)
         return figures
 
-    def update(self) -> tuple[Report, Applied, TrajectoryBatch]:
-        """Run and count one optimizer update."""
+    def next_batch(self) -> tuple[SharedBatch, Schedule]:
+        """The examples of the next update; this changes no weight."""
         count = min(self.task.per_update, self.total_examples - self.progress.examples)
         chosen = [self.task.examples[index] for index in self.order.take(count)]
         batch = self.task.make_batch(chosen)
         schedule = schedule_update(batch, ranks=self.group.size, max_tokens=self.max_tokens, unit=self.task.unit)
-        report, applied = run_update(self.group, self.group.share(batch), schedule, self.task.loss)
+        return self.group.share(batch), schedule
+
+    def update(self, batch: SharedBatch, schedule: Schedule) -> tuple[Report, Applied]:
+        """Run and count one optimizer update."""
+        report, applied = run_update(self.group, batch, schedule, self.task.loss)
         self.progress.update += 1
-        self.progress.examples += count
+        self.progress.examples = self.order.taken
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
-        return report, applied, batch
+        return report, applied
 
     def after_update(self, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
         """Log the update; evaluate and commit if they are due. After the last one, commit before anything else.
