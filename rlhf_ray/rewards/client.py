@@ -62,7 +62,7 @@ class RewardClient:
             try:
                 response = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                wait_s = attempts.wait_after(repr(error))
+                wait_s = attempts.wait_after(_why(error, self._http))
             else:
                 if response.status_code not in MAY_PASS:
                     return response
@@ -116,7 +116,7 @@ class AsyncRewardClient:
             try:
                 response = await self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                wait_s = attempts.wait_after(repr(error))
+                wait_s = attempts.wait_after(_why(error, self._http))
             else:
                 if response.status_code not in MAY_PASS:
                     return response
@@ -160,6 +160,14 @@ class _Attempts:
         wait = max(asked_s, self._next_wait * random.uniform(0.5, 1.0))
         self._next_wait = min(2 * self._next_wait, LONGEST_WAIT_S)
         return min(wait, left)
+
+
+def _why(error: httpx.TransportError, client: httpx.Client | httpx.AsyncClient) -> str:
+    """What is said of an attempt without an answer; one that took too long names its limit."""
+    if isinstance(error, httpx.TimeoutException):
+        limit = f"{client.timeout.read:g} s (timeout_s, of a run's source reward.timeout_s)"
+        return f"{type(error).__name__}: no answer within {limit}"
+    return repr(error)
 
 
 def _results(response: httpx.Response, count: int, url: str) -> list[ScoreResult]:

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ from rlhf_ray.rewards.functions import (
     Failure,
     Outcome,
     accepted_columns,
+    call_size,
     is_async,
     load_function,
     run_calls,
@@ -42,6 +44,8 @@ class FunctionProcess:
     def __init__(self, name: str, timeout_s: float) -> None:
         self.name = name
         self.timeout_s = timeout_s
+        self._slowest_s: float | None = None
+        """Seconds of the slowest call that has ended, of those that run one after the other."""
         self._process: subprocess.Popen[bytes] | None = None
         self.columns, self.is_async = self._start()
 
@@ -70,10 +74,15 @@ class FunctionProcess:
         try:
             self._connection.send((list(calls), self.timeout_s))
             while len(ended) < len(calls):
+                began = time.monotonic()
                 if not self._connection.poll(limit):
-                    return ended | self._lost(numbers, ended, too_late(self.timeout_s))
+                    late = next(call for call, number in zip(calls, numbers, strict=True) if number not in ended)
+                    failure = too_late(self.timeout_s, call_size(late), self._slowest_s)
+                    return ended | self._lost(numbers, ended, failure)
                 position, outcome = self._connection.recv()
                 ended[numbers[position]] = outcome
+                if not self.is_async:
+                    self._slowest_s = max(self._slowest_s or 0.0, time.monotonic() - began)
         except (EOFError, OSError):
             code = self._process.wait() if self._process is not None else None
             killed = code in (-signal.SIGKILL, -signal.SIGTERM)  # by somebody else, such as a system short of memory

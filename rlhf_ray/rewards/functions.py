@@ -52,7 +52,7 @@ def run_calls(function: RewardFunction, calls: Sequence[Columns], timeout_s: flo
         return
     for number, columns in enumerate(calls):
         try:
-            outcome = read_returned(function(**columns), _size(columns))
+            outcome = read_returned(function(**columns), call_size(columns))
         except Exception as error:  # the function is the user's program, and fails in its own ways
             outcome = _raised(error)
         report(number, outcome)
@@ -69,9 +69,9 @@ async def _run_async(function: RewardFunction, calls: Sequence[Columns], timeout
     async def one(number: int, columns: Columns) -> None:
         async with room:
             try:
-                outcome = read_returned(await asyncio.wait_for(function(**columns), timeout_s), _size(columns))
+                outcome = read_returned(await asyncio.wait_for(function(**columns), timeout_s), call_size(columns))
             except TimeoutError:
-                outcome = too_late(timeout_s)
+                outcome = too_late(timeout_s, call_size(columns))
             except Exception as error:
                 outcome = _raised(error)
             report(number, outcome)
@@ -83,9 +83,16 @@ def _raised(error: Exception) -> Failure:
     return Failure(f"raised {error!r}", may_pass(error))
 
 
-def too_late(timeout_s: float) -> Failure:
-    """How a call ends that did not answer in time: what it waits for may be there later."""
-    return Failure(f"did not answer within {timeout_s:g} s (reward.timeout_s)", may_pass=True)
+def too_late(timeout_s: float, samples: int, slowest_s: float | None = None) -> Failure:
+    """How a call for so many samples ends that did not answer in time: what it waits for may be there later.
+
+    ``slowest_s`` is how long the slowest call that did end has taken, where that is known.
+    """
+    others = "" if slowest_s is None else f", where the slowest call that ended took {slowest_s:.2g} s"
+    return Failure(
+        f"did not answer within {timeout_s:g} s (reward.timeout_s) for {samples} samples in one call{others}",
+        may_pass=True,
+    )
 
 
 def read_returned(returned: Any, count: int) -> Outcome:
@@ -109,7 +116,7 @@ def _short(value: Any) -> str:
     return printed if len(printed) <= 80 else f"{printed[:80]}..."
 
 
-def _size(columns: Columns) -> int:
+def call_size(columns: Columns) -> int:
     return len(next(iter(columns.values()), ()))
 
 

@@ -295,3 +295,14 @@ def test_a_transport_of_ones_own_is_used(config: Callable[..., ServeConfig]) -> 
     app = service(config(), Echo())
     results = score_async("http://anywhere", ONE, transport=httpx.ASGITransport(app))
     assert len(results) == 1
+
+
+def test_an_answer_that_takes_too_long_names_the_limit(score: Score, serve: Callable[[Starlette], WebServer]) -> None:
+    async def sleep(request: Request) -> Response:
+        await asyncio.sleep(1.0)
+        return Response()
+
+    server = serve(Starlette(routes=[Route("/v1/reward", sleep, methods=["POST"])]))
+    told = r"ReadTimeout: no answer within 0\.2 s \(timeout_s, of a run's source reward\.timeout_s\)"
+    with pytest.raises(ScoringError, match=told):
+        score(server.address, REQUESTS[:1], timeout_s=0.2, hold_s=0.0)
