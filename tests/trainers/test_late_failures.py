@@ -6,6 +6,7 @@ The failures come from where real ones do: a full disk, a tracker, the report, a
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,3 +238,19 @@ def test_what_was_trained_is_there_after_a_late_failure(
     assert reporting.status(run)["state"] == "finished"
     assert same_files(run.final, undisturbed.final, ["config.json", "model.safetensors"])
     assert run.summary().figures == undisturbed.summary().figures
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_run_that_was_killed_before_final_was_written_gets_it_without_training(
+    kind: str, whole: Callable[[str], RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = config_of(kind, tmp_path), RunDirectory(tmp_path / "late")
+    with monkeypatch.context() as patch, pytest.raises(ClosingError):
+        failures(kind)["evaluation"].breaks(Late(patch, tmp_path))
+        train(config)
+    shutil.rmtree(run.final)
+    assert reporting.status(run)["state"].startswith("stopped")
+    late = Late(monkeypatch, tmp_path)
+    continue_run(str(run.path), place=ThisProcess(config.cluster))
+    assert late.learned == 0 and run.is_finished
+    assert same_files(run.final, whole(kind).final, ["config.json", "model.safetensors"])
