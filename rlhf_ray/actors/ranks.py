@@ -5,7 +5,7 @@ Invariants:
 - A call reaches every rank, has a deadline, and ends in one value per rank (in rank order) or in one typed error that names
   role, rank, phase and cause.
 - The first rank that fails ends the call, because its peers may be waiting in a collective that never completes. Where a rank
-  died, the error is about that rank and its node, whichever peer noticed first.
+  died, the error is about that rank and its node, whichever peer noticed first. A refusal on another node names it.
 - Calls from several threads reach all ranks in the same order. Otherwise ranks would meet in different collectives.
 - Nothing here knows what the ranks compute.
 """
@@ -189,7 +189,7 @@ class RayRanks:
             return ray.get(reference, timeout=60)
         except RayTaskError as error:
             if isinstance(error.cause, RlhfRayError):
-                raise error.cause from None
+                raise self._with_its_node(error.cause, rank) from None
             failure = GroupError(self.role, rank, phase, f"{error.cause!r}\n{error}")
             raise self._dead_peer(failure) or failure from error
         except RayActorError as error:
@@ -198,6 +198,16 @@ class RayRanks:
             raise DeadlineError(self.role, rank, phase, "its result could not be fetched within 60 s") from error
         except RayError as error:
             raise GroupError(self.role, rank, phase, repr(error)) from error
+
+    def _with_its_node(self, error: RlhfRayError, rank: int) -> RlhfRayError:
+        """``error``, which names the node where that is not this one: a path may be missing there alone."""
+        import ray
+
+        node = self.nodes[rank] if self.nodes else ""
+        elsewhere = bool(node) and not node.startswith(f"{ray.util.get_node_ip_address()} ")
+        if elsewhere and node not in str(error):
+            error.args = (f"{error} ({self.role} rank {rank} on node {node})",)
+        return error
 
     def _death(self, rank: int, phase: str, error: Exception) -> DeadRankError:
         where = f" on node {self.nodes[rank]}" if self.nodes else ""

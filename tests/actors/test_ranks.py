@@ -96,7 +96,10 @@ def test_the_first_failure_ends_the_call_although_a_peer_never_answers(ranks: Ra
     assert (caught.value.role, caught.value.rank, caught.value.phase) == ("policy", 1, "update")
 
 
-def test_our_own_errors_cross_processes_as_themselves(ranks: RayRanks) -> None:
+def test_our_own_errors_cross_processes_as_themselves_and_name_a_node_that_is_not_this_one(ranks: RayRanks) -> None:
+    with pytest.raises(ModelLoadError, match=r"^no head: give one \(policy rank \d on node 10\.0\.0\.\d \(\w+\)\)$"):
+        ranks.call("refuse", [(), ()]).result()
+    ranks.nodes = [f"{ray.util.get_node_ip_address()} (here)"] * 2
     with pytest.raises(ModelLoadError, match=r"^no head: give one$"):
         ranks.call("refuse", [(), ()]).result()
 
@@ -132,8 +135,9 @@ def test_a_death_is_told_of_the_rank_that_died_and_its_node_whichever_peer_notic
 ) -> None:
     ranks.call("double", [(0,), (0,)]).result()
     wanted = r"policy rank 0 failed in update: its process on node 10\.0\.0\.1 \(here\) died"
-    with pytest.raises(DeadRankError, match=wanted) as caught:
+    with pytest.raises(GroupError, match=wanted) as caught:
         ranks.call("lose_rank_0", [(dies_s, fails_s, answered)] * 2, phase="update").result()
+    assert isinstance(caught.value, DeadRankError)
     assert "Rank 1 noticed: RuntimeError('Connection closed by peer')" in str(caught.value)
 
 

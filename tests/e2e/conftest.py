@@ -43,6 +43,15 @@ def marked_processes(mark: str) -> dict[int, str]:
     return commands
 
 
+def command_lines(processes: Iterable[psutil.Process]) -> list[str]:
+    """The command lines of those that live."""
+    lines = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            lines.append(" ".join(process.cmdline()))
+    return lines
+
+
 def listening_beyond_loopback(processes: Iterable[psutil.Process]) -> set[tuple[str, int]]:
     """Name and port of what these processes let other machines connect to."""
     found = set()

@@ -4,7 +4,6 @@ in any process, and leaves nothing behind when it is told to stop.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 
 from rlhf_ray.network import outward_address
 from rlhf_ray.rewards import RewardClient, ScoreRequest
-from tests.e2e.conftest import listening_beyond_loopback
+from tests.e2e.conftest import command_lines, listening_beyond_loopback
 
 from ..serving.reward_models import BOS, EOS, MEAN, STD, Reference, save_reward_model
 
@@ -44,14 +43,6 @@ class Service:
     def processes(self) -> list[psutil.Process]:
         """Everything that it started and that lives, itself included."""
         return [process for process in psutil.process_iter() if self._mine(process)]
-
-    def commands(self) -> list[str]:
-        """The commands of its processes."""
-        commands = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                commands.append(" ".join(process.cmdline())[:80])
-        return commands
 
     def _mine(self, process: psutil.Process) -> bool:
         try:
@@ -126,7 +117,9 @@ def test_it_serves_the_models_scores_and_leaves_nothing(service: Service, model:
     assert by_ids.reward == pytest.approx((by_ids.raw - MEAN) / STD)
     assert "outside the reward model's vocabulary" in str(bad.error)
 
-    assert any("RewardModelActor" in line for line in service.commands()), "a reward actor of Ray scores"
+    assert any("RewardModelActor" in line for line in command_lines(service.processes())), (
+        "a reward actor of Ray scores"
+    )
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(timeout=STOP_S) == 0, service.log.read_text()
     assert gone(service) == []
@@ -137,6 +130,6 @@ def test_it_serves_the_models_scores_and_leaves_nothing(service: Service, model:
 def gone(service: Service) -> list[str]:
     """What is left once processes that were told to end had time to."""
     deadline = time.monotonic() + 10
-    while (left := service.commands()) and time.monotonic() < deadline:
+    while (left := command_lines(service.processes())) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
