@@ -88,7 +88,7 @@ def too_late(timeout_s: float, samples: int, slowest_s: float | None = None) -> 
 
     ``slowest_s`` is how long the slowest call that did end has taken, where that is known.
     """
-    others = "" if slowest_s is None else f", where the slowest call that ended took {slowest_s:.2g} s"
+    others = "" if slowest_s is None else f", where the slowest call that ended took {slowest_s:.2f} s"
     return Failure(
         f"did not answer within {timeout_s:g} s (reward.timeout_s) for {samples} samples in one call{others}",
         may_pass=True,
