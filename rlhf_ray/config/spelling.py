@@ -19,6 +19,9 @@ from rlhf_ray.config.sections.base import Section
 CLOSE = 0.6
 """How much of two names must agree for one to be a misspelling of the other, from 0 to 1 (difflib's ratio)."""
 
+LENGTHS = ("steps", "epochs")
+"""Keys that say how long a run is; a kind of job has one of them."""
+
 VERY_CLOSE = 0.75
 """The same for a name that is looked for in other sections too, where more names are alike by chance."""
 
@@ -48,7 +51,8 @@ def _settle(
     for name, value in values.items():
         if name not in section.model_fields:
             settled.problems.append((join(at, name), f"unknown key; {_advice(job, section, name, at)}"))
-            meant = None if _flag_hint(job, name, at) else _meant_key(section, name)
+            is_answered = _flag_hint(job, name, at) or _own_length(job, name, at)
+            meant = None if is_answered else _meant_key(section, name)
             if meant is not None and meant not in kept:
                 kept[meant] = value
                 settled.renamed[join(at, meant)] = join(at, name)
@@ -96,6 +100,9 @@ def _advice(job: type[Section], section: type[Section], name: str, at: str) -> s
     from_openrlhf = _flag_hint(job, name, at)
     if from_openrlhf:
         return from_openrlhf
+    own_length = _own_length(job, name, at)
+    if own_length:
+        return f"this job is as long as its {own_length} say: did you mean {own_length}?"
     meant = _meant_key(section, name)
     same_name = [key for key in keys if key.rpartition(SEPARATOR)[2] == name]
     inside = [key for key in same_name if key.startswith(at + SEPARATOR)] if at else same_name
@@ -104,6 +111,12 @@ def _advice(job: type[Section], section: type[Section], name: str, at: str) -> s
     if suggestions:
         return f"did you mean {' or '.join(suggestions)}?"
     return f"keys here are {', '.join(section.model_fields)}"
+
+
+def _own_length(job: type[Section], name: str, at: str) -> str:
+    """The key that says how long a job is, for one that says it of another; empty for any other key."""
+    own = [key for key in LENGTHS if key in job.model_fields]
+    return own[0] if own and not at and name in LENGTHS else ""
 
 
 def _flag_hint(job: type[Section], name: str, at: str) -> str:

@@ -36,6 +36,14 @@ def test_a_misspelt_key_names_its_nearest_neighbour(problems, texts):
     assert problems(text=text) == ["policy.modle: unknown key; did you mean policy.model? (line 5)"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "other", "own"), [("sft", "steps", "epochs"), ("rm", "steps", "epochs"), ("ppo", "epochs", "steps")]
+)
+def test_the_key_of_another_job_for_how_long_it_is_names_that_of_this_one(problems, kind, other, own):
+    (problem,) = problems(kind, f"{other}=9")
+    assert problem.startswith(f"{other}: unknown key; ") and f"did you mean {own}?" in problem
+
+
 def test_a_misspelt_section_is_checked_inside_and_not_called_missing(problems, texts):
     text = texts["ppo"].replace("critic: {", "critc: {").replace("head_init: zero", "head_init: zeros")
     assert problems(text=text) == [
