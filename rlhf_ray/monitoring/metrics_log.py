@@ -53,7 +53,7 @@ class GuardedSink:
             return
         try:
             self._sink.log(step, values)
-        except Exception as error:  # whatever a tracker raises, the run is worth more
+        except (Exception, SystemExit) as error:  # whatever a tracker raises, the run is worth more
             self.lost += 1
             self._in_a_row += 1
             if self._in_a_row >= TRIED_EVERY_TIME:
@@ -72,13 +72,13 @@ class GuardedSink:
         """Close the sink, and say how much it has missed."""
         try:
             self._sink.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             get_logger("metrics").warning("%s failed when it was closed: %s", self.name, _last_line(error))
         if self.lost:
             get_logger("metrics").warning("%s has missed %d lines of metrics.jsonl", self.name, self.lost)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     return traceback.format_exception_only(error)[-1].strip()
 
 

@@ -53,7 +53,7 @@ class UserRewardSource:
             yield
         except (ScoringError, GroupError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ScoringError(f"{self.where} raised {error!r}", may_pass=may_pass(error)) from error
 
     def _checked(self, pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResult]:

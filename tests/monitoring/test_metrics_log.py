@@ -54,12 +54,15 @@ def test_an_unregistered_metric_is_logged_nowhere(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+DISK_FULL = OSError("the disk is full")
+
+
 class Failing(Sink):
     """Raises at these steps, and when it is closed; ``takes_s`` is what each call takes."""
 
-    def __init__(self, *steps: int, takes_s: float = 0.0) -> None:
+    def __init__(self, *steps: int, takes_s: float = 0.0, error: BaseException = DISK_FULL) -> None:
         super().__init__()
-        self.steps, self.takes_s = steps, takes_s
+        self.steps, self.takes_s, self.error = steps, takes_s, error
         self.tried: list[int] = []
         self.now = 0.0
 
@@ -70,11 +73,11 @@ class Failing(Sink):
         self.tried.append(step)
         self.now += self.takes_s
         if step in self.steps:
-            raise OSError("the disk is full")
+            raise self.error
         super().log(step, values)
 
     def close(self) -> None:
-        raise OSError("the disk is full")
+        raise self.error
 
 
 def test_a_sink_that_fails_costs_no_step_and_no_other_sink_its_values_or_its_end(
@@ -95,6 +98,13 @@ def test_a_sink_that_fails_costs_no_step_and_no_other_sink_its_values_or_its_end
     )
     assert said[1] == "Failing failed when it was closed: OSError: the disk is full"
     assert said[2] == "Failing has missed 2 lines of metrics.jsonl"
+
+
+def test_a_sink_that_wants_to_end_the_process_does_not(tmp_path: Path) -> None:
+    log = MetricsLog(JsonLines(tmp_path / "metrics.jsonl"), [Failing(1, error=SystemExit(1)), good := Sink()])
+    log.log(1, {"reward/mean": 1.0})
+    log.close()
+    assert [step for step, _ in good.seen] == [1, -1]
 
 
 def test_a_sink_that_keeps_failing_is_tried_ever_more_rarely_and_never_given_up() -> None:

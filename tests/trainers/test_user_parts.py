@@ -308,13 +308,14 @@ def test_what_a_source_answers_is_checked(answer: Any, error: type[Exception], r
     [
         (ConnectionError("refused"), "source"),
         (KeyError("x"), "model"),
+        (SystemExit(1), "model"),
         (RequestError("refuses the request: 404"), "model"),
         (ScoringError("later"), "source"),
         (ScoringError("never", may_pass=False), "model"),
     ],
     ids=repr,
 )
-def test_a_source_that_raises_is_asked_again_only_where_that_may_help(error: Exception, fault: str) -> None:
+def test_a_source_that_raises_is_asked_again_only_where_that_may_help(error: BaseException, fault: str) -> None:
     def fail() -> list[ScoreResult]:
         raise error
 
