@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity templates architectures faults nodes gpu
+.PHONY: setup demo test lint bench parity templates architectures faults siege nodes gpu
 
 setup:
 	@./setup.sh
@@ -42,6 +42,9 @@ faults: setup  ## the long fault campaign
 
 nodes: setup  ## two machines made of namespaces on this one: ranks on both, a node that dies, a disk that is not shared; needs root
 	@$(PYTHON_BIN) -m tests.nodes.run
+
+siege: setup  ## a service under all that starves other callers, and under deaths of its model (SECONDS of each attack, SCORES)
+	@$(PYTHON_BIN) -m tests.serving.siege $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SCORES),--scores $(SCORES))
 
 gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out
 	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run

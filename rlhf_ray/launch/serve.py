@@ -1,8 +1,9 @@
 """``rlhf-ray serve``: start a reward model behind HTTP, and keep it running until a signal stops it.
 
 Invariants: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line; a
-service whose model died or hangs restarts it, and tries again where that fails: only a signal or the end of the gateway's own
-process ends it; a stopped service leaves no process behind. Only with ``--detach`` does a service outlive the command.
+service whose model died or hangs restarts it, and this command a gateway whose process died, at the same port; both
+try again where that fails, and only a signal ends a service that has once answered; a stopped service leaves no process behind.
+Only with ``--detach`` does a service outlive the command.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from rlhf_ray import environment
 from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
@@ -21,11 +23,12 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.console import get_logger, write_result
-from rlhf_ray.errors import EXIT_DONE, DeadlineError, RequestError, RlhfRayError, StorageError
+from rlhf_ray.errors import EXIT_DONE, DeadlineError, GroupError, RequestError, RlhfRayError, StorageError
 from rlhf_ray.network import cluster_address
 from rlhf_ray.processes.interrupts import interruptible
 from rlhf_ray.serving.auth import require_closed
 from rlhf_ray.serving.cluster_client import find_service, gateway_name
+from rlhf_ray.serving.recovery import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from rlhf_ray.serving.server import WebServer
 
 SECONDS_BETWEEN_CHECKS = 5.0
@@ -49,10 +52,12 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
         with (
             interruptible(),
             Cluster.for_job(config, namespace=SERVICE_NAMESPACE),
-            _gateway(config, detach=detach) as gateway,
         ):
-            if not detach:
-                _watch(gateway)
+            with _gateway(config, detach=detach) as (gateway, address):
+                if detach:
+                    return EXIT_DONE
+                error = _watch(gateway)
+            _serve_again(config.model_copy(update={"port": urlsplit(address).port}), error)
     except KeyboardInterrupt:
         get_logger("serving").info("stopped")
     return EXIT_DONE
@@ -83,9 +88,24 @@ def reload(config: ServeConfig, given: Collection[str]) -> int:
     return EXIT_DONE
 
 
+def _serve_again(config: ServeConfig, error: GroupError) -> NoReturn:
+    """Start another gateway at the same port whenever one has died, for as long as it takes."""
+    pause = FIRST_PAUSE_S
+    while True:
+        get_logger("serving").error("%s: starting another gateway in %g s", error, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+        try:
+            with _gateway(config, detach=False) as (gateway, _):
+                pause = FIRST_PAUSE_S
+                error = _watch(gateway)
+        except RlhfRayError as failed:
+            error = failed if isinstance(failed, GroupError) else GroupError("gateway", None, "start", str(failed))
+
+
 @contextmanager
-def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
-    """A gateway that answers; it is stopped at the end, unless it came up detached."""
+def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[tuple[RayRanks, str]]:
+    """A gateway that answers, and its address; it is stopped at the end, unless it came up detached."""
     name = gateway_name(config.run.name)
     gateway = _start(config, name, detach=detach)
     is_up = False
@@ -96,7 +116,7 @@ def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[RayRanks]:
         end = f"ray.kill(ray.get_actor({name!r}, {SERVICE_NAMESPACE!r})) ends it" if detach else "Ctrl-C ends it"
         get_logger("serving").info("POST %s/get_reward or %s/v1/reward; %s", address, address, end)
         is_up = True
-        yield gateway
+        yield gateway, address
     finally:
         if not (detach and is_up):
             _stop(gateway, gracefully=is_up)
@@ -142,11 +162,13 @@ def _stop(gateway: RayRanks, *, gracefully: bool) -> None:
         gateway.stop()
 
 
-def _watch(gateway: RayRanks) -> NoReturn:
-    """Have the service check its groups again and again; raises what its gateway died of, or the interrupt of a signal."""
+def _watch(gateway: RayRanks) -> GroupError:
+    """Ask the gateway again and again whether it lives; returns what it died of."""
     while True:
         time.sleep(SECONDS_BETWEEN_CHECKS)
         try:
-            gateway.call("check", [()], timeout_s=CHECK_TIMEOUT_S).result()
+            gateway.call("alive", [()], timeout_s=CHECK_TIMEOUT_S).result()
         except DeadlineError as error:  # a machine that is busy is no reason to end
-            get_logger("serving").warning("%s: checking again", error)
+            get_logger("serving").warning("%s: asking again", error)
+        except GroupError as error:
+            return error

@@ -2,7 +2,8 @@
 
 Invariants: a body is counted while it arrives, and read only up to its limits, so that nothing is built of one that has too
 much of anything; the memory of all bodies together is bounded, and no caller takes all of it; a large body is read in a thread
-beside the event loop; NaN, Infinity and compressed bodies are refused; a refusal never holds a part of the body.
+beside the event loop, one of a caller at a time; NaN, Infinity and compressed bodies are refused; a refusal never holds a part
+of the body.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 
@@ -39,6 +41,7 @@ class BodyReader:
         self.max_parts = max(PARTS_PER_ITEM * max_items, FEWEST_PARTS)
         self._memory = SharedLimit(max(max_bytes_together, 2 * max_bytes))
         self._readers = ThreadPoolExecutor(READERS, "body reader")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def held(self) -> int:
@@ -62,9 +65,12 @@ class BodyReader:
         if not self._memory.take(caller, units):
             raise Refusal("overloaded", f"bodies of about {self.held} bytes are being read or answered: try again")
 
-    async def beside(self, read: Callable[[], Read]) -> Read:
-        """What ``read`` returns, in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+    async def beside(self, caller: str, read: Callable[[], Read]) -> Read:
+        """What ``read`` returns, in a thread; a caller with many large bodies waits for itself alone."""
+        turn = self._turns.get(caller) or asyncio.Lock()
+        self._turns[caller] = turn
+        async with turn:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     def _too_large(self) -> NoReturn:
         raise Refusal("body_too_large", f"the body is larger than {self.max_bytes} bytes: send fewer items")
@@ -102,7 +108,7 @@ class Body:
             raise Refusal("slow_body", f"the body did not arrive within {self._reader.timeout_s:g} s") from None
         if len(content) < LARGE_BODY:
             return read(parse_object(content))
-        return await self._reader.beside(lambda: read(parse_object(content)))
+        return await self._reader.beside(self._caller, lambda: read(parse_object(content)))
 
     async def _content(self) -> bytes:
         content, size = bytearray(), JsonSize()

@@ -8,6 +8,7 @@ gateway; a new version takes over only once it is loaded.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf_ray.actors.groups import RewardGroup
     from rlhf_ray.actors.place import PlacedGroup
 
+SECONDS_BETWEEN_CHECKS = 5.0
 HEALTH_TIMEOUT_S = 30.0
 """A rank whose process says nothing for so long hangs; it says something while it computes, too."""
 ACTOR_OPTIONS: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"scoring": 64, "control": 4}}
@@ -43,13 +45,27 @@ class Gateway:
         self.config = config
         self.cluster = Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False)
         self.groups_started = 0
+        self._stopping = threading.Event()
 
     @ray.method(concurrency_group="control")
     def start(self) -> str:
         """Take the port, load the models, answer; returns the address."""
         self.service = ScoringService(self.config)
         self.cluster.__enter__()
-        return self.service.start({name: self._replicas(name, role) for name, role in self.config.served.items()})
+        address = self.service.start({name: self._replicas(name, role) for name, role in self.config.served.items()})
+        threading.Thread(target=self._keep_checking, name="group checks", daemon=True).start()
+        return address
+
+    def _keep_checking(self) -> None:
+        while not self._stopping.wait(SECONDS_BETWEEN_CHECKS):
+            try:
+                self.check()
+            except Exception as error:  # the next one may succeed
+                get_logger("serving").error("the groups cannot be checked: %r", error)
+
+    @ray.method(concurrency_group="control")
+    def alive(self) -> None:
+        """Answer, which a gateway whose process died does not."""
 
     def _replicas(self, name: str, role: RoleConfig) -> list[GroupBackend]:
         """All replicas of a model, loaded side by side."""
@@ -120,7 +136,6 @@ class Gateway:
         self._in_loop(replace())
         return served.current.name
 
-    @ray.method(concurrency_group="control")
     def check(self) -> None:
         """Ask every group that should be up whether it is, and begin to restart one that is not; never raises."""
         asked = [
@@ -143,6 +158,7 @@ class Gateway:
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Finish what is being answered, then stop the reward groups."""
+        self._stopping.set()
         self.service.stop()
         self.cluster.__exit__(None, None, None)
 

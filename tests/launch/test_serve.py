@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from rlhf_ray.errors import DeadlineError, GroupError
+from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.roles import ScoringRole
+from rlhf_ray.config.sections.run import RunConfig
+from rlhf_ray.errors import DeadlineError, GroupError, RequestError
 from rlhf_ray.launch import serve
 from rlhf_ray.pending import Pending
 
@@ -29,7 +35,7 @@ def test_an_address_that_nobody_takes_ends_no_service(
     stream: Any, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
-    assert error_of(lambda: serve._announce("http://127.0.0.1:1")) is None
+    assert outcome_of(lambda: serve._announce("http://127.0.0.1:1")) is None
     assert "standard output takes nothing" in project_log.getvalue()
 
 
@@ -38,12 +44,12 @@ def test_an_address_stands_alone_on_its_line(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "http://127.0.0.1:1\n"
 
 
-def error_of(call: Any) -> BaseException | None:
+def outcome_of(call: Callable[[], Any]) -> Any:
+    """What a call returns, or the error that it raises."""
     try:
-        call()
+        return call()
     except Exception as error:
         return error
-    return None
 
 
 def test_a_check_that_is_late_is_made_again_and_only_the_end_of_the_gateway_ends_the_service(
@@ -55,7 +61,7 @@ def test_a_check_that_is_late_is_made_again_and_only_the_end_of_the_gateway_ends
 
     class Gateway:
         def call(self, method: str, *_: Any, **__: Any) -> Pending[Any]:
-            assert method == "check"
+            assert method == "alive"
             answer = answers.pop(0)
             if answer is None:
                 return Pending.done([None])
@@ -66,4 +72,33 @@ def test_a_check_that_is_late_is_made_again_and_only_the_end_of_the_gateway_ends
             return Pending(fail)
 
     gateway: Any = Gateway()
-    assert error_of(lambda: serve._watch(gateway)) is died and not answers
+    assert outcome_of(lambda: serve._watch(gateway)) is died and not answers
+
+
+def test_a_gateway_that_dies_is_followed_by_another_at_the_same_port_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal, here the last start's interrupt, is what ends it."""
+    died = GroupError("gateway", 0, "check", "its process died")
+    starts: list[Any] = [died, RequestError("a service named serve runs on this cluster already"), died, None]
+    ports: list[int] = []
+
+    @contextmanager
+    def gateway(config: ServeConfig, *, detach: bool) -> Iterator[tuple[Any, str]]:
+        ports.append(config.port)
+        start = starts.pop(0)
+        if start is None:
+            raise KeyboardInterrupt
+        if isinstance(start, RequestError):
+            raise start
+        yield start, "http://127.0.0.1:4321"
+
+    monkeypatch.setattr(serve, "_gateway", gateway)
+    monkeypatch.setattr(serve, "_watch", lambda error: error)
+    monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(serve.Cluster, "__enter__", lambda self: self)
+    monkeypatch.setattr(serve.Cluster, "__exit__", lambda *_: None)
+    role = ScoringRole(model=ModelConfig(path="model"))
+    config = ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role, port=0)
+    assert outcome_of(lambda: serve.serve(config, detach=False)) == 0
+    assert ports == [0, 4321, 4321, 4321] and not starts

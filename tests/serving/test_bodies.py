@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import tracemalloc
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -140,6 +141,26 @@ async def hold(bodies: BodyReader) -> None:
     request = Request({"type": "http", "method": "POST", "headers": [(b"transfer-encoding", b"chunked")]}, receive)
     with bodies.reserving(request, "silent") as body:
         await body.read(lambda values: values)
+
+
+def test_large_bodies_of_one_caller_do_not_keep_another_waiting() -> None:
+    bodies = reader(max_bytes=1_000_000)
+    may, content = threading.Event(), TEXTS % (b"x" * 100_000)
+
+    async def held(caller: str, read: Any) -> Any:
+        with bodies.reserving(request_of(iter([content])), caller) as body:
+            return await body.read(read)
+
+    async def run() -> None:
+        greedy = [asyncio.create_task(held("greedy", lambda _: may.wait(10))) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        other = asyncio.create_task(held("other", lambda _: 1))
+        done, _ = await asyncio.wait({other}, timeout=2)
+        may.set()
+        await asyncio.gather(*greedy)
+        assert done, "it waits behind all of them"
+
+    asyncio.run(run())
 
 
 WIDE = {

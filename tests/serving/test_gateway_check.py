@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -97,3 +98,24 @@ def test_a_group_in_any_trouble_is_restarted_and_the_gateway_goes_on(
         assert [result.raw for result in await backend.score([ScoreRequest(token_ids=(1,))])] == [1.0]
 
     asyncio.run(asyncio.wait_for(run(), timeout=10))
+
+
+def test_a_gateway_checks_its_groups_by_itself_until_it_stops(
+    config: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else does that for a service that outlives its command."""
+    monkeypatch.setattr("rlhf_ray.serving.gateway.SECONDS_BETWEEN_CHECKS", 0.01)
+    checks = threading.Semaphore(0)
+    service: Any = SimpleNamespace(start=lambda _: "http://127.0.0.1:1", stop=lambda: None)
+    cluster: Any = SimpleNamespace(__enter__=lambda: None, __exit__=lambda *_: None)
+    monkeypatch.setattr("rlhf_ray.serving.gateway.ScoringService", lambda _: service)
+    monkeypatch.setattr(Gateway, "_replicas", lambda *_: [])
+    monkeypatch.setattr(Gateway, "check", lambda _: checks.release())
+    gateway = Gateway(config(path="model"))
+    gateway.cluster = cluster
+    assert gateway.start() == "http://127.0.0.1:1"
+    assert all(checks.acquire(timeout=5) for _ in range(3)), "it does not check"
+    gateway.stop()
+    while checks.acquire(timeout=0.2):
+        pass
+    assert not any(thread.name == "group checks" for thread in threading.enumerate())
