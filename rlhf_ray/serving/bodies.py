@@ -27,7 +27,7 @@ PARTS_PER_ITEM = 400
 """Texts, lists and objects of a body, for each item that it may have: long conversations with tools have about a hundred."""
 FEWEST_PARTS = 100_000
 LARGE_BODY = 65_536
-"""Bytes from which on a body is read in a thread."""
+"""Bytes in memory from which on a body is read in a thread: a thousand short items take longer to read than one long text."""
 READERS = 2
 Read = TypeVar("Read")
 
@@ -106,7 +106,7 @@ class Body:
                 content = await self._content()
         except TimeoutError:
             raise Refusal("slow_body", f"the body did not arrive within {self._reader.timeout_s:g} s") from None
-        if len(content) < LARGE_BODY:
+        if self.held < LARGE_BODY:
             return read(parse_object(content))
         return await self._reader.beside(self._caller, lambda: read(parse_object(content)))
 

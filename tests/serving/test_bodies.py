@@ -143,6 +143,23 @@ async def hold(bodies: BodyReader) -> None:
         await body.read(lambda values: values)
 
 
+@pytest.mark.parametrize(
+    ("content", "beside"),
+    [
+        (b'{"query": ["a"]}', False),
+        (TEXTS % (b"x" * 100_000), True),
+        (b'{"items": [%s 1]}' % (b'{"text":"a"},' * 1000), True),
+    ],
+    ids=["small", "large", "many items"],
+)
+def test_a_body_that_takes_long_to_read_is_read_beside_the_event_loop(content: bytes, beside: bool) -> None:
+    async def run() -> str:
+        with reader(max_bytes=1_000_000).reserving(request_of(iter([content])), "a") as body:
+            return await body.read(lambda _: threading.current_thread().name)
+
+    assert asyncio.run(run()).startswith("body reader") is beside
+
+
 def test_large_bodies_of_one_caller_do_not_keep_another_waiting() -> None:
     bodies = reader(max_bytes=1_000_000)
     may, content = threading.Event(), TEXTS % (b"x" * 100_000)

@@ -4,6 +4,7 @@ client that only stopped sending gets its answer; who has many idle connections 
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -19,7 +20,7 @@ import pytest
 
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.serving.server import WebServer
-from rlhf_ray.serving.transport.connection import LINGER_BYTES, ConnectionLimits
+from rlhf_ray.serving.transport.connection import LINGER_BYTES, Connection, ConnectionLimits
 
 from .services import Lengths, service
 from .test_server import Slow, place, wait_for
@@ -132,6 +133,24 @@ def test_a_client_that_does_not_read_its_answers_is_given_up(config: MakeConfig)
             except OSError:
                 ended = True
         assert ended, "its connection was held for ever"
+
+
+def test_nothing_is_written_to_a_connection_that_was_dropped(config: MakeConfig) -> None:
+    """uvloop raises at such a write, and uvicorn logs its trace, until the loop has told both that the connection is lost."""
+    backend = Slow()
+    with serving(service(config(), backend)) as server, connect(server) as connection:
+        connection.sendall(post(b'{"query": ["a"]}'))
+        assert backend.began.wait(5)
+
+        async def drop() -> bool:
+            assert server._server is not None
+            (one,) = server._server.server_state.connections
+            assert isinstance(one, Connection)
+            one.drop()
+            return one.cycle.disconnected
+
+        assert asyncio.run_coroutine_threadsafe(drop(), server.loop).result(5)
+        backend.may.set()
 
 
 def test_a_client_that_has_stopped_sending_gets_its_answer(config: MakeConfig) -> None:

@@ -71,8 +71,15 @@ class Connection(HttpToolsProtocol):
         of_client = Counter(one.host for one in others)
         idle = [one for one in others if one is not self and one.idle_since is not None]
         victim = max(idle, key=lambda one: (of_client[one.host], -(one.idle_since or 0.0)), default=self)
-        victim.transport.abort()
+        victim.drop()
         self.connections.discard(victim)
+
+    def drop(self) -> None:
+        """Close the connection at once; an answer that is under way is not written any more."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # uvloop tells it a moment later, and raises at a write before that
+            self.cycle.message_event.set()
+        self.transport.abort()
 
     @property
     def host(self) -> str:
@@ -83,12 +90,12 @@ class Connection(HttpToolsProtocol):
         if self._body_due is not None:
             self._thrown_away += len(data)
             if self._thrown_away > LINGER_BYTES:
-                self.transport.abort()
+                self.drop()
                 return
         super().data_received(data)
         self._header_bytes += len(data)
         if self._headers_due is not None and self._header_bytes > MAX_HEADER_BYTES:
-            self.transport.close()
+            self.drop()
 
     def on_message_begin(self) -> None:
         if self._headers_due is None:
@@ -112,7 +119,7 @@ class Connection(HttpToolsProtocol):
             self.idle_since = self.loop.time()
             if self.cycle.more_body:
                 self._thrown_away = 0
-                self._body_due = self.loop.call_later(LINGER_S, self.transport.abort)
+                self._body_due = self.loop.call_later(LINGER_S, self.drop)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -125,7 +132,7 @@ class Connection(HttpToolsProtocol):
     def await_reading(self) -> None:
         """Give the client its time to read the answer."""
         if self._answer_due is None:
-            self._answer_due = self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
+            self._answer_due = self.loop.call_later(self._limits.write_timeout_s, self.drop)
 
     def resume_writing(self) -> None:
         if not self.transport.is_closing():
@@ -148,7 +155,7 @@ class Connection(HttpToolsProtocol):
             return
         known = self.transport.get_extra_info("socket")
         if known.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()
+            self.drop()
             return
         self.loop.call_later(SECONDS_BETWEEN_LOOKS, self._look_for_client)
 
@@ -159,7 +166,7 @@ class Connection(HttpToolsProtocol):
 
     def _await_headers(self) -> None:
         self._header_bytes = 0
-        self._headers_due = self.loop.call_later(self._limits.header_timeout_s, self.transport.close)
+        self._headers_due = self.loop.call_later(self._limits.header_timeout_s, self.drop)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
