@@ -49,10 +49,7 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
         )
     WebServer(config.host, config.port).stop()  # a port in use is an error before anything starts
     try:
-        with (
-            interruptible(),
-            Cluster.for_job(config, namespace=SERVICE_NAMESPACE),
-        ):
+        with interruptible(), Cluster.for_job(config, namespace=SERVICE_NAMESPACE):
             with _gateway(config, detach=detach) as (gateway, address):
                 if detach:
                     return EXIT_DONE

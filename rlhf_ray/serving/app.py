@@ -42,7 +42,7 @@ READY_IF_SCORED_WITHIN_S, READY_TIMEOUT_S = 60.0, 5.0
 CALLER_LEFT = 499
 """The status of a request whose caller hung up, as nginx counts it; nobody reads the answer."""
 
-STOPPING = Refusal("stopping", "the service stops: send the request again, to the next one")
+STOPPING = "the service stops: send the request again, to the next one"
 CLOSING = frozenset({"stopping", "upgrade"})
 """Kinds of refusals after which the connection is closed."""
 
@@ -124,7 +124,7 @@ class ScoringApp:
     def _answered(self) -> Iterator[None]:
         """A request that :meth:`give_up` may end."""
         if self._given_up:
-            raise STOPPING
+            raise Refusal("stopping", STOPPING)
         task = asyncio.current_task()
         assert task is not None, "a server answers in tasks"
         self._answering.add(task)
@@ -134,7 +134,7 @@ class ScoringApp:
             if not self._given_up:
                 raise
             task.uncancel()
-            raise STOPPING from None
+            raise Refusal("stopping", STOPPING) from None
         finally:
             self._answering.discard(task)
 
