@@ -294,6 +294,28 @@ def test_a_refusal_has_a_status_a_kind_and_a_sentence_without_texts(
     assert SECRET not in response.text
 
 
+REPEATED = [
+    ("/v1/rerank", {"query": "{}", "documents": ["b"] * 4}),
+    ("/rerank", {"query": "{}", "texts": ["b"] * 4}),
+    ("/score", {"text_1": "{}", "text_2": ["b"] * 4}),
+    ("/v1/score", {"queries": ["{}"], "documents": ["b"] * 4}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), REPEATED, ids=[path for path, _ in REPEATED])
+def test_a_text_that_is_part_of_many_items_counts_as_often(
+    app: Starlette, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query of seven megabytes beside a thousand documents is a body of seven gigabytes to whoever reads its items."""
+    monkeypatch.setattr("rlhf_ray.serving.protocols.fields.MOST_REPEATED", 1000)
+    for length, status in ((250, 200), (251, 413)):
+        asked = {key: ["x" * length] if value == ["{}"] else value for key, value in body.items()}
+        asked = {key: "x" * length if value == "{}" else value for key, value in asked.items()}
+        response = post(app, path, asked)
+        assert response.status_code == status, response.text
+    assert "is part of 4 items, 1004 in all, and the limit is 1000" in kind_and_sentence(response.json())[1]
+
+
 def test_text_embeddings_inference_names_its_error_types(app: Starlette) -> None:
     assert post(app, "/predict", {"inputs": 5}).json()["error_type"] == "Validation"
     assert post(app, "/predict", {"inputs": ""}).json()["error_type"] == "Tokenizer"

@@ -48,6 +48,8 @@ JSON_TYPES: Mapping[str, str] = {
 BRANCH = "as "
 """The tags of unions begin with it, so that they can be told from the keys and positions of a location."""
 AsText, AsIds, AsList, AsPair, AsNothing = map(Tag, ("as text", "as ids", "as list", "as pair", "as nothing"))
+MOST_REPEATED = 64_000_000
+"""Characters of a text together that stands once in a body and in many of its items."""
 OF_NO_BRANCH = "of_no_branch"
 """The error of a value that is of no branch of its union."""
 
@@ -118,6 +120,16 @@ def make_item(name: str, **values: Any) -> ScoreRequest:
         return ScoreRequest(**values)
     except RequestError as error:
         raise Refusal("item", f"{name}: {error}") from error
+
+
+def refuse_repetition(name: str, text: str, times: int) -> None:
+    """Refuse a text that is part of so many items that it would be read as a body many times as large as any may be."""
+    if len(text) * times > MOST_REPEATED:
+        raise Refusal(
+            "body_too_large",
+            f"{name} has {len(text)} characters and is part of {times} items, {len(text) * times} in all, and the limit is "
+            f"{MOST_REPEATED}: shorten it, or send fewer items",
+        )
 
 
 @dataclass(frozen=True)

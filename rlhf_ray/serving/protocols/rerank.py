@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.serving.protocols import tei
-from rlhf_ray.serving.protocols.fields import Document, Texts, Unserved, make_item
+from rlhf_ray.serving.protocols.fields import Document, Texts, Unserved, make_item, refuse_repetition
 from rlhf_ray.serving.protocols.inputs import TEMPLATE, CommonBody, Listing, listing
 from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
@@ -72,6 +72,7 @@ class ScoreBody(PairBody):
             raise Refusal("wrong_body", f"give {known}")
         prompts, responses = self.sides()
         if len(prompts) == 1:
+            refuse_repetition(self.keys[0], prompts[0], len(responses))
             prompts = prompts * len(responses)
         if len(prompts) != len(responses):
             first, second = self.keys
@@ -186,6 +187,7 @@ class RerankBody(PairBody):
                 "results": [self._row(index, scores[index]) for index in best],
             }
 
+        refuse_repetition("query", self.query, len(self.documents))
         pairs = [_pair(position, self.query, text, truncate) for position, text in enumerate(self.documents)]
         return self.request(pairs, answer)
 

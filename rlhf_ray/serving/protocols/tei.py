@@ -15,7 +15,16 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.protocols.fields import AsList, AsPair, AsText, Body, JsonList, make_item, one_of
+from rlhf_ray.serving.protocols.fields import (
+    AsList,
+    AsPair,
+    AsText,
+    Body,
+    JsonList,
+    make_item,
+    one_of,
+    refuse_repetition,
+)
 from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.protocols.requests import ParsedRequest, ScoredRequest
 from rlhf_ray.serving.refusals import Refusal, as_tei
@@ -127,6 +136,7 @@ class RerankBody(TeiBody):
             scores = scored.numbers(activation=sigmoid)
             return [self._row(index, scores[index]) for index in best_first(scores)]
 
+        refuse_repetition("query", self.query, len(self.texts))
         pairs = [_item(position, (self.query, text), truncate) for position, text in enumerate(self.texts)]
         return ParsedRequest(pairs, answer)
 
