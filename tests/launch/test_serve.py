@@ -30,7 +30,7 @@ def closed() -> io.StringIO:
     return stream
 
 
-@pytest.mark.parametrize("stream", [None, Full(), closed()], ids=["none", "full", "closed"])
+@pytest.mark.parametrize("stream", [Full(), closed()], ids=["full", "closed"])
 def test_an_address_that_nobody_takes_ends_no_service(
     stream: Any, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
 ) -> None:

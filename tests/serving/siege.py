@@ -62,11 +62,11 @@ class Target:
         return url.host, url.port
 
     def memory_mb(self) -> float:
-        """Memory of the process and of those it has started."""
+        """Memory of the process and of those it has started, without what they share."""
         total = 0
         for process in [self.process, *self.process.children(recursive=True)]:
             try:
-                total += process.memory_info().rss
+                total += process.memory_full_info().uss
             except psutil.Error:
                 continue
         return total / 2**20
