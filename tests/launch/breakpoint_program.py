@@ -61,7 +61,7 @@ def train_from_python() -> None:
         assert run.status["state"] == "finished", run.status
         assert run.config.to_train().run.name == run.directory.name == name
         assert run.metrics()[metric].notna().any()
-        assert run.report("page.html").read_text().startswith("<!")
+        assert run.report(f"{name}.html").read_text().startswith("<!")
 
 
 def train_on_the_command_line(config: str) -> int:
