@@ -40,7 +40,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rows.jsonl", GOOD.encode() + b"[1]", r"rows\.jsonl:2: a row must be an object"),
         ("rows.jsonl", GOOD.encode() + b'{"score": 1}', r"rows\.jsonl:2: there is a column 'score' already"),
         ("rows.jsonl", GOOD.encode() + b'{"text": "a", "x": -Infinity}', r"rows\.jsonl:2: 'x' holds the number -inf"),
-        ("rows.jsonl.gz", gzip.compress(GOOD.encode())[:-9], r"rows\.jsonl\.gz: cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], r"rows\.jsonl\.gz: cannot be read"),
         ("rows.parquet", b"PAR1", "not a parquet file"),
         ("rows.csv", b"text,text\na,b\n", "two columns have the same name"),
         ("rows.json", b'{"text": "a"}', "a .json file is a list of rows"),
