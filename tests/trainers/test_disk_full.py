@@ -10,55 +10,72 @@ from typing import Any
 import pytest
 from torch import set_num_threads
 
+from rlhf_ray.actors.groups import Group
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import DiskFullError
+from rlhf_ray.monitoring.metrics_log import MetricsLog
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.ppo.build import train_ppo
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 ONE_PROCESS = ["policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
-               "monitoring.ray_metrics=false", "evaluation.prompts=4", "steps=2", "checkpoint.every_steps=1"]  # fmt: skip
+               "monitoring.ray_metrics=false", "evaluation.prompts=4", "steps=3", "checkpoint.every_steps=1"]  # fmt: skip
 LEFT = 20_000
 """Bytes that the others leave on the disk; a model needs more."""
 
 
-def fill(disk: Path) -> None:
+def fill(disk: Path, left: int) -> None:
     usage = os.statvfs(disk)
-    (disk / "others").write_bytes(bytes(usage.f_bavail * usage.f_frsize - LEFT))
+    (disk / "others").write_bytes(bytes(usage.f_bavail * usage.f_frsize - left))
 
 
 @pytest.mark.parametrize(
-    ("call", "number", "what"), [("save", 2, "checkpoints/step-000002/"), ("save_final", 1, "final")]
+    ("owner", "call", "number", "what", "kept"),
+    [
+        (Group, "save_pretrained", 1, "rollout-start", []),
+        (Checkpointer, "save", 2, "checkpoints/step-000002/", [1]),
+        (MetricsLog, "log", 1, "metrics.jsonl", None),
+        (Checkpointer, "save_final", 1, "final", [2, 3]),
+    ],
+    ids=["rollout-start", "checkpoint", "metrics", "final"],
 )
 def test_a_disk_that_fills_up_costs_nothing_that_was_committed(
-    call: str, number: int, what: str, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+    owner: type[Any],
+    call: str,
+    number: int,
+    what: str,
+    kept: list[int] | None,
+    small_disk: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_num_threads(1)
     disk = small_disk(30_000)
     config = load_config(TINY_PPO, [f"run.root={disk}", *ONE_PROCESS], kind="ppo")
     run = RunDirectory.create(disk / config.run.name, dump_config(config))
-    method, calls = getattr(Checkpointer, call), []
+    method, calls = getattr(owner, call), []
 
-    def meet_a_full_disk(self: Checkpointer, *arguments: Any) -> None:
+    def meet_a_full_disk(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(call)
         if len(calls) == number:
-            fill(disk)
-        method(self, *arguments)
+            fill(disk, 0 if call == "log" else LEFT)
+        return method(self, *arguments, **options)
 
-    monkeypatch.setattr(Checkpointer, call, meet_a_full_disk)
+    monkeypatch.setattr(owner, call, meet_a_full_disk)
     with pytest.raises(Exception, match=r".") as caught:
         train_ppo(config, run, None, place=ThisProcess(config.cluster))
     assert caught.type is DiskFullError
     assert str(caught.value).startswith(f"disk full: cannot write {run.path}/{what}"), caught.value
-    assert "are needed, " in str(caught.value)
-    kept = [1] if call == "save" else [1, 2]
-    assert run.checkpoints.steps() == kept and not [*run.path.rglob(".pending-*")]
+    assert "are free at " in str(caught.value)
+    assert kept is None or run.checkpoints.steps() == kept
+    assert not [*run.path.rglob(".pending-*")]
     run.release()
+    if call != "save":  # going on is shown for a checkpoint
+        return
     monkeypatch.undo()
     (disk / "others").unlink()
     again, checkpoint = RunDirectory.resume(run.path)
-    assert checkpoint is not None and checkpoint.step == kept[-1]
+    assert checkpoint is not None and checkpoint.step == 1
     train_ppo(config, again, checkpoint, place=ThisProcess(config.cluster))
-    assert (run.final / "model.safetensors").is_file() and again.checkpoints.steps()[-1] == 2
+    assert (run.final / "model.safetensors").is_file() and again.checkpoints.steps()[-1] == 3

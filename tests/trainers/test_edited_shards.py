@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from rlhf_ray import storage
@@ -19,7 +18,7 @@ from rlhf_ray.trainers.ppo.build import train_ppo
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 ONE_PROCESS = ["policy.ranks=1", "rollout.backend=transformers", "rollout.engines=1", "monitoring.ray_metrics=false",
-               "evaluation.prompts=4", "steps=2", "checkpoint.every_steps=1"]  # fmt: skip
+               "evaluation.prompts=4", "steps=1", "checkpoint.every_steps=1"]  # fmt: skip
 
 
 class Canary:
@@ -47,15 +46,14 @@ def edit(file: Path, canary: Path) -> None:
     assert isinstance(storage.verify(step), Manifest)
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_code_in_a_shard_is_not_run(tmp_path: Path, zero: int) -> None:
+def test_code_in_a_shard_is_not_run(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    config = load_config(TINY_PPO, [f"run.root={tmp_path}", *ONE_PROCESS, f"policy.engine.zero={zero}"], kind="ppo")
+    config = load_config(TINY_PPO, [f"run.root={tmp_path}", *ONE_PROCESS, "policy.engine.zero=1"], kind="ppo")
     run = RunDirectory.create(tmp_path / config.run.name, dump_config(config))
     train_ppo(config, run, None, place=ThisProcess(config.cluster))
     run.release()
     shard = sorted((run.checkpoints.checkpoint_path(run.checkpoints.steps()[-1]) / "policy").rglob("*.pt"))[-1]
-    assert ("optim" in shard.name) == (zero > 0)
+    assert "optim" in shard.name, "the kind of file that holds classes of DeepSpeed too"
     edit(shard, tmp_path / "canary")
     again, checkpoint = RunDirectory.resume(run.path)
     try:
