@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_ray.config.sections.models import MADE_SHAPES
 from rlhf_ray.errors import ModelLoadError
-from rlhf_ray.models.weights.tiny_llama import SHAPES, make_config, make_model
+from rlhf_ray.models.weights.tiny_llama import make_config, make_model
 
 VLLM_CPU_HEAD_SIZES = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}
 
@@ -47,7 +48,7 @@ def test_special_tokens_and_vocabulary_stand_in_the_config() -> None:
 
 
 def test_vllm_serves_every_shape_on_cpu() -> None:
-    assert {shape.head_dim for shape in SHAPES.values()} <= VLLM_CPU_HEAD_SIZES
+    assert {shape.head_dim for shape in MADE_SHAPES.values()} <= VLLM_CPU_HEAD_SIZES
 
 
 def test_an_unknown_shape_is_refused() -> None:
