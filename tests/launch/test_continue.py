@@ -23,6 +23,7 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import ConfigError, RequestError, ResumableStop
+from rlhf_ray.launch import driver
 from rlhf_ray.launch.driver import continue_run, train_new_run
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -167,8 +168,6 @@ def test_supervised_training_goes_on_over_the_rows_that_an_undisturbed_run_takes
 def test_a_finished_run_whose_driver_dies_is_not_trained_again(train, monkeypatch) -> None:
     run = train(SFT, "checkpoint.every_steps=0")
     before = files(run)
-    from rlhf_ray.launch import driver
-
     monkeypatch.setattr(driver, "run_trainer", lambda *arguments, **options: pytest.fail("trained again"))
     assert driver.main(["--resume", str(run.path)]) == 0
     assert files(run) == before
@@ -222,6 +221,16 @@ def test_each_change_stands_in_the_attempts_and_is_shown(train, project_log, cap
     assert "after step 2: " in shown and "steps 2 -> 3" in shown and "batch.prompts_per_step 8 -> 16" in shown
     assert main(["report", str(run.path)]) == 0
     assert "steps 2 -&gt; 3" in run.report_path.read_text()
+
+
+def test_a_driver_takes_changes_and_accepted_inputs_from_its_command_line(place, train, monkeypatch) -> None:
+    run = train(SFT)
+    (place / "rows.jsonl").write_text((place / "rows.jsonl").read_text().replace("dear", "near"))
+    trained: list[Any] = []
+    monkeypatch.setattr(driver, "run_trainer", lambda config, *rest, **place: trained.append(config))
+    assert driver.main(["--resume", str(run.path), "epochs=2.0"]) == 2 and trained == []
+    assert driver.main(["--resume", str(run.path), "epochs=2.0", "checkpoint.keep=4", "--accept", "data.path"]) == 0
+    assert [(config.epochs, config.checkpoint.keep) for config in trained] == [(2.0, 4)]
 
 
 def test_a_config_that_was_edited_by_hand_is_held_to_the_same_rules(place, train) -> None:

@@ -25,7 +25,7 @@ import sys
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.launch.parent import resume_run, start_run
 if sys.argv[1] == "resume":
-    code = resume_run(sys.argv[2], driver="stub_driver")
+    code = resume_run(sys.argv[2], sys.argv[3:], ["data.path"] if sys.argv[3:] else [], driver="stub_driver")
 else:
     code = start_run(load_config("demo-sft", ["run.name=stub", f"run.max_restarts={sys.argv[2]}"]), driver="stub_driver")
 assert not {"torch", "ray"} & set(sys.modules)
@@ -149,6 +149,13 @@ def test_the_last_sentence_says_how_the_driver_ended_and_how_to_go_on(
 def test_a_driver_that_died_before_it_began_a_run_begins_one(parent):
     assert parent.run(["kill", "begin 0"], "new", "1")[0] == 0
     assert parent.starts == ["new", "new"]
+
+
+def test_what_a_resumed_run_changes_reaches_every_driver_of_it(parent):
+    parent.run(["begin 75"], "new", "1")
+    assert parent.run(["kill", "0"], "resume", "runs/stub", "epochs=2", "checkpoint.keep=4")[0] == 0
+    resumed = f"--resume {parent.directory}/runs/stub epochs=2 checkpoint.keep=4 --accept data.path"
+    assert parent.starts == ["new", resumed, resumed]
 
 
 def test_a_resumed_run_is_restarted_as_its_own_config_says(parent):
