@@ -98,11 +98,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 48, "route_norm": True},
-    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid"},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 48, "route_norm": True, "qk_norm": True},
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
 }
 """Keys of published models of these architectures in config.json, which vLLM reads and transformers does not know."""
 

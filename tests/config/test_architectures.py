@@ -133,6 +133,13 @@ MIXTURE = {"model_type": "mixtral", "num_local_experts": 4}
         ({"model_type": "phimoe"}, GPU, "it does not read what transformers writes"),
         ({"model_type": "deepseek_v3"}, GPU, None),
         ({"model_type": "deepseek_v3"}, ["rollout.backend=transformers"], None),
+        (
+            {"model_type": "olmoe", "tie_word_embeddings": True},
+            [],
+            "ties no output layer of type olmoe to its embedding",
+        ),
+        ({"model_type": "olmoe", "tie_word_embeddings": False}, [], None),
+        ({"model_type": "mixtral", "tie_word_embeddings": True}, [], None),
         ({**MIXTURE, "hidden_size": 80}, [], "need a hidden size that is a multiple of 32, and this model has 80"),
         ({**MIXTURE, "hidden_size": 80}, GPU, None),
         ({"model_type": "llama", "hidden_size": 80}, [], None),

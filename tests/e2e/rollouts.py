@@ -77,8 +77,13 @@ CASES: dict[str, Callable[[Path], str]] = {
     f"{model_type}{'-tied' if tied else ''}": lambda directory, kind=model_type, tied=tied: mixture(
         kind, directory, tied=tied
     )
-    for model_type in ("mixtral", "qwen3_moe", "olmoe")
-    for tied in (False, True)
+    for model_type, tied in [
+        ("mixtral", False),
+        ("qwen3_moe", False),
+        ("olmoe", False),
+        ("mixtral", True),
+        ("qwen3_moe", True),
+    ]
 } | {"deterministic": twice}
 
 

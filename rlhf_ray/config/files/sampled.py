@@ -22,11 +22,15 @@ NOT_SAMPLED: Mapping[str, frozenset[str]] = {
 """Values of ``model_type`` that vLLM does not sample from on any device, by the reason."""
 NOT_SAMPLED_ON_CPU: Mapping[str, frozenset[str]] = {
     "its router for CPU knows no bias and no sigmoid for experts that are in no groups": frozenset(
-        {"ernie4_5_moe", "laguna", "minimax_m3_vl_text"}
+        {"ernie4_5_moe", "laguna", "minimax_m2", "minimax_m3_vl_text"}
     ),
-    "it gives other log-probs than transformers on CPU": frozenset({"apertus", "deepseek_v2", "deepseek_v3", "jetmoe"}),
+    "it gives other log-probs than transformers on CPU": frozenset(
+        {"apertus", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "jetmoe"}
+    ),
 }
 """Those that it samples wrong, or not at all, on CPU."""
+NOT_TIED = frozenset({"glm4_moe", "olmoe"})
+"""Those whose output layer vLLM does not tie to the embedding, although ``tie_word_embeddings`` of their config says so."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys that hold the number of experts of a layer."""
 EXPERT_MULTIPLE = 32
@@ -41,6 +45,9 @@ def sampling_refusal(config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
     for reason, refused in {**NOT_SAMPLED, **(NOT_SAMPLED_ON_CPU if on_cpu else {})}.items():
         for kind in kinds & refused:
             return f"vLLM does not sample from policies of type {kind}: {reason}. {WAY_OUT}"
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    for kind in kinds & NOT_TIED if tied else ():
+        return f"vLLM ties no output layer of type {kind} to its embedding, as tie_word_embeddings asks. {WAY_OUT}"
     hidden = text.get("hidden_size")
     mixture = any(isinstance(text.get(name), int) and text[name] > 1 for name in EXPERTS)
     if on_cpu and mixture and isinstance(hidden, int) and hidden % EXPERT_MULTIPLE:
