@@ -15,18 +15,18 @@ either, so this module names the parts that it touches, and ``tests/rollout/test
 from __future__ import annotations
 
 import torch
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 
 
 def forget_packed_experts(model: torch.nn.Module) -> None:
     """Make the coming update process experts as at start. Call it before the reload begins."""
+    if not current_platform.is_cpu():
+        return
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
-        if not isinstance(method, UnquantizedFusedMoEMethod) or method.moe_kernel is None:
-            continue
-        if isinstance(method.moe_kernel.fused_experts, CPUUnquantizedExperts):
+        if isinstance(method, UnquantizedFusedMoEMethod):
             method.moe_kernel = None
 
 

@@ -30,9 +30,9 @@ from tests.rollout.llamas import VOCABULARY, make_llama
 SEQUENCES = [[5, 6, 7, 8, 9], [10, 11, 12]]
 BASES = {"untied": False, "tied": True}
 CASES = [
-    *((zero, None, base, kind) for zero in (0, 2, 3) for base, kind in (("untied", "policy"), ("tied", "critic"))),
     (0, None, "tied", "policy"),
-    (2, None, "tied", "policy"),
+    (2, None, "untied", "policy"),
+    (3, None, "tied", "critic"),
     (2, "nf4", "untied", "policy"),
     (0, "nf4", "tied", "critic"),
 ]
@@ -151,7 +151,7 @@ def change_one_byte(file: Path, name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize(("zero", "quantization"), [(0, None), (2, None), (3, None), (0, "nf4")])
+@pytest.mark.parametrize(("zero", "quantization"), [(2, None), (3, None), (0, "nf4")])
 def test_a_checkpoint_of_before_with_its_base_still_loads(
     zero: int, quantization: str | None, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
