@@ -20,6 +20,7 @@ from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.build import train_ppo
+from rlhf_ray.trainers.ppo.self_check import LOG_PROBS, UPDATED_LOG_PROBS
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.supervised.reward_model import train_reward_model
 from rlhf_ray.trainers.supervised.sft import train_sft
@@ -80,6 +81,8 @@ def test_ppo_raises_the_learned_reward(tmp_path: Path) -> None:
     assert sum(rewards[-3:]) / 3 - sum(rewards[:3]) / 3 > 4 * deviation / (3 * 64) ** 0.5
     assert run.ledger.last_step == 16
     assert max(lines(run, "rollout/log_prob_difference")) <= 1e-4
+    checks = [check.name for check in run.summary().checks]
+    assert checks.count(LOG_PROBS) == checks.count(UPDATED_LOG_PROBS) == 1, "at start, and once after an update"
 
 
 def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
