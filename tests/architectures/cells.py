@@ -18,6 +18,7 @@ from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
 from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.files.architectures import NO_CHECKPOINTING
 from rlhf_ray.config.files.encoders import ENCODERS
+from rlhf_ray.config.files.sampled import is_mixture
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.config.preflight import check_files
 from rlhf_ray.config.sections.models import ModelConfig
@@ -28,7 +29,7 @@ from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
-from tests.architectures.configs import POSITIONS, SEEING, VOCABULARY, small_model
+from tests.architectures.configs import POSITIONS, VOCABULARY, small_model
 from tests.models.conftest import shake_adapters, word_tokenizer
 
 LENGTHS = (5, 21, 9, 34)
@@ -62,9 +63,9 @@ class Architecture:
         return directory
 
     def has(self, cell: str) -> bool:
-        """Whether there is such a cell: vLLM is given models with a head, and encoders are not written and write nothing."""
-        if cell == "rollout":
-            return self.model_type not in ENCODERS and self.model_type in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEEING}
+        """Whether there is such a cell: vLLM is given models with a head, and mixtures of experts; encoders are not written."""
+        if cell == "rollout":  # of a mixture of experts that transformers has a policy of
+            return self.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_mixture(self.theirs.config.to_dict())
         return self.classifies if cell == "vLLM" else cell != "export" or self.model_type not in ENCODERS
 
     def load(self, **options: Any) -> SequenceRegression:

@@ -31,7 +31,6 @@ SECONDS = 180
 CELLS = ("scoring", "training", "LoRA", "export", "vLLM", "rollout")
 APART = ("vLLM", "rollout")
 """Cells in processes of their own, whose threads and process groups vLLM changes."""
-NOT_THERE = {"vLLM": "no head", "rollout": "no policy"}
 Result = float | str
 
 
@@ -81,7 +80,7 @@ def _line(error: Exception) -> str:
 def verdict(cell: str, result: Result | None) -> str:
     """What the page says of a cell: right, refused, or what is wrong."""
     if result is None:
-        return NOT_THERE.get(cell, "no head")
+        return "no head"
     if isinstance(result, float):
         limit = GRADIENTS_TO if cell in ("training", "LoRA", "rollout") else SCORES_TO
         return "right" if result <= limit else f"WRONG: {result:.1e}"
@@ -93,12 +92,16 @@ def page_tables(results: Mapping[str, Mapping[str, Result]]) -> str:
     refused = {kind for kinds in NOT_RUN.values() for kind in kinds}
     runs = sorted(set(results) - refused - ENCODERS)
     lines = [
-        "| architecture | scoring and serving | training | LoRA | read by transformers | vLLM's scorer | vLLM's rollout |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | scoring and serving | training | LoRA | read by transformers | vLLM's scorer |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in runs:
-        cells = [verdict(cell, results[kind].get(cell)) for cell in CELLS]
+        cells = [verdict(cell, results[kind].get(cell)) for cell in CELLS if cell != "rollout"]
         lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+    lines += ["", "| mixture of experts | vLLM's rollout |", "|---|---|"]
+    for kind in runs:
+        if "rollout" in results[kind]:
+            lines.append(f"| `{kind}` | {verdict('rollout', results[kind]['rollout'])} |")
     lines += ["", "| encoder | scoring and serving | vLLM's scorer |", "|---|---|---|"]
     for kind in sorted(ENCODERS & set(results)):
         lines.append(

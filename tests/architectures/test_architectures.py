@@ -13,6 +13,7 @@ from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.files.architectures import NOT_IN_VLLM, NOT_RUN, SERVED_BY_VLLM
 from rlhf_ray.config.files.encoders import ENCODERS
+from rlhf_ray.config.files.sampled import sampling_refusal
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.rewards.request import ScoreRequest
@@ -52,7 +53,7 @@ def rows() -> dict[str, list[str]]:
     for line in between.splitlines():
         first, *cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if first.startswith("`"):
-            table[first.strip("`")] = cells
+            table.setdefault(first.strip("`"), []).extend(cells)  # a mixture of experts is in two tables
         elif first in NOT_RUN:
             table |= {name.strip("` *"): [first] for name in cells[0].split(",")}
     return table
@@ -69,7 +70,10 @@ def test_the_page_names_every_architecture_and_says_what_check_does() -> None:
             shown = cells[:4] if kind not in ENCODERS else cells[:1]
             assert tuple(shown) == TRIED[kind][: len(shown)], kind
         if kind in NOT_IN_VLLM and len(cells) > 1:
-            assert cells[-1] == "refused", kind
+            assert cells[min(len(cells), 5) - 1] == "refused", kind
+        if len(cells) == 6 and sampling_refusal({"model_type": kind}, on_cpu=True):
+            assert cells[5] == "refused", kind
+    assert sum(cells[5:] == ["right"] for cells in table.values()) > 12, "most mixtures of experts are sampled from"
     assert len(table) - sum(len(kinds) for kinds in NOT_RUN.values()) > 80, "most architectures of today run"
     assert {kind for kinds in NOT_RUN.values() for kind in kinds} >= SERVED_BY_VLLM
 

@@ -1,8 +1,8 @@
 """Which policies vLLM 0.32 samples from as transformers trains them, at start and after every update of their weights.
 
-Invariant: an architecture that is refused here is refused by ``check`` and by the engine in the same words, and every other one
-that runs is right: ``tests/architectures`` tries them all on CPU. What is wrong on CPU alone is left to the self-check of a run
-where engines have GPUs.
+Invariant: an architecture that is refused here is refused by ``check`` and by the engine in the same words, and every other
+mixture of experts that runs is right: ``tests/architectures`` tries them all on CPU. What is wrong on CPU alone is left to the
+self-check of a run where engines have GPUs.
 """
 
 from __future__ import annotations
@@ -49,13 +49,18 @@ def sampling_refusal(config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
     for kind in kinds & NOT_TIED if tied else ():
         return f"vLLM ties no output layer of type {kind} to its embedding, as tie_word_embeddings asks. {WAY_OUT}"
     hidden = text.get("hidden_size")
-    mixture = any(isinstance(text.get(name), int) and text[name] > 1 for name in EXPERTS)
-    if on_cpu and mixture and isinstance(hidden, int) and hidden % EXPERT_MULTIPLE:
+    if on_cpu and is_mixture(config) and isinstance(hidden, int) and hidden % EXPERT_MULTIPLE:
         return (
             f"vLLM's experts on CPU need a hidden size that is a multiple of {EXPERT_MULTIPLE}, and this model has {hidden}. "
             f"{WAY_OUT}"
         )
     return None
+
+
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether the model of a ``config.json`` is a mixture of experts."""
+    text = text_part(config)
+    return any(isinstance(text.get(name), int) and text[name] > 1 for name in EXPERTS)
 
 
 def sampling_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
