@@ -120,7 +120,9 @@ def test_a_small_body_that_is_refused_costs_the_connection_nothing(config: MakeC
 
 def test_a_client_that_does_not_read_its_answers_is_given_up(config: MakeConfig) -> None:
     app = service(config(max_items=1024), Lengths())
-    with serving(app, ConnectionLimits(write_timeout_s=0.3)) as server, connect(server) as deaf:
+    with serving(app, ConnectionLimits(write_timeout_s=0.3)) as server, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that answers are soon held by the server
+        deaf.connect(place(server))
         body = json.dumps({"items": [{"text": "a"}] * 1000}).encode()
         deaf.settimeout(0.2)
         closed = time.monotonic() + 10
