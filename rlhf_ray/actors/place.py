@@ -86,7 +86,12 @@ def _scoring_worker(role: RoleConfig) -> WorkerKind:
 
 
 def place_scoring_group(
-    place: Place, config: ServeConfig, role: RoleConfig, *, name: str | None = None
+    place: Place,
+    config: ServeConfig,
+    role: RoleConfig,
+    *,
+    name: str | None = None,
+    max_item_bytes: int | None = None,
 ) -> PlacedGroup[RewardGroup]:
     """Start the ranks of a reward model that scores what callers send, within the limits of ``config``."""
     setup = RewardSetup(
@@ -94,6 +99,7 @@ def place_scoring_group(
         seed=0,
         max_tokens=config.max_batch_tokens,
         max_item_tokens=config.max_tokens,
+        max_item_bytes=max_item_bytes,
         refuse_markers=config.refuse_markers,
     )
     return place_reward_group(place, setup, name=name)

@@ -11,8 +11,8 @@ Invariants:
 - Nothing follows the token at which the model's score is read (:class:`~rlhf_ray.models.reward_reading.RewardReading`).
 - An encoder reads a prompt and its response, or a conversation, as a pair of texts (:mod:`rlhf_ray.data.text_pairs`), and a
   text with the special tokens of its tokenizer, since it is read at the first of them.
-- An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end. One that
-  is many times over it is refused before a tokenizer reads it.
+- An item over the limit is refused unless it asks to be cut, and then it loses its beginning, never the scored end. A
+  service refuses one that is many times over it before a tokenizer reads it.
 - No error holds a text of the item: of what a template says only what stands in the template itself.
 """
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 BYTES_PER_TOKEN, SHORTEST_REFUSED = 64, 65_536
-"""An item with more bytes than this for each token of the limit, and than this in all, is refused unread. No text of a language
-has so many; a tokenizer would take seconds for it, in which nobody else is scored."""
+"""A service refuses unread an item with more bytes than this for each token of its limit, and than this in all. No text of a
+language has so many; a tokenizer would take seconds for it, in which nobody else is scored."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,18 @@ def encode_request(
     return EncodedItem(tuple(token_ids[-max_tokens:]), truncated=len(token_ids) > max_tokens)
 
 
-def refuse_unread(request: ScoreRequest, *, max_tokens: int) -> None:
+def longest_read(max_tokens: int) -> int:
+    """How many bytes of text an item may have where the limit is ``max_tokens``, for a tokenizer to read it at all."""
+    return max(BYTES_PER_TOKEN * max_tokens, SHORTEST_REFUSED)
+
+
+def refuse_unread(request: ScoreRequest, *, max_bytes: int) -> None:
     """Refuse an item with so many bytes of text that reading it would hold up the others; also one that asks to be cut."""
-    limit = max(BYTES_PER_TOKEN * max_tokens, SHORTEST_REFUSED)
     size = sum(len(text.encode()) for _, text in request.texts())
-    if size > limit:
+    if size > max_bytes:
         raise ScoringError(
-            f"the item has {size} bytes of text, and more than {limit} are not read where the limit is {max_tokens} tokens: "
-            "shorten it"
+            f"the item has {size} bytes of text, and this service reads {max_bytes} at most: shorten it, or score a file with "
+            "the command score"
         )
 
 

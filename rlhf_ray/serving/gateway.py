@@ -21,6 +21,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.pending import Pending
+from rlhf_ray.rewards.encoding import longest_read
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.backend import GroupBackend, with_weights_of
 from rlhf_ray.serving.models import ModelVersion, ServedModel
@@ -105,7 +106,8 @@ class Gateway:
 
         self.groups_started += 1  # the names of actors that end are free only a moment later
         group_name = name if self.groups_started == 1 else f"{name}-{self.groups_started}"
-        return place_scoring_group(self.cluster, self.config, role, name=group_name)
+        limit = longest_read(self.config.max_tokens)
+        return place_scoring_group(self.cluster, self.config, role, name=group_name, max_item_bytes=limit)
 
     def _stop_group(self, group: RewardGroup) -> None:
         assert isinstance(group.ranks, RayRanks), "the cluster started them"

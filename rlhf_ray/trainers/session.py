@@ -23,6 +23,7 @@ from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.rewards.encoding import longest_read
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.runs import clusters
 from rlhf_ray.runs.directory import RunDirectory
@@ -94,7 +95,13 @@ class Session:
 
     def reward(self, role: RoleConfig, *, max_tokens: int, max_item_tokens: int, name: str) -> PlacedGroup[RewardGroup]:
         """Place a reward model that scores; ``max_tokens`` bounds a pack, and ``max_item_tokens`` one item."""
-        setup = RewardSetup(role, self.seed, max_tokens=max_tokens, max_item_tokens=max_item_tokens)
+        setup = RewardSetup(
+            role,
+            self.seed,
+            max_tokens=max_tokens,
+            max_item_tokens=max_item_tokens,
+            max_item_bytes=longest_read(max_item_tokens),  # others may call it, at the port of expose
+        )
         return place_reward_group(self.place, setup, name=name)
 
     def trained_reward(self, role: RoleConfig, *, total_updates: int, routers: bool) -> PlacedGroup[TrainedRewardGroup]:

@@ -4,7 +4,7 @@ alone; nothing else is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +17,7 @@ from rlhf_ray.config.sections.roles import ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.serving.gateway import Gateway
 
 from ..serving.reward_models import BOS, EOS, make_tokenizer
 
@@ -68,17 +69,29 @@ def test_what_a_template_writes_between_turns_is_refused_where_no_special_token_
         markers.refuse(ScoreRequest(prompt=text, response="b"))
 
 
+class Place:
+    """Starts nothing."""
+
+    config = ClusterConfig()
+
+    def start(self, spec: Any) -> Any:
+        return type("Ranks", (), {"role": "reward", "size": 1})()
+
+
 @pytest.mark.parametrize("refuse", [False, True])
 def test_a_service_refuses_markers_where_it_was_started_so(refuse: bool) -> None:
-    class Place:
-        config = ClusterConfig()
-
-        def start(self, spec: Any) -> Any:
-            return type("Ranks", (), {"role": "reward", "size": 1})()
-
     role = ScoringRole(model=ModelConfig(path="model"))
     config = ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role, refuse_markers=refuse)
     assert place_scoring_group(Place(), config, role).setup.refuse_markers is refuse
+
+
+def test_a_service_refuses_what_is_far_too_long_and_a_command_that_scores_a_file_does_not() -> None:
+    role = ScoringRole(model=ModelConfig(path="model"))
+    config = ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role)
+    gateway = Gateway(config)
+    gateway.cluster = cast(Any, Place())
+    assert gateway._place("reward", role).setup.max_item_bytes == 64 * 4096
+    assert place_scoring_group(Place(), config, role).setup.max_item_bytes is None
 
 
 def test_an_item_with_a_marker_fails_alone() -> None:

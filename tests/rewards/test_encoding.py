@@ -19,7 +19,7 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_pairs
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.models.reward_reading import assumed_reading
-from rlhf_ray.rewards.encoding import EncodedItem, encode_request, refuse_unread
+from rlhf_ray.rewards.encoding import EncodedItem, encode_request, longest_read, refuse_unread
 from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rows.demonstrations import Demonstration
 from rlhf_ray.rows.preferences import read_preferences
@@ -167,15 +167,15 @@ class Unread:
     ids=lambda values: next(iter(values)),
 )
 def test_an_item_that_is_many_times_too_long_is_refused_before_it_is_read(values: Any, truncate: bool) -> None:
-    with pytest.raises(ScoringError, match=r"3000\d\d bytes of text, and more than 262144 are not read"):
-        refuse_unread(ScoreRequest(**values, truncate=truncate), max_tokens=4096)
-    refuse_unread(ScoreRequest(text="x" * 262_144), max_tokens=4096)
-    refuse_unread(ScoreRequest(text="x" * 65_536), max_tokens=1)
+    with pytest.raises(ScoringError, match=r"3000\d\d bytes of text, and this service reads 262144 at most"):
+        refuse_unread(ScoreRequest(**values, truncate=truncate), max_bytes=longest_read(4096))
+    refuse_unread(ScoreRequest(text="x" * 262_144), max_bytes=longest_read(4096))
+    refuse_unread(ScoreRequest(text="x" * 65_536), max_bytes=longest_read(1))
 
 
 def test_a_rank_refuses_such_an_item_unread_and_scores_the_others() -> None:
     scorer = RequestScorer.__new__(RequestScorer)
-    scorer.max_item_tokens, scorer._markers, scorer.vocabulary = 100, None, 10
+    scorer.max_item_tokens, scorer.max_item_bytes, scorer._markers, scorer.vocabulary = 100, 65_536, None, 10
     scorer.chat, scorer.reading = ChatFormat(Unread()), assumed_reading("model", PLAIN, 0)
     items, refused = scorer._encode([ScoreRequest(text="x" * 70_000), ScoreRequest(token_ids=(1,))])
     assert [position for position, _ in refused] == [0] and list(items) == [1]

@@ -43,6 +43,7 @@ class EncoderRewardWorker(Worker):
             self.encoder.config,
             vocabulary=self.encoder.vocabulary,
             max_item_tokens=min(setup.max_item_tokens, self.encoder.positions or setup.max_item_tokens),
+            max_item_bytes=setup.max_item_bytes,
             refuse_markers=setup.refuse_markers,
         )
         self.phase = "ready"

@@ -48,11 +48,13 @@ class RequestScorer:
         vocabulary: int,
         max_item_tokens: int,
         reading: RewardReading | None = None,
+        max_item_bytes: int | None = None,
         refuse_markers: bool = False,
     ) -> None:
         """``max_item_tokens`` is lowered to the number of positions that the model has; an encoder has no ``reading``.
 
-        With ``refuse_markers`` an item whose texts hold what marks turns gets an error.
+        An item with more bytes of text than ``max_item_bytes`` is refused unread; with ``refuse_markers`` also one whose texts
+        hold what marks turns.
         """
         from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 
@@ -62,6 +64,7 @@ class RequestScorer:
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(model_config.get_text_config().to_dict()) or max_item_tokens
         )
+        self.max_item_bytes = max_item_bytes
         self._identity = {"fingerprint": fingerprint(tokenizer), "template": template_fingerprint(tokenizer)}
         self._markers = TemplateMarkers(tokenizer) if refuse_markers else None
         self._statistics = _statistics(model_config.to_dict())
@@ -111,7 +114,8 @@ class RequestScorer:
         refused: list[tuple[int, ScoreResult]] = []
         for position, request in enumerate(requests):
             try:
-                refuse_unread(request, max_tokens=self.max_item_tokens)
+                if self.max_item_bytes is not None:
+                    refuse_unread(request, max_bytes=self.max_item_bytes)
                 if self._markers is not None:
                     self._markers.refuse(request)
                 encoded[position] = self._encode_item(request)

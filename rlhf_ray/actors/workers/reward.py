@@ -38,6 +38,8 @@ class RewardSetup(WorkerSetup):
     """Token budget of what a rank computes at once when it scores requests."""
     max_item_tokens: int = 4096
     """The longest item that is scored."""
+    max_item_bytes: int | None = None
+    """Bytes of text above which an item is refused before it is read; none where nobody else waits meanwhile."""
     refuse_markers: bool = False
     """Whether an item whose texts hold what marks turns gets an error."""
 
@@ -76,6 +78,7 @@ class RewardWorker(RegressionWorker[RewardSetup]):
             reading=reading,
             vocabulary=self.hf_model.get_input_embeddings().num_embeddings,
             max_item_tokens=setup.max_item_tokens,
+            max_item_bytes=setup.max_item_bytes,
             refuse_markers=setup.refuse_markers,
         )
         self.streams = self._make_streams(setup)
@@ -159,6 +162,7 @@ class VllmRewardWorker(Worker):
             reading=reading,
             vocabulary=self.runner.vocabulary,
             max_item_tokens=self.runner.max_item_tokens,
+            max_item_bytes=setup.max_item_bytes,
             refuse_markers=setup.refuse_markers,
         )
         self.phase = "ready"
