@@ -8,6 +8,9 @@ would compute other scores.
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +23,7 @@ from rlhf_ray.config.sections.models import Dtype, ModelConfig
 from rlhf_ray.config.sections.roles import ScoredToken
 from rlhf_ray.console import get_logger
 from rlhf_ray.environment import expand_home
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models import (
     SequenceRegression,
     load_policy,
@@ -32,8 +35,8 @@ from rlhf_ray.models import (
 from rlhf_ray.models.dtypes import LONG_NAMES
 from rlhf_ray.models.head_layouts import holds_scoring_model
 from rlhf_ray.models.reward_reading import end_token_id
-from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
-from rlhf_ray.models.weights.tokenizer import add_pad_token
+from rlhf_ray.models.weights.checkpoint import HEAD_NAME, NOT_BUILT, Checkpoint
+from rlhf_ray.models.weights.tokenizer import LONGEST_REASON, add_pad_token
 
 FINAL = "final"
 
@@ -53,13 +56,41 @@ def export(
     which token a reward model that does not remember it is read; what is written is read there by transformers too.
     """
     path = _model_directory(source)
+    with _told(path):
+        return _export(path, target, dtype, head_prefix, scored_token, trust_remote_code)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Turn what a library raises on the files of a model, whatever it is, into a :class:`ModelLoadError` about them."""
+    try:
+        yield
+    except (*NOT_BUILT, LookupError, RecursionError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # about a path
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ModelLoadError(
+            f"{path} cannot be exported, its files are not as those of a model are: {type(error).__name__}: {reason} "
+            f"({Path(at.filename).name}:{at.lineno})"
+        ) from error
+
+
+def _export(
+    path: str,
+    target: str,
+    dtype: Dtype | None,
+    head_prefix: str,
+    scored_token: Literal["end", "before_end"] | None,
+    trust_remote_code: bool,
+) -> Path:
     if os.path.lexists(target):
         raise RequestError(
             f"{target} exists already, and nothing is written over: remove it, or name another directory"
         )
     checkpoint = Checkpoint.open(path, trust_remote_code=trust_remote_code)
     _refuse_encoder(path, checkpoint)
-    scored = holds_scoring_model(checkpoint, checkpoint.raw_config().get("value_head_prefix", HEAD_NAME))
+    scored = holds_scoring_model(checkpoint, checkpoint.raw_config().get("value_head_prefix") or HEAD_NAME)
     for option, value, default in (("--head-prefix", head_prefix, HEAD_NAME), ("--scored-token", scored_token, None)):
         if value != default and not scored:
             raise RequestError(f"{option} is about a score head, but {path} has none: leave it out")

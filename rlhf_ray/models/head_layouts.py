@@ -51,6 +51,11 @@ def read_head(checkpoint: Checkpoint, found: FoundHead, hidden: int) -> tuple[He
     (path,) = found.layers
     weight, bias = checkpoint.read(f"{path}.weight"), f"{path}.bias"
     biases = checkpoint.read(bias).flatten() if bias in checkpoint.names else None
+    if biases is not None and len(biases) != len(weight):
+        raise ModelLoadError(
+            f"{checkpoint.directory}: {bias} holds {len(biases)} numbers, but {path}.weight has {len(weight)} rows: copy the "
+            "model again"
+        )
     if found.name in OUTPUT_LAYERS:
         weight, biases = weight[[SCORED_TOKEN]], biases if biases is None else biases[[SCORED_TOKEN]]
     _raise(score_heads.wrong_features(tuple(weight.shape), f"{path}.weight", str(checkpoint.directory), hidden))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.reward_losses import RewardOutputs, router_balance
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.description import ModelFacts
 from rlhf_ray.models.forward.packed import (
     last_token_forward,
@@ -58,6 +58,10 @@ class SequenceRegression(nn.Module):
         super().__init__()
         self.backbone_name = backbone.base_model_prefix
         self.add_module(self.backbone_name, backbone)
+        if value_head_prefix == self.backbone_name:
+            raise ModelLoadError(
+                f"value_head_prefix is {value_head_prefix}, which is the name of the model itself: name its score head"
+            )
         self.value_head_prefix = HEAD_NAME if "." in value_head_prefix else value_head_prefix
         self.add_module(self.value_head_prefix, head)
         self.score_bias = score_bias

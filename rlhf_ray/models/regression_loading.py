@@ -158,7 +158,7 @@ def make_head(backbone: PreTrainedModel, init: HeadInit, seed: int) -> ScoreHead
 
 def _head_name(raw: dict[str, Any], asked: str) -> str:
     """What the head is called: what the caller says, unless that is the default, or else what config.json says."""
-    return asked if asked != HEAD_NAME else str(raw.get("value_head_prefix", asked))
+    return asked if asked != HEAD_NAME else str(raw.get("value_head_prefix") or asked)
 
 
 def _load_head(

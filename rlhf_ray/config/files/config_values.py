@@ -7,6 +7,7 @@ rule meets it: what :func:`readable` leaves has no such value.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,11 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     "max_position_embeddings": (int, float), "n_positions": (int,), ORIGINAL: (int,), "vocab_size": (int,),
 }  # fmt: skip
 """What a value may be, besides null."""
-AT_LEAST_ONE = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+AT_LEAST_ONE = (
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings", "n_positions",
+)  # fmt: skip
 """Keys of which every model has one or more. Models of pictures and sounds have a list of them."""
+MODULE = re.compile(r"\w+(\.\w+)*")
 WAY_OUT = "correct it there, or copy config.json again"
 CALLED = {str: "text", dict: "an object", list: "a list", int: "a whole number", float: "a number"}
 
@@ -55,6 +59,12 @@ def _wrong(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             original = next((part[ORIGINAL] for part in parts if not isinstance(part.get(ORIGINAL, 0), int)), None)
             if original is not None:
                 yield name, f"{name}.{ORIGINAL} is {json.dumps(original)}, but must be a whole number: {WAY_OUT}"
+    head = config.get("value_head_prefix")
+    if isinstance(head, str) and head and MODULE.fullmatch(head) is None:
+        yield (
+            "value_head_prefix",
+            f"value_head_prefix is {head[:80]!r} in its config.json, which names no module: {WAY_OUT}",
+        )
     for name in AT_LEAST_ONE:
         value = config.get(name)
         if isinstance(value, int) and value < 1:

@@ -87,6 +87,8 @@ def _adapter_problems(key: str, path: Path) -> Iterator[Problem]:
     base = str(content.get("base_model_name_or_path"))
     if not Path(base).is_dir() and not is_hub_id(base):
         yield key, f"{path} is an adapter of {base}, which does not exist on this machine"
+    elif (Path(base) / "adapter_config.json").is_file() and not any(Path(base).glob("model*.safetensors*")):
+        yield key, f"{path} is an adapter of {base}, which is an adapter itself: merge that first, with rlhf-ray export"
     refused = why_refused(content)
     if refused is not None:
         yield key, f"the adapter {path} {refused}"

@@ -230,7 +230,9 @@ def head_problems(key: str, role: Role) -> Iterator[Problem]:
     if not shapes:
         return
     prefix = (
-        model.value_head_prefix if model.value_head_prefix != HEAD_NAME else config.get("value_head_prefix", HEAD_NAME)
+        model.value_head_prefix
+        if model.value_head_prefix != HEAD_NAME
+        else config.get("value_head_prefix") or HEAD_NAME
     )
     problem = refusal(shapes, config, prefix, model.path)
     if problem is not None:

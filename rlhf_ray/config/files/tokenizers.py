@@ -101,7 +101,7 @@ def read_chat_template(model: ModelConfig) -> str | None:
     files = [folder / "chat_template.jinja", folder / "chat_template.json"]
     files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
     return str(settings.get("chat_template") or "") + "".join(
-        file.read_text("utf-8") for file in files if file.is_file()
+        file.read_text("utf-8", errors="replace") for file in files if file.is_file()
     )
 
 

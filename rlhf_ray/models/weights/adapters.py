@@ -180,7 +180,12 @@ def lora_config(directory: Path) -> Any:
     refused = why_refused(read_json(directory / "adapter_config.json"))
     if refused is not None:
         raise ModelLoadError(f"the adapter {directory} {refused}")
-    return peft().PeftConfig.from_pretrained(str(directory))
+    try:
+        return peft().PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # of whatever kind: PEFT makes its objects of what stands in the file
+        raise ModelLoadError(
+            f"the adapter {directory} has an adapter_config.json that PEFT cannot read: {error}"
+        ) from error
 
 
 def adapts_head(directory: Path) -> bool:

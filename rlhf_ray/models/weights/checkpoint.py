@@ -65,6 +65,11 @@ class Checkpoint:
         directory = find_directory(name, revision, code=trust_remote_code)
         base = find_base(directory)
         if base is not None:
+            own = find_directory(*base)
+            if named_base(own) is not None:
+                raise ModelLoadError(
+                    f"{directory} is a LoRA adapter of {base[0]}, an adapter itself: merge that first, with rlhf-ray export"
+                )
             return replace(cls.open(*base, trust_remote_code=trust_remote_code), adapter=directory)
         if not (directory / "config.json").is_file():
             raise ModelLoadError(
@@ -105,6 +110,8 @@ class Checkpoint:
                 raise ModelLoadError(f"{path} cannot be read: {error}") from error
             for part in slices:
                 numbers[part.get_dtype()] += prod(part.get_shape())
+        if not numbers:
+            raise ModelLoadError(f"{self.directory} names no tensors: copy the whole model again")
         most = max(numbers, key=lambda dtype: numbers[dtype])
         return STORED.get(most, most)
 
@@ -168,9 +175,10 @@ def named_base(directory: Path) -> tuple[str, str | None] | None:
         return None
     config = read_json(path)
     base = config.get("base_model_name_or_path")
-    if not base:
-        raise ModelLoadError(f"{path} does not say which model it belongs to: set base_model_name_or_path")
-    return base, config.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ModelLoadError(f"{path} does not say which model it belongs to: set base_model_name_or_path to its name")
+    revision = config.get("revision")
+    return base, revision if isinstance(revision, str) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

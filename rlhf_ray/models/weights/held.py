@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.models.weights.checkpoint import read_json
 
 EXTRA = "_extra_state"
 """What torch calls state of a module that is neither parameter nor buffer."""
@@ -63,7 +64,7 @@ class ConfigAsRead:
             if model.can_generate() and model.generation_config is not None:
                 self.generation = json.loads(model.generation_config.to_json_string())
         elif (directory / GENERATION).is_file():
-            self.generation = json.loads((directory / GENERATION).read_text("utf-8"))
+            self.generation = read_json(directory / GENERATION)
         self._before = _following(model.config)
 
     def now(self, config: PreTrainedConfig) -> dict[str, Any]:

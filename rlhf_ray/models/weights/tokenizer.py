@@ -23,6 +23,9 @@ from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import find_base, find_directory
 from rlhf_ray.models.weights.embeddings import grow_embeddings
 
+LONGEST_REASON = 300
+"""Letters of what a library says that are passed on."""
+
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model from its directory, or make it if the config makes the model.
@@ -43,7 +46,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             directory, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # the libraries raise what they like, bare Exceptions among it
-        raise ModelLoadError(f"{directory} has no tokenizer that can be read: {error}") from error
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ModelLoadError(
+            f"{directory} has no tokenizer that can be read beside its config.json: {reason}"
+        ) from error
     return tokenizer
 
 
