@@ -12,7 +12,7 @@ import ray
 
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import RankSpec
-from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks
+from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks, why_late
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, ModelLoadError
@@ -116,6 +116,14 @@ def test_a_call_past_its_deadline_names_the_late_ranks(ranks: RayRanks) -> None:
     ranks.timeout_s = 1.0
     with pytest.raises(DeadlineError, match=r"ranks \[0, 1\] did not .* 1 s\. If .* raise cluster\.call_timeout_s"):
         ranks.call("sleep", [(20.0,), (20.0,)]).result()
+
+
+def test_a_missed_deadline_names_its_key_and_when_the_others_had_answered() -> None:
+    assert why_late([1], 600.0, START_TIMEOUT, 12.34) == (
+        "ranks [1] did not answer within 600 s, the others had after 12.3 s. If they were still at work, raise "
+        "cluster.start_timeout_s; if they hang, their logs say where"
+    )
+    assert why_late([0, 1], 10.0, None, None) == "ranks [0, 1] did not answer within 10 s"
 
 
 def test_a_rank_whose_process_died_is_named(ranks: RayRanks) -> None:
