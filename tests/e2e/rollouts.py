@@ -55,7 +55,7 @@ def mixture(model_type: str, directory: Path, *, tied: bool) -> str:
 def twice(directory: Path) -> str:
     """Two deterministic runs whose steps hold many times the tokens that vLLM takes at once."""
     words, draw = [word for word in language.vocabulary() if word.isalpha()], random.Random(0)
-    rows = [{"prompt": " ".join(draw.choices(words, k=TOKENS // 2 + 1))} for _ in range(2 * PROMPTS + 8)]
+    rows = [{"prompt": " ".join(draw.choices(words, k=TOKENS))} for _ in range(2 * PROMPTS + 8)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ends = []
     for name in ("one", "other"):
