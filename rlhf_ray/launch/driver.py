@@ -112,6 +112,9 @@ def continue_run(
             get_logger().info("the run was trained and evaluated; its report was missing: %s", run.report_path)
         else:
             run_trainer(on_its_cluster(config, run), run, resumed.checkpoint, place=place)
+    except (RequestError, CapacityError):
+        resumed.take_back()
+        raise
     finally:
         run.release()
 

@@ -65,6 +65,7 @@ class RunDirectory:
         self.report_path = self.path / "report.html"
         self.summary_path = self.path / "summary.json"
         self.closing_path = self.path / "closing.json"
+        self.void_summary_path = self.path / "summary.void.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
         self.metrics = JsonLines(self.path / "metrics.jsonl", metrics_problem)
@@ -159,8 +160,14 @@ class RunDirectory:
         for ended in (self.closing_path, self.summary_path):
             if longer and ended.exists():
                 with storage.storage_errors(ended):
-                    os.replace(ended, self.path / "summary.void.json")
+                    os.replace(ended, self.void_summary_path)
         self._begin_attempt(step, changes=list(changes), accepted=list(accepted))
+
+    def void_attempt(self) -> None:
+        """Move the line of this attempt to ``attempts.void.jsonl``: it was refused before it did anything."""
+        void = JsonLines(self.path / "attempts.void.jsonl", attempt_problem)
+        self.attempts.keep(lambda line: line["attempt"] != self.attempt, void)
+        self.attempt -= 1
 
     @property
     def is_finished(self) -> bool:

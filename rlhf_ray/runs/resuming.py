@@ -1,22 +1,24 @@
 """How a run goes on: with which config, from which checkpoint, and over which inputs.
 
 Invariants: a run that has finished is left as it is, unless it is to become longer. What is refused is refused before a line
-of the run is moved. A change is the same whether it was asked for or written into ``config.yaml`` by hand, and stands in
-``attempts.jsonl`` before the run knows it (``inputs.json``), so that no kill leaves a change that is not on record.
+of the run is moved; what is refused after that, before its first step, leaves config and record as they were. A change is the
+same whether it was asked for or written into ``config.yaml`` by hand, and stands in ``attempts.jsonl`` before the run knows it
+(``inputs.json``), so that no kill leaves a change that is not on record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.config.jobs.base import Job, TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import ConfigError, RequestError
+from rlhf_ray.errors import ConfigError, RequestError, StorageError
 from rlhf_ray.runs.changes import Change, compare, refusals
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -44,6 +46,28 @@ class Resumed:
     config: TrainingJob
     run: RunDirectory
     checkpoint: Checkpoint | None
+    before: Mapping[Path, bytes] = field(default_factory=dict)
+    """What the files held that say what the run is, as far as they were there."""
+
+    def take_back(self) -> None:
+        """Undo the attempt, unless a step was made in it: the run is then as it was, and the attempt is void."""
+        run, start = self.run, 0 if self.checkpoint is None else self.checkpoint.step
+        steps = [line["step"] for line in run.metrics.read()] + run.checkpoints.steps()
+        if max(steps, default=0) > start:
+            return
+        try:
+            for path in _files_that_say_what_a_run_is(run):
+                if path in self.before:
+                    storage.write_file(path, self.before[path])
+                else:
+                    path.unlink(missing_ok=True)
+            run.void_attempt()
+        except StorageError as error:
+            get_logger("runs").error("what this resume has changed stays changed: %s", error)
+
+
+def _files_that_say_what_a_run_is(run: RunDirectory) -> tuple[Path, ...]:
+    return run.config_path, run.inputs_path, run.summary_path, run.closing_path, run.void_summary_path
 
 
 def plan_continuation(run: RunDirectory, overrides: Sequence[str] = (), *, files: bool = False) -> Continuation | None:
@@ -127,6 +151,7 @@ def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]
     for one in accepted:
         get_logger("runs").warning("%s: accepted as it is now: fingerprint %s -> %s", one.key, one.before, one.after)
     text = dump_config(config)
+    before = {path: path.read_bytes() for path in _files_that_say_what_a_run_is(run) if path.exists()}
     run.go_on(
         checkpoint,
         config=text if changes else None,
@@ -135,7 +160,7 @@ def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]
         accepted=[one.to_json() for one in accepted],
     )
     write_record(run.inputs_path, Record(text, {**(known or {}), **now}))
-    return Resumed(config, run, checkpoint)
+    return Resumed(config, run, checkpoint, before)
 
 
 def _check_length(config: TrainingJob, run: RunDirectory, checkpoint: Checkpoint | None) -> None:

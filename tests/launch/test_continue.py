@@ -22,7 +22,7 @@ from rlhf_ray import storage
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.errors import ConfigError, RequestError, ResumableStop
+from rlhf_ray.errors import CapacityError, ConfigError, RequestError, ResumableStop
 from rlhf_ray.launch import driver
 from rlhf_ray.launch.driver import continue_run, train_new_run
 from rlhf_ray.runs.directory import RunDirectory
@@ -221,6 +221,32 @@ def test_each_change_stands_in_the_attempts_and_is_shown(train, project_log, cap
     assert "after step 2: " in shown and "steps 2 -> 3" in shown and "batch.prompts_per_step 8 -> 16" in shown
     assert main(["report", str(run.path)]) == 0
     assert "steps 2 -&gt; 3" in run.report_path.read_text()
+
+
+def test_a_resume_that_is_refused_before_its_first_step_leaves_the_run_as_it_was(place, train, monkeypatch) -> None:
+    run = train(SFT)
+    before = files(run)
+    rows = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(rows + json.dumps({"prompt": "one more", "answer": "row"}) + "\n")
+    with pytest.raises(RequestError, match="the data set has 26 rows, but had 25"):
+        resume(run, "epochs=2.0", accept=("data.path",))
+    after = files(run)
+    assert len(after.pop("attempts.void.jsonl", b"").splitlines()) == 1 and after == before
+    (place / "rows.jsonl").write_text(rows)
+    with monkeypatch.context() as patch, pytest.raises(CapacityError):
+        patch.setattr(driver, "run_trainer", raising(CapacityError("the job does not fit")))
+        resume(run, "epochs=2.0", "policy.resources.cpus_per_rank=99.0")
+    assert {name: content for name, content in files(run).items() if name != "attempts.void.jsonl"} == before
+    assert resume(run, "epochs=2.0").is_finished
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A trainer that ends in ``error``."""
+
+    def train(*job: object, **options: object) -> None:
+        raise error
+
+    return train
 
 
 def test_a_driver_takes_changes_and_accepted_inputs_from_its_command_line(place, train, monkeypatch) -> None:
