@@ -114,9 +114,9 @@ def test_a_signal_before_the_first_step_is_obeyed_at_once_and_the_run_can_go_on(
     assert (tmp_path / "runs/small/config.yaml").is_file()
 
 
-def test_a_signal_before_a_run_is_begun_leaves_nothing(message):
+def test_a_signal_before_a_run_is_begun_leaves_nothing(project_log):
     assert driver.exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert message.text.count("stopped by SIGTERM") == 1
+    assert project_log.getvalue().count("stopped by SIGTERM") == 1
 
 
 def test_a_request_to_stop_made_in_one_job_of_the_demo_stops_the_next_before_it_begins(monkeypatch):
