@@ -77,12 +77,9 @@ CASES: dict[str, tuple[str, list[str], tuple[Any, str, Callable[[], None], int],
     "source in an evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", raising(AWAY), 1), ResumableStop),
     "evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", raising(WRONG), 1), ValueError),
     "stop in an evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", ask_to_stop, 1), ResumableStop),
-    "stop in a step": ("ppo", [], (Journal, "log_step", ask_to_stop, 1), ResumableStop),
     "batch": ("sft", [], (loop, "schedule_update", raising(WRONG), 2), ValueError),
     "evaluation of sft": ("sft", [EVERY], (sft, "evaluate", raising(WRONG), 1), ValueError),
-    "stop in sft": ("sft", [EVERY], (sft, "evaluate", ask_to_stop, 1), ResumableStop),
     "evaluation of pairs": ("rm", [EVERY], (HeldOutPairs, "figures", raising(WRONG), 1), ValueError),
-    "metrics of pairs": ("rm", [], (Journal, "log_update", raising(StorageError("disk full")), 1), StorageError),
 }  # fmt: skip
 
 
