@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
-from rlhf_ray.console import write_result
+from rlhf_ray.console import printable, write_result
 
 EXAMPLES = (
     "export runs/demo-ppo policy",
@@ -46,5 +46,5 @@ def run(options: argparse.Namespace) -> int:
         scored_token=options.scored_token,
         trust_remote_code=options.trust_remote_code,
     )
-    write_result(f"{out}\n")
+    write_result(f"{printable(str(out))}\n")
     return 0

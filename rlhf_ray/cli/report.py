@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
-from rlhf_ray.console import write_result
+from rlhf_ray.console import printable, write_result
 
 EXAMPLES = (
     "report runs/demo-ppo",
@@ -33,5 +33,6 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.runs.reporting import write_report
 
     runs = [RunDirectory.open(directory) for directory in options.run_directories]
-    write_result(f"{write_report(runs, options.output, overwrite=options.overwrite)}\n")
+    path = write_report(runs, options.output, overwrite=options.overwrite)
+    write_result(f"{printable(str(path))}\n")
     return 0
