@@ -1,4 +1,4 @@
-"""Whatever the system says of a path that a user names is one sentence and exit code 2, by every command, and nothing is made."""
+"""Whatever the system says of a path that a user names is one sentence and exit code 2, by every command; nothing is made."""
 
 from __future__ import annotations
 
