@@ -26,7 +26,7 @@ PPO = (
     "cluster.address=auto",
 )  # fmt: skip
 SFT = (
-    "demo-sft", "policy.model.make.shape=llama-tiny", "policy.resources.cpus_per_rank=0.6", "data.world.demonstrations=96",
+    "demo-sft", "policy.model.make.shape=llama-tiny", "policy.resources.cpus_per_rank=0.6", "data.world.demonstrations=128",
     "batch.sequences_per_update=32", "evaluation.every_steps=0",
 )  # fmt: skip
 JOINED = ("policy.ranks=2", "cluster.address=auto")
@@ -58,7 +58,7 @@ def a_stopped_run_goes_on_from_the_other_machine(first: Machine, second: Machine
     assert training.returncode == 75, said[-3000:]
     (commit,) = run.checkpoints.steps()
     config = run.config_path.read_text()
-    run.config_path.write_text(config.replace("epochs: 1000.0", f"epochs: {(commit + 2) / 3}"))
+    run.config_path.write_text(config.replace("epochs: 1000.0", f"epochs: {(commit + 2) / 4}"))
     said = second.rlhf_ray("resume", run.path)
     assert f"joined the Ray cluster at {first.address}:6379" in said, said[-3000:]
     assert run.metrics.read()[-1]["step"] == commit + 2 and run.final.is_dir()
@@ -79,7 +79,9 @@ def a_dead_node_is_named(first: Machine, second: Machine, root: Path) -> None:
 
 def a_lone_rank_needs_no_name(first: Machine, second: Machine, root: Path) -> None:
     """On a machine whose own name resolves to nothing a rank trains, and Ray is started for it"""
-    first.rlhf_ray("train", "sft", *SFT, "epochs=1", f"run.root={root}")
+    first.rlhf_ray(
+        "train", "sft", *SFT, "policy.ranks=1", "cluster.object_store_mb=100", "epochs=1", f"run.root={root}"
+    )
 
 
 def _begin(machine: Machine, root: Path) -> tuple[RunDirectory, subprocess.Popen[str]]:
@@ -94,8 +96,8 @@ def _begin(machine: Machine, root: Path) -> tuple[RunDirectory, subprocess.Popen
 
 
 def _driver(training: subprocess.Popen[str]) -> psutil.Process:
-    """The process that was typed there: nsenter runs it in its own place, or as its child."""
-    started = [psutil.Process(training.pid), *psutil.Process(training.pid).children(recursive=True)]
+    """The command that was typed there, which nsenter started."""
+    started = psutil.Process(training.pid).children(recursive=True)
     return next(process for process in started if "rlhf_ray" in process.cmdline())
 
 
