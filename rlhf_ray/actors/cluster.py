@@ -202,5 +202,21 @@ def _is_connected() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
+def free_places_of_the_dead(run: str) -> None:
+    """Remove the placement groups of a service of this name, in the namespace of this process, whose gateway has died.
+
+    Ray keeps them until the whole job has ended, with their CPUs and GPUs, and another gateway would find no place.
+    """
+    from ray.util import get_placement_group
+    from ray.util.placement_group import placement_group_table, remove_placement_group
+
+    for entry in placement_group_table().values():
+        if entry["name"].startswith(f"rlhf/{run}/") and entry["state"] != "REMOVED":
+            try:
+                remove_placement_group(get_placement_group(entry["name"]))
+            except ValueError:  # there is none of this name in this namespace: it is another job's
+                continue
+
+
 def _cpus_and_gpus(resources: Mapping[str, float]) -> dict[str, float]:
     return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}

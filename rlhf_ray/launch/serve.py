@@ -1,9 +1,9 @@
 """``rlhf-ray serve``: start a reward model behind HTTP, and keep it running until a signal stops it.
 
 Invariants: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line; a
-service whose model died or hangs restarts it, and this command a gateway whose process died, at the same port; both
-try again where that fails, and only a signal ends a service that has once answered; a stopped service leaves no process behind.
-Only with ``--detach`` does a service outlive the command.
+service whose model died or hangs restarts it, for as long as it takes; a gateway whose process died is followed by another at the
+same port, and the command ends with an error where five of these cannot start; a stopped service leaves no process behind. Only
+with ``--detach`` does a service outlive the command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from rlhf_ray import environment
-from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster
+from rlhf_ray.actors.cluster import SERVICE_NAMESPACE, Cluster, free_places_of_the_dead
 from rlhf_ray.actors.ranks import START_TIMEOUT, RayRanks
 from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.serve import ServeConfig
@@ -34,6 +34,7 @@ from rlhf_ray.serving.server import WebServer
 SECONDS_BETWEEN_CHECKS = 5.0
 CHECK_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
+STARTS_IN_VAIN = 5
 RELOADED = ("reward.model.path", "reward.model.revision", "name", "run.name")
 """The keys that ``--reload`` follows, beside those of the cluster that it joins."""
 
@@ -86,18 +87,21 @@ def reload(config: ServeConfig, given: Collection[str]) -> int:
 
 
 def _serve_again(config: ServeConfig, error: GroupError) -> NoReturn:
-    """Start another gateway at the same port whenever one has died, for as long as it takes."""
-    pause = FIRST_PAUSE_S
+    """Start another gateway at the same port whenever one has died; raises where that fails ``STARTS_IN_VAIN`` times in a row."""
+    pause, failed = FIRST_PAUSE_S, 0
     while True:
         get_logger("serving").error("%s: starting another gateway in %g s", error, pause)
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
         try:
+            free_places_of_the_dead(config.run.name)
             with _gateway(config, detach=False) as (gateway, _):
-                pause = FIRST_PAUSE_S
+                pause, failed = FIRST_PAUSE_S, 0
                 error = _watch(gateway)
-        except RlhfRayError as failed:
-            error = failed if isinstance(failed, GroupError) else GroupError("gateway", None, "start", str(failed))
+        except RlhfRayError as reason:
+            pause, failed = min(2 * pause, LONGEST_PAUSE_S), failed + 1
+            if failed == STARTS_IN_VAIN:  # whoever supervises this command can do more
+                raise
+            error = reason if isinstance(reason, GroupError) else GroupError("gateway", None, "start", str(reason))
 
 
 @contextmanager

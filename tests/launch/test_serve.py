@@ -95,6 +95,8 @@ def test_a_gateway_that_dies_is_followed_by_another_at_the_same_port_again_and_a
 
     monkeypatch.setattr(serve, "_gateway", gateway)
     monkeypatch.setattr(serve, "_watch", lambda error: error)
+    freed: list[str] = []
+    monkeypatch.setattr(serve, "free_places_of_the_dead", freed.append)
     monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(serve.Cluster, "__enter__", lambda self: self)
     monkeypatch.setattr(serve.Cluster, "__exit__", lambda *_: None)
@@ -102,3 +104,7 @@ def test_a_gateway_that_dies_is_followed_by_another_at_the_same_port_again_and_a
     config = ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role, port=0)
     assert outcome_of(lambda: serve.serve(config, detach=False)) == 0
     assert ports == [0, 4321, 4321, 4321] and not starts
+    starts[:] = [died] + [RequestError("no room")] * serve.STARTS_IN_VAIN
+    assert isinstance(outcome_of(lambda: serve.serve(config, detach=False)), RequestError), "a supervisor can do more"
+    assert not starts
+    assert freed[:3] == ["test"] * 3, "Ray keeps the places of a dead gateway, and the next one would find none"
