@@ -1,9 +1,9 @@
 """``rlhf-ray serve``: start a reward model behind HTTP, and keep it running until a signal stops it.
 
 Invariants: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line; a
-service whose model died or hangs restarts it, for as long as it takes; a gateway whose process died is followed by another at the
-same port, and the command ends with an error where five of these cannot start; a stopped service leaves no process behind. Only
-with ``--detach`` does a service outlive the command.
+service whose model died or hangs restarts it, for as long as it takes; a gateway whose process died is followed by another
+at the same port, and the command ends with an error where five of these cannot start; a stopped service leaves no process
+behind. Only with ``--detach`` does a service outlive the command.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def reload(config: ServeConfig, given: Collection[str]) -> int:
 
 
 def _serve_again(config: ServeConfig, error: GroupError) -> NoReturn:
-    """Start another gateway at the same port whenever one has died; raises where that fails ``STARTS_IN_VAIN`` times in a row."""
+    """Start another gateway at the same port whenever one has died; raises after ``STARTS_IN_VAIN`` failures in a row."""
     pause, failed = FIRST_PAUSE_S, 0
     while True:
         get_logger("serving").error("%s: starting another gateway in %g s", error, pause)
