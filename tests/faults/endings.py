@@ -116,7 +116,9 @@ EVENTS = {
     ),
     "SIGKILL of the driver": Event(_kill(DRIVER), 1, "was killed by SIGKILL", 15.0),
     "SIGKILL of the raylet": Event(_kill("raylet/raylet"), 1, "the driver ended with 1: the last commit is", 30.0),
-    "SIGKILL of the GCS": Event(_kill("gcs_server"), 0, "done", 90.0, epochs=30, final=True),
+    "SIGKILL of the GCS": Event(
+        _kill("gcs_server"), 0, "its cluster could not be left in order", 90.0, epochs=30, final=True
+    ),
     "SIGTERM to every process": Event(_signal_all, 1, RESUMED, 30.0),
 }
 
