@@ -27,6 +27,7 @@ from rlhf_ray.console import progress
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.environment import for_process
+from rlhf_ray.network import LOOPBACK
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.trajectories import pack
 from tests.parity import environment
@@ -89,12 +90,12 @@ def _trl(
 def _ranks(stack: ExitStack, model: Path, pairs: Sequence[Pair]) -> tuple[list[LineProcess], ComputeShape]:
     """Start this project's ranks; returns them, ready, and what decides the FLOPs of a token."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "benchmarks.peers.reward_training_rank"]
     ranks = [stack.enter_context(LineProcess(command, {**os.environ, **for_process()})) for _ in range(RANKS)]
     for number, rank in enumerate(ranks):
-        rank.send(rank=number, ranks=RANKS, model=str(model), pairs=pairs, address=address)
+        rank.send(rank=number, ranks=RANKS, model=str(model), pairs=pairs, port=port)
     shapes = [ComputeShape(**rank.receive()["shape"]) for rank in ranks]
     return ranks, shapes[0]
 

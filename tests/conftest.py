@@ -213,3 +213,11 @@ def _before_each_line(modules: Sequence[ModuleType], call: Callable[[], None]) -
         yield
     finally:
         sys.settrace(before)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that starts a Ray of its own does so in a process of its own, which tests of the command leave out."""
+    from rlhf_ray.launch import parent
+
+    monkeypatch.setattr(parent, "with_own_ray", lambda config, arguments, work: work())

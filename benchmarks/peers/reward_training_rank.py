@@ -24,6 +24,7 @@ from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
+from rlhf_ray.network import LOOPBACK
 from rlhf_ray.trainers.supervised.loop import schedule_update
 
 PAIRS_PER_UPDATE = 8
@@ -32,13 +33,16 @@ PAIRS_PER_UPDATE = 8
 class Rank:
     """A worker and the pairs of one epoch."""
 
-    def __init__(self, rank: int, ranks: int, model: str, pairs: Sequence[PairExample], address: str | None) -> None:
+    def __init__(self, rank: int, ranks: int, model: str, pairs: Sequence[PairExample], port: int | None) -> None:
         self.pairs, self.loss = pairs, RewardLoss()
         self.budget = 2 * max(len(side) for pair in pairs for side in (pair.chosen, pair.rejected)) * PAIRS_PER_UPDATE
         optimizer = OptimizerConfig(learning_rate=1e-5)
         role = RoleConfig(model=ModelConfig(path=model, dtype="bf16"), engine=EngineConfig(optimizer=optimizer))
         self.worker = TrainedRewardWorker(rank, ranks)
-        self.worker.setup(TrainedRewardSetup(role, seed=0, total_updates=1_000_000, address=address))
+        rendezvous = None if port is None else (LOOPBACK, port)
+        if rendezvous is not None:
+            self.worker.hold_rendezvous(*rendezvous)
+        self.worker.setup(TrainedRewardSetup(role, seed=0, total_updates=1_000_000, rendezvous=rendezvous))
 
     def turn(self, first: int, updates: int, *, share: bool) -> dict[str, Any]:
         """Run ``updates`` updates of the epoch from number ``first`` on; returns the seconds and this rank's losses.
@@ -68,7 +72,7 @@ def main() -> None:
     _answer(imported=True)
     order = json.loads(sys.stdin.readline())
     pairs = [PairExample(chosen, rejected) for chosen, rejected in order["pairs"]]
-    rank = Rank(order["rank"], order["ranks"], order["model"], pairs, order["address"])
+    rank = Rank(order["rank"], order["ranks"], order["model"], pairs, order["port"])
     _answer(shape=asdict(rank.worker.compute_shape()))
     for line in sys.stdin:
         order = json.loads(line)

@@ -22,7 +22,7 @@ def finished_demo(root: Path, memory: MemoryRecord | None) -> None:
     }
     for job, rows in lines.items():
         (root / job).mkdir(parents=True)
-        (root / job / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / job / "metrics.jsonl").write_text("".join(json.dumps({"timestamp": 1.0, **row}) + "\n" for row in rows))
     best_of = [{"n": n, "kl": kl, "gold": 0.6, "win_rate": n / 10} for n, kl in ((2, 0.19), (4, 0.64), (8, 1.7))]
     (root / "ppo" / "evaluation").mkdir()
     (root / "ppo" / "evaluation" / "start.json").write_text(json.dumps({"answers": [], "best_of": best_of}))

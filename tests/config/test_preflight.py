@@ -508,6 +508,8 @@ def test_a_token_file_must_hold_a_token(here, texts):
     (here / "token").write_text("\n")
     assert "token_file: token is empty" in check_files(config)[0]
     (here / "token").write_text("secret\n")
+    assert "shorter than 16 characters" in check_files(config)[0]
+    (here / "token").write_text(f"{'secret' * 4}\n")
     assert check_files(config) == []
 
 

@@ -26,6 +26,7 @@ from rlhf_ray.trainers.supervised import reward_evaluation
 from rlhf_ray.world.generate import World
 
 SUBSETS = ("hep-go", "hep-rust", "math-prm", "house")
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ import pytest
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import EXIT_WRONG_REQUEST
-from rlhf_ray.launch import parent
 from rlhf_ray.launch import serve as launch
 
 TOKEN = "a-token-that-is-long"
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that starts a Ray of its own does so in a process of its own, which these tests leave out."""
-    monkeypatch.setattr(parent, "with_own_ray", lambda config, arguments, work: work())
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture
