@@ -244,4 +244,4 @@ def estimated_tokens(request: ScoreRequest) -> int:
     """An estimate of how many tokens an item has, at least one; exact for token ids."""
     if request.token_ids is not None:
         return max(len(request.token_ids), 1)
-    return 1 + sum(len(text.encode()) for _, text in request.texts()) // BYTES_PER_TOKEN
+    return 1 + request.written_bytes() // BYTES_PER_TOKEN

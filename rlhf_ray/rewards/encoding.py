@@ -71,7 +71,7 @@ def longest_read(max_tokens: int) -> int:
 
 def refuse_unread(request: ScoreRequest, *, max_bytes: int) -> None:
     """Refuse an item with so many bytes of text that reading it would hold up the others; also one that asks to be cut."""
-    size = sum(len(text.encode()) for _, text in request.texts())
+    size = request.written_bytes()
     if size > max_bytes:
         raise ScoringError(
             f"the item has {size} bytes of text, and this service reads {max_bytes} at most: shorten it, or score a file with "

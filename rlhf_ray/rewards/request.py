@@ -7,6 +7,7 @@ encoded; a result holds finite numbers or an error, never both and never neither
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ Fault = Literal["item", "model", "source"]
 """Why an item has no reward. ``item``: it cannot be scored as it is. ``model``: the model gave no finite number,
 or the source failed in a way that any attempt repeats. ``source``: the source failed, and another attempt may not."""
 
+OF_EVERY_MESSAGE = frozenset({"role", "content"})
 DEEPEST = 100
 """Levels of lists and mappings in a message, a tool or a variable: more than any schema has."""
 
@@ -96,6 +98,16 @@ class ScoreRequest:
         for name in ("messages", "tools", "chat_template_kwargs"):
             yield from ((name, text) for text in _texts_in(getattr(self, name), keys=keys))
 
+    def written_bytes(self) -> int:
+        """About how many bytes of UTF-8 a template writes of the item: its texts, and as JSON what is none."""
+        texts = [text for text in (self.text, self.prompt, self.response) if text is not None]
+        others: list[Any] = [value for value in (self.tools, self.chat_template_kwargs) if value]
+        for message in self.messages or ():
+            texts += [key for key in message if key not in OF_EVERY_MESSAGE]
+            for value in message.values():
+                (texts if isinstance(value, str) else others).append(value)
+        return sum(len(text.encode()) for text in texts) + sum(map(_json_bytes, others))
+
 
 def _message_problem(message: Any) -> str:
     """Why a message can be written by no template; empty where nothing is wrong with it."""
@@ -141,6 +153,10 @@ def _texts_in(value: Any, *, keys: bool) -> Iterator[str]:
             waiting.extend(reversed([*one, *one.values()] if keys else list(one.values())))
         elif isinstance(one, list | tuple):
             waiting.extend(reversed(one))
+
+
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode())
 
 
 PROBE = ScoreRequest(token_ids=(0,))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -253,6 +254,14 @@ def test_the_estimate_counts_bytes_of_all_texts_of_an_item(first: str, second: s
     turns_of = ScoreRequest(messages=({"role": "", "content": first}, {"role": "", "content": second}))
     size = len(first.encode()) + len(second.encode())
     assert estimated_tokens(pair) == estimated_tokens(turns_of) == 1 + size // 3
+
+
+@pytest.mark.parametrize(
+    "tool", [{"x" * 3000: 1}, {"enum": [1] * 1000}, {"enum": [{}] * 1000}], ids=["key", "numbers", "empty"]
+)
+def test_the_estimate_counts_what_a_template_writes_of_keys_and_numbers(tool: dict[str, Any]) -> None:
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    assert estimated_tokens(ScoreRequest(messages=turns, tools=(tool,))) >= 1000
 
 
 def test_requests_of_one_caller_share_its_turn() -> None:

@@ -156,6 +156,9 @@ class Unread:
         raise AssertionError("a text that is many times too long was read")
 
 
+TURNS = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize(
     "values",
@@ -163,8 +166,14 @@ class Unread:
         {"text": "x" * 300_000},
         {"prompt": "ü" * 150_000, "response": "b"},
         {"messages": ({"role": "user", "content": "x" * 300_000}, {"role": "assistant", "content": "b"})},
+        {"messages": TURNS, "tools": ({"x" * 300_000: 1},)},
+        {"messages": TURNS, "tools": ({"enum": [1] * 100_000},)},
+        {"messages": TURNS, "tools": ({"enum": [""] * 75_000},)},
+        {"messages": TURNS, "chat_template_kwargs": {"values": [[]] * 75_000}},
+        {"messages": ({"role": "user", "content": "a", "x" * 300_000: "b"}, TURNS[1])},
+        {"messages": (TURNS[0], {**TURNS[1], "tool_calls": [{"x" * 300_000: 1}]})},
     ],
-    ids=lambda values: next(iter(values)),
+    ids=["text", "prompt", "content", "key", "numbers", "empty-texts", "empty-lists", "key-of-message", "key-of-call"],
 )
 def test_an_item_that_is_many_times_too_long_is_refused_before_it_is_read(values: Any, truncate: bool) -> None:
     with pytest.raises(ScoringError, match=r"3000\d\d bytes of text, and this service reads 262144 at most"):
