@@ -75,6 +75,33 @@ def answer(connection: socket.socket) -> tuple[int, bytes]:
     return int(start.split()[1]), body
 
 
+def test_bodies_that_never_come_take_no_connection_from_another(config: MakeConfig) -> None:
+    slow = ConnectionLimits(connections=8)
+    with serving(service(config(body_timeout_s=30.0), Lengths(), keys=lambda: KEYS), slow) as server:
+        silent = [connect(server) for _ in range(8)]
+        try:
+            for one in silent:
+                one.sendall(head(Content_Length=100, Authorization=f"Bearer {'a' * 20}"))
+            time.sleep(0.5)
+            with connect(server) as victim:
+                victim.sendall(post(b'{"query": ["abc"]}', Authorization=f"Bearer {'b' * 20}"))
+                assert answer_or_nothing(victim) == 200, "who sends nothing has taken every connection"
+            assert sum(is_closed(one) for one in silent) == 1
+        finally:
+            for one in silent:
+                one.close()
+
+
+KEYS = {"a" * 20: "attacker", "b" * 20: "victim"}
+
+
+def answer_or_nothing(connection: socket.socket) -> int | None:
+    try:
+        return answer(connection)[0]
+    except (AssertionError, ConnectionError):
+        return None
+
+
 def is_closed(connection: socket.socket) -> bool:
     connection.settimeout(0.01)
     try:
@@ -195,6 +222,13 @@ def test_who_has_most_idle_connections_loses_them_first(config: MakeConfig) -> N
 def test_another_protocol_is_refused_by_name_and_not_as_an_empty_body(config: MakeConfig, upgrade: str) -> None:
     with serving(service(config(), Lengths())) as server, connect(server) as connection:
         connection.sendall(post(b'{"query": ["abc"]}', Connection="Upgrade, HTTP2-Settings", Upgrade=upgrade))
+        status, content = answer(connection)
+        assert (status, json.loads(content)["kind"]) == (400, "upgrade")
+    twice = post(b'{"query": ["abc"]}', Upgrade=upgrade).replace(
+        b"\r\n", b"\r\nConnection: keep-alive\r\nConnection: Upgrade\r\n", 1
+    )
+    with serving(service(config(), Lengths())) as server, connect(server) as connection:
+        connection.sendall(twice)
         status, content = answer(connection)
         assert (status, json.loads(content)["kind"]) == (400, "upgrade")
 

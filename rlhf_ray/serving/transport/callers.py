@@ -32,7 +32,7 @@ def request_identity(http: Request, request: ParsedRequest) -> str:
 
 def refuse_upgrade(http: Request) -> None:
     """Refuse a request that asks for another protocol on its connection: what follows its headers is not its body."""
-    if "upgrade" in http.headers.get("connection", "").lower():
+    if any("upgrade" in value.lower() for value in http.headers.getlist("connection")):
         raise Refusal("upgrade", "the connection stays HTTP/1.1: send the request without the header Upgrade")
 
 

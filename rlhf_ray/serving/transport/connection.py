@@ -2,7 +2,8 @@
 
 Invariants: headers that do not arrive in time, or are too large, close the connection; so do an answer that is not read, and a
 body that goes on after its answer; a client that has closed its sending side gets its answer, if it is still there; where
-connections run out, the one that has done nothing for longest gives way, of the client that has most.
+connections run out, the one that has done nothing for longest gives way, of the client that has most, or where none is idle the
+one that sends its body for longest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from rlhf_ray.serving.auth import KEY
 
 MAX_HEADER_BYTES = 65_536
 LINGER_S, LINGER_BYTES = 2.0, 262_144
@@ -55,22 +58,28 @@ class Connection(HttpToolsProtocol):
         self._headers_due: asyncio.TimerHandle | None = None
         self._answer_due: asyncio.TimerHandle | None = None
         self._body_due: asyncio.TimerHandle | None = None
+        self.since = 0.0
+        """When it was made, or a request of it began or was answered, in seconds of the loop."""
         self.idle_since: float | None = None
         """When its last request was answered, in seconds of the loop; none while a request is being answered."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.idle_since = self.loop.time()
+        self.since = self.idle_since = self.loop.time()
         self._await_headers()
         if len(self.connections) > self._limits.most:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Close the idlest connection of the client that has most of them; this one, where none is idle."""
+        """Close a connection of the client that has most of them: its idlest, or the one that sends its body for longest.
+
+        This one is closed where every other waits for its scores.
+        """
         others = [one for one in self.connections if isinstance(one, Connection)]
-        of_client = Counter(one.host for one in others)
+        of_owner = Counter(one.owner for one in others)
         idle = [one for one in others if one is not self and one.idle_since is not None]
-        victim = max(idle, key=lambda one: (of_client[one.host], -(one.idle_since or 0.0)), default=self)
+        sending = [one for one in others if one.idle_since is None and one.cycle is not None and one.cycle.more_body]
+        victim = max(idle or sending, key=lambda one: (of_owner[one.owner], -one.since), default=self)
         victim.drop()
         self.connections.discard(victim)
 
@@ -82,9 +91,10 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     @property
-    def host(self) -> str:
-        """The client's machine."""
-        return self.client[0] if self.client else ""
+    def owner(self) -> tuple[str, str]:
+        """Whose connection it is: the machine's, and from its first request on also the key's."""
+        key = (self.scope or {}).get(KEY)
+        return self.client[0] if self.client else "", str(key or "")
 
     def data_received(self, data: bytes) -> None:
         if self._body_due is not None:
@@ -104,7 +114,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._headers_due = _cancel(self._headers_due)
-        self.idle_since = None
+        self.since, self.idle_since = self.loop.time(), None
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -116,7 +126,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():  # what is left of the answer must be read in time, too
             self.await_reading()
         elif self.cycle.response_complete:  # else a pipelined request is being answered
-            self.idle_since = self.loop.time()
+            self.since = self.idle_since = self.loop.time()
             if self.cycle.more_body:
                 self._thrown_away = 0
                 self._body_due = self.loop.call_later(LINGER_S, self.drop)
