@@ -79,11 +79,11 @@ class GroupBackend:
         self.group = start_again(self.group)
 
     async def close(self) -> None:
-        """Stop the group."""
+        """Stop the group, after a restart that is under way: the group that it starts would outlive the backend."""
+        await asyncio.to_thread(self._restart.shutdown)
         if self._stop is not None:
             await asyncio.to_thread(self._stop, self.group)
-        for threads in (self._calls, self._restart):
-            threads.shutdown(wait=False)
+        self._calls.shutdown(wait=False)
 
 
 def model_name(model: ModelConfig) -> str:

@@ -119,3 +119,34 @@ def test_a_gateway_checks_its_groups_by_itself_until_it_stops(
     while checks.acquire(timeout=0.2):
         pass
     assert not any(thread.name == "group checks" for thread in threading.enumerate())
+
+
+def test_a_group_that_a_restart_brings_up_after_its_version_was_replaced_is_stopped(
+    config: Callable[..., ServeConfig],
+) -> None:
+    settings = config()
+    starting, may_start = threading.Event(), threading.Event()
+    replacement: Any = Ranks()
+    stopped: list[Any] = []
+
+    def start_again(failed: Any) -> Any:
+        starting.set()
+        may_start.wait(10)
+        return replacement
+
+    async def run() -> None:
+        broken: Any = Ranks()
+        backend = GroupBackend(
+            broken, settings.reward.model, normalize=False, start_again=start_again, stop=stopped.append
+        )
+        version = served_models(settings, backend).models[0].current
+        version.recover(backend)
+        await asyncio.to_thread(starting.wait, 10)
+        closing = asyncio.create_task(version.close())
+        await asyncio.sleep(0.1)
+        may_start.set()
+        await closing
+        await asyncio.sleep(0.1)
+        assert stopped[-1:] == [replacement], "a group outlives the version that it was started for"
+
+    asyncio.run(asyncio.wait_for(run(), timeout=10))
