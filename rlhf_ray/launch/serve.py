@@ -2,8 +2,8 @@
 
 Invariants: nothing listens before the weights are loaded; the address is printed on standard output, alone on its line; a
 service whose model died or hangs restarts it, for as long as it takes; a gateway whose process died is followed by another
-at the same port, and the command ends with an error where five of these cannot start; a stopped service leaves no process
-behind. Only with ``--detach`` does a service outlive the command.
+at the same port with the models that it served, and the command ends with an error where five of these cannot start; a
+stopped service leaves no process behind. Only with ``--detach`` does a service outlive the command.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def serve(config: ServeConfig, *, detach: bool) -> int:
             with _gateway(config, detach=detach) as (gateway, address):
                 if detach:
                     return EXIT_DONE
-                error = _watch(gateway)
+                config, error = _watch(gateway, config)
             _serve_again(config.model_copy(update={"port": urlsplit(address).port}), error)
     except KeyboardInterrupt:
         get_logger("serving").info("stopped")
@@ -96,7 +96,7 @@ def _serve_again(config: ServeConfig, error: GroupError) -> NoReturn:
             free_places_of_the_dead(config.run.name)
             with _gateway(config, detach=False) as (gateway, _):
                 pause, failed = FIRST_PAUSE_S, 0
-                error = _watch(gateway)
+                config, error = _watch(gateway, config)
         except RlhfRayError as reason:
             pause, failed = min(2 * pause, LONGEST_PAUSE_S), failed + 1
             if failed == STARTS_IN_VAIN:  # whoever supervises this command can do more
@@ -163,13 +163,13 @@ def _stop(gateway: RayRanks, *, gracefully: bool) -> None:
         gateway.stop()
 
 
-def _watch(gateway: RayRanks) -> GroupError:
-    """Ask the gateway again and again whether it lives; returns what it died of."""
+def _watch(gateway: RayRanks, config: ServeConfig) -> tuple[ServeConfig, GroupError]:
+    """Ask the gateway again and again whether it lives; returns what it served at last, after reloads, and what it died of."""
     while True:
         time.sleep(SECONDS_BETWEEN_CHECKS)
         try:
-            gateway.call("alive", [()], timeout_s=CHECK_TIMEOUT_S).result()
+            (config,) = gateway.call("alive", [()], timeout_s=CHECK_TIMEOUT_S).result()
         except DeadlineError as error:  # a machine that is busy is no reason to end
             get_logger("serving").warning("%s: asking again", error)
         except GroupError as error:
-            return error
+            return config, error

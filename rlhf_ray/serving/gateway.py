@@ -65,8 +65,9 @@ class Gateway:
                 get_logger("serving").error("the groups cannot be checked: %r", error)
 
     @ray.method(concurrency_group="control")
-    def alive(self) -> None:
-        """Answer, which a gateway whose process died does not."""
+    def alive(self) -> ServeConfig:
+        """What is served now, reloads included; a gateway whose process died does not answer."""
+        return self.config
 
     def _replicas(self, name: str, role: RoleConfig) -> list[GroupBackend]:
         """All replicas of a model, loaded side by side."""
@@ -136,6 +137,7 @@ class Gateway:
             await asyncio.shield(served.replace(replicas))
 
         self._in_loop(replace())
+        self.config = self.config.serving(served.name, new)
         return served.current.name
 
     def check(self) -> None:

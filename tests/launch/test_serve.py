@@ -44,6 +44,11 @@ def test_an_address_stands_alone_on_its_line(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "http://127.0.0.1:1\n"
 
 
+def service_of(path: str) -> ServeConfig:
+    role = ScoringRole(model=ModelConfig(path=path))
+    return ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role, port=0)
+
+
 def outcome_of(call: Callable[[], Any]) -> Any:
     """What a call returns, or the error that it raises."""
     try:
@@ -57,14 +62,16 @@ def test_a_check_that_is_late_is_made_again_and_only_the_end_of_the_gateway_ends
 ) -> None:
     monkeypatch.setattr(serve, "SECONDS_BETWEEN_CHECKS", 0.0)
     died = GroupError("gateway", 0, "check", "its process died")
-    answers: list[Exception | None] = [None, DeadlineError("gateway", 0, "check", "late"), None, died]
+    config = service_of("model")
+    reloaded = config.serving(config.name, ScoringRole(model=ModelConfig(path="newer")))
+    answers: list[Any] = [config, DeadlineError("gateway", 0, "check", "late"), reloaded, died]
 
     class Gateway:
         def call(self, method: str, *_: Any, **__: Any) -> Pending[Any]:
             assert method == "alive"
             answer = answers.pop(0)
-            if answer is None:
-                return Pending.done([None])
+            if isinstance(answer, ServeConfig):
+                return Pending.done([answer])
 
             def fail() -> Any:
                 raise answer
@@ -72,7 +79,7 @@ def test_a_check_that_is_late_is_made_again_and_only_the_end_of_the_gateway_ends
             return Pending(fail)
 
     gateway: Any = Gateway()
-    assert outcome_of(lambda: serve._watch(gateway)) is died and not answers
+    assert outcome_of(lambda: serve._watch(gateway, config)) == (reloaded, died) and not answers
 
 
 def test_a_gateway_that_dies_is_followed_by_another_at_the_same_port_again_and_again(
@@ -82,10 +89,12 @@ def test_a_gateway_that_dies_is_followed_by_another_at_the_same_port_again_and_a
     died = GroupError("gateway", 0, "check", "its process died")
     starts: list[Any] = [died, RequestError("a service named serve runs on this cluster already"), died, None]
     ports: list[int] = []
+    paths: list[str | None] = []
 
     @contextmanager
     def gateway(config: ServeConfig, *, detach: bool) -> Iterator[tuple[Any, str]]:
         ports.append(config.port)
+        paths.append(config.reward.model.path)
         start = starts.pop(0)
         if start is None:
             raise KeyboardInterrupt
@@ -94,16 +103,17 @@ def test_a_gateway_that_dies_is_followed_by_another_at_the_same_port_again_and_a
         yield start, "http://127.0.0.1:4321"
 
     monkeypatch.setattr(serve, "_gateway", gateway)
-    monkeypatch.setattr(serve, "_watch", lambda error: error)
+    newer = ScoringRole(model=ModelConfig(path="newer"))
+    monkeypatch.setattr(serve, "_watch", lambda error, config: (config.serving("reward", newer), error))
     freed: list[str] = []
     monkeypatch.setattr(serve, "free_places_of_the_dead", freed.append)
     monkeypatch.setattr(serve, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(serve.Cluster, "__enter__", lambda self: self)
     monkeypatch.setattr(serve.Cluster, "__exit__", lambda *_: None)
-    role = ScoringRole(model=ModelConfig(path="model"))
-    config = ServeConfig(kind="serve", run=RunConfig(name="test"), reward=role, port=0)
+    config = service_of("/model")
     assert outcome_of(lambda: serve.serve(config, detach=False)) == 0
     assert ports == [0, 4321, 4321, 4321] and not starts
+    assert paths == ["/model", "newer", "newer", "newer"], "another gateway goes back to a model that was replaced"
     starts[:] = [died] + [RequestError("no room")] * serve.STARTS_IN_VAIN
     assert isinstance(outcome_of(lambda: serve.serve(config, detach=False)), RequestError), "a supervisor can do more"
     assert not starts

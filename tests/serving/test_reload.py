@@ -83,3 +83,6 @@ def test_the_gateway_loads_the_new_weights_into_replicas_of_the_same_kind(config
     gateway.config = settings
     assert gateway.reload("new", None, "v2") == "2"
     assert loaded == [settings.reward.model_copy(update={"model": with_weights_of(SERVED, "new", "v2")})]
+    assert gateway.alive().served["reward"].model == with_weights_of(SERVED, "new", "v2"), (
+        "it is not what is served now"
+    )

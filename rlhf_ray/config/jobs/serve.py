@@ -39,6 +39,12 @@ class ServeConfig(Job, ServiceConfig):
         """Every model by its name, the one for requests that name none first."""
         return {self.name: self.reward, **self.models}
 
+    def serving(self, name: str, role: ScoringRole) -> ServeConfig:
+        """The same with another model under a name that is served."""
+        if name == self.name:
+            return self.model_copy(update={"reward": role})
+        return self.model_copy(update={"models": {**self.models, name: role}})
+
     def roles(self) -> dict[str, Role]:
         further: dict[str, ScoringRole] = unless_absent(lambda: self.models, {})
         return present_roles({"reward": lambda: Role(self.reward)}) | {
