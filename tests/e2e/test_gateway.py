@@ -69,7 +69,7 @@ def test_a_job_of_the_cluster_scores_by_name(address: str, models: tuple[Path, P
 
 
 def test_a_file_is_scored_as_by_the_service_and_once(
-    address: str, models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    address: str, models: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     reference = Reference(models[0])
     source, target = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
@@ -90,7 +90,7 @@ def test_a_file_is_scored_as_by_the_service_and_once(
     assert [line["score"]["raw"] for line in lines] == expected
     assert lines[0]["score"]["reward"] == pytest.approx((lines[0]["score"]["raw"] - MEAN) / STD)
     assert main(command) == EXIT_WRONG_REQUEST
-    assert "exists and is finished" in capsys.readouterr().err
+    assert "exists and is finished" in capfd.readouterr().err
 
 
 def test_a_new_version_takes_over_without_a_dropped_request(address: str, models: tuple[Path, Path]) -> None:
