@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.environment import EXIT_CODE_LINE
-from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.launch.submission.job_server import ServerAway
 
 SILENCE_S, LONGEST_SILENCE_S = 60.0, 600.0
@@ -107,7 +107,7 @@ async def _details(server: Server, job: str) -> Any:
     while True:
         try:
             return server.details(job)
-        except ServerAway as error:
+        except (ServerAway, RequestError) as error:  # the second: a proxy, or a token that was changed; the job goes on
             if time.monotonic() - since > AWAY_LIMIT_S:
                 raise ServerAway(
                     f"{job} may still go on, but nothing is known of it: its cluster has not answered for {AWAY_LIMIT_S:g} s "

@@ -133,7 +133,7 @@ class JobServer:
             )
         status = _STATUS.search(str(error))
         code = int(status[1]) if status is not None else getattr(getattr(error, "response", None), "status_code", None)
-        if code == 404 and isinstance(error, RuntimeError):
+        if code == 404 and isinstance(error, RuntimeError) and "does not exist" in str(error):  # else a proxy says it
             return JobUnknown(f"{self.address}: {_first_line(error)}")
         if code is not None and 400 <= code < 500 and code not in (408, 425, 429):
             return RequestError(f"the server at {self.address} refuses the request: {_last_line(error)}")

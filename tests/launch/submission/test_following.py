@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.errors import Interrupted
+from rlhf_ray.errors import Interrupted, RequestError
 from rlhf_ray.launch import submit
 from rlhf_ray.launch.submission import following
 from rlhf_ray.launch.submission.job_server import JobUnknown, ServerAway
@@ -121,6 +121,24 @@ def test_a_server_that_is_away_for_a_while_is_asked_again(project_log):
     details, shown = followed(Server((30, "breaks"), away=4))
     assert details.status.value == "SUCCEEDED" and shown == WHOLE
     assert project_log.getvalue().count("status code 502") == 1
+
+
+def test_a_refusal_meanwhile_is_none_of_the_job(project_log):
+    """A proxy refuses for a moment, or for as long as a token was changed; the job goes on."""
+
+    class Refusing(Server):
+        def details(self, job: str) -> Any:
+            if self.away:
+                self.away -= 1
+                raise RequestError("the server at http://head:8265 refuses the request: 404 default backend")
+            return super().details(job)
+
+    try:
+        details, shown = followed(Refusing((30, "breaks"), away=4))
+    except RequestError as error:
+        pytest.fail(f"a job that runs was given up: {error}")
+    assert details.status.value == "SUCCEEDED" and shown == WHOLE
+    assert project_log.getvalue().count("404 default backend") == 1
 
 
 def test_a_cluster_that_stays_away_is_not_said_to_have_failed_the_job(monkeypatch):

@@ -167,6 +167,12 @@ def test_a_job_that_a_cluster_forgot_is_told_from_a_cluster_that_is_away(address
         server.details("job")
 
 
+def test_a_proxy_that_finds_no_cluster_is_not_a_cluster_that_forgot_a_job(address, answers):
+    server = JobServer(address)
+    answers.lists["GET /api/jobs/job"] = [(404, "default backend - 404")]
+    assert "default backend" in refusal(lambda: server.details("job"))
+
+
 def test_a_server_that_never_answers_is_away(address, answers, monkeypatch):
     server = JobServer(address)
     monkeypatch.setattr(job_server, "CALL_LIMIT_S", 0.05)
