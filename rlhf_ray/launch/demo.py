@@ -61,12 +61,13 @@ def demo(root: Path, seed: int, overrides: Sequence[str]) -> None:
             with new_run(config) as run:
                 runs[config.kind] = run
                 run_trainer(config, run, None)
-    seconds = time.monotonic() - began
-    peak = memory.peak
-    history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in memory.history)
-    record = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
-    baseline = words_baseline(job_config(RewardModelConfig, root, seed, overrides))
-    finish(root, runs, baseline, seconds, record)
+        # Before the cluster is left: one that has died may end this process.
+        seconds = time.monotonic() - began
+        peak = memory.peak
+        history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in memory.history)
+        record = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
+        baseline = words_baseline(job_config(RewardModelConfig, root, seed, overrides))
+        finish(root, runs, baseline, seconds, record)
 
 
 def job_config(job: type[AnyJob], root: Path, seed: int, overrides: Sequence[str]) -> AnyJob:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,17 +45,17 @@ def evaluate(
     """Print what :func:`evaluate_pairs` finds as tables, and write all of it to ``output``."""
     if output is not None:
         output.check()
-    report = evaluate_pairs(config, file, reader, place=place)
-    print_report(report)
-    if output is not None:
-        content = {
-            "figures": report.figures,
-            "sources": report.sources,
-            "rewardbench": report.rewardbench,
-            "calibration": report.calibration,
-            "worst": asdict(report.worst),
-        }
-        output.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    with _evaluated(config, file, reader, place) as report:
+        print_report(report)
+        if output is not None:
+            content = {
+                "figures": report.figures,
+                "sources": report.sources,
+                "rewardbench": report.rewardbench,
+                "calibration": report.calibration,
+                "worst": asdict(report.worst),
+            }
+            output.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return EXIT_DONE
 
 
@@ -66,6 +66,15 @@ def evaluate_pairs(
 
     The model runs in ``place``, or on Ray if there is none.
     """
+    with _evaluated(config, file, reader, place) as report:
+        return report
+
+
+@contextmanager
+def _evaluated(
+    config: ServeConfig, file: Path, reader: PreferenceReader, place: Place | None
+) -> Iterator[RewardReport]:
+    """What :func:`evaluate_pairs` finds; the place is left after the block, since a cluster that died may end this process."""
     from rlhf_ray.algorithms.reward_losses import RewardLoss
     from rlhf_ray.models import load_tokenizer
     from rlhf_ray.models.weights.encoder_config import encoder_positions, is_encoder
@@ -77,9 +86,10 @@ def evaluate_pairs(
         rows = read_candidates(file, reader)
         with Cluster.for_job(config) if place is None else nullcontext(place) as here:
             scorer = place_scoring_group(here, config, config.reward).load().result()
-            return report_on_candidates(
+            yield report_on_candidates(
                 rows, lambda requests: scorer.score(requests).result(), turns=reader.turns, worst=WORST, file=file
             )
+        return
     in_pairs = is_encoder(config.reward.model)
     max_tokens = min(
         config.max_tokens, (encoder_positions(config.reward.model) if in_pairs else None) or config.max_tokens
@@ -91,18 +101,18 @@ def evaluate_pairs(
         held_out = HeldOutPairs(group, pairs, RewardLoss(), budget)
         held_out.figures(show_progress=True)
         page = held_out.page(tokenizer, WORST, None)
-    scored = held_out.scored
-    assert scored is not None
-    sources = {source: part.figures() for source, part in scored.by_source().items()}
-    return RewardReport(
-        scored.figures(),
-        sources,
-        section_scores(_accuracies(sources)),
-        page.calibration,
-        page.worst,
-        source_table(scored),
-        missing_subsets(_accuracies(sources)),
-    )
+        scored = held_out.scored
+        assert scored is not None
+        sources = {source: part.figures() for source, part in scored.by_source().items()}
+        yield RewardReport(
+            scored.figures(),
+            sources,
+            section_scores(_accuracies(sources)),
+            page.calibration,
+            page.worst,
+            source_table(scored),
+            missing_subsets(_accuracies(sources)),
+        )
 
 
 def _accuracies(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

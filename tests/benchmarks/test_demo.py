@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.demo import BAG_OF_WORDS, DESCRIPTIONS, figures, read_numbers
+from rlhf_ray.config.jobs.sft import SftConfig
+from rlhf_ray.config.loading import load_job
 from rlhf_ray.monitoring.report.summary import Figure, MemoryRecord, Summary
 
 LAST = {"evaluation/gold": 0.9, "evaluation/gold_start": 0.5, "evaluation/gold_win_rate": 0.88, "evaluation/kl": 1.5}
@@ -56,6 +59,23 @@ def test_the_label_of_the_baseline_is_the_one_that_the_demo_writes() -> None:
     import rlhf_ray.launch.demo as demo
 
     assert f'"{BAG_OF_WORDS}"' in Path(demo.__file__).read_text()
+
+
+def test_the_report_is_written_before_the_cluster_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that has died may take the process along when it is left."""
+    import rlhf_ray.launch.demo as demo
+    from rlhf_ray.actors.cluster import Cluster
+
+    events: list[str] = []
+    monkeypatch.setattr(Cluster, "__enter__", lambda self: self)
+    monkeypatch.setattr(Cluster, "__exit__", lambda *_: events.append("left"))
+    monkeypatch.setattr(demo, "new_run", lambda config: nullcontext(None))
+    monkeypatch.setattr(demo, "run_trainer", lambda *_: None)
+    monkeypatch.setattr(demo, "words_baseline", lambda config: 0.5)
+    monkeypatch.setattr(demo, "finish", lambda *_: events.append("reported"))
+    monkeypatch.setattr(demo, "job_config", lambda *_: load_job(SftConfig, "demo-sft", []))
+    demo.demo(tmp_path, 0, [])
+    assert events == ["reported", "left"]
 
 
 def test_all_seeds_are_kept_and_the_worst_is_the_value() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import load_config
@@ -98,6 +101,29 @@ def test_figures_are_those_of_plain_transformers(
     wrong = sorted(margin for margin in margins if margin <= 0)
     assert [float(row[0]) for row in figures_file["worst"]["rows"]] == pytest.approx(wrong, abs=0.006)
     assert not any(row["chosen"] in printed.out + printed.err + logged for row in rows)
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+def test_the_figures_are_written_before_the_cluster_is_left(
+    model: Path, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidates: bool
+) -> None:
+    """A cluster that has died may take the process along when it is left."""
+    if candidates:
+        written = [
+            {"prompt": "a", "chosen": ["b"], "rejected": ["c", "d"], "subset": "Math", "id": "1", "num_correct": 1}
+        ]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    config = load_config("serve", [f"reward.model.path={model}", "max_tokens=100"], kind="serve", files=True)
+    output, seen = tmp_path / "figures.json", []
+
+    @contextmanager
+    def cluster(config: Any) -> Iterator[ThisProcess]:
+        yield ThisProcess(config.cluster)
+        seen.append(output.exists())
+
+    monkeypatch.setattr(Cluster, "for_job", cluster)
+    assert evaluate(config, tmp_path / "pairs.jsonl", PreferenceReader(), output=OutputFile(output)) == 0
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(
