@@ -119,4 +119,5 @@ def _measure_data(options: argparse.Namespace, keys: Keys) -> int:
 def _output(options: argparse.Namespace) -> OutputFile | None:
     from rlhf_ray.storage.output import OutputFile
 
-    return None if options.output is None else OutputFile(options.output, overwrite=options.overwrite)
+    reads = [file for file in (options.data, options.held_out) if file is not None]
+    return None if options.output is None else OutputFile(options.output, overwrite=options.overwrite, reads=reads)

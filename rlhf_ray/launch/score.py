@@ -42,7 +42,7 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
         "max_tokens": config.max_tokens,
         "truncate": truncate,
     }
-    with _resumable(target), GrowingFile(target, {**input_identity(source), **about}) as output:
+    with _resumable(target), GrowingFile(target, {**input_identity(source), **about}, [source]) as output:
         if output.done:
             get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
         check_rows(source)

@@ -11,10 +11,11 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY, Metric, choose_panel
-from rlhf_ray.storage.atomic import write_file
+from rlhf_ray.storage.output import OutputFile
 
 RAY_PREFIX = "ray_"
 SELECTION = '{run=~"$run"}'
@@ -154,4 +155,4 @@ def _run_variable() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    write_file(sys.argv[1], render_dashboard())
+    OutputFile(Path(sys.argv[1]), "the dashboard", overwrite=True).write(render_dashboard())

@@ -35,7 +35,7 @@ from rlhf_ray.runs.lines import attempt_problem, metrics_problem
 from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.storage.atomic import PENDING
 from rlhf_ray.storage.jsonl import JsonLines
-from rlhf_ray.storage.locks import is_taken, take, this_process
+from rlhf_ray.storage.locks import is_at, is_taken, take, this_process
 from rlhf_ray.storage.made import target_of
 from rlhf_ray.storage.reading import read_text
 
@@ -174,6 +174,11 @@ class RunDirectory:
         """Whether the run came to its end."""
         return self.summary_path.exists()
 
+    def files(self) -> Sequence[Path]:
+        """The files that say what the run is and has done, whether they are there or not."""
+        lines = (self.metrics.path, self.attempts.path, self.path / "ledger.jsonl")
+        return self.config_path, self.inputs_path, *lines, self.summary_path, self.closing_path
+
     def config_text(self) -> str:
         """The run's config as YAML, with every default."""
         return read_text(self.config_path)
@@ -234,13 +239,17 @@ class RunDirectory:
 
     def _own(self) -> None:
         with storage.storage_errors(self.path / LOCK):
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            if not take(lock):
-                owner = os.read(lock, 200).decode(errors="replace")
-                os.close(lock)
-                raise RequestError(
-                    f"{self.path} is in use by {owner or 'another process'}: wait for it, or stop it first"
-                )
+            while True:
+                lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                if not take(lock):
+                    owner = os.read(lock, 200).decode(errors="replace")
+                    os.close(lock)
+                    raise RequestError(
+                        f"{self.path} is in use by {owner or 'another process'}: wait for it, or stop it first"
+                    )
+                if is_at(lock, self.path / LOCK):
+                    break
+                os.close(lock)  # its owner discarded it between our opening and our locking it
             os.ftruncate(lock, 0)
             os.pwrite(lock, this_process().encode(), 0)
         self._lock = lock

@@ -26,7 +26,7 @@ def write_report(runs: Sequence[RunDirectory], output: str | Path | None = None,
     There it takes the place of the one before. A file at ``output`` is written over only with ``overwrite``.
     """
     if output is not None:
-        file = OutputFile(Path(output), overwrite=overwrite)
+        file = OutputFile(Path(output), overwrite=overwrite, reads=[path for run in runs for path in run.files()])
         file.check()
         return file.write(render_report([_read_run(run) for run in runs]))
     path = runs[0].report_path

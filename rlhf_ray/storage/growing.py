@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.storage.failures import storage_errors
-from rlhf_ray.storage.locks import take, this_process
+from rlhf_ray.storage.locks import is_at, take, this_process
 from rlhf_ray.storage.made import make_directories, remove_empty
 from rlhf_ray.storage.output import OutputFile
 
@@ -26,11 +27,12 @@ WRITER = "writer"
 class GrowingFile:
     """The lines at ``path``, owned by this process from the start of this object to :meth:`close`, or the end of ``with``.
 
-    ``made_of`` is plain JSON: what decides the lines. Raises :class:`RequestError` where the file is finished, another process
-    writes it, it is made of something else, or nothing can be written there.
+    ``made_of`` is plain JSON: what decides the lines; ``reads`` are files that they are made from. Raises
+    :class:`RequestError` where the file is finished, another process writes it, it is made of something else, or nothing can
+    be written there.
     """
 
-    def __init__(self, path: Path, made_of: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, made_of: Mapping[str, Any], reads: Sequence[Path] = ()) -> None:
         self.path = path
         self.done = 0
         """Whole lines, those of an interrupted writer included."""
@@ -40,7 +42,7 @@ class GrowingFile:
         self._lines: BinaryIO | None = None
         self._finished = False
         with storage_errors(path):
-            self._require_place()
+            self._require_place(reads)
             self._directories = make_directories(path.parent)
         try:
             self._lock = self._own()
@@ -49,11 +51,11 @@ class GrowingFile:
             self.close()
             raise
 
-    def _require_place(self) -> None:
+    def _require_place(self, reads: Sequence[Path]) -> None:
         """Refuse what is no file: to go on after an interruption the lines must stay where they are written."""
         for place in (self._about, self.path):
             if os.path.lexists(place):
-                OutputFile(place, overwrite=True).check()
+                OutputFile(place, overwrite=True, reads=reads).check()
         if self.path.exists() and not self.path.is_file():
             raise RequestError(f"--output {self.path} keeps no lines, so nothing could go on after them: name a file")
         if self.path.exists() and not self._about.exists():
@@ -73,14 +75,14 @@ class GrowingFile:
                     raise RequestError(
                         f"{self.path} is being written by {writer}: wait for it, or give another --output"
                     )
-                if os.path.exists(self._about) and os.path.samestat(os.fstat(descriptor), os.stat(self._about)):
+                if is_at(descriptor, self._about):
                     return descriptor
                 os.close(descriptor)  # its writer finished between our opening and our locking it
 
     def _go_on(self, lock: int) -> BinaryIO:
         """Take up the lines of an interrupted writer, without the torn one after them, or begin."""
         before = _parse(lock)
-        if before is None:
+        if before is None or (before and WRITER not in before):
             raise RequestError(
                 f"{self._about} was not written by this command, so {self.path} is not gone on with: move it away, or give "
                 "another --output"
@@ -96,8 +98,9 @@ class GrowingFile:
                     f"{self.path} was begun with another input, model or limit ({self._about.name} says which): give the same "
                     "again to go on with it, or remove both files"
                 )
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, json.dumps({**self._made_of, WRITER: this_process()}, sort_keys=True).encode(), 0)
+            about = json.dumps({**self._made_of, WRITER: this_process()}, sort_keys=True).encode()
+            # Never empty, not even where this fails on a full disk: lines beside an empty file count as finished.
+            os.pwrite(lock, about.ljust(os.fstat(lock).st_size), 0)
             file = self.path.open("ab")
             file.truncate(whole)
         self.done = lines
@@ -131,7 +134,8 @@ class GrowingFile:
     def close(self) -> None:
         """Let another process go on; a second call does nothing."""
         if self._lines is not None:
-            self._lines.close()
+            with suppress(OSError):  # what could not be written has been told, and is tried once more here
+                self._lines.close()
             if not self.done and not self._finished:
                 self.path.unlink(missing_ok=True)
                 self._about.unlink(missing_ok=True)

@@ -52,6 +52,14 @@ def is_taken(path: Path) -> bool:
     return int(kind) != fcntl.F_UNLCK
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file still lies at ``path``: else its owner removed it before it was locked, and a lock is of no use."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
 def this_process() -> str:
     """What the owner of a file writes for others to read."""
     return f"process {os.getpid()} on {socket.gethostname()}"

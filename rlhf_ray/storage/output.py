@@ -12,6 +12,7 @@ import os
 import pwd
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class OutputFile:
     overwrite: bool = False
     way_out: str = "name another file, or write over it with --overwrite"
     """What to do where a file stands there."""
+    reads: Sequence[Path] = ()
+    """Files that the command reads, none of which is ever written over."""
 
     def check(self) -> None:
         """Refuse a place that :meth:`write` would not write to, with a :class:`RequestError`."""
@@ -104,6 +107,8 @@ class OutputFile:
         return ""
 
     def _file_problem(self, status: os.stat_result) -> str:
+        if any(os.path.exists(place) and os.path.samefile(self.path, place) for place in self.reads):
+            return "is a file that this command reads: name another file"
         if not self.overwrite:
             return f"exists already: {self.way_out}"
         if status.st_uid != os.geteuid():

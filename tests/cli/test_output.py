@@ -56,6 +56,18 @@ def test_a_link_a_folder_and_the_null_device_stay_what_they_are(
     assert stat.S_ISCHR(os.lstat("/dev/null").st_mode)
 
 
+def test_what_a_command_reads_is_never_written_over(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = tmp_path / ("run/config.yaml" if words[0] == "report" else "pairs.jsonl")
+    before = read.read_bytes()
+    os.link(read, tmp_path / "the same")
+    for place in (read, tmp_path / "the same"):
+        assert main([*words, "--output", str(place), "--overwrite"]) == 2
+        assert "is a file that this command reads: name another file" in capsys.readouterr().err
+    assert read.read_bytes() == before
+
+
 def test_a_place_that_is_refused_is_refused_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

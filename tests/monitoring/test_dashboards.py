@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import yaml
 
+from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring import REGISTRY, render_dashboard
 from rlhf_ray.monitoring.dashboards import RAY_PREFIX
 
@@ -24,6 +29,16 @@ def test_the_committed_dashboard_is_what_the_registry_makes() -> None:
     assert COMMITTED.read_text() == render_dashboard(), (
         "the registry has changed: run python -m rlhf_ray.monitoring.dashboards deploy/monitoring/rlhf_ray_dashboard.json"
     )
+
+
+def test_it_takes_the_place_of_a_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "board.json").write_text("older")
+    (tmp_path / "link").symlink_to(tmp_path / "board.json")
+    for place, refusal in (("link", "is a link"), (".", "is a directory"), ("board.json", "")):
+        monkeypatch.setattr(sys, "argv", ["dashboards", str(tmp_path / place)])
+        with pytest.raises(RequestError, match=refusal) if refusal else nullcontext():
+            runpy.run_module("rlhf_ray.monitoring.dashboards", run_name="__main__")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "board.json").read_text() == COMMITTED.read_text()
 
 
 def test_every_query_asks_for_a_metric_that_is_sent_and_every_metric_is_asked_for() -> None:

@@ -21,6 +21,7 @@ from rlhf_ray.monitoring.report.summary import Answer
 from rlhf_ray.runs import RunDirectory, checkpoints, directory, ledger, write_report
 from rlhf_ray.storage import atomic, jsonl
 from rlhf_ray.storage.jsonl import JsonLines
+from rlhf_ray.storage.locks import is_taken
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 CONFIG = "kind: ppo\nrun:\n  name: demo\n"
@@ -163,6 +164,21 @@ def test_one_process_at_a_time_owns_a_run_and_a_dead_one_owns_nothing(tmp_path: 
     run, checkpoint = RunDirectory.resume(path)
     assert checkpoint is None
     assert run.attempt == 2
+
+
+def test_a_lock_that_its_owner_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that is refused removes the run; another one may have opened the lock before, and takes it after."""
+    take = directory.take
+
+    def take_late(lock: int) -> bool:
+        monkeypatch.setattr(directory, "take", take)
+        (tmp_path / "run/.lock").unlink()
+        return take(lock)
+
+    monkeypatch.setattr(directory, "take", take_late)
+    run = RunDirectory.create(tmp_path / "run", "kind: sft\n")
+    assert run.is_owned() and is_taken(tmp_path / "run/.lock")
+    run.release()
 
 
 def test_the_report_needs_the_files_only_and_shows_what_they_hold(tmp_path: Path) -> None:

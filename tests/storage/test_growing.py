@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray import storage
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import DiskFullError, RequestError
 from rlhf_ray.storage.growing import GrowingFile
 
 MADE_OF = {"input": "abc", "limits": (1, 2)}
@@ -61,6 +62,40 @@ def test_what_was_interrupted_is_gone_on_with_where_it_is_made_of_the_same(tmp_p
     assert content(tmp_path) == {"scores.jsonl": b"one\ntwo\nthree\n"}
 
 
+def test_a_disk_that_is_full_when_a_writer_goes_on_makes_no_finished_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "scores.jsonl"
+    with GrowingFile(path, MADE_OF) as file:
+        file.extend(["one"])
+
+    def is_full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(DiskFullError):
+        patch.setattr(os, "pwrite", is_full)
+        GrowingFile(path, MADE_OF)
+    with GrowingFile(path, {**MADE_OF}) as file:
+        assert file.done == 1
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_disk_that_is_full_while_lines_are_added_is_one_sentence(tmp_path, before) -> None:
+    script = (
+        "import resource, signal, sys, pathlib; from rlhf_ray.storage.growing import GrowingFile\n"
+        "from rlhf_ray.errors import StorageError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    with GrowingFile(pathlib.Path(sys.argv[1]), {'input': 'abc'}) as file:\n"
+        "        for _ in range(int(sys.argv[2])): file.extend(['one'])\n"
+        "        file.extend(['x' * 5000])\n"
+        "except StorageError as error: print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[2])}
+    command = [sys.executable, "-c", script, str(tmp_path / "scores"), str(before)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "no file may be larger" in ended.stdout and ended.stderr == ""
+    assert len(content(tmp_path)) == 2 * before
+
+
 def test_a_writer_that_adds_no_line_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for path in (tmp_path / "there/scores", tmp_path / "new/deep/scores"):
@@ -77,6 +112,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (os.mkfifo, "is a pipe"),
     "a note beside it": (
         lambda path: path.with_name("out.unfinished").write_text("my notes"),
+        "was not written by this",
+    ),
+    "an object beside it": (
+        lambda path: path.with_name("out.unfinished").write_text('{"text": "my only row"}'),
         "was not written by this",
     ),
     "a list beside it": (lambda path: path.with_name("out.unfinished").write_text("[1]"), "was not written by this"),
@@ -97,6 +136,15 @@ def test_what_somebody_else_put_there_is_refused_and_stays(tmp_path: Path, forei
     with pytest.raises(RequestError, match=message):
         GrowingFile(tmp_path / "out", MADE_OF)
     assert content(tmp_path) == before
+
+
+def test_what_the_lines_are_made_from_is_not_taken_for_a_finished_file(tmp_path: Path) -> None:
+    for name in ("scores", "scores.unfinished"):
+        (tmp_path / name).write_text("{}\n")
+        with pytest.raises(RequestError, match="is a file that this command reads"):
+            GrowingFile(tmp_path / "scores", MADE_OF, reads=[tmp_path / name])
+        assert content(tmp_path) == {name: b"{}\n"}
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("place", ["/dev/null", "/dev/full", "/dev/stdout"])
