@@ -212,6 +212,17 @@ def reward_processes(process: psutil.Process) -> list[int]:
     return ranks
 
 
+def is_loading(process: psutil.Process) -> bool:
+    """Whether no reward rank scores yet; Ray shows in its title the method that a process runs."""
+    titles = []
+    for pid in reward_processes(process):
+        try:
+            titles.append(" ".join(psutil.Process(pid).cmdline()))
+        except psutil.Error:
+            continue
+    return not titles or any(".setup" in title or "__init__" in title for title in titles)
+
+
 def deaths(process: psutil.Process, count: int) -> Callable[[threading.Event], int]:
     """Kills and stops the reward ranks so often: one alone, one twice within a second, one that then hangs."""
 
@@ -222,6 +233,9 @@ def deaths(process: psutil.Process, count: int) -> Callable[[threading.Event], i
                 done % 3 : done % 3 + 1
             ]:
                 for one in signal_:
+                    # what hangs while it loads is given up after start_timeout_s, which is longer than requests wait
+                    while one == signal.SIGSTOP and is_loading(process) and not over.wait(0.2):
+                        pass
                     for pid in reward_processes(process):
                         try:
                             os.kill(pid, one)
