@@ -24,7 +24,12 @@ def test_a_home_is_put_in_the_place_of_its_sign(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "command", [["export", "~nosuchuser/x", "out"], ["check", "serve", "token_file=~nosuchuser/x"]]
+    "command",
+    [
+        ["export", "~nosuchuser/x", "out"],
+        ["check", "serve", "token_file=~nosuchuser/x"],
+        ["submit", "--resume", "~nosuchuser/x"],
+    ],
 )
 def test_a_home_of_nobody_is_told(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger, say
-from rlhf_ray.environment import SAYS_EXIT_CODE
+from rlhf_ray.environment import SAYS_EXIT_CODE, expand_home
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, SIGNALLED, Interrupted, RequestError
 from rlhf_ray.launch.submission.following import Log, Server, follow
 from rlhf_ray.launch.submission.job_server import ADDRESS_VARIABLES, JobServer, JobUnknown
@@ -45,7 +45,7 @@ def submit_resume(directory: str, changes: Sequence[str] = (), *, address: str |
 
     ``changes`` are the words that ``rlhf-ray resume`` takes besides.
     """
-    run = Path(directory).expanduser().absolute()
+    run = expand_home(directory).absolute()
     if run.exists():
         RunDirectory.open(run)
     elif Path(directory).is_absolute():
