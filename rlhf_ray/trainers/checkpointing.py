@@ -19,7 +19,7 @@ from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.shards import expected_files
-from rlhf_ray.errors import GroupError, ResumableStop, ScoringError, StorageError
+from rlhf_ray.errors import GroupError, NumericalError, ResumableStop, ScoringError, StorageError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.commit_schedule import CommitSchedule
@@ -45,6 +45,8 @@ class Checkpointer:
         self.committed = None if checkpoint is None else checkpoint.step
         """The step of the newest commit; none before the first."""
         self.schedule = CommitSchedule(config.every_steps, total, self.committed or 0)
+        self._applied = 0
+        """The newest step of this attempt whose last update was applied; 0 before the first."""
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``.
@@ -98,6 +100,21 @@ class Checkpointer:
             return False
         get_logger("runs").info("step %d is committed, since the run ends with an error", step)
         return True
+
+    def refuse_skips(self, skips: int, most: int, step: int, state: Mapping[str, Any], advice: str) -> None:
+        """Raise :class:`NumericalError` if ``most`` or more updates in a row, the last ``skips`` up to ``step``, were skipped.
+
+        What was learned before the first of them is committed. Where it is already, nothing is: so a run that is resumed again
+        and again, and fails each time, keeps its earlier checkpoints.
+        """
+        if skips == 0:
+            self._applied = step
+        if skips < most:
+            return
+        error = NumericalError(f"{skips} updates in a row had NaN or Inf and were skipped: {advice}")
+        if (self.committed or 0) < self._applied:
+            self._commit_before(error, step, state)
+        raise error
 
     def keep_result(self, step: int, state: Mapping[str, Any], write_final: Callable[[], None]) -> None:
         """Commit ``step``, the last one, and have ``final/`` written; what is there already stays.

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.actors.groups import Group
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.errors import (
     EXIT_RESUMABLE,
     GroupError,
+    NumericalError,
     RequestError,
     ResumableStop,
     RlhfRayError,
@@ -119,6 +121,28 @@ def test_the_steps_before_a_failure_are_committed(
     weights = load_file(run.final / "model.safetensors")
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert run.checkpoints.steps() == [1], "0 keeps the commit of no other step once the run has finished"
+
+
+@pytest.mark.parametrize(("kind", "length"), [("ppo", "steps=5"), ("sft", "epochs=1.5")])
+def test_what_was_learned_before_updates_that_are_skipped_is_committed_once(
+    kind: str, length: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(kind, tmp_path, "checkpoint.every_steps=0", "run.max_consecutive_skips=2", length)
+    applied, apply = [], Group.apply
+
+    def first_alone(self: Group, skip: bool) -> Any:
+        if not skip:  # the self-check at the start skips one
+            applied.append(skip)
+        return apply(self, skip or len(applied) > 1)
+
+    monkeypatch.setattr(Group, "apply", first_alone)
+    with pytest.raises(NumericalError, match="2 updates in a row had NaN or Inf"):
+        train(config)
+    run = RunDirectory(tmp_path / "late")
+    assert run.checkpoints.steps() == [3], "the first update, and two that changed nothing"
+    with pytest.raises(NumericalError, match="3 updates in a row"):
+        continue_run(str(run.path), place=ThisProcess(config.cluster))
+    assert run.checkpoints.steps() == [3], "what changed nothing takes the place of no earlier commit"
 
 
 @pytest.mark.parametrize("kind", ["ppo", "sft"])

@@ -15,7 +15,6 @@ from typing import Any
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import NumericalError
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -124,9 +123,13 @@ class PpoTrainer:
             every = self.config.evaluation.every_steps
             if every and progress.step % every == 0 and progress.step < self.config.steps:
                 self.compare()
-        if progress.consecutive_skips >= self.config.run.max_consecutive_skips:
-            raise NumericalError(f"{progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: look "
-                                 "at the last metrics, lower the learning rate, or resume an earlier checkpoint")  # fmt: skip
+        self.checkpoints.refuse_skips(
+            progress.consecutive_skips,
+            self.config.run.max_consecutive_skips,
+            progress.step,
+            self.state,
+            "look at the last metrics, and lower the learning rate",
+        )
 
     def prepare(self) -> Prepared:
         """Sample and score the batch of the next step; this changes no weight."""

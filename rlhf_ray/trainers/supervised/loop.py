@@ -18,7 +18,7 @@ from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import NumericalError, RequestError
+from rlhf_ray.errors import RequestError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
@@ -137,9 +137,13 @@ class SupervisedTrainer:
             report, applied = self.update(batch, schedule)
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
                 self.after_update(report, applied, batch.batch)
-            if self.progress.consecutive_skips >= self.config.run.max_consecutive_skips:
-                raise NumericalError(f"{self.progress.consecutive_skips} updates in a row had NaN or Inf and were skipped: "
-                                     "lower the learning rate, or look for a bad example")  # fmt: skip
+            self.checkpoints.refuse_skips(
+                self.progress.consecutive_skips,
+                self.config.run.max_consecutive_skips,
+                self.progress.update,
+                self.state(),
+                "lower the learning rate, or look for a bad example",
+            )
             self.stop_if_asked()
         self.commit()  # a run that was killed after its last update may lack final/
 
