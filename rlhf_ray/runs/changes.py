@@ -224,7 +224,8 @@ def _compare(old: Section, new: Section, at: str, table: str) -> Iterator[Change
         elif entries_of(info.annotation) is not None:
             yield from _compare_entries(before, after, key, rule, join(join(table, name), NAME))
         elif before != after:
-            yield Change(key, _plain(before), _plain(after), rule)
+            comes_or_goes = key == "data.evaluation_path" and None in (before, after)
+            yield Change(key, _plain(before), _plain(after), ROWS if comes_or_goes else rule)
 
 
 def _compare_entries(

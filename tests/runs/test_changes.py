@@ -133,3 +133,18 @@ def test_nothing_changes_between_equal_configs_and_a_term_that_comes_is_a_change
                  f"data.path={Path(__file__)}")
     )  # fmt: skip
     assert (weight.key, weight.before, weight.after, weight.rule.kind) == ("reward.mixture.a.weight", 0.5, 0.25, "said")
+
+
+@pytest.mark.parametrize("kind", ["ppo", "sft"])
+def test_held_out_rows_that_come_or_go_are_no_other_place_of_the_same(kind):
+    """PPO compares with answers to them that the start gave, and the rows to train on are those without them."""
+    limit = "max_prompt_tokens" if kind == "ppo" else "max_tokens"
+    without, given, moved = (
+        job(f"data={{path: a.jsonl, {limit}: 48{more}}}", kind=kind)
+        for more in ("", ", evaluation_path: b.jsonl", ", evaluation_path: c.jsonl")
+    )
+    assert refusals(compare(given, moved)) == []
+    for before, after in ((without, given), (given, without)):
+        refused = refusals(compare(before, after))
+        assert len(refused) == 1 and refused[0].startswith("data.evaluation_path: it is "), refused
+        assert "start a new run" in refused[0]
