@@ -2,7 +2,8 @@
 
 Invariants: the fingerprints of all inputs are kept when the run begins, and compared whenever it goes on. An input whose
 content is another than that which the run knows is refused by its key, with both fingerprints and the way out, unless the
-change was accepted, or its key was changed to something that may be another thing.
+change was accepted, or its key was changed to something that may be another thing. Other weights below an adapter that the run
+trains cannot be accepted: each checkpoint was made on the weights that the run began with.
 
 What lies at a URL or in an installed package has no fingerprint.
 """
@@ -28,6 +29,8 @@ from rlhf_ray.runs.record import Inputs
 from rlhf_ray.storage.fingerprint import Fingerprint, fingerprint_content
 
 SHOWN_FILES = 3
+WEIGHT_FILES = (".safetensors", "adapter_config.json")
+"""How the names of files end that decide the weights of a model."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,25 @@ def _sources(config: TrainingJob) -> Iterator[tuple[str, RowSource]]:
         yield key, RowSource(path)
 
 
+def frozen_models(config: TrainingJob) -> set[str]:
+    """The keys of the models whose weights stay as they are while the run trains an adapter on them."""
+    trained = {f"{key}.model" for key, role in config.roles().items() if role.trained}
+    return {join(key, "path") for key, model in config.model_sections() if key in trained and model.lora is not None}
+
+
 def compare_inputs(
-    known: Inputs | None, now: Inputs, *, run: Path, changes: Sequence[Change] = (), accept: Collection[str] = ()
+    known: Inputs | None,
+    now: Inputs,
+    *,
+    run: Path,
+    changes: Sequence[Change] = (),
+    accept: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> list[Accepted]:
     """The changed inputs that were accepted; raises :class:`ConfigError` with each one that was not.
 
-    ``known`` is none for a run that kept no fingerprints: that is said, and nothing is refused.
+    ``known`` is none for a run that kept no fingerprints: that is said, and nothing is refused. Other weights of the models
+    in ``frozen`` are refused even if they were accepted.
     """
     strange = sorted(set(accept) - now.keys())
     if strange:
@@ -103,15 +119,27 @@ def compare_inputs(
         return []
     differing = [Accepted(key, known[key], now[key]) for key in now if key in known and known[key] != now[key]]
     replaced = [change.key for change in changes if change.rule.kind == "said"]
-    refused = [one for one in differing if one.key not in accept and not _is_within(one.key, replaced)]
+    lasting = {one.key for one in differing if one.key in frozen and _has_other_weights(one)}
+    taken = {*accept} - lasting
+    refused = [one for one in differing if one.key not in taken and not _is_within(one.key, replaced)]
     if refused:
         moved = {change.key: change for change in changes}
-        raise ConfigError([_refusal(one, run, moved.get(one.key)) for one in refused], str(run))
-    return [one for one in differing if one.key in accept]
+        raise ConfigError(
+            [_refusal(one, run, moved.get(one.key), lasting=one.key in lasting) for one in refused], str(run)
+        )
+    return [one for one in differing if one.key in taken]
 
 
-def _refusal(one: Accepted, run: Path, moved: Change | None) -> str:
-    """What changed, and what to do; ``moved`` is the change of the path itself, if there is one."""
+def _has_other_weights(one: Accepted) -> bool:
+    """Whether files of weights differ. Of a hub's model only the commit is known, which may be another for other files."""
+    return any(name.endswith(WEIGHT_FILES) for name in one.before.changed_files(one.after))
+
+
+def _refusal(one: Accepted, run: Path, moved: Change | None, *, lasting: bool) -> str:
+    """What changed, and what to do; ``moved`` is the change of the path itself, if there is one.
+
+    What is ``lasting`` cannot be accepted.
+    """
     files = [name for name in one.before.changed_files(one.after) if re.search(r"[^\W_]", name)]
     several = len(one.before.files) > 1 or len(one.after.files) > 1
     more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
@@ -120,10 +148,16 @@ def _refusal(one: Accepted, run: Path, moved: Change | None) -> str:
         what, back = f"{moved.after} does not hold what {moved.before} held", "Name a copy of that"
     else:
         what, back = "what lies there has changed since the run took it up", "Put the earlier content back"
-    return (
-        f"{one.key}: {what}{where}: the fingerprint was {one.before} and is {one.after}. {back}, or go on with the new "
-        f"content: rlhf-ray resume {run} --accept {one.key}"
-    )
+    commit = dict(one.before.files).get("commit")
+    if commit is not None and commit != dict(one.after.files).get("commit"):
+        back = f"Name the earlier commit ({one.key.removesuffix('path')}revision={commit})"
+    differs = f"{one.key}: {what}{where}: the fingerprint was {one.before} and is {one.after}. {back}, or "
+    if lasting:
+        return (
+            f"{differs}start a new run: other weights cannot be accepted here, since the adapter in each checkpoint was "
+            "trained on those of the run"
+        )
+    return f"{differs}go on with the new content: rlhf-ray resume {run} --accept {one.key}"
 
 
 def _is_within(key: str, changed: Collection[str]) -> bool:

@@ -132,7 +132,7 @@ def resume_run(path: str | Path, overrides: Sequence[str] = (), accept: Collecti
 
 
 def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]) -> Resumed | None:
-    from rlhf_ray.runs.inputs import compare_inputs, fingerprint_inputs
+    from rlhf_ray.runs.inputs import compare_inputs, fingerprint_inputs, frozen_models
 
     continuation = plan_continuation(run, overrides)
     if continuation is None:
@@ -145,7 +145,7 @@ def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]
     known = None if record is None else record.inputs
     if known is None and any(change.rule.kind == "content" for change in changes):
         known = fingerprint_inputs(continuation.before)  # what lies at the place that the run had can still be read
-    accepted = compare_inputs(known, now, run=run.path, changes=changes, accept=accept)
+    accepted = compare_inputs(known, now, run=run.path, changes=changes, accept=accept, frozen=frozen_models(config))
     for change in changes:
         get_logger("runs").info("%s%s", change, f" ({change.rule.text})" if change.rule.text else "")
     for one in accepted:

@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError, IntegrityError
-from rlhf_ray.runs.inputs import compare_inputs, fingerprint_inputs
+from rlhf_ray.runs.inputs import compare_inputs, fingerprint_inputs, frozen_models
 from rlhf_ray.runs.record import Record, read_record, write_record
+from rlhf_ray.storage.fingerprint import Fingerprint
 
 
 @pytest.fixture
@@ -92,6 +93,38 @@ def test_one_byte_of_it_is_refused_under_its_key(place, key):
     assert any(problem.startswith(f"{key}: what lies there has changed") for problem in refused.value.problems)
     accepted = compare_inputs(known, fingerprint_inputs(ppo()), run=place / "run", accept=known.keys())
     assert key in {one.key for one in accepted}
+
+
+@pytest.mark.parametrize("base", ["policy", "adapter"])
+def test_other_weights_below_an_adapter_are_refused_whatever_is_accepted(place, base):
+    """Its checkpoints hold digests of them. Another tokenizer is no other weight."""
+    assert frozen_models(ppo()) == set()
+    config = load_config("ppo.yaml", [f"policy.model.path={base}", "policy.model.lora={rank: 2}"]).to_train()
+    assert frozen_models(config) == {"policy.model.path"}
+    known = fingerprint_inputs(config)
+    base = "base" if base == "adapter" else base
+    options = {"run": place / "run", "frozen": frozen_models(config), "accept": known.keys()}
+    for name, may in (("tokenizer.json", True), ("model.safetensors", False)):
+        file, before = Path(base, name), Path(base, name).read_text()
+        file.write_text(before.replace("{", "{ "))
+        now = fingerprint_inputs(config)
+        assert now["policy.model.path"] != known["policy.model.path"]
+        if may:
+            assert "policy.model.path" in {one.key for one in compare_inputs(known, now, **options)}
+        else:
+            with pytest.raises(ConfigError) as refused:
+                compare_inputs(known, now, **options)
+            (problem,) = refused.value.problems
+            assert problem.startswith("policy.model.path: what lies there has changed") and "--accept" not in problem
+            assert "Put the earlier content back, or start a new run: other weights cannot be accepted here" in problem
+        file.write_text(before)
+
+
+def test_a_model_of_a_hub_that_moved_on_is_had_back_by_its_commit(place):
+    known, now = (Fingerprint((("commit", digit * 40),)) for digit in "ab")
+    with pytest.raises(ConfigError) as refused:
+        compare_inputs({"policy.model.path": known}, {"policy.model.path": now}, run=place / "run")
+    assert f"Name the earlier commit (policy.model.revision={'a' * 40}), or go on with" in str(refused.value)
 
 
 def test_the_demonstrations_that_a_reward_model_is_normalised_over_are_an_input(place):
