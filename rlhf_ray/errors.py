@@ -45,6 +45,8 @@ class RlhfRayError(Exception):
     """Base class of all errors that this project raises on purpose."""
 
     exit_code = EXIT_FAILED
+    is_told = False
+    """Whether the log holds its sentence already."""
 
 
 class RequestError(RlhfRayError):

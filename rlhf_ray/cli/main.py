@@ -120,7 +120,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except RlhfRayError as error:
-        _show(error)
+        if not error.is_told:
+            _show(error)
         return error.exit_code
     except OSError as error:
         about_path = path_error(error)

@@ -72,7 +72,8 @@ def exit_code(work: Callable[[], None]) -> int:
         lifeline.connect()
         work()
     except RlhfRayError as error:
-        get_logger().error("%s", error)
+        if not error.is_told:
+            get_logger().error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
         stopped = stopping.interrupted()

@@ -1,7 +1,8 @@
 """The child's end of the line between a process that does the work and the one that started it and waits for it.
 
 Invariants: a child whose parent ends, however it ends, is asked to stop as by SIGTERM. What a child says about its outcome
-before it leaves a cluster holds, even if leaving kills it or never ends: Ray ends a process whose cluster has died.
+before it leaves a cluster holds, and its error is told by then, even if leaving kills it or never ends: Ray ends a process
+whose cluster has died.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def connect() -> None:
 @contextmanager
 def leaving(error: BaseException | None) -> Iterator[None]:
     """Around the leaving of a cluster by work that ended in ``error``, or was done."""
+    if _line is not None and isinstance(error, RlhfRayError):
+        from rlhf_ray.console import get_logger
+
+        get_logger().error("%s", error)  # now, since leaving may kill this process
+        error.is_told = True
     _say(bytes([outcome(error)]))
     try:
         yield

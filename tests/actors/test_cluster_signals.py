@@ -5,6 +5,7 @@ Ray itself is replaced by what it does to the process; ``python -m tests.faults.
 
 from __future__ import annotations
 
+import io
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from rlhf_ray.actors import cluster
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import GroupError, ResumableStop
+from rlhf_ray.launch.driver import exit_code
 from rlhf_ray.processes import lifeline
 from rlhf_ray.processes.interrupts import SIGNALS
 
@@ -69,3 +71,16 @@ def test_the_parent_knows_the_outcome_before_ray_is_left_and_that_it_was_left_af
         pass
     assert said == [b"port looked at", bytes([code])]
     assert heard(parent) == lifeline.LEFT
+
+
+def test_an_error_that_is_told_before_ray_is_left_is_told_once(
+    project_log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_ray.trainers.stopping.listen", lambda: None)
+
+    def work() -> None:
+        with Cluster(ClusterConfig(num_cpus=1), RunConfig(name="run")):
+            raise GroupError("policy", 0, "save", "it died")
+
+    assert exit_code(work) == 1
+    assert project_log.getvalue().count("it died") == 1

@@ -146,6 +146,13 @@ def test_what_the_child_said_before_it_left_its_cluster_holds_until_it_has_left(
     assert ("the work had ended with" in message) == ("pass" not in leaving)
 
 
+def test_the_error_of_a_child_that_does_not_get_away_from_its_cluster_is_told(parent):
+    died = "GroupError('policy', 1, 'apply', 'its process on node2 died')"
+    leaving = f"with lifeline.leaving({died}): os._exit(1)"
+    out, message = parent(f"from rlhf_ray.errors import GroupError\nlisten(end(75))\n{leaving}").ended()
+    assert out == "1 None" and "its process on node2 died" in message, message
+
+
 def test_nothing_of_a_child_that_was_killed_is_left(parent):
     agent = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     running = parent(f"start(sys.executable, '-c', {agent!r})\nlisten(end(75))\nos.kill(os.getpid(), signal.SIGKILL)")
