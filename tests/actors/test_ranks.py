@@ -135,7 +135,7 @@ def test_a_rank_whose_process_died_is_named(ranks: RayRanks) -> None:
 
 @pytest.mark.parametrize(
     ("dies_s", "fails_s", "answered"),
-    [(0.8, 0.2, False), (0.2, 0.6, True)],
+    [(0.8, 0.2, False), pytest.param(0.2, 0.6, True, marks=pytest.mark.long)],
     ids=["in the call, which the peer notices before Ray does", "after it had answered"],
 )
 def test_a_death_is_told_of_the_rank_that_died_and_its_node_whichever_peer_noticed_first(

@@ -170,6 +170,12 @@ def failures(kind: str) -> dict[str, Failure]:
 
 
 CASES = [(kind, name) for kind in JOBS for name in failures(kind)]
+SHORT = {
+    ("ppo", "evaluation"), ("ppo", "stop as soon as all is learned"), ("ppo", "reward source"), ("ppo", "engine"),
+    ("sft", "evaluation"), ("sft", "report"), ("sft", "tracker"), ("sft", "closing a connection"),
+    ("rm", "summary on a full disk"), ("rm", "stop in the evaluation"), ("rm", "last metrics on a full disk"), ("rm", "page"),
+}  # fmt: skip
+"""Those that `make test` runs; `make faults` runs the others."""
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +203,9 @@ def test_there_are_thirty() -> None:
     assert len(CASES) == 30
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param(*case, marks=() if case in SHORT else pytest.mark.long) for case in CASES]
+)
 def test_what_was_trained_is_there_after_a_late_failure(
     kind: str,
     name: str,
