@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,9 @@ os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # on a busy machine any example may take long
 hypothesis.settings.load_profile("no deadline")
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup; children would ignore it too, but not a handler
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 gc.disable()  # while tests and what they test are imported; on again when all are collected
 
