@@ -8,7 +8,7 @@ Invariants: placing starts processes but loads no model; loading ends in a group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, RewardGroup
@@ -71,7 +71,10 @@ def place_group(
 ) -> PlacedGroup[AnyGroup]:
     """Start the ranks of a model group as its section of the config asks, without loading the model."""
     spec = RankSpec(worker, setup.config.ranks, setup.config.resources, name=name)
-    return PlacedGroup(kind(place.start(spec)), setup, place.config.start_timeout_s)
+    # A collective begins later than the call that it is part of. So the call's deadline comes first, whose error says more.
+    limits = place.config
+    setup = replace(setup, collective_timeout_s=max(limits.start_timeout_s, limits.call_timeout_s))
+    return PlacedGroup(kind(place.start(spec)), setup, limits.start_timeout_s)
 
 
 def place_reward_group(place: Place, setup: RewardSetup, *, name: str | None = None) -> PlacedGroup[RewardGroup]:

@@ -1,8 +1,8 @@
 """The process group that the ranks of one role form, and decisions that they take together.
 
-Invariants: every collective operation has a deadline, after which it raises instead of waiting. A decision taken here is the
-same on every rank. Ranks meet at a port that one of them holds from the moment it is chosen, and that listens at one address
-alone; a lone rank meets nobody and opens none.
+Invariants: every collective operation has the deadline that the group was joined with, DeepSpeed's own too, after which it
+raises instead of waiting. A decision taken here is the same on every rank. Ranks meet at a port that one of them holds from
+the moment it is chosen, and that listens at one address alone; a lone rank meets nobody and opens none.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from rlhf_ray.network import LOOPBACK, variables_at
 
 TIMEOUT_S = 600.0
 BACKLOG = 2048
+_deadline = timedelta(seconds=TIMEOUT_S)
+"""That of the process group, of which a process has one."""
 
 
 def rendezvous(rank: int, world_size: int, address: str, port: int = 0, *, timeout_s: float = TIMEOUT_S) -> TCPStore:
@@ -58,6 +60,8 @@ def init_process_group(
     ``local_rank`` is the index of this rank's device among those it sees: 0 in a Ray actor, which sees only its own.
     ``timeout_s`` is the deadline of every collective operation, in seconds.
     """
+    global _deadline
+    _deadline = timedelta(seconds=timeout_s)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
     environment.prepare(variables_at(address))
     cuda = torch.cuda.is_available()
@@ -65,12 +69,10 @@ def init_process_group(
         torch.cuda.set_device(local_rank)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    store = HashStore() if store is None else store
+    store.set_timeout(_deadline)  # ranks that set up a connection wait for one another there
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=HashStore() if store is None else store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=_deadline
     )
     _join_deepspeed(cuda)
 
@@ -87,6 +89,20 @@ def _join_deepspeed(cuda: bool) -> None:
         # 90 seconds at first use, holds a lock that outlives a killed process, and leaves segments in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+
+
+def await_all() -> None:
+    """Wait until every rank has come here. Collective.
+
+    Before DeepSpeed makes a group of its own: until :func:`keep_deadline` that has torch's deadline, which is ten minutes with
+    nccl, and ranks that load a model from a slow disk may come further apart.
+    """
+    dist.barrier()
+
+
+def keep_deadline(group: dist.ProcessGroup) -> None:
+    """Give a group that a library has made of all ranks the deadline of the process group."""
+    group.set_timeout(_deadline)
 
 
 def destroy_process_group() -> None:

@@ -23,7 +23,7 @@ from rlhf_ray.algorithms.losses import LossOutput
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import shards
-from rlhf_ray.engine.distributed import all_agree, min_and_max, require_process_group
+from rlhf_ray.engine.distributed import all_agree, await_all, keep_deadline, min_and_max, require_process_group
 from rlhf_ray.engine.frozen import Digests, frozen_digests, frozen_names
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
@@ -91,9 +91,11 @@ class Engine:
         if config.zero == 3:
             _gather_experts_together(module)
         self.optimizer = self._make_optimizer() if trainable else None
+        await_all()
         self._deepspeed, *_ = deepspeed.initialize(
             model=Program(module), optimizer=self.optimizer, config=settings, dist_init_required=None
         )
+        keep_deadline(self._deepspeed.data_parallel_group)
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._watch = GradientWatch(self._trained, self.device)

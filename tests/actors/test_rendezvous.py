@@ -1,4 +1,4 @@
-"""Ranks meet at the address of rank 0's node as Ray knows it, and at loopback where all of them share a node."""
+"""Where ranks meet, which is loopback where all of them share a node, and how long they wait for one another."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.actors.groups import Group
+from rlhf_ray.actors.place import RankSpec, place_group
 from rlhf_ray.actors.workers import rollout
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.actors.workers.model import WorkerSetup
@@ -17,6 +18,7 @@ from rlhf_ray.actors.workers.rollout import RolloutSetup, RolloutWorker
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.errors import StorageError
 from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
@@ -108,3 +110,21 @@ def test_a_rank_whose_node_does_not_see_the_run_names_the_node_and_the_way_out(t
     sentence = rf"node {LOOPBACK} \(.+\) does not see the run directory {attempts.parent}, .* rank 1 .*run\.root"
     with pytest.raises(StorageError, match=sentence):
         Worker(rank=1, world_size=2).require_shared(shared)
+
+
+class Place:
+    """Where ranks are started under these limits."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config, self.ranks = config, Ranks(["10.0.0.1", "10.0.0.2"], 4000)
+
+    def start(self, spec: RankSpec) -> Ranks:
+        return self.ranks
+
+
+@pytest.mark.parametrize(("start", "call"), [(300.0, 3600.0), (1800.0, 600.0)])
+def test_no_collective_gives_up_before_the_call_that_it_is_part_of(start: float, call: float) -> None:
+    place: Any = Place(ClusterConfig(start_timeout_s=start, call_timeout_s=call))
+    setup = WorkerSetup(RoleConfig(model=ModelConfig(path="m"), ranks=2), seed=0)
+    place_group(place, "policy", Group, setup).load().result()
+    assert [setup.collective_timeout_s for setup in place.ranks.setups] == [max(start, call)] * 2

@@ -240,8 +240,10 @@ def test_weights_come_by_their_names_on_disk_as_often_as_asked(case: str, pair: 
     assert first["again"] and first["groups"] == second["groups"]
 
 
-def test_a_rank_whose_peer_stays_away_stops_at_the_deadline(pair: Ranks) -> None:
-    assert pair[0]["deadline"]["error"] and 4.0 < pair[0]["deadline"]["seconds"] < 9.0
+@pytest.mark.parametrize("group", ["ours", "DeepSpeed's"])
+def test_a_rank_whose_peer_stays_away_stops_at_the_deadline(pair: Ranks, group: str) -> None:
+    waited = pair[0]["deadline"][group]
+    assert waited["error"] and 2.0 < waited["seconds"] < 6.0
 
 
 def test_ranks_that_meet_on_this_machine_let_no_other_connect(ranks: Ranks) -> None:

@@ -22,6 +22,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import destroy_process_group
 
 WORLD, SECONDS_BETWEEN = 2, 0.002
+COLLECTIVE_TIMEOUT_S = 321.0
 
 
 def anonymous() -> int:
@@ -52,7 +53,15 @@ class Peak(threading.Thread):
 def setup(path: Path, port: int, kind: type[LanguageSetup | RewardSetup]) -> Any:
     model = {"path": str(path), "dtype": "bf16", "head_init": "zero"}
     role = RoleConfig.model_validate({"model": model, "engine": {"zero": 3}, "ranks": WORLD})
-    return kind(role, seed=0, rendezvous=("127.0.0.1", port))
+    return kind(role, seed=0, rendezvous=("127.0.0.1", port), collective_timeout_s=COLLECTIVE_TIMEOUT_S)
+
+
+def timeouts(worker: ReferenceWorker | RewardWorker) -> list[float]:
+    """Seconds that a collective of the ranks' own group may take, one of DeepSpeed's, and a look into the store."""
+    world = torch.distributed.group.WORLD
+    groups = (world, worker.engine._deepspeed.data_parallel_group)
+    options = [group._get_backend(torch.device("cpu")).options for group in groups]
+    return [one.total_seconds() for one in (*(o._timeout for o in options), world.get_group_store().timeout)]
 
 
 def close(worker: ReferenceWorker | RewardWorker) -> int:
@@ -68,7 +77,7 @@ def close(worker: ReferenceWorker | RewardWorker) -> int:
 
 def main(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
-    peaks = {}
+    peaks: dict[str, Any] = {}
     for family, kind, needs in (("llama", ReferenceWorker, LanguageSetup), ("mixtral", RewardWorker, RewardSetup)):
         tiny, worker = kind(rank, WORLD), kind(rank, WORLD)
         tiny.hold_rendezvous("127.0.0.1", port)
@@ -81,6 +90,7 @@ def main(rank: int, port: int, directory: Path) -> None:
         worker.hold_rendezvous("127.0.0.1", port)
         worker.setup(setup(directory / family, port, needs))
         peaks[family] = peak.stop()
+        peaks["timeouts"] = timeouts(worker)
         port = close(worker)
     (directory / f"rank{rank}.json").write_text(json.dumps(peaks))
 

@@ -60,6 +60,8 @@ class WorkerSetup:
     """A file by which a rank that writes into the run directory tells whether its node sees it."""
     longest: int | None = None
     """Tokens of the longest sequence that the job may bring; None where each is looked at when it comes."""
+    collective_timeout_s: float = distributed.TIMEOUT_S
+    """Seconds after which a rank gives up waiting for the others in a collective operation."""
 
 
 class Vocabulary(NamedTuple):
@@ -110,7 +112,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         self.settings = setup
         torch.set_num_threads(setup.config.resources.threads_per_rank)
         torch.manual_seed(setup.seed + self.rank)
-        self._meet(setup.rendezvous)
+        self._meet(setup.rendezvous, setup.collective_timeout_s)
         module, line = self._load(setup)
         self._read_the_longest(setup.longest)
         from rlhf_ray.engine.engine import Engine
@@ -132,16 +134,20 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         self._store = distributed.rendezvous(self.rank, self.world_size, address, port)
         return int(self._store.port)
 
-    def _meet(self, rendezvous: tuple[str, int] | None) -> None:
+    def _meet(self, rendezvous: tuple[str, int] | None, timeout_s: float) -> None:
         """Join the group's other ranks. Single ranks of several roles in one process share one process group."""
         if self.world_size == 1:
             if not torch.distributed.is_initialized():
-                distributed.init_process_group(self.rank, self.world_size, None)
+                distributed.init_process_group(self.rank, self.world_size, None, timeout_s=timeout_s)
             return
         assert rendezvous is not None, "the driver says where several ranks meet"
-        store = self._store if self.rank == 0 else distributed.rendezvous(self.rank, self.world_size, *rendezvous)
+        store = (
+            self._store
+            if self.rank == 0
+            else distributed.rendezvous(self.rank, self.world_size, *rendezvous, timeout_s=timeout_s)
+        )
         address = LOOPBACK if rendezvous[0] == LOOPBACK else self.node_address()
-        distributed.init_process_group(self.rank, self.world_size, store, address=address)
+        distributed.init_process_group(self.rank, self.world_size, store, address=address, timeout_s=timeout_s)
 
     def _read_the_longest(self, longest: int | None) -> None:
         """Refuse a model with fewer positions: one that comes from a hub is first seen here."""
