@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity templates architectures faults siege nodes gpu
+.PHONY: setup demo test lint bench parity templates architectures faults siege nodes gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -47,5 +47,11 @@ nodes: setup  ## two machines made of namespaces on this one: ranks on both, a n
 siege: setup  ## a service under all that starves other callers, and under deaths of its model (SECONDS of each attack, SCORES)
 	@$(PYTHON_BIN) -m tests.serving.siege $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SCORES),--scores $(SCORES))
 
-gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out
-	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run
+gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out (RESULTS: file for the figures)
+	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run $(if $(RESULTS),--results $(RESULTS))
+
+gpu-wheels: setup  ## download what a bare GPU machine lacks into build/gpu-wheels (GPU_VERSION of its Python)
+	@$(PYTHON_BIN) -m tests.gpu.prepare $(if $(GPU_VERSION),--python $(GPU_VERSION))
+
+gpu-rehearsal: setup  ## make gpu on the CPU, in an environment with a bare GPU machine's own versions, which is downloaded (GPU_PYTHON makes it)
+	@$(PYTHON_BIN) -m tests.gpu.rehearse $(if $(GPU_PYTHON),--python $(GPU_PYTHON))

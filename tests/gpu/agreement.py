@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.sequences import padded_batches, ragged_sequences
+from rlhf_ray.environment import Device
 from rlhf_ray.models import Actor, PackedPolicy, packed_forward, save_pretrained
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, pack
+from tests.gpu.sizes import Sizes
 
 VOCABULARY = 512
 HALF_AS_GOOD = 2.0
@@ -30,11 +32,13 @@ SIZES = {
 """Grouped heads, and weights large enough for attention to choose."""
 
 
-def attention_agrees(attention: str, dtype: torch.dtype, device: str, *, count: int = 12, longest: int = 300) -> str:
+def attention_agrees(device: Device, sizes: Sizes, *, attention: str, dtype_name: str) -> str:
     """Compare hidden states and input gradients of a pack with those of padded rows; says how far they are apart."""
+    dtype, longest = getattr(torch, dtype_name), sizes.longest
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa", dtype=torch.float32)
-    sequences = ragged_sequences(count, VOCABULARY, longest=longest)
+    sequences = ragged_sequences(sizes.sequences, VOCABULARY, longest=longest)
     prompt = torch.arange(3, 3 + longest // 3)  # the same before all: the pack holds it once
     sequences = [torch.cat([prompt, sequence]) for sequence in sequences]
     exact = _padded(model, sequences)
@@ -54,8 +58,10 @@ def attention_agrees(attention: str, dtype: torch.dtype, device: str, *, count: 
     return ", ".join(report_lines)
 
 
-def log_probs_agree(dtype: torch.dtype, device: str, *, tokens: int = 3000, vocabulary: int = 32000) -> str:
+def log_probs_agree(device: Device, sizes: Sizes, *, dtype_name: str) -> str:
     """Compare chunked log-probs, entropies and gradients with the formula on all logits, in fp32, on the same device."""
+    dtype, tokens, vocabulary = getattr(torch, dtype_name), sizes.agreeing_tokens, sizes.agreeing_vocabulary
+    torch.backends.cuda.matmul.allow_tf32 = False
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 64, generator=generator).to(device, dtype)
     layer = torch.nn.Linear(64, vocabulary, bias=False).to(device, dtype)
@@ -72,7 +78,7 @@ def log_probs_agree(dtype: torch.dtype, device: str, *, tokens: int = 3000, voca
     return f"off by {max(off.values()):.1e} at most"
 
 
-def four_bit_agrees(device: str, *, count: int = 8, longest: int = 200) -> str:
+def four_bit_agrees(device: Device, sizes: Sizes) -> str:
     """Compare a policy in NF4 with a plain one of its dequantised weights, and its adapters' gradients, in bf16."""
     with TemporaryDirectory() as directory:
         torch.manual_seed(0)
@@ -85,7 +91,9 @@ def four_bit_agrees(device: str, *, count: int = 8, longest: int = 200) -> str:
         for name, parameter in plain.model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(ours.model.get_parameter(name))
-    packed = pack(TrajectoryBatch.from_sequences(ragged_sequences(count, VOCABULARY, longest=longest))).to(device)
+    packed = pack(
+        TrajectoryBatch.from_sequences(ragged_sequences(sizes.sequences, VOCABULARY, longest=sizes.longest))
+    ).to(device)
     off = {}
     results = [_log_probs_and_adapter_gradient(actor, packed) for actor in (ours, plain)]
     for name, a, b in zip(("log-probs", "gradients of adapters"), *results, strict=True):
@@ -96,11 +104,13 @@ def four_bit_agrees(device: str, *, count: int = 8, longest: int = 200) -> str:
     return f"off by {max(off.values()):.1e} at most"
 
 
-def liger_agrees(device: str) -> str:
+def liger_agrees(device: Device, sizes: Sizes) -> str:
     """Compare log-probs with Liger's kernels in the model and without, in bf16."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).to(device)
-    packed = pack(TrajectoryBatch.from_sequences(ragged_sequences(8, VOCABULARY, longest=200))).to(device)
+    packed = pack(
+        TrajectoryBatch.from_sequences(ragged_sequences(sizes.sequences, VOCABULARY, longest=sizes.longest))
+    ).to(device)
     plain = PackedPolicy(Actor(copy.deepcopy(model)))(packed).log_probs
     off = _off(PackedPolicy(Actor(model, use_liger_kernel=True))(packed).log_probs, plain)
     if not off <= HALF_PRECISION:
@@ -123,7 +133,7 @@ def _padded(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Te
     return _with_gradient(model, hidden)
 
 
-def _packed(model: PreTrainedModel, sequences: list[Tensor], attention: str, device: str) -> tuple[Tensor, Tensor]:
+def _packed(model: PreTrainedModel, sequences: list[Tensor], attention: str, device: Device) -> tuple[Tensor, Tensor]:
     actor = Actor(model, attn_implementation=attention, strict_attention=True)
     packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
     assert packed.parent is not None

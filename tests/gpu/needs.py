@@ -9,21 +9,27 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 
-def _package(module: str, install: str) -> Callable[[], str | None]:
+def _package(module: str, install: str) -> Callable[[str], str | None]:
     """Ask for an importable module."""
-    return lambda: None if find_spec(module) is not None else f"the package {install} is not installed"
+    return lambda device: None if find_spec(module) is not None else f"the package {install} is not installed"
 
 
-def _cuda() -> str | None:
+def _device(device: str) -> str | None:
+    """The device that the checks run on."""
     if find_spec("torch") is None:
         return "the package torch is not installed"
     import torch
 
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+    return None if device == "cpu" or torch.cuda.is_available() else "torch sees no GPU"
 
 
-NEEDS: dict[str, Callable[[], str | None]] = {
-    "cuda": _cuda,
+def _cuda_kernel(device: str) -> str | None:
+    return "it needs a CUDA kernel" if device == "cpu" else None
+
+
+NEEDS: dict[str, Callable[[str], str | None]] = {
+    "device": _device,
+    "cuda kernel": _cuda_kernel,
     "transformers": _package("transformers", "transformers"),
     "jaxtyping": _package("jaxtyping", "jaxtyping"),
     "rich": _package("rich", "rich"),
@@ -36,9 +42,9 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "ray": _package("ray", "ray"),
     "vllm": _package("vllm", "vllm"),
 }
-"""By name: a question that answers None, or what is missing."""
+"""By name: a question about a device (``cuda`` or ``cpu``) that answers None, or what is missing."""
 
 
-def missing(needs: Iterable[str]) -> list[str]:
-    """What is missing of these, in words."""
-    return [reason for need in needs if (reason := NEEDS[need]()) is not None]
+def missing(needs: Iterable[str], device: str) -> list[str]:
+    """What is missing of these on a device, in words."""
+    return [reason for need in needs if (reason := NEEDS[need](device)) is not None]

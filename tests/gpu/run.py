@@ -1,135 +1,122 @@
-"""``python -m tests.gpu.run [--only CHECK] [--results FILE]``: check and measure what needs a GPU.
+"""``python -m tests.gpu.run [--device cpu] [--only CHECK ...] [--results FILE]``: check and measure what needs a GPU.
 
 Always true: each check says what it needs, is run where all of it is there, and is listed with the reason where it is
-not; a check that fails costs no other check its run, and the exit code tells. A machine without a GPU leaves out
-everything and succeeds.
+not. Each runs in a process of its own with a time limit, so that one that fails, hangs or crashes costs no other its
+run. The whole ends within ``--minutes``, and lists what it had no time for. Every figure is in the file of results, and
+every line in the log beside it, as soon as it is known. The exit code is 1 if a check failed. A machine without a GPU
+leaves out everything and succeeds. This module needs nothing but Python.
+
+What a bare machine lacks is carried there in wheels (``python -m tests.gpu.prepare``) and installed into a folder that
+is gone afterwards; nothing of the machine's own Python changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from benchmarks.figures import Figures, record, table
 from rlhf_ray import environment
+from rlhf_ray.environment import Device
+from tests.gpu import carried
+from tests.gpu.checks import CHECKS, Check
 from tests.gpu.needs import missing
+from tests.gpu.perform import FAILED, perform, say
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
-MODELS = ("cuda", "transformers", "jaxtyping", "rich")
-"""What running a model of this project needs."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing to see; ``run`` raises where it is not so, and returns what it has to say, or figures."""
-
-    name: str
-    needs: tuple[str, ...]
-    run: Callable[[], str | Figures]
-
-
-def _attention(attention: str, dtype: str) -> Callable[[], str]:
-    def run() -> str:
-        import torch
-
-        from tests.gpu.agreement import attention_agrees
-
-        torch.backends.cuda.matmul.allow_tf32 = False
-        return attention_agrees(attention, getattr(torch, dtype), "cuda")
-
-    return run
-
-
-def _log_probs(dtype: str) -> Callable[[], str]:
-    def run() -> str:
-        import torch
-
-        from tests.gpu.agreement import log_probs_agree
-
-        torch.backends.cuda.matmul.allow_tf32 = False
-        return log_probs_agree(getattr(torch, dtype), "cuda")
-
-    return run
-
-
-def _four_bit() -> str:
-    from tests.gpu.agreement import four_bit_agrees
-
-    return four_bit_agrees("cuda")
-
-
-def _liger() -> str:
-    from tests.gpu.agreement import liger_agrees
-
-    return liger_agrees("cuda")
-
-
-def _throughput(model: str) -> Callable[[], Figures]:
-    def run() -> Figures:
-        from tests.gpu.throughput import measure
-
-        return measure(model, "cuda")
-
-    return run
-
-
-def _whole_stack() -> str:
-    from tests.gpu.stack import train_ppo_on_one_gpu
-
-    return train_ppo_on_one_gpu()
-
-
-CHECKS = (
-    Check("packed_varlen_equals_padded", MODELS, _attention("varlen", "bfloat16")),
-    Check("packed_segments_equal_padded_fp32", MODELS, _attention("sdpa", "float32")),
-    Check("packed_segments_equal_padded_bf16", MODELS, _attention("sdpa", "bfloat16")),
-    Check(
-        "packed_flash_attention_2_equals_padded", (*MODELS, "flash_attn"), _attention("flash_attention_2", "bfloat16")
-    ),
-    Check("chunked_log_probs_equal_naive_fp32", MODELS, _log_probs("float32")),
-    Check("chunked_log_probs_equal_naive_bf16", MODELS, _log_probs("bfloat16")),
-    Check("nf4_equals_its_dequantised_weights", (*MODELS, "bitsandbytes", "peft"), _four_bit),
-    Check("liger_equals_plain", (*MODELS, "liger_kernel"), _liger),
-    Check("throughput_llama_120m", MODELS, _throughput("llama-120m")),
-    Check("throughput_qwen3_0.6b", MODELS, _throughput("qwen3-0.6b")),
-    Check("ppo_on_one_gpu", (*MODELS, "pydantic", "ray", "deepspeed", "vllm"), _whole_stack),
-)
+MINUTES = 9.0
+"""A machine that is lent runs a command for ten minutes at most."""
+START = {"cuda": "spawn", "cpu": "forkserver"}
+"""How processes start on a device: what a process knows of a GPU does not survive a fork, so there each starts anew."""
+PRELOADED = ["tests.gpu.agreement", "tests.gpu.throughput"]
+"""What the server of forked processes imports once for all of them."""
+OFFLINE = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what can be run; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    environment.prepare(OFFLINE)
+    ends = time.monotonic() + 60 * options.minutes
+    chosen = [check for check in CHECKS if not options.only or check.name in options.only]
+    context = _context(options.start or START[options.device])
+    with tempfile.TemporaryDirectory(prefix="rlhf_ray-gpu-") as folder:
+        if carried.prepared(options.wheels):
+            say(f"installed {carried.install(options.wheels, Path(folder))}", options.results)
+        endings = [_run(check, options.device, options.results, ends, context) for check in chosen]
+    counts = {ending: endings.count(ending) for ending in ("passed", "failed", "left out")}
+    say(", ".join(f"{count} {ending}" for ending, count in counts.items()), options.results)
+    return FAILED if counts["failed"] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tests.gpu.run", description="check and measure what needs a GPU")
     names = [check.name for check in CHECKS]
-    parser.add_argument("--only", choices=names, metavar="CHECK", help=f"one of {', '.join(names)}")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures")
-    options = parser.parse_args(arguments)
-    environment.prepare({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"})
-    endings = [_run(check, options.results) for check in CHECKS if options.only in (None, check.name)]
-    counts = {ending: endings.count(ending) for ending in ("passed", "failed", "left out")}
-    print(", ".join(f"{count} {ending}" for ending, count in counts.items()))
-    return 1 if counts["failed"] else 0
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu rehearses the same checks with tiny sizes (default: cuda)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="CHECK", help=f"some of {', '.join(names)} (default: all)"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures; the log lies beside it")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"when to end (default: {MINUTES:g})")
+    parser.add_argument(
+        "--wheels", type=Path, default=carried.FOLDER, help="folder that tests.gpu.prepare made; may be missing"
+    )
+    parser.add_argument(
+        "--start",
+        choices=("spawn", "forkserver"),
+        help="how the process of a check starts (default: spawn on cuda, and on cpu forkserver, which imports once)",
+    )
+    return parser
 
 
-def _run(check: Check, results: Path) -> str:
-    """Run a check if all that it needs is there; prints and returns how that ended."""
-    lacking = missing(check.needs)
-    if lacking:
-        print(f"left out  {check.name}: {', '.join(lacking)}", flush=True)
+def _context(method: str) -> BaseContext:
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _run(check: Check, device: Device, results: Path, ends: float, context: BaseContext) -> str:
+    """Run a check if all that it needs is there, in a process of its own; says and returns how that ended."""
+    left = ends - time.monotonic()
+    reasons = missing(check.needs, device) or ["there was no time left"] * (left <= 0)
+    if reasons:
+        say(f"left out  {check.name}: {', '.join(reasons)}", results)
         return "left out"
+    began, limit = time.monotonic(), min(check.limit_s, left)
+    process = context.Process(target=perform, args=(check, device, results, limit))  # type: ignore[attr-defined]
+    process.start()
     try:
-        summary = check.run()
-    except Exception:
-        print(f"failed    {check.name}\n{traceback.format_exc()}", flush=True)
-        return "failed"
-    if not isinstance(summary, str):
-        record(summary, results)
-        summary = "\n" + table(summary)
-    print(f"passed    {check.name}: {summary}", flush=True)
-    return "passed"
+        process.join(limit)
+        in_time = not process.is_alive()
+    finally:
+        for kill in (os.killpg, os.kill):  # what it started too; before it has a group of its own, it alone
+            with suppress(ProcessLookupError):
+                kill(process.pid, signal.SIGKILL)
+        process.join()
+    took = time.monotonic() - began
+    if not in_time and limit < check.limit_s:
+        say(f"left out  {check.name}: the time was over after its first {took:.0f} s", results)
+        return "left out"
+    if not in_time:
+        say(f"failed    {check.name}: it had not ended after {took:.0f} s", results)
+    elif process.exitcode not in (0, FAILED):
+        say(f"failed    {check.name}: its process ended with {process.exitcode} after {took:.0f} s", results)
+    say(f"          {took:.0f} s", results)
+    return "passed" if in_time and process.exitcode == 0 else "failed"
 
 
 if __name__ == "__main__":

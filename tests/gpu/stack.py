@@ -11,11 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rlhf_ray.environment import Device
 from rlhf_ray.runs.directory import RunDirectory
+from tests.gpu.sizes import Sizes
 
 CONFIG = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 STEPS = 3
-DEADLINE_S = 540
+DEADLINE_S = 280
 AGREES_TO = 0.05
 """Nats between trainer and engine that bf16 explains at this size."""
 ROLES = ("policy", "critic", "reference", "reward")
@@ -29,7 +31,7 @@ OVERRIDES = (
 """One rank a role: NCCL serves one rank a GPU; a head size that GPU kernels serve."""
 
 
-def train_ppo_on_one_gpu() -> str:
+def train_ppo_on_one_gpu(device: Device, sizes: Sizes) -> str:
     """Some steps of PPO by command; says how far trainer and engine were apart."""
     with tempfile.TemporaryDirectory() as root:
         command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(CONFIG), f"run.root={root}", *OVERRIDES]

@@ -1,89 +1,105 @@
-"""Without a GPU all checks are left out with a reason; what they would do there is shown here on the CPU."""
+"""How checks are run: each alone, within its time, and with a reason where it is not run."""
 
 from __future__ import annotations
 
+import importlib
 import json
-import math
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.models.actor import Actor
-from rlhf_ray.models.disk_names import to_disk_names
-from rlhf_ray.models.forward.segments import Group, Segments
-from tests.gpu import agreement, throughput
-from tests.gpu.run import CHECKS, Check, _run
+from tests.gpu.checks import CHECKS, Check
+from tests.gpu.perform import run_here
+from tests.gpu.run import _run
 from tests.gpu.stack import CONFIG, OVERRIDES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU runs the checks: make gpu")
 def test_without_a_gpu_everything_is_left_out_and_nothing_fails(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.gpu.run", "--results", str(tmp_path / "gpu.json")]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    options = ["--results", str(tmp_path / "gpu.json"), "--wheels", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.gpu.run", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     *lines, counts = done.stdout.splitlines()
     assert [line.split()[2].rstrip(":") for line in lines] == [check.name for check in CHECKS]
     assert all(line.startswith("left out") and "torch sees no GPU" in line for line in lines)
     assert counts == f"0 passed, 0 failed, {len(CHECKS)} left out"
     assert not (tmp_path / "gpu.json").exists()
+    assert (tmp_path / "gpu.log").read_text() == done.stdout
 
 
-def test_a_check_that_fails_is_a_failure_and_one_that_lacks_something_is_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_check_is_a_function_that_can_be_imported() -> None:
+    for check in CHECKS:
+        assert callable(getattr(importlib.import_module(f"tests.gpu.{check.module}"), check.function)), check.name
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def behaviour(function: str, *, limit_s: float = 60.0, **options: str) -> Check:
+    """A check of ``behaviours``."""
+    return Check(function, (), "behaviours", function, options, limit_s)
+
+
+def run(check: Check, results: Path, *, seconds: float = 60.0) -> str:
+    """How it ends in a process of its own."""
+    return _run(check, "cpu", results, time.monotonic() + seconds, multiprocessing.get_context("spawn"))
+
+
+def test_a_check_that_fails_or_crashes_costs_no_other_its_run_or_its_figures(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong() -> str:
-        raise AssertionError("off by one")
-
-    assert _run(Check("wrong", (), wrong), tmp_path / "gpu.json") == "failed"
-    assert _run(Check("right", ("transformers",), lambda: "exact"), tmp_path / "gpu.json") == "passed"
-    assert "off by one" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_and_log_probs_agree_on_the_cpu(dtype: torch.dtype) -> None:
-    assert "hidden states off by" in agreement.attention_agrees("sdpa", dtype, "cpu", count=4, longest=60)
-    assert "off by" in agreement.log_probs_agree(dtype, "cpu", tokens=300, vocabulary=4096)
+    results = tmp_path / "gpu.json"
+    endings = [run(behaviour(name), results) for name in ("fail", "crash", "pass_with_figure")]
+    assert endings == ["failed", "failed", "passed"]
+    assert json.loads(results.read_text())["figures"]["on cpu"]["value"] == 1
+    log = results.with_suffix(".log").read_text()
+    assert "off by one" in log and "crash: its process ended with -11" in log and "on cpu  1" in log
+    assert capfd.readouterr().out == log
 
 
-def test_four_bits_agree_on_the_cpu_and_other_weights_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "off by" in agreement.four_bit_agrees("cpu", count=2, longest=30)
-    write = agreement.save_pretrained
-
-    def write_another(actor: Actor, tokenizer: None, directory: str) -> None:
-        write(actor, tokenizer, directory, state={name: 1.1 * tensor for name, tensor in to_disk_names(actor.model)})
-
-    monkeypatch.setattr(agreement, "save_pretrained", write_another)
-    with pytest.raises(AssertionError, match="NF4 and its dequantised weights differ"):
-        agreement.four_bit_agrees("cpu", count=2, longest=30)
-
-
-def test_attention_that_looks_past_its_segment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets_the_mask(self: Segments, group: Group, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(group.longest, group.context + group.longest, dtype=dtype)
-
-    monkeypatch.setattr(Segments, "mask", forgets_the_mask)
-    monkeypatch.setattr("rlhf_ray.models.actor.check_packing", lambda *models: None)
-    with pytest.raises(AssertionError, match="hidden states of packs"):
-        agreement.attention_agrees("sdpa", torch.bfloat16, "cpu", count=4, longest=60)
+def test_a_check_that_hangs_is_killed_in_its_time_with_all_that_it_started(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pid_file = tmp_path / "pid"
+    hangs = behaviour("hang_with_a_child", limit_s=4.0, pid_file=str(pid_file))
+    began = time.monotonic()
+    assert run(hangs, tmp_path / "gpu.json") == "failed"
+    assert time.monotonic() - began < 20
+    assert _ended(int(pid_file.read_text()))
+    assert "in hang_with_a_child" in capfd.readouterr().err, "where it stood is not told"
 
 
-def test_throughput_has_its_figures_and_counts_a_known_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(throughput.CONFIGS, "tiny", lambda: throughput.make_config("llama-tiny", 128))
-    monkeypatch.setattr(throughput, "REPEATS", 1)
-    check = Check("speed", (), lambda: throughput.measure("tiny", "cpu", count=4, budget=600, roof_size=64))
-    assert _run(check, tmp_path / "gpu.json") == "passed"
-    figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
-    assert len(figures) == 4 and all(math.isfinite(f["value"]) and f["value"] > 0 for f in figures.values())
-    model = torch.nn.Linear(3, 5, bias=False)
-    model.config = throughput.make_config("llama-tiny", 128)
-    model.config.tie_word_embeddings = True
-    # 2 layers of 2 heads of 32: one token attends to itself, at 2 operations a weight and 2 a number of head size
-    assert throughput.forward_operations(model, [1]) == 2 * 15 + 2 * 2 * 2 * 32
+def test_what_is_cut_off_by_the_end_of_all_is_left_out_and_not_failed(tmp_path: Path) -> None:
+    hangs = behaviour("hang_with_a_child", limit_s=60.0, pid_file=str(tmp_path / "pid"))
+    assert run(hangs, tmp_path / "gpu.json", seconds=2.0) == "left out"
+    assert run(behaviour("pass_with_figure"), tmp_path / "gpu.json", seconds=0.0) == "left out"
+    log = (tmp_path / "gpu.log").read_text()
+    assert "the time was over after its first 2 s" in log and "pass_with_figure: there was no time left" in log
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process is gone, or dead and nobody has asked how."""
+    for _ in range(100):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_check_in_this_process_tells_how_it_ended(tmp_path: Path) -> None:
+    assert not run_here(behaviour("fail"), "cpu", tmp_path / "gpu.json")
+    assert run_here(behaviour("pass_with_figure"), "cpu", tmp_path / "gpu.json")
 
 
 def test_the_config_of_the_whole_stack_is_accepted() -> None:

@@ -1,107 +1,190 @@
 """Tokens a second of training and scoring on packs, and the share of what the GPU's matrix products can do.
 
-Always true: the roof is measured on the same GPU in the same minute; operations are those of the model (6 a weight and
-token for training, 2 for scoring, plus attention within segments), not what is computed again.
+Always true: the rate of matrix products is measured on the same GPU in the same process; operations are those that the
+model needs (``rlhf_ray.planning.flops``), not what gradient checkpointing computes again. Where a share is below a half,
+the kernels that took the time are listed.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.figures import Figure, Figures
 from benchmarks.sequences import ragged_sequences
-from rlhf_ray.models import Actor, PackedPolicy
-from rlhf_ray.models.weights.tiny_llama import make_config
+from rlhf_ray.engine.matmul_rate import matmul_rate
+from rlhf_ray.environment import Device
+from rlhf_ray.models import Actor, PackedPolicy, PackedRegression
+from rlhf_ray.models.regression_loading import make_head, wrap_backbone
+from rlhf_ray.models.weights.lora import add_lora
+from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, make_schedule, pack
+from tests.gpu.shapes import compute_shape, make, scoring_flops
+from tests.gpu.sizes import Sizes
 
-REPEATS = 5
-QWEN3_06B = {
-    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama-120m": lambda: make_config("llama-120m", 32000),
-    "qwen3-0.6b": lambda: Qwen3Config(**QWEN3_06B),
-}
+LORA_RANK = 16
+GOOD_SHARE = 0.5
+KERNELS_LISTED = 15
+Findings = tuple[Figures, str]
 
 
-def measure(name: str, device: str, *, count: int = 512, budget: int = 32768, roof_size: int = 8192) -> Figures:
-    """Figures of a model with random weights in bf16 on made sequences."""
-    config = CONFIGS[name]()
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    actor = Actor(model, attn_implementation="auto")
-    policy = PackedPolicy(actor)
-    batch = TrajectoryBatch.from_sequences(ragged_sequences(count, config.vocab_size))
-    micro_batches = make_schedule(batch.lengths.tolist(), ranks=1, max_tokens=budget).rank(0)
-    packs = [pack(batch, indices).to(device) for indices in micro_batches]
-    roof = matmul_roof(roof_size, device)
-    seconds = {
-        "training": _seconds(lambda: _train(policy, packs), device),
-        "scoring": _seconds(lambda: _score(policy, packs), device),
-    }
-    forward = forward_operations(model, batch.lengths.tolist())
-    method = (
-        f"{name} with random weights, bf16, attention {actor.attention}, {count} made sequences of {batch.num_tokens} "
-        f"tokens in packs of at most {budget}, {{}}; median of {REPEATS}; roof {roof / 1e12:.0f} TFLOP/s, measured"
+def device_figures(device: Device, sizes: Sizes) -> Findings:
+    """The rate of matrix products in bf16, which the shares of all other figures refer to, and what this device is."""
+    rate = matmul_rate(torch.bfloat16, torch.device(device))
+    figure = Figure(rate, "FLOP/s", True, "square matrix products of random numbers in bf16")
+    if device == "cpu":
+        return {"gpu.matmul_rate": figure}, f"torch {torch.__version__} on the CPU"
+    properties = torch.cuda.get_device_properties(0)
+    memory = Figure(properties.total_memory / 1e9, "GB", True, "what torch says that the GPU has")
+    return {
+        "gpu.matmul_rate": figure,
+        "gpu.memory": memory,
+    }, f"torch {torch.__version__}, CUDA {torch.version.cuda}, {properties.name}"
+
+
+def policy_of_small_model(device: Device, sizes: Sizes) -> Findings:
+    """Training and scoring of a policy, without an optimizer, all activations kept."""
+    actor = Actor(make(sizes.small, device), attn_implementation="auto")
+    policy, bench = PackedPolicy(actor), _Bench(sizes.small, device, sizes, sizes.batch)
+    shape, method = compute_shape(actor.model), f"policy, attention {actor.attention}"
+    trained = bench.measure(
+        "policy_training",
+        f"{method}, log-probs, entropies and backward, no optimizer step",
+        lambda part: _train_policy(policy, part),
+        training_flops(shape, bench.lengths),
     )
-    what = {"training": (3, "log-probs, entropies and backward, no optimizer step"), "scoring": (1, "log-probs")}
-    figures: Figures = {}
-    for work, (times, does) in what.items():
-        meaning, took = method.format(does), seconds[work]
-        figures[f"gpu.{name}.{work}_tokens_per_second"] = Figure(batch.num_tokens / took, "tokens/s", True, meaning)
-        figures[f"gpu.{name}.{work}_share_of_roof"] = Figure(times * forward / took / roof, "share", True, meaning)
-    return figures
-
-
-def forward_operations(model: torch.nn.Module, lengths: list[int]) -> float:
-    """Operations of one forward pass: 2 a token and weight that multiplies, and causal attention within segments."""
-    config = model.config
-    tied = config.tie_word_embeddings
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    multiplying = weights if tied else weights - model.get_input_embeddings().weight.numel()
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return float(2 * multiplying * sum(lengths) + attention * sum(length**2 for length in lengths))
-
-
-def matmul_roof(size: int, device: str) -> float:
-    """Operations a second of a square bf16 product of random numbers."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 10 * 2 * size**3 / _seconds(lambda: [a @ b for _ in range(10)], device)
-
-
-def _train(policy: PackedPolicy, packs: list[Packed]) -> None:
-    for part in packs:
-        outputs = policy(part, with_entropy=True)
-        (outputs.log_probs.sum() + 0.01 * outputs.entropy.sum()).backward()
     policy.zero_grad(set_to_none=True)
+    return _together(trained, _score_policy(bench, policy, shape, method))
 
 
-@torch.no_grad()
-def _score(policy: PackedPolicy, packs: list[Packed]) -> None:
-    for part in packs:
+def policy_scoring_of_large_model(device: Device, sizes: Sizes) -> Findings:
+    """Log-probs of a policy, without gradients."""
+    actor = Actor(make(sizes.large, device), attn_implementation="auto")
+    bench = _Bench(sizes.large, device, sizes, sizes.large_batch)
+    return _score_policy(bench, PackedPolicy(actor), compute_shape(actor.model), f"policy, attention {actor.attention}")
+
+
+def reward_lora_of_large_model(device: Device, sizes: Sizes) -> Findings:
+    """Scores of a reward model, and its training with LoRA and gradient checkpointing, without an optimizer."""
+    model = reward_model(sizes.large, device)
+    add_lora(model.backbone, rank=LORA_RANK, alpha=LORA_RANK, dropout=0.0, targets="all-linear")
+    model.gradient_checkpointing_enable()
+    reward, bench = PackedRegression(model), _Bench(sizes.large, device, sizes, sizes.large_batch)
+    shape, method = compute_shape(model.backbone), f"reward model, attention {model.attention}"
+
+    @torch.no_grad()
+    def score(part: Packed) -> None:
+        reward(part, "scores")
+
+    scored = bench.measure("reward_scoring", method, score, scoring_flops(shape, bench.lengths))
+    reward.train()
+    trained = bench.measure(
+        "reward_lora_training",
+        f"{method}, LoRA of rank {LORA_RANK}, gradient checkpointing, no optimizer step",
+        lambda part: reward(part, "scores").sum().backward(),
+        training_flops(shape, bench.lengths),
+    )
+    return _together(scored, trained)
+
+
+def reward_model(name: str, device: Device, layers: int | None = None) -> Any:
+    """A reward model of a shape, with a fresh head."""
+    backbone = make(name, device, layers).base_model
+    head = make_head(backbone, "inv_sqrt", 0)
+    model = wrap_backbone(
+        backbone, head, "reward", attention="auto", strict_attention=False, head_origin="fresh, inv_sqrt, seed 0"
+    )
+    gc.collect()  # the output layer, which nothing holds any more
+    return model.eval()
+
+
+class _Bench:
+    """Made sequences in packs, and the rate of matrix products at this moment."""
+
+    def __init__(self, name: str, device: Device, sizes: Sizes, count: int) -> None:
+        self.name, self.device, self.repeats = name, device, sizes.repeats
+        batch = TrajectoryBatch.from_sequences(ragged_sequences(count, 128 if name == "tiny" else 32000))
+        self.lengths: list[int] = batch.lengths.tolist()
+        micro_batches = make_schedule(self.lengths, ranks=1, max_tokens=sizes.budget).rank(0)
+        self.packs = [pack(batch, indices).to(device) for indices in micro_batches]
+        self.method = f"{count} made sequences of {batch.num_tokens} tokens in packs of at most {sizes.budget}"
+        self.rate = matmul_rate(torch.bfloat16, torch.device(device))
+
+    def measure(self, work: str, method: str, step: Callable[[Packed], object], flops: float) -> Findings:
+        """Figures of a step over all packs, and what took its time if that is more than twice what the products take."""
+        reset_peak(self.device)
+        seconds = median([self._once(step) for _ in range(self.repeats + 1)][1:])
+        method = f"{self.name} with random weights, bf16, {method}, {self.method}; median of {self.repeats}"
+        share = flops / seconds / self.rate
+        name = f"gpu.{self.name}.{work}"
+        figures = {
+            f"{name}_tokens_per_second": Figure(sum(self.lengths) / seconds, "tokens/s", True, method),
+            f"{name}_share_of_matmul": Figure(
+                share, "share", True, f"{method}; products at {self.rate / 1e12:.3g} TFLOP/s, measured beside it"
+            ),
+        } | peak_figure(f"{name}_peak_memory", self.device, method)
+        if share >= GOOD_SHARE:
+            return figures, ""
+        return figures, f"what stands between {work} and the products of matrices:\n{self._kernels(step)}"
+
+    def _once(self, step: Callable[[Packed], object]) -> float:
+        synchronize(self.device)
+        began = time.perf_counter()
+        for part in self.packs:
+            step(part)
+        synchronize(self.device)
+        return time.perf_counter() - began
+
+    def _kernels(self, step: Callable[[Packed], object]) -> str:
+        activity = ProfilerActivity.CUDA if self.device == "cuda" else ProfilerActivity.CPU
+        with profile(activities=[activity], acc_events=True) as record:
+            step(self.packs[0])
+            synchronize(self.device)
+        order = "self_cuda_time_total" if self.device == "cuda" else "self_cpu_time_total"
+        return str(record.key_averages().table(sort_by=order, row_limit=KERNELS_LISTED, max_name_column_width=70))
+
+
+def _train_policy(policy: nn.Module, part: Packed) -> None:
+    outputs = policy(part, with_entropy=True)
+    (outputs.log_probs.sum() + 0.01 * outputs.entropy.sum()).backward()
+
+
+def _score_policy(bench: _Bench, policy: nn.Module, shape: ComputeShape, method: str) -> Findings:
+    @torch.no_grad()
+    def score(part: Packed) -> None:
         policy(part)
 
-
-def _seconds(work: Callable[[], object], device: str) -> float:
-    """Wall seconds until the device has done the work, median after one round that is not counted."""
-    return median([_once(work, device) for _ in range(REPEATS + 1)][1:])
+    return bench.measure("policy_scoring", f"{method}, log-probs", score, scoring_flops(shape, bench.lengths))
 
 
-def _once(work: Callable[[], object], device: str) -> float:
-    _synchronize(device)
-    began = time.perf_counter()
-    work()
-    _synchronize(device)
-    return time.perf_counter() - began
+def _together(*findings: Findings) -> Findings:
+    figures: Figures = {}
+    for found, _ in findings:
+        figures |= found
+    return figures, "\n".join(text for _, text in findings if text)
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: Device) -> None:
+    """Wait until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def reset_peak(device: Device) -> None:
+    """Begin to watch how much of the GPU's memory is allocated."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_figure(name: str, device: Device, method: str) -> Figures:
+    """The most memory that was allocated on the GPU since :func:`reset_peak`; nothing on a CPU, where torch does not count."""
+    if device == "cpu":
+        return {}
+    return {name: Figure(torch.cuda.max_memory_allocated() / 1e9, "GB", False, method)}
