@@ -2,7 +2,8 @@
 
 Invariants: the port is taken before anything slow begins, so that a port in use is an error at once; nothing listens before
 ``start``; after ``start`` the address answers; headers that say whom a request comes from count only where they come from a
-proxy that is trusted; ``stop`` lets requests under way finish for a while, and then has those that are left told so.
+proxy that is trusted; ``stop`` lets requests under way finish for a while, and then has those that are left told so; memory
+that requests took is soon the system's again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
+from rlhf_ray import environment
 from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.network import is_every_address, outward_address
 from rlhf_ray.serving.transport.connection import Connection, ConnectionLimits
@@ -25,6 +27,8 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection: they close it first, and never send into one that the server closes."""
 START_TIMEOUT_S = 20.0
+SECONDS_BETWEEN_RETURNS = 5.0
+"""After how long freed memory goes back to the system, which takes hundredths of a second."""
 FINISH_TIMEOUT_S, LAST_ANSWERS_S = 10.0, 2.0
 """How long requests under way may go on after a stop, and how long the answers of those that did not end are sent."""
 
@@ -98,7 +102,11 @@ class WebServer:
     async def _serve(self) -> None:
         assert self._server is not None, "start sets it before this runs"
         self.loop = asyncio.get_running_loop()
-        await self._server.serve(sockets=[self._socket])
+        returning = asyncio.create_task(_return_memory())
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            returning.cancel()
 
     def stop(self) -> None:
         """Let requests under way finish, then close the port."""
@@ -109,6 +117,12 @@ class WebServer:
                 self.loop.call_soon_threadsafe(self._give_up)
                 self._thread.join(LAST_ANSWERS_S + 3.0)
         self._socket.close()
+
+
+async def _return_memory() -> None:
+    while True:
+        await asyncio.sleep(SECONDS_BETWEEN_RETURNS)
+        await asyncio.to_thread(environment.return_freed_memory)
 
 
 def _nothing() -> None:

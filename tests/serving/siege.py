@@ -1,11 +1,12 @@
 """A service under siege: one caller does all that starves others, groups are killed and stopped, 5,000 scores are asked for.
 
-    python -m tests.serving.siege [--seconds 10] [--scores 5000] [--kills 4]
+    python -m tests.serving.siege [--seconds 10] [--scores 5000] [--kills 4] [--rounds 2]
 
 starts ``rlhf-ray serve`` with two tokens. Through all of it one caller asks for a score every 50 ms under the other token.
 Always true, or the siege says what was not: that caller gets every score, and the right one; no score of the 5,000 is wrong,
-swapped or lost; no route opens without a token; no text and no token is in the log; the service's memory comes back; its
-process never ends. ``make test`` runs a short form over a model that takes no time.
+swapped or lost; no route opens without a token; no text and no token is in the log; the service's memory comes back, and a
+second round of attacks takes no more of it than the first; its process never ends. ``make test`` runs a short form over a
+model that takes no time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ EVERY_S, LONGEST_S, AT_ONCE = 0.05, 5.0, 64
 TOLERANCE = 1e-5
 MEMORY_MB = 700.0
 """What all attacks together may add to the service's memory at any time; the documented limits come to about half of it."""
+GROWTH_MB = 50.0
+"""What the last round of attacks may add to what the first has left. A round holds hundreds of megabytes at its worst."""
+SETTLE_S = 8.0
+"""After how long freed memory has gone back to the system."""
 Expected = Callable[[str], float]
 
 
@@ -200,6 +205,14 @@ def afterwards(target: Target, at_rest_mb: float) -> Finding:
     return finding
 
 
+def growth(left_mb: Sequence[float]) -> Finding:
+    """Whether the last of several equal rounds of attacks left more memory in use than the first."""
+    finding = Finding("growth")
+    finding.figures = {f"after_round_{number}_mb": left for number, left in enumerate(left_mb, 1)}
+    finding.expect(not left_mb or left_mb[-1] - left_mb[0] < GROWTH_MB, f"rounds add less than {GROWTH_MB:g} MB")
+    return finding
+
+
 def reward_processes(process: psutil.Process) -> list[int]:
     """Process ids of the reward ranks below a service."""
     ranks = []
@@ -292,6 +305,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each attack")
     parser.add_argument("--scores", type=int, default=5000)
     parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2, help="how often all attacks run")
     parser.add_argument("--only", nargs="*", default=None, help="these attacks alone")
     options = parser.parse_args()
     environment.prepare()
@@ -307,11 +321,16 @@ def main() -> None:
         warm = time.monotonic() + 2.0
         Victim(target).ask(lambda: time.monotonic() > warm)
         at_rest_mb = target.memory_mb()
-        for name, command in commands(*target.place, target.attacker, options.seconds):
-            if options.only is None or name in options.only:
-                say(attacked(target, name, command, options.seconds))
+        left_mb = []
+        for _ in range(options.rounds):
+            for name, command in commands(*target.place, target.attacker, options.seconds):
+                if options.only is None or name in options.only:
+                    say(attacked(target, name, command, options.seconds))
+            time.sleep(SETTLE_S)
+            left_mb.append(target.memory_mb() - at_rest_mb)
+        say(growth(left_mb))
         say(scores(target, options.scores, deaths(target.process, options.kills)))
-        time.sleep(5.0)
+        time.sleep(SETTLE_S)
         say(afterwards(target, at_rest_mb))
     raise SystemExit(broken)
 

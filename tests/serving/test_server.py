@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -180,3 +183,33 @@ def test_a_server_at_every_address_says_one_at_which_others_reach_it(host: str) 
         assert url.port is not None and url.port > 0
     finally:
         server.stop()
+
+
+HOLDING = """
+import time
+import psutil
+from rlhf_ray.serving import server
+server.SECONDS_BETWEEN_RETURNS = 0.2
+async def app(scope, receive, send):
+    pass
+web_server = server.WebServer("127.0.0.1", 0)
+web_server.start(app)
+memory = lambda: psutil.Process().memory_full_info().uss / 2**20
+before = memory()
+blocks = [bytes(1000) for _ in range(200_000)]
+last = blocks.pop()  # nothing below it is given back by itself
+held = memory()
+del blocks
+deadline = time.monotonic() + 20
+while memory() - before > 20 and time.monotonic() < deadline:
+    time.sleep(0.1)
+print(held - before, memory() - before)
+web_server.stop()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library allocates here")
+def test_memory_that_requests_took_is_the_systems_again() -> None:
+    printed = subprocess.run([sys.executable, "-c", HOLDING], capture_output=True, text=True, check=True).stdout
+    held, kept = (float(megabytes) for megabytes in printed.split())
+    assert held > 150 and kept < 20, (held, kept)

@@ -56,3 +56,8 @@ def test_no_score_is_swapped_and_nothing_is_left_behind(target: siege.Target) ->
 def test_a_siege_finds_a_wrong_score(target: siege.Target, wrong: Callable[[str], float]) -> None:
     mistaken = siege.Target(target.address, target.process, target.log, ATTACKER, VICTIM, wrong)
     assert siege.scores(mistaken, 4).broken == ["no score is wrong or somebody else's"]
+
+
+def test_a_siege_finds_memory_that_grows_with_every_round() -> None:
+    assert not siege.growth([120.0, 125.0]).broken
+    assert siege.growth([120.0, 240.0]).broken == ["rounds add less than 50 MB"]
