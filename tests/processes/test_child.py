@@ -50,6 +50,11 @@ def start(*command):
 """
 
 
+def heed_hang_up() -> None:
+    """Let SIGHUP do what it does in a terminal, also where the tests run under ``nohup``, which is passed on."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Parent:
     """A parent over a child that runs ``program``, in a directory of its own."""
 
@@ -64,6 +69,7 @@ class Parent:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_hang_up,
         )
 
     def wait_for(self, file: str) -> str:
