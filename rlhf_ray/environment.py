@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -43,16 +42,11 @@ MEMORY_KEPT = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TO
 """The largest values that glibc accepts for the first two; heaps grow by the size of a whole thread's heap."""
 
 
-def accelerator() -> Device:
-    """``cuda`` if NVIDIA's driver is installed (``nvidia-smi`` is on the path), else ``cpu``; does not import torch."""
-    return "cuda" if shutil.which("nvidia-smi") is not None else "cpu"
-
-
 def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = None) -> dict[str, str]:
     """The environment variables of one process.
 
-    ``threads`` limits its compute threads and ``hub`` allows downloads. ``device`` is what it computes on, by default what
-    this machine has; a driver passes it for ranks on other machines.
+    ``threads`` limits its compute threads and ``hub`` allows downloads. ``device`` is what it was placed on. None is for a
+    process that starts others: it computes on the CPU what little it computes, and they may use every GPU that it sees.
     """
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -68,9 +62,11 @@ def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = 
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    if (device or accelerator()) == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
-        variables |= dict.fromkeys(KERNEL_CACHES, str(KERNELS_KEPT))
+    if device == "cuda":
+        return variables | {"DS_ACCELERATOR": "cuda"}
+    variables |= {"DS_ACCELERATOR": "cpu", **dict.fromkeys(KERNEL_CACHES, str(KERNELS_KEPT))}
+    if device == "cpu":
+        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}
     return variables
 
 

@@ -100,6 +100,7 @@ class Cluster:
         environment.require_room_for_sockets()
         start_ray(
             num_cpus=int(offered["CPU"]),
+            num_gpus=int(offered["GPU"]),  # Ray itself would ask NVML, which a container may lack
             object_store_memory=self.config.object_store_mb * 2**20,
             include_dashboard=self.config.dashboard,
             **options,
@@ -131,9 +132,7 @@ class Cluster:
 
         placement = self._reserve(spec)
         resources = spec.resources
-        variables = environment.for_process(
-            threads=resources.threads_per_rank, hub=self.hub, device="cuda" if resources.gpus_per_rank > 0 else "cpu"
-        )
+        variables = environment.for_process(threads=resources.threads_per_rank, hub=self.hub, device=resources.device)
         actor_class = remote_class(spec.worker)
         actors = [
             actor_class.options(

@@ -19,6 +19,7 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined] 
 
 from rlhf_ray import environment
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.models.devices import CPU
 from rlhf_ray.network import LOOPBACK, variables_at
 
 TIMEOUT_S = 600.0
@@ -50,25 +51,24 @@ def init_process_group(
     world_size: int,
     store: dist.Store | None,
     *,
+    device: torch.device = CPU,
     address: str = LOOPBACK,
-    local_rank: int = 0,
     timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Join the group of ``world_size`` ranks that meets at ``store`` (none for a lone rank): over nccl on a GPU, else gloo.
 
-    ``address`` is this machine's among those of the group: it says which interface to use, unless the user has said so.
-    ``local_rank`` is the index of this rank's device among those it sees: 0 in a Ray actor, which sees only its own.
+    ``device`` is what this rank computes on; DeepSpeed takes it too, once for the life of the process. ``address`` is this
+    machine's among those of the group: it says which interface to use, unless the user has said so.
     ``timeout_s`` is the deadline of every collective operation, in seconds.
     """
     global _deadline
     _deadline = timedelta(seconds=timeout_s)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(device.index or 0)}
+    os.environ["DS_ACCELERATOR"] = device.type
     environment.prepare(variables_at(address))
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(local_rank)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.cuda.set_device(device)
     store = HashStore() if store is None else store
     store.set_timeout(_deadline)  # ranks that set up a connection wait for one another there
     dist.init_process_group(

@@ -38,7 +38,7 @@ def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: 
     """
     directory.mkdir(parents=True, exist_ok=True)
     engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-    save_file(_random_state(), str(_random_file(directory)))
+    save_file(_random_state(engine.device), str(_random_file(directory)))
     if dist.get_rank() == 0:
         if frozen:
             (directory / FROZEN_FILE).write_text(json.dumps(frozen, indent=2) + "\n")
@@ -74,7 +74,7 @@ def load(engine: Any, directory: Path, identity: dict[str, int | str], frozen: D
         )
     if path is None:
         raise IntegrityError(f"{directory}: DeepSpeed found no shards of rank {dist.get_rank()}")
-    _restore_random_state(load_file(str(_random_file(directory))))
+    _restore_random_state(load_file(str(_random_file(directory))), engine.device)
     return int(updates)
 
 
@@ -132,14 +132,14 @@ def _random_file(directory: Path) -> Path:
     return directory / _random_name(dist.get_rank())
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+def _restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -20,8 +20,9 @@ from packaging.requirements import Requirement
 
 from rlhf_ray.config.recipes import recipes
 from rlhf_ray.console import table
-from rlhf_ray.environment import accelerator
+from rlhf_ray.environment import Device
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED
+from rlhf_ray.planning.gpus import count_gpus
 
 PACKAGE, GIB = "rlhf-ray", 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -59,8 +60,7 @@ def report(findings: Iterable[Finding]) -> str:
         fixes = [f"  {f.name}: {f.state}\n    {f.fix}" for f in findings if f.fix and f.needed == wanted]
         lines += [f"\n{title}", *fixes] if fixes else []
     if not any(finding.fix and finding.needed for finding in findings):
-        device = accelerator()
-        lines.append(f"\nready: {_first_steps(device)}")
+        lines.append(f"\nready: {_first_steps(_device())}")
     return "\n".join(lines)
 
 
@@ -69,7 +69,12 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return EXIT_FAILED if any(finding.fix and finding.needed for finding in findings) else EXIT_DONE
 
 
-def _first_steps(device: str) -> str:
+def _device() -> Device:
+    """What jobs on this machine are best placed on."""
+    return "cuda" if count_gpus() > 0 else "cpu"
+
+
+def _first_steps(device: Device) -> str:
     names = [name for name, path in recipes().items() if ("gpus_per_rank" in path.read_text()) == (device == "cuda")]
     start = "make demo runs everything here on CPU; " if device == "cpu" else ""
     return f"{start}recipes for this machine: {', '.join(names)}"
@@ -84,7 +89,7 @@ def _python() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """Compare the packages that this one requires with those that are installed."""
-    device = "gpu" if accelerator() == "cuda" else "cpu"
+    extra = "gpu" if _device() == "cuda" else "cpu"
     if not _version(PACKAGE):
         yield Finding(
             "versions", PACKAGE, "runs from a folder, not installed", "pip install --no-deps -e .", needed=True
@@ -93,7 +98,7 @@ def _packages() -> Iterator[Finding]:
     for text in metadata.requires(PACKAGE) or []:
         requirement = Requirement(text)
         marker = requirement.marker
-        if marker is None or marker.evaluate({"extra": device}):
+        if marker is None or marker.evaluate({"extra": extra}):
             yield _package(requirement, needed=marker is None)
 
 
@@ -137,7 +142,7 @@ def _accelerators() -> Iterator[Finding]:
         yield Finding("accelerators", f"GPU {index}", state)
     if torch.cuda.device_count():
         return
-    if accelerator() == "cuda":
+    if _device() == "cuda":
         fix = "install the CUDA build: pip install -r requirements/gpu.txt (and unset CUDA_VISIBLE_DEVICES)"
         yield Finding("accelerators", "GPU", "its driver answers, but torch sees none", fix, needed=True)
     else:
@@ -150,7 +155,7 @@ def _attention() -> Iterator[Finding]:
     from rlhf_ray.models.forward.attention_backends import KERNELS, obstacle
 
     for backend in KERNELS:
-        reason = obstacle(backend, torch.bfloat16)
+        reason = obstacle(backend, torch.bfloat16, torch.device(_device()))
         package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}.get(backend)
         lacks = reason is not None and "not installed" in reason
         fix = f"pip install --no-build-isolation {package}" if lacks else ""
@@ -158,13 +163,15 @@ def _attention() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
+    import torch
+
     from rlhf_ray.models.forward.liger import liger_obstacle
     from rlhf_ray.models.weights.quantization import INSTALL
 
     version = _version("bitsandbytes")
     state = f"works (bitsandbytes {version})" if version else "the package bitsandbytes is not installed"
     yield Finding("quantisation", "nf4", state, "" if version else INSTALL)
-    reason = liger_obstacle()
+    reason = liger_obstacle(torch.device(_device()))
     fix = "pip install liger-kernel" if reason is not None and "not installed" in reason else ""
     yield Finding("kernels", "liger", reason or "works", fix)
 

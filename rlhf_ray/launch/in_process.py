@@ -7,6 +7,7 @@ is refused before anything is loaded, with the way out.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.loading import dump_config, parse_config
 from rlhf_ray.config.paths import with_absolute_paths
 from rlhf_ray.config.preflight import hub_ids
-from rlhf_ray.config.problems import attempt
+from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ConfigError
 
@@ -54,7 +55,7 @@ def for_one_process(config: TrainingJob) -> TrainingJob:
 
     Raises :class:`ConfigError` if a part of the job needs a process of its own.
     """
-    problems = attempt(config.one_process_rules(), partial=False)
+    problems = attempt([*config.one_process_rules(), lambda: _one_device(config)], partial=False)
     if problems:
         raise ConfigError([f"{key}: {text}" for key, text in problems], "--in-process")
     changes = [f"{key}.ranks=1" for key, role in config.roles().items() if role.config.ranks > 1 and not role.derived]
@@ -67,11 +68,20 @@ def for_one_process(config: TrainingJob) -> TrainingJob:
 
 
 def rank_environment(config: TrainingJob) -> dict[str, str]:
-    """The environment variables that the ranks of ``config`` would get in processes of their own."""
+    """The environment variables that the ranks of ``config`` would get in processes of their own, all on the same device."""
     resources = [placement.resources for placement in config.placements()]
-    on_gpu = any(one.gpus_per_rank > 0 for one in resources) and environment.accelerator() == "cuda"
     return environment.for_process(
-        threads=max(one.threads_per_rank for one in resources),
-        hub=bool(hub_ids(config)),
-        device="cuda" if on_gpu else "cpu",
+        threads=max(one.threads_per_rank for one in resources), hub=bool(hub_ids(config)), device=resources[0].device
     )
+
+
+def _one_device(config: TrainingJob) -> Iterator[Problem]:
+    """DeepSpeed and torch's groups have one device in a process, so every role computes on that of the first."""
+    (first, device), *others = {placement.name: placement.resources.device for placement in config.placements()}.items()
+    for name, other in others:
+        if other != device:
+            yield (
+                f"{name}.resources.gpus_per_rank",
+                f"the {name} is placed on {other} and the {first} on {device}, but one process has one device: give all of "
+                "them a GPU, or none",
+            )

@@ -143,7 +143,7 @@ def _start(config: ServeConfig, name: str, *, detach: bool) -> RayRanks:
             name=name,
             namespace=SERVICE_NAMESPACE,
             lifetime="detached" if detach else None,
-            runtime_env={"env_vars": environment.for_process(hub=bool(hub_ids(config)))},
+            runtime_env={"env_vars": environment.for_process(hub=bool(hub_ids(config)), device="cpu")},
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),  # its port is on this machine
         ).remote(config)
     except ValueError as error:

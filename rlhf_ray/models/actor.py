@@ -31,6 +31,7 @@ from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.encoder_config import refuse_encoder
 from rlhf_ray.models.weights.load import (
     check_packing,
+    device_of,
     install_log_prob_head,
     load_weights,
     prepare_for_packs,
@@ -44,8 +45,9 @@ class Actor(nn.Module):
     """A causal language model as a policy, with the parameters and conventions of OpenRLHF's class of this name.
 
     ``attn_implementation`` names the preferred attention backend. If it cannot run here, the fastest that can takes its place
-    and the line on loading says so; with ``strict_attention`` it is an error. If ``ds_config`` asks for ZeRO-3, a model that
-    is loaded from disk is built in shards, on all ranks together.
+    and the line on loading says so; with ``strict_attention`` it is an error. ``device`` is where the model computes; without
+    one it lies where ``device_map`` puts it, by default on the CPU. If ``ds_config`` asks for ZeRO-3, a model that is loaded
+    from disk is built in shards, on all ranks together.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Actor(nn.Module):
         temperature: float = 1.0,
         use_liger_kernel: bool = False,
         *,
+        device: torch.device | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         strict_attention: bool = False,
@@ -81,15 +84,21 @@ class Actor(nn.Module):
                 checkpoint,
                 torch_dtype(param_dtype),
                 ds_config=ds_config,
+                device=device,
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
                 load_in_4bit=load_in_4bit,
             )
         else:
             model = _check_model(pretrain_or_model, load_in_4bit)
+            if device is not None:
+                nn.Module.to(model, device)
+        device = device or device_of(model)
         if use_liger_kernel:
-            use_liger(model)
-        self.attention, self.attention_note = prepare_for_packs(model, attn_implementation, strict=strict_attention)
+            use_liger(model, device)
+        self.attention, self.attention_note = prepare_for_packs(
+            model, attn_implementation, strict=strict_attention, device=device
+        )
         install_log_prob_head(model)
         self.model = model
         check_packing(model, self.backbone)

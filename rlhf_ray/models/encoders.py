@@ -44,9 +44,10 @@ class Encoder:
             AutoModelForSequenceClassification,
             checkpoint,
             torch_dtype(config.dtype),
+            device=device,
             trust_remote_code=config.trust_remote_code,
         )
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.config, self.device = model.config, device
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.positions = longest_sequence(model.config.to_dict())

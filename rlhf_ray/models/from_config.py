@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.actor import Actor
+from rlhf_ray.models.devices import CPU, seeded
 from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression, make_head, wrap_backbone
@@ -28,16 +29,18 @@ from rlhf_ray.models.weights.tiny_llama import make_model
 from rlhf_ray.models.weights.tokenizer import load_tokenizer, prepare_padding
 
 
-def load_policy(config: ModelConfig, *, ds_config: dict[str, Any] | None = None, seed: int = 0) -> Actor:
-    """Load or make a policy or reference. Its vocabulary is never resized, since packs need no pad token.
+def load_policy(
+    config: ModelConfig, *, device: torch.device = CPU, ds_config: dict[str, Any] | None = None, seed: int = 0
+) -> Actor:
+    """Load or make a policy or reference on ``device``. Its vocabulary is never resized, since packs need no pad token.
 
     ``seed`` draws the adapters of LoRA; a model that is made has a seed of its own in the config.
     """
     tokenizer = load_tokenizer(config)
-    with _source(config, tokenizer) as source, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _source(config, tokenizer) as source, seeded(seed, device):
         actor = Actor(
             source,
+            device=device,
             attn_implementation=config.attention,
             strict_attention=config.attention != "auto",
             param_dtype=config.dtype,
@@ -57,12 +60,13 @@ def load_regression(
     config: ModelConfig,
     model_type: str,
     *,
+    device: torch.device = CPU,
     ds_config: dict[str, Any] | None = None,
     seed: int = 0,
     normalize_reward: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SequenceRegression:
-    """Load or make a reward model or critic, with a pad token: that of ``tokenizer``, by default of the model's own.
+    """Load or make a reward model or critic on ``device``, with a pad token: that of ``tokenizer``, by default the model's own.
 
     Whatever is not loaded (head, adapters, new rows of the embedding) is drawn from ``seed``.
     """
@@ -71,10 +75,9 @@ def load_regression(
         raise ModelLoadError(
             "a model made from a shape has no mean and std to normalise rewards with: leave normalize off"
         )
-    with _source(config, tokenizer) as source, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _source(config, tokenizer) as source, seeded(seed, device):
         if isinstance(source, PreTrainedModel):
-            model = _wrap_made(source, config, model_type, seed)
+            model = _wrap_made(nn.Module.to(source, device), config, model_type, seed)
         else:
             model = get_llm_for_sequence_regression(
                 source,
@@ -90,6 +93,7 @@ def load_regression(
                 value_head_prefix=config.value_head_prefix,
                 normalize_reward=normalize_reward,
                 seed=seed,
+                device=device,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 **_lora(config),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoModel, PreTrainedModel
 
 from rlhf_ray.config.files.score_heads import OUTPUT_LAYERS, FoundHead
@@ -28,9 +29,14 @@ from rlhf_ray.models.heads import Head, HeadInit, ScoreHead, fresh_head
 from rlhf_ray.models.regression import CriticModel, RewardModel, SequenceRegression
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, Checkpoint
-from rlhf_ray.models.weights.embeddings import input_embedding
 from rlhf_ray.models.weights.encoder_config import refuse_encoder
-from rlhf_ray.models.weights.load import check_packing, load_weights, prepare_for_packs, refuse_what_does_not_run
+from rlhf_ray.models.weights.load import (
+    check_packing,
+    device_of,
+    load_weights,
+    prepare_for_packs,
+    refuse_what_does_not_run,
+)
 from rlhf_ray.models.weights.lora import add_lora
 
 DEFAULT_DEVIATION = 0.02
@@ -57,6 +63,7 @@ def get_llm_for_sequence_regression(
     packing_samples: bool = False,
     head_init: HeadInit = "inv_sqrt",
     seed: int = 0,
+    device: torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     strict_attention: bool = False,
@@ -66,8 +73,9 @@ def get_llm_for_sequence_regression(
     ``model_name_or_path`` is a directory or hub id: a ``*ForSequenceClassification`` model of transformers, a model of
     OpenRLHF, a value-head model of TRL, or any other whose head :mod:`rlhf_ray.models.head_layouts` reads. With
     ``init_value_head`` it may be any causal language model, which gets a fresh head of kind ``head_init``, drawn from
-    ``seed``; without ``replace_value_head`` a head that it has already is kept. If ``ds_config`` asks for ZeRO-3, the backbone
-    is built in shards, on all ranks together.
+    ``seed``; without ``replace_value_head`` a head that it has already is kept. ``device`` is where the model computes; without
+    one it lies where ``device_map`` puts it, by default on the CPU. If ``ds_config`` asks for ZeRO-3, the backbone is built in
+    shards, on all ranks together.
     """
     _class_for(model_type)
     checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
@@ -87,6 +95,7 @@ def get_llm_for_sequence_regression(
         torch_dtype(param_dtype),
         heads=head_tensors(checkpoint, prefix),
         ds_config=ds_config,
+        device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         load_in_4bit=load_in_4bit,
@@ -108,6 +117,7 @@ def get_llm_for_sequence_regression(
         normalization=normalization,
         attention=attn_implementation,
         strict_attention=strict_attention,
+        device=device,
     )
     if checkpoint.adapter is not None:
         load_adapter(model.backbone, checkpoint.adapter, head=None if init_value_head else model.head)
@@ -129,16 +139,18 @@ def wrap_backbone(
     score_bias: float = 0.0,
     normalization: tuple[float, float] | None = None,
     packing_samples: bool = False,
+    device: torch.device | None = None,
 ) -> SequenceRegression:
-    """Put a head on a backbone and make both ready to run packed.
+    """Put a head on a backbone, where the backbone lies, and make both ready to run packed.
 
-    ``head_origin`` says where the head came from, for the line on loading.
+    ``head_origin`` says where the head came from, for the line on loading. ``device`` is where a backbone in shards computes;
+    any other computes where it lies.
     """
-    backend, note = prepare_for_packs(backbone, attention, strict=strict_attention)
+    backend, note = prepare_for_packs(backbone, attention, strict=strict_attention, device=device)
     check_packing(backbone, backbone)
     model = _class_for(model_type)(
         backbone,
-        head.to(input_embedding(backbone).weight.device),
+        head.to(device_of(backbone)),
         value_head_prefix=value_head_prefix,
         score_bias=score_bias,
         normalization=normalization,

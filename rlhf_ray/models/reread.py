@@ -1,6 +1,7 @@
 """Read a saved reward model again, to check that it gives the scores of the trained one.
 
-Invariant: nothing of the model in memory is used. The directory is read as any user would read it, on the CPU.
+Invariants: nothing of the model in memory is used. The directory is read as any user would read it, and all of it computes
+on the device that the caller names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import pack
 
 
-def score_directory(directory: str | Path, config: ModelConfig, batch: TrajectoryBatch) -> list[float]:
+def score_directory(
+    directory: str | Path, config: ModelConfig, batch: TrajectoryBatch, device: torch.device
+) -> list[float]:
     """Return the raw scores of the model in ``directory`` for ``batch``, two sequences at a time, in ``config``'s dtype.
 
     An adapter is read on the base that it was trained on, in 4 bits if the base was.
@@ -30,9 +33,10 @@ def score_directory(directory: str | Path, config: ModelConfig, batch: Trajector
         trust_remote_code=config.trust_remote_code,
         value_head_prefix=config.value_head_prefix,
     )
-    module = PackedRegression(load_regression(saved, "reward")).eval()
+    module = PackedRegression(load_regression(saved, "reward", device=device)).eval()
     scores: list[float] = []
     with torch.no_grad():
         for start in range(0, len(batch), 2):
-            scores += module(pack(batch, [start, start + 1]), kind="scores").float().tolist()
+            packed = pack(batch, [start, start + 1]).to(device)
+            scores += module(packed, kind="scores").float().tolist()
     return scores

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray import environment
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
 from rlhf_ray.network import cluster_address
+from rlhf_ray.planning.gpus import count_gpus
 from rlhf_ray.planning.processors import processors
 
 UNIT = 10_000
@@ -45,8 +45,7 @@ def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:
     """What Ray will offer if the job starts it on this machine; none if the job joins a running cluster."""
     if cluster_address(cluster.address) is not None:
         return None
-    gpus = float("inf") if environment.accelerator() == "cuda" else 0.0  # Ray counts them when it starts
-    return {"CPU": float(cluster.num_cpus or processors()), "GPU": gpus}
+    return {"CPU": float(cluster.num_cpus or processors()), "GPU": float(count_gpus())}
 
 
 def require_fit(bundles: Sequence[Bundle], free: Free) -> None:

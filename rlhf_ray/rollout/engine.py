@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import GroupError, RequestError
+from rlhf_ray.models.devices import CPU
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed
 from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedWeights, shapes_on_disk
@@ -44,15 +46,17 @@ class RolloutEngine(ABC):
         weight_version: int = 0,
         seed: int = 0,
         deterministic: bool = False,
+        device: torch.device = CPU,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start from a directory that the policy wrote at ``weight_version``."""
+        """Start on ``device`` from a directory that the policy wrote at ``weight_version``."""
         _refuse_cut_distributions(config)
         self.model_dir = Path(model_dir)
         self.config = config
         self.stop_token_ids = tuple(stop_token_ids)
         self.rank = rank
         self.deterministic = deterministic
+        self.device = device
         self.stream_seed = request_seed(seed, 0, rank, 0) >> 32
         """The seed of the draws for requests that have none; it differs between engines."""
         self._clock = clock

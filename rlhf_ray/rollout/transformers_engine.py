@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from rlhf_ray import environment
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.rollout.engine import RolloutEngine
@@ -63,7 +62,6 @@ class TransformersEngine(RolloutEngine):
         """``settings`` are those of :class:`RolloutEngine`."""
         super().__init__(model_dir, config, **settings)
         transformers_logging.disable_progress_bar()
-        self.device = torch.device(environment.accelerator())
         self._hf_config = AutoConfig.from_pretrained(model_dir)
         self.vocabulary = self._hf_config.get_text_config().vocab_size
         self._model = self._ready(AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]))

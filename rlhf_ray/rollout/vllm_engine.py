@@ -46,7 +46,8 @@ class VllmEngine(RolloutEngine):
     def __init__(self, model_dir: str | Path, config: RolloutConfig, **settings: Any) -> None:
         """``settings`` are those of :class:`RolloutEngine`."""
         super().__init__(model_dir, config, **settings)
-        on_cpu = prepare_process()
+        on_cpu = self.device.type == "cpu"
+        prepare_process(self.device)
         _refuse_what_vllm_gets_wrong(self.model_dir, on_cpu=on_cpu)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
@@ -170,13 +171,12 @@ def vllm_dtype(dtype: Dtype) -> ModelDType:
     return cast("ModelDType", LONG_NAMES[dtype])
 
 
-def prepare_process() -> bool:
-    """Set what vLLM reads when it is imported; returns whether it will compute on the CPU."""
-    on_cpu = environment.accelerator() == "cpu"
-    environment.prepare()
+def prepare_process(device: torch.device) -> None:
+    """Set what vLLM reads when it is imported to compute on ``device``."""
+    on_cpu = device.type == "cpu"
+    environment.prepare(environment.for_process(device="cpu" if on_cpu else "cuda"))
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise RequestError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: an engine lives in its caller's process")
     if on_cpu:
         # vLLM compiles two helpers of its sampler on first use: 2 to 30 s for kernels that the CPU gains nothing by.
         torch.compiler.set_stance("force_eager")
-    return on_cpu

@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_ray.config.files.architectures import HEAD, OTHERWISE, not_one_score, vllm_refusal
 from rlhf_ray.config.files.encoders import encoder_type, not_in_vllm
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
+from rlhf_ray.models.devices import CPU
 from rlhf_ray.rollout.vllm_engine import prepare_process, vllm_dtype
 
 CPU_CACHE_BYTES = 2**30
@@ -28,8 +31,10 @@ GPU_SHARE = 0.9
 class VllmScorer:
     """A reward model in vLLM."""
 
-    def __init__(self, model: ModelConfig, *, max_item_tokens: int, gpus: float) -> None:
-        """``max_item_tokens`` bounds a sequence, as the model's positions do; ``gpus`` is the share of one to use."""
+    def __init__(
+        self, model: ModelConfig, *, max_item_tokens: int, device: torch.device = CPU, share: float = 1.0
+    ) -> None:
+        """``max_item_tokens`` bounds a sequence, as the model's positions do; ``share`` is that of a GPU which it may use."""
         assert model.path is not None, "the config takes scorer vllm only with a path"
         self.config = servable_config(model, max_item_tokens)
         self.vocabulary: int = self.config.get_text_config().vocab_size
@@ -37,7 +42,8 @@ class VllmScorer:
         self.max_item_tokens = min(
             max_item_tokens, longest_sequence(self.config.get_text_config().to_dict()) or max_item_tokens
         )
-        on_cpu = prepare_process()
+        on_cpu = device.type == "cpu"
+        prepare_process(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
             from vllm import LLM
@@ -54,7 +60,7 @@ class VllmScorer:
                 max_model_len=self.max_item_tokens,
                 enforce_eager=on_cpu,
                 kv_cache_memory_bytes=CPU_CACHE_BYTES if on_cpu else None,
-                gpu_memory_utilization=GPU_SHARE * min(gpus, 1.0) if gpus else GPU_SHARE,
+                gpu_memory_utilization=GPU_SHARE * share,
                 enable_prefix_caching=False,  # a score must not depend on what was scored before
                 use_tqdm_on_load=False,
                 pooler_config=PoolerConfig(use_activation=False),

@@ -200,7 +200,7 @@ def in_vllm(one: Architecture) -> float:
     """The scores of vLLM's pooling runner, as the service starts it."""
     from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
-    scorer = VllmScorer(ModelConfig(path=str(one.directory), dtype="fp32"), max_item_tokens=POSITIONS // 2, gpus=0)
+    scorer = VllmScorer(ModelConfig(path=str(one.directory), dtype="fp32"), max_item_tokens=POSITIONS // 2)
     scores = torch.tensor(scorer.scores([ids.tolist() for ids in items()]))
     with torch.no_grad():
         return relative(scores, torch.stack([one.score(ids, None) for ids in items()]))

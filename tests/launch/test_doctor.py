@@ -70,8 +70,8 @@ def test_without_torch_the_rest_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_driver_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-smi answers, and torch is a CPU build."""
-    monkeypatch.setattr(doctor, "accelerator", lambda: "cuda")
+    """CUDA's driver shows one, and torch is a CPU build."""
+    monkeypatch.setattr(doctor, "count_gpus", lambda: 1)
     finding = lines()["accelerators", "GPU"]
     assert "torch sees none" in finding.state and "requirements/gpu.txt" in finding.fix and finding.needed
 

@@ -114,9 +114,15 @@ def test_tied_embeddings_stay_tied(causal: Make) -> None:
     ("arguments", "message"),
     [
         ({"load_in_4bit": True}, "4-bit"),
-        ({"use_liger_kernel": True}, r"Liger kernels cannot be used here: there is no GPU. Leave use_liger_kernel off"),
+        (
+            {"use_liger_kernel": True},
+            r"Liger kernels cannot be used here: they run on GPUs only and the model is on the CPU. Leave use_liger_kernel off",
+        ),
         ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
-        ({"attn_implementation": "varlen", "strict_attention": True}, "varlen cannot be used here: there is no GPU"),
+        (
+            {"attn_implementation": "varlen", "strict_attention": True},
+            "varlen cannot be used here: it runs on GPUs only and the model is on the CPU",
+        ),
         ({"lora_rank": 2, "target_modules": ["nonsense"]}, r"nonsense.*k_proj"),
     ],
 )
@@ -132,4 +138,4 @@ def test_what_is_no_model_is_refused() -> None:
 
 def test_a_preferred_backend_that_cannot_run_is_reported(causal: Make) -> None:
     line = describe(Actor(causal(), param_dtype="fp32"))
-    assert "attention sdpa (flash_attention_2 preferred, but there is no GPU)" in line
+    assert "attention sdpa (flash_attention_2 preferred, but it runs on GPUs only and the model is on the CPU)" in line

@@ -16,14 +16,22 @@ from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.models.weights.load import check_packing, prepare_for_packs
 from rlhf_ray.trajectories.packing import Packed
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ON_CPU = "it runs on GPUs only and the model is on the CPU"
 
-def test_without_a_gpu_it_is_sdpa() -> None:
-    assert choose_backend("auto", torch.bfloat16, strict=True) == ("sdpa", None)
-    assert choose_backend("sdpa", torch.float32, strict=True) == ("sdpa", None)
+
+@pytest.mark.parametrize("torch_sees_a_gpu", [False, True])
+def test_on_the_cpu_it_is_sdpa_whatever_else_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch, torch_sees_a_gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees_a_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert choose_backend("auto", torch.bfloat16, CPU, strict=True) == ("sdpa", None)
+    assert choose_backend("sdpa", torch.float32, CPU, strict=True) == ("sdpa", None)
     for name in ("flash_attention_3", "flash_attention_2", "varlen"):
-        assert choose_backend(name, torch.bfloat16, strict=False) == ("sdpa", f"{name} preferred, but there is no GPU")
-        with pytest.raises(ModelLoadError, match=f"{name} cannot be used here: there is no GPU. Set attention to auto"):
-            choose_backend(name, torch.bfloat16, strict=True)
+        assert choose_backend(name, torch.bfloat16, CPU, strict=False) == ("sdpa", f"{name} preferred, but {ON_CPU}")
+        with pytest.raises(ModelLoadError, match=f"{name} cannot be used here: {ON_CPU}. Set .* one that can: sdpa"):
+            choose_backend(name, torch.bfloat16, CPU, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -39,16 +47,23 @@ def test_without_a_gpu_it_is_sdpa() -> None:
 def test_a_gpu_gets_the_best_that_is_installed(
     monkeypatch: pytest.MonkeyPatch, installed: tuple[int, ...], major: int, dtype: torch.dtype, expected: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     for version in (2, 3):
         monkeypatch.setattr(backends, f"is_flash_attn_{version}_available", lambda v=version: v in installed)
-    assert choose_backend("auto", dtype, strict=True) == (expected, None)
+    assert choose_backend("auto", dtype, GPU, strict=True) == (expected, None)
+
+
+def test_a_backend_that_the_gpu_lacks_is_refused_with_those_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(backends, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(backends, "is_flash_attn_3_available", lambda: True)
+    with pytest.raises(ModelLoadError, match=r"3 cannot be used here: it runs on Hopper .* one that can: varlen, sdpa"):
+        choose_backend("flash_attention_3", torch.bfloat16, GPU, strict=True)
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ModelLoadError, match="'eager': choose one of auto, flash_attention_3"):
-        choose_backend("eager", torch.float32, strict=False)
+        choose_backend("eager", torch.float32, CPU, strict=False)
 
 
 def call(module: nn.Module, segments: Segments | None, **options: object) -> Tensor:

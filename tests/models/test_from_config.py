@@ -110,7 +110,10 @@ def test_a_reward_model_whose_tokenizer_cannot_pad_gets_a_pad_token(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": "flash_attention_2"}, "flash_attention_2 cannot be used here: there is no GPU"),
+        (
+            {"attention": "flash_attention_2"},
+            "flash_attention_2 cannot be used here: it runs on GPUs only and the model is on the CPU",
+        ),
         ({"lora": {"rank": 2, "targets": ["nonsense"]}}, "nonsense"),
     ],
 )

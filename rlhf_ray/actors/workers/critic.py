@@ -25,6 +25,7 @@ class RegressionWorker(ModelWorker[Setup]):
         self.model = load_regression(
             setup.config.model,
             self.model_type,
+            device=self.device,
             ds_config=self._ds_config(setup),
             seed=setup.seed,
             tokenizer=self.tokenizer,

@@ -29,15 +29,16 @@ class EncoderRewardWorker(Worker):
     def setup(self, setup: RewardSetup) -> str:
         """Load the model; returns one line about it."""
         from rlhf_ray.models import load_tokenizer
+        from rlhf_ray.models.devices import placed_device
         from rlhf_ray.models.encoders import Encoder
 
         resources = setup.config.resources
+        device = placed_device(resources, self.role)
         torch.set_num_threads(resources.threads_per_rank)
         keep_freed_memory()
         self.settings = setup
         tokenizer = load_tokenizer(setup.config.model)
-        on_gpu = resources.gpus_per_rank > 0 and torch.cuda.is_available()
-        self.encoder = Encoder(setup.config.model, tokenizer, torch.device("cuda" if on_gpu else "cpu"))
+        self.encoder = Encoder(setup.config.model, tokenizer, device)
         self.scorer = TextPairScorer(
             tokenizer,
             self.encoder.config,

@@ -30,6 +30,7 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
+from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.storage.shared import SharedFile
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -106,10 +107,14 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     # Starting
 
     def setup(self, setup: Setup) -> str:
-        """Load the model and make the engine; returns the loader's one-line report."""
+        """Load the model and make the engine; returns the loader's one-line report.
+
+        Raises :class:`CapacityError` before anything is allocated if the device that this rank was placed on is not there.
+        """
         self.require_shared(setup.shared)
         self.config = setup.config
         self.settings = setup
+        self.device = placed_device(setup.config.resources, self.role)
         torch.set_num_threads(setup.config.resources.threads_per_rank)
         torch.manual_seed(setup.seed + self.rank)
         self._meet(setup.rendezvous, setup.collective_timeout_s)
@@ -124,7 +129,6 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
             total_updates=setup.total_updates,
             trainable=setup.total_updates is not None,
         )
-        self.device = self.engine.device
         self.phase = "ready"
         return line
 
@@ -138,7 +142,9 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         """Join the group's other ranks. Single ranks of several roles in one process share one process group."""
         if self.world_size == 1:
             if not torch.distributed.is_initialized():
-                distributed.init_process_group(self.rank, self.world_size, None, timeout_s=timeout_s)
+                distributed.init_process_group(
+                    self.rank, self.world_size, None, device=self.device, timeout_s=timeout_s
+                )
             return
         assert rendezvous is not None, "the driver says where several ranks meet"
         store = (
@@ -147,7 +153,9 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
             else distributed.rendezvous(self.rank, self.world_size, *rendezvous, timeout_s=timeout_s)
         )
         address = LOOPBACK if rendezvous[0] == LOOPBACK else self.node_address()
-        distributed.init_process_group(self.rank, self.world_size, store, address=address, timeout_s=timeout_s)
+        distributed.init_process_group(
+            self.rank, self.world_size, store, device=self.device, address=address, timeout_s=timeout_s
+        )
 
     def _read_the_longest(self, longest: int | None) -> None:
         """Refuse a model with fewer positions: one that comes from a hub is first seen here."""

@@ -32,7 +32,9 @@ class ReferenceWorker(ModelWorker[LanguageSetup]):
         from rlhf_ray.models import PackedPolicy, load_policy
         from rlhf_ray.models.description import describe
 
-        self.actor = load_policy(setup.config.model, ds_config=self._ds_config(setup), seed=setup.seed)
+        self.actor = load_policy(
+            setup.config.model, device=self.device, ds_config=self._ds_config(setup), seed=setup.seed
+        )
         return PackedPolicy(self.actor), describe(self.actor)
 
     @property

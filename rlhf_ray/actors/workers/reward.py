@@ -146,14 +146,16 @@ class VllmRewardWorker(Worker):
     def setup(self, setup: RewardSetup) -> str:
         """Load the model; returns one line about it."""
         from rlhf_ray.models import load_tokenizer
+        from rlhf_ray.models.devices import placed_device
         from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
+        resources = setup.config.resources
+        device = placed_device(resources, self.role)
         environment.prepare(variables_at(LOOPBACK))
         model = setup.config.model
         tokenizer = load_tokenizer(model)
-        self.runner = VllmScorer(
-            model, max_item_tokens=setup.max_item_tokens, gpus=setup.config.resources.gpus_per_rank
-        )
+        share = min(resources.gpus_per_rank, 1.0) or 1.0
+        self.runner = VllmScorer(model, max_item_tokens=setup.max_item_tokens, device=device, share=share)
         reading = None if self.runner.encoder else scoring_reading(setup, tokenizer, self.rank)
         scorer = TextPairScorer if self.runner.encoder else RequestScorer
         self.scorer = scorer(

@@ -16,9 +16,10 @@ from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.imports import quick_imports
+from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
-from rlhf_ray.rollout.engine import RolloutEngine
+from rlhf_ray.rollout.engine import ROLE, RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.storage.shared import SharedFile
@@ -40,7 +41,11 @@ class RolloutSetup:
 
 
 def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
-    """Start an engine of the configured backend."""
+    """Start an engine of the configured backend, on the device that it was placed on.
+
+    Raises :class:`CapacityError` before anything is allocated if that device is not there.
+    """
+    device = placed_device(setup.config.resources, ROLE)
     if setup.config.backend == "vllm":
         from rlhf_ray.rollout.vllm_engine import VllmEngine
 
@@ -57,6 +62,7 @@ def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
         weight_version=setup.weight_version,
         seed=setup.seed,
         deterministic=setup.deterministic,
+        device=device,
     )
 
 

@@ -59,7 +59,7 @@ class TrainedRewardWorker(RewardWorker):
         if self.rank != 0:
             return []
         with self.doing("score"):
-            return score_directory(directory, self.config.model, batch)
+            return score_directory(directory, self.config.model, batch, self.device)
 
     def compute_shape(self) -> ComputeShape:
         """What a token of this model costs."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.environment import Device
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
 ZeroStage = Annotated[int, Field(ge=0, le=3)]
@@ -86,3 +87,8 @@ class ResourcesConfig(Section):
     cpus_per_rank: PositiveFloat = 1.0
     gpus_per_rank: NonNegativeFloat = 0.0
     threads_per_rank: Positive = 1
+
+    @property
+    def device(self) -> Device:
+        """What each rank computes on; whoever loads or runs something for a rank takes it from here."""
+        return "cuda" if self.gpus_per_rank > 0 else "cpu"

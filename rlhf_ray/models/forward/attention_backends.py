@@ -1,4 +1,4 @@
-"""Attention backends for packs: which exist, which one suits this machine, and how transformers calls them.
+"""Attention backends for packs: which exist, which one suits a device, and how transformers calls them.
 
 Invariants:
 
@@ -119,12 +119,12 @@ REGISTERED = {backend: f"rlhf_ray_{number}" for number, backend in enumerate(KER
 """Names under which the backends are registered in transformers, which treats names with "flash" or "sdpa" specially."""
 
 
-def obstacle(backend: str, dtype: torch.dtype) -> str | None:
-    """Return why this machine cannot run ``backend`` in ``dtype``, or None if it can."""
+def obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why ``backend`` cannot run in ``dtype`` on ``device``, or None if it can."""
     if backend == "sdpa":
         return None
-    if not torch.cuda.is_available():
-        return "there is no GPU"
+    if device.type != "cuda":
+        return f"it runs on GPUs only and the model is on the {device.type.upper()}"
     if dtype == torch.float32:
         return "it computes in half precision only and the model is fp32"
     if backend == "flash_attention_2" and not is_flash_attn_2_available():
@@ -132,25 +132,28 @@ def obstacle(backend: str, dtype: torch.dtype) -> str | None:
     if backend == "flash_attention_3":
         if not is_flash_attn_3_available():
             return "the package flash-attn-3 is not installed"
-        if torch.cuda.get_device_capability()[0] != 9:
+        if torch.cuda.get_device_capability(device)[0] != 9:
             return "it runs on Hopper GPUs only"
     return None
 
 
-def choose_backend(preferred: str, dtype: torch.dtype, *, strict: bool) -> tuple[str, str | None]:
-    """Return the backend to use for ``preferred`` (a name or ``auto``) and, if it is another one, why.
+def choose_backend(preferred: str, dtype: torch.dtype, device: torch.device, *, strict: bool) -> tuple[str, str | None]:
+    """Return the backend to use on ``device`` for ``preferred`` (a name or ``auto``) and, if it is another one, why.
 
-    With ``strict``, a backend that cannot run here is an error; otherwise the fastest that can run takes its place.
+    With ``strict``, a backend that cannot run there is an error; otherwise the fastest that can run takes its place.
     """
     if preferred != "auto" and preferred not in KERNELS:
         raise ModelLoadError(f"unknown attention backend {preferred!r}: choose one of auto, {', '.join(KERNELS)}")
-    reason = None if preferred == "auto" else obstacle(preferred, dtype)
+    works = [backend for backend in KERNELS if obstacle(backend, dtype, device) is None]
+    reason = None if preferred == "auto" else obstacle(preferred, dtype, device)
     if preferred != "auto" and reason is None:
         return preferred, None
     if strict and reason is not None:
-        raise ModelLoadError(f"attention backend {preferred} cannot be used here: {reason}. Set attention to auto")
-    best = next(backend for backend in KERNELS if obstacle(backend, dtype) is None)
-    return best, None if preferred == "auto" else f"{preferred} preferred, but {reason}"
+        raise ModelLoadError(
+            f"attention backend {preferred} cannot be used here: {reason}. Set attention to auto, or to one that can: "
+            f"{', '.join(works)}"
+        )
+    return works[0], None if preferred == "auto" else f"{preferred} preferred, but {reason}"
 
 
 def _check_call(module: nn.Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:

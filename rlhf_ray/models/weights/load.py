@@ -58,6 +58,7 @@ def load_weights(
     *,
     heads: Collection[str] = (),
     ds_config: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
@@ -65,7 +66,8 @@ def load_weights(
     """Load a checkpoint into the class that ``auto`` chooses for it.
 
     ``heads`` names tensors of the checkpoint that are read elsewhere, so it is expected that the model leaves them
-    out. If ``ds_config`` asks for ZeRO-3, the model is built in shards, on all ranks together.
+    out. The whole model lies on ``device``; without one ``device_map`` says where, as in transformers. If ``ds_config`` asks
+    for ZeRO-3, the model is built in shards, on all ranks together, and lies where DeepSpeed puts it.
     """
     quantized: dict[str, Any] = {}
     if load_in_4bit:
@@ -74,6 +76,10 @@ def load_weights(
     if ds_config is not None and wants_shards(ds_config):
         sharded = load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
         return _finish(sharded, checkpoint, config)
+    if device is not None and (
+        device.type != "cpu" or load_in_4bit
+    ):  # to 4 bits transformers would use any GPU it sees
+        device_map = {"": device}
     try:
         with _quiet_transformers():
             loaded: Any = auto.from_pretrained(
@@ -169,19 +175,27 @@ def refuse_what_does_not_run(checkpoint: Checkpoint, *, scores: bool) -> None:
         raise ModelLoadError(f"{checkpoint.directory}: {reason}")
 
 
-def prepare_for_packs(model: PreTrainedModel, attention: str, *, strict: bool) -> tuple[str, str | None]:
+def prepare_for_packs(
+    model: PreTrainedModel, attention: str, *, strict: bool, device: torch.device | None = None
+) -> tuple[str, str | None]:
     """Turn dropout off and set the attention backend; return the backend and, if it is not ``attention``, why.
 
-    With ``strict``, an attention backend that cannot run here is an error.
+    The backend is one for ``device``, by default where the model lies. With ``strict``, it is an error if ``attention`` cannot
+    run there.
     """
     keep_config(model)
     refuse_extra_state(model)
     turn_dropout_off(model)
     check_packable(model)
     rotate_by_sequence(model)
-    backend, note = choose_backend(attention, model.dtype, strict=strict)
+    backend, note = choose_backend(attention, model.dtype, device or device_of(model), strict=strict)
     model.set_attn_implementation(REGISTERED[backend])
     return backend, note
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model computes that lies on one device."""
+    return input_embedding(model).weight.device
 
 
 def turn_dropout_off(model: PreTrainedModel) -> None:
@@ -235,8 +249,7 @@ def check_packing(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
     """
     if in_shards(model):
         return
-    embedding, training = input_embedding(model), model.training
-    device, rows = embedding.weight.device, embedding.num_embeddings
+    device, rows, training = device_of(model), input_embedding(model).num_embeddings, model.training
     # Three sequences: a prefix of 5 tokens with 2 more, the same prefix with 3 more, and one of 3 tokens.
     prefix, *others = (
         torch.arange(start, start + size, device=device) % rows for start, size in ((1, 5), (7, 2), (4, 3), (2, 3))

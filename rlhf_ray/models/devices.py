@@ -1,0 +1,47 @@
+"""The device of a rank: what it was placed on, held against what torch sees there.
+
+Invariants: a rank computes on the device that it was placed on, or is refused before anything is allocated. No other module
+asks torch or the driver whether there is a GPU, except for those that count the GPUs of a machine before anything is placed
+(:mod:`rlhf_ray.planning.gpus`) and that describe it (``rlhf-ray doctor``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.errors import CapacityError
+
+CPU = torch.device("cpu")
+
+
+def placed_device(resources: ResourcesConfig, role: str) -> torch.device:
+    """torch's name of the device that a rank of ``role`` was placed on: of its GPUs the first.
+
+    Raises :class:`CapacityError` if the rank was placed on more GPUs than torch sees in this process.
+    """
+    if resources.device == "cpu":
+        return CPU
+    placed, seen = math.ceil(resources.gpus_per_rank), torch.cuda.device_count()
+    if seen < placed:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        shown = "not set" if visible is None else repr(visible)
+        raise CapacityError(
+            f"the {role} was placed on {resources.gpus_per_rank:g} GPU (resources.gpus_per_rank), but torch "
+            f"{torch.__version__} sees {seen} in its process (CUDA_VISIBLE_DEVICES is {shown}): install the CUDA build on that "
+            "node (pip install -r requirements/gpu.txt) and a driver for it, or set gpus_per_rank to 0 to compute on the CPU"
+        )
+    return torch.device("cuda", 0)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from ``seed`` in the block; the generators of the CPU and of ``device`` are afterwards as they were before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,23 @@
+"""How many GPUs this machine offers, before anything is placed on them.
+
+Invariant: the number is that of CUDA itself, so ``CUDA_VISIBLE_DEVICES`` counts, and NVIDIA's management tools need not be
+there: a container may have GPUs without ``nvidia-smi``. Nothing is allocated on them, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+DRIVER = "libcuda.so.1"
+SUCCESS = 0
+
+
+def count_gpus() -> int:
+    """The GPUs that CUDA's driver shows to this process; 0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    found = driver.cuInit(0) == SUCCESS and driver.cuDeviceGetCount(ctypes.byref(count)) == SUCCESS
+    return count.value if found else 0

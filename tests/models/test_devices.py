@@ -1,0 +1,223 @@
+"""A rank computes on the device that it was placed on, or is refused; nothing asks the machine what to compute on.
+
+The 'meta' device stands for the GPU where a model is only put there.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import rlhf_ray
+from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
+from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
+from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker, VllmRewardWorker
+from rlhf_ray.actors.workers.rollout import RolloutSetup, RolloutWorker
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
+from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.errors import CapacityError
+from rlhf_ray.models import actor, from_config, load_policy, load_regression, regression_loading, reread
+from rlhf_ray.models.devices import placed_device, seeded
+from rlhf_ray.models.weights import load
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+PACKAGE = Path(rlhf_ray.__file__).parent
+MAKE = MakeConfig(shape="llama-tiny", tokenizer_from="world")
+GPU = torch.device("meta")
+LIBRARIES = {"torch.cuda", "cuda", "torch.accelerator"}
+ASKING = {"is_available", "device_count", "current_device", "is_initialized", "current_accelerator"}
+"""Functions of :data:`LIBRARIES` that tell what a machine has."""
+MAY_ASK = {"models/devices.py", "launch/doctor.py"}
+
+
+def questions(tree: ast.AST) -> list[str]:
+    """Every expression of a module that asks what the machine has: ``torch.cuda.is_available``, ``which("nvidia-smi")``."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ASKING and ast.unparse(node.value) in LIBRARIES:
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Constant) and node.value == "nvidia-smi":
+            found.append("nvidia-smi")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("get_accelerator"):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_only_the_module_of_devices_and_the_doctor_ask_what_there_is() -> None:
+    asking = {
+        str(path.relative_to(PACKAGE)): asked
+        for path in PACKAGE.rglob("*.py")
+        if (asked := questions(ast.parse(path.read_text("utf-8"))))
+    }
+    assert asking.keys() == MAY_ASK, asking
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if torch.cuda.is_available(): pass",
+        "from torch import cuda\ncuda.device_count()",
+        "shutil.which('nvidia-smi')",
+        "torch.accelerator.current_accelerator()",
+        "get_accelerator().name()",
+    ],
+)
+def test_such_a_question_would_be_seen(source: str) -> None:
+    assert len(questions(ast.parse(source))) == 1
+
+
+# What a rank was placed on
+
+
+def test_a_rank_without_a_gpu_computes_on_the_cpu_whatever_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert placed_device(ResourcesConfig(), "policy") == torch.device("cpu")
+    assert placed_device(ResourcesConfig(gpus_per_rank=0.5), "policy") == torch.device("cuda", 0)
+
+
+ON_GPU = ResourcesConfig(gpus_per_rank=1.0)
+
+
+@pytest.mark.parametrize(
+    ("worker", "setup"),
+    [
+        (PolicyWorker(), LanguageSetup(RoleConfig(model=ModelConfig(make=MAKE), resources=ON_GPU), seed=0)),
+        (
+            RewardWorker(),
+            RewardSetup(ScoringRole(model=ModelConfig(make=MAKE, head_init="zero"), resources=ON_GPU), seed=0),
+        ),
+        (EncoderRewardWorker(), RewardSetup(ScoringRole(model=ModelConfig(path="none"), resources=ON_GPU), seed=0)),
+        (VllmRewardWorker(), RewardSetup(ScoringRole(model=ModelConfig(path="none"), resources=ON_GPU), seed=0)),
+        (RolloutWorker(), RolloutSetup(RolloutConfig(resources=ON_GPU), "none", (), seed=0, deterministic=False)),
+        (
+            RolloutWorker(),
+            RolloutSetup(
+                RolloutConfig(resources=ON_GPU, backend="transformers"), "none", (), seed=0, deterministic=False
+            ),
+        ),
+    ],
+    ids=lambda value: getattr(value, "role", ""),
+)
+def test_a_rank_placed_on_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, worker: Any, setup: Any
+) -> None:
+    """There is no such model either, so whatever is read first would fail otherwise."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(CapacityError) as refused:
+        worker.setup(setup)
+    for part in (
+        f"the {worker.role} was placed on 1 GPU",
+        "sees 0",
+        "CUDA_VISIBLE_DEVICES is '3'",
+        "gpus_per_rank to 0",
+    ):
+        assert part in str(refused.value)
+
+
+def test_an_engine_of_four_gpus_needs_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(CapacityError, match=r"rollout was placed on 4 GPU .* sees 3"):
+        placed_device(ResourcesConfig(gpus_per_rank=4.0), "rollout")
+
+
+# Where models lie
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models on 'meta' have no numbers to run on."""
+    for module in (actor, regression_loading):
+        monkeypatch.setattr(module, "check_packing", lambda model, backbone: None)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    from_config.save_pretrained(load_policy(ModelConfig(make=MAKE)).model, None, made)
+    tokenizer = from_config.load_tokenizer(ModelConfig(make=MAKE))
+    tokenizer.save_pretrained(made)
+    return made
+
+
+LORA = LoraConfig(rank=2, targets=["q_proj"])
+
+
+def places(module: torch.nn.Module) -> set[str]:
+    """The devices on which the parameters lie; those of the buffers are checked where models run."""
+    return {parameter.device.type for parameter in module.parameters()}
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("made", [True, False], ids=["made", "loaded"])
+def test_every_model_lies_whole_on_the_device_of_its_rank(directory: Path, made: bool, lora: LoraConfig | None) -> None:
+    source: dict[str, Any] = {"make": MAKE} if made else {"path": str(directory)}
+    config = ModelConfig(**source, lora=lora, dtype="bf16")
+    assert places(load_policy(config, device=GPU)) == {"meta"}
+    with_head = ModelConfig(**source, lora=lora, dtype="bf16", head_init="inv_sqrt")
+    for kind in ("reward", "critic"):
+        assert places(load_regression(with_head, kind, device=GPU)) == {"meta"}
+
+
+def test_weights_in_4_bits_lie_on_the_named_device_and_not_on_any_that_transformers_sees(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    asked: list[Any] = []
+
+    def from_pretrained(*_: Any, device_map: Any, **__: Any) -> Any:
+        asked.append(device_map)
+        raise RuntimeError("seen")
+
+    auto: Any = SimpleNamespace(from_pretrained=from_pretrained)
+    checkpoint = load.Checkpoint.open(str(directory))
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        with pytest.raises(load.ModelLoadError, match="seen"):
+            load.load_weights(auto, checkpoint, torch.bfloat16, device=device, load_in_4bit=True)
+    assert asked == [{"": torch.device("cpu")}, {"": torch.device("cuda", 0)}]
+
+
+def test_a_kept_reward_model_is_read_back_and_scored_on_the_device_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    """Every tensor of a pack is moved: on 'meta' a forward pass over tensors of two devices is an error."""
+    config = ModelConfig(make=MAKE, head_init="inv_sqrt", dtype="bf16")
+    loaded_on: list[torch.device] = []
+    given: list[torch.device] = []
+
+    class Scores(torch.nn.Module):
+        def forward(self, packed: Any, kind: str) -> torch.Tensor:
+            given.extend(tensor.device for tensor in (packed.token_ids, packed.offsets, packed.position_ids))
+            return torch.zeros(len(packed))
+
+    def load_there(saved: ModelConfig, kind: str, *, device: torch.device) -> Any:
+        loaded_on.append(device)
+        return Scores()
+
+    monkeypatch.setattr(reread, "load_regression", load_there)
+    monkeypatch.setattr(reread, "PackedRegression", lambda module: module)
+    assert len(reread.score_directory(directory, config, TrajectoryBatch.from_sequences([[1, 2], [3]]), GPU)) == 2
+    assert loaded_on == [GPU] and set(given) == {GPU}
+
+
+def test_loading_leaves_the_generator_of_the_gpu_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every rank would draw the same dropout afterwards: that of the seed of its weights."""
+    kept: list[Any] = []
+    fork_rng = torch.random.fork_rng
+
+    def fork(devices: Any) -> Any:
+        kept.append(devices)
+        return fork_rng(devices=[])
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        with seeded(1, device):
+            pass
+    assert kept == [[], [torch.device("cuda", 0)]]
