@@ -20,6 +20,7 @@ from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
 from rlhf_ray.trajectories.schedule import Schedule, Update
 
@@ -115,9 +116,9 @@ class ReferenceGroup(Group):
 
 
 class PolicyGroup(ReferenceGroup):
-    def publish_weights(self, version: int) -> Pending[Any]:
-        """Return a handle of the weights for the rollout engines."""
-        return self.ranks.call_shared("publish_weights", [(version,)] * self.size)
+    def publish_weights(self, version: int) -> Pending[PublishedWeights]:
+        """Return rank 0's publication, by which the rollout engines find the weights."""
+        return self._everywhere("publish_weights", version).then(lambda published: published[0])
 
 
 class CriticGroup(Group):

@@ -48,11 +48,6 @@ class Ranks(Protocol):
         ``timeout_s`` is by default that of all calls (``cluster.call_timeout_s``); ``key`` names the key of another one.
         """
 
-    def call_shared(
-        self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
-    ) -> Pending[Any]:
-        """The same, but the result of rank 0 stays where it is; the handle can be an argument of other calls."""
-
     def share(self, value: Any) -> Any:
         """Put ``value`` where every rank can read it; the handle can be an argument of calls."""
 
@@ -87,11 +82,6 @@ class InProcessRanks:
         except Exception as error:
             raise GroupError(self.role, 0, phase or method, f"{error!r}\n{traceback.format_exc()}") from error
         return Pending.done([value])
-
-    def call_shared(
-        self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
-    ) -> Pending[Any]:
-        return self.call(method, arguments, phase=phase).then(lambda values: values[0])
 
     def share(self, value: Any) -> Any:
         return value
@@ -133,12 +123,6 @@ class RayRanks:
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
         return Pending(lambda: self._gather(references, phase or method, began, limit, name))
-
-    def call_shared(
-        self, method: str, arguments: Sequence[tuple[Any, ...]], *, phase: str | None = None
-    ) -> Pending[Any]:
-        wrapped = [(method, *own) for own in arguments]
-        return self.call("run_and_share", wrapped, phase=phase or method).then(lambda handles: handles[0][0])
 
     def share(self, value: Any) -> Any:
         import ray

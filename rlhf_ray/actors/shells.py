@@ -1,12 +1,13 @@
 """The workers as Ray actors: the same methods, each rank in a process of its own.
 
 Invariant: an actor adds to its worker only a name, the address of its node, a lane of its own for health checks, so that a
-rank inside a collective still answers, and handles for results that stay in the object store.
+rank inside a collective still answers, and Ray's object store for buckets of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import ray
@@ -22,6 +23,7 @@ with quick_imports():
     from rlhf_ray.actors.workers.reward import RewardWorker, VllmRewardWorker
     from rlhf_ray.actors.workers.rollout import RolloutWorker
     from rlhf_ray.actors.workers.trained_reward import TrainedRewardWorker
+    from rlhf_ray.rollout.wire import Bucket, PublishedWeights
 
 HEALTH_LANE = "health"
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -42,13 +44,13 @@ class RankShell(Worker):
     def node_address(self) -> str:
         return str(ray.util.get_node_ip_address())
 
-    def run_and_share(self, method: str, *arguments: Any) -> list[Any]:
-        """Run ``method`` and keep its result in the object store; a list, so that the handle travels and not the value."""
-        return [ray.put(getattr(self, method)(*arguments))]
-
 
 class PolicyModelActor(RankShell, PolicyWorker):
     """One rank of the policy."""
+
+    def keep_bucket(self, bucket: Bucket) -> Any:
+        """Copy a bucket into the object store, and nothing else: weights go there straight from the model."""
+        return ray.put(bucket)
 
 
 class ReferenceModelActor(RankShell, ReferenceWorker):
@@ -77,6 +79,12 @@ class EncoderRewardModelActor(RankShell, EncoderRewardWorker):
 
 class RolloutActor(RankShell, RolloutWorker):
     """One rollout engine."""
+
+    def receive(self, weights: PublishedWeights) -> None:
+        """Read one bucket after the other from the object store, and load it from there."""
+        handles = list(weights.buckets)
+        ray.wait(handles, num_returns=len(handles), timeout=0)  # those on another node start to come now
+        super().receive(replace(weights, buckets=map(ray.get, handles)))
 
 
 ACTORS: Mapping[WorkerKind, type[RankShell]] = {

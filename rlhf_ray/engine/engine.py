@@ -30,7 +30,7 @@ from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_grou
 from rlhf_ray.engine.report import Applied, Report, Totals
 from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
-from rlhf_ray.engine.weights import disk_weights, gathered_groups
+from rlhf_ray.engine.weights import copied, disk_weights, gathered_groups
 from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.models.regression import SequenceRegression
@@ -241,13 +241,18 @@ class Engine:
         Collective under ZeRO-3: every rank must iterate to the end. Rank 0 receives tensors on the CPU, the others empty
         groups.
         """
-        yield from gathered_groups(self.module if module is None else module, receive=self.rank == 0)
+        yield from map(copied, gathered_groups(self.module if module is None else module, receive=self.rank == 0))
 
     def disk_weights(self, model: PreTrainedModel | SequenceRegression) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of ``model``, which the wrapped module holds, by the names that they have on disk.
 
-        Collective under ZeRO-3, like :meth:`full_state`. This feeds saved directories and the rollout engines.
+        Collective under ZeRO-3, like :meth:`full_state`, and copied to the CPU like its tensors. This feeds saved directories.
         """
+        for group in disk_weights(model, receive=self.rank == 0):
+            yield from copied(group)
+
+    def disk_weights_in_place(self, model: PreTrainedModel | SequenceRegression) -> Iterator[tuple[str, Tensor]]:
+        """The same weights where they lie, without a copy, for the rollout engines: they change with the next update."""
         for group in disk_weights(model, receive=self.rank == 0):
             yield from group
 

@@ -2,7 +2,8 @@
 
 Invariants: every parameter and persistent buffer comes exactly once (a tied one under its first name), whole, and in the same
 order on every rank. Under ZeRO-3 all ranks walk together, and a group holds the tensors of one layer, so that no more than
-one layer is whole at a time. The parts of an adapted layer are in one group.
+one layer is whole at a time. The parts of an adapted layer are in one group. Nothing is copied: weights come where they lie, so
+that they change with the model, and what is computed from them (merged adapters, dequantised weights) is computed there.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ def layers(module: nn.Module) -> list[list[tuple[str, Tensor]]]:
 
 
 def gathered_groups(module: nn.Module, *, receive: bool) -> Iterator[Group]:
-    """Walk the layers of ``module``; yield the whole tensors of each on the CPU, or an empty list without ``receive``."""
+    """Walk the layers of ``module``; yield the whole tensors of each where they lie, or an empty list without ``receive``.
+
+    On a GPU use a group before the next one is asked for, or all layers that are held are whole at once.
+    """
     for layer in layers(module):
         with _gather([tensor for _, tensor in layer]):
-            group = [(name, _copy(tensor)) for name, tensor in layer] if receive else []
-        yield group
+            yield [(name, dequantized(tensor).detach()) for name, tensor in layer] if receive else []
 
 
 def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) -> Iterator[Group]:
@@ -70,5 +73,6 @@ def _gather(tensors: list[Tensor]) -> contextlib.AbstractContextManager[object]:
     return context
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return dequantized(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def copied(group: Group) -> Group:
+    """Return the tensors of ``group`` as contiguous tensors on the CPU, which no longer change with the model."""
+    return [(name, tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)) for name, tensor in group]

@@ -24,6 +24,7 @@ from rlhf_ray.rollout.engine import ROLE
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.health import ALIVE, EngineState, FleetHealth, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe, gather
+from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 Share = Sequence[GenerationRequest]
@@ -37,8 +38,8 @@ class EngineHandle(Protocol):
     def generate(self, requests: Share, deadline_s: float) -> Pending[list[Generation]]:
         """Start generating."""
 
-    def receive(self, weights: Any) -> Pending[None]:
-        """Start a weight update; ``weights`` is the published weights, or a handle that the engine's side resolves to them."""
+    def receive(self, weights: PublishedWeights) -> Pending[None]:
+        """Start an update by a publication, whose buckets the engine's side finds."""
 
     def probe(self) -> Pending[Probe]:
         """Ask the engine how it is."""
@@ -70,7 +71,7 @@ class Fleet:
 
     # Weights
 
-    def update_weights(self, version: int, weights: Any) -> None:
+    def update_weights(self, version: int, weights: PublishedWeights) -> None:
         """Send weights to every live engine; an engine that fails to take them is dead.
 
         If ``version`` is published already, only engines that do not have it get the weights.

@@ -3,7 +3,8 @@
 Invariants:
 
 - The checksum depends on names, dtypes, shapes, bytes and order. It does not depend on how the stream is cut into buckets, nor
-  on whether a weight travels as a tensor or as an array.
+  on whether a weight travels as a tensor or as an array, nor on the device that it is on.
+- Of a weight on the CPU nothing is copied before its bucket is kept.
 - An update is accepted only if it holds every weight of the model exactly once, with its shape on disk, and if the checksum of
   what arrived equals the checksum of what was sent.
 
@@ -15,8 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,32 +41,43 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """One publication: plain arrays, so that an object store hands them to every engine without a copy."""
+    """One publication; where it is kept in an object store, the buckets are handles."""
 
     version: int
-    buckets: tuple[tuple[tuple[str, Array], ...], ...]
+    buckets: Iterable[Any]
     checksum: str
 
 
+def as_it_is(bucket: Bucket) -> Any:
+    """Keep a bucket where it is: its weights must not change before the engines have taken them."""
+    return bucket
+
+
 def publish(
-    version: int, weights: Iterable[tuple[str, Tensor]], *, bucket_bytes: int = BUCKET_BYTES
+    version: int,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    keep: Callable[[Bucket], Any] = as_it_is,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> PublishedWeights:
     """Pack a stream of weights by name on disk; neighbours share a bucket until it holds ``bucket_bytes``.
 
-    Weights on the CPU are not copied: they must not change before the engines have taken them.
+    Each bucket goes to ``keep`` as soon as it is full, and what that returns is its handle. It holds plain arrays, which an
+    object store takes with one copy and hands to every engine of its node without another.
     """
     checksum = Checksum()
-    buckets: list[list[tuple[str, Array]]] = []
-    room = 0
+    kept: list[Any] = []
+    bucket: list[tuple[str, Array]] = []
     for name, tensor in weights:
-        array = to_array(tensor)
-        checksum.add(name, array)
-        if room <= 0:
-            buckets.append([])
-            room = bucket_bytes
-        buckets[-1].append((name, array))
-        room -= array.nbytes
-    return PublishedWeights(version, tuple(map(tuple, buckets)), checksum.hexdigest())
+        whole = tensor.detach().contiguous()
+        checksum.add(name, whole)
+        bucket.append((name, to_array(whole)))
+        if sum(array.nbytes for _, array in bucket) >= bucket_bytes:
+            kept.append(keep(tuple(bucket)))
+            bucket = []
+    if bucket:
+        kept.append(keep(tuple(bucket)))
+    return PublishedWeights(version, tuple(kept), checksum.hexdigest())
 
 
 def to_array(weight: Array | Tensor) -> Array:
@@ -89,21 +100,52 @@ def to_tensor(weight: Array | Tensor) -> Tensor:
 
 
 class Checksum:
-    """Of a stream of weights, in order: a hash over names, dtypes, shapes and the CRC of the bytes of each."""
+    """Of a stream of weights, in order: a hash over names, dtypes, shapes and the digest of the bytes of each."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._weights: list[tuple[str, str, tuple[int, ...], Tensor]] = []
 
     def add(self, name: str, weight: Array | Tensor) -> None:
-        """Add one weight to the checksum."""
-        array = to_array(weight)
-        dtype = "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8).data)
-        self._hash.update(json.dumps([name, dtype, list(array.shape), crc]).encode())
+        """Add one weight to the checksum. On a GPU this only enqueues work."""
+        tensor = to_tensor(weight)
+        self._weights.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(tensor)))
 
     def hexdigest(self) -> str:
         """The checksum of all weights added so far."""
-        return self._hash.hexdigest()
+        digests = torch.stack([last.reshape(()) for *_, last in self._weights]).tolist() if self._weights else []
+        total = hashlib.sha256()
+        for (name, dtype, shape, _), number in zip(self._weights, digests, strict=True):
+            total.update(json.dumps([name, dtype, shape, number]).encode())
+        return total.hexdigest()
+
+
+DIGEST_WORDS = 1024
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> Tensor:
+    """A number that depends on every byte of ``tensor`` and on its place, computed where the tensor lies; a scalar, int64.
+
+    The bytes are read as words of 8 in rows of ``DIGEST_WORDS``. The number is the sum of the sums of rows, each times an odd
+    number, and of columns, each times an even one, modulo 2**64. So each word counts an odd number of times, and one that
+    changed always changes the digest.
+    """
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:  # a view of a packed buffer
+        data = data.clone()
+    whole = data.numel() // (8 * DIGEST_WORDS) * 8 * DIGEST_WORDS
+    rest = torch.zeros(8 * DIGEST_WORDS, dtype=torch.uint8, device=data.device)
+    rest[: data.numel() - whole] = data[whole:]
+    words = data[:whole].view(torch.int64).reshape(-1, DIGEST_WORDS)
+    last = rest.view(torch.int64)
+    rows = torch.cat([words.sum(1), last.sum(0, keepdim=True)])
+    columns = words.sum(0) + last
+    return (rows * _factors(len(rows), 1, data.device)).sum() + (columns * _factors(len(columns), 2, data.device)).sum()
+
+
+def _factors(count: int, first: int, device: torch.device) -> Tensor:
+    """``count`` numbers, all odd or all even as ``first`` is, in steps of about 2**64 over the golden ratio."""
+    return torch.arange(count, device=device) * -7046029254386353132 + first
 
 
 class IncomingUpdate:
@@ -124,9 +166,8 @@ class IncomingUpdate:
                 raise WireError(f"weight {name!r} {known}")
             if tuple(weight.shape) != shape:
                 raise WireError(f"weight {name!r} has shape {tuple(weight.shape)}, but the model's has {shape}")
-            tensor = to_tensor(weight)
             self._checksum.add(name, weight)
-            weights.append((name, tensor))
+            weights.append((name, to_tensor(weight)))
         return weights
 
     def close(self, checksum: str) -> None:

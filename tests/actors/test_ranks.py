@@ -57,9 +57,6 @@ class Rank:
             os._exit(1)
         return 0
 
-    def run_and_share(self, method: str, *arguments: object) -> list[object]:
-        return [ray.put(getattr(self, method)(*arguments))]
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -147,12 +144,6 @@ def test_a_death_is_told_of_the_rank_that_died_and_its_node_whichever_peer_notic
         ranks.call("lose_rank_0", [(dies_s, fails_s, answered)] * 2, phase="update").result()
     assert isinstance(caught.value, DeadRankError)
     assert "Rank 1 noticed: RuntimeError('Connection closed by peer')" in str(caught.value)
-
-
-def test_a_shared_result_stays_in_the_object_store_until_it_is_used(ranks: RayRanks) -> None:
-    handle = ranks.call_shared("double", [(5,), (6,)]).result()
-    assert isinstance(handle, ray.ObjectRef)
-    assert ranks.call("double", [(handle,), (handle,)]).result() == [20, 21]
 
 
 def test_more_than_the_cluster_has_is_refused_before_anything_is_placed(cluster: Cluster) -> None:

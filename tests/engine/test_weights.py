@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.engine.weights import disk_weights, gathered_groups, layer_name, layers
+from rlhf_ray.engine.weights import copied, disk_weights, gathered_groups, layer_name, layers
 from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import to_disk_names
+from rlhf_ray.models.weights.lora import add_lora
 from rlhf_ray.models.weights.tiny_llama import make_model
 
 
@@ -35,11 +36,13 @@ def test_layers_hold_every_parameter_once_in_the_order_of_the_module() -> None:
     assert [len(layer) for layer in grouped] == [1, 9, 9, 1, 1]
 
 
-def test_groups_are_copies() -> None:
+def test_groups_are_the_weights_themselves_until_they_are_copied() -> None:
     module = nn.Linear(3, 2)
     groups = list(gathered_groups(module, receive=True))
+    copies = list(map(copied, groups))
     module.weight.data.zero_()
-    assert groups[0][0][1].abs().sum() > 0
+    assert groups[0][0][1].abs().sum() == 0
+    assert copies[0][0][1].abs().sum() > 0
     assert list(gathered_groups(module, receive=False)) == [[], []]
 
 
@@ -61,3 +64,16 @@ def test_weights_in_four_bits_come_dequantised(tmp_path: Path) -> None:
     actual, plain = named(disk_weights(model, receive=True)), make_model("llama-tiny", 32).state_dict()
     assert {name: tensor.shape for name, tensor in actual.items()} == {n: t.shape for n, t in plain.items()}
     assert all(actual[name].equal(tensor) for name, tensor in to_disk_names(model)) and len(actual) == len(plain)
+
+
+def test_adapters_are_merged_on_the_device_of_the_weights() -> None:
+    """On the device without memory, which stands for a GPU here: nothing may come to the CPU before it is merged."""
+    model = make_model("llama-tiny", 32)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    add_lora(model, rank=2, alpha=4)
+    try:
+        merged = named(disk_weights(model.to("meta"), receive=True))
+    except NotImplementedError as error:
+        raise AssertionError(f"a weight left its device before it was merged: {error}") from error
+    assert {name: tensor.shape for name, tensor in merged.items()} == shapes
+    assert {tensor.device.type for tensor in merged.values()} == {"meta"}

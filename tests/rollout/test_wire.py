@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.errors import WireError
-from rlhf_ray.rollout.wire import Checksum, IncomingUpdate, publish, shapes_on_disk, to_array, to_tensor
+from rlhf_ray.rollout.wire import (
+    DIGEST_WORDS,
+    Checksum,
+    IncomingUpdate,
+    digest,
+    publish,
+    shapes_on_disk,
+    to_array,
+    to_tensor,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Weights = list[tuple[str, torch.Tensor]]
@@ -69,6 +78,26 @@ def test_the_checksum_sees_one_bit_one_name_one_dtype_one_shape(index: int) -> N
     sums = {checksum([*weights[:index], change, *weights[index + 1 :]]) for change in changes}
     assert len(sums | {checksum(weights)}) == 5
     assert checksum(weights[::-1]) != checksum(weights)
+
+
+@pytest.mark.parametrize("words", [3, DIGEST_WORDS, 3 * DIGEST_WORDS + 5])
+def test_a_digest_sees_every_bit_of_a_word_and_every_exchange_of_words(words: int) -> None:
+    weight = torch.randn(2 * words)
+    before = digest(weight).item()
+    for bit in range(64):
+        changed = weight.clone()
+        changed.view(torch.int64)[words // 2] ^= 1 << bit if bit < 63 else -(2**63)
+        assert digest(changed).item() != before, f"bit {bit}"
+    for first, second in ((0, 1), (0, words - 1), (words // 2, words - 1)):
+        changed = weight.clone()
+        changed.view(torch.int64)[[first, second]] = weight.view(torch.int64)[[second, first]]
+        assert digest(changed).item() != before, f"words {first} and {second}"
+
+
+def test_a_digest_is_of_the_bytes_and_not_of_where_they_lie() -> None:
+    packed = torch.arange(5000, dtype=torch.uint8)
+    assert digest(packed[2:4002]).item() == digest(packed[2:4002].clone()).item()
+    assert digest(packed[:7]).item() != digest(packed[:6]).item()
 
 
 def test_a_whole_update_is_accepted_as_tensors() -> None:

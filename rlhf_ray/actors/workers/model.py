@@ -250,7 +250,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         return Vocabulary(fingerprint(tokenizer), int(self.hf_model.config.get_text_config().vocab_size))
 
     def disk_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Whole weights by their names on disk, on rank 0; the other ranks take part and get none."""
+        """Copies of the whole weights by their names on disk, on rank 0; the other ranks take part and get none."""
         return self.engine.disk_weights(self.hf_model)
 
 

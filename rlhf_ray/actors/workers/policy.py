@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup
-from rlhf_ray.rollout.wire import PublishedWeights
+from rlhf_ray.rollout.wire import Bucket, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch
@@ -59,9 +59,16 @@ class PolicyWorker(ReferenceWorker):
         return module(packed, temperature=self.settings.temperature, with_entropy=True)
 
     def publish_weights(self, version: int) -> PublishedWeights | None:
-        """All weights by their names on disk, in buckets with checksums, on rank 0; the other ranks take part."""
+        """All weights by their names on disk, in buckets with a checksum, on rank 0; the other ranks take part.
+
+        They must not change before the engines have taken them: no bucket is a copy unless :meth:`keep_bucket` makes one.
+        """
         from rlhf_ray.rollout.wire import publish
 
         with self.doing("publish_weights"):
-            weights = publish(version, self.disk_weights())
-        return weights if self.rank == 0 else None
+            published = publish(version, self.engine.disk_weights_in_place(self.hf_model), keep=self.keep_bucket)
+        return published if self.rank == 0 else None
+
+    def keep_bucket(self, bucket: Bucket) -> Any:
+        """Keep a bucket until the engines have taken it; returns what they find it by: itself in the same process."""
+        return bucket

@@ -1,7 +1,6 @@
 """The worker that runs one rollout engine, and the handle with which the fleet reaches it.
 
-Invariants: a vLLM engine has a process of its own, because vLLM sets the thread count of its whole process; weights reach an
-engine as a handle, which it reads from the object store itself.
+Invariant: a vLLM engine has a process of its own, because vLLM sets the thread count of its whole process.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_ray import environment
 from rlhf_ray.actors.ranks import Ranks
@@ -118,7 +116,7 @@ class RanksHandle:
         answer = self.ranks.call("generate", [(list(requests), deadline_s)], timeout_s=limit_s, key=key)
         return answer.then(lambda values: values[0])
 
-    def receive(self, weights: Any) -> Pending[None]:
+    def receive(self, weights: PublishedWeights) -> Pending[None]:
         return self.ranks.call("receive", [(weights,)]).then(lambda values: None)
 
     def probe(self) -> Pending[Probe]:

@@ -28,6 +28,8 @@ ADAPTER = "default"
 """The name under which PEFT keeps an adapter in memory."""
 ADAPTED_PARTS = frozenset({"base_layer", "lora_A", "lora_B"})
 """What PEFT calls the parts of a layer that has an adapter."""
+MERGED_AT_ONCE = 2**17
+"""Numbers of a weight that are merged at a time on the CPU: in fp32 they fit into a core's cache."""
 EVERY_LINEAR = "all-linear"
 """The target that stands for every linear layer."""
 LINEAR = (nn.Linear, Conv1D)
@@ -159,8 +161,18 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 
+@torch.no_grad()
 def _merge(layer: Any, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Compute ``W + scaling * B A`` in fp32, on the device of ``W``.
+
+    On the CPU it is done some rows at a time, which stay in the cache: whole matrices in fp32 would be fresh memory each, which
+    takes most of the time.
+    """
     weight = tensors[f"{name}.base_layer.weight"]
-    down, up = tensors[f"{name}.lora_A.{ADAPTER}.weight"], tensors[f"{name}.lora_B.{ADAPTER}.weight"]
-    change = layer.scaling[ADAPTER] * (up.float() @ down.float())
-    return torch.add(weight.float(), change.T if layer.fan_in_fan_out else change).to(weight.dtype)
+    down, up = (tensors[f"{name}.lora_{part}.{ADAPTER}.weight"].float() for part in "AB")
+    left, right = (down.T, up.T) if layer.fan_in_fan_out else (up, down)
+    rows = max(1, MERGED_AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    whole = torch.empty_like(weight)
+    for part, old, factor in zip(whole.split(rows), weight.split(rows), left.split(rows), strict=True):
+        part.copy_(torch.addmm(old.float(), factor, right, alpha=layer.scaling[ADAPTER]))
+    return whole
