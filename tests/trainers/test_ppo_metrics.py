@@ -57,4 +57,4 @@ def test_a_cut_distribution_is_named() -> None:
 
 def test_another_model_in_the_rollout_is_named() -> None:
     message = warning_about(sampled(top_k=3, rollout_shift=0.2)) or ""
-    assert "Rollout and trainer differ by 0.2 nats" in message and "rollout.dtype (fp32)" in message
+    assert "Rollout and trainer differ by 0.2 nats a token" in message and "rollout.dtype (fp32)" in message

@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_ray.config.files.reward_record import KEY
 from rlhf_ray.data.load import load_demonstrations, load_pairs
 from rlhf_ray.errors import IntegrityError
+from rlhf_ray.evaluation.agreement import Bounds
 from rlhf_ray.launch.export import export
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.directory import RunDirectory
@@ -233,7 +234,9 @@ def test_an_adapter_is_saved_alone_with_its_head_and_normalisation(tmp_path: Pat
 def test_an_adapter_over_four_bits_is_read_back_over_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = train(config_of(tmp_path / "base", *SHORT)).final
     model = f"reward.model={{path: {base}, head_init: inv_sqrt, make: null, dtype: bf16, quantization: nf4, lora: {{rank: 4}}}}"
-    monkeypatch.setitem(reward_saving.AGREES_TO, "bf16", 0.01)  # over whole weights scores differ by more
+    monkeypatch.setitem(
+        reward_saving.AGREES_TO, "bf16", Bounds.of_all(0.01)
+    )  # over whole weights scores differ by more
     run = train(config_of(tmp_path / "adapter", *SHORT, model, "save=adapter", "run.deterministic=false"))
     assert (run.final / "adapter_model.safetensors").exists()
 

@@ -153,16 +153,13 @@ class Experience:
         """One result a sample, in order; a sample that the source fails at is tried again for ``reward.hold_s`` seconds."""
         return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
 
-    def require_rewards(self, samples: Sequence[TextSample]) -> list[float]:
-        """The reward of every sample, in order; raises :class:`ScoringError` where one has none."""
+    def require_rewards(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
+        """One result a sample, in order, each with a reward; raises :class:`ScoringError` where one has none."""
         results = self.score(samples)
-        self._require_all(results)
-        return [float(result.reward) for result in results if result.reward is not None]
-
-    def _require_all(self, results: Sequence[ScoreResult]) -> None:
         errors = [result.error for result in results if result.error is not None]
         if errors:
             raise ScoringError(f"no reward for {len(errors)} of {len(results)} samples, such as: {errors[0]}")
+        return results
 
     def rows_to_keep(
         self, samples: Sequence[TextSample], results: Sequence[ScoreResult], what: str = "reward"

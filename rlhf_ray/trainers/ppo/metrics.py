@@ -15,11 +15,12 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.ends import EndTokens, why_cut
 from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.evaluation.agreement import Spread
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.experience import TERM
 from rlhf_ray.trainers.ppo.gold import Gold
 from rlhf_ray.trainers.ppo.sampling import Collected
-from rlhf_ray.trainers.ppo.self_check import LOG_PROB_LIMITS, log_prob_difference
+from rlhf_ray.trainers.ppo.self_check import log_prob_bounds, log_prob_difference
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 ERRORS_BELOW_ZERO = 4.0
@@ -98,12 +99,11 @@ def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
     mean, error = float(kl.mean()), float(kl.std(unbiased=False)) / len(kl) ** 0.5
     if mean + ERRORS_BELOW_ZERO * error >= 0.0:
         return None
-    difference, rollout = float(log_prob_difference(batch).max()), config.rollout
-    limit = max(LOG_PROB_LIMITS[dtype] for dtype in (config.policy.model.dtype, rollout.dtype))
+    spread, rollout = Spread(log_prob_difference(batch)), config.rollout
     text = f"KL from the reference is {mean:.3g} nats, {-mean / error:.1f} standard errors below 0: answers are not drawn from "
-    if difference > limit:
+    if not spread.within(log_prob_bounds(config)):
         return (
-            f"{text}the policy that is measured. Rollout and trainer differ by {difference:.2g} nats in a token's log-prob: "
+            f"{text}the policy that is measured. Rollout and trainer differ by {spread.mean:.2g} nats a token on average: "
             f"compare rollout.dtype ({rollout.dtype}) with policy.model.dtype ({config.policy.model.dtype})"
         )
     return (

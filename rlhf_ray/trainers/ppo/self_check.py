@@ -14,8 +14,10 @@ from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
+from rlhf_ray.evaluation.agreement import LOG_PROB_BOUNDS, SCORE_BOUNDS, Bounds, Spread, loosest
 from rlhf_ray.monitoring.report.summary import Check
-from rlhf_ray.rewards.mixture import MixtureSource
+from rlhf_ray.rewards.mixture import MixedResult, MixtureSource
+from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource, RewardSource
 from rlhf_ray.trainers.ppo.experience import Experience
@@ -23,10 +25,6 @@ from rlhf_ray.trainers.ppo.roles import Schedules
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-LOG_PROB_LIMITS = {"fp32": 1e-4, "bf16": 5e-1, "fp16": 5e-2}
-"""Largest difference of a token's log-prob (nats) between trainer and rollout that rounding explains, by dtype."""
-SCORE_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-"""Largest difference of a score between two batches that rounding explains, relative to the size of scores, by dtype."""
 CHECKED_ALONE = 4
 """So many samples are scored again, one by one."""
 
@@ -105,15 +103,8 @@ class SelfCheck:
 
     def same_log_probs(self, batch: TrajectoryBatch, name: str = LOG_PROBS) -> Check:
         """Trainer and rollout give the same log-probs to the same tokens."""
-        largest = float(log_prob_difference(batch).max())
-        dtypes = {self.config.policy.model.dtype, self.config.rollout.dtype}
-        limit = max(LOG_PROB_LIMITS[dtype] for dtype in dtypes)
-        return Check(
-            name,
-            f"differ by {largest:.1e} nats at most",
-            f"<= {limit:g}",
-            largest <= limit,
-        )
+        spread, bounds = Spread(log_prob_difference(batch)), log_prob_bounds(self.config)
+        return Check(name, f"differ by {spread} nats over {spread.count} tokens", str(bounds), spread.within(bounds))
 
     def first_ratio(self, batch: TrajectoryBatch, schedules: Schedules) -> Check:
         """The first update sees ratios of exactly 1, although the old log-probs come from a call of their own."""
@@ -140,15 +131,10 @@ class SelfCheck:
         """The reward of a text does not depend on the batch it is scored in."""
         few = list(samples[:CHECKED_ALONE])
         together = batch["score"][: len(few)]
-        alone = torch.tensor([self.experience.require_rewards([sample])[0] for sample in few])
-        largest = float((together - alone).abs().max())
-        limit = self._score_limit(together)
-        return Check(
-            SCORE_ALONE,
-            f"differ by {largest:.1e} at most",
-            f"<= {limit:.1e}",
-            largest <= limit,
-        )
+        results = [self.experience.require_rewards([sample])[0] for sample in few]
+        spread = Spread(together - torch.tensor([result.reward for result in results]))
+        bounds = self._score_bounds([together.abs().max(), *map(size, results)])
+        return Check(SCORE_ALONE, f"differ by {spread}", str(bounds), spread.within(bounds))
 
     def same_form(self, samples: Sequence[TextSample]) -> list[Check]:
         """A reward model that is asked about ids gives them the score of their text, which it encodes as in its training.
@@ -164,17 +150,16 @@ class SelfCheck:
         if failed is not None:
             return [Check(SAME_FORM, f"no score: {failed}", "a score in both forms", False)]
         scores = torch.tensor([[form.by_ids.raw, form.by_text.raw] for form in forms], dtype=torch.float64).view(-1, 2)
-        largest = float((scores[:, 0] - scores[:, 1]).abs().max()) if forms else 0.0
+        spread = Spread(scores[:, 0] - scores[:, 1] if forms else torch.zeros(1))
         cut = sum(not form.sample.finished for form in forms)
-        measured = f"{len(forms)} of {len(talks) * len(models)} answers ({cut} cut) differ by {largest:.1e} at most"
-        limit = self._score_limit(scores)
-        return [Check(SAME_FORM, measured, f"<= {limit:.1e}", largest <= limit)]
+        measured = f"{len(forms)} of {len(talks) * len(models)} answers ({cut} cut) differ by {spread}"
+        bounds = self._score_bounds(scores.abs().flatten().tolist())
+        return [Check(SAME_FORM, measured, str(bounds), spread.within(bounds))]
 
-    def _score_limit(self, scores: torch.Tensor) -> float:
-        """The largest difference of scores of this size that rounding explains."""
+    def _score_bounds(self, sizes: Sequence[float | torch.Tensor]) -> Bounds:
+        """What differences of scores of these sizes keep to."""
         dtypes = [role.model.dtype for role in self.config.reward.roles.values()]
-        size = float(scores.abs().max()) if scores.numel() else 0.0
-        return max(SCORE_LIMITS[dtype] for dtype in [*dtypes, "fp32"]) * max(1.0, size)
+        return loosest(SCORE_BOUNDS[dtype] for dtype in [*dtypes, "fp32"]).times(max(1.0, *map(float, sizes)))
 
     def tokenizers(self) -> Check:
         """States what the reward sources read: ids only if they have the policy's tokenizer. It cannot fail."""
@@ -197,6 +182,20 @@ def model_sources(source: RewardSource) -> list[ModelSource]:
     if isinstance(source, MixtureSource):
         return [model for term in source.terms.values() for model in model_sources(term.source)]
     return [source] if isinstance(source, ModelSource) else []
+
+
+def log_prob_bounds(config: PpoConfig) -> Bounds:
+    """What differences of log-probs between trainer and rollout keep to in sound runs of these dtypes."""
+    policy, rollout = config.policy.model.dtype, config.rollout.dtype
+    if rollout == "fp32" and config.rollout.resources.gpus_per_rank > 0:
+        rollout = "fp16"  # kernels on a GPU multiply fp32 as TF32, which has as many bits; not measured by us yet
+    return loosest(LOG_PROB_BOUNDS[dtype] for dtype in (policy, rollout))
+
+
+def size(result: ScoreResult) -> float:
+    """How large the numbers were of which a reward was made: rounding is relative to them."""
+    terms = result.terms if isinstance(result, MixedResult) else None
+    return max(abs(number) for number in (result.raw, result.reward, *(terms or {}).values()) if number is not None)
 
 
 def log_prob_difference(batch: TrajectoryBatch) -> torch.Tensor:

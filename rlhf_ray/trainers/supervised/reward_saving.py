@@ -22,15 +22,16 @@ from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.data.load import load_demonstrations
 from rlhf_ray.errors import IntegrityError
+from rlhf_ray.evaluation.agreement import Bounds, Spread
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import deal_packs
 
 CONFIG = "config.json"
 RESCORED_PAIRS = 8
-AGREES_TO = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
-"""Largest difference of a score relative to 1 + |score|, by dtype. In half precision another device, another pack and a merged
-adapter each change a score a little."""
+AGREES_TO = {"fp32": Bounds.of_all(1e-3), "bf16": Bounds(0.05, 0.3, 0.3, 0.3), "fp16": Bounds(0.01, 0.06, 0.06, 0.06)}
+"""What differences of scores relative to 1 + |score| keep to, by dtype. In half precision another device, another pack and a
+merged adapter each change a score a little."""
 
 
 class RewardSaver:
@@ -82,14 +83,14 @@ class RewardSaver:
         save(str(pending.path), {**normalization, KEY: self._record.as_json()}).result()
         live = self.scores(self._again)
         read = torch.tensor(self.reward.scores_on_disk(str(pending.path), self._again).result())
-        off = float(((live - read).abs() / (1.0 + live.abs())).max())
-        bound = AGREES_TO[self.config.reward.model.dtype]
-        if not off <= bound:
+        off = Spread((live - read) / (1.0 + live.abs()))
+        bounds = AGREES_TO[self.config.reward.model.dtype]
+        if not off.within(bounds):
             raise IntegrityError(
                 f"{pending.target.name}/ was written and read again, but its scores of {len(live)} sequences differ from those "
-                f"of the model in training by up to {off:.2g} of 1 + |score| (bound {bound:g}): it was not kept"
+                f"of the model in training, in parts of 1 + |score|: {off}, wanted {bounds}. It was not kept"
             )
-        get_logger("rm").info("%s/: read back, scores equal to %.1e", pending.target.name, off)
+        get_logger("rm").info("%s/: read back, scores equal to %.1e", pending.target.name, off.largest)
 
     def normalization(self, figures: Mapping[str, float]) -> dict[str, float]:
         """``mean`` and ``std`` for ``config.json``; empty if there was no evaluation or the config wants none."""
