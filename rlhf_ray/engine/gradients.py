@@ -78,9 +78,9 @@ class FullPrecisionSums:
 
     def hand_over(self) -> None:
         """Give every parameter its summed gradient, rounded once, and start a new sum."""
-        for parameter, total in self._sums.items():
-            parameter.grad = total.to(parameter.dtype)
-        self._sums.clear()
+        for parameter in list(self._sums):
+            # Each sum goes before the next gradient comes, so that never all of both are held.
+            parameter.grad = self._sums.pop(parameter).to(parameter.dtype)
 
     def remove(self) -> None:
         """Stop adding."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import held_memory
 import psutil
 import torch
 from inspect_engine import bits, digest, first_gradient, same_bits, steps, weights
@@ -391,6 +392,7 @@ def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
         yield f"matrix-{dtype}-zero{zero}-{count}", lambda d=dtype, z=zero, c=count: matrix(program, z, d, c)
     for zero in range(4):
         yield f"tied-fp32-zero{zero}-4", lambda z=zero: matrix(program, z, "fp32", 4, tied=True)
+    yield from held_memory.scenarios(program.world)
     if program.world == 1:
         return
     for dtype, zero in product(("fp32", "bf16"), range(4)):

@@ -21,8 +21,12 @@ import psutil
 import pytest
 
 import rlhf_ray
+from rlhf_ray.config.sections.engine import EngineConfig
+from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import rendezvous
 from rlhf_ray.network import LOOPBACK, interface_with, is_loopback
+from rlhf_ray.planning.memory import BUCKET, BYTES, Phase, engine_parts
+from rlhf_ray.planning.model_size import ModelSize
 
 pytestmark = pytest.mark.early
 
@@ -264,3 +268,46 @@ def test_the_port_of_a_rendezvous_is_held_from_the_moment_it_is_chosen() -> None
     assert listening == {(LOOPBACK, store.port)}
     store.set("from", "rank 0")
     assert rendezvous(1, 2, LOOPBACK, store.port).get("from") == b"rank 0"
+
+
+ALONE = [f"bf16-zero{zero}-none" for zero in range(4)]
+HELD = [
+    *((1, case) for case in ALONE), *((2, case) for case in ALONE),
+    *((2, f"bf16-zero{zero}-optimizer") for zero in (1, 2, 3)), (2, "bf16-zero3-all"), (2, "fp32-zero2-optimizer"),
+    *((2, f"{name}-zero{zero}-none") for name, zero in product(("fp32", "lora"), (0, 3))),
+]  # fmt: skip
+LAYERS, WIDTH, ADAPTER = 16, 256, 32
+"""Of ``held_memory.py``."""
+
+
+@pytest.mark.parametrize(("world", "case"), HELD)
+def test_an_engine_holds_the_bytes_that_planning_says(world: int, case: str, measured: dict[int, Ranks]) -> None:
+    name, zero, offload = case.split("-")
+    dtype: Dtype = "fp32" if name == "fp32" else "bf16"
+    square, adapter = LAYERS * WIDTH * WIDTH, LAYERS * 2 * WIDTH * ADAPTER if name == "lora" else 0
+    size = ModelSize(
+        numbers=square + adapter, trained=adapter or square, four_bit=0, vectors=0, largest=WIDTH * WIDTH, layers=LAYERS,
+        hidden=WIDTH, width=0, query=0, key_value=0, vocabulary=0, normed_heads=False,
+    )  # fmt: skip
+    config = EngineConfig.model_validate(
+        {"zero": int(zero[-1]), "offload": offload, "optimizer": {"learning_rate": 1.0}}
+    )
+    parts = list(engine_parts(size, config, dtype, world))
+    bucket = BUCKET * BYTES[dtype]
+
+    def stated(phase: Phase, *names: str) -> float:
+        return sum(part.bytes for part in parts if phase in part.phases and part.what in names and part.bytes != bucket)
+
+    for rank in measured[world]:
+        counted = rank[f"held-{case}"]
+        phases: tuple[Phase, ...] = ("backward", "step", "rest")
+        for phase in phases:
+            found, own = counted[phase], [size for size in counted[phase]["rest"] if size != bucket]
+            assert len(found["rest"]) - len(own) == sum(p.bytes == bucket and phase in p.phases for p in parts), phase
+            assert found["moments"] + sum(own) == pytest.approx(
+                stated(phase, "optimizer", "gradients", "gradients of a sub-group", "bucket"), rel=0.05
+            ), phase
+        assert counted["rest"]["weights"] == pytest.approx(stated("rest", "weights"), rel=0.05)
+        if config.zero == 3:
+            gathered = stated("backward", "weights", "gathered weights")
+            assert counted["forward"]["weights"] == pytest.approx(gathered, rel=0.05)

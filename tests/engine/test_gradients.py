@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import ref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch
 
@@ -75,3 +79,28 @@ def test_parameters_that_a_pass_leaves_out_are_counted() -> None:
     (always.sum() + sometimes.sum() + tied.sum()).backward()
     watch.end_pass()
     assert watch.end_update() == (True, 0)
+
+
+class SumsAlive(TorchDispatchMode):
+    """Notes at every conversion how many of ``sums`` are still in memory."""
+
+    def __init__(self, sums: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.sums, self.alive = [ref(one) for one in sums], []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            self.alive.append(sum(one() is not None for one in self.sums))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_sum_is_gone_before_the_next_gradient_is_made() -> None:
+    parameters = [parameter(torch.bfloat16) for _ in range(3)]
+    sums = FullPrecisionSums(parameters)
+    for _ in range(2):
+        sum(one.sum() for one in parameters).backward()
+    mode = SumsAlive(list(sums._sums.values()))
+    with mode:
+        sums.hand_over()
+    assert mode.alive == [3, 2, 1]
+    assert [one.grad.tolist() for one in parameters] == [[2.0] * 3] * 3
