@@ -151,6 +151,7 @@ class PolicyLoss:
         entropy = read_entropy(outputs, mask, needed=self.entropy_coefficient != 0.0)
         if entropy is not None:
             metrics["entropy"] = metric(entropy.sum(), mask.sum())
+        if entropy is not None and self.entropy_coefficient != 0.0:  # at 0 the head is spared the entropy's gradient
             loss = loss - self.entropy_coefficient * (share * entropy).sum()
         return LossOutput(loss, metrics)
 

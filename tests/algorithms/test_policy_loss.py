@@ -188,6 +188,15 @@ def test_entropy_is_rewarded_and_not_part_of_the_reported_policy_loss() -> None:
     assert torch.autograd.grad(out.loss, entropy)[0].tolist() == pytest.approx([0.0, -0.1, -0.1])
 
 
+def test_without_a_bonus_the_entropy_is_reported_and_gets_no_gradient() -> None:
+    """Not a gradient of zeros, for which the head would compute a backward of the entropy."""
+    batch = one_sequence(log_probs=[-1.0, -2.0], advantages=[0.5, -0.25])
+    log_probs, entropy = after_prompt(-1.0, -2.0), after_prompt(0.7, 0.2)
+    out = PolicyLoss(PLAIN, entropy_coefficient=0.0)(PolicyOutputs(log_probs, entropy), batch)
+    assert out.metrics["entropy"][0].item() == pytest.approx(0.9)
+    assert torch.autograd.grad(out.loss, (log_probs, entropy), allow_unused=True)[1] is None
+
+
 def test_an_entropy_bonus_needs_the_entropy(ragged) -> None:
     with pytest.raises(ValueError, match="with_entropy=True"):
         PolicyLoss(PLAIN, entropy_coefficient=0.1)(PolicyOutputs(torch.zeros(9)), ragged([5, 4], 0))

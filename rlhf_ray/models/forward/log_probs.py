@@ -1,7 +1,8 @@
 """Log-probabilities of tokens from hidden states, in chunks, so that the logits of a whole batch never exist.
 
 Invariants: logits, log-probabilities and entropies are fp32 whatever the model's dtype. At most one chunk of logits exists at
-a time, also in the backward pass, which computes it again. No input is changed.
+a time, also in the backward pass, which computes it again; an entropy takes the memory of a second one. What nobody asks for
+(an entropy, its gradient, a temperature of 1) costs no pass over a chunk. No input is changed.
 
 The head is the model's own output layer: one module that owns the weight and the loop over chunks. So ZeRO-3 gathers the
 weight once per call, however many chunks a rank has, and ranks with different numbers of tokens do not wait for each other.
@@ -59,23 +60,11 @@ class LogProbHead(nn.Linear):
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
-        log_probs, entropy = _chunked_log_probs(
-            hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy
-        )
-        return log_probs, entropy if with_entropy else None
+        return _chunked_log_probs(hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy)
 
     def capped(self, logits: Float[Tensor, "*tokens vocabulary"]) -> Float[Tensor, "*tokens vocabulary"]:
         """Bound logits by the softcap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def _logits(
-    hidden: Float[Tensor, "chunk hidden"], weight: Float[Tensor, "vocabulary hidden"], bias: Tensor | None
-) -> Float[Tensor, "chunk vocabulary"]:
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return logits if bias is None else logits.add_(bias)
-    return functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -94,73 +83,135 @@ class _ChunkedLogProbs(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        log_probs, normalisers, entropies = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(3))
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        log_probs, normalisers = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+        entropies = torch.empty_like(log_probs) if with_entropy else None
         wide = _widen(weight, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
-                logits = _cap_in_place(_logits(hidden[part], wide, bias), softcap).div_(temperature)
-                normalisers[part] = normaliser = logits.logsumexp(-1)
-                log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser
-                if with_entropy:
-                    log_p = logits.sub_(normaliser[:, None])
-                    entropies[part] = -(log_p.exp() * log_p).sum(-1)
+                log_probs[part], normalisers[part], entropy = _from_logits(
+                    _logits(hidden[part], wide, bias), targets[part], temperature, softcap, with_entropy
+                )
+                if entropies is not None and entropy is not None:
+                    entropies[part] = entropy
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.temperature, ctx.softcap, ctx.with_entropy = temperature, softcap, with_entropy
-        return log_probs, entropies if with_entropy else entropies[:0]
+        ctx.temperature, ctx.softcap = temperature, softcap
+        return log_probs, entropies
 
     @staticmethod
-    def backward(ctx: Any, log_prob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, *_ = ctx.saved_tensors
+    def backward(ctx: Any, for_log_probs: Tensor | None, for_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        if for_log_probs is None:
+            for_log_probs = torch.zeros_like(normalisers)
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         wide = _widen(weight, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
+                of_entropy = None if for_entropies is None else (entropies[part], for_entropies[part])
                 gradient = _logits_gradient(
-                    ctx, part, _logits(hidden[part], wide, bias), log_prob_gradient, entropy_gradient
+                    _logits(hidden[part], wide, bias),
+                    targets[part],
+                    normalisers[part],
+                    for_log_probs[part],
+                    of_entropy,
+                    ctx.temperature,
+                    ctx.softcap,
                 )
                 if for_bias is not None:
                     for_bias += gradient.sum(0)
-                narrow = gradient.to(weight.dtype)
-                del gradient
+                gradient = gradient.to(weight.dtype)
                 if for_hidden is not None:
-                    for_hidden[part] = narrow @ weight
-                if for_weight is not None and weight.dtype == torch.float32:
-                    for_weight.addmm_(narrow.t(), hidden[part].float())
-                elif for_weight is not None:
-                    for_weight += narrow.t() @ hidden[part].to(weight.dtype)
+                    for_hidden[part] = gradient @ weight
+                if for_weight is not None:
+                    _add_product(for_weight, gradient.t(), hidden[part].to(weight.dtype))
+                del gradient  # before the next chunk of logits is made
         return (
             for_hidden,
             None if for_weight is None else for_weight.to(weight.dtype),
             None if bias is None or for_bias is None else for_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-_chunked_log_probs: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogProbs.apply
+_chunked_log_probs: Callable[..., tuple[Tensor, Tensor | None]] = _ChunkedLogProbs.apply
+
+
+def _from_logits(
+    logits: Float[Tensor, "chunk vocabulary"],
+    targets: Int64[Tensor, "chunk"],
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return log-probabilities, normalisers ``log sum exp z`` and entropies (chunk,), and use up the memory of the logits."""
+    z = _cap_in_place(logits, softcap)
+    if temperature != 1.0:
+        z.div_(temperature)
+    highest = z.amax(-1, keepdim=True)
+    z.sub_(highest)
+    chosen = z.gather(1, targets[:, None])[:, 0]
+    powers = z.exp() if with_entropy else z.exp_()
+    total = powers.sum(-1)
+    rest = total.log()
+    entropy = rest - powers.mul_(z).sum(-1) / total if with_entropy else None
+    return chosen - rest, highest[:, 0] + rest, entropy
 
 
 def _logits_gradient(
-    ctx: Any, part: slice, logits: Float[Tensor, "chunk vocabulary"], for_log_probs: Tensor, for_entropy: Tensor
+    logits: Float[Tensor, "chunk vocabulary"],
+    targets: Int64[Tensor, "chunk"],
+    normalisers: Float[Tensor, "chunk"],
+    for_log_probs: Float[Tensor, "chunk"],
+    of_entropy: tuple[Float[Tensor, "chunk"], Float[Tensor, "chunk"]] | None,
+    temperature: float,
+    softcap: float | None,
 ) -> Float[Tensor, "chunk vocabulary"]:
-    """Return the gradient of a chunk's logits before the softcap, in the memory of the logits if nothing else needs them."""
-    _, _, _, targets, normalisers, entropies = ctx.saved_tensors
-    capped = _cap_in_place(logits, ctx.softcap)
-    slope = None if ctx.softcap is None else (capped / ctx.softcap).square_().neg_().add_(1.0)
-    log_p = capped.div_(ctx.temperature).sub_(normalisers[part, None])
-    p = log_p.exp() if ctx.with_entropy else log_p.exp_()
-    surprise = log_p.add_(entropies[part, None]).mul_(p).mul_(for_entropy[part, None]) if ctx.with_entropy else None
-    gradient = p.mul_(-for_log_probs[part, None])
-    gradient.scatter_add_(1, targets[part, None], for_log_probs[part, None])
-    if surprise is not None:
-        gradient.sub_(surprise)
-    gradient.div_(ctx.temperature)
+    """Return the gradient of a chunk's logits before the softcap, in the memory of the logits if nothing else needs them.
+
+    ``of_entropy`` holds the entropies and their gradients, or is None where no loss depends on them.
+    """
+    z = _cap_in_place(logits, softcap)
+    slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
+    if temperature != 1.0:
+        z.div_(temperature)
+    g = (for_log_probs / temperature)[:, None]
+    log_p = z.sub_(normalisers[:, None])
+    if of_entropy is None:
+        gradient = log_p.exp_().mul_(-g)
+    else:
+        entropy, for_entropy = of_entropy
+        factor = (-for_entropy / temperature)[:, None]
+        p = log_p.exp()
+        gradient = torch.addcmul(factor * entropy[:, None] - g, log_p, factor, out=log_p).mul_(p)
+    gradient.scatter_add_(1, targets[:, None], g)
     return gradient if slope is None else gradient.mul_(slope)
+
+
+def _logits(
+    hidden: Float[Tensor, "chunk hidden"], weight: Float[Tensor, "vocabulary hidden"], bias: Tensor | None
+) -> Float[Tensor, "chunk vocabulary"]:
+    if _sums_wider(hidden, weight):
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)
+    return functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _add_product(total: Float[Tensor, "rows columns"], left: Tensor, right: Tensor) -> None:
+    """Add the matrix product of ``left`` and ``right`` to ``total``, in place and in fp32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _sums_wider(left, right):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # no product of its own: reads `total` once
+    else:
+        total += left @ right
+
+
+def _sums_wider(left: Tensor, right: Tensor) -> bool:
+    """Return whether a product of these is summed in fp32 although they are not: on a GPU, in half precision."""
+    return left.is_cuda and left.dtype == right.dtype != torch.float32
 
 
 def _chunks(tokens: int, vocabulary: int, on_gpu: bool) -> list[slice]:
@@ -169,8 +220,8 @@ def _chunks(tokens: int, vocabulary: int, on_gpu: bool) -> list[slice]:
 
 
 def _widen(weight: Tensor, hidden: Tensor) -> Tensor:
-    """Return the weight in fp32, once for all chunks, unless a GPU multiplies in half precision and sums in fp32."""
-    return weight if hidden.is_cuda and hidden.dtype != torch.float32 else weight.float()
+    """Return the weight in fp32, once for all chunks, unless a product in half precision is summed in fp32."""
+    return weight if _sums_wider(hidden, weight) else weight.float()
 
 
 def _cap_in_place(logits: Tensor, softcap: float | None) -> Tensor:
