@@ -57,9 +57,26 @@ CHECKS = (
     Check("chunked_log_probs_equal_naive_bf16", MODELS, "agreement", "log_probs_agree", {"dtype_name": "bfloat16"}),
     Check("nf4_equals_its_dequantised_weights", (*MODELS, "bitsandbytes", "peft"), "agreement", "four_bit_agrees"),
     Check("liger_equals_plain", (*MODELS, "cuda kernel", "liger_kernel"), "agreement", "liger_agrees"),
+    Check("models_load", MODELS, "loaders", "models_load", limit_s=90.0),
+    Check("four_bit_models_load", (*MODELS, "bitsandbytes", "peft"), "loaders", "four_bit_models_load"),
+    *(
+        Check(
+            f"engine_at_zero_{zero}_trains_as_plain_adamw",
+            ENGINE,
+            "engines",
+            "engine_trains_as_plain_adamw",
+            {"zero": zero},
+            limit_s=90.0,
+        )
+        for zero in (0, 2, 3)
+    ),
+    Check("head_of_small_model", MODELS, "head", "head_figures", {"shape": "small"}),
+    Check("head_of_large_model", MODELS, "head", "head_figures", {"shape": "large"}),
     Check("policy_of_small_model", MODELS, "throughput", "policy_of_small_model", limit_s=90.0),
     Check("policy_scoring_of_large_model", MODELS, "throughput", "policy_scoring_of_large_model", limit_s=90.0),
     Check("reward_lora_of_large_model", (*MODELS, "peft"), "throughput", "reward_lora_of_large_model", limit_s=120.0),
+    Check("training_of_small_model", ENGINE, "engines", "training_of_small_model", limit_s=90.0),
+    Check("training_of_large_model", ENGINE, "engines", "training_of_large_model", limit_s=120.0),
     Check(
         "ppo_on_one_gpu",
         (*MODELS, "cuda kernel", "ray", "deepspeed", "vllm"),

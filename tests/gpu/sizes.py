@@ -21,6 +21,8 @@ class Sizes:
     head_vocabulary: int
     agreeing_tokens: int
     agreeing_vocabulary: int
+    made: str
+    """A model that this project makes, for checks that only compare."""
     small: str
     """A model of a user's small GPU, by its name in ``shapes``."""
     large: str
@@ -39,12 +41,14 @@ class Sizes:
 SIZES: dict[Device, Sizes] = {
     "cuda": Sizes(
         sequences=12, longest=300, head_tokens=16384, head_vocabulary=151936, agreeing_tokens=3000,
-        agreeing_vocabulary=32000, small="qwen3-0.6b", large="qwen3-8b", large_layers=None, batch=512, large_batch=256,
+        agreeing_vocabulary=32000, made="llama-14m", small="qwen3-0.6b", large="qwen3-8b",
+        large_layers=None, batch=512, large_batch=256,
         budget=32768, repeats=3, published_mib=256,
     ),
     "cpu": Sizes(
         sequences=4, longest=60, head_tokens=96, head_vocabulary=2048, agreeing_tokens=200,
-        agreeing_vocabulary=2048, small="tiny", large="tiny", large_layers=1, batch=4, large_batch=4, budget=600, repeats=1,
+        agreeing_vocabulary=2048, made="llama-tiny", small="tiny", large="tiny",
+        large_layers=1, batch=4, large_batch=4, budget=600, repeats=1,
         published_mib=1,
     ),
 }  # fmt: skip

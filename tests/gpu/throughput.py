@@ -52,7 +52,7 @@ def device_figures(device: Device, sizes: Sizes) -> Findings:
 def policy_of_small_model(device: Device, sizes: Sizes) -> Findings:
     """Training and scoring of a policy, without an optimizer, all activations kept."""
     actor = Actor(make(sizes.small, device), attn_implementation="auto")
-    policy, bench = PackedPolicy(actor), _Bench(sizes.small, device, sizes, sizes.batch)
+    policy, bench = PackedPolicy(actor), Bench(sizes.small, device, sizes, sizes.batch)
     shape, method = compute_shape(actor.model), f"policy, attention {actor.attention}"
     trained = bench.measure(
         "policy_training",
@@ -67,7 +67,7 @@ def policy_of_small_model(device: Device, sizes: Sizes) -> Findings:
 def policy_scoring_of_large_model(device: Device, sizes: Sizes) -> Findings:
     """Log-probs of a policy, without gradients."""
     actor = Actor(make(sizes.large, device), attn_implementation="auto")
-    bench = _Bench(sizes.large, device, sizes, sizes.large_batch)
+    bench = Bench(sizes.large, device, sizes, sizes.large_batch)
     return _score_policy(bench, PackedPolicy(actor), compute_shape(actor.model), f"policy, attention {actor.attention}")
 
 
@@ -76,7 +76,7 @@ def reward_lora_of_large_model(device: Device, sizes: Sizes) -> Findings:
     model = reward_model(sizes.large, device)
     add_lora(model.backbone, rank=LORA_RANK, alpha=LORA_RANK, dropout=0.0, targets="all-linear")
     model.gradient_checkpointing_enable()
-    reward, bench = PackedRegression(model), _Bench(sizes.large, device, sizes, sizes.large_batch)
+    reward, bench = PackedRegression(model), Bench(sizes.large, device, sizes, sizes.large_batch)
     shape, method = compute_shape(model.backbone), f"reward model, attention {model.attention}"
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ def reward_model(name: str, device: Device, layers: int | None = None) -> Any:
     return model.eval()
 
 
-class _Bench:
+class Bench:
     """Made sequences in packs, and the rate of matrix products at this moment."""
 
     def __init__(self, name: str, device: Device, sizes: Sizes, count: int) -> None:
@@ -118,7 +118,16 @@ class _Bench:
         self.rate = matmul_rate(torch.bfloat16, torch.device(device))
 
     def measure(self, work: str, method: str, step: Callable[[Packed], object], flops: float) -> Findings:
-        """Figures of a step over all packs, and what took its time if that is more than twice what the products take."""
+        """Figures of a step over each pack, and what took its time if that is more than twice what the products take."""
+
+        def over_all(packs: list[Packed]) -> None:
+            for part in packs:
+                step(part)
+
+        return self.measure_batch(work, method, over_all, flops)
+
+    def measure_batch(self, work: str, method: str, step: Callable[[list[Packed]], object], flops: float) -> Findings:
+        """The same of a step that takes all packs at once."""
         reset_peak(self.device)
         seconds = median([self._once(step) for _ in range(self.repeats + 1)][1:])
         method = f"{self.name} with random weights, bf16, {method}, {self.method}; median of {self.repeats}"
@@ -134,18 +143,17 @@ class _Bench:
             return figures, ""
         return figures, f"what stands between {work} and the products of matrices:\n{self._kernels(step)}"
 
-    def _once(self, step: Callable[[Packed], object]) -> float:
+    def _once(self, step: Callable[[list[Packed]], object]) -> float:
         synchronize(self.device)
         began = time.perf_counter()
-        for part in self.packs:
-            step(part)
+        step(self.packs)
         synchronize(self.device)
         return time.perf_counter() - began
 
-    def _kernels(self, step: Callable[[Packed], object]) -> str:
+    def _kernels(self, step: Callable[[list[Packed]], object]) -> str:
         activity = ProfilerActivity.CUDA if self.device == "cuda" else ProfilerActivity.CPU
         with profile(activities=[activity], acc_events=True) as record:
-            step(self.packs[0])
+            step(self.packs[:1])
             synchronize(self.device)
         order = "self_cuda_time_total" if self.device == "cuda" else "self_cpu_time_total"
         return str(record.key_averages().table(sort_by=order, row_limit=KERNELS_LISTED, max_name_column_width=70))
@@ -156,7 +164,7 @@ def _train_policy(policy: nn.Module, part: Packed) -> None:
     (outputs.log_probs.sum() + 0.01 * outputs.entropy.sum()).backward()
 
 
-def _score_policy(bench: _Bench, policy: nn.Module, shape: ComputeShape, method: str) -> Findings:
+def _score_policy(bench: Bench, policy: nn.Module, shape: ComputeShape, method: str) -> Findings:
     @torch.no_grad()
     def score(part: Packed) -> None:
         policy(part)
