@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
@@ -29,12 +30,52 @@ from rlhf_ray.models.forward import log_probs
 from rlhf_ray.models.regression import PackedRegression
 from rlhf_ray.models.regression_loading import get_llm_for_sequence_regression
 from rlhf_ray.models.save import save_adapter, save_pretrained
+from rlhf_ray.models.weights import adapter_modules
+from rlhf_ray.models.weights.adapter_modules import read_adapter
+from rlhf_ray.models.weights.checkpoint import Checkpoint
 from rlhf_ray.trajectories import TrajectoryBatch, pack
 
 WORLD = 2
 INFERENCE = EngineConfig(zero=3)
 SHARDS = deepspeed_config(INFERENCE, dtype="fp32", trainable=False, world_size=WORLD, whole_below=0)
 TARGETS = ["q_proj", "v_proj"]
+
+
+class Reads:
+    """Counts the bytes of tensors that this process reads from checkpoints."""
+
+    def __init__(self) -> None:
+        self.bytes, self._read = 0, Checkpoint.read
+
+    def __enter__(self) -> Reads:
+        def read(checkpoint: Checkpoint, name: str) -> Tensor:
+            tensor = self._read(checkpoint, name)
+            self.bytes += tensor.nbytes
+            return tensor
+
+        Checkpoint.read = read  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Checkpoint.read = self._read  # type: ignore[method-assign]
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that are copied from the tensors of an adapter's file, which is mapped until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.files = 0, list[dict[str, Tensor]]()
+
+    def read_adapter(self, directory: Path) -> dict[str, Tensor]:
+        self.files.append(read_adapter(directory))
+        return self.files[-1]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            files = (tensor for file in self.files for tensor in file.values())
+            self.bytes += args[1].nbytes if any(args[1].data_ptr() == tensor.data_ptr() for tensor in files) else 0
+        return function(*args, **(kwargs or {}))
 
 
 def share(module: nn.Module) -> float:
@@ -62,8 +103,9 @@ def run(module: nn.Module, function: Callable[[nn.Module], Tensor]) -> list[floa
 def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
     """Log-probs and scores of a model in shards, and the model as it is written from there."""
     batch, name = ragged(rank), str(directory / family)
-    actor = Actor(name, param_dtype="fp32", ds_config=SHARDS)
-    measured: dict[str, Any] = {"share": share(actor), "report": describe(actor)}
+    with Reads() as reads:
+        actor = Actor(name, param_dtype="fp32", ds_config=SHARDS)
+    measured: dict[str, Any] = {"share": share(actor), "report": describe(actor), "read": reads.bytes}
     engine = Engine(PackedPolicy(actor), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
     measured["log_probs"] = engine.evaluate(lambda module: module(pack(batch)).log_probs).tolist()
     state = {n: t for group in engine.full_state(actor.model) for n, t in to_disk_names(actor.model, group)}
@@ -77,14 +119,16 @@ def numbers(rank: int, directory: Path, family: str) -> dict[str, Any]:
     return measured
 
 
-def written(rank: int, directory: Path, family: str) -> None:
+def written(rank: int, directory: Path, family: str) -> dict[str, Any]:
     """The model as it is written from shards, without more."""
-    actor = Actor(str(directory / family), param_dtype="fp32", ds_config=SHARDS)
+    with Reads() as reads:
+        actor = Actor(str(directory / family), param_dtype="fp32", ds_config=SHARDS)
     engine = Engine(PackedPolicy(actor), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
     state = dict(engine.disk_weights(actor.model))
     if rank == 0:
         save_pretrained(actor, None, directory / f"{family} saved", state=state)
     engine.close()
+    return {"read": reads.bytes}
 
 
 def grown(rank: int, directory: Path) -> dict[str, Any]:
@@ -101,14 +145,19 @@ def grown(rank: int, directory: Path) -> dict[str, Any]:
 
 def adapted(rank: int, directory: Path) -> dict[str, Any]:
     """An adapter directory over its base in shards, and written again from there."""
-    reward = get_llm_for_sequence_regression(str(directory / "adapter"), "reward", param_dtype="fp32", ds_config=SHARDS)
+    with Reads() as reads, Copied() as copied:
+        adapter_modules.read_adapter = copied.read_adapter
+        reward = get_llm_for_sequence_regression(
+            str(directory / "adapter"), "reward", param_dtype="fp32", ds_config=SHARDS
+        )
+        adapter_modules.read_adapter = read_adapter
     engine = Engine(PackedRegression(reward), INFERENCE, dtype="fp32", total_updates=None, trainable=False)
     scores = engine.evaluate(lambda module: module(pack(ragged(rank)), "scores")).tolist()
     whole = [pair for group in engine.full_state(reward) for pair in group]
     if rank == 0:
         save_adapter(reward, None, directory / "adapter saved", tensors=whole)
     engine.close()
-    return {"scores": scores}
+    return {"scores": scores, "read": reads.bytes, "copied": copied.bytes}
 
 
 def trained(rank: int, directory: Path, family: str, zero: int, lora: bool) -> dict[str, Any]:
@@ -195,7 +244,7 @@ def main(rank: int, port: int, directory: Path) -> None:
     measured: dict[str, Any] = {"tokens": [batch["token_ids"].tolist(), batch.offsets.tolist()]}
     for family in ("llama", "gemma2", "mixtral", "olmoe"):
         measured[family] = numbers(rank, directory, family)
-    written(rank, directory, "minimax-m2")
+    measured["minimax-m2"] = written(rank, directory, "minimax-m2")
     measured["grown"], measured["adapted"] = grown(rank, directory), adapted(rank, directory)
     for family, lora in (("mixtral", False), ("olmoe", True)):
         for zero in (0, 3):

@@ -92,6 +92,31 @@ def test_what_is_written_from_shards_is_the_checkpoint(
     assert all(torch.equal(written[name], original[name]) for name in original)
 
 
+@pytest.mark.parametrize("family", (*FAMILIES_IN_SHARDS, "minimax-m2"))
+def test_one_rank_reads_the_checkpoint_once_and_the_others_get_their_shares(
+    family: str, measured: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    """That the shares are right, the weights written from them show. Buffers are small, and each rank has all of them."""
+    directory, (first, second) = measured
+    stored = load_file(directory / family / "model.safetensors")
+    buffers = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("e_score_correction_bias"))
+    assert first[family]["read"] == sum(tensor.nbytes for tensor in stored.values())
+    assert second[family]["read"] == buffers and (buffers > 0) == (family == "minimax-m2")
+
+
+def test_one_rank_reads_the_base_of_an_adapter_and_what_the_adapter_trained_whole(
+    measured: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    directory, (first, second) = measured
+    stored = load_file(directory / "adapter" / "adapter_model.safetensors")
+    brought = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith(BROUGHT))
+    head = sum(tensor.nbytes for name, tensor in stored.items() if "score" in name)
+    assert brought > 0 and (first["adapted"]["copied"], second["adapted"]["copied"]) == (brought, 0)
+    base = load_file(directory / "llama" / "model.safetensors")
+    backbone = sum(tensor.nbytes for name, tensor in base.items() if name != "lm_head.weight")
+    assert (first["adapted"]["read"], second["adapted"]["read"]) == (backbone + head, head)
+
+
 def test_embeddings_grow_in_shards_as_they_grow_whole(measured: tuple[Path, list[dict[str, Any]]]) -> None:
     config = ModelConfig(path=str(measured[0] / "unpadded"), dtype="fp32", head_init="inv")
     whole = load_regression(config, "reward", seed=5)

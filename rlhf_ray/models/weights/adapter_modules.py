@@ -27,7 +27,7 @@ from rlhf_ray.models.weights.adapters import (
 )
 from rlhf_ray.models.weights.lora import whole_names
 from rlhf_ray.models.weights.quantization import dequantized_like
-from rlhf_ray.models.weights.sharded import made_whole
+from rlhf_ray.models.weights.sharded import is_sent, made_whole
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
 """How PEFT's name of the rows of single tokens ends, which replace rows of the embedding."""
@@ -48,7 +48,8 @@ def replace_modules(model: PreTrainedModel, directory: Path) -> None:
     for name, tensor in whole.items():
         _check(name, tensor, live, directory)
         with made_whole([live[name]]), torch.no_grad():
-            live[name].copy_(tensor)
+            if not is_sent(live[name]):
+                live[name].copy_(tensor)
     for name, tensor in rows.items():
         _replace_rows(live.get(f"{name}.weight"), name, tensor, directory, config)
     replaced = sorted({*whole, *(f"{name}.weight" for name in rows)})
@@ -130,4 +131,5 @@ def _replace_rows(weight: Tensor | None, name: str, rows: Tensor, directory: Pat
             f"{len(rows)} rows. Give the base that it was trained on, or {MERGE}"
         )
     with made_whole([weight]), torch.no_grad():
-        weight[torch.tensor(indices)] = rows.to(weight)
+        if not is_sent(weight):
+            weight[torch.tensor(indices)] = rows.to(weight)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PurePath
@@ -99,17 +99,26 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{self.directory / self.file_of[name]} cannot be read: {error}") from error
 
-    def stored_dtype(self) -> str:
-        """Return torch's name of the dtype in which most of the numbers are stored, which config.json may not say."""
-        numbers: Counter[str] = Counter()
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, without reading them."""
+        return {name: shape for name, _, shape in self._headers()}
+
+    def _headers(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, stored dtype and shape of every tensor."""
         for path in sorted({self.directory / file for file in self.file_of.values()}):
             try:
                 with safe_open(path, framework="pt") as file:
-                    slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  (safe_open is not a mapping)
+                    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is not a mapping)
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(f"{path} cannot be read: {error}") from error
-            for part in slices:
-                numbers[part.get_dtype()] += prod(part.get_shape())
+            for name, part in slices.items():
+                yield name, part.get_dtype(), tuple(part.get_shape())
+
+    def stored_dtype(self) -> str:
+        """Return torch's name of the dtype in which most of the numbers are stored, which config.json may not say."""
+        numbers: Counter[str] = Counter()
+        for _, dtype, shape in self._headers():
+            numbers[dtype] += prod(shape)
         if not numbers:
             raise ModelLoadError(f"{self.directory} names no tensors: copy the whole model again")
         most = max(numbers, key=lambda dtype: numbers[dtype])

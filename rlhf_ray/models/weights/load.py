@@ -74,7 +74,7 @@ def load_weights(
         quantized = {"quantization_config": four_bit(dtype, in_shards=wants_shards(ds_config))}
     config = checkpoint.config(trust_remote_code=trust_remote_code)
     if ds_config is not None and wants_shards(ds_config):
-        sharded = load_in_shards(auto, checkpoint, dtype, ds_config, trust_remote_code=trust_remote_code)
+        sharded = load_in_shards(auto, checkpoint, dtype, ds_config, device=device, trust_remote_code=trust_remote_code)
         return _finish(sharded, checkpoint, config)
     if device is not None and (
         device.type != "cpu" or load_in_4bit
