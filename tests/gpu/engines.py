@@ -94,10 +94,10 @@ def _speed(
 ) -> Findings:
     init_process_group(0, 1, None, device=torch.device(device))
     bench = Bench(name, device, sizes, count)
-    engine = Engine(module, _engine_config(2), dtype="bf16", total_updates=None, trainable=True)
+    engine = Engine(module, engine_config(2), dtype="bf16", total_updates=None, trainable=True)
 
     def update(packs: list[Packed]) -> None:
-        engine.accumulate(packs, _loss, float(sum(bench.lengths)))
+        engine.accumulate(packs, loss, float(sum(bench.lengths)))
         engine.apply(skip=False)
 
     found = bench.measure_batch(
@@ -108,13 +108,15 @@ def _speed(
     return found
 
 
-def _loss(module: nn.Module, packed: Packed) -> LossOutput:
+def loss(module: nn.Module, packed: Packed) -> LossOutput:
+    """Of a policy the summed negative log-probability of a pack, of a reward model one that every score has a part in."""
     if isinstance(module, PackedPolicy):
         return LossOutput(-module(packed).log_probs.sum(), {})
     return LossOutput(-nn.functional.logsigmoid(module(packed, "scores").float()).sum(), {})
 
 
-def _engine_config(zero: int) -> EngineConfig:
+def engine_config(zero: int) -> EngineConfig:
+    """AdamW with weight decay and clipping."""
     return EngineConfig.model_validate({"zero": zero, "optimizer": OPTIMIZER})
 
 
@@ -129,14 +131,14 @@ def _denominator(packs: list[Packed]) -> float:
 
 
 def _trained(config: ModelConfig, packs: list[Packed], device: torch.device, zero: int) -> dict[str, Tensor]:
-    engine_config = _engine_config(zero)
-    shards = deepspeed_config(engine_config, dtype=config.dtype, trainable=True, world_size=1) if zero == 3 else None
+    settings = engine_config(zero)
+    shards = deepspeed_config(settings, dtype=config.dtype, trainable=True, world_size=1) if zero == 3 else None
     actor = load_policy(config, device=device, ds_config=shards)
-    engine = Engine(PackedPolicy(actor), engine_config, dtype=config.dtype, total_updates=None, trainable=True)
+    engine = Engine(PackedPolicy(actor), settings, dtype=config.dtype, total_updates=None, trainable=True)
     if engine.device.type != device.type:
         raise AssertionError(f"the engine computes on {engine.device}, not on {device}")
     for _ in range(UPDATES):
-        report = engine.accumulate(packs, _loss, _denominator(packs))
+        report = engine.accumulate(packs, loss, _denominator(packs))
         if engine.apply(skip=not report.finite).skipped:
             raise AssertionError("an update with finite gradients was skipped")
     weights = {name: tensor.float().cpu() for name, tensor in engine.disk_weights(actor.model)}
@@ -159,7 +161,7 @@ def _reference(
         optimizer.zero_grad()
         for part in packs:  # summed in fp32
             module.zero_grad()
-            (_loss(module, part).loss / _denominator(packs)).backward()
+            (loss(module, part).loss / _denominator(packs)).backward()
             for low, high in zip(module.parameters(), exact.parameters(), strict=True):
                 high.grad = low.grad.float() if high.grad is None else high.grad + low.grad
         nn.utils.clip_grad_norm_(exact.parameters(), OPTIMIZER["max_grad_norm"])

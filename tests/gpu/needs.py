@@ -27,9 +27,18 @@ def _cuda_kernel(device: str) -> str | None:
     return "it needs a CUDA kernel" if device == "cpu" else None
 
 
+def _second_gpu(device: str) -> str | None:
+    if _device(device) is not None or device == "cpu":
+        return "there is no second GPU"
+    import torch
+
+    return None if torch.cuda.device_count() > 1 else "there is no second GPU"
+
+
 NEEDS: dict[str, Callable[[str], str | None]] = {
     "device": _device,
     "cuda kernel": _cuda_kernel,
+    "second GPU": _second_gpu,
     "transformers": _package("transformers", "transformers"),
     "jaxtyping": _package("jaxtyping", "jaxtyping"),
     "rich": _package("rich", "rich"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.figures import record, table
 from rlhf_ray.environment import Device
-from tests.gpu.checks import Check
+from tests.gpu.checks import Check, FoundWrong
 from tests.gpu.sizes import SIZES
 
 FAILED = 1
@@ -34,14 +34,17 @@ def run_here(check: Check, device: Device, results: Path) -> bool:
     """Run a check in this process; returns whether it passed."""
     try:
         findings = check.run(device, SIZES[device])
-        figures, text = (
-            findings if isinstance(findings, tuple) else ({}, findings) if isinstance(findings, str) else (findings, "")
-        )
-        if figures:
-            record(figures, results)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, FoundWrong):
+            record(error.figures, results)
         say(f"failed    {check.name}\n{traceback.format_exc()}", results)
         return False
+    if isinstance(findings, tuple):
+        figures, text = findings
+    else:
+        figures, text = ({}, findings) if isinstance(findings, str) else (findings, "")
+    if figures:
+        record(figures, results)
     say("\n".join(filter(None, [f"passed    {check.name}: {text}", table(figures)])), results)
     return True
 

@@ -34,6 +34,10 @@ class Sizes:
     budget: int
     """Tokens of a pack."""
     repeats: int
+    memory_sequences: int
+    """Of a pack whose activations are measured."""
+    published_layers: int | None
+    """Layers of ``large`` whose weights are handed to another process; None for all."""
     published_mib: int
     """Size of a chunk of weights that is handed to another process."""
 
@@ -43,12 +47,12 @@ SIZES: dict[Device, Sizes] = {
         sequences=12, longest=300, head_tokens=16384, head_vocabulary=151936, agreeing_tokens=3000,
         agreeing_vocabulary=32000, made="llama-14m", small="qwen3-0.6b", large="qwen3-8b",
         large_layers=None, batch=512, large_batch=256,
-        budget=32768, repeats=3, published_mib=256,
+        budget=32768, repeats=3, memory_sequences=64, published_layers=None, published_mib=256,
     ),
     "cpu": Sizes(
         sequences=4, longest=60, head_tokens=96, head_vocabulary=2048, agreeing_tokens=200,
         agreeing_vocabulary=2048, made="llama-tiny", small="tiny", large="tiny",
         large_layers=1, batch=4, large_batch=4, budget=600, repeats=1,
-        published_mib=1,
+        memory_sequences=4, published_layers=2, published_mib=1,
     ),
 }  # fmt: skip

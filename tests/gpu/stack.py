@@ -1,4 +1,4 @@
-"""PPO on the whole stack with every role on one GPU.
+"""PPO on the whole stack, with every role on one GPU or the rollout engine on a second one.
 
 Always true: weights reach the engine after every update, and trainer and engine agree on log-probs as far as bf16 lets
 them.
@@ -18,8 +18,8 @@ from tests.gpu.sizes import Sizes
 CONFIG = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 STEPS = 3
 DEADLINE_S = 280
-AGREES_TO = 0.05
-"""Nats between trainer and engine that bf16 explains at this size."""
+AGREES_TO = 0.02
+"""Nats between trainer and engine, in the mean over tokens, that bf16 explains at this size."""
 ROLES = ("policy", "critic", "reference", "reward")
 OVERRIDES = (
     f"steps={STEPS}", "run.deterministic=false", "policy.ranks=1", "policy.engine.zero=2", "checkpoint.every_steps=0",
@@ -31,10 +31,15 @@ OVERRIDES = (
 """One rank a role: NCCL serves one rank a GPU; a head size that GPU kernels serve."""
 
 
-def train_ppo_on_one_gpu(device: Device, sizes: Sizes) -> str:
+OF_ITS_OWN = ("rollout.resources.gpus_per_rank=1", "rollout.gpu_memory_utilization=0.5")
+"""For an engine on a GPU of its own."""
+
+
+def train_ppo(device: Device, sizes: Sizes, *, gpus: int) -> str:
     """Some steps of PPO by command; says how far trainer and engine were apart."""
+    overrides = OVERRIDES if gpus == 1 else OVERRIDES + OF_ITS_OWN
     with tempfile.TemporaryDirectory() as root:
-        command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(CONFIG), f"run.root={root}", *OVERRIDES]
+        command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(CONFIG), f"run.root={root}", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
         if done.returncode != 0:
             raise AssertionError(
@@ -42,8 +47,8 @@ def train_ppo_on_one_gpu(device: Device, sizes: Sizes) -> str:
             )
         lines = RunDirectory.open(Path(root) / "tiny").metrics.read()
     steps = [line for line in lines if "reward/learned" in line]
-    apart = max((step["rollout/log_prob_difference"] for step in steps), default=float("inf"))
+    apart = max((step["rollout/log_prob_difference_mean"] for step in steps), default=float("inf"))
     versions = [step["weights/version"] for step in steps]
     if versions != list(range(1, STEPS + 1)) or not apart <= AGREES_TO:
         raise AssertionError(f"weight versions {versions}, log-probs {apart:.3g} apart (limit {AGREES_TO})")
-    return f"{STEPS} steps, log-probs of trainer and engine at most {apart:.2g} apart"
+    return f"{STEPS} steps, log-probs of trainer and engine at most {apart:.2g} apart in the mean"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from rlhf_ray.models.actor import Actor
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.forward.segments import Group, Segments
 from rlhf_ray.planning.flops import training_flops
-from tests.gpu import agreement, shapes, throughput
+from tests.gpu import agreement, engines, loaders, memory, publication, shapes, throughput
+from tests.gpu.checks import FoundWrong
 from tests.gpu.sizes import SIZES
 
 TINY = SIZES["cpu"]
@@ -67,3 +71,79 @@ def test_what_takes_the_time_is_listed_where_the_share_is_low(monkeypatch: pytes
     assert "aten::mm" in work()[1]
     monkeypatch.setattr(throughput, "GOOD_SHARE", 0.0)
     assert work()[1] == ""
+
+
+class Hands:
+    """A queue that lets somebody change the buffer on the way."""
+
+    def __init__(self, meddle: Callable[[torch.Tensor], None] | None = None) -> None:
+        self.queue: queue.Queue[Any] = queue.Queue()
+        self.meddle = meddle
+
+    def put(self, message: Any) -> None:
+        if self.meddle is not None and isinstance(message, tuple):
+            self.meddle(message[1])
+        self.queue.put(message)
+
+    def get(self, timeout: float | None = None) -> Any:
+        return self.queue.get(timeout=timeout)
+
+
+def test_weights_that_changed_on_their_way_to_another_process_are_told() -> None:
+    model, buffer = shapes.make("tiny", "cpu"), torch.empty(10_000, dtype=torch.uint8)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+    def flip(sent: torch.Tensor) -> None:
+        sent[5] ^= 1
+
+    arrived = []
+    for meddle in (None, flip):
+        there, back = Hands(meddle), Hands()
+        receiver = threading.Thread(target=publication.receive, args=(there, back))
+        receiver.start()
+        checksum, held = publication._send(model, buffer, there, back)
+        arrived.append(back.get() == checksum)
+        there.put(None)
+        receiver.join()
+        assert held == size > 2 * len(buffer), "the weights are not sent once each, or in one chunk"
+    assert arrived == [True, False]
+
+
+def test_memory_that_does_not_follow_the_formula_is_told_with_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, limit in ((105.0, "rest"), (100.0, "peak")):
+        held = memory.Held(rest=found * 1.01e7, peak=120e7)
+        monkeypatch.setattr(memory, "_update", lambda *arguments, held=held: (held, memory.Held(100e7, 100e7)))
+        monkeypatch.setattr(memory, "init_process_group", lambda *arguments, **options: None)
+        with pytest.raises(FoundWrong, match=limit) as caught:
+            memory.memory_follows_formulas("cpu", TINY, zero=0)
+        assert caught.value.figures["gpu.memory.tiny.zero0.peak_to_formula"].value == pytest.approx(1.2)
+
+
+def test_an_engine_that_does_not_train_as_plain_adamw_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros_to(name: str) -> dict[str, torch.Tensor]:
+        return {"weight": torch.zeros(3), name: torch.ones(3)}
+
+    monkeypatch.setattr(engines, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(
+        engines, "_reference", lambda *arguments: (zeros_to("bias"), {"weight": torch.ones(3), "bias": torch.ones(3)})
+    )
+    monkeypatch.setattr(
+        engines, "_trained", lambda *arguments: {"weight": torch.full((3,), 0.9), "bias": torch.ones(3)}
+    )
+    with pytest.raises(AssertionError, match=r"at ZeRO 2 weights are off by .*0\.1"):
+        engines.engine_trains_as_plain_adamw("cpu", TINY, zero=2)
+    monkeypatch.setattr(engines, "_trained", lambda *arguments: {"weight": torch.ones(3)})
+    with pytest.raises(AssertionError, match="holds other weights"):
+        engines.engine_trains_as_plain_adamw("cpu", TINY, zero=2)
+
+
+def test_a_model_that_loads_elsewhere_or_with_other_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = loaders.ModelConfig.model_validate({"make": loaders._made(TINY), "dtype": "bf16"})
+    with pytest.raises(AssertionError, match="tensors are not on cuda"):
+        monkeypatch.setattr(loaders.torch, "device", lambda name: "cpu")  # a loader that forgets the device
+        monkeypatch.setattr(loaders, "load", lambda kind, config, device: torch.nn.Linear(2, 2))
+        loaders._off("policy", config, "cuda", TINY)
+    with pytest.raises(AssertionError, match="weight has other values"):
+        loaders._make_alike(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), compare=True)
+    with pytest.raises(AssertionError, match=r"differ by more than .*policy fp32 1\.0e-02"):
+        loaders._worst([("policy fp32", 1e-2), ("reward bf16", 1e-2)])
