@@ -73,6 +73,13 @@ def outward_address() -> str:
     return LOOPBACK
 
 
+def free_port(address: str) -> int:
+    """A port at ``address``, one of this machine's, at which nothing listens now."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
 def failure_to_reach(host: str, port: int, limit_s: float) -> str | None:
     """Why nothing accepts a connection at ``host:port`` within ``limit_s`` seconds; none if something does."""
     try:

@@ -20,6 +20,7 @@ from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
 from rlhf_ray.trajectories.schedule import Schedule, Update
@@ -119,6 +120,20 @@ class PolicyGroup(ReferenceGroup):
     def publish_weights(self, version: int) -> Pending[PublishedWeights]:
         """Return rank 0's publication, by which the rollout engines find the weights."""
         return self._everywhere("publish_weights", version).then(lambda published: published[0])
+
+    def gpus(self) -> list[str | None]:
+        """The GPU of each rank."""
+        return self._everywhere("gpu").result()
+
+    def connect_engines(self, transport: Transport, engines: Sequence[Ranks], workers: int) -> None:
+        """Connect all ranks with ``engines``, of ``workers`` GPUs each, so that weights can go from GPU to GPU."""
+        address = self._everywhere("node_address").result()[0]
+        reached = [one for engine in engines for one in engine.reached()]
+        self._everywhere("connect_engines", transport, reached, workers, address).result()
+
+    def send_weights(self, version: int) -> Pending[list[None]]:
+        """Send the weights to the connected engines."""
+        return self._everywhere("send_weights", version)
 
 
 class CriticGroup(Group):

@@ -48,6 +48,9 @@ class Ranks(Protocol):
         ``timeout_s`` is by default that of all calls (``cluster.call_timeout_s``); ``key`` names the key of another one.
         """
 
+    def reached(self) -> list[Any]:
+        """What a rank of another group reaches these ranks by, in rank order; it can be an argument of calls."""
+
     def share(self, value: Any) -> Any:
         """Put ``value`` where every rank can read it; the handle can be an argument of calls."""
 
@@ -82,6 +85,9 @@ class InProcessRanks:
         except Exception as error:
             raise GroupError(self.role, 0, phase or method, f"{error!r}\n{traceback.format_exc()}") from error
         return Pending.done([value])
+
+    def reached(self) -> list[Any]:
+        return [self.worker]
 
     def share(self, value: Any) -> Any:
         return value
@@ -123,6 +129,9 @@ class RayRanks:
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
         return Pending(lambda: self._gather(references, phase or method, began, limit, name))
+
+    def reached(self) -> list[Any]:
+        return list(self.actors)
 
     def share(self, value: Any) -> Any:
         import ray

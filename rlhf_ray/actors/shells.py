@@ -6,7 +6,7 @@ rank inside a collective still answers, and Ray's object store for buckets of we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -47,6 +47,16 @@ class RankShell(Worker):
 
 class PolicyModelActor(RankShell, PolicyWorker):
     """One rank of the policy."""
+
+    def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call the engines' actors side by side; the first error of one of them ends the call."""
+        waiting = [getattr(engine, method).remote(*own) for engine, own in zip(engines, arguments, strict=True)]
+        while waiting:
+            (answered, *_), waiting = ray.wait(waiting)
+            try:
+                ray.get(answered)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
 
     def keep_bucket(self, bucket: Bucket) -> Any:
         """Copy a bucket into the object store, and nothing else: weights go there straight from the model."""

@@ -28,7 +28,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of the whole parameter, even if ZeRO-3 keeps only a part of it on this rank."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 

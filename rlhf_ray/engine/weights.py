@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.held import held_tensors
 from rlhf_ray.models.weights.lora import ADAPTED_PARTS
-from rlhf_ray.models.weights.quantization import dequantized
+from rlhf_ray.models.weights.quantization import dequantized, dequantized_like
 
 Group = list[tuple[str, Tensor]]
 
@@ -61,6 +63,30 @@ def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) 
     """
     for group in gathered_groups(model, receive=receive):
         yield list(to_disk_names(model, group)) if group else []
+
+
+class DiskWeight(NamedTuple):
+    """What is known of a weight without its numbers."""
+
+    name: str
+    """On disk."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def describe_disk_weights(model: PreTrainedModel | SequenceRegression) -> list[DiskWeight]:
+    """Return what :func:`disk_weights` yields, in its order, without gathering or computing a weight."""
+    described = []
+    for layer in layers(model):
+        shapes = [(name, _without_numbers(tensor)) for name, tensor in layer]
+        for name, tensor in to_disk_names(model, shapes):
+            described.append(DiskWeight(name, tensor.dtype, tuple(tensor.shape)))
+    return described
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    whole = dequantized_like(tensor)
+    return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") if whole is None else whole
 
 
 def _gather(tensors: list[Tensor]) -> contextlib.AbstractContextManager[object]:

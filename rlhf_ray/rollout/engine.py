@@ -96,6 +96,20 @@ class RolloutEngine(ABC):
     def _end_load(self) -> None:
         """All weights have arrived: use them, and drop what was cached with the old ones."""
 
+    def _connect(self, transport: str, info: dict[str, Any]) -> None:
+        """Join the group in which the trainer sends weights from GPU to GPU."""
+        raise RequestError(
+            f"a {self.config.backend} engine takes weights through the object store alone, not by {transport}"
+        )
+
+    def _take_sent(self, info: dict[str, Any]) -> None:
+        """Fetch and load the weights that the trainer sends."""
+        raise RequestError(f"a {self.config.backend} engine takes weights through the object store alone")
+
+    def _received(self) -> list[str]:
+        """The checksum of what each worker of the engine has fetched in this update."""
+        return []
+
     @abstractmethod
     def _close(self) -> None:
         """Free what the engine holds."""
@@ -166,6 +180,10 @@ class RolloutEngine(ABC):
 
     # Weights
 
+    def gpus(self) -> list[str]:
+        """The UUIDs of the GPUs on which vLLM's transfer engines could bring weights; none where they do not reach."""
+        return []
+
     def update_weights(self, version: int, buckets: Iterable[Bucket], checksum: str) -> None:
         """Replace all weights. Unfinished requests go on with the new ones, and their context is computed again."""
         self.begin_update()
@@ -190,11 +208,24 @@ class RolloutEngine(ABC):
         with self._or_die("load_bucket", WeightUpdateError):
             self._load(update.accept(bucket))
 
+    def connect(self, transport: str, info: dict[str, Any]) -> None:
+        """Join the group in which the trainer sends weights from GPU to GPU; ``info`` is what vLLM's engine needs for it."""
+        self._refuse_while_updating("connect")
+        with self._or_die("connect"):
+            self._connect(transport, info)
+
+    def take_sent(self, info: dict[str, Any]) -> None:
+        """Fetch and load the weights that the trainer sends now: ``names``, ``shapes`` and how they come."""
+        update = self._require_update("take_sent")
+        with self._or_die("take_sent", WeightUpdateError):
+            update.expect((name, tuple(shape)) for name, shape in zip(info["names"], info["shapes"], strict=True))
+            self._take_sent(info)
+
     def finish_update(self, version: int, checksum: str) -> None:
         """Finish the update: check that every weight has arrived intact, and use them as ``version``."""
         update = self._require_update("finish_update")
         with self._or_die("finish_update", WeightUpdateError):
-            update.close(checksum)
+            update.close(checksum, self._received())
             self._weight_version = version
             self._end_load()
         self._update = None

@@ -89,6 +89,16 @@ class Fleet:
         if not self.health.healthy:
             raise GroupError(ROLE, None, "update_weights", f"no engine has the weights\n{self.health.describe()}")
 
+    def update_by(self, version: int, send: Callable[[tuple[int, ...]], None]) -> None:
+        """Have ``send`` give ``version`` to every live engine at once; where it fails, no engine has it."""
+        targets = self.health.publish(version)
+        if targets:
+            send(targets)
+        for engine in targets:
+            self.health.updated(engine, version)
+        if not self.health.healthy:
+            raise GroupError(ROLE, None, "update_weights", f"no engine has the weights\n{self.health.describe()}")
+
     # Generating
 
     def generate(self, requests: Share, deadline_s: float) -> TrajectoryBatch:

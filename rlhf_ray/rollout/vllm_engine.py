@@ -60,6 +60,7 @@ class VllmEngine(RolloutEngine):
         self.vocabulary = self._engine.vllm_config.model_config.get_vocab_size()
         self._tickets = itertools.count()
         self._in_work: dict[str, GenerationRequest] = {}
+        self._sent = False
 
     def _engine_args(self, on_cpu: bool) -> Any:
         from vllm import EngineArgs
@@ -141,11 +142,28 @@ class VllmEngine(RolloutEngine):
 
     # Weights
 
+    def gpus(self) -> list[str]:
+        """The UUID of the GPU of each worker; none on a CPU."""
+        return [gpu for gpu in self._engine.collective_rpc("gpu") if gpu is not None]
+
+    def _connect(self, transport: str, info: dict[str, Any]) -> None:
+        self._engine.collective_rpc(
+            "init_weight_transfer_engine", kwargs={"init_info": {"transport": transport, "info": info}}
+        )
+
     def _begin_load(self) -> None:
+        self._sent = False
         self._engine.collective_rpc("start_weight_update")
 
     def _load(self, weights: list[tuple[str, Tensor]]) -> None:
         self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
+
+    def _take_sent(self, info: dict[str, Any]) -> None:
+        self._sent = True
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"sent": info}})
+
+    def _received(self) -> list[str]:
+        return self._engine.collective_rpc("received_checksum") if self._sent else []
 
     def _end_load(self) -> None:
         self._engine.collective_rpc("finish_weight_update")

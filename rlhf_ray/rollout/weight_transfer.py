@@ -1,8 +1,8 @@
 """Weight updates inside vLLM: its weight-transfer interface, fed with tensors by their names on disk.
 
-Invariants: weights reach the model through its own ``load_weights`` inside a layerwise reload, so that fusing, sharding and
-packing happen as they did at start-up; importing this module registers the backend, also in vLLM's worker processes, where
-:class:`RegisterInWorker` is the workers' extension.
+Invariants: however weights come, with the call or from GPU to GPU through vLLM's own engines, they reach the model through its
+own ``load_weights`` inside a layerwise reload, so that fusing, sharding and packing happen as they did at start-up; importing
+this module registers the backend, also in vLLM's worker processes, where :class:`RegisterInWorker` is the workers' extension.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
+from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_heads
+from rlhf_ray.rollout.wire import Checksum
 
 BACKEND = "rlhf_ray"
 
@@ -30,28 +33,45 @@ class LoadsWeights(Protocol):
 
 
 @dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: weights come as arguments of the call."""
+class Connection(WeightTransferInitInfo):
+    """How weights come from GPU to GPU: the name of one of vLLM's engines, and what it asks for to connect."""
+
+    transport: str
+    info: dict[str, Any]
 
 
 @dataclass
-class NamedWeights(WeightTransferUpdateInfo):
-    """One bucket."""
+class Incoming(WeightTransferUpdateInfo):
+    """Weights that came with the call, or else what the connected engine needs to know to fetch those that are sent."""
 
-    weights: list[tuple[str, torch.Tensor]]
+    weights: list[tuple[str, torch.Tensor]] | None = None
+    sent: dict[str, Any] | None = None
 
 
-class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
-    """Loads buckets of tensors that are on the CPU, whatever device the model is on."""
+class Receiver(WeightTransferEngine[Connection, Incoming]):
+    """Loads buckets of tensors that are on the CPU, and what vLLM's own engines receive on the device."""
 
-    init_info_cls = NoInitInfo
-    update_info_cls = NamedWeights
+    init_info_cls = Connection
+    update_info_cls = Incoming
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        """Nothing to connect."""
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.received = Checksum()
+        """Of what came on the device in this update."""
+        self._connected: WeightTransferEngine[Any, Any] | None = None
+
+    def init_transfer_engine(self, init_info: Connection) -> None:
+        """Connect to the trainer through vLLM's engine of that name, instead of a connection of before."""
+        self.shutdown()
+        config = WeightTransferConfig(backend=init_info.transport)
+        self._connected = WeightTransferEngineFactory.create_engine(
+            config, self.vllm_config, self.device, cast(torch.nn.Module, SummedUp(self))
+        )
+        self._connected.init_transfer_engine(self._connected.parse_init_info(init_info.info))
 
     def start_weight_update(self) -> None:
         """Make the model take whole weights again, layer by layer."""
+        self.received = Checksum()
         forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
@@ -61,24 +81,58 @@ class NamedWeightsEngine(WeightTransferEngine[NoInitInfo, NamedWeights]):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: NamedWeights) -> None:
-        """Hand the bucket to the model's own loader."""
-        cast(LoadsWeights, self.model).load_weights(iter(update_info.weights))
+    def receive_weights(self, update_info: Incoming) -> None:
+        """Hand the weights to the model's own loader."""
+        if update_info.sent is None:
+            cast(LoadsWeights, self.model).load_weights(iter(update_info.weights or ()))
+            return
+        assert self._connected is not None, "the trainer connects before it sends"
+        self._connected.receive_weights(self._connected.parse_update_info(update_info.sent))
 
     def finish_weight_update(self) -> None:
         """Process what came, into the tensors that the compiled model reads."""
+        if isinstance(self._connected, IPCWeightTransferEngine):
+            self._connected.shutdown()  # it lets go of the trainer's buffer, which the next update brings anew
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_heads(self.model)
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """Leave the group with the trainer."""
+        if self._connected is not None:
+            self._connected.shutdown()
+            self._connected = None
+
+
+class SummedUp:
+    """The model as vLLM's engines see it: all that they ask of it is to load weights, which are summed up on their way."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object:
+        """Add ``weights`` to the checksum of what was received, and load them."""
+        arrived = list(weights)
+        for name, weight in arrived:
+            self._receiver.received.add(name, weight)
+        return cast(LoadsWeights, self._receiver.model).load_weights(iter(arrived))
 
 
 class RegisterInWorker:
-    """A worker extension without methods: naming it makes a worker import this module."""
+    """A worker extension: naming it makes a worker import this module, and it answers what a worker is not asked by vLLM."""
+
+    device: torch.device
+    weight_transfer_engine: Receiver
+
+    def gpu(self) -> str | None:
+        """The UUID of this worker's GPU; None on a CPU."""
+        return str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+
+    def received_checksum(self) -> str:
+        """The checksum of what came on the device in this update."""
+        return self.weight_transfer_engine.received.hexdigest()
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, NamedWeightsEngine)
+WeightTransferEngineFactory.register_engine(BACKEND, Receiver)
 # On every update it warns that modules without weights (rotary embeddings) got none. That every weight came is checked
 # by the sender's and the receiver's list of names (rlhf_ray.rollout.wire).
 logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)

@@ -158,25 +158,32 @@ class IncomingUpdate:
 
     def accept(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
         """The bucket's weights as tensors, if each is expected and has its shape."""
-        weights = []
+        self.expect((name, tuple(weight.shape)) for name, weight in bucket)
         for name, weight in bucket:
+            self._checksum.add(name, weight)
+        return [(name, to_tensor(weight)) for name, weight in bucket]
+
+    def expect(self, announced: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Check that the names and shapes are those of weights that have not come yet."""
+        for name, came in announced:
             shape = self._missing.pop(name, None)
             if shape is None:
                 known = "came twice" if name in self._shapes else "is not the name of a weight of this model"
                 raise WireError(f"weight {name!r} {known}")
-            if tuple(weight.shape) != shape:
-                raise WireError(f"weight {name!r} has shape {tuple(weight.shape)}, but the model's has {shape}")
-            self._checksum.add(name, weight)
-            weights.append((name, to_tensor(weight)))
-        return weights
+            if came != shape:
+                raise WireError(f"weight {name!r} has shape {came}, but the model's has {shape}")
 
-    def close(self, checksum: str) -> None:
-        """Check that nothing is missing and that what arrived is what was sent."""
+    def close(self, sent: str, received: Sequence[str] = ()) -> None:
+        """Check that nothing is missing and that what arrived is what was sent, by its checksum.
+
+        ``received`` are the checksums of workers that fetched the weights themselves, if they did.
+        """
         if self._missing:
             names = sorted(self._missing)
             raise WireError(f"{len(names)} weights did not come, the first is {names[0]!r}")
-        if self._checksum.hexdigest() != checksum:
-            raise WireError(f"the weights that came have checksum {self._checksum.hexdigest()}, sent was {checksum}")
+        for checksum in received or [self._checksum.hexdigest()]:
+            if checksum != sent:
+                raise WireError(f"the weights that came have checksum {checksum}, sent was {sent}")
 
 
 def shapes_on_disk(directory: str | Path) -> dict[str, tuple[int, ...]]:

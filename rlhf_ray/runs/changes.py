@@ -169,7 +169,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rollout": {
         **_same(SAMPLING, "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p", "max_model_tokens"),
         **_same(ROUNDING, "backend", "dtype"),
-        **_same(FREE, "engines", "kv_cache_gib", "tensor_parallel", "gpu_memory_utilization", "timeout_s"),
+        **_same(FREE, "engines", "kv_cache_gib", "tensor_parallel", "gpu_memory_utilization", "weight_transport",
+                "timeout_s"),
     },
     "rollout.resources": _RESOURCES,
     "algorithm": _same(METHOD, "name", "advantages", "gamma", "lam", "whitening", "objective", "ratio", "aggregation",

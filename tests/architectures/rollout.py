@@ -35,15 +35,19 @@ class Sampled:
         self.engine = VllmEngine(start, config, stop_token_ids=(TOKENS["eos_token_id"],), seed=5)
 
     def update(self, version: int) -> None:
-        """Change every weight and publish them all. The sizes of weights stay, so that what an engine keeps is seen."""
+        """Change every weight and publish them all."""
+        self.change(version)
+        groups = disk_weights(self.actor.model, receive=True)
+        self.engine.receive(publish(version, (weight for group in groups for weight in group)))
+
+    def change(self, version: int) -> None:
+        """Change every weight of the trainer. The sizes of weights stay, so that what an engine keeps is seen."""
         generator = torch.Generator().manual_seed(version)
         with torch.no_grad():
             for _, tensor in held_tensors(self.actor.model):
                 if tensor.is_floating_point():
                     noise = torch.randn(tensor.shape, generator=generator)
                     tensor.add_(0.3 * tensor.std(correction=0).clamp_min(0.05) * noise)
-        groups = disk_weights(self.actor.model, receive=True)
-        self.engine.receive(publish(version, (weight for group in groups for weight in group)))
 
     @torch.no_grad()
     def difference(self) -> float:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from rlhf_ray.rollout import weight_transfer
 from rlhf_ray.rollout.errors import WeightUpdateError
+from rlhf_ray.rollout.weight_sender import Route, WeightSender
 from tests.architectures.configs import small_config, small_model
 from tests.architectures.rollout import Sampled
+from tests.rollout.sender_program import source_of
+from tests.rollout.stand_ins import on_cpu
 
 pytestmark = pytest.mark.vllm
 TOLERANCE, OTHER_MODEL = 1e-4, 1e-2
@@ -37,6 +41,25 @@ def test_a_mixture_of_experts_agrees_with_its_trainer_before_and_after_each_upda
         except WeightUpdateError as error:
             raise AssertionError(f"experts that were padded take no new weights: {error}") from error
         assert mixture.difference() < TOLERANCE, f"after update {version}"
+
+
+def test_what_vllms_own_transfer_engine_brings_is_loaded_as_what_the_object_store_brings(mixture: Sampled) -> None:
+    """Experts that are padded and a tied head included."""
+
+    def call_engine(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        (own,) = arguments
+        getattr(mixture.engine, method)(*own)
+
+    assert mixture.engine.gpus() == []
+    with on_cpu():
+        source = source_of(mixture.actor.model)
+        sender = WeightSender(Route("ipc", 0, 1, 1, "127.0.0.1", 0), source, call_engine)
+        for version in (21, 22):
+            mixture.change(version)
+            sender.send(version)
+        sender.close()
+    assert mixture.engine.weight_version == 22
+    assert mixture.difference() < TOLERANCE
 
 
 def agrees_without(mixture: Sampled, repair: str, version: int) -> bool:

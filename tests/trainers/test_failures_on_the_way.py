@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.actors.groups import Group
+from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.errors import (
     EXIT_RESUMABLE,
@@ -33,7 +34,7 @@ from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
-from rlhf_ray.trainers.ppo.sampling import FixedSampling, Sampler
+from rlhf_ray.trainers.ppo.sampling import FixedSampling
 from rlhf_ray.trainers.supervised import loop, sft
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
 from tests.trainers.small_runs import ask_to_stop, config_of, forget_the_stop, signals_as_before, train
@@ -74,7 +75,7 @@ CASES: dict[str, tuple[str, list[str], tuple[Any, str, Callable[[], None], int],
     "source": ("ppo", [], (Experience, "score_trajectories", raising(AWAY), 4), ResumableStop),
     "mistake in a source": ("ppo", [], (Experience, "score_trajectories", raising(RequestError("no list")), 4), RequestError),
     "rollout": ("ppo", [], (FixedSampling, "collect", raising(GONE), 2), GroupError),
-    "publication": ("ppo", [], (Sampler, "update_weights", raising(GONE), 2), GroupError),
+    "publication": ("ppo", [], (Publisher, "publish", raising(GONE), 2), GroupError),
     "metrics on a full disk": ("ppo", [], (Journal, "log_step", raising(StorageError("disk full")), 1), StorageError),
     "source in an evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", raising(AWAY), 1), ResumableStop),
     "evaluation": ("ppo", [EVERY], (PpoEvaluation, "compare", raising(WRONG), 1), ValueError),

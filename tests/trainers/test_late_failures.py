@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.actors.workers.policy import PolicyWorker
 from rlhf_ray.errors import ClosingError, GroupError, ResumableStop, RlhfRayError, StorageError
@@ -26,7 +27,6 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
-from rlhf_ray.trainers.ppo.sampling import Sampler
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised import loop, sft
@@ -152,7 +152,7 @@ def failures(kind: str) -> dict[str, Failure]:
                 lambda late: late.before(PpoEvaluation, "compare", (late.root / "away").touch), ResumableStop, "away"
             ),
             "engine": Failure(
-                lambda late: late.fails(Sampler, "update_weights", GroupError("rollout", 0, "update", "died")),
+                lambda late: late.fails(Publisher, "publish", GroupError("rollout", 0, "update", "died")),
                 GroupError, "died",
             ),
         }  # fmt: skip

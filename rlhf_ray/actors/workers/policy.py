@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup
+from rlhf_ray.network import free_port
+from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import Bucket, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch
+
+if TYPE_CHECKING:
+    from rlhf_ray.rollout.weight_sender import WeightSender
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class PolicyWorker(ReferenceWorker):
     """The policy: log-probs as the reference computes them, training, and its weights for the rollout engines."""
 
     role = "policy"
+    _sender: WeightSender | None = None
 
     def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
         return module(packed, temperature=self.settings.temperature, with_entropy=True)
@@ -68,6 +75,41 @@ class PolicyWorker(ReferenceWorker):
         with self.doing("publish_weights"):
             published = publish(version, self.engine.disk_weights_in_place(self.hf_model), keep=self.keep_bucket)
         return published if self.rank == 0 else None
+
+    def gpu(self) -> str | None:
+        """The UUID of this rank's GPU; None on a CPU."""
+        return str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+
+    def connect_engines(self, transport: Transport, engines: Sequence[Any], workers: int, address: str) -> None:
+        """Connect to ``engines``, of ``workers`` GPUs each, through which weights then go from GPU to GPU.
+
+        Every rank takes part; rank 0 calls the engines, and listens at ``address`` for their workers.
+        """
+        from rlhf_ray.engine.weights import describe_disk_weights, disk_weights
+        from rlhf_ray.rollout.weight_sender import DiskWeights, Route, WeightSender
+
+        with self.doing("connect_engines"):
+            if self._sender is not None:
+                self._sender.close()
+            # Through ipc every rank shares its GPU's memory; through nccl only rank 0 sends.
+            receive = transport == "ipc" or self.rank == 0
+            source = DiskWeights(
+                describe_disk_weights(self.hf_model), partial(disk_weights, self.hf_model, receive=receive)
+            )
+            port = free_port(address) if self.rank == 0 else 0  # the others do not listen
+            route = Route(transport, self.rank, len(engines), workers, address, port)
+            self._sender = WeightSender(route, source, partial(self.call_engines, engines))
+
+    def send_weights(self, version: int) -> None:
+        """Send all weights to the connected engines, which hold them as ``version`` when rank 0 returns."""
+        assert self._sender is not None, "the driver connects the engines first"
+        with self.doing("send_weights"):
+            self._sender.send(version)
+
+    def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call ``method`` of every engine, each with its own arguments; returns when all have answered."""
+        for engine, own in zip(engines, arguments, strict=True):
+            getattr(engine, method)(*own)
 
     def keep_bucket(self, bucket: Bucket) -> Any:
         """Keep a bucket until the engines have taken it; returns what they find it by: itself in the same process."""

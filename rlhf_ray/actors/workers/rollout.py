@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray import environment
 from rlhf_ray.actors.ranks import Ranks
@@ -95,6 +96,30 @@ class RolloutWorker(Worker):
         """Replace the engine's weights by ``weights``."""
         with self.doing("receive"):
             self.engine.receive(weights)
+
+    def gpus(self) -> list[str]:
+        """The GPUs on which weights can come from the trainer."""
+        return self.engine.gpus()
+
+    def connect(self, transport: str, info: dict[str, Any]) -> None:
+        """Join the group in which the trainer sends weights; this and what follows is called by the trainer's rank 0."""
+        with self.doing("connect"):
+            self.engine.connect(transport, info)
+
+    def begin_update(self) -> None:
+        """Begin to take weights."""
+        with self.doing("receive"):
+            self.engine.begin_update()
+
+    def take_sent(self, info: dict[str, Any]) -> None:
+        """Take the weights that are being sent."""
+        with self.doing("receive"):
+            self.engine.take_sent(info)
+
+    def finish_update(self, version: int, checksum: str) -> None:
+        """Check the weights that came and adopt them."""
+        with self.doing("receive"):
+            self.engine.finish_update(version, checksum)
 
     def probe(self) -> Probe:
         """What the engine says about itself."""

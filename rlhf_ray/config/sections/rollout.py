@@ -26,5 +26,6 @@ class RolloutConfig(Section):
     kv_cache_gib: PositiveFloat = 1.0
     tensor_parallel: Positive = 1
     gpu_memory_utilization: Fraction = 0.9
+    weight_transport: Literal["auto", "object_store"] = "auto"
     resources: ResourcesConfig = ResourcesConfig()
     timeout_s: PositiveFloat = 300.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_ray.actors.place import Place, PlacedGroup
+from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers.rollout import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
@@ -132,6 +133,7 @@ def build(
         run_directory=run,
         groups=groups,
         sampler=sampler,
+        publisher=Publisher(groups.policy, sampler.fleet, engines, config.rollout),
         prompts=stream,
         collector=make_collector(config, stream, sampler, experience),
         experience=experience,

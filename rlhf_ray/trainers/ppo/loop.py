@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.rewards.sample import TextSample
@@ -54,6 +55,7 @@ class PpoTrainer:
     run_directory: RunDirectory
     groups: Groups
     sampler: Sampler
+    publisher: Publisher
     prompts: PromptStream
     collector: Collector
     experience: Experience
@@ -146,7 +148,7 @@ class PpoTrainer:
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every rollout engine as ``version``."""
-        self.sampler.update_weights(version, self.groups.policy.publish_weights(version).result())
+        self.publisher.publish(version)
 
     def remember(self) -> None:
         """Keep the driver's state as it is now, after a finished step, for its checkpoint."""

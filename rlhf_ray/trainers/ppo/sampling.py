@@ -94,10 +94,6 @@ class Sampler:
         """``samples`` answers to each held-out prompt, sampled, or greedy ones: the likeliest token each time."""
         return self._generate(prompts, samples, HELD_OUT, greedy=greedy)
 
-    def update_weights(self, version: int, weights: Any) -> None:
-        """Give every engine the weights that the policy group published as ``version``."""
-        self.fleet.update_weights(version, weights)
-
     def _generate(
         self, prompts: Sequence[TokenizedPrompt], samples: int, step: int, *, greedy: bool = False
     ) -> TrajectoryBatch:

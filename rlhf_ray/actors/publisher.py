@@ -1,0 +1,56 @@
+"""How the driver gives the policy's weights to the rollout engines: through the object store, or from GPU to GPU.
+
+Invariants: the way follows from where policy and engines were placed, once, and is logged. From GPU to GPU the connection is
+made anew whenever the engines that are alive have changed. An update that fails there fails as a whole, because all engines
+take part in the same broadcast; then none counts as updated, and the run ends, to be resumed from its last commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import GroupError
+from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.transport import choose_transport
+
+WAYS = {
+    "object_store": "through Ray's object store",
+    "nccl": "from GPU to GPU by NCCL",
+    "ipc": "through the memory of the GPUs that policy and engines share",
+}
+
+
+class Publisher:
+    """The way from one policy group to the engines of a fleet."""
+
+    def __init__(self, policy: PolicyGroup, fleet: Fleet, engines: Sequence[Ranks], config: RolloutConfig) -> None:
+        self._policy, self._fleet, self._engines = policy, fleet, engines
+        self._workers = config.tensor_parallel
+        self._connected: tuple[int, ...] = ()
+        on_gpus = config.weight_transport == "auto" and config.resources.device == "cuda"
+        gpus = [engine.call("gpus", [()]) for engine in engines] if on_gpus else []
+        self.transport = choose_transport(policy.gpus() if gpus else [], [pending.result()[0] for pending in gpus])
+        get_logger().info("weights go to the rollout engines %s", WAYS[self.transport])
+
+    def publish(self, version: int) -> None:
+        """Give every live engine the policy's weights as ``version``."""
+        if self.transport == "object_store":
+            self._fleet.update_weights(version, self._policy.publish_weights(version).result())
+        else:
+            self._fleet.update_by(version, lambda engines: self._send(version, engines))
+
+    def _send(self, version: int, engines: tuple[int, ...]) -> None:
+        try:
+            if engines != self._connected:
+                self._policy.connect_engines(self.transport, [self._engines[one] for one in engines], self._workers)
+                self._connected = engines
+            self._policy.send_weights(version).result()
+        except GroupError as error:
+            error.args = (
+                f"{error}. Weights went {WAYS[self.transport]}: rollout.weight_transport=object_store avoids that",
+            )
+            raise

@@ -1,0 +1,96 @@
+"""The driver connects policy and engines once, again when an engine has died, and counts an update that failed as none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rlhf_ray.actors.groups import PolicyGroup
+from rlhf_ray.actors.publisher import Publisher
+from rlhf_ray.actors.ranks import InProcessRanks
+from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.errors import GroupError
+from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.health import EngineState
+from tests.rollout.stand_ins import on_cpu
+from tests.rollout.test_weight_sender import Worker, assert_same
+
+GPU = "the-gpu"
+ON_GPU = ResourcesConfig(gpus_per_rank=0.25)
+
+
+class Policy(PolicyWorker):
+    """A policy on the CPU, which says that it is on a GPU."""
+
+    connections = 0
+
+    def gpu(self) -> str | None:
+        return GPU
+
+    def connect_engines(self, *arguments: Any) -> None:
+        self.connections += 1
+        super().connect_engines(*arguments)
+
+
+class EngineOf(Worker):
+    """An engine with one worker on that GPU."""
+
+    def gpus(self) -> list[str]:
+        return [GPU]
+
+
+@pytest.fixture
+def policy() -> Iterator[Policy]:
+    worker = Policy()
+    model = {"make": {"shape": "llama-tiny", "tokenizer_from": "world"}, "dtype": "bf16", "lora": {"rank": 2}}
+    role = RoleConfig.model_validate({"model": model, "engine": {"optimizer": {"learning_rate": 0.02}}})
+    worker.setup(LanguageSetup(role, seed=0, total_updates=1))
+    with on_cpu():
+        yield worker
+
+
+def make(policy: Policy, **keys: Any) -> tuple[Publisher, Fleet, list[EngineOf]]:
+    engines = [EngineOf() for _ in range(2)]
+    ranks = [InProcessRanks("rollout", engine) for engine in engines]
+    fleet = Fleet([None, None])  # type: ignore[list-item]  # nothing is asked of them by a handle
+    config = RolloutConfig(resources=ON_GPU, **keys)
+    return Publisher(PolicyGroup(InProcessRanks("policy", policy)), fleet, ranks, config), fleet, engines
+
+
+def test_engines_on_the_policys_gpu_read_its_memory_and_connect_anew_when_one_has_died(policy: Policy) -> None:
+    publisher, fleet, engines = make(policy)
+    assert publisher.transport == "ipc"
+    for version in (1, 2):
+        publisher.publish(version)
+    assert policy.connections == 1
+    expected = list(policy.disk_weights())
+    for engine in engines:
+        assert engine.version == 2
+        assert_same(engine.recorder.weights, expected)
+    fleet.health.died(0, "it was killed")
+    publisher.publish(3)
+    assert policy.connections == 2
+    assert (engines[0].version, engines[1].version) == (2, 3)
+    assert fleet.health.healthy == (1,)
+
+
+def test_an_update_that_fails_counts_for_no_engine_and_names_the_way_out(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, fleet, engines = make(policy)
+    publisher.publish(1)
+    monkeypatch.setattr(engines[1], "take_sent", lambda info: 1 / 0)
+    with pytest.raises(GroupError, match=r"division by zero[\s\S]*rollout.weight_transport=object_store") as caught:
+        publisher.publish(2)
+    assert caught.value.role == "policy"
+    assert all(fleet.health[engine].state is EngineState.STALE for engine in range(2))
+
+
+def test_the_object_store_can_be_asked_for(policy: Policy) -> None:
+    publisher, _, _ = make(policy, weight_transport="object_store")
+    assert publisher.transport == "object_store"
