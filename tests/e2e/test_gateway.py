@@ -69,7 +69,11 @@ def test_a_job_of_the_cluster_scores_by_name(address: str, models: tuple[Path, P
 
 
 def test_a_file_is_scored_as_by_the_service_and_once(
-    address: str, models: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    address: str,
+    models: tuple[Path, Path],
+    in_this_process: None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     reference = Reference(models[0])
     source, target = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
