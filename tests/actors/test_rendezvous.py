@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from rlhf_ray.actors.place import RankSpec, place_group
 from rlhf_ray.actors.workers import rollout
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.actors.workers.model import WorkerSetup
+from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.actors.workers.rollout import RolloutSetup, RolloutWorker
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.run import ClusterConfig
-from rlhf_ray.errors import StorageError
+from rlhf_ray.errors import RlhfRayError, StorageError
 from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
 from rlhf_ray.storage.shared import SharedFile
@@ -110,6 +112,29 @@ def test_a_rank_whose_node_does_not_see_the_run_names_the_node_and_the_way_out(t
     sentence = rf"node {LOOPBACK} \(.+\) does not see the run directory {attempts.parent}, .* rank 1 .*run\.root"
     with pytest.raises(StorageError, match=sentence):
         Worker(rank=1, world_size=2).require_shared(shared)
+
+
+@pytest.mark.parametrize(
+    ("worker", "setup"),
+    [
+        (RolloutWorker(), RolloutSetup(RolloutConfig(), "no model", (), seed=0, deterministic=False)),
+        (PolicyWorker(), LanguageSetup(RoleConfig(model=ModelConfig(path="no model")), seed=0, temperature=1.0)),
+    ],
+    ids=["rollout", "policy"],
+)
+def test_a_rank_looks_for_the_run_directory_before_it_loads_anything(
+    worker: Worker, setup: Any, tmp_path: Path
+) -> None:
+    attempts = tmp_path / "attempts.jsonl"
+    attempts.touch()
+    shared = SharedFile.at(attempts)
+    attempts.unlink()
+    refusal = ""
+    try:
+        worker.setup(replace(setup, shared=shared))  # type: ignore[attr-defined]
+    except RlhfRayError as error:
+        refusal = str(error)
+    assert "does not see the run directory" in refusal
 
 
 class Place:

@@ -296,6 +296,8 @@ class Source:
         (Pending.done([1.0]), RequestError, "1.0 is not a ScoreResult: return ScoreResult.of"),
         (lambda: 1 / 0, ScoringError, r"reward.source 'a:b' raised ZeroDivisionError"),
         (Pending(lambda: 1 / 0), ScoringError, r"reward.source 'a:b' raised ZeroDivisionError"),
+        (lambda: sys.exit(3), ScoringError, r"reward.source 'a:b' raised SystemExit"),
+        (Pending(lambda: sys.exit(3)), ScoringError, r"reward.source 'a:b' raised SystemExit"),
     ],
 )
 def test_what_a_source_answers_is_checked(answer: Any, error: type[Exception], refusal: str) -> None:
