@@ -23,6 +23,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
+from rlhf_ray.planning.object_store import LEAST, advice, store_to_start
 from rlhf_ray.processes.interrupts import kept_handlers
 from rlhf_ray.processes.lifeline import leaving
 
@@ -54,12 +55,16 @@ class Cluster:
         needed: Sequence[Bundle] = (),
         hub: bool = False,
         namespace: str | None = None,
+        object_store: int | None = LEAST,
     ) -> None:
+        """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose."""
         self.config = config
         self.run = run
         self.namespace = namespace or run_namespace(run.name)
         self.needed = list(needed)
         self.hub = hub
+        given = config.object_store_mb
+        self.object_store = object_store if given is None else given * 2**20
         self._groups: list[RayRanks] = []
         self._shared = False
         self.joined: JoinedCluster | None = None
@@ -69,7 +74,16 @@ class Cluster:
     def for_job(cls, config: Job, *, namespace: str | None = None, check_room: bool = True) -> Cluster:
         """The cluster of a job. With ``check_room``, entering it refuses a job whose ranks do not fit."""
         bundles = needed(config) if check_room else ()
-        return cls(config.cluster, config.run, needed=bundles, hub=bool(hub_ids(config)), namespace=namespace)
+        for sentence in advice(config):
+            get_logger().warning("%s", sentence)
+        return cls(
+            config.cluster,
+            config.run,
+            needed=bundles,
+            hub=bool(hub_ids(config)),
+            namespace=namespace,
+            object_store=store_to_start(config),
+        )
 
     def __enter__(self) -> Cluster:
         with kept_handlers(exits_on=signal.SIGTERM):  # Ray takes it for itself
@@ -101,7 +115,7 @@ class Cluster:
         start_ray(
             num_cpus=int(offered["CPU"]),
             num_gpus=int(offered["GPU"]),  # Ray itself would ask NVML, which a container may lack
-            object_store_memory=self.config.object_store_mb * 2**20,
+            object_store_memory=self.object_store,
             include_dashboard=self.config.dashboard,
             **options,
         )

@@ -39,8 +39,11 @@ def run(options: argparse.Namespace) -> int:
     """Print the resolved config on standard output; returns the exit code."""
     from rlhf_ray.config.loading import dump_config, load_config
     from rlhf_ray.config.preflight import hub_names
+    from rlhf_ray.planning.object_store import advice
 
     config = load_config(options.config, options.overrides, files=True)
+    for sentence in advice(config):
+        get_logger("check").warning("%s", sentence)
     unseen = [f"{key} {name}" for key, name in hub_names(config)]
     if not unseen:
         preview(config)

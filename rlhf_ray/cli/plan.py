@@ -1,16 +1,22 @@
-"""The command ``rlhf-ray plan``: print the batch arithmetic and the placement of a job."""
+"""The command ``rlhf-ray plan``: print the batch arithmetic, the placement and the memory of a job."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.cli.examples import examples
-from rlhf_ray.console import write_result
+from rlhf_ray.console import get_logger, write_result
+
+if TYPE_CHECKING:
+    from rlhf_ray.config.files.score_heads import Shape
+    from rlhf_ray.config.sections.models import ModelConfig
 
 EXAMPLES = (
     "plan llama-3-8b-8gpu",
-    "plan my-ppo.yaml policy.ranks=8",
+    "plan my-ppo.yaml policy.ranks=8 --gpu-gb 80",
 )
 
 
@@ -18,20 +24,61 @@ def add_arguments(commands: Any) -> None:
     """Register the command."""
     command = commands.add_parser(
         "plan",
-        help="batch arithmetic and placement, before anything is allocated",
+        help="batch arithmetic, placement and memory, before anything is allocated",
         **examples(*EXAMPLES, with_recipes=True),
     )
     command.add_argument("config", help="a file, or the name of a shipped recipe")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for example run.seed=1")
+    command.add_argument(
+        "--gpu-gb",
+        type=positive,
+        metavar="GB",
+        help="memory of each GPU, to see whether the job fits; by default that of those here",
+    )
     command.set_defaults(run=run)
 
 
+def positive(text: str) -> float:
+    """A number of gigabytes above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a size above 0 in GB, such as 80")
+    return value
+
+
 def run(options: argparse.Namespace) -> int:
-    """Print the sizes of the job and what the cluster must hold; returns the exit code."""
+    """Print the sizes of the job and what the cluster must hold; returns the exit code.
+
+    Raises :class:`CapacityError` after that where a rank does not fit its share of a GPU whose size is known.
+    """
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.planning.arithmetic import batch_table
     from rlhf_ray.planning.capacity import capacity_table, needed
+    from rlhf_ray.planning.gpus import gpu_bytes
+    from rlhf_ray.planning.job_memory import job_memory, memory_table, require_memory
+    from rlhf_ray.planning.object_store import advice, store_bytes
 
     config = load_config(options.config, options.overrides)
-    write_result(f"{batch_table(config)}\n\n{capacity_table(needed(config))}\n")
+    memory = job_memory(config, files_here)
+    tables = (
+        batch_table(config), capacity_table(needed(config)), memory_table(memory, store_bytes(config, files_here))
+    )  # fmt: skip
+    write_result("\n\n".join(tables) + "\n")
+    for sentence in advice(config, files_here):
+        get_logger("plan").warning("%s", sentence)
+    size = gpu_bytes() if options.gpu_gb is None else options.gpu_gb * 1e9
+    if size is not None:
+        require_memory(memory, size)
     return 0
+
+
+def files_here(model: ModelConfig) -> tuple[ModelConfig, Mapping[str, Shape]]:
+    """Where a model's files are, and the shapes of its weights, of a language model where only its config is here."""
+    from rlhf_ray.planning.job_memory import weights_here
+
+    found, shapes = weights_here(model)
+    if shapes or found.path is None or not (Path(found.path) / "config.json").is_file():
+        return found, shapes
+    from rlhf_ray.models.description import shapes_on_meta  # slow, and few plans need it
+
+    return found, shapes_on_meta(found.path, found.trust_remote_code)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rlhf_ray.config.problems import unless_absent
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig, TokenBudget
+from rlhf_ray.config.sections.rollout import RolloutConfig
 
 
 class Amount(NamedTuple):
@@ -53,6 +54,19 @@ def present_roles(makers: Mapping[str, Callable[[], Role | None]]) -> dict[str, 
     """The roles by the keys of their sections, without those that are null or absent from a partial config."""
     roles = {key: unless_absent(make, None) for key, make in makers.items()}
     return {key: role for key, role in roles.items() if role is not None}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Engines that sample from a model of the job, which sends them its weights."""
+
+    config: RolloutConfig
+    role: Role
+    """The model that they sample from."""
+    sequences: int
+    """Answers that they sample in a step, all together."""
+    updates: int
+    """Updates of each trained model in a step."""
 
 
 @dataclass(frozen=True)

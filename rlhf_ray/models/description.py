@@ -1,19 +1,23 @@
-"""One line that describes a loaded model.
+"""What a model is: a loaded one in a line, and the shapes of one of which only the config is here.
 
-Invariant: the line names everything that decides a model's numbers: architecture, parameters, dtype, attention backend,
-head, special tokens, quantisation, adapters and normalisation.
+Invariants: the line names everything that decides a model's numbers: architecture, parameters, dtype, attention backend,
+head, special tokens, quantisation, adapters and normalisation. Shapes are found without reading a weight or asking a hub.
 
 Policies, reward models and critics state in :class:`ModelFacts` what only they know; the rest is read from the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf_ray.config.files.score_heads import Shape
 from rlhf_ray.models.dtypes import dtype_name
 from rlhf_ray.models.weights.experts import expert_parameters
 from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers
@@ -105,3 +109,18 @@ def _lora(model: nn.Module) -> str:
 
 def _without_experts(model: nn.Module) -> str:
     return " (not on the experts, which are 3-D parameters)" if expert_parameters(model) else ""
+
+
+@cache
+def shapes_on_meta(directory: str, trust_remote_code: bool = False) -> Mapping[str, Shape]:
+    """Names and shapes of the parameters of a language model that only a ``config.json`` describes, made on the meta device.
+
+    Empty where transformers does not know the architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError):
+        return {}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""How many GPUs this machine offers, before anything is placed on them.
+"""How many GPUs this machine offers and how large they are, before anything is placed on them.
 
 Invariant: the number is that of CUDA itself, so ``CUDA_VISIBLE_DEVICES`` counts, and NVIDIA's management tools need not be
 there: a container may have GPUs without ``nvidia-smi``. Nothing is allocated on them, and torch is not imported.
@@ -10,6 +10,20 @@ import ctypes
 
 DRIVER = "libcuda.so.1"
 SUCCESS = 0
+
+
+def gpu_bytes() -> int | None:
+    """The memory of the smallest GPU that CUDA's driver shows to this process, in bytes; None where there is none.
+
+    Has not run on a GPU yet.
+    """
+    sizes = []
+    for index in range(count_gpus()):
+        driver, device, size = ctypes.CDLL(DRIVER), ctypes.c_int(0), ctypes.c_size_t(0)
+        if driver.cuDeviceGet(ctypes.byref(device), index) == SUCCESS:
+            driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+            sizes.append(size.value)
+    return min((size for size in sizes if size), default=None)
 
 
 def count_gpus() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.facts import Role
@@ -16,6 +17,7 @@ from rlhf_ray.config.files.models import model_config_file
 from rlhf_ray.config.files.positions import text_part
 from rlhf_ray.config.files.score_heads import Shape
 from rlhf_ray.config.sections.models import MADE_SHAPES, ModelConfig
+from rlhf_ray.environment import is_hub_id
 from rlhf_ray.planning.checkpoints import EMBEDDINGS, OUTPUT, adapted, shapes_of
 
 
@@ -45,6 +47,8 @@ class ModelSize:
     """Zero for a model with a score head, which has no output layer."""
     normed_heads: bool
     """Whether queries and keys have norms of their own, as in Qwen3."""
+    tied: bool = False
+    """Whether the embedding is the output layer too."""
 
     @property
     def frozen(self) -> int:
@@ -53,13 +57,12 @@ class ModelSize:
 
 
 def model_size(role: Role, shapes: Mapping[str, Shape] | None = None) -> ModelSize | None:
-    """The size of a role's model; None where neither its files nor ``shapes`` tell it.
+    """The size of a role's model; None where its files do not tell it.
 
-    ``shapes`` are the names and shapes of its weights where the files of weights are not on this machine, but its
-    ``config.json`` is.
+    ``shapes`` are the names and shapes of its weights; by default they are read from the headers of their files.
     """
     model = role.config.model
-    found = dict(shapes or shapes_of(model))
+    found = dict(shapes_of(model) if shapes is None else shapes)
     widths = _widths(model)
     if not found or widths is None:
         return None
@@ -88,7 +91,18 @@ def model_size(role: Role, shapes: Mapping[str, Shape] | None = None) -> ModelSi
         key_value=_number(widths, "num_key_value_heads", "num_attention_heads", "n_head") * _head(widths),
         vocabulary=0 if role.head else _number(widths, "vocab_size"),
         normed_heads=any("q_norm" in name for name in base),
+        tied=not role.head and not any(name.endswith(OUTPUT) for name in base),
     )
+
+
+def located(model: ModelConfig) -> ModelConfig:
+    """The section with the directory of the model: for a hub id that in the hub's cache, where it is there. Asks no hub."""
+    if model.path is None or not is_hub_id(model.path):
+        return model
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    return model.model_copy(update={"path": str(Path(cached).parent)}) if isinstance(cached, str) else model
 
 
 def _widths(model: ModelConfig) -> Mapping[str, Any] | None:

@@ -45,7 +45,7 @@ def test_what_an_algorithm_does_not_need_takes_no_place():
 def test_recipes_take_the_gpus_that_their_names_promise(recipe, gpus):
     bundles = needed(load_config(recipe))
     assert totals(bundles)[1] == pytest.approx(gpus)
-    nodes = [{"CPU": 32.0, "GPU": 8.0}] * 4 if gpus == 32 else [{"CPU": 32.0, "GPU": float(gpus)}]
+    nodes = [{"CPU": 80.0, "GPU": 8.0}] * 4 if gpus == 32 else [{"CPU": 32.0, "GPU": float(gpus)}]
     assert fits(bundles, nodes)
     if gpus:
         assert not fits(bundles, [{**nodes[0], "GPU": nodes[0]["GPU"] - 0.05}, *nodes[1:]])

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, get_args
 
 from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
-from rlhf_ray.config.facts import Placement, Role, Size
+from rlhf_ray.config.facts import Placement, Role, Sampling, Size
 from rlhf_ray.config.files.architectures import architecture_problems
 from rlhf_ray.config.files.encoders import encoder_problems
 from rlhf_ray.config.files.models import model_problems
@@ -84,6 +84,10 @@ class Job(Section):
     def placements(self) -> list[Placement]:
         """What the cluster must find room for, role by role."""
         return [Placement(key, role.config.ranks, role.config.resources) for key, role in self.roles().items()]
+
+    def sampling(self) -> Sampling | None:
+        """The engines that sample from a model of the job; none where nothing is sampled."""
+        return None
 
     def model_sections(self) -> Iterator[tuple[str, ModelConfig]]:
         """The key and the value of every ``model`` section that is there."""

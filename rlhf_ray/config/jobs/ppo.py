@@ -12,7 +12,7 @@ from rlhf_ray.config.checks import rollout as rollout_checks
 from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_pairs_to_cut, world_has_enough_prompts
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
-from rlhf_ray.config.facts import Amount, Placement, Role, Size, Work, present_roles
+from rlhf_ray.config.facts import Amount, Placement, Role, Sampling, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
 from rlhf_ray.config.files.reward_record import recorded_training
@@ -101,6 +101,9 @@ class PpoConfig(TrainingJob):
 
     def placements(self) -> list[Placement]:
         return [*super().placements(), Placement("rollout", self.rollout.engines, self.rollout.resources)]
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.rollout, self.roles()["policy"], self.batch.sequences_per_step, self.updates_per_step)
 
     def longest_sequence(self) -> int:
         return self.rollout.max_model_tokens

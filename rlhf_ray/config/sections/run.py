@@ -33,7 +33,8 @@ class ClusterConfig(Section):
     ``RAY_ADDRESS`` names."""
     num_cpus: Positive | None = None
     """CPUs that Ray offers if this run starts it; null means those of the machine."""
-    object_store_mb: Positive = 512
+    object_store_mb: Positive | None = None
+    """Size of Ray's object store if this run starts Ray; null sizes it from the weights that are published and the batches."""
     dashboard: bool = False
     """Whether Ray's dashboard is served, if this run starts Ray."""
     placement_timeout_s: PositiveFloat = 60.0

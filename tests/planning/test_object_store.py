@@ -1,0 +1,71 @@
+"""The object store holds what is published twice, keeps within shared memory, and a store that cannot is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_ray.actors import cluster
+from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.planning.object_store import LEAST, advice, shared_memory, store_bytes, store_to_start
+from tests.planning.recipes import published_files
+
+LARGE = "policy.model={make: {shape: llama-120m, tokenizer_from: world, vocabulary: 4096}, dtype: fp32}"
+
+
+def job(*overrides: str) -> Job:
+    return load_config("demo-ppo", [LARGE, *overrides])
+
+
+def test_a_store_holds_two_publications() -> None:
+    config = load_config("qwen3-0.6b-1gpu")
+    needed = store_bytes(config, published_files)
+    assert needed is not None and needed == pytest.approx(2 * 2 * 596_049_920, rel=0.02)
+    assert store_bytes(config) is None, "its model is not on this machine"
+    assert store_bytes(load_config("demo-rm")) == LEAST
+    assert store_bytes(job()) > LEAST
+
+
+def test_a_store_that_is_not_set_is_sized_and_never_larger_than_shared_memory() -> None:
+    assert store_to_start(job(), shared=2**40) == store_bytes(job())
+    assert store_to_start(job(), shared=10 * 2**20) == 9 * 2**20
+    assert store_to_start(load_config("qwen3-0.6b-1gpu"), shared=2**40) is None
+    assert shared_memory("/nowhere") is None
+
+
+@pytest.mark.parametrize(("overrides", "size"), [((), None), (("cluster.object_store_mb=100",), 100 * 2**20)])
+def test_ray_is_started_with_the_store_of_the_job(
+    overrides: tuple[str, ...], size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {}
+
+    def start(**options: object) -> None:
+        started.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "start_ray", start)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = job(*overrides)
+    with pytest.raises(KeyboardInterrupt), Cluster.for_job(config):
+        pass
+    assert started["object_store_memory"] == (store_to_start(config) if size is None else size)
+
+
+def test_a_store_that_the_weights_do_not_fit_is_told_with_the_numbers() -> None:
+    small = job("cluster.object_store_mb=128")
+    (sentence,) = advice(small, shared=2**40)
+    assert sentence.startswith("cluster.object_store_mb is 128, but weights and batches take ") and "null" in sentence
+    (sentence,) = advice(job(), shared=2**20)
+    assert "but /dev/shm has 0.0 GB free" in sentence and "--shm-size" in sentence
+    assert list(advice(job(), shared=2**40)) == []
+    assert list(advice(job("cluster.address=auto"), shared=2**20)) == [], "the cluster has its own store"
+
+
+def test_an_offloaded_optimizer_on_one_thread_is_told_with_its_time() -> None:
+    one = ["critic.resources.threads_per_rank=1"]
+    (sentence,) = advice(load_config("llama-3-8b-8gpu", one), published_files, shared=2**50)
+    assert sentence.startswith(
+        "critic.resources.threads_per_rank is 1, and its optimizer runs on the CPU (engine.offload): "
+    )
+    assert "about 8 s an update" in sentence and "critic.resources.cpus_per_rank, to 8" in sentence
