@@ -173,16 +173,18 @@ def kept_by_layer(size: ModelSize, dtype: Dtype) -> int:
 def head_parts(size: ModelSize, dtype: Dtype, *, trains: bool) -> Iterator[Part]:
     """The logits of one chunk of tokens and, in a backward pass, the gradient of the output layer.
 
-    None for a model with a score head.
+    Logits become log-probabilities in place; entropies, which training reports, take a second copy, and in half precision so
+    does their gradient. None for a model with a score head.
     """
     if not size.vocabulary:
         return
-    chunk, weight = tokens_of_a_chunk(size.vocabulary) * size.vocabulary, size.vocabulary * size.hidden
-    yield Part("logits", "GPU", 3 * chunk * FP32, ("score",))
+    chunk, each = tokens_of_a_chunk(size.vocabulary) * size.vocabulary, BYTES[dtype]
+    yield Part("logits", "GPU", chunk * FP32, ("score",))
     if trains:
-        own = size.trained > size.frozen  # a frozen output layer has no gradient
-        gradient = weight * (FP32 + 2 * BYTES[dtype]) if own else 0
-        yield Part("logits", "GPU", chunk * (3 * FP32 + BYTES[dtype]) + gradient, ("backward",))
+        frozen = size.trained < size.frozen  # then the output layer has no gradient
+        gradient = 0 if frozen else size.vocabulary * size.hidden * (FP32 + (each if each < FP32 else 0))
+        narrow = each if each < FP32 else 0
+        yield Part("logits", "GPU", max(2 * chunk * FP32, chunk * (FP32 + narrow) + gradient), ("backward",))
 
 
 def tokens_of_a_chunk(vocabulary: int) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rlhf_ray.models.actor import Actor, PackedPolicy
-from rlhf_ray.models.forward.log_probs import chunk_size
+from rlhf_ray.models.forward.log_probs import LogProbHead, chunk_size
+from rlhf_ray.planning import memory
 from rlhf_ray.planning.memory import activation_parts, kept_by_layer, tokens_of_a_chunk
 from rlhf_ray.planning.model_size import ModelSize
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -82,3 +86,42 @@ def test_with_checkpointing_a_layer_keeps_its_input_alone() -> None:
 @pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936])
 def test_planning_counts_with_the_chunk_of_the_head(vocabulary: int) -> None:
     assert tokens_of_a_chunk(vocabulary) == chunk_size(vocabulary, on_gpu=True)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it held at once, by storages, without those of ``given`` ones."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.made: list[tuple[ref[Tensor], int, int]] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in [result] if isinstance(result, Tensor) else []:
+            storage = tensor.untyped_storage()
+            self.made.append((ref(tensor), storage.data_ptr(), storage.nbytes()))
+        alive = {
+            pointer: size for tensor, pointer, size in self.made if tensor() is not None and pointer not in self.given
+        }
+        self.made = [one for one in self.made if one[0]() is not None]
+        self.bytes = max(self.bytes, sum(alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_the_head_holds_the_logits_that_planning_says(with_entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, hidden, chunk = 8192, 16, chunk_size(8192)
+    monkeypatch.setattr(memory, "tokens_of_a_chunk", lambda size: chunk)
+    size = replace(size_of("llama", hidden, 0, 1, 1, 16), vocabulary=vocabulary, numbers=1, trained=1)
+    score, backward = (part.bytes for part in memory.head_parts(size, "fp32", trains=True))
+    head = LogProbHead.around(torch.nn.Linear(hidden, vocabulary, bias=False), None)
+    inputs, targets = torch.randn(2 * chunk, hidden), torch.zeros(2 * chunk, dtype=torch.int64)
+    with torch.no_grad(), Peak(inputs, head.weight) as scoring:
+        head(inputs, targets, with_entropy=with_entropy)
+    assert scoring.bytes == pytest.approx(2 * score if with_entropy else score, rel=0.05)
+    with Peak(inputs, head.weight) as training:
+        head(inputs.requires_grad_(), targets, with_entropy=with_entropy)[0].sum().backward()
+    stated = backward if with_entropy else score + vocabulary * hidden * 4
+    assert training.bytes == pytest.approx(stated, rel=0.05)
