@@ -36,7 +36,7 @@ MINUTES = 9.0
 """A machine that is lent runs a command for ten minutes at most."""
 START = {"cuda": "spawn", "cpu": "forkserver"}
 """How processes start on a device: what a process knows of a GPU does not survive a fork, so there each starts anew."""
-PRELOADED = ["tests.gpu.agreement", "tests.gpu.engines"]
+PRELOADED = ["tests.gpu.agreement", "tests.gpu.engines", "peft", "bitsandbytes", "torch._inductor.compile_fx"]
 """What the server of forked processes imports once for all of them."""
 OFFLINE = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
