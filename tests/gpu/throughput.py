@@ -35,20 +35,6 @@ KERNELS_LISTED = 15
 Findings = tuple[Figures, str]
 
 
-def device_figures(device: Device, sizes: Sizes) -> Findings:
-    """The rate of matrix products in bf16, which the shares of all other figures refer to, and what this device is."""
-    rate = matmul_rate(torch.bfloat16, torch.device(device))
-    figure = Figure(rate, "FLOP/s", True, "square matrix products of random numbers in bf16")
-    if device == "cpu":
-        return {"gpu.matmul_rate": figure}, f"torch {torch.__version__} on the CPU"
-    properties = torch.cuda.get_device_properties(0)
-    memory = Figure(properties.total_memory / 1e9, "GB", True, "what torch says that the GPU has")
-    return {
-        "gpu.matmul_rate": figure,
-        "gpu.memory": memory,
-    }, f"torch {torch.__version__}, CUDA {torch.version.cuda}, {properties.name}"
-
-
 def policy_of_small_model(device: Device, sizes: Sizes) -> Findings:
     """Training and scoring of a policy, without an optimizer, all activations kept."""
     actor = Actor(make(sizes.small, device), attn_implementation="auto")
