@@ -65,6 +65,13 @@ class Program(nn.Module):
         return state
 
 
+def largest_layer(module: nn.Module) -> int:
+    """Count the elements of the largest layer, also where ZeRO-3 has split it; 0 for a model without a list of layers."""
+    lists = (part for part in module.modules() if isinstance(part, nn.ModuleList))
+    layers = (layer for part in lists for layer in part)
+    return max((sum(full_shape(weight).numel() for weight in layer.parameters()) for layer in layers), default=0)
+
+
 class Engine:
     """One rank's part of a model, its optimizer and its schedule. All ranks must call the same methods in the
     same order.
@@ -86,7 +93,12 @@ class Engine:
             (shape.numel() for shape in map(full_shape, module.parameters()) if len(shape) < 2), default=0
         )
         settings = deepspeed_config(
-            config, dtype=dtype, trainable=trainable, world_size=self.world_size, whole_below=whole_below
+            config,
+            dtype=dtype,
+            trainable=trainable,
+            world_size=self.world_size,
+            whole_below=whole_below,
+            layer=largest_layer(module),
         )
         if config.zero == 3:
             _gather_experts_together(module)

@@ -18,6 +18,9 @@ WHOLE_BELOW = 10_000
 BUCKET = 50_000_000
 """Elements sent at once. DeepSpeed allocates a buffer of this size up front, and its own default takes gigabytes."""
 
+LIVE = 1_000_000_000
+"""Elements of whole weights that ZeRO-3 may keep on a rank at least: DeepSpeed's own default, which fits small layers."""
+
 
 def deepspeed_config(
     config: EngineConfig,
@@ -26,8 +29,12 @@ def deepspeed_config(
     trainable: bool,
     world_size: int,
     whole_below: int = WHOLE_BELOW,
+    layer: int = 0,
 ) -> dict[str, Any]:
-    """Make the configuration of one DeepSpeed engine; ``zero.Init`` needs it too, to build a model in shards."""
+    """Make the configuration of one DeepSpeed engine; ``zero.Init`` needs it too, to build a model in shards.
+
+    ``layer`` is the number of elements in the largest layer of the model, from which follows what ZeRO-3 fetches ahead.
+    """
     max_grad_norm = _check(config, dtype=dtype, trainable=trainable)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -37,7 +44,7 @@ def deepspeed_config(
         "gradient_clipping": 0.0 if clips_in_optimizer(config, dtype) else max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_settings(config, trainable, whole_below),
+        "zero_optimization": _zero_settings(config, trainable, whole_below, layer),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -73,17 +80,32 @@ def clips_in_optimizer(config: EngineConfig, dtype: str) -> bool:
     return config.zero == 0 and dtype == "fp32"
 
 
-def _zero_settings(config: EngineConfig, trainable: bool, whole_below: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}
+def _zero_settings(config: EngineConfig, trainable: bool, whole_below: int, layer: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": BUCKET}
     if config.zero in (1, 2):
         zero["overlap_comm"] = False
     if config.zero == 3:
         zero["stage3_param_persistence_threshold"] = whole_below
+        zero |= _gathering(layer)
     if config.offload != "none" and trainable:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
     return zero
+
+
+def _gathering(layer: int) -> dict[str, int]:
+    """Let ZeRO-3 gather a layer ahead, beside the one that runs, and keep one from its second forward to its backward.
+
+    A layer is larger than DeepSpeed's defaults from about 70B on: then hardly any weight is fetched before it is needed. The
+    second forward is that of gradient checkpointing; between it and the backward lie two passes over the layer.
+    """
+    live = max(LIVE, 2 * layer)
+    return {
+        "stage3_prefetch_bucket_size": max(BUCKET, layer),
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+    }
 
 
 def _check(config: EngineConfig, *, dtype: str, trainable: bool) -> float:

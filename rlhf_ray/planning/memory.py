@@ -32,7 +32,7 @@ FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 BUCKET = 50_000_000
 """Numbers in DeepSpeed's buffer of gradients on their way to other ranks: ``reduce_bucket_size``, as the engine sets it."""
 LIVE = 1_000_000_000
-"""Numbers of whole weights that ZeRO-3 keeps at once: ``stage3_max_live_parameters``."""
+"""Numbers of whole weights that ZeRO-3 keeps at once, where two layers are fewer: ``stage3_max_live_parameters``."""
 SUB_GROUP = 1_000_000_000
 """Numbers that the optimizer of ZeRO-3 updates at once: DeepSpeed's ``sub_group_size``."""
 CONTEXT = 800_000_000
@@ -73,7 +73,8 @@ def engine_parts(size: ModelSize, engine: EngineConfig, dtype: Dtype, ranks: int
     if sharded:
         vectors = size.vectors * each  # whole on every rank, and in shards too
         yield Part("weights", "host" if engine.offload == "all" else "GPU", whole / ranks + vectors)
-        gathered = min(size.numbers, LIVE + size.largest) * each if ranks > 1 else 0  # a lone rank's shard is whole
+        live = max(LIVE, 2 * size.numbers // max(1, size.layers))
+        gathered = min(size.numbers, live + size.largest) * each if ranks > 1 else 0  # a lone rank's shard is whole
         yield Part("gathered weights", "GPU", gathered, ("score", "backward"))
     else:
         yield Part("weights", "GPU", whole)

@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import held_memory
 import psutil
+import pytest
 import torch
 from inspect_engine import bits, digest, first_gradient, same_bits, steps, weights
 from torch import Tensor
@@ -155,12 +156,16 @@ def built_in_shards(program: Program) -> Measured:
     with deepspeed.zero.Init(config_dict_or_path=settings):
         module = make()
     sizes = {parameter.numel() for parameter in module.parameters()}
-    engine = Engine(module, config, dtype="fp32", total_updates=TOTAL_UPDATES, trainable=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_ray.engine.settings.LIVE", 0)  # a least number that no layer of a toy reaches
+        engine = Engine(module, config, dtype="fp32", total_updates=TOTAL_UPDATES, trainable=True)
+    kept = engine._deepspeed.zero_max_live_parameters(), engine._deepspeed.zero_max_reuse_distance()
     for batch in BATCHES:
         program.update(engine, batch, 4)
     state, start = weights(engine), program.start[False]
     engine.close()
-    measured: Measured = {"sizes": sorted(sizes)}
+    layer = sum(parameter.numel() for parameter in make().get_submodule("layers.0").parameters())
+    measured: Measured = {"sizes": sorted(sizes), "kept": kept, "layer": layer}
     if program.rank == 0:
         measured["update_error"] = distance(change(state, start), change(program.reference.weights[1], start))
     return measured

@@ -156,6 +156,10 @@ def test_a_module_that_was_never_whole_trains_as_one_that_was(pair: Ranks) -> No
     assert pair[0]["built-in-shards"]["update_error"] <= UPDATE_BAR
 
 
+def test_zero_3_may_keep_two_whole_layers_of_the_model_that_an_engine_holds(pair: Ranks) -> None:
+    assert pair[0]["built-in-shards"]["kept"] == [2 * pair[0]["built-in-shards"]["layer"]] * 2
+
+
 @pytest.mark.parametrize("case", ["0-0", "2-3", "3-3"])
 def test_two_engines_in_one_process_train_as_each_does_alone(case: str, pair: Ranks) -> None:
     for rank in pair:

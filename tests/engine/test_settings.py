@@ -6,9 +6,13 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.engine import deepspeed_config
+from rlhf_ray.engine.engine import largest_layer
 from rlhf_ray.errors import RequestError
 
 OPTIMIZER = {"learning_rate": 1e-3, "max_grad_norm": 0.7}
@@ -39,6 +43,29 @@ def test_gradients_are_clipped_in_one_place(zero: int) -> None:
 def test_low_precision_gradients_are_summed_in_fp32(zero: int, sums: bool) -> None:
     assert ("data_types" in settings(zero, "bf16")) == sums  # below 2 the engine sums
     assert "data_types" not in settings(zero, "fp32")
+
+
+LAYERS = {"Llama-3-8B": (4096, 14336, 8), "Llama-3-70B": (8192, 28672, 8), "Llama-3.1-405B": (16384, 53248, 8)}
+"""Hidden size, width of the MLP, and number of key heads, each of 128 numbers."""
+
+
+@pytest.mark.parametrize("model", LAYERS)
+def test_zero_3_fetches_a_layer_ahead_and_keeps_one_from_its_second_forward_to_its_backward(model: str) -> None:
+    """With DeepSpeed's defaults one matrix of a layer of 70B is fetched ahead, and one of 405B is gathered once more."""
+    hidden, width, heads = LAYERS[model]
+    with torch.device("meta"):
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=hidden, intermediate_size=width, num_hidden_layers=2,
+            num_attention_heads=hidden // 128, num_key_value_heads=heads, head_dim=128,
+        )  # fmt: skip
+        layer = largest_layer(AutoModelForCausalLM.from_config(config))
+    assert layer == 2 * hidden * (hidden + heads * 128) + 3 * hidden * width + 2 * hidden
+    engine = EngineConfig.model_validate({"zero": 3, "optimizer": OPTIMIZER})
+    made = deepspeed_config(engine, dtype="bf16", trainable=True, world_size=4, layer=layer)
+    zero = DeepSpeedZeroConfig(**made["zero_optimization"])
+    assert zero.prefetch_bucket_size >= layer
+    assert min(zero.max_live_parameters, zero.max_reuse_distance) >= 2 * layer
+    assert zero.max_live_parameters <= max(10**9, 2 * layer)  # what is kept takes memory
 
 
 @pytest.mark.parametrize("zero", [1, 2])

@@ -42,6 +42,16 @@ def test_the_sizes_of_buffers_are_those_that_the_engine_sets() -> None:
     assert (zero.reduce_bucket_size, zero.max_live_parameters, zero.sub_group_size) == (BUCKET, LIVE, SUB_GROUP)
 
 
+@pytest.mark.parametrize(("numbers", "layer"), [(8 * B, 218_112_000), (70.6 * B, 855_654_400)])
+def test_the_whole_weights_of_zero_3_are_those_that_its_settings_allow_and_one_more(numbers: float, layer: int) -> None:
+    """A layer is estimated from all numbers, those of the embedding included: 3 % too large at 70B."""
+    settings = deepspeed_config(engine(3), dtype="bf16", trainable=True, world_size=2, layer=layer)
+    allowed = DeepSpeedZeroConfig(**settings["zero_optimization"]).max_live_parameters + SIZE.largest
+    size = ModelSize(**{**vars(SIZE), "numbers": int(numbers), "trained": 0, "layers": 80 if numbers > 9 * B else 32})
+    (gathered,) = (part for part in engine_parts(size, engine(3), "bf16", 2) if part.what == "gathered weights")
+    assert gathered.bytes == pytest.approx(2 * allowed, rel=0.05)
+
+
 def test_a_peak_is_the_phase_in_which_most_is_held() -> None:
     parts = [
         Part("weights", "GPU", 2), Part("activations", "GPU", 5, ("backward",)), Part("gradients", "GPU", 4, ("step",)),
