@@ -13,6 +13,8 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +29,11 @@ from rlhf_ray.models.forward.segments import Segments
 
 Kernel = Callable[..., Tensor]
 
+GROUPED = "enable_gqa"
+"""Argument of torch's variable-length attention that lets heads share a key."""
+VARLEN_NEEDS = ("scale", "window_size")
+"""Arguments of it without which it cannot compute what a model asks for; torch 2.10 lacks them."""
+
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float, window: int | None, softcap: None
@@ -36,6 +43,8 @@ def _varlen(
     if softcap is not None:
         raise ModelLoadError("attention backend varlen cannot cap attention scores (softcap): set attention to sdpa")
     cuts, longest = segments.cu_seq_lens, segments.longest
+    # torch 2.11 lacks the argument, and takes fewer key heads without it.
+    grouped = query.shape[1] != key.shape[1] and GROUPED in signature(varlen_attn).parameters
     out: Any = varlen_attn(
         query,
         key,
@@ -46,7 +55,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # the window of a model counts the token itself
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({GROUPED: True} if grouped else {}),
     )
     attended: Tensor = out  # not a tuple, since no auxiliary outputs are requested
     return attended
@@ -127,6 +136,8 @@ def obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | No
         return f"it runs on GPUs only and the model is on the {device.type.upper()}"
     if dtype == torch.float32:
         return "it computes in half precision only and the model is fp32"
+    if backend == "varlen":
+        return _varlen_obstacle()
     if backend == "flash_attention_2" and not is_flash_attn_2_available():
         return "the package flash-attn is not installed"
     if backend == "flash_attention_3":
@@ -135,6 +146,15 @@ def obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | No
         if torch.cuda.get_device_capability(device)[0] != 9:
             return "it runs on Hopper GPUs only"
     return None
+
+
+def _varlen_obstacle() -> str | None:
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no attention over sequences of different lengths"
+    from torch.nn.attention.varlen import varlen_attn
+
+    lacking = [argument for argument in VARLEN_NEEDS if argument not in signature(varlen_attn).parameters]
+    return f"torch.nn.attention.varlen of torch {torch.__version__} lacks {', '.join(lacking)}" if lacking else None
 
 
 def choose_backend(preferred: str, dtype: torch.dtype, device: torch.device, *, strict: bool) -> tuple[str, str | None]:
