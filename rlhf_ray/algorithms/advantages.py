@@ -83,7 +83,7 @@ class AgainstGroup:
         rewards = segment_sum(keep(token_rewards, mask).double(), offsets)
         acted = count_actions(mask, offsets) > 0
         advantages = group_baseline(rewards, batch["prompt_id"], acted, self.baseline)
-        return keep(advantages[sequence_of_token(offsets)].to(token_rewards.dtype), mask), None
+        return keep(advantages[sequence_of_token(offsets, len(mask))].to(token_rewards.dtype), mask), None
 
 
 def gae(

@@ -73,7 +73,7 @@ class ImportanceCorrection:
         if self.level == "none":
             return torch.ones_like(log_ratio)
         if self.level == "sequence":
-            log_ratio = segment_sum(log_ratio, offsets)[sequence_of_token(offsets)]
+            log_ratio = segment_sum(log_ratio, offsets)[sequence_of_token(offsets, len(log_ratio))]
         elif self.level != "token":
             raise ValueError(f"level {self.level!r} is unknown: use none, token or sequence")
         return log_ratio.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
@@ -90,4 +90,4 @@ def trained_actions(
 ) -> Bool[Tensor, "N"]:
     """Mask the actions of sequences that are not ``kept``: such an answer has no loss and is in no denominator."""
     expect_shape("kept", kept, count_actions(action_mask, offsets).shape)
-    return action_mask & kept[sequence_of_token(offsets)]
+    return action_mask & kept[sequence_of_token(offsets, len(action_mask))]

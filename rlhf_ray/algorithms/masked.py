@@ -54,13 +54,13 @@ def whiten(
 
 def segment_sum(values: Num[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Num[Tensor, "cuts-1"]:
     """Sum the tokens of each sequence; a NaN stays in its own sequence. Mask with :func:`keep` first."""
-    return values.new_zeros(len(offsets) - 1).index_add(0, sequence_of_token(offsets), values)
+    return values.new_zeros(len(offsets) - 1).index_add(0, sequence_of_token(offsets, len(values)), values)
 
 
-def sequence_of_token(offsets: Int64[Tensor, "cuts"]) -> Int64[Tensor, "N"]:
-    """Return the row of the sequence that each token belongs to."""
+def sequence_of_token(offsets: Int64[Tensor, "cuts"], tokens: int | None = None) -> Int64[Tensor, "N"]:
+    """Return the row of the sequence that each token belongs to. A GPU is asked how many ``tokens`` there are if it is None."""
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
-    return torch.repeat_interleave(rows, offsets.diff())
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=tokens)
 
 
 def count_actions(action_mask: Bool[Tensor, "N"], offsets: Int64[Tensor, "cuts"]) -> Int64[Tensor, "cuts-1"]:

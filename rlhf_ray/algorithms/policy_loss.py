@@ -164,7 +164,7 @@ class PolicyLoss:
         if self.aggregation != "sequences":
             raise ValueError(f"aggregation {self.aggregation!r} is unknown: use tokens, sequences or constant")
         count = count_actions(mask, offsets).clamp(min=1)
-        return mask.float() / count[sequence_of_token(offsets)]
+        return mask.float() / count[sequence_of_token(offsets, len(mask))]
 
     def _kl(
         self, term: KlTerm, outputs: PolicyOutputs, log_ratio: Float[Tensor, "N"], micro_batch: TrajectoryBatch
@@ -184,7 +184,7 @@ def spread_ratio(
     of_sequence = segment_sum(log_ratio, offsets)
     if level == "sequence":
         of_sequence = of_sequence / count_actions(mask, offsets).clamp(min=1)
-    return keep(of_sequence[sequence_of_token(offsets)], mask)
+    return keep(of_sequence[sequence_of_token(offsets, len(mask))], mask)
 
 
 def _ratio_metrics(log_ratio: Tensor, token_log_ratio: Tensor, clipped: Tensor, mask: Tensor) -> Metrics:

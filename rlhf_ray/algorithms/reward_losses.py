@@ -108,13 +108,14 @@ def router_balance(logits: Sequence[Float[Tensor, "tokens experts"]], top_k: int
 
 def _metrics(ranking: Tensor, chosen: Tensor, rejected: Tensor, decided: Tensor) -> Metrics:
     """Sum what is logged; accuracy and margin count only the ``decided`` pairs, since the others are ties."""
-    difference = (chosen - rejected)[decided]
+    difference = chosen - rejected
     pairs = torch.full_like(ranking.detach(), len(chosen))
-    count = torch.full_like(pairs, len(difference))
+    count = decided.sum().to(pairs)
+    right, even = ((found & decided).sum() for found in (difference > 0, difference == 0))
     return {
         "loss/rm": (ranking.detach(), pairs),
-        "accuracy": ((difference > 0).sum() + 0.5 * (difference == 0).sum(), count),
-        "margin": (difference.sum(), count),
+        "accuracy": (right + 0.5 * even, count),
+        "margin": (torch.where(decided, difference, 0.0).sum(), count),
         "reward/chosen": (chosen.sum(), pairs),
         "reward/rejected": (rejected.sum(), pairs),
     }

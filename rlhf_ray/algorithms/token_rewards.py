@@ -32,7 +32,7 @@ def place_scores(
     Raises ``ValueError`` where shapes differ or the placement is unknown.
     """
     expect_shape("score", score, (len(offsets) - 1,))
-    rows = sequence_of_token(offsets)
+    rows = sequence_of_token(offsets, len(action_mask))
     if placement == "spread":
         parts = score / count_actions(action_mask, offsets).clamp(min=1)
         return torch.where(action_mask, parts[rows], torch.zeros_like(parts[rows]))

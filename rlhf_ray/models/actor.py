@@ -269,10 +269,10 @@ class PackedPolicy(nn.Module):
         """
         packed = share_alike(self.actor.config, packed)
         hidden = packed_forward(self.actor.backbone, packed)
-        predicted = packed.previous_tokens >= 0
+        at = packed.predicted_tokens
         if wanted is not None:
-            predicted &= torch.zeros_like(predicted).index_fill(0, packed.sequence_tokens[wanted], True)
-        at = predicted.nonzero()[:, 0]
+            chosen = torch.zeros(packed.num_tokens, dtype=torch.bool, device=at.device)
+            at = at[chosen.index_fill(0, packed.sequence_tokens[wanted], True)[at]]
         log_probs, entropy = self.actor.log_prob_head(
             hidden.index_select(0, packed.previous_tokens[at]), packed.token_ids[at], temperature, with_entropy
         )

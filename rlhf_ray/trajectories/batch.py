@@ -49,6 +49,11 @@ Array = NDArray[Any]
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on a device. A GPU is not waited for: what it does later sees the numbers that are there now."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TrajectoryBatch:
     """Sequences and their columns: ``offsets`` (sequences + 1,) cuts the tokens into sequences.
@@ -183,7 +188,8 @@ class TrajectoryBatch:
 
     def to(self, device: torch.device | str) -> TrajectoryBatch:
         """Return the batch on a device."""
-        return TrajectoryBatch(self.offsets.to(device), {name: t.to(device) for name, t in self.tensors.items()})
+        tensors = {name: send(column, device) for name, column in self.tensors.items()}
+        return TrajectoryBatch(send(self.offsets, device), tensors)
 
     def select(self, indices: Sequence[int] | Tensor) -> TrajectoryBatch:
         """Return the sequences with these indices, in this order.

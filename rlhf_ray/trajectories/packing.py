@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.batch import TrajectoryBatch, send
 from rlhf_ray.trajectories.column_checks import BatchError, check_offsets, describe
 
 DUMMY_TOKENS = 2
@@ -87,6 +87,40 @@ class Packed:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """The offsets as numbers of the host. A pack that came to a device by :meth:`to` has them without waiting for it."""
+        return tuple(self.offsets.tolist())
+
+    @cached_property
+    def parents(self) -> tuple[int, ...] | None:
+        """``parent`` as numbers of the host."""
+        return None if self.parent is None else tuple(self.parent.tolist())
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The index in the pack of the last token of each sequence, on the host."""
+        return tuple(self.cuts[segment + 1] - 1 for segment in self._last_segments)
+
+    @cached_property
+    def longest_sequence(self) -> int:
+        """Number of tokens of the longest sequence."""
+        return max(sum(self._length(segment) for segment in line) for line in self._lines)
+
+    @cached_property
+    def _last_segments(self) -> tuple[int, ...]:
+        continued = set(self.parents or ())
+        return tuple(segment for segment in range(len(self)) if segment not in continued)
+
+    @cached_property
+    def _lines(self) -> tuple[tuple[int, ...], ...]:
+        """The segments of each sequence, from the first one on."""
+        ancestors = list_ancestors(self.parents or (-1,) * len(self))
+        return tuple(ancestors[segment] for segment in self._last_segments)
+
+    def _length(self, segment: int) -> int:
+        return self.cuts[segment + 1] - self.cuts[segment]
+
     @property
     def num_tokens(self) -> int:
         """Number of tokens of all segments."""
@@ -100,34 +134,37 @@ class Packed:
     @cached_property
     def sequences(self) -> Int64[Tensor, "sequences"]:
         """The numbers of the segments that end a sequence."""
-        segments = torch.arange(len(self), device=self.offsets.device)
-        return segments if self.parent is None else segments[~torch.isin(segments, self.parent)]
+        return self._here(torch.tensor(self._last_segments))
 
-    @property
+    @cached_property
     def last_tokens(self) -> Int64[Tensor, "sequences"]:
         """The index in the pack of the last token of each sequence."""
-        return self.offsets[1:][self.sequences] - 1
+        return self._here(torch.tensor(self.ends))
 
     @cached_property
     def previous_tokens(self) -> Int64[Tensor, "tokens"]:
         """The index in the pack of the token before each token in its sequence; -1 at the first token."""
-        before = torch.arange(-1, self.num_tokens - 1, device=self.offsets.device)
-        starts = self.offsets[:-1]
-        if self.parent is None:
-            return before.index_fill(0, starts, -1)
-        return before.index_copy(0, starts, torch.where(self.parent < 0, -1, self.offsets[self.parent + 1] - 1))
+        return self._here(self._previous_tokens)
+
+    @cached_property
+    def predicted_tokens(self) -> Int64[Tensor, "predicted"]:
+        """The index in the pack of each token that has one before it in its sequence."""
+        return self._here((self._previous_tokens >= 0).nonzero()[:, 0])
+
+    @cached_property
+    def _previous_tokens(self) -> Int64[Tensor, "tokens"]:
+        before = torch.arange(-1, self.num_tokens - 1)
+        for start, parent in zip(self.cuts, self.parents or (-1,) * len(self), strict=False):
+            before[start] = self.cuts[parent + 1] - 1  # -1 without a parent
+        return before
 
     @cached_property
     def sequence_tokens(self) -> Int64[Tensor, "sequence_tokens"]:
         """The index in the pack of each token of each sequence, sequence after sequence."""
-        tokens = torch.arange(self.num_tokens, device=self.offsets.device)
-        if self.parent is None:
-            return tokens
-        cuts, ancestors = self.offsets.tolist(), list_ancestors(self.parent.tolist())
-        parts = [
-            tokens[cuts[segment] : cuts[segment + 1]] for end in self.sequences.tolist() for segment in ancestors[end]
-        ]
-        return torch.cat(parts)
+        tokens = torch.arange(self.num_tokens)
+        if self.parent is not None:
+            tokens = torch.cat([tokens[self.cuts[s] : self.cuts[s + 1]] for line in self._lines for s in line])
+        return self._here(tokens)
 
     def per_sequence(self, tokens: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "sequence_tokens ..."]:
         """Repeat for every sequence what was computed once for the tokens that it shares."""
@@ -137,15 +174,23 @@ class Packed:
         """Return the same sequences in the same order, each whole and with nothing shared."""
         if self.parent is None:
             return self
-        lengths, ancestors = self.lengths.tolist(), list_ancestors(self.parent.tolist())
-        whole = [sum(lengths[segment] for segment in ancestors[end]) for end in self.sequences.tolist()]
-        offsets = torch.tensor([0, *whole]).cumsum(0).to(self.offsets.device)
-        return Packed(self.token_ids[self.sequence_tokens], offsets, self.position_ids[self.sequence_tokens])
+        whole = [sum(self._length(segment) for segment in line) for line in self._lines]
+        offsets = torch.tensor([0, *whole]).cumsum(0)
+        apart = Packed(
+            self.token_ids[self.sequence_tokens], self._here(offsets), self.position_ids[self.sequence_tokens]
+        )
+        vars(apart)["cuts"] = tuple(offsets.tolist())
+        return apart
 
     def to(self, device: torch.device | str) -> Packed:
-        """Return the pack on a device."""
-        parent = None if self.parent is None else self.parent.to(device)
-        return Packed(self.token_ids.to(device), self.offsets.to(device), self.position_ids.to(device), parent)
+        """Return the pack on a device, with its cuts kept on the host, so that no reader waits for the device."""
+        parent = None if self.parent is None else send(self.parent, device)
+        sent = Packed(send(self.token_ids, device), send(self.offsets, device), send(self.position_ids, device), parent)
+        vars(sent).update(cuts=self.cuts, parents=self.parents)
+        return sent
+
+    def _here(self, numbers: Tensor) -> Tensor:
+        return send(numbers, self.offsets.device)
 
 
 def list_ancestors(parent: Sequence[int]) -> list[tuple[int, ...]]:

@@ -119,10 +119,11 @@ def test_tokens_that_are_read_get_what_they_would_and_others_nothing(
     """Any tokens, several of a segment or none, in any order, with gradients."""
     tokens = sum(segments.lengths)
     q, k, v = inputs(tokens)
-    segments.read = torch.tensor(list(dict.fromkeys(place % tokens for place in places)))
+    segments.read = tuple(dict.fromkeys(place % tokens for place in places))
     out = segment_attention(q, k, v, segments, scaling=0.5, window=window, softcap=softcap)
     expected = torch.zeros_like(out, dtype=torch.float64)
-    expected[:, segments.read] = reference(q, k, v, segments, 0.5, window, softcap)[:, segments.read]
+    read = list(segments.read)
+    expected[:, read] = reference(q, k, v, segments, 0.5, window, softcap)[:, read]
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
     for mine, theirs in zip(gradients(out, [q, k, v]), gradients(expected, [q, k, v]), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)

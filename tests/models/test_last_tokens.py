@@ -93,10 +93,7 @@ def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
     monkeypatch.setattr(
         backends,
         "segment_attention",
-        lambda *args, **options: (
-            attended.append(None if args[-1].read is None else args[-1].read.tolist())
-            or segment_attention(*args, **options)
-        ),
+        lambda *args, **options: attended.append(args[-1].read) or segment_attention(*args, **options),
     )
     with torch.no_grad():
         last_token_forward(module.model.backbone, packed)
@@ -106,7 +103,7 @@ def test_the_last_layer_runs_for_what_is_read_and_others_in_parts(
     assert max(seen["layers.0.mlp.down_proj"]) == 16
     assert seen["layers.1.self_attn.k_proj"] == [tokens]
     assert ran.count(read) == len(last_tokens.LAST_LAYER) + 1, "the MLP, norms before and behind it, both projections"
-    assert attended == [None, packed.last_tokens.tolist()], "the last layer attends for them alone"
+    assert attended == [None, packed.ends], "the last layer attends for them alone"
 
 
 @pytest.mark.parametrize("model_type", ["nanochat", "hrm_text"])

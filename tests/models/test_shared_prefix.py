@@ -186,10 +186,6 @@ def test_loading_proves_it(causal: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     from rlhf_ray.models.forward import packed
 
     model = Actor(causal(), param_dtype="fp32").model
-    monkeypatch.setattr(packed.Segments, "of", classmethod(lambda cls, offsets, parent=None: _forgetful(cls, offsets)))
+    monkeypatch.setattr(packed.Segments, "of_pack", classmethod(lambda cls, packed: cls.of(packed.offsets)))
     with pytest.raises(ModelLoadError, match="other outputs packed than alone"):
         check_packing(model, model.base_model)
-
-
-def _forgetful(cls: type[Segments], offsets: Tensor) -> Segments:
-    return cls(tuple(offsets.diff().tolist()), offsets.to(torch.int32))

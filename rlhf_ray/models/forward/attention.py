@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from rlhf_ray.models.forward.segments import COLUMNS, Group, Segments
+from rlhf_ray.trajectories.batch import send
 
 LONGEST_KEPT = 512
 """Most keys per query for which explicit products are used in training, where all probabilities are kept."""
@@ -74,7 +75,7 @@ def _read_attention(
     keys: Sequence[Float[Tensor, "heads _ dim"]],
     values: Sequence[Float[Tensor, "heads _ value_dim"]],
     segments: Segments,
-    read: Int64[Tensor, "read"],
+    read: Sequence[int],
     scaling: float,
     window: int | None,
     softcap: float | None,
@@ -83,7 +84,9 @@ def _read_attention(
     outputs, places = [], []
     for group, (tokens, run, step), k, v in zip(segments.groups, segments.by_group(read), keys, values, strict=True):
         k, v = (rows.view(len(rows), -1, group.columns, rows.shape[-1]) for rows in (k, v))
-        if run.tolist() != list(range(len(group.runs))):  # usually each run is read once, and needs no copy
+        each_once = run.tolist() == list(range(len(group.runs)))  # as usual; then keys need no copy
+        tokens, run, step = (send(numbers, query.device) for numbers in (tokens, run, step))
+        if not each_once:
             k, v = k.index_select(1, run), v.index_select(1, run)
         scores = (query[:, tokens, None] @ k.transpose(2, 3)).float() * scaling
         if softcap is not None:

@@ -44,7 +44,9 @@ def _varlen(
         raise ModelLoadError("attention backend varlen cannot cap attention scores (softcap): set attention to sdpa")
     cuts, longest = segments.cu_seq_lens, segments.longest
     # torch 2.11 lacks the argument, and takes fewer key heads without it.
-    grouped = query.shape[1] != key.shape[1] and GROUPED in signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1] and GROUPED in signature(varlen_attn).parameters:
+        grouped[GROUPED] = True
     out: Any = varlen_attn(
         query,
         key,
@@ -55,7 +57,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # the window of a model counts the token itself
-        **({GROUPED: True} if grouped else {}),
+        **grouped,
     )
     attended: Tensor = out  # not a tuple, since no auxiliary outputs are requested
     return attended

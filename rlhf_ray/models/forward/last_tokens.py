@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.models.forward.segments import Segments
+from rlhf_ray.trajectories.packing import Packed
 
 ATTENTION = "self_attn"
 LAST_LAYER = ("post_attention_layernorm", "mlp", f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj")
@@ -40,20 +41,20 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def narrow_last_layer(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterator[None]:
-    """Within this context the backbone computes only what the last hidden states of ``tokens`` need.
+def narrow_last_layer(backbone: PreTrainedModel, packed: Packed) -> Iterator[None]:
+    """Within this context the backbone computes only what the last hidden states of the last token of each sequence need.
 
     Checkpointed layers run for all tokens, since the backward pass calls them again after this context has ended.
     """
     with ExitStack() as replacements:
-        for module, forward in _narrowed_modules(backbone, tokens):
+        for module, forward in _narrowed_modules(backbone, packed):
             replacements.enter_context(_replace_forward(module, forward))
         yield
 
 
-def _narrowed_modules(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) -> Iterator[tuple[nn.Module, Forward]]:
+def _narrowed_modules(backbone: PreTrainedModel, packed: Packed) -> Iterator[tuple[nn.Module, Forward]]:
     """Yield each module that runs otherwise than usual, with the function that takes the place of its forward."""
-    with_gradients = torch.is_grad_enabled()
+    tokens, with_gradients = packed.last_tokens, torch.is_grad_enabled()
     narrow = not (with_gradients and backbone.is_gradient_checkpointing)
     in_parts = not with_gradients and tokens.device.type == "cpu"
     layers = _layers(backbone)
@@ -65,7 +66,7 @@ def _narrowed_modules(backbone: PreTrainedModel, tokens: Int64[Tensor, "read"]) 
             if rows is not None or part is not None:
                 yield module, _token_by_token(module.forward, rows, part)
             elif read is not None and name == ATTENTION:
-                yield module, _attend_for(module.forward, read)
+                yield module, _attend_for(module.forward, packed.ends)
     norm = getattr(backbone, FINAL_NORM, None)
     if narrow and norm is not None:
         yield norm, _token_by_token(norm.forward, tokens, None)
@@ -103,7 +104,7 @@ def _token_by_token(forward: Forward, read: Int64[Tensor, "read"] | None, part: 
     return token_by_token
 
 
-def _attend_for(forward: Forward, tokens: Int64[Tensor, "read"]) -> Forward:
+def _attend_for(forward: Forward, tokens: tuple[int, ...]) -> Forward:
     """Wrap the forward of a layer's attention so that only ``tokens`` attend."""
 
     def attend(*args: Any, packed_segments: Segments, **options: Any) -> Any:

@@ -38,7 +38,7 @@ def last_token_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tenso
     """Return the last hidden state of the last token of each sequence; the last layer computes no other where it can."""
     if not vars(backbone).get(NARROWS, False):
         return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
-    with narrow_last_layer(backbone, packed.last_tokens):
+    with narrow_last_layer(backbone, packed):
         return packed_forward(backbone, packed).index_select(0, packed.last_tokens)
 
 
@@ -68,7 +68,7 @@ def routed_forward(
 
 
 def _run(backbone: PreTrainedModel, packed: Packed, **options: bool) -> Any:
-    segments = Segments.of(packed.offsets, packed.parent)
+    segments = Segments.of_pack(packed)
     output = backbone(
         input_ids=packed.token_ids[None],
         position_ids=packed.position_ids[None],

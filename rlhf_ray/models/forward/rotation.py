@@ -33,7 +33,7 @@ def share_alike(config: PreTrainedConfig, packed: Packed) -> Packed:
     if packed.parent is None:
         return packed
     limit = longest_alike(config)
-    return packed if limit is None or int(packed.position_ids.max()) < limit else packed.unshared()
+    return packed if limit is None or packed.longest_sequence <= limit else packed.unshared()
 
 
 def rotate_by_sequence(model: PreTrainedModel) -> None:

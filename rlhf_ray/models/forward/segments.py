@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from rlhf_ray.trajectories.packing import list_ancestors
+from rlhf_ray.trajectories.batch import send
+from rlhf_ray.trajectories.packing import Packed, list_ancestors
 
 COLUMNS = 32
 """Keys are padded to a multiple of this, since torch's softmax on CPU is slow on the rest of a row."""
@@ -85,12 +87,18 @@ class Segments:
     """Number of layers that have attended so far in this pass."""
     windowed: int = 0
     """Number of layers among them that passed a sliding window."""
-    read: Int64[Tensor, "read"] | None = None
+    read: tuple[int, ...] | None = None
     """The tokens whose results are used in the layer that runs now; None for all tokens."""
 
     @classmethod
+    def of_pack(cls, packed: Packed) -> Segments:
+        """Make the segments of a pack, from the cuts that it keeps on the host."""
+        lengths = tuple(end - start for start, end in pairwise(packed.cuts))
+        return cls(lengths, packed.offsets.to(torch.int32), packed.parents)
+
+    @classmethod
     def of(cls, offsets: Int[Tensor, "cuts"], parent: Int64[Tensor, "cuts-1"] | None = None) -> Segments:
-        """Make the segments that lie between consecutive offsets."""
+        """Make the segments that lie between consecutive offsets, which are read; a GPU is waited for."""
         parents = None if parent is None else tuple(parent.tolist())
         return cls(tuple(offsets.diff().tolist()), offsets.to(torch.int32), parents)
 
@@ -118,23 +126,34 @@ class Segments:
     @cached_property
     def query_rows(self) -> Int64[Tensor, "tokens"]:
         """Index of each token among the query rows of all groups."""
+        return self._here(self._query_rows)
+
+    @cached_property
+    def _query_rows(self) -> Int64[Tensor, "tokens"]:
         return self._rows_of_tokens([(group.longest, 0) for group in self.groups])
 
     @cached_property
     def key_rows(self) -> Int64[Tensor, "tokens"]:
         """Index of each token of a run (not of a context) among the key rows of all groups."""
-        return self._rows_of_tokens([(group.columns, group.context) for group in self.groups])
+        return self._here(self._rows_of_tokens([(group.columns, group.context) for group in self.groups]))
 
-    def by_group(self, tokens: Int64[Tensor, "some"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield for each group its own among ``tokens`` in the order of its rows, with the run and the place of each."""
-        rows, order = self.query_rows[tokens].sort()
+    def by_group(self, tokens: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield for each group its own among ``tokens`` in the order of its rows, with the run and the place of each.
+
+        All of them lie on the host.
+        """
+        read = torch.tensor(list(tokens), dtype=torch.int64)
+        rows, order = self._query_rows[read].sort()
         base = 0
         for group in self.groups:
             end = base + len(group.queries)
             first, last = torch.searchsorted(rows, rows.new_tensor([base, end])).tolist()
             place = rows[first:last] - base
-            yield tokens[order[first:last]], place // group.longest, place % group.longest
+            yield read[order[first:last]], place // group.longest, place % group.longest
             base = end
+
+    def _here(self, numbers: Tensor) -> Tensor:
+        return send(numbers, self.cu_seq_lens.device)
 
     @cached_property
     def most_sharers(self) -> int:
@@ -180,7 +199,6 @@ class Segments:
             yield self._group(tuple(members))
 
     def _group(self, runs: tuple[Run, ...]) -> Group:
-        device = self.cu_seq_lens.device
         longest, context = runs[0].length, runs[0].context_length
         first, sizes = (
             torch.tensor(numbers)[:, None] for numbers in zip(*((r.start, r.length) for r in runs), strict=True)
@@ -192,11 +210,11 @@ class Segments:
         ]
         keys = torch.cat([torch.stack(before), rows], 1) if context else rows
         steps = torch.arange(longest)
-        real = None if int(sizes.min()) == longest else (steps < sizes).float().reshape(-1, 1).to(device)
-        return Group(runs, rows[:, :longest].flatten().to(device), keys.flatten().to(device), real)
+        real = None if int(sizes.min()) == longest else self._here((steps < sizes).float().reshape(-1, 1))
+        return Group(runs, self._here(rows[:, :longest].flatten()), self._here(keys.flatten()), real)
 
     def _rows_of_tokens(self, columns: Sequence[tuple[int, int]]) -> Int64[Tensor, "tokens"]:
-        """Return the row of each token; ``columns`` holds per group the rows of a run and how many of these are context."""
+        """Return the row of each token, on the host; ``columns`` holds per group the rows of a run and of its context."""
         rows = torch.empty(sum(self.lengths), dtype=torch.int64)
         base = 0
         for group, (count, first) in zip(self.groups, columns, strict=True):
@@ -204,7 +222,7 @@ class Segments:
                 row = base + place * count + first
                 rows[run.start : run.start + run.length] = torch.arange(row, row + run.length)
             base += len(group.runs) * count
-        return rows.to(self.cu_seq_lens.device)
+        return rows
 
     @cached_property
     def unshared(self) -> tuple[Segments, Int64[Tensor, "sequence_tokens"], Int64[Tensor, "tokens"]]:
@@ -218,6 +236,6 @@ class Segments:
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
         tokens = torch.cat([torch.arange(starts[s], starts[s + 1]) for line in lines for s in line])
         first = torch.full((starts[-1],), len(tokens)).scatter_reduce_(0, tokens, torch.arange(len(tokens)), "amin")
-        offsets = torch.tensor([0, *(sum(self.lengths[s] for s in line) for line in lines)]).cumsum(0)
-        device = self.cu_seq_lens.device
-        return Segments.of(offsets.to(device)), tokens.to(device), first.to(device)
+        lengths = tuple(sum(self.lengths[s] for s in line) for line in lines)
+        cuts = self._here(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32))
+        return Segments(lengths, cuts), self._here(tokens), self._here(first)
