@@ -8,7 +8,10 @@ precision may be off by twice what the reference itself is off in half precision
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks.sequences import padded_batches, ragged_sequences
 from rlhf_ray.environment import Device
 from rlhf_ray.models import Actor, PackedPolicy, packed_forward, save_pretrained
+from rlhf_ray.models.forward import attention_backends
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, pack
 from tests.gpu.sizes import Sizes
@@ -134,10 +138,27 @@ def _padded(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Te
 
 
 def _packed(model: PreTrainedModel, sequences: list[Tensor], attention: str, device: Device) -> tuple[Tensor, Tensor]:
-    actor = Actor(model, attn_implementation=attention, strict_attention=True)
-    packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
-    assert packed.parent is not None
-    return _with_gradient(actor.model, packed.per_sequence(packed_forward(actor.backbone, packed)))
+    with _kernel(attention, device):
+        actor = Actor(model, attn_implementation=attention, strict_attention=True)
+        packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
+        assert packed.parent is not None
+        return _with_gradient(actor.model, packed.per_sequence(packed_forward(actor.backbone, packed)))
+
+
+@contextmanager
+def _kernel(attention: str, device: Device) -> Iterator[None]:
+    """Let ``varlen`` run on a CPU too, with plain arithmetic in the place of torch's kernel: so a rehearsal shows that what we
+    pass is what this version of torch takes.
+    """
+    if device == "cuda" or attention != "varlen":
+        yield
+        return
+    from tests.models.gpu_kernels import flash_attention
+
+    with flash_attention() as calls, patch.object(attention_backends, "obstacle", lambda *_: None):
+        yield
+    if not calls["forward"] or not calls["backward"]:
+        raise AssertionError("varlen did not call torch's kernel")
 
 
 def _with_gradient(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ PACKAGES = {
     "torch": "2.11.0", "transformers": "5.17.0", "numpy": "2.5.2", "jaxtyping": "0.3.11", "accelerate": "1.15.0",
     "safetensors": "0.8.0", "tokenizers": "0.23.2", "huggingface-hub": "1.33.0", "rich": None, "peft": None,
     "einops": None, "msgpack": None, "ninja": None, "psutil": None, "py-cpuinfo": None, "pip": None,
+    "pytest": None,
 }  # fmt: skip
 """What it has of all that this project imports, with the versions that are known."""
 ABSENT = (

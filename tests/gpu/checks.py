@@ -58,7 +58,7 @@ def _attention(name: str, attention: str, dtype: str, *needs: str) -> Check:
 
 CHECKS = (
     Check("device", ("device",), "device", "device_figures", limit_s=120.0),
-    _attention("packed_varlen_equals_padded", "varlen", "bfloat16", "cuda kernel"),
+    _attention("packed_varlen_equals_padded", "varlen", "bfloat16"),
     _attention("packed_segments_equal_padded_fp32", "sdpa", "float32"),
     _attention("packed_segments_equal_padded_bf16", "sdpa", "bfloat16"),
     _attention("packed_flash_attention_2_equals_padded", "flash_attention_2", "bfloat16", "cuda kernel", "flash_attn"),
