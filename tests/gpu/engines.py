@@ -179,13 +179,12 @@ def _weights(module: PackedPolicy) -> dict[str, Tensor]:
 def _layers_that_fit(name: str) -> int:
     """Layers of which all weights can be trained in this GPU's memory."""
     config = config_of(name)
-    with torch.device("meta"):
-        one, two = (_backbone_size(name, layers) for layers in (1, 2))
+    one, two = (_backbone_size(name, layers) for layers in (1, 2))
     free = SHARE_FOR_WEIGHTS * torch.cuda.mem_get_info()[0] - BYTES_A_WEIGHT * (2 * one - two)
     return max(1, min(int(config.num_hidden_layers), int(free // (BYTES_A_WEIGHT * (two - one)))))
 
 
 def _backbone_size(name: str, layers: int) -> int:
     """Weights of a model without its output layer."""
-    backbone = make(name, "meta", layers).base_model  # type: ignore[arg-type]  # a device of no GPU
+    backbone = make(name, "meta", layers).base_model
     return sum(parameter.numel() for parameter in backbone.parameters())

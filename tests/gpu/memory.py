@@ -75,7 +75,7 @@ def _update(device: Device, sizes: Sizes, zero: int) -> tuple[Held, Held]:
         trainable=True,
     )
     size = size_of(model)
-    sequences = ragged_sequences(sizes.memory_sequences, min(size.vocabulary, 32000))
+    sequences = ragged_sequences(sizes.memory_sequences, size.vocabulary)
     packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
     for _ in range(2):  # the first makes the moments of the optimizer
         gc.collect()

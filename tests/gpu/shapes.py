@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from rlhf_ray.environment import Device
-from rlhf_ray.models.weights.tiny_llama import make_config
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 
 QWEN3 = {
     "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, int | bool]] = {
+    "tiny": {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
     "qwen3-0.6b": QWEN3 | {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
         "tie_word_embeddings": True,
@@ -31,16 +35,12 @@ SHAPES: dict[str, dict[str, int | bool]] = {
 
 
 def config_of(name: str, layers: int | None = None) -> PreTrainedConfig:
-    """The config of a shape; ``tiny`` is a Llama of two layers."""
-    config = make_config("llama-tiny", 128) if name == "tiny" else Qwen3Config(**SHAPES[name])
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = config.layer_types[:layers]
-    return config
+    """The config of a shape."""
+    fewer = {} if layers is None else {"num_hidden_layers": layers}
+    return Qwen3Config(**SHAPES[name] | fewer)
 
 
-def make(name: str, device: Device, layers: int | None = None) -> PreTrainedModel:
+def make(name: str, device: Device | Literal["meta"], layers: int | None = None) -> PreTrainedModel:
     """A causal language model in bf16 with random weights, which are drawn on the device."""
     torch.manual_seed(0)
     with torch.device(device):

@@ -47,7 +47,7 @@ SIZES: dict[Device, Sizes] = {
         sequences=12, longest=300, head_tokens=16384, head_vocabulary=151936, agreeing_tokens=3000,
         agreeing_vocabulary=32000, made="llama-14m", small="qwen3-0.6b", large="qwen3-8b",
         large_layers=None, batch=512, large_batch=256,
-        budget=32768, repeats=3, memory_sequences=64, published_layers=None, published_mib=256,
+        budget=16384, repeats=3, memory_sequences=64, published_layers=None, published_mib=256,
     ),
     "cpu": Sizes(
         sequences=4, longest=60, head_tokens=96, head_vocabulary=2048, agreeing_tokens=200,

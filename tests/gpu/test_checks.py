@@ -147,3 +147,13 @@ def test_a_model_that_loads_elsewhere_or_with_other_weights_is_told(monkeypatch:
         loaders._make_alike(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), compare=True)
     with pytest.raises(AssertionError, match=r"differ by more than .*policy fp32 1\.0e-02"):
         loaders._worst([("policy fp32", 1e-2), ("reward bf16", 1e-2)])
+
+
+def test_as_many_layers_are_trained_as_a_gpu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(free: float) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(free)))
+        return engines._layers_that_fit("qwen3-8b")
+
+    # A layer has 193 million weights of 20 bytes, the embedding 622 million.
+    assert layers(141e9) == int((0.7 * 141e9 - 12.4e9) // 3.86e9) == 22
+    assert layers(24e9) == 1 and layers(400e9) == 36
