@@ -6,7 +6,7 @@ ranks; a training report is the sum over all ranks, and it is finite only if the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import PublishedWeights
+from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
 from rlhf_ray.trajectories.schedule import Schedule, Update
 
@@ -64,8 +65,13 @@ class Group:
         self.report_line = lines[0]
         return lines[0]
 
-    def save(self, directory: str) -> Pending[list[None]]:
-        return self._everywhere("save", directory)
+    def save(self, directory: str) -> Pending[dict[str, FileRecord]]:
+        """Write the training state; the value is the size and hash of every file, made by the rank that wrote it."""
+        return self._everywhere("save", directory).then(_join)
+
+    def hash_files(self, directory: str) -> Pending[dict[str, FileRecord]]:
+        """The size and hash of every file in a directory that :meth:`save_pretrained` has filled, made where it was written."""
+        return self._everywhere("hash_files", directory).then(_join)
 
     def load(self, directory: str) -> Pending[list[None]]:
         return self._everywhere("load", directory)
@@ -179,6 +185,10 @@ class TrainedRewardGroup(RewardGroup):
     def matmul_rate(self) -> Pending[float]:
         """FLOP/s of matrix products of all ranks together, measured side by side."""
         return self._everywhere("matmul_rate").then(sum)
+
+
+def _join(records: Sequence[Mapping[str, FileRecord]]) -> dict[str, FileRecord]:
+    return {name: record for each in records for name, record in each.items()}
 
 
 def _parts(results: list[list[Part]]) -> list[tuple[tuple[int, ...], torch.Tensor]]:

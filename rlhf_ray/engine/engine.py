@@ -36,6 +36,7 @@ from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.experts import expert_blocks
 from rlhf_ray.storage import storage_errors
+from rlhf_ray.storage.manifest import FileRecord
 
 MicroBatch = TypeVar("MicroBatch")
 Result = TypeVar("Result")
@@ -218,12 +219,15 @@ class Engine:
             result: Result = self._deepspeed(function)
         return result
 
-    def save_shards(self, directory: Path) -> None:
-        """Write this rank's part of weights, optimizer and random state into ``directory``."""
+    def save_shards(self, directory: Path) -> dict[str, FileRecord]:
+        """Write this rank's part of weights, optimizer and random state into ``directory``.
+
+        Returns the size and hash of every file that this rank wrote, by its path below ``directory``.
+        """
         self._expect(pending=False, call="save_shards")
         frozen = self._frozen
         with storage_errors(directory, needed=self._shard_bytes()):
-            shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen)
+            return shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen)
 
     def load_shards(self, directory: Path, base: str = "the model") -> None:
         """Restore what ``save_shards`` of a group of the same shape wrote, to go on bit for bit.

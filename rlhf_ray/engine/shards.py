@@ -11,6 +11,8 @@ A state that was saved with its frozen weights, as before this rule, brings them
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.engine.frozen import Digests, changed_weights, frozen_names
 from rlhf_ray.engine.weights_only import weights_only
 from rlhf_ray.errors import IntegrityError, ModelLoadError, RequestError
+from rlhf_ray.storage.manifest import FileRecord, hash_files
 
 TAG = "shards"
 IDENTITY_FILE = "engine.json"
@@ -31,24 +34,53 @@ FROZEN_FILE = "frozen.json"
 """The digests of the frozen weights, in a state of a model that has some."""
 
 
-def save(engine: Any, directory: Path, identity: dict[str, int | str], updates: int, frozen: Digests) -> None:
+def save(
+    engine: Any, directory: Path, identity: dict[str, int | str], updates: int, frozen: Digests
+) -> dict[str, FileRecord]:
     """Write the state of this rank; rank 0 also writes which group it belongs to, and the digests of ``frozen`` weights.
 
+    Returns the size and hash of every file that this rank wrote, by its path below ``directory``: at least one a rank.
     Collective. The engine's module must leave its frozen weights out of its state.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-    save_file(_random_state(engine.device), str(_random_file(directory)))
+    with _recorded(engine) as paths:
+        engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    paths.append(_random_file(directory))
+    save_file(_random_state(engine.device), str(paths[-1]))
     if dist.get_rank() == 0:
         if frozen:
             (directory / FROZEN_FILE).write_text(json.dumps(frozen, indent=2) + "\n")
         (directory / IDENTITY_FILE).write_text(json.dumps({**identity, "updates": updates}, indent=2) + "\n")
+        # DeepSpeed puts scripts beside the shards, which read them without it.
+        paths += [path for path in directory.iterdir() if path.is_file() and not path.match(_random_name("*"))]
+    records = hash_files(directory, [path.relative_to(directory).as_posix() for path in paths])
     dist.barrier()
+    return records
 
 
-def expected_files(ranks: int) -> list[str]:
-    """Return the files that :func:`save` writes for this many ranks, at least one per rank, besides DeepSpeed's own."""
-    return [IDENTITY_FILE, *(_random_name(rank) for rank in range(ranks))]
+class _Recorder:
+    """DeepSpeed's own ``checkpoint_engine``, which is an interface of DeepSpeed's, and the paths that it wrote."""
+
+    def __init__(self, own: Any) -> None:
+        self._own, self.paths = own, list[Path]()
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._own.save(state_dict, path)
+        self.paths.append(Path(path))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+@contextmanager
+def _recorded(engine: Any) -> Iterator[list[Path]]:
+    """Collect the paths of the files that a DeepSpeed engine writes on this rank in the ``with`` block."""
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = recorder = _Recorder(own)
+    try:
+        yield recorder.paths
+    finally:
+        engine.checkpoint_engine = own
 
 
 def load(engine: Any, directory: Path, identity: dict[str, int | str], frozen: Digests, base: str) -> int:
@@ -124,7 +156,7 @@ def _in_words(identity: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in identity.items())
 
 
-def _random_name(rank: int) -> str:
+def _random_name(rank: int | str) -> str:
     return f"random-{rank}.safetensors"
 
 

@@ -3,14 +3,15 @@
 Invariants: a directory ``step-NNNNNN`` was committed, which means renamed into place with a manifest of its files.
 :meth:`CheckpointStore.latest_valid` returns the newest one whose every byte is as it was then, and renames damaged ones so
 that their names say so. A checkpoint is removed only after a commit, and only while at least ``keep`` newer ones (never
-fewer than two) are verified.
+fewer than two) have all their files, in their sizes. The bytes of a checkpoint are hashed once, by the ranks that wrote them,
+and read again when a run goes on: with large models a commit that read older ones would take longer than the steps between.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf_ray.config.sections.run import LEAST_KEPT
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage import Manifest, PendingDirectory
+from rlhf_ray.storage.manifest import FileRecord
 
 BAD = ".bad"
 _COMMITTED = re.compile(r"step-(\d{6,})")
@@ -58,16 +60,19 @@ class CheckpointStore:
         return storage.begin_directory(self.checkpoint_path(step))
 
     def commit(
-        self, pending: PendingDirectory, about: Mapping[str, Any] | None = None, expected: Collection[str] = ()
+        self,
+        pending: PendingDirectory,
+        about: Mapping[str, Any] | None = None,
+        hashed: Mapping[str, FileRecord] | None = None,
     ) -> Checkpoint:
         """Commit a directory that :meth:`begin` returned, then remove checkpoints that are no longer needed.
 
-        ``about`` is plain JSON, which ``Checkpoint.manifest.about`` returns with ``step`` added. ``expected`` names the files
+        ``about`` is plain JSON, which ``Checkpoint.manifest.about`` returns with ``step`` added. ``hashed`` holds the files
         that the ranks wrote, relative to ``pending.path``; a missing one is an error. An error leaves nothing behind.
         """
         step = _parse_step(pending.target)
-        manifest = storage.commit(pending, {**(about or {}), "step": step}, expected)
-        self.retain(step)
+        manifest = storage.commit(pending, {**(about or {}), "step": step}, hashed=hashed)
+        self.retain(step, contents=False)
         return Checkpoint(step, pending.target, manifest)
 
     def remove(self, step: int) -> None:
@@ -95,11 +100,14 @@ class CheckpointStore:
             )
         return None
 
-    def _verified(self, step: int) -> Manifest | None:
-        """The manifest of a checkpoint if it is whole; otherwise the checkpoint is renamed, and there is none."""
+    def _verified(self, step: int, *, contents: bool = True) -> Manifest | None:
+        """The manifest of a checkpoint if it is whole; otherwise the checkpoint is renamed, and there is none.
+
+        Without ``contents`` it is whole if all its files are there in their sizes.
+        """
         path = self.checkpoint_path(step)
         try:
-            manifest = storage.verify(path)
+            manifest = storage.verify(path, contents=contents)
             if manifest.about.get("step") != step:
                 raise IntegrityError(f"{path} was committed as step {manifest.about.get('step')}")
         except IntegrityError as error:
@@ -116,10 +124,11 @@ class CheckpointStore:
                 return aside
         raise StorageError(f"{path} was set aside a thousand times: remove the directories {path.name}{BAD}-*")
 
-    def retain(self, verified: int) -> None:
+    def retain(self, verified: int, *, contents: bool = True) -> None:
         """Remove checkpoints older than the newest ``keep`` valid ones; ``verified`` is a step that was just verified.
 
-        Every commit ends with this. A resume does it too, for a crash that came between commit and removal.
+        Every commit ends with this, without reading their ``contents``. A resume does it too, for a crash that came between
+        commit and removal, and reads them.
         """
         steps = self.steps()
         if len(steps) <= self.keep:
@@ -128,7 +137,7 @@ class CheckpointStore:
         for step in reversed(steps):
             if valid == self.keep:
                 storage.remove_directory(self.checkpoint_path(step))
-            elif step == verified or self._verified(step) is not None:
+            elif step == verified or self._verified(step, contents=contents) is not None:
                 valid += 1
 
 

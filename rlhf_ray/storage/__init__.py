@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "begin_directory": ".atomic",
         "commit": ".manifest",
         "differences": ".manifest",
+        "hash_files": ".manifest",
         "make_directories": ".made",
         "read_manifest": ".manifest",
         "remove_directory": ".atomic",

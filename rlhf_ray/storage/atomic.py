@@ -144,7 +144,7 @@ def sweep(parent: str | Path) -> list[Path]:
 
 def sync_directory(path: str | Path) -> None:
     """Flush the names in a directory to disk."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    flush(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -193,11 +193,12 @@ def _sync_tree(root: Path) -> None:
             if entry.is_dir(follow_symlinks=False):
                 _sync_tree(Path(entry))
             else:
-                _sync(entry.path, os.O_RDONLY)
+                flush(entry.path)
     sync_directory(root)
 
 
-def _sync(path: str | Path, flags: int) -> None:
+def flush(path: str | Path, flags: int = os.O_RDONLY) -> None:
+    """Flush a file, or with other ``flags`` what they open, to disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

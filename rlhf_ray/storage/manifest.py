@@ -2,7 +2,8 @@
 
 Invariant: a directory that :func:`verify` accepts holds exactly the files that were committed, each with the size and
 SHA-256 that it had then, and the manifest itself is byte for byte what was written. Anything else raises an
-``IntegrityError`` that names the files and what differs.
+``IntegrityError`` that names the files and what differs. The bytes of a file are hashed once, where it was written: a commit
+believes the records of other processes, and looks at the names and sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import IntegrityError, StorageError
-from rlhf_ray.storage.atomic import PendingDirectory, begin_directory
+from rlhf_ray.storage.atomic import PendingDirectory, begin_directory, flush
 from rlhf_ray.storage.failures import storage_errors
 from rlhf_ray.storage.made import MANIFEST
 
@@ -73,20 +74,22 @@ def _render(content: Mapping[str, Any]) -> bytes:
 
 
 def commit(
-    pending: PendingDirectory, about: Mapping[str, Any] | None = None, expected: Collection[str] = ()
+    pending: PendingDirectory,
+    about: Mapping[str, Any] | None = None,
+    expected: Collection[str] = (),
+    hashed: Mapping[str, FileRecord] | None = None,
 ) -> Manifest:
     """Write the manifest of a pending directory and commit it; if that fails, nothing is left behind.
 
-    ``expected`` names the files that other processes report to have written: a missing one is a ``StorageError``.
+    ``hashed`` holds what :func:`hash_files` returned to the processes that wrote these files; the others are hashed here.
+    ``expected`` names files that must be there too. One of them that is missing, or has another size here, is a
+    ``StorageError``.
     """
     try:
-        files = _records(pending.path)
-        missing = sorted(set(expected) - files.keys())
-        if missing:
-            raise StorageError(
-                f"{pending.target}: {len(missing)} of {len(set(expected))} files that other processes wrote are "
-                f"missing, such as {missing[0]}: every node must see the same directory (use a shared file system)"
-            )
+        hashed = dict(hashed or {})
+        sizes = _sizes(pending.path)
+        _check_seen(pending.target, sizes, {*expected, *hashed}, hashed)
+        files = hashed | _hashes(pending.path, sizes.keys() - hashed.keys())
         manifest = Manifest(files, dict(about or {}))
         with storage_errors(pending.target), open(pending.path / MANIFEST, "wb") as stream:
             stream.write(manifest.to_bytes())
@@ -117,7 +120,8 @@ def amend(directory: str | Path, changed: Mapping[str, str]) -> Manifest:
     except BaseException:
         pending.abort()
         raise
-    return commit(pending, manifest.about, manifest.files.keys())
+    unchanged = {name: record for name, record in manifest.files.items() if name not in changed}
+    return commit(pending, manifest.about, changed, unchanged)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -137,52 +141,92 @@ def read_manifest(directory: str | Path) -> Manifest:
     return Manifest.from_bytes(raw, path)
 
 
-def verify(directory: str | Path) -> Manifest:
-    """Read every file of a committed directory; returns its manifest, or raises ``IntegrityError`` if anything differs."""
+def verify(directory: str | Path, *, contents: bool = True) -> Manifest:
+    """Read every file of a committed directory; returns its manifest, or raises ``IntegrityError`` if anything differs.
+
+    Without ``contents`` it reads the manifest alone, and looks at the names and sizes of the files.
+    """
     manifest = read_manifest(directory)
-    phrases = differences(directory, manifest)
+    phrases = differences(directory, manifest, contents=contents)
     if phrases:
         more = f"; and {len(phrases) - SHOWN_DIFFERENCES} more" if len(phrases) > SHOWN_DIFFERENCES else ""
         raise IntegrityError(f"{directory} is not what was committed: {'; '.join(phrases[:SHOWN_DIFFERENCES])}{more}")
     return manifest
 
 
-def differences(directory: str | Path, manifest: Manifest) -> list[str]:
-    """The differences between a directory and a manifest, one phrase for each file that differs."""
-    stored = _records(Path(directory))
+def differences(directory: str | Path, manifest: Manifest, *, contents: bool = True) -> list[str]:
+    """The differences between a directory and a manifest, one phrase for each file that differs; see :func:`verify`."""
+    root, committed = Path(directory), manifest.files
+    sizes = _sizes(root)
+    alike = {name for name, size in sizes.items() if name in committed and committed[name].size == size}
+    hashes = _hashes(root, alike) if contents else {name: committed[name] for name in alike}
     phrases = []
-    for name in sorted(stored.keys() | manifest.files.keys()):
-        actual, committed = stored.get(name), manifest.files.get(name)
-        if actual is None:
+    for name in sorted(sizes.keys() | committed.keys()):
+        if name not in sizes:
             phrases.append(f"{name} is missing")
-        elif committed is None:
+        elif name not in committed:
             phrases.append(f"{name} is not in the manifest")
-        elif actual.size != committed.size:
-            phrases.append(f"{name} has {actual.size} bytes instead of {committed.size}")
-        elif actual.sha256 != committed.sha256:
+        elif name not in alike:
+            phrases.append(f"{name} has {sizes[name]} bytes instead of {committed[name].size}")
+        elif hashes[name].sha256 != committed[name].sha256:
             phrases.append(
-                f"{name} has different content (SHA-256 {actual.sha256[:12]} instead of {committed.sha256[:12]})"
+                f"{name} has different content (SHA-256 {hashes[name].sha256[:12]} instead of "
+                f"{committed[name].sha256[:12]})"
             )
     return phrases
 
 
-def _records(root: Path) -> dict[str, FileRecord]:
-    """Hash every file below ``root`` except its manifest, on several threads."""
+def hash_files(root: str | Path, names: Collection[str] | None = None) -> dict[str, FileRecord]:
+    """Flush files to disk and hash them, for the process that wrote them; ``names`` are those below ``root`` (None: all)."""
+    root = Path(root)
+    names = _sizes(root).keys() if names is None else names
+    with storage_errors(root):
+        for name in names:
+            flush(root / name)
+    return _hashes(root, names)
+
+
+def _check_seen(
+    target: Path, sizes: Mapping[str, int], wanted: Collection[str], hashed: Mapping[str, FileRecord]
+) -> None:
+    """Refuse a directory in which another node has written what this one does not see."""
+    shared = "every node must see the same directory (use a shared file system)"
+    missing = sorted(name for name in wanted if name not in sizes)
+    if missing:
+        raise StorageError(
+            f"{target}: {len(missing)} of {len(wanted)} files that other processes wrote are missing, such as {missing[0]}: "
+            f"{shared}"
+        )
+    for name, record in hashed.items():
+        if sizes[name] != record.size:
+            raise StorageError(
+                f"{target}: {name} has {sizes[name]} bytes here and {record.size} where it was written: {shared}"
+            )
+
+
+def _hashes(root: Path, names: Collection[str]) -> dict[str, FileRecord]:
+    """Hash these files below ``root``, on several threads."""
+    ordered = sorted(names)
+    with storage_errors(root, "read"), ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return dict(zip(ordered, threads.map(lambda name: _record(root / name), ordered), strict=True))
+
+
+def _sizes(root: Path) -> dict[str, int]:
+    """The sizes of all files below ``root`` except its manifest."""
     with storage_errors(root, "read"):
-        names = sorted(set(_file_names(root)) - {MANIFEST})
-        with ThreadPoolExecutor(HASHING_THREADS) as threads:
-            return dict(zip(names, threads.map(lambda name: _record(root / name), names), strict=True))
+        return {name: size for name, size in _files(root) if name != MANIFEST}
 
 
-def _file_names(root: Path, below: str = "") -> Iterator[str]:
+def _files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
     with os.scandir(root / below) as entries:
         for entry in entries:
             name = f"{below}{entry.name}"
-            mode = entry.stat(follow_symlinks=False).st_mode
+            status = entry.stat(follow_symlinks=False)
+            mode = status.st_mode
             if stat.S_ISDIR(mode):
-                yield from _file_names(root, f"{name}/")
+                yield from _files(root, f"{name}/")
             elif stat.S_ISREG(mode):
-                yield name
+                yield name, status.st_size
             else:
                 raise IntegrityError(
                     f"{root / name} is neither a file nor a directory, so a manifest cannot list it: remove it"

@@ -18,10 +18,10 @@ from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.engine.shards import expected_files
 from rlhf_ray.errors import GroupError, NumericalError, ResumableStop, ScoringError, StorageError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trainers.commit_schedule import CommitSchedule
 
 
@@ -57,14 +57,15 @@ class Checkpointer:
             return
         began = time.monotonic()
         pending = self.run.checkpoints.begin(step)
+        hashed: dict[str, FileRecord] = {}
         try:
-            for saving in [group.save(str(pending.path / name)) for name, group in self.groups.items()]:
-                saving.result()
+            saving = {name: group.save(str(pending.path / name)) for name, group in self.groups.items()}
+            for name, records in saving.items():
+                hashed |= below(name, records.result())
         except BaseException:
             pending.abort()
             raise
-        expected = [f"{name}/{file}" for name, group in self.groups.items() for file in expected_files(group.size)]
-        self.run.checkpoints.commit(pending, about={"state": dict(state)}, expected=expected)
+        self.run.checkpoints.commit(pending, about={"state": dict(state)}, hashed=hashed)
         self.committed = step
         self.schedule.committed(step, time.monotonic() - began)
 
@@ -141,13 +142,17 @@ class Checkpointer:
         as a Hugging Face directory, and to facts that its ``config.json`` gets besides.
         """
         pending = self.run.begin_final()
+        hashed: dict[str, FileRecord] = {}
         try:
             for place, (group, metadata) in parts.items():
-                group.save_pretrained(str(pending.path / place), dict(metadata)).result()
+                directory = str(pending.path / place)
+                group.save_pretrained(directory, dict(metadata)).result()
+                hashed |= below(place, group.hash_files(directory).result())
         except BaseException:
             pending.abort()
             raise
-        storage.commit(pending, {"step": step}, expected=[str(Path(place) / "config.json") for place in parts])
+        expected = [str(Path(place) / "config.json") for place in parts]
+        storage.commit(pending, {"step": step}, expected, hashed)
 
     def restore(self) -> dict[str, Any] | None:
         """Load the checkpoint into every group and return the driver's state; none where the run starts from the beginning."""
@@ -158,3 +163,8 @@ class Checkpointer:
         get_logger("runs").info("going on after step %d", self.checkpoint.step)
         state: dict[str, Any] = self.checkpoint.manifest.about["state"]
         return state
+
+
+def below(place: str, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """The records of the files in the directory ``place`` (``""``: this one) by their paths from here."""
+    return {str(Path(place) / name): record for name, record in records.items()}

@@ -6,6 +6,7 @@ Usage: rank_program.py RANK WORLD_SIZE PORT DIRECTORY
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import socket
@@ -238,7 +239,7 @@ def resumed(program: Program, zero: int, dtype: str) -> Measured:
     directory = program.directory / f"shards-{program.world}-{zero}-{dtype}"
     engine = program.engine(zero, dtype)
     program.update(engine, BATCHES[0], 4)
-    engine.save_shards(directory)
+    hashed = engine.save_shards(directory)
     noise = torch.rand(2)
     _, gone_on = program.update(engine, BATCHES[1], 4)
     expected = bits(engine)
@@ -255,9 +256,15 @@ def resumed(program: Program, zero: int, dtype: str) -> Measured:
         "same_engine": same_engine, "fresh_engine": same_bits(expected, bits(other)), "same_noise": same_noise,
         "same_applied": applied == gone_on, "before_any_update": _saved_at_the_start(program, zero, dtype),
         "refused": _refusal(lambda: _of_another_dtype(program, zero, dtype, directory)),
+        "hashed": {name: record.sha256 for name, record in hashed.items()}, "files": _files(directory),
     }  # fmt: skip
     other.close()
     return measured
+
+
+def _files(directory: Path) -> dict[str, str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _saved_at_the_start(program: Program, zero: int, dtype: str) -> bool:

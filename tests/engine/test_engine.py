@@ -191,6 +191,13 @@ def test_loading_shards_and_going_on_gives_the_same_bits(case: str, pair: Ranks)
 
 
 @pytest.mark.parametrize("case", TRAINED)
+def test_each_rank_hashes_what_it_wrote_and_the_ranks_together_all_files(case: str, pair: Ranks) -> None:
+    first, second = (rank[f"resumed-{case}"]["hashed"] for rank in pair)
+    assert first.keys().isdisjoint(second.keys()) and second, "each file is hashed once, and each rank writes some"
+    assert first | second == pair[0][f"resumed-{case}"]["files"]
+
+
+@pytest.mark.parametrize("case", TRAINED)
 def test_shards_of_another_shape_are_refused(case: str, pair: Ranks) -> None:
     for rank in pair:
         refused = rank[f"resumed-{case}"]["refused"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ import pytest
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.runs import CheckpointStore, checkpoints
 from rlhf_ray.storage import atomic
+from rlhf_ray.storage.manifest import FileRecord, hash_files
 
 CrashEverywhere = Callable[[Path, Callable[[], Any], Callable[[], Any], Sequence[ModuleType]], list[Any]]
 
@@ -59,7 +62,7 @@ def test_several_processes_write_one_checkpoint(store: CheckpointStore) -> None:
     script = "import pathlib, sys; pathlib.Path(sys.argv[1], 'rank-' + sys.argv[2]).write_text(sys.argv[2])"
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(pending.path), str(rank)]) for rank in range(3)]
     assert [rank.wait(60) for rank in ranks] == [0, 0, 0]
-    checkpoint = store.commit(pending, expected=[f"rank-{rank}" for rank in range(3)])
+    checkpoint = store.commit(pending, hashed=hash_files(pending.path, [f"rank-{rank}" for rank in range(3)]))
     assert sorted(checkpoint.manifest.files) == ["rank-0", "rank-1", "rank-2"]
 
 
@@ -67,7 +70,7 @@ def test_a_rank_on_a_disk_of_its_own_is_found_out_before_the_commit(store: Check
     save(store, 5)
     pending = store.begin(6)
     with pytest.raises(StorageError, match="rank-1: every node must see the same directory"):
-        store.commit(pending, expected=["rank-1"])
+        store.commit(pending, hashed={"rank-1": FileRecord(4, "0" * 64)})
     assert store.steps() == [5]
     assert os.listdir(store.directory) == ["step-000005"]
 
@@ -132,14 +135,62 @@ def test_when_none_is_whole_the_run_does_not_silently_begin_again(store: Checkpo
     assert store.latest_valid() is None
 
 
-def test_retention_counts_only_checkpoints_that_are_whole(store: CheckpointStore) -> None:
+def test_retention_counts_only_checkpoints_whose_files_are_there_in_their_sizes(store: CheckpointStore) -> None:
     save(store, 1)
     save(store, 2)
-    flip(weights_of(store, 2))
+    os.truncate(weights_of(store, 2), 4)
     save(store, 3)
     assert store.steps() == [1, 3], "the first is still needed: the second is worth nothing"
     save(store, 4)
     assert store.steps() == [3, 4]
+
+
+def test_a_commit_reads_no_file_of_the_ranks_and_of_no_older_checkpoint(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(store, step)
+    pending = store.begin(3)
+    (pending.path / "rank-0").write_bytes(b"a large file")
+    hashed = hash_files(pending.path)
+    read, file_digest = list[str](), hashlib.file_digest
+
+    def counted(stream: Any, name: str) -> Any:
+        read.append(stream.name)
+        return file_digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    store.commit(pending, hashed=hashed)
+    assert read == [] and store.steps() == [2, 3]
+    assert store.latest_valid() is not None and read == [str(store.checkpoint_path(3) / "rank-0")]
+
+
+def test_a_byte_that_changed_since_is_found_when_the_run_goes_on(
+    store: CheckpointStore, project_log: io.StringIO
+) -> None:
+    """Also where the rank that wrote it said another hash than its file has."""
+    save(store, 1)
+    pending = store.begin(2)
+    (pending.path / "rank-0").write_bytes(b"what was written")
+    store.commit(pending, hashed={"rank-0": FileRecord(16, "0" * 64)})
+    flip(weights_of(store, 1))
+    save(store, 3)
+    assert store.steps() == [2, 3], "a commit does not read"
+    flip(weights_of(store, 3))
+    with pytest.raises(IntegrityError, match=r"step-000002\.bad, step-000003\.bad are damaged"):
+        store.latest_valid()
+    said = project_log.getvalue()
+    assert "rank-0 has different content" in said and "policy/rank-0.safetensors has different content" in said
+
+
+def test_going_on_reads_the_older_checkpoints_before_it_removes_one(store: CheckpointStore) -> None:
+    store.keep = 3
+    for step in (1, 2, 3):
+        save(store, step)
+    flip(weights_of(store, 2))
+    store.keep = 2
+    store.retain(3)
+    assert store.steps() == [1, 3], "the second is worth nothing"
 
 
 def test_a_failed_commit_removes_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -128,6 +129,40 @@ def test_a_damaged_disk_is_not_a_missing_permission(committed: Path, monkeypatch
     refuse(13)  # EACCES: the bytes may be fine
     with pytest.raises(StorageError, match=r"cannot read .*Make it readable"):
         storage.verify(committed)
+
+
+def test_files_that_others_have_hashed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = storage.begin_directory(tmp_path / "step")
+    for name in ("rank-0", "rank-1", "driver"):
+        (pending.path / name).write_text(name)
+    hashed = storage.hash_files(pending.path, ["rank-0", "rank-1"])
+    read, file_digest = list[str](), hashlib.file_digest
+
+    def counted(stream: Any, name: str) -> Any:
+        read.append(Path(stream.name).name)
+        return file_digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    committed = storage.commit(pending, hashed=hashed)
+    assert read == ["driver"] and sorted(committed.files) == ["driver", "rank-0", "rank-1"]
+    read.clear()
+    storage.amend(tmp_path / "step", {"driver": "another text"})
+    assert read == ["driver"], "what stays as it was keeps its record"
+    assert storage.verify(tmp_path / "step").files["rank-1"] == hashed["rank-1"]
+    (tmp_path / "step" / "rank-1").write_text("rank-2")
+    assert storage.verify(tmp_path / "step", contents=False).about == {}
+    with pytest.raises(IntegrityError, match="rank-1 has different content"):
+        storage.verify(tmp_path / "step")
+
+
+def test_a_file_that_is_shorter_here_than_where_it_was_written_is_refused(tmp_path: Path) -> None:
+    pending = storage.begin_directory(tmp_path / "step")
+    (pending.path / "rank-0").write_bytes(b"all of it")
+    hashed = storage.hash_files(pending.path)
+    os.truncate(pending.path / "rank-0", 3)
+    with pytest.raises(StorageError, match=r"rank-0 has 3 bytes here and 9 where it was written: .*shared file system"):
+        storage.commit(pending, hashed=hashed)
+    assert os.listdir(tmp_path) == []
 
 
 names = st.text("ab-._", min_size=1, max_size=6).filter(lambda name: name.strip(".") and name != "manifest.json")

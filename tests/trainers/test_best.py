@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.manifest import FileRecord, hash_files
 from rlhf_ray.trainers.supervised.best import Best
 
 FIGURE = "evaluation/accuracy"
@@ -50,8 +51,9 @@ class Process:
                 raise Killed
         return best
 
-    def write(self, directory: Path, figures: object) -> None:
+    def write(self, directory: Path, figures: object) -> dict[str, FileRecord]:
         (directory / "config.json").write_text(str(self.update))
+        return hash_files(directory)
 
     @property
     def kept(self) -> int | None:
@@ -98,13 +100,13 @@ def test_a_best_that_belongs_to_no_commit_is_void(tmp_path: Path) -> None:
     process.update, state = 2, best.state()
     best.improves(2, {FIGURE: 0.9})
     best.keep()
-    again = Best(run, FIGURE, lambda pending, figures: None)
+    again = Best(run, FIGURE, lambda pending, figures: {})
     again.restore(state, 5, {})
     assert again.so_far is None and not run.best.exists()
 
 
 def test_an_evaluation_without_the_figure_is_never_the_best(tmp_path: Path) -> None:
-    best = Best(RunDirectory.create(tmp_path / "run", "kind: rm\n"), FIGURE, lambda pending, figures: None)
+    best = Best(RunDirectory.create(tmp_path / "run", "kind: rm\n"), FIGURE, lambda pending, figures: {})
     assert not best.improves(1, {"evaluation/loss": 0.1}) and best.state() is None
 
 

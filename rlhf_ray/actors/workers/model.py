@@ -32,6 +32,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK
+from rlhf_ray.storage.manifest import FileRecord, hash_files
 from rlhf_ray.storage.shared import SharedFile
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed, pack
@@ -222,11 +223,11 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
     # Files
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: str) -> dict[str, FileRecord]:
         """Everything this rank needs to go on bit for bit, on the model that it loaded: weights that train, optimizer state,
-        random state.
+        random state. Returns the size and hash of every file that it wrote, by its path below ``directory``.
         """
-        self.engine.save_shards(Path(directory))
+        return self.engine.save_shards(Path(directory))
 
     def load(self, directory: str) -> None:
         """Go on from what ``save`` wrote."""
@@ -240,6 +241,10 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         if self.rank == 0:
             tokenizer = load_tokenizer(self.config.model) if self.tokenizer is None else self.tokenizer
             save_pretrained(self.hf_model, tokenizer, directory, state=state, metadata=metadata or {})
+
+    def hash_files(self, directory: str) -> dict[str, FileRecord]:
+        """The size and hash of every file in a directory that rank 0 has written, from there; none from other ranks."""
+        return hash_files(directory) if self.rank == 0 else {}
 
     def vocabulary(self) -> Vocabulary:
         """The tokens that this rank's model was loaded with."""

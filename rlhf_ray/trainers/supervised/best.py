@@ -15,6 +15,7 @@ from rlhf_ray import storage
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.manifest import FileRecord
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class BestSoFar:
 class Best:
     """Keeps the weights of the update with the highest ``figure`` in its evaluation.
 
-    ``save(pending, figures)`` fills a directory with the weights as they are at that moment.
+    ``save(pending, figures)`` fills a directory with the weights as they are at that moment, and returns the records of its
+    files.
     """
 
     def __init__(
-        self, run: RunDirectory, figure: str, save: Callable[[storage.PendingDirectory, Mapping[str, float]], None]
+        self,
+        run: RunDirectory,
+        figure: str,
+        save: Callable[[storage.PendingDirectory, Mapping[str, float]], dict[str, FileRecord]],
     ) -> None:
         self.run = run
         self.figure = figure
@@ -52,11 +57,11 @@ class Best:
         assert self.so_far is not None
         pending = self.run.begin_best()
         try:
-            self._save(pending, self.so_far.figures)
+            hashed = self._save(pending, self.so_far.figures)
         except BaseException:
             pending.abort()
             raise
-        storage.commit(pending, about={"update": self.so_far.update}, expected=["config.json"])
+        storage.commit(pending, {"update": self.so_far.update}, ["config.json"], hashed)
 
     def state(self) -> dict[str, Any] | None:
         """The best evaluation so far as plain JSON, for a checkpoint; none before the first."""

@@ -24,6 +24,7 @@ from rlhf_ray.data.load import load_demonstrations
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.evaluation.agreement import Bounds, Spread
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import deal_packs
 
@@ -58,11 +59,11 @@ class RewardSaver:
         """Write ``final/``, whole or not at all, as the weights of ``update``; it has no ``mean`` and ``std`` yet."""
         pending = run.begin_final()
         try:
-            self._save(pending, {})
+            hashed = self._save(pending, {})
         except BaseException:
             pending.abort()
             raise
-        storage.commit(pending, {"step": update}, expected=[CONFIG])
+        storage.commit(pending, {"step": update}, [CONFIG], hashed)
 
     def normalize_final(self, run: RunDirectory, figures: Mapping[str, float]) -> None:
         """Add ``mean`` and ``std`` to ``final/config.json``; ``figures`` are from the evaluation of these weights."""
@@ -71,14 +72,15 @@ class RewardSaver:
             config = json.loads((run.final / CONFIG).read_text()) | normalization
             storage.amend(run.final, {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"})
 
-    def save(self, pending: storage.PendingDirectory, figures: Mapping[str, float]) -> None:
+    def save(self, pending: storage.PendingDirectory, figures: Mapping[str, float]) -> dict[str, FileRecord]:
         """Fill a directory, read it back and compare the scores; ``figures`` are from the evaluation of these weights.
 
-        Raises :class:`IntegrityError` if the scores differ by more than the dtype explains.
+        Returns the size and hash of every file. Raises :class:`IntegrityError` if the scores differ by more than the dtype
+        explains.
         """
-        self._save(pending, self.normalization(figures))
+        return self._save(pending, self.normalization(figures))
 
-    def _save(self, pending: storage.PendingDirectory, normalization: Mapping[str, float]) -> None:
+    def _save(self, pending: storage.PendingDirectory, normalization: Mapping[str, float]) -> dict[str, FileRecord]:
         save = self.reward.save_adapter if self.config.save == "adapter" else self.reward.save_pretrained
         save(str(pending.path), {**normalization, KEY: self._record.as_json()}).result()
         live = self.scores(self._again)
@@ -91,6 +93,7 @@ class RewardSaver:
                 f"of the model in training, in parts of 1 + |score|: {off}, wanted {bounds}. It was not kept"
             )
         get_logger("rm").info("%s/: read back, scores equal to %.1e", pending.target.name, off.largest)
+        return self.reward.hash_files(str(pending.path)).result()
 
     def normalization(self, figures: Mapping[str, float]) -> dict[str, float]:
         """``mean`` and ``std`` for ``config.json``; empty if there was no evaluation or the config wants none."""
