@@ -22,8 +22,8 @@ COPY rlhf_ray /build/rlhf_ray
 RUN pip install --no-deps --no-build-isolation /build
 
 FROM build AS build-gpu
-RUN pip install -r /build/requirements/gpu.txt hatchling \
-    && pip install --no-build-isolation -r /build/requirements/deepspeed.txt
+RUN pip install --no-deps -r /build/requirements/gpu.txt \
+    && pip install --no-deps --no-build-isolation -r /build/requirements/deepspeed.txt
 COPY pyproject.toml README.md LICENSE CHANGELOG.md /build/
 COPY configs /build/configs
 COPY rlhf_ray /build/rlhf_ray
@@ -44,7 +44,7 @@ COPY --from=build-cpu /opt/rlhf /opt/rlhf
 
 FROM runtime AS gpu
 USER root
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 USER 1000
 # Without "utility" the container runtime brings no nvidia-smi, by which a process knows that there are GPUs.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility

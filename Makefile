@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity templates architectures faults siege nodes gpu gpu-wheels gpu-rehearsal
+.PHONY: setup demo test lint bench parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -46,6 +46,9 @@ nodes: setup  ## two machines made of namespaces on this one: ranks on both, a n
 
 siege: setup  ## a service under all that starves other callers, and under deaths of its model (SECONDS of each attack, SCORES)
 	@$(PYTHON_BIN) -m tests.serving.siege $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SCORES),--scores $(SCORES))
+
+locks: setup  ## whether the GPU set still resolves to its lock, requirements/gpu.txt (WRITE=1: make it anew); asks the package index
+	@$(PYTHON_BIN) -m tests.locks.gpu $(if $(WRITE),--write)
 
 gpu:  ## check and measure what needs a GPU, with the machine's own Python (GPU_PYTHON); says what it left out (RESULTS: file for the figures)
 	@$(or $(GPU_PYTHON),python3) -m tests.gpu.run $(if $(RESULTS),--results $(RESULTS))
