@@ -27,6 +27,15 @@ EXIT_CODE_LINE = "rlhf-ray: exit code "
 SOCKET_BYTES = 107
 """The longest name of a Unix socket on Linux."""
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+ALLOCATOR_SETTINGS = "expandable_segments:True"
+"""Packs differ in length, so blocks of many sizes come and go; segments that grow leave no holes between them.
+
+vLLM takes this too, except with a connector for key-value caches, which no engine here has. Where a process hands memory to
+another over CUDA IPC, the other must be allowed to take over its file descriptors (Linux' ``pidfd_getfd``). Has not run on a
+GPU yet.
+"""
+
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KERNELS_KEPT = 512
 """How many compiled kernels oneDNN may keep.
@@ -62,8 +71,8 @@ def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = 
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    if device == "cuda":
-        return variables | {"DS_ACCELERATOR": "cuda"}
+    if device == "cuda":  # what the user has set here goes on to the ranks
+        return variables | {"DS_ACCELERATOR": "cuda", ALLOCATOR: os.environ.get(ALLOCATOR, ALLOCATOR_SETTINGS)}
     variables |= {"DS_ACCELERATOR": "cpu", **dict.fromkeys(KERNEL_CACHES, str(KERNELS_KEPT))}
     if device == "cpu":
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,4 @@
-"""What a process keeps of the memory that it frees."""
+"""What a process keeps of the memory that it frees, and the variables that processes start with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from rlhf_ray.environment import ALLOCATOR, for_process
 
 
 def faults_of_later_passes(*, keeping: bool) -> int:
@@ -32,3 +34,15 @@ def test_what_a_pass_frees_stays_with_the_process() -> None:
     """Else thousands of its pages go back to the system and are asked for again."""
     kept, given_back = faults_of_later_passes(keeping=True), faults_of_later_passes(keeping=False)
     assert kept < 0.25 * given_back, (kept, given_back)
+
+
+def test_a_process_uses_the_device_that_it_was_placed_on_and_one_that_starts_others_hides_no_gpu_from_them() -> None:
+    cpu, gpu, driver = for_process(device="cpu"), for_process(device="cuda"), for_process()
+    assert (cpu["DS_ACCELERATOR"], gpu["DS_ACCELERATOR"], driver["DS_ACCELERATOR"]) == ("cpu", "cuda", "cpu")
+    assert cpu["CUDA_VISIBLE_DEVICES"] == "" and "CUDA_VISIBLE_DEVICES" not in gpu | driver
+    assert gpu[ALLOCATOR] == "expandable_segments:True" and ALLOCATOR not in cpu | driver
+
+
+def test_what_the_user_asks_of_the_allocator_goes_on_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOCATOR, "expandable_segments:False")
+    assert for_process(device="cuda")[ALLOCATOR] == "expandable_segments:False"

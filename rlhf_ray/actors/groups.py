@@ -95,13 +95,19 @@ class Group:
         return self.ranks.call("accumulate", arguments).then(merge_reports)
 
     def apply(self, skip: bool) -> Pending[Applied]:
-        """Take the optimizer step, or skip it, on every rank. Ranks that disagree are an error."""
+        """Take the optimizer step, or skip it, on every rank; the memory is that of the fullest GPU.
+
+        Ranks that disagree are an error.
+        """
         return self._everywhere("apply", skip).then(self._agreed)
 
     def _agreed(self, applied: list[Applied]) -> Applied:
         if len({one.skipped for one in applied}) != 1:
             raise GroupError(self.role, None, "apply", f"ranks disagree on skipping the update: {applied}")
-        return applied[0]
+        fullest = max(
+            (one.gpu for one in applied if one.gpu is not None), key=lambda gpu: gpu.reserved_gb, default=None
+        )
+        return replace(applied[0], gpu=fullest)
 
     def _everywhere(
         self, method: str, *arguments: Any, timeout_s: float | None = None, key: str | None = None

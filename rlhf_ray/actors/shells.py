@@ -1,7 +1,7 @@
 """The workers as Ray actors: the same methods, each rank in a process of its own.
 
-Invariant: an actor adds to its worker only a name, the address of its node, a lane of its own for health checks, so that a
-rank inside a collective still answers, and Ray's object store for buckets of weights.
+Invariant: an actor adds to its worker only a name, the address of its node, a limit to its share of a GPU, a lane of its own
+for health checks, so that a rank inside a collective still answers, and Ray's object store for buckets of weights.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import ray
+import torch
 
 from rlhf_ray.actors.workers.base import Worker
+from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.imports import quick_imports
+from rlhf_ray.models.devices import limit_memory
 
 with quick_imports():
     from rlhf_ray.actors.workers.critic import CriticWorker
@@ -40,6 +43,12 @@ class RankShell(Worker):
     @_in_health_lane
     def health(self) -> dict[str, Any]:
         return super().health()
+
+    def take_device(self, resources: ResourcesConfig) -> torch.device:
+        """The device that this rank was placed on. Of a GPU that it shares it gets its share of the memory, not more."""
+        device = super().take_device(resources)
+        limit_memory(device, resources.gpus_per_rank)
+        return device
 
     def node_address(self) -> str:
         return str(ray.util.get_node_ip_address())

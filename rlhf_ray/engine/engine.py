@@ -32,6 +32,7 @@ from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
 from rlhf_ray.engine.weights import copied, disk_weights, gathered_groups
 from rlhf_ray.errors import RequestError, RlhfRayError
+from rlhf_ray.models.devices import take_peak
 from rlhf_ray.models.dtypes import DTYPES
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.experts import expert_blocks
@@ -188,11 +189,11 @@ class Engine:
         self._deepspeed.step()
         self.optimizer.skip = True
         self._pending = False
-        norm = self._grad_norm()
+        norm, gpu = self._grad_norm(), take_peak(self.device)
         if skip or norm is None:
-            return Applied(True, None, rate, self.updates)
+            return Applied(True, None, rate, self.updates, gpu)
         self.updates += 1
-        return Applied(False, norm, rate, self.updates)
+        return Applied(False, norm, rate, self.updates, gpu)
 
     def _grad_norm(self) -> float | None:
         """Return the gradient norm of the last step over all ranks, or None if it was not finite."""

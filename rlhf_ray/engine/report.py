@@ -1,7 +1,7 @@
 """The results of an update as plain numbers, which can be sent to another process.
 
 Invariants: the sums in a ``Report`` are those of one rank, so the reports of all ranks add up to the numbers of the whole
-update, however it was split. ``Report.finite`` and everything in ``Applied`` are the same on every rank.
+update, however it was split. ``Report.finite`` and everything in ``Applied`` but the memory are the same on every rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlhf_ray.models.devices import GpuPeak
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class Applied:
     """The end of an update.
 
     ``grad_norm`` is taken before clipping, and None if the update was skipped. ``update`` is the number of updates applied so
-    far.
+    far. ``gpu`` is the peak of this rank's GPU memory since the end of the last update; None on the CPU.
     """
 
     skipped: bool
     grad_norm: float | None
     learning_rate: float
     update: int
+    gpu: GpuPeak | None = None
 
 
 class Totals:

@@ -1,19 +1,22 @@
 """``rlhf-ray doctor``: report what this machine can run, and what would let it run more.
 
-Invariants: nothing is installed, started or downloaded; a problem comes with the command that fixes it, if there is one; what
-is required is listed apart from what is merely absent.
+Invariants: nothing is installed, started or downloaded; a kernel "works" only if it has just run; a problem comes with the
+command that fixes it, if there is one; what is required is listed apart from what is merely absent.
 """
 
 from __future__ import annotations
 
+import importlib
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from packaging.requirements import Requirement
@@ -22,7 +25,10 @@ from rlhf_ray.config.recipes import recipes
 from rlhf_ray.console import table
 from rlhf_ray.environment import Device
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED
-from rlhf_ray.planning.gpus import count_gpus
+from rlhf_ray.planning.gpus import count_gpus, driver_version
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE, GIB = "rlhf-ray", 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -47,7 +53,7 @@ def examine() -> list[Finding]:
     """Examine everything, in the order in which it is shown."""
     findings = [*_python(), *_packages(), *_strangers()]
     if all(find_spec(package) is not None for package in ("torch", "transformers", "jaxtyping")):
-        findings += [*_accelerators(), *_attention(), *_kernels()]
+        findings += [*_accelerators(), *_tools(), *_attention(), *_kernels()]
     return [*findings, *_memory()]
 
 
@@ -141,12 +147,63 @@ def _accelerators() -> Iterator[Finding]:
         state = f"{device.name}, {device.total_memory / GIB:.0f} GiB, compute {device.major}.{device.minor}"
         yield Finding("accelerators", f"GPU {index}", state)
     if torch.cuda.device_count():
-        return
-    if _device() == "cuda":
+        yield _driver(torch.version.cuda or "", driver_version())
+    elif _device() == "cuda":
         fix = "install the CUDA build: pip install -r requirements/gpu.txt (and unset CUDA_VISIBLE_DEVICES)"
         yield Finding("accelerators", "GPU", "its driver answers, but torch sees none", fix, needed=True)
     else:
         yield Finding("accelerators", "GPU", "none: everything runs on the CPU")
+
+
+def _driver(built_for: str, runs: tuple[int, int] | None) -> Finding:
+    """Compare the CUDA that torch was built for with the newest that the driver runs; minor versions are compatible."""
+    shown = "unknown" if runs is None else "{}.{}".format(*runs)
+    state = f"the driver runs CUDA {shown}, torch was built for {built_for}"
+    older = runs is not None and runs[0] < int(built_for.partition(".")[0] or 0)
+    fix = (
+        f"update NVIDIA's driver to one for CUDA {built_for}, or install a torch built for CUDA {shown}"
+        if older
+        else ""
+    )
+    return Finding("accelerators", "driver", state, fix, needed=True)
+
+
+def _tools() -> Iterator[Finding]:
+    """Triton compiles the launchers of its kernels with it when they first run."""
+    compiler = next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), None)
+    fix = "" if compiler else "install one, such as gcc: vLLM, Liger and torch.compile need it on a GPU"
+    yield Finding("tools", "C compiler", compiler or "none", fix, needed=_device() == "cuda")
+
+
+def _seen_device() -> torch.device:
+    """What torch can compute on here, on behalf of the jobs of this machine."""
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
+
+
+def _failure(run: Callable[[], object]) -> str | None:
+    """Why ``run`` fails, in one line; None if it does not."""
+    try:
+        run()
+    except Exception as error:  # of a kernel, a driver or a compiler: whatever it is, it is what a job would meet
+        return f"fails when it runs: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _attend(backend: str, device: torch.device) -> None:
+    """Attention of two tokens with grouped heads, forward and backward, in bf16."""
+    import torch
+
+    from rlhf_ray.models.forward.attention_backends import KERNELS
+    from rlhf_ray.models.forward.segments import Segments
+
+    shapes = ((2, 2, 64), (2, 1, 64), (2, 1, 64))
+    inputs = [torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
+    segments = Segments.of(torch.tensor([0, 2], device=device))
+    KERNELS[backend](*inputs, segments, scaling=0.125, window=None, softcap=None).sum().backward()
+    if not all(one.grad is not None and bool(one.grad.isfinite().all()) for one in inputs):
+        raise ValueError("its gradients are not finite")
 
 
 def _attention() -> Iterator[Finding]:
@@ -154,8 +211,9 @@ def _attention() -> Iterator[Finding]:
 
     from rlhf_ray.models.forward.attention_backends import KERNELS, obstacle
 
+    device = _seen_device()
     for backend in KERNELS:
-        reason = obstacle(backend, torch.bfloat16, torch.device(_device()))
+        reason = obstacle(backend, torch.bfloat16, device) or _failure(partial(_attend, backend, device))
         package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}.get(backend)
         lacks = reason is not None and "not installed" in reason
         fix = f"pip install --no-build-isolation {package}" if lacks else ""
@@ -163,17 +221,37 @@ def _attention() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    import torch
-
     from rlhf_ray.models.forward.liger import liger_obstacle
     from rlhf_ray.models.weights.quantization import INSTALL
 
-    version = _version("bitsandbytes")
-    state = f"works (bitsandbytes {version})" if version else "the package bitsandbytes is not installed"
+    device, version = _seen_device(), _version("bitsandbytes")
+    state = "the package bitsandbytes is not installed"
+    if version:
+        state = _failure(partial(_quantize, device)) or f"works (bitsandbytes {version})"
     yield Finding("quantisation", "nf4", state, "" if version else INSTALL)
-    reason = liger_obstacle(torch.device(_device()))
+    reason = liger_obstacle(device) or _failure(partial(_normalize, device))
     fix = "pip install liger-kernel" if reason is not None and "not installed" in reason else ""
     yield Finding("kernels", "liger", reason or "works", fix)
+
+
+def _quantize(device: torch.device) -> None:
+    import torch
+
+    from rlhf_ray.models.weights.quantization import bitsandbytes
+
+    package: Any = bitsandbytes()
+    numbers = torch.linspace(-1.0, 1.0, 64 * 64, device=device).view(64, 64)
+    again = package.functional.dequantize_4bit(*package.functional.quantize_4bit(numbers, quant_type="nf4"))
+    if not torch.allclose(again, numbers, atol=0.2):
+        raise ValueError("the numbers do not come back")
+
+
+def _normalize(device: torch.device) -> None:
+    """One of Liger's kernels, forward and backward; has not run on a GPU yet."""
+    import torch
+
+    norm = importlib.import_module("liger_kernel.transformers").LigerRMSNorm(64).to(device)
+    norm(torch.ones(2, 64, device=device, requires_grad=True)).sum().backward()
 
 
 def _memory() -> Iterator[Finding]:

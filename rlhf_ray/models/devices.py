@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +19,7 @@ from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.errors import CapacityError
 
 CPU = torch.device("cpu")
+GB = 1e9
 
 
 def placed_device(resources: ResourcesConfig, role: str) -> torch.device:
@@ -37,6 +39,35 @@ def placed_device(resources: ResourcesConfig, role: str) -> torch.device:
             "node (pip install -r requirements/gpu.txt) and a driver for it, or set gpus_per_rank to 0 to compute on the CPU"
         )
     return torch.device("cuda", 0)
+
+
+def limit_memory(device: torch.device, share: float) -> None:
+    """Let this process allocate at most ``share`` of the memory of its GPU, where it shares one (``share`` is below 1).
+
+    What goes beyond it is then the error of the role that asked for it, not of another one on that GPU. Has not run on a GPU
+    yet.
+    """
+    if device.type == "cuda" and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+@dataclass(frozen=True)
+class GpuPeak:
+    """The most memory of a GPU that one process took of it, in GB (1e9 bytes)."""
+
+    allocated_gb: float
+    """In tensors."""
+    reserved_gb: float
+    """In all that torch's allocator holds, free blocks included."""
+
+
+def take_peak(device: torch.device) -> GpuPeak | None:
+    """The peak of this process since the last call; None on the CPU. Has not run on a GPU yet."""
+    if device.type != "cuda":
+        return None
+    peak = GpuPeak(torch.cuda.max_memory_allocated(device) / GB, torch.cuda.max_memory_reserved(device) / GB)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 @contextmanager

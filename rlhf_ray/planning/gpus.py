@@ -28,10 +28,21 @@ def gpu_bytes() -> int | None:
 
 def count_gpus() -> int:
     """The GPUs that CUDA's driver shows to this process; 0 where there is no driver."""
+    return _ask("cuDeviceGetCount") or 0
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs, such as (13, 0); none where there is no driver."""
+    number = _ask("cuDriverGetVersion")  # 13000 for 13.0
+    return None if number is None else (number // 1000, number % 1000 // 10)
+
+
+def _ask(function: str) -> int | None:
+    """The number that a function of the driver gives; none where it fails or there is no driver."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    found = driver.cuInit(0) == SUCCESS and driver.cuDeviceGetCount(ctypes.byref(count)) == SUCCESS
-    return count.value if found else 0
+        return None
+    number = ctypes.c_int(0)
+    answers = driver.cuInit(0) == SUCCESS and driver[function](ctypes.byref(number)) == SUCCESS
+    return number.value if answers else None

@@ -131,6 +131,9 @@ class Journal:
         if self._compute is not None:
             shape, rate = self._compute
             rates["matmul/share"] = training_flops(shape, batch.lengths.tolist()) / times["time/step"] / rate
+        if applied.gpu is not None:
+            rates["memory/gpu_allocated_gb"] = applied.gpu.allocated_gb
+            rates["memory/gpu_reserved_gb"] = applied.gpu.reserved_gb
         skipped = {"updates/skipped": float(applied.skipped), "update": float(update)}
         self._write(update, total, {**means, **norm, **rates, **skipped, **times, **self._time_left(update, total)})
 

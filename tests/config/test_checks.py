@@ -123,6 +123,9 @@ CASES = [
     # devices
     ("ppo", ["policy.resources.gpus_per_rank=2"],
      "policy.resources.gpus_per_rank: 2, but a rank uses one GPU: set it to 1 and raise policy.ranks"),
+    ("ppo", ["reward.resources.gpus_per_rank=0.5", "reward.ranks=2"],
+     "reward.resources.gpus_per_rank: 0.5 for each of 2 ranks, but two ranks of one role cannot share a GPU: set it to 1, "
+     "which takes 2 GPUs, or reward.ranks to 1"),
     ("ppo", ["rollout.tensor_parallel=4"],
      "rollout.resources.gpus_per_rank: 0, but rollout.tensor_parallel is 4: an engine takes one GPU each; set the same"),
     ("ppo", ["rollout.resources.gpus_per_rank=2"],

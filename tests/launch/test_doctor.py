@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 from rlhf_ray.cli.main import main
 from rlhf_ray.launch import doctor
 from rlhf_ray.launch.doctor import Finding, examine, exit_code, report
+from rlhf_ray.models.forward.attention_backends import KERNELS
+from rlhf_ray.models.weights.quantization import bitsandbytes
 
 Lines = dict[tuple[str, str], Finding]
 
@@ -74,6 +76,44 @@ def test_a_driver_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "count_gpus", lambda: 1)
     finding = lines()["accelerators", "GPU"]
     assert "torch sees none" in finding.state and "requirements/gpu.txt" in finding.fix and finding.needed
+
+
+def test_a_kernel_works_only_if_it_has_just_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed is not enough: one that another version of torch calls otherwise fails when it is called."""
+
+    def other_version(*_: object, **__: object) -> torch.Tensor:
+        raise TypeError("varlen_attn() got an unexpected keyword argument\nand more")
+
+    def no_gradient(query: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return query * float("nan")
+
+    for kernel, said in ((other_version, "TypeError: varlen_attn() got an"), (no_gradient, "not finite")):
+        monkeypatch.setitem(KERNELS, "sdpa", kernel)
+        state = lines()["attention", "sdpa"].state
+        assert state.startswith("fails when it runs") and said in state and "more" not in state
+
+
+def test_weights_in_4_bits_work_only_if_they_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = bitsandbytes()
+    assert package is not None
+    monkeypatch.setattr(package.functional, "dequantize_4bit", lambda *_: torch.zeros(64, 64))
+    assert lines()["quantisation", "nf4"].state == "fails when it runs: ValueError: the numbers do not come back"
+
+
+@pytest.mark.parametrize(("runs", "older"), [((12, 8), True), ((13, 0), False), ((13, 2), False), ((14, 0), False)])
+def test_a_driver_older_than_what_torch_was_built_for(runs: tuple[int, int], older: bool) -> None:
+    """Within a major version the older driver runs what was built for the newer."""
+    finding = doctor._driver("13.1", runs)
+    assert finding.needed and bool(finding.fix) == older and f"CUDA {runs[0]}.{runs[1]}" in finding.state
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    """On a GPU kernels are compiled when they first run."""
+    monkeypatch.setattr(doctor, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    finding = next(iter(doctor._tools()))
+    assert finding.fix.startswith("install one, such as gcc") and finding.needed == bool(gpus)
 
 
 def test_the_recipes_are_those_of_the_machine() -> None:

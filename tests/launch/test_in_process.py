@@ -141,6 +141,20 @@ def test_the_process_gets_the_environment_that_ranks_have() -> None:
     )
 
 
+def test_all_roles_of_one_process_compute_on_one_device() -> None:
+    """DeepSpeed has one accelerator in a process."""
+    roles = ("policy", "critic", "reference", "reward", "rollout")
+    on_gpu = [f"{role}.resources.gpus_per_rank=0.2" for role in roles]
+    further = ["rollout.backend=transformers", "run.deterministic=false", "policy.ranks=1"]
+    with pytest.raises(
+        ConfigError, match=r"rollout\.resources\.gpus_per_rank: the rollout is placed on cpu and the policy"
+    ):
+        for_one_process(load_config(TINY_PPO, [*further, *on_gpu[:-1]]).to_train())
+    config = for_one_process(load_config(TINY_PPO, [*further, *on_gpu]).to_train())
+    variables = rank_environment(config)
+    assert variables["DS_ACCELERATOR"] == "cuda" and "CUDA_VISIBLE_DEVICES" not in variables
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [("reward.ranks=2", r"reward\.ranks: 2 ranks need"), ("reward.scorer=vllm", r"reward\.scorer: vllm needs")],

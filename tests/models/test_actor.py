@@ -116,12 +116,12 @@ def test_tied_embeddings_stay_tied(causal: Make) -> None:
         ({"load_in_4bit": True}, "4-bit"),
         (
             {"use_liger_kernel": True},
-            r"Liger kernels cannot be used here: they run on GPUs only and the model is on the CPU. Leave use_liger_kernel off",
+            r"Liger kernels cannot be used here: they run on GPUs only, not on the CPU. Leave use_liger_kernel off",
         ),
         ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
         (
             {"attn_implementation": "varlen", "strict_attention": True},
-            "varlen cannot be used here: it runs on GPUs only and the model is on the CPU",
+            "varlen cannot be used here: it runs on GPUs only, not on the CPU",
         ),
         ({"lora_rank": 2, "target_modules": ["nonsense"]}, r"nonsense.*k_proj"),
     ],
@@ -138,4 +138,4 @@ def test_what_is_no_model_is_refused() -> None:
 
 def test_a_preferred_backend_that_cannot_run_is_reported(causal: Make) -> None:
     line = describe(Actor(causal(), param_dtype="fp32"))
-    assert "attention sdpa (flash_attention_2 preferred, but it runs on GPUs only and the model is on the CPU)" in line
+    assert "attention sdpa (flash_attention_2 preferred, but it runs on GPUs only, not on the CPU)" in line

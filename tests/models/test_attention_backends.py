@@ -17,7 +17,7 @@ from rlhf_ray.models.weights.load import check_packing, prepare_for_packs
 from rlhf_ray.trajectories.packing import Packed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ON_CPU = "it runs on GPUs only and the model is on the CPU"
+ON_CPU = "it runs on GPUs only, not on the CPU"
 
 
 @pytest.mark.parametrize("torch_sees_a_gpu", [False, True])

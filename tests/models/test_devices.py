@@ -6,6 +6,7 @@ The 'meta' device stands for the GPU where a model is only put there.
 from __future__ import annotations
 
 import ast
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import rlhf_ray
+from rlhf_ray.actors.shells import EncoderRewardModelActor, PolicyModelActor, RolloutActor
 from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker, VllmRewardWorker
@@ -22,9 +24,9 @@ from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import CapacityError
+from rlhf_ray.errors import CapacityError, ModelLoadError
 from rlhf_ray.models import actor, from_config, load_policy, load_regression, regression_loading, reread
-from rlhf_ray.models.devices import placed_device, seeded
+from rlhf_ray.models.devices import GpuPeak, placed_device, seeded, take_peak
 from rlhf_ray.models.weights import load
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
@@ -128,6 +130,29 @@ def test_an_engine_of_four_gpus_needs_all_of_them(monkeypatch: pytest.MonkeyPatc
         placed_device(ResourcesConfig(gpus_per_rank=4.0), "rollout")
 
 
+def test_a_rank_that_shares_a_gpu_gets_its_share_of_the_memory_and_one_process_with_all_roles_gets_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    for worker in (PolicyModelActor, EncoderRewardModelActor, RolloutActor):
+        for gpus in (0.0, 0.25, 1.0):
+            worker().take_device(ResourcesConfig(gpus_per_rank=gpus))
+    assert limits == [(0.25, torch.device("cuda", 0))] * 3
+    PolicyWorker().take_device(ResourcesConfig(gpus_per_rank=0.25))
+    assert len(limits) == 3, "its process belongs to other roles too"
+
+
+def test_the_peak_of_gpu_memory_is_that_since_the_last_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    assert take_peak(torch.device("cpu")) is None and reset == []
+    assert take_peak(torch.device("cuda", 0)) == GpuPeak(3.0, 5.0) and reset == [torch.device("cuda", 0)]
+
+
 # Where models lie
 
 
@@ -205,6 +230,27 @@ def test_a_kept_reward_model_is_read_back_and_scored_on_the_device_of_its_rank(
     monkeypatch.setattr(reread, "PackedRegression", lambda module: module)
     assert len(reread.score_directory(directory, config, TrajectoryBatch.from_sequences([[1, 2], [3]]), GPU)) == 2
     assert loaded_on == [GPU] and set(given) == {GPU}
+
+
+@pytest.mark.parametrize("place", ["loading", "scoring"])
+def test_a_gpu_without_room_for_a_second_model_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO, directory: Path, place: str
+) -> None:
+    tried: list[torch.device] = []
+
+    def score(directory: Path, config: ModelConfig, batch: TrajectoryBatch, device: torch.device) -> list[float]:
+        tried.append(device)
+        if device == GPU:
+            full = torch.OutOfMemoryError("CUDA out of memory")
+            if place == "scoring":
+                raise full
+            raise ModelLoadError("cannot be loaded") from full
+        return [1.0]
+
+    monkeypatch.setattr(reread, "_scores", score)
+    batch = TrajectoryBatch.from_sequences([[1]])
+    assert reread.score_directory(directory, ModelConfig(make=MAKE), batch, GPU) == [1.0]
+    assert tried == [GPU, torch.device("cpu")] and "read back on the CPU" in project_log.getvalue()
 
 
 def test_loading_leaves_the_generator_of_the_gpu_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

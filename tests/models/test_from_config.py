@@ -112,7 +112,7 @@ def test_a_reward_model_whose_tokenizer_cannot_pad_gets_a_pad_token(
     [
         (
             {"attention": "flash_attention_2"},
-            "flash_attention_2 cannot be used here: it runs on GPUs only and the model is on the CPU",
+            "flash_attention_2 cannot be used here: it runs on GPUs only, not on the CPU",
         ),
         ({"lora": {"rank": 2, "targets": ["nonsense"]}}, "nonsense"),
     ],

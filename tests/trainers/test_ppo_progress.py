@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.config.sections.algorithm import KlConfig
+from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.models.devices import GpuPeak
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.update import StepOutcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -58,3 +60,17 @@ def test_moments_are_those_of_every_score_as_it_came() -> None:
     every = torch.tensor([1.0, 3.0, 5.0])
     assert progress.moments.mean == pytest.approx(3.0)
     assert progress.moments.deviation == pytest.approx(every.std(correction=0).item())
+
+
+def test_the_gpu_memory_of_a_step_is_its_largest_peak_and_a_step_on_the_cpu_has_none() -> None:
+    """A skipped update took memory too."""
+    outcome, report = StepOutcome(), Report(True, 0.0, {})
+    for allocated, skipped in ((2.0, False), (5.0, True), (1.0, False)):
+        peak = GpuPeak(allocated, allocated + 1.0)
+        norm = None if skipped else 1.0
+        outcome.add(
+            {"policy": report},
+            {"policy": Applied(skipped, norm, 0.1, 1, peak), "critic": Applied(skipped, norm, 0.1, 1)},
+        )
+    gpu = {name: value for name, value in outcome.metrics.items() if name.startswith("memory/")}
+    assert gpu == {"memory/gpu_allocated_gb/policy": 5.0, "memory/gpu_reserved_gb/policy": 6.0}

@@ -10,11 +10,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.errors import StorageError
+from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.storage.shared import SharedFile
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Worker:
@@ -34,6 +39,10 @@ class Worker:
     def node_address(self) -> str:
         """The address at which other ranks reach this one's node; without Ray there is no other node."""
         return LOOPBACK
+
+    def take_device(self, resources: ResourcesConfig) -> torch.device:
+        """The device that this rank was placed on; :class:`CapacityError` if it is not there."""
+        return placed_device(resources, self.role)
 
     def require_shared(self, file: SharedFile | None) -> None:
         """Raise :class:`StorageError` if this rank's node does not see the run directory that ``file`` lies in."""

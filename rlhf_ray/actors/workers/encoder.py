@@ -29,11 +29,10 @@ class EncoderRewardWorker(Worker):
     def setup(self, setup: RewardSetup) -> str:
         """Load the model; returns one line about it."""
         from rlhf_ray.models import load_tokenizer
-        from rlhf_ray.models.devices import placed_device
         from rlhf_ray.models.encoders import Encoder
 
         resources = setup.config.resources
-        device = placed_device(resources, self.role)
+        device = self.take_device(resources)
         torch.set_num_threads(resources.threads_per_rank)
         keep_freed_memory()
         self.settings = setup

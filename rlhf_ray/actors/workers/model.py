@@ -30,7 +30,6 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
-from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.storage.manifest import FileRecord, hash_files
 from rlhf_ray.storage.shared import SharedFile
@@ -115,7 +114,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         self.require_shared(setup.shared)
         self.config = setup.config
         self.settings = setup
-        self.device = placed_device(setup.config.resources, self.role)
+        self.device = self.take_device(setup.config.resources)
         torch.set_num_threads(setup.config.resources.threads_per_rank)
         torch.manual_seed(setup.seed + self.rank)
         self._meet(setup.rendezvous, setup.collective_timeout_s)

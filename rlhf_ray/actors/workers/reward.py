@@ -150,7 +150,7 @@ class VllmRewardWorker(Worker):
         from rlhf_ray.rollout.vllm_scorer import VllmScorer
 
         resources = setup.config.resources
-        device = placed_device(resources, self.role)
+        device = placed_device(resources, self.role)  # vLLM keeps to a share of its own
         environment.prepare(variables_at(LOOPBACK))
         model = setup.config.model
         tokenizer = load_tokenizer(model)

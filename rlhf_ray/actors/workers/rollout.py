@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray import environment
 from rlhf_ray.actors.ranks import Ranks
@@ -18,10 +18,13 @@ from rlhf_ray.imports import quick_imports
 from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
-from rlhf_ray.rollout.engine import ROLE, RolloutEngine
+from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.storage.shared import SharedFile
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,8 @@ class RolloutSetup:
     """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
 
-def make_engine(setup: RolloutSetup, rank: int = 0) -> RolloutEngine:
-    """Start an engine of the configured backend, on the device that it was placed on.
-
-    Raises :class:`CapacityError` before anything is allocated if that device is not there.
-    """
-    device = placed_device(setup.config.resources, ROLE)
+def make_engine(setup: RolloutSetup, rank: int, device: torch.device) -> RolloutEngine:
+    """Start an engine of the configured backend on ``device``."""
     if setup.config.backend == "vllm":
         from rlhf_ray.rollout.vllm_engine import VllmEngine
 
@@ -77,11 +76,17 @@ class RolloutWorker(Worker):
             importlib.import_module(f"rlhf_ray.rollout.{imported}")
 
     def setup(self, setup: RolloutSetup) -> str:
-        """Start the engine; returns one line about it."""
+        """Start the engine on the device that it was placed on; returns one line about it.
+
+        Raises :class:`CapacityError` before anything is allocated if that device is not there.
+        """
         self.require_shared(setup.shared)
+        resources = setup.config.resources
+        own_share = setup.config.backend == "vllm"  # it keeps to rollout.gpu_memory_utilization
+        device = placed_device(resources, self.role) if own_share else self.take_device(resources)
         alone = setup.config.tensor_parallel == 1
         environment.prepare(variables_at(LOOPBACK if alone else self.node_address()))
-        self.engine = make_engine(setup, self.rank)
+        self.engine = make_engine(setup, self.rank, device)
         self.phase = "ready"
         return (
             f"{setup.config.backend} engine {self.rank}: {setup.config.dtype}, {setup.config.max_model_tokens} tokens"

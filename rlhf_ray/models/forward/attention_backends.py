@@ -135,7 +135,7 @@ def obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | No
     if backend == "sdpa":
         return None
     if device.type != "cuda":
-        return f"it runs on GPUs only and the model is on the {device.type.upper()}"
+        return f"it runs on GPUs only, not on the {device.type.upper()}"
     if dtype == torch.float32:
         return "it computes in half precision only and the model is fp32"
     if backend == "varlen":

@@ -18,7 +18,7 @@ KERNELS_LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 def liger_obstacle(device: torch.device) -> str | None:
     """Return why Liger's kernels cannot run on ``device``, or None if they can."""
     if device.type != "cuda":
-        return f"they run on GPUs only and the model is on the {device.type.upper()}"
+        return f"they run on GPUs only, not on the {device.type.upper()}"
     if not is_liger_kernel_available():
         return "the package liger-kernel is not installed (pip install liger-kernel)"
     return None

@@ -17,6 +17,7 @@ from rlhf_ray.algorithms.policy_loss import PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.models.devices import GpuPeak
 from rlhf_ray.trainers.ppo.algorithm import make_policy_loss, make_value_loss
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -38,6 +39,8 @@ class StepOutcome:
     def add(self, reports: Mapping[str, Report], applied: Mapping[str, Applied]) -> None:
         """Count one update, by the reports and results of the roles that took part."""
         self.updates += 1
+        for role, result in applied.items():
+            self._measure(role, result.gpu)
         if any(result.skipped for result in applied.values()):
             self.skipped += 1
             self.last_skips += 1
@@ -53,9 +56,16 @@ class StepOutcome:
             self.latest[f"grad_norm/{role}"] = result.grad_norm
             self.latest[f"learning_rate/{role}"] = result.learning_rate
 
+    def _measure(self, role: str, gpu: GpuPeak | None) -> None:
+        """Keep the largest peaks of the step."""
+        peaks = () if gpu is None else (("allocated", gpu.allocated_gb), ("reserved", gpu.reserved_gb))
+        for kind, peak in peaks:
+            name = f"memory/gpu_{kind}_gb/{role}"
+            self.latest[name] = max(peak, self.latest.get(name, 0.0))
+
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over everything that was counted in all applied updates, and the latest learning rates and norms."""
+        """Means over everything that was counted in all applied updates; the latest learning rates and norms; the peaks."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count}
         return {**means, **self.latest, "updates/skipped": float(self.skipped)}
 
