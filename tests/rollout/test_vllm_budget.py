@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -28,9 +29,19 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     directory = tmp_path_factory.mktemp("long")
     make_llama(0, positions=POSITIONS).save_pretrained(directory)
     config = RolloutConfig(dtype="fp32", kv_cache_gib=0.2, max_model_tokens=POSITIONS)
-    engine = VllmEngine(directory, config, stop_token_ids=(EOS,), deterministic=True)
+    tool = tmp_path_factory.mktemp("bin") / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+        engine = VllmEngine(directory, config, stop_token_ids=(EOS,), deterministic=True)
     yield engine
     engine.shutdown()
+
+
+def test_an_engine_without_a_gpu_is_one_for_the_cpu_although_the_machine_has_nvidia_smi(engine: VllmEngine) -> None:
+    """Else its cache would be nine tenths of the machine's memory."""
+    assert engine._engine.vllm_config.cache_config.kv_cache_memory_bytes == int(0.2 * 2**30)
 
 
 def requests_of(lengths: list[int], new_tokens: int) -> list[GenerationRequest]:
