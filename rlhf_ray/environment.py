@@ -31,9 +31,7 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF"
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 """Packs differ in length, so blocks of many sizes come and go; segments that grow leave no holes between them.
 
-vLLM takes this too, except with a connector for key-value caches, which no engine here has. Where a process hands memory to
-another over CUDA IPC, the other must be allowed to take over its file descriptors (Linux' ``pidfd_getfd``). Has not run on a
-GPU yet.
+vLLM takes this too, except with a connector for key-value caches, which no engine here has. Has not run on a GPU yet.
 """
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -51,11 +49,15 @@ MEMORY_KEPT = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TO
 """The largest values that glibc accepts for the first two; heaps grow by the size of a whole thread's heap."""
 
 
-def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = None) -> dict[str, str]:
+def for_process(
+    *, threads: int = 1, hub: bool = False, device: Device | None = None, hands_memory_on: bool = False
+) -> dict[str, str]:
     """The environment variables of one process.
 
     ``threads`` limits its compute threads and ``hub`` allows downloads. ``device`` is what it was placed on. None is for a
     process that starts others: it computes on the CPU what little it computes, and they may use every GPU that it sees.
+    ``hands_memory_on`` says that others open its GPU memory over CUDA IPC. Of segments that grow they would need its file
+    descriptors (``pidfd_getfd``), which Linux mostly allows to a process's own ancestors alone.
     """
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,8 +73,11 @@ def for_process(*, threads: int = 1, hub: bool = False, device: Device | None = 
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    if device == "cuda":  # what the user has set here goes on to the ranks
-        return variables | {"DS_ACCELERATOR": "cuda", ALLOCATOR: os.environ.get(ALLOCATOR, ALLOCATOR_SETTINGS)}
+    if device == "cuda":
+        asked = os.environ.get(
+            ALLOCATOR, "" if hands_memory_on else ALLOCATOR_SETTINGS
+        )  # what the user has set goes on
+        return variables | {"DS_ACCELERATOR": "cuda"} | ({ALLOCATOR: asked} if asked else {})
     variables |= {"DS_ACCELERATOR": "cpu", **dict.fromkeys(KERNEL_CACHES, str(KERNELS_KEPT))}
     if device == "cpu":
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "CUDA_VISIBLE_DEVICES": ""}

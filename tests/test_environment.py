@@ -43,6 +43,10 @@ def test_a_process_uses_the_device_that_it_was_placed_on_and_one_that_starts_oth
     assert gpu.get(ALLOCATOR) == "expandable_segments:True" and ALLOCATOR not in cpu | driver
 
 
+def test_memory_that_others_open_lies_in_segments_that_they_can_open() -> None:
+    assert ALLOCATOR not in for_process(device="cuda", hands_memory_on=True)
+
+
 def test_what_the_user_asks_of_the_allocator_goes_on_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOCATOR, "expandable_segments:False")
     assert for_process(device="cuda").get(ALLOCATOR) == "expandable_segments:False"

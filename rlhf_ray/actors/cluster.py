@@ -146,7 +146,13 @@ class Cluster:
 
         placement = self._reserve(spec)
         resources = spec.resources
-        variables = environment.for_process(threads=resources.threads_per_rank, hub=self.hub, device=resources.device)
+        shared = resources.gpus_per_rank < 1  # engines on the same GPU read the policy's weights where they lie
+        variables = environment.for_process(
+            threads=resources.threads_per_rank,
+            hub=self.hub,
+            device=resources.device,
+            hands_memory_on=spec.worker == "policy" and shared,
+        )
         actor_class = remote_class(spec.worker)
         actors = [
             actor_class.options(

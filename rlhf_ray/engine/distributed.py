@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # documented, but not in its types
 
 from rlhf_ray import environment
-from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.models.devices import CPU
 from rlhf_ray.network import LOOPBACK, variables_at
 
@@ -74,17 +74,24 @@ def init_process_group(
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=_deadline
     )
-    _join_deepspeed(cuda)
+    _join_deepspeed(device)
 
 
-def _join_deepspeed(cuda: bool) -> None:
+def _join_deepspeed(device: torch.device) -> None:
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import set_log_level_from_string
 
+    chosen = get_accelerator().device_name()
+    if chosen != device.type:
+        raise RequestError(
+            f"this rank was placed on {device.type}, but DeepSpeed was imported in this process for {chosen}, once for its "
+            f"whole life: start a new process, with DS_ACCELERATOR={device.type} in its environment"
+        )
     set_log_level_from_string("error")
     # DeepSpeed 0.19 calls two functions that torch 2.13 has renamed, and torch warns at the first call of each.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if not cuda:
+    if device.type == "cpu":
         # DeepSpeed would compile an all-reduce over shared memory, which only its inference engine uses. That takes up to
         # 90 seconds at first use, holds a lock that outlives a killed process, and leaves segments in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -45,6 +45,7 @@ def place_for_scoring(config: ServeConfig) -> ThisProcess:
     if problems:
         raise ConfigError([f"{key}: {text}" for key, text in problems], "in_process")
 
+    os.environ["DS_ACCELERATOR"] = config.reward.resources.device  # DeepSpeed reads it once, when it is imported
     from rlhf_ray.actors.this_process import ThisProcess
 
     return ThisProcess(config.cluster)

@@ -94,10 +94,11 @@ class WeightSender:
         )
 
     def send(self, version: int) -> None:
-        """Send all weights as ``version``; when rank 0 returns, every engine has checked and adopted them."""
+        """Send all weights as ``version``; when rank 0 returns, every engine has checked and adopted them.
+
+        The caller waits for what still changes them.
+        """
         self._client.version = version
-        if torch.accelerator.is_available():  # the last update of the weights may still be running
-            torch.accelerator.synchronize()
         self._engine.send_weights()
 
     def close(self) -> None:

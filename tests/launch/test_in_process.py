@@ -155,6 +155,18 @@ def test_all_roles_of_one_process_compute_on_one_device() -> None:
     assert variables["DS_ACCELERATOR"] == "cuda" and "CUDA_VISIBLE_DEVICES" not in variables
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
+def test_scoring_in_this_process_is_on_the_device_of_its_role(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, device: str
+) -> None:
+    """DeepSpeed takes the accelerator that the environment names when it is first imported."""
+    monkeypatch.setenv("DS_ACCELERATOR", "neither")
+    config = load_config("serve", ["reward.model.path=none", f"reward.resources.gpus_per_rank={gpus}"], kind="serve")
+    assert isinstance(config, ServeConfig)
+    place_for_scoring(config)
+    assert os.environ["DS_ACCELERATOR"] == device
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [("reward.ranks=2", r"reward\.ranks: 2 ranks need"), ("reward.scorer=vllm", r"reward\.scorer: vllm needs")],

@@ -104,6 +104,8 @@ class PolicyWorker(ReferenceWorker):
         """Send all weights to the connected engines, which hold them as ``version`` when rank 0 returns."""
         assert self._sender is not None, "the driver connects the engines first"
         with self.doing("send_weights"):
+            if self.device.type == "cuda":  # the last update of the weights may still be running
+                torch.cuda.synchronize(self.device)
             self._sender.send(version)
 
     def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
