@@ -18,7 +18,7 @@ from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.transport import choose_transport
 
 WAYS = {
-    "object_store": "through Ray's object store",
+    "object_store": "through the object store",
     "nccl": "from GPU to GPU by NCCL",
     "ipc": "through the memory of the GPUs that policy and engines share",
 }
