@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="rlhf_ray-gpu-") as folder:
         if carried.prepared(options.wheels):
             say(f"installed {carried.install(options.wheels, Path(folder))}", options.results)
+        if options.patience != 1:
+            chosen = [replace(check, limit_s=options.patience * check.limit_s) for check in chosen]
         endings = [_run(check, options.device, options.results, ends, context) for check in chosen]
     counts = {ending: endings.count(ending) for ending in ("passed", "failed", "left out")}
     say(", ".join(f"{count} {ending}" for ending, count in counts.items()), options.results)
@@ -71,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures; the log lies beside it")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"when to end (default: {MINUTES:g})")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="how many times its limit a check may take (default: 1)"
+    )
     parser.add_argument(
         "--wheels", type=Path, default=carried.FOLDER, help="folder that tests.gpu.prepare made; may be missing"
     )
