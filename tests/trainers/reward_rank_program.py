@@ -43,13 +43,13 @@ def measure(
     class Rank(TrainedRewardWorker):
         """A worker that meets its group once, for all stages."""
 
-        def _meet(self, rendezvous: tuple[str, int] | None) -> None:
+        def _meet(self, rendezvous: tuple[str, int] | None, timeout_s: float) -> None:
             import torch.distributed as dist
 
             if not dist.is_initialized():
                 if rendezvous is not None:
                     self.hold_rendezvous(*rendezvous)
-                super()._meet(rendezvous)
+                super()._meet(rendezvous, timeout_s)
 
     rows = World(5).preferences(UPDATES * PAIRS + HELD_OUT)
     encoded = encode_pairs(ChatFormat(make_tokenizer("world")), rows, 80, Drops())
