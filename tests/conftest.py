@@ -44,6 +44,7 @@ ENGINE_MODULE = "vllm.v1.engine.llm_engine"
 
 # No test asks a hub or writes into the user's cache; the libraries read this when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no test computes on a GPU that the machine may have
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f"rlhf_ray-tests-{os.getuid()}"))
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # on a busy machine any example may take long

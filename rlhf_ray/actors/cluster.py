@@ -146,13 +146,7 @@ class Cluster:
 
         placement = self._reserve(spec)
         resources = spec.resources
-        shared = resources.gpus_per_rank < 1  # engines on the same GPU read the policy's weights where they lie
-        variables = environment.for_process(
-            threads=resources.threads_per_rank,
-            hub=self.hub,
-            device=resources.device,
-            hands_memory_on=spec.worker == "policy" and shared,
-        )
+        variables = variables_of(spec, hub=self.hub)
         actor_class = remote_class(spec.worker)
         actors = [
             actor_class.options(
@@ -204,6 +198,17 @@ class Cluster:
         if ranks in self._groups:
             self._groups.remove(ranks)
             ranks.stop()
+
+
+def variables_of(spec: RankSpec, *, hub: bool) -> dict[str, str]:
+    """The environment variables of the ranks of ``spec``. Engines on a policy's own GPU read its weights where they lie."""
+    resources = spec.resources
+    return environment.for_process(
+        threads=resources.threads_per_rank,
+        hub=hub,
+        device=resources.device,
+        hands_memory_on=spec.worker == "policy" and resources.gpus_per_rank < 1,
+    )
 
 
 def _nodes(placement: PlacementGroup, ranks: int) -> list[str]:

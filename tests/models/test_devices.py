@@ -12,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import deepspeed
 import pytest
 import torch
 
 import rlhf_ray
+from rlhf_ray.actors.cluster import variables_of
+from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.shells import EncoderRewardModelActor, PolicyModelActor, RolloutActor
 from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
@@ -25,7 +28,9 @@ from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import CapacityError, ModelLoadError
+from rlhf_ray.engine import distributed
+from rlhf_ray.environment import ALLOCATOR
+from rlhf_ray.errors import CapacityError, ModelLoadError, RequestError
 from rlhf_ray.models import actor, from_config, load_policy, load_regression, regression_loading, reread
 from rlhf_ray.models.devices import GpuPeak, placed_device, seeded, take_peak
 from rlhf_ray.models.weights import load
@@ -146,6 +151,21 @@ def test_a_rank_that_shares_a_gpu_gets_its_share_of_the_memory_and_one_process_w
     assert limits == [(0.25, torch.device("cuda", 0))] * 3
     PolicyWorker().take_device(ResourcesConfig(gpus_per_rank=0.25))
     assert len(limits) == 3, "its process belongs to other roles too"
+
+
+def test_only_a_policy_on_the_gpu_of_engines_keeps_its_memory_where_they_can_open_it() -> None:
+    def grows(worker: Literal["policy", "critic", "rollout"], gpus: float) -> bool:
+        return ALLOCATOR in variables_of(RankSpec(worker, 1, ResourcesConfig(gpus_per_rank=gpus)), hub=False)
+
+    assert [grows("policy", gpus) for gpus in (0.0, 0.25, 1.0)] == [False, False, True]
+    assert grows("critic", 0.25) and grows("rollout", 0.3)
+
+
+def test_a_process_in_which_deepspeed_took_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chooses one when it is imported. A rank on a GPU would compute on the CPU without a word."""
+    monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    with pytest.raises(RequestError, match="placed on cuda, but DeepSpeed was imported in this process for cpu"):
+        distributed._join_deepspeed(torch.device("cuda", 0))
 
 
 def test_the_peak_of_gpu_memory_is_that_since_the_last_update(monkeypatch: pytest.MonkeyPatch) -> None:
