@@ -74,9 +74,8 @@ def for_process(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     if device == "cuda":
-        asked = os.environ.get(
-            ALLOCATOR, "" if hands_memory_on else ALLOCATOR_SETTINGS
-        )  # what the user has set goes on
+        # What the user has set here goes on to the ranks.
+        asked = os.environ.get(ALLOCATOR, "" if hands_memory_on else ALLOCATOR_SETTINGS)
         return variables | {"DS_ACCELERATOR": "cuda"} | ({ALLOCATOR: asked} if asked else {})
     variables |= {"DS_ACCELERATOR": "cpu", **dict.fromkeys(KERNEL_CACHES, str(KERNELS_KEPT))}
     if device == "cpu":

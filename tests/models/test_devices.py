@@ -163,6 +163,7 @@ def test_only_a_policy_on_the_gpu_of_engines_keeps_its_memory_where_they_can_ope
 
 def test_a_process_in_which_deepspeed_took_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It chooses one when it is imported. A rank on a GPU would compute on the CPU without a word."""
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda: None)
     monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
     with pytest.raises(RequestError, match="placed on cuda, but DeepSpeed was imported in this process for cpu"):
         distributed._join_deepspeed(torch.device("cuda", 0))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.rollout import vllm_engine
 from rlhf_ray.rollout.errors import EngineDeadError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.vllm_engine import VllmEngine
@@ -29,19 +30,32 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     directory = tmp_path_factory.mktemp("long")
     make_llama(0, positions=POSITIONS).save_pretrained(directory)
     config = RolloutConfig(dtype="fp32", kv_cache_gib=0.2, max_model_tokens=POSITIONS)
-    tool = tmp_path_factory.mktemp("bin") / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-        engine = VllmEngine(directory, config, stop_token_ids=(EOS,), deterministic=True)
+    engine = VllmEngine(directory, config, stop_token_ids=(EOS,), deterministic=True)
     yield engine
     engine.shutdown()
 
 
-def test_an_engine_without_a_gpu_is_one_for_the_cpu_although_the_machine_has_nvidia_smi(engine: VllmEngine) -> None:
-    """Else its cache would be nine tenths of the machine's memory."""
-    assert engine._engine.vllm_config.cache_config.kv_cache_memory_bytes == int(0.2 * 2**30)
+@pytest.mark.parametrize("nvidia_smi", [True, False])
+@pytest.mark.parametrize(("device", "on_cpu"), [("cpu", True), ("cuda:0", False)])
+def test_an_engine_is_one_for_its_device_with_or_without_nvidia_smi(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvidia_smi: bool, device: str, on_cpu: bool
+) -> None:
+    """An engine for a GPU on a CPU takes nine tenths of the machine's memory; the reverse runs eager, with a tiny cache."""
+    make_llama(0).save_pretrained(tmp_path)
+    if nvidia_smi:
+        (tmp_path / "nvidia-smi").touch(mode=0o755)
+    asked: list[tuple[str, bool]] = []
+
+    def engine_args(_: VllmEngine, on_cpu: bool) -> None:
+        asked.append(("arguments", on_cpu))
+        raise StopIteration
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(vllm_engine, "prepare_process", lambda device: asked.append(("process", device.type == "cpu")))
+    monkeypatch.setattr(VllmEngine, "_engine_args", engine_args)
+    with pytest.raises(StopIteration):
+        VllmEngine(tmp_path, RolloutConfig(dtype="fp32"), stop_token_ids=(EOS,), device=torch.device(device))
+    assert asked == [("process", on_cpu), ("arguments", on_cpu)]
 
 
 def requests_of(lengths: list[int], new_tokens: int) -> list[GenerationRequest]:
