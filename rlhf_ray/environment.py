@@ -70,6 +70,7 @@ def for_process(
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit the threads of torch and Ray as they stand
         "VLLM_LOGGING_LEVEL": "ERROR",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

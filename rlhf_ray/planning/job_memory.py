@@ -107,13 +107,15 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
 def _engine_memory(sampling: Sampling, files: Files) -> RoleMemory:
     rollout = sampling.config
     on_gpu = rollout.resources.gpus_per_rank > 0
-    share = min(rollout.gpu_memory_utilization, rollout.resources.gpus_per_rank) if on_gpu else 0.0
+    most = 1.0 if rollout.sleep else rollout.resources.gpus_per_rank  # one that sleeps may have more while it is awake
+    share = min(rollout.gpu_memory_utilization, most) if on_gpu else 0.0
     size, cache_token, parts = published_size(sampling, files), 0.0, list[Part]()
     if size is not None:
         cache_token = cache_of_a_token(size, rollout.dtype, rollout.tensor_parallel)
         parts += sampling_parts(
-            size, rollout.dtype, tensor_parallel=rollout.tensor_parallel, tokens=READ_AT_ONCE,
-            longest=rollout.max_model_tokens, sequences=SAMPLED_AT_ONCE,
+            size, rollout.dtype, tensor_parallel=rollout.tensor_parallel,
+            tokens=rollout.max_num_batched_tokens or READ_AT_ONCE,
+            longest=rollout.max_model_tokens, sequences=rollout.max_num_seqs or SAMPLED_AT_ONCE,
         )  # fmt: skip
         if not on_gpu:
             parts = [part for part in parts if part.what != "KV cache"]

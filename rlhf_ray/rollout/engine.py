@@ -110,6 +110,14 @@ class RolloutEngine(ABC):
         """The checksum of what each worker of the engine has fetched in this update."""
         return []
 
+    def _rest(self) -> None:
+        """Give back what is not needed until the next call; an engine that has its memory for itself keeps it."""
+        return
+
+    def _death(self) -> str | None:
+        """Which process of the engine, besides this one, has died; none of an engine that has no other."""
+        return None
+
     @abstractmethod
     def _close(self) -> None:
         """Free what the engine holds."""
@@ -133,6 +141,14 @@ class RolloutEngine(ABC):
         """
         if self._unfinished:
             raise RequestError(f"rollout engine {self.rank} has {self.unfinished} requests in work: step or abort them")
+        try:
+            return self._generate(requests, deadline_s)
+        finally:
+            if self._dead is None and not self._unfinished:
+                with self._or_die("rest"):
+                    self._rest()
+
+    def _generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Generation]:
         end = self._clock() + deadline_s
         self.submit(requests)
         done: dict[Key, Generation] = {}
@@ -234,7 +250,7 @@ class RolloutEngine(ABC):
 
     def probe(self) -> Probe:
         """Report the engine's state without touching the model."""
-        return Probe(self._dead, self._weight_version, self.unfinished)
+        return Probe(self._dead or self._death(), self._weight_version, self.unfinished)
 
     def shutdown(self) -> None:
         """Free everything. The engine refuses all further work; a second call does nothing."""
@@ -251,7 +267,7 @@ class RolloutEngine(ABC):
         try:
             yield
         except Exception as error:
-            cause = str(error) or type(error).__name__
+            cause = self._death() or str(error) or type(error).__name__
             self._dead = f"{phase} failed: {cause}"
             raise failure(ROLE, self.rank, phase, f"{cause}; the engine is dead now") from error
 

@@ -27,7 +27,7 @@ from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
 
 MAX_ROWS = 128
-"""The most requests that are decoded together."""
+"""The most requests that are decoded together, where ``rollout.max_num_seqs`` says nothing."""
 
 
 @dataclass
@@ -66,6 +66,7 @@ class TransformersEngine(RolloutEngine):
         self.vocabulary = self._hf_config.get_text_config().vocab_size
         self._model = self._ready(AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]))
         self._stream = torch.Generator(self.device).manual_seed(self.stream_seed)
+        self._max_rows = config.max_num_seqs or MAX_ROWS
         self._waiting: list[GenerationRequest] = []
         self._group: _Group | None = None
         self._incoming: dict[str, Tensor] = {}
@@ -76,7 +77,7 @@ class TransformersEngine(RolloutEngine):
         self._waiting.extend(requests)
 
     def _running(self) -> int:
-        return min(MAX_ROWS, len(self._waiting)) if self._group is None else len(self._group.rows)
+        return min(self._max_rows, len(self._waiting)) if self._group is None else len(self._group.rows)
 
     def _drop(self) -> None:
         self._waiting.clear()
@@ -100,7 +101,7 @@ class TransformersEngine(RolloutEngine):
     def _next_group(self) -> _Group | None:
         """The shortest waiting requests: neighbours in length need little padding."""
         self._waiting.sort(key=lambda request: len(request.token_ids))
-        chosen, self._waiting = self._waiting[:MAX_ROWS], self._waiting[MAX_ROWS:]
+        chosen, self._waiting = self._waiting[: self._max_rows], self._waiting[self._max_rows :]
         return _Group([_Row(request, self._generator(request)) for request in chosen]) if chosen else None
 
     def _generator(self, request: GenerationRequest) -> torch.Generator | None:

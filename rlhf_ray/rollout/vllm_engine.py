@@ -2,9 +2,11 @@
 
 Invariants:
 
-- The engine lives in this process and dies with it.
+- The engine lives in this process and dies with it, and so do its workers where ``tensor_parallel`` is above 1.
 - It sees no text, because it has no tokenizer. It stops at the given stop tokens and returns them as actions.
 - Log-probs are those of the whole distribution at the sampling temperature.
+- An engine that sleeps (``rollout.sleep``) is awake while it generates, and its weights are while they change. This has not run
+  on a GPU yet.
 - In deterministic mode the same requests in the same order give the same bits, run after run.
 
 vLLM changes the threads and process groups of its process: run one engine per process, and no trainer beside it.
@@ -17,7 +19,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,19 +27,28 @@ import torch
 from torch import Tensor
 
 from rlhf_ray import environment
+from rlhf_ray.config.facts import Role
 from rlhf_ray.config.files.sampled import sampling_refusal
-from rlhf_ray.config.sections.models import Dtype
+from rlhf_ray.config.sections.models import Dtype, ModelConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import CapacityError, RequestError
 from rlhf_ray.models.dtypes import LONG_NAMES
+from rlhf_ray.planning.memory import sampling_parts, total
+from rlhf_ray.planning.model_size import model_size
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
+from rlhf_ray.rollout.vllm_workers import shared, starting_workers, stay_eager
 from rlhf_ray.trajectories.columns import FinishReason
 
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
 
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""What vLLM's sleep mode calls the two parts of an engine that it can wake one by one."""
 
 
 class VllmEngine(RolloutEngine):
@@ -49,15 +60,22 @@ class VllmEngine(RolloutEngine):
         on_cpu = self.device.type == "cpu"
         prepare_process(self.device)
         _refuse_what_vllm_gets_wrong(self.model_dir, on_cpu=on_cpu)
+        if not on_cpu:
+            require_room(self.model_dir, self._shapes, config, _gpu_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM probes deprecated names of torch while it is imported
             from vllm import LLMEngine
+            from vllm.usage.usage_lib import UsageContext
 
             engine_args = self._engine_args(on_cpu)
             gc.freeze()  # vLLM collects garbage five times while it starts; what is imported by now never is any
-            self._engine = LLMEngine.from_engine_args(engine_args)
+            # The context chooses the sizes of a batch: those of vLLM's offline class are up to eight times the ones it
+            # takes for an engine that nobody has named a use for.
+            with starting_workers() as self._workers:
+                self._engine = LLMEngine.from_engine_args(engine_args, UsageContext.LLM_CLASS)
         self._engine.set_weight_version(str(self.weight_version))
         self.vocabulary = self._engine.vllm_config.model_config.get_vocab_size()
+        self._asleep: set[str] = set()
         self._tickets = itertools.count()
         self._in_work: dict[str, GenerationRequest] = {}
         self._sent = False
@@ -76,12 +94,18 @@ class VllmEngine(RolloutEngine):
             dtype=vllm_dtype(config.dtype),
             max_model_len=config.max_model_tokens,
             tensor_parallel_size=config.tensor_parallel,
+            # Workers are children of this process, which holds their GPUs. By itself vLLM takes Ray's actors inside a placement
+            # group, and those would wait for GPUs that this actor has.
+            distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             seed=self.stream_seed,
             logprobs_mode="processed_logprobs",
             # Eager and with a cache of known size, the CPU backend needs no warm-up pass.
             enforce_eager=on_cpu or self.deterministic,
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30) if on_cpu else None,
             gpu_memory_utilization=config.gpu_memory_utilization,
+            enable_sleep_mode=config.sleep,
             enable_prefix_caching=not self.deterministic,
             # On CPU a request with a seed whose prompt is cut by a step's token budget ends the engine: vLLM winds its
             # generator back, which the CPU's cannot do. Uncut, prompts beyond the budget wait for the next step.
@@ -98,6 +122,7 @@ class VllmEngine(RolloutEngine):
     def _add(self, requests: Sequence[GenerationRequest]) -> None:
         from vllm.inputs import tokens_input
 
+        self._wake(WEIGHTS, CACHE)
         for request in requests:
             ticket = str(next(self._tickets))
             self._engine.add_request(ticket, tokens_input(list(request.token_ids)), self._sampling(request))
@@ -153,10 +178,15 @@ class VllmEngine(RolloutEngine):
 
     def _begin_load(self) -> None:
         self._sent = False
+        self._wake(WEIGHTS)
         self._engine.collective_rpc("start_weight_update")
 
     def _load(self, weights: list[tuple[str, Tensor]]) -> None:
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
+        if self._workers.processes:
+            with shared(weights) as bucket:
+                self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": bucket}})
+        else:
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": {"weights": weights}})
 
     def _take_sent(self, info: dict[str, Any]) -> None:
         self._sent = True
@@ -170,9 +200,27 @@ class VllmEngine(RolloutEngine):
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(self.weight_version))
 
+    # Sleeping
+
+    def _rest(self) -> None:
+        """Move the weights to the host and drop the cache. Weights are not dropped: evaluation may come before an update."""
+        if self.config.sleep:
+            self._engine.sleep(level=1)
+            self._asleep = {WEIGHTS, CACHE}
+
+    def _wake(self, *parts: str) -> None:
+        needed = [part for part in parts if part in self._asleep]
+        if needed:
+            self._engine.wake_up(needed)
+            self._asleep -= set(needed)
+
     # Life
 
+    def _death(self) -> str | None:
+        return self._workers.death()
+
     def _close(self) -> None:
+        self._workers.restore_names()
         self._engine.engine_core.shutdown()
         del self._engine
 
@@ -182,6 +230,38 @@ def _refuse_what_vllm_gets_wrong(directory: Path, *, on_cpu: bool) -> None:
     refused = sampling_refusal(json.loads((directory / "config.json").read_text("utf-8")), on_cpu=on_cpu)
     if refused is not None:
         raise RequestError(f"{directory}: {refused}")
+
+
+def require_room(model_dir: Path, shapes: Mapping[str, tuple[int, ...]], config: RolloutConfig, gpu_bytes: int) -> None:
+    """Refuse an engine whose share of a GPU of ``gpu_bytes`` cannot hold the weights and one answer of full length.
+
+    ``shapes`` are those of all weights of the model, by their names on disk. Raises :class:`CapacityError`.
+    """
+    size = model_size(Role(RoleConfig(model=ModelConfig(path=str(model_dir)))), shapes)
+    if size is None:  # a config.json without the usual widths: vLLM measures what it needs
+        return
+    longest = config.max_model_tokens
+    parts = list(
+        sampling_parts(
+            size, config.dtype, tensor_parallel=config.tensor_parallel, tokens=longest, longest=longest, sequences=1
+        )
+    )
+    share, least = config.gpu_memory_utilization * gpu_bytes, total(parts, "GPU")
+    if least > share:
+        listed = ", ".join(f"{part.what} {part.bytes / 2**30:.2f}" for part in parts)
+        raise CapacityError(
+            f"rollout.gpu_memory_utilization is {config.gpu_memory_utilization:g}, which is {share / 2**30:.2f} GiB of a GPU "
+            f"of {gpu_bytes / 2**30:.2f} GiB, but an engine needs {least / 2**30:.2f} GiB of it for one answer ({listed}; "
+            f"rollout.dtype {config.dtype}, rollout.max_model_tokens {longest}, rollout.tensor_parallel "
+            f"{config.tensor_parallel}): raise it, or rollout.tensor_parallel"
+        )
+
+
+def _gpu_bytes() -> int:
+    """Memory of the GPU that an engine in this process gets, asked without opening it."""
+    from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
 
 
 def vllm_dtype(dtype: Dtype) -> ModelDType:
@@ -196,5 +276,4 @@ def prepare_process(device: torch.device) -> None:
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise RequestError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: an engine lives in its caller's process")
     if on_cpu:
-        # vLLM compiles two helpers of its sampler on first use: 2 to 30 s for kernels that the CPU gains nothing by.
-        torch.compiler.set_stance("force_eager")
+        stay_eager()

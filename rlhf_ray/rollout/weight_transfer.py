@@ -18,8 +18,10 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_heads
+from rlhf_ray.rollout.vllm_workers import SharedBucket, stay_eager
 from rlhf_ray.rollout.wire import Checksum
 
 BACKEND = "rlhf_ray"
@@ -42,9 +44,11 @@ class Connection(WeightTransferInitInfo):
 
 @dataclass
 class Incoming(WeightTransferUpdateInfo):
-    """Weights that came with the call, or else what the connected engine needs to know to fetch those that are sent."""
+    """Weights that came with the call, or where a worker process finds them, or else what the connected engine needs to know
+    to fetch those that are sent.
+    """
 
-    weights: list[tuple[str, torch.Tensor]] | None = None
+    weights: list[tuple[str, torch.Tensor]] | SharedBucket | None = None
     sent: dict[str, Any] | None = None
 
 
@@ -84,7 +88,9 @@ class Receiver(WeightTransferEngine[Connection, Incoming]):
     def receive_weights(self, update_info: Incoming) -> None:
         """Hand the weights to the model's own loader."""
         if update_info.sent is None:
-            cast(LoadsWeights, self.model).load_weights(iter(update_info.weights or ()))
+            weights = update_info.weights
+            here = weights.read() if isinstance(weights, SharedBucket) else weights or ()
+            cast(LoadsWeights, self.model).load_weights(iter(here))
             return
         assert self._connected is not None, "the trainer connects before it sends"
         self._connected.receive_weights(self._connected.parse_update_info(update_info.sent))
@@ -130,6 +136,10 @@ class RegisterInWorker:
     def received_checksum(self) -> str:
         """The checksum of what came on the device in this update."""
         return self.weight_transfer_engine.received.hexdigest()
+
+
+if current_platform.is_cpu():
+    stay_eager()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, Receiver)

@@ -168,9 +168,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "SCORING.resources": _RESOURCES,
     "rollout": {
         **_same(SAMPLING, "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p", "max_model_tokens"),
-        **_same(ROUNDING, "backend", "dtype"),
-        **_same(FREE, "engines", "kv_cache_gib", "tensor_parallel", "gpu_memory_utilization", "weight_transport",
-                "timeout_s"),
+        **_same(ROUNDING, "backend", "dtype", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel"),
+        **_same(FREE, "engines", "kv_cache_gib", "gpu_memory_utilization", "weight_transport", "sleep", "timeout_s"),
     },
     "rollout.resources": _RESOURCES,
     "algorithm": _same(METHOD, "name", "advantages", "gamma", "lam", "whitening", "objective", "ratio", "aggregation",

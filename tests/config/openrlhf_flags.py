@@ -23,7 +23,7 @@ vllm.sync_backend -
 vllm.sync_with_ray -
 vllm.enable_prefix_caching -
 vllm.enforce_eager -
-vllm.enable_sleep -
+vllm.enable_sleep rollout.sleep
 vllm.gpu_memory_utilization rollout.gpu_memory_utilization
 algo.advantage.is_correction_level algorithm.importance.level
 algo.advantage.is_correction_mode algorithm.importance.rule

@@ -471,6 +471,34 @@ def test_the_rollout_must_be_able_to_serve_the_policy(here, texts):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 6}, "6 heads of keys and values"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, "3 heads of keys and values"),
+        ({"num_attention_heads": 8, "intermediate_size": 1026}, "1026 inner units of a feed-forward layer"),
+        (
+            {"num_attention_heads": 8, "intermediate_size": 1026, "moe_intermediate_size": 66},
+            "66 inner units of an expert",
+        ),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024, "vocab_size": 1001}, None),
+        (
+            {
+                "num_attention_heads": 8,
+                "num_key_value_heads": 8,
+                "intermediate_size": 1026,
+                "moe_intermediate_size": 64,
+            },
+            None,
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_cut_for_tensor_parallelism_is_refused_with_its_number(here, texts, sizes, problem):
+    parallel = ["rollout.tensor_parallel=4", "rollout.resources.gpus_per_rank=4"]
+    said = [f"rollout.tensor_parallel: 4 does not divide the {problem} of policy"] if problem else []
+    assert ppo(here, texts, *parallel, **sizes) == said
+
+
+@pytest.mark.parametrize(
     ("function", "content", "message"),
     [
         ("rewards.py:score", None, "reward.function: rewards.py does not exist: name a Python file, as path.py:name"),

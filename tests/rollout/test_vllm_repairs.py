@@ -52,10 +52,10 @@ def test_what_vllms_own_transfer_engine_brings_is_loaded_as_what_the_object_stor
 
     assert mixture.engine.gpus() == []
     with on_cpu():
-        source = source_of(mixture.actor.model)
+        source = source_of(mixture.policy.actor.model)
         sender = WeightSender(Route("ipc", 0, 1, 1, "127.0.0.1", 0), source, call_engine)
         for version in (21, 22):
-            mixture.change(version)
+            mixture.policy.change(version)
             sender.send(version)
         sender.close()
     assert mixture.engine.weight_version == 22

@@ -54,10 +54,28 @@ def every_engine_has_a_prompt(rollout: RolloutConfig, prompts_per_step: int) -> 
 
 
 def engine_has_its_devices(rollout: RolloutConfig) -> Iterator[Problem]:
-    """An engine takes one GPU for each of its tensor-parallel workers."""
+    """An engine takes one GPU for each of its tensor-parallel workers; on CPU, one core."""
     gpus, parallel = rollout.resources.gpus_per_rank, rollout.tensor_parallel
-    if gpus > parallel or (parallel > 1 and gpus != parallel):
+    cpus = rollout.resources.cpus_per_rank
+    if gpus == 0 and parallel > 1 and cpus < parallel:
+        yield (
+            "rollout.resources.cpus_per_rank",
+            f"{cpus:g}, but rollout.tensor_parallel is {parallel} and an engine on CPU takes one core each: set the same "
+            f"number, or rollout.resources.gpus_per_rank to {parallel}",
+        )
+    elif gpus > parallel or (parallel > 1 and gpus not in (0, parallel)):
         yield (
             "rollout.resources.gpus_per_rank",
             f"{gpus:g}, but rollout.tensor_parallel is {parallel}: an engine takes one GPU each; set the same number",
+        )
+
+
+def engine_keeps_to_its_share(rollout: RolloutConfig) -> Iterator[Problem]:
+    """An engine that has a part of a GPU, and does not sleep, takes no more of its memory: the rest is the other roles'."""
+    gpus, memory = rollout.resources.gpus_per_rank, rollout.gpu_memory_utilization
+    if rollout.backend == "vllm" and not rollout.sleep and 0 < gpus < 1 and memory > gpus:
+        yield (
+            "rollout.gpu_memory_utilization",
+            f"{memory:g} of a GPU's memory, but rollout.resources.gpus_per_rank is {gpus:g} and other roles share that GPU: "
+            f"lower it to {gpus:g}, or set rollout.sleep",
         )

@@ -131,11 +131,23 @@ def length_problems(key: str, model: ModelConfig, longest_key: str, longest: int
         yield longest_key, too_long(longest, f"{model.path} ({key})", positions, config)
 
 
+def _indivisible(config: Mapping[str, Any], parallel: int) -> Iterator[str]:
+    """What of a model vLLM cannot cut into ``parallel`` equal parts, with its number. It pads a vocabulary itself."""
+    heads, key_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and heads % parallel:
+        yield f"{heads} attention heads"
+    elif isinstance(key_heads, int) and key_heads > 0 and key_heads % parallel and parallel % key_heads:
+        yield f"{key_heads} heads of keys and values"
+    experts = config.get("moe_intermediate_size")
+    width = experts if isinstance(experts, int) else config.get("intermediate_size")
+    if isinstance(width, int) and width % parallel:
+        yield f"{width} inner units of {'an expert' if experts is width else 'a feed-forward layer'}"
+
+
 def engine_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
     """The engines can hold the policy, as far as its directory is on this machine."""
-    heads, parallel = text_part(model_config_file(policy)).get("num_attention_heads"), rollout.tensor_parallel
-    if isinstance(heads, int) and heads % parallel:
-        yield "rollout.tensor_parallel", f"{parallel} does not divide the {heads} attention heads of {policy.path}"
+    for problem in _indivisible(text_part(model_config_file(policy)), rollout.tensor_parallel):
+        yield "rollout.tensor_parallel", f"{rollout.tensor_parallel} does not divide the {problem} of {policy.path}"
     yield from length_problems("policy.model", policy, "rollout.max_model_tokens", rollout.max_model_tokens)
     alike = longest_rotated_alike(model_config_file(policy))
     if alike is not None and rollout.max_model_tokens > alike and rollout.backend == "vllm":

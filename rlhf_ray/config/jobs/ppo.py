@@ -116,6 +116,7 @@ class PpoConfig(TrainingJob):
             lambda: rollout_checks.sampling_is_plain(self.rollout),
             lambda: rollout_checks.every_engine_has_a_prompt(self.rollout, self.batch.prompts_per_step),
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
+            lambda: rollout_checks.engine_keeps_to_its_share(self.rollout),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),
             lambda: gold_knows_the_prompts(self.data, self._functions()),
             lambda: has_no_pairs_to_cut(self.data),

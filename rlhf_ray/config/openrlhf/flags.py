@@ -128,7 +128,7 @@ _PLACEMENT: dict[str, Answer] = {
     "vllm.sync_with_ray": _none(OBJECT_STORE),
     "vllm.enable_prefix_caching": _none("prefixes are cached unless run.deterministic is set"),
     "vllm.enforce_eager": _none("engines are eager on CPU and where run.deterministic is set"),
-    "vllm.enable_sleep": _none("engines keep their memory between steps; rollout.gpu_memory_utilization limits it"),
+    "vllm.enable_sleep": _ours("rollout.sleep"),
     "train.async_enable": _none(ONE_AT_A_TIME),
     "train.async_queue_size": _none(ONE_AT_A_TIME),
     "train.partial_rollout_enable": _none(ONE_AT_A_TIME),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from rlhf_ray.config.sections.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
@@ -24,8 +25,36 @@ class RolloutConfig(Section):
     max_model_tokens: Positive = 512
     dtype: Dtype = "bf16"
     kv_cache_gib: PositiveFloat = 1.0
+    max_num_seqs: Positive | None = None
+    """Answers that an engine samples at once. Null: what vLLM's offline class takes on this device."""
+    max_num_batched_tokens: Positive | None = None
+    """Tokens of one step of an engine, of prompts and answers together. Null: likewise."""
     tensor_parallel: Positive = 1
     gpu_memory_utilization: Fraction = 0.9
     weight_transport: Literal["auto", "object_store"] = "auto"
+    sleep: bool = False
+    """Give the memory of weights and KV cache back while nothing is generated, on a GPU that other roles share."""
     resources: ResourcesConfig = ResourcesConfig()
     timeout_s: PositiveFloat = 300.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.sleep and not (self.backend == "vllm" and 0 < self.resources.gpus_per_rank < 1):
+            yield (
+                "sleep",
+                f"true, but it is for a vllm engine that shares a GPU with other roles (backend is {self.backend}, "
+                f"resources.gpus_per_rank {self.resources.gpus_per_rank:g}): remove it",
+            )
+        tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
+        if self.backend == "transformers" and tokens is not None:
+            yield "max_num_batched_tokens", f"{tokens}, but only vllm counts the tokens of a step: remove it"
+        if self.backend == "transformers" and self.tensor_parallel > 1:
+            yield (
+                "tensor_parallel",
+                f"{self.tensor_parallel}, but a transformers engine has one process: set it to 1, or backend to vllm",
+            )
+        for name, least in (("max_num_seqs", sequences), ("max_model_tokens", self.max_model_tokens)):
+            if tokens is not None and least is not None and tokens < least:
+                yield (
+                    "max_num_batched_tokens",
+                    f"{tokens} is below {name}, {least}, and a step holds at least that: raise it to {least}, or remove it",
+                )
