@@ -21,7 +21,7 @@ from benchmarks.sequences import padded_batches, ragged_sequences
 from rlhf_ray.environment import Device
 from rlhf_ray.models import Actor, PackedPolicy, packed_forward, save_pretrained
 from rlhf_ray.models.forward import attention_backends
-from rlhf_ray.models.forward.log_probs import LogProbHead
+from rlhf_ray.models.forward.log_probs import AGREEMENT, LogProbHead, kernel_differences
 from rlhf_ray.trajectories import Packed, TrajectoryBatch, pack
 from tests.gpu.sizes import Sizes
 
@@ -106,6 +106,16 @@ def four_bit_agrees(device: Device, sizes: Sizes) -> str:
     if wrong:
         raise AssertionError(f"NF4 and its dequantised weights differ by more than {HALF_PRECISION}: {wrong}")
     return f"off by {max(off.values()):.1e} at most"
+
+
+def log_prob_kernels_agree(device: Device, sizes: Sizes) -> str:
+    """Let the log-prob head try its Triton kernels, which otherwise gives way to plain torch with a line in the log."""
+    from rlhf_ray.models.forward import log_prob_kernels  # triton is there with a GPU
+
+    off = max(kernel_differences(log_prob_kernels, torch.device(device)))
+    if not off <= AGREEMENT:
+        raise AssertionError(f"the kernels differ from plain torch by {off:.1e} (limit {AGREEMENT})")
+    return f"off by {off:.1e}"
 
 
 def liger_agrees(device: Device, sizes: Sizes) -> str:

@@ -64,6 +64,7 @@ CHECKS = (
     _attention("packed_flash_attention_2_equals_padded", "flash_attention_2", "bfloat16", "cuda kernel", "flash_attn"),
     Check("chunked_log_probs_equal_naive_fp32", MODELS, "agreement", "log_probs_agree", {"dtype_name": "float32"}),
     Check("chunked_log_probs_equal_naive_bf16", MODELS, "agreement", "log_probs_agree", {"dtype_name": "bfloat16"}),
+    Check("log_prob_kernels_equal_plain", (*MODELS, "cuda kernel"), "agreement", "log_prob_kernels_agree"),
     Check("nf4_equals_its_dequantised_weights", (*MODELS, "bitsandbytes", "peft"), "agreement", "four_bit_agrees"),
     Check("liger_equals_plain", (*MODELS, "cuda kernel", "liger_kernel"), "agreement", "liger_agrees"),
     Check("models_load", (*MODELS, "peft"), "loaders", "models_load", limit_s=90.0),

@@ -10,7 +10,11 @@ weight once per call, however many chunks a rank has, and ranks with different n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,12 +22,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rlhf_ray.console import get_logger
+
 LOGITS_AT_ONCE = 1 << 20
 """Numbers in a chunk of logits: few enough to stay in the cache of a CPU core."""
 FEWEST_TOKENS_AT_ONCE = 128
 """Smallest chunk, in tokens: with fewer, reading the whole weight would take longer than the product."""
 FACTOR_ON_GPU = 8
 """How much larger a chunk is on a GPU, which needs more work at once and has the memory for it."""
+AGREEMENT = 1e-5
+"""Largest difference from plain torch, as a share of the largest number, with which Triton's kernels are used."""
 
 
 def chunk_size(vocabulary: int, *, on_gpu: bool = False) -> int:
@@ -87,10 +95,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         log_probs, normalisers = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
         entropies = torch.empty_like(log_probs) if with_entropy else None
-        wide = _widen(weight, hidden)
+        wide, compute = _widen(weight, hidden), _functions(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
-                log_probs[part], normalisers[part], entropy = _from_logits(
+                log_probs[part], normalisers[part], entropy = compute.from_logits(
                     _logits(hidden[part], wide, bias), targets[part], temperature, softcap, with_entropy
                 )
                 if entropies is not None and entropy is not None:
@@ -107,11 +115,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        wide = _widen(weight, hidden)
+        wide, compute = _widen(weight, hidden), _functions(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
                 of_entropy = None if for_entropies is None else (entropies[part], for_entropies[part])
-                gradient = _logits_gradient(
+                gradient = compute.logits_gradient(
                     _logits(hidden[part], wide, bias),
                     targets[part],
                     normalisers[part],
@@ -119,6 +127,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     of_entropy,
                     ctx.temperature,
                     ctx.softcap,
+                    weight.dtype if for_bias is None else torch.float32,
                 )
                 if for_bias is not None:
                     for_bias += gradient.sum(0)
@@ -139,7 +148,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 _chunked_log_probs: Callable[..., tuple[Tensor, Tensor | None]] = _ChunkedLogProbs.apply
 
 
-def _from_logits(
+def from_logits(
     logits: Float[Tensor, "chunk vocabulary"],
     targets: Int64[Tensor, "chunk"],
     temperature: float,
@@ -160,7 +169,7 @@ def _from_logits(
     return chosen - rest, highest[:, 0] + rest, entropy
 
 
-def _logits_gradient(
+def logits_gradient(
     logits: Float[Tensor, "chunk vocabulary"],
     targets: Int64[Tensor, "chunk"],
     normalisers: Float[Tensor, "chunk"],
@@ -168,8 +177,9 @@ def _logits_gradient(
     of_entropy: tuple[Float[Tensor, "chunk"], Float[Tensor, "chunk"]] | None,
     temperature: float,
     softcap: float | None,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "chunk vocabulary"]:
-    """Return the gradient of a chunk's logits before the softcap, in the memory of the logits if nothing else needs them.
+    """Return the gradient of a chunk's logits before the softcap, in ``dtype``, and use up the memory of the logits.
 
     ``of_entropy`` holds the entropies and their gradients, or is None where no loss depends on them.
     """
@@ -187,7 +197,48 @@ def _logits_gradient(
         p = log_p.exp()
         gradient = torch.addcmul(factor * entropy[:, None] - g, log_p, factor, out=log_p).mul_(p)
     gradient.scatter_add_(1, targets[:, None], g)
-    return gradient if slope is None else gradient.mul_(slope)
+    return (gradient if slope is None else gradient.mul_(slope)).to(dtype)
+
+
+def _functions(device: torch.device) -> ModuleType:
+    """Choose where ``from_logits`` and ``logits_gradient`` come from: Triton's kernels on a GPU where they work, or here."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from rlhf_ray.models.forward import log_prob_kernels
+
+        if kernels_work(log_prob_kernels, device):
+            return log_prob_kernels
+    return sys.modules[__name__]
+
+
+@cache
+def kernels_work(kernels: ModuleType, device: torch.device) -> bool:
+    """Try the kernels against plain torch on a device, once in a process; say in the log why they are not used."""
+    try:
+        off = max(kernel_differences(kernels, device))
+        reason = None if off <= AGREEMENT else f"they differ from plain torch by {off:.1e}"
+    except Exception as error:  # whatever a compiler or a driver raises: the plain functions do the same work
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        get_logger(__name__).warning("log-probs are computed without Triton's kernels on %s: %s", device, reason)
+    return reason is None
+
+
+def kernel_differences(kernels: ModuleType, device: torch.device) -> list[float]:
+    """Compare log-probs, normalisers, entropies and gradients of a few tokens, over more than a block of logits."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(5, kernels.BLOCK + 100, generator=generator).to(device).mul_(3.0)
+    targets = torch.tensor([0, 1, kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 99], device=device)
+    weights = torch.randn(2, len(targets), generator=generator).to(device)
+    pairs = []
+    for softcap in (None, 2.0):
+        theirs = from_logits(made.clone(), targets, 0.7, softcap, True)
+        pairs += list(zip(kernels.from_logits(made.clone(), targets, 0.7, softcap, True), theirs, strict=True))
+        _, normalisers, entropies = theirs
+        assert entropies is not None
+        for of_entropy in (None, (entropies, weights[1])):
+            rest = targets, normalisers, weights[0], of_entropy, 0.7, softcap, torch.float32
+            pairs.append((kernels.logits_gradient(made.clone(), *rest), logits_gradient(made.clone(), *rest)))
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in pairs if a is not None and b is not None]
 
 
 def _logits(
