@@ -24,7 +24,7 @@ from rlhf_ray.planning.model_size import ModelSize
 from rlhf_ray.trajectories import TrajectoryBatch, pack
 from tests.gpu.checks import FoundWrong
 from tests.gpu.engines import engine_config, loss
-from tests.gpu.shapes import make
+from tests.gpu.shapes import SHAPES, make
 from tests.gpu.sizes import Sizes
 from tests.gpu.throughput import reset_peak
 
@@ -64,6 +64,8 @@ def memory_follows_formulas(device: Device, sizes: Sizes, *, zero: int) -> Figur
 
 
 def _update(device: Device, sizes: Sizes, zero: int) -> tuple[Held, Held]:
+    sequences = ragged_sequences(sizes.memory_sequences, int(SHAPES[sizes.small]["vocab_size"]))
+    packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
     gc.collect()
     before = _now(device)
     model = make(sizes.small, device)
@@ -75,8 +77,6 @@ def _update(device: Device, sizes: Sizes, zero: int) -> tuple[Held, Held]:
         trainable=True,
     )
     size = size_of(model)
-    sequences = ragged_sequences(sizes.memory_sequences, size.vocabulary)
-    packed = pack(TrajectoryBatch.from_sequences(sequences)).to(device)
     for _ in range(2):  # the first makes the moments of the optimizer
         gc.collect()
         reset_peak(device)
