@@ -1,7 +1,7 @@
 """PPO on the whole stack, with every role on one GPU or the rollout engine on a second one.
 
-Always true: weights reach the engine after every update, and trainer and engine agree on log-probs as far as bf16 lets
-them.
+Always true: weights reach the engine after every update, from GPU to GPU, and trainer and engine agree on log-probs as
+far as bf16 lets them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rlhf_ray.actors.publisher import WAYS
 from rlhf_ray.environment import Device
+from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.runs.directory import RunDirectory
 from tests.gpu.sizes import Sizes
 
@@ -33,6 +35,8 @@ OVERRIDES = (
 
 OF_ITS_OWN = ("rollout.resources.gpus_per_rank=1", "rollout.gpu_memory_utilization=0.5")
 """For an engine on a GPU of its own."""
+TRANSPORTS: dict[int, Transport] = {1: "ipc", 2: "nccl"}
+"""How weights should travel, by the number of GPUs."""
 
 
 def train_ppo(device: Device, sizes: Sizes, *, gpus: int) -> str:
@@ -45,6 +49,8 @@ def train_ppo(device: Device, sizes: Sizes, *, gpus: int) -> str:
             raise AssertionError(
                 f"rlhf-ray train ppo ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
             )
+        if WAYS[TRANSPORTS[gpus]] not in done.stdout + done.stderr:
+            raise AssertionError(f"weights did not go {WAYS[TRANSPORTS[gpus]]}:\n{(done.stdout + done.stderr)[-6000:]}")
         lines = RunDirectory.open(Path(root) / "tiny").metrics.read()
     steps = [line for line in lines if "reward/learned" in line]
     apart = max((step["rollout/log_prob_difference_mean"] for step in steps), default=float("inf"))
