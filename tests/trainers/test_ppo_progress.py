@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.algorithm import KlConfig
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.models.devices import GpuPeak
+from rlhf_ray.pending import Pending
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.update import StepOutcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -74,3 +76,13 @@ def test_the_gpu_memory_of_a_step_is_its_largest_peak_and_a_step_on_the_cpu_has_
         )
     gpu = {name: value for name, value in outcome.metrics.items() if name.startswith("memory/")}
     assert gpu == {"memory/gpu_allocated_gb/policy": 5.0, "memory/gpu_reserved_gb/policy": 6.0}
+
+
+def test_the_gpu_memory_of_a_group_is_that_of_its_fullest_gpu() -> None:
+    class Ranks:
+        role, size = "policy", 3
+
+        def call(self, *_: object, **__: object) -> Pending[list[Applied]]:
+            return Pending.done([Applied(False, 1.0, 0.1, 1, GpuPeak(1.0, held)) for held in (2.0, 4.0, 3.0)])
+
+    assert Group(Ranks()).apply(skip=False).result().gpu == GpuPeak(1.0, 4.0)  # type: ignore[arg-type]  # one call is enough
