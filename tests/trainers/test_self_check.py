@@ -13,6 +13,7 @@ from rlhf_ray.config.loading import load_config
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import NumericalError
+from rlhf_ray.evaluation.agreement import LOG_PROB_BOUNDS, Bounds
 from rlhf_ray.monitoring.report.summary import Check
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Term
@@ -20,7 +21,7 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource
 from rlhf_ray.trainers.ppo.algorithm import make_policy_loss
-from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, SCORE_ALONE, SelfCheck, way_out
+from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, SCORE_ALONE, SelfCheck, log_prob_bounds, way_out
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
 from tests.data.chat_templates import SHAPES, make_tokenizer
@@ -200,3 +201,12 @@ def test_a_score_may_be_off_by_what_rounding_does_to_the_numbers_it_was_made_of(
         experience: Any = SimpleNamespace(require_rewards=lambda samples, result=result: [result])
         check = SelfCheck(config, experience, None).score_alone(batch, SAMPLES)  # type: ignore[arg-type]
         assert check.passed == passed, check
+
+
+def test_the_bounds_are_those_of_the_coarser_side_and_fp32_on_a_gpu_is_no_finer_than_tf32() -> None:
+    def bounds(*overrides: str) -> Bounds:
+        return log_prob_bounds(load_config("demo-ppo", list(overrides)))  # type: ignore[arg-type]
+
+    assert bounds() == LOG_PROB_BOUNDS["fp32"]
+    assert bounds("rollout.dtype=bf16") == bounds("policy.model.dtype=bf16") == LOG_PROB_BOUNDS["bf16"]
+    assert bounds("rollout.resources.gpus_per_rank=1") == LOG_PROB_BOUNDS["fp16"]
