@@ -47,9 +47,13 @@ class RolloutEngine(ABC):
         seed: int = 0,
         deterministic: bool = False,
         device: torch.device = CPU,
+        weights_follow: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start on ``device`` from a directory that the policy wrote at ``weight_version``."""
+        """Start on ``device`` from a directory that the policy wrote at ``weight_version``.
+
+        With ``weights_follow`` an update comes before the first request, so that no weight has to be read from there.
+        """
         _refuse_cut_distributions(config)
         self.model_dir = Path(model_dir)
         self.config = config
@@ -61,6 +65,7 @@ class RolloutEngine(ABC):
         """The seed of the draws for requests that have none; it differs between engines."""
         self._clock = clock
         self._weight_version = weight_version
+        self._awaits_weights = weights_follow
         self._shapes = shapes_on_disk(model_dir)
         self._unfinished: dict[Key, GenerationRequest] = {}
         self._update: IncomingUpdate | None = None
@@ -166,6 +171,10 @@ class RolloutEngine(ABC):
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Add all requests, or none of them if one cannot be served."""
         self._refuse_while_updating("submit")
+        if self._awaits_weights:
+            raise RequestError(
+                f"rollout engine {self.rank} was started without weights: update them before the first request"
+            )
         check_requests(
             requests,
             vocabulary=self.vocabulary,
@@ -244,6 +253,7 @@ class RolloutEngine(ABC):
             update.close(checksum, self._received())
             self._weight_version = version
             self._end_load()
+        self._awaits_weights = False
         self._update = None
 
     # Life

@@ -92,6 +92,7 @@ class VllmEngine(RolloutEngine):
             skip_tokenizer_init=True,
             generation_config="vllm",  # sampling settings of the model's directory would change the distribution
             dtype=vllm_dtype(config.dtype),
+            load_format="dummy" if self._awaits_weights else "auto",
             max_model_len=config.max_model_tokens,
             tensor_parallel_size=config.tensor_parallel,
             # Workers are children of this process, which holds their GPUs. By itself vLLM takes Ray's actors inside a placement

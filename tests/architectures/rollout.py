@@ -50,6 +50,12 @@ class Policy:
     ) -> PublishedWeights:
         """Change every weight and publish them all."""
         self.change(version)
+        return self.published(version, keep=keep, bucket_bytes=bucket_bytes)
+
+    def published(
+        self, version: int, *, keep: Callable[[Bucket], Any] = as_it_is, bucket_bytes: int = BUCKET_BYTES
+    ) -> PublishedWeights:
+        """Publish every weight as it is."""
         groups = disk_weights(self.actor.model, receive=True)
         weights = (weight for group in groups for weight in group)
         return publish(version, weights, keep=keep, bucket_bytes=bucket_bytes)
@@ -64,11 +70,12 @@ class Policy:
 
 
 class Sampled:
-    """A policy and the vLLM engine that samples from it."""
+    """A policy and the vLLM engine that samples from it, which reads no weights and gets all by an update, as in a run."""
 
     def __init__(self, directory: Path) -> None:
         self.policy = Policy(directory)
-        self.engine = VllmEngine(self.policy.start, FP32, stop_token_ids=STOPS, seed=5)
+        self.engine = VllmEngine(self.policy.start, FP32, stop_token_ids=STOPS, seed=5, weights_follow=True)
+        self.engine.receive(self.policy.published(0))
 
     def update(self, version: int) -> None:
         """Change every weight, in the policy and in the engine."""

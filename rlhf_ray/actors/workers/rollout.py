@@ -38,6 +38,8 @@ class RolloutSetup:
     seed: int
     deterministic: bool
     weight_version: int = 0
+    weights_follow: bool = False
+    """Whether an update comes before the first request, so that the engine need not read weights."""
     shared: SharedFile | None = None
     """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
@@ -61,6 +63,7 @@ def make_engine(setup: RolloutSetup, rank: int, device: torch.device) -> Rollout
         seed=setup.seed,
         deterministic=setup.deterministic,
         device=device,
+        weights_follow=setup.weights_follow,
     )
 
 

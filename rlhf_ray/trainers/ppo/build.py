@@ -94,7 +94,14 @@ def build(
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     start_directory = run.path / "rollout-start"
     groups.policy.save_pretrained(str(start_directory)).result()
-    setup = RolloutSetup(config.rollout, str(start_directory), ends.ids, config.run.seed, config.run.deterministic)
+    setup = RolloutSetup(
+        config.rollout,
+        str(start_directory),
+        ends.ids,
+        config.run.seed,
+        config.run.deterministic,
+        weights_follow=True,  # PpoTrainer.start publishes them before anything is sampled
+    )
     sampler = Sampler(config, session.fleet(engines, setup))
     rewards = make_reward_source(
         config,
