@@ -50,7 +50,7 @@ class Publisher:
                 self._connected = engines
             self._policy.send_weights(version).result()
         except GroupError as error:
-            error.args = (
-                f"{error}. Weights went {WAYS[self.transport]}: rollout.weight_transport=object_store avoids that",
+            hint = (
+                f"{error.cause}\nWeights went {WAYS[self.transport]}; rollout.weight_transport=object_store avoids that"
             )
-            raise
+            raise type(error)(error.role, error.rank, error.phase, hint) from error

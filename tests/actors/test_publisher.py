@@ -87,7 +87,7 @@ def test_an_update_that_fails_counts_for_no_engine_and_names_the_way_out(
     monkeypatch.setattr(engines[1], "take_sent", lambda info: 1 / 0)
     with pytest.raises(GroupError, match=r"division by zero[\s\S]*rollout.weight_transport=object_store") as caught:
         publisher.publish(2)
-    assert caught.value.role == "policy"
+    assert caught.value.role == "policy" and "object_store" in caught.value.cause, "what crosses processes says it too"
     assert all(fleet.health[engine].state is EngineState.STALE for engine in range(2))
 
 
