@@ -1,10 +1,12 @@
 """Part ``weights``: the time from an update of the policy to a rollout engine that samples with the new weights.
 
-Invariant: the clock starts at the policy's weights and stops when the engine has checked, loaded and adopted them.
+Invariants: the clock of an update starts at the policy's weights and stops when the engine has checked, loaded and adopted
+them. Publishing in place and publishing copies, as it was done before, are measured in turns on the same weights.
 """
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import time
 from statistics import median
@@ -19,35 +21,82 @@ from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.engine import destroy_process_group
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
+from rlhf_ray.rollout.wire import Bucket, publish
 
 REPEATS = 7
+Shape = Literal["llama-tiny", "llama-0.5m", "llama-120m"]
 
 
 def measure(quick: bool = False) -> Figures:
     """Publishing and receiving in one process, without Ray between them."""
-    shape: Literal["llama-tiny", "llama-0.5m"] = "llama-tiny" if quick else "llama-0.5m"
+    return _updates("llama-tiny" if quick else "llama-0.5m") | _publications("llama-tiny" if quick else "llama-120m")
+
+
+def _policy(shape: Shape) -> PolicyWorker:
     model = ModelConfig(make=MakeConfig(shape=shape, tokenizer_from="world"), dtype="fp32")
     policy = PolicyWorker()
     optimizer = OptimizerConfig(learning_rate=1e-3)
     policy.setup(LanguageSetup(RoleConfig(model=model, engine=EngineConfig(optimizer=optimizer)), 0, total_updates=1))
+    return policy
+
+
+def _parameters(policy: PolicyWorker) -> str:
+    return f"{sum(parameter.numel() for parameter in policy.hf_model.parameters()) / 1e6:.2f}M parameters in fp32"
+
+
+def _updates(shape: Shape) -> Figures:
+    policy = _policy(shape)
     try:
         with tempfile.TemporaryDirectory() as directory:
             policy.save_pretrained(directory)
             engine = TransformersEngine(
                 directory,
                 RolloutConfig(backend="transformers", dtype="fp32"),
-                stop_token_ids=(load_tokenizer(model).eos_token_id,),
+                stop_token_ids=(load_tokenizer(policy.config.model).eos_token_id,),
             )
             seconds = [_update(policy, engine, version) for version in range(1, REPEATS + 2)][1:]
             engine.shutdown()
     finally:
         destroy_process_group()
-    parameters = sum(parameter.numel() for parameter in policy.hf_model.parameters())
     method = (
-        f"{parameters / 1e6:.2f}M parameters in fp32 from a policy worker to a transformers engine in the same process, "
+        f"{_parameters(policy)} from a policy worker to a transformers engine in the same process, "
         f"checksums included, one thread, wall clock, median of {REPEATS}"
     )
     return {"weights.update_ms": Figure(1e3 * median(seconds), "ms", False, method)}
+
+
+def _publications(shape: Shape) -> Figures:
+    policy = _policy(shape)
+    ways = {"in place": policy.engine.disk_weights_in_place, "copies": policy.engine.disk_weights}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    try:
+        for _ in range(REPEATS + 1):
+            for way, weights in ways.items():
+                started_at = time.perf_counter()
+                published = publish(1, weights(policy.hf_model), keep=_into_shared_memory)
+                seconds[way].append(time.perf_counter() - started_at)
+                del published
+    finally:
+        destroy_process_group()
+    in_place, copies = (median(seconds[way][1:]) for way in ways)
+    method = (
+        f"{_parameters(policy)}, packed into buckets in fresh shared memory, as an object store takes them, checksum included; "
+        f"published as copies (a private copy of each weight first) and in place, in turns; one thread, median of {REPEATS}"
+    )
+    return {
+        "weights.publish_ms": Figure(1e3 * in_place, "ms", False, f"{method}; the time in place"),
+        "weights.copies_over_in_place": Figure(
+            copies / in_place, "ratio", True, f"{method}; the quotient of the times"
+        ),
+    }
+
+
+def _into_shared_memory(bucket: Bucket) -> mmap.mmap:
+    """Copy a bucket once, to pages that another process could map."""
+    memory = mmap.mmap(-1, sum(array.nbytes for _, array in bucket))
+    for _, array in bucket:
+        memory.write(memoryview(array).cast("B"))
+    return memory
 
 
 def _update(policy: PolicyWorker, engine: TransformersEngine, version: int) -> float:

@@ -42,7 +42,8 @@ MODELS = {
 ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
 """What can be measured without TRL beside it."""
 ENCODERS = {f"encoders.{kind}_vs_padded" for kind in ("bert", "deberta-v2", "modernbert")}
-NAMES = {"weights.update_ms", *ENCODERS, *MODELS, *ALONE, *SCORING, *LEARNED}
+WEIGHTS = {"weights.update_ms", "weights.publish_ms", "weights.copies_over_in_place"}
+NAMES = {*WEIGHTS, *ENCODERS, *MODELS, *ALONE, *SCORING, *LEARNED}
 
 
 def stored(path: Path) -> dict[str, dict[str, Any]]:
