@@ -46,6 +46,6 @@ FROM runtime AS gpu
 USER root
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 USER 1000
-# Without "utility" the container runtime brings no nvidia-smi, by which a process knows that there are GPUs.
+# "utility" brings NVIDIA's management library, by which Ray and vLLM ask about GPUs.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/rlhf /opt/rlhf

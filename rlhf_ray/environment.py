@@ -31,7 +31,8 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF"
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 """Packs differ in length, so blocks of many sizes come and go; segments that grow leave no holes between them.
 
-vLLM takes this too, except with a connector for key-value caches, which no engine here has. Has not run on a GPU yet.
+Not for memory that other processes open over CUDA IPC, as the workers of an engine do with that of one another. Has not run on
+a GPU yet.
 """
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")

@@ -201,13 +201,16 @@ class Cluster:
 
 
 def variables_of(spec: RankSpec, *, hub: bool) -> dict[str, str]:
-    """The environment variables of the ranks of ``spec``. Engines on a policy's own GPU read its weights where they lie."""
+    """The environment variables of the ranks of ``spec``.
+
+    Engines on a policy's own GPU read its weights where they lie, and the workers of an engine the results of one another.
+    """
     resources = spec.resources
     return environment.for_process(
         threads=resources.threads_per_rank,
         hub=hub,
         device=resources.device,
-        hands_memory_on=spec.worker == "policy" and resources.gpus_per_rank < 1,
+        hands_memory_on=spec.worker == "rollout" or (spec.worker == "policy" and resources.gpus_per_rank < 1),
     )
 
 

@@ -50,7 +50,8 @@ class Publisher:
                 self._connected = engines
             self._policy.send_weights(version).result()
         except GroupError as error:
-            hint = (
-                f"{error.cause}\nWeights went {WAYS[self.transport]}; rollout.weight_transport=object_store avoids that"
-            )
-            raise type(error)(error.role, error.rank, error.phase, hint) from error
+            # Ranks of the policy may still wait for one another, so it is the policy that failed: it saves nothing any more.
+            ours = error.role == self._policy.role
+            cause = error.cause if ours else str(error)
+            hint = f"{cause}\nWeights went {WAYS[self.transport]}; rollout.weight_transport=object_store avoids that"
+            raise type(error)(self._policy.role, error.rank if ours else None, error.phase, hint) from error

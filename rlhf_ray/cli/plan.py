@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     Raises :class:`CapacityError` after that where a rank does not fit its share of a GPU whose size is known.
     """
     from rlhf_ray.config.loading import load_config
+    from rlhf_ray.network import cluster_address
     from rlhf_ray.planning.arithmetic import batch_table
     from rlhf_ray.planning.capacity import capacity_table, needed
     from rlhf_ray.planning.gpus import gpu_bytes
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     write_result("\n\n".join(tables) + "\n")
     for sentence in advice(config, files_here):
         get_logger("plan").warning("%s", sentence)
-    size = gpu_bytes() if options.gpu_gb is None else options.gpu_gb * 1e9
+    starts_here = cluster_address(config.cluster.address) is None
+    size = options.gpu_gb * 1e9 if options.gpu_gb is not None else gpu_bytes() if starts_here else None
     if size is not None:
         require_memory(memory, size)
     return 0

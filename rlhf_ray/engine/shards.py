@@ -51,11 +51,11 @@ def save(
         if frozen:
             (directory / FROZEN_FILE).write_text(json.dumps(frozen, indent=2) + "\n")
         (directory / IDENTITY_FILE).write_text(json.dumps({**identity, "updates": updates}, indent=2) + "\n")
+    dist.barrier()  # until all have written, files of others are there under temporary names
+    if dist.get_rank() == 0:
         # DeepSpeed puts scripts beside the shards, which read them without it.
         paths += [path for path in directory.iterdir() if path.is_file() and not path.match(_random_name("*"))]
-    records = hash_files(directory, [path.relative_to(directory).as_posix() for path in paths])
-    dist.barrier()
-    return records
+    return hash_files(directory, [path.relative_to(directory).as_posix() for path in paths])
 
 
 class _Recorder:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config.facts import Role, Sampling
+from rlhf_ray.config.files.models import adapter_base, is_adapter
 from rlhf_ray.config.files.score_heads import Shape
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.models import ModelConfig
@@ -39,9 +40,17 @@ Files = Callable[[ModelConfig], tuple[ModelConfig, Mapping[str, Shape]]]
 
 
 def weights_here(model: ModelConfig) -> tuple[ModelConfig, Mapping[str, Shape]]:
-    """The files of a model, at its path or in the cache of the hub; no shapes where its weights are not here."""
+    """The files of a model, at its path or in the cache of the hub; no shapes where its weights are not here.
+
+    An adapter's are added to those of its base.
+    """
     found = located(model)
-    return found, shapes_of(found)
+    if not is_adapter(found):
+        return found, shapes_of(found)
+    base = adapter_base(found)
+    whole = shapes_of(located(found.model_copy(update={"path": base, "revision": None}))) if base is not None else {}
+    adapters = {name: shape for name, shape in shapes_of(found).items() if ".lora_" in name}
+    return found, whole | adapters if whole else {}
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,11 @@ def pinned(count: float) -> float:
 
 
 def cache_of_a_token(size: ModelSize, dtype: Dtype, tensor_parallel: int) -> float:
-    """Bytes of the KV cache that a token takes on each of the GPUs of a rollout engine."""
-    return 2.0 * size.layers * size.key_value * BYTES[dtype] / tensor_parallel
+    """Bytes of the KV cache that a token takes on each of the GPUs of a rollout engine.
+
+    Engines with more GPUs than a layer has heads of keys hold each head more than once.
+    """
+    return 2.0 * size.layers * size.key_value * BYTES[dtype] / min(tensor_parallel, size.key_value_heads)
 
 
 def sampling_parts(

@@ -49,6 +49,8 @@ class ModelSize:
     """Whether queries and keys have norms of their own, as in Qwen3."""
     tied: bool = False
     """Whether the embedding is the output layer too."""
+    key_value_heads: int = 1
+    """Heads of keys (or values) in a layer."""
 
     @property
     def frozen(self) -> int:
@@ -64,7 +66,7 @@ def model_size(role: Role, shapes: Mapping[str, Shape] | None = None) -> ModelSi
     model = role.config.model
     found = dict(shapes_of(model) if shapes is None else shapes)
     widths = _widths(model)
-    if not found or widths is None:
+    if widths is None or not any(".lora_" not in name for name in found):
         return None
     if role.head or widths.get("tie_word_embeddings"):
         found = {name: shape for name, shape in found.items() if not name.endswith(OUTPUT)}
@@ -92,6 +94,7 @@ def model_size(role: Role, shapes: Mapping[str, Shape] | None = None) -> ModelSi
         vocabulary=0 if role.head else _number(widths, "vocab_size"),
         normed_heads=any("q_norm" in name for name in base),
         tied=not role.head and not any(name.endswith(OUTPUT) for name in base),
+        key_value_heads=_number(widths, "num_key_value_heads", "num_attention_heads", "n_head"),
     )
 
 

@@ -45,10 +45,11 @@ def store_to_start(config: Job, shared: int | None = None) -> int | None:
     """Bytes of the object store if Ray is started here and the config names none; None lets Ray take its own share of memory.
 
     Never more than ``shared``, the free bytes of shared memory (by default those here): Ray would put all of it on the disk,
-    while it writes only what a smaller store cannot hold.
+    while it writes only what a smaller store cannot hold. Where that is less than a small store, as in a container with 64 MB,
+    all of it may lie on the disk: Ray refuses a store below 75 MiB.
     """
     needed, free = store_bytes(config), shared_memory() if shared is None else shared
-    return needed if needed is None or free is None else min(needed, free * 9 // 10)
+    return needed if needed is None or free is None else min(needed, max(LEAST, free * 9 // 10))
 
 
 def shared_memory(path: str = SHARED_MEMORY) -> int | None:

@@ -26,4 +26,5 @@ def choose_transport(trainer: Sequence[str | None], engines: Sequence[Collection
     if used <= set(trainer):
         return "ipc"
     # The engines and rank 0 form one NCCL group, which takes a GPU once.
-    return "object_store" if trainer[0] in used else "nccl"
+    twice = trainer[0] in used or len(used) < sum(map(len, engines))
+    return "object_store" if twice else "nccl"

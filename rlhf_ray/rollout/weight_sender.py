@@ -11,6 +11,7 @@ Neither backend has run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, We
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from rlhf_ray.console import get_logger
 from rlhf_ray.engine.weights import DiskWeight, Group
+from rlhf_ray.models.devices import CPU
 from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import Checksum
 
@@ -82,16 +85,24 @@ def _complete(group: Group) -> None:
         torch.cuda.current_stream().synchronize()
 
 
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Keep the stream that this rank trains on: vLLM 0.32 takes another one, for good, in a process that has chosen none."""
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
+
+
 class WeightSender:
     """One rank's side of the way to the engines. Every rank of the trainer makes one and calls it."""
 
-    def __init__(self, route: Route, source: DiskWeights, call_engines: CallEngines) -> None:
-        """Connect. Rank 0 calls the engines, which must be idle."""
+    def __init__(
+        self, route: Route, source: DiskWeights, call_engines: CallEngines, device: torch.device = CPU
+    ) -> None:
+        """Connect from ``device``, on which this rank trains. Rank 0 calls the engines, which must be idle."""
         self._client = _Engines(route, source, call_engines)
         # The trainer's side of nccl and that of ipc take their parts from the same factory.
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(route, max(CHUNK_BYTES, source.largest_bytes)), client=self._client, source=source
-        )
+        with _own_stream(device):
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                _init_info(route, max(CHUNK_BYTES, source.largest_bytes)), client=self._client, source=source
+            )
 
     def send(self, version: int) -> None:
         """Send all weights as ``version``; when rank 0 returns, every engine has checked and adopted them.
@@ -132,7 +143,7 @@ class _Engines:
         for number, info in enumerate(infos):
             if "rank_offset" in info:
                 info["rank_offset"] += number * self._route.workers
-        self._call_engines("connect", [(self._route.transport, info) for info in infos])
+        self._call("connect", [(self._route.transport, info) for info in infos])
 
     def start_weight_update(self) -> None:
         """Begin an update in every engine."""
@@ -147,4 +158,13 @@ class _Engines:
         self._everywhere("finish_update", self.version, self._source.checksum.hexdigest())
 
     def _everywhere(self, method: str, *arguments: Any) -> None:
-        self._call_engines(method, [arguments] * self._route.engines)
+        self._call(method, [arguments] * self._route.engines)
+
+    def _call(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
+        try:
+            self._call_engines(method, arguments)
+        except (
+            Exception
+        ) as error:  # vLLM waits for all that was to be sent before it looks at what became of the engines
+            get_logger("weights").error("the engines failed in %s: %s", method, error)
+            raise

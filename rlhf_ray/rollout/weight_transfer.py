@@ -120,7 +120,11 @@ class SummedUp:
         arrived = list(weights)
         for name, weight in arrived:
             self._receiver.received.add(name, weight)
-        return cast(LoadsWeights, self._receiver.model).load_weights(iter(arrived))
+        loaded = cast(LoadsWeights, self._receiver.model).load_weights(iter(arrived))
+        if any(weight.is_cuda for _, weight in arrived):
+            # A module that came in several chunks is put together on the stream of the last one, from memory of the others.
+            torch.cuda.current_stream().synchronize()
+        return loaded
 
 
 class RegisterInWorker:

@@ -34,6 +34,7 @@ def test_a_job_that_gpus_of_this_size_do_not_hold_is_refused_after_the_table(
 def test_the_gpus_of_this_machine_count_where_no_size_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "gpu_bytes", lambda: 16 * 10**9)
     assert main(["plan", *RECIPE]) == 3
+    assert main(["plan", *RECIPE, "cluster.address=10.0.0.1:6379"]) == 0, "the GPUs of a cluster are others"
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "many"])

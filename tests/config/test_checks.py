@@ -124,8 +124,8 @@ CASES = [
     ("ppo", ["policy.resources.gpus_per_rank=2"],
      "policy.resources.gpus_per_rank: 2, but a rank uses one GPU: set it to 1 and raise policy.ranks"),
     ("ppo", ["reward.resources.gpus_per_rank=0.5", "reward.ranks=2"],
-     "reward.resources.gpus_per_rank: 0.5 for each of 2 ranks, but two ranks of one role cannot share a GPU: set it to 1, "
-     "which takes 2 GPUs, or reward.ranks to 1"),
+     "reward.resources.gpus_per_rank: 0.5 for each of 2 ranks, but two ranks of one role cannot share a GPU: set it to 1 "
+     "(or anything above 0.5), which takes 2 GPUs, or reward.ranks to 1"),
     ("ppo", ["rollout.tensor_parallel=4"],
      "rollout.resources.cpus_per_rank: 1, but rollout.tensor_parallel is 4 and an engine on CPU takes one core each: set the "
      "same number, or rollout.resources.gpus_per_rank to 4"),
@@ -258,6 +258,8 @@ ALLOWED = [
     ("ppo", ["rollout.tensor_parallel=4", "rollout.resources.gpus_per_rank=4"]),
     ("ppo", ["rollout.tensor_parallel=4", "rollout.resources.cpus_per_rank=4"]),
     ("ppo", ["rollout.max_num_batched_tokens=512", "rollout.max_num_seqs=512"]),
+    ("ppo", ["rollout.max_num_batched_tokens=256", "rollout.max_num_seqs=16", "rollout.resources.gpus_per_rank=1"]),
+    ("ppo", ["reward.resources.gpus_per_rank=0.6", "reward.ranks=2"]),
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "policy.resources.gpus_per_rank=0.3",
              "rollout.gpu_memory_utilization=0.3"]),
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "rollout.backend=transformers"]),

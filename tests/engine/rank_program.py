@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,15 @@ from toy import (
 )
 
 from rlhf_ray.algorithms.losses import LossOutput
-from rlhf_ray.engine import Applied, Engine, deepspeed_config, destroy_process_group, init_process_group, rendezvous
+from rlhf_ray.engine import (
+    Applied,
+    Engine,
+    deepspeed_config,
+    destroy_process_group,
+    init_process_group,
+    rendezvous,
+    shards,
+)
 from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.errors import RlhfRayError
 
@@ -234,12 +243,31 @@ def halves(program: Program, zero: int, dtype: str) -> Measured:
     return {"norms": norms}
 
 
+@contextmanager
+def _slow_writing(rank: int) -> Iterator[None]:
+    """Let ranks but the first take a while for a file, which meanwhile has a temporary name, as with every safe writer."""
+    whole = shards.save_file
+
+    def slowly(tensors: dict[str, torch.Tensor], path: str) -> None:
+        beside = Path(path).with_name(".written")
+        whole(tensors, str(beside))
+        time.sleep(0.3)
+        beside.rename(path)
+
+    shards.save_file = slowly if rank else whole
+    try:
+        yield
+    finally:
+        shards.save_file = whole
+
+
 def resumed(program: Program, zero: int, dtype: str) -> Measured:
     """Save, go on; load into a fresh engine of other weights, go on: the same bits."""
     directory = program.directory / f"shards-{program.world}-{zero}-{dtype}"
     engine = program.engine(zero, dtype)
     program.update(engine, BATCHES[0], 4)
-    hashed = engine.save_shards(directory)
+    with _slow_writing(program.rank):
+        hashed = engine.save_shards(directory)
     noise = torch.rand(2)
     _, gone_on = program.update(engine, BATCHES[1], 4)
     expected = bits(engine)

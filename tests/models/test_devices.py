@@ -154,12 +154,15 @@ def test_a_rank_that_shares_a_gpu_gets_its_share_of_the_memory_and_one_process_w
     assert len(limits) == 3, "its process belongs to other roles too"
 
 
-def test_only_a_policy_on_the_gpu_of_engines_keeps_its_memory_where_they_can_open_it() -> None:
+def test_only_what_others_open_over_cuda_ipc_does_not_grow() -> None:
+    """Engines on its GPU open that of a policy, and the workers of an engine that of one another."""
+
     def grows(worker: Literal["policy", "critic", "rollout"], gpus: float) -> bool:
         return ALLOCATOR in variables_of(RankSpec(worker, 1, ResourcesConfig(gpus_per_rank=gpus)), hub=False)
 
     assert [grows("policy", gpus) for gpus in (0.0, 0.25, 1.0)] == [False, False, True]
-    assert grows("critic", 0.25) and grows("rollout", 0.3)
+    assert grows("critic", 0.25) and grows("critic", 1.0)
+    assert not grows("rollout", 0.3) and not grows("rollout", 4.0)
 
 
 def test_a_process_in_which_deepspeed_took_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.planning.arithmetic import batch_table
-from rlhf_ray.planning.checkpoints import bytes_each, checkpoint_sizes, trained_numbers
+from rlhf_ray.planning.checkpoints import bytes_each, checkpoint_sizes, shapes_of, trained_numbers
+from rlhf_ray.planning.job_memory import role_size, weights_here
 
 ADAPTED = 2 * 4 * (64 + 64 + 64 + 16)
 """Numbers of rank-4 adapters on q_proj (64, 64) and v_proj (16, 64) of two layers, times the two of them."""
@@ -52,6 +57,30 @@ def test_numbers_that_train_are_counted_from_the_headers_of_files(tmp_path: Path
     assert count("critic", ", head_init: hf") == layers + 100 * 64, "a critic has no output layer"
     assert count("policy", ", lora: {rank: 4}") == ADAPTED, "in a mixture attention alone"
     assert count("policy", ", lora: {rank: 4, targets: [v_proj]}") == 2 * 4 * (64 + 16)
+
+
+@pytest.mark.parametrize("base_is_here", [True, False])
+def test_an_adapter_is_as_large_as_its_base_and_itself(tmp_path: Path, base_is_here: bool) -> None:
+    base = write_shapes(tmp_path / "base")
+    widths = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    (base / "config.json").write_text(json.dumps(widths))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    belongs_to = {"base_model_name_or_path": str(base if base_is_here else tmp_path / "gone")}
+    (adapter / "adapter_config.json").write_text(json.dumps(belongs_to))
+    save_file(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64),
+         "base_model.model.score.weight": torch.zeros(1, 64)},
+        adapter / "adapter_model.safetensors",
+    )  # fmt: skip
+    role = load_config("demo-ppo", [f"policy.model={{path: {adapter}}}"]).roles()["policy"]
+    size = role_size(role, weights_here)
+    if not base_is_here:
+        assert size is None
+        return
+    assert size is not None
+    whole = sum(prod(shape) for shape in shapes_of(ModelConfig(path=str(base))).values())
+    assert (size.numbers, size.trained) == (whole + 4 * 64, 4 * 64)
 
 
 def test_the_table_shows_each_role_and_all_that_lie_on_the_disk(tmp_path: Path) -> None:

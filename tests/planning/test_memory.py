@@ -16,6 +16,7 @@ from rlhf_ray.planning.memory import (
     LIVE,
     SUB_GROUP,
     Part,
+    cache_of_a_token,
     engine_parts,
     head_parts,
     peak,
@@ -28,7 +29,7 @@ from rlhf_ray.planning.model_size import ModelSize, model_size
 B = 10**9
 SIZE = ModelSize(
     numbers=8 * B, trained=8 * B, four_bit=0, vectors=0, largest=B // 2, layers=32, hidden=4096, width=14336, query=4096,
-    key_value=1024, vocabulary=128256, normed_heads=False,
+    key_value=1024, vocabulary=128256, normed_heads=False, key_value_heads=8,
 )  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def test_a_rollout_engine_splits_weights_and_cache_over_its_gpus() -> None:
     )  # fmt: skip
     assert one["weights"] == 16 * B and four["weights"] == 4 * B
     assert one["KV cache"] == 2048 * 2 * 32 * 1024 * 2 and four["KV cache"] == one["KV cache"] / 4
+    assert cache_of_a_token(SIZE, "bf16", 16) == cache_of_a_token(SIZE, "bf16", 8), "16 GPUs hold each of 8 heads twice"
 
 
 def write_model(directory: Path, *, tied: bool = False) -> Path:

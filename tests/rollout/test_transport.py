@@ -16,6 +16,7 @@ CASES = {
     "an engine shares with a rank that sends nothing": ((list("ab"), [["b"], ["c"]]), "nccl"),
     "only one of the engines shares with rank 0": ((list("ab"), [["a"], ["c"]]), "object_store"),
     "an engine reaches beyond the GPU of rank 0": ((["a"], [["a", "c"]]), "object_store"),
+    "two engines share a GPU": ((list("ab"), [["c"], ["c"]]), "object_store"),
     "all on CPU": (([None], [[]]), "object_store"),
     "a policy on CPU": (([None], [["a"]]), "object_store"),
     "an engine on CPU, or one that is not vLLM": ((["a"], [["b"], []]), "object_store"),

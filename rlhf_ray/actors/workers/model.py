@@ -140,10 +140,13 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
     def _meet(self, rendezvous: tuple[str, int] | None, timeout_s: float) -> None:
         """Join the group's other ranks. Single ranks of several roles in one process share one process group."""
+        # On a GPU the ranks of one node may meet engines of another, and NCCL reads the interface once in a process.
+        near = self.device.type == "cpu" and (rendezvous is None or rendezvous[0] == LOOPBACK)
+        address = LOOPBACK if near else self.node_address()
         if self.world_size == 1:
             if not torch.distributed.is_initialized():
                 distributed.init_process_group(
-                    self.rank, self.world_size, None, device=self.device, timeout_s=timeout_s
+                    self.rank, self.world_size, None, device=self.device, address=address, timeout_s=timeout_s
                 )
             return
         assert rendezvous is not None, "the driver says where several ranks meet"
@@ -152,7 +155,6 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
             if self.rank == 0
             else distributed.rendezvous(self.rank, self.world_size, *rendezvous, timeout_s=timeout_s)
         )
-        address = LOOPBACK if rendezvous[0] == LOOPBACK else self.node_address()
         distributed.init_process_group(
             self.rank, self.world_size, store, device=self.device, address=address, timeout_s=timeout_s
         )

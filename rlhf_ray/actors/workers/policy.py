@@ -98,7 +98,7 @@ class PolicyWorker(ReferenceWorker):
             )
             port = free_port(address) if self.rank == 0 else 0  # the others do not listen
             route = Route(transport, self.rank, len(engines), workers, address, port)
-            self._sender = WeightSender(route, source, partial(self.call_engines, engines))
+            self._sender = WeightSender(route, source, partial(self.call_engines, engines), self.device)
 
     def send_weights(self, version: int) -> None:
         """Send all weights to the connected engines, which hold them as ``version`` when rank 0 returns."""

@@ -87,7 +87,9 @@ class RolloutWorker(Worker):
         resources = setup.config.resources
         own_share = setup.config.backend == "vllm"  # it keeps to rollout.gpu_memory_utilization
         device = placed_device(resources, self.role) if own_share else self.take_device(resources)
-        alone = setup.config.tensor_parallel == 1
+        alone = (
+            setup.config.tensor_parallel == 1 and device.type == "cpu"
+        )  # on a GPU it may meet a policy of another node
         environment.prepare(variables_at(LOOPBACK if alone else self.node_address()))
         self.engine = make_engine(setup, self.rank, device)
         self.phase = "ready"

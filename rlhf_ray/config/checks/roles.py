@@ -53,15 +53,15 @@ def _has_the_right_head(key: str, role: Role) -> Iterator[Problem]:
 
 
 def _uses_one_device_per_rank(key: str, role: Role) -> Iterator[Problem]:
-    """Ray puts ranks that take a fraction on the same GPU, where NCCL refuses the second rank of a group."""
+    """Ray puts ranks that take half a GPU or less on the same one, where NCCL refuses the second rank of a group."""
     gpus, ranks = role.config.resources.gpus_per_rank, role.config.ranks
     if gpus > 1:
         yield f"{key}.resources.gpus_per_rank", f"{gpus:g}, but a rank uses one GPU: set it to 1 and raise {key}.ranks"
-    if 0 < gpus < 1 and ranks > 1:
+    if 0 < gpus <= 0.5 and ranks > 1:
         yield (
             f"{key}.resources.gpus_per_rank",
-            f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1, which takes "
-            f"{ranks} GPUs, or {key}.ranks to 1",
+            f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1 (or anything "
+            f"above 0.5), which takes {ranks} GPUs, or {key}.ranks to 1",
         )
 
 

@@ -114,13 +114,21 @@ def model_config_file(model: ModelConfig) -> Mapping[str, Any]:
 
     Nulls, and values of a kind that no model has, are left out: the rule about models names them.
     """
-    path = Path(model.path) if model.path is not None else None
-    if path is not None and (path / "adapter_config.json").is_file():
-        adapter = read_json(path / "adapter_config.json")
-        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
-        path = Path(base) if isinstance(base, str) else None
-    content = read_json(path / "config.json") if path is not None else {}
+    path = adapter_base(model) if is_adapter(model) else model.path
+    content = read_json(Path(path) / "config.json") if path is not None else {}
     return readable(content) if isinstance(content, dict) else {}
+
+
+def is_adapter(model: ModelConfig) -> bool:
+    """Whether the directory of a model holds an adapter alone."""
+    return model.path is not None and (Path(model.path) / "adapter_config.json").is_file()
+
+
+def adapter_base(model: ModelConfig) -> str | None:
+    """The path or hub id of the model that the adapter in a directory belongs to; None where it does not say."""
+    content = read_json(Path(model.path or "") / "adapter_config.json")
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return base if isinstance(base, str) else None
 
 
 def length_problems(key: str, model: ModelConfig, longest_key: str, longest: int) -> Iterator[Problem]:

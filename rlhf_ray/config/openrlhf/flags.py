@@ -33,7 +33,7 @@ RANKS = "ranks counts nodes x GPUs"
 SHARED = "roles share a GPU when each takes a part of it"
 FORWARD = "passes without gradients take batch.forward_factor times as much"
 FORWARD_OF_SEQUENCES = f"counted in tokens; {FORWARD}"
-OBJECT_STORE = "weights travel through Ray's object store"
+TRANSPORT = "by default NCCL or CUDA IPC where the placement allows it, else Ray's object store"
 ONE_AT_A_TIME = "the rollout of a step ends before its update begins"
 DIRECTORY = "all that a run writes lies in root/name"
 ALL_OFFLOADED = "its value is all, with engine.zero at 3"
@@ -124,8 +124,8 @@ _PLACEMENT: dict[str, Answer] = {
     "vllm.num_engines": _ours("rollout.engines"),
     "vllm.tensor_parallel_size": _ours("rollout.tensor_parallel"),
     "vllm.gpu_memory_utilization": _ours("rollout.gpu_memory_utilization"),
-    "vllm.sync_backend": _none(OBJECT_STORE),
-    "vllm.sync_with_ray": _none(OBJECT_STORE),
+    "vllm.sync_backend": _ours("rollout.weight_transport", note=TRANSPORT),
+    "vllm.sync_with_ray": _ours("rollout.weight_transport", note=TRANSPORT),
     "vllm.enable_prefix_caching": _none("prefixes are cached unless run.deterministic is set"),
     "vllm.enforce_eager": _none("engines are eager on CPU and where run.deterministic is set"),
     "vllm.enable_sleep": _ours("rollout.sleep"),

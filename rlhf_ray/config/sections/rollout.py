@@ -52,7 +52,9 @@ class RolloutConfig(Section):
                 "tensor_parallel",
                 f"{self.tensor_parallel}, but a transformers engine has one process: set it to 1, or backend to vllm",
             )
-        for name, least in (("max_num_seqs", sequences), ("max_model_tokens", self.max_model_tokens)):
+        # On a GPU vLLM cuts a long prompt into the steps of several.
+        longest = self.max_model_tokens if self.resources.device == "cpu" else None
+        for name, least in (("max_num_seqs", sequences), ("max_model_tokens", longest)):
             if tokens is not None and least is not None and tokens < least:
                 yield (
                     "max_num_batched_tokens",

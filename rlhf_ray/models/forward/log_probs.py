@@ -203,10 +203,13 @@ def logits_gradient(
 def _functions(device: torch.device) -> ModuleType:
     """Choose where ``from_logits`` and ``logits_gradient`` come from: Triton's kernels on a GPU where they work, or here."""
     if device.type == "cuda" and find_spec("triton") is not None:
-        from rlhf_ray.models.forward import log_prob_kernels
-
-        if kernels_work(log_prob_kernels, device):
-            return log_prob_kernels
+        try:
+            from rlhf_ray.models.forward import log_prob_kernels
+        except Exception as error:  # a Triton that does not fit this driver or compiler
+            _say_why_not(device, f"{type(error).__name__}: {error}")
+        else:
+            if kernels_work(log_prob_kernels, device):
+                return log_prob_kernels
     return sys.modules[__name__]
 
 
@@ -219,8 +222,13 @@ def kernels_work(kernels: ModuleType, device: torch.device) -> bool:
     except Exception as error:  # whatever a compiler or a driver raises: the plain functions do the same work
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
-        get_logger(__name__).warning("log-probs are computed without Triton's kernels on %s: %s", device, reason)
+        _say_why_not(device, reason)
     return reason is None
+
+
+@cache
+def _say_why_not(device: torch.device, reason: str) -> None:
+    get_logger(__name__).warning("log-probs are computed without Triton's kernels on %s: %s", device, reason)
 
 
 def kernel_differences(kernels: ModuleType, device: torch.device) -> list[float]:
