@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
 from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.config.checks.shared_gpus import SharedGpus, shared_gpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
@@ -56,8 +57,12 @@ class Cluster:
         hub: bool = False,
         namespace: str | None = None,
         object_store: int | None = LEAST,
+        shared: SharedGpus | None = None,
     ) -> None:
-        """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose."""
+        """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose.
+
+        ``shared`` are GPUs on which the ranks of several roles are placed side by side.
+        """
         self.config = config
         self.run = run
         self.namespace = namespace or run_namespace(run.name)
@@ -66,6 +71,8 @@ class Cluster:
         given = config.object_store_mb
         self.object_store = object_store if given is None else given * 2**20
         self._groups: list[RayRanks] = []
+        self.shared = shared
+        self._shared_places: PlacementGroup | None = None
         self._shared = False
         self.joined: JoinedCluster | None = None
         """The cluster that this one is a connection to; none where Ray was started here, or was there in this process."""
@@ -83,6 +90,7 @@ class Cluster:
             hub=bool(hub_ids(config)),
             namespace=namespace,
             object_store=store_to_start(config),
+            shared=shared_gpus(config.placements()),
         )
 
     def __enter__(self) -> Cluster:
@@ -136,15 +144,19 @@ class Cluster:
         for group in self._groups:
             group.stop()
         self._groups = []
+        if self._shared_places is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._shared_places)
+            self._shared_places = None
 
     def start(self, spec: RankSpec) -> RayRanks:
         """Place and start the ranks of ``spec``; they have no model yet."""
-        from ray.util.placement_group import remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from rlhf_ray.actors.shells import remote_class
 
-        placement = self._reserve(spec)
+        placement, first, give_back = self._places(spec)
         resources = spec.resources
         variables = variables_of(spec, hub=self.hub)
         actor_class = remote_class(spec.worker)
@@ -156,7 +168,9 @@ class Cluster:
                 num_gpus=resources.gpus_per_rank,
                 max_restarts=0,
                 runtime_env={"env_vars": variables},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement, placement_group_bundle_index=first + index
+                ),
             ).remote(spec.first_rank + index, spec.ranks)
             for index in range(spec.ranks)
         ]
@@ -164,8 +178,8 @@ class Cluster:
             spec.group_name,
             actors,
             timeout_s=self.config.call_timeout_s,
-            on_stop=lambda: remove_placement_group(placement),
-            nodes=_nodes(placement, spec.ranks),
+            on_stop=give_back,
+            nodes=_nodes(placement, range(first, first + spec.ranks)),
         )
         self._groups.append(ranks)
         count = f"{spec.ranks} rank{'' if spec.ranks == 1 else 's'}"
@@ -173,22 +187,41 @@ class Cluster:
         get_logger().info("%s: %s placed%s", spec.group_name, count, where)
         return ranks
 
-    def _reserve(self, spec: RankSpec) -> PlacementGroup:
-        """A placement group with room for every rank of ``spec``, or :class:`CapacityError`."""
+    def _places(self, spec: RankSpec) -> tuple[PlacementGroup, int, Callable[[], None]]:
+        """A placement group, the bundle in it of the first rank of ``spec``, and what gives the places back.
+
+        Ray fills a GPU with fractions before it takes the next one, and would put two ranks of one role on it. So roles with
+        several ranks that share GPUs lie in bundles of a whole GPU each, one rank of each role in a bundle.
+        """
+        from ray.util.placement_group import remove_placement_group
+
+        if self.shared is None or spec.group_name not in self.shared.roles:
+            resources = spec.resources
+            own = Bundle(spec.group_name, resources.cpus_per_rank, resources.gpus_per_rank)
+            placement = self._reserve([own] * spec.ranks, f"{spec.group_name}/{spec.first_rank}")
+            return placement, 0, lambda: remove_placement_group(placement)
+        if self._shared_places is None:
+            together = Bundle(" + ".join(self.shared.roles), self.shared.cpus, 1.0)
+            self._shared_places = self._reserve([together] * self.shared.count, "shared")
+        return self._shared_places, spec.first_rank, lambda: None
+
+    def _reserve(self, bundles: Sequence[Bundle], name: str) -> PlacementGroup:
+        """A placement group of these equal bundles, or :class:`CapacityError`."""
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        amounts = {"CPU": spec.resources.cpus_per_rank, "GPU": spec.resources.gpus_per_rank}
+        role, ranks = bundles[0].role, len(bundles)
+        amounts = {"CPU": bundles[0].cpus, "GPU": bundles[0].gpus}
         bundle = {resource: amount for resource, amount in amounts.items() if amount > 0}
-        name = f"rlhf/{self.run.name}/{spec.group_name}/{spec.first_rank}"
-        placement: PlacementGroup = placement_group([bundle] * spec.ranks, strategy="PACK", name=name)
+        placement: PlacementGroup = placement_group(
+            [bundle] * ranks, strategy="PACK", name=f"rlhf/{self.run.name}/{name}"
+        )
         if placement.wait(timeout_seconds=self.config.placement_timeout_s):
             return placement
         remove_placement_group(placement)
-        bundles = [Bundle(spec.group_name, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank)] * spec.ranks
         require_fit(bundles, _cpus_and_gpus(ray.available_resources()))
         raise CapacityError(
-            f"{spec.group_name}: no place for {spec.ranks} ranks of {bundle} within "
+            f"{role}: no place for {ranks} ranks of {bundle} within "
             f"{self.config.placement_timeout_s:g} s (cluster.placement_timeout_s). The cluster has enough in total, but no "
             "single node has room for one rank: lower cpus_per_rank or gpus_per_rank; or raise the limit if a node is to come"
         )
@@ -214,14 +247,14 @@ def variables_of(spec: RankSpec, *, hub: bool) -> dict[str, str]:
     )
 
 
-def _nodes(placement: PlacementGroup, ranks: int) -> list[str]:
-    """Address and host name of the node of each rank."""
+def _nodes(placement: PlacementGroup, bundles: Iterable[int]) -> list[str]:
+    """Address and host name of the node of each of these bundles."""
     import ray
     from ray.util.placement_group import placement_group_table
 
     names = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in ray.nodes()}
     places = placement_group_table(placement)["bundles_to_node_id"]
-    return [names.get(places.get(rank), "unknown") for rank in range(ranks)]
+    return [names.get(places.get(bundle), "unknown") for bundle in bundles]
 
 
 def _is_connected() -> bool:

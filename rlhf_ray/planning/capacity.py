@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_ray.config.checks.shared_gpus import shared_gpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
@@ -33,11 +34,15 @@ class Bundle:
 
 
 def needed(config: Job) -> list[Bundle]:
-    """One bundle for every rank and every rollout engine of the job, role by role."""
-    return [
-        Bundle(placement.name, placement.resources.cpus_per_rank, placement.resources.gpus_per_rank)
-        for placement in config.placements()
-        for _ in range(placement.count)
+    """One bundle for every rank and every rollout engine of the job, role by role; ranks that share a GPU are one."""
+    placements = config.placements()
+    shared = shared_gpus(placements)
+    alone = [placed for placed in placements if shared is None or placed.name not in shared.roles]
+    bundles = [] if shared is None else [Bundle(" + ".join(shared.roles), shared.cpus, 1.0)] * shared.count
+    return bundles + [
+        Bundle(placed.name, placed.resources.cpus_per_rank, placed.resources.gpus_per_rank)
+        for placed in alone
+        for _ in range(placed.count)
     ]
 
 

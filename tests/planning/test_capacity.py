@@ -31,6 +31,13 @@ def test_a_reference_that_is_not_set_takes_a_place_and_a_reward_function_takes_n
     assert [bundle.role for bundle in needed(config)] == ["policy", "critic", "reference", "rollout"]
 
 
+def test_ranks_that_share_gpus_are_one_bundle_of_a_whole_gpu_each():
+    roles = [f"{role}.{key}" for role in ("policy", "critic") for key in ("ranks=2", "resources.gpus_per_rank=0.4")]
+    bundles = needed(load_config("demo-ppo", [*roles, "rollout.engines=2", "rollout.resources.gpus_per_rank=0.2"]))
+    assert bundles[:2] == [Bundle("policy + critic + rollout", pytest.approx(0.6), 1.0)] * 2
+    assert [bundle.role for bundle in bundles[2:]] == ["reference", "reward"]
+
+
 def test_what_an_algorithm_does_not_need_takes_no_place():
     overrides = ["algorithm.name=dapo", "algorithm.kl.coefficient=0.0", "critic=null", "batch.samples_per_prompt=4"]
     config = load_config("demo-ppo", [*overrides, "reference=null"])
@@ -40,12 +47,12 @@ def test_what_an_algorithm_does_not_need_takes_no_place():
 
 @pytest.mark.parametrize(
     ("recipe", "gpus"),
-    [("qwen3-0.6b-1gpu", 1), ("llama-3-8b-8gpu", 8), ("llama-3-70b-4nodes", 32), ("demo-ppo", 0), ("serve", 0)],
+    [("qwen3-0.6b-1gpu", 1), ("llama-3-8b-8gpu", 8), ("llama-3-8b-colocated", 8), ("llama-3-70b-4nodes", 32), ("demo-ppo", 0), ("serve", 0)],
 )
 def test_recipes_take_the_gpus_that_their_names_promise(recipe, gpus):
     bundles = needed(load_config(recipe))
     assert totals(bundles)[1] == pytest.approx(gpus)
-    nodes = [{"CPU": 80.0, "GPU": 8.0}] * 4 if gpus == 32 else [{"CPU": 32.0, "GPU": float(gpus)}]
+    nodes = [{"CPU": 80.0, "GPU": 8.0}] * 4 if gpus == 32 else [{"CPU": 160.0, "GPU": float(gpus)}]
     assert fits(bundles, nodes)
     if gpus:
         assert not fits(bundles, [{**nodes[0], "GPU": nodes[0]["GPU"] - 0.05}, *nodes[1:]])

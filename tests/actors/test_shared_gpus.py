@@ -1,0 +1,56 @@
+"""Ranks of several roles share GPUs, and no two ranks of one role lie on the same one: on a real Ray with logical GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_ray.actors import shells
+from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.actors.connection import start_ray
+from rlhf_ray.actors.place import RankSpec
+from rlhf_ray.config.checks.shared_gpus import SharedGpus
+from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
+
+GPUS = 2
+
+
+class Rank:
+    """Says where Ray has put it."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+
+    def gpus(self) -> list[Any]:
+        return list(ray.get_gpu_ids())
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setattr(shells, "remote_class", lambda worker: ray.remote(Rank))
+    start_ray(num_cpus=8, num_gpus=GPUS, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
+    shared = SharedGpus(("policy", "reference", "rollout"), GPUS, 3.0)
+    with Cluster(ClusterConfig(), RunConfig(name="shared"), shared=shared) as cluster:
+        yield cluster
+    ray.shutdown()
+
+
+def spec(role: Any, share: float, ranks: int = GPUS, first_rank: int = 0) -> RankSpec:
+    return RankSpec(role, ranks, ResourcesConfig(cpus_per_rank=1.0, gpus_per_rank=share), first_rank)
+
+
+def gpus(cluster: Cluster, one: RankSpec) -> list[Any]:
+    """The GPU of each rank."""
+    found = cluster.start(one).call("gpus", [()] * one.ranks).result()
+    return [own[0] for own in found]
+
+
+def test_each_rank_of_a_role_has_another_gpu_and_rank_i_that_of_rank_i_of_the_others(cluster: Cluster) -> None:
+    policy, reference = gpus(cluster, spec("policy", 0.4)), gpus(cluster, spec("reference", 0.3))
+    engines = [gpus(cluster, spec("rollout", 0.3, ranks=1, first_rank=number))[0] for number in range(GPUS)]
+    assert len(set(policy)) == GPUS, policy
+    assert policy == reference == engines
