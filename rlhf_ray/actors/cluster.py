@@ -16,7 +16,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
 from rlhf_ray.actors.ranks import RayRanks
-from rlhf_ray.config.checks.shared_gpus import SharedGpus, shared_gpus
+from rlhf_ray.config.checks.shared_gpus import SharedGpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
@@ -90,7 +90,7 @@ class Cluster:
             hub=bool(hub_ids(config)),
             namespace=namespace,
             object_store=store_to_start(config),
-            shared=shared_gpus(config.placements()),
+            shared=config.shared_gpus(),
         )
 
     def __enter__(self) -> Cluster:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_ray.config.checks.shared_gpus import shared_gpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
@@ -35,8 +34,7 @@ class Bundle:
 
 def needed(config: Job) -> list[Bundle]:
     """One bundle for every rank and every rollout engine of the job, role by role; ranks that share a GPU are one."""
-    placements = config.placements()
-    shared = shared_gpus(placements)
+    placements, shared = config.placements(), config.shared_gpus()
     alone = [placed for placed in placements if shared is None or placed.name not in shared.roles]
     bundles = [] if shared is None else [Bundle(" + ".join(shared.roles), shared.cpus, 1.0)] * shared.count
     return bundles + [

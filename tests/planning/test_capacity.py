@@ -47,7 +47,14 @@ def test_what_an_algorithm_does_not_need_takes_no_place():
 
 @pytest.mark.parametrize(
     ("recipe", "gpus"),
-    [("qwen3-0.6b-1gpu", 1), ("llama-3-8b-8gpu", 8), ("llama-3-8b-colocated", 8), ("llama-3-70b-4nodes", 32), ("demo-ppo", 0), ("serve", 0)],
+    [
+        ("qwen3-0.6b-1gpu", 1),
+        ("llama-3-8b-8gpu", 8),
+        ("llama-3-8b-colocated", 8),
+        ("llama-3-70b-4nodes", 32),
+        ("demo-ppo", 0),
+        ("serve", 0),
+    ],
 )
 def test_recipes_take_the_gpus_that_their_names_promise(recipe, gpus):
     bundles = needed(load_config(recipe))

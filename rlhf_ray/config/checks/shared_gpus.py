@@ -6,10 +6,10 @@ are on the same GPU, where NCCL refuses the second one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_ray.config.facts import Placement
+from rlhf_ray.config.facts import Placement, Role
 from rlhf_ray.config.problems import Problem
 
 EXACT = 10_000
@@ -24,29 +24,38 @@ class SharedGpus:
     count: int
     cpus: float
     """Of all roles on one GPU."""
+    shares: tuple[float, ...] = ()
+    """What each role takes of a GPU."""
 
 
 def shared_gpus(placements: Iterable[Placement]) -> SharedGpus | None:
     """The GPUs that roles with several ranks share; None where fewer than two roles would share them."""
-    sharing = _sharing(placements)
+    sharing = [placed for placed in placements if placed.count > 1 and 0 < placed.resources.gpus_per_rank < 1]
     if len(sharing) < 2:
         return None
-    cpus = sum(placed.resources.cpus_per_rank for placed in sharing)
-    return SharedGpus(tuple(placed.name for placed in sharing), max(placed.count for placed in sharing), cpus)
+    return SharedGpus(
+        tuple(placed.name for placed in sharing),
+        max(placed.count for placed in sharing),
+        sum(placed.resources.cpus_per_rank for placed in sharing),
+        tuple(placed.resources.gpus_per_rank for placed in sharing),
+    )
 
 
-def ranks_have_gpus_of_their_own(placements: Iterable[Placement]) -> Iterator[Problem]:
+def ranks_have_gpus_of_their_own(roles: Mapping[str, Role], shared: SharedGpus | None) -> Iterator[Problem]:
     """A GPU holds one rank of each role that shares it, and no more of them than it has room for."""
-    sharing = _sharing(placements)
-    parts = sum(round(placed.resources.gpus_per_rank * EXACT) for placed in sharing)
-    if len(sharing) > 1 and parts > EXACT:
-        named = " + ".join(f"{placed.name} {placed.resources.gpus_per_rank:g}" for placed in sharing)
+    if shared is not None and sum(round(share * EXACT) for share in shared.shares) > EXACT:
+        named = " + ".join(f"{role} {share:g}" for role, share in zip(shared.roles, shared.shares, strict=True))
         yield (
-            f"{sharing[0].name}.resources.gpus_per_rank",
-            f"the ranks of several roles share each GPU, and {named} is {parts / EXACT:g} of one: lower them to 1 in all, or "
-            "set those of a role to 1, which takes GPUs of its own",
+            f"{shared.roles[0]}.resources.gpus_per_rank",
+            f"the ranks of several roles share each GPU, and {named} is {sum(shared.shares):g} of one: lower them to 1 in all, "
+            "or set those of a role to 1, which takes GPUs of its own",
         )
-
-
-def _sharing(placements: Iterable[Placement]) -> list[Placement]:
-    return [placed for placed in placements if placed.count > 1 and 0 < placed.resources.gpus_per_rank < 1]
+    for key, role in roles.items():
+        gpus, ranks = role.config.resources.gpus_per_rank, role.config.ranks
+        alone = shared is None or key not in shared.roles
+        if alone and 0 < gpus < 1 and ranks > 1 and not role.derived:
+            yield (
+                f"{key}.resources.gpus_per_rank",
+                f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1, which takes "
+                f"{ranks} GPUs, or {key}.ranks to 1",
+            )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_args
 
 from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
+from rlhf_ray.config.checks.shared_gpus import SharedGpus, ranks_have_gpus_of_their_own
 from rlhf_ray.config.facts import Placement, Role, Sampling, Size
 from rlhf_ray.config.files.architectures import architecture_problems
 from rlhf_ray.config.files.encoders import encoder_problems
@@ -57,7 +58,7 @@ class Job(Section):
 
     def rules(self) -> list[Rule]:
         """The rules between the sections of the job. They read values alone, no file."""
-        return role_rules(self.roles())
+        return [*role_rules(self.roles()), self._gpu_problems]
 
     def files(self) -> list[Rule]:
         """The rules about what the job needs to find on this machine."""
@@ -74,6 +75,9 @@ class Job(Section):
             *(partial(self._architecture_problems, key, role) for key, role in roles),
         ]
 
+    def _gpu_problems(self) -> Iterator[Problem]:
+        return ranks_have_gpus_of_their_own(self.roles(), self.shared_gpus())
+
     def _architecture_problems(self, key: str, role: Role) -> Iterator[Problem]:
         return architecture_problems(key, role, self.longest_sequence())
 
@@ -84,6 +88,10 @@ class Job(Section):
     def placements(self) -> list[Placement]:
         """What the cluster must find room for, role by role."""
         return [Placement(key, role.config.ranks, role.config.resources) for key, role in self.roles().items()]
+
+    def shared_gpus(self) -> SharedGpus | None:
+        """The GPUs that the ranks of several roles share; none where every rank is placed by itself."""
+        return None
 
     def sampling(self) -> Sampling | None:
         """The engines that sample from a model of the job; none where nothing is sampled."""
@@ -131,7 +139,8 @@ class TrainingJob(Job):
         return self.data.max_tokens
 
     def rules(self) -> list[Rule]:
-        return role_rules(self.roles(), lambda key, role: repeats_exactly(key, role, self.run))
+        own = role_rules(self.roles(), lambda key, role: repeats_exactly(key, role, self.run))
+        return [*own, self._gpu_problems]
 
     def one_process_rules(self) -> list[Rule]:
         """The rules of ``rlhf-ray train --in-process``: what cannot share a process with a training engine."""

@@ -12,7 +12,7 @@ from rlhf_ray.config.checks import rollout as rollout_checks
 from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_pairs_to_cut, world_has_enough_prompts
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
-from rlhf_ray.config.checks.shared_gpus import ranks_have_gpus_of_their_own
+from rlhf_ray.config.checks.shared_gpus import SharedGpus, shared_gpus
 from rlhf_ray.config.facts import Amount, Placement, Role, Sampling, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
@@ -103,6 +103,9 @@ class PpoConfig(TrainingJob):
     def placements(self) -> list[Placement]:
         return [*super().placements(), Placement("rollout", self.rollout.engines, self.rollout.resources)]
 
+    def shared_gpus(self) -> SharedGpus | None:
+        return shared_gpus(self.placements())
+
     def sampling(self) -> Sampling:
         return Sampling(self.rollout, self.roles()["policy"], self.batch.sequences_per_step, self.updates_per_step)
 
@@ -112,7 +115,6 @@ class PpoConfig(TrainingJob):
     def rules(self) -> list[Rule]:
         return [
             *super().rules(),
-            lambda: ranks_have_gpus_of_their_own(self.placements()),
             lambda: rollout_checks.rollout_repeats_exactly(self.rollout, self.run),
             lambda: rollout_checks.longest_sequence_fits(self.rollout, self._longest_sequence()),
             lambda: rollout_checks.sampling_is_plain(self.rollout),
