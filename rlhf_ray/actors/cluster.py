@@ -24,6 +24,8 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import CapacityError
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
+from rlhf_ray.planning.gpus import gpu_bytes
+from rlhf_ray.planning.job_memory import RoleMemory, job_memory, require_memory
 from rlhf_ray.planning.object_store import LEAST, advice, store_to_start
 from rlhf_ray.processes.interrupts import kept_handlers
 from rlhf_ray.processes.lifeline import leaving
@@ -58,10 +60,12 @@ class Cluster:
         namespace: str | None = None,
         object_store: int | None = LEAST,
         shared: SharedGpus | None = None,
+        memory: Sequence[RoleMemory] = (),
     ) -> None:
         """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose.
 
-        ``shared`` are GPUs on which the ranks of several roles are placed side by side.
+        ``shared`` are GPUs on which the ranks of several roles are placed side by side. ``memory`` is refused if the GPUs of
+        this machine, where Ray is started on it, do not hold it.
         """
         self.config = config
         self.run = run
@@ -72,6 +76,7 @@ class Cluster:
         self.object_store = object_store if given is None else given * 2**20
         self._groups: list[RayRanks] = []
         self.shared = shared
+        self.memory = list(memory)
         self._shared_places: PlacementGroup | None = None
         self._shared = False
         self.joined: JoinedCluster | None = None
@@ -91,6 +96,7 @@ class Cluster:
             namespace=namespace,
             object_store=store_to_start(config),
             shared=config.shared_gpus(),
+            memory=job_memory(config) if check_room else (),
         )
 
     def __enter__(self) -> Cluster:
@@ -118,6 +124,9 @@ class Cluster:
         offered = offered_here(self.config)
         assert offered is not None, "a job without an address starts Ray here"
         require_fit(self.needed, offered)
+        size = gpu_bytes()
+        if size is not None:
+            require_memory(self.memory, size)
         warn_if_taken()
         environment.require_room_for_sockets()
         start_ray(

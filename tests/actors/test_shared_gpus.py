@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from rlhf_ray.actors import shells
 from rlhf_ray.actors.cluster import Cluster
@@ -29,14 +30,19 @@ class Rank:
         return list(ray.get_gpu_ids())
 
 
+@pytest.fixture(scope="module")
+def with_ray() -> Iterator[None]:
+    start_ray(num_cpus=16, num_gpus=GPUS, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(with_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setattr(shells, "remote_class", lambda worker: ray.remote(Rank))
-    start_ray(num_cpus=8, num_gpus=GPUS, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
     shared = SharedGpus(("policy", "reference", "rollout"), GPUS, 3.0)
     with Cluster(ClusterConfig(), RunConfig(name="shared"), shared=shared) as cluster:
         yield cluster
-    ray.shutdown()
 
 
 def spec(role: Any, share: float, ranks: int = GPUS, first_rank: int = 0) -> RankSpec:
@@ -44,9 +50,13 @@ def spec(role: Any, share: float, ranks: int = GPUS, first_rank: int = 0) -> Ran
 
 
 def gpus(cluster: Cluster, one: RankSpec) -> list[Any]:
-    """The GPU of each rank."""
+    """The GPU of each rank; none on the CPU."""
     found = cluster.start(one).call("gpus", [()] * one.ranks).result()
-    return [own[0] for own in found]
+    return [own[0] if own else None for own in found]
+
+
+def places(state: str) -> int:
+    return sum(entry["state"] == state for entry in placement_group_table().values())
 
 
 def test_each_rank_of_a_role_has_another_gpu_and_rank_i_that_of_rank_i_of_the_others(cluster: Cluster) -> None:
@@ -54,3 +64,15 @@ def test_each_rank_of_a_role_has_another_gpu_and_rank_i_that_of_rank_i_of_the_ot
     engines = [gpus(cluster, spec("rollout", 0.3, ranks=1, first_rank=number))[0] for number in range(GPUS)]
     assert len(set(policy)) == GPUS, policy
     assert policy == reference == engines
+
+
+def test_a_role_beside_them_has_places_of_its_own_and_all_are_given_back(cluster: Cluster) -> None:
+    before = places("CREATED")
+    gpus(cluster, spec("policy", 0.4))
+    group = cluster.start(spec("reward", 0.0))
+    assert group.call("gpus", [()] * GPUS).result() == [[], []]
+    assert places("CREATED") == before + 2
+    cluster.stop(group)
+    assert places("CREATED") == before + 1, "the shared ones stay until the job leaves"
+    cluster.__exit__(None, None, None)
+    assert places("CREATED") == before

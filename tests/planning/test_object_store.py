@@ -8,6 +8,8 @@ from rlhf_ray.actors import cluster
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.errors import CapacityError
+from rlhf_ray.planning import capacity
 from rlhf_ray.planning.object_store import LEAST, advice, shared_memory, store_bytes, store_to_start
 from tests.planning.recipes import published_files
 
@@ -51,6 +53,18 @@ def test_ray_is_started_with_the_store_of_the_job(
     with pytest.raises(KeyboardInterrupt), Cluster.for_job(config):
         pass
     assert started["object_store_memory"] == (store_to_start(config) if size is None else size)
+
+
+def test_a_run_is_refused_before_ray_starts_where_a_role_does_not_fit_the_gpus_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "gpu_bytes", lambda: 10**9)
+    monkeypatch.setattr(capacity, "count_gpus", lambda: 1)
+    monkeypatch.setattr(cluster, "start_ray", lambda **options: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = job("policy.resources.gpus_per_rank=0.5")
+    with pytest.raises(CapacityError, match=r"a rank of policy needs .* of 1 GB is 0\.5 GB"), Cluster.for_job(config):
+        pass
 
 
 def test_a_store_that_the_weights_do_not_fit_is_told_with_the_numbers() -> None:
