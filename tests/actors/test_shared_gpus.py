@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import ray
@@ -41,7 +43,7 @@ def with_ray() -> Iterator[None]:
 def cluster(with_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setattr(shells, "remote_class", lambda worker: ray.remote(Rank))
     shared = SharedGpus(("policy", "reference", "rollout"), GPUS, 3.0)
-    with Cluster(ClusterConfig(), RunConfig(name="shared"), shared=shared) as cluster:
+    with Cluster(ClusterConfig(), RunConfig(name=f"shared-{uuid4().hex[:8]}"), shared=shared) as cluster:
         yield cluster
 
 
@@ -55,8 +57,16 @@ def gpus(cluster: Cluster, one: RankSpec) -> list[Any]:
     return [own[0] if own else None for own in found]
 
 
-def places(state: str) -> int:
-    return sum(entry["state"] == state for entry in placement_group_table().values())
+def expect_places(cluster: Cluster, *names: str) -> None:
+    """Wait until the job has these placement groups and no others."""
+    wanted, deadline = sorted(f"rlhf/{cluster.run.name}/{name}" for name in names), time.monotonic() + 20
+    while True:
+        entries = [entry for entry in placement_group_table().values() if entry["state"] == "CREATED"]
+        found = sorted(entry["name"] for entry in entries if entry["name"].startswith(f"rlhf/{cluster.run.name}/"))
+        if found == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert found == wanted
 
 
 def test_each_rank_of_a_role_has_another_gpu_and_rank_i_that_of_rank_i_of_the_others(cluster: Cluster) -> None:
@@ -67,12 +77,11 @@ def test_each_rank_of_a_role_has_another_gpu_and_rank_i_that_of_rank_i_of_the_ot
 
 
 def test_a_role_beside_them_has_places_of_its_own_and_all_are_given_back(cluster: Cluster) -> None:
-    before = places("CREATED")
     gpus(cluster, spec("policy", 0.4))
     group = cluster.start(spec("reward", 0.0))
     assert group.call("gpus", [()] * GPUS).result() == [[], []]
-    assert places("CREATED") == before + 2
+    expect_places(cluster, "shared", "reward/0")
     cluster.stop(group)
-    assert places("CREATED") == before + 1, "the shared ones stay until the job leaves"
+    expect_places(cluster, "shared")  # until the job leaves, since other roles lie there too
     cluster.__exit__(None, None, None)
-    assert places("CREATED") == before
+    expect_places(cluster)

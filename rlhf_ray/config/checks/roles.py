@@ -53,16 +53,9 @@ def _has_the_right_head(key: str, role: Role) -> Iterator[Problem]:
 
 
 def _uses_one_device_per_rank(key: str, role: Role) -> Iterator[Problem]:
-    """Ray puts ranks that take half a GPU or less on the same one, where NCCL refuses the second rank of a group."""
-    gpus, ranks = role.config.resources.gpus_per_rank, role.config.ranks
+    gpus = role.config.resources.gpus_per_rank
     if gpus > 1:
         yield f"{key}.resources.gpus_per_rank", f"{gpus:g}, but a rank uses one GPU: set it to 1 and raise {key}.ranks"
-    if 0 < gpus <= 0.5 and ranks > 1:
-        yield (
-            f"{key}.resources.gpus_per_rank",
-            f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1 (or anything "
-            f"above 0.5), which takes {ranks} GPUs, or {key}.ranks to 1",
-        )
 
 
 def _quantizes_frozen_weights_only(key: str, role: Role) -> Iterator[Problem]:
