@@ -25,6 +25,7 @@ def test_a_recipe_fits_the_gpus_that_it_promises_and_wants_no_advice(recipe: str
     config = load_config(recipe)
     memory = job_memory(config, published_files)
     size = GPUS.get(recipe, 80)
+    assert [one.role for one in memory if one.gpu > one.share * size * GB] == []
     require_memory(memory, size * GB)
     with pytest.raises(CapacityError):
         require_memory(memory, max(one.gpu_needed for one in memory) - 1)
