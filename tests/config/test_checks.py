@@ -139,9 +139,8 @@ CASES = [
      "rollout.max_num_batched_tokens: 100 is below max_model_tokens, 512, and a step holds at least that: raise it to 512"),
     ("ppo", ["rollout.max_num_batched_tokens=600", "rollout.max_num_seqs=700"],
      "rollout.max_num_batched_tokens: 600 is below max_num_seqs, 700, and a step holds at least that: raise it to 700"),
-     "rollout.resources.gpus_per_rank: 0, but rollout.tensor_parallel is 4: an engine takes one GPU each; set the same"),
     ("ppo", ["policy.ranks=2", "policy.resources.gpus_per_rank=0.6", "rollout.engines=2",
-             "rollout.resources.gpus_per_rank=0.5"],
+             "rollout.resources.gpus_per_rank=0.5", "rollout.gpu_memory_utilization=0.5"],
      "policy.resources.gpus_per_rank: the ranks of several roles share each GPU, and policy 0.6 + rollout 0.5 is 1.1 of one: "
      "lower them to 1 in all, or set those of a role to 1"),
     ("ppo", ["rollout.resources.gpus_per_rank=2"],
@@ -269,7 +268,6 @@ ALLOWED = [
              "rollout.gpu_memory_utilization=0.3"]),
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "rollout.backend=transformers"]),
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "rollout.sleep=true"]),
-    ("ppo", ["rollout.resources.gpus_per_rank=0.3", "policy.resources.gpus_per_rank=0.3"]),
     ("ppo", [f"{role}.{key}" for role in ("policy", "reward") for key in ("ranks=2", "resources.gpus_per_rank=0.5")]),
     ("ppo", ["policy.engine={zero: 3, offload: all, optimizer: {learning_rate: 1e-3}}", "reward.engine.zero=3"]),
     ("sft", ["policy.model.quantization=nf4", "policy.model.dtype=bf16", LORA, "policy.engine.zero=2"]),

@@ -33,7 +33,12 @@ def test_a_reference_that_is_not_set_takes_a_place_and_a_reward_function_takes_n
 
 def test_ranks_that_share_gpus_are_one_bundle_of_a_whole_gpu_each():
     roles = [f"{role}.{key}" for role in ("policy", "critic") for key in ("ranks=2", "resources.gpus_per_rank=0.4")]
-    bundles = needed(load_config("demo-ppo", [*roles, "rollout.engines=2", "rollout.resources.gpus_per_rank=0.2"]))
+    bundles = needed(
+        load_config(
+            "demo-ppo",
+            [*roles, "rollout.engines=2", "rollout.resources.gpus_per_rank=0.2", "rollout.gpu_memory_utilization=0.2"],
+        )
+    )
     assert bundles[:2] == [Bundle("policy + critic + rollout", pytest.approx(0.6), 1.0)] * 2
     assert [bundle.role for bundle in bundles[2:]] == ["reference", "reward"]
 
