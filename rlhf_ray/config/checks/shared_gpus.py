@@ -53,9 +53,10 @@ def ranks_have_gpus_of_their_own(roles: Mapping[str, Role], shared: SharedGpus |
     for key, role in roles.items():
         gpus, ranks = role.config.resources.gpus_per_rank, role.config.ranks
         alone = shared is None or key not in shared.roles
-        if alone and 0 < gpus < 1 and ranks > 1 and not role.derived:
+        # Ray puts ranks that take half a GPU or less on the same one, where NCCL refuses the second rank of a group.
+        if alone and 0 < gpus <= 0.5 and ranks > 1 and not role.derived:
             yield (
                 f"{key}.resources.gpus_per_rank",
-                f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1, which takes "
-                f"{ranks} GPUs, or {key}.ranks to 1",
+                f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1 (or anything "
+                f"above 0.5), which takes {ranks} GPUs, or {key}.ranks to 1",
             )
