@@ -129,6 +129,10 @@ class ReferenceGroup(Group):
 
 
 class PolicyGroup(ReferenceGroup):
+    def save_without_weights(self, directory: str) -> Pending[dict[str, tuple[int, ...]]]:
+        """Write what rollout engines start from; the value is the shapes of the weights by their names on disk."""
+        return self._everywhere("save_without_weights", directory).then(lambda shapes: shapes[0])
+
     def publish_weights(self, version: int) -> Pending[PublishedWeights]:
         """Return rank 0's publication, by which the rollout engines find the weights."""
         return self._everywhere("publish_weights", version).then(lambda published: published[0])

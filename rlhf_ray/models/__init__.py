@@ -27,5 +27,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "prepare_padding": ".weights.tokenizer",
         "save_adapter": ".save",
         "save_pretrained": ".save",
+        "save_without_weights": ".save",
     },
 )

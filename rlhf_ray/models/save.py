@@ -85,14 +85,39 @@ def save_pretrained(
     generation = config_as_read(inner).generation if isinstance(inner, PreTrainedModel) else None
     whole = _apart({name: _copy_to_cpu(tensor) for name, tensor in weights.items()})
     with storage_errors(target, needed=_size(whole)):
-        target.mkdir(parents=True, exist_ok=True)
-        _write_json(target / CONFIG, config)
-        if generation is not None:
-            _write_json(target / GENERATION, generation)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+        _write_texts(target, config, generation, tokenizer)
         save_torch_state_dict(whole, target, max_shard_size=max_shard_size, metadata={"format": "pt"})
     check_written(target, weights, expected)
+
+
+def save_without_weights(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Write what :func:`save_pretrained` writes of a language model besides its weights.
+
+    ``weights`` say by their names on disk of which dtypes these are; they may lie on the meta device.
+    """
+    target = Path(directory)
+    config = _make_config(model, _stored_dtype(weights, f"{HEAD_NAME}."), {}, HEAD_NAME)
+    with storage_errors(target):
+        _write_texts(target, config, config_as_read(model).generation, tokenizer)
+
+
+def _write_texts(
+    target: Path,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    _write_json(target / CONFIG, config)
+    if generation is not None:
+        _write_json(target / GENERATION, generation)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
 
 
 def save_adapter(

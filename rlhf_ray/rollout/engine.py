@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,13 @@ class RolloutEngine(ABC):
         seed: int = 0,
         deterministic: bool = False,
         device: torch.device = CPU,
-        weights_follow: bool = False,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start on ``device`` from a directory that the policy wrote at ``weight_version``.
 
-        With ``weights_follow`` an update comes before the first request, so that no weight has to be read from there.
+        ``shapes`` are those of all weights by their names on disk, if the directory holds no weights: then an update brings
+        them before the first request.
         """
         _refuse_cut_distributions(config)
         self.model_dir = Path(model_dir)
@@ -66,8 +67,8 @@ class RolloutEngine(ABC):
         """The seed of the draws for requests that have none; it differs between engines."""
         self._clock = clock
         self._weight_version = weight_version
-        self._awaits_weights = weights_follow
-        self._shapes = shapes_on_disk(model_dir)
+        self._awaits_weights = shapes is not None
+        self._shapes = shapes_on_disk(model_dir) if shapes is None else dict(shapes)
         self._unfinished: dict[Key, GenerationRequest] = {}
         self._update: IncomingUpdate | None = None
         self._dead: str | None = None

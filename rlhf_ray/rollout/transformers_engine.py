@@ -64,7 +64,11 @@ class TransformersEngine(RolloutEngine):
         transformers_logging.disable_progress_bar()
         self._hf_config = AutoConfig.from_pretrained(model_dir)
         self.vocabulary = self._hf_config.get_text_config().vocab_size
-        self._model = self._ready(AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]))
+        if self._awaits_weights:
+            with torch.device("meta"):  # an update builds the model anew; until then it says of which class
+                self._model = AutoModelForCausalLM.from_config(self._hf_config, dtype=DTYPES[config.dtype])
+        else:
+            self._model = self._ready(AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[config.dtype]))
         self._stream = torch.Generator(self.device).manual_seed(self.stream_seed)
         self._max_rows = config.max_num_seqs or MAX_ROWS
         self._waiting: list[GenerationRequest] = []

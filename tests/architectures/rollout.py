@@ -16,7 +16,7 @@ from rlhf_ray.models.save import save_pretrained
 from rlhf_ray.models.weights.held import held_tensors
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.vllm_engine import VllmEngine
-from rlhf_ray.rollout.wire import BUCKET_BYTES, Bucket, PublishedWeights, as_it_is, publish
+from rlhf_ray.rollout.wire import BUCKET_BYTES, Bucket, PublishedWeights, as_it_is, publish, shapes_on_disk
 from tests.architectures.configs import TOKENS, VOCABULARY
 
 DEADLINE_S = 120.0
@@ -74,7 +74,8 @@ class Sampled:
 
     def __init__(self, directory: Path) -> None:
         self.policy = Policy(directory)
-        self.engine = VllmEngine(self.policy.start, FP32, stop_token_ids=STOPS, seed=5, weights_follow=True)
+        shapes = shapes_on_disk(self.policy.start)
+        self.engine = VllmEngine(self.policy.start, FP32, stop_token_ids=STOPS, seed=5, shapes=shapes)
         self.engine.receive(self.policy.published(0))
 
     def update(self, version: int) -> None:

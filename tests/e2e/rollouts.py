@@ -44,7 +44,7 @@ def mixture(model_type: str, directory: Path, *, tied: bool) -> str:
     run("train", "ppo", CONFIG, f"run.root={directory}", policy, f"steps={UPDATES + 1}", *SMALL)
     steps = metrics(directory / "tiny")
     assert [step["weights/version"] for step in steps] == list(range(1, UPDATES + 2))
-    before, after = (load_file(directory / "tiny" / part / "model.safetensors") for part in ("rollout-start", "final"))
+    before, after = (load_file(directory / part / "model.safetensors") for part in ("model", "tiny/final"))
     experts = [name for name in before if "experts" in name]
     assert experts and not all(torch.equal(before[name], after[name]) for name in experts), "experts have trained"
     worst = max(step["rollout/log_prob_difference"] for step in steps)

@@ -21,6 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.models import load_policy
+from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import DEADLINE_S, command, command_lines, listening_beyond_loopback, metrics, run
 
@@ -92,7 +95,8 @@ def test_the_first_ratio_is_exactly_one(undisturbed: Path) -> None:
 
 
 def test_weights_change_and_the_policy_moves_away_from_the_reference(undisturbed: Path) -> None:
-    before, after = weights(undisturbed / "rollout-start"), weights(undisturbed / "final")
+    start = load_policy(load_config(CONFIG, kind="ppo").policy.model)  # which is the reference's model, too
+    before, after = dict(to_disk_names(start.model)), weights(undisturbed / "final")
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     steps = metrics(undisturbed)

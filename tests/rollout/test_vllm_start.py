@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.requests import make_requests
+from rlhf_ray.rollout.transformers_engine import TransformersEngine
 from rlhf_ray.rollout.vllm_engine import VllmEngine
-from rlhf_ray.rollout.wire import publish
+from rlhf_ray.rollout.wire import publish, shapes_on_disk
 
 from .llamas import EOS, make_llama, weights_of
 
@@ -46,7 +47,7 @@ def test_what_an_update_overwrites_is_not_read_and_nothing_else_is_left_as_it_wa
     expected, answers = tensors_of(reads), reads.generate(seeded(), 60.0)
     reads.shutdown()
 
-    engine = start(tmp_path / "unread", weights_follow=True)
+    engine = start(tmp_path / "unread", shapes=shapes_on_disk(tmp_path / "read"))
     try:
         before = tensors_of(engine)
         assert not any(tensor.isnan().any() for tensor in before.values() if tensor.is_floating_point()), "it was read"
@@ -59,6 +60,21 @@ def test_what_an_update_overwrites_is_not_read_and_nothing_else_is_left_as_it_wa
         assert engine.generate(seeded(), 60.0) == answers, "what is packed has no name, but samples"
     finally:
         engine.shutdown()
+
+
+def test_an_engine_of_transformers_starts_without_weights_too(tmp_path: Path) -> None:
+    model = make_llama(3, tied=True)
+    model.save_pretrained(tmp_path / "whole")
+    model.config.save_pretrained(tmp_path / "config alone")
+    config, settings = RolloutConfig(backend="transformers", dtype="fp32"), {"stop_token_ids": (EOS,), "seed": 5}
+    expected = TransformersEngine(tmp_path / "whole", config, **settings).generate(seeded(), 60.0)
+    engine = TransformersEngine(
+        tmp_path / "config alone", config, shapes=shapes_on_disk(tmp_path / "whole"), **settings
+    )
+    with pytest.raises(RequestError, match="was started without weights: update them before the first request"):
+        engine.generate(seeded(), 60.0)
+    engine.receive(publish(0, weights_of(model)))
+    assert engine.generate(seeded(), 60.0) == expected
 
 
 def seeded() -> list[Any]:

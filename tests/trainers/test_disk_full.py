@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import set_num_threads
 
-from rlhf_ray.actors.groups import Group
+from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import DiskFullError
@@ -34,7 +34,7 @@ def fill(disk: Path, left: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "call", "number", "what", "kept"),
     [
-        (Group, "save_pretrained", 1, "rollout-start", []),
+        (PolicyGroup, "save_without_weights", 1, "rollout-start", []),
         (Checkpointer, "save", 2, "checkpoints/step-000002/", [1]),
         (MetricsLog, "log", 1, "metrics.jsonl", None),
         (Checkpointer, "save_final", 1, "final", [2, 3]),
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_committed(
     def meet_a_full_disk(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(call)
         if len(calls) == number:
-            fill(disk, 0 if call == "log" else LEFT)
+            fill(disk, LEFT if call in ("save", "save_final") else 0)
         return method(self, *arguments, **options)
 
     monkeypatch.setattr(owner, call, meet_a_full_disk)

@@ -81,6 +81,7 @@ def test_ppo_raises_the_learned_reward(tmp_path: Path) -> None:
     assert sum(rewards[-3:]) / 3 - sum(rewards[:3]) / 3 > 4 * deviation / (3 * 64) ** 0.5
     assert run.ledger.last_step == 16
     assert max(lines(run, "rollout/log_prob_difference")) <= 1e-4
+    assert not [*(run.path / "rollout-start").glob("*.safetensors")], "the first update brings all weights"
     checks = [check.name for check in run.summary().checks]
     assert checks.count(LOG_PROBS) == checks.count(UPDATED_LOG_PROBS) == 1, "at start, and once after an update"
 

@@ -65,6 +65,22 @@ class PolicyWorker(ReferenceWorker):
     def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
         return module(packed, temperature=self.settings.temperature, with_entropy=True)
 
+    def save_without_weights(self, directory: str) -> dict[str, tuple[int, ...]]:
+        """Write what rollout engines start from, on rank 0; weights come by the first update.
+
+        Returns their names on disk and shapes, there; nothing on other ranks.
+        """
+        from rlhf_ray.engine.weights import describe_disk_weights
+        from rlhf_ray.models import load_tokenizer, save_without_weights
+
+        if self.rank != 0:
+            return {}
+        described = describe_disk_weights(self.hf_model)
+        tokenizer = load_tokenizer(self.config.model) if self.tokenizer is None else self.tokenizer
+        empty = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in described}
+        save_without_weights(self.hf_model, tokenizer, directory, empty)
+        return {one.name: one.shape for one in described}
+
     def publish_weights(self, version: int) -> PublishedWeights | None:
         """All weights by their names on disk, in buckets with a checksum, on rank 0; the other ranks take part.
 

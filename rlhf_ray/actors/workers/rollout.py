@@ -6,7 +6,7 @@ Invariant: a vLLM engine has a process of its own, because vLLM sets the thread 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,8 @@ class RolloutSetup:
     seed: int
     deterministic: bool
     weight_version: int = 0
-    weights_follow: bool = False
-    """Whether an update comes before the first request, so that the engine need not read weights."""
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    """Of all weights by their names on disk, if ``model_dir`` holds none and an update brings them before the first request."""
     shared: SharedFile | None = None
     """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
@@ -63,7 +63,7 @@ def make_engine(setup: RolloutSetup, rank: int, device: torch.device) -> Rollout
         seed=setup.seed,
         deterministic=setup.deterministic,
         device=device,
-        weights_follow=setup.weights_follow,
+        shapes=setup.shapes,
     )
 
 

@@ -93,14 +93,14 @@ def build(
     groups.check_vocabularies()
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     start_directory = run.path / "rollout-start"
-    groups.policy.save_pretrained(str(start_directory)).result()
+    shapes = groups.policy.save_without_weights(str(start_directory)).result()
     setup = RolloutSetup(
         config.rollout,
         str(start_directory),
         ends.ids,
         config.run.seed,
         config.run.deterministic,
-        weights_follow=True,  # PpoTrainer.start publishes them before anything is sampled
+        shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
     )
     sampler = Sampler(config, session.fleet(engines, setup))
     rewards = make_reward_source(
