@@ -91,6 +91,22 @@ def test_an_update_that_fails_counts_for_no_engine_and_names_the_way_out(
     assert all(fleet.health[engine].state is EngineState.STALE for engine in range(2))
 
 
+def test_an_engine_that_fails_fails_the_policy_whose_ranks_may_still_wait_for_one_another(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of several ranks that failed is not asked to save."""
+    publisher, _, engines = make(policy)
+    publisher.publish(1)
+
+    def refuse(info: Any) -> None:
+        raise GroupError("rollout", 1, "take_sent", "no memory is left")
+
+    monkeypatch.setattr(engines[1], "take_sent", refuse)
+    with pytest.raises(GroupError, match="rollout rank 1 failed in take_sent: no memory is left") as caught:
+        publisher.publish(2)
+    assert caught.value.role == "policy"
+
+
 def test_the_object_store_can_be_asked_for(policy: Policy) -> None:
     publisher, _, _ = make(policy, weight_transport="object_store")
     assert publisher.transport == "object_store"

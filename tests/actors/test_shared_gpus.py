@@ -70,9 +70,10 @@ def expect_places(cluster: Cluster, *names: str) -> None:
 
 
 def test_each_rank_of_a_role_has_another_gpu_and_rank_i_that_of_rank_i_of_the_others(cluster: Cluster) -> None:
-    policy, reference = gpus(cluster, spec("policy", 0.4)), gpus(cluster, spec("reference", 0.3))
-    engines = [gpus(cluster, spec("rollout", 0.3, ranks=1, first_rank=number))[0] for number in range(GPUS)]
+    policy = gpus(cluster, spec("policy", 0.4))
     assert len(set(policy)) == GPUS, policy
+    reference = gpus(cluster, spec("reference", 0.3))
+    engines = [gpus(cluster, spec("rollout", 0.3, ranks=1, first_rank=number))[0] for number in range(GPUS)]
     assert policy == reference == engines
 
 
