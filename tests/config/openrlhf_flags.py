@@ -19,8 +19,8 @@ train.colocate_critic_reward critic.resources.gpus_per_rank reward.resources.gpu
 train.colocate_all ROLE.resources.gpus_per_rank rollout.resources.gpus_per_rank
 vllm.num_engines rollout.engines
 vllm.tensor_parallel_size rollout.tensor_parallel
-vllm.sync_backend -
-vllm.sync_with_ray -
+vllm.sync_backend rollout.weight_transport
+vllm.sync_with_ray rollout.weight_transport
 vllm.enable_prefix_caching -
 vllm.enforce_eager -
 vllm.enable_sleep rollout.sleep
