@@ -90,7 +90,11 @@ class Fleet:
             raise GroupError(ROLE, None, "update_weights", f"no engine has the weights\n{self.health.describe()}")
 
     def update_by(self, version: int, send: Callable[[tuple[int, ...]], None]) -> None:
-        """Have ``send`` give ``version`` to every live engine at once; where it fails, no engine has it."""
+        """Have ``send`` give ``version`` to every live engine at once; where it fails, no engine has it.
+
+        Engines are asked first, since one that died unnoticed would fail the update of all.
+        """
+        self.probe()
         targets = self.health.publish(version)
         if targets:
             send(targets)

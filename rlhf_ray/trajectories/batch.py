@@ -50,8 +50,14 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return the tensor on a device. A GPU is not waited for: what it does later sees the numbers that are there now."""
-    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+    """Return the tensor on a device. A GPU is not waited for: what it does later sees the numbers that are there now.
+
+    CUDA copies from pinned memory only without waiting. That has not run on a GPU yet.
+    """
+    target = torch.device(device)
+    if target.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(target, non_blocking=target.type != "cpu")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

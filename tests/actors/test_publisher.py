@@ -15,8 +15,10 @@ from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import GroupError
+from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.health import EngineState
+from rlhf_ray.rollout.requests import Probe
 from tests.rollout.stand_ins import on_cpu
 from tests.rollout.test_weight_sender import Worker, assert_same
 
@@ -35,6 +37,15 @@ class Policy(PolicyWorker):
     def connect_engines(self, *arguments: Any) -> None:
         self.connections += 1
         super().connect_engines(*arguments)
+
+
+class Handle:
+    """What the driver asks of an engine besides."""
+
+    dead: str | None = None
+
+    def probe(self) -> Pending[Probe]:
+        return Pending.done(Probe(self.dead, 0, 0))
 
 
 class EngineOf(Worker):
@@ -57,7 +68,7 @@ def policy() -> Iterator[Policy]:
 def make(policy: Policy, **keys: Any) -> tuple[Publisher, Fleet, list[EngineOf]]:
     engines = [EngineOf() for _ in range(2)]
     ranks = [InProcessRanks("rollout", engine) for engine in engines]
-    fleet = Fleet([None, None])  # type: ignore[list-item]  # nothing is asked of them by a handle
+    fleet = Fleet([Handle(), Handle()])  # type: ignore[list-item]  # nothing else is asked of them by a handle
     config = RolloutConfig(resources=ON_GPU, **keys)
     return Publisher(PolicyGroup(InProcessRanks("policy", policy)), fleet, ranks, config), fleet, engines
 
@@ -77,6 +88,17 @@ def test_engines_on_the_policys_gpu_read_its_memory_and_connect_anew_when_one_ha
     assert policy.connections == 2
     assert (engines[0].version, engines[1].version) == (2, 3)
     assert fleet.health.healthy == (1,)
+
+
+def test_an_engine_that_died_unnoticed_is_left_out_and_fails_no_update(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, fleet, engines = make(policy)
+    publisher.publish(1)
+    monkeypatch.setattr(fleet._handles[0], "dead", "it was killed")
+    monkeypatch.setattr(engines[0], "begin_update", lambda: 1 / 0)
+    publisher.publish(2)
+    assert fleet.health.healthy == (1,) and engines[1].version == 2
 
 
 def test_an_update_that_fails_counts_for_no_engine_and_names_the_way_out(
