@@ -1,8 +1,9 @@
 """The process group that the ranks of one role form, and decisions that they take together.
 
-Invariants: every collective operation has the deadline that the group was joined with, DeepSpeed's own too, after which it
-raises instead of waiting. A decision taken here is the same on every rank. Ranks meet at a port that one of them holds from
-the moment it is chosen, and that listens at one address alone; a lone rank meets nobody and opens none.
+Invariants: every collective operation has the deadline that the group was joined with, after which it raises instead of
+waiting; so have DeepSpeed's own once an engine is made. While a model loads in shards, those have torch's deadline. A decision
+taken here is the same on every rank. Ranks meet at a port that one of them holds from the moment it is chosen, and that listens
+at one address alone; a lone rank meets nobody and opens none.
 """
 
 from __future__ import annotations

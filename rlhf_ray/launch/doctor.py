@@ -149,7 +149,7 @@ def _accelerators() -> Iterator[Finding]:
     if torch.cuda.device_count():
         yield _driver(torch.version.cuda or "", driver_version())
     elif _device() == "cuda":
-        fix = "install the CUDA build: pip install -r requirements/gpu.txt (and unset CUDA_VISIBLE_DEVICES)"
+        fix = "install the CUDA build, as the head of requirements/gpu.txt says (and unset CUDA_VISIBLE_DEVICES)"
         yield Finding("accelerators", "GPU", "its driver answers, but torch sees none", fix, needed=True)
     else:
         yield Finding("accelerators", "GPU", "none: everything runs on the CPU")

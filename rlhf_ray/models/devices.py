@@ -36,7 +36,8 @@ def placed_device(resources: ResourcesConfig, role: str) -> torch.device:
         raise CapacityError(
             f"the {role} was placed on {resources.gpus_per_rank:g} GPU (resources.gpus_per_rank), but torch "
             f"{torch.__version__} sees {seen} in its process (CUDA_VISIBLE_DEVICES is {shown}): install the CUDA build on that "
-            "node (pip install -r requirements/gpu.txt) and a driver for it, or set gpus_per_rank to 0 to compute on the CPU"
+            "node (the head of requirements/gpu.txt says how) and a driver for it, or set gpus_per_rank to 0 to compute on "
+            "the CPU"
         )
     return torch.device("cuda", 0)
 

@@ -78,9 +78,7 @@ def get_llm_for_sequence_regression(
     shards, on all ranks together.
     """
     _class_for(model_type)
-    checkpoint = Checkpoint.open(model_name_or_path, revision, trust_remote_code=trust_remote_code)
-    refuse_encoder(checkpoint)
-    refuse_what_does_not_run(checkpoint, scores=model_type == "reward")
+    checkpoint = _open_decoder(model_name_or_path, revision, model_type, trust_remote_code)
     refuse_second_adapter(model_name_or_path, checkpoint.adapter, lora_rank)
     raw = checkpoint.raw_config()
     prefix = _head_name(raw, value_head_prefix)
@@ -125,6 +123,13 @@ def get_llm_for_sequence_regression(
         add_lora(model.backbone, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=target_modules)
     get_logger(__name__).info("%s: %s", model_name_or_path, describe(model))
     return model
+
+
+def _open_decoder(path: str, revision: str | None, model_type: str, trust_remote_code: bool) -> Checkpoint:
+    checkpoint = Checkpoint.open(path, revision, trust_remote_code=trust_remote_code)
+    refuse_encoder(checkpoint)
+    refuse_what_does_not_run(checkpoint, scores=model_type == "reward")
+    return checkpoint
 
 
 def wrap_backbone(

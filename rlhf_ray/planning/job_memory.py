@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rlhf_ray.config.facts import Role, Sampling
 from rlhf_ray.config.files.models import adapter_base, is_adapter
@@ -45,9 +46,9 @@ def weights_here(model: ModelConfig) -> tuple[ModelConfig, Mapping[str, Shape]]:
     An adapter's are added to those of its base.
     """
     found = located(model)
-    if not is_adapter(found):
+    if found.path is None or not is_adapter(Path(found.path)):
         return found, shapes_of(found)
-    base = adapter_base(found)
+    base = adapter_base(Path(found.path))
     whole = shapes_of(located(found.model_copy(update={"path": base, "revision": None}))) if base is not None else {}
     adapters = {name: shape for name, shape in shapes_of(found).items() if ".lora_" in name}
     return found, whole | adapters if whole else {}

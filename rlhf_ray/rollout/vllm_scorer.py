@@ -17,6 +17,7 @@ import torch
 
 from rlhf_ray.config.files.architectures import HEAD, OTHERWISE, not_one_score, vllm_refusal
 from rlhf_ray.config.files.encoders import encoder_type, not_in_vllm
+from rlhf_ray.config.files.models import is_adapter
 from rlhf_ray.config.files.positions import longest_sequence
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.errors import RequestError
@@ -89,7 +90,7 @@ def servable_config(model: ModelConfig, max_item_tokens: int = 0) -> Any:
     from transformers import AutoConfig
 
     assert model.path is not None, "the config holds scorer vllm only with a path"
-    if (Path(model.path) / "adapter_config.json").is_file():
+    if is_adapter(Path(model.path)):
         raise RequestError(
             f"{model.path} is an adapter, and vLLM scores merged models: rlhf-ray export it, {OTHERWISE}"
         )

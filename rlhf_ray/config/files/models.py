@@ -18,6 +18,7 @@ from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.environment import is_hub_id
 
+ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model",
@@ -34,7 +35,7 @@ def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> I
     if not path.is_dir():
         yield f"{key}.path", _no_directory(path)
         return
-    if (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         yield from _adapter_problems(f"{key}.path", path)
     else:
         yield from ((f"{key}.path", text) for text in _checkpoint_problems(path))
@@ -80,14 +81,14 @@ def _weight_problems(path: Path) -> Iterator[str]:
 
 
 def _adapter_problems(key: str, path: Path) -> Iterator[Problem]:
-    content = read_json(path / "adapter_config.json")
+    content = read_json(path / ADAPTER_CONFIG)
     if isinstance(content, str):
         yield key, content
         return
     base = str(content.get("base_model_name_or_path"))
     if not Path(base).is_dir() and not is_hub_id(base):
         yield key, f"{path} is an adapter of {base}, which does not exist on this machine"
-    elif (Path(base) / "adapter_config.json").is_file() and not any(Path(base).glob("model*.safetensors*")):
+    elif is_adapter(Path(base)) and not any(Path(base).glob("model*.safetensors*")):
         yield key, f"{path} is an adapter of {base}, which is an adapter itself: merge that first, with rlhf-ray export"
     refused = why_refused(content)
     if refused is not None:
@@ -114,19 +115,21 @@ def model_config_file(model: ModelConfig) -> Mapping[str, Any]:
 
     Nulls, and values of a kind that no model has, are left out: the rule about models names them.
     """
-    path = adapter_base(model) if is_adapter(model) else model.path
+    path = model.path
+    if path is not None and is_adapter(Path(path)):
+        path = adapter_base(Path(path))
     content = read_json(Path(path) / "config.json") if path is not None else {}
     return readable(content) if isinstance(content, dict) else {}
 
 
-def is_adapter(model: ModelConfig) -> bool:
-    """Whether the directory of a model holds an adapter alone."""
-    return model.path is not None and (Path(model.path) / "adapter_config.json").is_file()
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter."""
+    return (path / ADAPTER_CONFIG).is_file()
 
 
-def adapter_base(model: ModelConfig) -> str | None:
+def adapter_base(path: Path) -> str | None:
     """The path or hub id of the model that the adapter in a directory belongs to; None where it does not say."""
-    content = read_json(Path(model.path or "") / "adapter_config.json")
+    content = read_json(path / ADAPTER_CONFIG)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     return base if isinstance(base, str) else None
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_ray.config.facts import Role
 from rlhf_ray.config.files.encoders import encoder_type
-from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.files.models import is_adapter, model_config_file
 from rlhf_ray.config.files.positions import text_part
 from rlhf_ray.config.problems import Problem, unless_absent
 from rlhf_ray.config.sections.models import ModelConfig
@@ -222,7 +222,7 @@ def head_problems(key: str, role: Role) -> Iterator[Problem]:
     if model is None or model.path is None or role.head is False or model.head_init is not None:
         return
     path, config = Path(model.path), model_config_file(model)
-    if (path / "adapter_config.json").is_file() or encoder_type(config) is not None:
+    if is_adapter(path) or encoder_type(config) is not None:
         return
     shapes: dict[str, Shape] = {}
     for file in sorted(path.glob("*.safetensors")):
