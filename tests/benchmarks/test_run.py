@@ -43,7 +43,7 @@ ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul
 """What can be measured without TRL beside it."""
 ENCODERS = {f"encoders.{kind}_vs_padded" for kind in ("bert", "deberta-v2", "modernbert")}
 WEIGHTS = {"weights.update_ms", "weights.publish_ms", "weights.copies_over_in_place"}
-NAMES = {*WEIGHTS, *ENCODERS, *MODELS, *ALONE, *SCORING, *LEARNED}
+NAMES = {*WEIGHTS, *ENCODERS, *MODELS, *ALONE, *SCORING}
 
 
 def stored(path: Path) -> dict[str, dict[str, Any]]:
@@ -93,17 +93,22 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     assert [line.split() for line in lines] == [["a.longer", "1.234e+04", "x", "fast"], ["b", "0.5", "s", "slowly"]]
 
 
-def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [({"demo", "learning"}, NAMES), pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long)],
+    ids=["all but those that learn", "learning"],
+)
+def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path, left_out: set[str], expected: set[str]) -> None:
     """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""
     path = tmp_path / "figures.json"
     record({"faults.kills": Figure(3.0, "kills", True, "kept from before")}, path)
-    parts = ",".join(part for part in PARTS if part != "demo")
+    parts = ",".join(part for part in PARTS if part not in left_out)
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--only", parts, "--results", str(path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env={**os.environ})
     assert done.returncode == 0, done.stderr[-3000:]
     figures = stored(path)
-    assert set(figures) == {*NAMES, "faults.kills"} and figures["faults.kills"]["value"] == 3.0
-    assert all(figures[name]["method"] for name in NAMES)
-    assert all(figures[name]["value"] > 0 for name in NAMES - LEARNED), "two steps learn nothing"
-    assert {line.split()[0] for line in done.stdout.splitlines() if line.strip()} >= NAMES
+    assert set(figures) == {*expected, "faults.kills"} and figures["faults.kills"]["value"] == 3.0
+    assert all(figures[name]["method"] for name in expected)
+    assert all(figures[name]["value"] > 0 for name in expected - LEARNED), "two steps learn nothing"
+    assert {line.split()[0] for line in done.stdout.splitlines() if line.strip()} >= expected

@@ -14,7 +14,7 @@ from . import soak
 
 pytestmark = pytest.mark.early
 
-CAPACITY_REQUESTS, STEADY_S, SHORT_S = 300, 60.0, 5.0
+CAPACITY_REQUESTS, SHORT_S = 300, 5.0
 
 
 def at_a_port(directory: Path, **settings: int) -> AbstractContextManager[Service]:
@@ -40,8 +40,9 @@ def capacity(load: soak.Load) -> float:
     return load.capacity(CAPACITY_REQUESTS)
 
 
-def test_a_minute_at_80_percent_of_capacity_fails_no_request(load: soak.Load, capacity: float) -> None:
-    soak.steady(load, capacity, STEADY_S).require()
+@pytest.mark.parametrize("seconds", [15.0, pytest.param(60.0, marks=pytest.mark.long)])
+def test_arrivals_at_80_percent_of_capacity_fail_no_request(load: soak.Load, capacity: float, seconds: float) -> None:
+    soak.steady(load, capacity, seconds).require()
 
 
 def test_five_times_too_many_are_refused_at_once(short_queue: soak.Load, capacity: float) -> None:
