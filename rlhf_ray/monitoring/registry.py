@@ -174,7 +174,18 @@ _METRICS = {
         ("importance/limited_share", "share", "Share of actions whose importance weight is cut or masked"),
         ("importance/effective_share", "share", "Effective sample size of the importance weights, over the actions"),
         ("rollout/staleness", "versions", "Age of the oldest weights that sampled a token of the step"),
+        ("rollout/staleness_mean", "versions", "Mean age of the oldest weights that sampled a token of an answer"),
         ("rollout/tokens_per_second", "tokens/s", "Tokens sampled in a second of rollout"),
+        (
+            "rollout/seconds",
+            "s",
+            "Time in which the engines sampled the step's answers, while the step before it learned",
+        ),
+        (
+            "rollout/engines_idle",
+            "share",
+            "Share of the time since the last step's answers in which engines had no work",
+        ),
     ],
     "Time": [
         ("time/step", "s", "Whole step"),

@@ -61,6 +61,7 @@ REWARD = Rule(
     "said", "rewards from here on are not comparable with those before, nor is the start that evaluation shows"
 )
 SAMPLING = Rule("said", "answers from here on are sampled otherwise than those before, and than those of the start")
+MODE = Rule("said", "answers from here on are as old as the new mode makes them")
 COMPARED = Rule("said", "figures from here on are of the prompts that the starting policy answered too")
 ROUNDING = Rule("said", "the rounding is another from here on")
 REPEATS = Rule("said", "only what follows repeats exactly, or no longer does")
@@ -169,6 +170,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rollout": {
         **_same(SAMPLING, "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p", "max_model_tokens"),
         **_same(ROUNDING, "backend", "dtype", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel"),
+        "mode": MODE,
         **_same(FREE, "engines", "kv_cache_gib", "gpu_memory_utilization", "weight_transport", "sleep", "timeout_s"),
     },
     "rollout.resources": _RESOURCES,

@@ -45,8 +45,19 @@ class Checkpointer:
         self.committed = None if checkpoint is None else checkpoint.step
         """The step of the newest commit; none before the first."""
         self.schedule = CommitSchedule(config.every_steps, total, self.committed or 0)
+        self._also: list[Callable[[Path, int], None]] = []
         self._applied = 0
         """The newest step of this attempt whose last update was applied; 0 before the first."""
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint lies that the run goes on from; only where there is one."""
+        assert self.checkpoint is not None, "asked for after restore has found a checkpoint"
+        return self.checkpoint.path
+
+    def also(self, write: Callable[[Path, int], None]) -> None:
+        """Have ``write`` put files of the driver's own into the directory of each checkpoint, whose step it is given too."""
+        self._also.append(write)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``.
@@ -62,6 +73,8 @@ class Checkpointer:
             saving = {name: group.save(str(pending.path / name)) for name, group in self.groups.items()}
             for name, records in saving.items():
                 hashed |= below(name, records.result())
+            for write in self._also:
+                write(pending.path, step)
         except BaseException:
             pending.abort()
             raise

@@ -117,9 +117,9 @@ class Journal:
         """Log one step of reinforcement learning; the time since the last step counts as its own."""
         times = self.clock.take()
         rates = {"tokens_per_second": batch.num_tokens / times["time/step"]}
-        if times.get("time/rollout"):
-            sampled = float(batch["action_mask"].sum())
-            rates["rollout/tokens_per_second"] = sampled / times["time/rollout"]
+        seconds = metrics.get("rollout/seconds", times.get("time/rollout"))
+        if seconds:
+            rates["rollout/tokens_per_second"] = float(batch["action_mask"].sum()) / seconds
         self._write(step, total, {**metrics, **times, **rates})
 
     def log_update(self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:

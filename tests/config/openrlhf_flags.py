@@ -29,8 +29,8 @@ algo.advantage.is_correction_level algorithm.importance.level
 algo.advantage.is_correction_mode algorithm.importance.rule
 algo.advantage.is_correction_gating -
 algo.advantage.is_correction_threshold algorithm.importance.low algorithm.importance.high
-train.async_enable -
-train.async_queue_size -
+train.async_enable rollout.mode
+train.async_queue_size rollout.mode
 train.partial_rollout_enable -
 eval.steps evaluation.every_steps
 ckpt.save_steps checkpoint.every_steps

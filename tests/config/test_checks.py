@@ -151,6 +151,12 @@ CASES = [
     ("ppo", ["rollout.sleep=true"],
      "rollout.sleep: true, but it is for a vllm engine that shares a GPU with other roles (backend is vllm, "
      "resources.gpus_per_rank 0): remove it"),
+    ("ppo", ["rollout.mode=one_step_off", "algorithm.max_staleness=0"],
+     "algorithm.max_staleness: 0, but rollout.mode one_step_off trains on answers 1 publication(s) old: raise it to 1, "
+     "remove it, or set rollout.mode to sync"),
+    ("ppo", ["rollout.mode=one_step_off", "rollout.sleep=true", "rollout.resources.gpus_per_rank=0.3"],
+     "rollout.sleep: true, but in mode one_step_off the engines sample while the trainer learns, so that both need the memory: "
+     "set mode to sync"),
     ("ppo", ["rollout.sleep=true", "rollout.resources.gpus_per_rank=1"],
      "(backend is vllm, resources.gpus_per_rank 1): remove it"),
     ("ppo", ["cluster.address=auto", "cluster.num_cpus=4"],

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from rlhf_ray.config.facts import Amount
 from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.algorithm import AlgorithmConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.run import RunConfig
 
@@ -50,6 +51,17 @@ def every_engine_has_a_prompt(rollout: RolloutConfig, prompts_per_step: int) -> 
         yield (
             "rollout.engines",
             f"{rollout.engines} engines cannot share {prompts_per_step} prompts (batch.prompts_per_step): lower it",
+        )
+
+
+def mode_keeps_to_the_bound(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[Problem]:
+    """A bound on staleness allows what the mode does at every step."""
+    bound = algorithm.max_staleness
+    if bound is not None and bound < rollout.staleness:
+        yield (
+            "algorithm.max_staleness",
+            f"{bound}, but rollout.mode {rollout.mode} trains on answers {rollout.staleness} publication(s) old: raise "
+            f"it to {rollout.staleness}, remove it, or set rollout.mode to sync",
         )
 
 

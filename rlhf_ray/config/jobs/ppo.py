@@ -75,6 +75,12 @@ class PpoConfig(TrainingJob):
         return RoleConfig.partial(values, ())  # its parts were checked as the policy's, and are not reported twice
 
     @property
+    def max_staleness(self) -> int:
+        """How many publications older than the newest the weights may be that sampled a token of a step."""
+        bound = self.algorithm.max_staleness
+        return self.rollout.staleness if bound is None else bound
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer steps of the policy (and of the critic) in one PPO step."""
         batch = self.batch
@@ -119,6 +125,7 @@ class PpoConfig(TrainingJob):
             lambda: rollout_checks.longest_sequence_fits(self.rollout, self._longest_sequence()),
             lambda: rollout_checks.sampling_is_plain(self.rollout),
             lambda: rollout_checks.every_engine_has_a_prompt(self.rollout, self.batch.prompts_per_step),
+            lambda: rollout_checks.mode_keeps_to_the_bound(self.rollout, self.algorithm),
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
             lambda: rollout_checks.engine_keeps_to_its_share(self.rollout),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),

@@ -233,8 +233,9 @@ class AlgorithmConfig(Section):
     importance: ImportanceConfig = ImportanceConfig()
     critic_warmup_steps: NonNegative = 0
     """Steps at the start in which the critic alone trains."""
-    max_staleness: NonNegative = 0
-    """How many publications of weights to the engines an answer may be older than the newest."""
+    max_staleness: NonNegative | None = None
+    """How many publications of weights to the engines an answer may be older than the newest; null: what ``rollout.mode``
+    needs."""
 
     @model_validator(mode="before")
     @classmethod

@@ -36,6 +36,13 @@ class RolloutConfig(Section):
     """Give the memory of weights and KV cache back while nothing is generated, on a GPU that other roles share."""
     resources: ResourcesConfig = ResourcesConfig()
     timeout_s: PositiveFloat = 300.0
+    mode: Literal["sync", "one_step_off"] = "sync"
+    """Whether a step samples before it learns, or while the step before it learns."""
+
+    @property
+    def staleness(self) -> int:
+        """How many publications older than the newest the weights may be that sampled the tokens of a step, in this mode."""
+        return {"sync": 0, "one_step_off": 1}[self.mode]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.sleep and not (self.backend == "vllm" and 0 < self.resources.gpus_per_rank < 1):
@@ -43,6 +50,12 @@ class RolloutConfig(Section):
                 "sleep",
                 f"true, but it is for a vllm engine that shares a GPU with other roles (backend is {self.backend}, "
                 f"resources.gpus_per_rank {self.resources.gpus_per_rank:g}): remove it",
+            )
+        if self.sleep and self.mode != "sync":
+            yield (
+                "sleep",
+                f"true, but in mode {self.mode} the engines sample while the trainer learns, so that both need the memory: set "
+                "mode to sync, or give the engines GPUs of their own and remove sleep",
             )
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
         if self.backend == "transformers" and tokens is not None:

@@ -6,6 +6,7 @@ wrote. ``final/`` holds the weights that the last evaluation measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_ray.actors.place import Place, PlacedGroup
@@ -31,10 +32,11 @@ from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import make_ground_truth
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.ppo.metrics import StepMetrics
+from rlhf_ray.trainers.ppo.modes import Mode, OneStepOff, Sync
 from rlhf_ray.trainers.ppo.progress import PpoProgress, updates_in_all
 from rlhf_ray.trainers.ppo.rewards import make_reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
-from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, check_user_collector, make_collector
+from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler, check_user_collector, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.session import Session
@@ -135,6 +137,9 @@ def build(
         directory=run.path / "evaluation",
     )
     stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
+    mode = make_mode(config, make_collector(config, stream, sampler, experience), stream, engines)
+    checkpoints.also(mode.save)
+    session.cleanup.callback(mode.close)
     return PpoTrainer(
         config,
         run_directory=run,
@@ -142,7 +147,7 @@ def build(
         sampler=sampler,
         publisher=Publisher(groups.policy, sampler.fleet, engines, config.rollout),
         prompts=stream,
-        collector=make_collector(config, stream, sampler, experience),
+        mode=mode,
         experience=experience,
         learner=learner,
         metrics=StepMetrics(config, chat.tokenizer, ends, truth.of_steps),
@@ -152,6 +157,18 @@ def build(
         journal=journal,
         progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step),
     )
+
+
+def make_mode(config: PpoConfig, collector: Collector, prompts: PromptStream, engines: Sequence[Ranks]) -> Mode:
+    """The mode that ``rollout.mode`` names, which decides when ``collector`` is asked."""
+    if config.rollout.mode == "sync":
+        return Sync(collector, prompts)
+
+    def stop_engines() -> None:
+        for engine in engines:
+            engine.stop()
+
+    return OneStepOff(config, collector, prompts, stop_engines)
 
 
 def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Groups, list[Ranks]]:

@@ -7,6 +7,7 @@ made again only when prompts were dropped.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Experience:
         self.rewards = rewards
         self.tokenizer = tokenizer
         self.stop_tokens = frozenset(stop_tokens)
+        self._one_at_a_time = threading.Lock()
 
     def gather(
         self,
@@ -151,7 +153,8 @@ class Experience:
 
     def score(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
         """One result a sample, in order; a sample that the source fails at is tried again for ``reward.hold_s`` seconds."""
-        return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
+        with self._one_at_a_time:  # a collector may score the next step in the background
+            return score_or_hold(self.rewards, samples, hold_s=self.config.reward.hold_s)
 
     def require_rewards(self, samples: Sequence[TextSample]) -> list[ScoreResult]:
         """One result a sample, in order, each with a reward; raises :class:`ScoringError` where one has none."""

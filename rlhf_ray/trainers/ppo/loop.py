@@ -1,6 +1,7 @@
 """The driver's loop of PPO (proximal policy optimisation, Schulman et al. 2017) for language models.
 
-Invariants: a step is sampled by one version of the weights, and scored, valued and learned from as one batch. One schedule a
+Invariants: a step is scored, valued and learned from as one batch; which weights sampled it is its mode's affair
+(``trainers/ppo/modes``), and while weights are sent or answers are compared the mode has nothing on the engines. One schedule a
 step serves log-probs, values and the first pass, so that the first ratio is exactly 1. All ranks of policy and critic apply
 an update, or none does. A step counts only once its prompts are in the ledger. What fails after a step does not cost it: the
 step is committed before the run ends, and the last one before anything else is done.
@@ -16,6 +17,7 @@ from typing import Any
 from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -25,9 +27,10 @@ from rlhf_ray.trainers.ppo.comparison_table import show_samples, summarize_compa
 from rlhf_ray.trainers.ppo.evaluation import Comparison, PpoEvaluation
 from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.metrics import StepMetrics, sample_rows
+from rlhf_ray.trainers.ppo.modes import Mode
 from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
-from rlhf_ray.trainers.ppo.sampling import Collected, Collector, PromptStream, Sampler
+from rlhf_ray.trainers.ppo.sampling import Collected, PromptStream, Sampler
 from rlhf_ray.trainers.ppo.self_check import CHECKED_PROMPTS, SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
@@ -57,7 +60,7 @@ class PpoTrainer:
     sampler: Sampler
     publisher: Publisher
     prompts: PromptStream
-    collector: Collector
+    mode: Mode
     experience: Experience
     learner: Learner
     metrics: StepMetrics
@@ -68,6 +71,8 @@ class PpoTrainer:
     progress: PpoProgress
     state: dict[str, Any] = field(default_factory=dict)
     """The driver's part of a checkpoint after the last finished step: a step that has begun has moved the prompts on."""
+    newest_compared: bool = False
+    """Whether this attempt has compared log-probs on answers of weights that it had sent."""
 
     def start(self) -> None:
         """Load the last checkpoint if there is one, give the engines the weights, check the set-up, and measure the start."""
@@ -76,6 +81,7 @@ class PpoTrainer:
             self.progress.restore(state["progress"])
             self.prompts.restore(state["prompts"])
             self.prompts.account(self.run_directory.ledger)
+            self.mode.restore(self.checkpoints.path)
         self.remember()
         self.publish(self.progress.weight_version)
         with self.journal.phase("evaluation"):
@@ -119,6 +125,7 @@ class PpoTrainer:
             if outcome.policy_applied:
                 with self.journal.phase("weights"):
                     self.publish(progress.weight_version)
+                self.compare_newest()
             self.journal.write_samples(progress.step, sample_rows(prepared.samples, prepared.batch))
             metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **progress.metrics()}
             self.journal.log_step(progress.step, self.config.steps, metrics, prepared.batch)
@@ -136,7 +143,7 @@ class PpoTrainer:
     def prepare(self) -> Prepared:
         """Sample and score the batch of the next step; this changes no weight."""
         phase, progress = self.journal.phase, self.progress
-        collected = self.collector.collect(progress.step, progress.weight_version, phase)
+        collected = self.mode.collect(progress.step, progress.weight_version, phase)
         batch, schedules, samples = self.experience.gather(
             collected.trajectories, collected.by_id, step=progress.step, phase=phase, scored=collected.scored
         )
@@ -144,15 +151,17 @@ class PpoTrainer:
         progress.observe_scores(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
         metrics = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
+        metrics |= collected.metrics
         return Prepared(collected, batch, schedules, samples, metrics, objective)
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every rollout engine as ``version``."""
+        self.mode.settle()
         self.publisher.publish(version)
 
     def remember(self) -> None:
         """Keep the driver's state as it is now, after a finished step, for its checkpoint."""
-        self.state = {"progress": self.progress.state(), "prompts": self.prompts.state()}
+        self.state = {"progress": self.progress.state(), "prompts": self.mode.position(self.progress.step)}
 
     def commit_if_due(self) -> None:
         """Commit the step that was just finished if it is due; after the last one, write ``final/`` too."""
@@ -166,6 +175,7 @@ class PpoTrainer:
 
         The critic is in ``final/critic``.
         """
+        self.mode.settle()  # so that what it has finished is in the checkpoint
         step = self.progress.step
         if step < self.config.steps:
             self.checkpoints.save(step, self.state)
@@ -175,16 +185,33 @@ class PpoTrainer:
 
     def check(self) -> None:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
-        prompts = self.prompts.peek(min(CHECKED_PROMPTS, self.config.batch.prompts_per_step))
+        prompts = self.checked_prompts()
         trajectories = self.sampler.generate(prompts, 0)
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
         self.journal.keep_checks(self.self_check.run(batch, schedules, samples))
 
+    def compare_newest(self) -> None:
+        """Once, where steps train on older samples: compare log-probs on a few answers of the newest weights."""
+        if self.mode.trains_on_newest or self.newest_compared:
+            return
+        self.newest_compared = True
+        with self.journal.phase("evaluation"):
+            trajectories = self.sampler.generate(self.checked_prompts(), 0)
+            shared = self.groups.policy.share(trajectories)
+            schedule = self.groups.schedules(trajectories, 0)["policy"]
+            batch = trajectories.with_columns(log_probs=self.groups.policy.log_probs(shared, schedule).result())
+            self.journal.keep_checks(self.self_check.after_update(batch, self.progress.weight_version))
+
+    def checked_prompts(self) -> list[TokenizedPrompt]:
+        """A few training prompts, which do not count as used."""
+        return self.prompts.peek(min(CHECKED_PROMPTS, self.config.batch.prompts_per_step))
+
     def compare(self) -> Comparison | None:
         """Measure and log the current policy against the start; nothing where there are no held-out prompts."""
         if not self.evaluation.possible:
             return None
+        self.mode.settle()
         with self.journal.phase("evaluation"):
             comparison = self.evaluation.compare()
         self.journal.log_evaluation(self.progress.step, comparison.figures)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rlhf_ray.algorithms.kl import sequence_kl
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
@@ -59,7 +61,7 @@ class StepMetrics:
             "reward/learned": float(batch["score"].mean()),
             "length/prompt": prompt_tokens / len(batch),
             "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
-            "rollout/staleness": float(weight_version - batch["weight_version"][batch["action_mask"]].min()),
+            **staleness(batch, weight_version),
             "round_trip/failed_share": failed_round_trips(self.tokenizer, samples, prompts),
             "prompts/sampled": float(len(collected.prompts)),
             "prompts/dropped": float(_count_prompts(collected.trajectories) - _count_prompts(batch)),
@@ -80,6 +82,17 @@ class StepMetrics:
         reason = why_cut(self.tokenizer, self.ends, answers, self.config.rollout.max_new_tokens)
         if reason is not None:
             get_logger("ppo").warning("%s", reason)
+
+
+def staleness(batch: TrajectoryBatch, version: int) -> dict[str, float]:
+    """Publications from the weights that sampled the oldest token of an answer to ``version``: their maximum and their mean."""
+    never = torch.iinfo(batch["weight_version"].dtype).max
+    versions = torch.where(batch["action_mask"], batch["weight_version"], never)
+    oldest = torch.full((len(batch),), never, dtype=versions.dtype).scatter_reduce(
+        0, batch.sequence_ids, versions, "amin"
+    )
+    ages = (version - oldest[oldest < never]).double()  # an answer without an action has no age
+    return {"rollout/staleness": float(ages.max()), "rollout/staleness_mean": float(ages.mean())}
 
 
 def sampled_ids(sample: TextSample, prompts: Mapping[int, TokenizedPrompt]) -> list[int]:

@@ -6,7 +6,8 @@ Invariants:
 - No two requests of a call share a name, even if an epoch ends inside a step and a prompt comes twice.
 - Requests have seeds in deterministic mode only, because a seed costs the engine its fast sampler.
 - The ledger counts every prompt that was taken once, also one whose samples are left out.
-- No token is older than ``algorithm.max_staleness``, and a step has samples of at most ``batch.prompts_per_step`` prompts.
+- No token is older than the bound (``PpoConfig.max_staleness``), and a step has samples of at most ``batch.prompts_per_step``
+  prompts.
 - A collector of a user's own is held to all of this at every step.
 """
 
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -122,6 +123,8 @@ class Collected:
     """All prompts that were taken from the stream, also those whose samples are left out."""
     trajectories: TrajectoryBatch
     scored: ScoredSamples | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the mode of the run measured while it collected them."""
 
     @property
     def by_id(self) -> dict[int, TokenizedPrompt]:
@@ -153,7 +156,7 @@ class FixedSampling:
         prompts = self.prompts.take(count)
         with phase("rollout"):
             trajectories = self.sampler.generate(prompts, step)
-            refuse_stale(trajectories, version, self.config.algorithm.max_staleness)
+            refuse_stale(trajectories, version, self.config.max_staleness)
         return Collected(prompts, trajectories)
 
 
@@ -256,7 +259,7 @@ class UserCollector:
             raise self._refusal(f"collect returned {type(collected).__name__}, not Collected")
         self._check_prompts(collected)
         self._check_samples(collected)
-        refuse_stale(collected.trajectories, version, self.config.algorithm.max_staleness)
+        refuse_stale(collected.trajectories, version, self.config.max_staleness)
         return collected
 
     def _check_prompts(self, collected: Collected) -> None:
