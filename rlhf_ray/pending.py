@@ -15,10 +15,14 @@ Other = TypeVar("Other")
 
 
 class Pending(Generic[Value]):
-    """A value obtained by calling ``wait`` once."""
+    """A value obtained by calling ``wait`` once.
 
-    def __init__(self, wait: Callable[[], Value]) -> None:
+    ``poll`` takes seconds and says whether the value, or its error, was there within them.
+    """
+
+    def __init__(self, wait: Callable[[], Value], poll: Callable[[float], bool] | None = None) -> None:
         self._wait: Callable[[], Value] | None = wait
+        self._poll = poll
         self._value: Value | None = None
         self._error: Exception | None = None
 
@@ -39,6 +43,13 @@ class Pending(Generic[Value]):
             raise self._error
         return cast(Value, self._value)
 
+    def ready(self, timeout_s: float = 0.0) -> bool:
+        """Whether ``result`` returns without waiting, now or after at most ``timeout_s`` seconds.
+
+        One without ``poll`` is always ready: calling ``result`` is what computes it.
+        """
+        return self._wait is None or self._poll is None or self._poll(timeout_s)
+
     def then(self, finish: Callable[[Value], Other]) -> Pending[Other]:
         """The value after ``finish``, which runs when the result is read."""
-        return Pending(lambda: finish(self.result()))
+        return Pending(lambda: finish(self.result()), self.ready)

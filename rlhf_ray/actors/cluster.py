@@ -43,8 +43,9 @@ def run_namespace(run: str) -> str:
     return f"rlhf-{run}"
 
 
-def actor_name(run: str, role: str, rank: int) -> str:
-    return f"rlhf/{run}/{role}/{rank}"
+def actor_name(run: str, role: str, rank: int, incarnation: int = 0) -> str:
+    """The name of a rank's actor. One that was restarted has another: Ray frees that of the dead some time later."""
+    return f"rlhf/{run}/{role}/{rank}" + (f"/{incarnation}" if incarnation else "")
 
 
 class Cluster:
@@ -169,26 +170,30 @@ class Cluster:
         resources = spec.resources
         variables = variables_of(spec, hub=self.hub)
         actor_class = remote_class(spec.worker)
-        actors = [
-            actor_class.options(
-                name=actor_name(self.run.name, spec.group_name, spec.first_rank + index),
-                namespace=self.namespace,
-                num_cpus=resources.cpus_per_rank,
-                num_gpus=resources.gpus_per_rank,
-                max_restarts=0,
-                runtime_env={"env_vars": variables},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement, placement_group_bundle_index=first + index
-                ),
-            ).remote(spec.first_rank + index, spec.ranks)
-            for index in range(spec.ranks)
-        ]
+
+        def start_actors(incarnation: int) -> list[Any]:
+            return [
+                actor_class.options(
+                    name=actor_name(self.run.name, spec.group_name, spec.first_rank + index, incarnation),
+                    namespace=self.namespace,
+                    num_cpus=resources.cpus_per_rank,
+                    num_gpus=resources.gpus_per_rank,
+                    max_restarts=0,
+                    runtime_env={"env_vars": variables},
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        placement, placement_group_bundle_index=first + index
+                    ),
+                ).remote(spec.first_rank + index, spec.ranks)
+                for index in range(spec.ranks)
+            ]
+
         ranks = RayRanks(
             spec.group_name,
-            actors,
+            start_actors(0),
             timeout_s=self.config.call_timeout_s,
             on_stop=give_back,
             nodes=_nodes(placement, range(first, first + spec.ranks)),
+            start_again=start_actors,
         )
         self._groups.append(ranks)
         count = f"{spec.ranks} rank{'' if spec.ranks == 1 else 's'}"

@@ -1,8 +1,9 @@
 """How the driver gives the policy's weights to the rollout engines: through the object store, or from GPU to GPU.
 
 Invariants: the way follows from where policy and engines were placed, once, and is logged. From GPU to GPU the connection is
-made anew whenever the engines that are alive have changed. An update that fails there fails as a whole, because all engines
-take part in the same broadcast; then none counts as updated, and the run ends, to be resumed from its last commit.
+made anew whenever the processes that are alive have changed: another engine, or the same one restarted. An update that fails
+there fails as a whole, because all engines take part in the same broadcast; then none counts as updated, and the run ends, to
+be resumed from its last commit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Publisher:
     def __init__(self, policy: PolicyGroup, fleet: Fleet, engines: Sequence[Ranks], config: RolloutConfig) -> None:
         self._policy, self._fleet, self._engines = policy, fleet, engines
         self._workers = config.tensor_parallel
-        self._connected: tuple[int, ...] = ()
+        self._connected: list[tuple[int, int]] = []
+        """The engines that weights go to from GPU to GPU, and their incarnations."""
         on_gpus = config.weight_transport == "auto" and config.resources.device == "cuda"
         gpus = [engine.call("gpus", [()]) for engine in engines] if on_gpus else []
         self.transport = choose_transport(policy.gpus() if gpus else [], [pending.result()[0] for pending in gpus])
@@ -39,15 +41,17 @@ class Publisher:
     def publish(self, version: int) -> None:
         """Give every live engine the policy's weights as ``version``."""
         if self.transport == "object_store":
+            self._fleet.forget_weights()
             self._fleet.update_weights(version, self._policy.publish_weights(version).result())
         else:
             self._fleet.update_by(version, lambda engines: self._send(version, engines))
 
     def _send(self, version: int, engines: tuple[int, ...]) -> None:
         try:
-            if engines != self._connected:
+            processes = [(one, self._fleet.health[one].incarnation) for one in engines]
+            if processes != self._connected:
                 self._policy.connect_engines(self.transport, [self._engines[one] for one in engines], self._workers)
-                self._connected = engines
+                self._connected = processes
             self._policy.send_weights(version).result()
         except GroupError as error:
             # Ranks of the policy may still wait for one another, so it is the policy that failed: it saves nothing any more.

@@ -54,6 +54,12 @@ class Ranks(Protocol):
     def share(self, value: Any) -> Any:
         """Put ``value`` where every rank can read it; the handle can be an argument of calls."""
 
+    def restart(self) -> None:
+        """End the ranks and start new ones in their places, which have no model yet; this waits for neither.
+
+        Calls that are on their way to the old ones fail.
+        """
+
     def stop(self) -> None:
         """End the ranks."""
 
@@ -63,9 +69,11 @@ class InProcessRanks:
 
     size = 1
 
-    def __init__(self, role: str, worker: Any) -> None:
+    def __init__(self, role: str, worker: Any, make: Callable[[], Any] | None = None) -> None:
+        """``make`` gives another worker in the place of ``worker``, by default one as it was without a model."""
         self.role = role
         self.worker = worker
+        self._make = make or (lambda: type(worker)())
         self._one_at_a_time = threading.RLock()
 
     def call(
@@ -92,12 +100,20 @@ class InProcessRanks:
     def share(self, value: Any) -> Any:
         return value
 
+    def restart(self) -> None:
+        with self._one_at_a_time:
+            self.worker = self._make()
+
     def stop(self) -> None:
         self.worker = None
 
 
 class RayRanks:
-    """Ray actors, one per rank. ``nodes`` says of each rank where it runs, for errors."""
+    """Ray actors, one per rank.
+
+    ``nodes`` says of each rank where it runs, for errors. ``start_again`` starts actors in the places of the first ones: its
+    argument says how many times it was called before, and one.
+    """
 
     def __init__(
         self,
@@ -107,6 +123,7 @@ class RayRanks:
         timeout_s: float,
         on_stop: Callable[[], None],
         nodes: Sequence[str] = (),
+        start_again: Callable[[int], Sequence[Any]] | None = None,
     ) -> None:
         self.role = role
         self.actors = list(actors)
@@ -114,6 +131,8 @@ class RayRanks:
         self.size = len(self.actors)
         self.timeout_s = timeout_s
         self._on_stop = on_stop
+        self._start_again = start_again
+        self._restarts = 0
         self._one_order = threading.Lock()
 
     def call(
@@ -128,7 +147,10 @@ class RayRanks:
         references = self._submit(method, arguments)
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
-        return Pending(lambda: self._gather(references, phase or method, began, limit, name))
+        return Pending(
+            lambda: self._gather(references, phase or method, began, limit, name),
+            lambda timeout_s: _are_there(references, timeout_s) or time.monotonic() >= began + limit,
+        )
 
     def reached(self) -> list[Any]:
         return list(self.actors)
@@ -137,6 +159,19 @@ class RayRanks:
         import ray
 
         return ray.put(value)
+
+    def restart(self) -> None:
+        import ray
+
+        with self._one_order:
+            if not self.actors or self._start_again is None:
+                raise GroupError(
+                    self.role, None, "restart", "its processes have been stopped, or have no place to restart in"
+                )
+            for actor in self.actors:
+                ray.kill(actor, no_restart=True)
+            self._restarts += 1
+            self.actors = list(self._start_again(self._restarts))
 
     def stop(self) -> None:
         import ray
@@ -228,6 +263,14 @@ class RayRanks:
             except RayError:
                 continue
         return None
+
+
+def _are_there(references: Sequence[Any], timeout_s: float) -> bool:
+    """Whether every rank has answered or failed, now or within ``timeout_s``."""
+    import ray
+
+    _, missing = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
+    return not missing
 
 
 def why_late(late: Sequence[int], limit: float, key: str | None, last_answer: float | None) -> str:

@@ -5,6 +5,8 @@ Tests run whole jobs here, and so does ``rlhf-ray train --in-process``, where a 
 
 from __future__ import annotations
 
+from functools import partial
+
 from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers.registry import WORKERS
@@ -19,4 +21,5 @@ class ThisProcess:
 
     def start(self, spec: RankSpec) -> InProcessRanks:
         """One worker; more ranks of a role need more processes."""
-        return InProcessRanks(spec.group_name, WORKERS[spec.worker](spec.first_rank, spec.ranks))
+        make = partial(WORKERS[spec.worker], spec.first_rank, spec.ranks)
+        return InProcessRanks(spec.group_name, make(), make)

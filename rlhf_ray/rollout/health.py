@@ -1,16 +1,18 @@
 """Which rollout engines may generate, and why: a pure state machine with an injected clock.
 
-Invariants: an engine is healthy or suspect only while it holds the weights of the last publication, taken since it was last
-started; the one way from stale to healthy is a completed weight update; an event that a state does not allow raises.
+Invariants: an engine is healthy or suspect only while its present process holds the weights of the last publication; the one
+way from stale to healthy is a weight update that this process completed; an event that a state does not allow raises.
 
     started ──> stale ──update──> healthy <──answer── suspect        a publication makes healthy and suspect stale
                   ^                  └───failure──────^  │            died, failed update, too many failures, too long
               restarting <──restart── dead <─────────────┘            suspect or restarting: dead
     retired: for good; when the restarts are used up, or on request
 
-The caller sends probes and weights, reports what happened, and reads who may generate. The fleet restarts no engine today,
-so it never reports ``restart``, ``started`` or ``retire``: a dead engine stays dead, and the others do its work. Those events
-are part of the machine all the same, because the rules above are proven over all of its states together.
+Every restart raises the engine's *incarnation*. What is reported of an earlier incarnation changes nothing: an update that
+completed for a process that has died does not make its successor healthy, and its failures are not counted against that one.
+
+The caller sends probes and weights, starts new processes for the dead whose wait is over (:meth:`FleetHealth.due`), reports
+what happened, and reads who may generate.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ class HealthPolicy:
     """A restart that takes longer failed."""
     max_restarts: int = 5
     """Restarts of one engine. The next death retires it."""
+    backoff_s: float = 1.0
+    """Wait before the second restart of an engine that took no weights in between; it doubles with each further one."""
+    longest_backoff_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,11 @@ class EngineHealth:
     weight_version: int | None = None
     """The version of its last completed update since it was last started."""
     failures: int = 0
-    restarts: int = 0
+    """In a row, of the present process."""
+    incarnation: int = 0
+    """How often it was restarted: which of its processes this is about."""
+    fruitless: int = 0
+    """Restarts in a row after which it took no weights."""
     cause: str = ""
     """Why it last left the healthy state."""
 
@@ -112,20 +121,35 @@ class FleetHealth:
 
     def describe(self) -> str:
         """A table of all engines, for error messages."""
-        rows = [(index, e.state.value, e.weight_version, e.restarts, e.cause) for index, e in enumerate(self._engines)]
+        rows = [
+            (index, e.state.value, e.weight_version, e.incarnation, e.cause) for index, e in enumerate(self._engines)
+        ]
         title = f"rollout engines (published weight version: {self._version})"
         return table(title, ("engine", "state", "weights", "restarts", "cause"), rows)
 
-    # What happened
+    def has_died(self, engine: int, incarnation: int) -> bool:
+        """Whether the process ``incarnation`` of the engine was declared dead."""
+        now = self._engines[engine]
+        return now.incarnation > incarnation or now.state not in ALIVE | {EngineState.RESTARTING}
 
-    def answered(self, engine: int) -> None:
+    def due(self) -> tuple[int, ...]:
+        """Dead engines that may be restarted now; one that keeps dying before it takes weights waits longer each time."""
+        return tuple(index for index in self.in_state(EngineState.DEAD) if self._age(index) >= self._backoff(index))
+
+    # What happened. ``incarnation`` is that of the process it is about; of an earlier one than the present it changes nothing.
+
+    def answered(self, engine: int, incarnation: int) -> None:
         """The engine answered a request or a probe. If it was suspect, it is healthy again."""
+        if self._is_earlier(engine, incarnation):
+            return
         state = self._expect(engine, "answered", ALIVE)
         new = EngineState.HEALTHY if state is EngineState.SUSPECT else state
         self._move(engine, new, failures=0)
 
-    def failed(self, engine: int, cause: str) -> None:
+    def failed(self, engine: int, cause: str, incarnation: int) -> None:
         """The engine did not answer a request or a probe, or not in time."""
+        if self._is_earlier(engine, incarnation):
+            return
         state = self._expect(engine, "failed", ALIVE)
         failures = self._engines[engine].failures + 1
         if failures >= self.policy.failures_until_dead:
@@ -134,20 +158,27 @@ class FleetHealth:
             new = EngineState.STALE if state is EngineState.STALE else EngineState.SUSPECT
             self._move(engine, new, failures=failures, cause=cause)
 
-    def died(self, engine: int, cause: str) -> None:
+    def died(self, engine: int, cause: str, incarnation: int) -> None:
         """The process is gone, the engine says that it is dead, or a weight update or a start failed."""
+        if self._is_earlier(engine, incarnation):
+            return
         self._expect(engine, "died", ALIVE | {EngineState.RESTARTING})
         self._die(engine, cause)
 
-    def restart(self, engine: int) -> None:
-        """A new process is being started in the place of a dead engine."""
+    def restart(self, engine: int) -> int:
+        """A new process is being started in the place of a dead engine; returns its incarnation."""
         self._expect(engine, "restart", {EngineState.DEAD})
-        self._move(engine, EngineState.RESTARTING, restarts=self._engines[engine].restarts + 1)
+        before = self._engines[engine]
+        incarnation = before.incarnation + 1
+        self._move(engine, EngineState.RESTARTING, incarnation=incarnation, failures=0, fruitless=before.fruitless + 1)
+        return incarnation
 
-    def started(self, engine: int) -> None:
+    def started(self, engine: int, incarnation: int) -> None:
         """The new process is up. Whatever weights it has loaded, they count as old."""
+        if self._is_earlier(engine, incarnation):
+            return
         self._expect(engine, "started", {EngineState.RESTARTING})
-        self._move(engine, EngineState.STALE, weight_version=None, failures=0)
+        self._move(engine, EngineState.STALE)
 
     def publish(self, version: int) -> tuple[int, ...]:
         """Weights of ``version`` are about to be sent; returns the engines that need them.
@@ -160,17 +191,21 @@ class FleetHealth:
                 self._move(engine, EngineState.STALE)
         return self.in_state(EngineState.STALE)
 
-    def updated(self, engine: int, version: int) -> None:
-        """The engine completed a weight update to ``version``."""
+    def updated(self, engine: int, version: int, incarnation: int) -> None:
+        """The process ``incarnation`` of the engine completed a weight update to ``version``."""
+        if self._is_earlier(engine, incarnation):
+            return
         self._expect(engine, "updated", {EngineState.STALE})
         if version != self._version:
             raise ForbiddenTransitionError(
                 f"rollout engine {engine} was updated to weight version {version}, but {self._version} is published"
             )
-        self._move(engine, EngineState.HEALTHY, weight_version=version, failures=0, cause="")
+        self._move(engine, EngineState.HEALTHY, weight_version=version, failures=0, fruitless=0, cause="")
 
-    def outdated(self, engine: int, cause: str) -> None:
+    def outdated(self, engine: int, cause: str, incarnation: int) -> None:
         """The engine returned tokens of other weights than the published ones."""
+        if self._is_earlier(engine, incarnation):
+            return
         self._expect(engine, "outdated", CURRENT)
         self._move(engine, EngineState.STALE, weight_version=None, cause=cause)
 
@@ -192,6 +227,19 @@ class FleetHealth:
     def _age(self, engine: int) -> float:
         return self._clock() - self._engines[engine].since
 
+    def _backoff(self, engine: int) -> float:
+        fruitless = self._engines[engine].fruitless
+        doubled = self.policy.backoff_s * 2.0 ** min(fruitless - 1, 30)
+        return 0.0 if fruitless == 0 else min(doubled, self.policy.longest_backoff_s)
+
+    def _is_earlier(self, engine: int, incarnation: int) -> bool:
+        now = self._engines[engine].incarnation
+        if incarnation > now:
+            raise ForbiddenTransitionError(
+                f"rollout engine {engine} is in its incarnation {now}: nothing can be known of incarnation {incarnation}"
+            )
+        return incarnation < now
+
     def _expect(self, engine: int, event: str, states: frozenset[EngineState] | set[EngineState]) -> EngineState:
         state = self._engines[engine].state
         if state not in states:
@@ -202,7 +250,7 @@ class FleetHealth:
         return state
 
     def _die(self, engine: int, cause: str) -> None:
-        used_up = self._engines[engine].restarts >= self.policy.max_restarts
+        used_up = self._engines[engine].incarnation >= self.policy.max_restarts
         self._move(engine, EngineState.RETIRED if used_up else EngineState.DEAD, weight_version=None, cause=cause)
 
     def _move(self, engine: int, state: EngineState, **changes: Any) -> None:

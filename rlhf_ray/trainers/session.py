@@ -11,13 +11,14 @@ from dataclasses import replace
 from types import TracebackType
 
 from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.actors.engines import load_fleet
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
 from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
-from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
+from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers.model import WorkerSetup
 from rlhf_ray.actors.workers.policy import LanguageSetup
 from rlhf_ray.actors.workers.reward import RewardSetup
-from rlhf_ray.actors.workers.rollout import RanksHandle, RolloutSetup
+from rlhf_ray.actors.workers.rollout import RolloutSetup
 from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.sections.roles import RoleConfig
@@ -123,8 +124,4 @@ class Session:
 
     def fleet(self, engines: list[Ranks], setup: RolloutSetup) -> Fleet:
         """Load the model into all engines; they generate nothing before the first weight update."""
-        timeout_s = self.place.config.start_timeout_s
-        setup = replace(setup, shared=self._shared)
-        for loading in [engine.call("setup", [(setup,)], timeout_s=timeout_s, key=START_TIMEOUT) for engine in engines]:
-            get_logger().info("rollout: %s", loading.result()[0])
-        return Fleet([RanksHandle(engine) for engine in engines])
+        return load_fleet(engines, replace(setup, shared=self._shared), self.place.config.start_timeout_s)

@@ -83,11 +83,24 @@ def test_engines_on_the_policys_gpu_read_its_memory_and_connect_anew_when_one_ha
     for engine in engines:
         assert engine.version == 2
         assert_same(engine.recorder.weights, expected)
-    fleet.health.died(0, "it was killed")
+    fleet.health.died(0, "it was killed", 0)
     publisher.publish(3)
     assert policy.connections == 2
     assert (engines[0].version, engines[1].version) == (2, 3)
     assert fleet.health.healthy == (1,)
+
+
+def test_an_engine_that_was_restarted_is_connected_again_though_it_has_the_same_number(policy: Policy) -> None:
+    """The connection of the policy is to a process, and that one is gone."""
+    publisher, fleet, _ = make(policy)
+    publisher.publish(1)
+    fleet.health.died(0, "it was killed", 0)
+    fleet.health.started(0, fleet.health.restart(0))
+    publisher.publish(2)
+    assert policy.connections == 2
+    assert fleet.health.healthy == (0, 1) and fleet.health[0].weight_version == 2
+    publisher.publish(3)
+    assert policy.connections == 2
 
 
 def test_an_engine_that_died_unnoticed_is_left_out_and_fails_no_update(
@@ -95,7 +108,7 @@ def test_an_engine_that_died_unnoticed_is_left_out_and_fails_no_update(
 ) -> None:
     publisher, fleet, engines = make(policy)
     publisher.publish(1)
-    monkeypatch.setattr(fleet._handles[0], "dead", "it was killed")
+    monkeypatch.setattr(fleet.engines.handles[0], "dead", "it was killed")
     monkeypatch.setattr(engines[0], "begin_update", lambda: 1 / 0)
     publisher.publish(2)
     assert fleet.health.healthy == (1,) and engines[1].version == 2

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import DeadlineError, GroupError, RequestError
+from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError
@@ -123,6 +123,13 @@ def assert_same_bits(batch: TrajectoryBatch, expected: TrajectoryBatch) -> None:
         assert torch.equal(batch[name], expected[name]), name
 
 
+def assert_same_samples(batch: TrajectoryBatch, expected: TrajectoryBatch) -> None:
+    """The same but for the rounding that comes with shares of other sizes."""
+    for name in ("token_ids", "prompt_id", "sample_index", "weight_version"):
+        assert torch.equal(batch[name], expected[name]), name
+    torch.testing.assert_close(batch["rollout_log_probs"], expected["rollout_log_probs"], rtol=0, atol=1e-4)
+
+
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 5))
 def test_shares_are_even_cuts_between_prompts_in_order(samples: list[int], places: int) -> None:
     requests = [GenerationRequest(p, s, (1,), None, 1) for p, count in enumerate(samples) for s in range(count)]
@@ -181,7 +188,7 @@ def test_one_engine_left_does_the_work_of_three(
 ) -> None:
     fleet = Fleet([make_handle() for _ in range(3)])
     fleet.update_weights(1, weights)
-    fleet.health.died(0, "x")
+    fleet.health.died(0, "x", 0)
     fleet.health.retire(1, "x")
     assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
 
@@ -242,22 +249,161 @@ def test_an_engine_that_missed_an_update_never_serves(
     assert handles[1].shares == []
 
 
-def test_a_restarted_engine_is_stale_until_it_alone_was_updated(make_handle: Any, weights: PublishedWeights) -> None:
+class Restarts:
+    """Starts engines again, each when the test says that it is up: by default at once."""
+
+    def __init__(self, handles: Sequence[Handle], make: Callable[[], Handle]) -> None:
+        self.handles, self.make = handles, make
+        self.asked: list[tuple[int, int]] = []
+        self.up = True
+        self.failure: Exception | None = None
+
+    def __call__(self, engine: int, incarnation: int) -> Pending[None]:
+        self.asked.append((engine, incarnation))
+
+        def finish() -> None:
+            assert self.up, "the fleet waited for an engine that was not up"
+            if self.failure is not None:
+                raise self.failure
+            self.handles[engine].engine = self.make().engine
+            self.handles[engine].answers_probes = True
+
+        return Pending(finish, lambda timeout_s: self.up)
+
+
+@pytest.fixture
+def with_restarts(make_handle: Callable[..., Handle]) -> Callable[..., tuple[Fleet, Restarts]]:
+    def start(*handles: Handle, **policy: Any) -> tuple[Fleet, Restarts]:
+        restarts = Restarts(handles, make_handle)
+        return Fleet(handles, restart=restarts, policy=HealthPolicy(**policy)), restarts
+
+    return start
+
+
+DEAD = EngineDeadError("rollout", 1, "generate", "it was killed")
+KILLED = DeadRankError("rollout", 1, "generate", "its process died")
+
+
+@pytest.mark.parametrize("death", [DEAD, KILLED], ids=["dead", "killed"])
+def test_an_engine_that_dies_while_it_generates_comes_back_with_the_published_weights(
+    death: Exception,
+    make_handle: Any,
+    with_restarts: Any,
+    weights: PublishedWeights,
+    expected: TrajectoryBatch,
+) -> None:
+    handles = [make_handle(), make_handle(death), make_handle()]
+    fleet, restarts = with_restarts(*handles)
+    fleet.update_weights(1, weights)
+    assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    assert restarts.asked == [(1, 1)]
+    fleet.heal()
+    assert fleet.health.healthy == (0, 1, 2) and fleet.health[1].incarnation == 1
+    before = [len(handle.shares) for handle in handles]
+    assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    assert [len(handle.shares) for handle in handles] == [count + 1 for count in before], (
+        "each does its own share again"
+    )
+
+
+def test_nothing_waits_for_a_restart_while_another_engine_is_healthy(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights, expected: TrajectoryBatch
+) -> None:
+    handles = [make_handle(), make_handle(DEAD), make_handle()]
+    fleet, restarts = with_restarts(*handles)
+    fleet.update_weights(1, weights)
+    restarts.up = False  # reading the result then fails the test
+    assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
+    assert fleet.health[1].state is EngineState.RESTARTING and fleet.health.healthy == (0, 2)
+    restarts.up = True
+    fleet.heal()
+    assert fleet.health[1].state is EngineState.HEALTHY and fleet.health[1].weight_version == 2
+    batch = fleet.generate(REQUESTS, DEADLINE_S)
+    assert set(batch["weight_version"][batch["action_mask"]].tolist()) == {2}
+    assert len(handles[1].shares) == 2
+
+
+def test_an_engine_that_dies_in_an_update_comes_back_with_those_weights(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights
+) -> None:
     handles = [make_handle(), make_handle()]
-    fleet = Fleet(handles)
+    fleet, restarts = with_restarts(*handles)
     fleet.update_weights(1, weights)
-    fleet.health.died(1, "crash")
-    fleet.health.restart(1)
-    handles[1].engine = make_handle().engine
-    fleet.health.started(1)
-    fleet.probe()
-    fleet.generate(REQUESTS, DEADLINE_S)
-    assert (fleet.health[1].state, handles[1].shares) == (EngineState.STALE, [])
-    handles[0].takes_weights = False  # must not be asked: it has this version
+    handles[1].engine.shutdown()  # it refuses the update
+    fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
+    assert fleet.health[1].state is EngineState.DEAD
+    fleet.heal()
+    assert (restarts.asked, fleet.health.healthy, handles[1].engine.weight_version) == ([(1, 1)], (0, 1), 2)
+
+
+def test_where_all_are_dead_the_fleet_waits_for_a_restart(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights, expected: TrajectoryBatch
+) -> None:
+    handles = [make_handle(DEAD)]
+    fleet, restarts = with_restarts(*handles)
     fleet.update_weights(1, weights)
-    assert fleet.health.healthy == (0, 1)
+    assert_same_samples(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    handles[0].engine.shutdown()
+    fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
+    assert fleet.health.healthy == (0,) and restarts.asked == [(0, 1), (0, 2)]
+
+
+def test_the_wait_for_a_restart_ends_by_its_deadline(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights
+) -> None:
+    handles = [make_handle(DEAD)]
+    fleet, restarts = with_restarts(*handles, restart_s=0.2)
+    fleet.update_weights(1, weights)
+    restarts.up = False
+    with pytest.raises(GroupError, match=r"none came within 0.2 s \(cluster.start_timeout_s\)[\s\S]*restarting for"):
+        fleet.generate(REQUESTS, DEADLINE_S)
+
+
+def test_an_engine_that_cannot_be_restarted_retires_and_the_error_says_why(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights
+) -> None:
+    fleet, restarts = with_restarts(make_handle(DEAD), max_restarts=2, backoff_s=0.01)
+    fleet.update_weights(1, weights)
+    restarts.failure = CapacityError("its GPU is gone")
+    with pytest.raises(GroupError, match=r"no engine is healthy[\s\S]*retired[\s\S]*its GPU is gone"):
+        fleet.generate(REQUESTS, DEADLINE_S)
+    assert restarts.asked == [(0, 1), (0, 2)]
+
+
+def test_without_restarts_a_dead_engine_stays_dead(make_handle: Any, weights: PublishedWeights) -> None:
+    fleet = Fleet([make_handle(), make_handle(DEAD)])
+    fleet.update_weights(1, weights)
     fleet.generate(REQUESTS, DEADLINE_S)
-    assert len(handles[1].shares) == 1
+    for _ in range(3):
+        fleet.heal()
+    assert fleet.health[1].state is EngineState.DEAD
+
+
+class Slow(Handle):
+    """Takes weights only when it is told to."""
+
+    taken = True
+
+    def receive(self, weights: Any) -> Pending[None]:
+        pending = super().receive(weights)
+        return Pending(pending.result, lambda timeout_s: self.taken)
+
+
+def test_weights_that_a_restarted_engine_still_takes_when_others_are_published_count_for_nothing(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights
+) -> None:
+    handles = [make_handle(), Slow(make_handle().engine, DEAD)]
+    fleet, _ = with_restarts(*handles)
+    fleet.update_weights(1, weights)
+    handles[1].taken = False
+    fleet.generate(REQUESTS, DEADLINE_S)
+    fleet.heal()
+    assert fleet.health[1].state is EngineState.STALE, "it takes version 1"
+    fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
+    handles[1].taken = True
+    fleet.heal()
+    assert fleet.health[1].weight_version == 2 and fleet.health.healthy == (0, 1)
 
 
 def test_no_engine_with_weights_is_an_error_that_says_why(make_handle: Any, weights: PublishedWeights) -> None:
@@ -301,3 +447,56 @@ def test_a_share_that_took_too_long_is_tried_again_where_another_was_in_time(
     assert "engine 1 lost share 1, which is generated again: rollout rank 0 failed in generate: 31 of 32" in (
         project_log.getvalue()
     )
+
+
+POISON = 103
+
+
+class Dying(Handle):
+    """Dies whenever it is given the prompt POISON."""
+
+    deaths = 0
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
+        if any(request.prompt_id == POISON for request in requests):
+            self.faults = [KILLED]
+            self.deaths += 1
+        return super().generate(requests, deadline_s)
+
+
+def test_a_prompt_that_kills_three_engines_is_set_aside_and_the_others_are_all_answered(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights, expected: TrajectoryBatch, project_log: StringIO
+) -> None:
+    handles = [Dying(make_handle().engine) for _ in range(3)]
+    fleet, _ = with_restarts(*handles)
+    fleet.update_weights(1, weights)
+    batch = fleet.generate(REQUESTS, DEADLINE_S)
+    kept = [row for row, request in enumerate(REQUESTS) if request.prompt_id != POISON]
+    assert_same_samples(batch, expected.select(kept))
+    assert sum(handle.deaths for handle in handles) == 3
+    (aside,) = fleet.set_aside.values()
+    assert (aside.prompt_id, aside.token_ids, len(aside.causes)) == (POISON, tuple(PROMPTS[3][1]), 3)
+    assert f"prompt {POISON} is set aside, because three engines died" in project_log.getvalue()
+    assert_same_samples(fleet.generate(REQUESTS, DEADLINE_S), expected.select(kept))
+    assert sum(handle.deaths for handle in handles) == 3, "no engine is given it again"
+
+
+def test_two_deaths_at_a_share_set_no_prompt_aside(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights, expected: TrajectoryBatch
+) -> None:
+    handle = make_handle(KILLED, KILLED)
+    fleet, _ = with_restarts(handle)
+    fleet.update_weights(1, weights)
+    assert_same_samples(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    assert [len(share) for share in handle.shares] == [14, 14, *[2] * 7], "whole, whole again, prompt by prompt"
+    assert fleet.set_aside == {}
+
+
+def test_a_batch_of_nothing_but_killers_is_an_error(
+    make_handle: Any, with_restarts: Any, weights: PublishedWeights
+) -> None:
+    fleet, _ = with_restarts(Dying(make_handle().engine))
+    fleet.update_weights(1, weights)
+    poison = [request for request in REQUESTS if request.prompt_id == POISON]
+    with pytest.raises(GroupError, match="each of its prompts killed 3 engines"):
+        fleet.generate(poison, DEADLINE_S)

@@ -1,4 +1,4 @@
-"""Healthy means the current weights, taken since the last start; only a completed update leads out of stale."""
+"""Healthy means that the present process took the current weights; what an earlier process did or failed at changes nothing."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def in_state(state: EngineState, clock: Clock | None = None) -> FleetHealth:
     health.publish(1)
     steps: dict[EngineState, list[Callable[[], object]]] = {
         STALE: [],
-        HEALTHY: [lambda: health.updated(0, 1)],
-        SUSPECT: [lambda: health.updated(0, 1), lambda: health.failed(0, "x")],
-        DEAD: [lambda: health.died(0, "x")],
-        RESTARTING: [lambda: health.died(0, "x"), lambda: health.restart(0)],
+        HEALTHY: [lambda: health.updated(0, 1, 0)],
+        SUSPECT: [lambda: health.updated(0, 1, 0), lambda: health.failed(0, "x", 0)],
+        DEAD: [lambda: health.died(0, "x", 0)],
+        RESTARTING: [lambda: health.died(0, "x", 0), lambda: health.restart(0)],
         RETIRED: [lambda: health.retire(0, "x")],
     }
     for step in steps[state]:
@@ -51,15 +51,22 @@ def in_state(state: EngineState, clock: Clock | None = None) -> FleetHealth:
     return health
 
 
+def now(health: FleetHealth) -> int:
+    return health[0].incarnation
+
+
 EVENTS: dict[str, tuple[Callable[[FleetHealth], object], dict[EngineState, EngineState]]] = {
-    "answered": (lambda health: health.answered(0), {HEALTHY: HEALTHY, SUSPECT: HEALTHY, STALE: STALE}),
-    "failed": (lambda health: health.failed(0, "x"), {HEALTHY: SUSPECT, SUSPECT: SUSPECT, STALE: STALE}),
-    "died": (lambda health: health.died(0, "x"), dict.fromkeys((HEALTHY, SUSPECT, STALE, RESTARTING), DEAD)),
+    "answered": (lambda health: health.answered(0, now(health)), {HEALTHY: HEALTHY, SUSPECT: HEALTHY, STALE: STALE}),
+    "failed": (lambda health: health.failed(0, "x", now(health)), {HEALTHY: SUSPECT, SUSPECT: SUSPECT, STALE: STALE}),
+    "died": (
+        lambda health: health.died(0, "x", now(health)),
+        dict.fromkeys((HEALTHY, SUSPECT, STALE, RESTARTING), DEAD),
+    ),
     "restart": (lambda health: health.restart(0), {DEAD: RESTARTING}),
-    "started": (lambda health: health.started(0), {RESTARTING: STALE}),
-    "updated": (lambda health: health.updated(0, 1), {STALE: HEALTHY}),
-    "updated to another version": (lambda health: health.updated(0, 2), {}),
-    "outdated": (lambda health: health.outdated(0, "x"), {HEALTHY: STALE, SUSPECT: STALE}),
+    "started": (lambda health: health.started(0, now(health)), {RESTARTING: STALE}),
+    "updated": (lambda health: health.updated(0, 1, now(health)), {STALE: HEALTHY}),
+    "updated to another version": (lambda health: health.updated(0, 2, now(health)), {}),
+    "outdated": (lambda health: health.outdated(0, "x", now(health)), {HEALTHY: STALE, SUSPECT: STALE}),
     "retire": (lambda health: health.retire(0, "x"), dict.fromkeys(set(EngineState) - {RETIRED}, RETIRED)),
     "publish": (lambda health: health.publish(2), {s: s for s in EngineState} | {HEALTHY: STALE, SUSPECT: STALE}),
     "publish again": (lambda health: health.publish(1), {s: s for s in EngineState}),
@@ -83,13 +90,13 @@ def test_every_event_in_every_state(event: str, state: EngineState) -> None:
 def test_failures_in_a_row_kill_and_an_answer_forgives() -> None:
     health = in_state(HEALTHY)
     for _ in range(5):
-        health.failed(0, "late")
-        health.failed(0, "late")
+        health.failed(0, "late", 0)
+        health.failed(0, "late", 0)
         assert health[0].state is SUSPECT
-        health.answered(0)
+        health.answered(0, 0)
         assert health[0].state is HEALTHY
     for _ in range(3):
-        health.failed(0, "late")
+        health.failed(0, "late", 0)
     assert (health[0].state, health[0].cause) == (DEAD, "late")
 
 
@@ -109,19 +116,19 @@ def test_more_failures_do_not_make_a_suspect_younger() -> None:
     clock = Clock()
     health = in_state(SUSPECT, clock)
     clock.now += 9
-    health.failed(0, "x")
+    health.failed(0, "x", 0)
     clock.now += 2
     assert health.tick() == (0,)
 
 
 def test_an_engine_that_used_up_its_restarts_retires() -> None:
     health = in_state(HEALTHY)
-    for _ in range(POLICY.max_restarts):
-        health.died(0, "crash")
+    for incarnation in range(POLICY.max_restarts):
+        health.died(0, "crash", incarnation)
         assert health[0].state is DEAD
-        health.restart(0)
-        health.started(0)
-    health.died(0, "crash")
+        assert health.restart(0) == incarnation + 1
+        health.started(0, incarnation + 1)
+    health.died(0, "crash", POLICY.max_restarts)
     assert health[0].state is RETIRED
 
 
@@ -129,14 +136,71 @@ def test_a_publication_names_who_needs_it() -> None:
     health = FleetHealth(4, POLICY, Clock())
     assert health.publish(5) == (0, 1, 2, 3)
     for engine in (0, 1, 2):
-        health.updated(engine, 5)
-    health.died(2, "crash")
+        health.updated(engine, 5, 0)
+    health.died(2, "crash", 0)
     assert health.publish(5) == (3,)
     assert health.healthy == (0, 1)
-    health.failed(1, "slow")
+    health.failed(1, "slow", 0)
     assert health.publish(6) == (0, 1, 3)
     assert health.counts() == {"healthy": 0, "suspect": 0, "dead": 1, "restarting": 0, "stale": 3, "retired": 0}
     assert "crash" in health.describe()
+
+
+@pytest.mark.parametrize("state", [RESTARTING, STALE, HEALTHY, SUSPECT])
+@pytest.mark.parametrize("event", ["answered", "failed", "died", "updated", "outdated", "started"])
+def test_what_a_dead_process_did_changes_nothing_of_its_successor(event: str, state: EngineState) -> None:
+    health = in_state(DEAD)
+    health.restart(0)
+    for reached, step in (
+        (STALE, lambda: health.started(0, 1)),
+        (HEALTHY, lambda: health.updated(0, 1, 1)),
+        (SUSPECT, lambda: health.failed(0, "x", 1)),
+    ):
+        if health[0].state is state:
+            break
+        step()
+        assert health[0].state is reached
+    before = health[0]
+    arguments = {"failed": ("late",), "died": ("gone",), "updated": (1,), "outdated": ("old",)}.get(event, ())
+    getattr(health, event)(0, *arguments, 0)
+    assert health[0] == before
+    with pytest.raises(ForbiddenTransitionError, match="nothing can be known of incarnation 2"):
+        getattr(health, event)(0, *arguments, 2)
+
+
+def test_a_successor_begins_without_the_failures_of_the_dead() -> None:
+    health = in_state(HEALTHY)
+    for _ in range(3):
+        health.failed(0, "late", 0)
+    health.restart(0)
+    health.started(0, 1)
+    health.updated(0, 1, 1)
+    for _ in range(2):
+        health.failed(0, "late", 1)
+    assert health[0].state is SUSPECT, "it has failed twice, its predecessor three times"
+
+
+def test_an_engine_that_keeps_dying_before_it_takes_weights_waits_twice_as_long_each_time() -> None:
+    clock = Clock()
+    health = FleetHealth(1, HealthPolicy(max_restarts=99, backoff_s=1.0, longest_backoff_s=3.0), clock)
+    health.publish(1)
+    waits = []
+    for incarnation in range(6):
+        health.died(0, "crash", incarnation)
+        began = clock.now
+        while health.due() != (0,):
+            clock.now += 0.5
+        waits.append(clock.now - began)
+        health.restart(0)
+        health.started(0, incarnation + 1)
+        if incarnation == 3:
+            health.updated(0, 1, incarnation + 1)
+    assert waits == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]
+
+
+def test_an_engine_is_due_only_while_it_is_dead_and_has_restarts_left() -> None:
+    for state in EngineState:
+        assert in_state(state).due() == ((0,) if state is DEAD else ())
 
 
 class FleetUnderFire(RuleBasedStateMachine):
@@ -149,8 +213,19 @@ class FleetUnderFire(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.health = FleetHealth(self.ENGINES, POLICY, self.clock)
-        self.holds: list[int | None] = [None] * self.ENGINES
+        self.holds: dict[tuple[int, int], int | None] = {}
+        """The weights of each process that ever was, by engine and incarnation."""
+        self.failures: dict[tuple[int, int], int] = {}
+        """In a row, as each process knows them."""
         self.published: int | None = None
+
+    def processes(self) -> st.SearchStrategy[tuple[int, int]]:
+        """Any process that is or was."""
+        every = [(e, i) for e in range(self.ENGINES) for i in range(self.health[e].incarnation + 1)]
+        return st.sampled_from(every)
+
+    def now(self, engine: int) -> tuple[int, int]:
+        return engine, self.health[engine].incarnation
 
     def attempt(self, engine: int, event: Callable[[], object]) -> bool:
         """Whether the event was allowed; a forbidden one must change nothing."""
@@ -163,34 +238,40 @@ class FleetUnderFire(RuleBasedStateMachine):
         assert all(self.health[index] == before[index] for index in range(self.ENGINES) if index != engine)
         return True
 
-    @rule(engine=engines)
-    def answers(self, engine: int) -> None:
+    @rule(data=st.data())
+    def answers(self, data: st.DataObject) -> None:
+        engine, incarnation = process = data.draw(self.processes())
         was = self.health[engine].state
-        if self.attempt(engine, lambda: self.health.answered(engine)):
+        if self.attempt(engine, lambda: self.health.answered(engine, incarnation)) and process == self.now(engine):
             assert was is not STALE or self.health[engine].state is STALE
+            self.failures[process] = 0
 
-    @rule(engine=engines)
-    def fails(self, engine: int) -> None:
-        self.attempt(engine, lambda: self.health.failed(engine, "x"))
+    @rule(data=st.data())
+    def fails(self, data: st.DataObject) -> None:
+        engine, incarnation = process = data.draw(self.processes())
+        if self.attempt(engine, lambda: self.health.failed(engine, "x", incarnation)):
+            self.failures[process] = self.failures.get(process, 0) + 1
 
-    @rule(engine=engines)
-    def dies(self, engine: int) -> None:
-        if self.attempt(engine, lambda: self.health.died(engine, "x")):
-            self.holds[engine] = None
+    @rule(data=st.data())
+    def dies(self, data: st.DataObject) -> None:
+        engine, incarnation = data.draw(self.processes())
+        self.attempt(engine, lambda: self.health.died(engine, "x", incarnation))
 
     @rule(engine=engines)
     def restarts(self, engine: int) -> None:
         if self.attempt(engine, lambda: self.health.restart(engine)):
-            self.holds[engine] = None
+            assert self.now(engine) not in self.holds and self.now(engine) not in self.failures
 
-    @rule(engine=engines)
-    def starts(self, engine: int) -> None:
-        self.attempt(engine, lambda: self.health.started(engine))
+    @rule(data=st.data())
+    def starts(self, data: st.DataObject) -> None:
+        engine, incarnation = data.draw(self.processes())
+        self.attempt(engine, lambda: self.health.started(engine, incarnation))
 
-    @rule(engine=engines)
-    def turns_out_to_be_old(self, engine: int) -> None:
-        if self.attempt(engine, lambda: self.health.outdated(engine, "x")):
-            self.holds[engine] = None
+    @rule(data=st.data())
+    def turns_out_to_be_old(self, data: st.DataObject) -> None:
+        engine, incarnation = process = data.draw(self.processes())
+        if self.attempt(engine, lambda: self.health.outdated(engine, "x", incarnation)):
+            self.holds[process] = None
 
     @rule(engine=engines)
     def retires(self, engine: int) -> None:
@@ -201,29 +282,41 @@ class FleetUnderFire(RuleBasedStateMachine):
         self.published = version
         assert all(self.health[engine].state is STALE for engine in self.health.publish(version))
 
-    @rule(engine=engines, version=st.integers(0, 3))
-    def updates(self, engine: int, version: int) -> None:
-        was = self.health[engine].state
-        if self.attempt(engine, lambda: self.health.updated(engine, version)):
-            assert (was, version) == (STALE, self.published)
-            self.holds[engine] = version
+    @rule(data=st.data(), version=st.integers(0, 3))
+    def updates(self, data: st.DataObject, version: int) -> None:
+        """A process completes an update, perhaps after it was replaced: then that is known too late to matter."""
+        engine, incarnation = process = data.draw(self.processes())
+        before = self.health[engine]
+        if self.attempt(engine, lambda: self.health.updated(engine, version, incarnation)):
+            if process == self.now(engine):
+                assert (before.state, version) == (STALE, self.published)
+                self.failures[process] = 0
+            else:
+                assert self.health[engine] == before
+            self.holds[process] = version
 
     @rule(seconds=st.floats(0, 30))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
-        for engine in self.health.tick():
-            self.holds[engine] = None
+        self.health.tick()
 
     @invariant()
     def who_may_serve_has_the_current_weights(self) -> None:
         for engine in range(self.ENGINES):
             if self.health[engine].state in (HEALTHY, SUSPECT):
-                assert self.holds[engine] == self.published == self.health[engine].weight_version is not None
+                held = self.holds.get(self.now(engine))
+                assert held == self.published == self.health[engine].weight_version is not None
         assert set(self.health.healthy) == {e for e in range(self.ENGINES) if self.health[e].state is HEALTHY}
 
     @invariant()
+    def failures_are_those_of_the_present_process(self) -> None:
+        for engine in range(self.ENGINES):
+            if self.health[engine].state in (HEALTHY, SUSPECT, STALE):
+                assert self.health[engine].failures == self.failures.get(self.now(engine), 0)
+
+    @invariant()
     def restarts_are_bounded(self) -> None:
-        assert all(self.health[engine].restarts <= POLICY.max_restarts for engine in range(self.ENGINES))
+        assert all(self.health[engine].incarnation <= POLICY.max_restarts for engine in range(self.ENGINES))
 
 
 FleetUnderFire.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from rlhf_ray.config.sections.base import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import Dtype
 
@@ -15,6 +15,8 @@ class RolloutConfig(Section):
 
     backend: Literal["vllm", "transformers"] = "vllm"
     engines: Positive = 1
+    max_restarts: NonNegative = 5
+    """How often an engine that died is started again in its place. 0: never, and the others do its work."""
     max_new_tokens: Positive = 32
     stop_tokens: list[str] = []  # noqa: RUF012 (pydantic copies it)
     """Tokens that end an answer, besides the tokenizer's end of sequence."""

@@ -1,0 +1,38 @@
+"""The rollout engines of a run as a fleet: loaded where they were placed, and started again there when they die.
+
+Invariant: a restart ends the old process first, whatever it was doing, and waits neither for its end nor for the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
+from rlhf_ray.actors.workers.rollout import RanksHandle, RolloutSetup
+from rlhf_ray.console import get_logger
+from rlhf_ray.pending import Pending
+from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.health import HealthPolicy
+
+
+def load_fleet(engines: Sequence[Ranks], setup: RolloutSetup, timeout_s: float) -> Fleet:
+    """Load the model into all engines; they generate nothing before the first weight update.
+
+    ``timeout_s`` is how long loading may take, also that of an engine which is started again.
+    """
+
+    def load(number: int, setup: RolloutSetup) -> Pending[None]:
+        loading = engines[number].call("setup", [(setup,)], timeout_s=timeout_s, key=START_TIMEOUT)
+        return loading.then(lambda lines: get_logger().info("rollout: %s", lines[0]))
+
+    def restart(number: int, incarnation: int) -> Pending[None]:
+        engines[number].restart()
+        # Another seed, so that it does not repeat the draws of the process that has died.
+        return load(number, replace(setup, seed=setup.seed + incarnation))
+
+    for loading in [load(number, setup) for number in range(len(engines))]:
+        loading.result()
+    restarts = setup.config.max_restarts
+    policy = HealthPolicy(max_restarts=restarts, restart_s=timeout_s)
+    return Fleet([RanksHandle(engine) for engine in engines], restart=restart if restarts else None, policy=policy)

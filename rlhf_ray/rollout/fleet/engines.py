@@ -1,0 +1,247 @@
+"""The engines of a fleet, each kept alive: asked how it is, started again where it died, given the weights that it missed.
+
+Invariants: :meth:`Engines.heal` waits for no engine. What is reported of a process that was replaced changes nothing. An engine
+that was restarted serves once its new process has taken the published weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.errors import DeadRankError, GroupError, RlhfRayError
+from rlhf_ray.pending import Pending
+from rlhf_ray.rollout.engine import ROLE
+from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.rollout.health import ALIVE, EngineState, FleetHealth, HealthPolicy
+from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
+from rlhf_ray.rollout.wire import PublishedWeights
+
+POLL_S = 0.02
+"""How long the fleet waits for one thing before it looks after the others."""
+PROBE_EVERY_S = 1.0
+"""How long after a probe that failed a suspect engine is asked again."""
+
+
+class EngineHandle(Protocol):
+    """How the fleet reaches an engine. Calls return at once; a result or a :class:`GroupError` follows in bounded time."""
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
+        """Start generating."""
+
+    def receive(self, weights: PublishedWeights) -> Pending[None]:
+        """Start an update by a publication, whose buckets the engine's side finds."""
+
+    def probe(self) -> Pending[Probe]:
+        """Ask the engine how it is."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A probe under way; without ``answer`` it has been answered."""
+
+    incarnation: int
+    again_at: float
+    answer: Pending[Probe] | None
+
+
+class Engines:
+    """All engines of a fleet, and what is under way with each besides its work."""
+
+    def __init__(
+        self,
+        handles: Sequence[EngineHandle],
+        *,
+        restart: Callable[[int, int], Pending[None]] | None = None,
+        policy: HealthPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``restart`` starts a new process for an engine, by its number and incarnation, in the place of the old one.
+
+        It returns at once; its value comes when the engine is set up. The engine's handle then reaches the new process. Without
+        it a dead engine stays dead.
+        """
+        self.handles = list(handles)
+        self._restart = restart
+        self._clock = clock
+        self.health = FleetHealth(len(self.handles), policy, clock)
+        self._starting: dict[int, tuple[int, Pending[None]]] = {}
+        """Engines that are being restarted: their incarnations, and when they are up."""
+        self._taking: dict[int, tuple[int, int, Pending[None]]] = {}
+        """Engines that take the last publication again: their incarnations, its version, and when they have it."""
+        self._asked: dict[int, Asked] = {}
+        """Suspect engines that were asked how they are."""
+        self.last: PublishedWeights | None = None
+        """The last publication, for engines that are restarted before the next one."""
+        self._log = get_logger("rollout.fleet")
+
+    # Weights
+
+    def publish(self, version: int) -> tuple[int, ...]:
+        """Publish ``version``; what engines still take of an earlier publication no longer matters."""
+        targets = self.health.publish(version)
+        self._taking = {}
+        return targets
+
+    def take(self, engine: int, incarnation: int, version: int, update: Pending[None]) -> None:
+        """Wait until an engine has taken weights; it is healthy, or dead."""
+        try:
+            update.result()
+        except GroupError as error:
+            self._died(engine, error.cause, incarnation)
+            self._log.warning("engine %d did not take weight version %d: %s", engine, version, error)
+            return
+        if not self.health.has_died(engine, incarnation):
+            self.health.updated(engine, version, incarnation)
+
+    # Restarting
+
+    def heal(self) -> None:
+        """Restart engines that have died, and give those that are up the last publication. This never waits for them."""
+        self._probe_suspects()
+        self.health.tick()
+        if self._restart is None:
+            return
+        for engine in self.health.due():
+            incarnation = self.health.restart(engine)
+            cause = self.health[engine].cause.partition("\n")[0]
+            self._log.warning(
+                "engine %d is restarted, restart %d of %d (rollout.max_restarts); it died because: %s",
+                engine, incarnation, self.health.policy.max_restarts, cause,
+            )  # fmt: skip
+            try:
+                self._starting[engine] = incarnation, self._restart(engine, incarnation)
+            except RlhfRayError as error:
+                self._starting[engine] = incarnation, _failed(error)
+        for engine, (incarnation, start) in list(self._starting.items()):
+            if start.ready():
+                del self._starting[engine]
+                self._adopt(engine, incarnation, start)
+        if self.last is not None:
+            for engine in self.health.in_state(EngineState.STALE):
+                self._give_again(engine, self.last)
+        for engine, (incarnation, version, update) in list(self._taking.items()):
+            if update.ready():
+                del self._taking[engine]
+                self.take(engine, incarnation, version, update)
+
+    def _adopt(self, engine: int, incarnation: int, start: Pending[None]) -> None:
+        """Note how a restart ended; one that took too long has been given up before."""
+        if self.health.has_died(engine, incarnation):
+            return
+        try:
+            start.result()
+        except RlhfRayError as error:
+            self._died(engine, str(error), incarnation)
+            self._log.warning("engine %d could not be restarted: %s", engine, error)
+        else:
+            self.health.started(engine, incarnation)
+            self._log.warning("engine %d is up again and takes the weights", engine)
+
+    def _give_again(self, engine: int, weights: PublishedWeights) -> None:
+        incarnation = self.health[engine].incarnation
+        if engine in self._taking and self._taking[engine][0] == incarnation:
+            return
+        _, update = self.start(engine, lambda handle: handle.receive(weights))
+        self._taking[engine] = incarnation, weights.version, update
+
+    def await_healthy(self, phase: str, what: str) -> None:
+        """Return when an engine is healthy. Where none is and none will be, that is an error which begins with ``what``."""
+        if not self.health.healthy:
+            self.await_state(phase, what, lambda: bool(self.health.healthy))
+
+    def await_state(self, phase: str, what: str, reached: Callable[[], bool]) -> None:
+        """Heal until ``reached``; an error where no engine can come, or none did within the time of a restart."""
+        limit_s = self.health.policy.restart_s
+        end = self._clock() + limit_s
+        while True:
+            self.heal()
+            if reached():
+                return
+            if not self._coming():
+                raise GroupError(ROLE, None, phase, f"{what}\n{self.health.describe()}")
+            if self._clock() >= end:
+                late = f"{what}, and none came within {limit_s:g} s (cluster.start_timeout_s)"
+                raise GroupError(ROLE, None, phase, f"{late}\n{self.health.describe()}")
+            time.sleep(POLL_S)
+
+    def _coming(self) -> bool:
+        """Whether an engine may yet become healthy without another publication."""
+        if any(asked.answer is not None for asked in self._asked.values()):
+            return True
+        if self._restart is None:
+            return False
+        dead = (EngineState.DEAD, EngineState.RESTARTING, EngineState.SUSPECT)
+        return bool(self._taking or self._starting or self.health.in_state(*dead))
+
+    # Health
+
+    def probe(self, engines: Iterable[int] | None = None) -> None:
+        """Ask engines how they are (by default all live ones), wait for the answers, and update their health."""
+        targets = self.health.in_state(*ALIVE) if engines is None else engines
+        probes = [(engine, *self.start(engine, lambda handle: handle.probe())) for engine in targets]
+        for engine, incarnation, pending in probes:
+            self._heed(engine, incarnation, pending)
+        self.health.tick()
+
+    def _heed(self, engine: int, incarnation: int, pending: Pending[Probe]) -> None:
+        """Update the health of an engine by its answer to a probe."""
+        try:
+            probe = pending.result()
+        except GroupError as error:
+            self.lose(engine, incarnation, error)
+            return
+        if self.health.has_died(engine, incarnation):
+            return
+        if probe.dead is None:
+            self.health.answered(engine, incarnation)
+        else:
+            self.health.died(engine, probe.dead, incarnation)
+
+    def _probe_suspects(self) -> None:
+        """Ask suspect engines how they are, again after a while, without waiting for their answers."""
+        now = self._clock()
+        for engine in self.health.in_state(EngineState.SUSPECT):
+            incarnation = self.health[engine].incarnation
+            asked = self._asked.get(engine)
+            if asked is None or asked.incarnation != incarnation or (asked.answer is None and now >= asked.again_at):
+                _, pending = self.start(engine, lambda handle: handle.probe())
+                self._asked[engine] = Asked(incarnation, now + PROBE_EVERY_S, pending)
+        for engine, asked in list(self._asked.items()):
+            if asked.answer is not None and asked.answer.ready():
+                self._asked[engine] = replace(asked, answer=None)
+                self._heed(engine, asked.incarnation, asked.answer)
+                if self.health[engine].state is not EngineState.SUSPECT:
+                    del self._asked[engine]
+
+    def start(self, engine: int, call: Callable[[EngineHandle], Pending[Any]]) -> tuple[int, Pending[Any]]:
+        """The incarnation that is called, and its answer; a call that cannot even be started fails as if it had later."""
+        incarnation = self.health[engine].incarnation
+        try:
+            return incarnation, call(self.handles[engine])
+        except GroupError as error:
+            return incarnation, _failed(error)
+
+    def lose(self, engine: int, incarnation: int, error: GroupError) -> None:
+        """Record a failure: an engine that is known to be dead is dead, one that only failed to answer is suspect."""
+        if self.health.has_died(engine, incarnation):
+            return
+        if isinstance(error, EngineDeadError | WeightUpdateError | DeadRankError):
+            self.health.died(engine, error.cause, incarnation)
+        else:
+            self.health.failed(engine, error.cause, incarnation)
+        self._log.warning("engine %d is %s: %s", engine, self.health[engine].state.value, error)
+
+    def _died(self, engine: int, cause: str, incarnation: int) -> None:
+        if not self.health.has_died(engine, incarnation):
+            self.health.died(engine, cause, incarnation)
+
+
+def _failed(error: Exception) -> Pending[Any]:
+    def wait() -> Any:
+        raise error
+
+    return Pending(wait)
