@@ -185,7 +185,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "algorithm.shaping.overlong": _OVERLONG,
     "algorithm.shaping.too_short": _same(METHOD, "tokens", "penalty"),
     "algorithm.shaping.missing_eos": _same(METHOD, "rule", "value"),
-    "algorithm.importance": _same(METHOD, "level", "rule", "low", "high"),
+    "algorithm.importance": _same(METHOD, "level", "rule", "low", "high", "gating"),
     "expose": _same(FREE, "host", "port", "token_file", "normalize", "requests_per_minute", "max_batch_tokens", "max_items",
                     "max_queue_items", "max_queue_tokens", "max_body_bytes", "max_bodies_bytes", "header_timeout_s",
                     "body_timeout_s", "write_timeout_s", "trusted_proxies", "hold_s", "tracing"),

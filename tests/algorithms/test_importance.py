@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.algorithms.importance import ImportanceCorrection, trained_actions
+from rlhf_ray.algorithms.importance import ImportanceCorrection, divergence, trained_actions
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 KINDS = [(level, rule) for level in ("token", "sequence") for rule in ("truncate", "mask")]
@@ -96,3 +96,80 @@ def test_sequences_that_are_left_out_have_no_actions() -> None:
 def test_an_unknown_level_is_refused(ragged) -> None:
     with pytest.raises(ValueError, match="level 'word' is unknown: use none, token or sequence"):
         run(ragged([3], 0), "word")
+
+
+GATINGS = [
+    ("sequence", "geometric_mean"),
+    *((level, kind) for level in ("token", "sequence") for kind in ("binary_kl", "tv")),
+]
+BOUNDS = {"geometric_mean": (0.9, 1.2), "binary_kl": (0.0, 0.05), "tv": (0.0, 0.1)}
+
+
+def gated(batch: TrajectoryBatch, level: str, gating: str) -> tuple[torch.Tensor, dict[str, float]]:
+    correction = ImportanceCorrection(level, "mask", *BOUNDS[gating], gating)
+    return correction(batch["log_probs"], batch["rollout_log_probs"], batch["action_mask"], batch.offsets)
+
+
+def slow_number(gating: str, trainer: float, rollout: float) -> float:
+    """Of one action, in Python's floats."""
+    if gating == "geometric_mean":
+        return trainer - rollout
+    p, q = (min(max(math.exp(x), 1e-6), 1 - 1e-6) for x in (rollout, trainer))
+    return abs(p - q) if gating == "tv" else p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(GATINGS),
+)
+def test_a_gate_drops_what_is_outside_and_leaves_the_rest_its_own_ratio(ragged, lengths, seed, kind) -> None:
+    batch, (level, gating) = ragged(lengths, seed), kind
+    generator = torch.Generator().manual_seed(seed)
+    rollout = -3.0 * torch.rand(batch.num_tokens, generator=generator)
+    trainer = (rollout + 0.5 * torch.randn(batch.num_tokens, generator=generator)).clamp(max=-1e-3)
+    batch = batch.with_columns(log_probs=trainer, rollout_log_probs=rollout)
+    low, high = BOUNDS[gating]
+    expected, near = torch.zeros(batch.num_tokens), False
+    for start, stop in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True):
+        actions = [t for t in range(start, stop) if batch["action_mask"][t]]
+        each = {t: slow_number(gating, trainer[t].item(), rollout[t].item()) for t in actions}
+        for t in actions:
+            number = each[t] if level == "token" else sum(each.values()) / len(actions)
+            number = math.exp(number) if gating == "geometric_mean" else number
+            near = near or min(abs(number - low), abs(number - high)) < 1e-6 < number
+            expected[t] = math.exp(trainer[t].item() - rollout[t].item()) if low <= number <= high else 0.0
+    if not near:
+        torch.testing.assert_close(gated(batch, level, gating)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("level", "gating"), GATINGS)
+def test_a_gate_keeps_equal_log_probs_and_shows_a_nan(ragged, level, gating) -> None:
+    batch = ragged([5, 9, 3], 2, poison=math.nan)
+    batch = batch.with_columns(rollout_log_probs=batch["log_probs"])
+    weights, metrics = gated(batch, level, gating)
+    assert weights.tolist() == batch["action_mask"].float().tolist()
+    assert metrics["importance/limited_share"] == 0.0
+    changed = batch["rollout_log_probs"].clone()
+    changed[batch["action_mask"].nonzero()[0]] = math.nan
+    assert gated(batch.with_columns(rollout_log_probs=changed), level, gating)[0].isnan().any()
+
+
+def test_a_divergence_is_that_of_two_coins() -> None:
+    p, q = torch.tensor([0.5, 0.9, 1e-4]), torch.tensor([0.25, 0.9, 1e-3])
+    coins = torch.distributions.kl_divergence(torch.distributions.Bernoulli(p), torch.distributions.Bernoulli(q))
+    torch.testing.assert_close(divergence("binary_kl", q.log(), p.log()), coins, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        divergence("tv", q.log(), p.log()), torch.tensor([0.25, 0.0, 9e-4]), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_gate_that_cannot_be_is_refused(ragged) -> None:
+    with pytest.raises(ValueError, match="gating tv drops actions: use rule mask, not truncate"):
+        ImportanceCorrection("token", "truncate", 0.0, 0.1, "tv")
+    with pytest.raises(ValueError, match="gating geometric_mean is of an answer: use level sequence"):
+        ImportanceCorrection("token", "mask", 0.5, 2.0, "geometric_mean")
+    batch = ragged([3], 0)
+    with pytest.raises(ValueError, match="gating 'kl' is unknown: use ratio, geometric_mean, binary_kl or tv"):
+        divergence("kl", batch["log_probs"], batch["log_probs"])

@@ -27,7 +27,7 @@ vllm.enable_sleep rollout.sleep
 vllm.gpu_memory_utilization rollout.gpu_memory_utilization
 algo.advantage.is_correction_level algorithm.importance.level
 algo.advantage.is_correction_mode algorithm.importance.rule
-algo.advantage.is_correction_gating -
+algo.advantage.is_correction_gating algorithm.importance.gating
 algo.advantage.is_correction_threshold algorithm.importance.low algorithm.importance.high
 train.async_enable rollout.mode
 train.async_queue_size rollout.mode

@@ -117,7 +117,7 @@ def test_flags_in_sections_of_a_yaml_file_are_looked_up_whole(problems, texts):
         ("ppo", "actor_num_gpus_per_node=8", "is policy.ranks here (ranks counts nodes x GPUs)"),
         ("ppo", "eps_clip=0.2", "is algorithm.clip_low and algorithm.clip_high here"),
         ("ppo", "actor.loss_agg_mode=token-mean", "is algorithm.aggregation here (token-mean is tokens, "),
-        ("ppo", "is_correction_gating=tv", "OpenRLHF's is_correction_gating has no counterpart here: "),
+        ("ppo", "is_correction_gating=tv", "OpenRLHF's is_correction_gating is algorithm.importance.gating here"),
         ("ppo", "critic.value_clip=0.5", "OpenRLHF's critic.value_clip is algorithm.value_clip here"),
         ("sft", "rollout.temperature=1", "rollout.temperature is a key of other kinds of job"),
         ("rm", "train_batch_size=8", "OpenRLHF's train_batch_size is batch.pairs_per_update here"),

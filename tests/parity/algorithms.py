@@ -113,9 +113,9 @@ class Ours:
     def baseline(self, name: str, epsilon: float) -> np.ndarray:
         return group_baseline(self.scores, self.groups, self.every, name, epsilon=epsilon).numpy()  # type: ignore[arg-type]
 
-    def weighted(self, level: str, rule: str, low: float, high: float) -> TrajectoryBatch:
+    def weighted(self, level: str, rule: str, low: float, high: float, gating: str = "ratio") -> TrajectoryBatch:
         """The batch with importance weights."""
-        correction = ImportanceCorrection(level, rule, low, high)  # type: ignore[arg-type]
+        correction = ImportanceCorrection(level, rule, low, high, gating)  # type: ignore[arg-type]
         rollout = self.column["rollout_log_probs"]
         weights, _ = correction(self.column["old_log_probs"], rollout, self.mask, self.offsets)
         return self.batch.with_columns(importance_weights=weights)
@@ -144,8 +144,20 @@ def openrlhf(inputs: Mapping[str, Any]) -> Values:
     for rule, level in (("truncate", "token"), ("mask", "token")):
         batch = us.weighted(level, rule, 0.8, 1.25)
         values |= named(f"importance {level} {rule}", us.loss(PolicyLoss(Clipped(0.2, 0.2)), batch))
+    for name, (level, gating, low, high) in GATED.items():
+        batch = us.weighted(level, "mask", low, high, gating)
+        values |= named(f"gated {name}", us.loss(PolicyLoss(Clipped(0.2, 0.2)), batch))
     return values
 
+
+GATED = {
+    "seq ratio": ("sequence", "geometric_mean", 0.95, 1.05),
+    "token binary_kl": ("token", "binary_kl", 0.0, 0.02),
+    "seq binary_kl": ("sequence", "binary_kl", 0.0, 0.02),
+    "token tv": ("token", "tv", 0.0, 0.08),
+    "seq tv": ("sequence", "tv", 0.0, 0.08),
+}
+"""OpenRLHF's names of level and gating; level, gating and bounds here."""
 
 OPENRLHF_LOSSES: dict[str, PolicyLoss | ValueLoss] = {
     "ppo": PolicyLoss(Clipped(0.2, 0.2)),

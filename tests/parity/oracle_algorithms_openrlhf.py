@@ -31,6 +31,13 @@ LOSSES = {
     "importance token truncate": {"is_correction_level": "token", "is_correction_mode": "clip"},
     "importance token mask": {"is_correction_level": "token", "is_correction_mode": "mask"},
 }
+for gating, level, threshold in (
+    ("ratio", "seq", [0.95, 1.05]), ("binary_kl", "token", [0.0, 0.02]), ("binary_kl", "seq", [0.0, 0.02]),
+    ("tv", "token", [0.0, 0.08]), ("tv", "seq", [0.0, 0.08]),
+):  # fmt: skip
+    LOSSES[f"gated {level} {gating}"] = {
+        "is_correction_level": level, "is_correction_gating": gating, "is_correction_threshold": threshold,
+    }  # fmt: skip
 ESTIMATORS = {
     "leave_one_out": "rloo",
     "group_mean": "dr_grpo",

@@ -87,8 +87,16 @@ CHANGES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         lambda patch: patch.setattr(
             algorithms,
             "ImportanceCorrection",
-            lambda level, rule, low, high: ImportanceCorrection(level, rule, 0.0, 1e9),
+            lambda level, rule, low, high, gating: ImportanceCorrection(level, rule, 0.0, 1e9, gating),
         ),
+    ),
+    "a trust region of the other divergence": (
+        "algorithms_openrlhf",
+        lambda patch: patch.setitem(algorithms.GATED, "token binary_kl", ("token", "tv", 0.0, 0.02)),
+    ),
+    "a trust region of tokens instead of answers": (
+        "algorithms_openrlhf",
+        lambda patch: patch.setitem(algorithms.GATED, "seq binary_kl", ("token", "binary_kl", 0.0, 0.02)),
     ),
     "a lower bound for cispo": (
         "algorithms_trl",

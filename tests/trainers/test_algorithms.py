@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.sections.algorithm import PRESETS
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers.ppo.algorithm import make_preparation
 from rlhf_ray.trainers.ppo.build import train_ppo
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
@@ -64,3 +66,9 @@ def test_dynamic_sampling_learns_from_prompts_whose_answers_differ_and_accounts_
     assert all(line["prompts/dropped"] == 0.0 for line in steps)
     used = [len(entry.prompt_ids) for entry in directory.ledger.entries()]
     assert used == [int(line["prompts/sampled"]) for line in steps]
+
+
+def test_every_key_of_the_importance_weights_reaches_them() -> None:
+    changes = "algorithm.importance={level: sequence, rule: mask, low: 0.0, high: 0.125, gating: binary_kl}"
+    config: Any = load_config(TINY_PPO, [changes], kind="ppo")
+    assert make_preparation(config).importance == ImportanceCorrection("sequence", "mask", 0.0, 0.125, "binary_kl")

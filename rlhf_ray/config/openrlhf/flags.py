@@ -215,9 +215,10 @@ _ALGORITHM: dict[str, Answer] = {
     "algo.advantage.no_std_norm": _ours("algorithm.whitening", note="none, which does not subtract the mean either"),
     "algo.advantage.is_correction_level": _ours(
         "algorithm.importance.level",
-        note="off is none; seq is sequence, whose ratio is the product over the tokens, not their geometric mean"),
+        note="off is none; seq is sequence, with algorithm.importance.gating at geometric_mean where its gating is ratio"),
     "algo.advantage.is_correction_mode": _ours("algorithm.importance.rule", note="clip is truncate"),
-    "algo.advantage.is_correction_gating": _none("algorithm.importance bounds the ratio itself, as its value ratio"),
+    "algo.advantage.is_correction_gating": _ours(
+        "algorithm.importance.gating", note="at level seq its ratio is geometric_mean"),
     "algo.advantage.is_correction_threshold": _ours(
         "algorithm.importance.low", "algorithm.importance.high", note="a single number is high, with low 0"),
     "algo.kl.init_coef": _ours("algorithm.kl.coefficient"),

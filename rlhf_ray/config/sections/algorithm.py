@@ -185,8 +185,31 @@ class ImportanceConfig(Section):
     rule: Literal["truncate", "mask"] = "truncate"
     low: NonNegativeFloat = 0.0
     high: PositiveFloat = 2.0
+    gating: Literal["ratio", "geometric_mean", "binary_kl", "tv"] = "ratio"
+    """What the bounds are of: the weight itself, the geometric mean of an answer's ratios, or a divergence of both policies."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.gating != "ratio" and self.level == "none":
+            yield "gating", f"{self.gating} has no effect, since level is none: set level to token or sequence"
+            return
+        if self.gating != "ratio" and self.rule != "mask":
+            yield "rule", f"{self.rule}, but gating {self.gating} drops what is outside of the bounds: set it to mask"
+        if self.gating == "geometric_mean" and self.level == "token":
+            yield (
+                "level",
+                "token, but gating geometric_mean is of a whole answer: set it to sequence, or gating to ratio",
+            )
+        if self.gating in ("binary_kl", "tv"):
+            if self.low > 0.0:
+                yield "low", f"{self.low:g}, but a divergence (gating {self.gating}) is bounded from above: set it to 0"
+            if self.gating == "tv" and self.high >= 1.0:
+                yield "high", f"{self.high:g}, but no total variation is above 1: set it below, such as 0.1"
+            if self.gating == "binary_kl" and self.high == ImportanceConfig.model_fields["high"].default:
+                yield (
+                    "high",
+                    f"{self.high:g} is the default for ratios: set it in nats for gating binary_kl, such as 0.05",
+                )
+            return
         if not self.low < 1.0 < self.high:
             yield (
                 "",

@@ -36,7 +36,9 @@ def make_preparation(config: PpoConfig) -> Preparation:
     return Preparation(
         shaping=_shaping(algorithm.shaping, config.rollout.max_new_tokens),
         estimator=make_estimator(config),
-        importance=ImportanceCorrection(importance.level, importance.rule, importance.low, importance.high),
+        importance=ImportanceCorrection(
+            importance.level, importance.rule, importance.low, importance.high, importance.gating
+        ),
         kl_penalty=algorithm.kl.estimator if in_rewards else None,
         placement=algorithm.shaping.placement,
         whiten_rewards=algorithm.shaping.whitening,
