@@ -24,6 +24,7 @@ PARTS = (
     "log_probs",
     "models",
     "reward_training",
+    "rollout_modes",
     "scoring",
     "weights",
 )

@@ -179,8 +179,10 @@ _METRICS = {
         (
             "rollout/seconds",
             "s",
-            "Time in which the engines sampled the step's answers, while the step before it learned",
+            "Time in which the engines sampled in the background, since the last step's answers",
         ),
+        ("rollout/in_flight", "answers", "Answers that were begun and not finished when the step took its own"),
+        ("rollout/buffered", "answers", "Finished answers of later steps when the step took its own"),
         (
             "rollout/engines_idle",
             "share",

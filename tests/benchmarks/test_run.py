@@ -95,8 +95,12 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 
 @pytest.mark.parametrize(
     ("left_out", "expected"),
-    [({"demo", "learning"}, NAMES), pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long)],
-    ids=["all but those that learn", "learning"],
+    [
+        ({"demo", "learning", "rollout_modes"}, NAMES),
+        pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
+        pytest.param({*PARTS} - {"rollout_modes"}, {"ppo.one_step_off_vs_sync"}, marks=pytest.mark.long),
+    ],
+    ids=["all but those that learn", "learning", "modes of rollout"],
 )
 def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path, left_out: set[str], expected: set[str]) -> None:
     """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""

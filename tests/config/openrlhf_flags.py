@@ -30,7 +30,7 @@ algo.advantage.is_correction_mode algorithm.importance.rule
 algo.advantage.is_correction_gating algorithm.importance.gating
 algo.advantage.is_correction_threshold algorithm.importance.low algorithm.importance.high
 train.async_enable rollout.mode
-train.async_queue_size rollout.mode
+train.async_queue_size rollout.window
 train.partial_rollout_enable -
 eval.steps evaluation.every_steps
 ckpt.save_steps checkpoint.every_steps

@@ -154,6 +154,14 @@ CASES = [
     ("ppo", ["rollout.mode=one_step_off", "algorithm.max_staleness=0"],
      "algorithm.max_staleness: 0, but rollout.mode one_step_off trains on answers 1 publication(s) old: raise it to 1, "
      "remove it, or set rollout.mode to sync"),
+    ("ppo", ["rollout.mode=windowed", "rollout.window=3", "algorithm.max_staleness=2"],
+     "algorithm.max_staleness: 2, but rollout.mode windowed trains on answers 3 publication(s) old: raise it to 3"),
+    ("ppo", ["rollout.mode=windowed", "run.deterministic=true", "rollout.dtype=fp32"],
+     "rollout.mode: windowed, but which weights sample an answer is then a matter of time, and run.deterministic is true"),
+    ("ppo", ["rollout.mode=windowed", "algorithm.dynamic_sampling=2", "batch.samples_per_prompt=2"],
+     "algorithm.dynamic_sampling: 2, but rollout.mode windowed replaces no prompts: set it to 0"),
+    ("ppo", ["rollout.mode=windowed", "algorithm.collector=mine.py:Mine"],
+     "algorithm.collector: mine.py:Mine, but rollout.mode windowed collects by itself: remove it"),
     ("ppo", ["rollout.mode=one_step_off", "rollout.sleep=true", "rollout.resources.gpus_per_rank=0.3"],
      "rollout.sleep: true, but in mode one_step_off the engines sample while the trainer learns, so that both need the memory: "
      "set mode to sync"),

@@ -65,6 +65,30 @@ def mode_keeps_to_the_bound(rollout: RolloutConfig, algorithm: AlgorithmConfig) 
         )
 
 
+def window_collects_by_itself(rollout: RolloutConfig, algorithm: AlgorithmConfig, run: RunConfig) -> Iterator[Problem]:
+    """A window takes prompts in slices, when it has room: no collector chooses among them, and time counts."""
+    if rollout.mode != "windowed":
+        return
+    if run.deterministic:
+        yield (
+            "rollout.mode",
+            "windowed, but which weights sample an answer is then a matter of time, and run.deterministic is true: set it to "
+            "one_step_off, or run.deterministic to false",
+        )
+    if algorithm.dynamic_sampling:
+        yield (
+            "algorithm.dynamic_sampling",
+            f"{algorithm.dynamic_sampling}, but rollout.mode windowed replaces no prompts: set it to 0, or rollout.mode to "
+            "one_step_off",
+        )
+    if algorithm.collector is not None:
+        yield (
+            "algorithm.collector",
+            f"{algorithm.collector}, but rollout.mode windowed collects by itself: remove it, or set rollout.mode to "
+            "one_step_off",
+        )
+
+
 def engine_has_its_devices(rollout: RolloutConfig) -> Iterator[Problem]:
     """An engine takes one GPU for each of its tensor-parallel workers; on CPU, one core."""
     gpus, parallel = rollout.resources.gpus_per_rank, rollout.tensor_parallel

@@ -126,6 +126,7 @@ class PpoConfig(TrainingJob):
             lambda: rollout_checks.sampling_is_plain(self.rollout),
             lambda: rollout_checks.every_engine_has_a_prompt(self.rollout, self.batch.prompts_per_step),
             lambda: rollout_checks.mode_keeps_to_the_bound(self.rollout, self.algorithm),
+            lambda: rollout_checks.window_collects_by_itself(self.rollout, self.algorithm, self.run),
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
             lambda: rollout_checks.engine_keeps_to_its_share(self.rollout),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),

@@ -38,13 +38,15 @@ class RolloutConfig(Section):
     """Give the memory of weights and KV cache back while nothing is generated, on a GPU that other roles share."""
     resources: ResourcesConfig = ResourcesConfig()
     timeout_s: PositiveFloat = 300.0
-    mode: Literal["sync", "one_step_off"] = "sync"
-    """Whether a step samples before it learns, or while the step before it learns."""
+    mode: Literal["sync", "one_step_off", "windowed"] = "sync"
+    """Whether a step samples before it learns, while the step before it learns, or up to ``window`` steps ahead."""
+    window: Positive = 2
+    """Steps that ``windowed`` samples ahead at most."""
 
     @property
     def staleness(self) -> int:
         """How many publications older than the newest the weights may be that sampled the tokens of a step, in this mode."""
-        return {"sync": 0, "one_step_off": 1}[self.mode]
+        return {"sync": 0, "one_step_off": 1, "windowed": self.window}[self.mode]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.sleep and not (self.backend == "vllm" and 0 < self.resources.gpus_per_rank < 1):

@@ -32,7 +32,7 @@ from rlhf_ray.trainers.ppo.experience import Experience
 from rlhf_ray.trainers.ppo.gold import make_ground_truth
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.ppo.metrics import StepMetrics
-from rlhf_ray.trainers.ppo.modes import Mode, OneStepOff, Sync
+from rlhf_ray.trainers.ppo.modes import Mode, OneStepOff, Sync, Windowed
 from rlhf_ray.trainers.ppo.progress import PpoProgress, updates_in_all
 from rlhf_ray.trainers.ppo.rewards import make_reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
@@ -137,7 +137,7 @@ def build(
         directory=run.path / "evaluation",
     )
     stream = PromptStream(prompts.train, prompts.parts, config.run.seed)
-    mode = make_mode(config, make_collector(config, stream, sampler, experience), stream, engines)
+    mode = make_mode(config, make_collector(config, stream, sampler, experience), stream, sampler, engines)
     checkpoints.also(mode.save)
     session.cleanup.callback(mode.close)
     return PpoTrainer(
@@ -159,7 +159,9 @@ def build(
     )
 
 
-def make_mode(config: PpoConfig, collector: Collector, prompts: PromptStream, engines: Sequence[Ranks]) -> Mode:
+def make_mode(
+    config: PpoConfig, collector: Collector, prompts: PromptStream, sampler: Sampler, engines: Sequence[Ranks]
+) -> Mode:
     """The mode that ``rollout.mode`` names, which decides when ``collector`` is asked."""
     if config.rollout.mode == "sync":
         return Sync(collector, prompts)
@@ -168,6 +170,8 @@ def make_mode(config: PpoConfig, collector: Collector, prompts: PromptStream, en
         for engine in engines:
             engine.stop()
 
+    if config.rollout.mode == "windowed":
+        return Windowed(config, sampler, prompts, stop_engines)
     return OneStepOff(config, collector, prompts, stop_engines)
 
 

@@ -115,6 +115,7 @@ def test_the_next_step_is_sampled_while_this_one_learns(tmp_path: Path, monkeypa
     assert waited == [True, True, True]
 
 
+@pytest.mark.long
 def test_a_second_run_has_the_same_bits(undisturbed: RunDirectory, tmp_path: Path) -> None:
     config = small(tmp_path)
     again = start(config)
@@ -144,11 +145,24 @@ def test_a_run_that_was_stopped_goes_on_with_the_samples_of_its_checkpoint_to_th
     ]
 
 
-SIZES = {"max_new_tokens": 4, "stop_tokens": [], "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-         "prompts_per_step": 2, "samples_per_prompt": 2}  # fmt: skip
+SIZES = {
+    "mode": "one_step_off",
+    "window": 2,
+    "max_new_tokens": 4,
+    "stop_tokens": [],
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "prompts_per_step": 2,
+    "samples_per_prompt": 2,
+}
 
 
-@pytest.mark.parametrize("how", ["sizes", "prompts", "mode"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("how", ["mode", pytest.param("sizes", marks=LONG), pytest.param("prompts", marks=LONG)])
 def test_samples_that_do_not_fit_the_resumed_run_are_sampled_again_by_the_weights_of_the_checkpoint(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

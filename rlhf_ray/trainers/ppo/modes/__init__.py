@@ -3,5 +3,6 @@
 from rlhf_ray.trainers.ppo.modes.mode import Mode
 from rlhf_ray.trainers.ppo.modes.one_step_off import OneStepOff
 from rlhf_ray.trainers.ppo.modes.sync import Sync
+from rlhf_ray.trainers.ppo.modes.windowed import Windowed
 
-__all__ = ["Mode", "OneStepOff", "Sync"]
+__all__ = ["Mode", "OneStepOff", "Sync", "Windowed"]

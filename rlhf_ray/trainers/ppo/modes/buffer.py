@@ -1,7 +1,7 @@
 """Finished samples of steps to come, in a file of a checkpoint.
 
-Invariants: a file holds whole steps, each with the prompts that it took from the stream, in order, and every token with the
-version of its weights. What is read back is what was written, for the same prompts and the same sizes, or nothing.
+Invariants: a file holds steps or parts of them, each with the prompts that it took from the stream, in order, and every token
+with the version of its weights. What is read back is what was written, for the same prompts and the same sizes, or nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.storage import storage_errors
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -24,7 +25,7 @@ _ABOUT = "about"
 
 @dataclass(frozen=True)
 class BufferedStep:
-    """The samples of one step that no update has used."""
+    """Samples of one step, or of a part of it, that no update has used."""
 
     step: int
     """Counted from 0."""
@@ -43,6 +44,15 @@ class BufferedStep:
             prompt in by_id and tokens[offsets[row] : offsets[row] + len(by_id[prompt])] == by_id[prompt]
             for row, prompt in rows
         )
+
+
+def sizes_of(config: PpoConfig) -> dict[str, Any]:
+    """What samples of a checkpoint must have been sampled with to be used: in plain JSON, as :func:`write_steps` wants it."""
+    sampling = {"mode", "window", "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p"}
+    batch = {"prompts_per_step", "samples_per_prompt"}
+    return config.rollout.model_dump(mode="json", include=sampling) | config.batch.model_dump(
+        mode="json", include=batch
+    )
 
 
 def write_steps(directory: Path, steps: Sequence[BufferedStep], sizes: Mapping[str, Any]) -> None:

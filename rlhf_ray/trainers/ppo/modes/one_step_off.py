@@ -24,7 +24,7 @@ from typing import Any
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, write_steps
+from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, sizes_of, write_steps
 from rlhf_ray.trainers.ppo.sampling import Collected, Collector, Phase, PromptStream, refuse_stale
 
 CLOSING_S = 30.0
@@ -124,11 +124,11 @@ class OneStepOff:
                 break
             ids = tuple(prompt.prompt_id for prompt in one.collected.prompts)
             ready.append(BufferedStep(number, ids, one.collected.trajectories))
-        write_steps(directory, ready, self._sizes())
+        write_steps(directory, ready, sizes_of(self.config))
 
     def restore(self, directory: Path) -> None:
         """Take the samples of a checkpoint; their prompts, which come next in the stream, count as taken."""
-        for saved in read_steps(directory, self._sizes()):
+        for saved in read_steps(directory, sizes_of(self.config)):
             one = _Step(saved.step, self.prompts.state())
             prompts = self.prompts.take(len(saved.prompt_ids))
             if not saved.answers(prompts):
@@ -163,14 +163,6 @@ class OneStepOff:
         if last is None:
             return {"rollout/seconds": seconds}
         return {"rollout/seconds": seconds, "rollout/engines_idle": max(one.began - last, 0.0) / (one.ended - last)}
-
-    def _sizes(self) -> dict[str, Any]:
-        """What samples of the checkpoint must have been sampled with to be used."""
-        sampling = ("max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p")
-        batch = ("prompts_per_step", "samples_per_prompt")
-        return self.config.rollout.model_dump(mode="json", include=set(sampling)) | self.config.batch.model_dump(
-            mode="json", include=set(batch)
-        )
 
 
 def _untimed(name: str) -> AbstractContextManager[None]:

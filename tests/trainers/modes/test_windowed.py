@@ -1,0 +1,135 @@
+"""The mode ``windowed`` in whole runs in this process; ``test_window.py`` proves its bound over every order of events.
+
+What must hold: no token is older than ``rollout.window`` publications, and engines that are fast reach that age; every prompt
+is used once, in order, over a resume too; finished answers of a checkpoint are used, and none are whose weights are unknown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.errors import ResumableStop
+from rlhf_ray.rollout.errors import TooSlowError
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers import stopping
+from rlhf_ray.trainers.ppo.modes.buffer import read_steps, sizes_of
+from rlhf_ray.trainers.ppo.modes.windowed import Windowed, number_samples
+from rlhf_ray.trainers.ppo.sampling import Sampler
+from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trajectories.batch import TrajectoryBatch
+from tests.trainers.modes.test_one_step_off import lines, small, start, train
+from tests.trainers.small_runs import signals_as_before
+
+pytestmark = pytest.mark.early
+STEPS, SIZE = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    with signals_as_before():
+        yield
+
+
+def windowed(root: Path, *overrides: str) -> Any:
+    sizes = "samples_per_prompt: 2, sequences_per_update: 6, max_tokens_per_micro_batch: 512"
+    batch = f"batch={{prompts_per_step: {SIZE}, {sizes}}}"
+    return small(root, "rollout.mode=windowed", "run.deterministic=false", f"steps={STEPS}", batch, *overrides)
+
+
+def taken(run: RunDirectory) -> list[int]:
+    return [prompt for entry in run.ledger.entries() for prompt in entry.prompt_ids]
+
+
+def wait_until_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step learns only once the engines are as far ahead as they may be, which is the oldest that answers can be."""
+    collect, learn, modes = Windowed.collect, Learner.learn, list[Windowed]()
+
+    def collecting(self: Windowed, *arguments: Any) -> Any:
+        modes[:] = [self]
+        return collect(self, *arguments)
+
+    def learning(self: Learner, *batch: Any, **options: Any) -> Any:
+        window, end = modes[0]._window, time.monotonic() + 20
+        assert window is not None
+        while window.counts() != (0, SIZE * min(window.steps, STEPS - window.step)):
+            assert time.monotonic() < end, f"the window does not fill: {window.counts()}"
+            time.sleep(0.002)
+        return learn(self, *batch, **options)
+
+    monkeypatch.setattr(Windowed, "collect", collecting)
+    monkeypatch.setattr(Learner, "learn", learning)
+
+
+@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_answers_of_engines_that_are_ahead_reach_the_age_of_the_window_and_no_more(
+    window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_until_full(monkeypatch)
+    config = windowed(tmp_path, f"rollout.window={window}")
+    run = start(config)
+    train(config, run)
+    assert lines(run, "rollout/staleness") == [min(step, window) for step in range(STEPS)]
+    assert len(taken(run)) == len(set(taken(run))) == STEPS * SIZE
+    assert len(lines(run, "rollout/in_flight")) == len(lines(run, "rollout/buffered")) == STEPS
+
+
+def test_a_resumed_run_uses_the_finished_answers_of_its_checkpoint_and_every_prompt_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = windowed(tmp_path)
+    with monkeypatch.context() as patch:
+        wait_until_full(patch)
+        run = start(config)
+        patch.setattr(stopping._stop, "is_set", lambda: run.ledger.last_step == 2)
+        with pytest.raises(ResumableStop, match="after step 2 of 6"):
+            train(config, run)
+        run.release()
+    again, checkpoint = RunDirectory.resume(run.path)
+    assert checkpoint is not None
+    kept = read_steps(checkpoint.path, sizes_of(config))
+    assert [prompt for one in kept for prompt in one.prompt_ids] and {one.step for one in kept} == {2, 3}
+    ages = {
+        int(version) for one in kept for version in one.trajectories["weight_version"][one.trajectories["action_mask"]]
+    }
+    assert ages <= {0, 1}, "by the weights before the checkpoint's, which is version 2"
+    train(config, again, checkpoint)
+    ids = taken(again)
+    assert ids[2 * SIZE : 4 * SIZE] == [prompt for one in kept for prompt in one.prompt_ids]
+    assert len(ids) == len(set(ids)) == STEPS * SIZE
+    assert lines(again, "rollout/staleness")[2] == 2.0 and max(lines(again, "rollout/staleness")) <= 2
+
+
+def test_an_error_of_the_background_thread_costs_no_step_whose_answers_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = Sampler.generate
+
+    def failing(self: Sampler, prompts: Any, step: int) -> Any:
+        if step == 3:
+            raise TooSlowError("rollout", 0, "generate", "two requests were unfinished")
+        return generate(self, prompts, step)
+
+    monkeypatch.setattr(Sampler, "generate", failing)
+    config = windowed(tmp_path, "checkpoint.every_steps=0")
+    run = start(config)
+    with pytest.raises(TooSlowError, match="two requests were unfinished"):
+        train(config, run)
+    assert run.ledger.last_step == 3 and run.checkpoints.steps() == [3]
+
+
+def test_a_prompt_in_two_slices_has_samples_with_numbers_of_their_own() -> None:
+    batch = TrajectoryBatch.from_arrays(
+        {
+            "offsets": np.arange(6),
+            "token_ids": np.arange(5),
+            "prompt_id": np.array([4, 4, 9, 4, 4]),
+            "sample_index": np.array([0, 1, 0, 0, 1], np.int32),
+        }
+    )
+    assert number_samples(batch)["sample_index"].tolist() == [0, 1, 0, 2, 3]
