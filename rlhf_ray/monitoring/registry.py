@@ -168,6 +168,14 @@ _METRICS = {
     "Rollout": [
         ("rollout/log_prob_difference", "nats", "Largest difference of one token's log-prob, rollout to trainer"),
         ("rollout/log_prob_difference_mean", "nats", "Mean absolute difference of log-probs, rollout to trainer"),
+        *(
+            (
+                f"rollout/log_prob_difference_part_{part}",
+                "nats",
+                f"The same mean over positions in part {part} of 8 of `rollout.max_new_tokens`",
+            )
+            for part in range(1, 9)
+        ),
         ("rollout/kl", "nats/token", "KL of the rollout engine's policy from the trainer's, same weights (k3)"),
         ("importance/mean", "", "Mean importance weight of the actions, after its bounds"),
         ("importance/largest", "", "Largest importance weight before its bounds"),
@@ -252,6 +260,7 @@ REGISTRY = Registry(
 _SHARED_PANELS = {
     "KL from the reference": ("kl/k1", "kl/k3"),
     "Length": ("length/response", "length/prompt"),
+    "Difference of log-probs by position": tuple(f"rollout/log_prob_difference_part_{part}" for part in range(1, 9)),
     "Scores of the two sides": ("reward/chosen", "reward/rejected"),
     "Norm of the gradient": ("grad_norm/policy", "grad_norm/critic"),
     "Learning rate of the last update": ("learning_rate/policy", "learning_rate/critic"),

@@ -47,6 +47,7 @@ def test_every_algorithm_learns_with_the_groups_it_needs(tmp_path: Path, name: s
     assert all(line["grad_norm/policy"] > 0 and line["updates/skipped"] == 0 for line in steps)
     for line in steps:
         assert ("kl/k1" in line) == has_kl
+        assert "rollout/log_prob_difference_part_1" in line
         assert ("loss/value" in line) == ("explained_variance" in line) == has_critic
         assert ("loss/kl" in line) == (name in ("grpo", "reinforce++_baseline"))
     assert (directory.final / "critic").exists() == has_critic

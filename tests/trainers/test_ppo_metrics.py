@@ -8,7 +8,7 @@ import torch
 
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.trainers.ppo.metrics import negative_kl
+from rlhf_ray.trainers.ppo.metrics import StepMetrics, differences_by_position, negative_kl
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 VOCABULARY, SEQUENCES, LENGTH = 20, 400, 5
@@ -20,7 +20,7 @@ class Config:
     class policy:
         model = ModelConfig.model_construct(dtype="fp32")
 
-    rollout = RolloutConfig(dtype="fp32")
+    rollout = RolloutConfig(dtype="fp32", max_new_tokens=LENGTH)
 
 
 def sampled(*, top_k: int | None = None, rollout_shift: float = 0.0) -> TrajectoryBatch:
@@ -58,3 +58,29 @@ def test_a_cut_distribution_is_named() -> None:
 def test_another_model_in_the_rollout_is_named() -> None:
     message = warning_about(sampled(top_k=3, rollout_shift=0.2)) or ""
     assert "Rollout and trainer differ by 0.2 nats a token" in message and "rollout.dtype (fp32)" in message
+
+
+def test_a_difference_that_grows_with_the_position_is_named_and_a_constant_one_is_not() -> None:
+    config: Any = Config
+    batch = sampled()
+    place = torch.arange(1 + LENGTH).repeat(SEQUENCES)
+    for slope, grows in ((1e-3, True), (0.0, False)):
+        moved = batch.with_columns(rollout_log_probs=batch["log_probs"] + 1e-4 + slope * (place - 1))
+        metrics, warning = differences_by_position(moved, config)
+        expected = {0: 1, 1: 2, 2: 4, 3: 5, 4: 7}  # the part of 8 that each of 5 positions is in
+        assert metrics.keys() == {f"rollout/log_prob_difference_part_{part}" for part in expected.values()}
+        for position, part in expected.items():
+            assert abs(metrics[f"rollout/log_prob_difference_part_{part}"] - 1e-4 - slope * position) < 1e-5
+        assert (warning is not None) == grows
+    assert "late in the answers" not in str(warning)
+
+
+def test_growth_is_said_once_in_an_attempt(project_log) -> None:
+    config: Any = Config
+    batch, place = sampled(), torch.arange(1 + LENGTH).repeat(SEQUENCES)
+    moved = batch.with_columns(rollout_log_probs=batch["log_probs"] + 1e-3 * place)
+    unused: Any = None
+    metrics = StepMetrics(config, unused, unused)
+    for _ in range(2):
+        metrics.by_position(moved)
+    assert project_log.getvalue().count("late in the answers") == 1

@@ -18,12 +18,17 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.data.ends import EndTokens, why_cut
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation.agreement import Spread
+from rlhf_ray.evaluation.positions import by_position, growth
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.experience import TERM
 from rlhf_ray.trainers.ppo.gold import Gold
 from rlhf_ray.trainers.ppo.sampling import Collected
 from rlhf_ray.trainers.ppo.self_check import log_prob_bounds, log_prob_difference
 from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+NOISE_BELOW_BOUND = 4.0
+"""A mean difference so many times smaller than the self-check allows is rounding, wherever it stands."""
+
 
 ERRORS_BELOW_ZERO = 4.0
 """A mean KL is called negative if it is this many standard errors below 0."""
@@ -43,6 +48,7 @@ class StepMetrics:
     gold: Gold | None = None
     steps: int = 0
     """How many steps were measured in this attempt."""
+    _said_growing: bool = False
 
     def measure(
         self, batch: TrajectoryBatch, samples: Sequence[TextSample], collected: Collected, *, weight_version: int
@@ -61,6 +67,7 @@ class StepMetrics:
             "reward/learned": float(batch["score"].mean()),
             "length/prompt": prompt_tokens / len(batch),
             "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
+            **self.by_position(batch),
             **staleness(batch, weight_version),
             "round_trip/failed_share": failed_round_trips(self.tokenizer, samples, prompts),
             "prompts/sampled": float(len(collected.prompts)),
@@ -72,6 +79,14 @@ class StepMetrics:
             scores = [result.reward for result in self.gold(samples) if result.reward is not None]
             if scores:
                 metrics["gold/mean"] = sum(scores) / len(scores)
+        return metrics
+
+    def by_position(self, batch: TrajectoryBatch) -> dict[str, float]:
+        """How far rollout and trainer differ in each part of an answer; that it grows is said once in an attempt."""
+        metrics, warning = differences_by_position(batch, self.config)
+        if warning is not None and not self._said_growing:
+            get_logger("ppo").warning("%s", warning)
+            self._said_growing = True
         return metrics
 
     def _say_why_cut(self, samples: Sequence[TextSample], prompts: Mapping[int, TokenizedPrompt]) -> None:
@@ -93,6 +108,29 @@ def staleness(batch: TrajectoryBatch, version: int) -> dict[str, float]:
     )
     ages = (version - oldest[oldest < never]).double()  # an answer without an action has no age
     return {"rollout/staleness": float(ages.max()), "rollout/staleness_mean": float(ages.mean())}
+
+
+def differences_by_position(batch: TrajectoryBatch, config: PpoConfig) -> tuple[dict[str, float], str | None]:
+    """The mean absolute difference of log-probs, rollout to trainer, in each eighth of the longest answer that has tokens.
+
+    Besides it a warning, where the difference grows with the position to more than what rounding may be on average.
+    """
+    difference = batch["log_probs"] - batch["rollout_log_probs"]
+    parts = by_position(difference, batch["action_mask"], batch.offsets, config.rollout.max_new_tokens)
+    metrics = {
+        f"rollout/log_prob_difference_part_{number}": part.mean
+        for number, part in enumerate(parts, start=1)
+        if part is not None
+    }
+    ends = growth(parts, log_prob_bounds(config).mean / NOISE_BELOW_BOUND)
+    if ends is None:
+        return metrics, None
+    first, last = ends
+    return metrics, (
+        f"rollout and trainer differ by {last.mean:.2g} nats a token late in the answers and by {first.mean:.2g} at their "
+        "beginning: an error that grows with the position, such as of position ids, a sliding window or a prefix cache. "
+        f"Compare with rollout.backend=transformers (now {config.rollout.backend}), which samples with the trainer's own model"
+    )
 
 
 def sampled_ids(sample: TextSample, prompts: Mapping[int, TokenizedPrompt]) -> list[int]:
