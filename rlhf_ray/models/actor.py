@@ -265,7 +265,8 @@ class PackedPolicy(nn.Module):
 
         ``log_probs[t]`` is log p(token t | tokens before t), and ``entropy[t]`` is the entropy of the choice of token t. Both
         are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer runs
-        for wanted tokens only, and once for a prefix that sequences share.
+        for wanted tokens only, and once for a prefix that sequences share. In a pack with kept sets a token has the log-prob
+        and entropy of its own set.
         """
         packed = share_alike(self.actor.config, packed)
         hidden = packed_forward(self.actor.backbone, packed)
@@ -274,7 +275,11 @@ class PackedPolicy(nn.Module):
             chosen = torch.zeros(packed.num_tokens, dtype=torch.bool, device=at.device)
             at = at[chosen.index_fill(0, packed.sequence_tokens[wanted], True)[at]]
         log_probs, entropy = self.actor.log_prob_head(
-            hidden.index_select(0, packed.previous_tokens[at]), packed.token_ids[at], temperature, with_entropy
+            hidden.index_select(0, packed.previous_tokens[at]),
+            packed.token_ids[at],
+            temperature,
+            with_entropy,
+            None if packed.kept is None else packed.kept.select(at),
         )
 
         def spread(numbers: Tensor) -> Float[Tensor, "sequence_tokens"]:

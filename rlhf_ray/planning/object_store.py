@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from rlhf_ray.config.facts import Role
 from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.job_memory import GB, Files, published_size, role_size, weights_here
 from rlhf_ray.planning.memory import BYTES
@@ -20,6 +21,10 @@ LEAST = 512 * 2**20
 PUBLICATIONS = 2
 TOKEN = 100
 """Bytes of a token in the columns of a trajectory, at most."""
+WORD, BITS = 4, 32
+"""Bytes and bits of a word of a kept set (``trajectories/kept_sets.py``)."""
+TIES = 8
+"""Tokens that top-k keeps besides, because they tie with the last: seen in bf16 up to 6."""
 SHARED_MEMORY = "/dev/shm"
 STEP_OF_A_NUMBER = 2.2e-9
 """Seconds of one thread for the step of an offloaded optimizer, of each number: AdamW, clipping and rounding to bf16, measured
@@ -29,7 +34,7 @@ LONG_STEP_S = 1.0
 
 def store_bytes(config: Job, files: Files = weights_here) -> int | None:
     """Bytes that the object store of every node must have; None where the size of the policy is not known."""
-    published = 0
+    published, size = 0, None
     sampling = config.sampling()
     if sampling is not None:
         size = published_size(sampling, files)
@@ -37,8 +42,17 @@ def store_bytes(config: Job, files: Files = weights_here) -> int | None:
             return None
         published = size.numbers * BYTES[sampling.role.config.model.dtype]
     work = [role.work for role in config.roles().values() if role.work is not None]
-    batch = max((one.items().value * one.longest().value * TOKEN for one in work), default=0)
+    token = TOKEN if sampling is None or size is None else TOKEN + kept_bytes(sampling.config, size.vocabulary)
+    batch = max((one.items().value * one.longest().value * token for one in work), default=0)
     return max(LEAST, PUBLICATIONS * (published + batch))
+
+
+def kept_bytes(rollout: RolloutConfig, vocabulary: int) -> int:
+    """Bytes of the set among which a token was sampled, at most: ``top_k`` ids and some that tie with the last, or a bitmap."""
+    if not rollout.cuts:
+        return 0
+    bitmap = WORD * -(-vocabulary // BITS)
+    return min(WORD * (rollout.top_k + TIES), bitmap) if rollout.top_k else bitmap
 
 
 def store_to_start(config: Job, shared: int | None = None) -> int | None:

@@ -56,7 +56,6 @@ class RolloutEngine(ABC):
         ``shapes`` are those of all weights by their names on disk, if the directory holds no weights: then an update brings
         them before the first request.
         """
-        _refuse_cut_distributions(config)
         self.model_dir = Path(model_dir)
         self.config = config
         self.stop_token_ids = tuple(stop_token_ids)
@@ -305,13 +304,3 @@ def explain_too_slow(dropped: int, requests: int, deadline_s: float, sampled: in
         f"{text}about {rate:.1f} tokens/s were sampled, so that answers of full length need about {math.ceil(most / rate)} s. "
         "Raise rollout.timeout_s to that, lower rollout.max_new_tokens, or add engines (rollout.engines)"
     )
-
-
-def _refuse_cut_distributions(config: RolloutConfig) -> None:
-    cuts = {"top_p": (config.top_p, 1.0), "top_k": (config.top_k, 0), "min_p": (config.min_p, 0.0)}
-    for name, (value, off) in cuts.items():
-        if value != off:
-            raise RequestError(
-                f"rollout.{name} is {value}: log-probs would be of the cut distribution, which the trainer does not "
-                f"compute; leave it at {off}"
-            )

@@ -5,7 +5,8 @@ Invariants:
 - A request is identified by its prompt and its sample index.
 - Its seed is a pure function of the run's seed, the step, the prompt and the sample, so every engine draws the same numbers
   for it, however often it is generated.
-- A generation has one log-prob and one weight version for every sampled token, the end of sequence included.
+- A generation has one log-prob and one weight version for every sampled token, the end of sequence included, and where the
+  distribution was cut the set that was kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlhf_ray.errors import RequestError
 if TYPE_CHECKING:
     from rlhf_ray.trajectories.batch import TrajectoryBatch
     from rlhf_ray.trajectories.columns import FinishReason
+    from rlhf_ray.trajectories.kept_sets import KeptSets
 
 Key = tuple[int, int]
 """Prompt id and sample index."""
@@ -55,9 +57,11 @@ class Generation:
     sample_index: int
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
-    """At the sampling temperature, over the whole vocabulary."""
+    """At the sampling temperature, over ``kept``."""
     weight_versions: tuple[int, ...]
     finish_reason: FinishReason
+    kept: KeptSets | None = None
+    """The set among which each token was sampled; None where it was the whole vocabulary each time."""
 
     @property
     def key(self) -> Key:
@@ -154,6 +158,13 @@ def gather(requests: Sequence[GenerationRequest], generations: Sequence[Generati
         out[sampled] = np.fromiter(chain.from_iterable(values), dtype)
         return out
 
+    kept: dict[str, np.ndarray[Any, Any]] = {}
+    if any(generation.kept is not None for _, generation in pairs):
+        from rlhf_ray.trajectories.kept_sets import KeptSets
+
+        own = [generation.kept or KeptSets.whole(len(generation.token_ids)) for _, generation in pairs]
+        kept["kept_sizes"] = column([tuple(sets.sizes.tolist()) for sets in own], np.int32, 0)
+        kept["kept_words"] = np.concatenate([sets.words.numpy() for sets in own])
     token_ids = chain.from_iterable(chain(request.token_ids, generation.token_ids) for request, generation in pairs)
     return TrajectoryBatch.from_arrays(
         {
@@ -161,6 +172,7 @@ def gather(requests: Sequence[GenerationRequest], generations: Sequence[Generati
             "token_ids": np.fromiter(token_ids, np.int64),
             "action_mask": sampled,
             "weight_version": column([generation.weight_versions for _, generation in pairs], np.int32, NO_VERSION),
+            **kept,
             "rollout_log_probs": column([generation.log_probs for _, generation in pairs], np.float32, 0.0),
             "prompt_id": np.array([request.prompt_id for request, _ in pairs], np.int64),
             "sample_index": np.array([request.sample_index for request, _ in pairs], np.int32),

@@ -1,7 +1,7 @@
 """A rollout engine on plain transformers, for machines without vLLM and for runs in one process.
 
-Invariants: every number means what it means in the vLLM engine; log-probs are an fp32 log-softmax of the whole distribution
-at the sampling temperature; a seeded request draws from a generator of its own.
+Invariants: every number means what it means in the vLLM engine; log-probs are an fp32 log-softmax at the sampling temperature
+over what min-p, top-k and top-p keep, in this order, as in vLLM; a seeded request draws from a generator of its own.
 
 Requests of similar length are decoded together, padded on the left, with a key-value cache.
 """
@@ -16,7 +16,14 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
@@ -25,6 +32,7 @@ from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import WireError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
+from rlhf_ray.trajectories.kept_sets import KeptSets
 
 MAX_ROWS = 128
 """The most requests that are decoded together, where ``rollout.max_num_seqs`` says nothing."""
@@ -37,11 +45,11 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    kept: list[KeptSets] = field(default_factory=list)
 
     def generation(self, reason: FinishReason) -> Generation:
-        prompt_id, sample_index = self.request.key
-        versions = tuple(self.weight_versions)
-        return Generation(prompt_id, sample_index, tuple(self.token_ids), tuple(self.log_probs), versions, reason)
+        versions, kept = tuple(self.weight_versions), KeptSets.join(self.kept) if self.kept else None
+        return Generation(*self.request.key, tuple(self.token_ids), tuple(self.log_probs), versions, reason, kept)
 
 
 @dataclass
@@ -74,6 +82,11 @@ class TransformersEngine(RolloutEngine):
         self._waiting: list[GenerationRequest] = []
         self._group: _Group | None = None
         self._incoming: dict[str, Tensor] = {}
+        self._cuts: list[Any] = [
+            *([MinPLogitsWarper(config.min_p)] if config.min_p > 0.0 else []),
+            *([TopKLogitsWarper(config.top_k)] if config.top_k > 0 else []),
+            *([TopPLogitsWarper(config.top_p)] if config.top_p < 1.0 else []),
+        ]
 
     # Generating
 
@@ -93,7 +106,12 @@ class TransformersEngine(RolloutEngine):
             self._group = self._next_group()
         if self._group is None:
             return []
-        log_probs = torch.log_softmax(self._logits(self._group).float() / self._temperatures(self._group), dim=-1)
+        scaled = self._logits(self._group).float() / self._temperatures(self._group)
+        log_probs = torch.log_softmax(self._cut(scaled, self._group.rows), dim=-1)
+        if self._cuts:
+            kept = KeptSets.from_mask(log_probs > -torch.inf)
+            for place, row in enumerate(self._group.rows):
+                row.kept.append(kept.select(slice(place, place + 1)))
         sampled = self._sample(log_probs, self._group.rows)
         chosen = log_probs.gather(1, sampled[:, None])[:, 0]
         for row, token, log_prob in zip(self._group.rows, sampled.tolist(), chosen.tolist(), strict=True):
@@ -151,7 +169,15 @@ class TransformersEngine(RolloutEngine):
         for position, row in enumerate(rows):
             if not row.request.greedy:
                 noise[position].exponential_(generator=row.generator or self._stream)
-        return (log_probs - noise.log()).argmax(dim=-1)
+        return torch.where(log_probs > -torch.inf, log_probs - noise.log(), -torch.inf).argmax(dim=-1)
+
+    def _cut(self, scaled: Float[Tensor, "rows vocabulary"], rows: Sequence[_Row]) -> Float[Tensor, "rows vocabulary"]:
+        """Take from each row what its request does not sample from; a greedy one keeps all."""
+        drawn = torch.tensor([not row.request.greedy for row in rows], device=scaled.device)
+        cut = scaled
+        for processor in self._cuts:
+            cut = processor(None, cut)
+        return torch.where(drawn[:, None], cut, scaled)
 
     def _take_finished(self, group: _Group) -> list[Generation]:
         reasons = [self._finish_reason(row) for row in group.rows]

@@ -4,7 +4,8 @@ Invariants:
 
 - The engine lives in this process and dies with it, and so do its workers where ``tensor_parallel`` is above 1.
 - It sees no text, because it has no tokenizer. It stops at the given stop tokens and returns them as actions.
-- Log-probs are those of the whole distribution at the sampling temperature.
+- Log-probs are those at the sampling temperature over what ``rollout.min_p``, ``top_k`` and ``top_p`` keep. Where they cut,
+  every token carries the set that was kept (``vllm_sampling/kept_sets.py``).
 - An engine that sleeps (``rollout.sleep``) is awake while it generates, and its weights are while they change. This has not run
   on a GPU yet.
 - In deterministic mode the same requests in the same order give the same bits, run after run.
@@ -38,6 +39,7 @@ from rlhf_ray.planning.memory import sampling_parts, total
 from rlhf_ray.planning.model_size import model_size
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
+from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInEngine, sampling_cuts
 from rlhf_ray.rollout.vllm_workers import shared, starting_workers, stay_eager
 from rlhf_ray.trajectories.columns import FinishReason
 
@@ -79,6 +81,7 @@ class VllmEngine(RolloutEngine):
         self._tickets = itertools.count()
         self._in_work: dict[str, GenerationRequest] = {}
         self._sent = False
+        self._kept = KeptInEngine(self._engine, vocabulary=self.vocabulary, on_cpu=on_cpu) if config.cuts else None
 
     def _engine_args(self, on_cpu: bool) -> Any:
         from vllm import EngineArgs
@@ -102,6 +105,8 @@ class VllmEngine(RolloutEngine):
             max_num_batched_tokens=config.max_num_batched_tokens,
             seed=self.stream_seed,
             logprobs_mode="processed_logprobs",
+            return_sampling_mask=config.cuts
+            and not on_cpu,  # vLLM's runner on CPU has none; there we look at its sampler
             # Eager and with a cache of known size, the CPU backend needs no warm-up pass.
             enforce_eager=on_cpu or self.deterministic,
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30) if on_cpu else None,
@@ -134,7 +139,7 @@ class VllmEngine(RolloutEngine):
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            temperature=0.0 if request.greedy else self.config.temperature,
+            **sampling_cuts(self.config, greedy=request.greedy, on_cpu=self.device.type == "cpu"),
             max_tokens=request.max_new_tokens,
             seed=request.seed,
             ignore_eos=True,
@@ -147,9 +152,10 @@ class VllmEngine(RolloutEngine):
 
     def _advance(self) -> list[Generation]:
         finished: list[Any] = [output for output in self._engine.step() if output.finished]
-        return [self._generation(self._in_work.pop(output.request_id), output.outputs[0]) for output in finished]
+        return [self._generation(output.request_id, output.outputs[0]) for output in finished]
 
-    def _generation(self, request: GenerationRequest, output: Any) -> Generation:
+    def _generation(self, ticket: str, output: Any) -> Generation:
+        request = self._in_work.pop(ticket)
         token_ids = tuple(output.token_ids)
         if tuple(output.logprobs.token_ids) != token_ids:
             raise ValueError(f"vLLM gave log-probs of other tokens than it sampled for request {request.key}")
@@ -157,13 +163,16 @@ class VllmEngine(RolloutEngine):
         if len(versions) != len(token_ids):
             raise ValueError(f"vLLM gave {len(versions)} weight versions for {len(token_ids)} tokens of {request.key}")
         reason = FINISH_REASONS[output.finish_reason]
-        return Generation(*request.key, token_ids, tuple(output.logprobs.logprobs), versions, reason)
+        kept = None if self._kept is None else self._kept.take(ticket, output, greedy=request.greedy)
+        return Generation(*request.key, token_ids, tuple(output.logprobs.logprobs), versions, reason, kept)
 
     def _running(self) -> int:
         return min(len(self._in_work), self._engine.vllm_config.scheduler_config.max_num_seqs)
 
     def _drop(self) -> None:
         self._engine.abort_request(list(self._in_work))
+        if self._kept is not None:
+            self._kept.forget()
         self._in_work.clear()
 
     # Weights

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_heads
+from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInWorker
 from rlhf_ray.rollout.vllm_workers import SharedBucket, stay_eager
 from rlhf_ray.rollout.wire import Checksum
 
@@ -127,7 +128,7 @@ class SummedUp:
         return loaded
 
 
-class RegisterInWorker:
+class RegisterInWorker(KeptInWorker):
     """A worker extension: naming it makes a worker import this module, and it answers what a worker is not asked by vLLM."""
 
     device: torch.device

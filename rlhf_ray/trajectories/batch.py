@@ -30,7 +30,8 @@ from rlhf_ray.trajectories.column_checks import (
     describe,
     make_column,
 )
-from rlhf_ray.trajectories.columns import PER_SEQUENCE, PER_TOKEN, FinishReason
+from rlhf_ray.trajectories.columns import KEPT, PER_SEQUENCE, PER_TOKEN, FinishReason
+from rlhf_ray.trajectories.kept_sets import KeptSets
 
 __all__ = [
     "PER_SEQUENCE",
@@ -80,8 +81,16 @@ class TrajectoryBatch:
         tokens = self.tensors["token_ids"].numel()
         if self.offsets.device.type == "cpu" and int(self.offsets[-1]) != tokens:
             raise BatchError(f"offsets end at {int(self.offsets[-1])}, but column 'token_ids' has {tokens} tokens")
+        sets = {"kept_sizes", *KEPT}
+        missing = sets - self.tensors.keys()
+        if missing and missing != sets:
+            raise BatchError(f"the columns of kept sets come together; missing: {_names(sorted(missing))}")
+        if not missing and self.offsets.device.type == "cpu":
+            words = int(self.tensors["kept_sizes"].abs().sum())
+        else:  # on a device the batch was checked before, and reading values there would wait for it
+            words = len(self.tensors.get("kept_words", ()))
         for name, column in self.tensors.items():
-            check_column(name, column, self.offsets, tokens)
+            check_column(name, column, self.offsets, tokens, words)
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
     # Making
@@ -152,6 +161,15 @@ class TrajectoryBatch:
         return self.offsets.device
 
     @property
+    def kept(self) -> KeptSets | None:
+        """The set among which each token was sampled; None where nothing was cut."""
+        return KeptSets(self["kept_sizes"], self["kept_words"]) if "kept_words" in self else None
+
+    def without_kept(self) -> TrajectoryBatch:
+        """Return a batch without the sets among which tokens were sampled."""
+        return self if self.kept is None else self.without("kept_sizes", *KEPT)
+
+    @property
     def sequence_ids(self) -> Int64[Tensor, "tokens"]:
         """The row of the sequence that each token belongs to."""
         rows = torch.arange(len(self), device=self.device)
@@ -208,16 +226,26 @@ class TrajectoryBatch:
             return self._neighbours(int(rows[0]), int(rows[-1]) + 1)
         rows = rows.to(self.device)
         tokens = self._token_places(rows)
-        tensors = {name: column[tokens if name in PER_TOKEN else rows] for name, column in self.tensors.items()}
-        return TrajectoryBatch(_make_offsets(self.lengths[rows]), tensors)
+        tensors = {
+            name: column[tokens if name in PER_TOKEN else rows]
+            for name, column in self.tensors.items()
+            if name not in KEPT
+        }
+        return TrajectoryBatch(_make_offsets(self.lengths[rows]), {**tensors, **self._kept_words(tokens)})
 
     def _neighbours(self, start: int, stop: int) -> TrajectoryBatch:
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         tensors = {
             name: column[first:last] if name in PER_TOKEN else column[start:stop]
             for name, column in self.tensors.items()
+            if name not in KEPT
         }
-        return TrajectoryBatch(self.offsets[start : stop + 1] - first, tensors)
+        return TrajectoryBatch(
+            self.offsets[start : stop + 1] - first, {**tensors, **self._kept_words(slice(first, last))}
+        )
+
+    def _kept_words(self, tokens: Tensor | slice) -> dict[str, Tensor]:
+        return {} if self.kept is None else {"kept_words": self.kept.select(tokens).words}
 
     def _rows(self, indices: Sequence[int] | Tensor) -> Int64[Tensor, "selected"]:
         rows = torch.as_tensor(indices, device="cpu") if len(indices) else torch.empty(0, dtype=torch.int64)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.trajectories.columns import FREE_DTYPES, PER_SEQUENCE, PER_TOKEN
+from rlhf_ray.trajectories.columns import FREE_DTYPES, KEPT, PER_SEQUENCE, PER_TOKEN
 
 
 class BatchError(RlhfRayError, ValueError):
@@ -46,14 +46,18 @@ def check_offsets(offsets: Tensor) -> None:
         )
 
 
-def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "cuts"], tokens: int) -> None:
-    """Raise :class:`BatchError` for a column whose shape, dtype or device is wrong, or that carries a gradient."""
-    per_token = name in PER_TOKEN
-    size, what = (tokens, "tokens") if per_token else (len(offsets) - 1, "sequences")
+def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "cuts"], tokens: int, words: int = 0) -> None:
+    """Raise :class:`BatchError` for a column whose shape, dtype or device is wrong, or that carries a gradient.
+
+    ``words`` is the size of columns over kept sets.
+    """
+    size, what = (tokens, "tokens") if name in PER_TOKEN else (len(offsets) - 1, "sequences")
+    if name in KEPT:
+        size, what = words, "words in kept_sizes"
     if tuple(column.shape) != (size,):
         shape = tuple(column.shape)
         raise BatchError(f"column {name!r} has shape {shape}, but the batch has {size} {what}: it must be ({size},)")
-    wanted = PER_TOKEN.get(name) or PER_SEQUENCE.get(name)
+    wanted = PER_TOKEN.get(name) or PER_SEQUENCE.get(name) or KEPT.get(name)
     if wanted is not None and column.dtype != wanted:
         raise BatchError(f"column {name!r} must be {_short(wanted)}, not {_short(column.dtype)}: convert it first")
     if wanted is None and column.dtype not in FREE_DTYPES:
@@ -89,7 +93,7 @@ def make_column(name: str, numbers: Any, lengths: Sequence[int]) -> Tensor:
     if isinstance(numbers, numpy.ndarray):
         return as_tensor(name, numbers)
     if name not in PER_TOKEN:
-        return _exactly(name, numbers, PER_SEQUENCE.get(name))
+        return _exactly(name, numbers, PER_SEQUENCE.get(name) or KEPT.get(name))
     if len(numbers) != len(lengths):
         raise BatchError(f"column {name!r} has {len(numbers)} sequences, but the batch has {len(lengths)}")
     pieces = [_exactly(name, piece, PER_TOKEN[name]) for piece in numbers]

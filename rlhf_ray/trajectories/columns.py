@@ -59,8 +59,9 @@ FINISH_REASONS: Mapping[FinishReason, FinishReasonFacts] = MappingProxyType(
 class Column:
     """The documentation of one column, and the shape and dtype that are checked."""
 
-    over: Literal["tokens", "sequences"]
-    """One number for each token, standing at the token it describes, or one for each sequence."""
+    over: Literal["tokens", "sequences", "kept"]
+    """One number for each token, standing at the token it describes; one for each sequence; or as many for each token as the
+    column ``kept_sizes`` says."""
     dtype: torch.dtype | None
     """None where any of :data:`FREE_DTYPES` will do."""
     unit: str
@@ -101,16 +102,31 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             "tokens",
             torch.float32,
             "nats",
-            "The rollout engine's log-probability of the token given those before it, at the sampling temperature; 0 at "
-            "tokens that were not sampled.",
+            "The rollout engine's log-probability of the token given those before it, at the sampling temperature and over the "
+            "set that it was sampled from; 0 at tokens that were not sampled.",
             _GATHER,
+        ),
+        "kept_sizes": Column(
+            "tokens",
+            torch.int32,
+            "words of `kept_words`",
+            "How the set is written among which the token was sampled, where top-k, top-p or min-p cut the vocabulary: n > 0 "
+            "for n ids, n < 0 for a bitmap of -n words, 0 for the whole vocabulary and at tokens that were not sampled.",
+            f"{_GATHER}, where `rollout.top_k`, `top_p` or `min_p` cut",
+        ),
+        "kept_words": Column(
+            "kept",
+            torch.int32,
+            "ids, or 32 bits of a bitmap",
+            "The sets of all tokens one after another, each as long as `kept_sizes` says (`trajectories/kept_sets.py`).",
+            f"{_GATHER}, where `rollout.top_k`, `top_p` or `min_p` cut",
         ),
         "log_probs": Column(
             "tokens",
             torch.float32,
             "nats",
-            "The trainer's log-probability of the token at the sampling temperature, under the policy's weights before the "
-            "first update of the step.",
+            "The trainer's log-probability of the token at the sampling temperature and over the set that it was sampled from, "
+            "under the policy's weights before the first update of the step.",
             "the policy group (`trainers/ppo/roles.py`)",
         ),
         "reference_log_probs": Column(
@@ -222,6 +238,9 @@ def _dtypes(over: str) -> Mapping[str, torch.dtype]:
 
 PER_TOKEN = _dtypes("tokens")
 """The dtypes of the columns with one number per token."""
+
+KEPT = _dtypes("kept")
+"""The dtypes of the columns with as many numbers per token as ``kept_sizes`` says."""
 
 PER_SEQUENCE = _dtypes("sequences")
 """The dtypes of the columns with one number per sequence that are listed with a dtype."""

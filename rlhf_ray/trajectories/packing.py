@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf_ray.trajectories.batch import TrajectoryBatch, send
 from rlhf_ray.trajectories.column_checks import BatchError, check_offsets, describe
+from rlhf_ray.trajectories.kept_sets import KeptSets
 
 DUMMY_TOKENS = 2
 """Tokens of a dummy pack: one to predict, and one to predict it from."""
@@ -42,6 +43,8 @@ class Packed:
     offsets: Int64[Tensor, "cuts"]
     position_ids: Int64[Tensor, "tokens"]
     parent: Int64[Tensor, "cuts-1"] | None = None
+    kept: KeptSets | None = None
+    """The set among which each token was sampled; None where nothing was cut or nobody asks."""
 
     def __post_init__(self) -> None:
         check_offsets(self.offsets)
@@ -177,7 +180,10 @@ class Packed:
         whole = [sum(self._length(segment) for segment in line) for line in self._lines]
         offsets = torch.tensor([0, *whole]).cumsum(0)
         apart = Packed(
-            self.token_ids[self.sequence_tokens], self._here(offsets), self.position_ids[self.sequence_tokens]
+            self.token_ids[self.sequence_tokens],
+            self._here(offsets),
+            self.position_ids[self.sequence_tokens],
+            kept=None if self.kept is None else self.kept.select(self.sequence_tokens),
         )
         vars(apart)["cuts"] = tuple(offsets.tolist())
         return apart
@@ -185,7 +191,10 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """Return the pack on a device, with its cuts kept on the host, so that no reader waits for the device."""
         parent = None if self.parent is None else send(self.parent, device)
-        sent = Packed(send(self.token_ids, device), send(self.offsets, device), send(self.position_ids, device), parent)
+        kept = None if self.kept is None else KeptSets(send(self.kept.sizes, device), send(self.kept.words, device))
+        sent = Packed(
+            send(self.token_ids, device), send(self.offsets, device), send(self.position_ids, device), parent, kept
+        )
         vars(sent).update(cuts=self.cuts, parents=self.parents)
         return sent
 
@@ -202,17 +211,23 @@ def list_ancestors(parent: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def pack(
-    batch: TrajectoryBatch, indices: Sequence[int] | Tensor | None = None, *, share_prefixes: bool = True
+    batch: TrajectoryBatch,
+    indices: Sequence[int] | Tensor | None = None,
+    *,
+    share_prefixes: bool = True,
+    with_kept: bool = False,
 ) -> Packed:
     """Pack these sequences of the batch in this order, or all of them; an empty list of indices gives the dummy pack.
 
     Neighbours that begin with the same tokens (the two sides of a pair, the samples of a prompt) share them, unless
-    ``share_prefixes`` is off. The results are the same either way, up to rounding.
+    ``share_prefixes`` is off. The results are the same either way, up to rounding. ``with_kept`` takes along the sets among
+    which tokens were sampled; a token that was sampled from a cut set is never shared.
     """
+    batch = batch if with_kept else batch.without_kept()
     chosen = batch if indices is None else batch.select(indices)
     if len(chosen) == 0:
         return Packed.dummy(batch.device)
-    whole = Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids)
+    whole = Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids, kept=chosen.kept)
     return _share_prefixes(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
 
 
@@ -237,7 +252,10 @@ def group_by_prefix(sequences: Sequence[Sequence[int]], max_tokens: int) -> list
 def _share_prefixes(whole: Packed, chosen: TrajectoryBatch) -> Packed:
     """Give every run of neighbours with a common prefix one segment for the prefix, and one for the rest of each."""
     cuts = chosen.offsets.tolist()
-    runs = _find_runs([whole.token_ids[start:stop] for start, stop in pairwise(cuts)])
+    ids = whole.token_ids
+    if whole.kept is not None:  # another engine or version may have kept others: these tokens are like no other
+        ids = torch.where(whole.kept.sizes == 0, ids, -1 - torch.arange(len(ids), device=ids.device))
+    runs = _find_runs([ids[start:stop] for start, stop in pairwise(cuts)])
     if not any(shared for _, _, shared in runs):
         return whole
     pieces: list[tuple[int, int]] = []
@@ -257,6 +275,7 @@ def _share_prefixes(whole: Packed, chosen: TrajectoryBatch) -> Packed:
         offsets.to(tokens.device),
         whole.position_ids[tokens],
         torch.tensor(parent, device=tokens.device),
+        None if whole.kept is None else whole.kept.select(tokens),
     )
 
 

@@ -42,9 +42,11 @@ CASES = [
     ("rm", ["data.max_tokens=2049"],
      "the longest is 4098 (the two sides of a pair, data.max_tokens 2049 each): raise batch.max_tokens_per_micro_batch to"),
     # sampling
-    ("ppo", ["rollout.top_p=0.9"], "rollout.top_p: 0.9 is refused for training"),
-    ("ppo", ["rollout.top_k=50"], "rollout.top_k: 50 is refused for training"),
-    ("ppo", ["rollout.min_p=0.1"], "rollout.min_p: 0.1 is refused for training"),
+    ("ppo", ["rollout.top_p=0"], "rollout.top_p: "),
+    ("ppo", ["rollout.top_k=-1"], "rollout.top_k: "),
+    ("ppo", ["rollout.min_p=1.1"], "rollout.min_p: "),
+    ("ppo", ["rollout.top_p=0.9", "rollout.resources.gpus_per_rank=1"],
+     "rollout.top_k: 0 with top_p 0.9 and min_p 0, but on a GPU vLLM returns the tokens that were kept"),
     # engines
     ("ppo", ["policy.engine.optimizer=null"],
      "policy.engine.optimizer: missing: this job trains the policy; set policy.engine.optimizer.learning_rate"),

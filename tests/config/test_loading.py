@@ -166,7 +166,7 @@ def test_all_sorts_of_errors_come_together(problems):
         "batch.sequences_per_update=5",
         "run.deterministic=true",
         "rollout.dtype=bf16",
-        "rollout.top_p=0.9",
+        "rollout.top_p=1.9",
         "data.path=nowhere.jsonl",
         "not an override",
         files=True,
@@ -177,7 +177,7 @@ def test_all_sorts_of_errors_come_together(problems):
         "steps:",
         "batch.sequences_per_update: 5 does not divide",
         "rollout.dtype: bf16, but",
-        "rollout.top_p: 0.9 is refused",
+        "rollout.top_p: ",
         "data: world and path (nowhere.jsonl)",
         "data.path: nowhere.jsonl does not",
     ]

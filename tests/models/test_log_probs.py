@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.models.forward import log_probs
 from rlhf_ray.models.forward.log_probs import LogProbHead, chunk_size
+from rlhf_ray.trajectories.kept_sets import KeptSets
 from tests.models.counted import LiveBytes, Passes
 from tests.models.gpu_kernels import half_precision_products
 
@@ -19,12 +20,23 @@ HIDDEN, VOCABULARY, TOKENS = 16, 50, 23
 
 
 def naive(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute on all logits, in fp64."""
+    """Compute on all logits, or token by token on those that were kept, in fp64."""
     logits = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if kept is not None:
+        rows = [(row[inside] / temperature).log_softmax(-1) for row, inside in zip(logits, kept, strict=True)]
+        places = [int(inside[:target].sum()) for inside, target in zip(kept, targets.tolist(), strict=True)]
+        chosen = [row[place] for row, place in zip(rows, places, strict=True)]
+        return torch.stack(chosen), torch.stack([-(row.exp() * row).sum() for row in rows])
     log_p = (logits / temperature).log_softmax(-1)
     return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
@@ -68,6 +80,38 @@ def test_equals_naive_forward_and_backward(
     inputs = (hidden, *head.parameters())
     for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_over_kept_sets_it_equals_a_softmax_of_what_was_kept(
+    bias: bool, softcap: float | None, with_entropy: bool
+) -> None:
+    """Sets of one token, few, half and all; the weight of a token that nobody kept gets no gradient."""
+    head, hidden, targets = case(bias=bias)
+    head.softcap = softcap
+    kept = torch.rand(TOKENS, VOCABULARY) < torch.tensor([0.0, 0.1, 0.6, 1.0]).repeat(TOKENS)[:TOKENS, None]
+    kept[torch.arange(TOKENS), targets] = True
+    unused = next(token for token in range(VOCABULARY) if token not in targets.tolist())
+    kept[:, unused] = False
+    mine, mine_entropy = head(hidden, targets, 0.6, with_entropy, KeptSets.from_mask(kept))
+    theirs, theirs_entropy = naive(hidden, head.weight, head.bias, targets, 0.6, softcap, kept)
+    torch.testing.assert_close(mine.double(), theirs, atol=1e-6, rtol=1e-6)
+    assert not mine[kept.sum(1) == 1].any(), "among one token there is no choice"
+    weights, entropy_weights = torch.randn(2, TOKENS)
+    loss, expected = (mine * weights).sum(), (theirs * weights).sum()
+    if with_entropy:
+        torch.testing.assert_close(mine_entropy.double(), theirs_entropy, atol=1e-6, rtol=1e-6)
+        loss, expected = (
+            loss + (mine_entropy * entropy_weights).sum(),
+            expected + (theirs_entropy * entropy_weights).sum(),
+        )
+    inputs = (hidden, *head.parameters())
+    gradients = torch.autograd.grad(loss, inputs)
+    for a, b in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert not gradients[1][unused].any()
 
 
 def test_log_probs_and_entropies_are_as_exact_as_fp32() -> None:

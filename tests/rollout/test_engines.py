@@ -359,10 +359,3 @@ def test_bfloat16_weights_arrive_in_a_bfloat16_engine(save_llama: Any) -> None:
     assert largest_difference(model, requests, before, 1.0) < 0.1
     assert largest_difference(other, requests, after, 1.0) < 0.1
     assert largest_difference(model, requests, after, 1.0) > 1.0
-
-
-@pytest.mark.parametrize(("setting", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)])
-def test_cut_distributions_are_refused(setting: str, value: float, save_llama: Any) -> None:
-    config = RolloutConfig(**{setting: value})
-    with pytest.raises(RequestError, match=f"rollout.{setting} is {value}"):
-        TransformersEngine(save_llama(0)[1], config, stop_token_ids=(EOS,))

@@ -52,7 +52,7 @@ def test_samples_of_the_policy_have_no_negative_kl() -> None:
 
 def test_a_cut_distribution_is_named() -> None:
     message = warning_about(sampled(top_k=3)) or ""
-    assert "standard errors below 0" in message and "top_p 1, top_k 0 and min_p 0 leave it whole" in message
+    assert "standard errors below 0" in message and "top_p 1, top_k 0 and min_p 0, which leave" in message
 
 
 def test_another_model_in_the_rollout_is_named() -> None:

@@ -26,6 +26,8 @@ from rlhf_ray.trajectories.batch import (
 )
 from tests.trajectories.batches import small
 
+PLAIN = {name: dtype for name, dtype in PER_TOKEN.items() if name != "kept_sizes"}
+"""Columns with one number per token; kept sets are in test_kept_sets.py."""
 Rows = list[dict[str, Any]]
 """The slow reference: one dict a sequence, floats as their 32 bits so that every NaN equals itself."""
 
@@ -39,7 +41,7 @@ def make_rows(chance: random.Random, count: int) -> Rows:
     for _ in range(count):
         length = chance.randint(1, 6)
         row: dict[str, Any] = {}
-        for name, dtype in {**PER_TOKEN, "score": torch.float32, "prompt_id": torch.int64, "free": torch.int64}.items():
+        for name, dtype in {**PLAIN, "score": torch.float32, "prompt_id": torch.int64, "free": torch.int64}.items():
             numbers: list[int] = [
                 chance.randint(0, 1) if dtype == torch.bool else chance.getrandbits(30) for _ in range(length)
             ]
@@ -54,7 +56,7 @@ def make_rows(chance: random.Random, count: int) -> Rows:
 
 def make_batch(rows: Rows) -> TrajectoryBatch:
     flat: dict[str, Tensor] = {}
-    for name in PER_TOKEN:
+    for name in PLAIN:
         numbers = [number for row in rows for number in row[name]]
         dtype = PER_TOKEN[name]
         if dtype == torch.float32:
@@ -219,12 +221,13 @@ def test_every_known_column_has_the_dtype_of_the_contract() -> None:
     batch = TrajectoryBatch.from_sequences(
         [[1, 2], [3]],
         **{name: [[0, 1], [0]] for name in PER_TOKEN if name != "token_ids"},
+        kept_words=[7],
         **{name: [1, 2] for name in PER_SEQUENCE},
     )
     assert {name: str(batch[name].dtype).removeprefix("torch.") for name in batch.columns} == {
         "token_ids": "int64",
         "action_mask": "bool",
-        "weight_version": "int32",
+        **dict.fromkeys(["weight_version", "kept_sizes", "kept_words"], "int32"),
         **dict.fromkeys(["rollout_log_probs", "log_probs", "reference_log_probs", "values"], "float32"),
         **dict.fromkeys(["token_rewards", "advantages", "returns", "importance_weights"], "float32"),
         "prompt_id": "int64",

@@ -10,6 +10,7 @@ import pytest
 from rlhf_ray.trajectories.columns import (
     COLUMNS,
     FINISH_REASONS,
+    KEPT,
     PER_SEQUENCE,
     PER_TOKEN,
     Column,
@@ -48,16 +49,20 @@ def modules(writer: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "table",
-    [columns_table("tokens"), columns_table("sequences"), finish_reasons_table()],
-    ids=["tokens", "rows", "ends"],
+    [columns_table("tokens"), columns_table("sequences"), columns_table("kept"), finish_reasons_table()],
+    ids=["tokens", "rows", "kept", "ends"],
 )
 def test_the_page_shows_the_registry(table: str) -> None:
     assert table in PAGE, f"docs/algorithms.md must hold this table:\n\n{table}\n"
 
 
-def test_every_column_with_a_dtype_is_in_one_of_the_two_tables() -> None:
-    assert {name: c.dtype for name, c in COLUMNS.items() if c.dtype is not None} == {**PER_TOKEN, **PER_SEQUENCE}
-    assert not PER_TOKEN.keys() & PER_SEQUENCE.keys()
+def test_every_column_with_a_dtype_is_in_one_of_the_tables() -> None:
+    assert {name: c.dtype for name, c in COLUMNS.items() if c.dtype is not None} == {
+        **PER_TOKEN,
+        **PER_SEQUENCE,
+        **KEPT,
+    }
+    assert len({*PER_TOKEN, *PER_SEQUENCE, *KEPT}) == len(PER_TOKEN) + len(PER_SEQUENCE) + len(KEPT)
     assert all(column.dtype is not None for column in COLUMNS.values() if column.over == "tokens")
 
 

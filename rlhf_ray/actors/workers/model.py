@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -85,6 +85,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     settings: Setup
     tokenizer: Any = None
     """The tokenizer of a model that reads texts; others get token ids alone."""
+    over_kept_sets: ClassVar[bool] = False
+    """Whether this role's numbers are of the sets among which tokens were sampled."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         with quick_imports():  # here, while others start too, and not in the driver, which only names this class
@@ -183,11 +185,11 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         """Gradients of the loss sums of ``micro_batches`` over ``denominator``; the finite flag covers all ranks."""
 
         def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
-            packed = (pack(batch, micro_batch) if micro_batch else Packed.dummy()).to(self.device)
+            packed = self._pack(batch, micro_batch).to(self.device)
             outputs = self._outputs(module, packed)
             if not micro_batch:
                 return LossOutput(_graph_anchor(outputs) * 0.0, _packing_metrics(packed, is_dummy=True))
-            output = loss(outputs, batch.select(micro_batch).to(self.device))
+            output = loss(outputs, batch.without_kept().select(micro_batch).to(self.device))
             return LossOutput(output.loss, {**output.metrics, **_packing_metrics(packed, is_dummy=False)})
 
         with self.doing("accumulate"):
@@ -210,7 +212,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
         With ``streams``, several micro-batches run side by side.
         """
-        packs = (pack(batch, micro_batch) if micro_batch else Packed.dummy() for micro_batch in micro_batches)
+        packs = (self._pack(batch, micro_batch) for micro_batch in micro_batches)
         values: Iterable[torch.Tensor]
         if streams is not None and len(micro_batches) > 1:
             values = self.engine.evaluate(lambda module: streams.map(module, forward, packs))
@@ -218,6 +220,9 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
             values = (self._evaluate(forward, packed) for packed in packs)
         parts = zip(micro_batches, values, strict=True)
         return [(micro_batch, value.float().cpu().numpy()) for micro_batch, value in parts if micro_batch]
+
+    def _pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> Packed:
+        return pack(batch, micro_batch, with_kept=self.over_kept_sets) if micro_batch else Packed.dummy()
 
     def _evaluate(self, forward: Forward, packed: Packed) -> torch.Tensor:
         return self.engine.evaluate(lambda module: forward(module, packed.to(self.device)))

@@ -33,6 +33,7 @@ class ReferenceWorker(ModelWorker[LanguageSetup]):
     """The frozen policy that KL is measured against."""
 
     role = "reference"
+    over_kept_sets = True
 
     def _load(self, setup: LanguageSetup) -> tuple[torch.nn.Module, str]:
         from rlhf_ray.models import PackedPolicy, load_policy

@@ -30,21 +30,6 @@ def longest_sequence_fits(rollout: RolloutConfig, longest: Amount) -> Iterator[P
         )
 
 
-def sampling_is_plain(rollout: RolloutConfig) -> Iterator[Problem]:
-    """What is trained on is sampled from the whole distribution: the trainer computes the probabilities of no other."""
-    for name, value, plain in (
-        ("top_p", rollout.top_p, 1.0),
-        ("top_k", rollout.top_k, 0),
-        ("min_p", rollout.min_p, 0.0),
-    ):
-        if value != plain:
-            yield (
-                f"rollout.{name}",
-                f"{value:g} is refused for training: the sampler would renormalise its probabilities and the trainer "
-                f"would not; set it to {plain:g} and use rollout.temperature",
-            )
-
-
 def every_engine_has_a_prompt(rollout: RolloutConfig, prompts_per_step: int) -> Iterator[Problem]:
     """No engine stands idle for a whole step."""
     if rollout.engines > prompts_per_step:

@@ -123,7 +123,6 @@ class PpoConfig(TrainingJob):
             *super().rules(),
             lambda: rollout_checks.rollout_repeats_exactly(self.rollout, self.run),
             lambda: rollout_checks.longest_sequence_fits(self.rollout, self._longest_sequence()),
-            lambda: rollout_checks.sampling_is_plain(self.rollout),
             lambda: rollout_checks.every_engine_has_a_prompt(self.rollout, self.batch.prompts_per_step),
             lambda: rollout_checks.mode_keeps_to_the_bound(self.rollout, self.algorithm),
             lambda: rollout_checks.window_collects_by_itself(self.rollout, self.algorithm, self.run),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from rlhf_ray.config.sections.base import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from pydantic import Field
+
+from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import Dtype
 
@@ -21,9 +23,9 @@ class RolloutConfig(Section):
     stop_tokens: list[str] = []  # noqa: RUF012 (pydantic copies it)
     """Tokens that end an answer, besides the tokenizer's end of sequence."""
     temperature: PositiveFloat = 1.0
-    top_p: PositiveFloat = 1.0
-    top_k: int = 0
-    min_p: NonNegativeFloat = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegative = 0
+    min_p: Fraction = 0.0
     max_model_tokens: Positive = 512
     dtype: Dtype = "bf16"
     kv_cache_gib: PositiveFloat = 1.0
@@ -44,11 +46,22 @@ class RolloutConfig(Section):
     """Steps that ``windowed`` samples ahead at most."""
 
     @property
+    def cuts(self) -> bool:
+        """Whether tokens are sampled from less than the whole vocabulary."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
     def staleness(self) -> int:
         """How many publications older than the newest the weights may be that sampled the tokens of a step, in this mode."""
         return {"sync": 0, "one_step_off": 1, "windowed": self.window}[self.mode]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.cuts and self.top_k == 0 and self.backend == "vllm" and self.resources.gpus_per_rank > 0:
+            yield (
+                "top_k",
+                f"0 with top_p {self.top_p:g} and min_p {self.min_p:g}, but on a GPU vLLM returns the tokens that were kept, "
+                "which the trainer needs, only where top_k bounds their number: set it, to 1000 for example",
+            )
         if self.sleep and not (self.backend == "vllm" and 0 < self.resources.gpus_per_rank < 1):
             yield (
                 "sleep",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.trajectories.kept_sets import KeptSets
 
 LOGITS_AT_ONCE = 1 << 20
 """Numbers in a chunk of logits: few enough to stay in the cache of a CPU core."""
@@ -30,6 +31,8 @@ FEWEST_TOKENS_AT_ONCE = 128
 """Smallest chunk, in tokens: with fewer, reading the whole weight would take longer than the product."""
 FACTOR_ON_GPU = 8
 """How much larger a chunk is on a GPU, which needs more work at once and has the memory for it."""
+OUTSIDE = -1e20
+"""The logit of a token outside the set that was kept: its probability is exactly 0, and no product with it is NaN."""
 AGREEMENT = 1e-5
 """Largest difference from plain torch, as a share of the largest number, with which Triton's kernels are used."""
 
@@ -61,14 +64,18 @@ class LogProbHead(nn.Linear):
         targets: Int64[Tensor, "tokens"] | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        kept: KeptSets | None = None,
     ) -> Any:
         """Return the logits; or with ``targets`` a pair: their log-probabilities (tokens,) and the entropies (tokens,) in nats.
 
-        Logits are divided by ``temperature`` first. Without ``with_entropy`` the second of the pair is None.
+        Logits are divided by ``temperature`` first. With ``kept`` both are of the distribution over the set of each token,
+        which must hold the target. Without ``with_entropy`` the second of the pair is None.
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
-        return _chunked_log_probs(hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy)
+        return _chunked_log_probs(
+            hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy, kept
+        )
 
     def capped(self, logits: Float[Tensor, "*tokens vocabulary"]) -> Float[Tensor, "*tokens vocabulary"]:
         """Bound logits by the softcap."""
@@ -77,6 +84,8 @@ class LogProbHead(nn.Linear):
 
 class _ChunkedLogProbs(torch.autograd.Function):
     """Compute ``log p(y) = z_y - log sum exp z`` and ``H = - sum p log p``, with ``z = cap(h W^T + b) / temperature``.
+
+    The sums run over the kept set of each token, or the vocabulary.
 
     Backward, with ``g`` and ``g_H`` for the gradients of both: ``dz = g (1_y - p) - g_H p (log p + H)``.
     """
@@ -91,6 +100,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         with_entropy: bool,
+        kept: KeptSets | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         log_probs, normalisers = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
@@ -98,13 +108,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         wide, compute = _widen(weight, hidden), _functions(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
+                logits, cap = _logits(hidden[part], wide, bias), softcap
+                if kept is not None:
+                    logits, cap = _cut(_cap_in_place(logits, softcap), kept, part), None
                 log_probs[part], normalisers[part], entropy = compute.from_logits(
-                    _logits(hidden[part], wide, bias), targets[part], temperature, softcap, with_entropy
+                    logits, targets[part], temperature, cap, with_entropy
                 )
+                del logits  # before the next chunk is made
                 if entropies is not None and entropy is not None:
                     entropies[part] = entropy
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.temperature, ctx.softcap, ctx.kept = temperature, softcap, kept
         return log_probs, entropies
 
     @staticmethod
@@ -119,16 +133,24 @@ class _ChunkedLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(len(targets), weight.shape[0], hidden.is_cuda):
                 of_entropy = None if for_entropies is None else (entropies[part], for_entropies[part])
+                logits, cap, slope = _logits(hidden[part], wide, bias), ctx.softcap, None
+                if ctx.kept is not None:
+                    capped = _cap_in_place(logits, ctx.softcap)
+                    slope = None if cap is None else (capped / cap).square_().neg_().add_(1.0)
+                    logits, cap = _cut(capped, ctx.kept, part), None
+                    del capped
                 gradient = compute.logits_gradient(
-                    _logits(hidden[part], wide, bias),
+                    logits,
                     targets[part],
                     normalisers[part],
                     for_log_probs[part],
                     of_entropy,
                     ctx.temperature,
-                    ctx.softcap,
-                    weight.dtype if for_bias is None else torch.float32,
+                    cap,
+                    weight.dtype if for_bias is None and slope is None else torch.float32,
                 )
+                if slope is not None:
+                    gradient.mul_(slope)
                 if for_bias is not None:
                     for_bias += gradient.sum(0)
                 gradient = gradient.to(weight.dtype)
@@ -136,12 +158,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     for_hidden[part] = gradient @ weight
                 if for_weight is not None:
                     _add_product(for_weight, gradient.t(), hidden[part].to(weight.dtype))
-                del gradient  # before the next chunk of logits is made
+                del gradient, logits, slope  # before the next chunk of logits is made
         return (
             for_hidden,
             None if for_weight is None else for_weight.to(weight.dtype),
             None if bias is None or for_bias is None else for_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -198,6 +220,11 @@ def logits_gradient(
         gradient = torch.addcmul(factor * entropy[:, None] - g, log_p, factor, out=log_p).mul_(p)
     gradient.scatter_add_(1, targets[:, None], g)
     return (gradient if slope is None else gradient.mul_(slope)).to(dtype)
+
+
+def _cut(logits: Float[Tensor, "chunk vocabulary"], kept: KeptSets, part: slice) -> Float[Tensor, "chunk vocabulary"]:
+    """Leave every token of a chunk its kept set alone, in place."""
+    return logits.masked_fill_(kept.select(part).mask(logits.shape[1]).logical_not_(), OUTSIDE)
 
 
 def _functions(device: torch.device) -> ModuleType:

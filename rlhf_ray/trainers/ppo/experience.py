@@ -20,7 +20,7 @@ from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
-from rlhf_ray.errors import ScoringError
+from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
@@ -99,6 +99,11 @@ class Experience:
         ``step`` decides how the batch is divided into updates. ``scored`` holds the rewards if they are known already.
         ``phase`` times each wait. Samples without a reward are left out as configured, or raise :class:`ScoringError`.
         """
+        if self.config.rollout.cuts and trajectories.kept is None:
+            raise RequestError(
+                "the samples lack the columns kept_sizes and kept_words, but rollout.top_p, top_k or min_p cut what they were "
+                "sampled from: carry them along in algorithm.collector, or set top_p to 1, top_k to 0 and min_p to 0"
+            )
         schedules = self.groups.schedules(trajectories, step)
         pending = self.groups.columns(trajectories, schedules)
         with phase("scoring"):

@@ -158,8 +158,9 @@ def negative_kl(batch: TrajectoryBatch, config: PpoConfig) -> str | None:
             f"compare rollout.dtype ({rollout.dtype}) with policy.model.dtype ({config.policy.model.dtype})"
         )
     return (
-        f"{text}the whole distribution. Something cuts or sharpens it: rollout.temperature is {rollout.temperature:g}, top_p "
-        f"{rollout.top_p:g}, top_k {rollout.top_k}, min_p {rollout.min_p:g}; top_p 1, top_k 0 and min_p 0 leave it whole"
+        f"{text}the distribution that is measured. Something cuts or sharpens it besides the config: rollout.temperature is "
+        f"{rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}, min_p {rollout.min_p:g}; look at "
+        "algorithm.collector, or set top_p 1, top_k 0 and min_p 0, which leave the distribution whole"
     )
 
 

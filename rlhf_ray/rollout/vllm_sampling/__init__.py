@@ -1,0 +1,1 @@
+"""What a vLLM engine says about its choices, besides the tokens."""
