@@ -29,6 +29,21 @@ def test_a_store_holds_two_publications() -> None:
     assert store_bytes(job()) > LEAST
 
 
+def test_a_store_holds_the_sets_among_which_tokens_were_sampled() -> None:
+    """Of every token of a step, twice: at most top_k ids and a few that tie, or one bit for each of 4096 tokens."""
+    small = "batch.prompts_per_step=2048"
+    config = job(small)
+    (tokens,) = {
+        role.work.items().value * role.work.longest().value
+        for name, role in config.roles().items()
+        if name == "policy" and role.work is not None
+    }
+    plain, by_k, by_p = (store_bytes(job(small, *more)) for more in ([], ["rollout.top_k=20"], ["rollout.top_p=0.9"]))
+    assert plain is not None and by_k is not None and by_p is not None and plain > LEAST
+    assert by_k - plain >= 2 * tokens * 4 * 20 and by_p - plain >= 2 * tokens * 4096 / 8
+    assert by_k < by_p
+
+
 def test_a_store_that_is_not_set_is_sized_and_never_larger_than_shared_memory() -> None:
     assert store_to_start(job(), shared=2**40) == store_bytes(job())
     assert store_to_start(job(), shared=LEAST * 11 // 9) == LEAST * 11 // 10
