@@ -94,3 +94,27 @@ def test_with_another_packing_it_is_one_within_rounding(policy: PolicyGroup) -> 
     bound = {"fp32": 1e-5, "bf16": 2e-2}[policy.ranks.worker.config.model.dtype]  # type: ignore[attr-defined]
     assert max(watched.far) <= bound
     assert report.metrics["clip_fraction"][0] == 0.0
+
+
+def test_the_output_layer_runs_for_sampled_tokens_alone_also_for_those_that_the_loss_leaves_out(
+    policy: PolicyGroup,
+) -> None:
+    schedule = make_schedule(LENGTHS, ranks=1, max_tokens=107, sequences_per_update=8)
+    batch, watched = batch_with_old_log_probs(policy, schedule), Watched(LOSSES["ppo"])
+    batch = batch.with_columns(weight_version=torch.where(batch["action_mask"], 0, -1).int())
+    read = list[int]()
+    head = policy.ranks.worker.actor.log_prob_head  # type: ignore[attr-defined]
+    hook = head.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    try:
+        log_probs = policy.log_probs(policy.share(batch), schedule).result()
+        left_out = batch["action_mask"].clone()
+        left_out[: LENGTHS[0]] = False
+        trained = batch.with_columns(action_mask=left_out)
+        policy.accumulate(policy.share(trained), schedule.updates[0], watched, 1.0).result()
+        policy.apply(True).result()
+    finally:
+        hook.remove()
+    assert torch.equal(log_probs, batch["log_probs"])
+    assert not log_probs[~batch["action_mask"]].any() and log_probs[batch["action_mask"]].all()
+    assert sum(read) == 2 * sum(length - 2 for length in LENGTHS)
+    assert max(watched.far) == 0.0

@@ -43,7 +43,7 @@ class CriticWorker(RegressionWorker[WorkerSetup]):
     role = "critic"
     model_type = "critic"
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
         return module(packed, kind="values")
 
     def values(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:

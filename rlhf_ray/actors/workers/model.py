@@ -102,8 +102,11 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     def hf_model(self) -> Any:
         """The Hugging Face model inside the module."""
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
-        """What this role's losses read: the module's outputs on a pack, with gradients."""
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
+        """What this role's losses read: the module's outputs on a pack of ``sequences``, with gradients.
+
+        A dummy pack has no sequences.
+        """
         raise TypeError(f"{type(self).__name__} does not train")
 
     # Starting
@@ -186,10 +189,11 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
         def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
             packed = self._pack(batch, micro_batch).to(self.device)
-            outputs = self._outputs(module, packed)
-            if not micro_batch:
+            sequences = batch.without_kept().select(micro_batch).to(self.device) if micro_batch else None
+            outputs = self._outputs(module, packed, sequences)
+            if sequences is None:
                 return LossOutput(_graph_anchor(outputs) * 0.0, _packing_metrics(packed, is_dummy=True))
-            output = loss(outputs, batch.without_kept().select(micro_batch).to(self.device))
+            output = loss(outputs, sequences)
             return LossOutput(output.loss, {**output.metrics, **_packing_metrics(packed, is_dummy=False)})
 
         with self.doing("accumulate"):

@@ -8,9 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup
 from rlhf_ray.network import free_port
+from rlhf_ray.rollout.requests import NO_VERSION
 from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import Bucket, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -27,6 +30,15 @@ class LanguageSetup(WorkerSetup):
 
     temperature: float = 1.0
     """The sampling temperature, at which log-probs are computed."""
+
+
+def sampled_tokens(batch: TrajectoryBatch) -> Bool[Tensor, "tokens"]:
+    """The tokens whose log-probs are read: those that were sampled; every action in a batch of demonstrations.
+
+    Not the actions of a batch that was sampled: what a loss leaves out would then move the others to other places in the chunks
+    of the output layer, where their last bits may differ, and the first ratio would not be exactly 1.
+    """
+    return batch["weight_version"] != NO_VERSION if "weight_version" in batch else batch["action_mask"]
 
 
 class ReferenceWorker(ModelWorker[LanguageSetup]):
@@ -49,12 +61,19 @@ class ReferenceWorker(ModelWorker[LanguageSetup]):
         return self.actor.model
 
     def log_probs(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:
-        """log p(token t | tokens before t) at the sampling temperature, for every token of this rank's sequences."""
-        temperature = self.settings.temperature
+        """log p(token t | tokens before t) at the sampling temperature, for every sampled token of this rank's sequences.
+
+        Prompts have 0: the output layer, half of a small model's work, does not run for them.
+        """
         with self.doing("log_probs"):
-            return self.forward_parts(
-                batch, micro_batches, lambda module, packed: module(packed, temperature=temperature).log_probs
-            )
+            return [part for one in micro_batches for part in self._log_probs_of_pack(batch, one)]
+
+    def _log_probs_of_pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> list[Part]:
+        wanted = sampled_tokens(batch.without_kept().select(micro_batch).to(self.device)) if micro_batch else None
+        temperature = self.settings.temperature
+        return self.forward_parts(
+            batch, [micro_batch], lambda module, packed: module(packed, temperature, wanted=wanted).log_probs
+        )
 
 
 class PolicyWorker(ReferenceWorker):
@@ -63,8 +82,9 @@ class PolicyWorker(ReferenceWorker):
     role = "policy"
     _sender: WeightSender | None = None
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
-        return module(packed, temperature=self.settings.temperature, with_entropy=True)
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
+        wanted = None if sequences is None else sampled_tokens(sequences)
+        return module(packed, self.settings.temperature, with_entropy=True, wanted=wanted)
 
     def save_without_weights(self, directory: str) -> dict[str, tuple[int, ...]]:
         """Write what rollout engines start from, on rank 0; weights come by the first update.

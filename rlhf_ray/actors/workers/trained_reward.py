@@ -35,7 +35,7 @@ class TrainedRewardWorker(RewardWorker):
         add_pad_token(self.tokenizer, ends=answer_ends(self.tokenizer))
         return training_reading(self.tokenizer)
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed) -> Any:
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
         settings = cast(TrainedRewardSetup, self.settings)
         return module(packed, kind="routed_scores" if settings.routers else "scores")
 
