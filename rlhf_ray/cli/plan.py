@@ -58,13 +58,15 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.planning.gpus import gpu_bytes
     from rlhf_ray.planning.job_memory import job_memory, memory_table, require_memory
     from rlhf_ray.planning.object_store import advice, store_bytes
+    from rlhf_ray.planning.staleness import staleness_table
 
     config = load_config(options.config, options.overrides)
     memory = job_memory(config, files_here)
     tables = (
         batch_table(config), capacity_table(needed(config)), memory_table(memory, store_bytes(config, files_here))
     )  # fmt: skip
-    write_result("\n\n".join(tables) + "\n")
+    ages = staleness_table(config, files_here)
+    write_result("\n\n".join((*tables, *([] if ages is None else [ages]))) + "\n")
     for sentence in advice(config, files_here):
         get_logger("plan").warning("%s", sentence)
     starts_here = cluster_address(config.cluster.address) is None

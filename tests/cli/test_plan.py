@@ -11,6 +11,7 @@ from rlhf_ray.cli.main import main
 from rlhf_ray.planning import gpus
 from tests.planning.recipes import PUBLISHED
 
+TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 RECIPE = ("qwen3-8b-rm-lora", f"reward.model.path={PUBLISHED / 'Qwen3-8B'}")
 
 
@@ -55,3 +56,8 @@ def test_a_model_in_the_cache_of_the_hub_is_found(tmp_path: Path, monkeypatch: p
 
     found, shapes = plan.files_here(ModelConfig(path="Qwen/Qwen3-8B"))
     assert found.path == str(PUBLISHED / "Qwen3-8B") and shapes["model.embed_tokens.weight"] == (151936, 4096)
+
+
+def test_the_age_of_answers_is_printed(capsys) -> None:
+    assert main(["plan", str(TINY_PPO), "rollout.mode=one_step_off"]) == 0
+    assert "mean age of answers" in capsys.readouterr().out
