@@ -28,6 +28,7 @@ OBJECTIVES = "rlhf_ray.objectives"
 ADVANTAGES = "rlhf_ray.advantages"
 REWARD_SOURCES = "rlhf_ray.reward_sources"
 COLLECTORS = "rlhf_ray.collectors"
+ENVIRONMENTS = "rlhf_ray.environments"
 """Groups of entry points (``[project.entry-points."rlhf_ray.objectives"]`` in the pyproject.toml of a package)."""
 
 

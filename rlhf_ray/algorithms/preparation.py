@@ -5,6 +5,7 @@ token rewards, estimate advantages, whiten the advantages. Whitening covers all 
 
 Invariants:
 
+- The reward of a turn of an environment stands at the last action of the turn, unless scores are spread.
 - The batch that is handed in does not change. The one that comes back has the columns ``token_rewards``, ``advantages`` and
   ``importance_weights``, and with a critic ``returns``, all of them 0 at every token that is not an action.
 - A NaN in a score, a log-prob or a value at an action reaches the advantages, so that the ranks vote against the update
@@ -88,10 +89,17 @@ class Preparation:
         self, batch: TrajectoryBatch, score: Float[Tensor, "B"], kl_coefficient: float
     ) -> Float[Tensor, "N"]:
         mask, offsets = batch["action_mask"], batch.offsets
+        turns: Tensor | float = 0.0
+        if "turn_rewards" in batch and self.placement == "last_action":
+            turns = batch["turn_rewards"]
+            score = score - segment_sum(turns, offsets)  # what shaping adds to a score stands at its last action
         if self.kl_penalty is None:
-            return place_scores(score, mask, offsets, self.placement)
+            return place_scores(score, mask, offsets, self.placement) + turns
         kl = token_kl(batch["log_probs"], batch["reference_log_probs"], mask, self.kl_penalty)
-        return make_token_rewards(score, kl, mask, offsets, kl_coefficient=kl_coefficient, placement=self.placement)
+        return (
+            make_token_rewards(score, kl, mask, offsets, kl_coefficient=kl_coefficient, placement=self.placement)
+            + turns
+        )
 
     def _metrics(self, batch: TrajectoryBatch, score: Tensor, token_rewards: Tensor) -> Numbers:
         """Average over sequences; KL in nats where there is a reference."""

@@ -154,6 +154,7 @@ _METRICS = {
     "Sequences": [
         ("length/response", "tokens", "Mean length of the answers"),
         ("length/prompt", "tokens", "Mean length of the prompts"),
+        ("length/turns", "answers", "Mean answers of an episode, where there is an environment"),
         (
             "prompts/sampled",
             "prompts",

@@ -41,6 +41,11 @@ GRACE_S = 5.0
 class FunctionProcess:
     """A function by its name, in a process that is started at once and again whenever it was ended."""
 
+    module = __name__
+    """What runs in the process: its arguments are :attr:`arguments` and the number of a pipe."""
+    key = "reward.function"
+    """The config key that names the function."""
+
     def __init__(self, name: str, timeout_s: float) -> None:
         self.name = name
         self.timeout_s = timeout_s
@@ -48,6 +53,15 @@ class FunctionProcess:
         """Seconds of the slowest call that has ended, of those that run one after the other."""
         self._process: subprocess.Popen[bytes] | None = None
         self.columns, self.is_async = self._start()
+
+    @property
+    def arguments(self) -> list[str]:
+        """What the process is told to load."""
+        return [self.name]
+
+    def too_late(self, samples: int) -> Failure:
+        """How a call for so many samples ends that did not answer in time."""
+        return too_late(self.timeout_s, samples, self._slowest_s)
 
     def run(self, calls: Sequence[Columns]) -> list[Outcome]:
         """The outcome of every call, in order."""
@@ -77,8 +91,7 @@ class FunctionProcess:
                 began = time.monotonic()
                 if not self._connection.poll(limit):
                     late = next(call for call, number in zip(calls, numbers, strict=True) if number not in ended)
-                    failure = too_late(self.timeout_s, call_size(late), self._slowest_s)
-                    return ended | self._lost(numbers, ended, failure)
+                    return ended | self._lost(numbers, ended, self.too_late(call_size(late)))
                 position, outcome = self._connection.recv()
                 ended[numbers[position]] = outcome
                 if not self.is_async:
@@ -99,7 +112,7 @@ class FunctionProcess:
         """Start the process; returns the columns that the function takes, and whether it is asynchronous."""
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self.name, str(theirs.fileno())],
+            [sys.executable, "-m", self.module, *self.arguments, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
@@ -109,9 +122,9 @@ class FunctionProcess:
         try:
             first_message = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
         except EOFError:
-            first_message = f"reward.function {self.name!r}: its process ended while it was imported"
+            first_message = f"{self.key} {self.name!r}: its process ended while it was imported"
         if first_message is None:
-            first_message = f"reward.function {self.name!r}: importing it took more than {START_LIMIT_S:g} s"
+            first_message = f"{self.key} {self.name!r}: importing it took more than {START_LIMIT_S:g} s"
         if isinstance(first_message, str):  # why there is no function to call
             self.close()
             raise RequestError(first_message)

@@ -43,3 +43,7 @@ class TextSample:
     """The functions that the conversation may call, for reward models; none where its row has no ``tools``."""
     template_variables: Mapping[str, Any] | None = None
     """The variables that the prompt's row gives to a chat template, for reward models."""
+    episode_reward: float | None = None
+    """The sum of the rewards that the environment of its episode gave; none without an environment, and where it failed."""
+    episode_failure: int = 0
+    """Why the environment gave none (``EpisodeFailure``)."""

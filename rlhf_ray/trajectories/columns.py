@@ -49,7 +49,8 @@ FINISH_REASONS: Mapping[FinishReason, FinishReasonFacts] = MappingProxyType(
         ),
         FinishReason.ABORT: FinishReasonFacts(
             "Something outside the policy ended the answer early. It is treated as cut off.",
-            "a collector of your own; the engines sample an interrupted answer again instead",
+            "`environments/episodes.py` at `rollout.environment.max_turns`, or a collector of your own; the engines sample an "
+            "interrupted answer again instead",
         ),
     }
 )
@@ -209,6 +210,28 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             "The value of the state after the last action, for an answer whose episode goes on. Without this column the "
             "value is 0.",
             "a collector of your own",
+        ),
+        "turn_rewards": Column(
+            "tokens",
+            torch.float32,
+            "score",
+            "What the environment gave for a turn, at the last action of the turn, and 0 elsewhere; NaN where it failed. The "
+            "score of an episode is their sum.",
+            "`environments/episodes.py`, where there is an environment",
+        ),
+        "turns": Column(
+            "sequences",
+            torch.int32,
+            "count",
+            "How many answers the policy gave in the episode.",
+            "`environments/episodes.py`, where there is an environment",
+        ),
+        "episode_failure": Column(
+            "sequences",
+            torch.int8,
+            "number of an `EpisodeFailure` (`environments/protocol.py`)",
+            "Why the environment gave no reward; 0 where it did.",
+            "`environments/episodes.py`, where there is an environment",
         ),
         "margin": Column(
             "sequences",

@@ -149,7 +149,7 @@ critic.model_name_or_path critic.model.path
 ds.value_head_prefix ROLE.model.value_head_prefix
 ref.offload reference.engine.offload
 reward.offload reward.engine.offload
-train.agent_func_path algorithm.collector
+train.agent_func_path rollout.environment.name
 data.prompt_dataset data.path
 data.prompt_probs data.sources
 data.prompt_split data.split

@@ -83,7 +83,12 @@ def test_a_misspelt_key_is_found_in_the_sections_below(problems):
 MAPPINGS = {"reward.mixture", "data.sources", "models"}
 """Keys whose values are sections by names that the user gives."""
 PARTS = ("objective", "advantages", "collector")
-FREE = {"data.template_variables", "reward.parameters", *(f"algorithm.parameters.{part}" for part in PARTS)}
+FREE = {
+    "data.template_variables",
+    "reward.parameters",
+    "rollout.environment.parameters",
+    *(f"algorithm.parameters.{part}" for part in PARTS),
+}
 """Keys whose values may be any mapping: the part that takes them checks them."""
 
 

@@ -40,7 +40,7 @@ from rlhf_ray.config.sections.reward_training import (
 )
 from rlhf_ray.config.sections.rewards import RewardConfig, RewardSourceConfig, RewardTermConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole, TokenBudget
-from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.rollout import EnvironmentConfig, RolloutConfig
 from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
@@ -69,6 +69,7 @@ SECTIONS: dict[str, type[Section]] = {
     "`reward.mixture.NAME`": RewardTermConfig,
     "`reward` and `models.NAME` of serve": ScoringRole,
     "`rollout`": RolloutConfig,
+    "`rollout.environment`": EnvironmentConfig,
     "`algorithm`": AlgorithmConfig,
     "`algorithm.parameters`": PartParameters,
     "`algorithm.kl`": KlConfig,

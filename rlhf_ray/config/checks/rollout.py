@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from rlhf_ray.config.facts import Amount
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.algorithm import AlgorithmConfig
+from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.run import RunConfig
 
@@ -28,6 +29,29 @@ def longest_sequence_fits(rollout: RolloutConfig, longest: Amount) -> Iterator[P
             "rollout.max_model_tokens",
             f"{room} is below {longest.value} ({longest.origin}): raise it to {longest.value}",
         )
+
+
+def environment_gives_the_rewards(rollout: RolloutConfig, reward: RewardConfig) -> Iterator[Problem]:
+    """With an environment the rewards are its own, and without one there are none of it."""
+    functions = {f"{key}.function": source.function for key, source in reward.sources.items()}
+    named = [key for key, function in functions.items() if function == FROM_ENVIRONMENT]
+    if rollout.environment is not None and not named:
+        yield (
+            "rollout.environment",
+            f"an environment gives the rewards itself: set reward to {{function: {FROM_ENVIRONMENT}}}, or environment to null",
+        )
+    if rollout.environment is not None and rollout.mode == "windowed":
+        yield (
+            "rollout.mode",
+            "windowed streams single answers and plays no episodes of several turns: set it to sync or one_step_off",
+        )
+    for key in named:
+        if rollout.environment is None or key != "reward.function":
+            yield (
+                key,
+                f"{FROM_ENVIRONMENT} stands for the rewards of rollout.environment, "
+                + ("which is null: set it" if rollout.environment is None else "which cannot be a term of a mixture"),
+            )
 
 
 def every_engine_has_a_prompt(rollout: RolloutConfig, prompts_per_step: int) -> Iterator[Problem]:

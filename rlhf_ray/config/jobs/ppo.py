@@ -122,10 +122,11 @@ class PpoConfig(TrainingJob):
         return [
             *super().rules(),
             lambda: rollout_checks.rollout_repeats_exactly(self.rollout, self.run),
-            lambda: rollout_checks.longest_sequence_fits(self.rollout, self._longest_sequence()),
+            lambda: rollout_checks.longest_sequence_fits(self.rollout, self._first_answer()),
             lambda: rollout_checks.every_engine_has_a_prompt(self.rollout, self.batch.prompts_per_step),
             lambda: rollout_checks.mode_keeps_to_the_bound(self.rollout, self.algorithm),
             lambda: rollout_checks.window_collects_by_itself(self.rollout, self.algorithm, self.run),
+            lambda: rollout_checks.environment_gives_the_rewards(self.rollout, self.reward),
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
             lambda: rollout_checks.engine_keeps_to_its_share(self.rollout),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),
@@ -155,6 +156,7 @@ class PpoConfig(TrainingJob):
             lambda: template_problems(self.policy.model, self.data, self.row_reader),
             *(partial(_source_files, key, source) for key, source in self._reward_sources().items()),
             self._gold_file,
+            self._environment_file,
             self._own_part_files,
             lambda: stop_token_problems(self.rollout.stop_tokens, self.policy.model),
             lambda: token_problems("expose.token_file", self.expose.token_file if self.expose else None),
@@ -182,7 +184,8 @@ class PpoConfig(TrainingJob):
         yield Size("updates in all", str(self.steps * self.updates_per_step), steps)
         yield Size("prompts in all", str(self.steps * prompts), steps)
         yield Size("prompts per engine and step", shares(prompts, engines), f"{engines} engines")
-        yield Size("longest sequence", f"{longest.value} tokens", "max_prompt_tokens + max_new_tokens")
+        origin = "max_prompt_tokens + max_new_tokens" if self.rollout.environment is None else "max_model_tokens"
+        yield Size("longest sequence", f"{longest.value} tokens", origin)
         for name, role in self.roles().items():
             if role.trained:
                 yield from role_sizes(name, role, "sequences")
@@ -193,6 +196,11 @@ class PpoConfig(TrainingJob):
         yield from form_problems(texts, self.data, self.row_reader)
 
     def _longest_sequence(self) -> Amount:
+        if self.rollout.environment is not None:  # an episode of several turns ends where an engine has no room
+            return Amount(self.rollout.max_model_tokens, f"rollout.max_model_tokens {self.rollout.max_model_tokens}")
+        return self._first_answer()
+
+    def _first_answer(self) -> Amount:
         prompt, answer = self.data.max_prompt_tokens, self.rollout.max_new_tokens
         return Amount(prompt + answer, f"data.max_prompt_tokens {prompt} + rollout.max_new_tokens {answer}")
 
@@ -240,6 +248,11 @@ class PpoConfig(TrainingJob):
     def _gold_file(self) -> Iterator[Problem]:
         if self.evaluation.gold is not None:
             yield from (("evaluation.gold", text) for text in existence_problems(self.evaluation.gold))
+
+    def _environment_file(self) -> Iterator[Problem]:
+        if self.rollout.environment is not None:
+            for text in existence_problems(self.rollout.environment.name):
+                yield "rollout.environment.name", text
 
     def _own_part_files(self) -> Iterator[Problem]:
         for key, name in self.algorithm.own_parts.items():

@@ -192,7 +192,7 @@ _REWARD: dict[str, Answer] = {
     "reward.overlong_penalty_factor": _ours("algorithm.shaping.overlong.penalty"),
     "reward.stop_properly_penalty_coef": _ours(
         "algorithm.shaping.missing_eos", note="rule scale, or replace where it is negative"),
-    "train.agent_func_path": _ours("algorithm.collector", note="a class of another form, see docs/extending.md"),
+    "train.agent_func_path": _ours("rollout.environment.name", note="a class of another form, see docs/environments.md"),
     "model.loss_type": _ours("loss.name"),
     "model.margin_loss_enable": _none("a column margin is read wherever the rows have it"),
     "model.compute_fp32_loss_enable": _none("losses are always computed in fp32"),

@@ -19,6 +19,8 @@ from rlhf_ray.rows.labels import Compared
 from rlhf_ray.user_code import REWARD_SOURCES, spelling_problem
 
 WORLD_FUNCTIONS = ("world.gold", "world.arithmetic")
+FROM_ENVIRONMENT = "environment"
+"""As a reward function: the rewards that ``rollout.environment`` gave."""
 SHIPPED_FUNCTIONS = ("gsm8k", "exact_match", *WORLD_FUNCTIONS)
 """Reward functions that this project brings."""
 COMPARED: Mapping[str, Compared] = {"gsm8k": "number", "exact_match": "text", "world.arithmetic": "text"}
@@ -41,7 +43,7 @@ class RewardSourceConfig(Section):
     form: Form | None = None
     scored_token: ScoredToken | None = None
     function: str | None = None
-    """``package.module:name``, ``path.py:name``, or one of :data:`SHIPPED_FUNCTIONS`."""
+    """``package.module:name``, ``path.py:name``, one of :data:`SHIPPED_FUNCTIONS`, or :data:`FROM_ENVIRONMENT`."""
     url: str | None = None
     """``http://host:port`` of a scoring backend (``rlhf-ray serve``)."""
     source: str | None = None
@@ -68,7 +70,7 @@ class RewardSourceConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         function, url = self.function, self.url
-        problem = spelling_problem(function, SHIPPED_FUNCTIONS) if function is not None else None
+        problem = spelling_problem(function, (*SHIPPED_FUNCTIONS, FROM_ENVIRONMENT)) if function is not None else None
         if problem is not None:
             yield "function", problem
         yield from self._own_source_conflicts()

@@ -7,9 +7,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
+from rlhf_ray.config.sections.base import Fraction, FreeValues, NonNegative, Positive, PositiveFloat, Section
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import Dtype
+from rlhf_ray.user_code import ENVIRONMENTS, spelling_problem
+
+
+class EnvironmentConfig(Section):
+    """The environment that answers the policy's answers, turn by turn, and gives the rewards."""
+
+    name: str
+    """``package.module:name``, ``path.py:name``, or an installed entry point: the class of an episode."""
+    parameters: FreeValues = {}  # noqa: RUF012 (pydantic copies it)
+    """What each episode is made with."""
+    max_turns: Positive = 8
+    """Answers of an episode; one that its environment has not ended by then is cut off."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds that one step of an environment may take."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if problem := spelling_problem(self.name, (), ENVIRONMENTS):
+            yield "name", problem
 
 
 class RolloutConfig(Section):
@@ -44,6 +62,8 @@ class RolloutConfig(Section):
     """Whether a step samples before it learns, while the step before it learns, or up to ``window`` steps ahead."""
     window: Positive = 2
     """Steps that ``windowed`` samples ahead at most."""
+    environment: EnvironmentConfig | None = None
+    """Null: an episode is one answer."""
 
     @property
     def cuts(self) -> bool:

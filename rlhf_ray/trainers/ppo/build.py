@@ -7,6 +7,7 @@ wrote. ``final/`` holds the weights that the last evaluation measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from rlhf_ray.actors.place import Place, PlacedGroup
@@ -19,6 +20,9 @@ from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.ends import EndTokens
 from rlhf_ray.data.load import TokenizedPrompt, load_prompts
 from rlhf_ray.data.split import Split
+from rlhf_ray.environments.bridge import Bridge
+from rlhf_ray.environments.episodes import EpisodePlayer, Limits
+from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.runs.checkpoints import Checkpoint
@@ -75,6 +79,8 @@ def check_own_parts(config: PpoConfig) -> None:
     make_objective(config.algorithm)
     make_estimator(config)
     check_user_collector(config)
+    if (environment := config.rollout.environment) is not None:
+        load_environment(environment.name, environment.parameters)
     for key, source in config.reward.sources.items():
         check_user_source(key, source)
 
@@ -104,7 +110,7 @@ def build(
         config.run.deterministic,
         shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
     )
-    sampler = Sampler(config, session.fleet(engines, setup))
+    sampler = Sampler(config, session.fleet(engines, setup), make_player(config, chat, ends, session.cleanup))
     rewards = make_reward_source(
         config,
         groups.rewards,
@@ -173,6 +179,17 @@ def make_mode(
     if config.rollout.mode == "windowed":
         return Windowed(config, sampler, prompts, stop_engines)
     return OneStepOff(config, collector, prompts, stop_engines)
+
+
+def make_player(config: PpoConfig, chat: ChatFormat, ends: EndTokens, cleanup: ExitStack) -> EpisodePlayer | None:
+    """What plays the episodes of the run's environment, in a process that ``cleanup`` ends; none where there is none."""
+    settings = config.rollout.environment
+    if settings is None:
+        return None
+    process = EnvironmentProcess(settings.name, settings.parameters, settings.timeout_s)
+    cleanup.callback(process.close)
+    limits = Limits(settings.max_turns, config.rollout.max_model_tokens)
+    return EpisodePlayer(process, Bridge(chat), limits, ends.ids, settings.name)
 
 
 def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Groups, list[Ranks]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.algorithms.masked import segment_sum
 from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.config.jobs.ppo import PpoConfig
@@ -61,6 +62,18 @@ def score_columns(results: Sequence[ScoreResult]) -> dict[str, list[float]]:
             for name, reward in result.terms.items():
                 columns.setdefault(f"{TERM}{name}", []).append(reward)
     return columns
+
+
+def episode_outcomes(trajectories: TrajectoryBatch) -> list[dict[str, Any]]:
+    """What the environment of each episode made of it, as fields of its sample; nothing where there is no environment."""
+    if "turn_rewards" not in trajectories:
+        return [{}] * len(trajectories)
+    totals = segment_sum(trajectories["turn_rewards"], trajectories.offsets).tolist()
+    failures = trajectories["episode_failure"].tolist()
+    return [
+        {"episode_reward": None if failure else total, "episode_failure": failure}
+        for total, failure in zip(totals, failures, strict=True)
+    ]
 
 
 class Experience:
@@ -132,6 +145,7 @@ class Experience:
         token_ids = trajectories["token_ids"].tolist()
         indices = trajectories["sample_index"].tolist()
         finished = (trajectories["finish_reason"] == FinishReason.STOP).tolist()
+        outcomes = episode_outcomes(trajectories)
         for row, prompt_id in enumerate(trajectories["prompt_id"].tolist()):
             prompt = prompts[prompt_id]
             ids = token_ids[offsets[row] : offsets[row + 1]]
@@ -152,6 +166,7 @@ class Experience:
                     messages=conversation,
                     tools=None if prompt.tools is None else tuple(prompt.tools),
                     template_variables=prompt.template_variables,
+                    **outcomes[row],
                 )
             )
         return samples

@@ -73,6 +73,8 @@ class StepMetrics:
             "prompts/sampled": float(len(collected.prompts)),
             "prompts/dropped": float(_count_prompts(collected.trajectories) - _count_prompts(batch)),
         }
+        if "turns" in batch:
+            metrics["length/turns"] = float(batch["turns"].float().mean())
         terms = [name for name in batch.columns if name.startswith(TERM)]
         metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
         if self.gold is not None:

@@ -14,11 +14,12 @@ from typing import Any
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.ppo import PpoConfig
-from rlhf_ray.config.sections.rewards import RewardSourceConfig
+from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardSourceConfig
 from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
+from rlhf_ray.environments.source import EnvironmentSource
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards import verifiers
@@ -91,6 +92,8 @@ def make_reward_source(
         return policy if _ends_alike(policy, reads) else None
 
     def make_source(key: str, source: RewardSourceConfig) -> RewardSource:
+        if source.function == FROM_ENVIRONMENT:
+            return EnvironmentSource()
         if source.function is not None:
             return make_function_source(source.function, source, cleanup)
         if source.source is not None:

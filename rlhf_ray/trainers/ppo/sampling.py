@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.data.order import Part, ShuffledOrder
+from rlhf_ray.environments.episodes import EpisodePlayer
 from rlhf_ray.errors import MissingColumnError, RequestError, StaleWeightsError
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.requests import make_requests
@@ -83,9 +85,11 @@ class PromptStream:
 class Sampler:
     """Has the rollout engines of a run answer prompts."""
 
-    def __init__(self, config: PpoConfig, fleet: Fleet) -> None:
+    def __init__(self, config: PpoConfig, fleet: Fleet, player: EpisodePlayer | None = None) -> None:
+        """``player`` plays on after the first answer, where the run has an environment."""
         self.config = config
         self.fleet = fleet
+        self.player = player
 
     def generate(self, prompts: Sequence[TokenizedPrompt], step: int) -> TrajectoryBatch:
         """``batch.samples_per_prompt`` answers to each prompt, for training step ``step``."""
@@ -112,7 +116,10 @@ class Sampler:
                 greedy=greedy,
             )
         ]
-        return self.fleet.generate(requests, self.config.rollout.timeout_s)
+        generate = partial(self.fleet.generate, deadline_s=self.config.rollout.timeout_s)
+        if self.player is None:
+            return generate(requests)
+        return self.player.play(requests, unique, generate, run_seed=self.config.run.seed, step=step)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""The prompt of a turn is all ids before it, byte for byte; only what was sampled is an action; rewards stand at the ends of
+turns; an episode that failed has none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.data.chat import ChatFormat
+from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.data.tokenizers import make_byte_pair_tokenizer
+from rlhf_ray.environments.bridge import Bridge
+from rlhf_ray.environments.episodes import EpisodePlayer, Limits
+from rlhf_ray.environments.protocol import EpisodeFailure, Failed, Turn
+from rlhf_ray.rollout.requests import Generation, gather, make_requests, request_seed
+from rlhf_ray.trajectories.batch import FinishReason
+from rlhf_ray.trajectories.kept_sets import KeptSets
+
+TOKENIZER = make_byte_pair_tokenizer(iter(["abc"]), 259)
+EOS = TOKENIZER.eos_token_id
+
+
+def encode(text):
+    return TOKENIZER(text)["input_ids"]
+
+
+class Engine:
+    """Samples texts from a script by turn; log-probs and versions say at which position a token was sampled."""
+
+    def __init__(self, *script, cut=()):
+        self.script, self.cut, self.calls = script, cut, []
+
+    def __call__(self, requests):
+        turn = len(self.calls)
+        self.calls.append(list(requests))
+        generations = []
+        for request in requests:
+            cut = (turn, request.prompt_id) in self.cut
+            ids = [*encode(self.script[turn]), *([] if cut else [EOS])]
+            places = range(len(request.token_ids), len(request.token_ids) + len(ids))
+            reason = FinishReason.LENGTH if cut else FinishReason.STOP
+            logs = tuple(-float(place) for place in places)
+            generations.append(
+                Generation(request.prompt_id, request.sample_index, tuple(ids), logs, tuple(places), reason)
+            )
+        return gather(requests, generations)
+
+
+class Environments:
+    """Outcomes by prompt and turn; remembers what it was asked."""
+
+    def __init__(self, outcomes):
+        self.outcomes, self.asked = outcomes, []
+
+    def ask(self, questions):
+        self.asked.append(list(questions))
+        return [self.outcomes[question.episode[0]][len(question.turns)] for question in questions]
+
+
+def play(engine, outcomes, *, turns=4, tokens=100, seed=None, samples=1):
+    prompts = {number: TokenizedPrompt(number, f"q{number}", tuple(encode(f"q{number}"))) for number in outcomes}
+    environments = Environments(outcomes)
+    player = EpisodePlayer(environments, Bridge(ChatFormat(TOKENIZER)), Limits(turns, tokens), [EOS], "mine")
+    requests = make_requests(
+        [(number, prompt.token_ids) for number, prompt in prompts.items()],
+        samples_per_prompt=samples, max_new_tokens=8, run_seed=seed, step=3,
+    )  # fmt: skip
+    return player.play(requests, prompts, engine, run_seed=7, step=3), environments
+
+
+def rows(batch, column):
+    return [part.tolist() for part in batch[column].split(batch.lengths.tolist())]
+
+
+MORE = Turn(0.25, done=False, observation="+b")
+END = Turn(1.0)
+
+
+def test_a_turn_begins_with_all_ids_before_it_and_what_stands_between_is_no_action():
+    engine = Engine("x", "yy", cut={(0, 1)})
+    batch, environments = play(engine, {0: [MORE, END], 1: [MORE, END], 2: [END]})
+    second = engine.calls[1]
+    assert [request.prompt_id for request in second] == [0, 1], "an episode that has ended is not sampled again"
+    expected = [
+        [*encode("q0x"), EOS, *encode("+b")],
+        [*encode("q1x"), EOS, *encode("+b")],  # cut off: given the end that it lacks
+    ]
+    assert [list(request.token_ids) for request in second] == expected
+    assert rows(batch, "token_ids")[:2] == [[*ids, *encode("yy"), EOS] for ids in expected]
+    masks = ["001100111", "001000111", "0011"]
+    assert rows(batch, "action_mask") == [[mark == "1" for mark in mask] for mask in masks]
+    for mask, versions, logs in zip(
+        *(rows(batch, name) for name in ("action_mask", "weight_version", "rollout_log_probs")), strict=True
+    ):
+        places = [place if acted else -1 for place, acted in enumerate(mask)]
+        assert versions == places, "each token has the version that it was sampled with"
+        assert logs == [float(-place) if place >= 0 else 0.0 for place in places]
+    assert rows(batch, "turn_rewards")[0] == [0, 0, 0, 0.25, 0, 0, 0, 0, 1.0]
+    assert rows(batch, "turn_rewards")[1] == [0, 0, 0.25, 0, 0, 0, 0, 0, 1.0]
+    assert batch["turns"].tolist() == [2, 2, 1]
+    answers = [(answer.text, answer.finished) for answer in environments.asked[1][1].answers]
+    assert answers == [("x", False), ("yy", True)]
+
+
+def test_an_episode_that_failed_has_no_reward_and_the_others_go_on(project_log):
+    failed = Failed(EpisodeFailure.LATE, "did not answer within 1 s")
+    batch, _ = play(Engine("x", "y"), {0: [MORE, END], 1: [MORE, failed], 2: [failed]})
+    totals = [sum(row) for row in rows(batch, "turn_rewards")]
+    assert totals[0] == 1.25
+    assert math.isnan(totals[1])
+    assert math.isnan(totals[2]), "a failure is never a reward of 0"
+    assert batch["episode_failure"].tolist() == [0, EpisodeFailure.LATE, EpisodeFailure.LATE]
+    assert "1 of 2 episodes failed in a turn, such as sample 0 of prompt 1: it did not answer" in project_log.getvalue()
+
+
+def test_limits_end_an_episode_and_say_which():
+    batch, _ = play(Engine("x", "y"), {0: [MORE, MORE]}, turns=2)
+    assert batch["finish_reason"].tolist() == [FinishReason.ABORT]
+    assert batch["turns"].tolist() == [2]
+    batch, _ = play(Engine("x", "y"), {0: [MORE, END]}, tokens=6)  # 2 + 2 sampled + 2 between: no room
+    assert batch["finish_reason"].tolist() == [FinishReason.LENGTH]
+    engine = Engine("x", "y")
+    play(engine, {0: [MORE, END]}, tokens=9)
+    assert engine.calls[1][0].max_new_tokens == 3
+
+
+def test_each_turn_has_a_seed_of_its_own_and_the_first_that_of_a_single_answer():
+    engine = Engine("x", "y")
+    _, environments = play(engine, {0: [MORE, END], 1: [MORE, END]}, seed=5, samples=2)
+    seeds = [request.seed for call in engine.calls for request in call]
+    assert len(set(seeds)) == 8
+    assert seeds[:4] == [request_seed(5, 3, prompt, sample) for prompt in (0, 1) for sample in (0, 1)]
+    again = Engine("x", "y")
+    play(again, {0: [MORE, END], 1: [MORE, END]}, seed=5, samples=2)
+    assert seeds == [request.seed for call in again.calls for request in call]
+    tasks = [question.task.seed for question in environments.asked[0]]
+    assert tasks[0] == tasks[1] != tasks[2], "samples of a prompt have the same environment"
+
+
+def test_without_an_end_token_an_answer_keeps_its_last_token():
+    _, environments = play(Engine("xy", cut={(0, 0)}), {0: [END]})
+    assert environments.asked[0][0].answers[0].text == "xy"
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_columns_over_sequences_are_those_of_the_last_turn(turns):
+    outcomes = {n: [MORE] * (turns - 1) + [END] for n in range(2)}
+    batch, _ = play(Engine(*"xyz"), outcomes, samples=2)
+    assert batch["prompt_id"].tolist() == [0, 0, 1, 1]
+    assert batch["sample_index"].tolist() == [0, 1, 0, 1]
+    assert torch.equal(batch["turns"], torch.full((4,), turns, dtype=torch.int32))
+
+
+def test_the_set_that_each_token_was_sampled_from_stays_with_it():
+    class Cutting(Engine):
+        def __call__(self, requests):
+            batch = super().__call__(requests)
+            ids = [
+                [token, turn]
+                for token, turn in zip(batch["token_ids"].tolist(), [len(self.calls)] * batch.num_tokens, strict=True)
+            ]
+            sets = KeptSets.from_ids(ids, 10_000)
+            sizes = torch.where(batch["action_mask"], sets.sizes, 0)
+            words = sets.select(batch["action_mask"].nonzero()[:, 0]).words
+            return batch.with_columns(kept_sizes=sizes, kept_words=words)
+
+    batch, _ = play(Cutting("x", "yy"), {0: [MORE, END], 1: [END], 2: [MORE, END]})
+    assert batch.kept is not None
+    kept = batch.kept.mask(10_000)
+    turns = [[1, 1, 2, 2, 2], [1, 1], [1, 1, 2, 2, 2]]
+    for row, expected in enumerate(turns):
+        start, stop = batch.offsets[row : row + 2].tolist()
+        places = [place for place in range(start, stop) if batch["action_mask"][place]]
+        tokens = batch["token_ids"][places].tolist()
+        assert [set(kept[place].nonzero()[:, 0].tolist()) for place in places] == [
+            {token, turn} for token, turn in zip(tokens, expected, strict=True)
+        ]

@@ -1,0 +1,91 @@
+"""Every question gets a turn or a failure; an episode that hangs, raises or ends its process costs only itself, and the others
+go on where they were.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_ray.environments.process import EnvironmentProcess, Question
+from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, Task, Turn
+from rlhf_ray.errors import RequestError
+
+ENVIRONMENT = '''
+import os, time
+from rlhf_ray.environments import Turn
+
+class Counts:
+    """Rewards the number of answers so far, and does what an answer says."""
+    def __init__(self, scale=1.0):
+        self.scale = scale
+    def reset(self, task):
+        self.task, self.count = task, 0
+    def step(self, answer):
+        self.count += 1
+        if answer.text == "raise": raise ValueError("broken")
+        if answer.text == "hang": time.sleep(60)
+        if answer.text == "die": os._exit(3)
+        if answer.text == "nothing": return None
+        if answer.text == "no number": return Turn(None)
+        if answer.text == "nan": return Turn(float("nan"))
+        if answer.text == "silent": return Turn(0.0, done=False)
+        if answer.text == "differs": return Turn(float(os.getpid()), done=False, observation="?")
+        return Turn(self.scale * self.count, done=answer.text == "end", observation=f"{self.task.label} {self.count}")
+'''
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    path = tmp_path_factory.mktemp("environment") / "counts.py"
+    path.write_text(ENVIRONMENT)
+    process = EnvironmentProcess(f"{path}:Counts", {"scale": 2.0}, timeout_s=1.0)
+    yield process
+    process.close()
+
+
+def question(number, *answers, turns=()):
+    return Question((number, 0), Task("p", label=number), tuple(Answer(text, True) for text in answers), tuple(turns))
+
+
+def test_failures_cost_only_their_own_episode_and_the_others_are_played_again(process):
+    first = process.ask([question(number, "go") for number in range(6)])
+    assert first == [Turn(2.0, False, f"{number} 1") for number in range(6)]
+    texts = ["go", "hang", "raise", "die", "nothing", "end"]
+    second = process.ask([question(n, "go", text, turns=[first[n]]) for n, text in enumerate(texts)])
+    kinds = [None if isinstance(one, Turn) else one.kind for one in second]
+    failures = (EpisodeFailure.LATE, EpisodeFailure.RAISED, EpisodeFailure.ENDED, EpisodeFailure.NO_REWARD)
+    assert kinds == [None, *failures, None]
+    assert second[0] == Turn(4.0, False, "0 2")
+    assert second[5] == Turn(4.0, True, "5 2"), "a new process has played its first turn again"
+    third = process.ask([question(0, "go", "go", "end", turns=[first[0], second[0]])])
+    assert third == [Turn(6.0, True, "0 3")]
+
+
+@pytest.mark.parametrize("text", ["nothing", "no number", "nan", "silent"])
+def test_a_turn_without_a_finite_reward_or_anything_to_read_is_a_failure(process, text):
+    (outcome,) = process.ask([question(0, text)])
+    assert isinstance(outcome, Failed)
+    assert outcome.kind == EpisodeFailure.NO_REWARD
+
+
+def test_an_episode_that_goes_otherwise_when_it_is_played_again_has_failed(process):
+    (first,) = process.ask([question(0, "differs")])
+    process.ask([question(1, "die")])
+    (second,) = process.ask([question(0, "differs", "end", turns=[first])])
+    assert isinstance(second, Failed)
+    assert "must repeat" in second.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("class Counts:\n    def __init__(self, scale): pass\n", "methods reset"),
+        ("class Counts:\n    def __init__(self, size): pass\n", "scale"),
+        ("raise OSError('gone')\n", "cannot be imported"),
+    ],
+)
+def test_what_is_no_environment_is_refused_by_its_key(tmp_path, code, text):
+    (tmp_path / "counts.py").write_text(code)
+    with pytest.raises(RequestError, match=r"rollout\.environment\.name") as error:
+        EnvironmentProcess(f"{tmp_path}/counts.py:Counts", {"scale": 1.0}, timeout_s=1.0)
+    assert text in str(error.value)
