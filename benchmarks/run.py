@@ -23,6 +23,7 @@ PARTS = (
     "learning",
     "log_probs",
     "models",
+    "ppo",
     "reward_training",
     "rollout_modes",
     "scoring",

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.figures import REFERENCE, Figure, read, record, table
 from benchmarks.run import PARTS, main
+from benchmarks.sequences import REAL_PAIRS
 
 pytestmark = pytest.mark.early
 
@@ -96,11 +97,19 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 @pytest.mark.parametrize(
     ("left_out", "expected"),
     [
-        ({"demo", "learning", "rollout_modes"}, NAMES),
+        ({"demo", "learning", "ppo", "rollout_modes"}, NAMES),
         pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"rollout_modes"}, {"ppo.one_step_off_vs_sync"}, marks=pytest.mark.long),
+        pytest.param(
+            {*PARTS} - {"ppo"},
+            {"ppo.samples_per_second"},
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(not REAL_PAIRS.is_file(), reason="the real pairs are not here"),
+            ],
+        ),
     ],
-    ids=["all but those that learn", "learning", "modes of rollout"],
+    ids=["all but those that learn", "learning", "modes of rollout", "ppo"],
 )
 def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path, left_out: set[str], expected: set[str]) -> None:
     """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""
