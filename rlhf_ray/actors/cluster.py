@@ -1,7 +1,8 @@
 """A job's connection to Ray: join or start a cluster, start groups of ranks in placement groups, clean up at the end.
 
-Invariants: nothing is placed before the whole job is known to fit; a group is placed as a whole or not at all, within a
-deadline; leaving the ``with`` block stops every actor that this job started, and Ray itself if this job started it.
+Invariants: nothing is placed before the whole job is known to fit, node by node; all groups of a training job are placed
+together or none (``reservation.py``), and any other group as a whole or not at all, within a deadline; leaving the ``with``
+block stops every actor that this job started, and Ray itself if this job started it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,14 @@ from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
 from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.actors.reservation import SETTLES_S, Reservation, reserve
 from rlhf_ray.config.checks.shared_gpus import SharedGpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import CapacityError
 from rlhf_ray.network import cluster_address
-from rlhf_ray.planning.capacity import Bundle, needed, offered_here, require_fit
+from rlhf_ray.planning.capacity import Bundle, bundle_of, needed, offered_here, require_fit
 from rlhf_ray.planning.gpus import gpu_bytes
 from rlhf_ray.planning.job_memory import RoleMemory, job_memory, require_memory
 from rlhf_ray.planning.object_store import LEAST, advice, store_to_start
@@ -41,6 +43,11 @@ SERVICE_NAMESPACE = "rlhf-serve"
 def run_namespace(run: str) -> str:
     """The Ray namespace of a run's actors."""
     return f"rlhf-{run}"
+
+
+def group_of(key: str) -> str:
+    """The name of the group of the role at a key: reward.mixture.helpful runs as reward-helpful."""
+    return key.replace(".mixture.", "-")
 
 
 def actor_name(run: str, role: str, rank: int, incarnation: int = 0) -> str:
@@ -62,11 +69,13 @@ class Cluster:
         object_store: int | None = LEAST,
         shared: SharedGpus | None = None,
         memory: Sequence[RoleMemory] = (),
+        together: bool = False,
     ) -> None:
         """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose.
 
         ``shared`` are GPUs on which the ranks of several roles are placed side by side. ``memory`` is refused if the GPUs of
-        this machine, where Ray is started on it, do not hold it.
+        this machine, where Ray is started on it, do not hold it. With ``together`` the places of all that is ``needed`` are
+        reserved at once, before the first group is started.
         """
         self.config = config
         self.run = run
@@ -78,14 +87,21 @@ class Cluster:
         self._groups: list[RayRanks] = []
         self.shared = shared
         self.memory = list(memory)
-        self._shared_places: PlacementGroup | None = None
+        self.together = together
+        self._shared_places: Reservation | None = None
+        self._reserved: Reservation | None = None
         self._shared = False
         self.joined: JoinedCluster | None = None
         """The cluster that this one is a connection to; none where Ray was started here, or was there in this process."""
 
     @classmethod
-    def for_job(cls, config: Job, *, namespace: str | None = None, check_room: bool = True) -> Cluster:
-        """The cluster of a job. With ``check_room``, entering it refuses a job whose ranks do not fit."""
+    def for_job(
+        cls, config: Job, *, namespace: str | None = None, check_room: bool = True, together: bool = False
+    ) -> Cluster:
+        """The cluster of a job. With ``check_room``, entering it refuses a job whose ranks do not fit.
+
+        With ``together`` entering it also takes the places of all ranks.
+        """
         bundles = needed(config) if check_room else ()
         for sentence in advice(config):
             get_logger().warning("%s", sentence)
@@ -98,6 +114,7 @@ class Cluster:
             object_store=store_to_start(config),
             shared=config.shared_gpus(),
             memory=job_memory(config) if check_room else (),
+            together=together,
         )
 
     def __enter__(self) -> Cluster:
@@ -107,10 +124,19 @@ class Cluster:
 
         try:
             require_fit(self.needed, _cpus_and_gpus(ray.available_resources()))
-        except CapacityError:
+            if self.together and self.needed:
+                self._reserve_all()
+        except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def _reserve_all(self) -> None:
+        """Take the places of the whole job, or none."""
+        bundles = [replace(bundle, role=group_of(bundle.role)) for bundle in self.needed]
+        self._reserved = self._reserve(bundles, "all", room_s=SETTLES_S)
+        if self.joined is not None:
+            get_logger().info("%s", self._reserved.picture)
 
     def _connect(self) -> None:
         """Join or start Ray, where this process has not done so; Ray is first imported when it is known which."""
@@ -154,11 +180,10 @@ class Cluster:
         for group in self._groups:
             group.stop()
         self._groups = []
-        if self._shared_places is not None:
-            from ray.util.placement_group import remove_placement_group
-
-            remove_placement_group(self._shared_places)
-            self._shared_places = None
+        for places in (self._shared_places, self._reserved):
+            if places is not None:
+                places.give_back()
+        self._shared_places = self._reserved = None
 
     def start(self, spec: RankSpec) -> RayRanks:
         """Place and start the ranks of ``spec``; they have no model yet."""
@@ -206,39 +231,26 @@ class Cluster:
 
         Ray fills a GPU with fractions before it takes the next one, and would put two ranks of one role on it. So roles with
         several ranks that share GPUs lie in bundles of a whole GPU each, one rank of each role in a bundle.
+
+        What was reserved for the whole job stays so until its end: a group that starts again finds its places.
         """
-        from ray.util.placement_group import remove_placement_group
+        share = self.shared is not None and spec.group_name in map(group_of, self.shared.roles)
+        role = group_of(self.shared.name) if self.shared is not None and share else spec.group_name
+        held = self._reserved
+        first = None if held is None else held.first(role)
+        if held is not None and first is not None:
+            return held.placement, first + spec.first_rank, lambda: None
+        if self.shared is not None and share:
+            if self._shared_places is None:
+                together = bundle_of(role, self.shared.cpus, 1.0, spec.placement)
+                self._shared_places = self._reserve([together] * self.shared.count, "shared")
+            return self._shared_places.placement, spec.first_rank, lambda: None
+        own = bundle_of(role, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank, spec.placement)
+        places = self._reserve([own] * spec.ranks, f"{role}/{spec.first_rank}")
+        return places.placement, 0, places.give_back
 
-        if self.shared is None or spec.group_name not in self.shared.roles:
-            resources = spec.resources
-            own = Bundle(spec.group_name, resources.cpus_per_rank, resources.gpus_per_rank)
-            placement = self._reserve([own] * spec.ranks, f"{spec.group_name}/{spec.first_rank}")
-            return placement, 0, lambda: remove_placement_group(placement)
-        if self._shared_places is None:
-            together = Bundle(" + ".join(self.shared.roles), self.shared.cpus, 1.0)
-            self._shared_places = self._reserve([together] * self.shared.count, "shared")
-        return self._shared_places, spec.first_rank, lambda: None
-
-    def _reserve(self, bundles: Sequence[Bundle], name: str) -> PlacementGroup:
-        """A placement group of these equal bundles, or :class:`CapacityError`."""
-        import ray
-        from ray.util.placement_group import placement_group, remove_placement_group
-
-        role, ranks = bundles[0].role, len(bundles)
-        amounts = {"CPU": bundles[0].cpus, "GPU": bundles[0].gpus}
-        bundle = {resource: amount for resource, amount in amounts.items() if amount > 0}
-        placement: PlacementGroup = placement_group(
-            [bundle] * ranks, strategy="PACK", name=f"rlhf/{self.run.name}/{name}"
-        )
-        if placement.wait(timeout_seconds=self.config.placement_timeout_s):
-            return placement
-        remove_placement_group(placement)
-        require_fit(bundles, _cpus_and_gpus(ray.available_resources()))
-        raise CapacityError(
-            f"{role}: no place for {ranks} ranks of {bundle} within "
-            f"{self.config.placement_timeout_s:g} s (cluster.placement_timeout_s). The cluster has enough in total, but no "
-            "single node has room for one rank: lower cpus_per_rank or gpus_per_rank; or raise the limit if a node is to come"
-        )
+    def _reserve(self, bundles: Sequence[Bundle], name: str, *, room_s: float | None = None) -> Reservation:
+        return reserve(bundles, f"rlhf/{self.run.name}/{name}", self.config.placement_timeout_s, room_s=room_s)
 
     def stop(self, ranks: RayRanks) -> None:
         """Stop one group before the run ends. A second call does nothing."""

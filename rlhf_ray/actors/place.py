@@ -8,7 +8,7 @@ Invariants: placing starts processes but loads no model; loading ends in a group
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, RewardGroup
@@ -17,7 +17,7 @@ from rlhf_ray.actors.workers.model import WorkerSetup
 from rlhf_ray.actors.workers.registry import WORKERS, WorkerKind
 from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.config.jobs.serve import ServeConfig
-from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.engine import PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.models.weights.encoder_config import is_encoder
@@ -37,6 +37,8 @@ class RankSpec:
     """The number of the first rank. Rollout engines are started one by one, each under its own number."""
     name: str | None = None
     """The name of the group, if a job has several groups of the same role."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """On which nodes they go, where no places were reserved for the whole job."""
 
     @property
     def group_name(self) -> str:
@@ -70,7 +72,7 @@ def place_group(
     place: Place, worker: WorkerKind, kind: type[AnyGroup], setup: WorkerSetup, *, name: str | None = None
 ) -> PlacedGroup[AnyGroup]:
     """Start the ranks of a model group as its section of the config asks, without loading the model."""
-    spec = RankSpec(worker, setup.config.ranks, setup.config.resources, name=name)
+    spec = RankSpec(worker, setup.config.ranks, setup.config.resources, name=name, placement=setup.config.placement)
     # A collective begins later than the call that it is part of. So the call's deadline comes first, whose error says more.
     limits = place.config
     setup = replace(setup, collective_timeout_s=max(limits.start_timeout_s, limits.call_timeout_s))

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, files=True)
     for sentence in advice(config):
         get_logger("check").warning("%s", sentence)
+    _show_placement(config)
     unseen = [f"{key} {name}" for key, name in hub_names(config)]
     if not unseen:
         preview(config)
@@ -51,6 +52,16 @@ def run(options: argparse.Namespace) -> int:
     if unseen:
         sys.stderr.write(f"rlhf-ray: not looked at, since only a hub has it: {', '.join(unseen)}\n")
     return 0
+
+
+def _show_placement(config: Any) -> None:
+    """Log on which node each rank goes, where the job would start Ray on this machine."""
+    from rlhf_ray.planning.capacity import needed
+    from rlhf_ray.planning.placement import node_here, show
+
+    here = node_here(config.cluster)
+    for text in show(needed(config), [] if here is None else [here]):
+        get_logger("check").info("%s", text)
 
 
 def preview(config: Any) -> None:

@@ -13,10 +13,13 @@ from rlhf_ray.console import get_logger, write_result
 if TYPE_CHECKING:
     from rlhf_ray.config.files.score_heads import Shape
     from rlhf_ray.config.sections.models import ModelConfig
+    from rlhf_ray.config.sections.run import ClusterConfig
+    from rlhf_ray.planning.placement import Node
 
 EXAMPLES = (
     "plan llama-3-8b-8gpu",
     "plan my-ppo.yaml policy.ranks=8 --gpu-gb 80",
+    "plan llama-3-70b-4nodes --nodes 4x80x8",
 )
 
 
@@ -35,6 +38,12 @@ def add_arguments(commands: Any) -> None:
         metavar="GB",
         help="memory of each GPU, to see whether the job fits; by default that of those here",
     )
+    command.add_argument(
+        "--nodes",
+        type=shape,
+        metavar="COUNTxCPUSxGPUS",
+        help="show on which node each rank goes, on so many nodes such as 4x64x8, which are taken to have every label",
+    )
     command.set_defaults(run=run)
 
 
@@ -44,6 +53,25 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a size above 0 in GB, such as 80")
     return value
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """The number of nodes, and the CPUs and GPUs of each."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts) or 0 in (int(parts[0]), int(parts[1])):
+        raise argparse.ArgumentTypeError(f"{text} is not nodes x CPUs x GPUs, such as 4x64x8")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def nodes_of(given: tuple[int, int, int] | None, cluster: ClusterConfig) -> list[Node]:
+    """The nodes of that shape; without one this machine, where Ray would be started on it, else none."""
+    from rlhf_ray.planning.placement import Node, node_here
+
+    if given is None:
+        here = node_here(cluster)
+        return [] if here is None else [here]
+    count, cpus, gpus = given
+    return [Node(f"node {number}", cpus, gpus, labels=None) for number in range(1, count + 1)]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,12 +86,14 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.planning.gpus import gpu_bytes
     from rlhf_ray.planning.job_memory import job_memory, memory_table, require_memory
     from rlhf_ray.planning.object_store import advice, store_bytes
+    from rlhf_ray.planning.placement import show
     from rlhf_ray.planning.staleness import staleness_table
 
     config = load_config(options.config, options.overrides)
     memory = job_memory(config, files_here)
     tables = (
-        batch_table(config), capacity_table(needed(config)), memory_table(memory, store_bytes(config, files_here))
+        batch_table(config), capacity_table(needed(config)), *show(needed(config), nodes_of(options.nodes, config.cluster)),
+        memory_table(memory, store_bytes(config, files_here)),
     )  # fmt: skip
     ages = staleness_table(config, files_here)
     write_result("\n\n".join((*tables, *([] if ages is None else [ages]))) + "\n")

@@ -7,11 +7,11 @@ kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rlhf_ray.config.problems import unless_absent
-from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.engine import PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig, TokenBudget
 from rlhf_ray.config.sections.rollout import RolloutConfig
 
@@ -76,6 +76,7 @@ class Placement:
     name: str
     count: int
     resources: ResourcesConfig
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
 @dataclass(frozen=True)

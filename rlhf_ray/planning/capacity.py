@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.sections.engine import PlacementConfig, Strategy
 from rlhf_ray.config.sections.run import ClusterConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
@@ -30,18 +31,31 @@ class Bundle:
     role: str
     cpus: float
     gpus: float = 0.0
+    strategy: Strategy = "pack"
+    labels: tuple[tuple[str, str], ...] = ()
+    """Names and values that its node must have."""
+    resource: str | None = None
+    """A custom resource that its node must have."""
 
 
 def needed(config: Job) -> list[Bundle]:
     """One bundle for every rank and every rollout engine of the job, role by role; ranks that share a GPU are one."""
     placements, shared = config.placements(), config.shared_gpus()
     alone = [placed for placed in placements if shared is None or placed.name not in shared.roles]
-    bundles = [] if shared is None else [Bundle(" + ".join(shared.roles), shared.cpus, 1.0)] * shared.count
+    bundles = []
+    if shared is not None:
+        place = next(placed.placement for placed in placements if placed.name in shared.roles)
+        bundles = [bundle_of(shared.name, shared.cpus, 1.0, place)] * shared.count
     return bundles + [
-        Bundle(placed.name, placed.resources.cpus_per_rank, placed.resources.gpus_per_rank)
+        bundle_of(placed.name, placed.resources.cpus_per_rank, placed.resources.gpus_per_rank, placed.placement)
         for placed in alone
         for _ in range(placed.count)
     ]
+
+
+def bundle_of(role: str, cpus: float, gpus: float, placement: PlacementConfig) -> Bundle:
+    """What a rank takes, on the nodes that its section ``placement`` asks for."""
+    return Bundle(role, cpus, gpus, placement.strategy, tuple(sorted(placement.labels.items())), placement.resource)
 
 
 def offered_here(cluster: ClusterConfig) -> dict[str, float] | None:

@@ -96,6 +96,7 @@ _OPTIMIZER = {
 }
 _MADE = {**_same(SHAPE, "shape", "vocabulary", "seed"), "tokenizer_from": CONTENT}
 _LORA = _same(SHAPE, "rank", "alpha", "dropout", "targets")
+_PLACEMENT = _same(FREE, "strategy", "labels", "resource")
 _RESOURCES = _same(FREE, "cpus_per_rank", "gpus_per_rank", "threads_per_rank")
 _FROZEN_MODEL = {**_MODEL, **_same(ROUNDING, "dtype", "quantization")}
 _FROZEN_ENGINE = {**_same(FREE, "zero", "offload"), "optimizer": STATE}
@@ -153,6 +154,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "TRAINED.engine": {"zero": SHARDS, "offload": SHARDS, "optimizer": STATE},
     "TRAINED.engine.optimizer": _OPTIMIZER,
     "TRAINED.resources": _RESOURCES,
+    "TRAINED.placement": _PLACEMENT,
     "reference": {"ranks": FREE, "max_tokens_per_micro_batch": FREE},
     "reference.model": _FROZEN_MODEL,
     "reference.model.make": _MADE,
@@ -160,6 +162,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "reference.engine": _FROZEN_ENGINE,
     "reference.engine.optimizer": _OPTIMIZER,
     "reference.resources": _RESOURCES,
+    "reference.placement": _PLACEMENT,
     "SCORING": {**_SCORING, **_same(REWARD, "mixture", "weight"), **_same(FREE, "on_failure", "hold_s", "max_dropped_share")},
     "SCORING.model": _SCORING_MODEL,
     "SCORING.model.make": _same(REWARD, "shape", "tokenizer_from", "vocabulary", "seed"),
@@ -167,6 +170,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "SCORING.engine": _FROZEN_ENGINE,
     "SCORING.engine.optimizer": _OPTIMIZER,
     "SCORING.resources": _RESOURCES,
+    "SCORING.placement": _PLACEMENT,
     "rollout": {
         **_same(SAMPLING, "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p", "max_model_tokens"),
         **_same(ROUNDING, "backend", "dtype", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel"),
@@ -177,6 +181,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     },
     "rollout.environment": {**_same(REWARD, "name", "parameters", "max_turns"), "timeout_s": FREE},
     "rollout.resources": _RESOURCES,
+    "rollout.placement": _PLACEMENT,
     "algorithm": _same(METHOD, "name", "advantages", "gamma", "lam", "whitening", "objective", "ratio", "aggregation",
                        "clip_low", "clip_high", "dual_clip", "value_clip", "entropy_coefficient", "mask_truncated",
                        "dynamic_sampling", "collector", "critic_warmup_steps", "max_staleness"),

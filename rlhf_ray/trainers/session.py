@@ -43,7 +43,7 @@ class Session:
         """Closes what no group owns: connections, and the processes of reward functions."""
         self._cluster: Cluster | None = None
         if place is None:
-            self._cluster = Cluster.for_job(config)
+            self._cluster = Cluster.for_job(config, together=True)
         self._place = place
 
     def __enter__(self) -> Session:
@@ -115,7 +115,7 @@ class Session:
     def engines(self, config: RolloutConfig) -> list[Ranks]:
         """Place all rollout engines; their processes import what they need while other groups load."""
         engines = [
-            self.place.start(RankSpec("rollout", 1, config.resources, first_rank=number))
+            self.place.start(RankSpec("rollout", 1, config.resources, number, placement=config.placement))
             for number in range(config.engines)
         ]
         for engine in engines:

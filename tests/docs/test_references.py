@@ -28,7 +28,7 @@ from rlhf_ray.config.sections.algorithm import (
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, SequenceBatchConfig
 from rlhf_ray.config.sections.data import DataConfig, RowsConfig, SourceConfig, WorldConfig
-from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, ResourcesConfig
+from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.evaluation import EvaluationConfig, PpoEvaluationConfig, RewardEvaluationConfig
 from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
 from rlhf_ray.config.sections.reward_training import (
@@ -65,6 +65,7 @@ SECTIONS: dict[str, type[Section]] = {
     "`ROLE.engine.optimizer`": OptimizerConfig,
     "`reward.engine.optimizer` of rm": RewardOptimizerConfig,
     "`ROLE.resources`": ResourcesConfig,
+    "`ROLE.placement`": PlacementConfig,
     "`reward` of ppo": RewardConfig,
     "`reward.mixture.NAME`": RewardTermConfig,
     "`reward` and `models.NAME` of serve": ScoringRole,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.facts import Placement, Role
 from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.engine import PlacementConfig
 
 EXACT = 10_000
 """Ray counts in ten-thousandths of a GPU."""
@@ -26,6 +27,13 @@ class SharedGpus:
     """Of all roles on one GPU."""
     shares: tuple[float, ...] = ()
     """What each role takes of a GPU."""
+    placements: tuple[PlacementConfig, ...] = ()
+    """On which nodes each role is to go."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the ranks of all these roles on one GPU."""
+        return " + ".join(self.roles)
 
 
 def shared_gpus(placements: Iterable[Placement]) -> SharedGpus | None:
@@ -38,6 +46,7 @@ def shared_gpus(placements: Iterable[Placement]) -> SharedGpus | None:
         max(placed.count for placed in sharing),
         sum(placed.resources.cpus_per_rank for placed in sharing),
         tuple(placed.resources.gpus_per_rank for placed in sharing),
+        tuple(placed.placement for placed in sharing),
     )
 
 
@@ -50,6 +59,8 @@ def ranks_have_gpus_of_their_own(roles: Mapping[str, Role], shared: SharedGpus |
             f"the ranks of several roles share each GPU, and {named} is {sum(shared.shares):g} of one: lower them to 1 in all, "
             "or set those of a role to 1, which takes GPUs of its own",
         )
+    if shared is not None:
+        yield from _go_to_the_same_nodes(shared)
     for key, role in roles.items():
         gpus, ranks = role.config.resources.gpus_per_rank, role.config.ranks
         alone = shared is None or key not in shared.roles
@@ -59,4 +70,14 @@ def ranks_have_gpus_of_their_own(roles: Mapping[str, Role], shared: SharedGpus |
                 f"{key}.resources.gpus_per_rank",
                 f"{gpus:g} for each of {ranks} ranks, but two ranks of one role cannot share a GPU: set it to 1 (or anything "
                 f"above 0.5), which takes {ranks} GPUs, or {key}.ranks to 1",
+            )
+
+
+def _go_to_the_same_nodes(shared: SharedGpus) -> Iterator[Problem]:
+    for key, placement in zip(shared.roles, shared.placements, strict=True):
+        if placement != shared.placements[0]:
+            yield (
+                f"{key}.placement",
+                f"it differs from that of {shared.roles[0]}, but the ranks of both lie on the same GPUs: write the same for "
+                "both, or set resources.gpus_per_rank of one to 1, which takes GPUs of its own",
             )

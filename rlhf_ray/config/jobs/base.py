@@ -87,7 +87,10 @@ class Job(Section):
 
     def placements(self) -> list[Placement]:
         """What the cluster must find room for, role by role."""
-        return [Placement(key, role.config.ranks, role.config.resources) for key, role in self.roles().items()]
+        return [
+            Placement(key, role.config.ranks, role.config.resources, role.config.placement)
+            for key, role in self.roles().items()
+        ]
 
     def shared_gpus(self) -> SharedGpus | None:
         """The GPUs that the ranks of several roles share; none where every rank is placed by itself."""

@@ -70,6 +70,7 @@ class PpoConfig(TrainingJob):
         values = {
             "model": start,
             "resources": self.policy.resources,
+            "placement": self.policy.placement,
             "max_tokens_per_micro_batch": self.policy.max_tokens_per_micro_batch,
         }
         return RoleConfig.partial(values, ())  # its parts were checked as the policy's, and are not reported twice
@@ -107,7 +108,8 @@ class PpoConfig(TrainingJob):
         return present_roles(roles) | rewards
 
     def placements(self) -> list[Placement]:
-        return [*super().placements(), Placement("rollout", self.rollout.engines, self.rollout.resources)]
+        rollout = self.rollout
+        return [*super().placements(), Placement("rollout", rollout.engines, rollout.resources, rollout.placement)]
 
     def shared_gpus(self) -> SharedGpus | None:
         return shared_gpus(self.placements())

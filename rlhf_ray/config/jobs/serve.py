@@ -52,7 +52,10 @@ class ServeConfig(Job, ServiceConfig):
         }
 
     def placements(self) -> list[Placement]:
-        return [Placement(name, role.ranks * self.replicas, role.resources) for name, role in self.served.items()]
+        return [
+            Placement(name, role.ranks * self.replicas, role.resources, role.placement)
+            for name, role in self.served.items()
+        ]
 
     def longest_sequence(self) -> int:
         return self.max_tokens

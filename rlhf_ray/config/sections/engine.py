@@ -81,6 +81,25 @@ class EngineConfig(Section):
             yield "offload", f"all moves parameters, but zero is {self.zero}: set zero to 3, or offload to optimizer"
 
 
+Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
+
+
+class PlacementConfig(Section):
+    """On which nodes the ranks of a role (of ``rollout``: its engines) go."""
+
+    strategy: Strategy = "pack"
+    """``pack``: on few nodes, as far as there is room; ``strict_pack``: on one. ``spread``: on many, as far as there is room;
+    ``strict_spread``: on a node of their own each."""
+    labels: dict[str, str] = {}  # noqa: RUF012 (pydantic copies it)
+    """Ray labels that a node must have, names and values."""
+    resource: str | None = None
+    """A custom resource of Ray that a node must have; each rank takes a thousandth of it."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.resource in ("CPU", "GPU", "memory", "object_store_memory"):
+            yield "resource", f"{self.resource} is no custom resource: resources says how much a rank takes; remove it"
+
+
 class ResourcesConfig(Section):
     """What one rank (of ``rollout``: one engine with all its tensor-parallel workers) takes of the cluster."""
 

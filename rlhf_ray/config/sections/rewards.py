@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import FreeValues, NonNegativeFloat, Positive, PositiveFloat, Section
-from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
+from rlhf_ray.config.sections.engine import EngineConfig, PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import Form, RoleConfig, ScoredToken, Scorer, ScoringRole
 from rlhf_ray.rows.labels import Compared
@@ -38,6 +38,7 @@ class RewardSourceConfig(Section):
     engine: EngineConfig = EngineConfig()
     ranks: Positive = 1
     resources: ResourcesConfig = ResourcesConfig()
+    placement: PlacementConfig = PlacementConfig()
     max_tokens_per_micro_batch: Positive | None = None
     scorer: Scorer = "packed"
     form: Form | None = None

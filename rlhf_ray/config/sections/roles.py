@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from rlhf_ray.config.sections.base import Positive, Section
-from rlhf_ray.config.sections.engine import EngineConfig, ResourcesConfig
+from rlhf_ray.config.sections.engine import EngineConfig, PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 
 
@@ -25,6 +25,7 @@ class RoleConfig(Section):
     engine: EngineConfig = EngineConfig()
     ranks: Positive = 1
     resources: ResourcesConfig = ResourcesConfig()
+    placement: PlacementConfig = PlacementConfig()
     max_tokens_per_micro_batch: Positive | None = None
     """Overrides ``batch.max_tokens_per_micro_batch`` for this role."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import Fraction, FreeValues, NonNegative, Positive, PositiveFloat, Section
-from rlhf_ray.config.sections.engine import ResourcesConfig
+from rlhf_ray.config.sections.engine import PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.user_code import ENVIRONMENTS, spelling_problem
 
@@ -57,6 +57,7 @@ class RolloutConfig(Section):
     sleep: bool = False
     """Give the memory of weights and KV cache back while nothing is generated, on a GPU that other roles share."""
     resources: ResourcesConfig = ResourcesConfig()
+    placement: PlacementConfig = PlacementConfig()
     timeout_s: PositiveFloat = 300.0
     mode: Literal["sync", "one_step_off", "windowed"] = "sync"
     """Whether a step samples before it learns, while the step before it learns, or up to ``window`` steps ahead."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from rlhf_ray.actors.cluster import group_of
 from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.actors.ranks import Ranks
@@ -210,7 +211,7 @@ def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Gro
             role,
             max_tokens=role.forward_tokens(config.batch),
             max_item_tokens=config.rollout.max_model_tokens,
-            name=key.replace(".mixture.", "-"),  # reward.mixture.helpful runs as reward-helpful
+            name=group_of(key),
         )
         for key, role in config.reward.roles.items()
     }

@@ -1,0 +1,96 @@
+"""Places for ranks on a Ray cluster: found node by node, then reserved all together.
+
+Invariants: every place is reserved in one placement group of Ray, which comes about as a whole or not at all, on the nodes that
+``planning/placement.py`` has assigned. Nothing is held while there is no room: an attempt that others were faster than is
+given up before the next one looks at the nodes anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf_ray.actors.nodes import NODE_LABEL, free_nodes
+from rlhf_ray.errors import CapacityError
+from rlhf_ray.planning.capacity import Bundle
+from rlhf_ray.planning.placement import MARK, assign, picture
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+ATTEMPT_S = 10.0
+"""How long Ray may take to reserve what is free; then another has taken it."""
+LOOKS_AGAIN_S = 0.25
+SETTLES_S = 3.0
+"""How long Ray may take to count as free what a job before this one has left."""
+
+
+class Reservation:
+    """The placement group that holds ``bundles``, one place for each, in order."""
+
+    def __init__(self, placement: PlacementGroup, bundles: Sequence[Bundle], shown: str) -> None:
+        self.placement = placement
+        self._bundles = list(bundles)
+        self.picture = shown
+        """Which rank is on which node, as a table."""
+
+    def first(self, role: str) -> int | None:
+        """The index of the first place of ``role``; None where it has none here."""
+        return next((index for index, bundle in enumerate(self._bundles) if bundle.role == role), None)
+
+    def give_back(self) -> None:
+        """Give all places back. A second call does nothing."""
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(self.placement)
+
+
+def reserve(bundles: Sequence[Bundle], name: str, timeout_s: float, *, room_s: float | None = None) -> Reservation:
+    """Places for all ``bundles``, or :class:`CapacityError` with the picture of the nodes after ``timeout_s``.
+
+    ``room_s`` is how long to wait for room where there is none, by default as long.
+    """
+    began = time.monotonic()
+    deadline = began + timeout_s
+    no_room = deadline if room_s is None else min(deadline, began + room_s)
+    while True:
+        try:
+            nodes = free_nodes()
+            places = assign(bundles, nodes)
+        except CapacityError:
+            if time.monotonic() > no_room:
+                raise
+            time.sleep(min(LOOKS_AGAIN_S, timeout_s))
+            continue
+        left = max(LOOKS_AGAIN_S, deadline - time.monotonic())
+        placement = _placement_group(bundles, [nodes[place].id for place in places], name)
+        if placement.wait(timeout_seconds=min(ATTEMPT_S, left)):
+            return Reservation(placement, bundles, picture(bundles, places, nodes))
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(placement)
+        if time.monotonic() > deadline:
+            raise CapacityError(
+                f"Ray did not give {len(bundles)} ranks of {bundles[0].role} and others their places within {timeout_s:g} s "
+                f"(cluster.placement_timeout_s), although they were free: start again\n{picture(bundles, places, nodes)}"
+            )
+
+
+def _placement_group(bundles: Sequence[Bundle], nodes: Sequence[str], name: str) -> PlacementGroup:
+    from ray.util.placement_group import placement_group
+
+    group: PlacementGroup = placement_group(
+        [_amounts(bundle) for bundle in bundles],
+        strategy="PACK",  # the labels leave it no choice
+        name=name,
+        bundle_label_selector=[{NODE_LABEL: node} for node in nodes],
+    )
+    return group
+
+
+def _amounts(bundle: Bundle) -> dict[str, float]:
+    amounts = {"CPU": bundle.cpus, "GPU": bundle.gpus}
+    if bundle.resource is not None:
+        amounts[bundle.resource] = MARK
+    return {resource: amount for resource, amount in amounts.items() if amount > 0}
