@@ -498,6 +498,40 @@ def test_a_model_that_cannot_be_cut_for_tensor_parallelism_is_refused_with_its_n
     assert ppo(here, texts, *parallel, **sizes) == said
 
 
+def test_a_made_model_that_cannot_be_cut_is_refused_too(texts):
+    parallel = ["rollout.tensor_parallel=3", "rollout.resources.cpus_per_rank=3.0"]
+    assert check_files(parse_config(texts["ppo"], parallel)) == [
+        "rollout.tensor_parallel: 3 does not divide the 2 attention heads of llama-tiny",
+        "rollout.tensor_parallel: 3 does not divide the 64 inner units of a feed-forward layer of llama-tiny",
+    ]
+
+
+def test_a_cache_on_cpu_that_does_not_hold_the_longest_sequence_is_refused_with_what_it_must_be(here, texts):
+    """A token of llama-tiny takes 2 (keys and values) x 2 layers x 1 head x 32 x 4 bytes = 512; 4096 of them 2 MiB."""
+    long = [
+        "rollout.max_model_tokens=4096",
+        *(f"{role}.max_tokens_per_micro_batch=4096" for role in ("policy", "critic")),
+    ]
+    just = 2 * 2**20 / 2**30
+    assert check_files(parse_config(texts["ppo"], [*long, f"rollout.kv_cache_gib={just}"])) == []
+    short = f"rollout.kv_cache_gib={just * 0.999}"
+    assert [problem[:75] for problem in check_files(parse_config(texts["ppo"], [*long, short]))] == [
+        "rollout.kv_cache_gib: 0.00195117, but one sequence of rollout.max_model_tokens"[:75]
+    ]
+    assert (
+        "takes 0.001953 GiB of it in llama-tiny: raise it above 0.002"
+        in check_files(parse_config(texts["ppo"], [*long, short]))[0]
+    )
+    for other in ("rollout.backend=transformers", "rollout.dtype=bf16"):
+        assert check_files(parse_config(texts["ppo"], [*long, short, other])) == []
+
+
+@pytest.mark.parametrize(("other", "refused"), [({}, 1), ({"sliding_window": 64}, 0), ({"kv_lora_rank": 64}, 0)])
+def test_a_cache_whose_size_is_not_known_is_left_to_vllm(here, texts, other, refused):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
+    assert len(ppo(here, texts, "rollout.kv_cache_gib=0.0001", **sizes, **other)) == refused
+
+
 @pytest.mark.parametrize(
     ("function", "content", "message"),
     [

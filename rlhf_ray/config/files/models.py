@@ -14,7 +14,7 @@ from rlhf_ray.config.files.adapters import why_refused
 from rlhf_ray.config.files.config_values import readable, wrong_values
 from rlhf_ray.config.files.positions import longest_rotated_alike, longest_sequence, text_part, too_long
 from rlhf_ray.config.problems import Problem
-from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
+from rlhf_ray.config.sections.models import MADE_SHAPES, MakeConfig, ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.environment import is_hub_id
 
@@ -23,6 +23,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+
+OTHER_CACHES = frozenset({"sliding_window", "layer_types", "kv_lora_rank", "attention_chunk_size"})
+"""Keys of a ``config.json`` of a model whose layers may keep less than the keys and values of all tokens."""
 
 
 def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> Iterator[Problem]:
@@ -142,6 +145,46 @@ def length_problems(key: str, model: ModelConfig, longest_key: str, longest: int
         yield longest_key, too_long(longest, f"{model.path} ({key})", positions, config)
 
 
+def _shape(model: ModelConfig) -> Mapping[str, Any]:
+    """The sizes of a model's layers, by their names in a ``config.json``; empty where they are not known here."""
+    if model.make is None:
+        return text_part(model_config_file(model))
+    made = MADE_SHAPES[model.make.shape]
+    return {
+        "num_hidden_layers": made.layers,
+        "num_attention_heads": made.heads,
+        "num_key_value_heads": made.key_value_heads,
+        "head_dim": made.head_dim,
+        "intermediate_size": made.intermediate,
+    }
+
+
+def _cache_problems(rollout: RolloutConfig, config: Mapping[str, Any], name: str) -> Iterator[Problem]:
+    """On CPU the KV cache of a vLLM engine holds one sequence of the longest length, or vLLM does not start.
+
+    Only where every layer keeps keys and values of all tokens, so that what is needed is known.
+    """
+    if rollout.backend != "vllm" or rollout.resources.device != "cpu" or not OTHER_CACHES.isdisjoint(config):
+        return
+    heads = config.get("num_attention_heads")
+    sizes = [config.get("num_hidden_layers"), config.get("num_key_value_heads", heads)]
+    hidden = config.get("hidden_size")
+    width = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+    sizes.append(config.get("head_dim", width))
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return
+    layers, key_heads, head_dim = (int(size) for size in sizes if size is not None)
+    numbers = 2 * layers * head_dim * max(1, key_heads // rollout.tensor_parallel)
+    needed = rollout.max_model_tokens * numbers * (4 if rollout.dtype == "fp32" else 2)
+    if needed > rollout.kv_cache_gib * 2**30:
+        least = -(-needed * 1000 // 2**30) / 1000
+        yield (
+            "rollout.kv_cache_gib",
+            f"{rollout.kv_cache_gib:g}, but one sequence of rollout.max_model_tokens {rollout.max_model_tokens} takes "
+            f"{needed / 2**30:.4g} GiB of it in {name}: raise it above {least:g}, or lower rollout.max_model_tokens",
+        )
+
+
 def _indivisible(config: Mapping[str, Any], parallel: int) -> Iterator[str]:
     """What of a model vLLM cannot cut into ``parallel`` equal parts, with its number. It pads a vocabulary itself."""
     heads, key_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
@@ -156,9 +199,12 @@ def _indivisible(config: Mapping[str, Any], parallel: int) -> Iterator[str]:
 
 
 def engine_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
-    """The engines can hold the policy, as far as its directory is on this machine."""
-    for problem in _indivisible(text_part(model_config_file(policy)), rollout.tensor_parallel):
-        yield "rollout.tensor_parallel", f"{rollout.tensor_parallel} does not divide the {problem} of {policy.path}"
+    """The engines can hold the policy, as far as its directory is on this machine or it is made here."""
+    shape = _shape(policy)
+    name = policy.path or (policy.make.shape if policy.make is not None else "")
+    for problem in _indivisible(shape, rollout.tensor_parallel):
+        yield "rollout.tensor_parallel", f"{rollout.tensor_parallel} does not divide the {problem} of {name}"
+    yield from _cache_problems(rollout, shape, name)
     yield from length_problems("policy.model", policy, "rollout.max_model_tokens", rollout.max_model_tokens)
     alike = longest_rotated_alike(model_config_file(policy))
     if alike is not None and rollout.max_model_tokens > alike and rollout.backend == "vllm":
