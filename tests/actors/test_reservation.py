@@ -97,8 +97,8 @@ def test_all_places_are_taken_together_on_the_nodes_asked_for_and_a_group_that_s
 def test_a_job_that_does_not_fit_in_pieces_is_refused_in_seconds_and_holds_nothing() -> None:
     began = time.monotonic()
     with (
-        pytest.raises(CapacityError, match=r"critic rank 1 .* finds no place (?s:.*)zone=x(?s:.*)nowhere"),
-        job(Bundle("policy", 1.5), *[Bundle("critic", 1.2)] * 2, timeout_s=60.0),
+        pytest.raises(CapacityError, match=r"reward rank 0 .* finds no place (?s:.*)zone=x(?s:.*)nowhere"),
+        job(Bundle("policy", 1.5), Bundle("critic", 1.5), Bundle("reward", 1.0), timeout_s=60.0),
     ):
         pass
     assert time.monotonic() - began < 10
