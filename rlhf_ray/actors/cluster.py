@@ -18,7 +18,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
 from rlhf_ray.actors.ranks import RayRanks
-from rlhf_ray.actors.reservation import SETTLES_S, Reservation, reserve
+from rlhf_ray.actors.reservation import SETTLES_S, Reservation, reserve, reserve_when_there_is_room
 from rlhf_ray.config.checks.shared_gpus import SharedGpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
@@ -90,6 +90,8 @@ class Cluster:
         self.together = together
         self._shared_places: Reservation | None = None
         self._reserved: Reservation | None = None
+        self._elsewhere: list[Reservation] = []
+        """Places of ranks that started again after their node had died."""
         self._shared = False
         self.joined: JoinedCluster | None = None
         """The cluster that this one is a connection to; none where Ray was started here, or was there in this process."""
@@ -180,10 +182,11 @@ class Cluster:
         for group in self._groups:
             group.stop()
         self._groups = []
-        for places in (self._shared_places, self._reserved):
+        for places in (self._shared_places, self._reserved, *self._elsewhere):
             if places is not None:
                 places.give_back()
         self._shared_places = self._reserved = None
+        self._elsewhere = []
 
     def start(self, spec: RankSpec) -> RayRanks:
         """Place and start the ranks of ``spec``; they have no model yet."""
@@ -197,6 +200,7 @@ class Cluster:
         actor_class = remote_class(spec.worker)
 
         def start_actors(incarnation: int) -> list[Any]:
+            where, bundle = (placement, first) if incarnation == 0 else self._again(placement, first, spec)
             return [
                 actor_class.options(
                     name=actor_name(self.run.name, spec.group_name, spec.first_rank + index, incarnation),
@@ -206,7 +210,7 @@ class Cluster:
                     max_restarts=0,
                     runtime_env={"env_vars": variables},
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        placement, placement_group_bundle_index=first + index
+                        where, placement_group_bundle_index=bundle + index
                     ),
                 ).remote(spec.first_rank + index, spec.ranks)
                 for index in range(spec.ranks)
@@ -248,6 +252,18 @@ class Cluster:
         own = bundle_of(role, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank, spec.placement)
         places = self._reserve([own] * spec.ranks, f"{role}/{spec.first_rank}")
         return places.placement, 0, places.give_back
+
+    def _again(self, placement: PlacementGroup, first: int, spec: RankSpec) -> tuple[PlacementGroup, int]:
+        """Where ranks start again: in their own places, or where Ray finds others, if a node of theirs has died."""
+        from ray.util.placement_group import placement_group_table
+
+        nodes = placement_group_table(placement)["bundles_to_node_id"]
+        if all(nodes.get(first + index) for index in range(spec.ranks)):
+            return placement, first
+        own = bundle_of(spec.group_name, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank, spec.placement)
+        places = reserve_when_there_is_room([own] * spec.ranks, f"rlhf/{self.run.name}/{spec.group_name}/again")
+        self._elsewhere.append(places)
+        return places.placement, 0
 
     def _reserve(self, bundles: Sequence[Bundle], name: str, *, room_s: float | None = None) -> Reservation:
         return reserve(bundles, f"rlhf/{self.run.name}/{name}", self.config.placement_timeout_s, room_s=room_s)

@@ -64,7 +64,7 @@ def reserve(bundles: Sequence[Bundle], name: str, timeout_s: float, *, room_s: f
             time.sleep(min(LOOKS_AGAIN_S, timeout_s))
             continue
         left = max(LOOKS_AGAIN_S, deadline - time.monotonic())
-        placement = _placement_group(bundles, [nodes[place].id for place in places], name)
+        placement = _placement_group(bundles, [{NODE_LABEL: nodes[place].id} for place in places], name)
         if placement.wait(timeout_seconds=min(ATTEMPT_S, left)):
             return Reservation(placement, bundles, picture(bundles, places, nodes))
         from ray.util.placement_group import remove_placement_group
@@ -77,14 +77,25 @@ def reserve(bundles: Sequence[Bundle], name: str, timeout_s: float, *, room_s: f
             )
 
 
-def _placement_group(bundles: Sequence[Bundle], nodes: Sequence[str], name: str) -> PlacementGroup:
+def reserve_when_there_is_room(bundles: Sequence[Bundle], name: str) -> Reservation:
+    """Places for ``bundles`` of one role that Ray gives when it has them, at once or when a node comes; this waits for nothing.
+
+    They keep to the labels and the resource of the role, and to its strategy among themselves.
+    """
+    labels = [dict(bundle.labels) for bundle in bundles]
+    return Reservation(_placement_group(bundles, labels, name, bundles[0].strategy), bundles, "")
+
+
+def _placement_group(
+    bundles: Sequence[Bundle], labels: Sequence[dict[str, str]], name: str, strategy: str = "pack"
+) -> PlacementGroup:
     from ray.util.placement_group import placement_group
 
     group: PlacementGroup = placement_group(
         [_amounts(bundle) for bundle in bundles],
-        strategy="PACK",  # the labels leave it no choice
+        strategy=strategy.upper(),
         name=name,
-        bundle_label_selector=[{NODE_LABEL: node} for node in nodes],
+        bundle_label_selector=labels if any(labels) else None,
     )
     return group
 

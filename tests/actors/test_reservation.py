@@ -89,6 +89,8 @@ def test_all_places_are_taken_together_on_the_nodes_asked_for_and_a_group_that_s
         assert zones(cluster, "critic", 1, 0.5)[1] == ["y"]
         engines = [zones(cluster, "rollout", 1, 0.5, number) for number in range(2)]
         assert [where for _, where in engines] == [["y"], ["y"]]
+        engines[0][0].restart()
+        assert engines[0][0].call("zone", [()]).result() == ["y"]
         cluster.stop(engines[1][0])
         wait_for(1.5)  # its place is still the job's
     wait_for(4.0)
@@ -102,4 +104,18 @@ def test_a_job_that_does_not_fit_in_pieces_is_refused_in_seconds_and_holds_nothi
     ):
         pass
     assert time.monotonic() - began < 10
+    wait_for(4.0)
+
+
+def test_an_engine_whose_node_has_died_starts_again_where_there_is_room_for_it(nodes: Nodes) -> None:
+    gone = nodes.add_node(num_cpus=1, object_store_memory=80_000_000, resources={"gone": 1}, labels={"zone": "z"})
+    nodes.wait_for_nodes()
+    wait_for(5.0)
+    with job(Bundle("rollout", 0.5, labels=(("zone", "z"),))) as cluster:
+        engine, zone = zones(cluster, "rollout", 1, 0.5)
+        assert zone == ["z"]
+        nodes.remove_node(gone, allow_graceful=True)
+        wait_for(4.0)
+        engine.restart()  # its section, here the default, asks for no label
+        assert engine.call("zone", [()]).result()[0] in ("x", "y")
     wait_for(4.0)
