@@ -61,3 +61,18 @@ def test_a_model_in_the_cache_of_the_hub_is_found(tmp_path: Path, monkeypatch: p
 def test_the_age_of_answers_is_printed(capsys) -> None:
     assert main(["plan", str(TINY_PPO), "rollout.mode=one_step_off"]) == 0
     assert "mean age of answers" in capsys.readouterr().out
+
+
+def test_the_nodes_that_are_given_show_which_rank_goes_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama-3-70b-4nodes", "--nodes", "4x80x8"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "0 of 8 policy 0-7" in shown
+    assert main(["plan", "llama-3-70b-4nodes", "--nodes", "4x80x7"]) == 0
+    assert "node 4: the job does not fit: " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("shape", ["4x8", "0x8x8", "4x0x8", "axbxc"])
+def test_what_is_no_shape_of_nodes_is_refused(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "demo-ppo", "--nodes", shape])
+    assert f"{shape} is not nodes x CPUs x GPUs, such as 4x64x8" in capsys.readouterr().err
