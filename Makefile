@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
+.PHONY: setup demo test lint bench gym parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -21,6 +21,9 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+
+gym: setup  ## what GRPO learns on a task of reasoning-gym, in one turn and in two; needs pip install reasoning-gym (KEEP=1 keeps the figures)
+	@$(PYTHON_BIN) -m benchmarks.run --only gym $(if $(filter-out 0,$(KEEP)),--keep)
 
 bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]); KEEP=1: into the committed reference.json too
 	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(KEEP)),--keep)

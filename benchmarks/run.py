@@ -20,6 +20,7 @@ from rlhf_ray import environment
 PARTS = (
     "demo",
     "encoders",
+    "gym",
     "learning",
     "log_probs",
     "models",

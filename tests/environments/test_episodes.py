@@ -39,7 +39,7 @@ class Engine:
         generations = []
         for request in requests:
             cut = (turn, request.prompt_id) in self.cut
-            ids = [*encode(self.script[turn]), *([] if cut else [EOS])]
+            ids = [*encode(self.script[min(turn, len(self.script) - 1)]), *([] if cut else [EOS])]
             places = range(len(request.token_ids), len(request.token_ids) + len(ids))
             reason = FinishReason.LENGTH if cut else FinishReason.STOP
             logs = tuple(-float(place) for place in places)
@@ -57,7 +57,7 @@ class Environments:
 
     def ask(self, questions):
         self.asked.append(list(questions))
-        return [self.outcomes[question.episode[0]][len(question.turns)] for question in questions]
+        return [(*self.outcomes[question.episode[0]], *[END] * 9)[len(question.turns)] for question in questions]
 
 
 def play(engine, outcomes, *, turns=4, tokens=100, seed=None, samples=1):
