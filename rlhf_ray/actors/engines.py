@@ -31,8 +31,12 @@ def load_fleet(engines: Sequence[Ranks], setup: RolloutSetup, timeout_s: float) 
         # Another seed, so that it does not repeat the draws of the process that has died.
         return load(number, replace(setup, seed=setup.seed + incarnation))
 
+    policy = HealthPolicy(max_restarts=setup.config.max_restarts, restart_s=timeout_s)
+
+    def lives(number: int) -> Pending[list[object]]:
+        return engines[number].call("health", [()], timeout_s=policy.suspect_s)
+
     for loading in [load(number, setup) for number in range(len(engines))]:
         loading.result()
-    restarts = setup.config.max_restarts
-    policy = HealthPolicy(max_restarts=restarts, restart_s=timeout_s)
-    return Fleet([RanksHandle(engine) for engine in engines], restart=restart if restarts else None, policy=policy)
+    handles, restarts = [RanksHandle(engine) for engine in engines], restart if setup.config.max_restarts else None
+    return Fleet(handles, restart=restarts, lives=lives, policy=policy)

@@ -132,6 +132,11 @@ class FleetHealth:
         now = self._engines[engine]
         return now.incarnation > incarnation or now.state not in ALIVE | {EngineState.RESTARTING}
 
+    def is_taking(self, engine: int, version: int, incarnation: int) -> bool:
+        """Whether the process ``incarnation`` of the engine has yet to complete its update to ``version``, or to fail."""
+        now = self._engines[engine]
+        return now.incarnation == incarnation and now.state is EngineState.STALE and version == self._version
+
     def due(self) -> tuple[int, ...]:
         """Dead engines that may be restarted now; one that keeps dying before it takes weights waits longer each time."""
         return tuple(index for index in self.in_state(EngineState.DEAD) if self._age(index) >= self._backoff(index))

@@ -32,6 +32,7 @@ from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.runs.lines import attempt_problem, metrics_problem
+from rlhf_ray.runs.set_aside import SetAsidePrompts
 from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.storage.atomic import PENDING
 from rlhf_ray.storage.jsonl import JsonLines
@@ -44,7 +45,7 @@ MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
     r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|(summary|closing)\.json"
-    r"|summary\.void\.json|report\.html|tensorboard|rollout-start|evaluation"
+    r"|summary\.void\.json|set_aside\.jsonl|report\.html|tensorboard|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
 _SAMPLES = re.compile(r"step-(\d{6,12})\.jsonl")
@@ -72,6 +73,7 @@ class RunDirectory:
         self.attempts = JsonLines(self.path / "attempts.jsonl", attempt_problem)
         self.attempt = len(self.attempts.read())
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
+        self.set_aside = SetAsidePrompts(self.path / "set_aside.jsonl")
         self._lock: int | None = None
         self._is_new = False
 

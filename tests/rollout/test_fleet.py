@@ -18,7 +18,7 @@ from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupEr
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError
-from rlhf_ray.rollout.fleet import Fleet, cut_shares
+from rlhf_ray.rollout.fleet import Fleet, SetAside, cut_shares
 from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
@@ -332,7 +332,7 @@ def test_an_engine_that_dies_in_an_update_comes_back_with_those_weights(
     fleet.update_weights(1, weights)
     handles[1].engine.shutdown()  # it refuses the update
     fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
-    assert fleet.health[1].state is EngineState.DEAD
+    assert fleet.health.healthy == (0,)
     fleet.heal()
     assert (restarts.asked, fleet.health.healthy, handles[1].engine.weight_version) == ([(1, 1)], (0, 1), 2)
 
@@ -381,13 +381,13 @@ def test_without_restarts_a_dead_engine_stays_dead(make_handle: Any, weights: Pu
 
 
 class Slow(Handle):
-    """Takes weights only when it is told to."""
+    """Takes version 1 only when it is told to."""
 
     taken = True
 
     def receive(self, weights: Any) -> Pending[None]:
         pending = super().receive(weights)
-        return Pending(pending.result, lambda timeout_s: self.taken)
+        return Pending(pending.result, lambda timeout_s: self.taken or weights.version > 1)
 
 
 def test_weights_that_a_restarted_engine_still_takes_when_others_are_published_count_for_nothing(
@@ -470,11 +470,14 @@ def test_a_prompt_that_kills_three_engines_is_set_aside_and_the_others_are_all_a
     handles = [Dying(make_handle().engine) for _ in range(3)]
     fleet, _ = with_restarts(*handles)
     fleet.update_weights(1, weights)
+    told: list[SetAside] = []
+    fleet.on_set_aside = told.append
     batch = fleet.generate(REQUESTS, DEADLINE_S)
     kept = [row for row, request in enumerate(REQUESTS) if request.prompt_id != POISON]
     assert_same_samples(batch, expected.select(kept))
     assert sum(handle.deaths for handle in handles) == 3
-    (aside,) = fleet.set_aside.values()
+    (aside,) = told
+    assert fleet.set_aside == {POISON}
     assert (aside.prompt_id, aside.token_ids, len(aside.causes)) == (POISON, tuple(PROMPTS[3][1]), 3)
     assert f"prompt {POISON} is set aside, because three engines died" in project_log.getvalue()
     assert_same_samples(fleet.generate(REQUESTS, DEADLINE_S), expected.select(kept))
@@ -489,7 +492,7 @@ def test_two_deaths_at_a_share_set_no_prompt_aside(
     fleet.update_weights(1, weights)
     assert_same_samples(fleet.generate(REQUESTS, DEADLINE_S), expected)
     assert [len(share) for share in handle.shares] == [14, 14, *[2] * 7], "whole, whole again, prompt by prompt"
-    assert fleet.set_aside == {}
+    assert fleet.set_aside == set()
 
 
 def test_a_batch_of_nothing_but_killers_is_an_error(
@@ -500,3 +503,51 @@ def test_a_batch_of_nothing_but_killers_is_an_error(
     poison = [request for request in REQUESTS if request.prompt_id == POISON]
     with pytest.raises(GroupError, match="each of its prompts killed 3 engines"):
         fleet.generate(poison, DEADLINE_S)
+
+
+class Stopped(Handle):
+    """Answers no call until it is started again, as a process that was stopped."""
+
+    stopped = False
+
+    def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
+        self.shares.append(tuple(requests))
+        return Pending(_killed, lambda timeout_s: False)
+
+    def receive(self, weights: Any) -> Pending[None]:
+        return Pending(_killed, lambda timeout_s: False) if self.stopped else super().receive(weights)
+
+
+def _killed() -> Any:
+    raise AssertionError("nobody waits for a process that does not answer")
+
+
+@pytest.mark.parametrize("at_work", ["generate", "update"])
+def test_a_process_that_answers_nothing_while_it_works_is_replaced_long_before_its_deadline(
+    at_work: str, make_handle: Any, weights: PublishedWeights, expected: TrajectoryBatch
+) -> None:
+    handles = [make_handle(), Stopped(make_handle().engine), make_handle()]
+    seconds = [0.0]
+
+    def clock() -> float:
+        seconds[0] += 0.5
+        return seconds[0]
+
+    def restart(engine: int, incarnation: int) -> Pending[None]:
+        handles[engine] = fleet.engines.handles[engine] = make_handle()
+        return Pending.done(None)
+
+    def lives(engine: int) -> Pending[Any]:
+        if getattr(handles[engine], "stopped", False):
+            return Pending(lambda: _raise(DeadlineError("rollout", engine, "health", "no answer in 60 s")))
+        return Pending.done({})
+
+    fleet = Fleet(handles, restart=restart, lives=lives, clock=clock)
+    fleet.update_weights(1, weights)
+    handles[1].stopped = True
+    if at_work == "generate":
+        assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
+    else:
+        fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
+    fleet.heal()
+    assert fleet.health.healthy == (0, 1, 2) and fleet.health[1].incarnation == 1

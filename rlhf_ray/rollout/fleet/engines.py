@@ -22,6 +22,8 @@ from rlhf_ray.rollout.wire import PublishedWeights
 
 POLL_S = 0.02
 """How long the fleet waits for one thing before it looks after the others."""
+LIVES_EVERY_S = 10.0
+"""How often every live engine is asked whether its process answers at all, whatever it is doing."""
 PROBE_EVERY_S = 1.0
 """How long after a probe that failed a suspect engine is asked again."""
 
@@ -56,16 +58,19 @@ class Engines:
         handles: Sequence[EngineHandle],
         *,
         restart: Callable[[int, int], Pending[None]] | None = None,
+        lives: Callable[[int], Pending[Any]] | None = None,
         policy: HealthPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``restart`` starts a new process for an engine, by its number and incarnation, in the place of the old one.
 
         It returns at once; its value comes when the engine is set up. The engine's handle then reaches the new process. Without
-        it a dead engine stays dead.
+        it a dead engine stays dead. ``lives`` asks a process, beside whatever it is doing, whether it answers; an error says
+        that it does not, and then it is dead.
         """
         self.handles = list(handles)
         self._restart = restart
+        self._lives = lives
         self._clock = clock
         self.health = FleetHealth(len(self.handles), policy, clock)
         self._starting: dict[int, tuple[int, Pending[None]]] = {}
@@ -74,6 +79,8 @@ class Engines:
         """Engines that take the last publication again: their incarnations, its version, and when they have it."""
         self._asked: dict[int, Asked] = {}
         """Suspect engines that were asked how they are."""
+        self._called: dict[int, Asked] = {}
+        """Engines that were asked whether they live."""
         self.last: PublishedWeights | None = None
         """The last publication, for engines that are restarted before the next one."""
         self._log = get_logger("rollout.fleet")
@@ -102,6 +109,7 @@ class Engines:
     def heal(self) -> None:
         """Restart engines that have died, and give those that are up the last publication. This never waits for them."""
         self._probe_suspects()
+        self._ask_who_lives()
         self.health.tick()
         if self._restart is None:
             return
@@ -216,6 +224,31 @@ class Engines:
                 self._heed(engine, asked.incarnation, asked.answer)
                 if self.health[engine].state is not EngineState.SUSPECT:
                     del self._asked[engine]
+
+    def _ask_who_lives(self) -> None:
+        """Ask the processes of all live engines, from time to time, whether they answer; one that does not is dead."""
+        if self._lives is None:
+            return
+        now = self._clock()
+        for engine in self.health.in_state(*ALIVE):
+            incarnation = self.health[engine].incarnation
+            asked = self._called.get(engine)
+            if asked is None or asked.incarnation != incarnation:  # a new process is asked after a while
+                self._called[engine] = Asked(incarnation, now + LIVES_EVERY_S, None)
+            elif asked.answer is None and now >= asked.again_at:
+                try:
+                    answer = self._lives(engine)
+                except GroupError as error:
+                    answer = _failed(error)
+                self._called[engine] = Asked(incarnation, now + LIVES_EVERY_S, answer)
+        for engine, asked in list(self._called.items()):
+            if asked.answer is not None and asked.answer.ready():
+                self._called[engine] = replace(asked, answer=None)
+                try:
+                    asked.answer.result()
+                except GroupError as error:
+                    self._died(engine, error.cause, asked.incarnation)
+                    self._log.warning("engine %d does not answer: %s", engine, error)
 
     def start(self, engine: int, call: Callable[[EngineHandle], Pending[Any]]) -> tuple[int, Pending[Any]]:
         """The incarnation that is called, and its answer; a call that cannot even be started fails as if it had later."""

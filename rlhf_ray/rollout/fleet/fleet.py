@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError, StaleWeightsError
@@ -44,14 +45,17 @@ class Fleet:
         handles: Sequence[EngineHandle],
         *,
         restart: Callable[[int, int], Pending[None]] | None = None,
+        lives: Callable[[int], Pending[Any]] | None = None,
         policy: HealthPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``restart`` starts a new process for an engine; see :class:`Engines`. Without it a dead engine stays dead."""
-        self.engines = Engines(handles, restart=restart, policy=policy, clock=clock)
+        """``restart`` starts a new process for an engine, ``lives`` asks whether one answers; see :class:`Engines`."""
+        self.engines = Engines(handles, restart=restart, lives=lives, policy=policy, clock=clock)
         self.health = self.engines.health
-        self.set_aside: dict[int, SetAside] = {}
-        """Prompts, by their ids, that are answered no more."""
+        self.set_aside: set[int] = set()
+        """The ids of prompts that are answered no more."""
+        self.on_set_aside: Callable[[SetAside], None] = lambda aside: None
+        """Called when a prompt is set aside."""
         self._log = get_logger("rollout.fleet")
 
     # Weights
@@ -70,8 +74,12 @@ class Fleet:
         self.engines.heal()
         targets = self.engines.publish(version)
         updates = [(engine, *self.engines.start(engine, lambda handle: handle.receive(weights))) for engine in targets]
-        for engine, incarnation, update in updates:
-            self.engines.take(engine, incarnation, version, update)
+        while updates:
+            for engine, incarnation, update in updates:
+                if update.ready(POLL_S):
+                    self.engines.take(engine, incarnation, version, update)
+            updates = [one for one in updates if self.health.is_taking(one[0], version, one[1])]
+            self.engines.heal()
         self.engines.last = weights
         self.engines.await_healthy("update_weights", "no engine has the weights")
 
@@ -151,11 +159,14 @@ class Fleet:
         return placed | dict(zip(sorted(free - set(placed)), homeless, strict=False))
 
     def _ready(self, running: Mapping[int, tuple[Work, int, Pending[list[Generation]]]]) -> list[int]:
-        """The engines whose answer is there; waits for that of the first one, but not long: others may need something."""
+        """The engines whose answer is there, or will not come because they are dead.
+
+        It waits for that of the first one, but not long: others may need something.
+        """
         wait_s = POLL_S
         ready = []
-        for engine, (_, _, pending) in running.items():
-            if pending.ready(wait_s):
+        for engine, (_, incarnation, pending) in running.items():
+            if pending.ready(wait_s) or self.health.has_died(engine, incarnation):
                 ready.append(engine)
             wait_s = 0.0
         return ready
@@ -168,6 +179,8 @@ class Fleet:
         Either way the engine's health is updated.
         """
         try:
+            if not pending.ready():
+                raise EngineDeadError(ROLE, engine, "generate", "it was given up before it answered")
             generations = pending.result()
         except GroupError as error:
             self.engines.lose(engine, incarnation, error)
@@ -204,7 +217,8 @@ class Fleet:
         engine = work.lost[-1][0]
         if len(work.lost) >= MAX_ATTEMPTS:
             (prompt,) = work.prompts
-            self.set_aside[prompt] = SetAside(prompt, work.requests[0].token_ids, work.causes)
+            self.set_aside.add(prompt)
+            self.on_set_aside(SetAside(prompt, work.requests[0].token_ids, work.causes))
             self._log.error(
                 "prompt %d is set aside, because three engines died while they answered it; nothing is learned from it. It "
                 "begins with tokens %s; the last death: %s", prompt, list(work.requests[0].token_ids[:16]), error,

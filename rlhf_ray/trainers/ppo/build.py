@@ -26,6 +26,7 @@ from rlhf_ray.environments.episodes import EpisodePlayer, Limits
 from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.rewards.user_source import check_user_source
+from rlhf_ray.rollout.fleet import Fleet, SetAside
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.expose_run import expose
@@ -112,6 +113,7 @@ def build(
         shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
     )
     sampler = Sampler(config, session.fleet(engines, setup), make_player(config, chat, ends, session.cleanup))
+    keep_set_aside(sampler.fleet, run, chat.tokenizer)
     rewards = make_reward_source(
         config,
         groups.rewards,
@@ -191,6 +193,16 @@ def make_player(config: PpoConfig, chat: ChatFormat, ends: EndTokens, cleanup: E
     cleanup.callback(process.close)
     limits = Limits(settings.max_turns, config.rollout.max_model_tokens)
     return EpisodePlayer(process, Bridge(chat), limits, ends.ids, settings.name)
+
+
+def keep_set_aside(fleet: Fleet, run: RunDirectory, tokenizer: Any) -> None:
+    """Have the run remember, with its text, each prompt that ``fleet`` sets aside, and not try those of before again."""
+    fleet.set_aside |= run.set_aside.ids()
+
+    def keep(aside: SetAside) -> None:
+        run.set_aside.add(aside.prompt_id, tokenizer.decode(aside.token_ids), aside.causes)
+
+    fleet.on_set_aside = keep
 
 
 def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Groups, list[Ranks]]:
