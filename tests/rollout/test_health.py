@@ -174,6 +174,9 @@ def test_a_successor_begins_without_the_failures_of_the_dead() -> None:
         health.failed(0, "late", 0)
     health.restart(0)
     health.started(0, 1)
+    for _ in range(2):
+        health.failed(0, "late", 1)
+        assert health[0].state is STALE, "it has failed twice at most, its predecessor three times"
     health.updated(0, 1, 1)
     for _ in range(2):
         health.failed(0, "late", 1)
