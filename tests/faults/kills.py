@@ -37,6 +37,8 @@ from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CONFIG = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 WHOLE_AGAIN_S = 180.0
+LATEST_SHARE = 0.8
+"""Of the time of a call: the latest moment of a kill in it."""
 AGREES = 1e-3
 """Largest difference of a token's log-prob between trainer and engine, in nats; other weights give far more."""
 
@@ -50,7 +52,8 @@ class Killer:
         self.done: Counter[str] = Counter()
         self.late = 0
         """Kills that disturbed no call."""
-        self.lasted = {"generating": 0.1, "updating": 0.02}
+        self.lasted: dict[str, float] = {}
+        """The shortest call of each kind that was not disturbed, in seconds."""
         self._rng = random.Random(seed)
         self._generate, self._update = self.fleet.generate, self.fleet.update_weights
         self.trained = self.processes()
@@ -78,7 +81,7 @@ class Killer:
         health = self.fleet.health
         self.fleet.heal()
         healthy = health.healthy
-        if self.done[kind] >= self.wanted[kind] or not healthy:
+        if self.done[kind] >= self.wanted[kind] or kind not in self.lasted or not healthy:
             return self._timed(kind, call)
         victim = self._rng.choice(healthy)
         incarnation = health[victim].incarnation
@@ -86,7 +89,7 @@ class Killer:
             pid = self.pids(victim)
         except GroupError:  # it was killed too late the last time, which the fleet finds out now
             return call()
-        kill = threading.Timer(self._rng.uniform(0.0, self.lasted[kind]), os.kill, [pid, signal.SIGKILL])
+        kill = threading.Timer(self._rng.uniform(0.0, LATEST_SHARE * self.lasted[kind]), os.kill, [pid, signal.SIGKILL])
         kill.start()
         value = call()
         kill.join()
@@ -101,7 +104,7 @@ class Killer:
         whole, began = len(self.fleet.health.healthy) == len(self.fleet.health), time.monotonic()
         value = call()
         if whole:
-            self.lasted[kind] = time.monotonic() - began
+            self.lasted[kind] = min(time.monotonic() - began, self.lasted.get(kind, float("inf")))
         return value
 
     def expect_whole(self) -> None:
