@@ -8,6 +8,8 @@ Invariants:
   every token carries the set that was kept (``vllm_sampling/kept_sets.py``).
 - An engine that sleeps (``rollout.sleep``) is awake while it generates, and its weights are while they change. This has not run
   on a GPU yet.
+- A request finds in the prefix cache only what the present weights computed. Requests in work when weights change are computed
+  again with the new ones.
 - In deterministic mode the same requests in the same order give the same bits, run after run.
 
 vLLM changes the threads and process groups of its process: run one engine per process, and no trainer beside it.
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
+CACHED_TOKENS = 32
+"""Tokens of a block of the prefix cache on a CPU, the fewest that vLLM takes there: shorter prompts are never found in it. By
+itself it takes 128.
+"""
 WEIGHTS, CACHE = "weights", "kv_cache"
 """What vLLM's sleep mode calls the two parts of an engine that it can wake one by one."""
 
@@ -82,6 +88,7 @@ class VllmEngine(RolloutEngine):
         self._in_work: dict[str, GenerationRequest] = {}
         self._sent = False
         self._kept = KeptInEngine(self._engine, vocabulary=self.vocabulary, on_cpu=on_cpu) if config.cuts else None
+        self._updates = 0
 
     def _engine_args(self, on_cpu: bool) -> Any:
         from vllm import EngineArgs
@@ -113,6 +120,7 @@ class VllmEngine(RolloutEngine):
             gpu_memory_utilization=config.gpu_memory_utilization,
             enable_sleep_mode=config.sleep,
             enable_prefix_caching=not self.deterministic,
+            block_size=CACHED_TOKENS if on_cpu and not self.deterministic else None,
             # On CPU a request with a seed whose prompt is cut by a step's token budget ends the engine: vLLM winds its
             # generator back, which the CPU's cannot do. Uncut, prompts beyond the budget wait for the next step.
             enable_chunked_prefill=False if on_cpu else None,
@@ -131,8 +139,13 @@ class VllmEngine(RolloutEngine):
         self._wake(WEIGHTS, CACHE)
         for request in requests:
             ticket = str(next(self._tickets))
-            self._engine.add_request(ticket, tokens_input(list(request.token_ids)), self._sampling(request))
+            prompt = tokens_input(list(request.token_ids), cache_salt=self._cache_salt())
+            self._engine.add_request(ticket, prompt, self._sampling(request))
             self._in_work[ticket] = request
+
+    def _cache_salt(self) -> str:
+        """Requests share cached prefixes only under one salt: another one with every update, also to a version of before."""
+        return f"weights {self.weight_version}, update {self._updates}"
 
     def _sampling(self, request: GenerationRequest) -> Any:
         from vllm import SamplingParams
@@ -207,7 +220,10 @@ class VllmEngine(RolloutEngine):
 
     def _end_load(self) -> None:
         self._engine.collective_rpc("finish_weight_update")
-        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._updates += 1
+        # Requests in work keep their salt: what they go on from is computed again, with the new weights.
+        if self._in_work:
+            self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(self.weight_version))
 
     # Sleeping

@@ -197,7 +197,7 @@ class SleepyEngine(VllmEngine):
         self._engine: Any = self.sleeper
         self._workers = WorkerProcesses()
         self._asleep = set()
-        self._tickets, self._in_work, self.vocabulary = itertools.count(), {}, 64
+        self._tickets, self._in_work, self.vocabulary, self._updates = itertools.count(), {}, 64, 0
 
     def _running(self) -> int:
         return 1
@@ -221,7 +221,7 @@ def test_an_engine_that_shares_a_gpu_is_awake_only_while_it_generates_and_its_we
     def waking(*parts: str) -> list[Any]:
         return [("wake", list(parts))] if sleeps else []
 
-    update = ["start_weight_update", "update_weights", "finish_weight_update", "reset"]
+    update = ["start_weight_update", "update_weights", "finish_weight_update"]
     engine.receive(publish(0, weights_of(model)))
     assert engine.calls() == update, "an engine that has not slept is awake"
     engine.generate(requests, 10.0)
