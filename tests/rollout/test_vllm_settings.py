@@ -196,7 +196,7 @@ class SleepyEngine(VllmEngine):
         self.sleeper = Sleeper()
         self._engine: Any = self.sleeper
         self._workers = WorkerProcesses()
-        self._asleep = set()
+        self._asleep, self._kept = set(), None
         self._tickets, self._in_work, self.vocabulary, self._updates = itertools.count(), {}, 64, 0
 
     def _running(self) -> int:
