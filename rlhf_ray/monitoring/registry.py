@@ -182,6 +182,13 @@ _METRICS = {
         ("importance/largest", "", "Largest importance weight before its bounds"),
         ("importance/limited_share", "share", "Share of actions whose importance weight is cut or masked"),
         ("importance/effective_share", "share", "Effective sample size of the importance weights, over the actions"),
+        ("rollout/engines_healthy", "engines", "Rollout engines that may generate, at the end of the step's rollout"),
+        ("rollout/restarts", "restarts", "Restarts of rollout engines since the run was started or resumed"),
+        (
+            "prompts/set_aside",
+            "prompts",
+            "Prompts of the run that are answered no more, because three engines died with each",
+        ),
         ("rollout/staleness", "versions", "Age of the oldest weights that sampled a token of the step"),
         ("rollout/staleness_mean", "versions", "Mean age of the oldest weights that sampled a token of an answer"),
         ("rollout/tokens_per_second", "tokens/s", "Tokens sampled in a second of rollout"),

@@ -479,6 +479,7 @@ def test_a_prompt_that_kills_three_engines_is_set_aside_and_the_others_are_all_a
     (aside,) = told
     assert fleet.set_aside == {POISON}
     assert (aside.prompt_id, aside.token_ids, len(aside.causes)) == (POISON, tuple(PROMPTS[3][1]), 3)
+    assert fleet.figures() == {"rollout/engines_healthy": 3, "rollout/restarts": 3, "prompts/set_aside": 1}
     assert f"prompt {POISON} is set aside, because three engines died" in project_log.getvalue()
     assert_same_samples(fleet.generate(REQUESTS, DEADLINE_S), expected.select(kept))
     assert sum(handle.deaths for handle in handles) == 3, "no engine is given it again"

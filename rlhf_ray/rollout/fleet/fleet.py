@@ -104,6 +104,15 @@ class Fleet:
 
     # Life
 
+    def figures(self) -> dict[str, float]:
+        """How the engines are, as metrics of a step."""
+        restarts = sum(self.health[engine].incarnation for engine in range(len(self.health)))
+        return {
+            "rollout/engines_healthy": float(len(self.health.healthy)),
+            "rollout/restarts": float(restarts),
+            "prompts/set_aside": float(len(self.set_aside)),
+        }
+
     def heal(self) -> None:
         """Restart engines that have died, and give those that are up the last publication. This never waits for them."""
         self.engines.heal()

@@ -150,7 +150,8 @@ class PpoTrainer:
         self.journal.keep_checks(self.self_check.after_update(batch, progress.weight_version))
         progress.observe_scores(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
-        metrics = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
+        measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
+        metrics = {**measured, **self.sampler.fleet.figures()}
         metrics |= collected.metrics
         return Prepared(collected, batch, schedules, samples, metrics, objective)
 
