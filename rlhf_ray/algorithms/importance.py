@@ -6,7 +6,7 @@ samples are off-policy from the first update on (Yao et al. 2025). The policy lo
 (IcePop, MIS).
 
 What is bounded may be another number than the weight (``gating``): the geometric mean of an answer's ratios, or a divergence
-between both policies, which is a trust region (OpenRLHF 0.11's ``is_correction_gating``; DPPO in verl and prime-rl). A divergence
+between both policies, which is a trust region (OpenRLHF 0.11's ``is_correction_gating``; DPPO). A divergence
 is that of "this token or another one" and needs no logits but the sampled token's: with p of the rollout and q of the trainer
 ``p log(p / q) + (1 - p) log((1 - p) / (1 - q))`` for ``binary_kl``, ``|p - q|`` for ``tv``. Where a ratio is far from 1 though
 both probabilities are tiny, they are small: such a token moves no mass.
