@@ -43,7 +43,7 @@ def config(tmp_path, *overrides, broken="[]"):
     )
 
 
-@pytest.mark.parametrize("mode", ["sync", "one_step_off"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("one_step_off", marks=pytest.mark.long)])
 def test_a_run_learns_from_the_rewards_of_all_turns(tmp_path, mode):
     overrides = ["reward={function: environment, hold_s: 0.0}", f"rollout.mode={mode}"]
     if mode == "one_step_off":
