@@ -133,7 +133,8 @@ def divergence(kind: str, log_probs: Float[Tensor, "N"], rollout_log_probs: Floa
         return (rollout - trainer).abs()
     if kind != "binary_kl":
         raise ValueError(f"gating {kind!r} is unknown: use ratio, geometric_mean, binary_kl or tv")
-    return rollout * (rollout / trainer).log() + (1.0 - rollout) * ((1.0 - rollout) / (1.0 - trainer)).log()
+    kl = rollout * (rollout / trainer).log() + (1.0 - rollout) * ((1.0 - rollout) / (1.0 - trainer)).log()
+    return kl.clamp(min=0.0)  # rounding may leave less than 0, which a lower bound of 0 would call outside
 
 
 def _effective_share(weights: Float[Tensor, "N"], action_mask: Bool[Tensor, "N"]) -> Float[Tensor, ""]:

@@ -20,6 +20,8 @@ GROWTH = 3.0
 """So many times larger the difference late in answers must be than in their beginning to be called growth."""
 ERRORS = 4.0
 """And by so many standard errors."""
+FEWEST = 30
+"""Actions of a part that its standard error can be believed of."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,12 @@ def by_position(
 def growth(parts: list[Part | None], noise: float) -> tuple[Part, Part] | None:
     """Return the first part and the last, where the difference grows from one to the other beyond doubt; else None.
 
-    Means up to ``noise`` nats are rounding, whatever their ratio.
+    Means up to ``noise`` nats are rounding, whatever their ratio. Parts of fewer than :data:`FEWEST` actions prove nothing.
     """
-    seen = [part for part in parts if part is not None]
+    seen = [part for part in parts if part is not None and part.count >= FEWEST]
     if len(seen) < 2:
         return None
     first, last = seen[0], seen[-1]
     doubt = ERRORS * (first.error**2 + last.error**2) ** 0.5
-    if last.mean <= noise or last.mean <= GROWTH * first.mean or last.mean - first.mean <= doubt:
-        return None
-    return first, last
+    grown = last.mean > noise and last.mean > GROWTH * first.mean and last.mean - first.mean > doubt
+    return (first, last) if grown else None  # a mean that is no number has not grown

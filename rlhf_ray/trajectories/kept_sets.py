@@ -46,6 +46,7 @@ class KeptSets:
         vocabulary = kept.shape[1]
         most = bitmap_words(vocabulary)
         counts = kept.sum(1, dtype=np.int32)
+        _refuse_empty(counts)
         sizes = np.where(counts == vocabulary, 0, np.where(counts < most, counts, -most)).astype(np.int32)
         words = np.empty(np.abs(sizes).sum(), np.int32)
         of_list = np.repeat(sizes > 0, np.abs(sizes))
@@ -58,12 +59,18 @@ class KeptSets:
 
     @classmethod
     def from_ids(cls, ids: Sequence[Sequence[int]], vocabulary: int) -> KeptSets:
-        """Make the sets of these ids, one list for each token."""
+        """Make the sets of these ids, one list for each token. Short lists cost no pass over the vocabulary."""
+        most = bitmap_words(vocabulary)
+        distinct = [np.unique(np.asarray(own, np.int32)) for own in ids]
+        _refuse_empty(np.array([len(own) for own in distinct], np.int32))
         sets = []
-        for own in ids:
-            mask = torch.zeros(1, vocabulary, dtype=torch.bool)
-            mask[0, torch.tensor(own, dtype=torch.int64)] = True
-            sets.append(cls.from_mask(mask))
+        for own in distinct:
+            if len(own) < most and len(own) < vocabulary:
+                sets.append(cls(torch.tensor([len(own)], dtype=torch.int32), torch.from_numpy(own)))
+            else:
+                mask = torch.zeros(1, vocabulary, dtype=torch.bool)
+                mask[0, torch.from_numpy(own).long()] = True
+                sets.append(cls.from_mask(mask))
         return cls.join(sets)
 
     @classmethod
@@ -93,10 +100,6 @@ class KeptSets:
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_arrays, (self.sizes.cpu().numpy(), self.words.cpu().numpy())
 
-    def to(self, device: torch.device | str) -> KeptSets:
-        """Return the sets on a device."""
-        return KeptSets(self.sizes.to(device), self.words.to(device))
-
     def select(self, rows: Int64[Tensor, "selected"] | slice) -> KeptSets:
         """Return the sets of these tokens, in this order."""
         ends = self.sizes.abs().long().cumsum(0)
@@ -117,8 +120,10 @@ class KeptSets:
         inside[tokens[listed], self.words[listed].long()] = True
         bitmaps = self.sizes < 0
         if bool(bitmaps.any()):
-            words = self.words[~listed].view(int(bitmaps.sum()), -1)
-            bits = (words[:, :, None] >> torch.arange(BITS, device=words.device)) & 1
+            parts = (
+                self.words[~listed].view(int(bitmaps.sum()), -1).view(torch.uint8)
+            )  # a byte a bit, and no more, at once
+            bits = (parts[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=parts.device)) & 1
             inside[bitmaps] = bits.flatten(1)[:, :vocabulary].bool()
         return inside
 
@@ -134,6 +139,11 @@ class KeptSets:
             if size < 0 and not int(words[own // BITS]) >> own % BITS & 1:
                 return False
         return True
+
+
+def _refuse_empty(counts: Any) -> None:
+    if not counts.all():
+        raise ValueError(f"token {int(counts.argmin())} was drawn from no token at all: its log-probs are not numbers")
 
 
 def _from_arrays(sizes: Any, words: Any) -> KeptSets:

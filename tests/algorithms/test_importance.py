@@ -156,6 +156,17 @@ def test_a_gate_keeps_equal_log_probs_and_shows_a_nan(ragged, level, gating) -> 
     assert gated(batch.with_columns(rollout_log_probs=changed), level, gating)[0].isnan().any()
 
 
+@pytest.mark.parametrize("difference", [1e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize(("level", "gating"), GATINGS)
+def test_a_gate_drops_nothing_for_a_difference_that_is_rounding(ragged, level, gating, difference) -> None:
+    batch = ragged([400, 300], 3)
+    generator = torch.Generator().manual_seed(3)
+    rollout = -3.0 * torch.rand(batch.num_tokens, generator=generator)
+    trainer = (rollout + difference * torch.randn(batch.num_tokens, generator=generator)).clamp(max=0.0)
+    batch = batch.with_columns(log_probs=trainer, rollout_log_probs=rollout)
+    assert gated(batch, level, gating)[1]["importance/limited_share"] == 0.0
+
+
 def test_a_divergence_is_that_of_two_coins() -> None:
     p, q = torch.tensor([0.5, 0.9, 1e-4]), torch.tensor([0.25, 0.9, 1e-3])
     coins = torch.distributions.kl_divergence(torch.distributions.Bernoulli(p), torch.distributions.Bernoulli(q))

@@ -526,7 +526,16 @@ def test_a_cache_on_cpu_that_does_not_hold_the_longest_sequence_is_refused_with_
         assert check_files(parse_config(texts["ppo"], [*long, short, other])) == []
 
 
-@pytest.mark.parametrize(("other", "refused"), [({}, 1), ({"sliding_window": 64}, 0), ({"kv_lora_rank": 64}, 0)])
+@pytest.mark.parametrize(
+    ("other", "refused"),
+    [
+        ({}, 1),
+        ({"sliding_window": 64}, 0),
+        ({"kv_lora_rank": 64}, 0),
+        ({"multi_query": True}, 0),
+        ({"num_kv_heads": 1}, 0),
+    ],
+)
 def test_a_cache_whose_size_is_not_known_is_left_to_vllm(here, texts, other, refused):
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
     assert len(ppo(here, texts, "rollout.kv_cache_gib=0.0001", **sizes, **other)) == refused

@@ -53,3 +53,19 @@ def test_a_difference_that_grows_is_told_from_noise_and_from_rounding() -> None:
     assert growth(drifting(0.01)[:1], 0.0) is None, "one part shows no growth"
     rare = [Part(0.01, 0.001, 500), Part(0.2, 0.15, 2)]
     assert growth([rare[0], *[None] * 6, rare[1]], 0.0) is None, "two tokens prove nothing"
+
+
+def test_a_part_of_a_few_actions_proves_nothing_whatever_its_error_seems_to_be() -> None:
+    """One action alone has no spread, and would seem to be beyond doubt."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        lengths = [LONGEST - 2] * 40 + [LONGEST - 1]  # one reaches the last part, with one action
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        noise = torch.empty(sum(lengths)).exponential_(100.0, generator=generator)
+        parts = by_position(noise, torch.ones(len(noise), dtype=torch.bool), offsets, LONGEST)
+        assert parts[-1] is not None and parts[-1].count == 1
+        assert growth(parts, 1e-6) is None, "noise that does not grow"
+
+
+def test_what_is_no_number_has_not_grown() -> None:
+    assert growth([Part(0.01, 0.001, 500), Part(float("nan"), float("nan"), 500)], 1e-6) is None

@@ -33,7 +33,9 @@ def sampled(*, top_k: int | None = None, rollout_shift: float = 0.0) -> Trajecto
         q = (p + 0.5 * (p - p.topk(top_k).values[-1])).log_softmax(-1)  # likes the likeliest tokens even more
     tokens = torch.multinomial(drawn_from, SEQUENCES * LENGTH, replacement=True).view(SEQUENCES, LENGTH)
     batch = TrajectoryBatch.from_sequences(
-        [[0, *row] for row in tokens.tolist()], action_mask=[[False] + [True] * LENGTH] * SEQUENCES
+        [[0, *row] for row in tokens.tolist()],
+        action_mask=[[False] + [True] * LENGTH] * SEQUENCES,
+        weight_version=[[-1] + [0] * LENGTH] * SEQUENCES,
     )
     ids = batch["token_ids"]
     return batch.with_columns(log_probs=p[ids], reference_log_probs=q[ids], rollout_log_probs=p[ids] + rollout_shift)
@@ -81,6 +83,8 @@ def test_growth_is_said_once_in_an_attempt(project_log) -> None:
     moved = batch.with_columns(rollout_log_probs=batch["log_probs"] + 1e-3 * place)
     unused: Any = None
     metrics = StepMetrics(config, unused, unused)
+    metrics.by_position(moved, weight_version=1)
+    assert "late in the answers" not in project_log.getvalue(), "older weights differ, which is no error"
     for _ in range(2):
-        metrics.by_position(moved)
+        metrics.by_position(moved, weight_version=0)
     assert project_log.getvalue().count("late in the answers") == 1

@@ -353,6 +353,7 @@ def samples(*prompts: int, version: int = 0, **columns: Any) -> TrajectoryBatch:
         ([0], Collected([prompt(0)], samples(0).without("finish_reason")), "the batch lacks 'finish_reason'"),
         ([0], Collected([prompt(0)], samples()), "must be a TrajectoryBatch with one sequence or more"),
         ([0], Collected([prompt(0)], samples(0).with_columns(action_mask=[[False, False]])), "no token of its samples is an"),
+        ([0], Collected([prompt(0)], samples(0, version=-1)), "an action has weight_version -1, which says that no weights"),
     ],
 )  # fmt: skip
 def test_what_a_collector_collects_is_checked(taken: Any, collected: Any, refusal: str) -> None:

@@ -47,6 +47,34 @@ def test_sets_come_out_as_they_went_in_and_take_at_most_a_bitmap(vocabulary: int
             assert not kept.select(slice(row, row + 1)).contains([token])
 
 
+def test_a_token_that_was_drawn_from_nothing_is_refused() -> None:
+    """No size says that: 0 would be the whole vocabulary."""
+    with pytest.raises(ValueError, match="token 1 was drawn from no token at all"):
+        KeptSets.from_ids([[3], []], 40)
+    with pytest.raises(ValueError, match="token 1 was drawn from no token at all"):
+        KeptSets.from_mask(torch.eye(3, 40, dtype=torch.bool) & torch.tensor([[True], [False], [True]]))
+
+
+def test_a_short_list_costs_no_pass_over_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KeptSets, "from_mask", None)
+    assert KeptSets.from_ids([[7, 3], [5]], 150_000).words.tolist() == [3, 7, 5]
+
+
+def test_a_bitmap_is_read_with_a_byte_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.arange(70 * 2).view(2, 70) % 3 != 0
+    kept = KeptSets.from_mask(mask)
+    assert (kept.sizes < 0).all()
+    made, arange = [], torch.arange
+
+    def watched(*arguments, **options):
+        made.append(arange(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "arange", watched)
+    assert torch.equal(kept.mask(70), mask)
+    assert [one.dtype for one in made if len(one) == 8] == [torch.uint8], "wider bits would take eight times as much"
+
+
 def batch_with_sets(vocabulary: int = 100) -> tuple[TrajectoryBatch, Tensor]:
     total = sum(LENGTHS)
     mask = random_mask(total, vocabulary)

@@ -24,8 +24,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 
-OTHER_CACHES = frozenset({"sliding_window", "layer_types", "kv_lora_rank", "attention_chunk_size"})
-"""Keys of a ``config.json`` of a model whose layers may keep less than the keys and values of all tokens."""
+OTHER_CACHES = frozenset(
+    {"sliding_window", "layer_types", "kv_lora_rank", "attention_chunk_size", "multi_query", "num_kv_heads"}
+)
+"""Keys of a ``config.json`` of a model whose layers may keep less than the keys and values of all tokens, or of fewer heads
+than ``num_key_value_heads`` says."""
 
 
 def model_problems(key: str, model: ModelConfig, own_data: Collection[str]) -> Iterator[Problem]:

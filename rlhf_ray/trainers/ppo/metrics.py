@@ -67,7 +67,7 @@ class StepMetrics:
             "reward/learned": float(batch["score"].mean()),
             "length/prompt": prompt_tokens / len(batch),
             "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
-            **self.by_position(batch),
+            **self.by_position(batch, weight_version),
             **staleness(batch, weight_version),
             "round_trip/failed_share": failed_round_trips(self.tokenizer, samples, prompts),
             "prompts/sampled": float(len(collected.prompts)),
@@ -83,10 +83,14 @@ class StepMetrics:
                 metrics["gold/mean"] = sum(scores) / len(scores)
         return metrics
 
-    def by_position(self, batch: TrajectoryBatch) -> dict[str, float]:
-        """How far rollout and trainer differ in each part of an answer; that it grows is said once in an attempt."""
+    def by_position(self, batch: TrajectoryBatch, weight_version: int) -> dict[str, float]:
+        """How far rollout and trainer differ in each part of an answer; that it grows is said once in an attempt.
+
+        Nothing is said where other weights sampled than those that the trainer holds: between those a difference is no error.
+        """
         metrics, warning = differences_by_position(batch, self.config)
-        if warning is not None and not self._said_growing:
+        same_weights = bool((batch["weight_version"][batch["action_mask"]] == weight_version).all())
+        if warning is not None and same_weights and not self._said_growing:
             get_logger("ppo").warning("%s", warning)
             self._said_growing = True
         return metrics

@@ -32,7 +32,7 @@ from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.environments.episodes import EpisodePlayer
 from rlhf_ray.errors import MissingColumnError, RequestError, StaleWeightsError
 from rlhf_ray.rollout.fleet import Fleet
-from rlhf_ray.rollout.requests import make_requests
+from rlhf_ray.rollout.requests import NO_VERSION, make_requests
 from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.trainers.ppo.experience import Experience, ScoredSamples
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -296,6 +296,11 @@ class UserCollector:
             raise self._refusal(f"the samples answer {len(answered)} prompts, more than batch.prompts_per_step {most}")
         if not bool(batch["action_mask"].any()):
             raise self._refusal("no token of its samples is an action, so there is nothing to learn from")
+        if bool((batch["weight_version"][batch["action_mask"]] == NO_VERSION).any()):
+            raise self._refusal(
+                "an action has weight_version -1, which says that no weights sampled it: give it the version of those that did, "
+                "or make it no action"
+            )
         if collected.scored is not None and len(collected.scored.results) != len(batch):
             raise self._refusal(
                 f"Collected.scored has {len(collected.scored.results)} results for {len(batch)} samples"
