@@ -298,8 +298,8 @@ class UserCollector:
             raise self._refusal("no token of its samples is an action, so there is nothing to learn from")
         if bool((batch["weight_version"][batch["action_mask"]] == NO_VERSION).any()):
             raise self._refusal(
-                "an action has weight_version -1, which says that no weights sampled it: give it the version of those that did, "
-                "or make it no action"
+                "an action has weight_version -1, which says that no weights sampled it: give it the version of those that "
+                "did, or make it no action"
             )
         if collected.scored is not None and len(collected.scored.results) != len(batch):
             raise self._refusal(
