@@ -506,6 +506,41 @@ def test_a_batch_of_nothing_but_killers_is_an_error(
         fleet.generate(poison, DEADLINE_S)
 
 
+@pytest.mark.parametrize("what", ["generate", "wait", "update"])
+def test_a_fleet_that_was_stopped_says_so_at_once_and_restarts_nothing(
+    what: str, make_handle: Any, with_restarts: Any, weights: PublishedWeights
+) -> None:
+    handle = make_handle(DEAD)
+    fleet, restarts = with_restarts(handle, restart_s=0.2)
+    if what != "wait":
+        fleet.update_weights(1, weights)
+    fleet.health.died(0, "it was killed", 0)
+    fleet.stop()
+    fleet.heal()
+    with pytest.raises(GroupError, match="the engines were stopped, because the run ends"):
+        fleet.update_weights(2, weights) if what == "update" else fleet.generate(REQUESTS, DEADLINE_S)
+    assert restarts.asked == [] and handle.shares == []
+
+
+def test_the_death_of_a_process_is_told_once_although_its_last_call_ends_later(
+    make_handle: Any, weights: PublishedWeights, project_log: StringIO
+) -> None:
+    """A restart ends the old process, so what asked whether it lives, or gave it weights, fails after it is known dead."""
+    seconds, failed, late = [0.0], [False], DeadlineError("rollout", 0, "health", "no answer in 60 s")
+    asked = Pending[Any](lambda: _raise(late), lambda timeout_s: failed[0])
+    fleet = Fleet([make_handle(), make_handle()], lives=lambda engine: asked, clock=lambda: seconds[0])
+    fleet.update_weights(1, weights)
+    fleet.heal()
+    seconds[0] += 11
+    fleet.heal()
+    fleet.health.died(0, "it was killed", 0)
+    failed[0] = True
+    fleet.heal()
+    fleet.engines.take(0, 0, 1, asked)
+    assert fleet.health[0].cause == "it was killed" and "engine 0" not in project_log.getvalue()
+    assert "engine 1 does not answer" in project_log.getvalue(), "its death is news"
+
+
 class Stopped(Handle):
     """Answers no call until it is started again, as a process that was stopped."""
 

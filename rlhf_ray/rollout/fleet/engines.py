@@ -1,7 +1,7 @@
 """The engines of a fleet, each kept alive: asked how it is, started again where it died, given the weights that it missed.
 
 Invariants: :meth:`Engines.heal` waits for no engine. What is reported of a process that was replaced changes nothing. An engine
-that was restarted serves once its new process has taken the published weights.
+that was restarted serves once its new process has taken the published weights. Once the engines were stopped, none is restarted.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Engines:
         """Engines that were asked whether they live."""
         self.last: PublishedWeights | None = None
         """The last publication, for engines that are restarted before the next one."""
+        self.stopped = False
+        """Whether the run ends its engines, so that their deaths are no news."""
         self._log = get_logger("rollout.fleet")
 
     # Weights
@@ -98,8 +100,8 @@ class Engines:
         try:
             update.result()
         except GroupError as error:
-            self._died(engine, error.cause, incarnation)
-            self._log.warning("engine %d did not take weight version %d: %s", engine, version, error)
+            if self._died(engine, error.cause, incarnation):
+                self._log.warning("engine %d did not take weight version %d: %s", engine, version, error)
             return
         if not self.health.has_died(engine, incarnation):
             self.health.updated(engine, version, incarnation)
@@ -108,6 +110,8 @@ class Engines:
 
     def heal(self) -> None:
         """Restart engines that have died, and give those that are up the last publication. This never waits for them."""
+        if self.stopped:
+            return
         self._probe_suspects()
         self._ask_who_lives()
         self.health.tick()
@@ -156,6 +160,11 @@ class Engines:
         _, update = self.start(engine, lambda handle: handle.receive(weights))
         self._taking[engine] = incarnation, weights.version, update
 
+    def refuse_if_stopped(self, phase: str) -> None:
+        """Raise :class:`GroupError` once the engines were stopped: no answer comes any more."""
+        if self.stopped:
+            raise GroupError(ROLE, None, phase, "the engines were stopped, because the run ends")
+
     def await_healthy(self, phase: str, what: str) -> None:
         """Return when an engine is healthy. Where none is and none will be, that is an error which begins with ``what``."""
         if not self.health.healthy:
@@ -166,6 +175,7 @@ class Engines:
         limit_s = self.health.policy.restart_s
         end = self._clock() + limit_s
         while True:
+            self.refuse_if_stopped(phase)
             self.heal()
             if reached():
                 return
@@ -247,8 +257,8 @@ class Engines:
                 try:
                     asked.answer.result()
                 except GroupError as error:
-                    self._died(engine, error.cause, asked.incarnation)
-                    self._log.warning("engine %d does not answer: %s", engine, error)
+                    if self._died(engine, error.cause, asked.incarnation):
+                        self._log.warning("engine %d does not answer: %s", engine, error)
 
     def start(self, engine: int, call: Callable[[EngineHandle], Pending[Any]]) -> tuple[int, Pending[Any]]:
         """The incarnation that is called, and its answer; a call that cannot even be started fails as if it had later."""
@@ -268,9 +278,12 @@ class Engines:
             self.health.failed(engine, error.cause, incarnation)
         self._log.warning("engine %d is %s: %s", engine, self.health[engine].state.value, error)
 
-    def _died(self, engine: int, cause: str, incarnation: int) -> None:
-        if not self.health.has_died(engine, incarnation):
+    def _died(self, engine: int, cause: str, incarnation: int) -> bool:
+        """Record a death; whether it was news."""
+        news = not self.health.has_died(engine, incarnation)
+        if news:
             self.health.died(engine, cause, incarnation)
+        return news
 
 
 def _failed(error: Exception) -> Pending[Any]:

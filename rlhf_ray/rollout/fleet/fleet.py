@@ -11,7 +11,7 @@ Invariants:
 - An engine that died is started again in its place, at most ``max_restarts`` times, while the others work. It serves once its
   new process holds the published weights. Nothing waits for it while another engine is healthy.
 
-One thread at a time calls a fleet; it need not always be the same.
+One thread at a time calls a fleet; it need not always be the same. Only :meth:`Fleet.stop` is for any thread at any time.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Fleet:
         targets = self.engines.publish(version)
         updates = [(engine, *self.engines.start(engine, lambda handle: handle.receive(weights))) for engine in targets]
         while updates:
+            self.engines.refuse_if_stopped("update_weights")
             for engine, incarnation, update in updates:
                 if update.ready(POLL_S):
                     self.engines.take(engine, incarnation, version, update)
@@ -117,6 +118,13 @@ class Fleet:
         """Restart engines that have died, and give those that are up the last publication. This never waits for them."""
         self.engines.heal()
 
+    def stop(self) -> None:
+        """Restart no engine any more, and end what another thread has under way with an error at once.
+
+        Call it before the engines are stopped: else their deaths are taken for failures.
+        """
+        self.engines.stopped = True
+
     def probe(self, engines: Iterable[int] | None = None) -> None:
         """Ask engines how they are (by default all live ones), wait for the answers, and update their health."""
         self.engines.probe(engines)
@@ -134,6 +142,7 @@ class Fleet:
         slow: list[tuple[Work, TooSlowError]] = []
         done: dict[Key, Generation] = {}
         while waiting or running or slow:
+            self.engines.refuse_if_stopped("generate")
             self.engines.heal()
             if not (waiting or running):
                 if not done:
@@ -144,7 +153,9 @@ class Fleet:
             for engine, work in self._place(waiting, set(self.health.healthy) - set(running)).items():
                 waiting.remove(work)
                 running[engine] = work, *self._begin(engine, work.requests, deadline_s)
-            for engine in self._ready(running):
+            ready = self._ready(running)
+            self.engines.refuse_if_stopped("generate")
+            for engine in ready:
                 work, incarnation, pending = running.pop(engine)
                 try:
                     done |= {one.key: one for one in self._collect(engine, incarnation, work.requests, pending)}

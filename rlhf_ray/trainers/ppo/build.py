@@ -176,6 +176,7 @@ def make_mode(
         return Sync(collector, prompts)
 
     def stop_engines() -> None:
+        sampler.fleet.stop()  # first, or it would restart them
         for engine in engines:
             engine.stop()
 
