@@ -3,6 +3,8 @@
 Invariants:
 
 - Ids in, ids out: the prompt of a turn is all ids before it, byte for byte, and then what stands between the turns.
+- An answer belongs to its episode by prompt and sample, wherever it stands. Where there is none, since the prompt was set
+  aside, the episode is left out.
 - Only what was sampled is an action, with the log-prob and the weight version that it was sampled with.
 - The reward of a turn stands at its last action. An episode whose environment failed has no reward (NaN), and never 0.
 - An episode that its environment ended is finished if its last answer was; one that ran out of turns was aborted, and one that
@@ -24,7 +26,7 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.environments.bridge import Bridge
 from rlhf_ray.environments.process import Question
 from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, Task, Turn
-from rlhf_ray.rollout.requests import GenerationRequest, request_seed
+from rlhf_ray.rollout.requests import GenerationRequest, Key, request_seed
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import KEPT, PER_TOKEN, FinishReason
 
@@ -96,7 +98,8 @@ class EpisodePlayer:
     ) -> TrajectoryBatch:
         """The episodes of all ``requests``, which ask for their first answers, as one batch in this order.
 
-        Beside the columns of ``generate`` it has ``turn_rewards``, ``turns`` and ``episode_failure``.
+        An episode whose prompt ``generate`` leaves out is left out. Beside the columns of ``generate`` the batch has
+        ``turn_rewards``, ``turns`` and ``episode_failure``.
         """
         episodes = [
             Episode(request, prompt, _task(prompt, request_seed(run_seed, step, prompt.prompt_id, -1)))
@@ -106,8 +109,14 @@ class EpisodePlayer:
         under_way = list(episodes)
         for turn in range(self.limits.turns):
             batch = generate([episode.request for episode in under_way])
-            for row, episode in enumerate(under_way):
-                self._take(episode, batch, row)
+            rows = {key: row for row, key in enumerate(_keys(batch))}
+            lost = {episode.request.key for episode in under_way} - rows.keys()
+            episodes = [episode for episode in episodes if episode.request.key not in lost]
+            under_way = [episode for episode in under_way if episode.request.key not in lost]
+            for episode in under_way:
+                self._take(episode, batch, rows[episode.request.key])
+            if not under_way:
+                break
             outcomes = self.environments.ask([episode.question for episode in under_way])
             reasons = [self._judge(episode, outcome) for episode, outcome in zip(under_way, outcomes, strict=True)]
             self._warn(under_way, reasons)
@@ -115,7 +124,7 @@ class EpisodePlayer:
             under_way = [episode for episode in going_on if self._go_on(episode, turn + 1)]
             if not under_way:
                 break
-        return join(episodes)
+        return join(episodes) if episodes else join_none(batch)
 
     def _take(self, episode: Episode, batch: TrajectoryBatch, row: int) -> None:
         start, stop = batch.offsets[row : row + 2].tolist()
@@ -191,6 +200,16 @@ def join(episodes: Sequence[Episode]) -> TrajectoryBatch:
     tensors["turns"] = torch.tensor([len(episode.answers) for episode in episodes], dtype=torch.int32)
     tensors["episode_failure"] = torch.tensor([int(episode.failure) for episode in episodes], dtype=torch.int8)
     return TrajectoryBatch(offsets, tensors)
+
+
+def join_none(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """No episodes, with the columns that :func:`join` gives them; ``batch`` is what was generated last."""
+    turns, failures = (torch.zeros(0, dtype=dtype) for dtype in (torch.int32, torch.int8))
+    return batch.select([]).with_columns(turn_rewards=torch.zeros(0), turns=turns, episode_failure=failures)
+
+
+def _keys(batch: TrajectoryBatch) -> list[Key]:
+    return list(zip(batch["prompt_id"].tolist(), batch["sample_index"].tolist(), strict=True))
 
 
 def _words(batch: TrajectoryBatch, rows: slice) -> slice:

@@ -154,6 +154,36 @@ def test_columns_over_sequences_are_those_of_the_last_turn(turns):
     assert torch.equal(batch["turns"], torch.full((4,), turns, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("turn", [0, 1])
+def test_an_episode_whose_prompt_was_set_aside_is_left_out_and_the_others_keep_their_own_answers(turn):
+    """The rows come in another order too: an answer belongs to its prompt and sample, wherever it stands."""
+
+    class SettingAside(Engine):
+        def __call__(self, requests):
+            batch = super().__call__(requests)
+            rows = [
+                row for row, prompt in enumerate(batch["prompt_id"].tolist()) if prompt != 1 or len(self.calls) <= turn
+            ]
+            return batch.select(rows[::-1])
+
+    batch, _ = play(SettingAside("x", "y"), {n: [Turn(n / 4, False, f"{n}"), END] for n in range(3)}, samples=2)
+    assert batch["prompt_id"].tolist() == [0, 0, 2, 2]
+    assert batch["sample_index"].tolist() == [0, 1, 0, 1]
+    assert batch["turns"].tolist() == [2] * 4
+    texts = [TOKENIZER.decode(ids) for ids in rows(batch, "token_ids")]
+    end = TOKENIZER.eos_token
+    assert texts == [f"q{n}x{end}{n}y{end}" for n in (0, 0, 2, 2)]
+    assert [sum(row) for row in rows(batch, "turn_rewards")] == [1.0, 1.0, 1.5, 1.5]
+
+
+def test_where_every_prompt_was_set_aside_there_are_no_episodes_with_the_same_columns():
+    whole, _ = play(Engine("x"), {0: [END]})
+    none, environments = play(lambda requests: gather([], []), {0: [END], 1: [END]})
+    assert len(none) == 0
+    assert none.columns == whole.columns
+    assert environments.asked == []
+
+
 def test_the_set_that_each_token_was_sampled_from_stays_with_it():
     class Cutting(Engine):
         def __call__(self, requests):
