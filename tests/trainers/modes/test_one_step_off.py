@@ -149,6 +149,8 @@ SIZES = {
     "mode": "one_step_off",
     "window": 2,
     "max_new_tokens": 4,
+    "max_model_tokens": 64,
+    "environment": None,
     "stop_tokens": [],
     "temperature": 1.0,
     "top_p": 1.0,
@@ -212,11 +214,52 @@ def test_a_token_older_than_the_bound_is_refused(tmp_path: Path, monkeypatch: py
     from rlhf_ray.config.jobs.ppo import PpoConfig
 
     monkeypatch.setattr(PpoConfig, "max_staleness", 0)
-    config = small(tmp_path)
+    config = small(tmp_path, "checkpoint.every_steps=0")
+    run = start(config)
     with pytest.raises(
         StaleWeightsError, match=r"sampled by weight version 0, now is 1, and algorithm.max_staleness is 0"
     ):
-        train(config, start(config))
+        train(config, run)
+    run.release()
+    again, checkpoint = RunDirectory.resume(run.path)
+    assert checkpoint is not None and checkpoint.step == 1
+    assert not (checkpoint.path / buffer.FILE).exists(), "a resumed run would be refused the same samples again"
+    monkeypatch.undo()
+    train(config, again, checkpoint)
+    taken = [prompt for entry in again.ledger.entries() for prompt in entry.prompt_ids]
+    assert len(taken) == len(set(taken)) == 2 * STEPS
+
+
+def test_no_step_from_a_failed_episode_on_is_written(tmp_path: Path) -> None:
+    from rlhf_ray.trajectories.batch import TrajectoryBatch
+
+    def step(number: int, failure: int) -> buffer.BufferedStep:
+        batch = TrajectoryBatch.from_sequences(
+            [[1, 2]] * 2, episode_failure=torch.tensor([0, failure], dtype=torch.int8)
+        )
+        return buffer.BufferedStep(number, (number,), batch)
+
+    buffer.write_steps(tmp_path, [step(3, 0), step(4, 2), step(5, 0)], {})
+    assert [one.step for one in buffer.read_steps(tmp_path, {})] == [3]
+    other = tmp_path / "other"
+    other.mkdir()
+    buffer.write_steps(other, [step(3, 1)], {})
+    assert not (other / buffer.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("rollout.max_model_tokens=96", False),
+        ("rollout.environment.max_turns=2", False),
+        ("rollout.environment.parameters={broken: [x]}", False),
+        ("rollout.environment.timeout_s=7", True),
+    ],
+)
+def test_samples_of_another_environment_or_length_are_of_other_sizes(tmp_path: Path, override: str, same: bool) -> None:
+    overrides = ["rollout.environment={name: 'a.b:C'}", "reward={function: environment, hold_s: 0.0}"]
+    one, other = (small(tmp_path, *overrides, *more) for more in ([], [override]))
+    assert (buffer.sizes_of(one) == buffer.sizes_of(other)) is same
 
 
 def test_a_file_of_samples_gives_back_what_was_written_and_nothing_for_other_sizes(tmp_path: Path) -> None:

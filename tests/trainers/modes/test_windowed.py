@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.errors import ResumableStop
+from rlhf_ray.errors import ResumableStop, StaleWeightsError
 from rlhf_ray.rollout.errors import TooSlowError
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -121,6 +121,27 @@ def test_an_error_of_the_background_thread_costs_no_step_whose_answers_are_there
     with pytest.raises(TooSlowError, match="two requests were unfinished"):
         train(config, run)
     assert run.ledger.last_step == 3 and run.checkpoints.steps() == [3]
+
+
+def test_no_slice_is_saved_where_the_step_before_it_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run would be refused the same answers again."""
+    from rlhf_ray.config.jobs.ppo import PpoConfig
+
+    with monkeypatch.context() as patch:
+        wait_until_full(patch)
+        patch.setattr(PpoConfig, "max_staleness", 0)
+        config = windowed(tmp_path, "checkpoint.every_steps=0")
+        run = start(config)
+        with pytest.raises(StaleWeightsError):
+            train(config, run)
+        run.release()
+    again, checkpoint = RunDirectory.resume(run.path)
+    assert checkpoint is not None and checkpoint.step == 1
+    assert read_steps(checkpoint.path, sizes_of(config)) == []
+    train(config, again, checkpoint)
+    assert len(taken(again)) == len(set(taken(again))) == STEPS * SIZE
 
 
 def test_a_prompt_in_two_slices_has_samples_with_numbers_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 Invariants: a file holds steps or parts of them, each with the prompts that it took from the stream, in order, and every token
 with the version of its weights. What is read back is what was written, for the same prompts and the same sizes, or nothing.
+No step is written in which an episode failed, nor one after it: a resumed run samples them again, and that may go well then.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ class BufferedStep:
     """Of all prompts that it took from the stream, in order, also those whose samples are left out."""
     trajectories: TrajectoryBatch
 
+    @property
+    def failed(self) -> bool:
+        """Whether an episode of it has no reward."""
+        return "episode_failure" in self.trajectories and bool(self.trajectories["episode_failure"].any())
+
     def answers(self, prompts: Sequence[TokenizedPrompt]) -> bool:
         """Whether these are the prompts of the step, with the tokens that its samples begin with."""
         if tuple(prompt.prompt_id for prompt in prompts) != self.prompt_ids:
@@ -48,15 +55,20 @@ class BufferedStep:
 
 def sizes_of(config: PpoConfig) -> dict[str, Any]:
     """What samples of a checkpoint must have been sampled with to be used: in plain JSON, as :func:`write_steps` wants it."""
-    sampling = {"mode", "window", "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p"}
-    batch = {"prompts_per_step", "samples_per_prompt"}
-    return config.rollout.model_dump(mode="json", include=sampling) | config.batch.model_dump(
-        mode="json", include=batch
-    )
+    sampling = {
+        "mode", "window", "max_new_tokens", "max_model_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p",
+        "environment",
+    }  # fmt: skip
+    rollout = config.rollout.model_dump(mode="json", include=sampling, exclude={"environment": {"timeout_s"}})
+    return rollout | config.batch.model_dump(mode="json", include={"prompts_per_step", "samples_per_prompt"})
 
 
 def write_steps(directory: Path, steps: Sequence[BufferedStep], sizes: Mapping[str, Any]) -> None:
-    """Write ``steps``; ``sizes`` is plain JSON that says how they were sampled. Without steps there is no file."""
+    """Write ``steps`` up to the first with a failed episode; ``sizes`` is plain JSON that says how they were sampled.
+
+    Without steps there is no file.
+    """
+    steps = list(takewhile(lambda one: not one.failed, steps))
     if not steps:
         return
     about = {"sizes": dict(sizes), "steps": [{"step": one.step, "prompts": list(one.prompt_ids)} for one in steps]}

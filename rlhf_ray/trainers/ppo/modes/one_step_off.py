@@ -7,9 +7,9 @@ Invariants:
 - One background thread collects one step at a time, in the order of the steps, and takes its prompts then. Nothing else uses
   the engines meanwhile: weights are published, and others are answered, after :meth:`OneStepOff.settle`. So what a step is
   sampled from does not depend on time, and a deterministic run repeats bit for bit.
-- A checkpoint holds the samples of the next step if they are finished, with the versions of their tokens, and the position of
-  the prompts before that step. Unfinished ones are sampled again, by the weights of the checkpoint. Either way each prompt is
-  used once.
+- A checkpoint holds the samples of the next step if they are finished, no episode failed and none is too old, with the versions
+  of their tokens, and the position of the prompts before that step. Others are sampled again, by the weights of the checkpoint.
+  Either way each prompt is used once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.errors import StaleWeightsError
 from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, sizes_of, write_steps
 from rlhf_ray.trainers.ppo.sampling import Collected, Collector, Phase, PromptStream, refuse_stale
 
@@ -99,7 +100,11 @@ class OneStepOff:
         one = self._steps.get(step) or self._begin(step, version)
         with phase("rollout"):
             collected = one.result()
-        refuse_stale(collected.trajectories, version, self.config.max_staleness)
+        try:
+            refuse_stale(collected.trajectories, version, self.config.max_staleness)
+        except StaleWeightsError as error:  # no checkpoint takes them: a resumed run would be refused them as well
+            one.collected, one.error = None, error
+            raise
         metrics = self._measure(one)
         if step + 1 < self.config.steps and step + 1 not in self._steps:
             self._begin(step + 1, version)

@@ -24,6 +24,7 @@ import torch
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.errors import StaleWeightsError
 from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, sizes_of, write_steps
 from rlhf_ray.trainers.ppo.modes.one_step_off import CLOSING_S
 from rlhf_ray.trainers.ppo.modes.window import Slice, Window
@@ -55,6 +56,8 @@ class Windowed:
         self._slice = max(config.rollout.engines, -(-config.batch.prompts_per_step // SLICES))
         self._window: Window[Answers] | None = None
         self._current: list[tuple[Slice, Answers]] = []
+        self._refused = False
+        """Whether the current step was too old to train on."""
         self._positions: dict[int, dict[str, Any]] = {}
         """The position of the prompts before each step that was begun and is not finished."""
         self._changed = threading.Condition()
@@ -76,11 +79,15 @@ class Windowed:
             if not window.ready():
                 assert self._error is not None, "it was waited for one or the other"
                 raise self._error
-            self._current = window.take()
+            self._current, self._refused = window.take(), False
             metrics = self._measure()
             self._changed.notify_all()
         trajectories = number_samples(TrajectoryBatch.concatenate([batch for _, (_, batch) in self._current]))
-        refuse_stale(trajectories, version, self.config.max_staleness)
+        try:
+            refuse_stale(trajectories, version, self.config.max_staleness)
+        except StaleWeightsError:  # no checkpoint takes them: a resumed run would be refused them as well
+            self._refused = True
+            raise
         return Collected([prompt for _, (part, _) in self._current for prompt in part], trajectories, metrics=metrics)
 
     def settle(self) -> None:
@@ -95,7 +102,9 @@ class Windowed:
             return self._positions.get(step) or self.prompts.state()
 
     def save(self, directory: Path, step: int) -> None:
-        """Write the finished slices of ``step`` and of those after it."""
+        """Write the finished slices of ``step`` and of those after it; none where ``step`` was refused."""
+        if self._refused:
+            return
         with self._changed:
             kept = [] if self._window is None else self._window.kept()
         current = [(one, answers) for one, answers in self._current if one.step >= step]
