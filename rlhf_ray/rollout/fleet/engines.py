@@ -1,7 +1,7 @@
 """The engines of a fleet, each kept alive: asked how it is, started again where it died, given the weights that it missed.
 
 Invariants: :meth:`Engines.heal` waits for no engine. What is reported of a process that was replaced changes nothing. An engine
-that was restarted serves once its new process has taken the published weights. Once the engines were stopped, none is restarted.
+that was restarted serves once its new process has taken the published weights. Stopped engines are not restarted.
 """
 
 from __future__ import annotations
