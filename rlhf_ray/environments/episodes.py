@@ -69,6 +69,8 @@ class Episode:
     ends: list[int] = field(default_factory=list)
     """Where each turn's last action stands in the episode."""
     failure: EpisodeFailure = EpisodeFailure.NONE
+    reason: str = ""
+    """Of the failure, in full."""
     finish: FinishReason = FinishReason.STOP
 
     @property
@@ -118,10 +120,12 @@ class EpisodePlayer:
             if not under_way:
                 break
             outcomes = self.environments.ask([episode.question for episode in under_way])
-            reasons = [self._judge(episode, outcome) for episode, outcome in zip(under_way, outcomes, strict=True)]
-            self._warn(under_way, reasons)
+            for episode, outcome in zip(under_way, outcomes, strict=True):
+                self._judge(episode, outcome)
             going_on = [episode for episode in under_way if not episode.failure and not episode.turns[-1].done]
-            under_way = [episode for episode in going_on if self._go_on(episode, turn + 1)]
+            going_on = [episode for episode in going_on if self._go_on(episode, turn + 1)]
+            self._warn(under_way)
+            under_way = going_on
             if not under_way:
                 break
         return join(episodes) if episodes else join_none(batch)
@@ -138,13 +142,12 @@ class EpisodePlayer:
         episode.answers.append(Answer(self.tokenizer.decode(text, skip_special_tokens=True), finished))
         episode.request = replace(episode.request, token_ids=(*episode.request.token_ids, *new))
 
-    def _judge(self, episode: Episode, outcome: Turn | Failed) -> str:
-        """Take what the environment made of an answer; the reason where it failed."""
+    def _judge(self, episode: Episode, outcome: Turn | Failed) -> None:
+        """Take what the environment made of an answer."""
         if isinstance(outcome, Turn):
             episode.turns.append(outcome)
-            return ""
-        episode.failure = outcome.kind
-        return outcome.reason
+        else:
+            episode.failure, episode.reason = outcome.kind, outcome.reason
 
     def _go_on(self, episode: Episode, turn: int) -> bool:
         """Whether an episode has another turn; its request is then that of the next answer."""
@@ -152,10 +155,13 @@ class EpisodePlayer:
             episode.finish = FinishReason.ABORT
             return False
         request, finished = episode.request, episode.answers[-1].finished
-        ids = (
-            *request.token_ids,
-            *self.bridge.between(episode.prompt, episode.turns[-1].observation, finished=finished),
-        )
+        try:
+            between = self.bridge.between(episode.prompt, episode.turns[-1].observation, finished=finished)
+        except Exception as error:  # a chat template is a program, and refuses what it is given in its own ways
+            reason = f"returned an observation that no prompt can be made of: {error}"
+            episode.failure, episode.reason = EpisodeFailure.UNREADABLE, reason
+            return False
+        ids = (*request.token_ids, *between)
         room = self.limits.tokens - len(ids)
         if room < 1:
             episode.finish = FinishReason.LENGTH
@@ -165,13 +171,13 @@ class EpisodePlayer:
         episode.request = replace(request, token_ids=ids, seed=seed, max_new_tokens=limit)
         return True
 
-    def _warn(self, episodes: Sequence[Episode], reasons: Sequence[str]) -> None:
-        failed = [(episode, reason) for episode, reason in zip(episodes, reasons, strict=True) if reason]
+    def _warn(self, episodes: Sequence[Episode]) -> None:
+        failed = [episode for episode in episodes if episode.failure]
         if failed:
-            prompt, sample = failed[0][0].request.key
+            prompt, sample = failed[0].request.key
             get_logger("environments").warning(
                 "rollout.environment %s: %d of %d episodes failed in a turn, such as sample %d of prompt %d: it %s",
-                self.name, len(failed), len(episodes), sample, prompt, failed[0][1],
+                self.name, len(failed), len(episodes), sample, prompt, failed[0].reason,
             )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ class EpisodeFailure(IntEnum):
     LATE = 2
     ENDED = 3
     NO_REWARD = 4
+    UNREADABLE = 5
 
 
 FAILURES = {
@@ -84,6 +85,7 @@ FAILURES = {
     EpisodeFailure.LATE: "did not answer in time (rollout.environment.timeout_s)",
     EpisodeFailure.ENDED: "ended its process",
     EpisodeFailure.NO_REWARD: "returned no turn with a finite reward",
+    EpisodeFailure.UNREADABLE: "returned an observation that no prompt can be made of",
 }
 """Each failure in words, as it stands where the reward would."""
 
@@ -104,6 +106,16 @@ def checked(returned: Any) -> Turn | Failed:
     reward = returned.reward
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return Failed(EpisodeFailure.NO_REWARD, f"returned the reward {reward!r}, which is not a finite number")
-    if not returned.done and not returned.observation:
+    done, observation = bool(returned.done), returned.observation
+    if not done and not _is_observation(observation):
+        found = f"{type(observation).__name__}, neither a text nor a list of messages"
+        return Failed(EpisodeFailure.UNREADABLE, f"returned an observation of type {found}")
+    if not done and not observation:
         return Failed(EpisodeFailure.NO_REWARD, "returned a turn that goes on without an observation")
-    return Turn(float(reward), bool(returned.done), returned.observation)
+    return Turn(float(reward), done, observation)
+
+
+def _is_observation(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and all(isinstance(message, Mapping) for message in value)
+    )

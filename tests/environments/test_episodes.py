@@ -116,6 +116,34 @@ def test_an_episode_that_failed_has_no_reward_and_the_others_go_on(project_log):
     assert "1 of 2 episodes failed in a turn, such as sample 0 of prompt 1: it did not answer" in project_log.getvalue()
 
 
+REFUSING = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "conversation"])
+def test_an_observation_that_no_prompt_can_be_made_of_fails_its_own_episode(kind, project_log):
+    outcomes = {0: [Turn(0.25, False, [{"role": "system", "content": "x"}]), END], 1: [MORE, END]}
+    tokenizer = make_byte_pair_tokenizer(iter(["abc"]), 259)
+    tokenizer.chat_template = REFUSING
+    user = ({"role": "user", "content": "q"},) if kind == "conversation" else None
+    prompts = {n: TokenizedPrompt(n, "q", tuple(encode("q")), messages=user) for n in outcomes}
+    player = EpisodePlayer(Environments(outcomes), Bridge(ChatFormat(tokenizer)), Limits(4, 100), [EOS], "mine")
+    requests = make_requests([(n, encode("q")) for n in outcomes], samples_per_prompt=1, max_new_tokens=8)
+    try:
+        batch = player.play(requests, prompts, Engine("x", "y"), run_seed=7, step=3)
+    except Exception as error:
+        pytest.fail(f"one observation ended the run: {error!r}")
+    assert batch["episode_failure"].tolist() == [EpisodeFailure.UNREADABLE, 0]
+    assert batch["turns"].tolist() == [1, 2], "the other goes on"
+    totals = [sum(row) for row in rows(batch, "turn_rewards")]
+    assert math.isnan(totals[0]) and totals[1] == 1.25
+    reason = "no system here" if kind == "conversation" else "return a text"
+    said = project_log.getvalue()
+    assert "1 of 2 episodes failed in a turn, such as sample 0 of prompt 0" in said and reason in said
+
+
 def test_limits_end_an_episode_and_say_which():
     batch, _ = play(Engine("x", "y"), {0: [MORE, MORE]}, turns=2)
     assert batch["finish_reason"].tolist() == [FinishReason.ABORT]
@@ -154,7 +182,7 @@ def test_columns_over_sequences_are_those_of_the_last_turn(turns):
     assert torch.equal(batch["turns"], torch.full((4,), turns, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("turn", [0, 1, 9])
 def test_an_episode_whose_prompt_was_set_aside_is_left_out_and_the_others_keep_their_own_answers(turn):
     """The rows come in another order too: an answer belongs to its prompt and sample, wherever it stands."""
 
@@ -167,13 +195,14 @@ def test_an_episode_whose_prompt_was_set_aside_is_left_out_and_the_others_keep_t
             return batch.select(rows[::-1])
 
     batch, _ = play(SettingAside("x", "y"), {n: [Turn(n / 4, False, f"{n}"), END] for n in range(3)}, samples=2)
-    assert batch["prompt_id"].tolist() == [0, 0, 2, 2]
-    assert batch["sample_index"].tolist() == [0, 1, 0, 1]
-    assert batch["turns"].tolist() == [2] * 4
+    left = [0, 0, 2, 2] if turn < 2 else [0, 0, 1, 1, 2, 2]
+    assert batch["prompt_id"].tolist() == left
+    assert batch["sample_index"].tolist() == [0, 1] * (len(left) // 2)
+    assert batch["turns"].tolist() == [2] * len(left)
     texts = [TOKENIZER.decode(ids) for ids in rows(batch, "token_ids")]
     end = TOKENIZER.eos_token
-    assert texts == [f"q{n}x{end}{n}y{end}" for n in (0, 0, 2, 2)]
-    assert [sum(row) for row in rows(batch, "turn_rewards")] == [1.0, 1.0, 1.5, 1.5]
+    assert texts == [f"q{n}x{end}{n}y{end}" for n in left]
+    assert [sum(row) for row in rows(batch, "turn_rewards")] == [1 + n / 4 for n in left]
 
 
 def test_where_every_prompt_was_set_aside_there_are_no_episodes_with_the_same_columns():

@@ -14,6 +14,8 @@ ENVIRONMENT = '''
 import os, time
 from rlhf_ray.environments import Turn
 
+OBSERVATIONS = {"number": 5, "bytes": b"x", "none": None, "texts": ["x"], "mapping": {"role": "user", "content": "x"}}
+
 class Counts:
     """Rewards the number of answers so far, and does what an answer says."""
     def __init__(self, scale=1.0):
@@ -29,6 +31,7 @@ class Counts:
         if answer.text == "no number": return Turn(None)
         if answer.text == "nan": return Turn(float("nan"))
         if answer.text == "silent": return Turn(0.0, done=False)
+        if answer.text in OBSERVATIONS: return Turn(0.0, done=False, observation=OBSERVATIONS[answer.text])
         if answer.text == "differs": return Turn(float(os.getpid()), done=False, observation="?")
         return Turn(self.scale * self.count, done=answer.text == "end", observation=f"{self.task.label} {self.count}")
 '''
@@ -66,6 +69,13 @@ def test_a_turn_without_a_finite_reward_or_anything_to_read_is_a_failure(process
     (outcome,) = process.ask([question(0, text)])
     assert isinstance(outcome, Failed)
     assert outcome.kind == EpisodeFailure.NO_REWARD
+
+
+@pytest.mark.parametrize("text", ["number", "bytes", "none", "texts", "mapping"])
+def test_an_observation_of_another_type_is_a_failure(process, text):
+    (outcome,) = process.ask([question(0, text)])
+    assert isinstance(outcome, Failed)
+    assert outcome.kind == EpisodeFailure.UNREADABLE
 
 
 def test_an_episode_that_goes_otherwise_when_it_is_played_again_has_failed(process):
