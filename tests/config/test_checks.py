@@ -184,6 +184,10 @@ CASES = [
      "reward.mixture.a.function: environment stands for the rewards of rollout.environment, which cannot be a term of a"),
     ("ppo", ["rollout.environment={name: 'a.b:C'}"],
      "rollout.environment: an environment gives the rewards itself: set reward to {function: environment}, or environment"),
+    ("ppo", ["rollout.environment={name: 'a.b:C'}", "reward={function: environment}",
+                                                                    "algorithm.shaping.overlong={penalty: 1.0}"],
+     "algorithm.shaping.overlong: it would compare the tokens of all turns of an episode with rollout.max_new_tokens, the "
+     "limit of one: set it to null"),
     ("ppo", ["rollout.environment={name: 'a.b:C'}", "reward={function: environment}", "rollout.mode=windowed"],
      "rollout.mode: windowed streams single answers and plays no episodes of several turns: set it to sync or"),
     ("ppo", ["rollout.environment={name: Guess}", "reward={function: environment}"],

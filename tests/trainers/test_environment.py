@@ -44,7 +44,7 @@ def config(tmp_path, *overrides, broken="[]"):
 
 
 @pytest.mark.parametrize("mode", ["sync", pytest.param("one_step_off", marks=pytest.mark.long)])
-def test_a_run_learns_from_the_rewards_of_all_turns(tmp_path, mode):
+def test_a_run_learns_from_the_rewards_of_all_turns(tmp_path, mode, project_log):
     overrides = ["reward={function: environment, hold_s: 0.0}", f"rollout.mode={mode}"]
     if mode == "one_step_off":
         overrides.append("algorithm.max_staleness=1")
@@ -58,6 +58,7 @@ def test_a_run_learns_from_the_rewards_of_all_turns(tmp_path, mode):
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     turns = [row["length/turns"] for row in metrics if "length/turns" in row]
     assert turns == [2.0] * len(turns) and turns
+    assert "answers were cut" not in project_log.getvalue(), "an episode is no answer, and has ends of turns in it"
 
 
 def test_an_environment_that_fails_everywhere_stops_the_run_and_says_what_it_did(tmp_path):

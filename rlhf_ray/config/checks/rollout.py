@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from rlhf_ray.config.facts import Amount
 from rlhf_ray.config.problems import Problem
-from rlhf_ray.config.sections.algorithm import AlgorithmConfig
+from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
 from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.config.sections.run import RunConfig
@@ -52,6 +52,16 @@ def environment_gives_the_rewards(rollout: RolloutConfig, reward: RewardConfig) 
                 f"{FROM_ENVIRONMENT} stands for the rewards of rollout.environment, "
                 + ("which is null: set it" if rollout.environment is None else "which cannot be a term of a mixture"),
             )
+
+
+def lengths_are_of_one_answer(rollout: RolloutConfig, shaping: ShapingConfig) -> Iterator[Problem]:
+    """A penalty on what is near the limit of one answer does not add up the answers of an episode."""
+    if rollout.environment is not None and shaping.overlong is not None:
+        yield (
+            "algorithm.shaping.overlong",
+            "it would compare the tokens of all turns of an episode with rollout.max_new_tokens, the limit of one: set it to "
+            "null and have the environment (rollout.environment) judge lengths, or set environment to null",
+        )
 
 
 def every_engine_has_a_prompt(rollout: RolloutConfig, prompts_per_step: int) -> Iterator[Problem]:

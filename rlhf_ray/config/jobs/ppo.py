@@ -129,6 +129,7 @@ class PpoConfig(TrainingJob):
             lambda: rollout_checks.mode_keeps_to_the_bound(self.rollout, self.algorithm),
             lambda: rollout_checks.window_collects_by_itself(self.rollout, self.algorithm, self.run),
             lambda: rollout_checks.environment_gives_the_rewards(self.rollout, self.reward),
+            lambda: rollout_checks.lengths_are_of_one_answer(self.rollout, self.algorithm.shaping),
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
             lambda: rollout_checks.engine_keeps_to_its_share(self.rollout),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),

@@ -61,7 +61,8 @@ class StepMetrics:
         if warning is not None:
             get_logger("ppo").warning("%s", warning)
         prompts = collected.by_id
-        self._say_why_cut(samples, prompts)
+        if "turns" not in batch:  # an episode of several turns is no answer: its last id says nothing of the others
+            self._say_why_cut(samples, prompts)
         prompt_tokens = sum(len(prompts[prompt_id].token_ids) for prompt_id in batch["prompt_id"].tolist())
         metrics = {
             "reward/learned": float(batch["score"].mean()),
