@@ -2,17 +2,18 @@
 
     python -m rlhf_ray.environments.process NAME PARAMETERS FD
 
-Invariants: every question is answered by a turn or a failure, within the time limit; an episode that hangs or takes its process
-with it costs only itself: the others are played again up to where they were, in a new process. One that then goes
-otherwise has failed, since its environment does not repeat.
+Invariants: every question is answered by a turn or a failure; each turn, played again or new, has the time limit for itself; an
+episode that hangs or takes its process with it costs only itself: the others are played again up to where they were, in a new
+process. One that then goes otherwise has failed, since its environment does not repeat.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -77,8 +78,11 @@ class Episodes:
         self.name, self.factory, self.parameters = name, factory, parameters
         self._under_way: dict[tuple[int, int], tuple[Any, int]] = {}
 
-    def answer(self, question: Question) -> Turn | Failed:
-        """The turn that follows the last answer; earlier ones are played first where they were not played here."""
+    def answer(self, question: Question, played_again: Callable[[], None]) -> Turn | Failed:
+        """The turn that follows the last answer; earlier ones are played first where they were not played here.
+
+        ``played_again`` is called after each of these.
+        """
         environment, played = self._under_way.pop(question.episode, (None, 0))
         try:
             if environment is None or played != len(question.turns):
@@ -87,6 +91,7 @@ class Episodes:
                 for answer, turn in zip(question.answers, question.turns, strict=False):
                     if checked(environment.step(answer)) != turn:
                         return Failed(EpisodeFailure.RAISED, "went otherwise when it was played again: it must repeat")
+                    played_again()
             outcome = checked(environment.step(question.answers[-1]))
         except (Exception, SystemExit) as error:  # the environment is the user's program, and fails in its own ways
             return Failed(EpisodeFailure.RAISED, f"raised {error!r}")
@@ -127,7 +132,7 @@ def run_child(name: str, parameters: Mapping[str, Any], connection: Connection) 
         questions = [call["question"][0] for call in calls]
         episodes.keep({question.episode for question in questions})
         for number, question in enumerate(questions):
-            connection.send((number, episodes.answer(question)))
+            connection.send((number, episodes.answer(question, partial(connection.send, (number, None)))))
 
 
 if __name__ == "__main__":

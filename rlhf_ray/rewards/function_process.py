@@ -93,6 +93,8 @@ class FunctionProcess:
                     late = next(call for call, number in zip(calls, numbers, strict=True) if number not in ended)
                     return ended | self._lost(numbers, ended, self.too_late(call_size(late)))
                 position, outcome = self._connection.recv()
+                if outcome is None:  # one part of the call is done, and the next has the limit for itself
+                    continue
                 ended[numbers[position]] = outcome
                 if not self.is_async:
                     self._slowest_s = max(self._slowest_s or 0.0, time.monotonic() - began)

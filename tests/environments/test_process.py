@@ -25,6 +25,7 @@ class Counts:
     def step(self, answer):
         self.count += 1
         if answer.text == "raise": raise ValueError("broken")
+        if answer.text == "slow": time.sleep(0.4)
         if answer.text == "hang": time.sleep(60)
         if answer.text == "die": os._exit(3)
         if answer.text == "nothing": return None
@@ -62,6 +63,17 @@ def test_failures_cost_only_their_own_episode_and_the_others_are_played_again(pr
     assert second[5] == Turn(4.0, True, "5 2"), "a new process has played its first turn again"
     third = process.ask([question(0, "go", "go", "end", turns=[first[0], second[0]])])
     assert third == [Turn(6.0, True, "0 3")]
+
+
+def test_a_turn_that_is_played_again_has_the_time_limit_for_itself(process):
+    """Three turns of 0.4 s are longer than the limit of 1 s, and each is shorter."""
+    turns = [Turn(2.0 * n, False, f"0 {n}") for n in (1, 2)]
+    process.ask([question(1, "die")])
+    (last,) = process.ask([question(0, "slow", "slow", "slow", turns=turns)])
+    assert last == Turn(6.0, False, "0 3")
+    (late,) = process.ask([question(0, "slow", "slow", "slow", "hang", turns=[*turns, last])])
+    assert isinstance(late, Failed)
+    assert late.kind == EpisodeFailure.LATE
 
 
 @pytest.mark.parametrize("text", ["nothing", "no number", "nan", "silent"])
