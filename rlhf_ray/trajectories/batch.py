@@ -124,9 +124,10 @@ class TrajectoryBatch:
 
     @staticmethod
     def concatenate(batches: Sequence[TrajectoryBatch]) -> TrajectoryBatch:
-        """Put batches one after another; all must have the same columns."""
+        """Put batches one after another; all must have the same columns. Those without sequences are left out."""
         if not batches:
             raise BatchError("there is nothing to concatenate: give one batch or more")
+        batches = [batch for batch in batches if len(batch)] or batches[:1]
         first = batches[0]
         for position, batch in enumerate(batches):
             if set(batch.columns) != set(first.columns):

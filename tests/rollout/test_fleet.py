@@ -496,14 +496,18 @@ def test_two_deaths_at_a_share_set_no_prompt_aside(
     assert fleet.set_aside == set()
 
 
-def test_a_batch_of_nothing_but_killers_is_an_error(
+def test_of_nothing_but_killers_nothing_is_left_which_only_a_whole_step_must_not_be(
     make_handle: Any, with_restarts: Any, weights: PublishedWeights
 ) -> None:
     fleet, _ = with_restarts(Dying(make_handle().engine))
     fleet.update_weights(1, weights)
     poison = [request for request in REQUESTS if request.prompt_id == POISON]
-    with pytest.raises(GroupError, match="each of its prompts killed 3 engines"):
-        fleet.generate(poison, DEADLINE_S)
+    for _ in range(2):  # also where the prompt was set aside before
+        batch = fleet.generate(poison, DEADLINE_S)
+        assert len(batch) == 0
+        with pytest.raises(GroupError, match=r"each prompt killed 3 engines[\s\S]*engine"):
+            fleet.refuse_empty(batch)
+    fleet.refuse_empty(fleet.generate(REQUESTS, DEADLINE_S))
 
 
 @pytest.mark.parametrize("what", ["generate", "wait", "update"])

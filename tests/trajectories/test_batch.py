@@ -193,6 +193,15 @@ def test_to_moves_everything() -> None:
     assert batch.device.type == "meta"
 
 
+def test_parts_without_sequences_are_left_out_whatever_columns_they_have() -> None:
+    full = TrajectoryBatch.from_sequences([[1, 2], [3]], log_probs=[[0.5, 1.0], [2.0]], score=[4.0, 5.0])
+    empty = TrajectoryBatch.from_sequences([])
+    for parts in ([full, empty], [empty, full], [empty, full, empty]):
+        joined = TrajectoryBatch.concatenate(parts)
+        assert joined.columns == full.columns
+        assert all(torch.equal(joined[name], full[name]) for name in full.columns)
+
+
 def test_an_empty_batch_is_a_batch() -> None:
     empty = TrajectoryBatch.from_sequences([], log_probs=[], score=[])
     assert len(empty) == empty.num_tokens == 0

@@ -3,8 +3,9 @@
 Invariants:
 
 - Prompts are cut into as many shares as the fleet has engines, by their order alone, and a share is generated whole, by one
-  engine, in one call. In deterministic mode the batch therefore has the same bits, whichever engine generated a share and
-  however often.
+  engine, in one call. In deterministic mode the batch therefore has the same bits, whichever engine generated a share.
+- Only after two deaths at a share its prompts are tried one by one: tokens are drawn by the same seeds, but log-probs may then
+  differ in their last bits.
 - Only healthy engines generate. A share whose engine failed is generated again, from the start, on a healthy one. One that took
   too long is generated again only if another share was in time: else it would take as long again.
 - Tokens that were sampled with other weights than the published ones are refused.
@@ -134,7 +135,7 @@ class Fleet:
     def generate(self, requests: Share, deadline_s: float) -> TrajectoryBatch:
         """Generate all requests and return them as one batch, in their order; each try of a share has ``deadline_s``.
 
-        Prompts that were set aside are not in it.
+        Prompts that were set aside are not in it; where all were, it is empty and has no columns of kept sets.
         """
         requests = [request for request in requests if request.prompt_id not in self.set_aside]
         waiting = [Work(share, home) for home, share in enumerate(cut_shares(requests, len(self.health))) if share]
@@ -164,10 +165,15 @@ class Fleet:
                 except (GroupError, StaleWeightsError) as error:
                     waiting += self._again(self._count(work, engine, incarnation, error), error)
         kept = [request for request in requests if request.prompt_id not in self.set_aside]
-        if requests and not kept:
-            cause = f"each of its prompts killed {MAX_ATTEMPTS} engines\n{self.health.describe()}"
-            raise GroupError(ROLE, None, "generate", cause)
         return gather(kept, [done[request.key] for request in kept])
+
+    def refuse_empty(self, batch: TrajectoryBatch) -> None:
+        """Raise :class:`GroupError` where nothing is left of a whole step, because all its prompts were set aside."""
+        if len(batch) == 0:
+            cause = (
+                f"there is no answer: each prompt killed {MAX_ATTEMPTS} engines, and was set aside (set_aside.jsonl)"
+            )
+            raise GroupError(ROLE, None, "generate", f"{cause}\n{self.health.describe()}")
 
     def _begin(self, engine: int, share: Share, deadline_s: float) -> tuple[int, Pending[list[Generation]]]:
         return self.engines.start(engine, lambda handle: handle.generate(share, deadline_s))

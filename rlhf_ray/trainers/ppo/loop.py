@@ -144,6 +144,7 @@ class PpoTrainer:
         """Sample and score the batch of the next step; this changes no weight."""
         phase, progress = self.journal.phase, self.progress
         collected = self.mode.collect(progress.step, progress.weight_version, phase)
+        self.sampler.fleet.refuse_empty(collected.trajectories)
         batch, schedules, samples = self.experience.gather(
             collected.trajectories, collected.by_id, step=progress.step, phase=phase, scored=collected.scored
         )
@@ -188,6 +189,7 @@ class PpoTrainer:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
         prompts = self.checked_prompts()
         trajectories = self.sampler.generate(prompts, 0)
+        self.sampler.fleet.refuse_empty(trajectories)
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
         self.journal.keep_checks(self.self_check.run(batch, schedules, samples))
@@ -196,9 +198,11 @@ class PpoTrainer:
         """Once, where steps train on older samples: compare log-probs on a few answers of the newest weights."""
         if self.mode.trains_on_newest or self.newest_compared:
             return
-        self.newest_compared = True
         with self.journal.phase("evaluation"):
             trajectories = self.sampler.generate(self.checked_prompts(), 0)
+            if len(trajectories) == 0:  # its prompts were set aside
+                return
+            self.newest_compared = True
             shared = self.groups.policy.share(trajectories)
             schedule = self.groups.schedules(trajectories, 0)["policy"]
             batch = trajectories.with_columns(log_probs=self.groups.policy.log_probs(shared, schedule).result())

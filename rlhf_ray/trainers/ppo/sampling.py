@@ -92,12 +92,14 @@ class Sampler:
         self.player = player
 
     def generate(self, prompts: Sequence[TokenizedPrompt], step: int) -> TrajectoryBatch:
-        """``batch.samples_per_prompt`` answers to each prompt, for training step ``step``."""
+        """``batch.samples_per_prompt`` answers to each prompt, for training step ``step``; none to one that was set aside."""
         return self._generate(prompts, self.config.batch.samples_per_prompt, step)
 
     def held_out(self, prompts: Sequence[TokenizedPrompt], samples: int, greedy: bool) -> TrajectoryBatch:
         """``samples`` answers to each held-out prompt, sampled, or greedy ones: the likeliest token each time."""
-        return self._generate(prompts, samples, HELD_OUT, greedy=greedy)
+        trajectories = self._generate(prompts, samples, HELD_OUT, greedy=greedy)
+        self.fleet.refuse_empty(trajectories)
+        return trajectories
 
     def _generate(
         self, prompts: Sequence[TokenizedPrompt], samples: int, step: int, *, greedy: bool = False
@@ -182,25 +184,31 @@ class DynamicSampling:
     def collect(self, step: int, version: int, phase: Phase) -> Collected:
         """Samples of up to ``batch.prompts_per_step`` prompts whose answers differ in score."""
         wanted, taken, kept = self.fixed.config.batch.prompts_per_step, list[TokenizedPrompt](), list[Collected]()
-        sampled = None
+        sampled = last = None
         for _ in range(1 + self.fixed.config.algorithm.dynamic_sampling):
             missing = wanted - sum(len(part.prompts) for part in kept)
             if missing == 0:
                 break
             sampled = self.fixed.take(missing, step, version, phase)
             taken += sampled.prompts
+            if len(sampled.trajectories) == 0:  # each of its prompts was set aside
+                continue
             with phase("scoring"):
                 scored = self.experience.score_trajectories(sampled.trajectories, sampled.by_id)
-            sampled = replace(sampled, scored=scored)
-            kept += [part for part in [keep_informative(sampled)] if part.prompts]
+            last = replace(sampled, scored=scored)
+            kept += [part for part in [keep_informative(last)] if part.prompts]
         assert sampled is not None, "a step has at least one prompt"
+        if last is None:
+            return replace(sampled, prompts=taken)
         if not kept:
             get_logger("ppo").warning("step %d: all answers to each of %d prompts score the same", step + 1, len(taken))
-        return join_collected(taken, kept or [sampled])
+        return join_collected(taken, kept or [last])
 
 
 def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
     """Raise :class:`StaleWeightsError` if a token was sampled by weights more than ``bound`` versions old."""
+    if not bool(batch["action_mask"].any()):
+        return
     oldest = int(batch["weight_version"][batch["action_mask"]].min())
     if version - oldest > bound:
         raise StaleWeightsError(f"a token was sampled by weight version {oldest}, now is {version}, and "

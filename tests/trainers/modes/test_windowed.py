@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.errors import ResumableStop, StaleWeightsError
+from rlhf_ray.errors import GroupError, ResumableStop, StaleWeightsError
 from rlhf_ray.rollout.errors import TooSlowError
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
@@ -121,6 +121,34 @@ def test_an_error_of_the_background_thread_costs_no_step_whose_answers_are_there
     with pytest.raises(TooSlowError, match="two requests were unfinished"):
         train(config, run)
     assert run.ledger.last_step == 3 and run.checkpoints.steps() == [3]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a slice", "a step"])
+def test_a_slice_whose_prompts_were_all_set_aside_ends_no_run_but_a_whole_step_does(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice has one prompt here. With top-k, batches have columns that one without answers lacks."""
+    generate, lost = Sampler.generate, list[int]()
+
+    def losing(self: Sampler, prompts: Any, step: int) -> Any:
+        if step == 1 and (whole or not lost):
+            lost.extend(prompt.prompt_id for prompt in prompts)
+            self.fleet.set_aside |= set(lost)
+        return generate(self, prompts, step)
+
+    monkeypatch.setattr(Sampler, "generate", losing)
+    config = windowed(tmp_path, "rollout.top_k=40", "steps=3")
+    run, error = start(config), None
+    try:
+        train(config, run)
+    except Exception as ended:
+        error = ended
+    assert len(lost) == (SIZE if whole else 1)
+    if whole:
+        assert isinstance(error, GroupError) and "each prompt killed 3 engines" in str(error)
+        assert run.ledger.last_step == 1
+    else:
+        assert error is None and lost[0] in taken(run) and len(taken(run)) == 3 * SIZE
 
 
 def test_no_slice_is_saved_where_the_step_before_it_was_refused(
