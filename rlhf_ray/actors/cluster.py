@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
 from rlhf_ray.actors.ranks import RayRanks
-from rlhf_ray.actors.reservation import SETTLES_S, Reservation, reserve, reserve_when_there_is_room
+from rlhf_ray.actors.reservation import SETTLES_S, Elsewhere, Reservation, on_live_nodes, require_room, reserve
 from rlhf_ray.config.checks.shared_gpus import SharedGpus
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
@@ -90,8 +90,7 @@ class Cluster:
         self.together = together
         self._shared_places: Reservation | None = None
         self._reserved: Reservation | None = None
-        self._elsewhere: list[Reservation] = []
-        """Places of ranks that started again after their node had died."""
+        self._elsewhere = Elsewhere()
         self._shared = False
         self.joined: JoinedCluster | None = None
         """The cluster that this one is a connection to; none where Ray was started here, or was there in this process."""
@@ -122,12 +121,11 @@ class Cluster:
     def __enter__(self) -> Cluster:
         with kept_handlers(exits_on=signal.SIGTERM):  # Ray takes it for itself
             self._connect()
-        import ray
-
         try:
-            require_fit(self.needed, _cpus_and_gpus(ray.available_resources()))
             if self.together and self.needed:
                 self._reserve_all()
+            elif self.needed:
+                require_room(self.needed)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -182,11 +180,10 @@ class Cluster:
         for group in self._groups:
             group.stop()
         self._groups = []
-        for places in (self._shared_places, self._reserved, *self._elsewhere):
+        for places in (self._shared_places, self._reserved):
             if places is not None:
                 places.give_back()
         self._shared_places = self._reserved = None
-        self._elsewhere = []
 
     def start(self, spec: RankSpec) -> RayRanks:
         """Place and start the ranks of ``spec``; they have no model yet."""
@@ -200,7 +197,7 @@ class Cluster:
         actor_class = remote_class(spec.worker)
 
         def start_actors(incarnation: int) -> list[Any]:
-            where, bundle = (placement, first) if incarnation == 0 else self._again(placement, first, spec)
+            where, bundle = (placement, first) if incarnation == 0 else self._again(placement, first, spec, incarnation)
             return [
                 actor_class.options(
                     name=actor_name(self.run.name, spec.group_name, spec.first_rank + index, incarnation),
@@ -216,11 +213,15 @@ class Cluster:
                 for index in range(spec.ranks)
             ]
 
+        def stopped() -> None:
+            give_back()
+            self._elsewhere.give_back(spec.group_name, spec.first_rank)
+
         ranks = RayRanks(
             spec.group_name,
             start_actors(0),
             timeout_s=self.config.call_timeout_s,
-            on_stop=give_back,
+            on_stop=stopped,
             nodes=_nodes(placement, range(first, first + spec.ranks)),
             start_again=start_actors,
         )
@@ -253,17 +254,17 @@ class Cluster:
         places = self._reserve([own] * spec.ranks, f"{role}/{spec.first_rank}")
         return places.placement, 0, places.give_back
 
-    def _again(self, placement: PlacementGroup, first: int, spec: RankSpec) -> tuple[PlacementGroup, int]:
+    def _again(
+        self, placement: PlacementGroup, first: int, spec: RankSpec, incarnation: int
+    ) -> tuple[PlacementGroup, int]:
         """Where ranks start again: in their own places, or where Ray finds others, if a node of theirs has died."""
-        from ray.util.placement_group import placement_group_table
-
-        nodes = placement_group_table(placement)["bundles_to_node_id"]
-        if all(nodes.get(first + index) for index in range(spec.ranks)):
+        group, rank = spec.group_name, spec.first_rank
+        if on_live_nodes(placement, range(first, first + spec.ranks)):
+            self._elsewhere.give_back(group, rank)
             return placement, first
-        own = bundle_of(spec.group_name, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank, spec.placement)
-        places = reserve_when_there_is_room([own] * spec.ranks, f"rlhf/{self.run.name}/{spec.group_name}/again")
-        self._elsewhere.append(places)
-        return places.placement, 0
+        own = bundle_of(group, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank, spec.placement)
+        name = f"rlhf/{self.run.name}/{group}/{rank}/{incarnation}"
+        return self._elsewhere.places(group, rank, [own] * spec.ranks, name), 0
 
     def _reserve(self, bundles: Sequence[Bundle], name: str, *, room_s: float | None = None) -> Reservation:
         return reserve(bundles, f"rlhf/{self.run.name}/{name}", self.config.placement_timeout_s, room_s=room_s)
@@ -318,7 +319,3 @@ def free_places_of_the_dead(run: str) -> None:
                 remove_placement_group(get_placement_group(entry["name"]))
             except ValueError:  # there is none of this name in this namespace: it is another job's
                 continue
-
-
-def _cpus_and_gpus(resources: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(resources.get(name, 0.0)) for name in ("CPU", "GPU")}

@@ -30,12 +30,11 @@ def free_nodes() -> list[Node]:
 def _node(entry: Mapping[str, object], free: Mapping[str, float]) -> Node:
     labels, total = entry["Labels"], entry["Resources"]
     assert isinstance(labels, dict) and isinstance(total, dict)
-    custom = {name: free.get(name, 0.0) for name in total if name not in _OWN and not name.startswith("node:")}
     return Node(
         f"{entry['NodeManagerAddress']} ({entry['NodeManagerHostname']})",
         free.get("CPU", 0.0),
         free.get("GPU", 0.0),
         labels,
-        {name: amount for name, amount in custom.items() if not name.startswith("accelerator_type:")},
+        {name: free.get(name, 0.0) for name in total if name not in _OWN},
         str(entry["NodeID"]),
     )

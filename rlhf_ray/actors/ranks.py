@@ -162,6 +162,7 @@ class RayRanks:
 
     def restart(self) -> None:
         import ray
+        from ray.exceptions import RayError
 
         with self._one_order:
             if not self.actors or self._start_again is None:
@@ -171,7 +172,10 @@ class RayRanks:
             for actor in self.actors:
                 ray.kill(actor, no_restart=True)
             self._restarts += 1
-            self.actors = list(self._start_again(self._restarts))
+            try:
+                self.actors = list(self._start_again(self._restarts))
+            except RayError as error:
+                raise GroupError(self.role, None, "restart", repr(error)) from error
 
     def stop(self) -> None:
         import ray

@@ -2,18 +2,18 @@
 
 Invariants: every place is reserved in one placement group of Ray, which comes about as a whole or not at all, on the nodes that
 ``planning/placement.py`` has assigned. Nothing is held while there is no room: an attempt that others were faster than is
-given up before the next one looks at the nodes anew.
+given up before the next one looks at the nodes anew. Ranks whose node has died hold one other reservation at most.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_ray.actors.nodes import NODE_LABEL, free_nodes
-from rlhf_ray.errors import CapacityError
-from rlhf_ray.planning.capacity import Bundle
+from rlhf_ray.errors import CapacityError, GroupError
+from rlhf_ray.planning.capacity import Bundle, require_fit
 from rlhf_ray.planning.placement import MARK, assign, picture
 
 if TYPE_CHECKING:
@@ -39,11 +39,64 @@ class Reservation:
         """The index of the first place of ``role``; None where it has none here."""
         return next((index for index, bundle in enumerate(self._bundles) if bundle.role == role), None)
 
+    def lives(self) -> bool:
+        """Whether every place is on a node that lives; not so while Ray still looks for one."""
+        return on_live_nodes(self.placement, range(len(self._bundles)))
+
     def give_back(self) -> None:
         """Give all places back. A second call does nothing."""
         from ray.util.placement_group import remove_placement_group
 
         remove_placement_group(self.placement)
+
+
+class Elsewhere:
+    """Other places for ranks whose node has died, by the name of their group and their first rank."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Reservation] = {}
+
+    def places(self, group: str, first_rank: int, bundles: Sequence[Bundle], name: str) -> PlacementGroup:
+        """Those that these ranks hold, while their nodes live; otherwise they are given back for others, called ``name``.
+
+        Ray refuses a name that another placement group has, or had until just now.
+        """
+        held = self._held.get((group, first_rank))
+        if held is None or not held.lives():
+            self.give_back(group, first_rank)
+            held = self._held[group, first_rank] = reserve_when_there_is_room(bundles, name)
+        return held.placement
+
+    def give_back(self, group: str, first_rank: int) -> None:
+        """Give back what these ranks hold, if anything."""
+        held = self._held.pop((group, first_rank), None)
+        if held is not None:
+            held.give_back()
+
+
+def require_room(bundles: Sequence[Bundle]) -> None:
+    """Raise :class:`CapacityError` where the cluster as a whole has too little free, and still has ``SETTLES_S`` later."""
+    import ray
+
+    deadline = time.monotonic() + SETTLES_S
+    while True:
+        free = ray.available_resources()
+        try:
+            return require_fit(bundles, {name: float(free.get(name, 0.0)) for name in ("CPU", "GPU")})
+        except CapacityError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(LOOKS_AGAIN_S)
+
+
+def on_live_nodes(placement: PlacementGroup, bundles: Iterable[int]) -> bool:
+    """Whether each of these bundles of a placement group is on a node that lives."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    nodes = placement_group_table(placement)["bundles_to_node_id"]
+    return all(nodes.get(bundle) in alive for bundle in bundles)
 
 
 def reserve(bundles: Sequence[Bundle], name: str, timeout_s: float, *, room_s: float | None = None) -> Reservation:
@@ -89,14 +142,19 @@ def reserve_when_there_is_room(bundles: Sequence[Bundle], name: str) -> Reservat
 def _placement_group(
     bundles: Sequence[Bundle], labels: Sequence[dict[str, str]], name: str, strategy: str = "pack"
 ) -> PlacementGroup:
+    from ray.exceptions import RayError
     from ray.util.placement_group import placement_group
 
-    group: PlacementGroup = placement_group(
-        [_amounts(bundle) for bundle in bundles],
-        strategy=strategy.upper(),
-        name=name,
-        bundle_label_selector=labels if any(labels) else None,
-    )
+    try:
+        group: PlacementGroup = placement_group(
+            [_amounts(bundle) for bundle in bundles],
+            strategy=strategy.upper(),
+            name=name,
+            bundle_label_selector=labels if any(labels) else None,
+        )
+    except RayError as error:
+        cause = f"Ray refused the placement group {name}: {error}"
+        raise GroupError(bundles[0].role, None, "placement", cause) from error
     return group
 
 

@@ -7,6 +7,7 @@ GPUs are counted one by one: a rank with a fraction lies on one GPU.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ MARK = 0.001
 """What a rank takes of the custom resource that its role names, so that a node with 1 of it has room for a thousand."""
 TRIES = 50_000
 """Places that are tried before the search gives up; a job that fits is nearly always found without one step back."""
+SEARCH_S = 5.0
+"""Seconds after which the search gives up, too."""
+SHOWN_BY_LABELS = ("node:", "accelerator_type:")
+"""How the custom resources begin that Ray itself gives every node; the picture leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class _Room:
     ranks: Counter[str]
     """How many ranks of each role lie here."""
 
-    def state(self, role: str) -> tuple[object, ...]:
-        """Two nodes with the same state are as good for a rank of ``role`` and for all after it."""
+    def state(self) -> tuple[object, ...]:
+        """Two nodes with the same state are as good for every rank, if both are for the same kinds of ranks."""
         return self.cpus, tuple(sorted(self.gpus)), tuple(sorted(self.marks.items())), tuple(sorted(self.ranks.items()))
 
 
@@ -77,9 +82,9 @@ def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[int]:
     if places is not None:
         return places
     stuck, best = search.stuck, search.deepest
-    reason = "the cluster has enough in sum, but not in these pieces" if search.exhausted else (
-        f"none of {TRIES} assignments that were tried holds it"
-    )  # fmt: skip
+    reason = "the cluster has enough in sum, but not in these pieces"
+    if search.gave_up is not None:
+        reason = f"the search gave up after {search.gave_up}, so that an assignment may exist all the same"
     rank = sum(1 for other in bundles[:stuck] if other.role == bundles[stuck].role)
     raise CapacityError(
         f"the job does not fit: {bundles[stuck].role} rank {rank} ({_asked(bundles[stuck])}) finds no place beside the others; "
@@ -130,23 +135,34 @@ class _Search:
 
     def __init__(self, bundles: Sequence[Bundle], nodes: Sequence[Node]) -> None:
         self.bundles, self.nodes = bundles, nodes
+        asked = {bundle.resource for bundle in bundles}  # nodes that differ in another are alike
         self.rooms = [
             _Room(
-                _units(node.cpus), _instances(node.gpus), {k: _units(v) for k, v in node.resources.items()}, Counter()
+                _units(node.cpus),
+                _instances(node.gpus),
+                {name: _units(amount) for name, amount in node.resources.items() if name in asked},
+                Counter(),
             )
             for node in nodes
         ]
+        self.wanted = Counter(bundles)
+        self.offers = {bundle: [_offers(node, bundle) for node in nodes] for bundle in self.wanted}
+        self.groups = [tuple(offers[index] for offers in self.offers.values()) for index in range(len(nodes))]
+        """Which kinds of ranks each node is for: nodes are alike only if these are."""
+        self.states = [room.state() for room in self.rooms]
+        self.placed: Counter[str] = Counter()
+        """How many ranks of each role have a place."""
         self.order = sorted(range(len(bundles)), key=lambda index: _hardness(bundles[index], bundles))
         self.stuck = self.order[0] if bundles else 0
         self.deepest: list[int | None] = [None] * len(bundles)
         """The longest part of an assignment that was found, for the message."""
-        self.exhausted = True
-        """Whether every assignment was tried."""
+        self.gave_up: str | None = None
+        """What ended the search before every assignment was tried."""
 
     def run(self) -> list[int] | None:
         chosen: list[_Place] = []
         choices = [self._choices(0)] if self.order else []
-        reached, tries = -1, 0
+        reached, tries, began = -1, 0, time.monotonic()
         while len(chosen) < len(self.order):
             place = next(choices[-1], None)
             if place is None:
@@ -156,8 +172,8 @@ class _Search:
                 self._move(self.order[len(chosen) - 1], chosen.pop(), back=True)
                 continue
             tries += 1
-            if tries > TRIES:
-                self.exhausted = False
+            if tries > TRIES or time.monotonic() - began > SEARCH_S:
+                self.gave_up = f"{TRIES} tries" if tries > TRIES else f"{SEARCH_S:g} s"
                 return None
             self._move(self.order[len(chosen)], place)
             chosen.append(place)
@@ -178,20 +194,14 @@ class _Search:
         """Places for a rank, the best by its strategy first, and of several that are alike only one."""
         bundle = self.bundles[self.order[step]]
         seen = set()
-        for index in sorted(range(len(self.nodes)), key=lambda index: self._preference(index, bundle)):
+        possible = [index for index, offers in enumerate(self.offers[bundle]) if offers and self._allows(index, bundle)]
+        for index in sorted(possible, key=lambda index: self._preference(index, bundle)):
             room = self.rooms[index]
-            if not self._allows(index, bundle):
-                continue
-            offers = _offers(self.nodes[index], bundle)
             for gpus in _gpu_choices(room.gpus, bundle):
-                state = (*room.state(bundle.role), tuple(room.gpus[gpu] for gpu in gpus), self._group(index))
-                if offers and state not in seen:
+                state = (self.states[index], tuple(room.gpus[gpu] for gpu in gpus), self.groups[index])
+                if state not in seen:
                     seen.add(state)
                     yield _Place(index, gpus)
-
-    def _group(self, index: int) -> frozenset[Bundle]:
-        """Which kinds of ranks a node is for: nodes are alike only if these are."""
-        return frozenset(bundle for bundle in set(self.bundles) if _offers(self.nodes[index], bundle))
 
     def _allows(self, index: int, bundle: Bundle) -> bool:
         room = self.rooms[index]
@@ -203,7 +213,7 @@ class _Search:
             and room.marks.get(bundle.resource, 0) < _units(MARK)
         ):
             return False
-        others = sum(other.ranks[bundle.role] for other in self.rooms) - room.ranks[bundle.role]
+        others = self.placed[bundle.role] - room.ranks[bundle.role]
         if bundle.strategy == "strict_pack":
             return others == 0
         return bundle.strategy != "strict_spread" or room.ranks[bundle.role] == 0
@@ -213,7 +223,7 @@ class _Search:
         free = (sum(room.gpus), room.cpus)
         if bundle.strategy in ("spread", "strict_spread"):
             return room.ranks[bundle.role], -free[0], -free[1], index
-        left = sum(other == bundle for other in self.bundles) - sum(one.ranks[bundle.role] for one in self.rooms)
+        left = self.wanted[bundle] - self.placed[bundle.role]
         lacking = max(0, left - _holds(room, bundle))
         return not room.ranks[bundle.role], lacking, not room.ranks, *free, index
 
@@ -224,8 +234,11 @@ class _Search:
             room.gpus[gpu] += sign * min(UNIT, _units(bundle.gpus))
         if bundle.resource in room.marks:
             room.marks[bundle.resource] += sign * _units(MARK)
+        self.placed[bundle.role] -= sign
         room.ranks[bundle.role] -= sign
-        room.ranks += Counter()  # drops zeros, so that equal rooms compare equal
+        if not room.ranks[bundle.role]:
+            del room.ranks[bundle.role]  # so that equal rooms compare equal
+        self.states[place.node] = room.state()
 
 
 def _hardness(bundle: Bundle, bundles: Sequence[Bundle]) -> tuple[float, ...]:
@@ -288,7 +301,7 @@ def _units(amount: float) -> int:
 
 def _labels(node: Node) -> str:
     own = [f"{name}={value}" for name, value in (node.labels or {}).items() if not name.startswith("ray.io/node-")]
-    return ", ".join([*own, *node.resources])
+    return ", ".join([*own, *(name for name in node.resources if not name.startswith(SHOWN_BY_LABELS))])
 
 
 def _of(left: float, free: float) -> str:

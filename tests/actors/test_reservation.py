@@ -11,14 +11,16 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from rlhf_ray.actors import shells
+from rlhf_ray.actors import reservation, shells
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.nodes import free_nodes
 from rlhf_ray.actors.place import RankSpec
+from rlhf_ray.actors.reservation import Elsewhere, reserve
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
-from rlhf_ray.errors import CapacityError
+from rlhf_ray.errors import CapacityError, GroupError
 from rlhf_ray.planning.capacity import Bundle
+from rlhf_ray.planning.placement import nodes_table
 
 
 class Rank:
@@ -71,7 +73,11 @@ def zones(cluster: Cluster, role: Any, ranks: int, cpus: float, first_rank: int 
 def test_every_node_is_known_with_its_labels_its_custom_resources_and_what_is_free(nodes: Nodes) -> None:
     """Fails when Ray's own table of what is free, which is not public, changes."""
     found = {node.labels["zone"]: node for node in free_nodes() if node.labels is not None}
-    assert {zone: (node.cpus, node.gpus, dict(node.resources)) for zone, node in found.items()} == {
+    custom = {
+        zone: {name: amount for name, amount in node.resources.items() if not name.startswith("node:")}
+        for zone, node in found.items()
+    }
+    assert {zone: (node.cpus, node.gpus, custom[zone]) for zone, node in found.items()} == {
         "x": (2.0, 0.0, {}),
         "y": (2.0, 0.0, {"near": 1.0}),
     }
@@ -119,3 +125,105 @@ def test_an_engine_whose_node_has_died_starts_again_where_there_is_room_for_it(n
         engine.restart()  # its section, here the default, asks for no label
         assert engine.call("zone", [()]).result()[0] in ("x", "y")
     wait_for(4.0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_job_begun_right_after_another_waits_until_ray_counts_what_that_one_left(
+    together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lags_until = time.monotonic() + 0.5
+    true_sums = ray.available_resources
+    monkeypatch.setattr(
+        ray, "available_resources", lambda: true_sums() if time.monotonic() > lags_until else {"CPU": 0.0}
+    )
+    run = RunConfig(name=f"next-{uuid4().hex[:8]}")
+    cluster = Cluster(ClusterConfig(), run, needed=[Bundle("policy", 1.0)], together=together)
+    refusals = []
+    try:
+        with cluster:
+            pass
+    except CapacityError as error:
+        refusals.append(str(error))
+    assert refusals == []
+    wait_for(4.0)
+
+
+def test_a_resource_that_ray_itself_gives_a_node_can_be_asked_for_and_is_not_in_the_picture() -> None:
+    found = free_nodes()
+    address = next(name for name in found[0].resources if name.startswith("node:") and "internal" not in name)
+    assert "node:" not in nodes_table(found)
+    places = reserve([Bundle("rollout", 0.5, resource=address)], f"own-{uuid4().hex[:8]}", 10.0)
+    assert places.lives()
+    places.give_back()
+    wait_for(4.0)
+
+
+def raised_by(call: Any) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def test_a_name_that_ray_refuses_is_an_error_of_the_group_which_a_fleet_survives() -> None:
+    name, bundles = f"twice-{uuid4().hex[:8]}", [Bundle("rollout", 0.5)]
+    places = reserve(bundles, name, 10.0)
+    error = raised_by(lambda: reserve(bundles, name, 10.0))
+    places.give_back()
+    wait_for(4.0)
+    assert isinstance(error, GroupError)
+    assert name in str(error)
+
+
+def test_two_engines_whose_node_has_died_hold_one_place_elsewhere_each_however_often_they_start_again(
+    nodes: Nodes,
+) -> None:
+    gone = nodes.add_node(num_cpus=1, object_store_memory=80_000_000, labels={"zone": "z"})
+    nodes.wait_for_nodes()
+    wait_for(5.0)
+    with job(*[Bundle("rollout", 0.5, labels=(("zone", "z"),))] * 2) as cluster:
+        engines = [zones(cluster, "rollout", 1, 0.5, number)[0] for number in range(2)]
+        nodes.remove_node(gone, allow_graceful=True)
+        wait_for(4.0)
+        assert [raised_by(engine.restart) for engine in engines * 2] == [None] * 4
+        assert {engine.call("zone", [()]).result()[0] for engine in engines} <= {"x", "y"}
+        wait_for(3.0)  # one place each, and what they had first is gone with its node
+        cluster.stop(engines[0])
+        wait_for(3.5)
+    wait_for(4.0)
+
+
+class Held:
+    """A reservation whose node may die."""
+
+    def __init__(self, name: str) -> None:
+        self.placement, self.alive, self.given_back = name, True, False
+
+    def lives(self) -> bool:
+        return self.alive
+
+    def give_back(self) -> None:
+        self.given_back = True
+
+
+def test_another_place_is_kept_while_its_node_lives_and_given_back_before_the_next_is_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[Held] = []
+
+    def reserve_next(bundles: list[Bundle], name: str) -> Held:
+        assert all(one.given_back for one in held if not one.alive)
+        held.append(Held(name))
+        return held[-1]
+
+    monkeypatch.setattr(reservation, "reserve_when_there_is_room", reserve_next)
+    elsewhere, bundles = Elsewhere(), [Bundle("rollout", 0.5)]
+    assert [elsewhere.places("rollout", 0, bundles, name) for name in ("one", "two")] == ["one", "one"]
+    assert elsewhere.places("rollout", 1, bundles, "other") == "other"
+    held[0].alive = False
+    assert elsewhere.places("rollout", 0, bundles, "three") == "three"
+    assert [one.given_back for one in held] == [True, False, False]
+    for rank in (0, 1, 1):
+        elsewhere.give_back("rollout", rank)
+    assert all(one.given_back for one in held)

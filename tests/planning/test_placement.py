@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import product
 
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.actors.nodes import _node
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import CapacityError, ConfigError
+from rlhf_ray.planning import placement
 from rlhf_ray.planning.capacity import Bundle, fits, needed
 from rlhf_ray.planning.placement import MARK, Node, assign, picture, show
 
@@ -102,6 +105,37 @@ def test_a_label_that_no_node_has_is_named_with_those_that_there_are():
 def test_a_custom_resource_that_no_node_has_is_named():
     with pytest.raises(CapacityError, match=r"no node has 1 CPU, 0 GPU, resource far"):
         assign([Bundle("policy", 1.0, resource="far")], TWO)
+
+
+def test_labels_and_resources_are_compared_once_for_each_kind_of_rank_and_node(monkeypatch):
+    calls = Counter()
+    compare = placement._offers
+    monkeypatch.setattr(placement, "_offers", lambda *pair: [calls.update(["times"]), compare(*pair)][1])
+    bundles, nodes = [Bundle(f"role{number % 4}", 1.0) for number in range(40)], [Node("node", 4.0)] * 16
+    assert isinstance(found(bundles, nodes), list)
+    assert calls["times"] <= 2 * 4 * 16
+
+
+@pytest.mark.parametrize(("limit", "value", "told"), [("TRIES", 60, "60 tries"), ("SEARCH_S", 0.05, r"0\.05 s")])
+def test_a_search_that_is_ended_says_what_ended_it(limit, value, told, monkeypatch):
+    monkeypatch.setattr(placement, "TRIES", 20_000)
+    monkeypatch.setattr(placement, limit, value, raising=False)
+    bundles = [*[Bundle("policy", 2.0)] * 20, *[Bundle("critic", 1.5)] * 3]  # one of each fits no node
+    nodes = [Node(f"node {number}", 3.4 + number / 1000) for number in range(21)]
+    refusal = found(bundles, nodes)
+    assert re.search(f"gave up after {told}, so that an assignment may exist", str(refusal)), refusal
+
+
+def test_what_ray_gives_every_node_can_be_asked_for_but_is_not_in_the_picture():
+    given = {"accelerator_type:H100": 1.0, "node:10.0.0.1": 1.0, "near": 1.0}
+    entry = {"NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "a", "NodeID": "1", "Labels": {}}
+    node = _node({**entry, "Resources": {"CPU": 2.0, "GPU": 1.0, "memory": 9.0, **given}}, {"CPU": 2.0, **given})
+    assert dict(node.resources) == given
+    assert found([Bundle("policy", 1.0, resource="accelerator_type:H100")], [node]) == [0]
+    text = picture([], [], [node])
+    assert "near" in text
+    assert "node:" not in text
+    assert "accelerator_type" not in text
 
 
 def test_a_first_choice_that_leaves_no_room_for_the_rest_is_taken_back():
