@@ -57,7 +57,9 @@ class HealthPolicy:
     restart_s: float = 300.0
     """A restart that takes longer failed."""
     max_restarts: int = 5
-    """Restarts of one engine. The next death retires it."""
+    """Restarts of one engine in a row. The next death retires it."""
+    lasting_s: float = 3600.0
+    """A process that held weights when it died, and was up for as long, ends the row: so a run of weeks does not use it up."""
     backoff_s: float = 1.0
     """Wait before the second restart of an engine that took no weights in between; it doubles with each further one."""
     longest_backoff_s: float = 60.0
@@ -76,6 +78,10 @@ class EngineHealth:
     """In a row, of the present process."""
     incarnation: int = 0
     """How often it was restarted: which of its processes this is about."""
+    in_a_row: int = 0
+    """How often it was restarted since one of its processes lasted."""
+    up_since: float = 0.0
+    """When its present process was up, in seconds of the clock."""
     fruitless: int = 0
     """Restarts in a row after which it took no weights."""
     cause: str = ""
@@ -91,7 +97,7 @@ class FleetHealth:
         self.policy = policy or HealthPolicy()
         self._clock = clock
         self._version: int | None = None
-        self._engines = [EngineHealth(EngineState.STALE, clock()) for _ in range(engines)]
+        self._engines = [EngineHealth(EngineState.STALE, clock(), up_since=clock()) for _ in range(engines)]
 
     # Reading
 
@@ -175,7 +181,8 @@ class FleetHealth:
         self._expect(engine, "restart", {EngineState.DEAD})
         before = self._engines[engine]
         incarnation = before.incarnation + 1
-        self._move(engine, EngineState.RESTARTING, incarnation=incarnation, failures=0, fruitless=before.fruitless + 1)
+        counts = {"in_a_row": before.in_a_row + 1, "fruitless": before.fruitless + 1}
+        self._move(engine, EngineState.RESTARTING, incarnation=incarnation, failures=0, **counts)
         return incarnation
 
     def started(self, engine: int, incarnation: int) -> None:
@@ -183,7 +190,7 @@ class FleetHealth:
         if self._is_earlier(engine, incarnation):
             return
         self._expect(engine, "started", {EngineState.RESTARTING})
-        self._move(engine, EngineState.STALE)
+        self._move(engine, EngineState.STALE, up_since=self._clock())
 
     def publish(self, version: int) -> tuple[int, ...]:
         """Weights of ``version`` are about to be sent; returns the engines that need them.
@@ -255,8 +262,11 @@ class FleetHealth:
         return state
 
     def _die(self, engine: int, cause: str) -> None:
-        used_up = self._engines[engine].incarnation >= self.policy.max_restarts
-        self._move(engine, EngineState.RETIRED if used_up else EngineState.DEAD, weight_version=None, cause=cause)
+        now = self._engines[engine]
+        lasted = now.weight_version is not None and self._clock() - now.up_since >= self.policy.lasting_s
+        in_a_row = 0 if lasted else now.in_a_row
+        state = EngineState.RETIRED if in_a_row >= self.policy.max_restarts else EngineState.DEAD
+        self._move(engine, state, weight_version=None, cause=cause, in_a_row=in_a_row)
 
     def _move(self, engine: int, state: EngineState, **changes: Any) -> None:
         before = self._engines[engine]

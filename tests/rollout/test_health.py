@@ -132,6 +132,25 @@ def test_an_engine_that_used_up_its_restarts_retires() -> None:
     assert health[0].state is RETIRED
 
 
+@pytest.mark.parametrize("takes_weights", [True, False])
+@pytest.mark.parametrize("seconds", [3599.0, 3600.0])
+def test_restarts_before_a_process_that_lasted_with_weights_do_not_count(seconds: float, takes_weights: bool) -> None:
+    clock = Clock()
+    health = in_state(HEALTHY, clock)
+    lasting = takes_weights and seconds >= POLICY.lasting_s
+    for incarnation in range(4 if lasting else POLICY.max_restarts):
+        health.died(0, "crash", incarnation)
+        assert health[0].state is DEAD
+        health.restart(0)
+        clock.now += 9000  # starting is not lasting
+        health.started(0, incarnation + 1)
+        if takes_weights:
+            health.updated(0, 1, incarnation + 1)
+        clock.now += seconds
+    health.died(0, "crash", now(health))
+    assert health[0].state is (DEAD if lasting else RETIRED)
+
+
 def test_a_publication_names_who_needs_it() -> None:
     health = FleetHealth(4, POLICY, Clock())
     assert health.publish(5) == (0, 1, 2, 3)
@@ -319,6 +338,7 @@ class FleetUnderFire(RuleBasedStateMachine):
 
     @invariant()
     def restarts_are_bounded(self) -> None:
+        """Here no process lasts an hour."""
         assert all(self.health[engine].incarnation <= POLICY.max_restarts for engine in range(self.ENGINES))
 
 

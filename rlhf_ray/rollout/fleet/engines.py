@@ -122,7 +122,7 @@ class Engines:
             cause = self.health[engine].cause.partition("\n")[0]
             self._log.warning(
                 "engine %d is restarted, restart %d of %d (rollout.max_restarts); it died because: %s",
-                engine, incarnation, self.health.policy.max_restarts, cause,
+                engine, self.health[engine].in_a_row, self.health.policy.max_restarts, cause,
             )  # fmt: skip
             try:
                 self._starting[engine] = incarnation, self._restart(engine, incarnation)

@@ -9,8 +9,8 @@ Invariants:
 - Only healthy engines generate. A share whose engine failed is generated again, from the start, on a healthy one. One that took
   too long is generated again only if another share was in time: else it would take as long again.
 - Tokens that were sampled with other weights than the published ones are refused.
-- An engine that died is started again in its place, at most ``max_restarts`` times, while the others work. It serves once its
-  new process holds the published weights. Nothing waits for it while another engine is healthy.
+- An engine that died is started again in its place, at most ``max_restarts`` times in a row, while others work. It serves once
+  its new process holds the published weights. Nothing waits for it while another engine is healthy.
 
 One thread at a time calls a fleet; it need not always be the same. Only :meth:`Fleet.stop` is for any thread at any time.
 """
