@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.cli.examples import examples
 from rlhf_ray.console import get_logger, write_result
-from rlhf_ray.errors import CapacityError, ConfigError, DataError
+from rlhf_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rlhf_ray.config.sections.models import ModelConfig
@@ -44,31 +44,24 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, files=True)
     for sentence in advice(config):
         get_logger("check").warning("%s", sentence)
+    _show_placement(config)
     unseen = [f"{key} {name}" for key, name in hub_names(config)]
     if not unseen:
         preview(config)
     write_result(dump_config(config))
     if unseen:
         sys.stderr.write(f"rlhf-ray: not looked at, since only a hub has it: {', '.join(unseen)}\n")
-    _require_places(config)
     return 0
 
 
-def _require_places(config: Any) -> None:
-    """Log where each rank goes, where the job would start Ray on this machine; refuse it as its start would."""
+def _show_placement(config: Any) -> None:
+    """Log on which node each rank goes, where the job would start Ray on this machine."""
     from rlhf_ray.planning.capacity import needed
-    from rlhf_ray.planning.placement import assign, node_here, picture
+    from rlhf_ray.planning.placement import node_here, show
 
-    here, bundles = node_here(config.cluster), needed(config)
-    if here is None or not bundles:
-        return
-    try:
-        places = assign(bundles, [here])
-    except CapacityError as error:
-        raise CapacityError(
-            f"on this machine, where the job would start Ray (cluster.address would name another's): {error}"
-        ) from None
-    get_logger("check").info("%s", picture(bundles, places, [here]))
+    here = node_here(config.cluster)
+    for text in show(needed(config), [] if here is None else [here]):
+        get_logger("check").info("%s", text)
 
 
 def preview(config: Any) -> None:

@@ -224,17 +224,6 @@ def test_a_service_is_not_trained(refused):
     assert "serve" in message and "rlhf-ray serve" in message
 
 
-def test_check_refuses_what_this_machine_does_not_hold_as_the_start_does_after_the_resolved_config(here, capsys):
-    words = ["demo-sft", "policy.ranks=3", "policy.resources.cpus_per_rank=1"]
-    assert main(["check", *words, "cluster.num_cpus=2"]) == EXIT_NO_CAPACITY
-    shown = capsys.readouterr()
-    assert "cluster.address" in shown.err and "the job does not fit: 3 CPU needed, 2 free" in shown.err
-    assert "num_cpus: 2" in shown.out
-    assert main(["check", *words, "cluster.address=10.0.0.1:6379"]) == 0
-    assert main(["check", "demo-sft", "cluster.num_cpus=2"]) == 0
-    assert "policy 0" in capsys.readouterr().err
-
-
 def test_check_says_what_it_could_not_look_at(here, capsys):
     assert main(["check", "hh-rm", "data.path=org/rows", "reward.model={path: org/model}"]) == 0
     assert (
