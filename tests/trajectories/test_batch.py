@@ -244,6 +244,9 @@ def test_every_known_column_has_the_dtype_of_the_contract() -> None:
         "finish_reason": "int8",
         "score": "float32",
         "bootstrap_value": "float32",
+        "turn_rewards": "float32",
+        "turns": "int32",
+        "episode_failure": "int8",
     }
 
 
