@@ -25,7 +25,7 @@ from rlhf_ray.algorithms.advantages import Estimator
 from rlhf_ray.algorithms.group_baselines import without_signal
 from rlhf_ray.algorithms.importance import ImportanceCorrection, trained_actions
 from rlhf_ray.algorithms.kl import KlEstimator, sequence_kl, token_kl
-from rlhf_ray.algorithms.masked import count_actions, masked_mean, segment_sum, whiten
+from rlhf_ray.algorithms.masked import count_actions, keep, masked_mean, segment_sum, whiten
 from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.algorithms.token_rewards import Placement, make_token_rewards, place_scores
@@ -91,7 +91,7 @@ class Preparation:
         mask, offsets = batch["action_mask"], batch.offsets
         turns: Tensor | float = 0.0
         if "turn_rewards" in batch and self.placement == "last_action":
-            turns = batch["turn_rewards"]
+            turns = keep(batch["turn_rewards"], mask)
             score = score - segment_sum(turns, offsets)  # what shaping adds to a score stands at its last action
         if self.kl_penalty is None:
             return place_scores(score, mask, offsets, self.placement) + turns

@@ -108,7 +108,9 @@ def test_the_pieces_are_put_together_as_named(ragged) -> None:
     for row in range(len(batch)):
         actions = mask[int(batch.offsets[row]) : int(batch.offsets[row + 1])].nonzero()[:, 0]
         if len(actions):
-            rewards[batch.offsets[row] + actions[-1]] += batch["score"][row]
+            turns = batch["turn_rewards"][batch.offsets[row] + actions]
+            rewards[batch.offsets[row] + actions] += turns
+            rewards[batch.offsets[row] + actions[-1]] += batch["score"][row] - turns.sum()
     advantages, returns = gae(rewards, batch["values"], mask, batch.offsets, gamma=0.9, lam=0.7,
                               bootstrap_value=batch["bootstrap_value"])  # fmt: skip
     torch.testing.assert_close(prepared["token_rewards"], rewards)

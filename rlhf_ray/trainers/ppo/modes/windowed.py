@@ -217,4 +217,5 @@ def number_samples(batch: TrajectoryBatch) -> TrajectoryBatch:
     for prompt in batch["prompt_id"].tolist():
         indices.append(counts.get(prompt, 0))
         counts[prompt] = indices[-1] + 1
-    return batch.with_columns(sample_index=torch.tensor(indices, dtype=batch["sample_index"].dtype))
+    numbers = torch.tensor(indices, dtype=batch["sample_index"].dtype)
+    return batch.with_columns(sample_index=numbers)
