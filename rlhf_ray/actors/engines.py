@@ -12,7 +12,7 @@ from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.rollout import RanksHandle, RolloutSetup
 from rlhf_ray.console import get_logger
 from rlhf_ray.pending import Pending
-from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import HealthPolicy
 
 
@@ -39,4 +39,4 @@ def load_fleet(engines: Sequence[Ranks], setup: RolloutSetup, timeout_s: float) 
     for loading in [load(number, setup) for number in range(len(engines))]:
         loading.result()
     handles, restarts = [RanksHandle(engine) for engine in engines], restart if setup.config.max_restarts else None
-    return Fleet(handles, restart=restarts, lives=lives, policy=policy)
+    return Fleet(Engines(handles, restart=restarts, lives=lives, policy=policy))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING
 
 from rlhf_ray.actors.nodes import NODE_LABEL, free_nodes
@@ -107,6 +108,8 @@ def reserve(bundles: Sequence[Bundle], name: str, timeout_s: float, *, room_s: f
     began = time.monotonic()
     deadline = began + timeout_s
     no_room = deadline if room_s is None else min(deadline, began + room_s)
+    # Ray refuses a name that another placement group had until just now, so each attempt has one of its own.
+    names = (name if attempt == 0 else f"{name}/again-{attempt}" for attempt in count())
     while True:
         try:
             nodes = free_nodes()
@@ -117,7 +120,7 @@ def reserve(bundles: Sequence[Bundle], name: str, timeout_s: float, *, room_s: f
             time.sleep(min(LOOKS_AGAIN_S, timeout_s))
             continue
         left = max(LOOKS_AGAIN_S, deadline - time.monotonic())
-        placement = _placement_group(bundles, [{NODE_LABEL: nodes[place].id} for place in places], name)
+        placement = _placement_group(bundles, [{NODE_LABEL: nodes[place].id} for place in places], next(names))
         if placement.wait(timeout_seconds=min(ATTEMPT_S, left)):
             return Reservation(placement, bundles, picture(bundles, places, nodes))
         from ray.util.placement_group import remove_placement_group

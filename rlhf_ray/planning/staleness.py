@@ -14,6 +14,7 @@ from typing import Literal
 
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.jobs.ppo import PpoConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import table
 from rlhf_ray.planning.job_memory import Files, weights_here
 from rlhf_ray.planning.step_time import step_seconds
@@ -62,7 +63,7 @@ def staleness_table(config: Job, files: Files = weights_here) -> str | None:
     """
     if not isinstance(config, PpoConfig):
         return None
-    rollout, slices = config.rollout, slices_of(config.batch.prompts_per_step, config.rollout.engines)
+    rollout = config.rollout
     times = step_seconds(config, files) if rollout.mode == "windowed" else {}
     bound = f"at most {rollout.staleness}, in mode {rollout.mode}"
     if rollout.mode == "windowed" and not times:
@@ -76,13 +77,13 @@ def staleness_table(config: Job, files: Files = weights_here) -> str | None:
             window=rollout.window,
             sampling_s=sampling_s,
             learning_s=learning_s,
-            slices=slices,
+            slices=slices_of(rollout, config.batch.prompts_per_step),
         )
         value = f"{mean:.2f}"
         follows = bound if not times else f"{bound}; sampling {sampling_s:.1f} s, learning {learning_s:.1f} s (H100)"
     return table("staleness", ("what", "publications", "from"), [("mean age of answers", value, follows)])
 
 
-def slices_of(prompts: int, engines: int) -> int:
-    """Into how many slices ``windowed`` cuts a step: a quarter of it each, but a prompt for every engine at least."""
-    return math.ceil(prompts / max(engines, math.ceil(prompts / 4)))
+def slices_of(rollout: RolloutConfig, prompts_per_step: int) -> int:
+    """In how many parts mode ``windowed`` samples a step."""
+    return math.ceil(prompts_per_step / rollout.prompts_per_slice(prompts_per_step))

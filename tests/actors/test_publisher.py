@@ -16,7 +16,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import GroupError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import EngineState
 from rlhf_ray.rollout.requests import Probe
 from tests.rollout.stand_ins import on_cpu
@@ -68,7 +68,7 @@ def policy() -> Iterator[Policy]:
 def make(policy: Policy, **keys: Any) -> tuple[Publisher, Fleet, list[EngineOf]]:
     engines = [EngineOf() for _ in range(2)]
     ranks = [InProcessRanks("rollout", engine) for engine in engines]
-    fleet = Fleet([Handle(), Handle()])  # type: ignore[list-item]  # nothing else is asked of them by a handle
+    fleet = Fleet(Engines([Handle(), Handle()]))  # type: ignore[list-item]  # nothing else is asked of them by a handle
     config = RolloutConfig(resources=ON_GPU, **keys)
     return Publisher(PolicyGroup(InProcessRanks("policy", policy)), fleet, ranks, config), fleet, engines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -227,3 +228,22 @@ def test_another_place_is_kept_while_its_node_lives_and_given_back_before_the_ne
     for rank in (0, 1, 1):
         elsewhere.give_back("rollout", rank)
     assert all(one.given_back for one in held)
+
+
+def test_each_attempt_to_reserve_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray refuses a name that another placement group has, or had until just now."""
+    names: list[str] = []
+
+    class Attempt:
+        def wait(self, timeout_seconds: float) -> bool:
+            return len(names) == 3
+
+    def next_attempt(bundles: list[Bundle], labels: list[dict[str, str]], name: str) -> Attempt:
+        names.append(name)
+        return Attempt()
+
+    monkeypatch.setattr(reservation, "_placement_group", next_attempt)
+    module = sys.modules["ray.util.placement_group"]  # its package has a function of the same name
+    monkeypatch.setattr(module, "remove_placement_group", lambda placement: None)
+    reserve([Bundle("rollout", 0.1)], "rlhf/run/all", 30.0)
+    assert len(set(names)) == 3 and all(name.startswith("rlhf/run/all") for name in names)

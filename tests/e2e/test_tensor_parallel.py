@@ -23,7 +23,7 @@ from rlhf_ray.actors.ranks import RayRanks
 from rlhf_ray.actors.workers.rollout import RanksHandle, RolloutSetup
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
-from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import EngineState
 from rlhf_ray.rollout.vllm_workers import mapped_names
 from tests.architectures.configs import small_model
@@ -118,7 +118,7 @@ def test_an_engine_of_two_workers_agrees_with_the_trainer_before_and_after_each_
     site: Site, engine: Engine
 ) -> None:
     assert len(engine.workers) == PARALLEL
-    fleet, requests, before = Fleet([engine.handle]), sampled_requests(), None
+    fleet, requests, before = Fleet(Engines([engine.handle])), sampled_requests(), None
     for version in range(4):
         if version:
             fleet.update_weights(version, site.policy.changed(version, keep=ray.put, bucket_bytes=10**6))
@@ -133,7 +133,7 @@ def test_an_engine_of_two_workers_agrees_with_the_trainer_before_and_after_each_
 @pytest.mark.long
 def test_a_worker_that_dies_is_named_and_another_engine_does_its_work(site: Site, engine: Engine) -> None:
     other = site.start(1)
-    fleet = Fleet([engine.handle, other.handle])
+    fleet = Fleet(Engines([engine.handle, other.handle]))
     fleet.update_weights(9, site.policy.changed(9, keep=ray.put))
     victim, beside = other.workers
     victim.kill()

@@ -55,6 +55,29 @@ def case(dtype: torch.dtype = torch.float32, *, bias: bool = False) -> tuple[Log
     return LogProbHead.around(layer, None), hidden, torch.randint(VOCABULARY, (TOKENS,))
 
 
+def gradients_agree(
+    head: LogProbHead,
+    hidden: Tensor,
+    mine: Tensor,
+    mine_entropy: Tensor | None,
+    theirs: Tensor,
+    theirs_entropy: Tensor,
+) -> tuple[Tensor, ...]:
+    """Compare log-probs, entropies if there are some, and the gradients of a weighted sum; returns those of the head."""
+    torch.testing.assert_close(mine.double(), theirs, atol=1e-6, rtol=1e-6)
+    weights, entropy_weights = torch.randn(2, TOKENS)
+    loss, expected = (mine * weights).sum(), (theirs * weights).sum()
+    if mine_entropy is not None:
+        torch.testing.assert_close(mine_entropy.double(), theirs_entropy, atol=1e-6, rtol=1e-6)
+        loss = loss + (mine_entropy * entropy_weights).sum()
+        expected = expected + (theirs_entropy * entropy_weights).sum()
+    inputs = (hidden, *head.parameters())
+    gradients = torch.autograd.grad(loss, inputs)
+    for a, b in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    return gradients
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -66,20 +89,8 @@ def test_equals_naive_forward_and_backward(
     head.softcap = softcap
     mine, mine_entropy = head(hidden, targets, temperature, with_entropy)
     theirs, theirs_entropy = naive(hidden, head.weight, head.bias, targets, temperature, softcap)
-    torch.testing.assert_close(mine.double(), theirs, atol=1e-6, rtol=1e-6)
-    weights, entropy_weights = torch.randn(2, TOKENS)
-    loss, expected = (mine * weights).sum(), (theirs * weights).sum()
-    if with_entropy:
-        torch.testing.assert_close(mine_entropy.double(), theirs_entropy, atol=1e-6, rtol=1e-6)
-        loss, expected = (
-            loss + (mine_entropy * entropy_weights).sum(),
-            expected + (theirs_entropy * entropy_weights).sum(),
-        )
-    else:
-        assert mine_entropy is None
-    inputs = (hidden, *head.parameters())
-    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (mine_entropy is not None) == with_entropy
+    gradients_agree(head, hidden, mine, mine_entropy, theirs, theirs_entropy)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -96,21 +107,10 @@ def test_over_kept_sets_it_equals_a_softmax_of_what_was_kept(
     unused = next(token for token in range(VOCABULARY) if token not in targets.tolist())
     kept[:, unused] = False
     mine, mine_entropy = head(hidden, targets, 0.6, with_entropy, KeptSets.from_mask(kept))
+    assert (mine_entropy is not None) == with_entropy
     theirs, theirs_entropy = naive(hidden, head.weight, head.bias, targets, 0.6, softcap, kept)
-    torch.testing.assert_close(mine.double(), theirs, atol=1e-6, rtol=1e-6)
     assert not mine[kept.sum(1) == 1].any(), "among one token there is no choice"
-    weights, entropy_weights = torch.randn(2, TOKENS)
-    loss, expected = (mine * weights).sum(), (theirs * weights).sum()
-    if with_entropy:
-        torch.testing.assert_close(mine_entropy.double(), theirs_entropy, atol=1e-6, rtol=1e-6)
-        loss, expected = (
-            loss + (mine_entropy * entropy_weights).sum(),
-            expected + (theirs_entropy * entropy_weights).sum(),
-        )
-    inputs = (hidden, *head.parameters())
-    gradients = torch.autograd.grad(loss, inputs)
-    for a, b in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    gradients = gradients_agree(head, hidden, mine, mine_entropy, theirs, theirs_entropy)
     assert not gradients[1][unused].any()
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.planning.staleness import mean_staleness, slices_of, staleness_table
 from rlhf_ray.trainers.ppo.modes.window import Slice, Window
-from rlhf_ray.trainers.ppo.modes.windowed import SLICES
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
 STEPS, WARM_UP, SLICE = 400, 100, 8
@@ -107,14 +107,14 @@ def test_modes_in_which_times_do_not_matter() -> None:
         mean_staleness("sync", steps=1, learning_s=0.0)
 
 
-@pytest.mark.parametrize(("prompts", "engines"), [(64, 1), (64, 30), (7, 2), (3, 8), (5, 1)])
-def test_a_step_has_as_many_slices_as_the_mode_cuts(prompts, engines) -> None:
-    most = max(engines, -(-prompts // SLICES))  # of Windowed
+@pytest.mark.parametrize(("prompts", "engines", "slices"), [(64, 1, 4), (64, 30, 3), (7, 2, 4), (3, 8, 1), (5, 1, 3)])
+def test_a_step_has_as_many_slices_as_the_mode_cuts(prompts, engines, slices) -> None:
+    rollout = RolloutConfig(engines=engines)
     window: Window[None] = Window(steps=1, size=prompts, total=1, step=0)
     count = 0
-    while window.next(most) is not None:
+    while window.next(rollout.prompts_per_slice(prompts)) is not None:
         count += 1
-    assert slices_of(prompts, engines) == count
+    assert slices_of(rollout, prompts) == count == slices
 
 
 @pytest.mark.parametrize(

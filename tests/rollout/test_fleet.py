@@ -18,7 +18,7 @@ from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupEr
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError
-from rlhf_ray.rollout.fleet import Fleet, SetAside, cut_shares
+from rlhf_ray.rollout.fleet import Engines, Fleet, SetAside, cut_shares
 from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
@@ -111,7 +111,7 @@ def expected(model_and_directory: tuple[LlamaForCausalLM, Path], weights: Publis
         LocalHandle(TransformersEngine(model_and_directory[1], config, stop_token_ids=(1,), deterministic=True))
         for _ in range(3)
     ]
-    fleet = Fleet(handles)
+    fleet = Fleet(Engines(handles))
     fleet.update_weights(1, weights)
     return fleet.generate(REQUESTS, DEADLINE_S)
 
@@ -171,7 +171,7 @@ def test_a_lost_share_is_generated_again_as_a_whole_with_the_same_bits(
     fault: str, victim: int, make_handle: Any, weights: PublishedWeights, expected: TrajectoryBatch
 ) -> None:
     handles = [make_handle(*([FAULTS[fault]] if place == victim else [])) for place in range(3)]
-    fleet = Fleet(handles)
+    fleet = Fleet(Engines(handles))
     fleet.update_weights(1, weights)
     handles[victim].answers_probes = False
     assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
@@ -186,7 +186,7 @@ def test_a_lost_share_is_generated_again_as_a_whole_with_the_same_bits(
 def test_one_engine_left_does_the_work_of_three(
     make_handle: Any, weights: PublishedWeights, expected: TrajectoryBatch
 ) -> None:
-    fleet = Fleet([make_handle() for _ in range(3)])
+    fleet = Fleet(Engines([make_handle() for _ in range(3)]))
     fleet.update_weights(1, weights)
     fleet.health.died(0, "x", 0)
     fleet.health.retire(1, "x")
@@ -197,7 +197,7 @@ def test_a_suspect_serves_again_only_after_it_answered(
     make_handle: Any, weights: PublishedWeights, expected: TrajectoryBatch
 ) -> None:
     handle = make_handle(DeadlineError("rollout", 0, "generate", "late"))
-    fleet = Fleet([handle])
+    fleet = Fleet(Engines([handle]))
     fleet.update_weights(1, weights)
     batch = fleet.generate(REQUESTS, DEADLINE_S)  # late, then a good probe, then the share again
     assert torch.equal(batch["prompt_id"], expected["prompt_id"])
@@ -210,7 +210,7 @@ def test_a_suspect_serves_again_only_after_it_answered(
 
 def test_nothing_is_served_before_the_first_update(make_handle: Any, weights: PublishedWeights) -> None:
     handle = make_handle()
-    fleet = Fleet([handle])
+    fleet = Fleet(Engines([handle]))
     with pytest.raises(GroupError, match="no engine is healthy"):
         fleet.generate(REQUESTS, DEADLINE_S)
     fleet.update_weights(1, weights)
@@ -220,14 +220,14 @@ def test_nothing_is_served_before_the_first_update(make_handle: Any, weights: Pu
 
 def test_a_share_that_fails_everywhere_ends_in_one_error(make_handle: Any, weights: PublishedWeights) -> None:
     late = DeadlineError("rollout", 0, "generate", "late")
-    fleet = Fleet([make_handle(*[late] * 9) for _ in range(2)], policy=HealthPolicy(failures_until_dead=99))
+    fleet = Fleet(Engines([make_handle(*[late] * 9) for _ in range(2)], policy=HealthPolicy(failures_until_dead=99)))
     fleet.update_weights(1, weights)
     with pytest.raises(GroupError, match="share 0 failed 3 times, last: rollout rank 0 failed in generate: late"):
         fleet.generate(REQUESTS, DEADLINE_S)
 
 
 def test_a_wrong_request_is_nobodys_fault(make_handle: Any, weights: PublishedWeights) -> None:
-    fleet = Fleet([make_handle(), make_handle()])
+    fleet = Fleet(Engines([make_handle(), make_handle()]))
     fleet.update_weights(1, weights)
     with pytest.raises(RequestError, match="has no seed"):
         fleet.generate(make_requests(PROMPTS, samples_per_prompt=1, max_new_tokens=2), DEADLINE_S)
@@ -238,7 +238,7 @@ def test_an_engine_that_missed_an_update_never_serves(
     make_handle: Any, weights: PublishedWeights, expected: TrajectoryBatch
 ) -> None:
     handles = [make_handle() for _ in range(3)]
-    fleet = Fleet(handles)
+    fleet = Fleet(Engines(handles))
     fleet.update_weights(1, weights)
     handles[1].takes_weights = False
     fleet.update_weights(2, PublishedWeights(2, weights.buckets, weights.checksum))
@@ -275,7 +275,7 @@ class Restarts:
 def with_restarts(make_handle: Callable[..., Handle]) -> Callable[..., tuple[Fleet, Restarts]]:
     def start(*handles: Handle, **policy: Any) -> tuple[Fleet, Restarts]:
         restarts = Restarts(handles, make_handle)
-        return Fleet(handles, restart=restarts, policy=HealthPolicy(**policy)), restarts
+        return Fleet(Engines(handles, restart=restarts, policy=HealthPolicy(**policy))), restarts
 
     return start
 
@@ -372,7 +372,7 @@ def test_an_engine_that_cannot_be_restarted_retires_and_the_error_says_why(
 
 
 def test_without_restarts_a_dead_engine_stays_dead(make_handle: Any, weights: PublishedWeights) -> None:
-    fleet = Fleet([make_handle(), make_handle(DEAD)])
+    fleet = Fleet(Engines([make_handle(), make_handle(DEAD)]))
     fleet.update_weights(1, weights)
     fleet.generate(REQUESTS, DEADLINE_S)
     for _ in range(3):
@@ -407,7 +407,7 @@ def test_weights_that_a_restarted_engine_still_takes_when_others_are_published_c
 
 
 def test_no_engine_with_weights_is_an_error_that_says_why(make_handle: Any, weights: PublishedWeights) -> None:
-    fleet = Fleet([make_handle()])
+    fleet = Fleet(Engines([make_handle()]))
     broken = PublishedWeights(1, (*weights.buckets[:-1], weights.buckets[-1][:-1]), weights.checksum)
     with pytest.raises(GroupError, match=r"no engine has the weights[\s\S]*dead[\s\S]*did not come"):
         fleet.update_weights(1, broken)
@@ -415,7 +415,7 @@ def test_no_engine_with_weights_is_an_error_that_says_why(make_handle: Any, weig
 
 def test_a_probe_finds_the_dead(make_handle: Any, weights: PublishedWeights) -> None:
     handles = [make_handle(), make_handle()]
-    fleet = Fleet(handles)
+    fleet = Fleet(Engines(handles))
     fleet.update_weights(1, weights)
     handles[0].engine.shutdown()
     fleet.probe()
@@ -430,7 +430,7 @@ def test_a_share_that_took_too_long_is_not_tried_again_where_none_was_in_time(
     make_handle: Callable[..., Handle], weights: PublishedWeights
 ) -> None:
     handles = [make_handle(SLOW), make_handle(SLOW)]
-    fleet = Fleet(handles)
+    fleet = Fleet(Engines(handles))
     fleet.update_weights(1, weights)
     with pytest.raises(GroupError) as caught:
         fleet.generate(REQUESTS, DEADLINE_S)
@@ -441,7 +441,7 @@ def test_a_share_that_took_too_long_is_not_tried_again_where_none_was_in_time(
 def test_a_share_that_took_too_long_is_tried_again_where_another_was_in_time(
     make_handle: Callable[..., Handle], weights: PublishedWeights, expected: TrajectoryBatch, project_log: StringIO
 ) -> None:
-    fleet = Fleet([make_handle(), make_handle(SLOW), make_handle()])
+    fleet = Fleet(Engines([make_handle(), make_handle(SLOW), make_handle()]))
     fleet.update_weights(1, weights)
     assert_same_bits(fleet.generate(REQUESTS, DEADLINE_S), expected)
     assert "engine 1 lost share 1, which is generated again: rollout rank 0 failed in generate: 31 of 32" in (
@@ -532,7 +532,7 @@ def test_the_death_of_a_process_is_told_once_although_its_last_call_ends_later(
     """A restart ends the old process, so what asked whether it lives, or gave it weights, fails after it is known dead."""
     seconds, failed, late = [0.0], [False], DeadlineError("rollout", 0, "health", "no answer in 60 s")
     asked = Pending[Any](lambda: _raise(late), lambda timeout_s: failed[0])
-    fleet = Fleet([make_handle(), make_handle()], lives=lambda engine: asked, clock=lambda: seconds[0])
+    fleet = Fleet(Engines([make_handle(), make_handle()], lives=lambda engine: asked, clock=lambda: seconds[0]))
     fleet.update_weights(1, weights)
     fleet.heal()
     seconds[0] += 11
@@ -582,7 +582,7 @@ def test_a_process_that_answers_nothing_while_it_works_is_replaced_long_before_i
             return Pending(lambda: _raise(DeadlineError("rollout", engine, "health", "no answer in 60 s")))
         return Pending.done({})
 
-    fleet = Fleet(handles, restart=restart, lives=lives, clock=clock)
+    fleet = Fleet(Engines(handles, restart=restart, lives=lives, clock=clock))
     fleet.update_weights(1, weights)
     handles[1].stopped = True
     if at_work == "generate":

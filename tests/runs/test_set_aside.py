@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_ray.errors import IntegrityError
-from rlhf_ray.rollout.fleet import Fleet, SetAside
+from rlhf_ray.rollout.fleet import Engines, Fleet, SetAside
 from rlhf_ray.runs.set_aside import SetAsidePrompts
 from rlhf_ray.trainers.ppo.build import keep_set_aside
 
@@ -18,13 +18,13 @@ def test_a_prompt_is_kept_with_its_text_and_left_out_when_the_run_goes_on(tmp_pa
     path = tmp_path / "set_aside.jsonl"
     tokenizer = SimpleNamespace(decode=lambda ids: f"text of {list(ids)}")
     run = SimpleNamespace(set_aside=SetAsidePrompts(path))
-    fleet = Fleet([])
+    fleet = Fleet(Engines([]))
     keep_set_aside(fleet, run, tokenizer)  # type: ignore[arg-type]  # nothing else is asked of a run
     assert fleet.set_aside == set()
     fleet.on_set_aside(SetAside(17, (3, 4), ("a", "b", "c")))
     line = {"prompt_id": 17, "text": "text of [3, 4]", "causes": ["a", "b", "c"]}
     assert [json.loads(text) for text in path.read_text().splitlines()] == [line]
-    resumed = Fleet([])
+    resumed = Fleet(Engines([]))
     keep_set_aside(resumed, run, tokenizer)  # type: ignore[arg-type]
     assert resumed.set_aside == {17}
 

@@ -30,6 +30,10 @@ class EnvironmentConfig(Section):
             yield "name", problem
 
 
+SLICES = 4
+"""In so many parts mode ``windowed`` samples a step, where that leaves each engine a prompt of each."""
+
+
 class RolloutConfig(Section):
     """The rollout engines and how they sample."""
 
@@ -75,6 +79,10 @@ class RolloutConfig(Section):
     def staleness(self) -> int:
         """How many publications older than the newest the weights may be that sampled the tokens of a step, in this mode."""
         return {"sync": 0, "one_step_off": 1, "windowed": self.window}[self.mode]
+
+    def prompts_per_slice(self, prompts_per_step: int) -> int:
+        """Prompts that mode ``windowed`` samples at a time: a part of a step, but one for each engine at least."""
+        return max(self.engines, -(-prompts_per_step // SLICES))
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.cuts and self.top_k == 0 and self.backend == "vllm" and self.resources.gpus_per_rank > 0:

@@ -17,19 +17,17 @@ One thread at a time calls a fleet; it need not always be the same. Only :meth:`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError, StaleWeightsError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import ROLE
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError
-from rlhf_ray.rollout.fleet.engines import POLL_S, EngineHandle, Engines
+from rlhf_ray.rollout.fleet.engines import POLL_S, Engines
 from rlhf_ray.rollout.fleet.shares import SetAside, Share, Work, cut_shares
-from rlhf_ray.rollout.health import ALIVE, HealthPolicy
+from rlhf_ray.rollout.health import ALIVE
 from rlhf_ray.rollout.requests import Generation, Key, gather
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -41,17 +39,8 @@ MAX_ATTEMPTS = 3
 class Fleet:
     """The engines of a run. They generate nothing before the first :meth:`update_weights`."""
 
-    def __init__(
-        self,
-        handles: Sequence[EngineHandle],
-        *,
-        restart: Callable[[int, int], Pending[None]] | None = None,
-        lives: Callable[[int], Pending[Any]] | None = None,
-        policy: HealthPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """``restart`` starts a new process for an engine, ``lives`` asks whether one answers; see :class:`Engines`."""
-        self.engines = Engines(handles, restart=restart, lives=lives, policy=policy, clock=clock)
+    def __init__(self, engines: Engines) -> None:
+        self.engines = engines
         self.health = self.engines.health
         self.set_aside: set[int] = set()
         """The ids of prompts that are answered no more."""

@@ -17,7 +17,7 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.data.order import Part
 from rlhf_ray.errors import DeadRankError, GroupError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trainers.ppo.build import make_mode
 from rlhf_ray.trainers.ppo.sampling import FixedSampling, PromptStream, Sampler
@@ -67,7 +67,7 @@ def test_a_run_that_ends_while_its_engines_work_ends_at_once_and_restarts_none(
         restarts.append(incarnation)
         raise GroupError("rollout", None, "restart", "its processes have been stopped")
 
-    fleet = Fleet([engine], restart=restart)
+    fleet = Fleet(Engines([engine], restart=restart))
     fleet.update_weights(0, SimpleNamespace(version=0))  # type: ignore[arg-type]  # this engine reads no weights
     data = [TokenizedPrompt(number, "", (1, 2)) for number in range(24)]
     prompts, sampler = PromptStream(data, [Part(len(data), len(data))], 0), Sampler(config, fleet)

@@ -123,10 +123,8 @@ def test_a_second_run_has_the_same_bits(undisturbed: RunDirectory, tmp_path: Pat
     assert same(undisturbed, again)
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_samples_of_its_checkpoint_to_the_same_bits(
-    undisturbed: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small(tmp_path)
+def stopped_after_two(config: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[RunDirectory, Any]:
+    """A run that was asked to stop after two of its four steps, and what it goes on from."""
     run = start(config)
     monkeypatch.setattr(stopping._stop, "is_set", lambda: run.ledger.last_step == 2)
     with pytest.raises(ResumableStop, match="after step 2 of 4"):
@@ -135,6 +133,14 @@ def test_a_run_that_was_stopped_goes_on_with_the_samples_of_its_checkpoint_to_th
     monkeypatch.undo()
     again, checkpoint = RunDirectory.resume(run.path)
     assert checkpoint is not None
+    return again, checkpoint
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_samples_of_its_checkpoint_to_the_same_bits(
+    undisturbed: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path)
+    again, checkpoint = stopped_after_two(config, monkeypatch)
     (kept,) = buffer.read_steps(checkpoint.path, SIZES)
     assert kept.step == 2
     assert set(kept.trajectories["weight_version"][kept.trajectories["action_mask"]].tolist()) == {1}
@@ -169,14 +175,7 @@ def test_samples_that_do_not_fit_the_resumed_run_are_sampled_again_by_the_weight
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(tmp_path)
-    run = start(config)
-    monkeypatch.setattr(stopping._stop, "is_set", lambda: run.ledger.last_step == 2)
-    with pytest.raises(ResumableStop):
-        train(config, run)
-    run.release()
-    monkeypatch.undo()
-    again, checkpoint = RunDirectory.resume(run.path)
-    assert checkpoint is not None
+    again, checkpoint = stopped_after_two(config, monkeypatch)
     if how == "sizes":
         config = small(tmp_path, "rollout.max_new_tokens=5")
     elif how == "mode":

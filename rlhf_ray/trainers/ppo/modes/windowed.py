@@ -31,8 +31,6 @@ from rlhf_ray.trainers.ppo.modes.window import Slice, Window
 from rlhf_ray.trainers.ppo.sampling import Collected, Phase, PromptStream, Sampler, refuse_stale
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-SLICES = 4
-"""A step is sampled in so many slices, as long as each engine gets a prompt of each."""
 Answers = tuple[list[TokenizedPrompt], TrajectoryBatch]
 
 
@@ -53,7 +51,7 @@ class Windowed:
         self.sampler = sampler
         self.prompts = prompts
         self._stop_engines = stop_engines
-        self._slice = max(config.rollout.engines, -(-config.batch.prompts_per_step // SLICES))
+        self._slice = config.rollout.prompts_per_slice(config.batch.prompts_per_step)
         self._window: Window[Answers] | None = None
         self._current: list[tuple[Slice, Answers]] = []
         self._refused = False
