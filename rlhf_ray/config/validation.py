@@ -81,7 +81,7 @@ class _Builder:
                 absent.append(name)
             else:
                 right[name] = values[name]
-        return section.partial(right, absent)
+        return section.with_gaps(right, absent)
 
     def _entries(self, entry: type[Section], values: Mapping[str, Any], at: tuple[str, ...]) -> dict[str, Section]:
         """A mapping by names, without the entries that cannot be sections."""

@@ -4,7 +4,8 @@ An answer's age is the number of publications between the weights that sampled i
 its mean is the mean number of answers that were begun and not learned from, at the publications, over the answers of a step.
 
 Invariants: no mean is above the mode's bound. In ``sync`` and ``one_step_off`` times do not matter and the mean is exact; in
-``windowed`` it is that of the steady state, exact where all steps take the same times and every step publishes.
+``windowed`` it is that of the steady state, exact where all steps take the same times, answers end in the order in which they
+were begun, and every step publishes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import table
 from rlhf_ray.planning.job_memory import Files, weights_here
-from rlhf_ray.planning.step_time import step_seconds
+from rlhf_ray.planning.step_time import H100, step_seconds
 
 
 def mean_staleness(
@@ -27,21 +28,27 @@ def mean_staleness(
     window: int = 1,
     sampling_s: float = 1.0,
     learning_s: float = 1.0,
-    slices: int = 4,
+    in_work: float = math.inf,
+    longest: float = 1.0,
 ) -> float:
     """Return the mean age of the answers of a run of ``steps`` steps, in publications.
 
-    A step is sampled in ``sampling_s`` seconds, in ``slices`` parts one after the other, and learned from in ``learning_s``.
+    A step takes engines that never pause ``sampling_s`` seconds, and the trainer ``learning_s`` from its answers to its
+    publication. ``in_work`` is how many answers the engines sample at once, in steps (by default any number), and ``longest``
+    the time of the answer that a step waits for, over that of a mean one.
+
     ``one_step_off``: every step but the first learns from answers that are one publication old. ``windowed``: where engines are
     not slower than the trainer the window is full, and all answers are as old as it is. Where they are slower the trainer
-    waits: what of a step was begun while the one before it learned, is one publication old, and the rest is new.
-    Times that vary move the mean: little in general, but by up to a slice where learning takes a whole number of slices, and
-    towards either side where sampling and learning take equally long.
+    waits. When it takes a step they have begun, of steps to come, what they sampled beside its longest answer, ``in_work *
+    longest``, if the window had room; and until its publication ``learning_s / sampling_s`` more, besides what fills places
+    that had stood empty, which are then filled all at once. This holds with ``rollout.partial`` and without. Where sampling and
+    learning take about equally long, times that vary fill the window now and then, and the mean is higher.
 
     Raises ``ValueError`` for a size or time that is not above 0.
     """
     for name, value in (
-        ("steps", steps), ("window", window), ("sampling_s", sampling_s), ("learning_s", learning_s), ("slices", slices),
+        ("steps", steps), ("window", window), ("sampling_s", sampling_s), ("learning_s", learning_s), ("in_work", in_work),
+        ("longest", longest),
     ):  # fmt: skip
         if not value > 0:
             raise ValueError(f"{name} is {value:g}, but it must be above 0")
@@ -53,13 +60,17 @@ def mean_staleness(
         raise ValueError(f"mode {mode!r} is unknown: use sync, one_step_off or windowed")
     if sampling_s <= learning_s:
         return float(window)
-    return math.ceil(learning_s / sampling_s * slices) / slices
+    ahead = min(window - 1.0, in_work * longest)
+    if ahead >= in_work:
+        return min(float(window), ahead + learning_s / sampling_s)
+    return min(float(window), max(in_work, (ahead + in_work) / 2 + learning_s / sampling_s))
 
 
 def staleness_table(config: Job, files: Files = weights_here) -> str | None:
     """The mean age of a job's answers as a table; none for a job that does not sample.
 
-    Times of sampling and learning are those of :func:`~rlhf_ray.planning.step_time.step_seconds`, at the rates of an H100.
+    Times of sampling and learning are those of :func:`~rlhf_ray.planning.step_time.step_seconds`, at the rates of an H100, and
+    so are the lengths of a mean answer and the longest.
     """
     if not isinstance(config, PpoConfig):
         return None
@@ -77,13 +88,14 @@ def staleness_table(config: Job, files: Files = weights_here) -> str | None:
             window=rollout.window,
             sampling_s=sampling_s,
             learning_s=learning_s,
-            slices=slices_of(rollout, config.batch.prompts_per_step),
+            in_work=in_work(rollout, config.batch.prompts_per_step * config.batch.samples_per_prompt),
+            longest=min(rollout.max_new_tokens, 2 * H100.answer) / min(rollout.max_new_tokens, H100.answer),
         )
         value = f"{mean:.2f}"
         follows = bound if not times else f"{bound}; sampling {sampling_s:.1f} s, learning {learning_s:.1f} s (H100)"
     return table("staleness", ("what", "publications", "from"), [("mean age of answers", value, follows)])
 
 
-def slices_of(rollout: RolloutConfig, prompts_per_step: int) -> int:
-    """In how many parts mode ``windowed`` samples a step."""
-    return math.ceil(prompts_per_step / rollout.prompts_per_slice(prompts_per_step))
+def in_work(rollout: RolloutConfig, samples: int) -> float:
+    """How many answers the engines sample at once, in steps of ``samples``; without limit where the config sets none."""
+    return math.inf if rollout.max_num_seqs is None else rollout.engines * rollout.max_num_seqs / samples

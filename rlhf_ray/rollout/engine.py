@@ -3,7 +3,7 @@
 Invariants:
 
 - All requests of a call are added before its first step, or none is.
-- A call ends in all its generations, in input order, or in one typed error.
+- A call of ``generate`` ends in all its generations, in input order, or in one typed error.
 - Every token carries the version of the weights that sampled it.
 - Weights change only between two steps, and a change drops everything that was computed with the old ones.
 - An engine whose step or update failed is dead and refuses all further work.
@@ -168,6 +168,20 @@ class RolloutEngine(ABC):
             sampled += self._running()
             done |= {generation.key: generation for generation in self.step()}
         return [done[request.key] for request in requests]
+
+    def advance(self, requests: Sequence[GenerationRequest], seconds: float) -> list[Generation]:
+        """Add ``requests``, sample for about ``seconds``, at least one token each, and return the generations that ended.
+
+        Those that did not stay in work for the next call, before which weights may change.
+        """
+        self.submit(requests)
+        finished: list[Generation] = []
+        end = self._clock() + seconds
+        while self._unfinished:
+            finished += self.step()
+            if self._clock() >= end:
+                break
+        return finished
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Add all requests, or none of them if one cannot be served."""

@@ -174,7 +174,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rollout": {
         **_same(SAMPLING, "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p", "max_model_tokens"),
         **_same(ROUNDING, "backend", "dtype", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel"),
-        **_same(MODE, "mode", "window"),
+        **_same(MODE, "mode", "window", "partial"),
         "environment": REWARD,
         **_same(FREE, "engines", "max_restarts", "kv_cache_gib", "gpu_memory_utilization", "weight_transport", "sleep",
                 "timeout_s"),

@@ -31,7 +31,7 @@ algo.advantage.is_correction_gating algorithm.importance.gating
 algo.advantage.is_correction_threshold algorithm.importance.low algorithm.importance.high
 train.async_enable rollout.mode
 train.async_queue_size rollout.window
-train.partial_rollout_enable -
+train.partial_rollout_enable rollout.partial
 eval.steps evaluation.every_steps
 ckpt.save_steps checkpoint.every_steps
 logger.logging_steps -

@@ -28,6 +28,7 @@ from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import GroupError
 from rlhf_ray.launch.driver import train_new_run
 from rlhf_ray.rollout.fleet import Fleet
+from rlhf_ray.rollout.health import ALIVE
 from rlhf_ray.rollout.requests import GenerationRequest
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.runs.directory import RunDirectory
@@ -80,7 +81,7 @@ class Killer:
     def _under_fire(self, kind: str, call: Callable[[], Any]) -> Any:
         health = self.fleet.health
         self.fleet.heal()
-        healthy = health.healthy
+        healthy = self._candidates()
         if self.done[kind] >= self.wanted[kind] or kind not in self.lasted or not healthy:
             return self._timed(kind, call)
         victim = self._rng.choice(healthy)
@@ -99,18 +100,26 @@ class Killer:
         print(f"step {self.trainer.progress.step}: engine {victim} killed {kind}{'' if hit else ', too late to count'}")
         return value
 
+    def _candidates(self) -> tuple[int, ...]:
+        """Engines that may be killed now."""
+        return self.fleet.health.healthy
+
     def _timed(self, kind: str, call: Callable[[], Any]) -> Any:
-        """Only a call that is not disturbed says how long one takes."""
-        whole, began = len(self.fleet.health.healthy) == len(self.fleet.health), time.monotonic()
+        """Only a call of which no engine is missing says how long one takes, so those that are restarted are waited for."""
+        if self.done[kind] < self.wanted[kind]:
+            self._wait_until(lambda: len(self.fleet.health.in_state(*ALIVE)) == len(self.fleet.health))
+        began = time.monotonic()
         value = call()
-        if whole:
-            self.lasted[kind] = min(time.monotonic() - began, self.lasted.get(kind, float("inf")))
+        self.lasted[kind] = min(time.monotonic() - began, self.lasted.get(kind, float("inf")))
         return value
 
     def expect_whole(self) -> None:
         """Wait until every engine is healthy; fails if one is not in time."""
+        self._wait_until(lambda: len(self.fleet.health.healthy) == len(self.fleet.health))
+
+    def _wait_until(self, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + WHOLE_AGAIN_S
-        while len(self.fleet.health.healthy) < len(self.fleet.health):
+        while not reached():
             assert time.monotonic() < deadline, self.fleet.health.describe()
             self.fleet.heal()
             time.sleep(0.1)
@@ -133,7 +142,7 @@ class Killer:
 def campaign(root: Path, generating: int, updating: int, *overrides: str, seed: int = 0) -> Counter[str]:
     """Run until all kills were made; returns how many of each kind. Raises AssertionError where something was lost."""
     steps = 2 * max(generating, updating) + 4
-    settings = [f"run.root={root}", "run.name=kills", "monitoring.ray_metrics=false", f"steps={steps}",
+    settings = [f"run.root={root}", "run.name=kills", "monitoring.ray_metrics=false", f"steps={steps}", "cluster.num_cpus=2",
                 "rollout.max_restarts=1000", "data.world={prompts: 16, evaluation_prompts: 4}", "evaluation={prompts: 4}",
                 "batch={prompts_per_step: 8, samples_per_prompt: 2, sequences_per_update: 16, max_tokens_per_micro_batch: 512}",
                 "checkpoint.every_steps=null"]  # fmt: skip

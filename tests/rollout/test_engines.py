@@ -339,6 +339,35 @@ def test_an_update_reaches_what_was_cached(free_bench: tuple[Bench, Sequence[Lla
             assert largest_difference(models[1 - version], requests, generations, TEMPERATURE) > 1.0
 
 
+def test_answers_stay_in_work_from_call_to_call_and_go_on_under_new_weights(
+    free_bench: tuple[Bench, Sequence[LlamaForCausalLM]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, models = free_bench
+    engine = bench.engine()
+    engine.receive(publish(0, models[0].named_parameters()))
+    requests = make_requests([(row, [3 + row, 4, 5]) for row in range(6)], samples_per_prompt=2, max_new_tokens=9)
+    done = [*engine.advance(requests[:8], 0.0), *engine.advance(requests[8:], 0.0)]
+    assert engine.unfinished == len(requests) - len(done) > 0
+    engine.receive(publish(1, models[1].named_parameters()))
+    steps, step = [0], engine.step
+    monkeypatch.setattr(engine, "step", lambda: (steps.__setitem__(0, steps[0] + 1), step())[1])
+    bench.clock.seconds = 1.0
+    done += engine.advance([], 2.5)
+    assert steps == [3] and engine.unfinished > 0, "three looks at the clock, and then it came back"
+    while engine.unfinished:
+        done += engine.advance([], 100.0)
+    assert sorted(generation.key for generation in done) == sorted(request.key for request in requests)
+    both = 0
+    for generation in done:
+        request = next(one for one in requests if one.key == generation.key)
+        split = generation.weight_versions.count(0)
+        both += 0 < split < len(generation.token_ids)
+        assert generation.weight_versions == (0,) * split + (1,) * (len(generation.token_ids) - split)
+        assert _difference(models[0], request, generation, slice(0, split)) < TOLERANCE
+        assert _difference(models[1], request, generation, slice(split, None)) < TOLERANCE
+    assert both >= 4, "answers that were in work at the update"
+
+
 def test_without_seeds_every_call_draws_anew(free_bench: tuple[Bench, Sequence[LlamaForCausalLM]]) -> None:
     engine = free_bench[0].engine()
     requests = make_requests([(0, [3, 4])], samples_per_prompt=20, max_new_tokens=10)

@@ -102,6 +102,11 @@ class RolloutWorker(Worker):
         with self.doing("generate"):
             return self.engine.generate(requests, deadline_s)
 
+    def advance(self, requests: Sequence[GenerationRequest], seconds: float) -> list[Generation]:
+        """Take on ``requests`` and sample for ``seconds``; the generations that ended, of these or of earlier ones."""
+        with self.doing("generate"):
+            return self.engine.advance(requests, seconds)
+
     def receive(self, weights: PublishedWeights) -> None:
         """Replace the engine's weights by ``weights``."""
         with self.doing("receive"):
@@ -146,9 +151,19 @@ class RanksHandle:
         self.ranks = ranks
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
+        return self._sample("generate", requests, deadline_s, deadline_s)
+
+    def advance(
+        self, requests: Sequence[GenerationRequest], seconds: float, deadline_s: float
+    ) -> Pending[list[Generation]]:
+        return self._sample("advance", requests, seconds, deadline_s)
+
+    def _sample(
+        self, method: str, requests: Sequence[GenerationRequest], seconds: float, deadline_s: float
+    ) -> Pending[list[Generation]]:
         limit_s = deadline_s + self.GRACE_S
         key = f"rollout.timeout_s, to which {self.GRACE_S:g} s are added"
-        answer = self.ranks.call("generate", [(list(requests), deadline_s)], timeout_s=limit_s, key=key)
+        answer = self.ranks.call(method, [(list(requests), seconds)], phase="generate", timeout_s=limit_s, key=key)
         return answer.then(lambda values: values[0])
 
     def receive(self, weights: PublishedWeights) -> Pending[None]:

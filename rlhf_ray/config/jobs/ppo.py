@@ -73,7 +73,7 @@ class PpoConfig(TrainingJob):
             "placement": self.policy.placement,
             "max_tokens_per_micro_batch": self.policy.max_tokens_per_micro_batch,
         }
-        return RoleConfig.partial(values, ())  # its parts were checked as the policy's, and are not reported twice
+        return RoleConfig.with_gaps(values, ())  # its parts were checked as the policy's, and are not reported twice
 
     @property
     def max_staleness(self) -> int:

@@ -34,7 +34,6 @@ SHARED = "roles share a GPU when each takes a part of it"
 FORWARD = "passes without gradients take batch.forward_factor times as much"
 FORWARD_OF_SEQUENCES = f"counted in tokens; {FORWARD}"
 TRANSPORT = "by default NCCL or CUDA IPC where the placement allows it, else Ray's object store"
-NO_PARTIAL = "answers are finished by the weights that they were begun with"
 DIRECTORY = "all that a run writes lies in root/name"
 ALL_OFFLOADED = "its value is all, with engine.zero at 3"
 NO_AVERAGE = "no moving average of the weights is kept"
@@ -131,7 +130,7 @@ _PLACEMENT: dict[str, Answer] = {
     "vllm.enable_sleep": _ours("rollout.sleep"),
     "train.async_enable": _ours("rollout.mode", note="one_step_off, or windowed"),
     "train.async_queue_size": _ours("rollout.window", note="with rollout.mode=windowed"),
-    "train.partial_rollout_enable": _none(NO_PARTIAL),
+    "train.partial_rollout_enable": _ours("rollout.partial", note="with rollout.mode=windowed"),
 }  # fmt: skip
 
 _SIZES: dict[str, Answer] = {

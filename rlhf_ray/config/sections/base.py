@@ -42,7 +42,7 @@ class Section(BaseModel):
             return super().__getattr__(name)
 
     @classmethod
-    def partial(cls, values: Mapping[str, Any], absent: Iterable[str]) -> Self:
+    def with_gaps(cls, values: Mapping[str, Any], absent: Iterable[str]) -> Self:
         """A section of ``values``, which are valid, and of defaults, in which the keys ``absent`` have no value at all."""
         section = cls.model_construct(**values)
         for key in absent:

@@ -62,7 +62,7 @@ class RewardSourceConfig(Section):
         if self.model is None:
             return None
         values = {key: value for key, value in self.__dict__.items() if key in ScoringRole.model_fields}
-        return ScoringRole.partial(values, ScoringRole.model_fields.keys() - values.keys())  # its parts are validated
+        return ScoringRole.with_gaps(values, ScoringRole.model_fields.keys() - values.keys())  # its parts are validated
 
     @property
     def places(self) -> list[str]:

@@ -30,10 +30,6 @@ class EnvironmentConfig(Section):
             yield "name", problem
 
 
-SLICES = 4
-"""In so many parts mode ``windowed`` samples a step, where that leaves each engine a prompt of each."""
-
-
 class RolloutConfig(Section):
     """The rollout engines and how they sample."""
 
@@ -67,6 +63,8 @@ class RolloutConfig(Section):
     """Whether a step samples before it learns, while the step before it learns, or up to ``window`` steps ahead."""
     window: Positive = 2
     """Steps that ``windowed`` samples ahead at most."""
+    partial: bool = False
+    """In ``windowed``: answers in work when weights change go on under the new ones. False: they are finished first."""
     environment: EnvironmentConfig | None = None
     """Null: an episode is one answer."""
 
@@ -80,10 +78,6 @@ class RolloutConfig(Section):
         """How many publications older than the newest the weights may be that sampled the tokens of a step, in this mode."""
         return {"sync": 0, "one_step_off": 1, "windowed": self.window}[self.mode]
 
-    def prompts_per_slice(self, prompts_per_step: int) -> int:
-        """Prompts that mode ``windowed`` samples at a time: a part of a step, but one for each engine at least."""
-        return max(self.engines, -(-prompts_per_step // SLICES))
-
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.cuts and self.top_k == 0 and self.backend == "vllm" and self.resources.gpus_per_rank > 0:
             yield (
@@ -96,6 +90,11 @@ class RolloutConfig(Section):
                 "sleep",
                 f"true, but it is for a vllm engine that shares a GPU with other roles (backend is {self.backend}, "
                 f"resources.gpus_per_rank {self.resources.gpus_per_rank:g}): remove it",
+            )
+        if self.partial and self.mode != "windowed":
+            yield (
+                "partial",
+                f"true, but in mode {self.mode} no answer is in work when weights change: set mode to windowed, or remove it",
             )
         if self.sleep and self.mode != "sync":
             yield (

@@ -2,6 +2,8 @@
 
 from rlhf_ray.rollout.fleet.engines import EngineHandle, Engines
 from rlhf_ray.rollout.fleet.fleet import Fleet
+from rlhf_ray.rollout.fleet.pump import Pump
 from rlhf_ray.rollout.fleet.shares import SetAside, cut_shares
+from rlhf_ray.rollout.fleet.stream import Answered, Stream
 
-__all__ = ["EngineHandle", "Engines", "Fleet", "SetAside", "cut_shares"]
+__all__ = ["Answered", "EngineHandle", "Engines", "Fleet", "Pump", "SetAside", "Stream", "cut_shares"]

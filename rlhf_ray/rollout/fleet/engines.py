@@ -34,6 +34,14 @@ class EngineHandle(Protocol):
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
         """Start generating."""
 
+    def advance(
+        self, requests: Sequence[GenerationRequest], seconds: float, deadline_s: float
+    ) -> Pending[list[Generation]]:
+        """Give it requests on top of those that it has in work, and let it sample for ``seconds``.
+
+        It returns what ended; an engine that has not come back after ``deadline_s`` hangs.
+        """
+
     def receive(self, weights: PublishedWeights) -> Pending[None]:
         """Start an update by a publication, whose buckets the engine's side finds."""
 

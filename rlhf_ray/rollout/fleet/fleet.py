@@ -164,6 +164,16 @@ class Fleet:
             )
             raise GroupError(ROLE, None, "generate", f"{cause}\n{self.health.describe()}")
 
+    def put_aside(self, aside: SetAside) -> None:
+        """Answer a prompt no more."""
+        self.set_aside.add(aside.prompt_id)
+        self.on_set_aside(aside)
+        self._log.error(
+            "prompt %d is set aside, because three engines died while they answered it; nothing is learned from it. It "
+            "begins with tokens %s; the last death: %s",
+            aside.prompt_id, list(aside.token_ids[:16]), aside.causes[-1],
+        )  # fmt: skip
+
     def _begin(self, engine: int, share: Share, deadline_s: float) -> tuple[int, Pending[list[Generation]]]:
         return self.engines.start(engine, lambda handle: handle.generate(share, deadline_s))
 
@@ -232,12 +242,7 @@ class Fleet:
         engine = work.lost[-1][0]
         if len(work.lost) >= MAX_ATTEMPTS:
             (prompt,) = work.prompts
-            self.set_aside.add(prompt)
-            self.on_set_aside(SetAside(prompt, work.requests[0].token_ids, work.causes))
-            self._log.error(
-                "prompt %d is set aside, because three engines died while they answered it; nothing is learned from it. It "
-                "begins with tokens %s; the last death: %s", prompt, list(work.requests[0].token_ids[:16]), error,
-            )  # fmt: skip
+            self.put_aside(SetAside(prompt, work.requests[0].token_ids, work.causes))
             return []
         if len(work.lost) == MAX_ATTEMPTS - 1 and len(work.prompts) > 1 and self._killed_all(work):
             self._log.warning("engine %d died at share %d too, whose prompts are now tried one by one: %s",

@@ -1,10 +1,10 @@
 """The driver's loop of PPO (proximal policy optimisation, Schulman et al. 2017) for language models.
 
 Invariants: a step is scored, valued and learned from as one batch; which weights sampled it is its mode's affair
-(``trainers/ppo/modes``), and while weights are sent or answers are compared the mode has nothing on the engines. One schedule a
-step serves log-probs, values and the first pass, so that the first ratio is exactly 1. All ranks of policy and critic apply
-an update, or none does. A step counts only once its prompts are in the ledger. What fails after a step does not cost it: the
-step is committed before the run ends, and the last one before anything else is done.
+(``trainers/ppo/modes``): while weights are sent its engines stand still, and while answers are compared they have nothing in
+work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1. All ranks of policy
+and critic apply an update, or none does. A step counts only once its prompts are in the ledger. What fails after a step does
+not cost it: the step is committed before the run ends, and the last one before anything else is done.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class PpoTrainer:
 
     def publish(self, version: int) -> None:
         """Send the policy's weights to every rollout engine as ``version``."""
-        self.mode.settle()
+        self.mode.pause()
         self.publisher.publish(version)
 
     def remember(self) -> None:
@@ -177,7 +177,7 @@ class PpoTrainer:
 
         The critic is in ``final/critic``.
         """
-        self.mode.settle()  # so that what it has finished is in the checkpoint
+        self.mode.before_checkpoint()
         step = self.progress.step
         if step < self.config.steps:
             self.checkpoints.save(step, self.state)
@@ -198,6 +198,7 @@ class PpoTrainer:
         """Once, where steps train on older samples: compare log-probs on a few answers of the newest weights."""
         if self.mode.trains_on_newest or self.newest_compared:
             return
+        self.mode.settle()
         with self.journal.phase("evaluation"):
             trajectories = self.sampler.generate(self.checked_prompts(), 0)
             if len(trajectories) == 0:  # its prompts were set aside

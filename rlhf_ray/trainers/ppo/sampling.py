@@ -31,8 +31,8 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.environments.episodes import EpisodePlayer
 from rlhf_ray.errors import MissingColumnError, RequestError, StaleWeightsError
-from rlhf_ray.rollout.fleet import Fleet
-from rlhf_ray.rollout.requests import NO_VERSION, make_requests
+from rlhf_ray.rollout.fleet import Fleet, Pump
+from rlhf_ray.rollout.requests import NO_VERSION, GenerationRequest, make_requests
 from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.trainers.ppo.experience import Experience, ScoredSamples
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -94,6 +94,21 @@ class Sampler:
     def generate(self, prompts: Sequence[TokenizedPrompt], step: int) -> TrajectoryBatch:
         """``batch.samples_per_prompt`` answers to each prompt, for training step ``step``; none to one that was set aside."""
         return self._generate(prompts, self.config.batch.samples_per_prompt, step)
+
+    def pump(self) -> Pump:
+        """What keeps the engines sampling, in the place of calls for whole steps."""
+        rollout = self.config.rollout
+        return Pump(self.fleet, timeout_s=rollout.timeout_s, at_once=rollout.max_num_seqs)
+
+    def requests(self, prompt: TokenizedPrompt, number: int) -> list[GenerationRequest]:
+        """Requests for ``batch.samples_per_prompt`` answers to the prompt that is taken as ``number``."""
+        samples = self.config.batch.samples_per_prompt
+        requests = make_requests(
+            [(prompt.prompt_id, prompt.token_ids)],
+            samples_per_prompt=samples,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+        )
+        return [replace(request, sample_index=number * samples + request.sample_index) for request in requests]
 
     def held_out(self, prompts: Sequence[TokenizedPrompt], samples: int, greedy: bool) -> TrajectoryBatch:
         """``samples`` answers to each held-out prompt, sampled, or greedy ones: the likeliest token each time."""

@@ -37,11 +37,17 @@ class Engine:
         self.busy, self.stopped = threading.Event(), threading.Event()
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
-        self.left -= len({one.prompt_id for one in requests})
+        self.left -= len({one.prompt_id for one in requests}) or 1
         if self.left >= 0:
             return Pending.done([Generation(*one.key, (5,), (-0.1,), (0,), FinishReason.STOP) for one in requests])
         self.busy.set()
         return Pending(self._die, self.stopped.wait)
+
+    def advance(
+        self, requests: Sequence[GenerationRequest], seconds: float, deadline_s: float
+    ) -> Pending[list[Generation]]:
+        answered = list(dict.fromkeys(one.prompt_id for one in requests))[: self.left]
+        return self.generate([one for one in requests if one.prompt_id in answered], deadline_s)
 
     def receive(self, weights: Any) -> Pending[None]:
         return Pending.done(None)

@@ -1,4 +1,6 @@
-"""While weights are sent, answers compared or a checkpoint written, the engines do nothing for the modes that sample ahead."""
+"""While weights are sent or answers compared, the engines do nothing for the modes that sample ahead; in ``one_step_off`` a
+checkpoint waits for them too.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.actors.publisher import Publisher
+from rlhf_ray.actors.workers.rollout import RolloutWorker
+from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.trainers.ppo.sampling import Sampler
@@ -27,41 +31,74 @@ def as_before() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("mode", "applied"), [("one_step_off", True), ("one_step_off", False), ("windowed", True)])
-def test_others_use_the_engines_only_while_the_mode_does_not(
-    mode: str, applied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sampling takes longer than learning here, so that it is under way whenever nobody waits for it.
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What used the engines, how many calls of the mode were under way then, and how many answers the engine had in work.
 
-    A step whose updates were all skipped publishes nothing, so that nothing but the mode keeps its comparison waiting.
+    Sampling takes longer than learning here, so that it is under way whenever nobody waits for it.
     """
-    running, seen, generate = [0], list[tuple[str, int]](), Sampler.generate
+    running, engines, seen = [0], set[RolloutEngine](), list[tuple[str, int, int]]()
+    generate, advance = Sampler.generate, RolloutWorker.advance
 
-    def slowly(self: Sampler, prompts: Any, step: int) -> Any:
+    def slowly(call: Callable[..., Any], *arguments: Any) -> Any:
         running[0] += 1
         time.sleep(0.25)
         try:
-            return generate(self, prompts, step)
+            return call(*arguments)
         finally:
             running[0] -= 1
 
+    def sampling(self: Sampler, prompts: Any, step: int) -> Any:
+        return slowly(generate, self, prompts, step)
+
+    def advancing(self: RolloutWorker, requests: Any, seconds: float) -> Any:
+        engines.add(self.engine)
+        return slowly(advance, self, requests, 0.0)  # one token of each answer
+
     def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any, **options: Any) -> Any:
-            seen.append((name, running[0]))
+            seen.append((name, running[0], sum(engine.unfinished for engine in engines)))
             return call(*arguments, **options)
 
         return noted
 
+    monkeypatch.setattr(Sampler, "generate", sampling)
+    monkeypatch.setattr(RolloutWorker, "advance", advancing)
+    for owner, name in ((Publisher, "publish"), (PpoEvaluation, "compare"), (Checkpointer, "save")):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    return seen
+
+
+def run(mode: str, root: Path, *overrides: str) -> None:
+    settings = [f"rollout.mode={mode}", f"run.deterministic={str(mode != 'windowed').lower()}", "steps=3"]
+    schedule = ["evaluation={prompts: 2, every_steps: 1}", "checkpoint.every_steps=2"]
+    config = small(root, *settings, *schedule, *overrides)
+    train(config, start(config))
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_others_use_the_engines_only_while_one_step_off_does_not(
+    applied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[tuple[str, int, int]]
+) -> None:
+    """A step whose updates were all skipped publishes nothing, so that nothing but the mode keeps its comparison waiting."""
+    learn = Learner.learn
+
     def learning(self: Learner, *batch: Any, **options: Any) -> StepOutcome:
         return replace(learn(self, *batch, **options), policy_applied=applied)
 
-    learn = Learner.learn
     monkeypatch.setattr(Learner, "learn", learning)
-    monkeypatch.setattr(Sampler, "generate", slowly)
-    for owner, name in ((Publisher, "publish"), (PpoEvaluation, "compare"), (Checkpointer, "save")):
-        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
-    config = small(tmp_path, f"rollout.mode={mode}", f"run.deterministic={str(mode != 'windowed').lower()}", "steps=3",
-                   "evaluation={prompts: 2, every_steps: 1}", "checkpoint.every_steps=2")  # fmt: skip
-    train(config, start(config))
-    assert {name for name, _ in seen} == {"publish", "compare", "save"}
+    run("one_step_off", tmp_path)
+    assert {name for name, _, _ in seen} == {"publish", "compare", "save"}
     assert [one for one in seen if one[1]] == []
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_in_a_window_engines_stand_still_for_weights_with_unfinished_answers_only_if_these_may_go_on(
+    partial: bool, tmp_path: Path, seen: list[tuple[str, int, int]]
+) -> None:
+    run("windowed", tmp_path, f"rollout.partial={partial}")
+    assert {name for name, _, _ in seen} == {"publish", "compare", "save"}
+    assert [one for one in seen if one[0] == "publish" and one[1]] == []
+    assert [one for one in seen if one[0] == "compare" and one[1:] != (0, 0)] == []
+    in_work = [count for name, _, count in seen if name == "publish"]
+    assert any(in_work) == partial, f"answers in work when weights were sent: {in_work}"

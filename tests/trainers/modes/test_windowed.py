@@ -16,6 +16,7 @@ import pytest
 
 from rlhf_ray.errors import GroupError, ResumableStop, StaleWeightsError
 from rlhf_ray.rollout.errors import TooSlowError
+from rlhf_ray.rollout.fleet import Pump
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.modes.buffer import read_steps, sizes_of
@@ -108,14 +109,15 @@ def test_a_resumed_run_uses_the_finished_answers_of_its_checkpoint_and_every_pro
 def test_an_error_of_the_background_thread_costs_no_step_whose_answers_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = Sampler.generate
+    turn = Pump.turn
 
-    def failing(self: Sampler, prompts: Any, step: int) -> Any:
-        if step == 3:
+    def failing(self: Pump, **options: bool) -> Any:
+        prompts = self._stream._prompts
+        if prompts and min(prompts) >= 3 * SIZE:
             raise TooSlowError("rollout", 0, "generate", "two requests were unfinished")
-        return generate(self, prompts, step)
+        return turn(self, **options)
 
-    monkeypatch.setattr(Sampler, "generate", failing)
+    monkeypatch.setattr(Pump, "turn", failing)
     config = windowed(tmp_path, "checkpoint.every_steps=0")
     run = start(config)
     with pytest.raises(TooSlowError, match="two requests were unfinished"):
@@ -123,20 +125,20 @@ def test_an_error_of_the_background_thread_costs_no_step_whose_answers_are_there
     assert run.ledger.last_step == 3 and run.checkpoints.steps() == [3]
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["a slice", "a step"])
-def test_a_slice_whose_prompts_were_all_set_aside_ends_no_run_but_a_whole_step_does(
+@pytest.mark.parametrize("whole", [False, True], ids=["a prompt", "a step"])
+def test_a_prompt_that_was_set_aside_ends_no_run_but_a_whole_step_of_them_does(
     whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slice has one prompt here. With top-k, batches have columns that one without answers lacks."""
-    generate, lost = Sampler.generate, list[int]()
+    """With top-k, batches have columns that one without answers lacks."""
+    requests, lost = Sampler.requests, list[int]()
 
-    def losing(self: Sampler, prompts: Any, step: int) -> Any:
-        if step == 1 and (whole or not lost):
-            lost.extend(prompt.prompt_id for prompt in prompts)
+    def losing(self: Sampler, prompt: Any, number: int) -> Any:
+        if number // SIZE == 1 and (whole or not lost):
+            lost.append(prompt.prompt_id)
             self.fleet.set_aside |= set(lost)
-        return generate(self, prompts, step)
+        return requests(self, prompt, number)
 
-    monkeypatch.setattr(Sampler, "generate", losing)
+    monkeypatch.setattr(Sampler, "requests", losing)
     config = windowed(tmp_path, "rollout.top_k=40", "steps=3")
     run, error = start(config), None
     try:
@@ -151,7 +153,7 @@ def test_a_slice_whose_prompts_were_all_set_aside_ends_no_run_but_a_whole_step_d
         assert error is None and lost[0] in taken(run) and len(taken(run)) == 3 * SIZE
 
 
-def test_no_slice_is_saved_where_the_step_before_it_was_refused(
+def test_no_answer_is_saved_where_the_step_before_it_was_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run would be refused the same answers again."""
@@ -172,7 +174,7 @@ def test_no_slice_is_saved_where_the_step_before_it_was_refused(
     assert len(taken(again)) == len(set(taken(again))) == STEPS * SIZE
 
 
-def test_a_prompt_in_two_slices_has_samples_with_numbers_of_their_own() -> None:
+def test_a_prompt_that_is_twice_in_a_step_has_samples_with_numbers_of_their_own() -> None:
     batch = TrajectoryBatch.from_arrays(
         {
             "offsets": np.arange(6),

@@ -34,6 +34,10 @@ class BufferedStep:
     prompt_ids: tuple[int, ...]
     """Of all prompts that it took from the stream, in order, also those whose samples are left out."""
     trajectories: TrajectoryBatch
+    samples: tuple[int | None, ...] | None = None
+    """How many samples each of the prompts has, in their order; None for one that is not answered yet, which a resumed run
+    samples. Without it all prompts are answered.
+    """
 
     @property
     def failed(self) -> bool:
@@ -71,7 +75,7 @@ def write_steps(directory: Path, steps: Sequence[BufferedStep], sizes: Mapping[s
     steps = list(takewhile(lambda one: not one.failed, steps))
     if not steps:
         return
-    about = {"sizes": dict(sizes), "steps": [{"step": one.step, "prompts": list(one.prompt_ids)} for one in steps]}
+    about = {"sizes": dict(sizes), "steps": [_about(one) for one in steps]}
     arrays = {
         f"{number}/{name}": array
         for number, one in enumerate(steps)
@@ -102,6 +106,12 @@ def read_steps(directory: Path, sizes: Mapping[str, Any]) -> list[BufferedStep]:
                         if name.startswith(f"{number}/")
                     }
                 ),
+                None if entry["samples"] is None else tuple(entry["samples"]),
             )
             for number, entry in enumerate(about["steps"])
         ]
+
+
+def _about(one: BufferedStep) -> dict[str, Any]:
+    samples = None if one.samples is None else list(one.samples)
+    return {"step": one.step, "prompts": list(one.prompt_ids), "samples": samples}

@@ -21,11 +21,17 @@ class Mode(Protocol):
         Raises what generating them ended in, and :class:`StaleWeightsError` where a token is older than the bound.
         """
 
-    def settle(self) -> None:
-        """Return once the engines do nothing for this mode: they may then take weights, or answer somebody else.
+    def pause(self) -> None:
+        """Return once the engines may take weights.
 
         An error of what they did is raised by the next :meth:`collect`.
         """
+
+    def settle(self) -> None:
+        """Return once the engines have nothing in work for this mode, and may answer somebody else."""
+
+    def before_checkpoint(self) -> None:
+        """Return once all is finished that a checkpoint should hold."""
 
     def position(self, step: int) -> dict[str, Any]:
         """The position of the prompts before ``step`` takes any, as plain JSON; all steps before it have finished."""

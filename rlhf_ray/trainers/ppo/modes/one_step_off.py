@@ -5,7 +5,7 @@ Invariants:
 - A step trains on samples of the publication before its own, or of its own where no update has moved the weights since. Two
   batches at most are under way: the one that is learned from and the next.
 - One background thread collects one step at a time, in the order of the steps, and takes its prompts then. Nothing else uses
-  the engines meanwhile: weights are published, and others are answered, after :meth:`OneStepOff.settle`. So what a step is
+  the engines meanwhile: weights are published, and others are answered, after it has ended. So what a step is
   sampled from does not depend on time, and a deterministic run repeats bit for bit.
 - A checkpoint holds the samples of the next step if they are finished, no episode failed and none is too old, with the versions
   of their tokens, and the position of the prompts before that step. Others are sampled again, by the weights of the checkpoint.
@@ -110,10 +110,18 @@ class OneStepOff:
             self._begin(step + 1, version)
         return replace(collected, metrics=metrics)
 
-    def settle(self) -> None:
+    def pause(self) -> None:
         """Wait for the step that is under way."""
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the step that is under way; what it ended in is raised by :meth:`collect`."""
         for one in self._steps.values():
             one.wait()
+
+    def before_checkpoint(self) -> None:
+        """Wait for the step that is under way."""
+        self.settle()
 
     def position(self, step: int) -> dict[str, Any]:
         """The position before ``step``, which may be under way or finished."""

@@ -24,7 +24,13 @@ class Sync:
         """The samples of ``step``, by the weights that are published."""
         return self.collector.collect(step, version, phase)
 
+    def pause(self) -> None:
+        """Nothing is under way."""
+
     def settle(self) -> None:
+        """Nothing is under way."""
+
+    def before_checkpoint(self) -> None:
         """Nothing is under way."""
 
     def position(self, step: int) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""The mode ``windowed``: the engines sample up to ``rollout.window`` steps ahead of the one that learns.
+"""The mode ``windowed``: the engines sample up to ``rollout.window`` steps ahead of the one that learns, without a pause.
 
 Invariants:
 
-- What may be begun, and which answers a step gets, is :class:`Window`'s to say; no answer is older than ``rollout.window``.
-- One background thread samples a slice of prompts at a time, each with one version of the weights. Weights are published, and
-  others use the engines, between two slices, after :meth:`Windowed.settle` and before the next :meth:`Windowed.collect`.
-- A checkpoint holds every finished slice of steps to come, with the versions of its tokens, and the position of the prompts
-  before the next step. Prompts whose answers are not finished are taken again and sampled by the weights of the checkpoint.
+- What may be begun, and which answers a step gets, is :class:`Window`'s to say; no token is older than ``rollout.window``.
+- One background thread keeps the engines sampling, and nothing else uses them meanwhile. Others have them after
+  :meth:`Windowed.settle`, when no prompt is in work, and before the next :meth:`Windowed.collect`.
+- Weights change after :meth:`Windowed.pause`. With ``rollout.partial`` what is in work then goes on under the new ones, and
+  each token has the version that sampled it; without, it is finished first, and every answer is of one version.
+- A checkpoint holds every answered prompt of steps to come, with the versions of its tokens, and which prompts were begun
+  besides. These are sampled again, from the start: never does a run train on what a process that is gone left unfinished.
 
-How many prompts a slice has when is a matter of time, so this mode does not repeat bit for bit.
+When a prompt is begun is a matter of time, so this mode does not repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,32 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import StaleWeightsError
+from rlhf_ray.rollout.requests import gather
 from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, sizes_of, write_steps
 from rlhf_ray.trainers.ppo.modes.one_step_off import CLOSING_S
-from rlhf_ray.trainers.ppo.modes.window import Slice, Window
+from rlhf_ray.trainers.ppo.modes.window import Window
 from rlhf_ray.trainers.ppo.sampling import Collected, Phase, PromptStream, Sampler, refuse_stale
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
-Answers = tuple[list[TokenizedPrompt], TrajectoryBatch]
+
+@dataclass(frozen=True)
+class Answers:
+    """All samples of a prompt; none of one that was set aside."""
+
+    prompt: TokenizedPrompt
+    batch: TrajectoryBatch
+
+
+class Task(Enum):
+    """What the background thread is there for now."""
+
+    SAMPLE = auto()
+    """Keep the engines sampling."""
+    FINISH = auto()
+    """Begin nothing, and finish what the engines have in work."""
+    PAUSE = auto()
+    """Let the engines stand still, with what they have in work."""
+    END = auto()
 
 
 class Windowed:
@@ -51,9 +74,14 @@ class Windowed:
         self.sampler = sampler
         self.prompts = prompts
         self._stop_engines = stop_engines
-        self._slice = config.rollout.prompts_per_slice(config.batch.prompts_per_step)
+        self._pump = sampler.pump()
         self._window: Window[Answers] | None = None
-        self._current: list[tuple[Slice, Answers]] = []
+        self._begun: dict[int, TokenizedPrompt] = {}
+        """Prompts that are begun and not answered, by their numbers."""
+        self._again: list[int] = []
+        """Those of them that an earlier process had begun."""
+        self._current: list[Answers] = []
+        self._current_step = -1
         self._refused = False
         """Whether the current step was too old to train on."""
         self._positions: dict[int, dict[str, Any]] = {}
@@ -61,7 +89,7 @@ class Windowed:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._paused, self._busy, self._closed = True, False, False
+        self._task, self._still = Task.PAUSE, True
         self._busy_s, self._measured_at = 0.0, time.perf_counter()
 
     def collect(self, step: int, version: int, phase: Phase) -> Collected:
@@ -70,29 +98,34 @@ class Windowed:
         for finished in [number for number in self._positions if number < step]:
             del self._positions[finished]
         with phase("rollout"), self._changed:
-            self._paused = False
-            self._start()
-            self._changed.notify_all()
+            self._set(Task.SAMPLE)
             self._changed.wait_for(lambda: window.ready() or self._error is not None)
             if not window.ready():
                 assert self._error is not None, "it was waited for one or the other"
                 raise self._error
-            self._current, self._refused = window.take(), False
-            metrics = self._measure()
+            self._current, self._current_step, self._refused = window.take(), step, False
+            metrics = self._measure(window)
             self._changed.notify_all()
-        trajectories = number_samples(TrajectoryBatch.concatenate([batch for _, (_, batch) in self._current]))
+        trajectories = number_samples(TrajectoryBatch.concatenate([one.batch for one in self._current]))
         try:
             refuse_stale(trajectories, version, self.config.max_staleness)
         except StaleWeightsError:  # no checkpoint takes them: a resumed run would be refused them as well
             self._refused = True
             raise
-        return Collected([prompt for _, (part, _) in self._current for prompt in part], trajectories, metrics=metrics)
+        return Collected([one.prompt for one in self._current], trajectories, metrics=metrics)
+
+    def pause(self) -> None:
+        """Let the engines stand still, with what is in work or without, until the next :meth:`collect`."""
+        self._wait_for(Task.PAUSE if self.config.rollout.partial else Task.FINISH)
 
     def settle(self) -> None:
-        """Wait for the slice that is being sampled, and begin no other until the next :meth:`collect`."""
-        with self._changed:
-            self._paused = True
-            self._changed.wait_for(lambda: not self._busy)
+        """Finish what is in work, and begin nothing until the next :meth:`collect`; raises what sampling ended in."""
+        self._wait_for(Task.FINISH)
+        if self._error is not None:
+            raise self._error
+
+    def before_checkpoint(self) -> None:
+        """A checkpoint takes what is answered by then; sampling goes on."""
 
     def position(self, step: int) -> dict[str, Any]:
         """The position before ``step``, some of whose prompts may be begun."""
@@ -100,26 +133,19 @@ class Windowed:
             return self._positions.get(step) or self.prompts.state()
 
     def save(self, directory: Path, step: int) -> None:
-        """Write the finished slices of ``step`` and of those after it; none where ``step`` was refused."""
+        """Write the answered prompts of ``step`` and of those after it; none where ``step`` was refused."""
         if self._refused:
             return
         with self._changed:
-            kept = [] if self._window is None else self._window.kept()
-        current = [(one, answers) for one, answers in self._current if one.step >= step]
-        slices = [
-            BufferedStep(one.step, tuple(prompt.prompt_id for prompt in prompts), batch)
-            for one, (prompts, batch) in [*current, *kept]
-        ]
-        write_steps(directory, slices, sizes_of(self.config))
+            steps = self._current_part(step)
+            if self._window is not None:
+                steps += self._parts(self._window)
+        write_steps(directory, steps, sizes_of(self.config))
 
     def restore(self, directory: Path) -> None:
-        """Take the slices of a checkpoint; their prompts, which come next in the stream, count as taken."""
-        slices = read_steps(directory, sizes_of(self.config))
-        if not slices:
-            return
-        window = self._window_at(slices[0].step)
-        number = window.step * window.size
-        for saved in slices:
+        """Take the answers of a checkpoint; all prompts that it had begun, which come next in the stream, count as taken."""
+        for saved in read_steps(directory, sizes_of(self.config)):
+            window = self._window_at(saved.step)
             before = self.prompts.state()
             prompts = self.prompts.take(len(saved.prompt_ids))
             if not saved.answers(prompts):
@@ -129,15 +155,23 @@ class Windowed:
                     saved.step + 1,
                 )
                 return
-            self._positions.setdefault(saved.step, before)
-            window.restore([(Slice(saved.step, number, len(prompts)), (prompts, saved.trajectories))])
-            number += len(prompts)
+            self._positions[saved.step] = before
+            row = 0
+            for prompt, samples in zip(prompts, saved.samples or (), strict=True):
+                number = window.next()
+                assert number is not None, "a checkpoint of the same window holds no more than it"
+                if samples is None:
+                    self._begun[number] = prompt
+                    self._again.append(number)
+                else:
+                    window.finish(number, Answers(prompt, saved.trajectories.select(range(row, row + samples))))
+                    row += samples
 
     def close(self) -> None:
         """Stop the engines if they work for a step that nobody will use, and end the thread."""
         with self._changed:
-            self._closed = True
-            busy = self._busy
+            busy = not self._still
+            self._task = Task.END
             self._changed.notify_all()
         if busy:
             self._stop_engines()
@@ -146,43 +180,74 @@ class Windowed:
 
     # The background thread
 
-    def _start(self) -> None:
+    def _set(self, task: Task) -> None:
+        self._task = task
+        if task is Task.SAMPLE:
+            self._still = self._error is not None
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="rollout window", daemon=True)
             self._thread.start()
+        self._changed.notify_all()
+
+    def _wait_for(self, task: Task) -> None:
+        with self._changed:
+            if self._thread is None:
+                return
+            self._still = self._error is not None
+            self._set(task)
+            self._changed.wait_for(lambda: self._still)
 
     def _run(self) -> None:
-        while (begun := self._begin()) is not None:
-            one, prompts = begun
-            began = time.perf_counter()
-            try:
-                answers = self.sampler.generate(prompts, one.step)
-            except Exception as error:  # raised again by collect, in the thread of the loop
-                self._end(began, error)
-                return
-            self._end(began, None, one, (prompts, answers))
+        try:
+            while (task := self._next_task()) is not Task.END:
+                began = time.perf_counter()
+                ended = self._pump.turn(begin=task is Task.SAMPLE, sample=task is not Task.PAUSE)
+                batches = [(one.number, gather(one.requests[: len(one.generations)], one.generations)) for one in ended]
+                with self._changed:
+                    self._busy_s += time.perf_counter() - began
+                    for number, batch in batches:
+                        assert self._window is not None, "what is answered was begun"
+                        self._window.finish(number, Answers(self._begun.pop(number), batch))
+                    if batches:
+                        self._changed.notify_all()
+        except Exception as error:  # raised again by collect, in the thread of the loop
+            with self._changed:
+                self._error, self._still = error, True
+                self._changed.notify_all()
 
-    def _begin(self) -> tuple[Slice, list[TokenizedPrompt]] | None:
-        """The next slice, once one may be begun; none where the run ends."""
-        assert self._window is not None, "collect makes it before it starts the thread"
+    def _next_task(self) -> Task:
+        """What to do next, once there is something to do; what the window has room for is begun."""
         with self._changed:
-            while not self._closed:
-                one = None if self._paused else self._window.next(self._slice)
-                if one is not None:
-                    self._positions.setdefault(one.step, self.prompts.state())
-                    self._busy = True
-                    return one, self.prompts.take(one.prompts)
+            while True:
+                task = self._task
+                if task is Task.SAMPLE:
+                    self._begin()
+                busy = {
+                    Task.SAMPLE: self._pump.working,
+                    Task.FINISH: self._pump.holding or self._pump.calling,
+                    Task.PAUSE: self._pump.calling,
+                    Task.END: True,
+                }[task]
+                if busy:
+                    return task
+                self._still = True
+                self._changed.notify_all()
                 self._changed.wait()
-            return None
 
-    def _end(self, began: float, error: Exception | None, *finished: Any) -> None:
-        with self._changed:
-            self._busy_s += time.perf_counter() - began
-            self._busy, self._error = False, error
-            if finished:
-                assert self._window is not None, "what is finished was begun"
-                self._window.finish(*finished)
-            self._changed.notify_all()
+    def _begin(self) -> None:
+        assert self._window is not None, "collect makes it before it starts the thread"
+        while self._again:
+            number = self._again.pop(0)
+            self._pump.give(number, self.sampler.requests(self._begun[number], number))
+        while True:
+            before = self.prompts.state()
+            number_or_none = self._window.next()
+            if number_or_none is None:
+                return
+            self._positions.setdefault(self._window.step_of(number_or_none), before)
+            (prompt,) = self.prompts.take(1)
+            self._begun[number_or_none] = prompt
+            self._pump.give(number_or_none, self.sampler.requests(prompt, number_or_none))
 
     # Inside
 
@@ -192,14 +257,32 @@ class Windowed:
             self._window = Window(self.config.rollout.window, size, self.config.steps, step)
         return self._window
 
-    def _measure(self) -> dict[str, float]:
+    def _current_part(self, step: int) -> list[BufferedStep]:
+        """The step that was taken, where it has not finished."""
+        if self._current_step < step:
+            return []
+        return [_part(self._current_step, [(one.prompt, one) for one in self._current])]
+
+    def _parts(self, window: Window[Answers]) -> list[BufferedStep]:
+        """What was begun of each step to come, up to the last that has an answer."""
+        answered = window.answered()
+        known: dict[int, tuple[TokenizedPrompt, Answers | None]] = {
+            **{number: (prompt, None) for number, prompt in self._begun.items()},
+            **{number: (one.prompt, one) for number, one in answered.items()},
+        }
+        steps: dict[int, list[tuple[TokenizedPrompt, Answers | None]]] = {}
+        for number in sorted(known):
+            if number <= max(answered, default=-1):
+                steps.setdefault(window.step_of(number), []).append(known[number])
+        return [_part(step, prompts) for step, prompts in steps.items()]
+
+    def _measure(self, window: Window[Answers]) -> dict[str, float]:
         """What the engines did since the last step was taken, and what they have in work and ready now."""
         now = time.perf_counter()
         elapsed, seconds = now - self._measured_at, self._busy_s
         self._measured_at, self._busy_s = now, 0.0
-        assert self._window is not None, "a step was taken from it"
         samples = self.config.batch.samples_per_prompt
-        begun, waiting = self._window.counts()
+        begun, waiting = window.counts()
         return {
             "rollout/seconds": seconds,
             "rollout/engines_idle": max(1.0 - seconds / elapsed, 0.0),
@@ -208,8 +291,15 @@ class Windowed:
         }
 
 
+def _part(step: int, prompts: list[tuple[TokenizedPrompt, Answers | None]]) -> BufferedStep:
+    batches = [answers.batch for _, answers in prompts if answers is not None]
+    samples = tuple(None if answers is None else len(answers.batch) for _, answers in prompts)
+    ids = tuple(prompt.prompt_id for prompt, _ in prompts)
+    return BufferedStep(step, ids, TrajectoryBatch.concatenate(batches) if batches else gather([], []), samples)
+
+
 def number_samples(batch: TrajectoryBatch) -> TrajectoryBatch:
-    """The batch with samples of each prompt counted through: slices count their own, and a prompt may be in two of them."""
+    """The batch with samples of each prompt counted through: a prompt may be in a step twice, where an epoch ends."""
     counts: dict[int, int] = {}
     indices = []
     for prompt in batch["prompt_id"].tolist():
