@@ -1,8 +1,10 @@
-"""Part ``rollout_modes``: how much faster a step is in mode ``one_step_off`` than in ``sync``.
+"""Part ``rollout_modes``: how much faster a step is in mode ``one_step_off`` than in ``sync``, and how old answers are in
+``windowed`` beside the closed form that ``rlhf-ray plan`` prints.
 
 Invariants: the rollout engine has one core for itself, and all other processes of the run share the other, in both modes. Both
 run the same config, in turns. In ``sync`` generation takes about half of a step, which is measured and said beside the
-figure.
+figure. In ``windowed`` the engine samples fewer answers at once than a step has and is slower than the trainer, so that the age
+depends on all that the closed form does.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import psutil
 
 from benchmarks.figures import Figure, Figures
+from rlhf_ray.planning.staleness import mean_staleness
 
 MODES = ("sync", "one_step_off")
 ENGINE_CORE, TRAINER_CORE = 1, 0
@@ -28,6 +31,10 @@ STEPS, SKIPPED, ROUNDS = 8, 2, 1
 REWARD = "def length(responses):\n    return [len(response) % 7 / 7 for response in responses]\n"
 SIZES = {"prompts_per_step": 5, "samples_per_prompt": 4, "sequences_per_update": 20, "max_tokens_per_micro_batch": 4096}
 NEW_TOKENS = 224
+WINDOW, AT_ONCE = 2, 8
+WINDOWED = ["rollout.partial=true", f"rollout.window={WINDOW}", f"rollout.max_num_seqs={AT_ONCE}", "steps=12"]
+FILLING = 4
+"""Steps until the window is in its steady state."""
 QUICK = ["steps=2", "rollout.max_new_tokens=4", "policy.model.make.shape=llama-tiny"]
 
 
@@ -46,7 +53,37 @@ def measure(quick: bool = False) -> Figures:
         f"{ROUNDS} x {STEPS - SKIPPED} steps of {seconds['sync']:.2f} s in sync and {seconds['one_step_off']:.2f} s in "
         "one_step_off"
     )
-    return {"ppo.one_step_off_vs_sync": Figure(seconds["sync"] / seconds["one_step_off"], "ratio", True, method)}
+    return {
+        "ppo.one_step_off_vs_sync": Figure(seconds["sync"] / seconds["one_step_off"], "ratio", True, method),
+        "ppo.staleness_vs_closed_form": staleness(run("windowed", [*WINDOWED, *(QUICK if quick else [])])),
+    }
+
+
+def staleness(lines: list[dict[str, float]]) -> Figure:
+    """The mean age of answers in a windowed run over that of the closed form, by the times that its steps took."""
+    settled = lines[FILLING:-1] or lines[-1:]
+
+    def mean(name: str) -> float:
+        return fmean(line[name] for line in settled)
+
+    samples = SIZES["prompts_per_step"] * SIZES["samples_per_prompt"]
+    sampling_s, learning_s = mean("time/step"), mean("time/step") - mean("time/rollout")
+    expected = mean_staleness(
+        "windowed",
+        steps=len(lines),
+        window=WINDOW,
+        sampling_s=sampling_s,
+        learning_s=learning_s,
+        in_work=AT_ONCE / samples,
+        longest=max(NEW_TOKENS / mean("length/response"), 1.0),
+    )
+    measured = mean("rollout/staleness_mean")
+    method = (
+        f"the same job in windowed with rollout.partial, window {WINDOW}, {AT_ONCE} answers at once on one engine: mean age "
+        f"{measured:.2f} over {len(settled)} steps, closed form {expected:.2f} by steps of {sampling_s:.2f} s, of which "
+        f"{learning_s:.2f} s from the answers to the publication"
+    )
+    return Figure(measured / expected, "ratio", True, method)
 
 
 def run(mode: str, overrides: list[str]) -> list[dict[str, float]]:

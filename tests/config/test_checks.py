@@ -160,6 +160,8 @@ CASES = [
      "algorithm.max_staleness: 2, but rollout.mode windowed trains on answers 3 publication(s) old: raise it to 3"),
     ("ppo", ["rollout.mode=windowed", "run.deterministic=true", "rollout.dtype=fp32"],
      "rollout.mode: windowed, but which weights sample an answer is then a matter of time, and run.deterministic is true"),
+    ("ppo", ["rollout.mode=one_step_off", "rollout.partial=true"],
+     "rollout.partial: true, but in mode one_step_off no answer is in work when weights change: set mode to windowed, or"),
     ("ppo", ["rollout.mode=windowed", "algorithm.dynamic_sampling=2", "batch.samples_per_prompt=2"],
      "algorithm.dynamic_sampling: 2, but rollout.mode windowed replaces no prompts: set it to 0"),
     ("ppo", ["rollout.mode=windowed", "algorithm.collector=mine.py:Mine"],

@@ -38,6 +38,8 @@ class Pump:
         self._barren: dict[Process, float] = {}
         """Seconds that a process with samples in work has sampled since it finished one."""
         self._at_once_ended: list[Answered] = []
+        self.sampled_s = 0.0
+        """Seconds for which engines have sampled, all together; of calls that are back."""
 
     def give(self, number: int, requests: Sequence[GenerationRequest]) -> None:
         """Add a prompt, all of whose samples are ``requests``; one that was set aside before ends without any."""
@@ -113,6 +115,7 @@ class Pump:
 
     def _take(self, process: Process, call: Pending[list[Generation]], seconds: float) -> list[Answered]:
         engines, (engine, incarnation) = self.fleet.engines, process
+        self.sampled_s += seconds
         engines.refuse_if_stopped("generate")  # the end of a call is then no news
         try:
             generations = call.result()

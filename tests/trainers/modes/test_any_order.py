@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.config.jobs.ppo import PpoConfig
@@ -198,18 +198,18 @@ class Process:
 MODES = [("sync", False), ("one_step_off", False), ("windowed", False), ("windowed", True)]
 
 
-@pytest.mark.parametrize(("name", "partial"), MODES)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    deaths=st.sampled_from([0.0, 0.05, 0.1]),
-    window=st.integers(1, 3),
-    stop=st.integers(1, 5),
-)
-def test_tokens_keep_to_the_bound_and_every_prompt_is_used_once(
-    name: str, partial: bool, seed: int, deaths: float, window: int, stop: int, tmp_path_factory: pytest.TempPathFactory
+ORDER = {
+    "seed": st.integers(0, 2**32),
+    "deaths": st.sampled_from([0.0, 0.05, 0.1]),
+    "window": st.integers(1, 3),
+    "stop": st.integers(1, 5),
+}
+
+
+def expect_the_bound_and_every_prompt_once(
+    root: Path, name: str, partial: bool, seed: int, deaths: float, window: int, stop: int
 ) -> None:
-    root = tmp_path_factory.mktemp("run")
+    """Run attempt after attempt, the first four of ``stop`` steps at most, until all steps are done."""
     batch = f"batch={{prompts_per_step: {SIZE}, samples_per_prompt: {SAMPLES}, sequences_per_update: {SIZE * SAMPLES}}}"
     config = small(
         root, f"rollout.mode={name}", f"rollout.partial={partial}", f"rollout.window={window}", f"steps={STEPS}", batch,
@@ -225,3 +225,23 @@ def test_tokens_keep_to_the_bound_and_every_prompt_is_used_once(
             break
     used = [prompt for step in ledger for prompt in step]
     assert used == [prompt.prompt_id for prompt in PromptStream(DATA, [Part(len(DATA), len(DATA))], 0).take(len(DATA))]
+
+
+@pytest.mark.parametrize(("name", "partial"), MODES)
+@settings(max_examples=8, deadline=None)
+@given(**ORDER)
+def test_tokens_keep_to_the_bound_and_every_prompt_is_used_once(
+    name: str, partial: bool, tmp_path_factory: pytest.TempPathFactory, **order: Any
+) -> None:
+    expect_the_bound_and_every_prompt_once(tmp_path_factory.mktemp("run"), name, partial, **order)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("name", "partial"), MODES)
+@settings(max_examples=250, deadline=None)
+@given(**ORDER)
+def test_so_it_is_in_many_more_orders(
+    name: str, partial: bool, tmp_path_factory: pytest.TempPathFactory, **order: Any
+) -> None:
+    expect_the_bound_and_every_prompt_once(tmp_path_factory.mktemp("run"), name, partial, **order)

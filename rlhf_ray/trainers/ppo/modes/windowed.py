@@ -90,7 +90,7 @@ class Windowed:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._task, self._still = Task.PAUSE, True
-        self._busy_s, self._measured_at = 0.0, time.perf_counter()
+        self._sampled_s, self._measured_at = 0.0, time.perf_counter()
 
     def collect(self, step: int, version: int, phase: Phase) -> Collected:
         """The samples of ``step``, in the order of its prompts; sampling goes on for the steps after it."""
@@ -200,11 +200,9 @@ class Windowed:
     def _run(self) -> None:
         try:
             while (task := self._next_task()) is not Task.END:
-                began = time.perf_counter()
                 ended = self._pump.turn(begin=task is Task.SAMPLE, sample=task is not Task.PAUSE)
                 batches = [(one.number, gather(one.requests[: len(one.generations)], one.generations)) for one in ended]
                 with self._changed:
-                    self._busy_s += time.perf_counter() - began
                     for number, batch in batches:
                         assert self._window is not None, "what is answered was begun"
                         self._window.finish(number, Answers(self._begun.pop(number), batch))
@@ -277,10 +275,10 @@ class Windowed:
         return [_part(step, prompts) for step, prompts in steps.items()]
 
     def _measure(self, window: Window[Answers]) -> dict[str, float]:
-        """What the engines did since the last step was taken, and what they have in work and ready now."""
-        now = time.perf_counter()
-        elapsed, seconds = now - self._measured_at, self._busy_s
-        self._measured_at, self._busy_s = now, 0.0
+        """What an engine did on average since the last step was taken, and what all have in work and ready now."""
+        now, sampled_s = time.perf_counter(), self._pump.sampled_s / self.config.rollout.engines
+        elapsed, seconds = now - self._measured_at, sampled_s - self._sampled_s
+        self._measured_at, self._sampled_s = now, sampled_s
         samples = self.config.batch.samples_per_prompt
         begun, waiting = window.counts()
         return {
