@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.data.order import Part
 from rlhf_ray.errors import GroupError, ResumableStop, StaleWeightsError
 from rlhf_ray.rollout.errors import TooSlowError
-from rlhf_ray.rollout.fleet import Pump
+from rlhf_ray.rollout.fleet import Engines, Fleet, Pump
+from rlhf_ray.rollout.requests import Generation, gather, make_requests
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.modes.buffer import read_steps, sizes_of
-from rlhf_ray.trainers.ppo.modes.windowed import Windowed, number_samples
-from rlhf_ray.trainers.ppo.sampling import Sampler
+from rlhf_ray.trainers.ppo.modes.windowed import Answers, Windowed, number_samples
+from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch
+from rlhf_ray.trajectories.columns import FinishReason
 from tests.trainers.modes.test_one_step_off import lines, small, start, train
 from tests.trainers.small_runs import signals_as_before
 
@@ -184,3 +188,39 @@ def test_a_prompt_that_is_twice_in_a_step_has_samples_with_numbers_of_their_own(
         }
     )
     assert number_samples(batch)["sample_index"].tolist() == [0, 1, 0, 2, 3]
+
+
+def test_a_checkpoint_keeps_answers_behind_prompts_that_have_none_yet(tmp_path: Path) -> None:
+    """Prompts 0 and 2 are still in work: a resumed run samples them again, and the answers to 1 and 3 are used."""
+    config = windowed(tmp_path)
+    data = [TokenizedPrompt(100 + number, "", (1, 2 + number)) for number in range(12)]
+
+    def mode_at(step: int) -> tuple[Windowed, PromptStream]:
+        prompts = PromptStream(data, [Part(len(data), len(data))], 0)
+        mode = Windowed(config, Sampler(config, Fleet(Engines([]))), prompts)
+        mode._window_at(step)
+        return mode, prompts
+
+    mode, prompts = mode_at(0)
+    assert mode._window is not None
+    for number, prompt in enumerate(prompts.take(5)):
+        assert mode._window.next() == number
+        mode._begun[number] = prompt
+    for number in (3, 1):
+        prompt = mode._begun.pop(number)
+        (request,) = make_requests([(prompt.prompt_id, prompt.token_ids)], samples_per_prompt=1, max_new_tokens=1)
+        answer = Generation(*request.key, (5,), (-0.5,), (7,), FinishReason.LENGTH)
+        mode._window.finish(number, Answers(prompt, gather([request], [answer])))
+    mode.save(tmp_path, 0)
+    again, stream = mode_at(0)
+    again.restore(tmp_path)
+    assert again._window is not None and again._again == [0, 2]
+    kept = again._window.answered()
+    assert {number: one.batch["prompt_id"].tolist() for number, one in kept.items()} == {
+        number: [mode._window.answered()[number].prompt.prompt_id] for number in (1, 3)
+    }
+    assert stream.take(1) == prompts_at(data, 4), "prompt 4, behind the last answer, is yet to be taken"
+
+
+def prompts_at(data: list[TokenizedPrompt], number: int) -> list[TokenizedPrompt]:
+    return PromptStream(data, [Part(len(data), len(data))], 0).take(number + 1)[number:]
