@@ -91,8 +91,10 @@ def staleness_table(config: Job, files: Files = weights_here) -> str | None:
             in_work=in_work(rollout, config.batch.prompts_per_step * config.batch.samples_per_prompt),
             longest=min(rollout.max_new_tokens, 2 * H100.answer) / min(rollout.max_new_tokens, H100.answer),
         )
-        value = f"{mean:.2f}"
-        follows = bound if not times else f"{bound}; sampling {sampling_s:.1f} s, learning {learning_s:.1f} s (H100)"
+        value, follows = f"{mean:.2f}", bound
+        if times:
+            most = "any number of" if rollout.max_num_seqs is None else rollout.engines * rollout.max_num_seqs
+            follows += f"; sampling {sampling_s:.1f} s, learning {learning_s:.1f} s (H100), {most} answers at once"
     return table("staleness", ("what", "publications", "from"), [("mean age of answers", value, follows)])
 
 

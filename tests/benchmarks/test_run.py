@@ -22,6 +22,7 @@ SCORING = {
     "scoring.transport_requests_per_second", "scoring.offline_vs_padded",
     *(f"scoring.latency_p{share}_at_{load}" for share in (50, 99) for load in (50, 80, 100)),
 }  # fmt: skip
+MODES = {"ppo.one_step_off_vs_sync", "ppo.staleness_vs_closed_form"}
 LEARNED = {
     f"ppo.{name}.{figure}" for name in ("ppo", "grpo", "rloo", "reinforce++") for figure in ("gold_win_rate", "kl")
 }
@@ -99,7 +100,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     [
         ({"demo", "gym", "learning", "ppo", "rollout_modes"}, NAMES),
         pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
-        pytest.param({*PARTS} - {"rollout_modes"}, {"ppo.one_step_off_vs_sync"}, marks=pytest.mark.long),
+        pytest.param({*PARTS} - {"rollout_modes"}, MODES, marks=pytest.mark.long),
         pytest.param(
             {*PARTS} - {"ppo"},
             {"ppo.samples_per_second"},
