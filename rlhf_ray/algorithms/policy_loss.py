@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import DenominatorKind
+from rlhf_ray.algorithms.importance import divergence
 from rlhf_ray.algorithms.kl import KlEstimator, KlGradient, kl_loss
 from rlhf_ray.algorithms.losses import LossOutput, Metrics, PolicyOutputs, metric, read_entropy
 from rlhf_ray.algorithms.masked import count_actions, expect_shape, keep, segment_sum, sequence_of_token
@@ -89,6 +90,34 @@ class Cispo:
         ratio = log_ratio.detach().exp()
         weight = ratio.clamp(None if self.low is None else 1.0 - self.low, 1.0 + self.high)
         return weight * advantages * log_probs, weight != ratio
+
+
+@dataclass(frozen=True)
+class Dppo:
+    """Divergence proximal policy optimisation (Qi et al. 2026, arXiv 2602.04879, eq. 12): ``sg(m min(r, cap)) A log p``.
+
+    The gate m is 0 where the gradient would take a token further away that is too far already: where A > 0, the token has
+    become more likely, and the divergence (:func:`~rlhf_ray.algorithms.importance.divergence`, in nats for ``binary_kl``, at
+    most 1 for ``tv``) of the policy from the one before the update is above ``high``; and where A <= 0, it has become less
+    likely, and the divergence is above ``low``. Else m is 1. A rare token may so change its ratio freely, and a likely one may
+    not. ``cap`` bounds the weight (section 5.4); None leaves it. As verl 0.9's ``dppo_tv`` and ``dppo_kl``; prime-rl's default
+    loss has the gate of ``tv``.
+    """
+
+    kind: Literal["tv", "binary_kl"]
+    low: float
+    high: float
+    cap: float | None = None
+
+    def __call__(
+        self, log_probs: Float[Tensor, "N"], log_ratio: Float[Tensor, "N"], advantages: Float[Tensor, "N"]
+    ) -> tuple[Float[Tensor, "N"], Bool[Tensor, "N"]]:
+        """Return the objective, and where the gate takes the gradient away."""
+        now, moved = log_probs.detach(), log_ratio.detach()
+        apart = divergence(self.kind, now, now - moved)
+        gated = torch.where(advantages > 0, (apart > self.high) & (moved > 0), (apart > self.low) & (moved < 0))
+        weight = torch.where(gated, 0.0, moved.exp().clamp(max=torch.inf if self.cap is None else self.cap))
+        return weight * advantages * log_probs, gated
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import LossOutput, NegativeLogLikelihood, PolicyOutputs, ValueLoss
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, PolicyLoss
 from rlhf_ray.algorithms.rankings import Ordinal
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -26,11 +26,12 @@ TOKEN_LOSSES = {
     "gspo": PolicyLoss(Clipped(0.1, 0.2), ratio="sequence", aggregation="sequences"),
     "rloo": PolicyLoss(Clipped(0.2, 0.2), ratio="trajectory", aggregation="sequences", kl=KlTerm(0.1, "k2", "plain")),
     "cispo": PolicyLoss(Cispo(None, 0.5), kl=KlTerm(0.1, "k1")),
+    "dppo": PolicyLoss(Dppo("tv", 0.05, 0.1, cap=2.0)),
     "value": ValueLoss(0.2),
     "sft": NegativeLogLikelihood(),
 }
-DIFFERENTIABLE = [name for name in TOKEN_LOSSES if name != "cispo"]
-"""The weights of CISPO and of the unbiased KL are numbers to the gradient, on purpose: test_policy_loss.py."""
+DIFFERENTIABLE = [name for name in TOKEN_LOSSES if name not in ("cispo", "dppo")]
+"""The weights of CISPO, of DPPO and of the unbiased KL are numbers to the gradient, on purpose: test_policy_loss.py."""
 POISONS = [math.nan, math.inf, -math.inf, 1e30]
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 SEEDS = st.integers(0, 2**31)

@@ -18,7 +18,7 @@ from rlhf_ray.algorithms.advantages import AgainstGroup, Gae, RewardToGo
 from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.algorithms.losses import PolicyOutputs, ValueLoss
 from rlhf_ray.algorithms.moments import RunningMoments
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, RewardShaping
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -43,6 +43,7 @@ LOSSES = {
     "gspo": PolicyLoss(Clipped(0.1, 0.2), ratio="sequence", aggregation="sequences"),
     "rloo": PolicyLoss(Clipped(0.2, 0.2), ratio="trajectory", aggregation="constant", constant_tokens=9),
     "cispo": PolicyLoss(Cispo(None, 0.5)),
+    "dppo": PolicyLoss(Dppo("binary_kl", 0.01, 0.02)),
     "value": ValueLoss(0.2),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import PolicyOutputs
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, PolicyLoss
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
@@ -106,6 +106,37 @@ def test_cispo_bounds_the_weight_and_keeps_every_gradient(objective, ratio, weig
     assert out.loss.item() == pytest.approx(-weight * advantage * new)
     assert torch.autograd.grad(out.loss, x)[0][1].item() == pytest.approx(-weight * advantage)
     assert out.metrics["clip_fraction"][0].item() == bounded
+
+
+@pytest.mark.parametrize("kind", ["tv", "binary_kl"])
+@pytest.mark.parametrize(
+    ("old", "new", "advantage", "gated"),
+    [
+        (0.5, 0.9, 2.0, True),
+        (0.5, 0.9, -2.0, False),  # it comes back
+        (0.5, 0.1, -2.0, True),
+        (0.5, 0.1, 2.0, False),
+        (1e-4, 9e-4, 2.0, False),  # nine times as likely, but no mass has moved
+        (0.50, 0.55, 2.0, False),
+    ],
+)
+def test_dppo_takes_the_gradient_where_it_would_go_further_from_too_far(kind, old, new, advantage, gated) -> None:
+    high, low = {"tv": (0.2, 0.3), "binary_kl": (0.1, 0.3)}[kind]
+    for cap in (None, 3.0):
+        x = after_prompt(math.log(new))
+        batch = one_sequence(log_probs=[math.log(old)], advantages=[advantage])
+        out = PolicyLoss(Dppo(kind, low, high, cap))(PolicyOutputs(x), batch)
+        weight = 0.0 if gated else min(new / old, cap or math.inf)
+        assert torch.autograd.grad(out.loss, x)[0][1].item() == pytest.approx(-weight * advantage, rel=1e-4)
+        assert out.metrics["clip_fraction"][0].item() == gated
+
+
+def test_dppo_has_a_bound_for_each_sign_of_the_advantage() -> None:
+    for advantage, new in ((1.0, 0.75), (-1.0, 0.25)):  # 0.25 apart either way
+        for low, high in ((0.2, 0.3), (0.3, 0.2)):
+            batch = one_sequence(log_probs=[math.log(0.5)], advantages=[advantage])
+            out = PolicyLoss(Dppo("tv", low, high))(PolicyOutputs(after_prompt(math.log(new))), batch)
+            assert out.metrics["clip_fraction"][0].item() == ((high if advantage > 0 else low) < 0.25)
 
 
 def test_a_ratio_beyond_floating_point_stays_finite() -> None:

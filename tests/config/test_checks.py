@@ -44,6 +44,7 @@ CASES = [
     # sampling
     ("ppo", ["rollout.top_p=0"], "rollout.top_p: "),
     ("ppo", ["rollout.top_k=-1"], "rollout.top_k: "),
+    ("ppo", ["rollout.top_k=1"], "rollout.top_k: 1 leaves no choice: every token has probability 1, whatever the weights"),
     ("ppo", ["rollout.min_p=1.1"], "rollout.min_p: "),
     ("ppo", ["rollout.top_p=0.9", "rollout.resources.gpus_per_rank=1"],
      "rollout.top_k: 0 with top_p 0.9 and min_p 0, but on a GPU vLLM returns the tokens that were kept"),

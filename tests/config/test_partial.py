@@ -103,7 +103,8 @@ def test_a_wrong_part_of_an_algorithm_hides_no_mistake_in_another():
     text = "kind: ppo\nalgorithm: {objective: 1, advantages: gea, collector: mine, dynamic_sampling: 3}\n"
     problems = _problems(text, [])
     assert any(
-        problem.startswith("algorithm.objective: 1 is not clip, cispo, or one of your own") for problem in problems
+        problem.startswith("algorithm.objective: 1 is not clip, cispo, dppo_tv, dppo_kl, or one of your own")
+        for problem in problems
     )
     assert any(problem.startswith("algorithm.advantages: 'gea' is not one of") for problem in problems)
     assert any(problem.startswith("algorithm.collector: 'mine' is not one of") for problem in problems)

@@ -1,4 +1,4 @@
-"""Rewards, KL, advantages, policy and value losses against OpenRLHF, TRL and torchtune, from the same numbers.
+"""Rewards, KL, advantages, policy and value losses against OpenRLHF, TRL, torchtune and verl, from the same numbers.
 
 They work on right-padded (answers, tokens) matrices, this project on flat batches: results are laid out as theirs. Where an
 oracle has a quirk, the inputs stay clear of it, and the docstring of the oracle says so.
@@ -21,7 +21,7 @@ from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_loss, token_kl
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs, ValueLoss
 from rlhf_ray.algorithms.masked import masked_mean, whiten
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, PolicyLoss
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, TooShort
 from rlhf_ray.algorithms.token_rewards import make_token_rewards
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
@@ -316,6 +316,31 @@ def _both_losses(us: Ours) -> Values:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------------ verl
+
+
+def verl(inputs: Mapping[str, Any]) -> Values:
+    """DPPO by both divergences."""
+    us = Ours(inputs)
+    corrected = us.weighted("token", "truncate", 0.8, 1.25)
+    values: Values = {}
+    for name, loss in VERL_LOSSES.items():
+        values |= named(name, us.loss(loss, corrected if name.endswith("corrected") else None))
+    return values
+
+
+VERL_LOSSES: dict[str, PolicyLoss] = {
+    "tv": PolicyLoss(Dppo("tv", 0.05, 0.05)),
+    "tv, wider above": PolicyLoss(Dppo("tv", 0.02, 0.06)),
+    "tv, cut ratios": PolicyLoss(Dppo("tv", 0.05, 0.05, cap=1.1)),
+    "tv, mean of answers": PolicyLoss(Dppo("tv", 0.05, 0.05), aggregation="sequences"),
+    "kl": PolicyLoss(Dppo("binary_kl", 0.01, 0.01)),
+    "kl, wider above": PolicyLoss(Dppo("binary_kl", 0.002, 0.02)),
+    "kl, constant": PolicyLoss(Dppo("binary_kl", 0.01, 0.01), aggregation="constant", constant_tokens=LONGEST),
+    "kl, corrected": PolicyLoss(Dppo("binary_kl", 0.01, 0.01)),
+}
+
+
 COMPARISONS: dict[str, Callable[[Mapping[str, Any]], Values]] = {
-    "algorithms_openrlhf": openrlhf, "algorithms_trl": trl, "algorithms_trl_ppo": trl_ppo,
+    "algorithms_openrlhf": openrlhf, "algorithms_trl": trl, "algorithms_trl_ppo": trl_ppo, "algorithms_verl": verl,
 }  # fmt: skip

@@ -24,9 +24,10 @@ PINS = (
 )
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 """Of this process's variables; others could tell a trainer that it is one rank of a group."""
-BESIDE = {"openrlhf": "openrlhf==0.11.2", "trl-1.12": "trl==1.12.0", "torchtune": "torchtune==0.6.1"}
+BESIDE = {"openrlhf": "openrlhf==0.11.2", "trl-1.12": "trl==1.12.0", "torchtune": "torchtune==0.6.1",
+          "verl": "verl==0.9.1"}  # fmt: skip
 """Pure Python that cannot be installed there: OpenRLHF brings a package called tests, TRL 1.12 is TRL too, and torchtune
-wants what the others cannot have. Each is read as files, from a folder of its own beside site-packages."""
+and verl want what the others cannot have. Each is read as files, from a folder of its own beside site-packages."""
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 

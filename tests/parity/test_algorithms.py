@@ -1,4 +1,4 @@
-"""Every function of an algorithm equals what OpenRLHF, TRL and torchtune computed from the committed inputs, to 1e-6.
+"""Every function of an algorithm equals what OpenRLHF, TRL, torchtune and verl computed from the committed inputs, to 1e-6.
 
 That each comparison would notice is shown by doing one thing in another way.
 """
@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_ray.algorithms import masked
 from rlhf_ray.algorithms.importance import ImportanceCorrection
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, PolicyLoss
 
 from . import algorithms
 from .expected import Expected, differences
@@ -101,6 +101,18 @@ CHANGES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "a lower bound for cispo": (
         "algorithms_trl",
         lambda patch: patch.setitem(algorithms.TRL_LOSSES, "cispo", PolicyLoss(Cispo(0.2, 0.3))),
+    ),
+    "DPPO by the other divergence": (
+        "algorithms_verl",
+        lambda patch: patch.setitem(algorithms.VERL_LOSSES, "kl", PolicyLoss(Dppo("tv", 0.01, 0.01))),
+    ),
+    "DPPO with its bounds exchanged": (
+        "algorithms_verl",
+        lambda patch: patch.setitem(algorithms.VERL_LOSSES, "tv, wider above", PolicyLoss(Dppo("tv", 0.06, 0.02))),
+    ),
+    "DPPO without a cap": (
+        "algorithms_verl",
+        lambda patch: patch.setitem(algorithms.VERL_LOSSES, "tv, cut ratios", PolicyLoss(Dppo("tv", 0.05, 0.05))),
     ),
     "no dual clip": (
         "algorithms_trl",

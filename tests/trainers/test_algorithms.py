@@ -10,10 +10,11 @@ import torch
 
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.algorithms.importance import ImportanceCorrection
+from rlhf_ray.algorithms.policy_loss import Dppo
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.sections.algorithm import PRESETS
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.ppo.algorithm import make_preparation
+from rlhf_ray.trainers.ppo.algorithm import make_policy_loss, make_preparation
 from rlhf_ray.trainers.ppo.build import train_ppo
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
@@ -73,3 +74,10 @@ def test_every_key_of_the_importance_weights_reaches_them() -> None:
     changes = "algorithm.importance={level: sequence, rule: mask, low: 0.0, high: 0.125, gating: binary_kl}"
     config: Any = load_config(TINY_PPO, [changes], kind="ppo")
     assert make_preparation(config).importance == ImportanceCorrection("sequence", "mask", 0.0, 0.125, "binary_kl")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dppo_tv", "tv"), ("dppo_kl", "binary_kl")])
+def test_every_key_of_dppo_reaches_it(name: str, kind: Any) -> None:
+    changes = f"algorithm={{objective: {name}, clip_low: 0.05, clip_high: 0.25, dual_clip: 4.0}}"
+    config: Any = load_config(TINY_PPO, [changes], kind="ppo")
+    assert make_policy_loss(config).objective == Dppo(kind, 0.05, 0.25, 4.0)

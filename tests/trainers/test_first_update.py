@@ -16,7 +16,7 @@ from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.algorithms.denominators import denominator
 from rlhf_ray.algorithms.losses import LossOutput, PolicyOutputs
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, PolicyLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
@@ -30,6 +30,7 @@ LOSSES = {
     "gspo": PolicyLoss(Clipped(3e-4, 4e-4), ratio="sequence", aggregation="sequences"),
     "rloo": PolicyLoss(Clipped(0.2, 0.2), ratio="trajectory", aggregation="sequences"),
     "cispo": PolicyLoss(Cispo(None, 4.0)),
+    "dppo": PolicyLoss(Dppo("tv", 0.2, 0.2)),
 }
 
 

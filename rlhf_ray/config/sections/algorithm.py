@@ -30,7 +30,7 @@ AlgorithmName = Literal[
 Whitening = Literal["none", "population", "unbiased"]
 COMPARING_ADVANTAGES = ("leave_one_out", "group_mean", "group_norm")
 SHIPPED_ADVANTAGES = ("gae", "reward_to_go", *COMPARING_ADVANTAGES)
-SHIPPED_OBJECTIVES = ("clip", "cispo")
+SHIPPED_OBJECTIVES = ("clip", "cispo", "dppo_tv", "dppo_kl")
 EXCHANGEABLE_PARTS: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
     {
         "advantages": (SHIPPED_ADVANTAGES, ADVANTAGES),
@@ -292,8 +292,12 @@ class AlgorithmConfig(Section):
             )
         if "objective" in self.own_parts and self.dual_clip is not None:
             yield "dual_clip", f"{self.dual_clip:g} has no effect on an objective of your own: set it to null"
-        if self.objective == "clip" and self.clip_low is None:
-            yield "clip_low", "null, but objective clip needs a lower bound: set it, such as 0.2"
+        if self.objective in ("clip", "dppo_tv", "dppo_kl") and self.clip_low is None:
+            yield "clip_low", f"null, but objective {self.objective} needs a lower bound: set it, such as 0.2"
+        if self.objective == "dppo_tv" and self.clip_high >= 1.0:
+            yield "clip_high", f"{self.clip_high:g}, but no total variation is above 1: set it below, such as 0.2"
+        if self.objective in ("dppo_tv", "dppo_kl") and self.ratio != "token":
+            yield "ratio", f"{self.ratio}, but objective {self.objective} looks at single tokens: set it to token"
         if self.objective == "cispo" and self.dual_clip is not None:
             yield "dual_clip", f"{self.dual_clip:g} has no effect: objective cispo bounds every weight; set it to null"
         if self.objective == "cispo" and self.ratio != "token":

@@ -79,6 +79,12 @@ class RolloutConfig(Section):
         return {"sync": 0, "one_step_off": 1, "windowed": self.window}[self.mode]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.top_k == 1:
+            yield (
+                "top_k",
+                "1 leaves no choice: every token has probability 1, whatever the weights, so nothing is learned: set it to 2 "
+                "or more, or to 0 for the whole vocabulary",
+            )
         if self.cuts and self.top_k == 0 and self.backend == "vllm" and self.resources.gpus_per_rank > 0:
             yield (
                 "top_k",

@@ -7,13 +7,13 @@ which algorithm runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import Literal, get_args
 
 from rlhf_ray.algorithms.advantages import AgainstGroup, Estimator, Gae, RewardToGo
 from rlhf_ray.algorithms.group_baselines import Baseline
 from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.algorithms.losses import ValueLoss
-from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, KlTerm, Objective, PolicyLoss
+from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, Objective, PolicyLoss
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.algorithms.shaping import MissingEos, Overlong, RewardShaping, TooShort
 from rlhf_ray.algorithms.user_parts import make_user_estimator, make_user_objective
@@ -22,6 +22,8 @@ from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
 
 BASELINES: Mapping[str, Baseline] = {name: name for name in get_args(Baseline)}
 """The baselines by the words for them in a config, which are the same."""
+DIVERGENCES: Mapping[str, Literal["tv", "binary_kl"]] = {"dppo_tv": "tv", "dppo_kl": "binary_kl"}
+"""What the objectives of DPPO bound."""
 ALWAYS_THERE = (
     "token_ids", "action_mask", "weight_version", "rollout_log_probs", "log_probs", "prompt_id", "sample_index",
     "finish_reason", "score",
@@ -73,6 +75,9 @@ def make_objective(algorithm: AlgorithmConfig) -> Objective:
     if algorithm.objective == "cispo":
         return Cispo(algorithm.clip_low, algorithm.clip_high)
     assert algorithm.clip_low is not None
+    if algorithm.objective in DIVERGENCES:
+        kind = DIVERGENCES[algorithm.objective]
+        return Dppo(kind, algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
     return Clipped(algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip)
 
 
