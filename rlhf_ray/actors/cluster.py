@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray import environment
 from rlhf_ray.actors.agent_port import warn_if_taken
 from rlhf_ray.actors.connection import JoinedCluster, join_ray, start_ray
-from rlhf_ray.actors.ranks import RayRanks
+from rlhf_ray.actors.ranks import UNPLACED, RayRanks
 from rlhf_ray.actors.reservation import SETTLES_S, Elsewhere, Reservation, on_live_nodes, require_room, reserve
 from rlhf_ray.config.checks.shared_gpus import SharedGpus
 from rlhf_ray.config.jobs.base import Job
@@ -26,8 +26,9 @@ from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.capacity import Bundle, bundle_of, needed, offered_here, require_fit
+from rlhf_ray.planning.colocation.memory import requirement
 from rlhf_ray.planning.gpus import gpu_bytes
-from rlhf_ray.planning.job_memory import RoleMemory, job_memory, require_memory
+from rlhf_ray.planning.job_memory import job_memory
 from rlhf_ray.planning.object_store import LEAST, advice, store_to_start
 from rlhf_ray.processes.interrupts import kept_handlers
 from rlhf_ray.processes.lifeline import leaving
@@ -68,14 +69,15 @@ class Cluster:
         namespace: str | None = None,
         object_store: int | None = LEAST,
         shared: SharedGpus | None = None,
-        memory: Sequence[RoleMemory] = (),
+        require_memory: Callable[[float], None] = lambda gpu_bytes: None,
         together: bool = False,
     ) -> None:
         """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose.
 
-        ``shared`` are GPUs on which the ranks of several roles are placed side by side. ``memory`` is refused if the GPUs of
-        this machine, where Ray is started on it, do not hold it. With ``together`` the places of all that is ``needed`` are
-        reserved at once, before the first group is started.
+        ``shared`` are GPUs on which the ranks of several roles are placed side by side. ``require_memory`` refuses the job if
+        the GPUs of this machine, where Ray is started on it, have too few bytes.
+
+        With ``together`` the places of all that is ``needed`` are reserved at once, before the first group is started.
         """
         self.config = config
         self.run = run
@@ -86,7 +88,7 @@ class Cluster:
         self.object_store = object_store if given is None else given * 2**20
         self._groups: list[RayRanks] = []
         self.shared = shared
-        self.memory = list(memory)
+        self.require_memory = require_memory
         self.together = together
         self._shared_places: Reservation | None = None
         self._reserved: Reservation | None = None
@@ -114,8 +116,8 @@ class Cluster:
             namespace=namespace,
             object_store=store_to_start(config),
             shared=config.shared_gpus(),
-            memory=job_memory(config) if check_room else (),
             together=together,
+            **({"require_memory": requirement(config, job_memory(config))} if check_room else {}),
         )
 
     def __enter__(self) -> Cluster:
@@ -153,7 +155,7 @@ class Cluster:
         require_fit(self.needed, offered)
         size = gpu_bytes()
         if size is not None:
-            require_memory(self.memory, size)
+            self.require_memory(size)
         warn_if_taken()
         environment.require_room_for_sockets()
         start_ray(
@@ -192,12 +194,15 @@ class Cluster:
         from rlhf_ray.actors.shells import remote_class
 
         placement, first, give_back = self._places(spec)
+        now = [(placement, first)]
         resources = spec.resources
         variables = variables_of(spec, hub=self.hub)
         actor_class = remote_class(spec.worker)
 
         def start_actors(incarnation: int) -> list[Any]:
-            where, bundle = (placement, first) if incarnation == 0 else self._again(placement, first, spec, incarnation)
+            if incarnation > 0:
+                now[0] = self._again(placement, first, spec, incarnation)
+            where, bundle = now[0]
             return [
                 actor_class.options(
                     name=actor_name(self.run.name, spec.group_name, spec.first_rank + index, incarnation),
@@ -224,6 +229,7 @@ class Cluster:
             on_stop=stopped,
             nodes=_nodes(placement, range(first, first + spec.ranks)),
             start_again=start_actors,
+            where=lambda: _nodes(now[0][0], range(now[0][1], now[0][1] + spec.ranks)),
         )
         self._groups.append(ranks)
         count = f"{spec.ranks} rank{'' if spec.ranks == 1 else 's'}"
@@ -240,18 +246,18 @@ class Cluster:
         What was reserved for the whole job stays so until its end: a group that starts again finds its places.
         """
         share = self.shared is not None and spec.group_name in map(group_of, self.shared.roles)
-        role = group_of(self.shared.name) if self.shared is not None and share else spec.group_name
+        role = group_of(self.shared.name) if self.shared is not None and share else spec.place_name
         held = self._reserved
-        first = None if held is None else held.first(role)
+        first = None if held is None else held.take(role, spec.place_name, spec.first_rank, spec.ranks)
         if held is not None and first is not None:
-            return held.placement, first + spec.first_rank, lambda: None
+            return held.placement, first, lambda: held.leave(spec.place_name, first, spec.ranks)
         if self.shared is not None and share:
             if self._shared_places is None:
                 together = bundle_of(role, self.shared.cpus, 1.0, spec.placement)
                 self._shared_places = self._reserve([together] * self.shared.count, "shared")
             return self._shared_places.placement, spec.first_rank, lambda: None
         own = bundle_of(role, spec.resources.cpus_per_rank, spec.resources.gpus_per_rank, spec.placement)
-        places = self._reserve([own] * spec.ranks, f"{role}/{spec.first_rank}")
+        places = self._reserve([own] * spec.ranks, f"{spec.group_name}/{spec.first_rank}")
         return places.placement, 0, places.give_back
 
     def _again(
@@ -297,7 +303,7 @@ def _nodes(placement: PlacementGroup, bundles: Iterable[int]) -> list[str]:
 
     names = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})" for node in ray.nodes()}
     places = placement_group_table(placement)["bundles_to_node_id"]
-    return [names.get(places.get(bundle), "unknown") for bundle in bundles]
+    return [names.get(places.get(bundle), UNPLACED) for bundle in bundles]
 
 
 def _is_connected() -> bool:

@@ -39,11 +39,18 @@ class RankSpec:
     """The name of the group, if a job has several groups of the same role."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """On which nodes they go, where no places were reserved for the whole job."""
+    places: str | None = None
+    """Whose places of those reserved for the whole job they take, where the group is called otherwise."""
 
     @property
     def group_name(self) -> str:
         """What the group is called in logs, errors and actor names."""
         return self.name or WORKERS[self.worker].role
+
+    @property
+    def place_name(self) -> str:
+        """What their places are reserved as."""
+        return self.places or self.group_name
 
 
 class Place(Protocol):
@@ -69,19 +76,28 @@ class PlacedGroup(Generic[AnyGroup]):
 
 
 def place_group(
-    place: Place, worker: WorkerKind, kind: type[AnyGroup], setup: WorkerSetup, *, name: str | None = None
+    place: Place,
+    worker: WorkerKind,
+    kind: type[AnyGroup],
+    setup: WorkerSetup,
+    *,
+    name: str | None = None,
+    places: str | None = None,
 ) -> PlacedGroup[AnyGroup]:
     """Start the ranks of a model group as its section of the config asks, without loading the model."""
-    spec = RankSpec(worker, setup.config.ranks, setup.config.resources, name=name, placement=setup.config.placement)
+    section = setup.config
+    spec = RankSpec(worker, section.ranks, section.resources, name=name, placement=section.placement, places=places)
     # A collective begins later than the call that it is part of. So the call's deadline comes first, whose error says more.
     limits = place.config
     setup = replace(setup, collective_timeout_s=max(limits.start_timeout_s, limits.call_timeout_s))
     return PlacedGroup(kind(place.start(spec)), setup, limits.start_timeout_s)
 
 
-def place_reward_group(place: Place, setup: RewardSetup, *, name: str | None = None) -> PlacedGroup[RewardGroup]:
+def place_reward_group(
+    place: Place, setup: RewardSetup, *, name: str | None = None, places: str | None = None
+) -> PlacedGroup[RewardGroup]:
     """Start the ranks of a reward model that only scores, in the runner that its section and its architecture ask for."""
-    return place_group(place, _scoring_worker(setup.config), RewardGroup, setup, name=name)
+    return place_group(place, _scoring_worker(setup.config), RewardGroup, setup, name=name, places=places)
 
 
 def _scoring_worker(role: RoleConfig) -> WorkerKind:
@@ -96,9 +112,13 @@ def place_scoring_group(
     role: RoleConfig,
     *,
     name: str | None = None,
+    places: str | None = None,
     max_item_bytes: int | None = None,
 ) -> PlacedGroup[RewardGroup]:
-    """Start the ranks of a reward model that scores what callers send, within the limits of ``config``."""
+    """Start the ranks of a reward model that scores what callers send, within the limits of ``config``.
+
+    ``places`` says as which of the models that ``config`` names its places are reserved, by default as the first one.
+    """
     setup = RewardSetup(
         role,
         seed=0,
@@ -107,4 +127,4 @@ def place_scoring_group(
         max_item_bytes=max_item_bytes,
         refuse_markers=config.refuse_markers,
     )
-    return place_reward_group(place, setup, name=name)
+    return place_reward_group(place, setup, name=name, places=places or config.name)

@@ -24,6 +24,8 @@ from rlhf_ray.pending import Pending
 CALL_TIMEOUT = "cluster.call_timeout_s"
 START_TIMEOUT = "cluster.start_timeout_s"
 """Keys of how long a call may take, and how long loading a model may."""
+UNPLACED = "unknown"
+"""The node of a rank for which Ray still looks for a place."""
 DEATH_SHOWS_S = 4.0
 """How long after a node was killed Ray may take to say so of its actors: it needs about two seconds."""
 
@@ -60,8 +62,11 @@ class Ranks(Protocol):
         Calls that are on their way to the old ones fail.
         """
 
+    def end(self) -> None:
+        """End the processes of the ranks, and return when they have ended; calls fail until they are started again."""
+
     def stop(self) -> None:
-        """End the ranks."""
+        """End the ranks, for good."""
 
 
 class InProcessRanks:
@@ -85,6 +90,8 @@ class InProcessRanks:
         timeout_s: float | None = None,
         key: str | None = None,
     ) -> Pending[list[Any]]:
+        if self.worker is None:
+            raise DeadRankError(self.role, 0, phase or method, "it was ended")
         try:
             with self._one_at_a_time:
                 value = getattr(self.worker, method)(*arguments[0])
@@ -104,6 +111,9 @@ class InProcessRanks:
         with self._one_at_a_time:
             self.worker = self._make()
 
+    def end(self) -> None:
+        self.worker = None
+
     def stop(self) -> None:
         self.worker = None
 
@@ -111,8 +121,9 @@ class InProcessRanks:
 class RayRanks:
     """Ray actors, one per rank.
 
-    ``nodes`` says of each rank where it runs, for errors. ``start_again`` starts actors in the places of the first ones: its
-    argument says how many times it was called before, and one.
+    ``nodes`` says of each rank where it runs, for errors. ``start_again`` starts actors in the places of the first ones, or in
+    others: its argument says how many times it was called before, and one. ``where`` then says on which nodes they are, as
+    far as Ray has placed them.
     """
 
     def __init__(
@@ -124,10 +135,14 @@ class RayRanks:
         on_stop: Callable[[], None],
         nodes: Sequence[str] = (),
         start_again: Callable[[int], Sequence[Any]] | None = None,
+        where: Callable[[], Sequence[str]] | None = None,
     ) -> None:
         self.role = role
         self.actors = list(actors)
         self.nodes = list(nodes)
+        self._where = where
+        self._moved = False
+        """Whether the actors were started again since ``nodes`` was read."""
         self.size = len(self.actors)
         self.timeout_s = timeout_s
         self._on_stop = on_stop
@@ -176,6 +191,15 @@ class RayRanks:
                 self.actors = list(self._start_again(self._restarts))
             except RayError as error:
                 raise GroupError(self.role, None, "restart", repr(error)) from error
+            self._moved = self._where is not None
+
+    def end(self) -> None:
+        import ray
+
+        actors = list(self.actors)
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        ray.wait([actor.__ray_ready__.remote() for actor in actors], num_returns=len(actors), timeout=DEATH_SHOWS_S)
 
     def stop(self) -> None:
         import ray
@@ -211,7 +235,14 @@ class RayRanks:
             last_answer = time.monotonic() - began
             for reference in ready:
                 values[ranks[reference]] = self._value(reference, ranks[reference], phase)
+        self._look_where()
         return [values[rank] for rank in range(len(references))]
+
+    def _look_where(self) -> None:
+        """Read on which nodes actors are that were started again; they are there once they have answered."""
+        if self._moved and self._where is not None:
+            nodes = list(self._where())
+            self._moved, self.nodes = UNPLACED in nodes, nodes
 
     def _value(self, reference: Any, rank: int, phase: str) -> Any:
         import ray

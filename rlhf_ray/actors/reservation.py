@@ -33,12 +33,27 @@ class Reservation:
     def __init__(self, placement: PlacementGroup, bundles: Sequence[Bundle], shown: str) -> None:
         self.placement = placement
         self._bundles = list(bundles)
+        self._taken: set[tuple[str, int]] = set()
         self.picture = shown
         """Which rank is on which node, as a table."""
 
-    def first(self, role: str) -> int | None:
-        """The index of the first place of ``role``; None where it has none here."""
-        return next((index for index, bundle in enumerate(self._bundles) if bundle.role == role), None)
+    def take(self, role: str, group: str, first_rank: int, ranks: int) -> int | None:
+        """Take ``ranks`` places of ``role`` in a row, from its place number ``first_rank`` on; returns the index of the first.
+
+        Groups of one name get places of their own, and others may lie in the same ones. None where none are left: a model that
+        takes over from another one has its ranks beside that one's.
+        """
+        places = [index for index, bundle in enumerate(self._bundles) if bundle.role == role]
+        for begin in range(first_rank, len(places) - ranks + 1, ranks):
+            wanted = {(group, index) for index in places[begin : begin + ranks]}
+            if not wanted & self._taken:
+                self._taken |= wanted
+                return places[begin]
+        return None
+
+    def leave(self, group: str, first: int, ranks: int) -> None:
+        """Leave places to the next group of this name; they stay reserved."""
+        self._taken -= {(group, index) for index in range(first, first + ranks)}
 
     def lives(self) -> bool:
         """Whether every place is on a node that lives; not so while Ray still looks for one."""

@@ -83,17 +83,19 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.network import cluster_address
     from rlhf_ray.planning.arithmetic import batch_table
     from rlhf_ray.planning.capacity import capacity_table, needed
+    from rlhf_ray.planning.colocation.memory import colocated_gpu_needed, phases_table, requirement
     from rlhf_ray.planning.gpus import gpu_bytes
-    from rlhf_ray.planning.job_memory import job_memory, memory_table, require_memory
+    from rlhf_ray.planning.job_memory import job_memory, memory_table
     from rlhf_ray.planning.object_store import advice, store_bytes
     from rlhf_ray.planning.placement import show
     from rlhf_ray.planning.staleness import staleness_table
 
     config = load_config(options.config, options.overrides)
-    memory = job_memory(config, files_here)
+    memory, by_turns = job_memory(config, files_here), config.cluster.colocate
     tables = (
         batch_table(config), capacity_table(needed(config)), *show(needed(config), nodes_of(options.nodes, config.cluster)),
-        memory_table(memory, store_bytes(config, files_here)),
+        memory_table(memory, store_bytes(config, files_here), colocated_gpu_needed(config, memory) if by_turns else None),
+        *([phases_table(config, memory)] if by_turns else []),
     )  # fmt: skip
     ages = staleness_table(config, files_here)
     write_result("\n\n".join((*tables, *([] if ages is None else [ages]))) + "\n")
@@ -102,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     starts_here = cluster_address(config.cluster.address) is None
     size = options.gpu_gb * 1e9 if options.gpu_gb is not None else gpu_bytes() if starts_here else None
     if size is not None:
-        require_memory(memory, size)
+        requirement(config, memory)(size)
     return 0
 
 

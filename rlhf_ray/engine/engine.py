@@ -26,6 +26,7 @@ from rlhf_ray.engine import shards
 from rlhf_ray.engine.distributed import all_agree, await_all, keep_deadline, min_and_max, require_process_group
 from rlhf_ray.engine.frozen import Digests, frozen_digests, frozen_names
 from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
+from rlhf_ray.engine.offload import OffDevice
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
 from rlhf_ray.engine.schedules import check_schedule, learning_rate
@@ -113,6 +114,7 @@ class Engine:
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._watch = GradientWatch(self._trained, self.device)
+        self._off = OffDevice(self._deepspeed, module, self.device, trainable=trainable)
         self._sums = FullPrecisionSums(self._trained) if trainable and sums_in_engine(config, dtype) else None
 
     def _make_optimizer(self) -> SkippableAdamW:
@@ -207,18 +209,37 @@ class Engine:
     def _expect(self, *, pending: bool, call: str) -> None:
         if not self.trainable:
             raise RlhfRayError(f"{call}: this engine was made with trainable=False, so it only evaluates")
+        self._require_here(call)
         if self._pending != pending:
             missing = "call accumulate first" if pending else "call apply first, to end the last update"
             raise RlhfRayError(f"{call}: {missing}")
 
     def evaluate(self, function: Callable[[nn.Module], Result]) -> Result:
         """Return ``function(module)`` in evaluation mode, without gradients."""
+        self._require_here("evaluate")
         if self._pending:
             raise RlhfRayError("evaluate: call apply first, to end the last update")
         self._deepspeed.eval()
         with torch.no_grad():
             result: Result = self._deepspeed(function)
         return result
+
+    def offload(self, *, keep_weights: bool) -> None:
+        """Move what this rank holds to the host, or all of it but the weights; it computes nothing before :meth:`reload`.
+
+        Between two updates alone. What :func:`rlhf_ray.engine.offload.unmovable` names, it raises for.
+        """
+        if self._pending:
+            raise RlhfRayError("offload: call apply first, to end the last update")
+        self._off.offload(keep_weights=keep_weights)
+
+    def reload(self) -> None:
+        """Bring all that was moved to the host back to the device."""
+        self._off.reload()
+
+    def _require_here(self, call: str) -> None:
+        if self._off.is_away:
+            raise RlhfRayError(f"{call}: what this engine needs was moved to the host: reload it first")
 
     def save_shards(self, directory: Path) -> dict[str, FileRecord]:
         """Write this rank's part of weights, optimizer and random state into ``directory``.

@@ -1,8 +1,9 @@
 """The memory of a whole job: of every role on each of its GPUs and on the host, and of Ray's object store.
 
 Invariants: a rank may take of its GPU the share that it is placed on (``gpus_per_rank``, and of a rollout engine
-``gpu_memory_utilization``), so a GPU is large enough for a job if it is for each role alone. What a model's files do not tell
-is said to be unknown, and refuses nothing.
+``gpu_memory_utilization``), so a GPU is large enough for a job if it is for each role alone. Roles that take turns on a GPU
+(``cluster.colocate``) may each take all of it; ``planning/colocation`` adds up who is there together. What a model's files do
+not tell is said to be unknown, and refuses nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rlhf_ray.config.facts import Role, Sampling
 from rlhf_ray.config.files.models import adapter_base, is_adapter
 from rlhf_ray.config.files.score_heads import Shape
 from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
@@ -91,12 +93,18 @@ def job_memory(config: Job, files: Files = weights_here) -> list[RoleMemory]:
     """The memory of every role, in the order of its placement."""
     roles = [_role_memory(config, name, role, files) for name, role in config.roles().items()]
     sampling = config.sampling()
-    return roles if sampling is None else [*roles, _engine_memory(sampling, files)]
+    return roles if sampling is None else [*roles, _engine_memory(config, sampling, files)]
+
+
+def _share(config: Job, resources: ResourcesConfig) -> float:
+    """The share of a GPU that a rank may take: all of it by turns, else what it is placed on."""
+    taking_turns = config.cluster.colocate and resources.gpus_per_rank > 0
+    return 1.0 if taking_turns else min(1.0, resources.gpus_per_rank)
 
 
 def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory:
     section, model = role.config, role.config.model
-    share = min(1.0, section.resources.gpus_per_rank)
+    share = _share(config, section.resources)
     size = role_size(role, files)
     parts: list[Part] = []
     if size is not None:
@@ -114,10 +122,12 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
     return RoleMemory(name, ranks, share, f"{name}.resources.gpus_per_rank", tuple(parts), _name(model))
 
 
-def _engine_memory(sampling: Sampling, files: Files) -> RoleMemory:
+def _engine_memory(config: Job, sampling: Sampling, files: Files) -> RoleMemory:
     rollout = sampling.config
     on_gpu = rollout.resources.gpus_per_rank > 0
-    most = 1.0 if rollout.sleep else rollout.resources.gpus_per_rank  # one that sleeps may have more while it is awake
+    most = (
+        1.0 if rollout.sleep else _share(config, rollout.resources)
+    )  # one that sleeps may have more while it is awake
     share = min(rollout.gpu_memory_utilization, most) if on_gpu else 0.0
     size, cache_token, parts = published_size(sampling, files), 0.0, list[Part]()
     if size is not None:
@@ -190,15 +200,16 @@ def _shortage(one: RoleMemory, gpu_bytes: float) -> str:
     )
 
 
-def memory_table(memory: list[RoleMemory], store: int | None) -> str:
+def memory_table(memory: list[RoleMemory], store: int | None, needed: float | None = None) -> str:
     """The memory of every role by part, at its peak, and what a GPU must have; computed, not measured.
 
-    ``store`` is how many bytes the object store must have; None where that is not known.
+    ``store`` is how many bytes the object store must have; None where that is not known. ``needed`` is what a GPU must have
+    where that does not follow from each role alone.
     """
     rows = [row for one in memory for row in _rows(one)]
     stated = "not known yet" if store is None else _gb(store)
     rows.append(("object store", "", "on the node of the policy and of each engine", "", "", stated))
-    needed = gpu_needed(memory)
+    needed = gpu_needed(memory) if needed is None else needed
     if needed:
         rows.append(("every GPU", "", "must have", "", f"{needed / GB:.0f}", ""))
     headers = ("role", "ranks", "part of a rank at its peak", "GPU GB", "GPU needed GB", "host GB")

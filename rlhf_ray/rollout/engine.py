@@ -25,6 +25,7 @@ from torch import Tensor
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.models.devices import CPU
+from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed
 from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedWeights, shapes_on_disk
@@ -49,13 +50,15 @@ class RolloutEngine(ABC):
         deterministic: bool = False,
         device: torch.device = CPU,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        takes_turns: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start on ``device`` from a directory that the policy wrote at ``weight_version``.
 
         ``shapes`` are those of all weights by their names on disk, if the directory holds no weights: then an update brings
-        them before the first request.
+        them before the first request. With ``takes_turns`` it sleeps and wakes by :meth:`go_to` alone.
         """
+        self.takes_turns = takes_turns
         self.model_dir = Path(model_dir)
         self.config = config
         self.stop_token_ids = tuple(stop_token_ids)
@@ -120,6 +123,10 @@ class RolloutEngine(ABC):
         """Give back what is not needed until the next call; an engine that has its memory for itself keeps it."""
         return
 
+    def _go_to(self, level: Level) -> None:
+        """Have so much on the device; an engine that has its memory for itself keeps it."""
+        return
+
     def _death(self) -> str | None:
         """Which process of the engine, besides this one, has died; none of an engine that has no other."""
         return None
@@ -150,7 +157,7 @@ class RolloutEngine(ABC):
         try:
             return self._generate(requests, deadline_s)
         finally:
-            if self._dead is None and not self._unfinished:
+            if self._dead is None and not self._unfinished and not self.takes_turns:
                 with self._or_die("rest"):
                     self._rest()
 
@@ -272,6 +279,14 @@ class RolloutEngine(ABC):
         self._update = None
 
     # Life
+
+    def go_to(self, level: Level) -> None:
+        """Sleep, or wake up as far as ``level`` says: its weights, or all. Between two calls that generate."""
+        if self._unfinished:
+            raise RequestError(f"rollout engine {self.rank} has {self.unfinished} requests in work: step or abort them")
+        self._refuse_while_updating("go_to")
+        with self._or_die("go_to"):
+            self._go_to(level)
 
     def probe(self) -> Probe:
         """Report the engine's state without touching the model."""

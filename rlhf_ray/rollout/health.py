@@ -44,6 +44,8 @@ class EngineState(StrEnum):
 
 ALIVE = frozenset({EngineState.HEALTHY, EngineState.SUSPECT, EngineState.STALE})
 CURRENT = frozenset({EngineState.HEALTHY, EngineState.SUSPECT})
+UPDATED = frozenset({EngineState.HEALTHY, EngineState.STALE})
+"""Between these an engine goes with every publication."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class FleetHealth:
         self.policy = policy or HealthPolicy()
         self._clock = clock
         self._version: int | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when an engine has died, is restarted or has come back; not when it took another weight version."""
         self._engines = [EngineHealth(EngineState.STALE, clock(), up_since=clock()) for _ in range(engines)]
 
     # Reading
@@ -124,6 +128,13 @@ class FleetHealth:
     def counts(self) -> dict[str, int]:
         """How many engines are in each state."""
         return {state.value: len(self.in_state(state)) for state in EngineState}
+
+    def plain(self) -> list[dict[str, Any]]:
+        """How each engine is, as plain JSON."""
+        return [
+            {"state": e.state.value, "weight_version": e.weight_version, "restarts": e.incarnation, "cause": e.cause}
+            for e in self._engines
+        ]
 
     def describe(self) -> str:
         """A table of all engines, for error messages."""
@@ -271,4 +282,8 @@ class FleetHealth:
     def _move(self, engine: int, state: EngineState, **changes: Any) -> None:
         before = self._engines[engine]
         since = before.since if state is before.state else self._clock()
-        self._engines[engine] = replace(before, state=state, since=since, **changes)
+        now = self._engines[engine] = replace(before, state=state, since=since, **changes)
+        if state is not before.state and not (
+            {state, before.state} <= UPDATED and None not in (before.weight_version, now.weight_version)
+        ):
+            self.on_change()

@@ -37,6 +37,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import CapacityError, RequestError
 from rlhf_ray.models.dtypes import LONG_NAMES
+from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.planning.memory import sampling_parts, total
 from rlhf_ray.planning.model_size import model_size
 from rlhf_ray.rollout.engine import RolloutEngine
@@ -233,6 +234,12 @@ class VllmEngine(RolloutEngine):
         if self.config.sleep:
             self._engine.sleep(level=1)
             self._asleep = {WEIGHTS, CACHE}
+
+    def _go_to(self, level: Level) -> None:
+        if level is Level.AWAY:
+            self._rest()
+        else:
+            self._wake(*((WEIGHTS,) if level is Level.WEIGHTS else (WEIGHTS, CACHE)))
 
     def _wake(self, *parts: str) -> None:
         needed = [part for part in parts if part in self._asleep]

@@ -116,8 +116,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
          "expose": FREE},
     "run": {"name": PLACE, "root": PLACE, "seed": SEED, "deterministic": REPEATS,
             **_same(FREE, "max_consecutive_skips", "max_restarts")},
-    "cluster": _same(FREE, "address", "num_cpus", "object_store_mb", "dashboard", "placement_timeout_s", "start_timeout_s",
-                     "call_timeout_s"),
+    "cluster": _same(FREE, "address", "num_cpus", "object_store_mb", "dashboard", "colocate", "placement_timeout_s",
+                     "start_timeout_s", "call_timeout_s"),
     "checkpoint": _same(FREE, "every_steps", "keep"),
     "monitoring": _same(FREE, "ray_metrics", "tensorboard", "samples_per_log"),
     "evaluation": {

@@ -30,6 +30,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, RequestError
 from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
+from rlhf_ray.runs.engines import EngineStates
 from rlhf_ray.runs.ledger import Ledger
 from rlhf_ray.runs.lines import attempt_problem, metrics_problem
 from rlhf_ray.runs.set_aside import SetAsidePrompts
@@ -45,7 +46,7 @@ MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
     r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|samples|checkpoints|final|best|(summary|closing)\.json"
-    r"|summary\.void\.json|set_aside\.jsonl|report\.html|tensorboard|rollout-start|evaluation"
+    r"|summary\.void\.json|set_aside\.jsonl|engines\.json|report\.html|tensorboard|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
 _SAMPLES = re.compile(r"step-(\d{6,12})\.jsonl")
@@ -74,6 +75,7 @@ class RunDirectory:
         self.attempt = len(self.attempts.read())
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
         self.set_aside = SetAsidePrompts(self.path / "set_aside.jsonl")
+        self.engines = EngineStates(self.path / "engines.json")
         self._lock: int | None = None
         self._is_new = False
 

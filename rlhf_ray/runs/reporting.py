@@ -17,6 +17,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.runs.clusters import remembered
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.engines import describe
 from rlhf_ray.storage.output import OutputFile
 
 
@@ -57,6 +58,8 @@ def status(run: RunDirectory) -> dict[str, str]:
     cluster = remembered(run)
     if cluster is not None:
         rows["cluster"] = f"{cluster.address} ({cluster.session})"
+    if run.is_owned():
+        rows |= {f"engine {number}": describe(engine) for number, engine in enumerate(run.engines.read())}
     rows["last commit"] = f"step {checkpoints[-1]}" if checkpoints else "none"
     return rows
 

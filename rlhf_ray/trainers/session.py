@@ -15,6 +15,7 @@ from rlhf_ray.actors.engines import load_fleet
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
 from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
 from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.turns import SharedPlace
 from rlhf_ray.actors.workers.model import WorkerSetup
 from rlhf_ray.actors.workers.policy import LanguageSetup
 from rlhf_ray.actors.workers.reward import RewardSetup
@@ -48,7 +49,7 @@ class Session:
 
     def __enter__(self) -> Session:
         if self._cluster is not None:
-            self._place = self._cluster.__enter__()
+            self._place = self._on_shared_gpus(self._cluster.__enter__())
             clusters.remember(self._run, self._cluster.joined)
         return self
 
@@ -61,6 +62,18 @@ class Session:
             get_logger().warning("closing what the run had opened failed: %r", cleanup_error)
         if self._cluster is not None:
             self._cluster.__exit__(kind, error, trace)
+
+    def _on_shared_gpus(self, place: Place) -> Place:
+        """``place``, where all roles take turns on the same GPUs if the config says so."""
+        shared = self.config.shared_gpus() if self.config.cluster.colocate else None
+        return place if shared is None else SharedPlace(place, shared.shares[0])
+
+    def _whole(self, role: RoleConfig) -> RoleConfig:
+        """``role`` as it may use its GPU: all of its memory, where roles take turns."""
+        resources = role.resources
+        if not (self.config.cluster.colocate and 0 < resources.gpus_per_rank < 1):
+            return role
+        return role.model_copy(update={"resources": resources.model_copy(update={"gpus_per_rank": 1.0})})
 
     @property
     def place(self) -> Place:
@@ -75,7 +88,7 @@ class Session:
     def policy(self, role: RoleConfig, *, total_updates: int, temperature: float = 1.0) -> PlacedGroup[PolicyGroup]:
         """Place a policy that learns for ``total_updates`` updates; ``temperature`` is that of its log-probs."""
         setup = LanguageSetup(
-            role,
+            self._whole(role),
             self.seed,
             total_updates=total_updates,
             temperature=temperature,
@@ -86,18 +99,20 @@ class Session:
 
     def reference(self, role: RoleConfig, *, temperature: float) -> PlacedGroup[ReferenceGroup]:
         """Place the frozen model that the policy's KL is measured from."""
-        setup = LanguageSetup(role, self.seed, temperature=temperature, longest=self._longest)
+        setup = LanguageSetup(self._whole(role), self.seed, temperature=temperature, longest=self._longest)
         return place_group(self.place, "reference", ReferenceGroup, setup)
 
     def critic(self, role: RoleConfig, *, total_updates: int) -> PlacedGroup[CriticGroup]:
         """Place a critic that learns for ``total_updates`` updates."""
-        setup = WorkerSetup(role, self.seed, total_updates=total_updates, shared=self._shared, longest=self._longest)
+        setup = WorkerSetup(
+            self._whole(role), self.seed, total_updates=total_updates, shared=self._shared, longest=self._longest
+        )
         return place_group(self.place, "critic", CriticGroup, setup)
 
     def reward(self, role: RoleConfig, *, max_tokens: int, max_item_tokens: int, name: str) -> PlacedGroup[RewardGroup]:
         """Place a reward model that scores; ``max_tokens`` bounds a pack, and ``max_item_tokens`` one item."""
         setup = RewardSetup(
-            role,
+            self._whole(role),
             self.seed,
             max_tokens=max_tokens,
             max_item_tokens=max_item_tokens,

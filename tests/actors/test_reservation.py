@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -16,12 +16,16 @@ from rlhf_ray.actors import reservation, shells
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.nodes import free_nodes
 from rlhf_ray.actors.place import RankSpec
-from rlhf_ray.actors.reservation import Elsewhere, reserve
+from rlhf_ray.actors.reservation import Elsewhere, Reservation, reserve
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import CapacityError, GroupError
 from rlhf_ray.planning.capacity import Bundle
 from rlhf_ray.planning.placement import nodes_table
+
+ray.cloudpickle.register_pickle_by_value(
+    sys.modules[__name__]
+)  # else each rank would import this module, torch with it
 
 
 class Rank:
@@ -33,6 +37,9 @@ class Rank:
     def zone(self) -> str:
         found: str = ray.get_runtime_context().get_node_labels().get("zone", "")
         return found
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +121,13 @@ def test_a_job_that_does_not_fit_in_pieces_is_refused_in_seconds_and_holds_nothi
     wait_for(4.0)
 
 
-def test_an_engine_whose_node_has_died_starts_again_where_there_is_room_for_it(nodes: Nodes) -> None:
+def test_an_engine_whose_node_has_died_starts_again_where_there_is_room_for_it(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_nodes = ray.nodes  # all nodes are this machine, so they are told apart by what stands for their host names
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{**entry, "NodeManagerHostname": entry["NodeID"]} for entry in true_nodes()]
+    )
     gone = nodes.add_node(num_cpus=1, object_store_memory=80_000_000, resources={"gone": 1}, labels={"zone": "z"})
     nodes.wait_for_nodes()
     wait_for(5.0)
@@ -125,6 +138,9 @@ def test_an_engine_whose_node_has_died_starts_again_where_there_is_room_for_it(n
         wait_for(4.0)
         engine.restart()  # its section, here the default, asks for no label
         assert engine.call("zone", [()]).result()[0] in ("x", "y")
+        assert engine.nodes[0].endswith(f"({engine.call('node', [()]).result()[0]})"), (
+            "errors name the node where it is now"
+        )
     wait_for(4.0)
 
 
@@ -192,6 +208,47 @@ def test_two_engines_whose_node_has_died_hold_one_place_elsewhere_each_however_o
         wait_for(3.0)  # one place each, and what they had first is gone with its node
         cluster.stop(engines[0])
         wait_for(3.5)
+    wait_for(4.0)
+
+
+def reserved(*bundles: Bundle) -> Reservation:
+    """Places that nobody has to reserve."""
+    return Reservation(cast("Any", None), bundles, "")
+
+
+def test_groups_of_one_model_get_places_of_their_own_and_one_that_is_started_again_those_that_it_has_left() -> None:
+    places = reserved(Bundle("other", 1.0), *[Bundle("reward", 1.0)] * 4)
+    assert [places.take("reward", "reward", 0, 2) for _ in range(3)] == [1, 3, None], "a third has none"
+    places.leave("reward", 1, 2)
+    assert places.take("reward", "reward", 0, 2) == 1
+    assert places.take("missing", "missing", 0, 1) is None
+    shared = reserved(*[Bundle("policy + critic", 2.0)] * 2)
+    assert [shared.take("policy + critic", role, 0, 2) for role in ("policy", "critic", "policy")] == [0, 0, None]
+    engines = reserved(*[Bundle("rollout", 1.0)] * 3)
+    assert [engines.take("rollout", "rollout", number, 1) for number in (2, 0, 1)] == [2, 0, 1]
+
+
+def test_all_models_of_a_service_are_placed_together_and_a_group_that_is_restarted_under_another_name_comes_back() -> (
+    None
+):
+    bundles = [*[Bundle("reward", 1.0)] * 2, Bundle("other", 1.0, labels=(("zone", "y"),))]
+    with job(*bundles) as cluster:
+        wait_for(1.0)  # before any group is started
+
+        def start(name: str, model: str) -> Any:
+            spec = RankSpec("reward", 1, ResourcesConfig(), name=name, places=model)
+            group = cluster.start(spec)
+            return group, group.call("zone", [()]).result()[0]
+
+        first, other = start("reward", "reward"), start("other-2", "other")
+        start("reward-3", "reward")
+        assert other[1] == "y"
+        wait_for(1.0)  # nothing beside what was reserved
+        cluster.stop(first[0])
+        assert start("reward-4", "reward")[1] == first[1]
+        wait_for(1.0)
+        start("reward-5", "reward")  # a version that is loaded beside the one that it replaces
+        wait_for(0.0)
     wait_for(4.0)
 
 

@@ -16,7 +16,7 @@ actor.num_gpus_per_node policy.ranks
 critic.num_nodes critic.ranks
 critic.num_gpus_per_node critic.ranks
 train.colocate_critic_reward critic.resources.gpus_per_rank reward.resources.gpus_per_rank
-train.colocate_all ROLE.resources.gpus_per_rank rollout.resources.gpus_per_rank
+train.colocate_all cluster.colocate
 vllm.num_engines rollout.engines
 vllm.tensor_parallel_size rollout.tensor_parallel
 vllm.sync_backend rollout.weight_transport
@@ -60,7 +60,7 @@ ds.overlap_comm -
 actor.gradient_checkpointing_reentrant -
 data.disable_fast_tokenizer -
 data.dataloader_num_workers -
-ds.enable_sleep -
+ds.enable_sleep cluster.colocate
 ds.tensor_parallel_size -
 ds.packing_samples -
 train.dynamic_batch_enable -

@@ -12,6 +12,10 @@ from rlhf_ray.config.sections.data import DataConfig
 from rlhf_ray.errors import ConfigError
 
 LORA = "policy.model.lora={rank: 4}"
+BY_TURNS = [
+    "cluster.colocate=true", *(f"{role}.resources.gpus_per_rank=1" for role in ("policy", "critic", "reference", "rollout")),
+    "reward.resources.gpus_per_rank=1", "policy.engine.zero=1", "critic.engine.zero=2",
+]  # fmt: skip
 CASES = [
     # sizes
     ("ppo", ["batch.sequences_per_update=6"],
@@ -270,6 +274,39 @@ CASES = [
     ("serve", ["host=0.0.0.0"], "host: 0.0.0.0 is open to others: set token_file to a file that holds a token"),
     ("serve", ["max_tokens=10000"],
      "max_batch_tokens: 8192 does not hold one item of max_tokens 10000: raise it to that"),
+    # turns
+    ("sft", ["cluster.colocate=true"],
+     "cluster.colocate: true, but only a job of kind ppo has roles that take turns, and this one is sft: remove it"),
+    ("serve", ["cluster.colocate=true"], "cluster.colocate: true, but only a job of kind ppo has roles that take turns"),
+    ("ppo", [*BY_TURNS, "rollout.resources.gpus_per_rank=0"],
+     "cluster.colocate: true, but rollout.resources.gpus_per_rank is 0, and vLLM has no sleep mode on a CPU: set that to 1, or "
+     "this to false"),
+    ("ppo", [*BY_TURNS, "policy.resources.gpus_per_rank=0"],
+     "cluster.colocate: true, but policy.resources.gpus_per_rank is 0: set that to 1, or this to false"),
+    ("ppo", [*BY_TURNS, "rollout.backend=transformers"],
+     "rollout.backend: transformers engines do not sleep: set it to vllm, or cluster.colocate to false"),
+    ("ppo", [*BY_TURNS, "rollout.mode=one_step_off"],
+     "rollout.mode: one_step_off, but then the engines generate while the policy learns, and cluster.colocate is true: set it "
+     "to sync, or cluster.colocate to false"),
+    ("ppo", [*BY_TURNS, "rollout.mode=windowed"], "rollout.mode: windowed, but then the engines generate while"),
+    ("ppo", [*BY_TURNS, "rollout.tensor_parallel=2", "rollout.resources.gpus_per_rank=2"],
+     "rollout.tensor_parallel: 2, but Ray shares no engine of several GPUs with other roles: set it to 1"),
+    ("ppo", [*BY_TURNS, "expose={port: 5000}"],
+     "expose: its callers may come while the reward models are not on the GPUs: remove it, or cluster.colocate to false"),
+    ("ppo", [*BY_TURNS, "policy.engine.zero=0"],
+     "policy.engine.zero: 0, at which DeepSpeed keeps the optimizer on its GPU: set it to 1 or 2, or cluster.colocate to "
+     "false"),
+    ("ppo", [*BY_TURNS, "policy.engine.zero=3"],
+     "policy.engine.offload: none at policy.engine.zero 3, where DeepSpeed moves weights alone, beside an optimizer that is on "
+     "the host for good: set it to optimizer, or policy.engine.zero to 2, or cluster.colocate to false"),
+    ("ppo", [*BY_TURNS, "critic.engine.zero=3", "critic.engine.offload=all"],
+     "critic.engine.offload: all at critic.engine.zero 3"),
+    ("ppo", [*BY_TURNS, "policy.engine.zero=3", "policy.engine.offload=optimizer", LORA],
+     "policy.engine.zero: 3 with policy.model.lora, whose frozen weights DeepSpeed does not move: set it to 2"),
+    ("ppo", [*BY_TURNS, "policy.model.dtype=bf16", LORA, "policy.model.quantization=nf4"],
+     "policy.model.quantization: nf4 weights stay on their GPU: remove it, or cluster.colocate to false"),
+    ("ppo", [*BY_TURNS, "reference.placement.strategy=spread"],
+     "reference.placement: it differs from that of policy, but the ranks of both lie on the same GPUs"),
 ]  # fmt: skip
 
 
@@ -281,6 +318,11 @@ def test_a_contradiction_is_the_one_problem_and_shows_the_way_out(problems, kind
 
 
 ALLOWED = [
+    ("ppo", BY_TURNS),
+    ("ppo", [*BY_TURNS, "policy.ranks=4", "rollout.engines=8", "reference=null", "reward.resources.gpus_per_rank=0"]),
+    ("ppo", [*BY_TURNS, "policy.resources.gpus_per_rank=0.9", "rollout.resources.gpus_per_rank=0.3"]),
+    ("ppo", [*BY_TURNS, "policy.engine.zero=3", "policy.engine.offload=optimizer", "reference.engine.zero=3"]),
+    ("ppo", [*BY_TURNS, LORA, "critic.engine.offload=optimizer", "rollout.sleep=true", "rollout.resources.gpus_per_rank=0.5"]),
     ("ppo", ["batch.samples_per_prompt=3", "batch.sequences_per_update=48"]),
     ("ppo", ["policy.ranks=8", "reference.ranks=16", "rollout.engines=16"]),
     ("ppo", ["rollout.max_model_tokens=288", "batch.max_tokens_per_micro_batch=288"]),

@@ -16,6 +16,8 @@ from rlhf_ray.actors.workers.model import Part
 from rlhf_ray.actors.workers.request_scoring import TextPairScorer, score_apart
 from rlhf_ray.actors.workers.reward import RewardSetup
 from rlhf_ray.environment import keep_freed_memory
+from rlhf_ray.models.devices import CPU
+from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import MicroBatch
@@ -48,6 +50,13 @@ class EncoderRewardWorker(Worker):
         )
         self.phase = "ready"
         return f"{setup.config.model.path}: {self.encoder.describe()}"
+
+    def go_to(self, level: int) -> None:
+        """Have the model on the device, or on the host below ``Level.ALL`` of ``planning/colocation/phases.py``."""
+        with self.doing("go_to"):
+            self.encoder.model.to(self.encoder.device if level == Level.ALL else CPU)
+            if self.encoder.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:
         """What callers must know of this model: its tokenizer, its limit, its mean and std if it normalises."""

@@ -31,6 +31,7 @@ from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.network import LOOPBACK
+from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.storage.manifest import FileRecord, hash_files
 from rlhf_ray.storage.shared import SharedFile
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -230,6 +231,14 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
     def _evaluate(self, forward: Forward, packed: Packed) -> torch.Tensor:
         return self.engine.evaluate(lambda module: forward(module, packed.to(self.device)))
+
+    def go_to(self, level: int) -> None:
+        """Have so much on the device as ``level`` says, a ``Level`` of ``planning/colocation/phases.py``."""
+        with self.doing("go_to"):
+            if level == Level.ALL:
+                self.engine.reload()
+            else:
+                self.engine.offload(keep_weights=level == Level.WEIGHTS)
 
     # Files
 

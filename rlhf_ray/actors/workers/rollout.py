@@ -18,6 +18,7 @@ from rlhf_ray.imports import quick_imports
 from rlhf_ray.models.devices import placed_device
 from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
+from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.wire import PublishedWeights
@@ -40,6 +41,8 @@ class RolloutSetup:
     weight_version: int = 0
     shapes: Mapping[str, tuple[int, ...]] | None = None
     """Of all weights by their names on disk, if ``model_dir`` holds none and an update brings them before the first request."""
+    takes_turns: bool = False
+    """Whether the driver says when it sleeps and wakes, because all roles are on the same GPUs."""
     shared: SharedFile | None = None
     """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
@@ -64,6 +67,7 @@ def make_engine(setup: RolloutSetup, rank: int, device: torch.device) -> Rollout
         deterministic=setup.deterministic,
         device=device,
         shapes=setup.shapes,
+        takes_turns=setup.takes_turns,
     )
 
 
@@ -135,6 +139,11 @@ class RolloutWorker(Worker):
         """Check the weights that came and adopt them."""
         with self.doing("receive"):
             self.engine.finish_update(version, checksum)
+
+    def go_to(self, level: int) -> None:
+        """Have so much on the device as ``level`` says, a ``Level`` of ``planning/colocation/phases.py``."""
+        with self.doing("go_to"):
+            self.engine.go_to(Level(level))
 
     def probe(self) -> Probe:
         """What the engine says about itself."""

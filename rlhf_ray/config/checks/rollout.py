@@ -125,10 +125,10 @@ def engine_has_its_devices(rollout: RolloutConfig) -> Iterator[Problem]:
         )
 
 
-def engine_keeps_to_its_share(rollout: RolloutConfig) -> Iterator[Problem]:
+def engine_keeps_to_its_share(rollout: RolloutConfig, *, colocate: bool) -> Iterator[Problem]:
     """An engine that has a part of a GPU, and does not sleep, takes no more of its memory: the rest is the other roles'."""
     gpus, memory = rollout.resources.gpus_per_rank, rollout.gpu_memory_utilization
-    if rollout.backend == "vllm" and not rollout.sleep and 0 < gpus < 1 and memory > gpus:
+    if rollout.backend == "vllm" and not (rollout.sleep or colocate) and 0 < gpus < 1 and memory > gpus:
         yield (
             "rollout.gpu_memory_utilization",
             f"{memory:g} of a GPU's memory, but rollout.resources.gpus_per_rank is {gpus:g} and other roles share that GPU: "

@@ -50,6 +50,25 @@ def shared_gpus(placements: Iterable[Placement]) -> SharedGpus | None:
     )
 
 
+def colocated_gpus(placements: Iterable[Placement]) -> SharedGpus | None:
+    """The GPUs that all roles share by turns, whose shares say nothing of memory (``cluster.colocate``)."""
+    sharing = [placed for placed in placements if placed.resources.gpus_per_rank > 0]
+    if not sharing:
+        return None
+    return SharedGpus(
+        tuple(placed.name for placed in sharing),
+        max(placed.count for placed in sharing),
+        sum(placed.resources.cpus_per_rank for placed in sharing),
+        (share_of_each(len(sharing)),) * len(sharing),
+        tuple(placed.placement for placed in sharing),
+    )
+
+
+def share_of_each(roles: int) -> float:
+    """What Ray counts each of so many roles as of a GPU that they share by turns."""
+    return EXACT // roles / EXACT
+
+
 def ranks_have_gpus_of_their_own(roles: Mapping[str, Role], shared: SharedGpus | None) -> Iterator[Problem]:
     """A GPU holds one rank of each role that shares it, and no more of them than it has room for."""
     if shared is not None and sum(round(share * EXACT) for share in shared.shares) > EXACT:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, get_args
 
+from rlhf_ray.config.checks.colocation import only_ppo_takes_turns
 from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
 from rlhf_ray.config.checks.roles import repeats_exactly, role_rules
 from rlhf_ray.config.checks.shared_gpus import SharedGpus, ranks_have_gpus_of_their_own
@@ -37,6 +38,8 @@ class Job(Section):
 
     command: ClassVar[str]
     """The command line that runs such a job."""
+    takes_turns: ClassVar[bool] = False
+    """Whether its roles can take turns on the same GPUs."""
 
     kind: str
     run: RunConfig
@@ -58,7 +61,7 @@ class Job(Section):
 
     def rules(self) -> list[Rule]:
         """The rules between the sections of the job. They read values alone, no file."""
-        return [*role_rules(self.roles()), self._gpu_problems]
+        return [*role_rules(self.roles()), self._gpu_problems, self._takes_no_turns]
 
     def files(self) -> list[Rule]:
         """The rules about what the job needs to find on this machine."""
@@ -77,6 +80,10 @@ class Job(Section):
 
     def _gpu_problems(self) -> Iterator[Problem]:
         return ranks_have_gpus_of_their_own(self.roles(), self.shared_gpus())
+
+    def _takes_no_turns(self) -> Iterator[Problem]:
+        if not self.takes_turns:
+            yield from only_ppo_takes_turns(self.cluster, self.kind)
 
     def _architecture_problems(self, key: str, role: Role) -> Iterator[Problem]:
         return architecture_problems(key, role, self.longest_sequence())
@@ -143,7 +150,7 @@ class TrainingJob(Job):
 
     def rules(self) -> list[Rule]:
         own = role_rules(self.roles(), lambda key, role: repeats_exactly(key, role, self.run))
-        return [*own, self._gpu_problems]
+        return [*own, self._gpu_problems, self._takes_no_turns]
 
     def one_process_rules(self) -> list[Rule]:
         """The rules of ``rlhf-ray train --in-process``: what cannot share a process with a training engine."""

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from rlhf_ray.config.checks import algorithm as algorithm_checks
+from rlhf_ray.config.checks import colocation
 from rlhf_ray.config.checks import rollout as rollout_checks
 from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_pairs_to_cut, world_has_enough_prompts
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
-from rlhf_ray.config.checks.shared_gpus import SharedGpus, shared_gpus
+from rlhf_ray.config.checks.shared_gpus import SharedGpus, colocated_gpus, shared_gpus
 from rlhf_ray.config.facts import Amount, Placement, Role, Sampling, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
@@ -42,6 +43,7 @@ class PpoConfig(TrainingJob):
 
     trainer: ClassVar[str] = "rlhf_ray.trainers.ppo.build:train_ppo"
     length_key: ClassVar[str] = "steps"
+    takes_turns: ClassVar[bool] = True
 
     kind: Literal["ppo"]
     batch: BatchConfig
@@ -109,10 +111,12 @@ class PpoConfig(TrainingJob):
 
     def placements(self) -> list[Placement]:
         rollout = self.rollout
-        return [*super().placements(), Placement("rollout", rollout.engines, rollout.resources, rollout.placement)]
+        own = [*super().placements(), Placement("rollout", rollout.engines, rollout.resources, rollout.placement)]
+        return colocation.taking_turns(own) if self.cluster.colocate else own
 
     def shared_gpus(self) -> SharedGpus | None:
-        return shared_gpus(self.placements())
+        placements = self.placements()
+        return colocated_gpus(placements) if self.cluster.colocate else shared_gpus(placements)
 
     def sampling(self) -> Sampling:
         return Sampling(self.rollout, self.roles()["policy"], self.batch.sequences_per_step, self.updates_per_step)
@@ -131,7 +135,9 @@ class PpoConfig(TrainingJob):
             lambda: rollout_checks.environment_gives_the_rewards(self.rollout, self.reward),
             lambda: rollout_checks.lengths_are_of_one_answer(self.rollout, self.algorithm.shaping),
             lambda: rollout_checks.engine_has_its_devices(self.rollout),
-            lambda: rollout_checks.engine_keeps_to_its_share(self.rollout),
+            lambda: rollout_checks.engine_keeps_to_its_share(self.rollout, colocate=self.cluster.colocate),
+            lambda: colocation.engines_can_sleep(self.cluster, self.rollout, self.expose),
+            lambda: colocation.roles_can_leave(self.cluster, self.roles()),
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),
             lambda: gold_knows_the_prompts(self.data, self._functions()),
             lambda: has_no_pairs_to_cut(self.data),

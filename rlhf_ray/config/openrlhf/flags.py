@@ -31,6 +31,7 @@ def _none(reason: str) -> Answer:
 MICRO_BATCH = "batch.max_tokens_per_micro_batch"
 RANKS = "ranks counts nodes x GPUs"
 SHARED = "roles share a GPU when each takes a part of it"
+BY_TURNS = "all roles on the same GPUs, each awake in its turn"
 FORWARD = "passes without gradients take batch.forward_factor times as much"
 FORWARD_OF_SEQUENCES = f"counted in tokens; {FORWARD}"
 TRANSPORT = "by default NCCL or CUDA IPC where the placement allows it, else Ray's object store"
@@ -103,7 +104,7 @@ _ENGINE: dict[str, Answer] = {
     "ds.overlap_comm": _none("off at ZeRO 1 and 2, DeepSpeed's own setting at 3"),
     "ds.deepcompile": _none("models are not compiled"),
     "ds.tensor_parallel_size": _none("training shards by ZeRO alone (engine.zero); rollout.tensor_parallel is for engines"),
-    "ds.enable_sleep": _none("training engines keep their memory; engine.offload moves it to the node for good"),
+    "ds.enable_sleep": _ours("cluster.colocate", note=BY_TURNS),
     "ds.use_universal_ckpt": _none("a run resumes with as many ranks as it had"),
     "local_rank": _none("Ray places the ranks"),
     **_optimizer_of("actor.", "policy"),
@@ -119,7 +120,7 @@ _PLACEMENT: dict[str, Answer] = {
         "policy.resources.gpus_per_rank", "reference.resources.gpus_per_rank", note=SHARED),
     "train.colocate_critic_reward": _ours(
         "critic.resources.gpus_per_rank", "reward.resources.gpus_per_rank", note=SHARED),
-    "train.colocate_all": _ours("ROLE.resources.gpus_per_rank", "rollout.resources.gpus_per_rank", note=SHARED),
+    "train.colocate_all": _ours("cluster.colocate", note=BY_TURNS),
     "vllm.num_engines": _ours("rollout.engines"),
     "vllm.tensor_parallel_size": _ours("rollout.tensor_parallel"),
     "vllm.gpu_memory_utilization": _ours("rollout.gpu_memory_utilization"),
@@ -127,7 +128,7 @@ _PLACEMENT: dict[str, Answer] = {
     "vllm.sync_with_ray": _ours("rollout.weight_transport", note=TRANSPORT),
     "vllm.enable_prefix_caching": _none("prefixes are cached unless run.deterministic is set"),
     "vllm.enforce_eager": _none("engines are eager on CPU and where run.deterministic is set"),
-    "vllm.enable_sleep": _ours("rollout.sleep"),
+    "vllm.enable_sleep": _ours("rollout.sleep", note="with cluster.colocate engines sleep anyhow"),
     "train.async_enable": _ours("rollout.mode", note="one_step_off, or windowed"),
     "train.async_queue_size": _ours("rollout.window", note="with rollout.mode=windowed"),
     "train.partial_rollout_enable": _ours("rollout.partial", note="with rollout.mode=windowed"),

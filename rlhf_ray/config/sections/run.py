@@ -37,6 +37,8 @@ class ClusterConfig(Section):
     """Size of Ray's object store if this run starts Ray; null sizes it from the weights that are published and the batches."""
     dashboard: bool = False
     """Whether Ray's dashboard is served, if this run starts Ray."""
+    colocate: bool = False
+    """PPO: whether all roles on GPUs are on the same ones, by turns: rank i of each, and rollout engine i, on GPU i."""
     placement_timeout_s: PositiveFloat = 60.0
     start_timeout_s: PositiveFloat = 300.0
     call_timeout_s: PositiveFloat = 600.0

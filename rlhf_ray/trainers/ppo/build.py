@@ -104,16 +104,19 @@ def build(
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     start_directory = run.path / "rollout-start"
     shapes = groups.policy.save_without_weights(str(start_directory)).result()
+    takes_turns = config.cluster.colocate
     setup = RolloutSetup(
-        config.rollout,
+        config.rollout.model_copy(update={"sleep": True}) if takes_turns else config.rollout,
         str(start_directory),
         ends.ids,
         config.run.seed,
         config.run.deterministic,
+        takes_turns=takes_turns,
         shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
     )
     sampler = Sampler(config, session.fleet(engines, setup), make_player(config, chat, ends, session.cleanup))
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
+    sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
     rewards = make_reward_source(
         config,
         groups.rewards,

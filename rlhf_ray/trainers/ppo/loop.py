@@ -127,6 +127,7 @@ class PpoTrainer:
                     self.publish(progress.weight_version)
                 self.compare_newest()
             self.journal.write_samples(progress.step, sample_rows(prepared.samples, prepared.batch))
+            self.run_directory.engines.write(self.sampler.fleet.health.plain())
             metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **progress.metrics()}
             self.journal.log_step(progress.step, self.config.steps, metrics, prepared.batch)
             every = self.config.evaluation.every_steps
