@@ -48,6 +48,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chunk_size(VOCABULARY) == 6
 
 
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the head compute in chunks of whole rows on a CPU too, as it does on a GPU and over kept sets."""
+    monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
+
+
 def case(dtype: torch.dtype = torch.float32, *, bias: bool = False) -> tuple[LogProbHead, Tensor, Tensor]:
     torch.manual_seed(0)
     layer = nn.Linear(HIDDEN, VOCABULARY, bias=bias).to(dtype)
@@ -78,13 +84,21 @@ def gradients_agree(
     return gradients
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_equals_naive_forward_and_backward(
-    bias: bool, softcap: float | None, temperature: float, with_entropy: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tiles: bool,
+    bias: bool,
+    softcap: float | None,
+    temperature: float,
+    with_entropy: bool,
 ) -> None:
+    if not tiles:
+        monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
     head, hidden, targets = case(bias=bias)
     head.softcap = softcap
     mine, mine_entropy = head(hidden, targets, temperature, with_entropy)
@@ -155,6 +169,7 @@ def test_no_tokens_give_no_numbers_and_a_zero_gradient() -> None:
     assert mine.shape == (0,) and not head.weight.grad.any() and not hidden.grad.any()
 
 
+@pytest.mark.usefixtures("in_chunks")
 def test_never_more_logits_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product with the vocabulary is counted, forward and backward."""
     rows: list[int] = []
@@ -183,6 +198,7 @@ def one_chunk(
     return case(dtype)
 
 
+@pytest.mark.usefixtures("in_chunks")
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_a_forward_passes_over_the_logits_as_often_as_it_must(
     monkeypatch: pytest.MonkeyPatch, with_entropy: bool
@@ -195,6 +211,7 @@ def test_a_forward_passes_over_the_logits_as_often_as_it_must(
     assert passes.counts == {"mm": 1, "amax": 1, "sub_": 1, "gather": 1} | sums
 
 
+@pytest.mark.usefixtures("in_chunks")
 @pytest.mark.parametrize("of_entropy", [False, True])
 def test_a_backward_passes_over_the_logits_as_often_as_it_must(
     monkeypatch: pytest.MonkeyPatch, of_entropy: bool
@@ -210,6 +227,7 @@ def test_a_backward_passes_over_the_logits_as_often_as_it_must(
     assert passes.counts == products | {"sub_": 1, "scatter_add_": 1} | inner
 
 
+@pytest.mark.usefixtures("in_chunks")
 def test_a_temperature_costs_one_pass_each_way_and_a_temperature_of_one_none(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden, targets = one_chunk(monkeypatch)
     for temperature, divisions in ((1.0, 0), (0.7, 2)):
@@ -218,6 +236,7 @@ def test_a_temperature_costs_one_pass_each_way_and_a_temperature_of_one_none(mon
         assert passes.counts["div_"] == divisions and passes.counts["div"] == 0
 
 
+@pytest.mark.usefixtures("in_chunks")
 @pytest.mark.parametrize(("with_entropy", "chunks_at_once"), [(False, 1), (True, 2)])
 def test_memory_is_that_of_one_chunk_and_the_gradients(
     monkeypatch: pytest.MonkeyPatch, with_entropy: bool, chunks_at_once: int
@@ -244,6 +263,7 @@ def test_memory_is_that_of_one_chunk_and_the_gradients(
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the head take the products that it takes on a GPU."""
+    monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
     monkeypatch.setattr(log_probs, "_sums_wider", lambda left, right: left.dtype == right.dtype != torch.float32)
     with half_precision_products():
         yield

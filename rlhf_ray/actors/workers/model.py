@@ -28,6 +28,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.settings import deepspeed_config
+from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.network import LOOPBACK
@@ -122,6 +123,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         self.settings = setup
         self.device = self.take_device(setup.config.resources)
         torch.set_num_threads(setup.config.resources.threads_per_rank)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(setup.seed + self.rank)
         self._meet(setup.rendezvous, setup.collective_timeout_s)
         module, line = self._load(setup)

@@ -4,6 +4,8 @@ Invariants: logits, log-probabilities and entropies are fp32 whatever the model'
 a time, also in the backward pass, which computes it again; an entropy takes the memory of a second one. What nobody asks for
 (an entropy, its gradient, a temperature of 1) costs no pass over a chunk. No input is changed.
 
+A plain head on a CPU computes in smaller tiles instead, of tokens and vocabulary (``log_prob_tiles.py``).
+
 The head is the model's own output layer: one module that owns the weight and the loop over chunks. So ZeRO-3 gathers the
 weight once per call, however many chunks a rank has, and ranks with different numbers of tokens do not wait for each other.
 """
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.models.forward.log_prob_tiles import tiled_log_probs
 from rlhf_ray.trajectories.kept_sets import KeptSets
 
 LOGITS_AT_ONCE = 1 << 20
@@ -73,6 +76,8 @@ class LogProbHead(nn.Linear):
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
+        if tiles_suit(hidden, self.bias, self.softcap, kept):
+            return tiled_log_probs(hidden, self.weight, targets, temperature, with_entropy)
         return _chunked_log_probs(
             hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy, kept
         )
@@ -80,6 +85,11 @@ class LogProbHead(nn.Linear):
     def capped(self, logits: Float[Tensor, "*tokens vocabulary"]) -> Float[Tensor, "*tokens vocabulary"]:
         """Bound logits by the softcap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def tiles_suit(hidden: Tensor, bias: Tensor | None, softcap: float | None, kept: KeptSets | None) -> bool:
+    """Return whether logits are computed in tiles of tokens and vocabulary: on a CPU, for a plain head."""
+    return hidden.device.type == "cpu" and bias is None and softcap is None and kept is None
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

@@ -1,0 +1,121 @@
+"""Log-probs in tiles of tokens and vocabulary are those of the whole logits, forward and backward, in bounded memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.models.forward import log_prob_tiles, log_probs
+from rlhf_ray.models.forward.log_probs import LogProbHead
+from tests.models.counted import LiveBytes
+from tests.models.test_log_probs import gradients_agree, naive
+
+HIDDEN, VOCABULARY, TOKENS = 16, 50, 23
+KEPT, AGAIN = 1 << 20, 0
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten tokens by seven columns: neither divides its side."""
+    monkeypatch.setattr(log_prob_tiles, "TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr(log_prob_tiles, "MOST_COLUMNS", 7)
+
+
+def case(dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[LogProbHead, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.Linear(HIDDEN, VOCABULARY, bias=False).to(dtype)
+    hidden = torch.randn(TOKENS, HIDDEN).mul(scale).to(dtype).requires_grad_()
+    return LogProbHead.around(layer, None), hidden, torch.randint(VOCABULARY, (TOKENS,))
+
+
+@pytest.mark.parametrize("most", [KEPT, AGAIN])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_they_equal_the_whole_forward_and_backward_whether_probabilities_are_kept_or_not(
+    monkeypatch: pytest.MonkeyPatch, most: int, temperature: float, with_entropy: bool
+) -> None:
+    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+    head, hidden, targets = case()
+    mine, entropy = head(hidden, targets, temperature, with_entropy)
+    theirs, theirs_entropy = naive(hidden, head.weight, None, targets, temperature, None)
+    gradients_agree(head, hidden, mine, entropy, theirs, theirs_entropy)
+
+
+def test_a_plain_head_on_a_cpu_takes_them_and_no_other_head_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    original = log_prob_tiles.tiled_log_probs
+    monkeypatch.setattr(log_probs, "tiled_log_probs", lambda h, *rest: (taken.append(len(h)), original(h, *rest))[1])
+    head, hidden, targets = case()
+    head(hidden, targets)
+    assert taken == [TOKENS]
+    head.softcap = 2.0
+    head(hidden, targets)
+    LogProbHead.around(nn.Linear(HIDDEN, VOCABULARY), None)(hidden, targets)
+    assert taken == [TOKENS]
+
+
+@pytest.mark.parametrize("most", [KEPT, AGAIN])
+def test_the_gradient_of_a_token_that_is_almost_certain_does_not_drown_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Its logit has the gradient ``1 - p``, here about 1e-4, where a probability in bf16 would be 1."""
+    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+    head = LogProbHead.around(nn.Linear(1, VOCABULARY, bias=False), None)
+    weight = torch.zeros(VOCABULARY, 1)
+    weight[3] = 13.0
+    head.weight = nn.Parameter(weight.bfloat16())
+    hidden, targets = torch.ones(TOKENS, 1, dtype=torch.bfloat16), torch.full((TOKENS,), 3)
+    mine, _ = head(hidden, targets)
+    exact, _ = naive(hidden, head.weight, None, targets, 1.0, None)
+    for_weight, expected = (torch.autograd.grad(numbers.sum(), head.weight)[0][3] for numbers in (mine, exact))
+    assert float(for_weight) == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize(("most", "products"), [(KEPT, 24), (AGAIN, 48)])
+def test_logits_are_computed_once_where_probabilities_are_kept_and_never_more_than_a_tile(
+    monkeypatch: pytest.MonkeyPatch, most: int, products: int
+) -> None:
+    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+    shapes: list[tuple[int, int]] = []
+    original = log_prob_tiles._logits
+
+    def counted(wide: Tensor, weight: Tensor, temperature: float) -> Tensor:
+        shapes.append((len(wide), len(weight)))
+        return original(wide, weight, temperature)
+
+    monkeypatch.setattr(log_prob_tiles, "_logits", counted)
+    head, hidden, targets = case()
+    head(hidden, targets, 1.0, True)[0].sum().backward()
+    assert len(shapes) == products and max(shapes) == (10, 7)
+
+
+def test_probabilities_are_kept_for_a_backward_alone_and_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, tokens = nn.Linear(8, 2000, bias=False), 200
+    monkeypatch.setattr(log_prob_tiles, "MOST_COLUMNS", 100)
+    hidden, targets = torch.randn(tokens, 8).requires_grad_(), torch.randint(2000, (tokens,))
+    head, kept = LogProbHead.around(layer, None), tokens * 2000 * 4
+    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept)
+
+    def peak() -> Any:
+        with LiveBytes((hidden, head.weight, targets)) as forward:
+            head(hidden, targets)
+        return forward.peak
+
+    assert kept <= peak() <= kept * 1.2
+    with torch.no_grad():
+        assert peak() < kept * 0.2
+    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept - 1)
+    assert peak() < kept * 0.2
+
+
+def test_a_pass_without_gradients_gives_the_bits_of_one_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the first ratio would not be exactly 1."""
+    head, hidden, targets = case(torch.bfloat16)
+    with torch.no_grad():
+        before, _ = head(hidden, targets, 0.7)
+    for most in (KEPT, AGAIN):
+        monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+        assert torch.equal(head(hidden, targets, 0.7, True)[0], before)
