@@ -31,8 +31,8 @@ class _TiledLogProbs(torch.autograd.Function):
 
     A tile ``j`` gives its own softmax ``p_j`` and its own ``n_j = log sum exp z_j``; then ``n = log sum_j exp n_j`` and
     ``p = p_j exp(n_j - n)``. Backward, with ``g`` and ``g_H`` for the gradients of both:
-    ``dz = g (1_y - p) - g_H p (log p + H)``. The column of the target has its own term, so that ``1 - p`` is not made of a ``p``
-    in half precision.
+    ``dz = g (1_y - p) - g_H p (log p + H)``. The column of the target has its own term, so that ``1 - p`` is not made of
+    a ``p`` in half precision.
     """
 
     @staticmethod
