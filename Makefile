@@ -23,7 +23,7 @@ lint: setup
 	@.venv/bin/lint-imports
 
 gym: setup  ## what GRPO learns on a task of reasoning-gym, in one turn and in two; needs pip install reasoning-gym (KEEP=1 keeps the figures)
-	@$(PYTHON_BIN) -m benchmarks.run --only gym $(if $(filter-out 0,$(KEEP)),--keep)
+	@$(PYTHON_BIN) -m benchmarks.run --only gym,gym_turns $(if $(filter-out 0,$(KEEP)),--keep)
 
 bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]); KEEP=1: into the committed reference.json too
 	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(KEEP)),--keep)

@@ -21,6 +21,7 @@ PARTS = (
     "demo",
     "encoders",
     "gym",
+    "gym_turns",
     "learning",
     "log_probs",
     "models",

@@ -1,6 +1,7 @@
 """Tasks of the package reasoning-gym as rows on disk, and the package's own verifiers as a reward function.
 
-    python -m rlhf_ray.environments.reasoning_gym FAMILY FOLDER [--train N] [--test N] [--demonstrations N] [KEY=VALUE ...]
+    python -m rlhf_ray.environments.reasoning_gym FAMILY FOLDER [--train N] [--test N] [--demonstrations N]
+        [--careless N] [--second-turns END] [KEY=VALUE ...]
 
 Invariants:
 
@@ -146,18 +147,27 @@ class Twice:
 
 
 def second_turns(rows: Sequence[dict[str, Any]], end: str) -> list[dict[str, Any]]:
-    """Demonstrations of the second turn of :class:`Twice`, after a right first answer and after a wrong one.
+    """Demonstrations of the second turn of :class:`Twice`, after a right first answer and after one that is written backward.
 
     ``end`` is the text of the token that ends an answer.
     """
     demonstrations = []
     for row in rows:
         right = str(row["answer"])
-        wrong = f"{right[1:]}{right[0]}"
-        demonstrations.append({**row, "prompt": f"{row['prompt']}{right}{end}{RIGHT}", "answer": right[::-1]})
+        wrong = right[::-1]
+        demonstrations.append({**row, "prompt": f"{row['prompt']}{right}{end}{RIGHT}", "answer": wrong})
         if verify(row["label"], wrong) < 1.0:
-            demonstrations.append({**row, "prompt": f"{row['prompt']}{wrong}{end}{WRONG}"})
+            demonstrations.append({**row, "prompt": f"{row['prompt']}{wrong}{end}{WRONG}", "answer": right})
     return demonstrations
+
+
+def with_careless(rows: Sequence[dict[str, Any]], copies: int) -> list[dict[str, Any]]:
+    """The rows, and of each one ``copies`` more whose answer is written backward: demonstrations of mixed quality.
+
+    Every question is answered both ways, so that a policy learns how to do both and cannot learn which questions are
+    answered carelessly: it is right in about one answer of ``copies + 1``, and a reward tells it which way is right.
+    """
+    return [*rows, *({**row, "answer": str(row["answer"])[::-1]} for row in rows for _ in range(copies))]
 
 
 @cache
@@ -178,18 +188,21 @@ def _data_set(family: str, **settings: Any) -> Any:
         raise RequestError(f"reasoning-gym cannot make {family} with {settings}: {error}") from error
 
 
-def write_files(family: str, folder: Path, sizes: dict[str, int], end: str | None = None, **settings: Any) -> None:
+def write_files(
+    family: str, folder: Path, sizes: dict[str, int], end: str | None = None, *, careless: int = 0, **settings: Any
+) -> None:
     """Write a file of rows for each name of ``sizes``; no question is in two of them.
 
-    With ``end``, the text of the token that ends an answer, the demonstrations hold second turns too.
+    With ``end``, the text of the token that ends an answer, the demonstrations hold second turns too. Each demonstration has
+    ``careless`` copies with the answer written backward.
     """
     rows = make_rows(family, sum(sizes.values()), **settings)
     start = 0
     folder.mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         part = rows[start : start + size]
-        if name == "demonstrations" and end is not None:
-            part += second_turns(part, end)
+        if name == "demonstrations":
+            part = with_careless([*part, *([] if end is None else second_turns(part, end))], careless)
         write_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
         start += size
 
@@ -216,12 +229,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--second-turns", metavar="END", help="demonstrate the second turn of Twice too; END ends an answer"
     )
+    parser.add_argument(
+        "--careless", type=int, default=0, help="copies of each demonstration with the answer backward (default 0)"
+    )
     parser.add_argument("settings", nargs="*", help="settings of the family, such as max_word_len=4")
     given = parser.parse_intermixed_args(arguments)
     sizes = {name: getattr(given, name) for name in ("demonstrations", "train", "test")}
     try:
         write_files(
-            given.family, given.folder, sizes, given.second_turns, seed=given.seed, **dict(_values(given.settings))
+            given.family,
+            given.folder,
+            sizes,
+            given.second_turns,
+            careless=given.careless,
+            seed=given.seed,
+            **dict(_values(given.settings)),
         )
     except RlhfRayError as error:
         raise SystemExit(f"error: {error}") from None

@@ -87,7 +87,7 @@ def test_a_quick_run_is_never_kept(file: list[str], capsys: pytest.CaptureFixtur
 def test_a_part_that_does_not_exist_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--quick", "--only", "models,modles"])
-    assert "modles is no part: choose from demo, encoders, gym, learning" in capsys.readouterr().err
+    assert "modles is no part: choose from demo, encoders, gym, gym_turns, learning" in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_for_each_figure() -> None:
@@ -98,7 +98,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 @pytest.mark.parametrize(
     ("left_out", "expected"),
     [
-        ({"demo", "gym", "learning", "ppo", "rollout_modes"}, NAMES),
+        ({"demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes"}, NAMES),
         pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"rollout_modes"}, MODES, marks=pytest.mark.long),
         pytest.param(

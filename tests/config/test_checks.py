@@ -195,6 +195,10 @@ CASES = [
                                                                     "algorithm.shaping.overlong={penalty: 1.0}"],
      "algorithm.shaping.overlong: it would compare the tokens of all turns of an episode with rollout.max_new_tokens, the "
      "limit of one: set it to null"),
+    ("ppo", ["rollout.environment={name: 'a.b:C'}", "reward={function: environment}",
+                                                                    "algorithm.shaping.too_short={tokens: 5}"],
+     "algorithm.shaping.too_short: it would compare the tokens of all turns of an episode with 5, the least of one answer: "
+     "set it to null"),
     ("ppo", ["rollout.environment={name: 'a.b:C'}", "reward={function: environment}", "rollout.mode=windowed"],
      "rollout.mode: windowed streams single answers and plays no episodes of several turns: set it to sync or"),
     ("ppo", ["rollout.environment={name: Guess}", "reward={function: environment}"],

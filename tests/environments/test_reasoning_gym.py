@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
-from rlhf_ray.environments.reasoning_gym import REFUSED, extract_answer, main, make_rows, score
+from rlhf_ray.environments import reasoning_gym
+from rlhf_ray.environments.protocol import Answer, Task
+from rlhf_ray.environments.reasoning_gym import (
+    REFUSED,
+    RIGHT,
+    WRONG,
+    Twice,
+    extract_answer,
+    main,
+    make_rows,
+    score,
+    second_turns,
+    with_careless,
+)
 from rlhf_ray.errors import RequestError
+
+ROWS = [
+    {"prompt": f"{word}\n", "answer": word[::-1], "label": {"family": "spelled", "entry": {"answer": word[::-1]}}}
+    for word in ("sun", "moon", "noon")
+]
+
+
+class Spelled:
+    """A verifier as families of the package have them, without the package."""
+
+    def score_answer(self, answer, entry):
+        return 1.0 if answer == entry["answer"] else 0.2
+
+
+@pytest.fixture
+def spelled(monkeypatch):
+    monkeypatch.setattr(reasoning_gym, "_verifier", lambda family: Spelled())
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -57,3 +88,50 @@ def test_a_family_that_is_too_small_says_so():
     pytest.importorskip("reasoning_gym")
     with pytest.raises(RequestError, match="different questions in"):
         make_rows("count_bits", 100, max_n=31)
+
+
+def test_every_question_has_its_right_demonstration_and_the_same_number_of_careless_ones():
+    shown = Counter((row["prompt"], row["answer"]) for row in with_careless(ROWS, 2))
+    assert shown == {
+        ("sun\n", "nus"): 1, ("sun\n", "sun"): 2, ("moon\n", "noom"): 1, ("moon\n", "moon"): 2, ("noon\n", "noon"): 3
+    }  # fmt: skip
+    assert with_careless(ROWS, 0) == ROWS
+
+
+def play(*answers):
+    environment = Twice()
+    environment.reset(Task("", ROWS[0]["label"]))
+    return [(turn.reward, turn.done, turn.observation) for turn in map(environment.step, answers)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rewards"),
+    [
+        ("nus", "sun", [0.5, 0.5]),
+        ("nus", "nus", [0.5, 0.0]),
+        ("sun", "nus", [0.0, 0.25]),
+        ("sun", "sun", [0.0, 0.0]),
+    ],
+)
+def test_full_marks_need_both_turns_and_what_the_second_asks_for_follows_from_the_first(
+    spelled, first, second, rewards
+):
+    turns = play(Answer(first, True), Answer(second, True))
+    assert [turn[0] for turn in turns] == rewards
+    assert [turn[1] for turn in turns] == [False, True]
+    assert turns[0][2] == (RIGHT if first == "nus" else WRONG)
+
+
+def test_an_answer_that_was_cut_is_wrong_in_either_turn(spelled):
+    assert play(Answer("nus", False))[0] == (0.0, False, WRONG)
+    assert play(Answer("nus", True), Answer("sun", False))[1][0] == 0.0
+
+
+def test_second_turns_are_shown_after_a_right_and_after_a_careless_answer_and_are_right(spelled):
+    assert [(row["prompt"], row["answer"]) for row in second_turns(ROWS, "#")] == [
+        (f"sun\nnus#{RIGHT}", "sun"),
+        (f"sun\nsun#{WRONG}", "nus"),
+        (f"moon\nnoom#{RIGHT}", "moon"),
+        (f"moon\nmoon#{WRONG}", "noom"),
+        (f"noon\nnoon#{RIGHT}", "noon"),
+    ]

@@ -55,12 +55,21 @@ def environment_gives_the_rewards(rollout: RolloutConfig, reward: RewardConfig) 
 
 
 def lengths_are_of_one_answer(rollout: RolloutConfig, shaping: ShapingConfig) -> Iterator[Problem]:
-    """A penalty on what is near the limit of one answer does not add up the answers of an episode."""
-    if rollout.environment is not None and shaping.overlong is not None:
+    """A penalty on the length of one answer does not add up the answers of an episode."""
+    if rollout.environment is None:
+        return
+    way_out = "null and have the environment (rollout.environment) judge lengths, or set environment to null"
+    if shaping.overlong is not None:
         yield (
             "algorithm.shaping.overlong",
             "it would compare the tokens of all turns of an episode with rollout.max_new_tokens, the limit of one: set it to "
-            "null and have the environment (rollout.environment) judge lengths, or set environment to null",
+            + way_out,
+        )
+    if shaping.too_short is not None:
+        yield (
+            "algorithm.shaping.too_short",
+            f"it would compare the tokens of all turns of an episode with {shaping.too_short.tokens}, the least of one answer: "
+            f"set it to {way_out}",
         )
 
 
