@@ -67,7 +67,7 @@ def staleness(lines: list[dict[str, float]]) -> Figure:
         return fmean(line[name] for line in settled)
 
     samples = SIZES["prompts_per_step"] * SIZES["samples_per_prompt"]
-    sampling_s, learning_s = mean("time/step"), mean("time/step") - mean("time/rollout")
+    sampling_s, learning_s = mean("rollout/seconds"), mean("time/step") - mean("time/rollout")
     expected = mean_staleness(
         "windowed",
         steps=len(lines),
@@ -80,8 +80,9 @@ def staleness(lines: list[dict[str, float]]) -> Figure:
     measured = mean("rollout/staleness_mean")
     method = (
         f"the same job in windowed with rollout.partial, window {WINDOW}, {AT_ONCE} answers at once on one engine: mean age "
-        f"{measured:.2f} over {len(settled)} steps, closed form {expected:.2f} by steps of {sampling_s:.2f} s, of which "
-        f"{learning_s:.2f} s from the answers to the publication"
+        f"{measured:.2f} over {len(settled)} steps, closed form {expected:.2f}, by {sampling_s:.2f} s of sampling and "
+        f"{learning_s:.2f} s from the answers to the publication in a step of {mean('time/step'):.2f} s; the engine idle for "
+        f"{mean('rollout/engines_idle'):.1%}"
     )
     return Figure(measured / expected, "ratio", True, method)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.figures import REFERENCE
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.planning.staleness import mean_staleness, staleness_table
 from rlhf_ray.trainers.ppo.modes.window import Window
@@ -137,6 +139,12 @@ def test_the_closed_form_is_within_a_fifth_of_the_mean(window, places, sampling_
 def test_engines_that_keep_up_or_sample_everything_at_once_fill_the_window(window) -> None:
     assert mean_staleness("windowed", steps=9, window=window, sampling_s=1.0, in_work=0.1) == window
     assert mean_staleness("windowed", steps=9, window=window, sampling_s=50.0) == window
+
+
+def test_the_mean_of_a_measured_run_is_within_a_fifth_of_the_closed_form() -> None:
+    """A run on Ray with a vLLM engine that never pauses; ``make bench ONLY=rollout_modes`` measures it again."""
+    figures = json.loads(REFERENCE.read_text())["figures"]
+    assert figures["ppo.staleness_vs_closed_form"]["value"] == pytest.approx(1.0, rel=0.2)
 
 
 def test_modes_in_which_times_do_not_matter() -> None:
