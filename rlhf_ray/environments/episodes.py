@@ -28,7 +28,7 @@ from rlhf_ray.environments.process import Question
 from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, Task, Turn
 from rlhf_ray.rollout.requests import GenerationRequest, Key, request_seed
 from rlhf_ray.trajectories.batch import TrajectoryBatch
-from rlhf_ray.trajectories.columns import KEPT, PER_TOKEN, FinishReason
+from rlhf_ray.trajectories.columns import KEPT, PER_TOKEN, ROUTED, FinishReason
 
 Generate = Callable[[Sequence[GenerationRequest]], TrajectoryBatch]
 """Samples an answer to each request, in order."""
@@ -190,6 +190,8 @@ def join(episodes: Sequence[Episode]) -> TrajectoryBatch:
     for name in first.columns:
         if name in PER_TOKEN:
             tensors[name] = torch.cat([batch[name][rows] for episode in episodes for batch, rows in episode.parts])
+        elif name == ROUTED:
+            tensors[name] = torch.cat([batch[name][rows] for episode in episodes for batch, rows in _read(episode)])
         elif name in KEPT:
             words = [batch[name][_words(batch, rows)] for episode in episodes for batch, rows in episode.parts]
             tensors[name] = torch.cat(words)
@@ -216,6 +218,15 @@ def join_none(batch: TrajectoryBatch) -> TrajectoryBatch:
 
 def _keys(batch: TrajectoryBatch) -> list[Key]:
     return list(zip(batch["prompt_id"].tolist(), batch["sample_index"].tolist(), strict=True))
+
+
+def _read(episode: Episode) -> list[tuple[TrajectoryBatch, slice]]:
+    """For each turn the rows of tokens that an engine read first in it; that of the last token of an answer is the next."""
+    last = len(episode.parts) - 1
+    return [
+        (batch, slice(rows.start - (turn > 0), rows.stop - (turn < last)))
+        for turn, (batch, rows) in enumerate(episode.parts)
+    ]
 
 
 def _words(batch: TrajectoryBatch, rows: slice) -> slice:

@@ -10,7 +10,11 @@ import os
 from collections.abc import Iterator
 
 from rlhf_ray.config.facts import Role
+from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.files.positions import text_part
+from rlhf_ray.config.files.sampled import EXPERTS, EXPERTS_OF_A_TOKEN
 from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.job_memory import GB, Files, published_size, role_size, weights_here
@@ -23,6 +27,8 @@ TOKEN = 100
 """Bytes of a token in the columns of a trajectory, at most."""
 WORD, BITS = 4, 32
 """Bytes and bits of a word of a kept set (``trajectories/kept_sets.py``)."""
+BYTE_EXPERTS = 255
+"""Most experts of a router whose numbers take a byte each."""
 TIES = 8
 """Tokens that top-k keeps besides, because they tie with the last: seen in bf16 up to 6."""
 SHARED_MEMORY = "/dev/shm"
@@ -42,7 +48,10 @@ def store_bytes(config: Job, files: Files = weights_here) -> int | None:
             return None
         published = size.numbers * BYTES[sampling.role.config.model.dtype]
     work = [role.work for role in config.roles().values() if role.work is not None]
-    token = TOKEN if sampling is None or size is None else TOKEN + kept_bytes(sampling.config, size.vocabulary)
+    token = TOKEN
+    if sampling is not None and size is not None:
+        routed = routed_bytes(sampling.config, sampling.role.config.model, size.layers)
+        token += kept_bytes(sampling.config, size.vocabulary) + routed
     batch = max((one.items().value * one.longest().value * token for one in work), default=0)
     return max(LEAST, PUBLICATIONS * (published + batch))
 
@@ -53,6 +62,15 @@ def kept_bytes(rollout: RolloutConfig, vocabulary: int) -> int:
         return 0
     bitmap = WORD * -(-vocabulary // BITS)
     return min(WORD * (rollout.top_k + TIES), bitmap) if rollout.top_k else bitmap
+
+
+def routed_bytes(rollout: RolloutConfig, policy: ModelConfig, layers: int) -> int:
+    """Bytes of a token in the column ``routed_experts``, at most: with a router in every layer."""
+    if not rollout.routing_replay:
+        return 0
+    widths = text_part(model_config_file(policy))
+    experts, each = (max((widths.get(key) or 0 for key in keys), default=0) for keys in (EXPERTS, EXPERTS_OF_A_TOKEN))
+    return layers * each * (1 if experts <= BYTE_EXPERTS else 2)
 
 
 def store_to_start(config: Job, shared: int | None = None) -> int | None:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import RequestError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from rlhf_ray.trajectories.batch import TrajectoryBatch
     from rlhf_ray.trajectories.columns import FinishReason
     from rlhf_ray.trajectories.kept_sets import KeptSets
@@ -62,6 +64,9 @@ class Generation:
     finish_reason: FinishReason
     kept: KeptSets | None = None
     """The set among which each token was sampled; None where it was the whole vocabulary each time."""
+    routed: NDArray[Any] | None = field(default=None, compare=False)
+    """The experts that each token of prompt and answer, but the last, was sent to, (tokens - 1, routers, experts of a token);
+    None where nobody replays them."""
 
     @property
     def key(self) -> Key:
@@ -165,6 +170,14 @@ def gather(requests: Sequence[GenerationRequest], generations: Sequence[Generati
         own = [generation.kept or KeptSets.whole(len(generation.token_ids)) for _, generation in pairs]
         kept["kept_sizes"] = column([tuple(sets.sizes.tolist()) for sets in own], np.int32, 0)
         kept["kept_words"] = np.concatenate([sets.words.numpy() for sets in own])
+    routed = [generation.routed for _, generation in pairs if generation.routed is not None]
+    if routed:
+        import torch
+
+        from rlhf_ray.trajectories.routed_experts import complete
+
+        lengths = (prompt_lengths + new_lengths).tolist()
+        kept["routed_experts"] = complete([torch.from_numpy(own) for own in routed], lengths).numpy()
     token_ids = chain.from_iterable(chain(request.token_ids, generation.token_ids) for request, generation in pairs)
     return TrajectoryBatch.from_arrays(
         {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.models.dtypes import DTYPES
+from rlhf_ray.models.forward.routing import Routing, watch
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import WireError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
@@ -46,10 +47,15 @@ class _Row:
     log_probs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
     kept: list[KeptSets] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
+    """The experts of all tokens read so far, of one pass each."""
 
     def generation(self, reason: FinishReason) -> Generation:
         versions, kept = tuple(self.weight_versions), KeptSets.join(self.kept) if self.kept else None
-        return Generation(*self.request.key, tuple(self.token_ids), tuple(self.log_probs), versions, reason, kept)
+        routed = torch.cat(self.routed).numpy() if self.routed else None
+        return Generation(
+            *self.request.key, tuple(self.token_ids), tuple(self.log_probs), versions, reason, kept, routed
+        )
 
 
 @dataclass
@@ -137,6 +143,7 @@ class TransformersEngine(RolloutEngine):
             token_ids = torch.tensor([row.token_ids[-1:] for row in group.rows], device=self.device)
             mask = torch.cat([group.mask, torch.ones_like(token_ids)], dim=1)
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
+        routing = watch(self._model.base_model) if self.config.routing_replay else None
         outputs = self._model(
             input_ids=token_ids,
             attention_mask=mask,
@@ -144,10 +151,20 @@ class TransformersEngine(RolloutEngine):
             past_key_values=group.cache,
             use_cache=True,
             logits_to_keep=1,
+            **({} if routing is None else routing.arguments()),
         )
+        if routing is not None:
+            self._remember_experts(group, routing, mask[:, -token_ids.shape[1] :].bool())
         group.cache, group.mask = outputs.past_key_values, mask
         logits: Tensor = outputs.logits
         return logits[:, -1]
+
+    def _remember_experts(self, group: _Group, routing: Routing, read: Bool[Tensor, "rows width"]) -> None:
+        """Give each row the experts of the tokens that it read in this pass; one that read its whole context has no others."""
+        experts = routing.column().cpu().unflatten(0, read.shape)
+        for row, own, tokens in zip(group.rows, experts, read.cpu(), strict=True):
+            earlier = [] if group.mask is None else row.routed
+            row.routed = [*earlier, own[tokens]]
 
     def _padded(self, contexts: Any) -> tuple[Int64[Tensor, "rows width"], Int64[Tensor, "rows width"]]:
         """Contexts padded on the left, and the mask of their tokens."""

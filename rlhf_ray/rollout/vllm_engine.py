@@ -6,6 +6,7 @@ Invariants:
 - It sees no text, because it has no tokenizer. It stops at the given stop tokens and returns them as actions.
 - Log-probs are those at the sampling temperature over what ``rollout.min_p``, ``top_k`` and ``top_p`` keep. Where they cut,
   every token carries the set that was kept (``vllm_sampling/kept_sets.py``).
+- With ``rollout.routing_replay`` tokens carry the experts that they were sent to (``vllm_sampling/routed_experts.py``).
 - An engine that sleeps (``rollout.sleep``) is awake while it generates, and its weights are while they change. This has not run
   on a GPU yet.
 - A request finds in the prefix cache only what the present weights computed. Requests in work when weights change are computed
@@ -43,6 +44,7 @@ from rlhf_ray.planning.model_size import model_size
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInEngine, sampling_cuts
+from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInEngine
 from rlhf_ray.rollout.vllm_workers import shared, starting_workers, stay_eager
 from rlhf_ray.trajectories.columns import FinishReason
 
@@ -89,6 +91,7 @@ class VllmEngine(RolloutEngine):
         self._in_work: dict[str, GenerationRequest] = {}
         self._sent = False
         self._kept = KeptInEngine(self._engine, vocabulary=self.vocabulary, on_cpu=on_cpu) if config.cuts else None
+        self._routed = RoutedInEngine(self._engine, on_cpu=on_cpu) if config.routing_replay else None
         self._updates = 0
 
     def _engine_args(self, on_cpu: bool) -> Any:
@@ -115,6 +118,7 @@ class VllmEngine(RolloutEngine):
             logprobs_mode="processed_logprobs",
             return_sampling_mask=config.cuts
             and not on_cpu,  # vLLM's runner on CPU has none; there we look at its sampler
+            enable_return_routed_experts=config.routing_replay and not on_cpu,  # there we look at its routers
             # Eager and with a cache of known size, the CPU backend needs no warm-up pass.
             enforce_eager=on_cpu or self.deterministic,
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30) if on_cpu else None,
@@ -178,7 +182,8 @@ class VllmEngine(RolloutEngine):
             raise ValueError(f"vLLM gave {len(versions)} weight versions for {len(token_ids)} tokens of {request.key}")
         reason = FINISH_REASONS[output.finish_reason]
         kept = None if self._kept is None else self._kept.take(ticket, output, greedy=request.greedy)
-        return Generation(*request.key, token_ids, tuple(output.logprobs.logprobs), versions, reason, kept)
+        routed = None if self._routed is None else self._routed.take(ticket, output, request.token_ids)
+        return Generation(*request.key, token_ids, tuple(output.logprobs.logprobs), versions, reason, kept, routed)
 
     def _running(self) -> int:
         return min(len(self._in_work), self._engine.vllm_config.scheduler_config.max_num_seqs)

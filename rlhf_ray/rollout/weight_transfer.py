@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 
 from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_heads
 from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInWorker
+from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInWorker
 from rlhf_ray.rollout.vllm_workers import SharedBucket, stay_eager
 from rlhf_ray.rollout.wire import Checksum
 
@@ -128,7 +129,7 @@ class SummedUp:
         return loaded
 
 
-class RegisterInWorker(KeptInWorker):
+class RegisterInWorker(KeptInWorker, RoutedInWorker):
     """A worker extension: naming it makes a worker import this module, and it answers what a worker is not asked by vLLM."""
 
     device: torch.device

@@ -64,6 +64,7 @@ SAMPLING = Rule("said", "answers from here on are sampled otherwise than those b
 MODE = Rule("said", "answers from here on are as old as the new mode makes them")
 COMPARED = Rule("said", "figures from here on are of the prompts that the starting policy answered too")
 ROUNDING = Rule("said", "the rounding is another from here on")
+ROUTING = Rule("said", "log-probs from here on are of other experts, where engine and trainer choose differently")
 REPEATS = Rule("said", "only what follows repeats exactly, or no longer does")
 
 PLACE = Rule("fixed", "it is where the run lies: move the directory, and resume it there")
@@ -173,6 +174,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "SCORING.placement": _PLACEMENT,
     "rollout": {
         **_same(SAMPLING, "max_new_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p", "max_model_tokens"),
+        "routing_replay": ROUTING,
         **_same(ROUNDING, "backend", "dtype", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel"),
         **_same(MODE, "mode", "window", "partial"),
         "environment": REWARD,

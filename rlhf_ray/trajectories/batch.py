@@ -30,7 +30,7 @@ from rlhf_ray.trajectories.column_checks import (
     describe,
     make_column,
 )
-from rlhf_ray.trajectories.columns import KEPT, PER_SEQUENCE, PER_TOKEN, FinishReason
+from rlhf_ray.trajectories.columns import KEPT, PER_SEQUENCE, PER_TOKEN, ROUTED, FinishReason
 from rlhf_ray.trajectories.kept_sets import KeptSets
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "BatchError",
     "FinishReason",
     "TrajectoryBatch",
+    "is_over_tokens",
     "scatter_sequences",
     "scatter_tokens",
 ]
@@ -170,6 +171,10 @@ class TrajectoryBatch:
         """Return a batch without the sets among which tokens were sampled."""
         return self if self.kept is None else self.without("kept_sizes", *KEPT)
 
+    def without_routed(self) -> TrajectoryBatch:
+        """Return a batch without the experts that engines sent tokens to."""
+        return self.without(ROUTED) if ROUTED in self else self
+
     @property
     def sequence_ids(self) -> Int64[Tensor, "tokens"]:
         """The row of the sequence that each token belongs to."""
@@ -228,7 +233,7 @@ class TrajectoryBatch:
         rows = rows.to(self.device)
         tokens = self._token_places(rows)
         tensors = {
-            name: column[tokens if name in PER_TOKEN else rows]
+            name: column[tokens if is_over_tokens(name) else rows]
             for name, column in self.tensors.items()
             if name not in KEPT
         }
@@ -237,7 +242,7 @@ class TrajectoryBatch:
     def _neighbours(self, start: int, stop: int) -> TrajectoryBatch:
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         tensors = {
-            name: column[first:last] if name in PER_TOKEN else column[start:stop]
+            name: column[first:last] if is_over_tokens(name) else column[start:stop]
             for name, column in self.tensors.items()
             if name not in KEPT
         }
@@ -261,6 +266,11 @@ class TrajectoryBatch:
     def _token_places(self, rows: Int64[Tensor, "selected"]) -> Int64[Tensor, "selected_tokens"]:
         lengths = self.lengths[rows]
         return _ragged_ranges(self.offsets[:-1][rows], lengths, int(lengths.sum()))
+
+
+def is_over_tokens(name: str) -> bool:
+    """Whether a column has one number, or one matrix, for each token."""
+    return name in PER_TOKEN or name == ROUTED
 
 
 def scatter_tokens(
@@ -329,7 +339,7 @@ def _ragged_ranges(
 def _join(name: str, batches: Sequence[TrajectoryBatch]) -> Tensor:
     columns = [batch[name] for batch in batches]
     for position, column in enumerate(columns):
-        here, there = (column.dtype, column.device), (columns[0].dtype, columns[0].device)
+        here, there = ((one.dtype, *one.shape[1:], one.device) for one in (column, columns[0]))
         if here != there:
             raise BatchError(f"column {name!r} is {there} in batch 0, but {here} in batch {position}")
     return torch.cat(columns)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.trajectories.columns import FREE_DTYPES, KEPT, PER_SEQUENCE, PER_TOKEN
+from rlhf_ray.trajectories.columns import FREE_DTYPES, KEPT, PER_SEQUENCE, PER_TOKEN, ROUTED, ROUTED_DTYPES
 
 
 class BatchError(RlhfRayError, ValueError):
@@ -54,13 +54,15 @@ def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "cuts"], toke
     size, what = (tokens, "tokens") if name in PER_TOKEN else (len(offsets) - 1, "sequences")
     if name in KEPT:
         size, what = words, "words in kept_sizes"
-    if tuple(column.shape) != (size,):
+    if name == ROUTED:
+        _check_routed(column, tokens)
+    elif tuple(column.shape) != (size,):
         shape = tuple(column.shape)
         raise BatchError(f"column {name!r} has shape {shape}, but the batch has {size} {what}: it must be ({size},)")
     wanted = PER_TOKEN.get(name) or PER_SEQUENCE.get(name) or KEPT.get(name)
     if wanted is not None and column.dtype != wanted:
         raise BatchError(f"column {name!r} must be {_short(wanted)}, not {_short(column.dtype)}: convert it first")
-    if wanted is None and column.dtype not in FREE_DTYPES:
+    if wanted is None and name != ROUTED and column.dtype not in FREE_DTYPES:
         allowed = ", ".join(_short(dtype) for dtype in FREE_DTYPES)
         raise BatchError(f"free column {name!r} must be one of {allowed}, not {_short(column.dtype)}: convert it first")
     if column.device != offsets.device:
@@ -69,6 +71,14 @@ def check_column(name: str, column: Tensor, offsets: Int64[Tensor, "cuts"], toke
         raise BatchError(f"column {name!r} carries a gradient: a batch holds numbers, detach() it first")
     if name == "action_mask":
         _check_first_tokens(column, offsets)
+
+
+def _check_routed(column: Tensor, tokens: int) -> None:
+    if column.dim() != 3 or len(column) != tokens or column.dtype not in ROUTED_DTYPES:
+        allowed = " or ".join(_short(dtype) for dtype in ROUTED_DTYPES)
+        raise BatchError(
+            f"column {ROUTED!r} must be {allowed} of shape ({tokens}, routers, experts of a token), not {describe(column)}"
+        )
 
 
 def _check_first_tokens(action_mask: Tensor, offsets: Tensor) -> None:

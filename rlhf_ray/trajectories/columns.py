@@ -60,9 +60,9 @@ FINISH_REASONS: Mapping[FinishReason, FinishReasonFacts] = MappingProxyType(
 class Column:
     """The documentation of one column, and the shape and dtype that are checked."""
 
-    over: Literal["tokens", "sequences", "kept"]
-    """One number for each token, standing at the token it describes; one for each sequence; or as many for each token as the
-    column ``kept_sizes`` says."""
+    over: Literal["tokens", "sequences", "kept", "routers"]
+    """One number for each token, standing at the token it describes; one for each sequence; as many for each token as the
+    column ``kept_sizes`` says; or ``top_k`` for each token and router."""
     dtype: torch.dtype | None
     """None where any of :data:`FREE_DTYPES` will do."""
     unit: str
@@ -121,6 +121,15 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             "ids, or 32 bits of a bitmap",
             "The sets of all tokens one after another, each as long as `kept_sizes` says (`trajectories/kept_sets.py`).",
             f"{_GATHER}, where `rollout.top_k`, `top_p` or `min_p` cut",
+        ),
+        "routed_experts": Column(
+            "routers",
+            None,
+            "numbers of experts",
+            "The experts that the engine sent the token to, router by router from the first layer on; `uint8` holds up to 255 "
+            "experts. 255 (in `int16` -1) at tokens that no engine has read, as the last of an answer "
+            "(`trajectories/routed_experts.py`).",
+            f"{_GATHER}, where `rollout.routing_replay` is true",
         ),
         "log_probs": Column(
             "tokens",
@@ -264,6 +273,12 @@ PER_TOKEN = _dtypes("tokens")
 
 KEPT = _dtypes("kept")
 """The dtypes of the columns with as many numbers per token as ``kept_sizes`` says."""
+
+ROUTED = "routed_experts"
+"""The column with a matrix for each token."""
+
+ROUTED_DTYPES = (torch.uint8, torch.int16)
+"""Its dtypes."""
 
 PER_SEQUENCE = _dtypes("sequences")
 """The dtypes of the columns with one number per sequence that are listed with a dtype."""

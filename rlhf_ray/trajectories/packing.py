@@ -16,11 +16,12 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64, Integer, Shaped
 from torch import Tensor
 
 from rlhf_ray.trajectories.batch import TrajectoryBatch, send
 from rlhf_ray.trajectories.column_checks import BatchError, check_offsets, describe
+from rlhf_ray.trajectories.columns import ROUTED
 from rlhf_ray.trajectories.kept_sets import KeptSets
 
 DUMMY_TOKENS = 2
@@ -45,6 +46,8 @@ class Packed:
     parent: Int64[Tensor, "cuts-1"] | None = None
     kept: KeptSets | None = None
     """The set among which each token was sampled; None where nothing was cut or nobody asks."""
+    routed: Integer[Tensor, "tokens routers top_k"] | None = None
+    """The experts that the engine sent each token to; None where nobody replays them."""
 
     def __post_init__(self) -> None:
         check_offsets(self.offsets)
@@ -184,6 +187,7 @@ class Packed:
             self._here(offsets),
             self.position_ids[self.sequence_tokens],
             kept=None if self.kept is None else self.kept.select(self.sequence_tokens),
+            routed=None if self.routed is None else self.routed[self.sequence_tokens],
         )
         vars(apart)["cuts"] = tuple(offsets.tolist())
         return apart
@@ -192,9 +196,9 @@ class Packed:
         """Return the pack on a device, with its cuts kept on the host, so that no reader waits for the device."""
         parent = None if self.parent is None else send(self.parent, device)
         kept = None if self.kept is None else KeptSets(send(self.kept.sizes, device), send(self.kept.words, device))
-        sent = Packed(
-            send(self.token_ids, device), send(self.offsets, device), send(self.position_ids, device), parent, kept
-        )
+        routed = None if self.routed is None else send(self.routed, device)
+        ids, offsets, positions = (send(own, device) for own in (self.token_ids, self.offsets, self.position_ids))
+        sent = Packed(ids, offsets, positions, parent, kept, routed)
         vars(sent).update(cuts=self.cuts, parents=self.parents)
         return sent
 
@@ -216,18 +220,22 @@ def pack(
     *,
     share_prefixes: bool = True,
     with_kept: bool = False,
+    with_routed: bool = False,
 ) -> Packed:
     """Pack these sequences of the batch in this order, or all of them; an empty list of indices gives the dummy pack.
 
     Neighbours that begin with the same tokens (the two sides of a pair, the samples of a prompt) share them, unless
     ``share_prefixes`` is off. The results are the same either way, up to rounding. ``with_kept`` takes along the sets among
-    which tokens were sampled; a token that was sampled from a cut set is never shared.
+    which tokens were sampled; a token that was sampled from a cut set is never shared. ``with_routed`` takes along the experts
+    that engines sent tokens to; tokens are then shared up to the first that two engines, or one at two times, sent elsewhere.
     """
     batch = batch if with_kept else batch.without_kept()
+    batch = batch if with_routed else batch.without_routed()
     chosen = batch if indices is None else batch.select(indices)
     if len(chosen) == 0:
         return Packed.dummy(batch.device)
-    whole = Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids, kept=chosen.kept)
+    routed = chosen.tensors.get(ROUTED)
+    whole = Packed(chosen["token_ids"], chosen.offsets, chosen.position_ids, kept=chosen.kept, routed=routed)
     return _share_prefixes(whole, chosen) if share_prefixes and len(chosen) > 1 else whole
 
 
@@ -255,7 +263,8 @@ def _share_prefixes(whole: Packed, chosen: TrajectoryBatch) -> Packed:
     ids = whole.token_ids
     if whole.kept is not None:  # another engine or version may have kept others: these tokens are like no other
         ids = torch.where(whole.kept.sizes == 0, ids, -1 - torch.arange(len(ids), device=ids.device))
-    runs = _find_runs([ids[start:stop] for start, stop in pairwise(cuts)])
+    columns = [ids] if whole.routed is None else [ids, whole.routed.flatten(1)]
+    runs = _find_runs([tuple(column[start:stop] for column in columns) for start, stop in pairwise(cuts)])
     if not any(shared for _, _, shared in runs):
         return whole
     pieces: list[tuple[int, int]] = []
@@ -276,24 +285,27 @@ def _share_prefixes(whole: Packed, chosen: TrajectoryBatch) -> Packed:
         whole.position_ids[tokens],
         torch.tensor(parent, device=tokens.device),
         None if whole.kept is None else whole.kept.select(tokens),
+        None if whole.routed is None else whole.routed[tokens],
     )
 
 
-def _find_runs(sequences: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+def _find_runs(sequences: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, int, int]]:
     """Cut sequences into runs ``(first, last + 1, shared)`` of neighbours that begin with the same ``shared`` tokens.
 
+    Tokens are the same where all columns of a sequence are.
     A sequence joins a run if the run then saves more tokens than it does without it. Each keeps one token of its own.
     """
     runs: list[tuple[int, int, int]] = []
-    first, shared = 0, len(sequences[0]) - 1
+    first, shared = 0, len(sequences[0][0]) - 1
     for sequence in range(1, len(sequences)):
         members = sequence - first
-        common = min(shared, _count_shared(sequences[sequence - 1], sequences[sequence]))
+        columns = zip(sequences[sequence - 1], sequences[sequence], strict=True)
+        common = min(shared, *(_count_shared(*both) for both in columns))
         if common >= SHORTEST_SHARED and members * common > (members - 1) * shared:
             shared = common
         else:
             runs.append((first, sequence, shared if members > 1 else 0))
-            first, shared = sequence, len(sequences[sequence]) - 1
+            first, shared = sequence, len(sequences[sequence][0]) - 1
     return [*runs, (first, len(sequences), shared if len(sequences) - first > 1 else 0)]
 
 
@@ -301,4 +313,4 @@ def _count_shared(one: Tensor, other: Tensor) -> int:
     """Count the tokens that both begin with, at most all but one of either."""
     most = min(len(one), len(other)) - 1
     differ = (one[:most] != other[:most]).nonzero()
-    return int(differ[0]) if len(differ) else most
+    return int(differ[0, 0]) if len(differ) else most

@@ -157,6 +157,31 @@ def test_policies_that_vllm_does_not_sample_from(
         assert text.endswith("Set rollout.backend to transformers, which samples with the trainer's own model")
 
 
+@pytest.mark.parametrize(
+    ("config", "more", "expected"),
+    [
+        (MIXTURE, [], None),
+        (
+            {"model_type": "jetmoe", "num_local_experts": 4},
+            [],
+            "the experts of a jetmoe (model) cannot be replayed, only",
+        ),
+        ({"model_type": "llama"}, [], "model is no mixture of experts: set it to false"),
+        ({"model_type": "llama"}, ["rollout.routing_replay=false"], None),
+    ],
+)
+def test_policies_whose_routing_is_not_replayed(
+    here: Path, texts: dict[str, str], config: dict[str, Any], more: list[str], expected: str | None
+) -> None:
+    make(here, **config)
+    settings = ["policy.model={path: model, dtype: fp32}", "rollout.routing_replay=true", *more]
+    problems = check_files(parse_config(texts["ppo"], settings))
+    found = [text for text in problems if text.startswith("rollout.routing_replay: true, but ")]
+    assert len(found) == (expected is not None), problems
+    for text in found:
+        assert str(expected) in text and text.endswith("set it to false")
+
+
 def test_checkpointing_that_transformers_lacks(here: Path, texts: dict[str, str]) -> None:
     make(here, model_type="jetmoe")
     assert check_files(parse_config(texts["rm"], TRAIN)) == []

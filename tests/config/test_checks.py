@@ -52,6 +52,9 @@ CASES = [
     ("ppo", ["rollout.min_p=1.1"], "rollout.min_p: "),
     ("ppo", ["rollout.top_p=0.9", "rollout.resources.gpus_per_rank=1"],
      "rollout.top_k: 0 with top_p 0.9 and min_p 0, but on a GPU vLLM returns the tokens that were kept"),
+    ("ppo", ["run.deterministic=true", "rollout={dtype: fp32, routing_replay: true, resources: {gpus_per_rank: 1}}"],
+     "rollout.routing_replay: true, but on a GPU vLLM returns experts only with its prefix cache, which run.deterministic "
+     "turns off: set one of them to false"),
     # engines
     ("ppo", ["policy.engine.optimizer=null"],
      "policy.engine.optimizer: missing: this job trains the policy; set policy.engine.optimizer.learning_rate"),

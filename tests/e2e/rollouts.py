@@ -1,7 +1,7 @@
 """Rollouts in vLLM on the whole real stack, in the long form: ``python -m tests.e2e.rollouts [NAME ...]`` (some 5 minutes).
 
 - Mixtures of experts of three shapes, tied and untied, in fp32: trainer and engine agree to 1e-4 nats before and after each of
-  ten updates.
+  ten updates; one of them with routing replay.
 - Two deterministic runs with 256 prompts of 120 tokens a step end with the same bits.
 
 The short forms are ``tests/rollout/test_vllm_repairs.py`` and ``tests/rollout/test_vllm_budget.py``. Exit code 1 if one fails.
@@ -33,15 +33,23 @@ SMALL = (
 )  # fmt: skip
 
 
-def mixture(model_type: str, directory: Path, *, tied: bool) -> str:
-    """The largest difference over a run of eleven steps, of which ten are sampled by updated weights."""
+def save_mixture(model_type: str, directory: Path, *, tied: bool = False) -> None:
+    """Write a small random mixture of experts that reads the words of the generated world."""
     tokenizer = make_tokenizer("world")
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model, _ = small_model(model_type, policy=True, tie_word_embeddings=tied, bos_token_id=None, **ids)
-    model.save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def mixture(model_type: str, directory: Path, *, tied: bool, replay: bool = False) -> str:
+    """The largest difference over a run of eleven steps, of which ten are sampled by updated weights."""
+    save_mixture(model_type, directory / "model", tied=tied)
     policy = f"policy.model={{path: {directory / 'model'}, dtype: fp32}}"
-    run("train", "ppo", CONFIG, f"run.root={directory}", policy, f"steps={UPDATES + 1}", *SMALL)
+    run(
+        "train", "ppo", CONFIG, f"run.root={directory}", policy, f"steps={UPDATES + 1}", *SMALL,
+        f"rollout.routing_replay={str(replay).lower()}",
+    )  # fmt: skip
     steps = metrics(directory / "tiny")
     assert [step["weights/version"] for step in steps] == list(range(1, UPDATES + 2))
     before, after = (load_file(directory / part / "model.safetensors") for part in ("model", "tiny/final"))
@@ -85,7 +93,10 @@ CASES: dict[str, Callable[[Path], str]] = {
         ("mixtral", True),
         ("qwen3_moe", True),
     ]
-} | {"deterministic": twice}
+} | {
+    "mixtral-replayed": lambda directory: mixture("mixtral", directory, tied=False, replay=True),
+    "deterministic": twice,
+}
 
 
 def main(names: Sequence[str]) -> int:

@@ -237,3 +237,18 @@ def test_the_set_that_each_token_was_sampled_from_stays_with_it():
         assert [set(kept[place].nonzero()[:, 0].tolist()) for place in places] == [
             {token, turn} for token, turn in zip(tokens, expected, strict=True)
         ]
+
+
+def test_each_token_has_the_experts_of_the_turn_in_which_it_was_read_first():
+    """The last token of an answer is read in the turn after it; that of the episode is never read."""
+
+    class Routing(Engine):
+        def __call__(self, requests):
+            batch = super().__call__(requests)
+            column = torch.full((batch.num_tokens, 1, 2), len(self.calls), dtype=torch.uint8)
+            column[batch.offsets[1:] - 1] = 255
+            return batch.with_columns(routed_experts=column)
+
+    batch, _ = play(Routing("x", "yy"), {0: [MORE, END], 1: [END]})
+    routed = [[token[0][1] for token in row] for row in rows(batch, "routed_experts")]
+    assert routed == [[1, 1, 1, 2, 2, 2, 2, 2, 255], [1, 1, 1, 255]]

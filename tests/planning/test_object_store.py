@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from rlhf_ray.actors import cluster
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.sections.models import ModelConfig
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import CapacityError
-from rlhf_ray.planning import capacity
-from rlhf_ray.planning.object_store import LEAST, advice, shared_memory, store_bytes, store_to_start
+from rlhf_ray.planning import capacity, object_store
+from rlhf_ray.planning.object_store import LEAST, advice, routed_bytes, shared_memory, store_bytes, store_to_start
 from tests.planning.recipes import published_files
 
 LARGE = "policy.model={make: {shape: llama-120m, tokenizer_from: world, vocabulary: 4096}, dtype: fp32}"
@@ -42,6 +47,32 @@ def test_a_store_holds_the_sets_among_which_tokens_were_sampled() -> None:
     assert plain is not None and by_k is not None and by_p is not None and plain > LEAST
     assert by_k - plain >= 2 * tokens * 4 * 20 and by_p - plain >= 2 * tokens * 4096 / 8
     assert by_k < by_p
+
+
+def test_a_store_holds_the_experts_that_tokens_were_sent_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every token of a step, twice: a byte for each layer and expert of a token, two where there are many experts."""
+    needed = []
+    for experts in (4, 255, 256):
+        config = {
+            "model_type": "mixtral",
+            "num_local_experts": experts,
+            "num_experts_per_tok": 3,
+            "num_hidden_layers": 5,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        needed.append(routed_bytes(RolloutConfig(routing_replay=True), ModelConfig(path=str(tmp_path)), 5))
+    assert needed == [5 * 3, 5 * 3, 2 * 5 * 3]
+    assert routed_bytes(RolloutConfig(), ModelConfig(path=str(tmp_path)), 5) == 0
+    config = job("batch.prompts_per_step=2048")
+    (tokens,) = {
+        role.work.items().value * role.work.longest().value
+        for name, role in config.roles().items()
+        if name == "policy" and role.work is not None
+    }
+    plain = store_bytes(config)
+    monkeypatch.setattr(object_store, "routed_bytes", lambda rollout, policy, layers: 100 * layers)
+    routed = store_bytes(config)
+    assert plain is not None and routed is not None and routed - plain >= 2 * tokens * 100
 
 
 def test_a_store_that_is_not_set_is_sized_and_never_larger_than_shared_memory() -> None:

@@ -13,6 +13,7 @@ from rlhf_ray.trajectories.columns import (
     KEPT,
     PER_SEQUENCE,
     PER_TOKEN,
+    ROUTED_DTYPES,
     Column,
     FinishReason,
 )
@@ -22,6 +23,8 @@ PAGE = (ROOT / "docs" / "algorithms.md").read_text()
 
 
 def short(column: Column) -> str:
+    if column.over == "routers":
+        return " or ".join(f"`{dtype}`".replace("torch.", "") for dtype in ROUTED_DTYPES)
     return "any number" if column.dtype is None else f"`{column.dtype}`".replace("torch.", "")
 
 
@@ -49,8 +52,14 @@ def modules(writer: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "table",
-    [columns_table("tokens"), columns_table("sequences"), columns_table("kept"), finish_reasons_table()],
-    ids=["tokens", "rows", "kept", "ends"],
+    [
+        columns_table("tokens"),
+        columns_table("sequences"),
+        columns_table("kept"),
+        columns_table("routers"),
+        finish_reasons_table(),
+    ],
+    ids=["tokens", "rows", "kept", "routers", "ends"],
 )
 def test_the_page_shows_the_registry(table: str) -> None:
     assert table in PAGE, f"docs/algorithms.md must hold this table:\n\n{table}\n"

@@ -89,6 +89,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     """The tokenizer of a model that reads texts; others get token ids alone."""
     over_kept_sets: ClassVar[bool] = False
     """Whether this role's numbers are of the sets among which tokens were sampled."""
+    replays_routing: ClassVar[bool] = False
+    """Whether this role's model sends each token to the experts that the engine chose, where the batch says so."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         with quick_imports():  # here, while others start too, and not in the driver, which only names this class
@@ -193,7 +195,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 
         def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
             packed = self._pack(batch, micro_batch).to(self.device)
-            sequences = batch.without_kept().select(micro_batch).to(self.device) if micro_batch else None
+            sequences = _numbers(batch).select(micro_batch).to(self.device) if micro_batch else None
             outputs = self._outputs(module, packed, sequences)
             if sequences is None:
                 return LossOutput(_graph_anchor(outputs) * 0.0, _packing_metrics(packed, is_dummy=True))
@@ -230,7 +232,9 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         return [(micro_batch, value.float().cpu().numpy()) for micro_batch, value in parts if micro_batch]
 
     def _pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> Packed:
-        return pack(batch, micro_batch, with_kept=self.over_kept_sets) if micro_batch else Packed.dummy()
+        if not micro_batch:
+            return Packed.dummy()
+        return pack(batch, micro_batch, with_kept=self.over_kept_sets, with_routed=self.replays_routing)
 
     def _evaluate(self, forward: Forward, packed: Packed) -> torch.Tensor:
         return self.engine.evaluate(lambda module: forward(module, packed.to(self.device)))
@@ -279,6 +283,11 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     def disk_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Copies of the whole weights by their names on disk, on rank 0; the other ranks take part and get none."""
         return self.engine.disk_weights(self.hf_model)
+
+
+def _numbers(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """What losses read of a batch: not the sets and experts, which only packs need."""
+    return batch.without_kept().without_routed()
 
 
 def _packing_metrics(packed: Packed, *, is_dummy: bool) -> Metrics:

@@ -42,7 +42,7 @@ def sampled_tokens(batch: TrajectoryBatch) -> Bool[Tensor, "tokens"]:
 
 
 class ReferenceWorker(ModelWorker[LanguageSetup]):
-    """The frozen policy that KL is measured against."""
+    """The frozen policy that KL is measured against. Tokens of a mixture go where its own routers send them."""
 
     role = "reference"
     over_kept_sets = True
@@ -69,7 +69,10 @@ class ReferenceWorker(ModelWorker[LanguageSetup]):
             return [part for one in micro_batches for part in self._log_probs_of_pack(batch, one)]
 
     def _log_probs_of_pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> list[Part]:
-        wanted = sampled_tokens(batch.without_kept().select(micro_batch).to(self.device)) if micro_batch else None
+        wanted = None
+        if micro_batch:
+            numbers = batch.without_kept().without_routed().select(micro_batch)
+            wanted = sampled_tokens(numbers.to(self.device))
         temperature = self.settings.temperature
         return self.forward_parts(
             batch, [micro_batch], lambda module, packed: module(packed, temperature, wanted=wanted).log_probs
@@ -80,6 +83,7 @@ class PolicyWorker(ReferenceWorker):
     """The policy: log-probs as the reference computes them, training, and its weights for the rollout engines."""
 
     role = "policy"
+    replays_routing = True
     _sender: WeightSender | None = None
 
     def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:

@@ -16,9 +16,20 @@ from rlhf_ray.config.sections.run import RunConfig
 
 
 def rollout_repeats_exactly(rollout: RolloutConfig, run: RunConfig) -> Iterator[Problem]:
-    """A deterministic run samples in fp32."""
+    """A deterministic run samples in fp32, and without the prefix cache, by which vLLM on a GPU tells experts."""
     if run.deterministic and rollout.dtype != "fp32":
         yield "rollout.dtype", f"{rollout.dtype}, but run.deterministic needs fp32: set one of them"
+    if (
+        run.deterministic
+        and rollout.routing_replay
+        and rollout.backend == "vllm"
+        and rollout.resources.gpus_per_rank > 0
+    ):
+        yield (
+            "rollout.routing_replay",
+            "true, but on a GPU vLLM returns experts only with its prefix cache, which run.deterministic turns off: set one of "
+            "them to false",
+        )
 
 
 def longest_sequence_fits(rollout: RolloutConfig, longest: Amount) -> Iterator[Problem]:

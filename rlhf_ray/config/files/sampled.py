@@ -1,8 +1,9 @@
 """Which policies vLLM 0.32 samples from as transformers trains them, at start and after every update of their weights.
 
 Invariant: an architecture that is refused here is refused by ``check`` and by the engine in the same words, and every other
-mixture of experts that runs is right: ``tests/architectures`` tries them all on CPU. What is wrong on CPU alone is left to the
-self-check of a run where engines have GPUs.
+mixture of experts that runs is right: ``tests/architectures`` tries them all on CPU. Each one whose routing is replayed is
+tried in ``tests/models/test_routing.py``; others are refused by name. What is wrong on CPU alone is left to the self-check
+of a run where engines have GPUs.
 """
 
 from __future__ import annotations
@@ -33,8 +34,15 @@ NOT_TIED = frozenset({"glm4_moe", "olmoe"})
 """Those whose output layer vLLM does not tie to the embedding, although ``tie_word_embeddings`` of their config says so."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys that hold the number of experts of a layer."""
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Keys that hold how many of them a token is sent to."""
 EXPERT_MULTIPLE = 32
 """vLLM's kernel for experts on CPU computes hidden sizes that are multiples of this. It pads the experts' own size itself."""
+REPLAYED = (
+    "afmoe", "exaone_moe", "glm4_moe", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "mixtral",
+    "olmoe", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
+"""Values of ``model_type`` that can be trained with the experts that the engine chose (``rollout.routing_replay``)."""
 WAY_OUT = "Set rollout.backend to transformers, which samples with the trainer's own model"
 
 
@@ -70,3 +78,22 @@ def sampling_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[P
     refused = sampling_refusal(model_config_file(policy), on_cpu=rollout.resources.gpus_per_rank == 0)
     if refused is not None:
         yield "rollout.backend", f"{policy.path}: {refused}"
+
+
+def replay_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:
+    """What is known against replaying the routing of ``policy``, as far as its directory is on this machine."""
+    content = model_config_file(policy)
+    if not rollout.routing_replay or not (content or policy.make):
+        return
+    kinds = {content.get("model_type"), text_part(content).get("model_type")}
+    if not is_mixture(content):
+        yield (
+            "rollout.routing_replay",
+            f"true, but {policy.path or 'the made model'} is no mixture of experts: set it to false",
+        )
+    elif not kinds & set(REPLAYED):
+        yield (
+            "rollout.routing_replay",
+            f"true, but the experts of a {content.get('model_type')} ({policy.path}) cannot be replayed, only those of "
+            f"{', '.join(REPLAYED)}: set it to false",
+        )

@@ -19,7 +19,7 @@ from rlhf_ray.config.files.models import engine_problems, length_problems
 from rlhf_ray.config.files.places import token_problems
 from rlhf_ray.config.files.reward_record import recorded_training
 from rlhf_ray.config.files.rows import form_problems, label_problems, template_problems
-from rlhf_ray.config.files.sampled import sampling_problems
+from rlhf_ray.config.files.sampled import replay_problems, sampling_problems
 from rlhf_ray.config.files.tokenizers import stop_token_problems, tokenizer_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import role_sizes, shares, updates
@@ -159,6 +159,7 @@ class PpoConfig(TrainingJob):
             lambda: tokenizer_problems(self.policy.model, {"critic": self.critic, "reference": self.reference}),
             lambda: engine_problems(self.rollout, self.policy.model),
             lambda: sampling_problems(self.rollout, self.policy.model),
+            lambda: replay_problems(self.rollout, self.policy.model),
             self._readers_read_the_longest,
             self._label_problems,
             self._form_problems,

@@ -53,6 +53,8 @@ class RolloutConfig(Section):
     """Tokens of one step of an engine, of prompts and answers together. Null: likewise."""
     tensor_parallel: Positive = 1
     gpu_memory_utilization: Fraction = 0.9
+    routing_replay: bool = False
+    """Train a mixture of experts with the experts that the engine chose for each token."""
     weight_transport: Literal["auto", "object_store"] = "auto"
     sleep: bool = False
     """Give the memory of weights and KV cache back while nothing is generated, on a GPU that other roles share."""

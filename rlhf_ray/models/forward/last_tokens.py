@@ -57,7 +57,7 @@ def _narrowed_modules(backbone: PreTrainedModel, packed: Packed) -> Iterator[tup
     tokens, with_gradients = packed.last_tokens, torch.is_grad_enabled()
     narrow = not (with_gradients and backbone.is_gradient_checkpointing)
     in_parts = not with_gradients and tokens.device.type == "cpu"
-    layers = _layers(backbone)
+    layers = decoder_layers(backbone)
     for layer in layers:
         read = tokens if narrow and layer is layers[-1] else None
         for name, module in layer.named_modules():
@@ -72,7 +72,8 @@ def _narrowed_modules(backbone: PreTrainedModel, packed: Packed) -> Iterator[tup
         yield norm, _token_by_token(norm.forward, tokens, None)
 
 
-def _layers(backbone: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(backbone: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a backbone, from the first one on."""
     stacks = (module for name, module in backbone.named_modules() if name.endswith("layers"))
     return list(next(stacks, nn.ModuleList()).children())
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.forward.last_tokens import narrow_last_layer
+from rlhf_ray.models.forward.routing import replay
 from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.trajectories.packing import Packed
 
@@ -29,7 +30,7 @@ NARROWED_TO = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}
 
 
 def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "tokens hidden"]:
-    """Return the last hidden state of every token of the pack."""
+    """Return the last hidden state of every token of the pack. Where it has ``routed``, tokens go to those experts."""
     hidden: Tensor = _run(backbone, packed).last_hidden_state[0]
     return hidden
 
@@ -69,12 +70,14 @@ def routed_forward(
 
 def _run(backbone: PreTrainedModel, packed: Packed, **options: bool) -> Any:
     segments = Segments.of_pack(packed)
+    routing = {} if packed.routed is None else replay(backbone, packed.routed).arguments()
     output = backbone(
         input_ids=packed.token_ids[None],
         position_ids=packed.position_ids[None],
         attention_mask=_no_mask(packed.token_ids.device),
         use_cache=False,
         **segments.arguments(),
+        **routing,
         **options,
     )
     _check_attended(backbone, segments)

@@ -28,6 +28,7 @@ from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
+from rlhf_ray.trajectories.columns import ROUTED
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ class Experience:
             raise RequestError(
                 "the samples lack the columns kept_sizes and kept_words, but rollout.top_p, top_k or min_p cut what they were "
                 "sampled from: carry them along in algorithm.collector, or set top_p to 1, top_k to 0 and min_p to 0"
+            )
+        if self.config.rollout.routing_replay and ROUTED not in trajectories:
+            raise RequestError(
+                f"the samples lack the column {ROUTED}, but rollout.routing_replay is true: carry it along in "
+                "algorithm.collector, or set it to false"
             )
         schedules = self.groups.schedules(trajectories, step)
         pending = self.groups.columns(trajectories, schedules)
