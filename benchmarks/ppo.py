@@ -47,12 +47,12 @@ def measure(quick: bool = False) -> Figures:
     return _ratios(now, before, weights, autocast)
 
 
-def run(root: Path, material: Material, name: str, *, steps: int = STEPS) -> list[dict[str, float]]:
+def run(root: Path, material: Material, name: str, *overrides: str, steps: int = STEPS) -> list[dict[str, float]]:
     """The metrics of each step but the first of a run of the build below ``root``."""
     home = material.prompts.parent
     config = home / f"{name}.yaml"
     config.write_text(json.dumps(_config(material, home, name, steps)), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(config)]
+    command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(config), *overrides]
     subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
     lines = (home / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = [json.loads(line) for line in lines]

@@ -29,6 +29,7 @@ PARTS = (
     "reward_training",
     "rollout_modes",
     "scoring",
+    "weight_ways",
     "weights",
 )
 """Modules of this directory; ``measure(quick)`` of each returns its figures."""

@@ -21,7 +21,7 @@ from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.engine import destroy_process_group
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
-from rlhf_ray.rollout.wire import Bucket, publish
+from rlhf_ray.rollout.wire import Bucket, publish, to_array
 
 REPEATS = 7
 Shape = Literal["llama-tiny", "llama-0.5m", "llama-120m"]
@@ -29,7 +29,8 @@ Shape = Literal["llama-tiny", "llama-0.5m", "llama-120m"]
 
 def measure(quick: bool = False) -> Figures:
     """Publishing and receiving in one process, without Ray between them."""
-    return _updates("llama-tiny" if quick else "llama-0.5m") | _publications("llama-tiny" if quick else "llama-120m")
+    shape: Shape = "llama-tiny" if quick else "llama-120m"
+    return _updates("llama-tiny" if quick else "llama-0.5m") | _publications(shape)
 
 
 def _policy(shape: Shape) -> PolicyWorker:
@@ -68,9 +69,10 @@ def _updates(shape: Shape) -> Figures:
 def _publications(shape: Shape) -> Figures:
     policy = _policy(shape)
     ways = {"in place": policy.engine.disk_weights_in_place, "copies": policy.engine.disk_weights}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in (*ways, "copy")}
     try:
         for _ in range(REPEATS + 1):
+            seconds["copy"].append(_plain_copy(policy))
             for way, weights in ways.items():
                 started_at = time.perf_counter()
                 published = publish(1, weights(policy.hf_model), keep=_into_shared_memory)
@@ -78,7 +80,11 @@ def _publications(shape: Shape) -> Figures:
                 del published
     finally:
         destroy_process_group()
-    in_place, copies = (median(seconds[way][1:]) for way in ways)
+    in_place, copies, copy = (median(seconds[way][1:]) for way in seconds)
+    rate = (
+        f"{_parameters(policy)}: seconds of a plain copy of the same bytes into fresh shared memory over those of a "
+        f"publication there, which is a copy and a checksum; in turns, one thread, median of {REPEATS}"
+    )
     method = (
         f"{_parameters(policy)}, packed into buckets in fresh shared memory, as an object store takes them, checksum included; "
         f"published as copies (a private copy of each weight first) and in place, in turns; one thread, median of {REPEATS}"
@@ -88,7 +94,20 @@ def _publications(shape: Shape) -> Figures:
         "weights.copies_over_in_place": Figure(
             copies / in_place, "ratio", True, f"{method}; the quotient of the times"
         ),
+        "weights.publish_over_copy_rate": Figure(copy / in_place, "ratio", True, rate),
     }
+
+
+def _plain_copy(policy: PolicyWorker) -> float:
+    """Seconds for the bytes of all weights into fresh shared memory, in pieces of a bucket's size."""
+    weights = [to_array(tensor) for _, tensor in policy.engine.disk_weights_in_place(policy.hf_model)]
+    started_at = time.perf_counter()
+    memory = mmap.mmap(-1, sum(array.nbytes for array in weights))
+    for array in weights:
+        memory.write(memoryview(array).cast("B"))
+    seconds = time.perf_counter() - started_at
+    memory.close()
+    return seconds
 
 
 def _into_shared_memory(bucket: Bucket) -> mmap.mmap:

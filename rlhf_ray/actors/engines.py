@@ -38,5 +38,8 @@ def load_fleet(engines: Sequence[Ranks], setup: RolloutSetup, timeout_s: float) 
 
     for loading in [load(number, setup) for number in range(len(engines))]:
         loading.result()
-    handles, restarts = [RanksHandle(engine) for engine in engines], restart if setup.config.max_restarts else None
+    handles, restarts = (
+        [RanksHandle(engine, setup.config) for engine in engines],
+        restart if setup.config.max_restarts else None,
+    )
     return Fleet(Engines(handles, restart=restarts, lives=lives, policy=policy))

@@ -21,7 +21,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rollout.transport import Transport
-from rlhf_ray.rollout.wire import PublishedWeights
+from rlhf_ray.rollout.wire import Content, PublishedWeights
 from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
 from rlhf_ray.trajectories.schedule import Schedule, Update
@@ -133,9 +133,13 @@ class PolicyGroup(ReferenceGroup):
         """Write what rollout engines start from; the value is the shapes of the weights by their names on disk."""
         return self._everywhere("save_without_weights", directory).then(lambda shapes: shapes[0])
 
-    def publish_weights(self, version: int) -> Pending[PublishedWeights]:
+    def adapter_rank(self) -> int:
+        """The largest rank of the LoRA that is trained, where nothing else is."""
+        return int(self._everywhere("adapter_rank").result()[0])
+
+    def publish_weights(self, version: int, content: Content = "weights") -> Pending[PublishedWeights]:
         """Return rank 0's publication, by which the rollout engines find the weights."""
-        return self._everywhere("publish_weights", version).then(lambda published: published[0])
+        return self._everywhere("publish_weights", version, content).then(lambda published: published[0])
 
     def gpus(self) -> list[str | None]:
         """The GPU of each rank."""

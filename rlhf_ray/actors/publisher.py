@@ -17,6 +17,7 @@ from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.transport import choose_transport
+from rlhf_ray.rollout.wire import Content
 
 WAYS = {
     "object_store": "through the object store",
@@ -31,9 +32,15 @@ class Publisher:
     def __init__(self, policy: PolicyGroup, fleet: Fleet, engines: Sequence[Ranks], config: RolloutConfig) -> None:
         self._policy, self._fleet, self._engines = policy, fleet, engines
         self._workers = config.tensor_parallel
+        self._content: Content = (
+            "adapter" if config.lora == "adapter" else "changes" if config.weight_delta else "weights"
+        )
         self._connected: list[tuple[int, int]] = []
         """The engines that weights go to from GPU to GPU, and their incarnations."""
-        on_gpus = config.weight_transport == "auto" and config.resources.device == "cuda"
+        self.figures: dict[str, float] = {}
+        """Metrics of the last publication."""
+        whole = self._content == "weights"
+        on_gpus = config.weight_transport == "auto" and whole and config.resources.device == "cuda"
         gpus = [engine.call("gpus", [()]) for engine in engines] if on_gpus else []
         self.transport = choose_transport(policy.gpus() if gpus else [], [pending.result()[0] for pending in gpus])
         get_logger().info("weights go to the rollout engines %s", WAYS[self.transport])
@@ -42,7 +49,10 @@ class Publisher:
         """Give every live engine the policy's weights as ``version``."""
         if self.transport == "object_store":
             self._fleet.forget_weights()
-            self._fleet.update_weights(version, self._policy.publish_weights(version).result())
+            published = self._policy.publish_weights(version, self._content).result()
+            self._fleet.update_weights(version, published)
+            if self._content != "weights":
+                self.figures = {"weights/sent_share": published.share_to_send}
         else:
             self._fleet.update_by(version, lambda engines: self._send(version, engines))
 

@@ -6,8 +6,7 @@ for health checks, so that a rank inside a collective still answers, and Ray's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import ray
@@ -99,11 +98,16 @@ class EncoderRewardModelActor(RankShell, EncoderRewardWorker):
 class RolloutActor(RankShell, RolloutWorker):
     """One rollout engine."""
 
-    def receive(self, weights: PublishedWeights) -> None:
-        """Read one bucket after the other from the object store, and load it from there."""
-        handles = list(weights.buckets)
+    def fetch(self, weights: PublishedWeights) -> PublishedWeights:
+        """Read one bucket after the other from the object store when it is loaded."""
+        return weights.with_buckets(_fetched)
+
+
+def _fetched(buckets: Iterable[Any]) -> Iterator[Any]:
+    handles = list(buckets)
+    if handles:
         ray.wait(handles, num_returns=len(handles), timeout=0)  # those on another node start to come now
-        super().receive(replace(weights, buckets=map(ray.get, handles)))
+    return map(ray.get, handles)
 
 
 ACTORS: Mapping[WorkerKind, type[RankShell]] = {

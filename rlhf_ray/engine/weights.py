@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.engine.optimizer import full_shape
-from rlhf_ray.models.disk_names import to_disk_names
+from rlhf_ray.models.disk_names import Adapters, to_disk_names
 from rlhf_ray.models.regression import SequenceRegression
+from rlhf_ray.models.weights.adapters import adapter_name
 from rlhf_ray.models.weights.held import held_tensors
-from rlhf_ray.models.weights.lora import ADAPTED_PARTS
+from rlhf_ray.models.weights.lora import ADAPTED_PARTS, is_adapter_part
 from rlhf_ray.models.weights.quantization import dequantized, dequantized_like
 
 Group = list[tuple[str, Tensor]]
@@ -56,13 +57,23 @@ def gathered_groups(module: nn.Module, *, receive: bool) -> Iterator[Group]:
             yield [(name, dequantized(tensor).detach()) for name, tensor in layer] if receive else []
 
 
-def disk_weights(model: PreTrainedModel | SequenceRegression, *, receive: bool) -> Iterator[Group]:
+def disk_weights(
+    model: PreTrainedModel | SequenceRegression, *, receive: bool, adapters: Adapters = "merged"
+) -> Iterator[Group]:
     """Walk the layers of ``model`` as :func:`gathered_groups` does, and give each weight the name it has on disk.
 
-    Adapters are merged and 4-bit weights dequantised.
+    Adapters are merged, or left out, and 4-bit weights dequantised.
     """
     for group in gathered_groups(model, receive=receive):
-        yield list(to_disk_names(model, group)) if group else []
+        yield list(to_disk_names(model, group, adapters=adapters)) if group else []
+
+
+def adapter_weights(model: PreTrainedModel, *, receive: bool) -> Iterator[Group]:
+    """Walk the layers of ``model`` likewise, and give the tensors of each adapter the names that PEFT gives them on disk."""
+    for layer in layers(model):
+        parts = [(name, tensor) for name, tensor in layer if is_adapter_part(name)]
+        with _gather([tensor for _, tensor in parts]):
+            yield [(adapter_name(name), tensor.detach()) for name, tensor in parts] if receive else []
 
 
 class DiskWeight(NamedTuple):

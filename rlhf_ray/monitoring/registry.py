@@ -100,6 +100,11 @@ _METRICS = {
         ("update", "updates", "Optimizer updates done"),
         ("updates/skipped", "updates", "Updates skipped because a number was not finite"),
         ("weights/version", "versions", "Publications of the policy's weights to the rollout engines"),
+        (
+            "weights/sent_share",
+            "share",
+            "Bytes that an engine read of the last publication, over those of all weights, if it held the one before",
+        ),
     ],
     "Reward": [
         ("reward/mean", "score", "Mean score that the step trained on: shaped, before KL"),

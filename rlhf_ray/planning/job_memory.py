@@ -22,6 +22,7 @@ from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
 from rlhf_ray.planning.checkpoints import shapes_of
 from rlhf_ray.planning.memory import (
+    BYTES,
     CONTEXT,
     PROCESS,
     Part,
@@ -117,6 +118,9 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
             size, model.dtype, training=training, forward=forward, checkpointing=model.gradient_checkpointing
         )
         parts += head_parts(size, model.dtype, trains=role.trained)
+        sampling = config.sampling()
+        if sampling is not None and sampling.role.config is section:
+            parts += _last_weights(sampling, size)
         parts += _process(share)
     ranks = next((placed.count for placed in config.placements() if placed.name == name), section.ranks)
     return RoleMemory(name, ranks, share, f"{name}.resources.gpus_per_rank", tuple(parts), _name(model))
@@ -140,6 +144,7 @@ def _engine_memory(config: Job, sampling: Sampling, files: Files) -> RoleMemory:
         if not on_gpu:
             parts = [part for part in parts if part.what != "KV cache"]
             parts.append(Part("KV cache", "GPU", rollout.kv_cache_gib * 2**30))
+        parts += _last_weights(sampling, size)
         parts += _process(share)
     key = (
         "rollout.gpu_memory_utilization"
@@ -148,6 +153,12 @@ def _engine_memory(config: Job, sampling: Sampling, files: Files) -> RoleMemory:
     )
     ranks = rollout.engines * rollout.tensor_parallel
     return RoleMemory("rollout", ranks, share, key, tuple(parts), _name(sampling.role.config.model), cache_token)
+
+
+def _last_weights(sampling: Sampling, size: ModelSize) -> Iterator[Part]:
+    """What a delta is made from and applied to; of the ranks of the policy the first alone has it."""
+    if sampling.config.weight_delta:
+        yield Part("last weights", "host", size.numbers * BYTES[sampling.role.config.model.dtype])
 
 
 def _process(share: float) -> Iterator[Part]:

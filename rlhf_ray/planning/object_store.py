@@ -1,6 +1,7 @@
 """How large Ray's object store must be, and what a user should know about memory before a job starts.
 
-Invariants: what the policy publishes fits twice, since the last publication may still be read while the next one is written.
+Invariants: what the policy publishes fits twice, since the last publication may still be read while the next one is written;
+so do the changes beside it, where ``rollout.weight_delta`` has them published.
 Advice refuses nothing.
 """
 
@@ -15,7 +16,7 @@ from rlhf_ray.config.files.positions import text_part
 from rlhf_ray.config.files.sampled import EXPERTS, EXPERTS_OF_A_TOKEN
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.rollout import DELTA_SHARE, RolloutConfig
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.job_memory import GB, Files, published_size, role_size, weights_here
 from rlhf_ray.planning.memory import BYTES
@@ -47,6 +48,8 @@ def store_bytes(config: Job, files: Files = weights_here) -> int | None:
         if size is None:
             return None
         published = size.numbers * BYTES[sampling.role.config.model.dtype]
+        if sampling.config.weight_delta:
+            published += int(DELTA_SHARE * published)
     work = [role.work for role in config.roles().values() if role.work is not None]
     token = TOKEN
     if sampling is not None and size is not None:

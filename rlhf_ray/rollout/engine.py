@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from rlhf_ray.models.devices import CPU
 from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed
-from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedWeights, shapes_on_disk
+from rlhf_ray.rollout.weights.delta import LastReceived
+from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedAdapter, PublishedWeights, shapes_on_disk, to_array
 
 ROLE = "rollout"
 
@@ -51,12 +53,14 @@ class RolloutEngine(ABC):
         device: torch.device = CPU,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         takes_turns: bool = False,
+        adapter_rank: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start on ``device`` from a directory that the policy wrote at ``weight_version``.
 
         ``shapes`` are those of all weights by their names on disk, if the directory holds no weights: then an update brings
-        them before the first request. With ``takes_turns`` it sleeps and wakes by :meth:`go_to` alone.
+        them before the first request. With ``takes_turns`` it sleeps and wakes by :meth:`go_to` alone. ``adapter_rank`` is the
+        largest rank of the adapter that comes with every version, if one does.
         """
         self.takes_turns = takes_turns
         self.model_dir = Path(model_dir)
@@ -73,6 +77,10 @@ class RolloutEngine(ABC):
         self._shapes = shapes_on_disk(model_dir) if shapes is None else dict(shapes)
         self._unfinished: dict[Key, GenerationRequest] = {}
         self._update: IncomingUpdate | None = None
+        self._last = LastReceived() if config.weight_delta else None
+        self.adapter_rank = adapter_rank
+        self._base: str | None = None
+        """The checksum of the weights under the adapter."""
         self._dead: str | None = None
 
     # What a subclass implements
@@ -104,6 +112,10 @@ class RolloutEngine(ABC):
     @abstractmethod
     def _end_load(self) -> None:
         """All weights have arrived: use them, and drop what was cached with the old ones."""
+
+    def _load_adapter(self, name: str, adapter: PublishedAdapter) -> None:
+        """Compute with ``adapter`` from now on, instead of one of before, and drop what was cached with that."""
+        raise RequestError(f"a {self.config.backend} engine takes no adapters: set rollout.lora to merged")
 
     def _connect(self, transport: str, info: dict[str, Any]) -> None:
         """Join the group in which the trainer sends weights from GPU to GPU."""
@@ -234,13 +246,48 @@ class RolloutEngine(ABC):
     def update_weights(self, version: int, buckets: Iterable[Bucket], checksum: str) -> None:
         """Replace all weights. Unfinished requests go on with the new ones, and their context is computed again."""
         self.begin_update()
-        for bucket in buckets:
+        waiting = iter(buckets)
+        while (bucket := self._next(waiting)) is not None:
             self.load_bucket(bucket)
         self.finish_update(version, checksum)
 
+    def wanted(self, weights: PublishedWeights) -> PublishedWeights:
+        """What this engine needs of a publication: its changes where it holds the one before, or else all weights."""
+        if self._last is not None and self._last.holds(weights.delta):
+            return replace(weights, buckets=(), nbytes=0)
+        if weights.adapter is not None and self._base == weights.checksum:
+            return replace(weights, buckets=(), nbytes=0)
+        return replace(weights, delta=None)
+
     def receive(self, weights: PublishedWeights) -> None:
-        """Replace all weights by a publication."""
-        self.update_weights(weights.version, weights.buckets, weights.checksum)
+        """Replace all weights by a publication, of which only what is :meth:`wanted` is read."""
+        if weights.adapter is not None:
+            self._receive_adapter(weights, weights.adapter)
+            return
+        buckets: Iterable[Bucket]
+        wanted = self.wanted(weights)
+        if self._last is None:
+            buckets = wanted.buckets
+        elif wanted.delta is None:
+            buckets = self._last.remember(wanted.buckets, to_array)
+        else:
+            buckets = self._last.rebuilt(wanted.delta)
+        self.update_weights(weights.version, buckets, weights.checksum)
+        if self._last is not None:
+            self._last.adopted(weights.checksum)
+
+    def _receive_adapter(self, weights: PublishedWeights, adapter: PublishedAdapter) -> None:
+        if self._base != weights.checksum:
+            self.update_weights(weights.version, weights.buckets, weights.checksum)
+            self._base = weights.checksum
+        self._refuse_while_updating("load_adapter")
+        with self._or_die("load_adapter", WeightUpdateError):
+            self._weight_version = weights.version
+            self._load_adapter(f"policy-{weights.version}-{adapter.tensors.checksum[:16]}", adapter)
+
+    def _next(self, buckets: Iterator[Bucket]) -> Bucket | None:
+        with self._or_die("load_bucket", WeightUpdateError):
+            return next(buckets, None)
 
     def begin_update(self) -> None:
         """Start an update whose buckets arrive one by one. Nothing is generated until it is finished."""

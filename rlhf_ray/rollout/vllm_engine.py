@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rlhf_ray import environment
 from rlhf_ray.config.facts import Role
-from rlhf_ray.config.files.sampled import sampling_refusal
+from rlhf_ray.config.files.sampled import adapter_refusal, sampling_refusal
 from rlhf_ray.config.sections.models import Dtype, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
@@ -46,10 +46,12 @@ from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInEngine, sampling_cuts
 from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInEngine
 from rlhf_ray.rollout.vllm_workers import shared, starting_workers, stay_eager
+from rlhf_ray.rollout.wire import PublishedAdapter
 from rlhf_ray.trajectories.columns import FinishReason
 
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
+    from vllm.lora.request import LoRARequest
 
 FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -70,7 +72,7 @@ class VllmEngine(RolloutEngine):
         super().__init__(model_dir, config, **settings)
         on_cpu = self.device.type == "cpu"
         prepare_process(self.device)
-        _refuse_what_vllm_gets_wrong(self.model_dir, on_cpu=on_cpu)
+        _refuse_what_vllm_gets_wrong(self.model_dir, on_cpu=on_cpu, adapter_rank=self.adapter_rank)
         if not on_cpu:
             require_room(self.model_dir, self._shapes, config, _gpu_bytes())
         with warnings.catch_warnings():
@@ -83,7 +85,12 @@ class VllmEngine(RolloutEngine):
             # The context chooses the sizes of a batch: those of vLLM's offline class are up to eight times the ones it
             # takes for an engine that nobody has named a use for.
             with starting_workers() as self._workers:
-                self._engine = LLMEngine.from_engine_args(engine_args, UsageContext.LLM_CLASS)
+                try:
+                    self._engine = LLMEngine.from_engine_args(engine_args, UsageContext.LLM_CLASS)
+                except ValueError as error:
+                    if "does not support LoRA" in str(error):
+                        raise RequestError(f"{error} Set rollout.lora to merged") from error
+                    raise
         self._engine.set_weight_version(str(self.weight_version))
         self.vocabulary = self._engine.vllm_config.model_config.get_vocab_size()
         self._asleep: set[str] = set()
@@ -93,12 +100,14 @@ class VllmEngine(RolloutEngine):
         self._kept = KeptInEngine(self._engine, vocabulary=self.vocabulary, on_cpu=on_cpu) if config.cuts else None
         self._routed = RoutedInEngine(self._engine, on_cpu=on_cpu) if config.routing_replay else None
         self._updates = 0
+        self._adapter: LoRARequest | None = None
 
     def _engine_args(self, on_cpu: bool) -> Any:
         from vllm import EngineArgs
         from vllm.config import WeightTransferConfig
 
         from rlhf_ray.rollout import weight_transfer
+        from rlhf_ray.rollout.weights.vllm_adapter import adapter_arguments
 
         config = self.config
         return EngineArgs(
@@ -134,6 +143,7 @@ class VllmEngine(RolloutEngine):
             worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.RegisterInWorker.__name__}",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **({} if self.adapter_rank is None else adapter_arguments(self.adapter_rank)),
         )
 
     # Generating
@@ -145,7 +155,7 @@ class VllmEngine(RolloutEngine):
         for request in requests:
             ticket = str(next(self._tickets))
             prompt = tokens_input(list(request.token_ids), cache_salt=self._cache_salt())
-            self._engine.add_request(ticket, prompt, self._sampling(request))
+            self._engine.add_request(ticket, prompt, self._sampling(request), lora_request=self._adapter)
             self._in_work[ticket] = request
 
     def _cache_salt(self) -> str:
@@ -226,6 +236,16 @@ class VllmEngine(RolloutEngine):
 
     def _end_load(self) -> None:
         self._engine.collective_rpc("finish_weight_update")
+        self._adopt()
+
+    def _load_adapter(self, name: str, adapter: PublishedAdapter) -> None:
+        from rlhf_ray.rollout.weights.vllm_adapter import load_adapter
+
+        self._wake(WEIGHTS)
+        self._adapter = load_adapter(self._engine, name, adapter.config, adapter.read())
+        self._adopt()
+
+    def _adopt(self) -> None:
         self._updates += 1
         # Requests in work keep their salt: what they go on from is computed again, with the new weights.
         if self._in_work:
@@ -263,9 +283,12 @@ class VllmEngine(RolloutEngine):
         del self._engine
 
 
-def _refuse_what_vllm_gets_wrong(directory: Path, *, on_cpu: bool) -> None:
+def _refuse_what_vllm_gets_wrong(directory: Path, *, on_cpu: bool, adapter_rank: int | None) -> None:
     """Refuse a model whose log-probs would not be the trainer's, as ``check`` does where its directory is at hand."""
-    refused = sampling_refusal(json.loads((directory / "config.json").read_text("utf-8")), on_cpu=on_cpu)
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    refused = sampling_refusal(config, on_cpu=on_cpu)
+    if refused is None and adapter_rank is not None:
+        refused = adapter_refusal(config, adapter_rank)
     if refused is not None:
         raise RequestError(f"{directory}: {refused}")
 

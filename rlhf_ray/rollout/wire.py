@@ -17,9 +17,9 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,12 +28,15 @@ from torch import Tensor
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.errors import WireError
+from rlhf_ray.rollout.weights.delta import Delta, LastSent
 
 Array = np.ndarray[Any, Any]
 Bucket = Sequence[tuple[str, Array | Tensor]]
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 BUCKET_BYTES = 64 * 2**20
+Content = Literal["weights", "changes", "adapter"]
+"""What a publication holds: all weights; what changed, beside them; or an adapter, beside its base."""
 
 # Arrays from an object store are read-only and weights are only read: torch's warning about it says nothing new.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
@@ -46,6 +49,61 @@ class PublishedWeights:
     version: int
     buckets: Iterable[Any]
     checksum: str
+    delta: Delta | None = None
+    """What changed since the publication before, for engines that hold it (``rollout.weight_delta``)."""
+    nbytes: int = 0
+    """Of all buckets."""
+    adapter: PublishedAdapter | None = None
+    """What computes with these weights, which then are the same in every version (``rollout.lora: adapter``)."""
+
+    @property
+    def ways(self) -> dict[bool, int]:
+        """The bytes that an engine reads, by whether all weights are among them: not if it holds what it needs of them."""
+        adapter = 0 if self.adapter is None else self.adapter.tensors.nbytes
+        if self.delta is not None:
+            return {True: self.nbytes, False: self.delta.nbytes}
+        return {True: self.nbytes + adapter} | ({} if self.adapter is None else {False: adapter})
+
+    @property
+    def share_to_send(self) -> float:
+        """What an engine reads that took the publication before, over all weights."""
+        return self.ways.get(False, self.nbytes) / self.nbytes
+
+    @property
+    def nbytes_in_all(self) -> int:
+        """Of all that is in it."""
+        delta = 0 if self.delta is None else self.delta.nbytes
+        return self.nbytes + delta + (0 if self.adapter is None else self.adapter.tensors.nbytes)
+
+    def with_buckets(self, found: Callable[[Iterable[Any]], Iterable[Any]]) -> PublishedWeights:
+        """The publication with ``found`` of its buckets in the place of them, which are handles."""
+        delta = None if self.delta is None else replace(self.delta, buckets=found(self.delta.buckets))
+        adapter = (
+            None if self.adapter is None else replace(self.adapter, tensors=self.adapter.tensors.with_buckets(found))
+        )
+        return replace(self, buckets=found(self.buckets), delta=delta, adapter=adapter)
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """A LoRA adapter (Hu et al. 2021) apart from its base."""
+
+    config: Mapping[str, Any]
+    """As PEFT writes it."""
+    tensors: PublishedWeights
+    """By the names of PEFT."""
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors. Raises :class:`WireError` where they are not those that were sent."""
+        update, tensors = Checksum(), dict[str, Tensor]()
+        for name, weight in (pair for bucket in self.tensors.buckets for pair in bucket):
+            update.add(name, weight)
+            tensors[name] = to_tensor(weight)
+        if update.hexdigest() != self.tensors.checksum:
+            raise WireError(
+                f"the adapter that came has checksum {update.hexdigest()}, sent was {self.tensors.checksum}"
+            )
+        return tensors
 
 
 def as_it_is(bucket: Bucket) -> Any:
@@ -59,25 +117,35 @@ def publish(
     *,
     keep: Callable[[Bucket], Any] = as_it_is,
     bucket_bytes: int = BUCKET_BYTES,
+    last: LastSent | None = None,
 ) -> PublishedWeights:
     """Pack a stream of weights by name on disk; neighbours share a bucket until it holds ``bucket_bytes``.
 
     Each bucket goes to ``keep`` as soon as it is full, and what that returns is its handle. It holds plain arrays, which an
-    object store takes with one copy and hands to every engine of its node without another.
+    object store takes with one copy and hands to every engine of its node without another. With ``last``, what was published
+    before, the publication also has its changes since then.
     """
     checksum = Checksum()
     kept: list[Any] = []
     bucket: list[tuple[str, Array]] = []
+    nbytes = 0
+    if last is not None:
+        last.begin()
     for name, tensor in weights:
         whole = tensor.detach().contiguous()
         checksum.add(name, whole)
         bucket.append((name, to_array(whole)))
+        nbytes += bucket[-1][1].nbytes
+        if last is not None:
+            last.add(name, bucket[-1][1], keep, bucket_bytes)
         if sum(array.nbytes for _, array in bucket) >= bucket_bytes:
             kept.append(keep(tuple(bucket)))
             bucket = []
     if bucket:
         kept.append(keep(tuple(bucket)))
-    return PublishedWeights(version, tuple(kept), checksum.hexdigest())
+    total = checksum.hexdigest()
+    delta = None if last is None else last.finish(total, keep)
+    return PublishedWeights(version, tuple(kept), total, delta, nbytes)
 
 
 def to_array(weight: Array | Tensor) -> Array:

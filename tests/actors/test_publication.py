@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.config.sections.roles import RoleConfig
+from rlhf_ray.errors import RequestError
 from rlhf_ray.models.weights import lora
 from rlhf_ray.rollout import wire
 from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, publish
@@ -97,6 +98,40 @@ def test_each_byte_is_copied_once_and_read_once(
             update.accept(bucket)
         update.close(published.checksum)
     assert receiving.nbytes == 0 and sum(read) == sum(tensor.nbytes for tensor in weights.values())
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_an_adapter_travels_apart_from_a_base_that_is_gathered_once(zero: int, read: list[int]) -> None:
+    """What is merged by hand from base and adapter is what would have been published merged."""
+    worker = start(zero, 2)
+    for version in (1, 2):
+        for name, parameter in worker.hf_model.named_parameters():
+            if lora.is_adapter_part(name):
+                parameter.data.normal_(std=version)
+        read.clear()
+        published = worker.publish_weights(version, "adapter")
+        assert published is not None and published.adapter is not None and published.version == version
+        tensors, scaling = published.adapter.read(), published.adapter.config["lora_alpha"] / 2
+        sent = sum(tensor.nbytes for tensor in tensors.values())
+        assert sent == published.adapter.tensors.nbytes == published.share_to_send * published.nbytes
+        assert sum(read) == 2 * sent + (published.nbytes if version == 1 else 0), (
+            "the base is read for the first version alone"
+        )
+        base = {name: wire.to_tensor(array) for bucket in published.buckets for name, array in bucket}
+        whole = dict(worker.disk_weights())
+        assert list(base) == list(whole)
+        for name, weight in base.items():
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{path}.lora_A.weight" in tensors:
+                weight = weight + scaling * tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]
+            torch.testing.assert_close(weight, whole[name])
+        assert 2 * len(lora.adapted_layers(worker.hf_model)) == len(tensors)
+    assert worker.adapter_rank() == 2
+
+
+def test_a_policy_that_trains_more_than_lora_publishes_no_adapter() -> None:
+    with pytest.raises(RequestError, match=r"trains all its weights.*rollout\.lora to merged \(it trains model\."):
+        start(0, None).adapter_rank()
 
 
 def test_a_bucket_on_the_cpu_holds_the_memory_of_the_model() -> None:

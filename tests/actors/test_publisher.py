@@ -19,6 +19,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import EngineState
 from rlhf_ray.rollout.requests import Probe
+from rlhf_ray.rollout.wire import PublishedWeights
 from tests.rollout.stand_ins import on_cpu
 from tests.rollout.test_weight_sender import Worker, assert_same
 
@@ -145,3 +146,31 @@ def test_an_engine_that_fails_fails_the_policy_whose_ranks_may_still_wait_for_on
 def test_the_object_store_can_be_asked_for(policy: Policy) -> None:
     publisher, _, _ = make(policy, weight_transport="object_store")
     assert publisher.transport == "object_store"
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"), [({"weight_delta": True}, ["delta"]), ({"lora": "adapter"}, ["adapter"]), ({}, [])], ids=str
+)
+def test_what_travels_follows_from_the_config_and_the_metrics_say_how_much(
+    keys: dict[str, Any], parts: list[str], policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on GPUs, from one to the other of which only whole weights go."""
+    publisher, fleet, _ = make(policy, **(keys or {"weight_transport": "object_store"}))
+    assert publisher.transport == "object_store"
+    taken: list[PublishedWeights] = []
+
+    def receive(weights: PublishedWeights) -> Pending[None]:
+        return Pending.done(taken.append(weights))
+
+    for handle in fleet.engines.handles:
+        monkeypatch.setattr(handle, "receive", receive, raising=False)
+    for version in (1, 2):
+        publisher.publish(version)
+    newest = taken[-1]
+    assert newest.version == 2 and [part for part in ("delta", "adapter") if getattr(newest, part) is not None] == parts
+    share = publisher.figures.get("weights/sent_share")
+    expected = {
+        "delta": 0.0,
+        "adapter": None if newest.adapter is None else newest.adapter.tensors.nbytes / newest.nbytes,
+    }
+    assert share == (expected[parts[0]] if parts else None), "nothing has changed, or the adapter's tensors, or all"

@@ -182,6 +182,57 @@ def test_policies_whose_routing_is_not_replayed(
         assert str(expected) in text and text.endswith("set it to false")
 
 
+ADAPTED = {"lora": {"rank": 8}}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "expected"),
+    [
+        ({"model_type": "llama"}, ADAPTED, None),
+        (
+            {"model_type": "llama"},
+            {},
+            "the policy trains all its weights: set policy.model.lora, or rollout.lora to merged",
+        ),
+        (
+            {"model_type": "llama"},
+            {"lora": {"rank": 513}},
+            "takes adapters up to rank 512, and this one has 513: lower it",
+        ),
+        (MIXTURE, ADAPTED, "adapters beside the experts of a mixture are not supported: set rollout.lora to merged"),
+        (
+            {"model_type": "x", "text_config": {"model_type": "llama"}},
+            ADAPTED,
+            "with other parts than text are not supported",
+        ),
+    ],
+    ids=["fits", "no-lora", "rank", "experts", "images"],
+)
+def test_adapters_that_engines_do_not_take(
+    here: Path, texts: dict[str, str], config: dict[str, Any], model: dict[str, Any], expected: str | None
+) -> None:
+    make(here, **config)
+    policy = json.dumps({"path": "model", "dtype": "fp32", **model})
+    problems = check_files(parse_config(texts["ppo"], [f"policy.model={policy}", "rollout.lora=adapter"]))
+    found = [text for text in problems if text.startswith("rollout.lora: adapter, but ")]
+    assert len(found) == (expected is not None) and all(str(expected) in text for text in found), problems
+
+
+@pytest.mark.parametrize(("rank", "count"), [(8, 0), (600, 1)])
+def test_an_adapter_that_is_trained_further_has_the_rank_of_its_file(
+    here: Path, texts: dict[str, str], rank: int, count: int
+) -> None:
+    make(here, model_type="llama")
+    (here / "adapter").mkdir()
+    content = {"peft_type": "LORA", "r": rank, "base_model_name_or_path": "model", "target_modules": ["q_proj"]}
+    (here / "adapter" / "adapter_config.json").write_text(json.dumps(content))
+    problems = check_files(
+        parse_config(texts["ppo"], ["policy.model={path: adapter, dtype: fp32}", "rollout.lora=adapter"])
+    )
+    assert len([text for text in problems if f"up to rank 512, and this one has {rank}" in text]) == count, problems
+    assert not [text for text in problems if "trains all its weights" in text]
+
+
 def test_checkpointing_that_transformers_lacks(here: Path, texts: dict[str, str]) -> None:
     make(here, model_type="jetmoe")
     assert check_files(parse_config(texts["rm"], TRAIN)) == []

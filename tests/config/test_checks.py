@@ -158,6 +158,10 @@ CASES = [
     ("ppo", ["rollout.resources.gpus_per_rank=0.3"],
      "rollout.gpu_memory_utilization: 0.9 of a GPU's memory, but rollout.resources.gpus_per_rank is 0.3 and other roles share "
      "that GPU: lower it to 0.3, or set rollout.sleep"),
+    ("ppo", ["rollout.lora=adapter", "rollout.backend=transformers"],
+     "rollout.lora: adapter, but a transformers engine takes none: set it to merged, or backend to vllm"),
+    ("ppo", [LORA, "rollout.lora=adapter", "rollout.weight_delta=true"],
+     "rollout.lora: adapter, but then no weights travel whose changes weight_delta could send: remove weight_delta"),
     ("ppo", ["rollout.sleep=true"],
      "rollout.sleep: true, but it is for a vllm engine that shares a GPU with other roles (backend is vllm, "
      "resources.gpus_per_rank 0): remove it"),
@@ -350,6 +354,7 @@ ALLOWED = [
              "rollout.gpu_memory_utilization=0.3"]),
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "rollout.backend=transformers"]),
     ("ppo", ["rollout.resources.gpus_per_rank=0.3", "rollout.sleep=true"]),
+    ("ppo", [LORA, "rollout.lora=adapter"]),
     ("ppo", [f"{role}.{key}" for role in ("policy", "reward") for key in ("ranks=2", "resources.gpus_per_rank=0.5")]),
     ("ppo", ["policy.engine={zero: 3, offload: all, optimizer: {learning_rate: 1e-3}}", "reward.engine.zero=3"]),
     ("sft", ["policy.model.quantization=nf4", "policy.model.dtype=bf16", LORA, "policy.engine.zero=2"]),

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,23 @@ def run(*arguments: object, expect: int = 0) -> str:
     output = done.stdout + done.stderr
     assert done.returncode == expect, f"{' '.join(map(str, arguments))} ended with {done.returncode}:\n{output[-6000:]}"
     return output
+
+
+def wait_for_step(parent: subprocess.Popen[bytes], root: Path, step: int) -> None:
+    """Wait until the run ``tiny`` below ``root`` has done ``step`` steps."""
+    ledger, deadline = root / "tiny" / "ledger.jsonl", time.monotonic() + DEADLINE_S
+    while not (ledger.exists() and ledger.read_text().count("\n") >= step):
+        assert parent.poll() is None and time.monotonic() < deadline, f"the run ended before step {step}"
+        time.sleep(0.002)
+
+
+def kill_an_engine(parent: subprocess.Popen[bytes], root: Path, *, after_step: int) -> None:
+    """SIGKILL to one of the two engines of a run."""
+    wait_for_step(parent, root, after_step)
+    engines = [one for one in psutil.Process(parent.pid).children(recursive=True) if "RolloutActor" in one.name()
+               or "RolloutActor" in " ".join(one.cmdline())]  # fmt: skip
+    assert len(engines) == 2
+    engines[1].kill()
 
 
 def marked_processes(mark: str) -> dict[int, str]:

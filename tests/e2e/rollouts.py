@@ -1,8 +1,10 @@
-"""Rollouts in vLLM on the whole real stack, in the long form: ``python -m tests.e2e.rollouts [NAME ...]`` (some 5 minutes).
+"""Rollouts in vLLM on the whole real stack, in the long form: ``python -m tests.e2e.rollouts [NAME ...]`` (some 8 minutes).
 
 - Mixtures of experts of three shapes, tied and untied, in fp32: trainer and engine agree to 1e-4 nats before and after each of
   ten updates; one of them with routing replay.
 - Two deterministic runs with 256 prompts of 120 tokens a step end with the same bits.
+- Two ranks with ZeRO-3 and two engines, of which one is killed and restarted, agree likewise over ten updates: with all
+  weights, with LoRA merged, with changes alone of a part of a layer that vLLM fuses, and with LoRA as an adapter.
 
 The short forms are ``tests/rollout/test_vllm_repairs.py`` and ``tests/rollout/test_vllm_budget.py``. Exit code 1 if one fails.
 """
@@ -11,9 +13,11 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +26,7 @@ from safetensors.torch import load_file
 from rlhf_ray.data.tokenizers import make_tokenizer
 from rlhf_ray.world import language
 from tests.architectures.configs import small_model
-from tests.e2e.conftest import metrics, run
+from tests.e2e.conftest import DEADLINE_S, command, kill_an_engine, metrics, run
 
 CONFIG = Path(__file__).with_name("ppo_tiny.yaml")
 UPDATES, TOLERANCE = 10, 1e-4
@@ -30,6 +34,12 @@ PROMPTS, TOKENS = 256, 120
 SMALL = (
     "policy.ranks=1", "policy.engine.zero=0", "critic=null", "reference=null", "algorithm.name=grpo", "rollout.engines=1",
     "batch.samples_per_prompt=4", "batch.prompts_per_step=8", "evaluation.prompts=4",
+)  # fmt: skip
+
+
+GRPO = (
+    "critic=null", "reference=null", "algorithm.name=grpo", "algorithm.kl.measure=false", "batch.samples_per_prompt=4",
+    "batch.prompts_per_step=8", "evaluation.prompts=4", f"steps={UPDATES}",
 )  # fmt: skip
 
 
@@ -82,21 +92,55 @@ def twice(directory: Path) -> str:
     return f"the same bits after two steps of {PROMPTS} prompts of {tokens:.0f} tokens"
 
 
-CASES: dict[str, Callable[[Path], str]] = {
-    f"{model_type}{'-tied' if tied else ''}": lambda directory, kind=model_type, tied=tied: mixture(
-        kind, directory, tied=tied
-    )
-    for model_type, tied in [
-        ("mixtral", False),
-        ("qwen3_moe", False),
-        ("olmoe", False),
-        ("mixtral", True),
-        ("qwen3_moe", True),
-    ]
-} | {
-    "mixtral-replayed": lambda directory: mixture("mixtral", directory, tied=False, replay=True),
-    "deterministic": twice,
+def killed_once(directory: Path, settings: Sequence[object] = (), most_sent: float | None = None) -> str:
+    """A run with two ranks of the policy, ZeRO-3 and two engines, one of which is killed after the second step.
+
+    Both work at the end. ``most_sent`` bounds the share of all weights that is sent to an engine which has the last version.
+    """
+    parent = subprocess.Popen(command("train", "ppo", CONFIG, f"run.root={directory}", *GRPO, *settings))
+    kill_an_engine(parent, directory, after_step=2)
+    assert parent.wait(timeout=DEADLINE_S) == 0, "the run ended with an error"
+    steps = metrics(directory / "tiny")
+    assert [step["weights/version"] for step in steps] == list(range(1, UPDATES + 1))
+    assert (steps[-1]["rollout/restarts"], steps[-1]["rollout/engines_healthy"]) == (1.0, 2.0), "it was not restarted"
+    worst = max(step["rollout/log_prob_difference"] for step in steps)
+    assert worst <= TOLERANCE, f"trainer and rollout differ by {worst:.1e} nats"
+    sent = ""
+    if most_sent is not None:
+        shares = [step["weights/sent_share"] for step in steps]
+        assert all(0.0 < share < most_sent for share in shares), f"shares of all weights that were sent: {shares}"
+        sent = f"; at most {max(shares):.1%} of all weights were sent"
+    return f"differs by {worst:.1e} nats at most over {len(steps)} versions{sent}"
+
+
+ONE_PROJECTION, EVERY_LAYER = "policy.model.lora={rank: 4, targets: [q_proj]}", "policy.model.lora={rank: 4}"
+KILLED: dict[str, Callable[[Path], str]] = {
+    "whole": killed_once,
+    "merged": partial(killed_once, settings=[EVERY_LAYER]),
+    "changes": partial(killed_once, settings=[ONE_PROJECTION, "rollout.weight_delta=true"], most_sent=0.2),
+    "adapter": partial(killed_once, settings=[EVERY_LAYER, "rollout.lora=adapter"], most_sent=0.2),
 }
+
+
+CASES: dict[str, Callable[[Path], str]] = (
+    {
+        f"{model_type}{'-tied' if tied else ''}": lambda directory, kind=model_type, tied=tied: mixture(
+            kind, directory, tied=tied
+        )
+        for model_type, tied in [
+            ("mixtral", False),
+            ("qwen3_moe", False),
+            ("olmoe", False),
+            ("mixtral", True),
+            ("qwen3_moe", True),
+        ]
+    }
+    | {
+        "mixtral-replayed": lambda directory: mixture("mixtral", directory, tied=False, replay=True),
+        "deterministic": twice,
+    }
+    | KILLED
+)
 
 
 def main(names: Sequence[str]) -> int:

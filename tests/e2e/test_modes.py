@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_ray.runs.directory import RunDirectory
-from tests.e2e.conftest import DEADLINE_S, command, metrics, run
+from tests.e2e.conftest import command, kill_an_engine, metrics, run, wait_for_step
 
 CONFIG = Path(__file__).with_name("ppo_tiny.yaml")
 SETTINGS = ["rollout.mode=one_step_off", "policy.ranks=1", "policy.engine.zero=0", "algorithm.name=grpo", "critic=null",
@@ -27,21 +26,10 @@ SETTINGS = ["rollout.mode=one_step_off", "policy.ranks=1", "policy.engine.zero=0
 STEPS = 6
 
 
-def wait_for_step(parent: subprocess.Popen[bytes], root: Path, step: int) -> None:
-    ledger, deadline = root / "tiny" / "ledger.jsonl", time.monotonic() + DEADLINE_S
-    while not (ledger.exists() and ledger.read_text().count("\n") >= step):
-        assert parent.poll() is None and time.monotonic() < deadline, f"the run ended before step {step}"
-        time.sleep(0.002)
-
-
 def kill_an_engine_and_then_the_driver(root: Path) -> None:
     """SIGKILL to an engine after step 2, and to the driver after step 5, whose samples no checkpoint has yet."""
     parent = subprocess.Popen(command("train", "ppo", CONFIG, f"run.root={root}", *SETTINGS), stderr=subprocess.DEVNULL)
-    wait_for_step(parent, root, 2)
-    engines = [one for one in psutil.Process(parent.pid).children(recursive=True) if "RolloutActor" in one.name()
-               or "RolloutActor" in " ".join(one.cmdline())]  # fmt: skip
-    assert len(engines) == 2
-    engines[1].kill()
+    kill_an_engine(parent, root, after_step=2)
     wait_for_step(parent, root, 5)
     (driver,) = [child for child in psutil.Process(parent.pid).children() if "driver" in " ".join(child.cmdline())]
     os.kill(driver.pid, signal.SIGKILL)

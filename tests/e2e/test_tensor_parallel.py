@@ -67,7 +67,7 @@ class Site:
         ).result()
         process = psutil.Process(ranks.call("health", [()]).result()[0]["pid"])
         workers = [child for child in process.children() if is_worker(child)]
-        return Engine(ranks, RanksHandle(ranks), process, workers)
+        return Engine(ranks, RanksHandle(ranks, config), process, workers)
 
 
 @pytest.fixture(scope="module")

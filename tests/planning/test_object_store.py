@@ -12,7 +12,7 @@ from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.sections.models import ModelConfig
-from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.config.sections.rollout import DELTA_SHARE, RolloutConfig
 from rlhf_ray.errors import CapacityError
 from rlhf_ray.planning import capacity, object_store
 from rlhf_ray.planning.object_store import LEAST, advice, routed_bytes, shared_memory, store_bytes, store_to_start
@@ -32,6 +32,8 @@ def test_a_store_holds_two_publications() -> None:
     assert store_bytes(config) is None, "its model is not on this machine"
     assert store_bytes(load_config("demo-rm")) == LEAST
     assert store_bytes(job()) > LEAST
+    with_changes = store_bytes(load_config("qwen3-0.6b-1gpu", ["rollout.weight_delta=true"]), published_files)
+    assert with_changes == pytest.approx(2 * (1 + DELTA_SHARE) * 2 * 596_049_920, rel=0.02)
 
 
 def test_a_store_holds_the_sets_among_which_tokens_were_sampled() -> None:

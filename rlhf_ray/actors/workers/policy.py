@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +13,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup
+from rlhf_ray.config.files.sampled import NO_ADAPTER
+from rlhf_ray.errors import RequestError
 from rlhf_ray.network import free_port
 from rlhf_ray.rollout.requests import NO_VERSION
 from rlhf_ray.rollout.transport import Transport
-from rlhf_ray.rollout.wire import Bucket, PublishedWeights
+from rlhf_ray.rollout.wire import Bucket, Content, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch
 
 if TYPE_CHECKING:
     from rlhf_ray.rollout.weight_sender import WeightSender
+    from rlhf_ray.rollout.weights.delta import LastSent
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class PolicyWorker(ReferenceWorker):
     role = "policy"
     replays_routing = True
     _sender: WeightSender | None = None
+    _last_sent: LastSent | None = None
+    _base: PublishedWeights | None = None
 
     def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
         wanted = None if sequences is None else sampled_tokens(sequences)
@@ -106,16 +112,48 @@ class PolicyWorker(ReferenceWorker):
         save_without_weights(self.hf_model, tokenizer, directory, empty)
         return {one.name: one.shape for one in described}
 
-    def publish_weights(self, version: int) -> PublishedWeights | None:
+    def adapter_rank(self) -> int:
+        """The largest rank of the LoRA that is trained. Raises :class:`RequestError` where something else is trained too."""
+        from rlhf_ray.models.weights.lora import ADAPTER, adapted_layers, is_adapter_part
+
+        trained = [name for name, parameter in self.hf_model.named_parameters() if parameter.requires_grad]
+        others = [name for name in trained if not is_adapter_part(name)]
+        if others:
+            raise RequestError(f"rollout.lora is {NO_ADAPTER} (it trains {others[0]})")
+        return int(max(layer.r[ADAPTER] for layer in adapted_layers(self.hf_model).values()))
+
+    def publish_weights(self, version: int, content: Content = "weights") -> PublishedWeights | None:
         """All weights by their names on disk, in buckets with a checksum, on rank 0; the other ranks take part.
 
-        They must not change before the engines have taken them: no bucket is a copy unless :meth:`keep_bucket` makes one.
+        They must not change before the engines have taken them: no bucket is a copy unless :meth:`keep_bucket` makes one. With
+        the ``content`` ``changes`` the publication also has what changed since the one before, of which rank 0 keeps a copy;
+        with ``adapter`` its weights are the base, which is gathered once, and the LoRA adapter is beside them.
         """
+        from rlhf_ray.rollout.weights.delta import LastSent
         from rlhf_ray.rollout.wire import publish
 
         with self.doing("publish_weights"):
-            published = publish(version, self.engine.disk_weights_in_place(self.hf_model), keep=self.keep_bucket)
+            if content == "adapter":
+                published = self._publish_adapter(version)
+            else:
+                if content == "changes" and self._last_sent is None:
+                    self._last_sent = LastSent()
+                weights = self.engine.disk_weights_in_place(self.hf_model)
+                published = publish(version, weights, keep=self.keep_bucket, last=self._last_sent)
         return published if self.rank == 0 else None
+
+    def _publish_adapter(self, version: int) -> PublishedWeights:
+        from rlhf_ray.engine.weights import adapter_weights, disk_weights
+        from rlhf_ray.models.weights.adapters import adapter_config
+        from rlhf_ray.rollout.wire import PublishedAdapter, publish
+
+        receive, keep = self.rank == 0, self.keep_bucket
+        if self._base is None:
+            base = disk_weights(self.hf_model, receive=receive, adapters="left out")
+            self._base = publish(version, chain.from_iterable(base), keep=keep)
+        tensors = publish(version, chain.from_iterable(adapter_weights(self.hf_model, receive=receive)), keep=keep)
+        adapter = PublishedAdapter(adapter_config(self.hf_model), tensors)
+        return replace(self._base, version=version, adapter=adapter)
 
     def gpu(self) -> str | None:
         """The UUID of this rank's GPU; None on a CPU."""

@@ -6,6 +6,7 @@ Invariant: a vLLM engine has a process of its own, because vLLM sets the thread 
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
+from rlhf_ray.rollout.weights.deadline import Taken, UpdateDeadline
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.storage.shared import SharedFile
 
@@ -43,6 +45,8 @@ class RolloutSetup:
     """Of all weights by their names on disk, if ``model_dir`` holds none and an update brings them before the first request."""
     takes_turns: bool = False
     """Whether the driver says when it sleeps and wakes, because all roles are on the same GPUs."""
+    adapter_rank: int | None = None
+    """The largest rank of the adapter that comes with every version; None where LoRA is merged, or nothing is adapted."""
     shared: SharedFile | None = None
     """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
@@ -68,6 +72,7 @@ def make_engine(setup: RolloutSetup, rank: int, device: torch.device) -> Rollout
         device=device,
         shapes=setup.shapes,
         takes_turns=setup.takes_turns,
+        adapter_rank=setup.adapter_rank,
     )
 
 
@@ -111,10 +116,16 @@ class RolloutWorker(Worker):
         with self.doing("generate"):
             return self.engine.advance(requests, seconds)
 
-    def receive(self, weights: PublishedWeights) -> None:
+    def receive(self, weights: PublishedWeights) -> Taken:
         """Replace the engine's weights by ``weights``."""
         with self.doing("receive"):
-            self.engine.receive(weights)
+            wanted, began = self.engine.wanted(weights), time.monotonic()
+            self.engine.receive(self.fetch(wanted))
+            return Taken(wanted.nbytes > 0, wanted.nbytes_in_all, time.monotonic() - began)
+
+    def fetch(self, weights: PublishedWeights) -> PublishedWeights:
+        """The publication with its buckets in the place of their handles: they are here in the same process."""
+        return weights
 
     def gpus(self) -> list[str]:
         """The GPUs on which weights can come from the trainer."""
@@ -156,8 +167,9 @@ class RanksHandle:
     GRACE_S = 30.0
     """How much longer than its own deadline a call may take before the process counts as failed."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, config: RolloutConfig) -> None:
         self.ranks = ranks
+        self._updates = UpdateDeadline(config.update_timeout_s)
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
         return self._sample("generate", requests, deadline_s, deadline_s)
@@ -176,7 +188,10 @@ class RanksHandle:
         return answer.then(lambda values: values[0])
 
     def receive(self, weights: PublishedWeights) -> Pending[None]:
-        return self.ranks.call("receive", [(weights,)]).then(lambda values: None)
+        limit = self._updates.limit(weights.ways)
+        timeout_s, key = (None, None) if limit is None else (limit.seconds, limit.key)
+        answer = self.ranks.call("receive", [(weights,)], timeout_s=timeout_s, key=key)
+        return answer.then(lambda values: self._updates.took(values[0]))
 
     def probe(self) -> Pending[Probe]:
         answer = self.ranks.call("probe", [()], timeout_s=self.GRACE_S)

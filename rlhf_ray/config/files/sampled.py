@@ -9,9 +9,10 @@ of a run where engines have GPUs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.files.models import ADAPTER_CONFIG, is_adapter, model_config_file, read_json
 from rlhf_ray.config.files.positions import text_part
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.models import ModelConfig
@@ -43,6 +44,9 @@ REPLAYED = (
     "olmoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 """Values of ``model_type`` that can be trained with the experts that the engine chose (``rollout.routing_replay``)."""
+MOST_ADAPTER_RANK = 512
+"""The largest rank of a LoRA adapter that vLLM takes."""
+NO_ADAPTER = "adapter, but the policy trains all its weights: set policy.model.lora, or rollout.lora to merged"
 WAY_OUT = "Set rollout.backend to transformers, which samples with the trainer's own model"
 
 
@@ -65,6 +69,18 @@ def sampling_refusal(config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
     return None
 
 
+def adapter_refusal(config: Mapping[str, Any], rank: int) -> str | None:
+    """The sentence that refuses to sample with an adapter of ``rank`` beside the model of a ``config.json``."""
+    way_out = "set rollout.lora to merged"
+    if rank > MOST_ADAPTER_RANK:
+        return f"vLLM takes adapters up to rank {MOST_ADAPTER_RANK}, and this one has {rank}: lower it, or {way_out}"
+    if is_mixture(config):
+        return f"adapters beside the experts of a mixture are not supported: {way_out}"
+    if text_part(config) != config:
+        return f"adapters of a model with other parts than text are not supported: {way_out}"
+    return None
+
+
 def is_mixture(config: Mapping[str, Any]) -> bool:
     """Whether the model of a ``config.json`` is a mixture of experts."""
     text = text_part(config)
@@ -78,6 +94,20 @@ def sampling_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[P
     refused = sampling_refusal(model_config_file(policy), on_cpu=rollout.resources.gpus_per_rank == 0)
     if refused is not None:
         yield "rollout.backend", f"{policy.path}: {refused}"
+    if rollout.lora == "adapter":
+        yield from _adapter_problems(policy)
+
+
+def _adapter_problems(policy: ModelConfig) -> Iterator[Problem]:
+    config, rank = model_config_file(policy), None if policy.lora is None else policy.lora.rank
+    if rank is None and policy.path is not None and is_adapter(Path(policy.path)):
+        content = read_json(Path(policy.path) / ADAPTER_CONFIG)
+        rank = content.get("r") if isinstance(content, dict) else None
+    elif rank is None and (policy.path is None or config):
+        yield "rollout.lora", NO_ADAPTER
+    refused = adapter_refusal(config, rank) if isinstance(rank, int) else None
+    if refused is not None:
+        yield "rollout.lora", f"adapter, but {refused}"
 
 
 def replay_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:

@@ -30,6 +30,10 @@ class EnvironmentConfig(Section):
             yield "name", problem
 
 
+DELTA_SHARE = 0.5
+"""Of the bytes of all weights: changes that take more of them are not published beside the weights (``weight_delta``)."""
+
+
 class RolloutConfig(Section):
     """The rollout engines and how they sample."""
 
@@ -56,11 +60,17 @@ class RolloutConfig(Section):
     routing_replay: bool = False
     """Train a mixture of experts with the experts that the engine chose for each token."""
     weight_transport: Literal["auto", "object_store"] = "auto"
+    weight_delta: bool = False
+    """Send an engine only what changed since the weights that it holds, through the object store."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """Whether LoRA of the policy reaches the engines as part of the weights, or alone, beside a base that they keep."""
     sleep: bool = False
     """Give the memory of weights and KV cache back while nothing is generated, on a GPU that other roles share."""
     resources: ResourcesConfig = ResourcesConfig()
     placement: PlacementConfig = PlacementConfig()
     timeout_s: PositiveFloat = 300.0
+    update_timeout_s: PositiveFloat = 60.0
+    """Seconds that an engine has at least for an update of its weights, after the first."""
     mode: Literal["sync", "one_step_off", "windowed"] = "sync"
     """Whether a step samples before it learns, while the step before it learns, or up to ``window`` steps ahead."""
     window: Positive = 2
@@ -109,6 +119,13 @@ class RolloutConfig(Section):
                 "sleep",
                 f"true, but in mode {self.mode} the engines sample while the trainer learns, so that both need the memory: set "
                 "mode to sync, or give the engines GPUs of their own and remove sleep",
+            )
+        if self.lora == "adapter" and self.backend != "vllm":
+            yield "lora", f"adapter, but a {self.backend} engine takes none: set it to merged, or backend to vllm"
+        if self.lora == "adapter" and self.weight_delta:
+            yield (
+                "lora",
+                "adapter, but then no weights travel whose changes weight_delta could send: remove weight_delta",
             )
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
         if self.backend == "transformers" and tokens is not None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rlhf_ray.config.files.adapters import MERGE, why_refused
 from rlhf_ray.errors import ModelLoadError
 from rlhf_ray.models.weights.checkpoint import HEAD_NAME, read_json
-from rlhf_ray.models.weights.lora import ADAPTER, EVERY_LINEAR, LINEAR, inject, peft, whole_names
+from rlhf_ray.models.weights.lora import ADAPTER, EVERY_LINEAR, LINEAR, adapted_layers, inject, peft, whole_names
 from rlhf_ray.models.weights.sharded import made_whole
 
 WEIGHTS = "adapter_model.safetensors"
@@ -202,6 +202,21 @@ def _live_name(name: str) -> str:
     """Return the name of a parameter in memory, which has the adapter's name before its last part, or after it."""
     path, _, last = name.rpartition(".")
     return f"{path}.{last}.{ADAPTER}" if last.startswith("lora_") else f"{path}.{ADAPTER}.{last}"
+
+
+def adapter_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what PEFT would write beside the tensors of the adapter on ``model``, as far as it changes what they compute."""
+    config: Any = model.peft_config[ADAPTER]
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(adapted_layers(model)),
+        "use_rslora": config.use_rslora,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "bias": "none",
+    }
 
 
 def adapter_name(live: str) -> str:

@@ -144,7 +144,7 @@ def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Replace the three tensors of each adapted layer (base, A and B) by the merged weight, under the name of the layer."""
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if ".lora_A." in name or ".lora_B." in name:
+        if is_adapter_part(name):
             continue
         layer, base, parameter = name.rpartition(".base_layer.")
         if not base:
@@ -154,6 +154,16 @@ def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         else:
             whole[f"{layer}.{parameter}"] = tensor
     return whole
+
+
+def without_adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the tensors of each adapted layer by those of its base, under the name of the layer."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if not is_adapter_part(name)}
+
+
+def is_adapter_part(name: str) -> bool:
+    """Whether the tensor of this name in memory is an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def build(
         config.run.deterministic,
         takes_turns=takes_turns,
         shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
+        adapter_rank=groups.policy.adapter_rank() if config.rollout.lora == "adapter" else None,
     )
     sampler = Sampler(config, session.fleet(engines, setup), make_player(config, chat, ends, session.cleanup))
     keep_set_aside(sampler.fleet, run, chat.tokenizer)

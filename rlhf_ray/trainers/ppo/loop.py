@@ -129,6 +129,7 @@ class PpoTrainer:
             self.journal.write_samples(progress.step, sample_rows(prepared.samples, prepared.batch))
             self.run_directory.engines.write(self.sampler.fleet.health.plain())
             metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **progress.metrics()}
+            metrics |= self.publisher.figures
             self.journal.log_step(progress.step, self.config.steps, metrics, prepared.batch)
             every = self.config.evaluation.every_steps
             if every and progress.step % every == 0 and progress.step < self.config.steps:
