@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench gym parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
+.PHONY: setup demo test lint bench gym verifiers parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -24,6 +24,11 @@ lint: setup
 
 gym: setup  ## what GRPO learns on a task of reasoning-gym, in one turn and in two; needs pip install reasoning-gym (KEEP=1 keeps the figures)
 	@$(PYTHON_BIN) -m benchmarks.run --only gym,gym_turns $(if $(filter-out 0,$(KEEP)),--keep)
+
+verifiers: setup  ## the worked example is played by verifiers 0.4.0 itself, in an environment of its own (build/verifiers)
+	@test -x build/verifiers/bin/python || $(PYTHON_BIN) -m venv build/verifiers
+	@build/verifiers/bin/python -m pip install -q verifiers==0.4.0
+	@VERIFIERS_PYTHON=$(CURDIR)/build/verifiers/bin/python $(PYTHON_BIN) -m pytest -q -m long tests/environments/test_verifiers.py
 
 bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]); KEEP=1: into the committed reference.json too
 	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(KEEP)),--keep)

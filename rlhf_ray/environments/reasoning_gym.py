@@ -19,12 +19,13 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.environments.protocol import Answer, Task, Turn
+from rlhf_ray.environments.settings import parse_settings
 from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.storage.atomic import write_file
@@ -207,17 +208,6 @@ def write_files(
         start += size
 
 
-def _values(pairs: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise RequestError(f"{pair!r}: write settings of a family as KEY=VALUE")
-        try:
-            yield key, json.loads(value)
-        except ValueError:
-            yield key, value
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the files of one family."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_ray.environments.reasoning_gym", description=__doc__)
@@ -243,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.second_turns,
             careless=given.careless,
             seed=given.seed,
-            **dict(_values(given.settings)),
+            **parse_settings(given.settings),
         )
     except RlhfRayError as error:
         raise SystemExit(f"error: {error}") from None
