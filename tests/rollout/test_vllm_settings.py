@@ -166,7 +166,7 @@ class Sleeper:
         self.calls.append(("wake", tags))
         return True
 
-    def add_request(self, ticket: str, *arguments: Any) -> None:
+    def add_request(self, ticket: str, *arguments: Any, lora_request: None) -> None:
         self.calls.append("add")
         self.waiting.append(ticket)
 
@@ -196,7 +196,7 @@ class SleepyEngine(VllmEngine):
         self.sleeper = Sleeper()
         self._engine: Any = self.sleeper
         self._workers = WorkerProcesses()
-        self._asleep, self._kept = set(), None
+        self._asleep, self._kept, self._routed, self._adapter = set(), None, None, None
         self._tickets, self._in_work, self.vocabulary, self._updates = itertools.count(), {}, 64, 0
 
     def _running(self) -> int:
