@@ -23,7 +23,7 @@ from rlhf_ray.models.description import ModelFacts, describe
 from rlhf_ray.models.dtypes import torch_dtype
 from rlhf_ray.models.forward.liger import use_liger
 from rlhf_ray.models.forward.log_probs import LogProbHead
-from rlhf_ray.models.forward.packed import packed_forward, padded_positions, unpad
+from rlhf_ray.models.forward.packed import distinct, packed_forward, padded_positions, read_forward, unpad
 from rlhf_ray.models.forward.rotation import share_alike
 from rlhf_ray.models.weights.adapters import load_adapter, refuse_second_adapter
 from rlhf_ray.models.weights.checkpoint import Checkpoint
@@ -264,16 +264,19 @@ class PackedPolicy(nn.Module):
         """Return log-probs and entropies in nats, one number for each token of each sequence, in the order of sequences.
 
         ``log_probs[t]`` is log p(token t | tokens before t), and ``entropy[t]`` is the entropy of the choice of token t. Both
-        are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer runs
-        for wanted tokens only, and once for a prefix that sequences share. In a pack with kept sets a token has the log-prob
-        and entropy of its own set.
+        are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer, and
+        most of the last layer before it, run for wanted tokens only, and once for a prefix that sequences share. In a pack with kept
+        sets a token has the log-prob and entropy of its own set.
         """
         packed = share_alike(self.actor.config, packed)
-        hidden = packed_forward(self.actor.backbone, packed)
         at = packed.predicted_tokens
         if wanted is not None:
             chosen = torch.zeros(packed.num_tokens, dtype=torch.bool, device=at.device)
             at = at[chosen.index_fill(0, packed.sequence_tokens[wanted], True)[at]]
+            read = distinct(packed.previous_tokens[at], packed.num_tokens)
+            hidden = read_forward(self.actor.backbone, packed, read)
+        else:
+            hidden = packed_forward(self.actor.backbone, packed)
         log_probs, entropy = self.actor.log_prob_head(
             hidden.index_select(0, packed.previous_tokens[at]),
             packed.token_ids[at],

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,10 +20,12 @@ from rlhf_ray.algorithms.reward_losses import RewardOutputs, router_balance
 from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.models.description import ModelFacts
 from rlhf_ray.models.forward.packed import (
+    distinct,
     last_token_forward,
     packed_forward,
     pad_back,
     padded_positions,
+    read_forward,
     routed_forward,
     unpad,
 )
@@ -198,13 +200,16 @@ class PackedRegression(nn.Module):
         self.model = model
 
     def forward(
-        self, packed: Packed, kind: Literal["values", "scores", "routed_scores"]
+        self,
+        packed: Packed,
+        kind: Literal["values", "scores", "routed_scores"],
+        wanted: Bool[Tensor, "sequence_tokens"] | None = None,
     ) -> Float[Tensor, "tokens or sequences"] | RewardOutputs:
         """Return what ``kind`` names.
 
         ``scores``: one per sequence, at its last token. ``routed_scores``: the same, and how evenly the routers of a mixture
         use their experts. ``values``: one per token of each sequence, the value of the state in which the token was chosen; 0
-        at the first token.
+        at the first token, and undefined where ``wanted`` is False (None: True everywhere).
         """
         packed = share_alike(self.model.config, packed)
         if kind == "routed_scores":
@@ -216,7 +221,11 @@ class PackedRegression(nn.Module):
             return self.model.regress(last_token_forward(self.model.backbone, packed))
         if kind != "values":
             raise RequestError(f"unknown kind {kind!r}: choose values, scores or routed_scores")
-        hidden = packed_forward(self.model.backbone, packed)
+        if wanted is None:
+            hidden = packed_forward(self.model.backbone, packed)
+        else:
+            before = packed.previous_tokens[packed.sequence_tokens[wanted]]
+            hidden = read_forward(self.model.backbone, packed, distinct(before[before >= 0], packed.num_tokens))
         before = self.model.regress(hidden).index_select(0, packed.previous_tokens.clamp(min=0))
         return packed.per_sequence(before * (packed.previous_tokens >= 0))
 

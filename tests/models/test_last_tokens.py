@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.models.forward import attention_backends as backends
 from rlhf_ray.models.forward import last_tokens
 from rlhf_ray.models.forward.attention import segment_attention
@@ -132,3 +133,57 @@ def test_a_model_that_runs_a_module_twice_is_not_narrowed(model_type: str, packe
 def tokens_of_sequences(packed: Packed) -> tuple[Tensor, ...]:
     lengths = packed.unshared().lengths.tolist()
     return packed.sequence_tokens.split(lengths)
+
+
+def wanted_of(packed: Packed) -> Tensor:
+    """Answers: the last four tokens of each sequence, and the first token after the shared prefix of the first two."""
+    ends = packed.unshared().lengths.cumsum(0)
+    wanted = torch.zeros(int(ends[-1]), dtype=torch.bool)
+    for end in ends.tolist():
+        wanted[end - 4 : end] = True
+    return wanted.index_fill(0, torch.tensor([18, int(ends[0]) + 18]), True)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_values_and_log_probs_of_wanted_tokens_and_their_gradients_are_those_of_the_whole_pass(
+    causal: Make, packed: Packed, family: str
+) -> None:
+    """The first two sequences read one hidden state, of the prefix that they share: its gradient counts once for each."""
+    critic = regression(causal, family).train()
+    policy = PackedPolicy(Actor(causal(family))).train()
+    wanted = wanted_of(packed)
+    for module, outputs in (
+        (critic, lambda **options: critic(packed, "values", **options)),
+        (policy, lambda **options: policy(packed, **options).log_probs),
+    ):
+        expected, their_gradients = with_gradients(module, outputs()[wanted])
+        actual, gradients = with_gradients(module, outputs(wanted=wanted)[wanted])
+        with torch.no_grad():
+            assert torch.equal(outputs(wanted=wanted)[wanted], actual), "or the first ratio would not be exactly 1"
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        for mine, theirs in zip(gradients, their_gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max().clamp(min=1e-3)), rtol=1e-5)
+        assert not [name for name, each in module.named_modules() if "forward" in vars(each)], "modules are as before"
+
+
+def test_behind_the_last_attention_only_tokens_before_wanted_ones_run_but_not_in_a_checkpointed_model(
+    causal: Make, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, ran = regression(causal).train(), list[int]()
+    forward = last_tokens._token_by_token
+    monkeypatch.setattr(
+        last_tokens,
+        "_token_by_token",
+        lambda f, *args: forward(lambda rows: ran.append(rows.shape[1]) or f(rows), *args),
+    )
+    wanted = wanted_of(packed)
+    before = packed.previous_tokens[packed.sequence_tokens[wanted]]
+    read = len(before[before >= 0].unique())
+    assert read < int((before >= 0).sum()), "one is read twice"
+    module(packed, "values", wanted)
+    assert ran == [read] * (len(last_tokens.BEHIND_ATTENTION) + 1), (
+        "output projection, norm, MLP, and the norm behind the layers"
+    )
+    module.model.gradient_checkpointing_enable()
+    module(packed, "values", wanted).sum().backward()
+    assert len(ran) == len(last_tokens.BEHIND_ATTENTION) + 1

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_ray.actors.workers.model import ModelWorker, Part, Setup, WorkerSetup
+from rlhf_ray.actors.workers.model import ModelWorker, Part, Setup, WorkerSetup, sampled_tokens
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch
@@ -44,9 +44,15 @@ class CriticWorker(RegressionWorker[WorkerSetup]):
     model_type = "critic"
 
     def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
-        return module(packed, kind="values")
+        return module(packed, kind="values", wanted=None if sequences is None else sampled_tokens(sequences))
 
     def values(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:
         """The value at every token of this rank's sequences; undefined where no action was chosen."""
         with self.doing("values"):
-            return self.forward_parts(batch, micro_batches, lambda module, packed: module(packed, kind="values"))
+            return [part for one in micro_batches for part in self._values_of_pack(batch, one)]
+
+    def _values_of_pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> list[Part]:
+        wanted = sampled_tokens(batch.without_kept().select(micro_batch).to(self.device)) if micro_batch else None
+        return self.forward_parts(
+            batch, [micro_batch], lambda module, packed: module(packed, kind="values", wanted=wanted)
+        )

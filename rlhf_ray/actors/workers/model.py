@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.algorithms.losses import LossOutput, Metrics
@@ -33,6 +35,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.planning.colocation.phases import Level
+from rlhf_ray.rollout.requests import NO_VERSION
 from rlhf_ray.storage.manifest import FileRecord, hash_files
 from rlhf_ray.storage.shared import SharedFile
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -288,6 +291,15 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
 def _numbers(batch: TrajectoryBatch) -> TrajectoryBatch:
     """What losses read of a batch: not the sets and experts, which only packs need."""
     return batch.without_kept().without_routed()
+
+
+def sampled_tokens(batch: TrajectoryBatch) -> Bool[Tensor, "tokens"]:
+    """The tokens whose log-probs and values are read: those that were sampled; every action in a batch of demonstrations.
+
+    Not the actions of a batch that was sampled: what a loss leaves out would then move the others to other places in the chunks
+    of the output layer, where their last bits may differ, and the first ratio would not be exactly 1.
+    """
+    return batch["weight_version"] != NO_VERSION if "weight_version" in batch else batch["action_mask"]
 
 
 def _packing_metrics(packed: Packed, *, is_dummy: bool) -> Metrics:

@@ -9,14 +9,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
-from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup
+from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup, sampled_tokens
 from rlhf_ray.config.files.sampled import NO_ADAPTER
 from rlhf_ray.errors import RequestError
 from rlhf_ray.network import free_port
-from rlhf_ray.rollout.requests import NO_VERSION
 from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import Bucket, Content, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -34,15 +31,6 @@ class LanguageSetup(WorkerSetup):
 
     temperature: float = 1.0
     """The sampling temperature, at which log-probs are computed."""
-
-
-def sampled_tokens(batch: TrajectoryBatch) -> Bool[Tensor, "tokens"]:
-    """The tokens whose log-probs are read: those that were sampled; every action in a batch of demonstrations.
-
-    Not the actions of a batch that was sampled: what a loss leaves out would then move the others to other places in the chunks
-    of the output layer, where their last bits may differ, and the first ratio would not be exactly 1.
-    """
-    return batch["weight_version"] != NO_VERSION if "weight_version" in batch else batch["action_mask"]
 
 
 class ReferenceWorker(ModelWorker[LanguageSetup]):

@@ -4,6 +4,9 @@ Invariants: in a model that runs each layer once, and its last norm once behind 
 read, and every gradient, are those of the whole pass. The hidden states of other tokens are finite and otherwise undefined.
 Afterwards the modules are what they were. Who calls this tries first whether the model is one of these.
 
+A policy reads the tokens before the sampled ones, and a critic as well: there the last layer attends for all tokens, and what
+stands behind its attention runs for those alone (:func:`narrow_behind_attention`).
+
 A reward model reads one token per sequence. The last layer needs the keys and values of every token, but queries, attention
 outputs, the output projection and the MLP only for those tokens. In a model of six layers this saves a seventh of all
 matrix products, forward and backward. Without gradients, on CPU, the norms and MLPs of all layers run on some of the tokens
@@ -28,6 +31,8 @@ ATTENTION = "self_attn"
 LAST_LAYER = ("post_attention_layernorm", "mlp", f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj")
 """Modules of the last layer, by their names in transformers, that run only for the tokens that are read. A model that lacks
 one of these names runs that part for all tokens."""
+BEHIND_ATTENTION = ("post_attention_layernorm", "mlp", f"{ATTENTION}.o_proj")
+"""Those of them that come after the attention itself."""
 FINAL_NORM = "norm"
 """The module behind the last layer, which also runs only for the tokens that are read."""
 IN_PARTS = ("mlp", "input_layernorm", "post_attention_layernorm")
@@ -50,6 +55,27 @@ def narrow_last_layer(backbone: PreTrainedModel, packed: Packed) -> Iterator[Non
         for module, forward in _narrowed_modules(backbone, packed):
             replacements.enter_context(_replace_forward(module, forward))
         yield
+
+
+@contextmanager
+def narrow_behind_attention(backbone: PreTrainedModel, read: Int64[Tensor, "read"]) -> Iterator[None]:
+    """Within this context what follows the last attention runs only for the tokens ``read``, each named once.
+
+    The same with gradients and without, so that both passes give the same bits. Not for a model with checkpointed layers, nor
+    for one whose last layer has experts.
+    """
+    last = _layers(backbone)[-1]
+    modules = [module for name, module in last.named_modules() if name in BEHIND_ATTENTION]
+    norm = getattr(backbone, FINAL_NORM, None)
+    with ExitStack() as replacements:
+        for module in modules if norm is None else [*modules, norm]:
+            replacements.enter_context(_replace_forward(module, _token_by_token(module.forward, read, None)))
+        yield
+
+
+def has_experts(backbone: PreTrainedModel) -> bool:
+    """Whether the last layer is a mixture of experts."""
+    return any(hasattr(module, "experts") for layer in _layers(backbone)[-1:] for module in layer.modules())
 
 
 def _narrowed_modules(backbone: PreTrainedModel, packed: Packed) -> Iterator[tuple[nn.Module, Forward]]:

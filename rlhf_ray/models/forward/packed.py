@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_ray.errors import ModelLoadError, RequestError
-from rlhf_ray.models.forward.last_tokens import narrow_last_layer
+from rlhf_ray.models.forward.last_tokens import has_experts, narrow_behind_attention, narrow_last_layer
 from rlhf_ray.models.forward.routing import replay
 from rlhf_ray.models.forward.segments import Segments
 from rlhf_ray.trajectories.packing import Packed
@@ -33,6 +33,25 @@ def packed_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "
     """Return the last hidden state of every token of the pack. Where it has ``routed``, tokens go to those experts."""
     hidden: Tensor = _run(backbone, packed).last_hidden_state[0]
     return hidden
+
+
+def read_forward(
+    backbone: PreTrainedModel, packed: Packed, read: Int64[Tensor, "read"]
+) -> Float[Tensor, "tokens hidden"]:
+    """Return the last hidden states, of which those of the tokens ``read`` alone are defined; each is named once.
+
+    The last layer does the rest of its work for no others, where it can.
+    """
+    narrows = vars(backbone).get(NARROWS, False) and not backbone.is_gradient_checkpointing
+    if not narrows or has_experts(backbone):
+        return packed_forward(backbone, packed)
+    with narrow_behind_attention(backbone, read):
+        return packed_forward(backbone, packed)
+
+
+def distinct(tokens: Int64[Tensor, "some"], of: int) -> Int64[Tensor, "read"]:
+    """Return which of the tokens 0 to ``of`` are among ``tokens``, in order, each once."""
+    return torch.zeros(of, dtype=torch.bool, device=tokens.device).index_fill(0, tokens, True).nonzero()[:, 0]
 
 
 def last_token_forward(backbone: PreTrainedModel, packed: Packed) -> Float[Tensor, "sequences hidden"]:
