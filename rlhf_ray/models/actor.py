@@ -265,8 +265,8 @@ class PackedPolicy(nn.Module):
 
         ``log_probs[t]`` is log p(token t | tokens before t), and ``entropy[t]`` is the entropy of the choice of token t. Both
         are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer, and
-        most of the last layer before it, run for wanted tokens only, and once for a prefix that sequences share. In a pack with kept
-        sets a token has the log-prob and entropy of its own set.
+        most of the last layer before it, run for wanted tokens only, and once for a prefix that sequences share. In a pack
+        with kept sets a token has the log-prob and entropy of its own set.
         """
         packed = share_alike(self.actor.config, packed)
         at = packed.predicted_tokens
