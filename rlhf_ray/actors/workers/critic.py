@@ -52,7 +52,7 @@ class CriticWorker(RegressionWorker[WorkerSetup]):
             return [part for one in micro_batches for part in self._values_of_pack(batch, one)]
 
     def _values_of_pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> list[Part]:
-        wanted = sampled_tokens(batch.without_kept().select(micro_batch).to(self.device)) if micro_batch else None
+        wanted = self._sampled(batch, micro_batch)
         return self.forward_parts(
             batch, [micro_batch], lambda module, packed: module(packed, kind="values", wanted=wanted)
         )

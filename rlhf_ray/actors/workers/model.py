@@ -234,6 +234,10 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         parts = zip(micro_batches, values, strict=True)
         return [(micro_batch, value.float().cpu().numpy()) for micro_batch, value in parts if micro_batch]
 
+    def _sampled(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> Bool[Tensor, "tokens"] | None:
+        """The sampled tokens of a micro-batch; None for a dummy."""
+        return sampled_tokens(_numbers(batch).select(micro_batch).to(self.device)) if micro_batch else None
+
     def _pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> Packed:
         if not micro_batch:
             return Packed.dummy()

@@ -61,10 +61,7 @@ class ReferenceWorker(ModelWorker[LanguageSetup]):
             return [part for one in micro_batches for part in self._log_probs_of_pack(batch, one)]
 
     def _log_probs_of_pack(self, batch: TrajectoryBatch, micro_batch: MicroBatch) -> list[Part]:
-        wanted = None
-        if micro_batch:
-            numbers = batch.without_kept().without_routed().select(micro_batch)
-            wanted = sampled_tokens(numbers.to(self.device))
+        wanted = self._sampled(batch, micro_batch)
         temperature = self.settings.temperature
         return self.forward_parts(
             batch, [micro_batch], lambda module, packed: module(packed, temperature, wanted=wanted).log_probs

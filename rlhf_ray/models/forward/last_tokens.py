@@ -64,7 +64,7 @@ def narrow_behind_attention(backbone: PreTrainedModel, read: Int64[Tensor, "read
     The same with gradients and without, so that both passes give the same bits. Not for a model with checkpointed layers, nor
     for one whose last layer has experts.
     """
-    last = _layers(backbone)[-1]
+    last = decoder_layers(backbone)[-1]
     modules = [module for name, module in last.named_modules() if name in BEHIND_ATTENTION]
     norm = getattr(backbone, FINAL_NORM, None)
     with ExitStack() as replacements:
@@ -75,7 +75,7 @@ def narrow_behind_attention(backbone: PreTrainedModel, read: Int64[Tensor, "read
 
 def has_experts(backbone: PreTrainedModel) -> bool:
     """Whether the last layer is a mixture of experts."""
-    return any(hasattr(module, "experts") for layer in _layers(backbone)[-1:] for module in layer.modules())
+    return any(hasattr(module, "experts") for layer in decoder_layers(backbone)[-1:] for module in layer.modules())
 
 
 def _narrowed_modules(backbone: PreTrainedModel, packed: Packed) -> Iterator[tuple[nn.Module, Forward]]:
