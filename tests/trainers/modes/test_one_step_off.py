@@ -157,6 +157,7 @@ SIZES = {
     "max_new_tokens": 4,
     "max_model_tokens": 64,
     "environment": None,
+    "routing_replay": False,
     "stop_tokens": [],
     "temperature": 1.0,
     "top_p": 1.0,
@@ -253,6 +254,7 @@ def test_no_step_from_a_failed_episode_on_is_written(tmp_path: Path) -> None:
         ("rollout.environment.max_turns=2", False),
         ("rollout.environment.parameters={broken: [x]}", False),
         ("rollout.environment.timeout_s=7", True),
+        ("rollout.routing_replay=true", False),
     ],
 )
 def test_samples_of_another_environment_or_length_are_of_other_sizes(tmp_path: Path, override: str, same: bool) -> None:

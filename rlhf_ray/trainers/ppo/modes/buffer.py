@@ -61,7 +61,7 @@ def sizes_of(config: PpoConfig) -> dict[str, Any]:
     """What samples of a checkpoint must have been sampled with to be used: in plain JSON, as :func:`write_steps` wants it."""
     sampling = {
         "mode", "window", "max_new_tokens", "max_model_tokens", "stop_tokens", "temperature", "top_p", "top_k", "min_p",
-        "environment",
+        "environment", "routing_replay",
     }  # fmt: skip
     rollout = config.rollout.model_dump(mode="json", include=sampling, exclude={"environment": {"timeout_s"}})
     return rollout | config.batch.model_dump(mode="json", include={"prompts_per_step", "samples_per_prompt"})
