@@ -11,17 +11,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from benchmarks.figures import Figure, Figures
 from benchmarks.peers.line_process import LineProcess
-from benchmarks.peers.ppo_material import PROMPT_TOKENS, Material, make_material
+from benchmarks.peers.ppo_material import PROMPT_TOKENS, SIZES, VOCABULARY, Material, make_material
+from benchmarks.processor_seconds import per_step, watch
 from benchmarks.sequences import REAL_PAIRS
+from rlhf_ray.engine.matmul_rate import matmul_rate
 from rlhf_ray.environment import for_process
 from tests.parity import environment
 
@@ -40,23 +45,80 @@ def measure(quick: bool = False) -> Figures:
         material = make_material(Path(name), REAL_PAIRS)
         if quick:
             return _alone(run(ROOT, material, "now", steps=2))
-        now = run(ROOT, material, "now")
+        torch.set_num_threads(THREADS)
+        roof = products() / matmul_rate(torch.bfloat16, torch.device("cpu"))
+        ours = watched_run(ROOT, material, "now")
         weights, autocast = (_trl(material, autocast=autocast) for autocast in (False, True))
         with _checkout(EARLIER) as earlier:
             before = run(earlier, material, "earlier")
-    return _ratios(now, before, weights, autocast)
+    return {**_ratios(ours.steps, before, weights, autocast), **profile(ours, roof)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run took."""
+
+    steps: list[dict[str, float]]
+    """The metrics of each step but the first."""
+    processors: Mapping[str, float]
+    """Processor seconds of a step by role, a mean over the same steps."""
 
 
 def run(root: Path, material: Material, name: str, *overrides: str, steps: int = STEPS) -> list[dict[str, float]]:
     """The metrics of each step but the first of a run of the build below ``root``."""
+    return watched_run(root, material, name, *overrides, steps=steps).steps
+
+
+def watched_run(root: Path, material: Material, name: str, *overrides: str, steps: int = STEPS) -> Measured:
+    """Run the build below ``root``."""
     home = material.prompts.parent
     config = home / f"{name}.yaml"
     config.write_text(json.dumps(_config(material, home, name, steps)), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(config), *overrides]
-    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
-    lines = (home / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    measured = [json.loads(line) for line in lines]
-    return [metrics for metrics in measured if "time/step" in metrics][1:]
+    metrics = home / name / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}) as process:
+        ends = watch(lambda: process.poll() is not None, process.pid, metrics)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    measured = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return Measured([each for each in measured if "time/step" in each][1:], per_step(ends))
+
+
+def products() -> float:
+    """Floating-point operations of the matrix products of a step, without those of attention.
+
+    Through the layers go: sampling, four scoring passes, and two updates, whose backward passes count twice. Through the output
+    layer, for new tokens: sampling, two scoring passes, and the update of the policy.
+    """
+    hidden, inner = int(SIZES["hidden_size"]), int(SIZES["intermediate_size"])
+    layers = int(SIZES["num_hidden_layers"]) * (4 * hidden**2 + 3 * hidden * inner)
+    tokens, new = SAMPLES * (PROMPT_TOKENS + NEW_TOKENS), SAMPLES * NEW_TOKENS
+    return 2.0 * ((1 + 4 + 2 * 3) * layers * tokens + (1 + 2 + 3) * VOCABULARY * hidden * new)
+
+
+PHASES = ("rollout", "scoring", "log_probs", "update", "weights")
+
+
+def profile(ours: Measured, roof: float) -> Figures:
+    """Where the seconds of a step go: by phase, by process, and beside ``roof``, the seconds that its products take at best."""
+    step = _seconds(ours.steps)
+    method = f"a step as in ppo.samples_per_second_vs_trl, median of {len(ours.steps)}"
+    phases = {name: median(each[f"time/{name}"] for each in ours.steps) for name in PHASES}
+    named = median(sum(each[f"time/{name}"] for name in PHASES) / each["time/step"] for each in ours.steps)
+    busy = sum(ours.processors.values()) / (THREADS * step)
+    return {
+        "ppo.step_seconds": Figure(step, "s", False, method),
+        **{f"ppo.{name}_seconds": Figure(value, "s", False, f"phase of {method}") for name, value in phases.items()},
+        "ppo.phases_share": Figure(named, "", True, f"of the seconds of a step those that a phase has; {method}"),
+        **{
+            f"ppo.processor_seconds.{role}": Figure(value, "s", False, f"of all processes of the role; mean of {method}")
+            for role, value in ours.processors.items()
+        },
+        "ppo.busy_share": Figure(busy, "", True, f"processor seconds of all processes, of {THREADS} cores; {method}"),
+        "ppo.share_of_roof": Figure(
+            roof / step, "", True, f"{roof:.2f} s for the matrix products at the rate of large ones in bf16, here; {method}"
+        ),
+    }  # fmt: skip
 
 
 def _config(material: Material, home: Path, name: str, steps: int) -> dict[str, Any]:
