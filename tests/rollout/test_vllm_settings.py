@@ -20,6 +20,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.executor.abstract import SLEEP_TAGS
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
@@ -245,3 +246,20 @@ def test_vllm_sleeps_as_the_engine_expects(told: Callable[..., tuple[EngineArgs,
     share = ResourcesConfig(gpus_per_rank=0.4)
     assert told(sleep=True, resources=share)[0].enable_sleep_mode
     assert not told()[0].enable_sleep_mode
+
+
+def test_a_model_on_which_vllm_puts_no_adapter_is_refused_with_the_way_out(
+    save_llama: SaveLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so only when it loads the model."""
+    import vllm
+
+    refusal = inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert 'ValueError(f"{model.__class__.__name__} does not support LoRA yet.")' in refusal
+
+    def from_engine_args(*arguments: Any) -> Any:
+        raise ValueError("GPT2LMHeadModel does not support LoRA yet.")
+
+    monkeypatch.setattr(vllm, "LLMEngine", type("LLMEngine", (), {"from_engine_args": staticmethod(from_engine_args)}))
+    with pytest.raises(RequestError, match=r"GPT2LMHeadModel does not support LoRA yet\. Set rollout\.lora to merged"):
+        VllmEngine(save_llama(0)[1], RolloutConfig(dtype="fp32", lora="adapter"), stop_token_ids=(1,), adapter_rank=8)

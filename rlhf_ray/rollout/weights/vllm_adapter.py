@@ -5,7 +5,8 @@ by which vLLM computes, so that requests in work go on with the new one. Only vL
 this returns. An adapter that vLLM refuses is an error before the first request.
 
 vLLM 0.32 takes an adapter from a directory alone (``LoRARequest.lora_path``), so it is written to one in memory where there is
-such. ``add_lora`` with ``load_inplace`` replaces the adapter of that number; without it the old one would stay.
+such. ``add_lora`` with ``load_inplace`` replaces the adapter of that number; without it the old one would stay. With tensor
+parallelism, and on a GPU, this has not run yet.
 """
 
 from __future__ import annotations
