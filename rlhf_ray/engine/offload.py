@@ -39,6 +39,7 @@ class OffDevice:
                 parameter.data = parameter.data.to("cpu")
                 self._moved.append(parameter)
         if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # what engines on this GPU have read and let go
             torch.cuda.empty_cache()
 
     def reload(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
@@ -16,6 +17,7 @@ from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.engine import Engine
 from rlhf_ray.engine.offload import ALL_BUT_WEIGHTS
+from rlhf_ray.engine.report import Report
 from rlhf_ray.errors import RlhfRayError
 
 BATCH = torch.linspace(-1, 1, 3 * 8 * 16).view(3, 8, 16)
@@ -41,6 +43,12 @@ def output(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def accumulate(engine: Engine) -> Report:
+    return engine.accumulate(
+        [BATCH[0], BATCH[1]], lambda module, rows: LossOutput(output(module, rows).square().sum(), {}), 8.0
+    )
+
+
 def weights(engine: Engine) -> list[torch.Tensor]:
     return [weight.clone() for group in engine.full_state() for _, weight in group]
 
@@ -49,9 +57,7 @@ def trained(engine: Engine, *, moves: bool) -> list[Any]:
     """Losses, norms and outputs of three updates, one of which is dropped; after two of them everything goes and comes back."""
     seen: list[Any] = []
     for update in range(3):
-        report = engine.accumulate(
-            [BATCH[0], BATCH[1]], lambda module, rows: LossOutput(output(module, rows).square().sum(), {}), 8.0
-        )
+        report = accumulate(engine)
         seen += [report.loss, engine.apply(skip=update == 1).grad_norm]
         if moves and update < 2:
             before = weights(engine)
@@ -90,29 +96,51 @@ def test_what_went_to_the_host_between_two_updates_comes_back_with_the_same_bits
 
 
 def test_an_engine_computes_nothing_while_its_weights_are_away_and_does_not_move_in_an_update(
-    engines: list[Engine],
+    engines: list[Engine], tmp_path: Path
 ) -> None:
     engine = make(1, "none", "fp32", frozen=True)
     engines.append(engine)
     engine.offload(keep_weights=True)
-    for call in (lambda: engine.evaluate(lambda module: None), lambda: trained(engine, moves=False)):
+    for call in (
+        lambda: engine.evaluate(lambda module: None),
+        lambda: accumulate(engine),
+        lambda: engine.save_shards(tmp_path),
+    ):
         with pytest.raises(RlhfRayError, match="was moved to the host: reload it first"):
             call()
     engine.reload()
-    engine.accumulate([BATCH[0]], lambda module, rows: LossOutput(output(module, rows).square().sum(), {}), 8.0)
+    accumulate(engine)
     with pytest.raises(RlhfRayError, match="offload: call apply first"):
         engine.offload(keep_weights=False)
 
 
-def test_a_frozen_model_goes_and_comes_whole(engines: list[Engine]) -> None:
+def test_frozen_weights_go_to_the_host_once_and_come_back_to_the_device(
+    engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = nn.Linear(16, 4)
     engine = Engine(module, EngineConfig(), dtype="fp32", total_updates=None, trainable=False)
     engines.append(engine)
     before = engine.evaluate(lambda one: output(one, BATCH[0]))
-    engine._off._device = torch.device("meta")  # where it would come back to shows that it has been moved
-    engine.offload(keep_weights=False)
-    engine._off._device = torch.device("cpu")
-    engine.reload()
+    moves: list[tuple[int, str]] = []
+
+    def to(tensor: torch.Tensor, device: object) -> torch.Tensor:
+        moves.append((tensor.numel(), str(device)))
+        return tensor
+
+    engine._off._device = torch.device("cuda", 0)  # where they come back to shows that they are moved
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        for freed in ("ipc_collect", "empty_cache"):
+            patched.setattr(torch.cuda, freed, lambda freed=freed: moves.append((0, freed)))
+        engine.offload(keep_weights=True)
+        assert [numbers for numbers, _ in moves if numbers] == [], "it has weights alone, and they stay"
+        engine.offload(keep_weights=False)
+        engine.offload(keep_weights=False)
+        engine.reload()
+    assert [move for move in moves if move[0]] == [(64, "cpu"), (4, "cpu"), (4, "cuda:0"), (64, "cuda:0")]
+    assert moves[moves.index((4, "cpu")) :][1:3] == [(0, "ipc_collect"), (0, "empty_cache")], (
+        "others may have the memory"
+    )
     assert torch.equal(engine.evaluate(lambda one: output(one, BATCH[0])), before)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlhf_ray.config.loading import load_config
@@ -33,6 +35,13 @@ def test_one_key_puts_a_rank_of_each_role_on_each_gpu_and_the_rest_of_the_config
     assert [(bundle.gpus, bundle.cpus) for bundle in bundles] == [(1.0, 19.0)] * 8
     assert bundles[0].role == "policy + critic + reference + reward + rollout"
     assert {placed.resources.gpus_per_rank for placed in together.placements()} == {0.2}
+
+
+def test_a_role_that_takes_turns_may_have_all_of_its_gpu_whatever_its_share() -> None:
+    config = load_config("llama-3-8b-colocated", BY_TURNS)
+    assert {one.role: one.share for one in job_memory(config, published_files)} == {
+        "policy": 1.0, "critic": 1.0, "reference": 1.0, "reward": 1.0, "rollout": 0.8,
+    }  # fmt: skip
 
 
 def test_each_phase_holds_what_may_be_there_and_of_the_others_what_cannot_leave() -> None:
@@ -79,8 +88,25 @@ def test_a_gpu_that_does_not_hold_a_phase_is_refused_with_the_numbers_and_the_wa
         requirement(apart, job_memory(apart, published_files))(80 * GB)
 
 
-def test_the_table_has_a_line_for_each_phase() -> None:
+def test_the_table_has_a_line_for_each_phase_and_one_for_the_host() -> None:
     config = load_config("llama-3-8b-colocated", BY_TURNS)
     text = phases_table(config, job_memory(config, published_files))
     first = [line.replace("│", " ").split()[:1] for line in text.splitlines()]
     assert [words[0] for words in first if words and words[0] in {phase.value for phase in Phase}] == list(Phase)
+    (host,) = [line.replace("│", " ").split() for line in text.splitlines() if "host, away" in line]
+    # Shards of policy and critic, whose optimizers are on the host anyhow; frozen shards stay; the engine keeps a copy.
+    assert [float(cell) for cell in host[2:]] == [
+        pytest.approx(value, abs=0.15) for value in (2.1, 2.0, 0.0, 0.0, 16.1)
+    ]
+
+
+def test_a_model_that_is_not_here_has_no_size_and_refuses_nothing() -> None:
+    config = load_config("llama-3-8b-colocated", BY_TURNS)
+    memory = [replace(one, parts=()) if one.role == "critic" else one for one in job_memory(config, published_files)]
+    (learning,) = [
+        line.replace("│", ";").split(";") for line in phases_table(config, memory).splitlines() if "learn" in line
+    ]
+    assert [cell.strip() for cell in learning[2:5]] == ["14.8", "not known yet", "2.8"]
+    nothing = [replace(one, parts=()) for one in memory]
+    requirement(config, nothing)(1.0)
+    assert "0.0" not in phases_table(config, nothing)

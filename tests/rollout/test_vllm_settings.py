@@ -25,6 +25,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import CapacityError, RequestError
+from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rollout import vllm_engine
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.requests import make_requests
@@ -192,8 +193,8 @@ class Sleeper:
 class SleepyEngine(VllmEngine):
     """An engine around a :class:`Sleeper`."""
 
-    def __init__(self, directory: Path, config: RolloutConfig) -> None:
-        RolloutEngine.__init__(self, directory, config, stop_token_ids=(1,))
+    def __init__(self, directory: Path, config: RolloutConfig, *, takes_turns: bool = False) -> None:
+        RolloutEngine.__init__(self, directory, config, stop_token_ids=(1,), takes_turns=takes_turns)
         self.sleeper = Sleeper()
         self._engine: Any = self.sleeper
         self._workers = WorkerProcesses()
@@ -236,6 +237,39 @@ def test_an_engine_that_shares_a_gpu_is_awake_only_while_it_generates_and_its_we
     with pytest.raises(RequestError):
         engine.generate([*requests, *requests], 10.0)
     assert not set(engine.calls()) - {"sleep 1"}, "a refused call wakes nothing"
+
+
+def test_an_engine_that_takes_turns_sleeps_and_wakes_when_it_is_told_and_at_no_other_time(
+    save_llama: SaveLlama,
+) -> None:
+    model, directory = save_llama(0)
+    engine = SleepyEngine(
+        directory, RolloutConfig(sleep=True, resources=ResourcesConfig(gpus_per_rank=0.2)), takes_turns=True
+    )
+    update, answer = ["start_weight_update", "update_weights", "finish_weight_update"], ["add", "step"]
+    requests = make_requests([(0, [5, 6])], samples_per_prompt=1, max_new_tokens=1)
+    for level, wanted in (
+        (Level.AWAY, ["sleep 1"]),
+        (Level.WEIGHTS, [("wake", ["weights"])]),
+        (Level.WEIGHTS, []),
+    ):
+        engine.go_to(level)
+        assert engine.calls() == wanted
+    engine.receive(publish(0, weights_of(model)))
+    assert engine.calls() == update
+    engine.go_to(Level.ALL)
+    assert engine.calls() == [("wake", ["kv_cache"])]
+    engine.generate(requests, 10.0)
+    engine.generate(requests, 10.0)
+    assert engine.calls() == [*answer, *answer], "it stays awake between two calls of its turn"
+    engine.submit(requests)
+    with pytest.raises(RequestError, match="has 1 requests in work"):
+        engine.go_to(Level.AWAY)
+    engine.step()
+    engine.calls()
+    engine.go_to(Level.AWAY)
+    engine.go_to(Level.ALL)
+    assert engine.calls() == ["sleep 1", ("wake", ["weights", "kv_cache"])]
 
 
 def test_vllm_sleeps_as_the_engine_expects(told: Callable[..., tuple[EngineArgs, UsageContext]]) -> None:

@@ -30,17 +30,17 @@ class PhaseMemory:
     """What one GPU holds in a phase."""
 
     phase: Phase
-    roles: tuple[tuple[str, float], ...]
-    """Bytes of each role; of the engine that generates, what it needs at least."""
+    roles: tuple[tuple[str, float | None], ...]
+    """Bytes of each role, None where its model is not known; of the engine that generates, what it needs at least."""
     utilization: float = 0.0
     """The share of the GPU that the engine takes instead, while it generates."""
 
     @property
     def least(self) -> float:
-        """Bytes that a GPU must have."""
-        needed = sum(count for _, count in self.roles)
+        """Bytes that a GPU must have, as far as they are known."""
+        needed = sum(count or 0.0 for _, count in self.roles)
         if self.utilization:
-            others = sum(count for role, count in self.roles if role != "rollout")
+            others = sum(count or 0.0 for role, count in self.roles if role != "rollout")
             engine = needed - others
             needed = max(engine / self.utilization, others / (1 - self.utilization) if self.utilization < 1 else needed)
         return needed
@@ -54,7 +54,7 @@ def phases_memory(config: Job, memory: Sequence[RoleMemory]) -> list[PhaseMemory
     return [
         PhaseMemory(
             phase,
-            tuple((one.role, _held(one, roles.get(one.role), phase)) for one in here),
+            tuple((one.role, _held(one, roles.get(one.role), phase) if one.parts else None) for one in here),
             sampling.config.gpu_memory_utilization if phase is Phase.GENERATE else 0.0,
         )
         for phase in Phase
@@ -78,6 +78,16 @@ def _held(one: RoleMemory, role: Role | None, phase: Phase) -> float:
     return max(_sum(part for part in parts if name in part.phases) for name in names)
 
 
+def _on_host(one: RoleMemory, role: Role | None) -> float:
+    """Bytes of the host that a role takes while it is away; a cache is thrown away."""
+    parts = [part for part in one.parts if part.where == "GPU" and part.what not in (STAYS, "KV cache")]
+    if role is None:
+        return _sum(part for part in parts if part.what == "weights")
+    if not role.trained and role.config.engine.zero == 3:
+        return 0.0
+    return _sum(part for part in parts if "rest" in part.phases)
+
+
 def _sum(parts: Iterable[Part]) -> float:
     return sum(part.bytes for part in parts)
 
@@ -99,7 +109,7 @@ def _require(config: Job, memory: Sequence[RoleMemory], gpu_bytes: float) -> Non
 
 
 def _shortage(one: PhaseMemory, gpu_bytes: float) -> str:
-    named = ", ".join(f"{role} {count / GB:.1f}" for role, count in one.roles)
+    named = ", ".join(f"{role} {_gb(count)}" for role, count in one.roles)
     ways = {
         Phase.GENERATE: f"change rollout.gpu_memory_utilization, which is {one.utilization:g}",
         Phase.PUBLISH: "raise policy.ranks with policy.engine.zero 3",
@@ -111,10 +121,20 @@ def _shortage(one: PhaseMemory, gpu_bytes: float) -> str:
 
 
 def phases_table(config: Job, memory: Sequence[RoleMemory]) -> str:
-    """What each role holds of a GPU in each phase of a step, in GB, and what a GPU must have; computed, not measured."""
-    phases = phases_memory(config, memory)
+    """What each role holds of a GPU in each phase of a step, in GB, and what a GPU must have; computed, not measured.
+
+    The last line is what a rank takes of the host while it is away, besides what it takes there anyhow.
+    """
+    phases, roles = phases_memory(config, memory), config.roles()
     names = [role for role, _ in phases[0].roles]
+    known = any(count is not None for _, count in phases[0].roles)
     rows = [
-        (one.phase.value, *(f"{count / GB:.1f}" for _, count in one.roles), f"{one.least / GB:.1f}") for one in phases
+        (one.phase.value, *(_gb(count) for _, count in one.roles), _gb(one.least if known else None)) for one in phases
     ]
+    away = [_on_host(one, roles.get(one.role)) if one.parts else None for one in memory if one.share]
+    rows.append(("host, away", *map(_gb, away), ""))
     return table("one GPU by turns, GB", ("phase", *names, "GPU needed"), rows)
+
+
+def _gb(count: float | None) -> str:
+    return "not known yet" if count is None else f"{count / GB:.1f}"
