@@ -47,6 +47,7 @@ NEEDS: Mapping[str, tuple[Phase, ...]] = {
     **dict.fromkeys(
         (
             "health",
+            "adapter_rank",
             "node_address",
             "hold_rendezvous",
             "hash_files",

@@ -302,6 +302,8 @@ CASES = [
     ("ppo", [*BY_TURNS, "rollout.mode=windowed"], "rollout.mode: windowed, but then the engines generate while"),
     ("ppo", [*BY_TURNS, "rollout.tensor_parallel=2", "rollout.resources.gpus_per_rank=2"],
      "rollout.tensor_parallel: 2, but Ray shares no engine of several GPUs with other roles: set it to 1"),
+    ("ppo", [*BY_TURNS, LORA, "rollout.lora=adapter"],
+     "rollout.lora: adapter, which an engine whose cache sleeps may not take: set it to merged, or cluster.colocate to false"),
     ("ppo", [*BY_TURNS, "expose={port: 5000}"],
      "expose: its callers may come while the reward models are not on the GPUs: remove it, or cluster.colocate to false"),
     ("ppo", [*BY_TURNS, "policy.engine.zero=0"],

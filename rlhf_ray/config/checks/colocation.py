@@ -64,6 +64,8 @@ def engines_can_sleep(
             "rollout.tensor_parallel",
             f"{rollout.tensor_parallel}, but Ray shares no engine of several GPUs with other roles: set it to 1, {OFF}",
         )
+    if rollout.lora == "adapter":
+        yield "rollout.lora", f"adapter, which an engine whose cache sleeps may not take: set it to merged, {OFF}"
     if expose is not None:
         yield "expose", f"its callers may come while the reward models are not on the GPUs: remove it, {OFF}"
 
