@@ -47,3 +47,25 @@ def test_messages_after_a_plain_text_are_refused():
     chat = ChatFormat(make_tokenizer(shape), shape.variables)
     with pytest.raises(RequestError, match="return a text"):
         Bridge(chat).between(TokenizedPrompt(0, "q", (1,)), [USER], finished=True)
+
+
+REWRITING = {
+    "an empty think block before a finished answer",
+    "a think block that the prompt opens and a finished answer closes",
+    "a think block that the prompt opens and a finished answer has not",
+    "no end at all",
+    "the next header after everything",
+    "a channel before a finished answer, and another end in the middle",
+}
+"""Shapes of templates that write an earlier turn otherwise, most of them its thinking."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_template_that_writes_earlier_turns_otherwise_is_told_of_once(name, project_log):
+    shape = SHAPES[name]
+    chat = ChatFormat(make_tokenizer(shape), shape.variables)
+    prompt = TokenizedPrompt(0, chat.prompt_text(Conversation([USER])), (1,), messages=(USER,))
+    bridge = Bridge(chat)
+    for _ in range(2):
+        bridge.between(prompt, "And now?", finished=True)
+    assert project_log.getvalue().count("writes earlier turns otherwise") == (name in REWRITING)
