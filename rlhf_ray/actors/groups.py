@@ -14,12 +14,14 @@ import torch
 
 from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
+from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.rollout.execution import Execution, require_agreement
 from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import Content, PublishedWeights
 from rlhf_ray.storage.manifest import FileRecord
@@ -141,6 +143,18 @@ class PolicyGroup(ReferenceGroup):
         """Return rank 0's publication, by which the rollout engines find the weights."""
         return self._everywhere("publish_weights", version, content).then(lambda published: published[0])
 
+    def execution(self) -> Pending[Execution]:
+        """How the ranks compute log-probs; :class:`RequestError` where one does it otherwise than rank 0."""
+
+        def agreed(ranks: list[Execution]) -> Execution:
+            for rank, one in enumerate(ranks):
+                sides = {"here": f"{self.role} rank {rank}", "there": f"{self.role} rank 0"}
+                for text in require_agreement(one, ranks[0], "alike", **sides):
+                    get_logger().warning("%s", text)
+            return ranks[0]
+
+        return self._everywhere("execution").then(agreed)
+
     def gpus(self) -> list[str | None]:
         """The GPU of each rank."""
         return self._everywhere("gpu").result()
@@ -151,9 +165,9 @@ class PolicyGroup(ReferenceGroup):
         reached = [one for engine in engines for one in engine.reached()]
         self._everywhere("connect_engines", transport, reached, workers, address).result()
 
-    def send_weights(self, version: int) -> Pending[list[None]]:
-        """Send the weights to the connected engines."""
-        return self._everywhere("send_weights", version)
+    def send_weights(self, version: int) -> Pending[Execution]:
+        """Send the weights to the connected engines; the value is how rank 0 computes log-probs."""
+        return self._everywhere("send_weights", version).then(lambda records: records[0])
 
 
 class CriticGroup(Group):

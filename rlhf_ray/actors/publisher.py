@@ -15,6 +15,7 @@ from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError
+from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.transport import choose_transport
 from rlhf_ray.rollout.wire import Content
@@ -56,13 +57,13 @@ class Publisher:
         else:
             self._fleet.update_by(version, lambda engines: self._send(version, engines))
 
-    def _send(self, version: int, engines: tuple[int, ...]) -> None:
+    def _send(self, version: int, engines: tuple[int, ...]) -> Execution:
         try:
             processes = [(one, self._fleet.health[one].incarnation) for one in engines]
             if processes != self._connected:
                 self._policy.connect_engines(self.transport, [self._engines[one] for one in engines], self._workers)
                 self._connected = processes
-            self._policy.send_weights(version).result()
+            return self._policy.send_weights(version).result()
         except GroupError as error:
             # Ranks of the policy may still wait for one another, so it is the policy that failed: it saves nothing any more.
             ours = error.role == self._policy.role

@@ -52,6 +52,8 @@ NEEDS: Mapping[str, tuple[Phase, ...]] = {
             "hold_rendezvous",
             "hash_files",
             "vocabulary",
+            "execution",
+            "adapter_rank",
             "describe",
             "gpu",
             "gpus",

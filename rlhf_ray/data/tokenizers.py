@@ -112,6 +112,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def fingerprint_directory(directory: Path) -> str | None:
+    """The :func:`fingerprint` of the tokenizer in a model's directory; None of one that has no ``tokenizer.json``."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    parts = tokenizer_identity(json.loads(Tokenizer.from_file(str(path)).to_str()))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what decides how a conversation is written as text: the chat template and the tokens that it names.
 

@@ -11,7 +11,6 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +23,12 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
+from rlhf_ray.data.tokenizers import fingerprint_directory
 from rlhf_ray.errors import GroupError, RequestError
 from rlhf_ray.models.devices import CPU
 from rlhf_ray.planning.colocation.phases import Level
-from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError
+from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError, WeightUpdateError, explain_too_slow
+from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Key, Probe, check_requests, request_seed
 from rlhf_ray.rollout.weights.delta import LastReceived
 from rlhf_ray.rollout.wire import Bucket, IncomingUpdate, PublishedAdapter, PublishedWeights, shapes_on_disk, to_array
@@ -75,12 +76,16 @@ class RolloutEngine(ABC):
         self._weight_version = weight_version
         self._awaits_weights = shapes is not None
         self._shapes = shapes_on_disk(model_dir) if shapes is None else dict(shapes)
+        self._tokenizer = fingerprint_directory(self.model_dir)
         self._unfinished: dict[Key, GenerationRequest] = {}
         self._update: IncomingUpdate | None = None
         self._last = LastReceived() if config.weight_delta else None
         self.adapter_rank = adapter_rank
         self._base: str | None = None
         """The checksum of the weights under the adapter."""
+        self._connected: str | None = None
+        self._came_by: str | None = None
+        """How the weights of the last update came."""
         self._dead: str | None = None
 
     # What a subclass implements
@@ -142,6 +147,10 @@ class RolloutEngine(ABC):
     def _death(self) -> str | None:
         """Which process of the engine, besides this one, has died; none of an engine that has no other."""
         return None
+
+    @abstractmethod
+    def _loaded(self) -> dict[str, Any]:
+        """The fields of :class:`Execution` that the engine's library has settled, whatever it was asked for."""
 
     @abstractmethod
     def _close(self) -> None:
@@ -299,6 +308,7 @@ class RolloutEngine(ABC):
     def load_bucket(self, bucket: Bucket) -> None:
         """Load one bucket of the update."""
         update = self._require_update("load_bucket")
+        self._came_by = "object_store"
         with self._or_die("load_bucket", WeightUpdateError):
             self._load(update.accept(bucket))
 
@@ -307,10 +317,12 @@ class RolloutEngine(ABC):
         self._refuse_while_updating("connect")
         with self._or_die("connect"):
             self._connect(transport, info)
+        self._connected = transport
 
     def take_sent(self, info: dict[str, Any]) -> None:
         """Fetch and load the weights that the trainer sends now: ``names``, ``shapes`` and how they come."""
         update = self._require_update("take_sent")
+        self._came_by = self._connected
         with self._or_die("take_sent", WeightUpdateError):
             update.expect((name, tuple(shape)) for name, shape in zip(info["names"], info["shapes"], strict=True))
             self._take_sent(info)
@@ -338,6 +350,20 @@ class RolloutEngine(ABC):
     def probe(self) -> Probe:
         """Report the engine's state without touching the model."""
         return Probe(self._dead or self._death(), self._weight_version, self.unfinished)
+
+    def execution(self) -> Execution:
+        """How this engine computes log-probs."""
+        config = self.config
+        return Execution(
+            **self._loaded(),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            vocabulary=self.vocabulary,
+            tokenizer=self._tokenizer,
+            transport=self._came_by,
+        )
 
     def shutdown(self) -> None:
         """Free everything. The engine refuses all further work; a second call does nothing."""
@@ -368,15 +394,3 @@ class RolloutEngine(ABC):
                 pass
             raise RequestError(f"rollout engine {self.rank}: {phase} outside of a weight update: begin_update first")
         return self._update
-
-
-def explain_too_slow(dropped: int, requests: int, deadline_s: float, sampled: int, most: int) -> str:
-    """Why ``dropped`` of the requests were unfinished: about ``sampled`` tokens of ``most`` at the longest were sampled."""
-    text = f"{dropped} of {requests} requests were unfinished after {deadline_s:g} s (rollout.timeout_s) and were dropped: "
-    if not sampled:
-        return f"{text}not one token was sampled in that time. Raise rollout.timeout_s"
-    rate = sampled / deadline_s
-    return (
-        f"{text}about {rate:.1f} tokens/s were sampled, so that answers of full length need about {math.ceil(most / rate)} s. "
-        "Raise rollout.timeout_s to that, lower rollout.max_new_tokens, or add engines (rollout.engines)"
-    )

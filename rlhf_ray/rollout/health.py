@@ -8,6 +8,9 @@ way from stale to healthy is a weight update that this process completed; an eve
               restarting <──restart── dead <─────────────┘            suspect or restarting: dead
     retired: for good; when the restarts are used up, or on request
 
+A stale engine that took the weights but does not keep to the execution contract is in breach, until the next publication or a
+restart.
+
 Every restart raises the engine's *incarnation*. What is reported of an earlier incarnation changes nothing: an update that
 completed for a process that has died does not make its successor healthy, and its failures are not counted against that one.
 
@@ -86,6 +89,8 @@ class EngineHealth:
     """When its present process was up, in seconds of the clock."""
     fruitless: int = 0
     """Restarts in a row after which it took no weights."""
+    in_breach: bool = False
+    """Whether it took the published weights, but does not keep to the execution contract."""
     cause: str = ""
     """Why it last left the healthy state."""
 
@@ -152,7 +157,11 @@ class FleetHealth:
     def is_taking(self, engine: int, version: int, incarnation: int) -> bool:
         """Whether the process ``incarnation`` of the engine has yet to complete its update to ``version``, or to fail."""
         now = self._engines[engine]
-        return now.incarnation == incarnation and now.state is EngineState.STALE and version == self._version
+        return self._awaits(now) and now.incarnation == incarnation and version == self._version
+
+    def waiting(self) -> tuple[int, ...]:
+        """Engines that are up and have yet to take the published weights."""
+        return tuple(index for index, engine in enumerate(self._engines) if self._awaits(engine))
 
     def due(self) -> tuple[int, ...]:
         """Dead engines that may be restarted now; one that keeps dying before it takes weights waits longer each time."""
@@ -212,6 +221,8 @@ class FleetHealth:
             self._version = version
             for engine in self.in_state(*CURRENT):
                 self._move(engine, EngineState.STALE)
+        for engine in self.in_state(EngineState.STALE):
+            self._move(engine, EngineState.STALE, in_breach=False)
         return self.in_state(EngineState.STALE)
 
     def updated(self, engine: int, version: int, incarnation: int) -> None:
@@ -224,6 +235,13 @@ class FleetHealth:
                 f"rollout engine {engine} was updated to weight version {version}, but {self._version} is published"
             )
         self._move(engine, EngineState.HEALTHY, weight_version=version, failures=0, fruitless=0, cause="")
+
+    def breached(self, engine: int, cause: str, incarnation: int) -> None:
+        """The engine took the published weights, but does not compute log-probs as the trainer does: it stays stale."""
+        if self._is_earlier(engine, incarnation):
+            return
+        self._expect(engine, "breached", {EngineState.STALE})
+        self._move(engine, EngineState.STALE, weight_version=None, cause=cause, in_breach=True)
 
     def outdated(self, engine: int, cause: str, incarnation: int) -> None:
         """The engine returned tokens of other weights than the published ones."""
@@ -246,6 +264,9 @@ class FleetHealth:
         return tuple(late)
 
     # Inside
+
+    def _awaits(self, engine: EngineHealth) -> bool:
+        return engine.state is EngineState.STALE and not engine.in_breach
 
     def _age(self, engine: int) -> float:
         return self._clock() - self._engines[engine].since
@@ -277,7 +298,7 @@ class FleetHealth:
         lasted = now.weight_version is not None and self._clock() - now.up_since >= self.policy.lasting_s
         in_a_row = 0 if lasted else now.in_a_row
         state = EngineState.RETIRED if in_a_row >= self.policy.max_restarts else EngineState.DEAD
-        self._move(engine, state, weight_version=None, cause=cause, in_a_row=in_a_row)
+        self._move(engine, state, weight_version=None, cause=cause, in_a_row=in_a_row, in_breach=False)
 
     def _move(self, engine: int, state: EngineState, **changes: Any) -> None:
         before = self._engines[engine]

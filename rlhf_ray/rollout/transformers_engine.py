@@ -27,10 +27,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.models.dtypes import DTYPES
+from rlhf_ray.models.dtypes import DTYPES, dtype_name
 from rlhf_ray.models.forward.routing import Routing, watch
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import WireError
+from rlhf_ray.rollout.execution import PROCESSED, versions
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.trajectories.columns import FinishReason
 from rlhf_ray.trajectories.kept_sets import KeptSets
@@ -241,6 +242,18 @@ class TransformersEngine(RolloutEngine):
         return cast(PreTrainedModel, model.to(self.device).eval())
 
     # Life
+
+    def _loaded(self) -> dict[str, Any]:
+        dtype = dtype_name(self._model.dtype)
+        return {
+            "dtype": dtype,
+            "head": dtype,
+            "log_probs": PROCESSED,
+            "attention": str(self._model.config._attn_implementation),
+            "lora": "merged",
+            "context": self.config.max_model_tokens,
+            **versions("torch", "transformers", "tokenizers"),
+        }
 
     def _close(self) -> None:
         self._drop()

@@ -37,11 +37,12 @@ from rlhf_ray.config.sections.models import Dtype, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import CapacityError, RequestError
-from rlhf_ray.models.dtypes import LONG_NAMES
+from rlhf_ray.models.dtypes import LONG_NAMES, dtype_name
 from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.planning.memory import sampling_parts, total
 from rlhf_ray.planning.model_size import model_size
 from rlhf_ray.rollout.engine import RolloutEngine
+from rlhf_ray.rollout.execution import versions
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInEngine, sampling_cuts
 from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInEngine
@@ -273,6 +274,25 @@ class VllmEngine(RolloutEngine):
             self._asleep -= set(needed)
 
     # Life
+
+    def _loaded(self) -> dict[str, Any]:
+        import vllm
+
+        config = self._engine.vllm_config
+        model = config.model_config
+        return {
+            "dtype": dtype_name(cast("torch.dtype", model.dtype)),
+            "head": dtype_name(model.head_dtype),
+            "log_probs": str(model.logprobs_mode),
+            "attention": ", ".join(
+                sorted({name for names in self._engine.collective_rpc("attention") for name in names})
+            ),
+            "lora": "merged" if config.lora_config is None else "adapter",
+            "quantization": model.quantization,
+            "context": model.max_model_len,
+            "vllm": vllm.__version__,  # the package for CPUs has another name
+            **versions("torch", "transformers", "tokenizers"),
+        }
 
     def _death(self) -> str | None:
         return self._workers.death()

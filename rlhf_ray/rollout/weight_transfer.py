@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from vllm.config import WeightTransferConfig
+from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
@@ -133,11 +133,17 @@ class RegisterInWorker(KeptInWorker, RoutedInWorker):
     """A worker extension: naming it makes a worker import this module, and it answers what a worker is not asked by vLLM."""
 
     device: torch.device
+    vllm_config: VllmConfig
     weight_transfer_engine: Receiver
 
     def gpu(self) -> str | None:
         """The UUID of this worker's GPU; None on a CPU."""
         return str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+
+    def attention(self) -> list[str]:
+        """The attention backends of this worker's layers, by vLLM's names."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return sorted({layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend")})
 
     def received_checksum(self) -> str:
         """The checksum of what came on the device in this update."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.errors import WireError
+from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.weights.delta import Delta, LastSent
 
 Array = np.ndarray[Any, Any]
@@ -55,6 +56,8 @@ class PublishedWeights:
     """Of all buckets."""
     adapter: PublishedAdapter | None = None
     """What computes with these weights, which then are the same in every version (``rollout.lora: adapter``)."""
+    execution: Execution | None = None
+    """How the trainer computes log-probs, for engines to be compared with; None: nothing is compared."""
 
     @property
     def ways(self) -> dict[bool, int]:

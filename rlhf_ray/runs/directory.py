@@ -6,11 +6,11 @@ metrics, ledger and samples end exactly at the step of the checkpoint that it go
 ``inputs.json`` are those of the run from there on; what changed stands in ``attempts.jsonl``.
 
 The directory holds ``config.yaml`` (with every default), ``inputs.json`` (its last config, and fingerprints of data and
-models), ``metrics.jsonl``, ``ledger.jsonl``, ``attempts.jsonl`` (one line each time the run was started), ``samples/``,
-``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last), ``summary.json`` and
-``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run that is trained
-further to ``summary.void.json``. ``summary.json`` is the last file of a run, by which a finished one is known; until the
-report is written it is called ``closing.json``.
+models), ``execution.json`` (PPO: how policy and engines compute log-probs), ``metrics.jsonl``, ``ledger.jsonl``,
+``attempts.jsonl`` (one line each time the run was started), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an
+earlier evaluation was better than the last), ``summary.json`` and ``report.html``. Lines past the checkpoint of a resume
+move to ``*.void.jsonl``, and the summary of a run that is trained further to ``summary.void.json``. ``summary.json`` is the
+last file of a run, by which a finished one is known; until the report is written it is called ``closing.json``.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config_path = self.path / CONFIG_NAME
         self.inputs_path = self.path / "inputs.json"
+        self.execution_path = self.path / "execution.json"
         self.final = self.path / "final"
         self.best = self.path / "best"
         self.samples = self.path / "samples"

@@ -67,7 +67,8 @@ class Resumed:
 
 
 def _files_that_say_what_a_run_is(run: RunDirectory) -> tuple[Path, ...]:
-    return run.config_path, run.inputs_path, run.summary_path, run.closing_path, run.void_summary_path
+    ended = (run.summary_path, run.closing_path, run.void_summary_path)
+    return run.config_path, run.inputs_path, run.execution_path, *ended
 
 
 def plan_continuation(run: RunDirectory, overrides: Sequence[str] = (), *, files: bool = False) -> Continuation | None:

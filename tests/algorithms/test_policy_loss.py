@@ -139,6 +139,13 @@ def test_dppo_has_a_bound_for_each_sign_of_the_advantage() -> None:
             assert out.metrics["clip_fraction"][0].item() == ((high if advantage > 0 else low) < 0.25)
 
 
+def test_the_kl_of_dppo_is_that_of_the_policy_before_the_update() -> None:
+    """KL(old || new) is 0.051 nats here, KL(new || old) 0.084."""
+    batch = one_sequence(log_probs=[math.log(0.02)], advantages=[1.0])
+    out = PolicyLoss(Dppo("binary_kl", 0.06, 0.06))(PolicyOutputs(after_prompt(math.log(0.1))), batch)
+    assert out.metrics["clip_fraction"][0].item() == 0.0
+
+
 def test_a_ratio_beyond_floating_point_stays_finite() -> None:
     batch = one_sequence(log_probs=[-400.0, -1.0], advantages=[-1.0, 1.0])
     for level in LEVELS:

@@ -41,6 +41,9 @@ class LocalHandle:
     def receive(self, weights: Any) -> Pending[None]:
         return Pending(lambda: self.engine.receive(weights))
 
+    def execution(self) -> Pending[Any]:
+        return Pending(self.engine.execution)
+
     def probe(self) -> Pending[Any]:
         return Pending(self.engine.probe)
 

@@ -67,6 +67,7 @@ EVENTS: dict[str, tuple[Callable[[FleetHealth], object], dict[EngineState, Engin
     "updated": (lambda health: health.updated(0, 1, now(health)), {STALE: HEALTHY}),
     "updated to another version": (lambda health: health.updated(0, 2, now(health)), {}),
     "outdated": (lambda health: health.outdated(0, "x", now(health)), {HEALTHY: STALE, SUSPECT: STALE}),
+    "breached": (lambda health: health.breached(0, "x", now(health)), {STALE: STALE}),
     "retire": (lambda health: health.retire(0, "x"), dict.fromkeys(set(EngineState) - {RETIRED}, RETIRED)),
     "publish": (lambda health: health.publish(2), {s: s for s in EngineState} | {HEALTHY: STALE, SUSPECT: STALE}),
     "publish again": (lambda health: health.publish(1), {s: s for s in EngineState}),
@@ -166,7 +167,7 @@ def test_a_publication_names_who_needs_it() -> None:
 
 
 @pytest.mark.parametrize("state", [RESTARTING, STALE, HEALTHY, SUSPECT])
-@pytest.mark.parametrize("event", ["answered", "failed", "died", "updated", "outdated", "started"])
+@pytest.mark.parametrize("event", ["answered", "failed", "died", "updated", "breached", "outdated", "started"])
 def test_what_a_dead_process_did_changes_nothing_of_its_successor(event: str, state: EngineState) -> None:
     health = in_state(DEAD)
     health.restart(0)
@@ -180,7 +181,13 @@ def test_what_a_dead_process_did_changes_nothing_of_its_successor(event: str, st
         step()
         assert health[0].state is reached
     before = health[0]
-    arguments = {"failed": ("late",), "died": ("gone",), "updated": (1,), "outdated": ("old",)}.get(event, ())
+    arguments = {
+        "failed": ("late",),
+        "died": ("gone",),
+        "updated": (1,),
+        "outdated": ("old",),
+        "breached": ("other",),
+    }.get(event, ())
     getattr(health, event)(0, *arguments, 0)
     assert health[0] == before
     with pytest.raises(ForbiddenTransitionError, match="nothing can be known of incarnation 2"):
@@ -293,6 +300,13 @@ class FleetUnderFire(RuleBasedStateMachine):
     def turns_out_to_be_old(self, data: st.DataObject) -> None:
         engine, incarnation = process = data.draw(self.processes())
         if self.attempt(engine, lambda: self.health.outdated(engine, "x", incarnation)):
+            self.holds[process] = None
+
+    @rule(data=st.data())
+    def breaks_the_contract(self, data: st.DataObject) -> None:
+        engine, incarnation = process = data.draw(self.processes())
+        if self.attempt(engine, lambda: self.health.breached(engine, "x", incarnation)) and process == self.now(engine):
+            assert engine not in self.health.healthy and engine not in self.health.waiting()
             self.holds[process] = None
 
     @rule(engine=engines)

@@ -6,10 +6,13 @@ Real vLLM in this process. The sets are compared with a slow reference that sort
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from transformers import LlamaForCausalLM
 
 from rlhf_ray.algorithms.policy_loss import Clipped, PolicyLoss
@@ -17,6 +20,7 @@ from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.models.actor import Actor, PackedPolicy
 from rlhf_ray.rollout.engine import RolloutEngine
 from rlhf_ray.rollout.errors import EngineDeadError
+from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, gather, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
 from rlhf_ray.rollout.vllm_engine import VllmEngine
@@ -170,6 +174,24 @@ def test_every_token_has_the_set_it_was_sampled_from_before_and_after_an_update(
                 assert set(inside.nonzero()[:, 0].tolist()) == reference_set(own)
     assert in_the_middle
     engine.receive(publish(0, weights_of(make_llama(0))))
+
+
+def test_an_engine_says_how_it_computes_as_its_library_has_settled_it(engine: RolloutEngine) -> None:
+    import vllm
+
+    engine.receive(publish(0, weights_of(make_llama(0))))
+    record, is_vllm = engine.execution(), isinstance(engine, VllmEngine)
+    assert record == Execution(
+        dtype="fp32", head="fp32", log_probs="processed_logprobs", temperature=TEMPERATURE, **CUTS,
+        attention="CPU_ATTN" if is_vllm else "sdpa", vocabulary=VOCABULARY, lora="merged", context=256,
+        transport="object_store", torch=torch.__version__, transformers=transformers.__version__,
+        tokenizers=tokenizers.__version__, vllm=vllm.__version__ if is_vllm else None,
+    )  # fmt: skip
+    if is_vllm:
+        settled = engine._engine.vllm_config.model_config
+        settled.logprobs_mode = "raw_logprobs"
+        assert engine.execution() == replace(record, log_probs="raw_logprobs"), "not what it was asked for"
+        settled.logprobs_mode = "processed_logprobs"
 
 
 def test_greedy_requests_are_cut_by_nothing_beside_others_that_are(engine: RolloutEngine) -> None:

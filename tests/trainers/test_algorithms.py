@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from rlhf_ray.actors.this_process import ThisProcess
+from rlhf_ray.actors.workers.policy import PolicyWorker
 from rlhf_ray.algorithms.importance import ImportanceCorrection
 from rlhf_ray.algorithms.policy_loss import Dppo
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.sections.algorithm import PRESETS
+from rlhf_ray.errors import GroupError, RlhfRayError
+from rlhf_ray.rollout.transformers_engine import TransformersEngine
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.algorithm import make_policy_loss, make_preparation
 from rlhf_ray.trainers.ppo.build import train_ppo
@@ -81,3 +85,24 @@ def test_every_key_of_dppo_reaches_it(name: str, kind: Any) -> None:
     changes = f"algorithm={{objective: {name}, clip_low: 0.05, clip_high: 0.25, dual_clip: 4.0}}"
     config: Any = load_config(TINY_PPO, [changes], kind="ppo")
     assert make_policy_loss(config).objective == Dppo(kind, 0.05, 0.25, 4.0)
+
+
+def test_an_engine_that_computes_log_probs_otherwise_than_the_policy_does_not_start(tmp_path, monkeypatch) -> None:
+    honest = PolicyWorker.execution
+    monkeypatch.setattr(PolicyWorker, "execution", lambda self: replace(honest(self), transformers="4.0"))
+    with pytest.raises(RlhfRayError, match=r"transformers is .* in rollout engine 0 at .* and 4\.0 in the policy"):
+        run(tmp_path, "algorithm.kl={}")
+
+
+def test_an_engine_that_changes_after_its_start_serves_no_step(tmp_path, monkeypatch) -> None:
+    honest, asked = TransformersEngine._loaded, []
+
+    def loaded(self: TransformersEngine) -> dict[str, Any]:
+        asked.append(self)
+        started = len(asked) <= 2  # when it starts, and when the driver asks it
+        return honest(self) if started else honest(self) | {"transformers": "4.0"}
+
+    monkeypatch.setattr(TransformersEngine, "_loaded", loaded)
+    with pytest.raises(GroupError, match=r"no engine has the weights[\s\S]*transformers is 4\.0 in the engine"):
+        run(tmp_path, "algorithm.kl={}")
+    assert len(asked) == 3, "at the first publication"

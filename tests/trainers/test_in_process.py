@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.errors import NumericalError, ResumableStop
+from rlhf_ray.errors import NumericalError, RequestError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.execution import read_execution
 from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.build import train_ppo
 from rlhf_ray.trainers.ppo.self_check import LOG_PROBS, UPDATED_LOG_PROBS
@@ -100,12 +101,26 @@ def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tmp_path: Path, m
     monkeypatch.undo()
     again, checkpoint = RunDirectory.resume(run.path)
     assert checkpoint is not None and checkpoint.step == 3
+    refuse_another_tokenizer(config, again, checkpoint)
     train_ppo(config, again, checkpoint, place=ThisProcess(config.cluster))
     for part in (".", "critic"):
         one = load_file(undisturbed.final / part / "model.safetensors")
         other = load_file(again.final / part / "model.safetensors")
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert lines(again, "step") == [1, 2, 3, 4] + [4] * (len(lines(again, "step")) - 4)
+
+
+def refuse_another_tokenizer(config: Any, run: RunDirectory, checkpoint: Any) -> None:
+    """As if the run had been on another one before."""
+    kept = run.execution_path.read_text()
+    tokenizer = read_execution(run.execution_path)["policy"].tokenizer
+    assert tokenizer is not None and kept.count(tokenizer) == 2, "policy and engine have the same"
+    run.execution_path.write_text(kept.replace(tokenizer, "1f"))
+    with pytest.raises(
+        RequestError, match=rf"cannot go on.* tokenizer is {tokenizer} in policy now and 1f in this run before"
+    ):
+        train_ppo(config, run, checkpoint, place=ThisProcess(config.cluster))
+    run.execution_path.write_text(kept)
 
 
 def test_poisoned_updates_are_skipped_by_policy_and_critic_and_end_the_run(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_ray.actors.workers.model import ModelWorker, Part, WorkerSetup, sampled_tokens
+from rlhf_ray.actors.workers.model import ModelWorker, Part, Vocabulary, WorkerSetup, sampled_tokens
 from rlhf_ray.config.files.sampled import NO_ADAPTER
 from rlhf_ray.errors import RequestError
 from rlhf_ray.network import free_port
+from rlhf_ray.rollout.execution import PROCESSED, Execution, versions
 from rlhf_ray.rollout.transport import Transport
 from rlhf_ray.rollout.wire import Bucket, Content, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -76,6 +77,32 @@ class PolicyWorker(ReferenceWorker):
     _sender: WeightSender | None = None
     _last_sent: LastSent | None = None
     _base: PublishedWeights | None = None
+    _transport: Transport | None = None
+
+    @cached_property
+    def _own_vocabulary(self) -> Vocabulary:
+        return self.vocabulary()  # reads a file; it is asked for with every publication
+
+    def execution(self, transport: str | None = None, lora: str | None = None) -> Execution:
+        """How this rank computes log-probs; ``transport`` and ``lora`` are of the publication that it made just now, if any."""
+        from rlhf_ray.models.dtypes import dtype_name
+        from rlhf_ray.models.weights.quantization import four_bit_layers
+
+        config = self.hf_model.config.get_text_config()
+        return Execution(
+            dtype=dtype_name(self.hf_model.dtype),
+            head="fp32",  # rlhf_ray.models.forward.log_probs
+            log_probs=PROCESSED,
+            temperature=float(self.settings.temperature),
+            attention=self.actor.attention,
+            vocabulary=self._own_vocabulary.rows,
+            tokenizer=self._own_vocabulary.fingerprint,
+            lora=lora,
+            quantization="nf4" if four_bit_layers(self.hf_model) else None,
+            context=getattr(config, "max_position_embeddings", None),
+            transport=transport,
+            **versions("torch", "transformers", "tokenizers", "deepspeed"),
+        )
 
     def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
         wanted = None if sequences is None else sampled_tokens(sequences)
@@ -125,7 +152,10 @@ class PolicyWorker(ReferenceWorker):
                     self._last_sent = LastSent()
                 weights = self.engine.disk_weights_in_place(self.hf_model)
                 published = publish(version, weights, keep=self.keep_bucket, last=self._last_sent)
-        return published if self.rank == 0 else None
+        if self.rank != 0:
+            return None
+        lora = "adapter" if content == "adapter" else "merged"
+        return replace(published, execution=self.execution("object_store", lora))
 
     def _publish_adapter(self, version: int) -> PublishedWeights:
         from rlhf_ray.engine.weights import adapter_weights, disk_weights
@@ -162,15 +192,20 @@ class PolicyWorker(ReferenceWorker):
             )
             port = free_port(address) if self.rank == 0 else 0  # the others do not listen
             route = Route(transport, self.rank, len(engines), workers, address, port)
+            self._transport = transport
             self._sender = WeightSender(route, source, partial(self.call_engines, engines), self.device)
 
-    def send_weights(self, version: int) -> None:
-        """Send all weights to the connected engines, which hold them as ``version`` when rank 0 returns."""
+    def send_weights(self, version: int) -> Execution:
+        """Send all weights to the connected engines, which hold them as ``version`` when rank 0 returns.
+
+        Returns how this rank computes log-probs.
+        """
         assert self._sender is not None, "the driver connects the engines first"
         with self.doing("send_weights"):
             if self.device.type == "cuda":  # the last update of the weights may still be running
                 torch.cuda.synchronize(self.device)
             self._sender.send(version)
+        return self.execution(self._transport, "merged")
 
     def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call ``method`` of every engine, each with its own arguments; returns when all have answered."""

@@ -21,6 +21,7 @@ from rlhf_ray.network import LOOPBACK, variables_at
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.colocation.phases import Level
 from rlhf_ray.rollout.engine import RolloutEngine
+from rlhf_ray.rollout.execution import Execution, require_agreement
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.weights.deadline import Taken, UpdateDeadline
 from rlhf_ray.rollout.wire import PublishedWeights
@@ -47,6 +48,8 @@ class RolloutSetup:
     """Whether the driver says when it sleeps and wakes, because all roles are on the same GPUs."""
     adapter_rank: int | None = None
     """The largest rank of the adapter that comes with every version; None where LoRA is merged, or nothing is adapted."""
+    execution: Execution | None = None
+    """How the trainer computes log-probs; the engine refuses to start, and to start again, where it does otherwise."""
     shared: SharedFile | None = None
     """A file by which the engine's node tells whether it sees the run directory, from which the engine starts."""
 
@@ -101,6 +104,9 @@ class RolloutWorker(Worker):
         )  # on a GPU it may meet a policy of another node
         environment.prepare(variables_at(LOOPBACK if alone else self.node_address()))
         self.engine = make_engine(setup, self.rank, device)
+        if setup.execution is not None:
+            here = f"rollout engine {self.rank} at {self.node_address()}"
+            require_agreement(self.engine.execution(), setup.execution, "across", here=here, there="the policy")
         self.phase = "ready"
         return (
             f"{setup.config.backend} engine {self.rank}: {setup.config.dtype}, {setup.config.max_model_tokens} tokens"
@@ -116,16 +122,21 @@ class RolloutWorker(Worker):
         with self.doing("generate"):
             return self.engine.advance(requests, seconds)
 
-    def receive(self, weights: PublishedWeights) -> Taken:
-        """Replace the engine's weights by ``weights``."""
+    def receive(self, weights: PublishedWeights) -> tuple[Taken, Execution]:
+        """Replace the engine's weights by ``weights``; returns what that took, and how the engine computes log-probs then."""
         with self.doing("receive"):
             wanted, began = self.engine.wanted(weights), time.monotonic()
             self.engine.receive(self.fetch(wanted))
-            return Taken(wanted.nbytes > 0, wanted.nbytes_in_all, time.monotonic() - began)
+            taken = Taken(wanted.nbytes > 0, wanted.nbytes_in_all, time.monotonic() - began)
+            return taken, self.engine.execution()
 
     def fetch(self, weights: PublishedWeights) -> PublishedWeights:
         """The publication with its buckets in the place of their handles: they are here in the same process."""
         return weights
+
+    def execution(self) -> Execution:
+        """How the engine computes log-probs."""
+        return self.engine.execution()
 
     def gpus(self) -> list[str]:
         """The GPUs on which weights can come from the trainer."""
@@ -187,11 +198,18 @@ class RanksHandle:
         answer = self.ranks.call(method, [(list(requests), seconds)], phase="generate", timeout_s=limit_s, key=key)
         return answer.then(lambda values: values[0])
 
-    def receive(self, weights: PublishedWeights) -> Pending[None]:
+    def receive(self, weights: PublishedWeights) -> Pending[Execution | None]:
         limit = self._updates.limit(weights.ways)
         timeout_s, key = (None, None) if limit is None else (limit.seconds, limit.key)
         answer = self.ranks.call("receive", [(weights,)], timeout_s=timeout_s, key=key)
-        return answer.then(lambda values: self._updates.took(values[0]))
+        return answer.then(lambda values: self._took(*values[0]))
+
+    def _took(self, taken: Taken, record: Execution) -> Execution:
+        self._updates.took(taken)
+        return record
+
+    def execution(self) -> Pending[Execution | None]:
+        return self.ranks.call("execution", [()], timeout_s=self.GRACE_S).then(lambda values: values[0])
 
     def probe(self) -> Pending[Probe]:
         answer = self.ranks.call("probe", [()], timeout_s=self.GRACE_S)

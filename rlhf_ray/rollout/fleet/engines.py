@@ -16,6 +16,8 @@ from rlhf_ray.errors import DeadRankError, GroupError, RlhfRayError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import ROLE
 from rlhf_ray.rollout.errors import EngineDeadError, WeightUpdateError
+from rlhf_ray.rollout.execution import Execution
+from rlhf_ray.rollout.fleet.contract import Contract
 from rlhf_ray.rollout.health import ALIVE, EngineState, FleetHealth, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.wire import PublishedWeights
@@ -42,8 +44,11 @@ class EngineHandle(Protocol):
         It returns what ended; an engine that has not come back after ``deadline_s`` hangs.
         """
 
-    def receive(self, weights: PublishedWeights) -> Pending[None]:
-        """Start an update by a publication, whose buckets the engine's side finds."""
+    def receive(self, weights: PublishedWeights) -> Pending[Execution | None]:
+        """Start an update by a publication, whose buckets the engine's side finds; the engine says how it computes then."""
+
+    def execution(self) -> Pending[Execution | None]:
+        """Ask the engine how it computes log-probs."""
 
     def probe(self) -> Pending[Probe]:
         """Ask the engine how it is."""
@@ -83,12 +88,13 @@ class Engines:
         self.health = FleetHealth(len(self.handles), policy, clock)
         self._starting: dict[int, tuple[int, Pending[None]]] = {}
         """Engines that are being restarted: their incarnations, and when they are up."""
-        self._taking: dict[int, tuple[int, int, Pending[None]]] = {}
+        self._taking: dict[int, tuple[int, int, Pending[Any]]] = {}
         """Engines that take the last publication again: their incarnations, its version, and when they have it."""
         self._asked: dict[int, Asked] = {}
         """Suspect engines that were asked how they are."""
         self._called: dict[int, Asked] = {}
         """Engines that were asked whether they live."""
+        self.contract = Contract()
         self.last: PublishedWeights | None = None
         """The last publication, for engines that are restarted before the next one."""
         self.stopped = False
@@ -97,21 +103,34 @@ class Engines:
 
     # Weights
 
-    def publish(self, version: int) -> tuple[int, ...]:
-        """Publish ``version``; what engines still take of an earlier publication no longer matters."""
+    def publish(self, version: int, policy: Execution | None = None) -> tuple[int, ...]:
+        """Publish ``version`` of the weights of a trainer that computes as ``policy`` says.
+
+        What engines still take of an earlier publication no longer matters.
+        """
         targets = self.health.publish(version)
         self._taking = {}
+        self.contract.policy = policy
         return targets
 
-    def take(self, engine: int, incarnation: int, version: int, update: Pending[None]) -> None:
-        """Wait until an engine has taken weights; it is healthy, or dead."""
+    def take(self, engine: int, incarnation: int, version: int, update: Pending[Execution | None]) -> None:
+        """Wait until an engine has taken weights; it is healthy, in breach of the execution contract, or dead."""
         try:
-            update.result()
+            record = update.result()
         except GroupError as error:
             if self._died(engine, error.cause, incarnation):
                 self._log.warning("engine %d did not take weight version %d: %s", engine, version, error)
             return
-        if not self.health.has_died(engine, incarnation):
+        self.adopt(engine, incarnation, version, record)
+
+    def adopt(self, engine: int, incarnation: int, version: int, record: Execution | None) -> None:
+        """Let an engine serve that has taken ``version``, if it keeps to the execution contract."""
+        if self.health.has_died(engine, incarnation):
+            return
+        if breach := self.contract.breach(engine, record):
+            self.health.breached(engine, breach, incarnation)
+            self._log.error("engine %d took weight version %d and may not serve: %s", engine, version, breach)
+        else:
             self.health.updated(engine, version, incarnation)
 
     # Restarting
@@ -139,16 +158,16 @@ class Engines:
         for engine, (incarnation, start) in list(self._starting.items()):
             if start.ready():
                 del self._starting[engine]
-                self._adopt(engine, incarnation, start)
+                self._note_start(engine, incarnation, start)
         if self.last is not None:
-            for engine in self.health.in_state(EngineState.STALE):
+            for engine in self.health.waiting():
                 self._give_again(engine, self.last)
         for engine, (incarnation, version, update) in list(self._taking.items()):
             if update.ready():
                 del self._taking[engine]
                 self.take(engine, incarnation, version, update)
 
-    def _adopt(self, engine: int, incarnation: int, start: Pending[None]) -> None:
+    def _note_start(self, engine: int, incarnation: int, start: Pending[None]) -> None:
         """Note how a restart ended; one that took too long has been given up before."""
         if self.health.has_died(engine, incarnation):
             return

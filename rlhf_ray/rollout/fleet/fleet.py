@@ -8,6 +8,7 @@ Invariants:
   differ in their last bits.
 - Only healthy engines generate. A share whose engine failed is generated again, from the start, on a healthy one. One that took
   too long is generated again only if another share was in time: else it would take as long again.
+- An engine that does not compute log-probs as the trainer does (``rollout/execution.py``) is stale, whatever weights it has.
 - Tokens that were sampled with other weights than the published ones are refused.
 - An engine that died is started again in its place, at most ``max_restarts`` times in a row, while others work. It serves once
   its new process holds the published weights. Nothing waits for it while another engine is healthy.
@@ -25,6 +26,7 @@ from rlhf_ray.errors import GroupError, StaleWeightsError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import ROLE
 from rlhf_ray.rollout.errors import EngineDeadError, TooSlowError
+from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet.engines import POLL_S, Engines
 from rlhf_ray.rollout.fleet.shares import SetAside, Share, Work, cut_shares
 from rlhf_ray.rollout.health import ALIVE
@@ -62,7 +64,7 @@ class Fleet:
         """
         self.engines.last = None
         self.engines.heal()
-        targets = self.engines.publish(version)
+        targets = self.engines.publish(version, weights.execution)
         updates = [(engine, *self.engines.start(engine, lambda handle: handle.receive(weights))) for engine in targets]
         while updates:
             self.engines.refuse_if_stopped("update_weights")
@@ -74,11 +76,12 @@ class Fleet:
         self.engines.last = weights
         self.engines.await_healthy("update_weights", "no engine has the weights")
 
-    def update_by(self, version: int, send: Callable[[tuple[int, ...]], None]) -> None:
+    def update_by(self, version: int, send: Callable[[tuple[int, ...]], Execution | None]) -> None:
         """Have ``send`` give ``version`` to every live engine at once; where it fails, no engine has it.
 
-        Engines are asked first, since one that died unnoticed would fail the update of all. One that is restarted later gets
-        its weights by the next update.
+        It returns how the trainer computes log-probs, and the engines are asked for the same. Before that they are asked how
+        they are, since one that died unnoticed would fail the update of all. One that is restarted later gets its weights by
+        the next update.
         """
         self.engines.last = None
         self.engines.heal()
@@ -88,10 +91,20 @@ class Fleet:
         targets = self.engines.publish(version)
         incarnations = {engine: self.health[engine].incarnation for engine in targets}
         if targets:
-            send(targets)
-        for engine, incarnation in incarnations.items():
-            self.health.updated(engine, version, incarnation)
+            self.engines.contract.policy = send(targets)
+        asked = {engine: self.engines.start(engine, lambda handle: handle.execution()) for engine in targets}
+        for engine, (_, answer) in asked.items():
+            self.engines.take(engine, incarnations[engine], version, answer)
         self.engines.await_healthy("update_weights", "no engine has the weights")
+
+    def require_agreement(self, policy: Execution) -> Execution:
+        """How the engines compute log-probs; raises :class:`RequestError` where one does not keep to the execution contract."""
+        asked = {
+            engine: self.engines.start(engine, lambda handle: handle.execution())[1]
+            for engine in range(len(self.health))
+        }
+        records = {engine: answer.result() for engine, answer in asked.items()}
+        return self.engines.contract.require(policy, records)
 
     # Life
 

@@ -17,6 +17,7 @@ from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers.rollout import RolloutSetup
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.roles import Form
+from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.data.ends import EndTokens
 from rlhf_ray.data.load import TokenizedPrompt, load_prompts
@@ -26,9 +27,11 @@ from rlhf_ray.environments.episodes import EpisodePlayer, Limits
 from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.rewards.user_source import check_user_source
+from rlhf_ray.rollout.execution import Execution, digest
 from rlhf_ray.rollout.fleet import Fleet, SetAside
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.execution import keep_execution
 from rlhf_ray.serving.expose_run import expose
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
@@ -105,6 +108,7 @@ def build(
     start_directory = run.path / "rollout-start"
     shapes = groups.policy.save_without_weights(str(start_directory)).result()
     takes_turns = config.cluster.colocate
+    execution = groups.policy.execution().result()
     setup = RolloutSetup(
         config.rollout.model_copy(update={"sleep": True}) if takes_turns else config.rollout,
         str(start_directory),
@@ -112,10 +116,13 @@ def build(
         config.run.seed,
         config.run.deterministic,
         takes_turns=takes_turns,
+        execution=execution,
         shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
         adapter_rank=groups.policy.adapter_rank() if config.rollout.lora == "adapter" else None,
     )
-    sampler = Sampler(config, session.fleet(engines, setup), make_player(config, chat, ends, session.cleanup))
+    fleet = session.fleet(engines, setup)
+    require_contract(fleet, execution, run, goes_on=checkpoint is not None)
+    sampler = Sampler(config, fleet, make_player(config, chat, ends, session.cleanup))
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
     sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
     rewards = make_reward_source(
@@ -170,6 +177,13 @@ def build(
         journal=journal,
         progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step),
     )
+
+
+def require_contract(fleet: Fleet, policy: Execution, run: RunDirectory, *, goes_on: bool) -> None:
+    """Refuse engines that do not compute log-probs as the policy does, and a run that would go on with others than before."""
+    engines = fleet.require_agreement(policy)
+    keep_execution(run.execution_path, {"policy": policy, "rollout": engines}, goes_on=goes_on)
+    get_logger("ppo").info("policy and engines keep to one execution contract, %s", digest(policy, engines))
 
 
 def make_mode(

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from rlhf_ray.rollout.errors import WeightUpdateError
 from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
+from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trainers.ppo.build import make_mode
 from rlhf_ray.trainers.ppo.modes import Mode
 from rlhf_ray.trainers.ppo.sampling import FixedSampling, PromptStream, Sampler
@@ -192,7 +192,7 @@ class Process:
 
     def _publish(self, version: int) -> None:
         self.mode.pause()
-        self.fleet.update_weights(version, SimpleNamespace(version=version))  # type: ignore[arg-type]
+        self.fleet.update_weights(version, PublishedWeights(version, (), "of nothing"))
 
 
 MODES = [("sync", False), ("one_step_off", False), ("windowed", False), ("windowed", True)]

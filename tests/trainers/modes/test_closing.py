@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from rlhf_ray.errors import DeadRankError, GroupError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
+from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trainers.ppo.build import make_mode
 from rlhf_ray.trainers.ppo.sampling import FixedSampling, PromptStream, Sampler
 from rlhf_ray.trajectories.columns import FinishReason
@@ -74,7 +74,7 @@ def test_a_run_that_ends_while_its_engines_work_ends_at_once_and_restarts_none(
         raise GroupError("rollout", None, "restart", "its processes have been stopped")
 
     fleet = Fleet(Engines([engine], restart=restart))
-    fleet.update_weights(0, SimpleNamespace(version=0))  # type: ignore[arg-type]  # this engine reads no weights
+    fleet.update_weights(0, PublishedWeights(0, (), "of nothing"))  # this engine reads no weights
     data = [TokenizedPrompt(number, "", (1, 2)) for number in range(24)]
     prompts, sampler = PromptStream(data, [Part(len(data), len(data))], 0), Sampler(config, fleet)
     mode = make_mode(config, FixedSampling(config, prompts, sampler), prompts, sampler, [engine])  # type: ignore[list-item]
