@@ -53,7 +53,6 @@ NEEDS: Mapping[str, tuple[Phase, ...]] = {
             "hash_files",
             "vocabulary",
             "execution",
-            "adapter_rank",
             "describe",
             "gpu",
             "gpus",

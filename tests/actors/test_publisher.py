@@ -16,6 +16,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import GroupError
 from rlhf_ray.pending import Pending
+from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import EngineState
 from rlhf_ray.rollout.requests import Probe
@@ -41,9 +42,15 @@ class Policy(PolicyWorker):
 
 
 class Handle:
-    """What the driver asks of an engine besides."""
+    """What the driver asks of an engine besides; it computes as the policy does."""
 
     dead: str | None = None
+
+    def __init__(self, policy: PolicyWorker) -> None:
+        self.policy = policy
+
+    def execution(self) -> Pending[Execution]:
+        return Pending.done(self.policy.execution("ipc", "merged"))
 
     def probe(self) -> Pending[Probe]:
         return Pending.done(Probe(self.dead, 0, 0))
@@ -69,7 +76,7 @@ def policy() -> Iterator[Policy]:
 def make(policy: Policy, **keys: Any) -> tuple[Publisher, Fleet, list[EngineOf]]:
     engines = [EngineOf() for _ in range(2)]
     ranks = [InProcessRanks("rollout", engine) for engine in engines]
-    fleet = Fleet(Engines([Handle(), Handle()]))  # type: ignore[list-item]  # nothing else is asked of them by a handle
+    fleet = Fleet(Engines([Handle(policy), Handle(policy)]))  # type: ignore[list-item]  # nothing else is asked of them by a handle
     config = RolloutConfig(resources=ON_GPU, **keys)
     return Publisher(PolicyGroup(InProcessRanks("policy", policy)), fleet, ranks, config), fleet, engines
 
@@ -159,8 +166,9 @@ def test_what_travels_follows_from_the_config_and_the_metrics_say_how_much(
     assert publisher.transport == "object_store"
     taken: list[PublishedWeights] = []
 
-    def receive(weights: PublishedWeights) -> Pending[None]:
-        return Pending.done(taken.append(weights))
+    def receive(weights: PublishedWeights) -> Pending[Execution | None]:
+        taken.append(weights)
+        return Pending.done(policy.execution("object_store", "adapter" if "adapter" in parts else "merged"))
 
     for handle in fleet.engines.handles:
         monkeypatch.setattr(handle, "receive", receive, raising=False)
