@@ -109,14 +109,14 @@ def profile(ours: Measured, roof: float) -> Figures:
     return {
         "ppo.step_seconds": Figure(step, "s", False, method),
         **{f"ppo.{name}_seconds": Figure(value, "s", False, f"phase of {method}") for name, value in phases.items()},
-        "ppo.phases_share": Figure(named, "", True, f"of the seconds of a step those that a phase has; {method}"),
+        "ppo.phases_share": Figure(named, "share", True, f"of the seconds of a step those that a phase has; {method}"),
         **{
             f"ppo.processor_seconds.{role}": Figure(value, "s", False, f"of all processes of the role; mean of {method}")
             for role, value in ours.processors.items()
         },
-        "ppo.busy_share": Figure(busy, "", True, f"processor seconds of all processes, of {THREADS} cores; {method}"),
+        "ppo.busy_share": Figure(busy, "share", True, f"processor seconds of all processes, of {THREADS} cores; {method}"),
         "ppo.share_of_roof": Figure(
-            roof / step, "", True, f"{roof:.2f} s for the matrix products at the rate of large ones in bf16, here; {method}"
+            roof / step, "share", True, f"{roof:.2f} s for the matrix products at the rate of large ones in bf16, here; {method}"
         ),
     }  # fmt: skip
 
