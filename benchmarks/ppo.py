@@ -116,7 +116,7 @@ def profile(ours: Measured, roof: float) -> Figures:
         },
         "ppo.busy_share": Figure(busy, "share", True, f"processor seconds of all processes, of {THREADS} cores; {method}"),
         "ppo.share_of_roof": Figure(
-            roof / step, "share", True, f"{roof:.2f} s for the matrix products at the rate of large ones in bf16, here; {method}"
+            roof / step, "share", True, f"{roof:.2f} s for the matrix products at the rate of large ones in bf16; {method}"
         ),
     }  # fmt: skip
 
