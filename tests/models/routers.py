@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from rlhf_ray.trajectories.routed_experts import experts_dtype
 from tests.architectures.configs import small_model
 
 
-def policy_of(model_type: str) -> PackedPolicy:
-    model, _ = small_model(model_type, policy=True)
+def policy_of(model_type: str, **more: Any) -> PackedPolicy:
+    model, _ = small_model(model_type, policy=True, **more)
     return PackedPolicy(Actor(model, "sdpa", "fp32").eval())
 
 

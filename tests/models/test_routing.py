@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from tests.architectures.configs import VOCABULARY
 from tests.models.routers import blocks_of, chosen, policy_of, used
 
 LENGTHS = (7, 4, 12)
+QUICK = ("afmoe", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe", "hunyuan_v1_moe", "mixtral", "qwen3_moe")
+"""Routers of every kind; others are much like these."""
 
 
 def batch_of(lengths: tuple[int, ...] = LENGTHS) -> TrajectoryBatch:
@@ -41,7 +45,9 @@ def routers_of(policy: PackedPolicy) -> list[nn.Parameter]:
     ]
 
 
-@pytest.mark.parametrize("model_type", REPLAYED)
+@pytest.mark.parametrize(
+    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in REPLAYED]
+)
 def test_each_layer_uses_the_experts_it_is_told_and_its_router_learns_from_them(model_type: str) -> None:
     policy, batch = policy_of(model_type), batch_of()
     own = chosen(policy, batch)
@@ -73,13 +79,19 @@ def of_sigmoid(logits: Tensor, told: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "formula"), [("mixtral", of_softmax), ("granitemoe", of_softmax), ("glm4_moe", of_sigmoid)]
+    ("model_type", "more", "formula"),
+    [
+        ("mixtral", {}, of_softmax),
+        ("granitemoe", {}, of_softmax),
+        ("glm4_moe", {}, of_sigmoid),
+        ("deepseek_v3", {"n_group": 2, "topk_group": 1}, of_sigmoid),
+    ],
 )
 def test_experts_that_are_replayed_are_weighed_by_the_trainers_own_scores(
-    model_type: str, formula: Callable[[Tensor, Tensor], Tensor]
+    model_type: str, more: dict[str, int], formula: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Against the formula of each architecture's paper, from the hidden states that came in."""
-    policy, batch = policy_of(model_type), batch_of()
+    policy, batch = policy_of(model_type, **more), batch_of()
     other = batch.with_columns(routed_experts=elsewhere(policy, chosen(policy, batch)))
     with torch.no_grad(), used(policy) as calls:
         policy(pack(other, with_routed=True))
@@ -144,3 +156,11 @@ def test_experts_of_another_model_and_models_that_choose_otherwise_are_refused_b
     experts.num_experts = count
     with pytest.raises(ModelLoadError, match="a MixtralDecoderLayer chose experts 0 times in one pass"):
         other(pack(batch.with_columns(routed_experts=own), with_routed=True))
+
+
+def test_the_page_lists_the_architectures() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rollout.md").read_text()
+    (listed,) = re.findall(
+        r"can be replayed, and `check` refuses others by their names: ([^.]*)\.", page.replace("\n", " ")
+    )
+    assert listed == ", ".join(f"`{name}`" for name in REPLAYED)

@@ -40,8 +40,9 @@ EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk"
 EXPERT_MULTIPLE = 32
 """vLLM's kernel for experts on CPU computes hidden sizes that are multiples of this. It pads the experts' own size itself."""
 REPLAYED = (
-    "afmoe", "exaone_moe", "glm4_moe", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "mixtral",
-    "olmoe", "qwen2_moe", "qwen3_moe",
+    "afmoe", "aria_text", "axk1", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+    "glm4_moe", "glm4_moe_lite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3",
+    "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "solar_open",
 )  # fmt: skip
 """Values of ``model_type`` that can be trained with the experts that the engine chose (``rollout.routing_replay``)."""
 MOST_ADAPTER_RANK = 512
