@@ -10,6 +10,7 @@ import pytest
 from vllm import EngineArgs
 from vllm.outputs import CompletionOutput
 
+from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInEngine
 
 pytestmark = pytest.mark.vllm
@@ -44,5 +45,6 @@ def test_the_rows_of_layers_with_a_router_are_taken_for_all_tokens_but_the_last(
 def test_experts_of_fewer_tokens_than_were_read_are_refused() -> None:
     with pytest.raises(ValueError, match="the experts of 3 tokens, but it read 4"):
         engine_of(8).take("0", output(np.zeros((3, 5, 2), np.uint8)), prompt=[5, 6, 7])
-    with pytest.raises(ValueError, match="finds no router in this model"):
-        RoutedInEngine(SimpleNamespace(collective_rpc=lambda method: [([], 0)]), on_cpu=False)
+    dense: Any = SimpleNamespace(collective_rpc=lambda method: [([], 0)])
+    with pytest.raises(RequestError, match="is true, but vLLM finds no router in this model: set it to false"):
+        RoutedInEngine(dense, on_cpu=False)

@@ -48,6 +48,8 @@ REPLAYED = (
 MOST_ADAPTER_RANK = 512
 """The largest rank of a LoRA adapter that vLLM takes."""
 NO_ADAPTER = "adapter, but the policy trains all its weights: set policy.model.lora, or rollout.lora to merged"
+SLIDES = "every layer slides its window, and vLLM on CPU forgets the experts of tokens that all windows have passed"
+"""Why routing is not replayed in a model whose layers forget tokens."""
 WAY_OUT = "Set rollout.backend to transformers, which samples with the trainer's own model"
 
 
@@ -128,3 +130,14 @@ def replay_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Pro
             f"true, but the experts of a {content.get('model_type')} ({policy.path}) cannot be replayed, only those of "
             f"{', '.join(REPLAYED)}: set it to false",
         )
+    elif rollout.backend == "vllm" and rollout.resources.gpus_per_rank == 0 and _slides_everywhere(text_part(content)):
+        yield (
+            "rollout.routing_replay",
+            f"true, but in {policy.path} {SLIDES}: set it to false, or backend to transformers",
+        )
+
+
+def _slides_everywhere(text: Mapping[str, Any]) -> bool:
+    if text.get("layer_types"):
+        return set(text["layer_types"]) == {"sliding_attention"}
+    return isinstance(text.get("sliding_window"), int) and text.get("use_sliding_window") is not False

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_ray.config.files.sampled import SLIDES
+from rlhf_ray.errors import RequestError
 from rlhf_ray.trajectories.routed_experts import experts_dtype
 
 Experts = NDArray[Any]
@@ -40,17 +42,15 @@ class RoutedInWorker:
         experts = max((runner.router.global_num_experts for runner in runners), default=0)
         return sorted(runner.layer_id for runner in runners), experts
 
-    def watch_routers(self) -> None:
-        """Look at all routers from now on."""
+    def watch_routers(self) -> str | None:
+        """Look at all routers from now on; returns what is against it."""
         from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         groups = self.model_runner.kv_cache_config.kv_cache_groups
         whole = [place for place, group in enumerate(groups) if isinstance(group.kv_cache_spec, FullAttentionSpec)]
         if not whole:
-            raise ValueError(
-                "every layer of the model forgets tokens that its window has passed, and their experts with them"
-            )
+            return SLIDES
         self.routed_group = whole[0]
         self.routed_layer = groups[self.routed_group].layer_names[0]
         runners = sorted(self._mixtures(), key=lambda runner: runner.layer_id)
@@ -60,8 +60,9 @@ class RoutedInWorker:
         self.routed_tokens = torch.zeros(slots, dtype=torch.int32)
         for place, runner in enumerate(runners):
             if not isinstance(runner.router, BaseRouter):
-                raise ValueError(f"vLLM's router {type(runner.router).__name__} does not say what it chooses")
+                return f"vLLM's {type(runner.router).__name__} does not say what it chooses"
             runner.router.set_capture_fn(partial(self._remember_routed, place))
+        return None
 
     def take_routed(self, request: str, tokens: int) -> tuple[Experts, NDArray[np.int32]] | None:
         """The experts of the first ``tokens`` tokens of a request that has just finished, and the ids of these tokens.
@@ -98,16 +99,17 @@ class RoutedInWorker:
 
 
 class RoutedInEngine:
-    """How an engine comes by the experts of its requests."""
+    """How an engine comes by the experts of its requests; raises :class:`RequestError` for a model of which it gets none."""
 
     def __init__(self, engine: Any, *, on_cpu: bool) -> None:
         self._engine = engine
         self._on_cpu = on_cpu
         self._layers, self._experts = engine.collective_rpc("routed_layers")[0]
-        if not self._layers:
-            raise ValueError("rollout.routing_replay is true, but vLLM finds no router in this model: set it to false")
-        if on_cpu:
-            engine.collective_rpc("watch_routers")
+        problem = None if self._layers else "vLLM finds no router in this model"
+        if problem is None and on_cpu:
+            problem = engine.collective_rpc("watch_routers")[0]
+        if problem is not None:
+            raise RequestError(f"rollout.routing_replay is true, but {problem}: set it to false")
 
     def take(self, request: str, output: Any, prompt: Sequence[int]) -> Experts:
         """Return the experts of all tokens of a finished request but the last: (tokens - 1, routers, experts of a token).
