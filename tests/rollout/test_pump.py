@@ -30,14 +30,17 @@ class Handle:
     def __init__(self, make: Callable[[], TransformersEngine], *faults: Exception | Fault | None) -> None:
         self.make, self.engine, self.faults = make, make(), list(faults)
         self.given: list[int] = []
+        self.hangs = False
 
     def advance(
         self, requests: Sequence[GenerationRequest], seconds: float, deadline_s: float
     ) -> Pending[list[Generation]]:
+        assert not self.hangs, "an engine that hangs is asked again"
         self.given += sorted({request.prompt_id for request in requests})
         done = self.engine.advance(requests, 0.0)
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, Exception):
+            self.hangs = isinstance(fault, DeadlineError)
             return Pending(lambda: _raise(fault))
         return Pending.done(fault(done) if fault else done)
 
@@ -51,7 +54,7 @@ class Handle:
         return Pending(self.engine.probe)
 
     def restart(self) -> Pending[None]:
-        self.engine = self.make()
+        self.engine, self.hangs = self.make(), False
         return Pending.done(None)
 
 
