@@ -59,7 +59,7 @@ class Slow:
         self, method: str, arguments: Any, *, timeout_s: float | None = None, key: str | None = None
     ) -> Pending[Any]:
         self.limits.append((timeout_s, key))
-        return Pending.done([Taken(whole=True, nbytes=GB, seconds=20.0)])
+        return Pending.done([(Taken(whole=True, nbytes=GB, seconds=20.0), None)])
 
 
 def test_the_second_update_of_an_engine_ends_by_the_rate_of_the_first_and_the_error_names_it() -> None:
