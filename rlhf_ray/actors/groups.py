@@ -23,6 +23,7 @@ from rlhf_ray.planning.flops import ComputeShape
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rollout.execution import Execution, require_agreement
 from rlhf_ray.rollout.transport import Transport
+from rlhf_ray.rollout.weights.deadline import Limit, Taken
 from rlhf_ray.rollout.wire import Content, PublishedWeights
 from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
@@ -165,9 +166,13 @@ class PolicyGroup(ReferenceGroup):
         reached = [one for engine in engines for one in engine.reached()]
         self._everywhere("connect_engines", transport, reached, workers, address).result()
 
-    def send_weights(self, version: int) -> Pending[Execution]:
-        """Send the weights to the connected engines; the value is how rank 0 computes log-probs."""
-        return self._everywhere("send_weights", version).then(lambda records: records[0])
+    def send_weights(self, version: int, limit: Limit | None = None) -> Pending[tuple[Execution, Taken]]:
+        """Send the weights to the connected engines, within ``limit`` or else that of any call.
+
+        The value is how rank 0 computes log-probs, and what the sending took.
+        """
+        timeout_s, key = (None, None) if limit is None else (limit.seconds, limit.key)
+        return self._everywhere("send_weights", version, timeout_s=timeout_s, key=key).then(lambda values: values[0])
 
 
 class CriticGroup(Group):

@@ -18,6 +18,7 @@ from rlhf_ray.errors import GroupError
 from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.transport import choose_transport
+from rlhf_ray.rollout.weights.deadline import Taken, UpdateDeadline
 from rlhf_ray.rollout.wire import Content
 
 WAYS = {
@@ -38,6 +39,9 @@ class Publisher:
         )
         self._connected: list[tuple[int, int]] = []
         """The engines that weights go to from GPU to GPU, and their incarnations."""
+        self._updates = UpdateDeadline(config.update_timeout_s)
+        self._sent: Taken | None = None
+        """The last update that went from GPU to GPU; those have deadlines of their own."""
         self.figures: dict[str, float] = {}
         """Metrics of the last publication."""
         whole = self._content == "weights"
@@ -63,7 +67,10 @@ class Publisher:
             if processes != self._connected:
                 self._policy.connect_engines(self.transport, [self._engines[one] for one in engines], self._workers)
                 self._connected = processes
-            return self._policy.send_weights(version).result()
+            limit = None if self._sent is None else self._updates.limit({True: self._sent.nbytes})
+            record, self._sent = self._policy.send_weights(version, limit).result()
+            self._updates.took(self._sent)
+            return record
         except GroupError as error:
             # Ranks of the policy may still wait for one another, so it is the policy that failed: it saves nothing any more.
             ours = error.role == self._policy.role

@@ -74,9 +74,9 @@ class DiskWeights(WeightSource):
                 yield name, tensor
 
     @property
-    def largest_bytes(self) -> int:
-        """The size of the largest weight."""
-        return max(weight.dtype.itemsize * torch.Size(weight.shape).numel() for weight in self._described)
+    def sizes(self) -> list[int]:
+        """The bytes of each weight."""
+        return [weight.dtype.itemsize * torch.Size(weight.shape).numel() for weight in self._described]
 
 
 def _complete(group: Group) -> None:
@@ -98,10 +98,12 @@ class WeightSender:
     ) -> None:
         """Connect from ``device``, on which this rank trains. Rank 0 calls the engines, which must be idle."""
         self._client = _Engines(route, source, call_engines)
+        self.nbytes = sum(source.sizes)
+        """Of all weights."""
         # The trainer's side of nccl and that of ipc take their parts from the same factory.
         with _own_stream(device):
             self._engine = WeightTransferTrainerFactory.trainer_init(
-                _init_info(route, max(CHUNK_BYTES, source.largest_bytes)), client=self._client, source=source
+                _init_info(route, max(CHUNK_BYTES, *source.sizes)), client=self._client, source=source
             )
 
     def send(self, version: int) -> None:

@@ -182,3 +182,25 @@ def test_what_travels_follows_from_the_config_and_the_metrics_say_how_much(
         "adapter": None if newest.adapter is None else newest.adapter.tensors.nbytes / newest.nbytes,
     }
     assert share == (expected[parts[0]] if parts else None), "nothing has changed, or the adapter's tensors, or all"
+
+
+def test_what_goes_from_gpu_to_gpu_has_the_time_that_its_bytes_took_before(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, _, _ = make(policy, update_timeout_s=1e-6)
+    asked: list[tuple[float | None, str | None]] = []
+    ranks = publisher._policy.ranks
+    call = ranks.call
+
+    def watched(method: str, arguments: Any, **named: Any) -> Any:
+        if method == "send_weights":
+            asked.append((named["timeout_s"], named["key"]))
+        return call(method, arguments, **named)
+
+    monkeypatch.setattr(ranks, "call", watched)
+    for version in (1, 2):
+        publisher.publish(version)
+    first, (seconds, key) = asked
+    nbytes = sum(weight.nbytes for _, weight in policy.disk_weights())
+    assert first == (None, None) and seconds is not None and key is not None and seconds > 1e-6
+    assert key.startswith(f"rollout.update_timeout_s, 1e-06: {nbytes / 1e6:.1f} MB at ")

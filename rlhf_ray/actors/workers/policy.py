@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.network import free_port
 from rlhf_ray.rollout.execution import PROCESSED, Execution, versions
 from rlhf_ray.rollout.transport import Transport
+from rlhf_ray.rollout.weights.deadline import Taken
 from rlhf_ray.rollout.wire import Bucket, Content, PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
@@ -195,17 +197,19 @@ class PolicyWorker(ReferenceWorker):
             self._transport = transport
             self._sender = WeightSender(route, source, partial(self.call_engines, engines), self.device)
 
-    def send_weights(self, version: int) -> Execution:
+    def send_weights(self, version: int) -> tuple[Execution, Taken]:
         """Send all weights to the connected engines, which hold them as ``version`` when rank 0 returns.
 
-        Returns how this rank computes log-probs.
+        Returns how this rank computes log-probs, and what the sending took.
         """
         assert self._sender is not None, "the driver connects the engines first"
+        began = time.monotonic()
         with self.doing("send_weights"):
             if self.device.type == "cuda":  # the last update of the weights may still be running
                 torch.cuda.synchronize(self.device)
             self._sender.send(version)
-        return self.execution(self._transport, "merged")
+        taken = Taken(whole=True, nbytes=self._sender.nbytes, seconds=time.monotonic() - began)
+        return self.execution(self._transport, "merged"), taken
 
     def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call ``method`` of every engine, each with its own arguments; returns when all have answered."""
