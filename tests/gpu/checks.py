@@ -93,5 +93,6 @@ CHECKS = (
     Check("training_of_small_model", ENGINE, "engines", "training_of_small_model", limit_s=90.0),
     Check("training_of_large_model", ENGINE, "engines", "training_of_large_model", limit_s=120.0),
     Check("ppo_on_one_gpu", STACK, "stack", "train_ppo", {"gpus": 1}, limit_s=300.0),
+    Check("ppo_by_turns_on_one_gpu", STACK, "stack", "train_ppo", {"gpus": 1, "by_turns": True}, limit_s=300.0),
     Check("ppo_on_two_gpus", (*STACK, "second GPU"), "stack", "train_ppo", {"gpus": 2}, limit_s=300.0),
 )

@@ -1,4 +1,4 @@
-"""PPO on the whole stack, with every role on one GPU or the rollout engine on a second one.
+"""PPO on the whole stack, with every role on one GPU, side by side or by turns, or the rollout engine on a second one.
 
 Always true: weights reach the engine after every update, from GPU to GPU, and trainer and engine agree on log-probs as
 far as bf16 lets them.
@@ -35,13 +35,15 @@ OVERRIDES = (
 
 OF_ITS_OWN = ("rollout.resources.gpus_per_rank=1", "rollout.gpu_memory_utilization=0.5")
 """For an engine on a GPU of its own."""
+BY_TURNS = ("cluster.colocate=true", "critic.engine.zero=2", "rollout.gpu_memory_utilization=0.8")
+"""For roles that take turns: the engine may have most of the GPU while it generates."""
 TRANSPORTS: dict[int, Transport] = {1: "ipc", 2: "nccl"}
 """How weights should travel, by the number of GPUs."""
 
 
-def train_ppo(device: Device, sizes: Sizes, *, gpus: int) -> str:
+def train_ppo(device: Device, sizes: Sizes, *, gpus: int, by_turns: bool = False) -> str:
     """Some steps of PPO by command; says how far trainer and engine were apart."""
-    overrides = OVERRIDES if gpus == 1 else OVERRIDES + OF_ITS_OWN
+    overrides = OVERRIDES + (OF_ITS_OWN if gpus > 1 else ()) + (BY_TURNS if by_turns else ())
     with tempfile.TemporaryDirectory() as root:
         command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(CONFIG), f"run.root={root}", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)

@@ -18,7 +18,7 @@ from rlhf_ray.config.loading import load_config
 from tests.gpu.checks import CHECKS, Check
 from tests.gpu.perform import run_here
 from tests.gpu.run import _run
-from tests.gpu.stack import CONFIG, OF_ITS_OWN, OVERRIDES
+from tests.gpu.stack import BY_TURNS, CONFIG, OF_ITS_OWN, OVERRIDES
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,3 +105,4 @@ def test_a_check_in_this_process_tells_how_it_ended(tmp_path: Path) -> None:
 def test_the_configs_of_the_whole_stack_are_accepted() -> None:
     assert load_config(CONFIG, OVERRIDES, kind="ppo").policy.resources.gpus_per_rank == 0.15
     assert load_config(CONFIG, OVERRIDES + OF_ITS_OWN, kind="ppo").rollout.resources.gpus_per_rank == 1
+    assert load_config(CONFIG, OVERRIDES + BY_TURNS, kind="ppo").placements()[0].resources.gpus_per_rank == 0.2
