@@ -70,8 +70,9 @@ def disk_weights(
 
 def adapter_weights(model: PreTrainedModel, *, receive: bool) -> Iterator[Group]:
     """Walk the layers of ``model`` likewise, and give the tensors of each adapter the names that PEFT gives them on disk."""
-    for layer in layers(model):
-        parts = [(name, tensor) for name, tensor in layer if is_adapter_part(name)]
+    adapters = ((name, tensor) for name, tensor in model.named_parameters() if is_adapter_part(name))
+    for _, layer in groupby(adapters, key=lambda item: layer_name(item[0])):
+        parts = list(layer)
         with _gather([tensor for _, tensor in parts]):
             yield [(adapter_name(name), tensor.detach()) for name, tensor in parts] if receive else []
 
