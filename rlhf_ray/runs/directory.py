@@ -160,6 +160,7 @@ class RunDirectory:
             step = checkpoint.step
             self.checkpoints.retain(step)
         self._void_after(step)
+        self.engines.forget()
         if config is not None:
             storage.write_file(self.config_path, config)
         for ended in (self.closing_path, self.summary_path):

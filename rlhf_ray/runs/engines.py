@@ -43,6 +43,11 @@ class EngineStates:
             except StorageError as error:
                 get_logger("runs").warning("how the rollout engines are could not be written: %s", error)
 
+    def forget(self) -> None:
+        """The engines of an earlier attempt are no more."""
+        with storage.storage_errors(self.path):
+            self.path.unlink(missing_ok=True)
+
     def read(self) -> list[dict[str, Any]]:
         """What was written last; nothing where there is no file, or one that this did not write."""
         try:

@@ -69,6 +69,9 @@ def test_a_death_and_a_restart_of_an_engine_are_told_as_soon_as_the_driver_knows
     assert engines()[1] == "retired, no weights, 1 restarts: killed"
     run.release()
     assert engines() == [], "the engines of a run that has stopped are no more"
+    again, _ = RunDirectory.resume(run.path)
+    assert engines() == [], "nor are they when it goes on"
+    again.release()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"state": "healthy"}]', "[" * 5000, "\x00\xff"])

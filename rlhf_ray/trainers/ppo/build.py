@@ -125,6 +125,7 @@ def build(
     sampler = Sampler(config, fleet, make_player(config, chat, ends, session.cleanup))
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
     sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
+    sampler.fleet.health.on_change()
     rewards = make_reward_source(
         config,
         groups.rewards,
