@@ -37,14 +37,15 @@ class Pump:
         self._calls: dict[int, tuple[Process, Pending[list[Generation]], float]] = {}
         self._barren: dict[Process, float] = {}
         """Seconds that a process with samples in work has sampled since it finished one."""
-        self._at_once_ended: list[Answered] = []
+        self._never_begun: list[Answered] = []
+        """Prompts that were set aside before they were given."""
         self.sampled_s = 0.0
         """Seconds for which engines have sampled, all together; of calls that are back."""
 
     def give(self, number: int, requests: Sequence[GenerationRequest]) -> None:
         """Add a prompt, all of whose samples are ``requests``; one that was set aside before ends without any."""
         if requests and requests[0].prompt_id in self.fleet.set_aside:
-            self._at_once_ended.append(Answered(number, tuple(requests), ()))
+            self._never_begun.append(Answered(number, tuple(requests), ()))
         else:
             self._stream.give(number, requests)
 
@@ -61,7 +62,7 @@ class Pump:
     @property
     def working(self) -> bool:
         """Whether there is a prompt that has not ended."""
-        return bool(self._stream.processes or self._stream.waiting or self._at_once_ended)
+        return bool(self._stream.processes or self._stream.waiting or self._never_begun)
 
     def turn(self, *, begin: bool = True, sample: bool = True) -> list[Answered]:
         """Look after every engine once, for a few hundredths of a second; returns the prompts that ended.
@@ -71,7 +72,7 @@ class Pump:
         engines = self.fleet.engines
         engines.refuse_if_stopped("generate")
         engines.heal()
-        ended, self._at_once_ended = self._at_once_ended, []
+        ended, self._never_begun = self._never_begun, []
         ended += self._lose_dead()
         if sample and (self._stream.processes or (begin and self._stream.waiting)):
             if not self._calls:

@@ -234,18 +234,17 @@ class Windowed:
 
     def _begin(self) -> None:
         assert self._window is not None, "collect makes it before it starts the thread"
-        while self._again:
-            number = self._again.pop(0)
-            self._pump.give(number, self.sampler.requests(self._begun[number], number))
+        for earlier in self._again:
+            self._pump.give(earlier, self.sampler.requests(self._begun[earlier], earlier))
+        self._again.clear()
         while True:
             before = self.prompts.state()
-            number_or_none = self._window.next()
-            if number_or_none is None:
+            number = self._window.next()
+            if number is None:
                 return
-            self._positions.setdefault(self._window.step_of(number_or_none), before)
-            (prompt,) = self.prompts.take(1)
-            self._begun[number_or_none] = prompt
-            self._pump.give(number_or_none, self.sampler.requests(prompt, number_or_none))
+            self._positions.setdefault(self._window.step_of(number), before)
+            (self._begun[number],) = self.prompts.take(1)
+            self._pump.give(number, self.sampler.requests(self._begun[number], number))
 
     # Inside
 
