@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from rlhf_ray.actors.cluster import group_of
+from rlhf_ray.actors.groups import PolicyGroup
 from rlhf_ray.actors.place import Place, PlacedGroup
 from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.actors.ranks import Ranks
@@ -27,7 +28,7 @@ from rlhf_ray.environments.episodes import EpisodePlayer, Limits
 from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.rewards.user_source import check_user_source
-from rlhf_ray.rollout.execution import Execution, digest
+from rlhf_ray.rollout.execution import digest
 from rlhf_ray.rollout.fleet import Fleet, SetAside
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -105,23 +106,7 @@ def build(
     groups, engines = start_groups(config, session, updates_in_all(config, state))
     groups.check_vocabularies()
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
-    start_directory = run.path / "rollout-start"
-    shapes = groups.policy.save_without_weights(str(start_directory)).result()
-    takes_turns = config.cluster.colocate
-    execution = groups.policy.execution().result()
-    setup = RolloutSetup(
-        config.rollout.model_copy(update={"sleep": True}) if takes_turns else config.rollout,
-        str(start_directory),
-        ends.ids,
-        config.run.seed,
-        config.run.deterministic,
-        takes_turns=takes_turns,
-        execution=execution,
-        shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
-        adapter_rank=groups.policy.adapter_rank() if config.rollout.lora == "adapter" else None,
-    )
-    fleet = session.fleet(engines, setup)
-    require_contract(fleet, execution, run, goes_on=checkpoint is not None)
+    fleet = start_fleet(config, run, session, groups.policy, engines, ends, goes_on=checkpoint is not None)
     sampler = Sampler(config, fleet, make_player(config, chat, ends, session.cleanup))
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
     sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
@@ -180,11 +165,40 @@ def build(
     )
 
 
-def require_contract(fleet: Fleet, policy: Execution, run: RunDirectory, *, goes_on: bool) -> None:
-    """Refuse engines that do not compute log-probs as the policy does, and a run that would go on with others than before."""
-    engines = fleet.require_agreement(policy)
-    keep_execution(run.execution_path, {"policy": policy, "rollout": engines}, goes_on=goes_on)
-    get_logger("ppo").info("policy and engines keep to one execution contract, %s", digest(policy, engines))
+def start_fleet(
+    config: PpoConfig,
+    run: RunDirectory,
+    session: Session,
+    policy: PolicyGroup,
+    engines: list[Ranks],
+    ends: EndTokens,
+    *,
+    goes_on: bool,
+) -> Fleet:
+    """Start the engines from what the policy writes, which have no weights before the first publication.
+
+    Refuses engines that do not compute log-probs as the policy does, and a run that would go on with others than before.
+    """
+    start_directory = run.path / "rollout-start"
+    shapes = policy.save_without_weights(str(start_directory)).result()
+    takes_turns = config.cluster.colocate
+    record = policy.execution().result()
+    setup = RolloutSetup(
+        config.rollout.model_copy(update={"sleep": True}) if takes_turns else config.rollout,
+        str(start_directory),
+        ends.ids,
+        config.run.seed,
+        config.run.deterministic,
+        takes_turns=takes_turns,
+        execution=record,
+        shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
+        adapter_rank=policy.adapter_rank() if config.rollout.lora == "adapter" else None,
+    )
+    fleet = session.fleet(engines, setup)
+    of_engines = fleet.require_agreement(record)
+    keep_execution(run.execution_path, {"policy": record, "rollout": of_engines}, goes_on=goes_on)
+    get_logger("ppo").info("policy and engines keep to one execution contract, %s", digest(record, of_engines))
+    return fleet
 
 
 def make_mode(
