@@ -16,7 +16,7 @@ from rlhf_ray.models.forward.routing import Routing
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo import experience
 from rlhf_ray.trainers.ppo.build import train_ppo
-from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS
+from rlhf_ray.trainers.ppo.self_check import FIRST_RATIO, LOG_PROBS, UPDATED_LOG_PROBS, way_out
 from tests.e2e.rollouts import CONFIG, SMALL, save_mixture
 
 SETTINGS = ["rollout.backend=transformers", "rollout.routing_replay=true", "monitoring.ray_metrics=false", "steps=1",
@@ -60,3 +60,23 @@ def test_samples_without_their_experts_are_refused(train: Any, monkeypatch: pyte
     )
     with pytest.raises(RequestError, match=r"lack the column routed_experts, but rollout.routing_replay is true"):
         train()
+
+
+@pytest.mark.parametrize(
+    ("policy", "more", "hinted"),
+    [
+        ("{path: model, dtype: bf16}", [], True),
+        ("{path: model, dtype: bf16}", ["rollout.routing_replay=true"], False),
+        ("{path: model, dtype: fp32}", ["rollout.dtype=fp32"], False),
+        ("{make: {shape: llama-tiny, tokenizer_from: world}, dtype: bf16}", [], False),
+    ],
+)
+def test_where_log_probs_of_a_mixture_in_bf16_differ_routing_replay_is_the_first_way_out(
+    policy: str, more: list[str], hinted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_mixture("mixtral", tmp_path / "model")
+    settings = ["run.deterministic=false", "rollout.dtype=bf16", f"policy.model={policy}", "reference=null", *more]
+    config: Any = load_config(CONFIG, settings, kind="ppo")
+    for name in (LOG_PROBS, UPDATED_LOG_PROBS):
+        assert way_out(name, config).startswith("rounding sends tokens to other experts") is hinted

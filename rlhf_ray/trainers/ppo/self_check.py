@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_ray.algorithms.denominators import denominator
+from rlhf_ray.config.files.models import model_config_file
+from rlhf_ray.config.files.sampled import is_mixture
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
@@ -49,6 +51,10 @@ ENGINE_CAUSES = {
     UPDATED_LOG_PROBS: "vLLM does not compute with the weights that it was sent (layers that it packs when it starts, such as "
     "experts or a tied output layer): set rollout.backend to transformers, which samples with the trainer's own model",
 }
+OTHER_EXPERTS = (
+    "rounding sends tokens to other experts in the engine than in the trainer: set rollout.routing_replay to true"
+)
+"""Why they differ in a mixture of experts in half precision."""
 SAME_LIBRARY = "both run the model of transformers, so that the engine has not the weights of the policy: report it"
 """Why an engine gives other log-probs than the trainer, where both compute in one dtype."""
 
@@ -172,6 +178,9 @@ def way_out(name: str, config: PpoConfig) -> str:
         return WAYS_OUT[name]
     policy, rollout = config.policy.model.dtype, config.rollout
     cause = ENGINE_CAUSES[name] if rollout.backend == "vllm" else SAME_LIBRARY
+    rounds = "fp32" not in (policy, rollout.dtype)
+    if rounds and not rollout.routing_replay and is_mixture(model_config_file(config.policy.model)):
+        cause = f"{OTHER_EXPERTS}; or {cause}"
     if policy == rollout.dtype:
         return cause
     return f"policy.model.dtype is {policy} and rollout.dtype {rollout.dtype}: set both to one of them; or {cause}"
