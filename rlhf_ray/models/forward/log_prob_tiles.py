@@ -52,7 +52,7 @@ class _TiledLogProbs(torch.autograd.Function):
         ctx.kept, ctx.temperature = [], temperature
         with torch.autocast("cpu", enabled=False):
             for rows in _slices(len(targets), TOKENS_AT_ONCE):
-                kept = hidden.new_empty(len(targets[rows]), len(weight), dtype=weight.dtype) if keep else None
+                kept: list[Tensor] | None = [] if keep else None
                 log_probs[rows], n, entropy, shares = _of_rows(
                     hidden[rows].float(), weight, targets[rows], temperature, with_entropy, kept
                 )
@@ -124,7 +124,7 @@ def _of_rows(
     targets: Int64[Tensor, "rows"],
     temperature: float,
     with_entropy: bool,
-    kept: Float[Tensor, "rows vocabulary"] | None,
+    kept: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return log-probs, normalisers, entropies (each ``rows``) and each tile's share of the probability (``rows tiles``).
 
@@ -140,7 +140,8 @@ def _of_rows(
         if with_entropy:
             means.append(z.sub_(highest[:, None]).mul_(p).sum(-1))
         if kept is not None:
-            kept[:, columns] = p.index_put_((rows, places), torch.zeros(()))
+            # Each in memory of its own: a large block would be asked of the system anew every time.
+            kept.append(p.index_put_((rows, places), torch.zeros(())).to(weight.dtype))
     by_tile = torch.stack(peaks, 1)
     highest = by_tile.amax(1, keepdim=True)
     by_tile -= (
@@ -162,11 +163,11 @@ def _with_targets(targets: Int64[Tensor, "rows"], vocabulary: int) -> Iterator[t
 
 
 def _kept_tiles(
-    kept: Float[Tensor, "rows vocabulary"], shares: Float[Tensor, "rows tiles"], g: Float[Tensor, "rows"]
+    kept: list[Tensor], shares: Float[Tensor, "rows tiles"], g: Float[Tensor, "rows"]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each tile a matrix, and what its rows are to be multiplied with to make the gradient of the logits."""
-    for columns, share in zip(_columns(len(kept), kept.shape[1]), shares.unbind(1), strict=True):
-        yield kept[:, columns], -g * share
+    for tile, share in zip(kept, shares.unbind(1), strict=True):
+        yield tile, -g * share
 
 
 def _tiles_again(
