@@ -84,7 +84,7 @@ def _evaluated(
     reading = _reading(config.reward, tokenizer, turns=reader.turns)
     if is_file_of_candidates(file, reader.keys):
         rows = read_candidates(file, reader)
-        with Cluster.for_job(config) if place is None else nullcontext(place) as here:
+        with Cluster.for_job(config, together=True) if place is None else nullcontext(place) as here:
             scorer = place_scoring_group(here, config, config.reward).load().result()
             yield report_on_candidates(
                 rows, lambda requests: scorer.score(requests).result(), turns=reader.turns, worst=WORST, file=file
@@ -95,7 +95,7 @@ def _evaluated(
         config.max_tokens, (encoder_positions(config.reward.model) if in_pairs else None) or config.max_tokens
     )
     pairs = _pairs(file, reader, tokenizer, max_tokens, reading, text_pairs=in_pairs)
-    with Cluster.for_job(config) if place is None else nullcontext(place) as here:
+    with Cluster.for_job(config, together=True) if place is None else nullcontext(place) as here:
         group = place_scoring_group(here, config, config.reward).load().result()
         budget = max(config.max_batch_tokens, max(len(pair.chosen) + len(pair.rejected) for pair in pairs))
         held_out = HeldOutPairs(group, pairs, RewardLoss(), budget)

@@ -46,7 +46,7 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
         if output.done:
             get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
         check_rows(source)
-        with Cluster.for_job(config) as cluster, _resumable(target):
+        with Cluster.for_job(config, together=True) as cluster, _resumable(target):
             scorer = _load(cluster, config)
             failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
     if failed.rows:
@@ -70,7 +70,7 @@ def _resumable(target: Path) -> Iterator[None]:
 def score_items(config: ServeConfig, rows: Sequence[Mapping[str, Any]], *, truncate: bool) -> list[ScoreResult]:
     """The result of every row, in order; nothing is written."""
     results: list[ScoreResult] = []
-    with Cluster.for_job(config) as cluster:
+    with Cluster.for_job(config, together=True) as cluster:
         scorer = _load(cluster, config)
         for start in range(0, len(rows), ROWS_PER_CALL):
             results += score_rows(rows[start : start + ROWS_PER_CALL], scorer, truncate=truncate).result()

@@ -44,7 +44,7 @@ class Gateway:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        self.cluster = Cluster.for_job(config, namespace=SERVICE_NAMESPACE, check_room=False)
+        self.cluster = Cluster.for_job(config, namespace=SERVICE_NAMESPACE, together=True)
         self.groups_started = 0
         self._stopping = threading.Event()
 
@@ -108,7 +108,7 @@ class Gateway:
         self.groups_started += 1  # the names of actors that end are free only a moment later
         group_name = name if self.groups_started == 1 else f"{name}-{self.groups_started}"
         limit = longest_read(self.config.max_tokens)
-        return place_scoring_group(self.cluster, self.config, role, name=group_name, max_item_bytes=limit)
+        return place_scoring_group(self.cluster, self.config, role, name=group_name, places=name, max_item_bytes=limit)
 
     def _stop_group(self, group: RewardGroup) -> None:
         assert isinstance(group.ranks, RayRanks), "the cluster started them"

@@ -117,7 +117,8 @@ def test_the_figures_are_written_before_the_cluster_is_left(
     output, seen = tmp_path / "figures.json", []
 
     @contextmanager
-    def cluster(config: Any) -> Iterator[ThisProcess]:
+    def cluster(config: Any, *, together: bool) -> Iterator[ThisProcess]:
+        assert together, "all its places are taken at once"
         yield ThisProcess(config.cluster)
         seen.append(output.exists())
 
