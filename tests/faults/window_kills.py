@@ -148,7 +148,7 @@ class WindowKiller(Killer):
 
 def campaign(root: Path, kills: int, *overrides: str) -> WindowKiller:
     """Run until all kills were made. Raises AssertionError where something was lost."""
-    steps = 2 * kills + 5
+    steps = 4 * kills + 8  # many a kill in an update comes too late
     settings = [f"run.root={root}", "run.name=kills", "monitoring.ray_metrics=false", f"steps={steps}", "cluster.num_cpus=2",
                 "run.deterministic=false", "rollout.mode=windowed", "rollout.partial=true", "rollout.max_restarts=1000",
                 "rollout.max_new_tokens=48", "rollout.max_model_tokens=96", "rollout.max_num_seqs=4", "policy.ranks=1",
