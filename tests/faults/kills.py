@@ -47,8 +47,15 @@ AGREES = 1e-3
 class Killer:
     """Kills one engine in each call of the fleet until enough have died, and checks what the fleet returns."""
 
-    def __init__(self, trainer: PpoTrainer, pids: Callable[[int], int], wanted: Counter[str], seed: int) -> None:
-        self.trainer, self.wanted, self.pids = trainer, wanted, pids
+    def __init__(
+        self,
+        trainer: PpoTrainer,
+        pids: Callable[[int], int],
+        wanted: Counter[str],
+        seed: int,
+        blow: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        self.trainer, self.wanted, self.pids, self.blow = trainer, wanted, pids, blow
         self.fleet: Fleet = trainer.sampler.fleet
         self.done: Counter[str] = Counter()
         self.late = 0
@@ -90,7 +97,7 @@ class Killer:
             pid = self.pids(victim)
         except GroupError:  # it was killed too late the last time, which the fleet finds out now
             return call()
-        kill = threading.Timer(self._rng.uniform(0.0, LATEST_SHARE * self.lasted[kind]), os.kill, [pid, signal.SIGKILL])
+        kill = threading.Timer(self._rng.uniform(0.0, LATEST_SHARE * self.lasted[kind]), os.kill, [pid, self.blow])
         kill.start()
         value = call()
         kill.join()
@@ -139,7 +146,14 @@ class Killer:
         assert self.processes() == self.trained, "a trainer has another process than at the start"
 
 
-def campaign(root: Path, generating: int, updating: int, *overrides: str, seed: int = 0) -> Counter[str]:
+def campaign(
+    root: Path,
+    generating: int,
+    updating: int,
+    *overrides: str,
+    seed: int = 0,
+    blow: signal.Signals = signal.SIGKILL,
+) -> Counter[str]:
     """Run until all kills were made; returns how many of each kind. Raises AssertionError where something was lost."""
     steps = 2 * max(generating, updating) + 4
     settings = [f"run.root={root}", "run.name=kills", "monitoring.ray_metrics=false", f"steps={steps}", "cluster.num_cpus=2",
@@ -155,7 +169,7 @@ def campaign(root: Path, generating: int, updating: int, *overrides: str, seed: 
         trainer = original(*arguments)
         engines = trainer.publisher._engines
         killers.append(
-            Killer(trainer, lambda one: int(engines[one].call("health", [()]).result()[0]["pid"]), wanted, seed)
+            Killer(trainer, lambda one: int(engines[one].call("health", [()]).result()[0]["pid"]), wanted, seed, blow)
         )
         return trainer
 
