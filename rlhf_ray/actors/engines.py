@@ -28,6 +28,7 @@ def load_fleet(engines: Sequence[Ranks], setup: RolloutSetup, timeout_s: float) 
 
     def restart(number: int, incarnation: int) -> Pending[None]:
         engines[number].restart()
+        handles[number].restarted()
         # Another seed, so that it does not repeat the draws of the process that has died.
         return load(number, replace(setup, seed=setup.seed + incarnation))
 
@@ -36,10 +37,8 @@ def load_fleet(engines: Sequence[Ranks], setup: RolloutSetup, timeout_s: float) 
     def lives(number: int) -> Pending[list[object]]:
         return engines[number].call("health", [()], timeout_s=policy.suspect_s)
 
+    handles = [RanksHandle(engine, setup.config) for engine in engines]
     for loading in [load(number, setup) for number in range(len(engines))]:
         loading.result()
-    handles, restarts = (
-        [RanksHandle(engine, setup.config) for engine in engines],
-        restart if setup.config.max_restarts else None,
-    )
+    restarts = restart if setup.config.max_restarts else None
     return Fleet(Engines(handles, restart=restarts, lives=lives, policy=policy))

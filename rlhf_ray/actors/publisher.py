@@ -39,9 +39,10 @@ class Publisher:
         )
         self._connected: list[tuple[int, int]] = []
         """The engines that weights go to from GPU to GPU, and their incarnations."""
-        self._updates = UpdateDeadline(config.update_timeout_s)
+        self._floor_s = config.update_timeout_s
+        self._updates = UpdateDeadline(self._floor_s)
         self._sent: Taken | None = None
-        """The last update that went from GPU to GPU; those have deadlines of their own."""
+        """The last update over the present connection from GPU to GPU; those have deadlines of their own."""
         self.figures: dict[str, float] = {}
         """Metrics of the last publication."""
         whole = self._content == "weights"
@@ -66,7 +67,7 @@ class Publisher:
             processes = [(one, self._fleet.health[one].incarnation) for one in engines]
             if processes != self._connected:
                 self._policy.connect_engines(self.transport, [self._engines[one] for one in engines], self._workers)
-                self._connected = processes
+                self._connected, self._sent, self._updates = processes, None, UpdateDeadline(self._floor_s)
             limit = None if self._sent is None else self._updates.limit({True: self._sent.nbytes})
             record, self._sent = self._policy.send_weights(version, limit).result()
             self._updates.took(self._sent)

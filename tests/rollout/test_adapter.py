@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def engine(policy: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def left_behind() -> list[str]:
-    return [name for name in os.listdir(vllm_adapter.MEMORY) if name.startswith("rlhf_ray_adapter_")]
+    return [name for name in os.listdir(vllm_adapter.MEMORY) if name.startswith(vllm_adapter.PREFIX)]
 
 
 def test_after_the_first_version_the_adapter_alone_travels_and_log_probs_are_the_trainers(
@@ -138,6 +139,29 @@ def test_another_base_is_taken_whole_and_an_adapter_that_was_damaged_is_refused(
     lost = replace(weights.adapter.tensors, buckets=list(weights.adapter.tensors.buckets)[:-1])
     with pytest.raises(WeightUpdateError, match=r"the adapter that came has checksum \w+, sent was \w+"):
         engine.receive(replace(weights, adapter=replace(weights.adapter, tensors=lost)))
+
+
+def test_an_adapter_goes_to_a_locked_directory_in_memory_and_what_a_dead_process_left_there_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_adapter, "MEMORY", str(tmp_path))
+    (left := tmp_path / f"{vllm_adapter.PREFIX}left").mkdir()
+    with vllm_adapter._directory(10) as first, vllm_adapter._directory(10) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second]) and not left.exists(), "one in use stays"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_memory_has_no_room_for_goes_to_disk_or_is_an_error_with_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {vllm_adapter.MEMORY: 10**6, str(tmp_path): 10**9}
+    monkeypatch.setattr(vllm_adapter, "_free", free.__getitem__)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with vllm_adapter._directory(10**6) as directory:
+        assert directory.parent == tmp_path
+    message = r"of 2000 MB has no room in /dev/shm \(1 MB free\) .*rollout\.lora to merged"
+    with pytest.raises(OSError, match=message), vllm_adapter._directory(2 * 10**9):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The deadline of an update is in proportion to its bytes, at the slowest rate of its kind, and never below a floor."""
+"""The deadline of an update goes by the bytes of all weights, or by the longest that read a part, and is at least a floor."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ def test_an_engine_that_may_need_all_weights_has_the_time_for_them(part: dict[st
     assert limit is not None and limit.seconds == pytest.approx(110.0 if "adapter" in part else 100.0)
 
 
+@pytest.mark.parametrize("nbytes", [0, 2000])
+def test_a_small_change_does_not_make_the_deadline_of_a_larger_one_hours(nbytes: int) -> None:
+    updates = UpdateDeadline(floor_s=1.0)
+    updates.took(Taken(whole=True, nbytes=GB, seconds=10.0))
+    updates.took(Taken(whole=False, nbytes=nbytes, seconds=1.0))
+    limit = updates.limit({False: GB // 2})
+    assert limit is not None and limit.seconds == pytest.approx(10 * (1 + 5), rel=1e-4)
+    assert "500.0 MB of changes or an adapter take 6.0 s by the longest update so far, 1.0 s" in limit.key
+
+
+def test_more_of_a_part_than_ever_has_no_deadline_of_its_own_where_no_rate_is_known() -> None:
+    updates = UpdateDeadline(floor_s=1.0)
+    updates.took(Taken(whole=False, nbytes=1000, seconds=2.0))
+    assert updates.limit({False: 1001}) is None
+    same = updates.limit({False: 1000})
+    assert same is not None and same.seconds == pytest.approx(20.0)
+
+
 class Slow:
     """Ranks that answer with what an update took."""
 
@@ -67,7 +85,10 @@ def test_the_second_update_of_an_engine_ends_by_the_rate_of_the_first_and_the_er
     handle = RanksHandle(ranks, RolloutConfig(update_timeout_s=5.0))  # type: ignore[arg-type]  # nothing else is called
     for _ in range(2):
         assert handle.receive(weights(GB)).result() is None
-    (first, second) = ranks.limits
+    first, second = ranks.limits
     assert first == (None, None) and second[0] == pytest.approx(200.0)
+    handle.restarted()
+    assert handle.receive(weights(GB)).result() is None
+    assert ranks.limits[2] == (None, None), "a new process may be on another node"
     late = why_late([0], 200.0, second[1], None)
     assert "did not answer within 200 s" in late and "raise rollout.update_timeout_s, 5: 1000.0 MB at 50.0 MB/s" in late

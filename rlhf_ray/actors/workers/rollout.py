@@ -180,7 +180,12 @@ class RanksHandle:
 
     def __init__(self, ranks: Ranks, config: RolloutConfig) -> None:
         self.ranks = ranks
-        self._updates = UpdateDeadline(config.update_timeout_s)
+        self._floor_s = config.update_timeout_s
+        self.restarted()
+
+    def restarted(self) -> None:
+        """A new process answers from now on, perhaps on another node: how fast it takes weights is not known."""
+        self._updates = UpdateDeadline(self._floor_s)
 
     def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> Pending[list[Generation]]:
         return self._sample("generate", requests, deadline_s, deadline_s)
@@ -201,12 +206,14 @@ class RanksHandle:
     def receive(self, weights: PublishedWeights) -> Pending[Execution | None]:
         limit = self._updates.limit(weights.ways)
         timeout_s, key = (None, None) if limit is None else (limit.seconds, limit.key)
-        answer = self.ranks.call("receive", [(weights,)], timeout_s=timeout_s, key=key)
-        return answer.then(lambda values: self._took(*values[0]))
+        answer, updates = self.ranks.call("receive", [(weights,)], timeout_s=timeout_s, key=key), self._updates
 
-    def _took(self, taken: Taken, record: Execution) -> Execution:
-        self._updates.took(taken)
-        return record
+        def note(values: list[tuple[Taken, Execution]]) -> Execution:
+            taken, record = values[0]
+            updates.took(taken)  # of the process that was asked, which may be another one by now
+            return record
+
+        return answer.then(note)
 
     def execution(self) -> Pending[Execution | None]:
         return self.ranks.call("execution", [()], timeout_s=self.GRACE_S).then(lambda values: values[0])
