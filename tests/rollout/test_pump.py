@@ -14,6 +14,7 @@ from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.errors import TooSlowError
 from rlhf_ray.rollout.fleet import Answered, Engines, Fleet, Pump
+from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
 from rlhf_ray.rollout.wire import PublishedWeights, publish
@@ -138,6 +139,28 @@ def test_an_engine_that_fails_with_answers_in_work_is_replaced_and_they_are_samp
     assert fleet.health[1].incarnation == 1 and fleet.set_aside == set()
     fleet.heal()
     assert fleet.health.healthy == (0, 1)
+
+
+def test_a_turn_waits_for_an_engine_only_where_none_is_healthy(handles: Any, weights: PublishedWeights) -> None:
+    """The first engine dies, and is up again only when it was asked for a few times, which only a turn that waits does."""
+    for others in ([], [[]]):
+        both, left = handles([KILLED], *others), [5]
+
+        def coming(timeout_s: float, left: list[int] = left) -> bool:
+            left[0] -= 1
+            return left[0] < 0
+
+        def restart(engine: int, incarnation: int, both: list[Handle] = both, coming: Any = coming) -> Pending[None]:
+            return Pending(both[engine].restart().result, coming)
+
+        fleet = Fleet(Engines(both, restart=restart, policy=HealthPolicy(backoff_s=0.0)))
+        fleet.update_weights(1, weights)
+        pump = Pump(fleet, timeout_s=LIMIT_S)
+        give(pump, 0, 1)
+        while fleet.health[0].incarnation == 0 and fleet.health[0].state is EngineState.HEALTHY:
+            pump.turn()
+        pump.turn()
+        assert (0 in fleet.health.healthy) == (not others)
 
 
 def test_answers_in_work_go_on_under_new_weights_and_a_restarted_engine_has_none_of_before(

@@ -1,6 +1,7 @@
 """Keeps the engines of a fleet sampling: each is asked, again and again, to take on what is new and to sample for a moment.
 
-Invariants: what is where is :class:`~rlhf_ray.rollout.fleet.stream.Stream`'s to say. No call waits for an engine. An engine
+Invariants: what is where is :class:`~rlhf_ray.rollout.fleet.stream.Stream`'s to say. No turn waits for an engine while
+another is healthy; where none is, it waits for one, for as long as a restart may take (``cluster.start_timeout_s``). An engine
 whose call failed or did not come back in time is dead, whatever else it says, because nobody knows what it has in work; it is
 restarted. Between two turns without a call under way the engines stand still, and weights may change.
 """
@@ -65,7 +66,9 @@ class Pump:
         return bool(self._stream.processes or self._stream.waiting or self._never_begun)
 
     def turn(self, *, begin: bool = True, sample: bool = True) -> list[Answered]:
-        """Look after every engine once, for a few hundredths of a second; returns the prompts that ended.
+        """Look after every engine once; returns the prompts that ended.
+
+        It takes a few hundredths of a second, or until an engine is healthy. Where none will be, that is an error.
 
         Without ``begin`` no further prompt is begun, and without ``sample`` no engine is asked to sample on.
         """

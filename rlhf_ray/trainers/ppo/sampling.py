@@ -180,7 +180,7 @@ class FixedSampling:
         prompts = self.prompts.take(count)
         with phase("rollout"):
             trajectories = self.sampler.generate(prompts, step)
-            refuse_stale(trajectories, version, self.config.max_staleness)
+            refuse_stale(trajectories, version, self.config)
         return Collected(prompts, trajectories)
 
 
@@ -220,14 +220,24 @@ class DynamicSampling:
         return join_collected(taken, kept or [last])
 
 
-def refuse_stale(batch: TrajectoryBatch, version: int, bound: int) -> None:
-    """Raise :class:`StaleWeightsError` if a token was sampled by weights more than ``bound`` versions old."""
+def refuse_stale(batch: TrajectoryBatch, version: int, config: PpoConfig) -> None:
+    """Raise :class:`StaleWeightsError` if a token's weights are more than ``config.max_staleness`` versions old."""
     if not bool(batch["action_mask"].any()):
         return
     oldest = int(batch["weight_version"][batch["action_mask"]].min())
-    if version - oldest > bound:
-        raise StaleWeightsError(f"a token was sampled by weight version {oldest}, now is {version}, and "
-                                f"algorithm.max_staleness is {bound}: raise it, or sample again")  # fmt: skip
+    age, bound = version - oldest, config.max_staleness
+    if age > bound:
+        rollout, key = config.rollout, "algorithm.max_staleness"
+        mode = "rollout.window" if rollout.mode == "windowed" else f"rollout.mode {rollout.mode}"
+        limit = (
+            f"{key} is {bound}"
+            if config.algorithm.max_staleness is not None
+            else f"{mode} allows {bound}, as {key} is not set"
+        )
+        raise StaleWeightsError(
+            f"a token was sampled by weight version {oldest}, {age} publication(s) ago, and {limit}: set {key} to {age} or "
+            "more, or sample again"
+        )
 
 
 def keep_informative(sampled: Collected) -> Collected:
@@ -289,7 +299,7 @@ class UserCollector:
             raise self._refusal(f"collect returned {type(collected).__name__}, not Collected")
         self._check_prompts(collected)
         self._check_samples(collected)
-        refuse_stale(collected.trajectories, version, self.config.max_staleness)
+        refuse_stale(collected.trajectories, version, self.config)
         return collected
 
     def _check_prompts(self, collected: Collected) -> None:

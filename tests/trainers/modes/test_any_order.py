@@ -1,5 +1,7 @@
 """All modes, over any order of answers, deaths and restarts of engines, skipped updates, checkpoints and resumes.
 
+A run also ends between taking a step and finishing it, and goes on with fewer steps than it was to have.
+
 What must hold whatever happens when: each step learns from its own prompts, every prompt is used once and in the order of the
 data, each with all its samples; no token is older than the mode's bound, and the version of each is that of the weights that
 its engine held. The modes, the fleet and its restarts are real; only the engines' processes are made up.
@@ -145,24 +147,24 @@ class Process:
 
     def run(self, saved: dict[str, Any], ledger: list[list[int]], stop_after: int) -> dict[str, Any]:
         """Go on from a checkpoint for at most some steps; returns the last checkpoint."""
-        step, version = saved["step"], saved["version"]
+        step, version, position = saved["step"], saved["version"], saved["prompts"]
         del ledger[step:]
         if saved["prompts"] is not None:
             self.prompts.restore(saved["prompts"])
             self.mode.restore(self.root / str(saved["number"]))
         self._publish(version)
         try:
-            while step < STEPS and stop_after > 0:
+            while step < self.config.steps and stop_after > 0:
                 stop_after -= 1
-                self._learn(step, version, ledger)
+                ids = self._collect(step, version)
+                if step > 0 and self.chance.happens(0.15):  # scoring fails, say: the step before is committed
+                    return saved if saved["step"] == step else self._save(saved, step, version, position)
+                ledger.append(ids)
                 step, version = step + 1, version + self.chance.happens(0.8)
                 position = self.mode.position(step)
-                if self.chance.happens(0.5) or step == STEPS:
+                if self.chance.happens(0.5) or step == self.config.steps:
                     self.mode.before_checkpoint()
-                    saved = {"step": step, "version": version, "prompts": position, "number": saved["number"] + 1}
-                    directory = self.root / str(saved["number"])
-                    directory.mkdir()
-                    self.mode.save(directory, step)
+                    saved = self._save(saved, step, version, position)
                 self._publish(version)
                 if self.chance.happens(0.2):
                     self.mode.settle()
@@ -172,7 +174,15 @@ class Process:
             self.mode.close()
         return saved
 
-    def _learn(self, step: int, version: int, ledger: list[list[int]]) -> None:
+    def _save(self, last: dict[str, Any], step: int, version: int, position: Any) -> dict[str, Any]:
+        saved = {"step": step, "version": version, "prompts": position, "number": last["number"] + 1}
+        directory = self.root / str(saved["number"])
+        directory.mkdir()
+        self.mode.save(directory, step)
+        return saved
+
+    def _collect(self, step: int, version: int) -> list[int]:
+        """The prompts of ``step``, whose samples are as they must be."""
         collected = self.mode.collect(step, version, lambda phase: nullcontext())
         batch = collected.trajectories
         actions, versions = batch["action_mask"], batch["weight_version"]
@@ -188,7 +198,7 @@ class Process:
         found = list(zip(batch["prompt_id"].tolist(), batch["sample_index"].tolist(), strict=True))
         # one that is set aside while a later step is sampled has its answers in the step before
         assert [one for one in found if one[0] not in aside] == expected
-        ledger.append(ids)
+        return ids
 
     def _publish(self, version: int) -> None:
         self.mode.pause()
@@ -209,7 +219,10 @@ ORDER = {
 def expect_the_bound_and_every_prompt_once(
     root: Path, name: str, partial: bool, seed: int, deaths: float, window: int, stop: int
 ) -> None:
-    """Run attempt after attempt, the first four of ``stop`` steps at most, until all steps are done."""
+    """Run attempt after attempt, the first four of ``stop`` steps at most, until all steps are done.
+
+    Some are to end sooner, as soon as where they begin.
+    """
     batch = f"batch={{prompts_per_step: {SIZE}, samples_per_prompt: {SAMPLES}, sequences_per_update: {SIZE * SAMPLES}}}"
     config = small(
         root, f"rollout.mode={name}", f"rollout.partial={partial}", f"rollout.window={window}", f"steps={STEPS}", batch,
@@ -220,7 +233,10 @@ def expect_the_bound_and_every_prompt_once(
     ledger: list[list[int]] = []
     aside: set[int] = set()
     for attempt in range(60):
-        saved = Process(config, root, chance, aside).run(saved, ledger, stop if attempt < 4 else STEPS)
+        sooner = chance.happens(0.3) and attempt < 4
+        total = max(saved["step"], 1) + chance.up_to(1) if sooner else STEPS
+        shorter = config.model_copy(update={"steps": min(total, STEPS)})
+        saved = Process(shorter, root, chance, aside).run(saved, ledger, stop if attempt < 4 else STEPS)
         if len(ledger) == STEPS:
             break
     used = [prompt for step in ledger for prompt in step]

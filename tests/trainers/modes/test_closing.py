@@ -20,6 +20,7 @@ from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.requests import Generation, GenerationRequest
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trainers.ppo.build import make_mode
+from rlhf_ray.trainers.ppo.modes.window import Window
 from rlhf_ray.trainers.ppo.sampling import FixedSampling, PromptStream, Sampler
 from rlhf_ray.trajectories.columns import FinishReason
 from tests.trainers.modes.test_one_step_off import small
@@ -62,11 +63,15 @@ class Engine:
         raise DeadRankError("rollout", 0, "generate", "its process died: killed")
 
 
-@pytest.mark.parametrize("name", ["one_step_off", "windowed"])
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("one_step_off", []), ("windowed", []), ("windowed", ["rollout.window=1"])]
+)
 def test_a_run_that_ends_while_its_engines_work_ends_at_once_and_restarts_none(
-    name: str, tmp_path: Path, project_log: StringIO
+    name: str, overrides: list[str], tmp_path: Path, project_log: StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small(tmp_path, f"rollout.mode={name}", f"run.deterministic={str(name != 'windowed').lower()}")
+    """With a window of one step the engines have stood still before the step is taken, and work on after it."""
+    deterministic = f"run.deterministic={str(name != 'windowed').lower()}"
+    config = small(tmp_path, f"rollout.mode={name}", deterministic, *overrides)
     engine, restarts = Engine(config.batch.prompts_per_step), list[int]()
 
     def restart(number: int, incarnation: int) -> Pending[None]:
@@ -78,6 +83,9 @@ def test_a_run_that_ends_while_its_engines_work_ends_at_once_and_restarts_none(
     data = [TokenizedPrompt(number, "", (1, 2)) for number in range(24)]
     prompts, sampler = PromptStream(data, [Part(len(data), len(data))], 0), Sampler(config, fleet)
     mode = make_mode(config, FixedSampling(config, prompts, sampler), prompts, sampler, [engine])  # type: ignore[list-item]
+    if overrides:
+        ready = Window.ready
+        monkeypatch.setattr(Window, "ready", lambda window: ready(window) and mode._still)  # type: ignore[attr-defined]
     mode.collect(0, 0, lambda phase: nullcontext())
     assert engine.busy.wait(10)
     began = time.monotonic()

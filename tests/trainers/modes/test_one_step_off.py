@@ -217,7 +217,9 @@ def test_a_token_older_than_the_bound_is_refused(tmp_path: Path, monkeypatch: py
     config = small(tmp_path, "checkpoint.every_steps=0")
     run = start(config)
     with pytest.raises(
-        StaleWeightsError, match=r"sampled by weight version 0, now is 1, and algorithm.max_staleness is 0"
+        StaleWeightsError,
+        match=r"sampled by weight version 0, 1 publication\(s\) ago, and rollout.mode one_step_off allows 0, as "
+        r"algorithm.max_staleness is not set: set algorithm.max_staleness to 1 or more",
     ):
         train(config, run)
     run.release()

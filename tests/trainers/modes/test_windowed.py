@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.data.order import Part
@@ -23,8 +24,9 @@ from rlhf_ray.rollout.requests import Generation, gather, make_requests
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import stopping
 from rlhf_ray.trainers.ppo.modes.buffer import read_steps, sizes_of
+from rlhf_ray.trainers.ppo.modes.one_step_off import OneStepOff
 from rlhf_ray.trainers.ppo.modes.windowed import Answers, Windowed, number_samples
-from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler
+from rlhf_ray.trainers.ppo.sampling import PromptStream, Sampler, refuse_stale
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
@@ -110,6 +112,47 @@ def test_a_resumed_run_uses_the_finished_answers_of_its_checkpoint_and_every_pro
     assert lines(again, "rollout/staleness")[2] == 2.0 and max(lines(again, "rollout/staleness")) <= 2
 
 
+@pytest.mark.parametrize("mode", ["one_step_off", "windowed"])
+def test_a_run_that_fails_while_it_scores_keeps_the_step_that_it_took_and_those_after_it(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint then holds one step more than may be begun after it."""
+    config = windowed(tmp_path, f"rollout.mode={mode}", "checkpoint.every_steps=0")
+
+    def waiting(self: Windowed | OneStepOff, step: int, version: int, phase: Any) -> Any:
+        collected = collect(self, step, version, phase)
+        if isinstance(self, OneStepOff):
+            self.settle()
+        elif step == 2:
+            assert self._window is not None
+            end = time.monotonic() + 20
+            while self._window.counts() != (0, 2 * SIZE):
+                assert time.monotonic() < end, f"the window does not fill: {self._window.counts()}"
+                time.sleep(0.002)
+        if step == 2:
+            away.touch()
+        return collected
+
+    away = tmp_path / "away"
+    owner = Windowed if mode == "windowed" else OneStepOff
+    collect: Any = owner.collect
+    run = start(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "collect", waiting)
+        with pytest.raises(ResumableStop, match="Everything up to step 2 is committed"):
+            train(config, run)
+        run.release()
+    away.unlink()
+    again, checkpoint = RunDirectory.resume(run.path)
+    assert checkpoint is not None
+    kept = read_steps(checkpoint.path, sizes_of(config))
+    assert [one.step for one in kept] == ([2, 3, 4] if mode == "windowed" else [2, 3])
+    train(config, again, checkpoint)
+    ids = taken(again)
+    assert ids[2 * SIZE : 4 * SIZE] == [prompt for one in kept[:2] for prompt in one.prompt_ids]
+    assert len(ids) == len(set(ids)) == STEPS * SIZE
+
+
 def test_an_error_of_the_background_thread_costs_no_step_whose_answers_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +221,30 @@ def test_no_answer_is_saved_where_the_step_before_it_was_refused(
     assert len(taken(again)) == len(set(taken(again))) == STEPS * SIZE
 
 
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        ([], "rollout.window allows 2, as algorithm.max_staleness is not set"),
+        (["rollout.mode=sync"], "rollout.mode sync allows 0, as algorithm.max_staleness is not set"),
+        (["algorithm.max_staleness=3"], "algorithm.max_staleness is 3"),
+    ],
+)
+def test_an_answer_that_is_too_old_is_refused_by_the_key_that_the_bound_comes_from(
+    overrides: list[str], limit: str, tmp_path: Path
+) -> None:
+    batch = TrajectoryBatch.from_sequences(
+        [[1, 2]], action_mask=torch.tensor([False, True]), weight_version=torch.tensor([-1, 5], dtype=torch.int32)
+    )
+    config = windowed(tmp_path, *overrides)
+    refuse_stale(batch, 5 + config.max_staleness, config)
+    with pytest.raises(StaleWeightsError) as caught:
+        refuse_stale(batch, 9, config)
+    assert str(caught.value) == (
+        f"a token was sampled by weight version 5, 4 publication(s) ago, and {limit}: set algorithm.max_staleness to 4 or "
+        "more, or sample again"
+    )
+
+
 def test_a_prompt_that_is_twice_in_a_step_has_samples_with_numbers_of_their_own() -> None:
     batch = TrajectoryBatch.from_arrays(
         {
@@ -190,36 +257,58 @@ def test_a_prompt_that_is_twice_in_a_step_has_samples_with_numbers_of_their_own(
     assert number_samples(batch)["sample_index"].tolist() == [0, 1, 0, 2, 3]
 
 
+DATA = [TokenizedPrompt(100 + number, "", (1, 2 + number)) for number in range(12)]
+
+
+def mode_at(step: int, config: Any) -> tuple[Windowed, PromptStream]:
+    prompts = PromptStream(DATA, [Part(len(DATA), len(DATA))], 0)
+    mode = Windowed(config, Sampler(config, Fleet(Engines([]))), prompts)
+    mode._window_at(step)
+    return mode, prompts
+
+
+def saved_at(step: int, config: Any, directory: Path, *answered: int) -> Windowed:
+    """What has begun five prompts, and has answers to some of them."""
+    mode, prompts = mode_at(step, config)
+    assert mode._window is not None
+    first = step * SIZE
+    for number, prompt in enumerate(prompts.take(5), first):
+        assert mode._window.next() == number
+        mode._begun[number] = prompt
+    for number in answered:
+        prompt = mode._begun.pop(first + number)
+        (request,) = make_requests([(prompt.prompt_id, prompt.token_ids)], samples_per_prompt=1, max_new_tokens=1)
+        answer = Generation(*request.key, (5,), (-0.5,), (7,), FinishReason.LENGTH)
+        mode._window.finish(first + number, Answers(prompt, gather([request], [answer])))
+    mode.save(directory, step)
+    return mode
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(2, 0), (3, SIZE), (4, 5)])
+def test_a_run_that_is_to_end_sooner_has_the_prompts_of_the_steps_that_it_lost_yet_to_take(
+    steps: int, kept: int, tmp_path: Path
+) -> None:
+    config = windowed(tmp_path)
+    saved_at(2, config, tmp_path, 0, 1, 2, 4)
+    again, stream = mode_at(2, config.model_copy(update={"steps": steps}))
+    again.restore(tmp_path)
+    assert stream.take(1) == prompts_at(DATA, kept)
+    assert len(again._current) == (SIZE if kept else 0), "the next step is there at once"
+
+
 def test_a_checkpoint_keeps_answers_behind_prompts_that_have_none_yet(tmp_path: Path) -> None:
     """Prompts 0 and 2 are still in work: a resumed run samples them again, and the answers to 1 and 3 are used."""
     config = windowed(tmp_path)
-    data = [TokenizedPrompt(100 + number, "", (1, 2 + number)) for number in range(12)]
-
-    def mode_at(step: int) -> tuple[Windowed, PromptStream]:
-        prompts = PromptStream(data, [Part(len(data), len(data))], 0)
-        mode = Windowed(config, Sampler(config, Fleet(Engines([]))), prompts)
-        mode._window_at(step)
-        return mode, prompts
-
-    mode, prompts = mode_at(0)
-    assert mode._window is not None
-    for number, prompt in enumerate(prompts.take(5)):
-        assert mode._window.next() == number
-        mode._begun[number] = prompt
-    for number in (3, 1):
-        prompt = mode._begun.pop(number)
-        (request,) = make_requests([(prompt.prompt_id, prompt.token_ids)], samples_per_prompt=1, max_new_tokens=1)
-        answer = Generation(*request.key, (5,), (-0.5,), (7,), FinishReason.LENGTH)
-        mode._window.finish(number, Answers(prompt, gather([request], [answer])))
-    mode.save(tmp_path, 0)
-    again, stream = mode_at(0)
+    mode = saved_at(0, config, tmp_path, 3, 1)
+    again, stream = mode_at(0, config)
     again.restore(tmp_path)
+    assert mode._window is not None
     assert again._window is not None and again._again == [0, 2]
     kept = again._window.answered()
     assert {number: one.batch["prompt_id"].tolist() for number, one in kept.items()} == {
         number: [mode._window.answered()[number].prompt.prompt_id] for number in (1, 3)
     }
-    assert stream.take(1) == prompts_at(data, 4), "prompt 4, behind the last answer, is yet to be taken"
+    assert stream.take(1) == prompts_at(DATA, 4), "prompt 4, behind the last answer, is yet to be taken"
 
 
 def prompts_at(data: list[TokenizedPrompt], number: int) -> list[TokenizedPrompt]:

@@ -101,7 +101,7 @@ class OneStepOff:
         with phase("rollout"):
             collected = one.result()
         try:
-            refuse_stale(collected.trajectories, version, self.config.max_staleness)
+            refuse_stale(collected.trajectories, version, self.config)
         except StaleWeightsError as error:  # no checkpoint takes them: a resumed run would be refused them as well
             one.collected, one.error = None, error
             raise

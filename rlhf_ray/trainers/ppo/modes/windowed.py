@@ -9,6 +9,8 @@ Invariants:
   each token has the version that sampled it; without, it is finished first, and every answer is of one version.
 - A checkpoint holds every answered prompt of steps to come, with the versions of its tokens, and which prompts were begun
   besides. These are sampled again, from the start: never does a run train on what a process that is gone left unfinished.
+  A step that was taken and not finished counts as taken once more, so that the steps that were begun after it keep their
+  answers. A run that is to end sooner leaves those of the steps that it lost, and has their prompts yet to take.
 
 When a prompt is begun is a matter of time, so this mode does not repeat bit for bit.
 """
@@ -99,16 +101,17 @@ class Windowed:
             del self._positions[finished]
         with phase("rollout"), self._changed:
             self._set(Task.SAMPLE)
-            self._changed.wait_for(lambda: window.ready() or self._error is not None)
-            if not window.ready():
-                assert self._error is not None, "it was waited for one or the other"
-                raise self._error
-            self._current, self._current_step, self._refused = window.take(), step, False
+            if self._current_step != step:  # a checkpoint may have brought it
+                self._changed.wait_for(lambda: window.ready() or self._error is not None)
+                if not window.ready():
+                    assert self._error is not None, "it was waited for one or the other"
+                    raise self._error
+                self._take(window)
             metrics = self._measure(window)
             self._changed.notify_all()
         trajectories = number_samples(TrajectoryBatch.concatenate([one.batch for one in self._current]))
         try:
-            refuse_stale(trajectories, version, self.config.max_staleness)
+            refuse_stale(trajectories, version, self.config)
         except StaleWeightsError:  # no checkpoint takes them: a resumed run would be refused them as well
             self._refused = True
             raise
@@ -145,6 +148,8 @@ class Windowed:
     def restore(self, directory: Path) -> None:
         """Take the answers of a checkpoint; all prompts that it had begun, which come next in the stream, count as taken."""
         for saved in read_steps(directory, sizes_of(self.config)):
+            if saved.step >= self.config.steps:
+                return
             window = self._window_at(saved.step)
             before = self.prompts.state()
             prompts = self.prompts.take(len(saved.prompt_ids))
@@ -159,13 +164,17 @@ class Windowed:
             row = 0
             for prompt, samples in zip(prompts, saved.samples or (), strict=True):
                 number = window.next()
-                assert number is not None, "a checkpoint of the same window holds no more than it"
+                assert number is not None, (
+                    "a checkpoint of the same window holds no more than it, but the step that was taken"
+                )
                 if samples is None:
                     self._begun[number] = prompt
                     self._again.append(number)
                 else:
                     window.finish(number, Answers(prompt, saved.trajectories.select(range(row, row + samples))))
                     row += samples
+            if self._current_step < 0 and window.ready():
+                self._take(window)
 
     def close(self) -> None:
         """Stop the engines if they work for a step that nobody will use, and end the thread."""
@@ -182,8 +191,6 @@ class Windowed:
 
     def _set(self, task: Task) -> None:
         self._task = task
-        if task is Task.SAMPLE:
-            self._still = self._error is not None
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="rollout window", daemon=True)
             self._thread.start()
@@ -227,6 +234,7 @@ class Windowed:
                     Task.END: True,
                 }[task]
                 if busy:
+                    self._still = False
                     return task
                 self._still = True
                 self._changed.notify_all()
@@ -253,6 +261,10 @@ class Windowed:
             size = self.config.batch.prompts_per_step
             self._window = Window(self.config.rollout.window, size, self.config.steps, step)
         return self._window
+
+    def _take(self, window: Window[Answers]) -> None:
+        step = window.step
+        self._current, self._current_step, self._refused = window.take(), step, False
 
     def _current_part(self, step: int) -> list[BufferedStep]:
         """The step that was taken, where it has not finished."""
