@@ -15,6 +15,7 @@ from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError
+from rlhf_ray.rollout.engine import ROLE
 from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.rollout.transport import choose_transport
@@ -75,6 +76,8 @@ class Publisher:
         except GroupError as error:
             # Ranks of the policy may still wait for one another, so it is the policy that failed: it saves nothing any more.
             ours = error.role == self._policy.role
+            if not ours and error.role != ROLE:
+                raise  # a role that shares the GPUs has not made room: nothing was sent yet
             cause = error.cause if ours else str(error)
             hint = f"{cause}\nWeights went {WAYS[self.transport]}; rollout.weight_transport=object_store avoids that"
             raise type(error)(self._policy.role, error.rank if ours else None, error.phase, hint) from error

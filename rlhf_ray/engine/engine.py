@@ -227,7 +227,7 @@ class Engine:
     def offload(self, *, keep_weights: bool) -> None:
         """Move what this rank holds to the host, or all of it but the weights; it computes nothing before :meth:`reload`.
 
-        Between two updates alone. What :func:`rlhf_ray.engine.offload.unmovable` names, it raises for.
+        Between two updates alone. What DeepSpeed cannot move, ``config/checks/colocation.py`` refuses before a job starts.
         """
         if self._pending:
             raise RlhfRayError("offload: call apply first, to end the last update")

@@ -30,6 +30,7 @@ from rlhf_ray.planning.memory import (
     cache_of_a_token,
     engine_parts,
     head_parts,
+    kept_parts,
     peak,
     sampling_parts,
     total,
@@ -118,6 +119,8 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
             size, model.dtype, training=training, forward=forward, checkpointing=model.gradient_checkpointing
         )
         parts += head_parts(size, model.dtype, trains=role.trained)
+        if not share:
+            parts += kept_parts(size, model.dtype, training=training)
         sampling = config.sampling()
         if sampling is not None and sampling.role.config is section:
             parts += _last_weights(sampling, size)

@@ -35,6 +35,8 @@ LIVE = 1_000_000_000
 """Numbers of whole weights that ZeRO-3 keeps at once, where two layers are fewer: ``stage3_max_live_parameters``."""
 SUB_GROUP = 1_000_000_000
 """Numbers that the optimizer of ZeRO-3 updates at once: DeepSpeed's ``sub_group_size``."""
+KEPT_PROBABILITIES = 1 << 27
+"""Most bytes of probabilities that a forward pass on a CPU keeps for its backward: ``KEPT_BYTES`` of the model's head."""
 CONTEXT = 800_000_000
 """Bytes that CUDA, cuBLAS and NCCL take of a GPU in each process. An assumption, to be measured on a GPU."""
 PROCESS = 3_000_000_000
@@ -186,6 +188,16 @@ def head_parts(size: ModelSize, dtype: Dtype, *, trains: bool) -> Iterator[Part]
         gradient = 0 if frozen else size.vocabulary * size.hidden * (FP32 + (each if each < FP32 else 0))
         narrow = each if each < FP32 else 0
         yield Part("logits", "GPU", max(2 * chunk * FP32, chunk * (FP32 + narrow) + gradient), ("backward",))
+
+
+def kept_parts(size: ModelSize, dtype: Dtype, *, training: int) -> Iterator[Part]:
+    """Probabilities that a model on a CPU keeps of a micro-batch of at most ``training`` tokens, instead of logits twice.
+
+    A micro-batch that would need more than the bound keeps none, but a smaller one may. None for a score head.
+    """
+    kept = min(KEPT_PROBABILITIES, training * size.vocabulary * BYTES[dtype])
+    if kept:
+        yield Part("probabilities", "GPU", kept, ("backward",))
 
 
 def tokens_of_a_chunk(vocabulary: int) -> int:

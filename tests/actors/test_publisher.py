@@ -14,7 +14,7 @@ from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import GroupError
+from rlhf_ray.errors import DeadRankError, GroupError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet import Engines, Fleet
@@ -204,3 +204,19 @@ def test_what_goes_from_gpu_to_gpu_has_the_time_that_its_bytes_took_before(
     nbytes = sum(weight.nbytes for _, weight in policy.disk_weights())
     assert first == (None, None) and seconds is not None and key is not None and seconds > 1e-6
     assert key.startswith(f"rollout.update_timeout_s, 1e-06: {nbytes / 1e6:.1f} MB at ")
+
+
+def test_a_role_that_does_not_make_room_for_an_update_is_named_itself(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy is not to blame, nor the way that weights take."""
+    publisher, _, _ = make(policy)
+    failure = DeadRankError("critic", 1, "go_to", "its process died")
+
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(publisher._policy, "connect_engines", fail)
+    with pytest.raises(GroupError) as caught:
+        publisher.publish(1)
+    assert caught.value is failure, caught.value

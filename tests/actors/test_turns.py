@@ -21,12 +21,16 @@ from rlhf_ray.actors.turns import NEEDS, SETUP, SharedPlace, TurnRanks, Turns
 from rlhf_ray.actors.workers import rollout
 from rlhf_ray.actors.workers.model import ModelWorker
 from rlhf_ray.actors.workers.registry import WORKERS
-from rlhf_ray.actors.workers.rollout import RolloutWorker
+from rlhf_ray.actors.workers.rollout import RanksHandle, RolloutWorker
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, ResumableStop
 from rlhf_ray.launch.driver import continue_run, train_new_run
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.colocation.phases import Kind, Level
+from rlhf_ray.rollout.fleet import Engines, Fleet
+from rlhf_ray.rollout.requests import make_requests
+from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trainers import session, stopping
 from tests.trainers.small_runs import signals_as_before
 
@@ -190,6 +194,13 @@ class Slow:
     stop = end
 
 
+class Always(dict[str, Exception]):
+    """Errors that do not pass."""
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        return self.get(key, default)
+
+
 @pytest.fixture
 def log() -> list[str]:
     return []
@@ -259,6 +270,49 @@ def test_a_role_that_trains_and_does_not_come_is_an_error_and_the_next_call_asks
     log.clear()
     outside["policy"].call("save", [()]).result()
     assert log == ["policy go_to ALL", "policy save"]
+
+
+@pytest.mark.parametrize("what", ["generate", "receive", "restart"])
+def test_no_engine_is_blamed_for_a_role_that_does_not_make_room_for_it(shared: Any, log: list[str], what: str) -> None:
+    """An engine that fails is restarted; this failure would meet the new process too, and is the policy's."""
+    _, outside, inside = shared
+    names = ("rollout/0", "rollout/1")
+    engines = Engines(
+        [RanksHandle(outside[name], RolloutConfig()) for name in names],
+        restart=lambda number, incarnation: Pending.done(outside[names[number]].restart()),
+    )
+    outside["policy"].call("accumulate", [()]).result()
+    if what == "restart":
+        engines.health.died(0, "it was killed", 0)
+    failure = DeadRankError("policy", 1, "go_to", "its process died")
+    inside["policy"].errors["go_to"] = failure
+    log.clear()
+    with pytest.raises(GroupError) as caught:
+        if what == "restart":
+            engines.heal()
+        elif what == "generate":
+            engines.start(0, lambda handle: handle.generate([], 1.0))
+        else:
+            engines.start(0, lambda handle: handle.receive(PublishedWeights(1, [], "")))
+    assert caught.value is failure
+    assert not engines.health.has_died(1, 0) and log[-1] == "policy go_to AWAY", (
+        "nothing was asked of an engine behind it"
+    )
+
+
+def test_a_run_whose_policy_does_not_make_room_ends_by_the_error_of_the_policy(shared: Any) -> None:
+    """Then no commit is tried of a group, one of whose ranks has died."""
+    _, outside, inside = shared
+    fleet = Fleet(Engines([RanksHandle(outside[name], RolloutConfig()) for name in ("rollout/0", "rollout/1")]))
+    fleet.health.publish(1)
+    for engine in range(2):
+        fleet.health.updated(engine, 1, 0)
+    outside["policy"].call("accumulate", [()]).result()
+    inside["policy"].errors = Always(go_to=DeadRankError("policy", 1, "go_to", "its process died"))
+    with pytest.raises(GroupError) as caught:
+        fleet.generate(make_requests([(0, [1])], samples_per_prompt=1, max_new_tokens=1, run_seed=0), 1.0)
+    assert caught.value.role == "policy", caught.value
+    assert fleet.health.healthy == (0, 1)
 
 
 def test_a_worker_that_was_ended_answers_no_call_until_it_is_started_again() -> None:

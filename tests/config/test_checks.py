@@ -162,6 +162,8 @@ CASES = [
      "rollout.lora: adapter, but a transformers engine takes none: set it to merged, or backend to vllm"),
     ("ppo", [LORA, "rollout.lora=adapter", "rollout.weight_delta=true"],
      "rollout.lora: adapter, but then no weights travel whose changes weight_delta could send: remove weight_delta"),
+    ("ppo", [LORA, "rollout.lora=adapter", "rollout.sleep=true", "rollout.resources.gpus_per_rank=0.3"],
+     "rollout.lora: adapter, which an engine whose cache sleeps may not take: set it to merged, or remove sleep"),
     ("ppo", ["rollout.sleep=true"],
      "rollout.sleep: true, but it is for a vllm engine that shares a GPU with other roles (backend is vllm, "
      "resources.gpus_per_rank 0): remove it"),

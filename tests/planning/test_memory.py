@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.engine.settings import deepspeed_config
+from rlhf_ray.models.forward.log_prob_tiles import KEPT_BYTES
+from rlhf_ray.planning.job_memory import job_memory
 from rlhf_ray.planning.memory import (
     BUCKET,
     LIVE,
@@ -19,6 +22,7 @@ from rlhf_ray.planning.memory import (
     cache_of_a_token,
     engine_parts,
     head_parts,
+    kept_parts,
     peak,
     pinned,
     sampling_parts,
@@ -81,6 +85,34 @@ def test_a_frozen_model_has_weights_alone_and_a_score_head_no_logits() -> None:
     frozen = ModelSize(**{**vars(SIZE), "trained": 0, "vocabulary": 0})
     assert [part.what for part in engine_parts(frozen, EngineConfig(), "bf16", 1)] == ["weights"]
     assert not list(head_parts(frozen, "bf16", trains=False))
+
+
+def test_a_policy_on_a_cpu_keeps_probabilities_of_a_micro_batch_up_to_the_bound_of_its_head() -> None:
+    vocabulary = SIZE.vocabulary
+
+    def kept(training: int) -> list[tuple[str, float]]:
+        return [(part.what, part.bytes) for part in kept_parts(SIZE, "bf16", training=training)]
+
+    assert kept(100) == [("probabilities", 100 * vocabulary * 2)]
+    assert kept(10_000_000) == [("probabilities", KEPT_BYTES)], "smaller micro-batches than the largest fill the bound"
+    assert kept(0) == [] and not list(kept_parts(replace(SIZE, vocabulary=0), "bf16", training=100))
+
+
+@pytest.mark.parametrize("role", ["policy", "critic", "reference"])
+def test_plan_counts_them_where_a_policy_trains_on_a_cpu_alone(tmp_path: Path, role: str) -> None:
+    path = write_model(tmp_path / "model")
+
+    def parts(*overrides: str) -> dict[str, float]:
+        models = [f"{one}.model={{path: {path}}}" for one in ("policy", "reference")]
+        models.append(f"critic.model={{path: {path}, head_init: hf}}")
+        memory = job_memory(load_config("demo-ppo", [*models, *overrides]))
+        (found,) = (one for one in memory if one.role == role)
+        return {part.what: part.bytes for part in found.parts}
+
+    on_cpu, on_gpu = parts(), parts(f"{role}.resources.gpus_per_rank=1")
+    assert on_cpu["weights"] and on_gpu["weights"]
+    assert (on_cpu.get("probabilities", 0) > 0) is (role == "policy")
+    assert "probabilities" not in on_gpu
 
 
 def test_a_rollout_engine_splits_weights_and_cache_over_its_gpus() -> None:

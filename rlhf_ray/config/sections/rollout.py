@@ -127,6 +127,8 @@ class RolloutConfig(Section):
                 "lora",
                 "adapter, but then no weights travel whose changes weight_delta could send: remove weight_delta",
             )
+        if self.lora == "adapter" and self.sleep:
+            yield "lora", "adapter, which an engine whose cache sleeps may not take: set it to merged, or remove sleep"
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
         if self.backend == "transformers" and tokens is not None:
             yield "max_num_batched_tokens", f"{tokens}, but only vllm counts the tokens of a step: remove it"

@@ -1,7 +1,8 @@
 """The engines of a fleet, each kept alive: asked how it is, started again where it died, given the weights that it missed.
 
 Invariants: :meth:`Engines.heal` waits for no engine. What is reported of a process that was replaced changes nothing. An engine
-that was restarted serves once its new process has taken the published weights. Stopped engines are not restarted.
+that was restarted serves once its new process has taken the published weights. Stopped engines are not restarted. The failure
+of another role, which shares the GPUs and does not make room, is raised; no engine is taken for dead because of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from rlhf_ray.console import get_logger
@@ -151,10 +153,7 @@ class Engines:
                 "engine %d is restarted, restart %d of %d (rollout.max_restarts); it died because: %s",
                 engine, self.health[engine].in_a_row, self.health.policy.max_restarts, cause,
             )  # fmt: skip
-            try:
-                self._starting[engine] = incarnation, self._restart(engine, incarnation)
-            except RlhfRayError as error:
-                self._starting[engine] = incarnation, _failed(error)
+            self._starting[engine] = incarnation, _begin(partial(self._restart, engine, incarnation))
         for engine, (incarnation, start) in list(self._starting.items()):
             if start.ready():
                 del self._starting[engine]
@@ -273,11 +272,7 @@ class Engines:
             if asked is None or asked.incarnation != incarnation:  # a new process is asked after a while
                 self._called[engine] = Asked(incarnation, now + LIVES_EVERY_S, None)
             elif asked.answer is None and now >= asked.again_at:
-                try:
-                    answer = self._lives(engine)
-                except GroupError as error:
-                    answer = _failed(error)
-                self._called[engine] = Asked(incarnation, now + LIVES_EVERY_S, answer)
+                self._called[engine] = Asked(incarnation, now + LIVES_EVERY_S, _begin(partial(self._lives, engine)))
         for engine, asked in list(self._called.items()):
             if asked.answer is not None and asked.answer.ready():
                 self._called[engine] = replace(asked, answer=None)
@@ -289,11 +284,7 @@ class Engines:
 
     def start(self, engine: int, call: Callable[[EngineHandle], Pending[Any]]) -> tuple[int, Pending[Any]]:
         """The incarnation that is called, and its answer; a call that cannot even be started fails as if it had later."""
-        incarnation = self.health[engine].incarnation
-        try:
-            return incarnation, call(self.handles[engine])
-        except GroupError as error:
-            return incarnation, _failed(error)
+        return self.health[engine].incarnation, _begin(partial(call, self.handles[engine]))
 
     def lose(self, engine: int, incarnation: int, error: GroupError) -> None:
         """Record a failure: an engine that is known to be dead is dead, one that only failed to answer is suspect."""
@@ -313,8 +304,17 @@ class Engines:
         return news
 
 
-def _failed(error: Exception) -> Pending[Any]:
+def _begin(call: Callable[[], Pending[Any]]) -> Pending[Any]:
+    """What ``call`` returns, or its error as a failed answer of the engine; an error of another role is raised."""
+    try:
+        return call()
+    except RlhfRayError as error:
+        # With cluster.colocate a training role has to make room first. Where it does not, no engine is to blame.
+        if isinstance(error, GroupError) and error.role != ROLE:
+            raise
+        failure = error
+
     def wait() -> Any:
-        raise error
+        raise failure
 
     return Pending(wait)
