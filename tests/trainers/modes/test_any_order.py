@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,7 +32,7 @@ from rlhf_ray.rollout.health import HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, Probe
 from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trainers.ppo.build import make_mode
-from rlhf_ray.trainers.ppo.modes import Mode
+from rlhf_ray.trainers.ppo.modes import Mode, Windowed
 from rlhf_ray.trainers.ppo.sampling import FixedSampling, PromptStream, Sampler
 from rlhf_ray.trajectories.columns import FinishReason
 from tests.trainers.modes.test_one_step_off import small
@@ -158,6 +159,7 @@ class Process:
                 stop_after -= 1
                 ids = self._collect(step, version)
                 if step > 0 and self.chance.happens(0.15):  # scoring fails, say: the step before is committed
+                    self._wait_until_full()
                     return saved if saved["step"] == step else self._save(saved, step, version, position)
                 ledger.append(ids)
                 step, version = step + 1, version + self.chance.happens(0.8)
@@ -180,6 +182,16 @@ class Process:
         directory.mkdir()
         self.mode.save(directory, step)
         return saved
+
+    def _wait_until_full(self) -> None:
+        """Scoring takes its time at times: the engines are then as far ahead as they may be."""
+        if not isinstance(self.mode, Windowed) or self.chance.happens(0.3):
+            return
+        window, end = self.mode._window, time.monotonic() + 20
+        assert window is not None
+        while window.counts() != (0, SIZE * min(window.steps, window.total - window.step)):
+            assert time.monotonic() < end, f"the window does not fill: {window.counts()}"
+            time.sleep(0.005)
 
     def _collect(self, step: int, version: int) -> list[int]:
         """The prompts of ``step``, whose samples are as they must be."""
