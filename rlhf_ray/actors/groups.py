@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -132,6 +132,11 @@ class ReferenceGroup(Group):
 
 
 class PolicyGroup(ReferenceGroup):
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks)
+        self._said: set[str] = set()
+        """Warnings of the execution contract, each of which is said once."""
+
     def save_without_weights(self, directory: str) -> Pending[dict[str, tuple[int, ...]]]:
         """Write what rollout engines start from; the value is the shapes of the weights by their names on disk."""
         return self._everywhere("save_without_weights", directory).then(lambda shapes: shapes[0])
@@ -141,20 +146,27 @@ class PolicyGroup(ReferenceGroup):
         return int(self._everywhere("adapter_rank").result()[0])
 
     def publish_weights(self, version: int, content: Content = "weights") -> Pending[PublishedWeights]:
-        """Return rank 0's publication, by which the rollout engines find the weights."""
-        return self._everywhere("publish_weights", version, content).then(lambda published: published[0])
+        """Return rank 0's publication, by which the rollout engines find the weights; errors as of :meth:`execution`."""
+
+        def agreed(ranks: list[Any]) -> PublishedWeights:
+            if self.size > 1:  # the publication has rank 0's record alone
+                self.execution().result()
+            return cast(PublishedWeights, ranks[0])
+
+        return self._everywhere("publish_weights", version, content).then(agreed)
 
     def execution(self) -> Pending[Execution]:
         """How the ranks compute log-probs; :class:`RequestError` where one does it otherwise than rank 0."""
+        return self._everywhere("execution").then(self._alike)
 
-        def agreed(ranks: list[Execution]) -> Execution:
-            for rank, one in enumerate(ranks):
-                sides = {"here": f"{self.role} rank {rank}", "there": f"{self.role} rank 0"}
-                for text in require_agreement(one, ranks[0], "alike", **sides):
+    def _alike(self, ranks: Sequence[Execution]) -> Execution:
+        for rank, one in enumerate(ranks):
+            sides = {"here": f"{self.role} rank {rank}", "there": f"{self.role} rank 0"}
+            for text in require_agreement(one, ranks[0], "alike", **sides):
+                if text not in self._said:
+                    self._said.add(text)
                     get_logger().warning("%s", text)
-            return ranks[0]
-
-        return self._everywhere("execution").then(agreed)
+        return ranks[0]
 
     def gpus(self) -> list[str | None]:
         """The GPU of each rank."""
@@ -169,10 +181,11 @@ class PolicyGroup(ReferenceGroup):
     def send_weights(self, version: int, limit: Limit | None = None) -> Pending[tuple[Execution, Taken]]:
         """Send the weights to the connected engines, within ``limit`` or else that of any call.
 
-        The value is how rank 0 computes log-probs, and what the sending took.
+        The value is how the ranks compute log-probs, and what the sending took; errors as of :meth:`execution`.
         """
         timeout_s, key = (None, None) if limit is None else (limit.seconds, limit.key)
-        return self._everywhere("send_weights", version, timeout_s=timeout_s, key=key).then(lambda values: values[0])
+        sent = self._everywhere("send_weights", version, timeout_s=timeout_s, key=key)
+        return sent.then(lambda ranks: (self._alike([record for record, _ in ranks]), ranks[0][1]))
 
 
 class CriticGroup(Group):

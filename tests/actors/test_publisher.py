@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
-from rlhf_ray.errors import DeadRankError, GroupError
+from rlhf_ray.errors import DeadRankError, GroupError, RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.fleet import Engines, Fleet
 from rlhf_ray.rollout.health import EngineState
 from rlhf_ray.rollout.requests import Probe
+from rlhf_ray.rollout.weights.deadline import Taken
 from rlhf_ray.rollout.wire import PublishedWeights
 from tests.rollout.stand_ins import on_cpu
 from tests.rollout.test_weight_sender import Worker, assert_same
@@ -220,3 +222,37 @@ def test_a_role_that_does_not_make_room_for_an_update_is_named_itself(
     with pytest.raises(GroupError) as caught:
         publisher.publish(1)
     assert caught.value is failure, caught.value
+
+
+class TwoRanks:
+    """Two ranks of a policy, which say how they compute log-probs and publish nothing."""
+
+    role, size = "policy", 2
+
+    def __init__(self, *records: Execution) -> None:
+        self.records = list(records)
+
+    def call(self, method: str, arguments: Any, **_: Any) -> Pending[list[Any]]:
+        published = PublishedWeights(arguments[0][0] if arguments[0] else 0, [], "", execution=self.records[0])
+        answers = {
+            "execution": self.records,
+            "publish_weights": [published, None],
+            "send_weights": [(record, Taken(True, 1, 1.0)) for record in self.records],
+        }
+        return Pending.done(list(answers[method]))
+
+
+@pytest.mark.parametrize("update", [PolicyGroup.publish_weights, PolicyGroup.send_weights], ids=["by_store", "by_gpus"])
+def test_the_ranks_of_a_policy_are_compared_with_every_update(update: Any, project_log: Any) -> None:
+    """They were alike at the start; a warning is said once."""
+    record = Execution("bf16", "fp32", "processed_logprobs", 1.0, "sdpa", 100)
+    ranks = TwoRanks(record, record)
+    group = PolicyGroup(ranks)  # type: ignore[arg-type]
+    assert group.execution().result() == record
+    ranks.records[1] = replace(record, attention="eager")
+    for version in (1, 2):
+        update(group, version).result()
+    assert project_log.getvalue().count("attention is eager in policy rank 1 and sdpa in policy rank 0") == 1
+    ranks.records[1] = replace(record, temperature=0.5)
+    with pytest.raises(RequestError, match=r"temperature is 0\.5 in policy rank 1 and 1\.0 in policy rank 0"):
+        update(group, 3).result()
