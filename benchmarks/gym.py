@@ -121,7 +121,7 @@ def _figures(name: str, values: dict[str, float], trained: str, tries: str) -> F
         f"{name}.start": Figure(values["start"], "share", True, f"{method}; before GRPO"),
         f"{name}.right": Figure(values["right"], "share", True, f"{method}; after GRPO"),
         f"{name}.seconds": Figure(
-            values["seconds"], "s", False, f"{method}; the whole run of GRPO with its evaluations"
+            values["seconds"], "s", False, f"the whole run of GRPO with its evaluations on {task}; {trained}"
         ),
         f"{name}.constant": Figure(
             values["constant"], "score", False, f"mean score of the best constant answer to {task}"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -102,19 +102,20 @@ PHASES = ("rollout", "scoring", "log_probs", "update", "weights")
 def profile(ours: Measured, roof: float) -> Figures:
     """Where the seconds of a step go: by phase, by process, and beside ``roof``, the seconds that its products take at best."""
     step = _seconds(ours.steps)
-    method = f"a step as in ppo.samples_per_second_vs_trl, median of {len(ours.steps)}"
+    what, steps = "a step as in ppo.samples_per_second_vs_trl", len(ours.steps)
+    method, average = f"{what}, median of {steps}", f"{what}, mean of {steps}"
     phases = {name: median(each[f"time/{name}"] for each in ours.steps) for name in PHASES}
     named = median(sum(each[f"time/{name}"] for name in PHASES) / each["time/step"] for each in ours.steps)
-    busy = sum(ours.processors.values()) / (THREADS * step)
+    busy = sum(ours.processors.values()) / (THREADS * mean(each["time/step"] for each in ours.steps))
     return {
         "ppo.step_seconds": Figure(step, "s", False, method),
         **{f"ppo.{name}_seconds": Figure(value, "s", False, f"phase of {method}") for name, value in phases.items()},
         "ppo.phases_share": Figure(named, "share", True, f"of the seconds of a step those that a phase has; {method}"),
         **{
-            f"ppo.processor_seconds.{role}": Figure(value, "s", False, f"of all processes of the role; mean of {method}")
+            f"ppo.processor_seconds.{role}": Figure(value, "s", False, f"of all processes of the role; {average}")
             for role, value in ours.processors.items()
         },
-        "ppo.busy_share": Figure(busy, "share", True, f"processor seconds of all processes, of {THREADS} cores; {method}"),
+        "ppo.busy_share": Figure(busy, "share", True, f"processor seconds of all processes, of {THREADS} cores; {average}"),
         "ppo.share_of_roof": Figure(
             roof / step, "share", True, f"{roof:.2f} s for the matrix products at the rate of large ones in bf16; {method}"
         ),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from rlhf_ray.config.facts import Role
 from rlhf_ray.config.files.models import model_config_file
 from rlhf_ray.config.files.positions import text_part
-from rlhf_ray.config.files.sampled import EXPERTS, EXPERTS_OF_A_TOKEN
+from rlhf_ray.config.files.sampled import EXPERTS, EXPERTS_OF_A_TOKEN, most
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.rollout import DELTA_SHARE, RolloutConfig
@@ -72,8 +72,7 @@ def routed_bytes(rollout: RolloutConfig, policy: ModelConfig, layers: int) -> in
     if not rollout.routing_replay:
         return 0
     widths = text_part(model_config_file(policy))
-    experts, each = (max((widths.get(key) or 0 for key in keys), default=0) for keys in (EXPERTS, EXPERTS_OF_A_TOKEN))
-    return layers * each * (1 if experts <= BYTE_EXPERTS else 2)
+    return layers * most(widths, EXPERTS_OF_A_TOKEN) * (1 if most(widths, EXPERTS) <= BYTE_EXPERTS else 2)
 
 
 def store_to_start(config: Job, shared: int | None = None) -> int | None:

@@ -31,3 +31,13 @@ def test_phases_and_processes_are_shares_of_the_step() -> None:
     assert values["busy_share"] == pytest.approx(5.5 / (2 * 5.5))
     assert values["share_of_roof"] == pytest.approx(0.4)
     assert values["processor_seconds.policy"] == 4.0 and values["update_seconds"] == 1.0
+
+
+def test_what_is_said_of_a_figure_is_how_it_was_computed() -> None:
+    """Processor seconds are means, so they are compared with the mean step."""
+    steps = [{f"time/{name}": 1.0 for name in PHASES} | {"time/step": seconds} for seconds in (5.0, 5.0, 11.0)]
+    figures = profile(Measured(steps, {"policy": 7.0}), roof=2.0)
+    assert figures["ppo.step_seconds"].value == 5.0 and figures["ppo.busy_share"].value == pytest.approx(0.5)
+    means = {name for name, figure in figures.items() if "mean of 3" in figure.method}
+    assert means == {"ppo.processor_seconds.policy", "ppo.busy_share"}
+    assert {name for name, figure in figures.items() if "median of 3" in figure.method} == figures.keys() - means

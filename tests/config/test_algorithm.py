@@ -114,6 +114,8 @@ REFUSED = [
      "algorithm.clip_low: null, but objective dppo_kl needs a lower bound: set it, such as 0.2"),
     (["algorithm={objective: dppo_tv, clip_high: 1}"],
      "algorithm.clip_high: 1, but no total variation is above 1: set it below, such as 0.2"),
+    (["algorithm={objective: dppo_tv, clip_low: 1}"],
+     "algorithm.clip_low: 1, but no total variation is above 1: set it below, such as 0.2"),
     (["algorithm={objective: dppo_tv, ratio: trajectory}"],
      "algorithm.ratio: trajectory, but objective dppo_tv looks at single tokens: set it to token"),
     (["algorithm.dual_clip=1.0"], "algorithm.dual_clip: 1.0 is not a number above 1 or null"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,10 @@ def of_softmax(logits: Tensor, told: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
+def of_softmax_as_it_is(logits: Tensor, told: Tensor) -> Tensor:
+    return logits.softmax(-1).gather(1, told)
+
+
 def of_sigmoid(logits: Tensor, told: Tensor) -> Tensor:
     weights = logits.sigmoid().gather(1, told)
     return weights / weights.sum(1, keepdim=True)
@@ -81,6 +86,7 @@ def of_sigmoid(logits: Tensor, told: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("model_type", "more", "formula"),
     [
+        ("deepseek_v2", {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}, of_softmax_as_it_is),
         ("mixtral", {}, of_softmax),
         ("granitemoe", {}, of_softmax),
         ("glm4_moe", {}, of_sigmoid),
@@ -88,7 +94,7 @@ def of_sigmoid(logits: Tensor, told: Tensor) -> Tensor:
     ],
 )
 def test_experts_that_are_replayed_are_weighed_by_the_trainers_own_scores(
-    model_type: str, more: dict[str, int], formula: Callable[[Tensor, Tensor], Tensor]
+    model_type: str, more: dict[str, Any], formula: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Against the formula of each architecture's paper, from the hidden states that came in."""
     policy, batch = policy_of(model_type, **more), batch_of()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_ray.actors import cluster
 from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.config.files.sampled import is_mixture
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.sections.models import ModelConfig
@@ -75,6 +77,17 @@ def test_a_store_holds_the_experts_that_tokens_were_sent_to(tmp_path: Path, monk
     monkeypatch.setattr(object_store, "routed_bytes", lambda rollout, policy, layers: 100 * layers)
     routed = store_bytes(config)
     assert plain is not None and routed is not None and routed - plain >= 2 * tokens * 100
+
+
+@pytest.mark.parametrize("experts", [256, [4, 256]])
+def test_a_store_holds_the_experts_of_a_model_with_other_numbers_in_each_layer(tmp_path: Path, experts: Any) -> None:
+    """As of HunYuan, whose config may have a list: the largest counts for every layer."""
+    config = {"model_type": "hunyuan_v1_moe", "num_experts": experts, "moe_topk": [1, 3]}
+    assert is_mixture(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    policy = ModelConfig(path=str(tmp_path))
+    assert routed_bytes(RolloutConfig(routing_replay=True), policy, 5) == 2 * 5 * 3
+    assert not is_mixture({"num_experts": [1, 1]})
 
 
 def test_a_store_that_is_not_set_is_sized_and_never_larger_than_shared_memory() -> None:

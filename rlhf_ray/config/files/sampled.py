@@ -8,7 +8,7 @@ of a run where engines have GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,13 @@ def adapter_refusal(config: Mapping[str, Any], rank: int) -> str | None:
 def is_mixture(config: Mapping[str, Any]) -> bool:
     """Whether the model of a ``config.json`` is a mixture of experts."""
     text = text_part(config)
-    return any(isinstance(text.get(name), int) and text[name] > 1 for name in EXPERTS)
+    return most(text, EXPERTS) > 1
+
+
+def most(text: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """The largest number that a config has under one of ``keys``, each a number or a list with one for each layer; else 0."""
+    values = [value for key in keys for value in (text[key] if isinstance(text.get(key), list) else [text.get(key)])]
+    return max((value for value in values if isinstance(value, int)), default=0)
 
 
 def sampling_problems(rollout: RolloutConfig, policy: ModelConfig) -> Iterator[Problem]:

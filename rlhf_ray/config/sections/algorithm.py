@@ -296,6 +296,8 @@ class AlgorithmConfig(Section):
             yield "clip_low", f"null, but objective {self.objective} needs a lower bound: set it, such as 0.2"
         if self.objective == "dppo_tv" and self.clip_high >= 1.0:
             yield "clip_high", f"{self.clip_high:g}, but no total variation is above 1: set it below, such as 0.2"
+        if self.objective == "dppo_tv" and self.clip_low is not None and self.clip_low >= 1.0:
+            yield "clip_low", f"{self.clip_low:g}, but no total variation is above 1: set it below, such as 0.2"
         if self.objective in ("dppo_tv", "dppo_kl") and self.ratio != "token":
             yield "ratio", f"{self.ratio}, but objective {self.objective} looks at single tokens: set it to token"
         if self.objective == "cispo" and self.dual_clip is not None:

@@ -116,30 +116,42 @@ def _run_layer(
 
 
 class _Choice(TorchFunctionMode):
-    """Within this mode a ``topk`` over all experts takes those that are replayed; other calls are as ever."""
+    """Within this mode a ``topk`` over all experts takes those that are replayed; other calls are as ever.
+
+    A router that hides the experts of some groups before (DeepSeek-V2, ``group_limited_greedy``) would give hidden ones the
+    weight 0 and no gradient. What is replayed may be among them, so it is weighed by the scores from before.
+    """
 
     def __init__(self, experts: int, replayed: Int64[Tensor, "tokens top_k"] | None) -> None:
         super().__init__()
         self.experts, self.replayed = experts, replayed
         self.chosen: list[Int64[Tensor, "tokens top_k"]] = []
+        self._hidden: tuple[Tensor, Tensor] | None = None
+        """Scores of which some are hidden, and the same before."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         best = func(*args, **(kwargs or {}))
+        if func in (torch.masked_fill, torch.Tensor.masked_fill):
+            self._hidden = best, args[0]
         if func not in (torch.topk, torch.Tensor.topk) or args[0].dim() != 2 or args[0].shape[-1] != self.experts:
             return best
         if self.replayed is not None:
-            best = self._replay(args[0], best.indices)
+            best = self._replay(args[0], best)
         self.chosen.append(best.indices.detach())
         return best
 
-    def _replay(self, scores: Tensor, own: Int64[Tensor, "tokens top_k"]) -> Any:
+    def _replay(self, scores: Tensor, best: Any) -> Any:
         assert self.replayed is not None
+        own = best.indices
         if self.replayed.shape != own.shape:
             raise RequestError(
                 f"a router chose experts of {tuple(own.shape)} (tokens, experts of a token), but those of "
                 f"{tuple(self.replayed.shape)} are to be replayed"
             )
         taken = torch.where(self.replayed < 0, own, self.replayed)
-        return torch.return_types.topk((scores.gather(-1, taken), taken))
+        if self._hidden is not None and self._hidden[0] is scores:
+            scores = self._hidden[1]
+        weights = torch.where(self.replayed < 0, best.values, scores.gather(-1, taken))
+        return torch.return_types.topk((weights, taken))
