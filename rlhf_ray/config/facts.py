@@ -46,6 +46,8 @@ class Role:
     """Whether it has a score head; none where a model with and without one will do."""
     work: Work | None = None
     """None where requests from outside decide what it works on."""
+    entropy_in_loss: bool = False
+    """Whether its loss depends on the entropy of its choices."""
     derived: bool = False
     """Whether its section is null and it follows from another role, whose problems are reported already."""
 

@@ -260,13 +260,15 @@ class PackedPolicy(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         wanted: Bool[Tensor, "sequence_tokens"] | None = None,
+        entropy_in_loss: bool = False,
     ) -> PolicyOutputs:
         """Return log-probs and entropies in nats, one number for each token of each sequence, in the order of sequences.
 
         ``log_probs[t]`` is log p(token t | tokens before t), and ``entropy[t]`` is the entropy of the choice of token t. Both
         are 0 at the first token of a sequence, and where ``wanted`` is False (None: True everywhere). The output layer, and
         most of the last layer before it, run for wanted tokens only, and once for a prefix that sequences share. In a pack
-        with kept sets a token has the log-prob and entropy of its own set.
+        with kept sets a token has the log-prob and entropy of its own set. ``entropy_in_loss`` says that a loss will depend on
+        the entropies.
         """
         packed = share_alike(self.actor.config, packed)
         at = packed.predicted_tokens
@@ -283,6 +285,7 @@ class PackedPolicy(nn.Module):
             temperature,
             with_entropy,
             None if packed.kept is None else packed.kept.select(at),
+            entropy_in_loss,
         )
 
         def spread(numbers: Tensor) -> Float[Tensor, "sequence_tokens"]:

@@ -119,7 +119,7 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
             size, model.dtype, training=training, forward=forward, checkpointing=model.gradient_checkpointing
         )
         parts += head_parts(size, model.dtype, trains=role.trained)
-        if not share:
+        if not share and not role.entropy_in_loss:
             parts += kept_parts(size, model.dtype, training=training)
         sampling = config.sampling()
         if sampling is not None and sampling.role.config is section:

@@ -193,7 +193,8 @@ def head_parts(size: ModelSize, dtype: Dtype, *, trains: bool) -> Iterator[Part]
 def kept_parts(size: ModelSize, dtype: Dtype, *, training: int) -> Iterator[Part]:
     """Probabilities that a model on a CPU keeps of a micro-batch of at most ``training`` tokens, instead of logits twice.
 
-    A micro-batch that would need more than the bound keeps none, but a smaller one may. None for a score head.
+    A micro-batch that would need more than the bound keeps none, but a smaller one may. None for a score head. Not for a
+    model whose loss depends on entropies, which keeps none.
     """
     kept = min(KEPT_PROBABILITIES, training * size.vocabulary * BYTES[dtype])
     if kept:

@@ -33,13 +33,13 @@ def case(dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[LogPro
 
 @pytest.mark.parametrize("most", [KEPT, AGAIN])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(("with_entropy", "in_loss"), [(False, False), (True, False), (True, True)])
 def test_they_equal_the_whole_forward_and_backward_whether_probabilities_are_kept_or_not(
-    monkeypatch: pytest.MonkeyPatch, most: int, temperature: float, with_entropy: bool
+    monkeypatch: pytest.MonkeyPatch, most: int, temperature: float, with_entropy: bool, in_loss: bool
 ) -> None:
     monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
     head, hidden, targets = case()
-    mine, entropy = head(hidden, targets, temperature, with_entropy)
+    mine, entropy = head(hidden, targets, temperature, with_entropy, entropy_in_loss=in_loss)
     theirs, theirs_entropy = naive(hidden, head.weight, None, targets, temperature, None)
     gradients_agree(head, hidden, mine, entropy, theirs, theirs_entropy)
 
@@ -99,16 +99,32 @@ def test_probabilities_are_kept_for_a_backward_alone_and_up_to_the_limit(monkeyp
     head, kept = LogProbHead.around(layer, None), tokens * 2000 * 4
     monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept)
 
-    def peak() -> Any:
+    def peak(**options: Any) -> Any:
         with LiveBytes((hidden, head.weight, targets)) as forward:
-            head(hidden, targets)
+            head(hidden, targets, **options)
         return forward.peak
 
     assert kept <= peak() <= kept * 1.2
+    assert kept <= peak(with_entropy=True) <= kept * 1.2
+    assert peak(with_entropy=True, entropy_in_loss=True) < kept * 0.2, (
+        "the entropy's gradient would compute logits anyhow"
+    )
     with torch.no_grad():
         assert peak() < kept * 0.2
     monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept - 1)
     assert peak() < kept * 0.2
+
+
+def test_probabilities_are_gone_after_the_backward_pass_while_the_loss_lives() -> None:
+    """Or those of two micro-batches would be there at once."""
+    layer, hidden, targets = nn.Linear(8, 2000, bias=False), torch.randn(200, 8), torch.randint(2000, (200,))
+    head, kept = LogProbHead.around(layer, None), 200 * 2000 * 4
+    with LiveBytes((hidden, head.weight, targets)) as both:
+        loss = head(hidden.requires_grad_(), targets)[0].sum()
+        assert both.live >= kept
+        loss.backward()
+        assert both.live < kept * 0.2
+    assert loss.isfinite()
 
 
 def test_a_pass_without_gradients_gives_the_bits_of_one_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ def test_plan_counts_them_where_a_policy_trains_on_a_cpu_alone(tmp_path: Path, r
     assert on_cpu["weights"] and on_gpu["weights"]
     assert (on_cpu.get("probabilities", 0) > 0) is (role == "policy")
     assert "probabilities" not in on_gpu
+    assert "probabilities" not in parts("algorithm.entropy_coefficient=0.01"), "an entropy in the loss keeps none"
 
 
 def test_a_rollout_engine_splits_weights_and_cache_over_its_gpus() -> None:

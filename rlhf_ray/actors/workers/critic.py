@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_ray.actors.workers.model import ModelWorker, Part, Setup, WorkerSetup, sampled_tokens
+from rlhf_ray.actors.workers.model import Loss, ModelWorker, Part, Setup, WorkerSetup, sampled_tokens
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.packing import Packed
 from rlhf_ray.trajectories.schedule import MicroBatch
@@ -43,7 +43,7 @@ class CriticWorker(RegressionWorker[WorkerSetup]):
     role = "critic"
     model_type = "critic"
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None, loss: Loss) -> Any:
         return module(packed, kind="values", wanted=None if sequences is None else sampled_tokens(sequences))
 
     def values(self, batch: TrajectoryBatch, micro_batches: Sequence[MicroBatch]) -> list[Part]:

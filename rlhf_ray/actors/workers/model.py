@@ -109,8 +109,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
     def hf_model(self) -> Any:
         """The Hugging Face model inside the module."""
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
-        """What this role's losses read: the module's outputs on a pack of ``sequences``, with gradients.
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None, loss: Loss) -> Any:
+        """What ``loss`` reads: the module's outputs on a pack of ``sequences``, with gradients.
 
         A dummy pack has no sequences.
         """
@@ -199,7 +199,7 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         def step(module: torch.nn.Module, micro_batch: MicroBatch) -> LossOutput:
             packed = self._pack(batch, micro_batch).to(self.device)
             sequences = _numbers(batch).select(micro_batch).to(self.device) if micro_batch else None
-            outputs = self._outputs(module, packed, sequences)
+            outputs = self._outputs(module, packed, sequences, loss)
             if sequences is None:
                 return LossOutput(_graph_anchor(outputs) * 0.0, _packing_metrics(packed, is_dummy=True))
             output = loss(outputs, sequences)

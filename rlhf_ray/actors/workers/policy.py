@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_ray.actors.workers.model import ModelWorker, Part, Vocabulary, WorkerSetup, sampled_tokens
+from rlhf_ray.actors.workers.model import Loss, ModelWorker, Part, Vocabulary, WorkerSetup, sampled_tokens
 from rlhf_ray.config.files.sampled import NO_ADAPTER
 from rlhf_ray.errors import RequestError
 from rlhf_ray.network import free_port
@@ -106,9 +106,10 @@ class PolicyWorker(ReferenceWorker):
             **versions("torch", "transformers", "tokenizers", "deepspeed"),
         )
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None, loss: Loss) -> Any:
         wanted = None if sequences is None else sampled_tokens(sequences)
-        return module(packed, self.settings.temperature, with_entropy=True, wanted=wanted)
+        in_loss = getattr(loss, "entropy_coefficient", 0.0) != 0.0
+        return module(packed, self.settings.temperature, with_entropy=True, wanted=wanted, entropy_in_loss=in_loss)
 
     def save_without_weights(self, directory: str) -> dict[str, tuple[int, ...]]:
         """Write what rollout engines start from, on rank 0; weights come by the first update.

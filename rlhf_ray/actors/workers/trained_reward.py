@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from rlhf_ray.actors.workers.model import Loss
 from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.engine.optimizer import full_shape
 from rlhf_ray.planning.flops import ComputeShape
@@ -35,7 +36,7 @@ class TrainedRewardWorker(RewardWorker):
         add_pad_token(self.tokenizer, ends=answer_ends(self.tokenizer))
         return training_reading(self.tokenizer)
 
-    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None) -> Any:
+    def _outputs(self, module: torch.nn.Module, packed: Packed, sequences: TrajectoryBatch | None, loss: Loss) -> Any:
         settings = cast(TrainedRewardSetup, self.settings)
         return module(packed, kind="routed_scores" if settings.routers else "scores")
 

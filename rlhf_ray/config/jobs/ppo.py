@@ -100,8 +100,9 @@ class PpoConfig(TrainingJob):
             longest=self._longest_sequence,
             budget=lambda: self.batch,
         )
+        in_loss = unless_absent(lambda: self.algorithm.entropy_coefficient != 0.0, False)
         roles = {
-            "policy": lambda: Role(self.policy, trained=True, head=False, work=update),
+            "policy": lambda: Role(self.policy, trained=True, head=False, work=update, entropy_in_loss=in_loss),
             "critic": lambda: None if self.critic is None else Role(self.critic, trained=True, head=True, work=update),
             "reference": lambda: self._reference(step),
         }

@@ -1,8 +1,9 @@
 """Log-probabilities of tokens from hidden states on a CPU: in tiles of logits that stay in the cache of a core.
 
 Invariants: logits, log-probabilities and entropies are fp32 whatever the model's dtype. At most one tile of logits exists at a
-time. At most :data:`KEPT_BYTES` of probabilities are kept, which spare the backward pass from computing the logits again; only
-the last bits of gradients depend on whether they are. No input is changed.
+time. All probabilities are kept until the end of the backward pass, which they spare from computing the logits again, where
+they take at most :data:`KEPT_BYTES` and no loss depends on entropies; else none are. Only the last bits of gradients depend on
+whether they are. No input is changed.
 
 For a head without bias and softcap, and tokens sampled from the whole vocabulary; ``log_probs.py`` has the rest.
 """
@@ -43,12 +44,12 @@ class _TiledLogProbs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         with_entropy: bool,
-        with_gradients: bool,
+        may_keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         log_probs, normalisers = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
         entropies = torch.empty_like(log_probs) if with_entropy else None
-        keep = with_gradients and len(targets) * len(weight) * weight.element_size() <= KEPT_BYTES
+        keep = may_keep and len(targets) * len(weight) * weight.element_size() <= KEPT_BYTES
         ctx.kept, ctx.temperature = [], temperature
         with torch.autocast("cpu", enabled=False):
             for rows in _slices(len(targets), TOKENS_AT_ONCE):
@@ -86,6 +87,7 @@ class _TiledLogProbs(torch.autograd.Function):
                 else:
                     tiles = _tiles_again(wide, weight, ctx.temperature, normalisers[rows], g[rows])
                 for_hidden[rows] = _add_gradients(tiles, wide, weight, targets[rows], at_target, for_weight)
+        ctx.kept = []  # they are no saved tensors, and would live as long as the loss
         return for_hidden, None if for_weight is None else for_weight.to(weight.dtype), *(None,) * 4
 
 
@@ -98,9 +100,14 @@ def tiled_log_probs(
     targets: Int64[Tensor, "tokens"],
     temperature: float,
     with_entropy: bool,
+    entropy_in_loss: bool,
 ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"] | None]:
-    """Return log-probabilities of the targets and, with ``with_entropy``, the entropies, both in nats."""
-    return _apply(hidden, weight, targets, temperature, with_entropy, torch.is_grad_enabled())
+    """Return log-probabilities of the targets and, with ``with_entropy``, the entropies, both in nats.
+
+    ``entropy_in_loss`` says that a loss depends on the entropies: its gradient needs logits, so no probabilities are kept.
+    """
+    may_keep = torch.is_grad_enabled() and not entropy_in_loss
+    return _apply(hidden, weight, targets, temperature, with_entropy, may_keep)
 
 
 def _slices(length: int, most: int) -> Iterator[slice]:

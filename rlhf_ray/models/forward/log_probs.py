@@ -68,16 +68,18 @@ class LogProbHead(nn.Linear):
         temperature: float = 1.0,
         with_entropy: bool = False,
         kept: KeptSets | None = None,
+        entropy_in_loss: bool = False,
     ) -> Any:
         """Return the logits; or with ``targets`` a pair: their log-probabilities (tokens,) and the entropies (tokens,) in nats.
 
         Logits are divided by ``temperature`` first. With ``kept`` both are of the distribution over the set of each token,
-        which must hold the target. Without ``with_entropy`` the second of the pair is None.
+        which must hold the target. Without ``with_entropy`` the second of the pair is None. ``entropy_in_loss`` says that the
+        entropies will be differentiated; gradients are right without it too, but cost more memory.
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
         if tiles_suit(hidden, self.bias, self.softcap, kept):
-            return tiled_log_probs(hidden, self.weight, targets, temperature, with_entropy)
+            return tiled_log_probs(hidden, self.weight, targets, temperature, with_entropy, entropy_in_loss)
         return _chunked_log_probs(
             hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy, kept
         )
