@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, Task, Turn, checked
+from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, ProcessLost, Task, Turn, checked
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.functions import Failure
@@ -132,7 +132,11 @@ def run_child(name: str, parameters: Mapping[str, Any], connection: Connection) 
         questions = [call["question"][0] for call in calls]
         episodes.keep({question.episode for question in questions})
         for number, question in enumerate(questions):
-            connection.send((number, episodes.answer(question, partial(connection.send, (number, None)))))
+            try:
+                outcome = episodes.answer(question, partial(connection.send, (number, None)))
+            except ProcessLost as error:
+                raise SystemExit(f"{KEY} {name!r}: {error}") from None
+            connection.send((number, outcome))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,14 @@ class Environment(Protocol):
         """Take an answer."""
 
 
+class ProcessLost(BaseException):
+    """Raised by an environment that can play no more episodes in its process, such as one whose server has died.
+
+    It ends the process, so that the episode has failed and the others are played again in a new one. It is no ``Exception``,
+    since every such is a failure of one episode.
+    """
+
+
 class EpisodeFailure(IntEnum):
     """Why an episode has no reward; the numbers of the column ``episode_failure``."""
 

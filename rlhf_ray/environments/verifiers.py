@@ -7,7 +7,7 @@ policy answers next.
 
 Invariants: the policy reads the messages that the environment wrote, and each turn begins with all messages before it, letter
 for letter, or the episode has failed. The reward of an episode is the one that verifiers gives it, and stands at its last turn.
-An episode that failed there has failed here.
+An episode that failed there has failed here, and with its process ends the one that asked it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import atexit
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.environments.protocol import Answer, Task, Turn
+from rlhf_ray.environments.protocol import Answer, ProcessLost, Task, Turn
 from rlhf_ray.environments.settings import parse_settings
 from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.storage.atomic import write_file
@@ -39,9 +40,10 @@ class Server:
         self.lines: dict[int, dict[str, Any]] = {}
         """The last line of each episode that nobody has read yet."""
         command = [python, str(SERVER), taskset, str(Path(folder).resolve())]
-        environment = {
-            key: value for key, value in os.environ.items() if key != "PYTHONPATH"
-        }  # packages of this Python
+        environment = dict(os.environ)
+        environment.pop("PYTHONPATH", None)  # packages of this Python
+        direct = environment.get("no_proxy") or environment.get("NO_PROXY")
+        environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, (direct, "127.0.0.1"))))
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -85,12 +87,23 @@ class Server:
         assert self.process.stdin is not None
         self.process.kill()
         self.process.wait()
+        with suppress(OSError):  # lines that it has not read
+            self.process.stdin.close()
 
     def _died(self) -> None:
         raise RequestError(
             f"the process of verifiers ({self.python}) ended with {self.process.wait()}: its messages on standard error say "
             "why"
         )
+
+
+@contextmanager
+def _process_ends_too() -> Iterator[None]:
+    """Ends the environment's process with that of verifiers, so that the other episodes are played again."""
+    try:
+        yield
+    except RequestError as error:
+        raise ProcessLost(str(error)) from error
 
 
 @cache
@@ -118,7 +131,7 @@ class Verifiers:
                 "the prompt is no task of verifiers: make rows with python -m rlhf_ray.environments.verifiers, and set "
                 "data.label_key to label"
             )
-        self.server.write(start=self.episode, task=task.label)
+        self._write(start=self.episode, task=task.label)
         self.ended = False
         self.known = [dict(message) for message in task.messages]
         first = self._next()
@@ -129,15 +142,20 @@ class Verifiers:
 
     def step(self, answer: Answer) -> Turn:
         """Hand an answer to the environment."""
-        self.server.write(answer=self.episode, text=answer.text, finished=answer.finished)
+        self._write(answer=self.episode, text=answer.text, finished=answer.finished)
         self.known.append({"role": "assistant", "content": answer.text})
         line = self._next()
         if "reward" in line:
             return Turn(line["reward"])
         return Turn(0.0, done=False, observation=self._added(line["messages"]))
 
+    def _write(self, **line: Any) -> None:
+        with _process_ends_too():
+            self.server.write(**line)
+
     def _next(self) -> dict[str, Any]:
-        line = self.server.wait(self.episode)
+        with _process_ends_too():
+            line = self.server.wait(self.episode)
         self.ended = "messages" not in line
         if "error" in line:
             raise RuntimeError(f"verifiers: {line['error']}")
@@ -159,7 +177,8 @@ class Verifiers:
     def __del__(self) -> None:
         """End an episode over there that nobody goes on with here."""
         if not getattr(self, "ended", True) and self.server.process.poll() is None:
-            self.server.write(drop=self.episode)
+            with suppress(RequestError):  # it has ended just now
+                self.server.write(drop=self.episode)
 
 
 def make_rows(python: str, taskset: Mapping[str, Any], count: int, folder: str = ".") -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ episode the ``messages`` that the policy is to answer, its ``reward``, or its ``
 standard error.
 
 Invariants: nothing leaves this machine, since the policy's endpoint is here, at 127.0.0.1, and programs run as local
-processes; an episode ends in a reward or in an error, never in both; an error is never a reward; with its input the process
-ends.
+processes; an episode ends in a reward or in an error, never in both; an error is never a reward, and neither is what a deadline
+cut off; what the process holds does not grow with the episodes that have ended; with its input the process ends, whatever an
+environment does.
 """
 
 from __future__ import annotations
@@ -24,12 +25,25 @@ import importlib
 import importlib.util
 import json
 import os
+import resource
+import select
+import signal
 import sys
+import time
 import types
+from collections import Counter
+from itertools import count
 from typing import Any
 
 HARNESS = "rlhf_ray_chat"
 """The module that verifiers is told to load its agent's program from."""
+EPISODES_PER_CLIENT = 500
+"""How many episodes share a client. verifiers 0.4.0 keeps each client until the end, so that there are few, and gives it 1000
+connections, each of which waits for one answer of the policy."""
+OPEN_FILES = 65536
+"""How many files the process may have open, where the system lets it: an episode has four ends of connections."""
+GRACE_S = 5.0
+"""How long the process may take to end by itself once its input has ended."""
 
 
 class Server:
@@ -45,6 +59,8 @@ class Server:
         self.env = loaders.load_environment(config)
         self.answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.running: dict[int, asyncio.Task[None]] = {}
+        self.episodes_of: Counter[int] = Counter()
+        """How many episodes under way each client has, by its number."""
         self.url = ""
 
     def send(self, line: dict[str, Any]) -> None:
@@ -55,7 +71,7 @@ class Server:
     async def serve(self) -> None:
         """Answer lines until there are no more."""
         application = self.web.Application(client_max_size=2**30)
-        application.router.add_post("/{episode}/chat/completions", self.complete)
+        application.router.add_post("/{client}/chat/completions", self.complete)
         runner = self.web.AppRunner(application, shutdown_timeout=1.0)
         await runner.setup()
         site = self.web.TCPSite(runner, "127.0.0.1", 0)
@@ -95,29 +111,25 @@ class Server:
 
     async def play(self, episode: int, data: dict[str, Any]) -> None:
         """Play an episode to its end."""
+        number = next(one for one in count() if self.episodes_of[one] < EPISODES_PER_CLIENT)
+        self.episodes_of[number] += 1
         try:
             kind = type(self.env.taskset).task_type()
             task = kind(kind.data_type().model_validate(data), self.env.config.taskset.task)
-            client = self.vf.EvalClientConfig(base_url=f"{self.url}/{episode}", api_key_var="RLHF_RAY_NO_KEY")
+            client = self.vf.EvalClientConfig(base_url=f"{self.url}/{number}", api_key_var="RLHF_RAY_NO_KEY")
             (slot,) = self.env.slots(task)
-            record = await self.env.run_slot(slot, self.vf.ModelContext(model="policy", client=client))
-            errors = [error.message for part in (record, *record.traces) for error in part.errors]
-            if not record.ok or errors:
-                outcome: dict[str, Any] = {"error": "; ".join(errors) or "it ended without a reward"}
-            elif len(record.traces) != 1:
-                outcome = {"error": f"it has {len(record.traces)} agents, and a policy plays one"}
-            elif not record.traces[0].rewards:
-                outcome = {"error": "its task gives no reward"}
-            else:
-                outcome = {"reward": float(record.traces[0].reward)}
+            outcome = outcome_of(await self.env.run_slot(slot, self.vf.ModelContext(model=str(episode), client=client)))
         except Exception as error:  # an environment is somebody else's program, and fails in its own ways
             outcome = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            self.episodes_of[number] -= 1
         self.running.pop(episode, None)
         self.send({"episode": episode, **outcome})
 
     async def complete(self, request: Any) -> Any:
         """The endpoint: hands the messages on, and waits for the policy's answer."""
-        episode, body = int(request.match_info["episode"]), await request.json()
+        body = await request.json()
+        episode = int(body["model"])
         waiting: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.answers[episode] = waiting
         self.send({"episode": episode, "messages": body["messages"]})
@@ -130,6 +142,19 @@ class Server:
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         reply = {"id": f"policy-{episode}", "object": "chat.completion", "created": 0, "model": "policy"}
         return self.web.json_response({**reply, "choices": [choice], "usage": usage})
+
+
+def outcome_of(record: Any) -> dict[str, Any]:
+    """How an episode of verifiers ended: its ``reward``, or its ``error``."""
+    errors = [error.message for part in (record, *record.traces) for error in part.errors]
+    if not record.ok or errors:
+        return {"error": "; ".join(errors) or "it ended without a reward"}
+    if len(record.traces) != 1:
+        return {"error": f"it has {len(record.traces)} agents, and a policy plays one"}
+    (trace,) = record.traces
+    if record.is_timeout or trace.is_timeout:  # which verifiers takes for no error, and scores what there is
+        return {"error": f"a deadline of verifiers ended it ({trace.stop_condition}): raise timeout of its task"}
+    return {"reward": float(trace.reward)} if trace.rewards else {"error": "its task gives no reward"}
 
 
 def row_of(data: Any) -> dict[str, Any]:
@@ -156,14 +181,14 @@ def register_harness(vf: Any) -> None:
     verifiers, since this one does not say that it supports them.
     """
     httpx = importlib.import_module("httpx")
+    client = httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits(max_connections=None))
 
     async def launch(
         self: Any, ctx: Any, trace: Any, runtime: Any, endpoint: str, secret: str, mcp_urls: Any, data: Any
     ) -> Any:
         body = {"model": ctx.model, "messages": row_of(data)["prompt"]}
-        async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
-            url, headers = f"{endpoint}/chat/completions", {"Authorization": f"Bearer {secret}"}
-            response = await client.post(url, json=body, headers=headers)
+        url, headers = f"{endpoint}/chat/completions", {"Authorization": f"Bearer {secret}"}
+        response = await client.post(url, json=body, headers=headers)
         text = "" if response.status_code == 200 else response.text
         return vf.ProgramResult(exit_code=int(bool(text)), stdout="", stderr=text)
 
@@ -178,8 +203,32 @@ def register_harness(vf: Any) -> None:
     sys.modules[HARNESS] = module
 
 
+def end_with_input() -> None:
+    """Have this process ended :data:`GRACE_S` after its input has, also while an environment keeps it from running.
+
+    A second process sees to it, since a thread would wait for an environment that does not let go of the interpreter.
+    """
+    served = os.getpid()
+    if os.fork():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    os.dup2(1, 2)  # whoever reads what the process writes must see its end
+    input_end = select.poll()
+    input_end.register(0, 0)  # nothing but that the other side is closed
+    input_end.poll()
+    time.sleep(GRACE_S)
+    if os.getppid() == served:
+        os.kill(served, signal.SIGKILL)
+    os._exit(0)
+
+
 def main() -> None:
     """Serve the taskset that the command line names."""
+    end_with_input()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an environment prints must not stand among the lines
     sys.path[0] = sys.argv[2]  # in place of the folder of this file, whose neighbours have names of packages

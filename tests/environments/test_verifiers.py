@@ -6,35 +6,44 @@ VERIFIERS_PYTHON, its interpreter, the worked example is played by verifiers its
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
+import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rlhf_ray.environments import Answer, Task, Turn, verifiers
+from rlhf_ray.environments import Answer, Task, Turn, verifiers, verifiers_server
 from rlhf_ray.environments.process import EnvironmentProcess, Question
-from rlhf_ray.environments.protocol import Failed
+from rlhf_ray.environments.protocol import EpisodeFailure, Failed, ProcessLost
 from rlhf_ray.environments.verifiers import Server, Verifiers, main, make_rows
 from rlhf_ray.errors import RequestError
 
 REAL, EXAMPLES = os.environ.get("VERIFIERS_PYTHON", ""), str(Path(__file__).parents[2] / "examples")
-AWAY = """
+TASKSET = """
+import asyncio, gc, os, pathlib, re, httpx
 import verifiers.v1 as vf
 
-class AwayTask(vf.Task[vf.TaskData]):
+class OneTask(vf.Task[vf.TaskData]):
     @vf.reward
     async def judge(self, trace):
-        raise ValueError("the judge is away")
+        BODY
 
-class AwayTaskset(vf.Taskset[AwayTask]):
+class OneTaskset(vf.Taskset[OneTask]):
     def load(self):
-        yield AwayTask(vf.TaskData(prompt="Say."), self.config.task)
+        yield OneTask(vf.TaskData(prompt="Say.", timeout=TIMEOUT), self.config.task)
 
-__all__ = ["AwayTaskset"]
+__all__ = ["OneTaskset"]
 """
-"""A taskset of verifiers whose reward raises."""
+"""A taskset of verifiers with a reward of its own."""
+REGEX = 're.match("(a+)+$", "a" * 64 + "b")'
+"""Takes years, and does not let go of the interpreter."""
 NAME = "rlhf_ray.environments.verifiers:Verifiers"
 STAND_IN = """
 import json, sys
@@ -76,6 +85,17 @@ def said(role, content):
 ASK, HINT = said("user", "Guess."), said("user", "low")
 FIRST = {"messages": [ASK]}
 SECOND = {"messages": [ASK, said("assistant", "TEXT"), HINT]}
+
+
+def gone(pid, within_s=20.0):
+    """Whether a process ends within some seconds."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @pytest.fixture
@@ -154,7 +174,7 @@ def test_an_episode_that_nobody_goes_on_with_is_ended_over_there(stand_in):
 
 
 def test_a_process_that_ended_is_an_error_that_names_it(stand_in):
-    with pytest.raises(RequestError, match=r"the process of verifiers .* ended with 3"):
+    with pytest.raises(ProcessLost, match=r"the process of verifiers .* ended with 3"):
         begin(FIRST, "die").step(Answer("", True))
 
 
@@ -169,6 +189,111 @@ def test_rows_hold_the_prompt_and_the_task_and_a_task_without_prompt_is_refused(
     assert make_rows(sys.executable, {"id": "g", "prompts": [[ASK], [HINT]]}, 1) == [{"prompt": [ASK], "label": {}}]
     with pytest.raises(RequestError, match="task 1 of g has no prompt"):
         make_rows(sys.executable, {"id": "g", "prompts": [[ASK], []]}, 9)
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """A stand-in for the Python with verifiers, for the process that plays environments."""
+    (tmp_path / "server.py").write_text(STAND_IN)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/server.py" "$2" "$3"\n')
+    (tmp_path / "python").chmod(0o755)
+    return str(tmp_path / "python")
+
+
+def test_a_process_of_verifiers_that_died_costs_only_the_episode_it_died_in(interpreter):
+    process = EnvironmentProcess(NAME, {"python": interpreter, "taskset": {"id": "guess"}}, timeout_s=20.0)
+    try:
+        fine, fatal, new = (
+            Task("", {"script": script}, (ASK,))
+            for script in ([FIRST, SECOND, {"reward": 0.5}], [FIRST, "die"], [FIRST, {"reward": 1.0}])
+        )
+        answer, turn = Answer("5", True), Turn(0.0, False, [HINT])
+        asked = [Question((number, 0), task, (answer,), ()) for number, task in enumerate((fine, fatal))]
+        going_on, failed = process.ask(asked)
+        assert going_on == turn
+        assert isinstance(failed, Failed) and failed.kind == EpisodeFailure.ENDED
+        later = [Question((0, 0), fine, (answer, answer), (turn,)), Question((2, 0), new, (answer,), ())]
+        assert process.ask(later) == [Turn(0.5), Turn(1.0)]
+    finally:
+        process.close()
+
+
+def test_its_process_ends_with_its_input_while_an_environment_keeps_the_interpreter():
+    program = (
+        f"import runpy, re, sys; server = runpy.run_path({verifiers_server.__file__!r}); names = server['main'].__globals__\n"
+        f"def block(taskset, out): print('begun', file=out, flush=True); {REGEX}\n"
+        "names.update(GRACE_S=0.1, Server=block); names['main']()"
+    )
+    command = [sys.executable, "-c", program, "{}", "."]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"begun\n"
+        process.stdin.close()
+        assert gone(process.pid, 10.0), "its input has ended, and it runs on"
+        assert process.stdout.read() == b"", "and nobody else holds its output open"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_clients_are_as_few_as_the_episodes_at_once_need_and_no_more_with_each_that_ends():
+    met = Counter()
+
+    async def run_slot(slot, context):
+        met[context.client] += 1
+        await asyncio.sleep(0)
+        return SimpleNamespace(
+            errors=[], ok=True, is_timeout=False,
+            traces=[SimpleNamespace(errors=[], is_timeout=False, rewards=["right"], reward=float(context.model))],
+        )  # fmt: skip
+
+    class Taskset:
+        @staticmethod
+        def task_type():
+            kind = SimpleNamespace(model_validate=dict)
+            return type("Kind", (), {"__init__": lambda *_: None, "data_type": staticmethod(lambda: kind)})
+
+    server = object.__new__(verifiers_server.Server)
+    server.out, server.url, server.running, server.episodes_of = io.StringIO(), "http://here", {}, Counter()
+    server.vf = SimpleNamespace(EvalClientConfig=lambda base_url, api_key_var: base_url, ModelContext=SimpleNamespace)
+    server.env = SimpleNamespace(
+        taskset=Taskset(), config=SimpleNamespace(taskset=SimpleNamespace(task=None)),
+        slots=lambda task: [task], run_slot=run_slot,
+    )  # fmt: skip
+
+    async def step(count):
+        await asyncio.gather(*(server.play(episode, {}) for episode in range(count)))
+
+    for _ in range(3):
+        asyncio.run(step(1200))
+    assert met == {"http://here/0": 1500, "http://here/1": 1500, "http://here/2": 600}
+    lines = [json.loads(line) for line in server.out.getvalue().splitlines()]
+    assert lines[:1200] == [{"episode": number, "reward": float(number)} for number in range(1200)]
+
+
+@pytest.mark.parametrize("late", ["episode", "trace"])
+def test_what_a_deadline_of_verifiers_cut_off_is_no_reward(late):
+    trace = SimpleNamespace(
+        errors=[], is_timeout=late == "trace", stop_condition="agent_timeout", rewards=[1], reward=1.0
+    )
+    record = SimpleNamespace(errors=[], ok=True, is_timeout=late == "episode", traces=[trace])
+    assert "a deadline of verifiers ended it" in verifiers_server.outcome_of(record).get("error", "no error")
+    record.is_timeout = trace.is_timeout = False
+    assert verifiers_server.outcome_of(record) == {"reward": 1.0}
+
+
+def test_what_the_policy_is_asked_goes_past_a_proxy(tmp_path, monkeypatch):
+    (tmp_path / "server.py").write_text(
+        "import json, urllib.request\n"
+        "passed = [host for host in ('127.0.0.1', 'inside.org', 'away.org') if urllib.request.proxy_bypass(host)]\n"
+        "print(json.dumps({'error': ' '.join(passed)}))"
+    )
+    monkeypatch.setattr(verifiers, "SERVER", tmp_path / "server.py")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.org:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "inside.org")
+    with pytest.raises(RequestError, match=r"guess: 127\.0\.0\.1 inside\.org$"):
+        Server(sys.executable, "guess", ".")
 
 
 @pytest.mark.long
@@ -199,12 +324,67 @@ def test_the_worked_example_is_played_by_verifiers_itself(tmp_path):
         process.close()
 
 
+def one_task(tmp_path, body, timeout="vf.TaskData.model_fields['timeout'].default"):
+    """The parameters of an environment of one task whose reward does what ``body`` says, and the task."""
+    (tmp_path / "one_taskset.py").write_text(TASKSET.replace("BODY", body).replace("TIMEOUT", timeout))
+    (row,) = make_rows(REAL, {"id": "one_taskset"}, 5, str(tmp_path))
+    parameters = {"python": REAL, "taskset": {"id": "one_taskset"}, "folder": str(tmp_path)}
+    return parameters, Task("", row["label"], tuple(row["prompt"]))
+
+
+def played(parameters, task, text="x"):
+    episode = Verifiers(**parameters)
+    episode.reset(task)
+    return episode.step(Answer(text, True))
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not REAL, reason="VERIFIERS_PYTHON names no interpreter with verifiers")
 def test_a_reward_of_verifiers_that_raises_is_a_failure_and_not_zero(tmp_path):
-    (tmp_path / "away_taskset.py").write_text(AWAY)
-    (row,) = make_rows(REAL, {"id": "away_taskset"}, 5, str(tmp_path))
-    episode = Verifiers(REAL, {"id": "away_taskset"}, str(tmp_path))
-    episode.reset(Task("", row["label"], tuple(row["prompt"])))
     with pytest.raises(RuntimeError, match="the judge is away"):
+        played(*one_task(tmp_path, 'raise ValueError("the judge is away")'))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="VERIFIERS_PYTHON names no interpreter with verifiers")
+def test_verifiers_keeps_no_client_of_an_episode_that_has_ended_and_asks_no_proxy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nobody answers
+    body = "return float(sum(isinstance(one, httpx.AsyncClient) for one in gc.get_objects()))"
+    environment = one_task(tmp_path, body)
+    first = played(*environment).reward
+    assert [played(*environment).reward for _ in range(4)] == [first] * 4
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="VERIFIERS_PYTHON names no interpreter with verifiers")
+def test_more_episodes_than_a_client_of_verifiers_has_connections_are_under_way_at_once(tmp_path):
+    parameters, task = one_task(tmp_path, "return 1.0")
+    episodes = [Verifiers(**parameters) for _ in range(1100)]
+    for episode in episodes:
+        episode.reset(task)
+    assert {episode.step(Answer("x", True)) for episode in episodes} == {Turn(1.0)}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="VERIFIERS_PYTHON names no interpreter with verifiers")
+def test_a_deadline_of_verifiers_that_passes_while_the_policy_answers_is_a_failure(tmp_path):
+    parameters, task = one_task(tmp_path, "return 1.0", 'vf.TaskData.model_fields["timeout"].annotation(agent=0.5)')
+    episode = Verifiers(**parameters)
+    episode.reset(task)
+    time.sleep(1.0)
+    with pytest.raises(RuntimeError, match=r"a deadline of verifiers ended it \(agent_timeout\)"):
         episode.step(Answer("x", True))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="VERIFIERS_PYTHON names no interpreter with verifiers")
+def test_a_reward_of_verifiers_that_never_ends_leaves_no_process(tmp_path):
+    body = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); {REGEX}"
+    parameters, task = one_task(tmp_path, body)
+    process = EnvironmentProcess(NAME, parameters, timeout_s=15.0)
+    try:
+        (late,) = process.ask([Question((0, 0), task, (Answer("x", True),), ())])
+        assert isinstance(late, Failed) and late.kind == EpisodeFailure.LATE
+        assert gone((tmp_path / "pid").read_text()), "it has timed out, and runs on"
+    finally:
+        process.close()
