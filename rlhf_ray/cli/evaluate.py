@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.cli.examples import examples
 
 if TYPE_CHECKING:
+    from rlhf_ray.rows.layouts import Keys
     from rlhf_ray.storage.output import OutputFile
 
 EXAMPLES = (
