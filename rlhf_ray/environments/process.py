@@ -117,9 +117,11 @@ def load_environment(name: str, parameters: Mapping[str, Any]) -> Any:
 
 
 def run_child(name: str, parameters: Mapping[str, Any], connection: Connection) -> None:
-    """Load the class and answer questions until the parent process is gone."""
+    """Load the class, make one environment of it, and answer questions until the parent process is gone."""
     try:
-        episodes = Episodes(name, load_environment(name, parameters), parameters)
+        factory = load_environment(name, parameters)
+        construct(KEY, name, factory, parameters)  # what it cannot be made with is named before a model is loaded
+        episodes = Episodes(name, factory, parameters)
         connection.send((("question",), False))
     except RequestError as error:
         connection.send(str(error))

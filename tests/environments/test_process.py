@@ -4,11 +4,14 @@ go on where they were.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from rlhf_ray.environments.process import EnvironmentProcess, Question
 from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, Task, Turn
 from rlhf_ray.errors import RequestError
+from rlhf_ray.trainers.ppo import build
 
 ENVIRONMENT = '''
 import os, time
@@ -104,6 +107,11 @@ def test_an_episode_that_goes_otherwise_when_it_is_played_again_has_failed(proce
         ("class Counts:\n    def __init__(self, scale): pass\n", "methods reset"),
         ("class Counts:\n    def __init__(self, size): pass\n", "scale"),
         ("raise OSError('gone')\n", "cannot be imported"),
+        (
+            "class Counts:\n    def __init__(self, scale): raise ValueError('too small')\n"
+            "    def reset(self, task): pass\n    def step(self, answer): pass\n",
+            "making it with {'scale': 1.0} raised ValueError('too small')",
+        ),
     ],
 )
 def test_what_is_no_environment_is_refused_by_its_key(tmp_path, code, text):
@@ -111,3 +119,16 @@ def test_what_is_no_environment_is_refused_by_its_key(tmp_path, code, text):
     with pytest.raises(RequestError, match=r"rollout\.environment\.name") as error:
         EnvironmentProcess(f"{tmp_path}/counts.py:Counts", {"scale": 1.0}, timeout_s=1.0)
     assert text in str(error.value)
+
+
+def test_environments_are_made_before_a_model_is_loaded(monkeypatch):
+    def refuse(*_):
+        raise RequestError("no such taskset")
+
+    loaded = []
+    monkeypatch.setattr(build, "make_player", refuse)
+    monkeypatch.setattr(build, "start_groups", lambda *_: loaded.append("models") or ({}, []))
+    monkeypatch.setattr(build, "updates_in_all", lambda *_: 1)
+    with pytest.raises((RequestError, AttributeError)):
+        build.build(None, None, SimpleNamespace(cleanup=None), None, None, None, None, None)
+    assert loaded == []

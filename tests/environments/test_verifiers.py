@@ -6,20 +6,15 @@ VERIFIERS_PYTHON, its interpreter, the worked example is played by verifiers its
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
 import os
-import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from rlhf_ray.environments import Answer, Task, Turn, verifiers, verifiers_server
+from rlhf_ray.environments import Answer, Task, Turn, verifiers
 from rlhf_ray.environments.process import EnvironmentProcess, Question
 from rlhf_ray.environments.protocol import EpisodeFailure, Failed, ProcessLost
 from rlhf_ray.environments.verifiers import Server, Verifiers, main, make_rows
@@ -185,6 +180,13 @@ def test_an_environment_that_cannot_be_made_is_an_error_that_says_why(stand_in):
         Server("/no/python", '{"id": "guess"}', ".")
 
 
+def test_an_environment_that_cannot_be_made_is_named_before_the_first_episode(interpreter):
+    with pytest.raises(RequestError, match="no such taskset"):
+        EnvironmentProcess(NAME, {"python": interpreter, "taskset": {"id": "missing"}}, timeout_s=20.0)
+    with pytest.raises(RequestError, match=r"python '/no/python': .*name the interpreter"):
+        EnvironmentProcess(NAME, {"python": "/no/python", "taskset": {"id": "guess"}}, timeout_s=20.0)
+
+
 def test_rows_hold_the_prompt_and_the_task_and_a_task_without_prompt_is_refused(stand_in):
     assert make_rows(sys.executable, {"id": "g", "prompts": [[ASK], [HINT]]}, 1) == [{"prompt": [ASK], "label": {}}]
     with pytest.raises(RequestError, match="task 1 of g has no prompt"):
@@ -216,70 +218,6 @@ def test_a_process_of_verifiers_that_died_costs_only_the_episode_it_died_in(inte
         assert process.ask(later) == [Turn(0.5), Turn(1.0)]
     finally:
         process.close()
-
-
-def test_its_process_ends_with_its_input_while_an_environment_keeps_the_interpreter():
-    program = (
-        f"import runpy, re, sys; server = runpy.run_path({verifiers_server.__file__!r}); names = server['main'].__globals__\n"
-        f"def block(taskset, out): print('begun', file=out, flush=True); {REGEX}\n"
-        "names.update(GRACE_S=0.1, Server=block); names['main']()"
-    )
-    command = [sys.executable, "-c", program, "{}", "."]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout.readline() == b"begun\n"
-        process.stdin.close()
-        assert gone(process.pid, 10.0), "its input has ended, and it runs on"
-        assert process.stdout.read() == b"", "and nobody else holds its output open"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_clients_are_as_few_as_the_episodes_at_once_need_and_no_more_with_each_that_ends():
-    met = Counter()
-
-    async def run_slot(slot, context):
-        met[context.client] += 1
-        await asyncio.sleep(0)
-        return SimpleNamespace(
-            errors=[], ok=True, is_timeout=False,
-            traces=[SimpleNamespace(errors=[], is_timeout=False, rewards=["right"], reward=float(context.model))],
-        )  # fmt: skip
-
-    class Taskset:
-        @staticmethod
-        def task_type():
-            kind = SimpleNamespace(model_validate=dict)
-            return type("Kind", (), {"__init__": lambda *_: None, "data_type": staticmethod(lambda: kind)})
-
-    server = object.__new__(verifiers_server.Server)
-    server.out, server.url, server.running, server.episodes_of = io.StringIO(), "http://here", {}, Counter()
-    server.vf = SimpleNamespace(EvalClientConfig=lambda base_url, api_key_var: base_url, ModelContext=SimpleNamespace)
-    server.env = SimpleNamespace(
-        taskset=Taskset(), config=SimpleNamespace(taskset=SimpleNamespace(task=None)),
-        slots=lambda task: [task], run_slot=run_slot,
-    )  # fmt: skip
-
-    async def step(count):
-        await asyncio.gather(*(server.play(episode, {}) for episode in range(count)))
-
-    for _ in range(3):
-        asyncio.run(step(1200))
-    assert met == {"http://here/0": 1500, "http://here/1": 1500, "http://here/2": 600}
-    lines = [json.loads(line) for line in server.out.getvalue().splitlines()]
-    assert lines[:1200] == [{"episode": number, "reward": float(number)} for number in range(1200)]
-
-
-@pytest.mark.parametrize("late", ["episode", "trace"])
-def test_what_a_deadline_of_verifiers_cut_off_is_no_reward(late):
-    trace = SimpleNamespace(
-        errors=[], is_timeout=late == "trace", stop_condition="agent_timeout", rewards=[1], reward=1.0
-    )
-    record = SimpleNamespace(errors=[], ok=True, is_timeout=late == "episode", traces=[trace])
-    assert "a deadline of verifiers ended it" in verifiers_server.outcome_of(record).get("error", "no error")
-    record.is_timeout = trace.is_timeout = False
-    assert verifiers_server.outcome_of(record) == {"reward": 1.0}
 
 
 def test_what_the_policy_is_asked_goes_past_a_proxy(tmp_path, monkeypatch):

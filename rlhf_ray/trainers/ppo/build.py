@@ -103,11 +103,12 @@ def build(
 ) -> PpoTrainer:
     """Start every group and engine, and put the trainer together."""
     state = None if checkpoint is None else checkpoint.manifest.about["state"]["progress"]
+    player = make_player(config, chat, ends, session.cleanup)  # first: what it cannot be made with costs no loading
     groups, engines = start_groups(config, session, updates_in_all(config, state))
     groups.check_vocabularies()
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     fleet = start_fleet(config, run, session, groups.policy, engines, ends, goes_on=checkpoint is not None)
-    sampler = Sampler(config, fleet, make_player(config, chat, ends, session.cleanup))
+    sampler = Sampler(config, fleet, player)
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
     sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
     sampler.fleet.health.on_change()
