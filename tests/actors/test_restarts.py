@@ -88,7 +88,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     ) as cluster:
         ranks = [cluster.start(RankSpec("rollout", 1, config.resources, first_rank=number)) for number in range(2)]
         setup = RolloutSetup(config, str(directory), (EOS,), seed=0, deterministic=True)
-        yield Engines(load_fleet(ranks, setup, 60.0), ranks, model)
+        yield Engines(load_fleet(ranks, setup, 180.0), ranks, model)
 
 
 def assert_same_bits(batch: TrajectoryBatch, expected: TrajectoryBatch) -> None:

@@ -44,7 +44,7 @@ MODELS = {
 ALONE = {"reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
 """What can be measured without TRL beside it."""
 ENCODERS = {f"encoders.{kind}_vs_padded" for kind in ("bert", "deberta-v2", "modernbert")}
-WEIGHTS = {"weights.update_ms", "weights.publish_ms", "weights.copies_over_in_place"}
+WEIGHTS = {"weights.update_ms", "weights.publish_ms", "weights.publish_over_copy_rate", "weights.copies_over_in_place"}
 NAMES = {*WEIGHTS, *ENCODERS, *MODELS, *ALONE, *SCORING}
 
 
@@ -98,9 +98,10 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 @pytest.mark.parametrize(
     ("left_out", "expected"),
     [
-        ({"demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes"}, NAMES),
+        ({"demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes", "weight_ways"}, NAMES),
         pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"rollout_modes"}, MODES, marks=pytest.mark.long),
+        pytest.param({*PARTS} - {"weight_ways"}, {"weights.merged_over_adapter"}, marks=pytest.mark.long),
         pytest.param(
             {*PARTS} - {"ppo"},
             {"ppo.samples_per_second"},
@@ -110,7 +111,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
             ],
         ),
     ],
-    ids=["all but those that learn", "learning", "modes of rollout", "ppo"],
+    ids=["all but those that learn", "learning", "modes of rollout", "ways of weights", "ppo"],
 )
 def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path, left_out: set[str], expected: set[str]) -> None:
     """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""

@@ -49,7 +49,7 @@ class Stopped:
         self.number = number
         self.chunks = chunks
 
-    def for_job(self, config: object) -> Stopped:
+    def for_job(self, config: object, *, together: bool) -> Stopped:
         return self
 
     def __enter__(self) -> Stopped:
