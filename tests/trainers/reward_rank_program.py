@@ -80,9 +80,12 @@ def measure(
 
 
 def main(rank: int, world: int, port: int, directory: Path) -> None:
+    from rlhf_ray.engine import destroy_process_group
+
     whole = tuple((zero, "fp32") for zero in STAGES)
     measured = measure(rank, world, directory, whole + HALF, ("127.0.0.1", port))
     (directory / f"measured-{rank}.json").write_text(json.dumps(measured))
+    destroy_process_group()  # a thread of gloo that still runs when Python ends would abort the process
 
 
 if __name__ == "__main__":
