@@ -18,12 +18,12 @@ LATEST = 10.0**11
 def metrics_problem(line: Mapping[str, Any]) -> str:
     """What is wrong with a line of ``metrics.jsonl``; empty if nothing is."""
     wrong = [name for name, value in line.items() if value is not None and not _is_number(value)]
-    return _count_problem(line, "step") or _time_problem(line) or (_not(line, wrong[0], "a number") if wrong else "")
+    return count_problem(line, "step") or _time_problem(line) or (not_a(line, wrong[0], "a number") if wrong else "")
 
 
 def attempt_problem(line: Mapping[str, Any]) -> str:
     """What is wrong with a line of ``attempts.jsonl``; empty if nothing is."""
-    counts = _count_problem(line, "attempt") or _count_problem(line, "from_step")
+    counts = count_problem(line, "attempt") or count_problem(line, "from_step")
     return counts or _time_problem(line) or _changes_problem(line, "changes") or _changes_problem(line, "accepted")
 
 
@@ -31,8 +31,8 @@ def ledger_problem(line: Mapping[str, Any]) -> str:
     """What is wrong with a line of ``ledger.jsonl``; empty if nothing is."""
     prompts = line.get("prompt_ids")
     if not isinstance(prompts, list) or not all(_is_count(prompt) for prompt in prompts):
-        return _not(line, "prompt_ids", "a list of whole numbers")
-    return _count_problem(line, "step") or _count_problem(line, "attempt")
+        return not_a(line, "prompt_ids", "a list of whole numbers")
+    return count_problem(line, "step") or count_problem(line, "attempt")
 
 
 def _changes_problem(line: Mapping[str, Any], key: str) -> str:
@@ -40,17 +40,24 @@ def _changes_problem(line: Mapping[str, Any], key: str) -> str:
     is_right = isinstance(changes, list) and all(
         isinstance(one, dict) and isinstance(one.get("key"), str) and {"from", "to"} <= one.keys() for one in changes
     )
-    return "" if is_right else _not(line, key, "a list of key, from and to")
+    return "" if is_right else not_a(line, key, "a list of key, from and to")
 
 
-def _count_problem(line: Mapping[str, Any], key: str) -> str:
-    return "" if _is_count(line.get(key)) else _not(line, key, "a whole number")
+def count_problem(line: Mapping[str, Any], key: str) -> str:
+    """What is wrong with a value that must be a whole number from 0 on; empty if nothing is."""
+    return "" if _is_count(line.get(key)) else not_a(line, key, "a whole number")
+
+
+def number_problem(line: Mapping[str, Any], key: str) -> str:
+    """What is wrong with a value that must be a number from 0 on; empty if nothing is."""
+    value: Any = line.get(key)
+    return "" if _is_number(value) and value >= 0 else not_a(line, key, "a number from 0 on")
 
 
 def _time_problem(line: Mapping[str, Any]) -> str:
     time: Any = line.get("timestamp")
     is_time = _is_number(time) and 0 <= time < LATEST
-    return "" if is_time else _not(line, "timestamp", "a time in seconds")
+    return "" if is_time else not_a(line, "timestamp", "a time in seconds")
 
 
 def _is_count(value: Any) -> bool:
@@ -66,7 +73,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _not(line: Mapping[str, Any], key: str, wanted: str) -> str:
+def not_a(line: Mapping[str, Any], key: str, wanted: str) -> str:
+    """Say that a value is missing, or not what is ``wanted``."""
     if key not in line:
         return f"it has no {key}"
     shown = ascii(line[key])
