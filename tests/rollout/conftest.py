@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from rlhf_ray.rollout.wire import PublishedWeights, publish
+
 from .llamas import make_llama
 
 
@@ -23,3 +25,15 @@ def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[
         return model, directory
 
     return save
+
+
+@pytest.fixture(scope="module")
+def model_and_directory(save_llama: Callable[..., tuple[LlamaForCausalLM, Path]]) -> tuple[LlamaForCausalLM, Path]:
+    """The model of a fleet's engines, and where it lies."""
+    return save_llama(0)
+
+
+@pytest.fixture(scope="module")
+def weights(model_and_directory: tuple[LlamaForCausalLM, Path]) -> PublishedWeights:
+    """The first publication of that model's weights."""
+    return publish(1, model_and_directory[0].named_parameters())

@@ -22,7 +22,7 @@ from rlhf_ray.rollout.fleet import Engines, Fleet, SetAside, cut_shares
 from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
-from rlhf_ray.rollout.wire import PublishedWeights, publish
+from rlhf_ray.rollout.wire import PublishedWeights
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 DEADLINE_S = 60.0
@@ -79,16 +79,6 @@ class Handle(LocalHandle):
 
 def _raise(error: Exception) -> Any:
     raise error
-
-
-@pytest.fixture(scope="module")
-def model_and_directory(save_llama: Any) -> tuple[LlamaForCausalLM, Path]:
-    return save_llama(0)
-
-
-@pytest.fixture(scope="module")
-def weights(model_and_directory: tuple[LlamaForCausalLM, Path]) -> PublishedWeights:
-    return publish(1, model_and_directory[0].named_parameters())
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rlhf_ray.rollout.fleet import Answered, Engines, Fleet, Pump
 from rlhf_ray.rollout.health import EngineState, HealthPolicy
 from rlhf_ray.rollout.requests import Generation, GenerationRequest, make_requests
 from rlhf_ray.rollout.transformers_engine import TransformersEngine
-from rlhf_ray.rollout.wire import PublishedWeights, publish
+from rlhf_ray.rollout.wire import PublishedWeights
 
 SAMPLES, NEW_TOKENS, LIMIT_S = 2, 6, 60.0
 Fault = Callable[[list[Generation]], list[Generation]]
@@ -61,16 +61,6 @@ class Handle:
 
 def _raise(error: Exception) -> Any:
     raise error
-
-
-@pytest.fixture(scope="module")
-def model_and_directory(save_llama: Any) -> tuple[LlamaForCausalLM, Path]:
-    return save_llama(0)
-
-
-@pytest.fixture(scope="module")
-def weights(model_and_directory: tuple[LlamaForCausalLM, Path]) -> PublishedWeights:
-    return publish(1, model_and_directory[0].named_parameters())
 
 
 @pytest.fixture
