@@ -45,6 +45,7 @@ architectures: setup  ## try every architecture of transformers, and write the t
 
 faults: setup  ## the long fault campaign
 	@$(PYTHON_BIN) -m pytest -q -m long tests
+	@$(PYTHON_BIN) -m tests.faults.storage
 	@$(PYTHON_BIN) -m tests.faults.campaign
 	@$(PYTHON_BIN) -m tests.faults.serving
 	@$(PYTHON_BIN) -m tests.faults.endings

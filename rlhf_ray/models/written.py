@@ -18,6 +18,7 @@ from rlhf_ray.errors import IntegrityError
 from rlhf_ray.models.disk_names import to_disk_names
 from rlhf_ray.models.regression import SequenceRegression
 from rlhf_ray.models.weights.quantization import dequantized_like, four_bit_layers
+from rlhf_ray.storage import storage_errors
 
 NAMED = 4
 """How many tensors an error names."""
@@ -45,10 +46,11 @@ def check_written(directory: Path, written: Mapping[str, Tensor], expected: Coll
     """
     read: set[str] = set()
     different: list[str] = []
-    for name, tensor in _tensors(directory):
-        read.add(name)
-        if name in written and not _equal(tensor, written[name]):
-            different.append(name)
+    with storage_errors(directory, "read"):
+        for name, tensor in _tensors(directory):
+            read.add(name)
+            if name in written and not _equal(tensor, written[name]):
+                different.append(name)
     problems = (
         ("what the model holds is not in the files", sorted(set(expected) - read)),
         ("the files hold what the model does not", sorted(read - set(expected))),

@@ -29,8 +29,8 @@ REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 TOO_MANY = {errno.EMFILE, errno.ENFILE}
 NAMED = (*FULL, *REFUSED, *TOO_MANY, errno.EFBIG, errno.EIO)
 """Reasons that are looked for in the text of an error."""
-HIDDEN = ("inline_container.cc", "iostream error", "PytorchStreamWriter failed")
-"""What torch 2.13 says where it could not write an archive, without the reason."""
+HIDDEN = ("inline_container.cc", "iostream error", "PytorchStreamWriter failed", "Parent directory ")
+"""What torch 2.13 says where it could not write an archive, without the reason; the last where DeepSpeed could not make one."""
 PROBE_BYTES = 2**20
 """A write of this size fails too where a file of a model did not fit."""
 _PENDING = re.compile(r"\.pending-(.+)-[0-9a-f]{16}(?=/|$)")
