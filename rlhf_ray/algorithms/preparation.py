@@ -45,7 +45,8 @@ class Preparation:
 
     shaping: RewardShaping
     estimator: Estimator
-    importance: ImportanceCorrection
+    importance: ImportanceCorrection | None
+    """None where the log-probs before the update are those of the rollout: there is nothing to compare and to correct."""
     kl_penalty: KlEstimator | None = None
     """The estimator of the KL in the token rewards; None where the KL is in the loss or nowhere."""
     placement: Placement = "last_action"
@@ -71,12 +72,15 @@ class Preparation:
         advantages, returns = self.estimator(batch, token_rewards)
         metrics |= _advantage_metrics(advantages, mask)
         advantages = apply_whitening(advantages, mask, self.whiten_advantages)
-        weights, difference = self.importance(batch["log_probs"], batch["rollout_log_probs"], mask, offsets)
-        batch = batch.with_columns(token_rewards=token_rewards, advantages=advantages, importance_weights=weights)
+        batch = batch.with_columns(token_rewards=token_rewards, advantages=advantages)
+        if self.importance is not None:
+            weights, difference = self.importance(batch["log_probs"], batch["rollout_log_probs"], mask, offsets)
+            batch = batch.with_columns(importance_weights=weights)
+            metrics |= difference
         if returns is not None:
             batch = batch.with_columns(returns=returns)
             metrics |= _critic_metrics(batch["values"], returns, mask)
-        return batch, metrics | difference
+        return batch, metrics
 
     def trained(self, batch: TrajectoryBatch) -> TrajectoryBatch:
         """Return the batch as the losses see it: the same sequences, without the actions of those that are left out."""

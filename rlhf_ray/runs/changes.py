@@ -187,7 +187,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "rollout.placement": _PLACEMENT,
     "algorithm": _same(METHOD, "name", "advantages", "gamma", "lam", "whitening", "objective", "ratio", "aggregation",
                        "clip_low", "clip_high", "dual_clip", "value_clip", "entropy_coefficient", "mask_truncated",
-                       "dynamic_sampling", "collector", "critic_warmup_steps", "max_staleness"),
+                       "dynamic_sampling", "collector", "old_log_probs", "critic_warmup_steps", "max_staleness"),
     "algorithm.parameters": _same(METHOD, "objective", "advantages", "collector"),
     "algorithm.kl": _same(METHOD, "coefficient", "estimator", "applied_to", "gradient", "target", "horizon", "measure"),
     "algorithm.shaping": _same(METHOD, "normalize", "scale", "clip", "overlong", "too_short", "missing_eos", "placement",

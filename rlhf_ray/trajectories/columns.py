@@ -136,7 +136,8 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             torch.float32,
             "nats",
             "The trainer's log-probability of the token at the sampling temperature and over the set that it was sampled from, "
-            "under the policy's weights before the first update of the step; 0 at tokens that were not sampled.",
+            "under the policy's weights before the first update of the step; 0 at tokens that were not sampled. With "
+            "`algorithm.old_log_probs: rollout` it is `rollout_log_probs`.",
             "the policy group (`trainers/ppo/roles.py`)",
         ),
         "reference_log_probs": Column(

@@ -84,6 +84,16 @@ def test_two_answers_by_hand() -> None:
     )
 
 
+def test_without_a_correction_nothing_is_weighed_or_compared() -> None:
+    (plain, before), (batch, metrics) = prepare(by_hand()), prepare(by_hand(), importance=None)
+    assert set(plain.columns) - set(batch.columns) == {"importance_weights"}
+    assert torch.equal(batch["advantages"], plain["advantages"])
+    assert {name for name in before if name not in metrics} == {
+        "rollout/kl", "rollout/log_prob_difference_mean", "importance/mean", "importance/largest",
+        "importance/limited_share", "importance/effective_share",
+    }  # fmt: skip
+
+
 def test_the_clip_cannot_take_back_the_penalty() -> None:
     batch, _ = prepare(
         by_hand(), kl_coefficient=0.0, shaping=RewardShaping(clip=1.0, missing_eos=MissingEos("subtract", 5.0))

@@ -132,6 +132,9 @@ REFUSED = [
     (["algorithm.importance={gating: geometric_mean, rule: mask, low: 0.5, high: 2}"],
      "algorithm.importance.level: token, but gating geometric_mean is of a whole answer: set it to sequence, or gating to "
      "ratio"),
+    (["algorithm.old_log_probs=rollout"],
+     "algorithm.importance.level: token has no effect: with old_log_probs rollout the ratio itself is to the policy that "
+     "sampled; set it to none"),
     (["algorithm.objective=gae"], "algorithm.objective: 'gae' is not one of package.module:name, path.py:name, clip, cispo"),
     (["algorithm.collector=clip"], "algorithm.collector: 'clip' is not one of package.module:name, path.py:name, nor an"),
     (["algorithm.advantages=1"], "algorithm.advantages: 1 is not gae, reward_to_go, leave_one_out, group_mean, group_norm, or"),

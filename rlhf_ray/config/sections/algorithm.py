@@ -254,6 +254,8 @@ class AlgorithmConfig(Section):
     kl: KlConfig = KlConfig()
     shaping: ShapingConfig = ShapingConfig()
     importance: ImportanceConfig = ImportanceConfig()
+    old_log_probs: Literal["policy", "rollout"] = "policy"
+    """Who says how likely the sampled tokens were: the policy, in a pass of its own, or the engine that sampled them."""
     critic_warmup_steps: NonNegative = 0
     """Steps at the start in which the critic alone trains."""
     max_staleness: NonNegative | None = None
@@ -289,6 +291,12 @@ class AlgorithmConfig(Section):
                 "gamma",
                 f"{self.gamma:g} has no effect: advantages {self.advantages} gives all actions of an answer the same; set "
                 "it to 1",
+            )
+        if self.old_log_probs == "rollout" and self.importance.level != "none":
+            yield (
+                "importance.level",
+                f"{self.importance.level} has no effect: with old_log_probs rollout the ratio itself is to the policy that "
+                "sampled; set it to none",
             )
         if "objective" in self.own_parts and self.dual_clip is not None:
             yield "dual_clip", f"{self.dual_clip:g} has no effect on an objective of your own: set it to null"

@@ -38,7 +38,9 @@ def make_preparation(config: PpoConfig) -> Preparation:
     return Preparation(
         shaping=_shaping(algorithm.shaping, config.rollout.max_new_tokens),
         estimator=make_estimator(config),
-        importance=ImportanceCorrection(
+        importance=None
+        if algorithm.old_log_probs == "rollout"
+        else ImportanceCorrection(
             importance.level, importance.rule, importance.low, importance.high, importance.gating
         ),
         kl_penalty=algorithm.kl.estimator if in_rewards else None,

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -107,10 +107,12 @@ class Experience:
         step: int,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
         scored: ScoredSamples | None = None,
+        old_log_probs: Literal["policy", "rollout"] = "policy",
     ) -> tuple[TrajectoryBatch, Schedules, list[TextSample]]:
         """The batch with scores, log-probs, reference log-probs and values; the schedules that these used; the samples.
 
         ``step`` decides how the batch is divided into updates. ``scored`` holds the rewards if they are known already.
+        ``old_log_probs`` says whose the log-probs are: the policy's, or those that came with the samples.
         ``phase`` times each wait. Samples without a reward are left out as configured, or raise :class:`ScoringError`.
         """
         if self.config.rollout.cuts and trajectories.kept is None:
@@ -124,16 +126,19 @@ class Experience:
                 "algorithm.collector, or set it to false"
             )
         schedules = self.groups.schedules(trajectories, step)
-        pending = self.groups.columns(trajectories, schedules)
+        pending = self.groups.columns(trajectories, schedules, log_probs=old_log_probs == "policy")
         with phase("scoring"):
             scored = scored or self.score_trajectories(trajectories, prompts)
             samples, results = scored.samples, scored.results
         with phase("log_probs"):
             columns = {name: column.result() for name, column in pending.items()}
+        if old_log_probs == "rollout":
+            columns["log_probs"] = trajectories["rollout_log_probs"]
         kept = self.rows_to_keep(samples, results)
         if len(kept) < len(trajectories):
             rest = trajectories.select(kept)
-            return self.gather(rest, prompts, step=step, phase=phase, scored=scored.select(kept))
+            left = scored.select(kept)
+            return self.gather(rest, prompts, step=step, phase=phase, scored=left, old_log_probs=old_log_probs)
         columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
         return trajectories.with_columns(**columns), schedules, samples
 

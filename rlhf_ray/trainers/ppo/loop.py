@@ -2,9 +2,10 @@
 
 Invariants: a step is scored, valued and learned from as one batch; which weights sampled it is its mode's affair
 (``trainers/ppo/modes``): while weights are sent its engines stand still, and while answers are compared they have nothing in
-work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1. All ranks of policy
-and critic apply an update, or none does. A step counts only once its prompts are in the ledger. What fails after a step does
-not cost it: the step is committed before the run ends, and the last one before anything else is done.
+work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1 where the policy
+computes the old log-probs. All ranks of policy and critic apply an update, or none does. A step counts only once its prompts
+are in the ledger. What fails after a step does not cost it: the step is committed before the run ends, and the last one before
+anything else is done.
 """
 
 from __future__ import annotations
@@ -148,9 +149,15 @@ class PpoTrainer:
         collected = self.mode.collect(progress.step, progress.weight_version, phase)
         self.sampler.fleet.refuse_empty(collected.trajectories)
         batch, schedules, samples = self.experience.gather(
-            collected.trajectories, collected.by_id, step=progress.step, phase=phase, scored=collected.scored
+            collected.trajectories,
+            collected.by_id,
+            step=progress.step,
+            phase=phase,
+            scored=collected.scored,
+            old_log_probs=self.config.algorithm.old_log_probs,
         )
-        self.journal.keep_checks(self.self_check.after_update(batch, progress.weight_version))
+        if self.config.algorithm.old_log_probs == "policy":
+            self.journal.keep_checks(self.self_check.after_update(batch, progress.weight_version))
         progress.observe_scores(batch)
         batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
         measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
@@ -197,8 +204,12 @@ class PpoTrainer:
         self.journal.keep_checks(self.self_check.run(batch, schedules, samples))
 
     def compare_newest(self) -> None:
-        """Once, where steps train on older samples: compare log-probs on a few answers of the newest weights."""
-        if self.mode.trains_on_newest or self.newest_compared:
+        """Once, where no step compares them: the log-probs of trainer and rollout on a few answers of the newest weights.
+
+        Steps do where they train on answers of the newest weights, and the policy computes their log-probs.
+        """
+        in_steps = self.mode.trains_on_newest and self.config.algorithm.old_log_probs == "policy"
+        if in_steps or self.newest_compared:
             return
         self.mode.settle()
         with self.journal.phase("evaluation"):

@@ -67,8 +67,7 @@ class StepMetrics:
         metrics = {
             "reward/learned": float(batch["score"].mean()),
             "length/prompt": prompt_tokens / len(batch),
-            "rollout/log_prob_difference": float(log_prob_difference(batch).max()),
-            **self.by_position(batch, weight_version),
+            **self.differences(batch, weight_version),
             **staleness(batch, weight_version),
             "round_trip/failed_share": failed_round_trips(self.tokenizer, samples, prompts),
             "prompts/sampled": float(len(collected.prompts)),
@@ -83,6 +82,13 @@ class StepMetrics:
             if scores:
                 metrics["gold/mean"] = sum(scores) / len(scores)
         return metrics
+
+    def differences(self, batch: TrajectoryBatch, weight_version: int) -> dict[str, float]:
+        """How far the log-probs of rollout and trainer differ; nothing where the trainer takes those of the rollout."""
+        if self.config.algorithm.old_log_probs == "rollout":
+            return {}
+        largest = float(log_prob_difference(batch).max())
+        return {"rollout/log_prob_difference": largest, **self.by_position(batch, weight_version)}
 
     def by_position(self, batch: TrajectoryBatch, weight_version: int) -> dict[str, float]:
         """How far rollout and trainer differ in each part of an answer; that it grows is said once in an attempt.

@@ -103,10 +103,14 @@ class Groups:
             for role, group in self.by_role.items()
         }
 
-    def columns(self, trajectories: TrajectoryBatch, schedules: Schedules) -> dict[str, Pending[torch.Tensor]]:
-        """Log-probs, values and reference log-probs, begun on all groups at once."""
+    def columns(
+        self, trajectories: TrajectoryBatch, schedules: Schedules, *, log_probs: bool
+    ) -> dict[str, Pending[torch.Tensor]]:
+        """Log-probs of the policy if ``log_probs``, values and reference log-probs, begun on all groups at once."""
         shared = self.policy.share(trajectories)
-        pending = {"log_probs": self.policy.log_probs(shared, schedules["policy"])}
+        pending = {}
+        if log_probs:
+            pending["log_probs"] = self.policy.log_probs(shared, schedules["policy"])
         if self.critic is not None:
             pending["values"] = self.critic.values(shared, schedules["critic"])
         if self.reference is not None:
