@@ -108,7 +108,7 @@ class ClosingError(RlhfRayError):
 
 
 class NumericalError(RlhfRayError):
-    """More updates in a row saw NaN or Inf than ``run.max_consecutive_skips`` allows."""
+    """More updates were skipped than ``run.max_consecutive_skips`` or ``guards.budget`` allows."""
 
 
 class IntegrityError(RlhfRayError):

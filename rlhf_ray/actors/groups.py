@@ -6,6 +6,7 @@ ranks; a training report is the sum over all ranks, and it is finite only if the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -97,12 +98,14 @@ class Group:
         arguments = [(shared.handle, update.rank(rank), loss, denominator) for rank in range(self.size)]
         return self.ranks.call("accumulate", arguments).then(merge_reports)
 
-    def apply(self, skip: bool) -> Pending[Applied]:
+    def apply(self, skip: bool, limit: float = math.inf) -> Pending[Applied]:
         """Take the optimizer step, or skip it, on every rank; the memory is that of the fullest GPU.
+
+        A step whose gradient has a norm above ``limit`` is skipped too.
 
         Ranks that disagree are an error.
         """
-        return self._everywhere("apply", skip).then(self._agreed)
+        return self._everywhere("apply", skip, limit).then(self._agreed)
 
     def _agreed(self, applied: list[Applied]) -> Applied:
         if len({one.skipped for one in applied}) != 1:

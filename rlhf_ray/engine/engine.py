@@ -7,8 +7,9 @@ never happened (in fp16 except for the loss scale). Nothing here knows which alg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.distributed import all_agree, await_all, keep_deadline, min_and_max, require_process_group
 from rlhf_ray.engine.frozen import Digests, frozen_digests, frozen_names
-from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards
+from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards, norm_in_step
 from rlhf_ray.engine.offload import OffDevice
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
@@ -111,6 +112,8 @@ class Engine:
             model=Program(module), optimizer=self.optimizer, config=settings, dist_init_required=None
         )
         keep_deadline(self._deepspeed.data_parallel_group)
+        if self.optimizer is not None:
+            self.optimizer.whole_norm = partial(norm_in_step, self._deepspeed)
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._watch = GradientWatch(self._trained, self.device)
@@ -179,21 +182,24 @@ class Engine:
         """Return whether every rank passes true. ``accumulate`` calls this itself."""
         return all_agree(finite, self.device)
 
-    def apply(self, skip: bool) -> Applied:
-        """Apply the accumulated update; drop it with ``skip``, or if its gradient norm over all ranks is not finite."""
+    def apply(self, skip: bool, limit: float = math.inf) -> Applied:
+        """Apply the accumulated update; drop it with ``skip``, or if its gradient norm over all ranks is not finite.
+
+        One whose norm is above ``limit`` is dropped too.
+        """
         self._expect(pending=True, call="apply")
         assert self.optimizer is not None and self.config.optimizer is not None
         rate = learning_rate(self.config.optimizer, self.updates, self.total_updates)
         self.optimizer.set_learning_rate(rate)
         if self._sums is not None:
             self._sums.hand_over()
-        self.optimizer.skip = skip
+        self.optimizer.skip, self.optimizer.limit, self.optimizer.refused_norm = skip, limit, None
         self._deepspeed.step()
         self.optimizer.skip = True
         self._pending = False
-        norm, gpu = self._grad_norm(), take_peak(self.device)
-        if skip or norm is None:
-            return Applied(True, None, rate, self.updates, gpu)
+        norm, gpu, refused = self._grad_norm(), take_peak(self.device), self.optimizer.refused_norm
+        if skip or norm is None or refused is not None:
+            return Applied(True, None, rate, self.updates, gpu, refused)
         self.updates += 1
         return Applied(False, norm, rate, self.updates, gpu)
 

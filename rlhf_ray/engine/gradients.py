@@ -1,4 +1,4 @@
-"""Check gradients for NaN and Inf, and add them in fp32, before DeepSpeed gets them.
+"""Check gradients for NaN and Inf, and add them in fp32, before DeepSpeed gets them; read their norm while it steps.
 
 Invariants: a NaN or Inf in any gradient of this rank is noticed, at every ZeRO stage and before any rank applies anything.
 Gradients of several micro-batches are added in fp32, whatever the model computes in.
@@ -25,6 +25,15 @@ def clear_shards(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in sharded:
         shard = parameter.ds_tensor
         safe_set_local_grad(parameter, torch.zeros(1, device=shard.device).expand(shard.numel()))
+
+
+def norm_in_step(deepspeed_engine: Any) -> float:
+    """The norm of the whole gradient over all ranks, unscaled and before clipping, while DeepSpeed makes a step.
+
+    DeepSpeed 0.19.8 has it by the time it calls the optimizer that it wraps, but ``get_global_grad_norm`` returns it only after
+    the step, too late to refuse it. So it is read where DeepSpeed keeps it, which is not public.
+    """
+    return float(deepspeed_engine.optimizer._global_grad_norm)
 
 
 class GradientWatch:

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with steps that can be switched off.
 
-Invariants: while ``skip`` is set, ``step`` changes neither a weight nor a moment nor a step count. Weight decay applies to
-matrices only, never to norms, biases and other vectors.
+Invariants: while ``skip`` is set, or where the norm of the whole gradient is above ``limit``, ``step`` changes neither a weight
+nor a moment nor a step count. Weight decay applies to matrices only, never to norms, biases and other vectors.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class SkippableAdamW(torch.optim.AdamW):
             groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
         )
         self.skip = True
+        self.limit = math.inf
+        self.refused_norm: float | None = None
+        """The norm because of which the last step was not made."""
+        self.whole_norm: Callable[[], float] | None = None
+        """Gives the norm of the whole gradient during a step, where this class does not compute it."""
         self.max_grad_norm = max_grad_norm
         self.grad_norm: float | None = None
 
@@ -60,13 +65,23 @@ class SkippableAdamW(torch.optim.AdamW):
         """Make one update, or none. The type is torch's result: the closure's loss, else None."""
         if self.skip or (self.max_grad_norm is not None and not self._clip(self.max_grad_norm)):
             return None
+        if self.max_grad_norm is None and self.limit < math.inf:
+            assert self.whole_norm is not None, "the engine gives it"
+            if not self._keeps_to_limit(self.whole_norm()):
+                return None
         return super().step(closure)
+
+    def _keeps_to_limit(self, norm: float) -> bool:
+        # The norm is the same on every rank and in every part of a sharded step, and so is the answer.
+        if norm > self.limit:
+            self.refused_norm = norm
+        return norm <= self.limit
 
     def _clip(self, max_norm: float) -> bool:
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         self.grad_norm = float(norm)
-        if not math.isfinite(self.grad_norm):
+        if not math.isfinite(self.grad_norm) or not self._keeps_to_limit(self.grad_norm):
             return False
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return True

@@ -32,7 +32,8 @@ class Report:
 class Applied:
     """The end of an update.
 
-    ``grad_norm`` is taken before clipping, and None if the update was skipped. ``update`` is the number of updates applied so
+    ``grad_norm`` is taken before clipping, and None if the update was skipped; ``refused_norm`` is that of an update that was
+    skipped because its norm was above the limit. ``update`` is the number of updates applied so
     far. ``gpu`` is the peak of this rank's GPU memory since the end of the last update; None on the CPU.
     """
 
@@ -41,6 +42,7 @@ class Applied:
     learning_rate: float
     update: int
     gpu: GpuPeak | None = None
+    refused_norm: float | None = None
 
 
 class Totals:

@@ -92,13 +92,14 @@ class Registry:
         return None
 
 
-_COUNTERS = {"updates/skipped", "prompts/dropped"}
+_COUNTERS = {"updates/skipped", "updates/stood_out", "prompts/dropped"}
 
 _METRICS = {
     "Progress": [
         ("step", "steps", "Steps done: PPO steps, or optimizer updates in supervised and reward training"),
         ("update", "updates", "Optimizer updates done"),
-        ("updates/skipped", "updates", "Updates skipped because a number was not finite"),
+        ("updates/skipped", "updates", "Updates skipped because a number was not finite or stood out"),
+        ("updates/stood_out", "updates", "Those of them that a guard skipped: loss, gradient norm or KL stood out"),
         ("weights/version", "versions", "Publications of the policy's weights to the rollout engines"),
         (
             "weights/sent_share",

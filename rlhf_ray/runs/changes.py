@@ -119,6 +119,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
             **_same(FREE, "max_consecutive_skips", "max_restarts")},
     "cluster": _same(FREE, "address", "num_cpus", "object_store_mb", "dashboard", "colocate", "placement_timeout_s",
                      "start_timeout_s", "call_timeout_s"),
+    "guards": _same(FREE, "loss", "gradient_norm", "kl_above", "window", "budget", "on_budget", "max_going_back"),
     "checkpoint": _same(FREE, "every_steps", "keep"),
     "monitoring": _same(FREE, "ray_metrics", "tensorboard", "samples_per_log"),
     "evaluation": {

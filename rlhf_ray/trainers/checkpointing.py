@@ -115,17 +115,22 @@ class Checkpointer:
         get_logger("runs").info("step %d is committed, since the run ends with an error", step)
         return True
 
-    def refuse_skips(self, skips: int, most: int, step: int, state: Mapping[str, Any], advice: str) -> None:
+    def refuse_skips(
+        self, skips: int, most: int, step: int, state: Mapping[str, Any], advice: str, too_many: str = ""
+    ) -> None:
         """Raise :class:`NumericalError` if ``most`` or more updates in a row, the last ``skips`` up to ``step``, were skipped.
+
+        So it does if it is told that there were ``too_many`` in all.
 
         What was learned before the first of them is committed. Where it is already, nothing is: so a run that is resumed again
         and again, and fails each time, keeps its earlier checkpoints.
         """
         if skips == 0:
             self._applied = step
-        if skips < most:
+        if skips < most and not too_many:
             return
-        error = NumericalError(f"{skips} updates in a row had NaN or Inf and were skipped: {advice}")
+        reason = too_many or f"{skips} updates in a row had NaN or Inf, or stood out, and were skipped"
+        error = NumericalError(f"{reason}: {advice}")
         if (self.committed or 0) < self._applied:
             self._commit_before(error, step, state)
         raise error

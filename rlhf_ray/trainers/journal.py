@@ -122,7 +122,9 @@ class Journal:
             rates["rollout/tokens_per_second"] = float(batch["action_mask"].sum()) / seconds
         self._write(step, total, {**metrics, **times, **rates})
 
-    def log_update(self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
+    def log_update(
+        self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch, *, stood_out: bool
+    ) -> None:
         """Log one update of supervised or reward-model training."""
         times = self.clock.take()
         means = {name: value / count for name, (value, count) in report.metrics.items() if count}
@@ -134,7 +136,8 @@ class Journal:
         if applied.gpu is not None:
             rates["memory/gpu_allocated_gb"] = applied.gpu.allocated_gb
             rates["memory/gpu_reserved_gb"] = applied.gpu.reserved_gb
-        skipped = {"updates/skipped": float(applied.skipped), "update": float(update)}
+        skipped = {"updates/skipped": float(applied.skipped), "updates/stood_out": float(stood_out)}
+        skipped["update"] = float(update)
         self._write(update, total, {**means, **norm, **rates, **skipped, **times, **self._time_left(update, total)})
 
     def measure_against(self, shape: ComputeShape, rate: float) -> None:

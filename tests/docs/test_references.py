@@ -30,6 +30,7 @@ from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, Sequenc
 from rlhf_ray.config.sections.data import DataConfig, RowsConfig, SourceConfig, WorldConfig
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.evaluation import EvaluationConfig, PpoEvaluationConfig, RewardEvaluationConfig
+from rlhf_ray.config.sections.guards import GuardsConfig
 from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
 from rlhf_ray.config.sections.reward_training import (
     NormalizationConfig,
@@ -50,6 +51,7 @@ Row = tuple[str, ...]
 DOCS = Path(__file__).parents[2] / "docs"
 SECTIONS: dict[str, type[Section]] = {
     "`run`": RunConfig,
+    "`guards`": GuardsConfig,
     "`cluster`": ClusterConfig,
     "`batch` of ppo": BatchConfig,
     "`batch` of sft": SequenceBatchConfig,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -71,10 +72,10 @@ class Program:
         config = engine_config(zero, **options)
         return Engine(make(tied=tied), config, dtype=dtype, total_updates=TOTAL_UPDATES, trainable=True)
 
-    def update(self, engine: Engine, batch: list[Tensor], count: int) -> tuple[Any, Applied]:
+    def update(self, engine: Engine, batch: list[Tensor], count: int, limit: float = math.inf) -> tuple[Any, Applied]:
         """Accumulate and apply."""
         report = engine.accumulate(split(batch, self.world, count)[self.rank], loss_of, tokens(batch))
-        return report, engine.apply(skip=not report.finite)
+        return report, engine.apply(skip=not report.finite, limit=limit)
 
     def poisoned(self, count: int, where: tuple[int, int], poison: str | None) -> list[Micro]:
         """This rank's micro-batches of an update in which one micro-batch of one rank is bad."""
@@ -117,29 +118,40 @@ def _with_bad_updates(program: Program, zero: int, dtype: str, count: int, tied:
     first, last = (0, 0), (program.world - 1, 0)
     outcomes = [_dropped(program, engine, count, "loss", last), _dropped(program, engine, count, None, first)]
     engine.evaluate(lambda module: module(BATCHES[0][: 1 + program.rank]).log_probs)
-    program.update(engine, BATCHES[0], count)
+    norm = program.update(engine, BATCHES[0], count)[1].grad_norm
+    assert norm is not None
     outcomes += [
         _dropped(program, engine, count, "gradient", (0, count - 1)),
         _dropped(program, engine, count, None, first),
         _dropped(program, engine, count, "loss", first, obeys=False),
+        _dropped(program, engine, count, None, first, obeys=False, limit=norm / 2),
     ]
-    program.update(engine, BATCHES[1], count)
+    program.update(engine, BATCHES[1], count, limit=1e6)
     same = same_bits(clean, bits(engine))
     engine.close()
     return {"dropped": outcomes, "as_if_never": same}
 
 
 def _dropped(
-    program: Program, engine: Engine, count: int, poison: str | None, where: tuple[int, int], *, obeys: bool = True
+    program: Program,
+    engine: Engine,
+    count: int,
+    poison: str | None,
+    where: tuple[int, int],
+    *,
+    obeys: bool = True,
+    limit: float = math.inf,
 ) -> dict[str, Any]:
     """One update that is dropped: a bad one, or (no poison) a good one that another group has voted down.
 
-    With ``obeys=False`` the caller applies it all the same, and the engine must refuse by itself.
+    With ``obeys=False`` the caller applies it all the same, and the engine must refuse by itself, for instance because the norm
+    of its gradient is above ``limit``.
     """
     before = bits(engine)
     report = engine.accumulate(program.poisoned(count, where, poison), loss_of, tokens(BATCHES[0]))
-    applied = engine.apply(skip=obeys)
+    applied = engine.apply(skip=obeys, limit=limit)
     return {
+        "refused": None if math.isinf(limit) else (applied.refused_norm or 0.0) / limit,
         "finite": report.finite, "expected_finite": poison is None, "skipped": applied.skipped,
         "update": applied.update, "norm": applied.grad_norm, "unchanged": same_bits(before, bits(engine)),
     }  # fmt: skip

@@ -123,10 +123,16 @@ def test_reports_of_all_ranks_add_up_to_the_whole_update(case: str, ranks: Ranks
 def test_a_dropped_update_changes_nothing_on_any_rank(case: str, ranks: Ranks) -> None:
     for rank in ranks:
         dropped = rank[case]["dropped"]
-        assert [update["unchanged"] for update in dropped] == [True] * 5
-        assert [update["skipped"] for update in dropped] == [True] * 5
-        assert [update["update"] for update in dropped] == [0, 0, 1, 1, 1]
-        assert [update["norm"] for update in dropped] == [None] * 5
+        assert [update["unchanged"] for update in dropped] == [True] * 6
+        assert [update["skipped"] for update in dropped] == [True] * 6
+        assert [update["update"] for update in dropped] == [0, 0, 1, 1, 1, 1]
+        assert [update["norm"] for update in dropped] == [None] * 6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_whose_norm_is_above_its_limit_is_refused_with_that_norm_by_all(case: str, ranks: Ranks) -> None:
+    refused = {rank[case]["dropped"][-1]["refused"] for rank in ranks}
+    assert len(refused) == 1 and refused.pop() == pytest.approx(2.0, rel=0.2), "the limit was half of the norm before"
 
 
 @pytest.mark.parametrize("case", CASES)

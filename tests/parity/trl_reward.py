@@ -24,11 +24,13 @@ from rlhf_ray.actors.ranks import InProcessRanks
 from rlhf_ray.actors.workers.trained_reward import TrainedRewardSetup, TrainedRewardWorker
 from rlhf_ray.algorithms.reward_losses import RewardLoss
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
+from rlhf_ray.config.sections.guards import GuardsConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.data.batches import make_pair_batch
 from rlhf_ray.data.encoded_pairs import PairExample
 from rlhf_ray.models import save_pretrained
+from rlhf_ray.trainers.guards import Guards
 from rlhf_ray.trainers.supervised.loop import run_update, schedule_update
 
 PAD, EOS = 0, 1
@@ -92,7 +94,7 @@ def _train(
     for pairs in inputs["steps"]:
         batch = make_pair_batch(_examples(pairs, margins=case["margins"]))
         schedule = schedule_update(batch, ranks=1, max_tokens=max_tokens, unit=2)
-        report, applied = run_update(group, group.share(batch), schedule, loss)
+        report, applied, _ = run_update(group, group.share(batch), schedule, loss, Guards(GuardsConfig()))
         values["loss"].append(report.loss)
         values["gradient norm"].append(applied.grad_norm)
         for metric in ("accuracy", "margin"):

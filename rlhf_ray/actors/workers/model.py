@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -208,9 +209,9 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         with self.doing("accumulate"):
             return self.engine.accumulate(micro_batches, step, denominator)
 
-    def apply(self, skip: bool) -> Applied:
-        """One optimizer step, or none at all: the same on every rank."""
-        return self.engine.apply(skip=skip)
+    def apply(self, skip: bool, limit: float = math.inf) -> Applied:
+        """One optimizer step, or none at all, as where the norm of the gradient is above ``limit``: the same on every rank."""
+        return self.engine.apply(skip=skip, limit=limit)
 
     # Forward passes
 

@@ -27,6 +27,7 @@ from rlhf_ray.config.problems import Problem, Rule, unless_absent
 from rlhf_ray.config.sections.base import Section
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig
 from rlhf_ray.config.sections.evaluation import EvaluationConfig
+from rlhf_ray.config.sections.guards import GuardsConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
 from rlhf_ray.errors import RequestError
@@ -134,6 +135,7 @@ class TrainingJob(Job):
 
     data: DataConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
 

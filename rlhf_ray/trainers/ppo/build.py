@@ -162,7 +162,7 @@ def build(
         self_check=SelfCheck(config, experience, learner),
         checkpoints=checkpoints,
         journal=journal,
-        progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step),
+        progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step, config.guards),
     )
 
 

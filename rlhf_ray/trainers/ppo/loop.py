@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from rlhf_ray.actors.publisher import Publisher
@@ -33,7 +33,8 @@ from rlhf_ray.trainers.ppo.progress import PpoProgress
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trainers.ppo.sampling import Collected, PromptStream, Sampler
 from rlhf_ray.trainers.ppo.self_check import CHECKED_PROMPTS, SelfCheck
-from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trainers.ppo.update import Learner, StepOutcome
+from rlhf_ray.trainers.rollback import SkipPolicy
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
@@ -115,15 +116,21 @@ class PpoTrainer:
         with self.journal.phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
             outcome = self.learner.learn(
-                prepared.batch, prepared.schedules, train_policy=train_policy, kl_coefficient=progress.kl.coefficient
+                prepared.batch,
+                prepared.schedules,
+                train_policy=train_policy,
+                kl_coefficient=progress.kl.coefficient,
+                guards=progress.guards,
+                step=progress.step + 1,
             )
-        progress.weight_version += outcome.policy_applied
         progress.finish_step(outcome, prepared.objective, sequences=len(prepared.batch))
+        went_back = self.go_back_if_needed(outcome)
+        progress.weight_version += outcome.policy_applied or went_back
         self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prepared.collected.prompts])
         self.remember()
         with self.checkpoints.committing_on_failure(progress.step, self.state):
-            self.commit_if_due()
-            if outcome.policy_applied:
+            self.commit_if_due(at_once=went_back)
+            if outcome.policy_applied or went_back:
                 with self.journal.phase("weights"):
                     self.publish(progress.weight_version)
                 self.compare_newest()
@@ -135,13 +142,22 @@ class PpoTrainer:
             every = self.config.evaluation.every_steps
             if every and progress.step % every == 0 and progress.step < self.config.steps:
                 self.compare()
-        self.checkpoints.refuse_skips(
-            progress.consecutive_skips,
-            self.config.run.max_consecutive_skips,
-            progress.step,
-            self.state,
-            "look at the last metrics, and lower the learning rate",
-        )
+        self.skips.refuse(progress.guards, progress.consecutive_skips, progress.step, self.state)
+
+    @cached_property
+    def skips(self) -> SkipPolicy:
+        """What is done about skipped updates."""
+        advice = "look at the last metrics, and lower the learning rate"
+        return SkipPolicy(self.checkpoints, self.config.run.max_consecutive_skips, advice)
+
+    def go_back_if_needed(self, outcome: StepOutcome) -> bool:
+        """After the updates of a step: whether the trained groups took up earlier weights, since too many were skipped."""
+        progress = self.progress
+        self.skips.report("policy", progress.step, outcome.skipped, outcome.stood_out)
+        went_back = self.skips.go_back(progress.guards, progress.consecutive_skips, "policy", progress.step)
+        if went_back:
+            progress.consecutive_skips = 0
+        return went_back
 
     def prepare(self) -> Prepared:
         """Sample and score the batch of the next step; this changes no weight."""
@@ -174,10 +190,10 @@ class PpoTrainer:
         """Keep the driver's state as it is now, after a finished step, for its checkpoint."""
         self.state = {"progress": self.progress.state(), "prompts": self.mode.position(self.progress.step)}
 
-    def commit_if_due(self) -> None:
-        """Commit the step that was just finished if it is due; after the last one, write ``final/`` too."""
+    def commit_if_due(self, *, at_once: bool = False) -> None:
+        """Commit the step that was just finished if it is due, or ``at_once``; after the last one, write ``final/`` too."""
         step = self.progress.step
-        if step == self.config.steps or self.checkpoints.schedule.is_due(step):
+        if at_once or step == self.config.steps or self.checkpoints.schedule.is_due(step):
             with self.journal.phase("checkpoint"):
                 self.save_checkpoint()
 

@@ -15,6 +15,8 @@ from rlhf_ray.algorithms.kl import AdaptiveKl, FixedKl, kl_controller
 from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.config.sections.algorithm import KlConfig
+from rlhf_ray.config.sections.guards import GuardsConfig
+from rlhf_ray.trainers.guards import Guards
 from rlhf_ray.trainers.ppo.update import StepOutcome
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
@@ -33,11 +35,14 @@ class PpoProgress:
     """Updates that the steps so far were to have, for the learning rate: a resumed run may change the size of its steps."""
     weight_version: int = 0
     consecutive_skips: int = 0
+    guards: Guards = field(default_factory=lambda: Guards(GuardsConfig()))
+    """What is remembered of the updates so far, to see which stand out."""
 
     @classmethod
-    def start(cls, config: KlConfig, updates_per_step: int = 1) -> PpoProgress:
+    def start(cls, config: KlConfig, updates_per_step: int = 1, guards: GuardsConfig | None = None) -> PpoProgress:
         """The progress of a run before its first step."""
-        return cls(kl_controller(config.coefficient, config.target, config.horizon), updates_per_step)
+        kl = kl_controller(config.coefficient, config.target, config.horizon)
+        return cls(kl, updates_per_step, guards=Guards(guards or GuardsConfig()))
 
     def observe_scores(self, batch: TrajectoryBatch) -> None:
         """Add the scores of a step, as the reward source gave them, to the moments."""
@@ -63,7 +68,7 @@ class PpoProgress:
     def state(self) -> dict[str, Any]:
         """The progress as plain JSON, for a checkpoint."""
         counters = ("step", "update", "planned_updates", "weight_version", "consecutive_skips")
-        state = {"kl": self.kl.state(), "moments": self.moments.state()}
+        state = {"kl": self.kl.state(), "moments": self.moments.state(), "guards": self.guards.state()}
         return {**state, **{name: getattr(self, name) for name in counters}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -73,6 +78,7 @@ class PpoProgress:
         self.step, self.update = state["step"], state["update"]
         self.planned_updates = planned_updates(state, self.updates_per_step)
         self.weight_version, self.consecutive_skips = state["weight_version"], state["consecutive_skips"]
+        self.guards.restore(state.get("guards"))
 
 
 def planned_updates(state: Mapping[str, Any], updates_per_step: int) -> int:

@@ -21,7 +21,9 @@ from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import RequestError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.trainers.checkpointing import Checkpointer
+from rlhf_ray.trainers.guards import GRADIENT_NORM, LOSS, Guards
 from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.rollback import SkipPolicy
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -118,6 +120,9 @@ class SupervisedTrainer:
         self.best = best
         self.order = ShuffledOrder(config.run.seed, task.parts)
         self.progress = SupervisedProgress()
+        self.guards = Guards(config.guards)
+        advice = "lower the learning rate, or look for a bad example"
+        self.skips = SkipPolicy(checkpoints, config.run.max_consecutive_skips, advice)
         self.total_examples = task.total_examples
         self.total = task.total_updates(checkpoints.checkpoint)
 
@@ -134,16 +139,10 @@ class SupervisedTrainer:
         for _ in progress(remaining, self.config.kind, total=len(remaining)):
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
                 batch, schedule = self.next_batch()
-            report, applied = self.update(batch, schedule)
+            report, applied, stood_out = self.update(batch, schedule)
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
-                self.after_update(report, applied, batch.batch)
-            self.checkpoints.refuse_skips(
-                self.progress.consecutive_skips,
-                self.config.run.max_consecutive_skips,
-                self.progress.update,
-                self.state(),
-                "lower the learning rate, or look for a bad example",
-            )
+                self.after_update(report, applied, stood_out, batch.batch)
+            self.skips.refuse(self.guards, self.progress.consecutive_skips, self.progress.update, self.state())
             self.stop_if_asked()
         self.commit()  # a run that was killed after its last update may lack final/
 
@@ -162,24 +161,30 @@ class SupervisedTrainer:
         schedule = schedule_update(batch, ranks=self.group.size, max_tokens=self.max_tokens, unit=self.task.unit)
         return self.group.share(batch), schedule
 
-    def update(self, batch: SharedBatch, schedule: Schedule) -> tuple[Report, Applied]:
-        """Run and count one optimizer update."""
-        report, applied = run_update(self.group, batch, schedule, self.task.loss)
+    def update(self, batch: SharedBatch, schedule: Schedule) -> tuple[Report, Applied, list[str]]:
+        """Run and count one optimizer update; what is returned is that of :func:`run_update`."""
+        report, applied, stood_out = run_update(self.group, batch, schedule, self.task.loss, self.guards)
         self.progress.update += 1
+        if applied.skipped:
+            self.guards.skip(self.progress.update)
+        self.skips.report(self.group.role, self.progress.update, int(applied.skipped), stood_out)
         self.progress.examples = self.order.taken
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
-        return report, applied
+        return report, applied, stood_out
 
-    def after_update(self, report: Report, applied: Applied, batch: TrajectoryBatch) -> None:
+    def after_update(self, report: Report, applied: Applied, stood_out: Sequence[str], batch: TrajectoryBatch) -> None:
         """Log the update; evaluate and commit if they are due. After the last one, commit before anything else.
 
         On the way the commit comes after the evaluation, whose figures it holds, and before ``best/``, so that after a kill
         between the two the state says what is missing.
         """
         update, every = self.progress.update, self.config.evaluation.every_steps
-        if update == self.total:
+        went_back = self.skips.go_back(self.guards, self.progress.consecutive_skips, self.group.role, update)
+        if went_back:
+            self.progress.consecutive_skips = 0
+        if went_back or update == self.total:
             self.commit()
-        self.journal.log_update(update, self.total, report, applied, batch)
+        self.journal.log_update(update, self.total, report, applied, batch, stood_out=bool(stood_out))
         if update == self.total:
             return
         improved = False
@@ -213,7 +218,8 @@ class SupervisedTrainer:
     def state(self) -> dict[str, Any]:
         """The driver's part of a checkpoint, as plain JSON."""
         best = None if self.best is None else self.best.state()
-        return {"progress": vars(self.progress), "order": self.order.state(), "best": best}
+        guards = self.guards.state()
+        return {"progress": vars(self.progress), "order": self.order.state(), "best": best, "guards": guards}
 
     def restore(self) -> None:
         """Load the checkpoint that the run goes on from, if there is one."""
@@ -221,17 +227,31 @@ class SupervisedTrainer:
         if state is not None:
             self.progress = SupervisedProgress.at(self.checkpoints.checkpoint)
             self.order = ShuffledOrder.from_state(state["order"], self.task.parts)
+            self.guards.restore(state.get("guards"))
         if self.best is not None:
             update = self.progress.update
             self.best.restore(None if state is None else state["best"], update, self.journal.evaluated(update))
 
 
-def run_update(group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied]:
-    """Accumulate gradients on all ranks, then apply them, or skip the update if any rank saw NaN or Inf."""
+def run_update(
+    group: Group, shared: SharedBatch, schedule: Schedule, loss: SummedLoss, guards: Guards
+) -> tuple[Report, Applied, list[str]]:
+    """Accumulate gradients on all ranks, then apply them; skip the update if any rank saw NaN or Inf, or if it stands out.
+
+    The last part of what is returned is what stood out.
+    """
     update = schedule.updates[0]
     count = denominator(loss.denominator, shared.batch, update.sequences)
     report = group.accumulate(shared, update, loss, count).result()
-    return report, group.apply(not report.finite).result()
+    name = GRADIENT_NORM + group.role
+    numbers = {LOSS + group.role: report.loss}
+    stood_out = guards.outliers(numbers)
+    applied = group.apply(not report.finite or bool(stood_out), guards.limit(name)).result()
+    if applied.refused_norm is not None:
+        stood_out = guards.outliers({name: applied.refused_norm})
+    if applied.grad_norm is not None:
+        guards.applied({**numbers, name: applied.grad_norm})
+    return report, applied, stood_out
 
 
 def schedule_update(batch: TrajectoryBatch, *, ranks: int, max_tokens: int, unit: int = 1) -> Schedule:
