@@ -257,13 +257,21 @@ class Engine:
         with storage_errors(directory, needed=self._shard_bytes()):
             return shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen)
 
-    def load_shards(self, directory: Path, base: str = "the model") -> None:
-        """Restore what ``save_shards`` of a group of the same shape wrote, to go on bit for bit.
+    def load_shards(self, directory: Path, base: str = "the model", *, scratch: Path | None = None) -> None:
+        """Restore what ``save_shards`` wrote, to go on bit for bit; but for rounding, if that group was of another size.
 
-        ``base`` says in an error where the frozen weights came from, if they are others than before.
+        ``base`` says in an error where the frozen weights came from, if they are others than before. ``scratch`` is a directory
+        that all ranks see, by default the one that ``directory`` lies in: a group of another size writes there meanwhile.
         """
         self._expect(pending=False, call="load_shards")
-        self.updates = shards.load(self._deepspeed, directory, self._identity(), self._frozen, base)
+        self.updates = shards.load(
+            self._deepspeed,
+            directory,
+            self._identity(),
+            self._frozen,
+            base,
+            directory.parent if scratch is None else scratch,
+        )
 
     @cached_property
     def _frozen(self) -> Digests:

@@ -1,15 +1,17 @@
 """Save and load one rank's training state, in DeepSpeed's own format.
 
-Invariants: training that goes on from a saved state gives the same bits as training that never stopped. Frozen weights are not
-in it, but their digests are: a model whose frozen weights are others is refused, by the name of one. The state of a group of
-another shape is refused too, both before DeepSpeed opens it. Nothing in the files is run (:mod:`rlhf_ray.engine.weights_only`);
-that they are what was written, the caller verifies against a manifest first.
+Invariants: training that goes on from a saved state gives the same bits as training that never stopped, on as many ranks; on
+another number it is the same but for rounding (:mod:`rlhf_ray.engine.universal`). Frozen weights are not in it, but their
+digests are: a model whose frozen weights are others is refused, by the name of one. The state of an engine at another ZeRO
+stage or in another precision is refused too, both before DeepSpeed opens it. Nothing in the files is run
+(:mod:`rlhf_ray.engine.weights_only`); that they are what was written, the caller verifies against a manifest first.
 
 A state that was saved with its frozen weights, as before this rule, brings them back as it did.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_ray.engine import universal
 from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.engine.frozen import Digests, changed_weights, frozen_names
 from rlhf_ray.engine.weights_only import weights_only
@@ -30,6 +33,8 @@ from rlhf_ray.storage.manifest import FileRecord, hash_files
 
 TAG = "shards"
 IDENTITY_FILE = "engine.json"
+KEYS = {"zero": "engine.zero", "dtype": "model.dtype"}
+"""The keys of the config, below a role, that an engine's identity follows from."""
 FROZEN_FILE = "frozen.json"
 """The digests of the frozen weights, in a state of a model that has some."""
 
@@ -83,31 +88,51 @@ def _recorded(engine: Any) -> Iterator[list[Path]]:
         engine.checkpoint_engine = own
 
 
-def load(engine: Any, directory: Path, identity: dict[str, int | str], frozen: Digests, base: str) -> int:
+def load(
+    engine: Any, directory: Path, identity: dict[str, int | str], frozen: Digests, base: str, scratch: Path
+) -> int:
     """Restore the state of this rank; return the number of updates before it. Collective.
 
     ``frozen`` are the digests of the frozen weights that the engine has now, which came from ``base``. Raises
-    :class:`ModelLoadError` if they are not those of the state.
+    :class:`ModelLoadError` if they are not those of the state. A group of another size than the one that saved the state needs
+    ``scratch`` meanwhile, a directory that all ranks see.
     """
     stored = _read_identity(directory)
-    updates = stored.pop("updates")
-    if stored != identity:
-        raise RequestError(
-            f"{directory} was saved by an engine with {_in_words(stored)}, but this one has {_in_words(identity)}: "
-            "resume with the settings of the run"
-        )
+    updates, ranks = int(stored.pop("updates")), int(stored["ranks"])
+    _refuse_another_engine(directory, stored, identity)
     before = directory / FROZEN_FILE
     if before.is_file():
         _refuse_other_weights(json.loads(before.read_text()), frozen, base, engine.device)
     load_module = partial(_load_module, with_frozen=not before.is_file())
-    with weights_only(engine):
-        path, _ = engine.load_checkpoint(
-            str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=load_module
-        )
-    if path is None:
-        raise IntegrityError(f"{directory}: DeepSpeed found no shards of rank {dist.get_rank()}")
-    _restore_random_state(load_file(str(_random_file(directory))), engine.device)
-    return int(updates)
+    if ranks == dist.get_world_size() or identity["zero"] == 0:
+        with weights_only(engine):
+            path, _ = engine.load_checkpoint(
+                str(directory), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=load_module
+            )
+        if path is None:
+            raise IntegrityError(f"{directory}: DeepSpeed found no shards of rank {dist.get_rank()}")
+    else:
+        if frozen and not before.is_file() and identity["zero"] == 3:
+            raise RequestError(
+                f"{directory} holds parts of frozen weights, as an earlier version wrote them, which only {ranks} ranks can "
+                f"join: resume with ranks={ranks}, and with another number from the next checkpoint on"
+            )
+        load_rest = partial(load_module, without_trained=True)
+        universal.load(engine, directory / TAG, scratch, load_rest, updates=updates)
+    _continue_random_state(directory, ranks, updates, engine.device)
+    return updates
+
+
+def _refuse_another_engine(directory: Path, stored: dict[str, Any], identity: dict[str, int | str]) -> None:
+    """Raise if a state is that of an engine with other settings, but for the number of ranks."""
+    differ = [name for name in identity if name != "ranks" and stored.get(name) != identity[name]]
+    if not differ:
+        return
+    keys = " and ".join(f"{KEYS[name]} {stored.get(name)}" for name in differ)
+    raise RequestError(
+        f"{directory} was saved by an engine with {_in_words(stored)}, but this one has {_in_words(identity)}: "
+        f"resume with the settings of the run ({keys})"
+    )
 
 
 def _refuse_other_weights(before: Digests, now: Digests, base: str, device: torch.device) -> None:
@@ -123,8 +148,10 @@ def _refuse_other_weights(before: Digests, now: Digests, base: str, device: torc
     )
 
 
-def _load_module(src: dict[str, Tensor], dst: nn.Module, *, with_frozen: bool) -> None:
+def _load_module(src: dict[str, Tensor], dst: nn.Module, *, with_frozen: bool, without_trained: bool = False) -> None:
     """Load what a state holds of a module: all but its frozen weights, or ``with_frozen`` those too.
+
+    ``without_trained`` leaves out the weights that are trained, which then come with the optimizer.
 
     torch writes the scales of weights in 4 bits into a state, but cannot read them. They are frozen with the weights, so they
     must equal those that the module already has from its checkpoint.
@@ -141,7 +168,10 @@ def _load_module(src: dict[str, Tensor], dst: nn.Module, *, with_frozen: bool) -
         raise IntegrityError(
             f"the model that was loaded is not the one that was quantised before: {changed[0]} differs"
         )
-    dst.load_state_dict({name: tensor for name, tensor in src.items() if name not in scales}, strict=False)
+    left_out = set(scales)
+    if without_trained:
+        left_out |= {name for name, p in dst.named_parameters(remove_duplicate=False) if p.requires_grad}
+    dst.load_state_dict({name: tensor for name, tensor in src.items() if name not in left_out}, strict=False)
 
 
 def _read_identity(directory: Path) -> dict[str, Any]:
@@ -169,6 +199,19 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _continue_random_state(directory: Path, ranks: int, updates: int, device: torch.device) -> None:
+    """Go on with the random state that this rank saved; a rank beyond the ``ranks`` of then begins one of its own.
+
+    That follows from the state of rank 0, this rank's number and ``updates``, so it is the same whenever the state is loaded.
+    """
+    if dist.get_rank() < ranks:
+        _restore_random_state(load_file(str(_random_file(directory))), device)
+        return
+    first = load_file(str(directory / _random_name(0)))["cpu"].numpy().tobytes()
+    digest = hashlib.sha256(first + f"{dist.get_rank()} {updates}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def _restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -25,6 +25,7 @@ from rlhf_ray.errors import IntegrityError
 
 PLAIN = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed writes beside tensors and plain values: classes that hold numbers and do nothing when they are made."""
+torch.serialization.add_safe_globals(PLAIN)
 
 
 class WeightsOnlyReader(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
@@ -33,16 +34,20 @@ class WeightsOnlyReader(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpe
     def load(self, path: str, map_location: Any = None) -> Any:
         """The content of a file; raises :class:`IntegrityError` for one that holds anything else."""
         try:
-            with torch.serialization.safe_globals(PLAIN):
-                return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
         except UnpicklingError as error:
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            if named is None:
-                raise IntegrityError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error
-            raise IntegrityError(
-                f"{path} would run code when it is read ({named[1]}), which no checkpoint written here does: somebody has "
-                "changed it. Remove this checkpoint, and go on from the one before it"
-            ) from error
+            raise refusal(error, path) from error
+
+
+def refusal(error: UnpicklingError, path: str) -> IntegrityError:
+    """What torch refused to read from ``path``, in a sentence with the way out."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named is None:
+        return IntegrityError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}")
+    return IntegrityError(
+        f"{path} would run code when it is read ({named[1]}), which no checkpoint written here does: somebody has "
+        "changed it. Remove this checkpoint, and go on from the one before it"
+    )
 
 
 @contextmanager

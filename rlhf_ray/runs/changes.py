@@ -72,7 +72,7 @@ SEED = Rule("fixed", "the order of the rows and every sample follow from it: sta
 METHOD = Rule("fixed", "one run is one method: start a new run, whose model begins at final/ of this one")
 ROWS = Rule("fixed", "the run continues an order of the rows that it has chosen by it: start a new run")
 SHAPE = Rule("fixed", "the checkpoint holds a model that was made by it: start a new run")
-SHARDS = Rule("fixed", "each checkpoint holds a shard for every rank as it was: resume with the value of the run")
+SHARDS = Rule("fixed", "the shards of each checkpoint were made by it: resume with the value of the run")
 STATE = Rule("fixed", "the checkpoint holds the optimizer's state with it: resume with the value of the run")
 KEPT_START = Rule("fixed", "the answers of the starting policy are kept as it says: start a new run")
 
@@ -149,7 +149,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "loss": _same(METHOD, "name", "label_smoothing", "centering", "router_balance", "hinge_margin", "focal_gamma",
                   "thresholds"),
     "normalization": {"over": FREE, "demonstrations_path": CONTENT},
-    "TRAINED": {"ranks": SHARDS, "max_tokens_per_micro_batch": FREE},
+    "TRAINED": {"ranks": ROUNDING, "max_tokens_per_micro_batch": FREE},
     "TRAINED.model": _MODEL,
     "TRAINED.model.make": _MADE,
     "TRAINED.model.lora": _LORA,

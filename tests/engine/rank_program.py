@@ -25,6 +25,7 @@ import psutil
 import pytest
 import torch
 from inspect_engine import bits, digest, first_gradient, same_bits, steps, weights
+from other_ranks import gone_on, odd_engine, saved
 from torch import Tensor
 from toy import (
     TOTAL_UPDATES,
@@ -438,14 +439,38 @@ def _agree_on_a_free_port(rank: int) -> int:
     return port
 
 
+def saved_here(program: Program, zero: int) -> Measured:
+    """The curve of the pair after a save that the lone rank goes on from."""
+    directory = program.directory / f"odd-zero{zero}"
+    measured = saved(directory, odd_engine(zero, "fp32"))
+    if program.rank == 0:
+        directory.with_suffix(".done").touch()
+    return measured
+
+
+def saved_by_the_pair(program: Program, zero: int) -> Measured:
+    """The curve of the lone rank from there."""
+    directory = program.directory / f"odd-zero{zero}"
+    end = time.monotonic() + 300
+    while not directory.with_suffix(".done").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    measured = gone_on(directory, odd_engine(zero, "fp32", shift=0.5))
+    return measured | {"left": [path.name for path in program.directory.glob(".*")]}
+
+
 def scenarios(program: Program) -> Iterator[tuple[str, Callable[[], Measured]]]:
     """Every scenario by name, in the same order on every rank."""
+    if program.world == 2:
+        for zero in (2, 3):
+            yield f"odd-zero{zero}", lambda z=zero: saved_here(program, z)
     for dtype, zero, count in product(("fp32", "bf16"), range(4), (1, 4, 7)):
         yield f"matrix-{dtype}-zero{zero}-{count}", lambda d=dtype, z=zero, c=count: matrix(program, z, d, c)
     for zero in range(4):
         yield f"tied-fp32-zero{zero}-4", lambda z=zero: matrix(program, z, "fp32", 4, tied=True)
     yield from held_memory.scenarios(program.world)
     if program.world == 1:
+        for zero in (2, 3):
+            yield f"odd-zero{zero}", lambda z=zero: saved_by_the_pair(program, z)
         return
     for dtype, zero in product(("fp32", "bf16"), range(4)):
         yield f"halves-{dtype}-zero{zero}", lambda d=dtype, z=zero: halves(program, z, d)

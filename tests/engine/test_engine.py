@@ -27,6 +27,7 @@ from rlhf_ray.engine import rendezvous
 from rlhf_ray.network import LOOPBACK, interface_with, is_loopback
 from rlhf_ray.planning.memory import BUCKET, BYTES, Phase, engine_parts
 from rlhf_ray.planning.model_size import ModelSize
+from tests.engine.curves import farthest
 
 pytestmark = pytest.mark.early
 
@@ -194,6 +195,15 @@ def test_loading_shards_and_going_on_gives_the_same_bits(case: str, pair: Ranks)
         resumed = rank[f"resumed-{case}"]
         assert resumed["same_engine"] and resumed["fresh_engine"] and resumed["same_noise"] and resumed["same_applied"]
         assert resumed["before_any_update"]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_lone_rank_goes_on_along_the_curve_of_the_two_that_saved(zero: int, measured: dict[int, Ranks]) -> None:
+    """With every number of ranks and every stage: ``test_universal.py``."""
+    pair, alone = measured[2][0][f"odd-zero{zero}"], measured[1][0][f"odd-zero{zero}"]
+    assert farthest(alone["curve"], pair["curve"]) <= 1e-5
+    assert alone["steps"] == pair["steps"] and alone["updates"] == pair["updates"]
+    assert alone["left"] == [], "what was converted is removed"
 
 
 @pytest.mark.parametrize("case", TRAINED)

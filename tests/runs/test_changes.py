@@ -68,7 +68,7 @@ def job(*overrides: str, kind: str = "ppo") -> Any:
     [
         ("ppo", "run.seed=1", "run.seed=2"),
         ("ppo", "policy.model.dtype=fp32", "policy.model.dtype=bf16"),
-        ("ppo", "policy.ranks=2", "policy.ranks=1"),
+        ("ppo", "policy.engine.zero=2", "policy.engine.zero=3"),
         ("ppo", "critic.engine.optimizer.weight_decay=0.0", "critic.engine.optimizer.weight_decay=0.1"),
         ("ppo", "algorithm.kl.coefficient=0.1", "algorithm.kl.coefficient=0.2"),
         ("ppo", "data.max_prompt_tokens=48", "data.max_prompt_tokens=40"),
@@ -96,6 +96,8 @@ def test_what_may_not_change_is_refused_with_key_both_values_and_the_way_out(kin
         ("rm", "reward.engine.optimizer.learning_rate=1e-7", "said"),
         ("ppo", "batch.passes_per_step=7", "said"),
         ("ppo", "rollout.temperature=0.5", "said"),
+        ("ppo", "policy.ranks=3", "said"),
+        ("ppo", "critic.ranks=2", "said"),
         ("ppo", "reward={model: null, function: gsm8k}", "said"),
         ("ppo", "checkpoint.every_steps=77", "free"),
         ("ppo", "evaluation.every_steps=77", "free"),

@@ -264,8 +264,10 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         return self.engine.save_shards(Path(directory))
 
     def load(self, directory: str) -> None:
-        """Go on from what ``save`` wrote."""
-        self.engine.load_shards(Path(directory), base=self.config.model.path or f"the made model ({self.role})")
+        """Go on from what ``save`` wrote in a committed checkpoint, whatever the number of ranks then."""
+        base = self.config.model.path or f"the made model ({self.role})"
+        checkpoint = Path(directory).parent
+        self.engine.load_shards(Path(directory), base=base, scratch=checkpoint.parent)
 
     def save_pretrained(self, directory: str, metadata: dict[str, Any] | None = None) -> None:
         """A plain Hugging Face directory, written by rank 0; every rank takes part in gathering."""

@@ -105,7 +105,7 @@ _ENGINE: dict[str, Answer] = {
     "ds.deepcompile": _none("models are not compiled"),
     "ds.tensor_parallel_size": _none("training shards by ZeRO alone (engine.zero); rollout.tensor_parallel is for engines"),
     "ds.enable_sleep": _ours("cluster.colocate", note=BY_TURNS),
-    "ds.use_universal_ckpt": _none("a run resumes with as many ranks as it had"),
+    "ds.use_universal_ckpt": _none("a run resumes with any number of ranks (resume RUN policy.ranks=N)"),
     "local_rank": _none("Ray places the ranks"),
     **_optimizer_of("actor.", "policy"),
     **_optimizer_of("critic.", "critic"),
