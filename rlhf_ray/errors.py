@@ -146,5 +146,9 @@ class DeadRankError(GroupError):
     """The process of a rank died, or the node it ran on."""
 
 
+class StalledError(DeadRankError):
+    """A rank hung or was stopped, and the watchdog ended it; ``cause`` says what it did not answer, and for how long."""
+
+
 class DeadlineError(GroupError):
     """A call to a group of ranks missed its deadline."""

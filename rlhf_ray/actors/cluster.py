@@ -275,6 +275,11 @@ class Cluster:
     def _reserve(self, bundles: Sequence[Bundle], name: str, *, room_s: float | None = None) -> Reservation:
         return reserve(bundles, f"rlhf/{self.run.name}/{name}", self.config.placement_timeout_s, room_s=room_s)
 
+    @property
+    def groups(self) -> tuple[RayRanks, ...]:
+        """The groups that run now."""
+        return tuple(self._groups)
+
     def stop(self, ranks: RayRanks) -> None:
         """Stop one group before the run ends. A second call does nothing."""
         if ranks in self._groups:

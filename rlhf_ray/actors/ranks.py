@@ -15,11 +15,13 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, RlhfRayError
+from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, RlhfRayError, StalledError
+from rlhf_ray.monitoring.stalls import CallBook, OpenCall
 from rlhf_ray.pending import Pending
+from rlhf_ray.processes import progress
 
 CALL_TIMEOUT = "cluster.call_timeout_s"
 START_TIMEOUT = "cluster.start_timeout_s"
@@ -149,6 +151,9 @@ class RayRanks:
         self._start_again = start_again
         self._restarts = 0
         self._one_order = threading.Lock()
+        self.book = CallBook(role)
+        self._stalled: dict[int, str] = {}
+        """Ranks that were ended since the last start because they did not answer, and what is said of them."""
 
     def call(
         self,
@@ -162,10 +167,39 @@ class RayRanks:
         references = self._submit(method, arguments)
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
-        return Pending(
-            lambda: self._gather(references, phase or method, began, limit, name),
-            lambda timeout_s: _are_there(references, timeout_s) or time.monotonic() >= began + limit,
-        )
+        entry = self.book.begin(method, references, began)  # which lives as long as somebody may ask for the values
+
+        def gather() -> list[Any]:
+            try:
+                values = self._gather(references, phase or method, began, limit, name)
+            except BaseException:
+                self.book.fail(entry)
+                raise
+            self.book.end(entry, time.monotonic())
+            return values
+
+        return Pending(gather, lambda timeout_s: _are_there(references, timeout_s) or time.monotonic() >= began + limit)
+
+    def open_calls(self) -> list[OpenCall]:
+        """The calls that somebody may wait for and that not every rank has answered."""
+        return self.book.open(_unanswered, time.monotonic())
+
+    def silent(self, ranks: Sequence[int], timeout_s: float) -> dict[int, bool]:
+        """Which of ``ranks`` do not even say how they are, beside what they do: these are stopped or cut off."""
+        import ray
+
+        asked = {rank: self.actors[rank].health.remote() for rank in ranks if rank < len(self.actors)}
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
+        return {rank: reference not in answered for rank, reference in asked.items()}
+
+    def end_stalled(self, causes: Mapping[int, str]) -> None:
+        """End the processes of ranks that do not answer: what is asked of them fails at once with :class:`StalledError`."""
+        import ray
+
+        for rank, cause in causes.items():
+            if rank < len(self.actors):
+                self._stalled[rank] = cause
+                ray.kill(self.actors[rank], no_restart=True)
 
     def reached(self) -> list[Any]:
         return list(self.actors)
@@ -187,6 +221,7 @@ class RayRanks:
             for actor in self.actors:
                 ray.kill(actor, no_restart=True)
             self._restarts += 1
+            self._stalled = {}
             try:
                 self.actors = list(self._start_again(self._restarts))
             except RayError as error:
@@ -232,6 +267,7 @@ class RayRanks:
             if not ready:
                 late = sorted(ranks[reference] for reference in waiting)
                 raise DeadlineError(self.role, late[0], phase, why_late(late, limit, key, last_answer))
+            progress.made()
             last_answer = time.monotonic() - began
             for reference in ready:
                 values[ranks[reference]] = self._value(reference, ranks[reference], phase)
@@ -274,6 +310,8 @@ class RayRanks:
 
     def _death(self, rank: int, phase: str, error: Exception) -> DeadRankError:
         where = f" on node {self.nodes[rank]}" if self.nodes else ""
+        if rank in self._stalled:
+            return StalledError(self.role, rank, phase, f"{self._stalled[rank]}; its process{where} was ended")
         return DeadRankError(self.role, rank, phase, f"its process{where} died: {error}")
 
     def _dead_peer(self, failure: GroupError) -> DeadRankError | None:
@@ -306,6 +344,15 @@ def _are_there(references: Sequence[Any], timeout_s: float) -> bool:
 
     _, missing = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
     return not missing
+
+
+def _unanswered(references: Sequence[Any]) -> tuple[int, ...]:
+    """The positions of those that are not there yet."""
+    import ray
+
+    _, missing = ray.wait(list(references), num_returns=len(references), timeout=0, fetch_local=False)
+    late = set(missing)
+    return tuple(number for number, reference in enumerate(references) if reference in late)
 
 
 def why_late(late: Sequence[int], limit: float, key: str | None, last_answer: float | None) -> str:

@@ -1,7 +1,8 @@
 """The workers as Ray actors: the same methods, each rank in a process of its own.
 
 Invariant: an actor adds to its worker only a name, the address of its node, a limit to its share of a GPU, a lane of its own
-for health checks, so that a rank inside a collective still answers, and Ray's object store for buckets of weights.
+for health checks, so that a rank inside a collective still answers, its stacks for whoever looks for what hangs, and Ray's
+object store for buckets of weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.models.devices import limit_memory
+from rlhf_ray.processes import stacks
 
 with quick_imports():
     from rlhf_ray.actors.workers.critic import CriticWorker
@@ -38,6 +40,10 @@ def _in_health_lane(method: Method) -> Method:
 
 class RankShell(Worker):
     """What Ray adds to a worker."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(rank, world_size)
+        stacks.offer(ray.get_runtime_context().get_actor_name() or f"{self.role}/{rank}")
 
     @_in_health_lane
     def health(self) -> dict[str, Any]:

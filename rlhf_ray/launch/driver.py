@@ -30,7 +30,7 @@ from rlhf_ray.errors import (
     RlhfRayError,
 )
 from rlhf_ray.imports import import_object, quick_imports
-from rlhf_ray.processes import lifeline
+from rlhf_ray.processes import lifeline, stacks
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of the config of a resumed run")
     options = parser.parse_args(arguments)
     environment.prepare()
+    stacks.offer("driver")
     if options.resume is None:
         return exit_code(lambda: train_new_run(sys.stdin.read()))
     return exit_code(lambda: continue_run(options.resume, options.overrides, options.accept))

@@ -2,13 +2,16 @@
 
 Invariants: it loads neither torch nor ray; signals reach the driver, and the exit code of the driver reaches the caller. A
 driver that died or failed is started again from the last commit, as often as the config allows, unless it was asked to
-stop; if it is not, the last sentence says how it ended, where its last commit is, and how to go on. A job that this machine
-cannot hold is refused before any driver starts.
+stop; if it is not, the last sentence says how it ended, where its last commit is, and how to go on. One that gives no sign of
+life is killed, and its stacks are kept, as far as it can say them. A job that this machine cannot hold is refused before any
+driver starts.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config.jobs.base import Job
@@ -24,6 +27,7 @@ from rlhf_ray.errors import (
     EXIT_WRONG_REQUEST,
     Interrupted,
     ResumableStop,
+    StorageError,
 )
 from rlhf_ray.planning.capacity import needed, offered_here, require_fit
 from rlhf_ray.processes import lifeline
@@ -31,25 +35,72 @@ from rlhf_ray.processes.child import Ended, run_child
 from rlhf_ray.runs.checkpoints import CheckpointStore
 from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.incidents import Action, Incident
 from rlhf_ray.runs.resuming import plan_continuation
 from rlhf_ray.runs.trust import refuse_untrusted
+from rlhf_ray.trainers.watchdog import write_stacks
 
 FINAL_CODES = {EXIT_DONE, EXIT_WRONG_REQUEST, EXIT_NO_CAPACITY, EXIT_RESUMABLE}
 DRIVER = "rlhf_ray.launch.driver"
 DEMO = "rlhf_ray.launch.demo"
+SILENT_PER_FLOOR = 1.5
+"""How long a driver may give no sign of life, in ``run.stall_floor_s``."""
 
 
 ON_STOP = "the run ends after the step that it is in, with a commit; before its first step, at once"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How the driver of the run in a directory is watched for signs of life."""
+
+    directory: Path
+    stall_floor_s: float = 60.0
+
+    @property
+    def silent_s(self) -> float:
+        """How long it may give none; its own watchdog comes before."""
+        return SILENT_PER_FLOOR * self.stall_floor_s
+
+    def keep_stacks(self, pids: Sequence[int]) -> str:
+        """Keep what processes do, where there is a run; the path of the file, or why there is none."""
+        if not (self.directory / CONFIG_NAME).is_file():
+            return ""
+        run = RunDirectory(self.directory)
+        try:
+            title = f"the driver gave no sign of life for {self.silent_s:g} s"
+            return str(write_stacks(run, self._last_step(run), "driver", pids, title))
+        except OSError as error:
+            return f"they could not be written ({error})"
+
+    def note(self, ended: Ended, action: Action) -> None:
+        """Keep it as an incident of the run if the driver was killed because it gave no sign of life."""
+        if not ended.silence or not (self.directory / CONFIG_NAME).is_file():
+            return
+        run = RunDirectory(self.directory)
+        step, back = self._last_step(run), max(run.checkpoints.steps(), default=0)
+        lost = max(step - back, 0)
+        cause = f"the driver {ended.silence}"
+        try:
+            run.incidents.add(
+                Incident(
+                    time.time(), step, "driver", "driver", None, "stalled", cause, action, back, lost, self.silent_s
+                )
+            )
+        except StorageError as error:
+            get_logger().warning("the incident could not be kept: %s", error)
+
+    def _last_step(self, run: RunDirectory) -> int:
+        return max((int(line["step"]) for line in run.metrics.read()), default=0)
 
 
 def start_run(config: Job, *, driver: str = DRIVER) -> int:
     """Run a driver for a new run; returns the exit code."""
     config = with_absolute_paths(config, Path.cwd())  # ranks on a running cluster have other working directories
     _require_room(config)
-    text = dump_config(config)
-    return _restart_until_final(
-        run_driver(driver, [], text), run_directory(config), config.run.max_restarts, driver, text
-    )
+    text, directory = dump_config(config), run_directory(config)
+    watch = Watch(directory, config.run.stall_floor_s)
+    return _restart_until_final(run_driver(driver, [], text, watch), watch, config.run.max_restarts, driver, text)
 
 
 def resume_run(
@@ -68,8 +119,9 @@ def resume_run(
     directory, config = run.path.absolute(), continuation.config
     _require_room(on_its_cluster(config, run))
     changed = [*overrides, *(word for key in accept for word in ("--accept", key))]
-    ended = _run_resuming_driver(driver, directory, changed)
-    return _restart_until_final(ended, directory, config.run.max_restarts, driver, dump_config(config), changed)
+    watch = Watch(directory, config.run.stall_floor_s)
+    ended = _run_resuming_driver(driver, watch, changed)
+    return _restart_until_final(ended, watch, config.run.max_restarts, driver, dump_config(config), changed)
 
 
 def start_demo(root: str, seed: int, overrides: Sequence[str]) -> int:
@@ -108,24 +160,27 @@ def _require_room(config: Job) -> None:
 
 
 def _restart_until_final(
-    ended: Ended, directory: Path, restarts: int, driver: str, text: str, changed: Sequence[str] = ()
+    ended: Ended, watch: Watch, restarts: int, driver: str, text: str, changed: Sequence[str] = ()
 ) -> int:
     """Start another driver as long as the last one failed: from the last commit, or anew where no run was begun.
 
     ``changed`` is what a resumed run was to change: where it was changed already, it is no change any more.
     """
+    directory = watch.directory
     try:
         for attempt in range(1, restarts + 1):
             if not _is_failure(ended) or ended.signal is not None:
                 break
             get_logger().warning("the driver %s: restart %d of %d", ended.how, attempt, restarts)
+            watch.note(ended, "restarted")
             begun = (directory / CONFIG_NAME).is_file()
-            ended = _run_resuming_driver(driver, directory, changed) if begun else run_driver(driver, [], text)
+            ended = _run_resuming_driver(driver, watch, changed) if begun else run_driver(driver, [], text, watch)
     except Interrupted as error:  # between two drivers
         if (directory / CONFIG_NAME).is_file():
             raise ResumableStop(f"{error}: {_way_on(directory)}") from error
         raise
     if _is_failure(ended):
+        watch.note(ended, "stopped")
         get_logger().error("the driver %s: %s", ended.how, _way_on(directory))
     return exit_code(ended, directory)
 
@@ -158,10 +213,13 @@ def _way_on(directory: Path) -> str:
     return f"{commit}; go on with: rlhf-ray resume {directory}"
 
 
-def _run_resuming_driver(driver: str, directory: Path, changed: Sequence[str] = ()) -> Ended:
-    return run_driver(driver, ["--resume", str(directory), *changed])
+def _run_resuming_driver(driver: str, watch: Watch, changed: Sequence[str] = ()) -> Ended:
+    return run_driver(driver, ["--resume", str(watch.directory), *changed], "", watch)
 
 
-def run_driver(module: str, arguments: Sequence[str], text: str = "") -> Ended:
+def run_driver(module: str, arguments: Sequence[str], text: str = "", watch: Watch | None = None) -> Ended:
     """Run one driver from start to end; ``text`` is its standard input. Signals to this process are passed on to it."""
-    return run_child(["-m", module, *arguments], text=text, on_stop=ON_STOP)
+    words = ["-m", module, *arguments]
+    if watch is None:
+        return run_child(words, text=text, on_stop=ON_STOP)
+    return run_child(words, text=text, on_stop=ON_STOP, silent_s=watch.silent_s, keep_stacks=watch.keep_stacks)

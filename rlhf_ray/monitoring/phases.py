@@ -1,7 +1,7 @@
 """Time the phases of a training step, such as rollout and update.
 
 Invariants: the time of a phase is what passed inside it, summed over the step. Whoever is told of a phase and fails does not
-keep it from beginning.
+keep it from beginning. At any moment something is open: a phase, or the time between two.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.monitoring.registry import REGISTRY
+from rlhf_ray.monitoring.stalls import Durations, OpenPhase
+
+BETWEEN = "between phases"
+"""The name of what is open while no phase is."""
 
 
 class PhaseClock:
@@ -21,24 +25,47 @@ class PhaseClock:
     """
 
     def __init__(
-        self, on_enter: Callable[[str], None] | None = None, clock: Callable[[], float] = time.perf_counter
+        self, on_enter: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._on_enter = on_enter
         self._failed = False
         self._clock = clock
         self._started_at = clock()
         self._seconds: dict[str, float] = {}
+        self.durations = Durations()
+        """How long each phase took whenever it was entered."""
+        self._open: tuple[tuple[str, float], ...] = ((BETWEEN, self._started_at),)
+        """Replaced as a whole, so that another thread may read it."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the ``with`` block as ``time/<name>``; an unregistered name is an error."""
         metric = REGISTRY[f"time/{name}"].name
         self._tell(name)
-        entered_at = self._clock()
+        with self.part(name) as entered_at:
+            try:
+                yield
+            finally:
+                self._seconds[metric] = self._seconds.get(metric, 0.0) + self._clock() - entered_at
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[float]:
+        """Have the ``with`` block known by a name, without a metric; gives when it began."""
+        before, now = self._open, self._clock()
+        (outer, since), is_first = before[-1], before[0][0] == BETWEEN
+        if is_first:
+            self.durations.add(outer, now - since)
+        self._open = (*(() if is_first else before), (name, now))
         try:
-            yield
+            yield now
+            self.durations.add(name, self._clock() - now)  # of one that fails the time says nothing
         finally:
-            self._seconds[metric] = self._seconds.get(metric, 0.0) + self._clock() - entered_at
+            ended = self._clock()
+            self._open = ((BETWEEN, ended),) if is_first else before
+
+    def open(self) -> list[OpenPhase]:
+        """What the run is in now, the outermost first, and how long each usually takes; for any thread."""
+        return [OpenPhase(name, since, self.durations.median(name)) for name, since in self._open]
 
     def _tell(self, name: str) -> None:
         if self._on_enter is None:

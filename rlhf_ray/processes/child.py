@@ -2,7 +2,8 @@
 
 Invariants: a signal to this process, or to its whole group, reaches the child alone and not what the child started; it is
 acknowledged at once, and none is lost while the child starts. The child's outcome is its exit code, or what it said before
-it left its cluster, if leaving did not end well. After its end nothing of its session is left.
+it left its cluster, if leaving did not end well. One that gives no sign of life for too long, because it is stopped or hangs,
+is killed. After its end nothing of its session is left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -23,13 +24,17 @@ import psutil
 
 from rlhf_ray import environment
 from rlhf_ray.console import get_logger
-from rlhf_ray.processes import lifeline
+from rlhf_ray.processes import lifeline, stacks
 from rlhf_ray.processes.interrupts import SIGNALS, handled_by
 
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_LEAVE = 20.0
 """How long a child may take to leave its cluster; Ray itself would wait for a dead one for 60 s."""
 SECONDS_TO_END = 3.0
+SECONDS_TO_BEGIN = 300.0
+"""How long a child may take to import what it needs to say anything."""
+SILENT_S = 90.0
+"""How long a child may give no sign of life."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,14 @@ class Ended:
 
     code: int
     signal: int | None = None
+    silence: str = ""
+    """What is known of one that gave no sign of life and was killed for that."""
 
     @property
     def how(self) -> str:
         """Such as ``ended with 1`` or ``was killed by SIGKILL``."""
+        if self.silence:
+            return self.silence
         if self.code >= 0:
             return f"ended with {self.code}"
         try:
@@ -52,10 +61,18 @@ class Ended:
         return f"was killed by {name}{hint}"
 
 
-def run_child(arguments: Sequence[str], *, text: str | None = None, on_stop: str) -> Ended:
+def run_child(
+    arguments: Sequence[str],
+    *,
+    text: str | None = None,
+    on_stop: str,
+    silent_s: float = SILENT_S,
+    keep_stacks: Callable[[Sequence[int]], str] = lambda pids: "",
+) -> Ended:
     """Run Python with ``arguments`` to its end; ``text`` is its standard input, by default that of this process.
 
-    ``on_stop`` says what the child does when it is asked to stop.
+    ``on_stop`` says what the child does when it is asked to stop. One that gives no sign of life for ``silent_s`` seconds is
+    killed, after ``keep_stacks`` has kept what the processes with these ids do, and said where.
     """
     received: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
@@ -76,9 +93,16 @@ def run_child(arguments: Sequence[str], *, text: str | None = None, on_stop: str
             child.send_signal(received[-1])
         if text is not None:
             _write(child, text.encode())
-        code = _wait(child, ours)
+
+        def on_silent(pid: int) -> str:
+            where = keep_stacks(stacks.tree(pid))
+            how = f"gave no sign of life for {silent_s:g} s (it was stopped, or hung), and was killed"
+            get_logger().error("the process that does the work %s%s", how, where and f"; stacks: {where}")
+            return how
+
+        code, silence = _wait(child, ours, Heard(silent_s), on_silent)
         _end_session(child.pid)
-    return Ended(code, received[0] if received else None)
+    return Ended(code, received[0] if received else None, silence)
 
 
 def _start(arguments: Sequence[str], line: socket.socket, has_text: bool) -> subprocess.Popen[bytes]:
@@ -102,33 +126,80 @@ def _write(child: subprocess.Popen[bytes], text: bytes) -> None:
         stdin.write(text)
 
 
-def _wait(child: subprocess.Popen[bytes], line: socket.socket) -> int:
-    """The exit code of the child, or the one that it said before it began to leave its cluster and did not get away."""
-    said, deadline = None, 0.0
-    lines = [line]
+class Heard:
+    """What a child has said, and for how long it has been silent; pure.
+
+    Time in which the parent itself was kept from listening does not count as silence.
+    """
+
+    def __init__(self, silent_s: float) -> None:
+        self._silent_s = silent_s
+        self._quiet_s = 0.0
+        self._beats = False
+        self.outcome: int | None = None
+        """The exit code of a child that has begun to leave its cluster, and has not got away yet."""
+
+    def hear(self, words: bytes) -> None:
+        """Take what was said."""
+        for word in words:
+            if word == lifeline.BEAT[0]:
+                self._beats = True
+            else:
+                self.outcome = None if word == lifeline.LEFT[0] else word
+        self._quiet_s = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Nothing was said for so long, as far as this process knows, which looks every ``SECONDS_BETWEEN_LOOKS``."""
+        self._quiet_s += min(seconds, 2 * SECONDS_BETWEEN_LOOKS)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the child has said nothing for too long; before the first word it has longer, to begin."""
+        return self._quiet_s >= (self._silent_s if self._beats else max(self._silent_s, SECONDS_TO_BEGIN))
+
+
+def _wait(
+    child: subprocess.Popen[bytes], line: socket.socket, heard: Heard, on_silent: Callable[[int], str]
+) -> tuple[int, str]:
+    """The exit code of the child, or the one that it said before it began to leave its cluster and did not get away.
+
+    With it comes what ``on_silent`` says of a child that fell silent and was killed, or nothing.
+    """
+    lines, leaves_by, looked = [line], float("inf"), time.monotonic()
+    silence = ""
     while child.poll() is None:
         readable, _, _ = select.select(lines, [], [], SECONDS_BETWEEN_LOOKS)
+        now = time.monotonic()
+        heard.wait(now - looked)
+        looked = now
         if readable:
-            words = line.recv(64)
-            if not words:
-                lines = []
-                continue
-            said = None if words[-1:] == lifeline.LEFT else words[-1]
-            deadline = time.monotonic() + SECONDS_TO_LEAVE
+            words = line.recv(4096)
+            lines = lines if words else []
+            before = heard.outcome
+            heard.hear(words)
+            if heard.outcome != before:
+                leaves_by = now + SECONDS_TO_LEAVE if heard.outcome is not None else float("inf")
         elif not lines:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        if said is not None and time.monotonic() > deadline:
-            child.kill()
-            child.wait()
-    words = line.recv(64) if lines and select.select(lines, [], [], 0)[0] else b""
-    if words:
-        said = None if words[-1:] == lifeline.LEFT else words[-1]
-    if said is None:
-        return child.returncode
+        if lines and heard.is_silent and heard.outcome is None:
+            silence = on_silent(child.pid)
+            _kill(child)
+        elif now > leaves_by:
+            _kill(child)
+    while lines and select.select(lines, [], [], 0)[0] and (words := line.recv(4096)):
+        heard.hear(words)
+    if heard.outcome is None:
+        return child.returncode, silence
     get_logger().warning(
-        "the work had ended with %d, but its cluster could not be left in order, as when it has died", said
+        "the work had ended with %d, but its cluster could not be left in order, as when it has died", heard.outcome
     )
-    return said
+    return heard.outcome, ""
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    with suppress(subprocess.TimeoutExpired):  # the kernel ends it once it can be interrupted
+        child.wait(SECONDS_TO_END)
 
 
 def _end_session(session: int) -> None:

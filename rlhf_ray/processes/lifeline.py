@@ -2,7 +2,8 @@
 
 Invariants: a child whose parent ends, however it ends, is asked to stop as by SIGTERM. What a child says about its outcome
 before it leaves a cluster holds, and its error is told by then, even if leaving kills it or never ends: Ray ends a process
-whose cluster has died.
+whose cluster has died. While any Python runs in the child, it says so every ``BEAT_EVERY_S``: one that is stopped, or hangs in
+code that does not let go of the interpreter, falls silent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -20,7 +22,10 @@ from rlhf_ray.processes.interrupts import SIGNALS
 DESCRIPTOR = "RLHF_RAY_LIFELINE"
 """The environment variable that gives a child the number of its end of the line."""
 LEFT = b"\xff"
-"""What is said once the cluster is left; every other byte is an exit code."""
+"""What is said once the cluster is left."""
+BEAT = b"\xfe"
+"""What is said again and again; every other byte is an exit code."""
+BEAT_EVERY_S = 2.0
 
 _line: socket.socket | None = None
 
@@ -38,8 +43,10 @@ def connect() -> None:
         return
     line = _line = socket.socket(fileno=int(number))
     line.set_inheritable(False)
+    _say(BEAT)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_watch, args=(line,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_beat, args=(line,), name="heartbeat", daemon=True).start()
 
 
 @contextmanager
@@ -71,6 +78,17 @@ def _say(word: bytes) -> None:
     if _line is not None:
         with suppress(OSError):  # the parent is gone
             _line.send(word)
+
+
+def _beat(line: socket.socket) -> None:
+    while True:
+        try:
+            line.send(BEAT, socket.MSG_DONTWAIT)
+        except BlockingIOError:  # a parent that is stopped reads nothing
+            pass
+        except OSError:
+            return
+        time.sleep(BEAT_EVERY_S)
 
 
 def _watch(line: socket.socket) -> None:

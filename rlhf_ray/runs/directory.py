@@ -7,11 +7,11 @@ metrics, ledger and samples end exactly at the step of the checkpoint that it go
 
 The directory holds ``config.yaml`` (with every default), ``inputs.json`` (its last config, and fingerprints of data and
 models), ``execution.json`` (PPO: how policy and engines compute log-probs), ``metrics.jsonl``, ``ledger.jsonl``,
-``attempts.jsonl`` (one line each time the run was started), ``incidents.jsonl`` (what cost it time), ``samples/``,
-``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last), ``summary.json`` and
-``report.html``. Lines past the checkpoint of a resume
-move to ``*.void.jsonl``, and the summary of a run that is trained further to ``summary.void.json``. ``summary.json`` is the
-last file of a run, by which a finished one is known; until the report is written it is called ``closing.json``.
+``attempts.jsonl`` (one line each time the run was started), ``incidents.jsonl`` (what cost it time), ``stacks/`` (of what
+hung), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last),
+``summary.json`` and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run
+that is trained further to ``summary.void.json``. ``summary.json`` is the last file of a run, by which a finished one is known;
+until the report is written it is called ``closing.json``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LOCK = ".lock"
 MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
-    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|incidents\.jsonl|samples|checkpoints|final|best|(summary|closing)\.json"
+    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|incidents\.jsonl|stacks|samples|checkpoints|final|best|(summary|closing)\.json"
     r"|summary\.void\.json|set_aside\.jsonl|engines\.json|report\.html|tensorboard|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
@@ -79,6 +79,7 @@ class RunDirectory:
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
         self.set_aside = SetAsidePrompts(self.path / "set_aside.jsonl")
         self.engines = EngineStates(self.path / "engines.json")
+        self.stacks = self.path / "stacks"
         self.incidents = Incidents(self.path / "incidents.jsonl")
         self._lock: int | None = None
         self._is_new = False

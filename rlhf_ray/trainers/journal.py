@@ -31,6 +31,7 @@ from rlhf_ray.monitoring.report.summary import (
     Summary,
     Table,
 )
+from rlhf_ray.monitoring.stalls import seeded
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run
@@ -66,6 +67,8 @@ class Journal:
         self._first: tuple[float, int] | None = None
         """When the first update of this attempt ended (monotonic seconds), and its number."""
         self._samples_lost = 0
+        self.step = 0
+        """The last step whose metrics were logged, in an earlier attempt too."""
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
 
     def __enter__(self) -> Journal:
@@ -73,6 +76,9 @@ class Journal:
         self._memory.start()
         self._log = MetricsLog(self.run.metrics, self._sinks())
         self.clock = PhaseClock(self._phase_gauge())
+        lines = self.run.metrics.read()
+        self.clock.durations = seeded(lines)
+        self.step = int(lines[-1]["step"]) if lines else 0
         return self
 
     def __exit__(
@@ -155,6 +161,7 @@ class Journal:
         return {"seconds_left": (now - began) / (update - first) * (total - update)}
 
     def _write(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self.step = step
         self._log.log(step, {**metrics, "memory/pss_gb": self._memory.latest.total_gb})
         if step == total or total <= 100 or step % (total // 50) == 0:  # at most about 100 lines a run
             line = "  ".join(f"{name} {metrics[name]:.3g}" for name in CONSOLE_METRICS if name in metrics)
@@ -211,6 +218,10 @@ class Journal:
 
     def finish(self) -> Summary:
         """Write the summary and the report."""
+        with self.clock.part("report"):
+            return self._finish()
+
+    def _finish(self) -> Summary:
         self.add_facts({f"missed by {name}": f"{count} lines of metrics" for name, count in self._log.lost.items()})
         peak = self._memory.peak
         history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in self._memory.history)

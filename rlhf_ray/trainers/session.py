@@ -14,7 +14,7 @@ from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.engines import load_fleet
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
 from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
-from rlhf_ray.actors.ranks import Ranks
+from rlhf_ray.actors.ranks import Ranks, RayRanks
 from rlhf_ray.actors.turns import SharedPlace
 from rlhf_ray.actors.workers.model import WorkerSetup
 from rlhf_ray.actors.workers.policy import LanguageSetup
@@ -80,6 +80,11 @@ class Session:
         """Where ranks live; there is none before the ``with`` block."""
         assert self._place is not None, "a session starts groups inside its with block"
         return self._place
+
+    @property
+    def watched(self) -> tuple[RayRanks, ...] | None:
+        """All groups whose ranks are processes of their own; None where they are in this one."""
+        return None if self._cluster is None else self._cluster.groups
 
     @property
     def _shared(self) -> SharedFile:

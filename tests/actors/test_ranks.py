@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import ray
 
@@ -15,7 +17,7 @@ from rlhf_ray.actors.place import RankSpec
 from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks, why_late
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
-from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, ModelLoadError
+from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, ModelLoadError, StalledError
 from rlhf_ray.planning.capacity import Bundle
 
 
@@ -37,6 +39,10 @@ class Rank:
 
     def refuse(self) -> None:
         raise ModelLoadError("no head: give one")
+
+    @ray.method(concurrency_group="health")
+    def health(self) -> int:
+        return os.getpid()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -66,7 +72,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def ranks(cluster: Cluster) -> Iterator[RayRanks]:
-    actors = [ray.remote(num_cpus=0)(Rank).remote(rank) for rank in range(2)]
+    actors = [ray.remote(num_cpus=0, concurrency_groups={"health": 1})(Rank).remote(rank) for rank in range(2)]
     nodes = ["10.0.0.1 (here)", "10.0.0.2 (there)"]
     group = RayRanks("policy", actors, timeout_s=60.0, on_stop=lambda: None, nodes=nodes)
     yield group
@@ -144,6 +150,42 @@ def test_a_death_is_told_of_the_rank_that_died_and_its_node_whichever_peer_notic
         ranks.call("lose_rank_0", [(dies_s, fails_s, answered)] * 2, phase="update").result()
     assert isinstance(caught.value, DeadRankError)
     assert "Rank 1 noticed: RuntimeError('Connection closed by peer')" in str(caught.value)
+
+
+def test_a_stopped_rank_is_told_from_a_peer_that_waits_and_ends_its_call_at_once_as_stalled(ranks: RayRanks) -> None:
+    pids = ranks.call("health", [(), ()]).result()
+    pending = ranks.call("sleep", [(60.0,), (60.0,)], phase="update")
+    os.kill(pids[1], signal.SIGSTOP)
+    (call,) = ranks.open_calls()
+    assert (call.role, call.method, call.missing) == ("policy", "sleep", (0, 1))
+    assert ranks.silent(call.missing, 2.0) == {0: False, 1: True}
+    began = time.monotonic()
+    ranks.end_stalled({1: "it did not answer sleep for 2 s"})
+    with pytest.raises(
+        StalledError, match=r"rank 1 failed in update: it did not answer .*10\.0\.0\.2 \(there\) was ended"
+    ):
+        pending.result()
+    assert time.monotonic() - began < 5 and ranks.open_calls() == []
+    while psutil.pid_exists(pids[1]) and psutil.Process(pids[1]).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() - began < 20, "a stopped process is not left behind"
+        time.sleep(0.05)
+
+
+def test_how_long_calls_usually_take_is_known_and_not_by_those_that_failed(ranks: RayRanks) -> None:
+    ranks.call("double", [(0,), (0,)]).result()
+    for seconds in (0.0, 0.3, 0.0):
+        ranks.call("sleep", [(seconds,), (0.0,)]).result()
+    with pytest.raises(DeadlineError):
+        ranks.call("sleep", [(2.0,), (0.0,)], timeout_s=0.5).result()
+    pending = ranks.call("sleep", [(0.5,), (0.0,)])
+    while len(ranks.open_calls()[0].missing) > 1:
+        time.sleep(0.01)
+    (call,) = ranks.open_calls()
+    assert call.missing == (0,) and call.usual_s is not None and call.usual_s < 0.25
+    pending.result()
+    assert ranks.open_calls() == []
+    ranks.call("sleep", [(0.5,), (0.5,)])  # for which nobody can ask any more
+    assert ranks.open_calls() == []
 
 
 def test_more_than_the_cluster_has_is_refused_before_anything_is_placed(cluster: Cluster) -> None:

@@ -1,7 +1,7 @@
 """A driver as the parent sees one: it notes how it was started and ends as the file ``script`` says, one line a start.
 
-A line is a number (end with that code), ``kill`` (end as by SIGKILL), ``begin`` before either (leave a run directory
-behind), ``wait`` (wait for a signal and end with 75), or ``deaf`` (wait, and die of the signal).
+A line is a number (end with that code), ``kill`` (end as by SIGKILL), ``stop`` (stop as by SIGSTOP), ``begin`` before either
+(leave a run directory behind), ``wait`` (wait for a signal and end with 75), or ``deaf`` (wait, and die of the signal).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
     if words[0] in ("wait", "deaf"):
         Path("ready").touch()
         time.sleep(60)
+    if words[0] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if words[0] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(words[0]))

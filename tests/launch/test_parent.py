@@ -16,18 +16,20 @@ import pytest
 
 from rlhf_ray.errors import Interrupted, ResumableStop
 from rlhf_ray.launch import parent as launch_parent
-from rlhf_ray.launch.parent import exit_code
+from rlhf_ray.launch.parent import Watch, exit_code
 from rlhf_ray.processes.child import Ended
+from rlhf_ray.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 PARENT = """
-import sys
+import os, sys
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.launch.parent import resume_run, start_run
 if sys.argv[1] == "resume":
     code = resume_run(sys.argv[2], sys.argv[3:], ["data.path"] if sys.argv[3:] else [], driver="stub_driver")
 else:
-    code = start_run(load_config("demo-sft", ["run.name=stub", f"run.max_restarts={sys.argv[2]}"]), driver="stub_driver")
+    code = start_run(load_config("demo-sft", ["run.name=stub", f"run.max_restarts={sys.argv[2]}",
+                                                   f"run.stall_floor_s={os.environ['FLOOR']}"]), driver="stub_driver")
 assert not {"torch", "ray"} & set(sys.modules)
 sys.exit(code)
 """
@@ -38,6 +40,7 @@ class Parent:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.floor_s = 60.0
 
     def start(self, script: list[str], *arguments: str) -> subprocess.Popen[str]:
         (self.directory / "script").write_text("\n".join(script))
@@ -46,7 +49,7 @@ class Parent:
         return subprocess.Popen(
             [sys.executable, "-c", PARENT, *arguments],
             cwd=self.directory,
-            env=variables | {"PYTHONPATH": path},
+            env=variables | {"PYTHONPATH": path, "FLOOR": str(self.floor_s)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -100,12 +103,26 @@ def test_a_signal_between_two_drivers_stops_the_restarts_and_the_run_can_go_on(t
 
     monkeypatch.setattr(launch_parent, "run_driver", interrupted)
     with pytest.raises((Interrupted, ResumableStop)) as caught:
-        launch_parent._restart_until_final(Ended(1), tmp_path, 1, "stub_driver", "")
+        launch_parent._restart_until_final(Ended(1), Watch(tmp_path), 1, "stub_driver", "")
     assert caught.type is Interrupted, "no run was begun"
     (tmp_path / "config.yaml").touch()
     with pytest.raises((Interrupted, ResumableStop)) as caught:
-        launch_parent._restart_until_final(Ended(1), tmp_path, 1, "stub_driver", "")
+        launch_parent._restart_until_final(Ended(1), Watch(tmp_path), 1, "stub_driver", "")
     assert caught.type is ResumableStop and f"rlhf-ray resume {tmp_path}" in str(caught.value)
+
+
+def test_a_driver_that_is_stopped_is_killed_and_started_again_and_the_run_keeps_its_stacks_and_the_incident(parent):
+    parent.floor_s = 1.0
+    code, message = parent.run(["begin stop", "0"], "new", "1")
+    assert code == 0 and parent.starts == ["new", f"--resume {parent.directory}/runs/stub"]
+    assert (
+        "the driver gave no sign of life for 1.5 s (it was stopped, or hung), and was killed: restart 1 of 1" in message
+    )
+    run = RunDirectory(parent.directory / "runs" / "stub")
+    (stacks,) = run.stacks.iterdir()
+    assert str(stacks) in message and "it is stopped (as by SIGSTOP)" in stacks.read_text()
+    (incident,) = run.incidents.read()
+    assert (incident.role, incident.fault, incident.action) == ("driver", "stalled", "restarted")
 
 
 def test_restarts_are_counted(parent):
@@ -140,7 +157,7 @@ def test_the_last_sentence_says_how_the_driver_ended_and_how_to_go_on(
     for step in commits:
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
         (tmp_path / f"checkpoints/step-{step:06d}/manifest.json").touch()
-    assert launch_parent._restart_until_final(Ended(code), tmp_path, 0, "stub_driver", "") == 1
+    assert launch_parent._restart_until_final(Ended(code), Watch(tmp_path), 0, "stub_driver", "") == 1
     said = project_log.getvalue()
     assert "the driver " in said and sentence in said
     assert (f"rlhf-ray resume {tmp_path}" in said) == begun

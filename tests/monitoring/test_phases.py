@@ -7,6 +7,7 @@ import io
 import pytest
 
 from rlhf_ray.monitoring import PhaseClock, UnknownMetricError
+from rlhf_ray.monitoring.phases import BETWEEN
 
 
 def test_a_phase_costs_what_passed_inside_it_and_a_step_what_passed_in_all() -> None:
@@ -41,3 +42,23 @@ def test_whoever_is_told_of_a_phase_and_fails_keeps_it_from_nothing(project_log:
             ran.append(phase)
     assert ran == ["rollout", "update"] and clock.take().keys() == {"time/rollout", "time/update", "time/step"}
     assert project_log.getvalue().count("could not be shown") == 1
+
+
+def test_something_is_open_at_any_moment_and_what_fails_says_nothing_of_how_long_it_takes() -> None:
+    now = [100.0]
+    clock = PhaseClock(clock=lambda: now[0])
+    now[0] += 2.0
+    assert [(one.name, one.entered_at, one.usual_s) for one in clock.open()] == [(BETWEEN, 100.0, None)]
+    for seconds in (1.0, 3.0):
+        with clock.phase("update"), clock.part("inner"):
+            now[0] += seconds
+            assert [(one.name, one.entered_at) for one in clock.open()] == [
+                ("update", now[0] - seconds),
+                ("inner", now[0] - seconds),
+            ]
+    with pytest.raises(RuntimeError), clock.phase("update"):
+        now[0] += 1000.0
+        raise RuntimeError("a call that met its deadline")
+    assert [(one.name, one.entered_at, one.usual_s) for one in clock.open()] == [(BETWEEN, now[0], 0.0)]
+    assert clock.durations.median("update") == 2.0
+    assert clock.take()["time/update"] == 1004.0 and "time/inner" not in clock.take()

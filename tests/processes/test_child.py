@@ -16,20 +16,28 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf_ray.processes.child import Ended
+from rlhf_ray.processes import lifeline
+from rlhf_ray.processes.child import SECONDS_BETWEEN_LOOKS, SECONDS_TO_BEGIN, Ended, Heard
 
 ROOT = Path(__file__).parents[2]
 BOTH = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from rlhf_ray.processes import interrupts, lifeline
+lifeline.BEAT_EVERY_S = 0.05
 """
 PARENT = f"""{BOTH}
 from rlhf_ray.processes import child
 child.SECONDS_TO_LEAVE, child.SECONDS_TO_END = 0.3, 0.3
 text = Path("text").read_text() if Path("text").exists() else None
-ended = child.run_child(["-c", Path("child").read_text()], text=text, on_stop="the child stops")
+limits = dict(silent_s=1.0) if Path("silent").exists() else dict()
+def keep(pids):
+    Path("asked").write_text(" ".join(map(str, pids)))
+    return "FILE"
+ended = child.run_child(["-c", Path("child").read_text()], text=text, on_stop="the child stops", keep_stacks=keep, **limits)
 print(ended.code, ended.signal)
+if ended.silence:
+    print(ended.how)
 """
 CHILD = f"""{BOTH}
 def listen(handler):
@@ -172,6 +180,51 @@ def test_a_child_gets_its_text(tmp_path):
     running = Parent(tmp_path, "listen(end(75))\nPath('got').write_text(sys.stdin.read()[-9:])")
     assert running.ended()[0] == "0 None"
     assert running.wait_for("got") == "a config\n"
+
+
+@pytest.mark.parametrize(
+    "hangs", ["os.kill(os.getpid(), signal.SIGSTOP)", "re.match('(a+)+b', 'a' * 60)"], ids=["stop", "hang"]
+)
+def test_a_child_that_gives_no_sign_of_life_is_killed_after_its_processes_were_asked_for_their_stacks(tmp_path, hangs):
+    (tmp_path / "silent").touch()
+    running = Parent(
+        tmp_path, f"import re\nlisten(end(75))\nPath('pid').write_text(str(os.getpid()))\ntime.sleep(0.3)\n{hangs}"
+    )
+    out, message = running.ended()
+    assert out == "-9 None\ngave no sign of life for 1 s (it was stopped, or hung), and was killed"
+    assert running.wait_for("pid") in running.wait_for("asked").split()
+    assert "was killed; stacks: FILE" in message
+
+
+def test_a_child_that_works_without_a_word_for_long_is_left_alone(tmp_path):
+    """What waits or computes lets go of the interpreter now and then, and its heart beats beside it."""
+    (tmp_path / "silent").touch()
+    running = Parent(
+        tmp_path, "listen(end(75))\nend = time.monotonic() + 2.0\nwhile time.monotonic() < end: pass\nsys.exit(3)"
+    )
+    assert running.ended()[0] == "3 None"
+
+
+def test_silence_is_counted_while_this_process_listens_and_not_before_the_child_has_begun() -> None:
+    heard = Heard(90.0)
+    for _ in range(3):
+        heard.wait(10_000.0)  # this process was stopped itself
+    assert not heard.is_silent
+
+    def listen(seconds: float) -> bool:
+        for _ in range(round(seconds / SECONDS_BETWEEN_LOOKS)):
+            heard.wait(SECONDS_BETWEEN_LOOKS)
+        return heard.is_silent
+
+    assert not listen(SECONDS_TO_BEGIN - 5) and listen(6), "importing may take long, and not for ever"
+    heard.hear(lifeline.BEAT)
+    assert not heard.is_silent and not listen(89) and listen(2)
+    heard.hear(lifeline.BEAT)
+    assert heard.outcome is None and not listen(60)
+    heard.hear(lifeline.BEAT + b"\x4b" + lifeline.BEAT)
+    assert heard.outcome == 75 and not heard.is_silent
+    heard.hear(lifeline.LEFT)
+    assert heard.outcome is None
 
 
 @pytest.mark.parametrize(

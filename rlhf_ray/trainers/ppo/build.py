@@ -50,6 +50,7 @@ from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler, che
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.session import Session
+from rlhf_ray.trainers.watchdog import Watchdog
 
 
 def train_ppo(
@@ -60,7 +61,11 @@ def train_ppo(
     prompts = load_prompts(config.data, chat.tokenizer, config.run.seed, config.row_reader)
     ends = find_ends(config, chat, prompts)
     check_own_parts(config)
-    with Session(config, run, place=place) as session, Journal(run, config) as journal:
+    with (
+        Session(config, run, place=place) as session,
+        Journal(run, config) as journal,
+        Watchdog(run, config, journal, session),
+    ):
         trainer = build(config, run, session, journal, chat, ends, prompts, checkpoint)
         trainer.start()
         trainer.run()

@@ -139,7 +139,8 @@ class SupervisedTrainer:
         for _ in progress(remaining, self.config.kind, total=len(remaining)):
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
                 batch, schedule = self.next_batch()
-            report, applied, stood_out = self.update(batch, schedule)
+            with self.journal.phase("update"):
+                report, applied, stood_out = self.update(batch, schedule)
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
                 self.after_update(report, applied, stood_out, batch.batch)
             self.skips.refuse(self.guards, self.progress.consecutive_skips, self.progress.update, self.state())

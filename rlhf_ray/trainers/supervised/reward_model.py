@@ -27,6 +27,7 @@ from rlhf_ray.trainers.supervised.preference_loss import make_loss
 from rlhf_ray.trainers.supervised.probes import measure_probes
 from rlhf_ray.trainers.supervised.reward_evaluation import HeldOutPairs
 from rlhf_ray.trainers.supervised.reward_saving import RewardSaver
+from rlhf_ray.trainers.watchdog import Watchdog
 
 
 def train_reward_model(
@@ -47,7 +48,7 @@ def train_reward_model(
         held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
         saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer, record)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
-        with Journal(run, config) as journal:
+        with Journal(run, config) as journal, Watchdog(run, config, journal, session):
             journal.measure_against(reward.compute_shape().result(), reward.matmul_rate().result())
             trainer = SupervisedTrainer(
                 config,

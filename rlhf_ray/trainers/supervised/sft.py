@@ -19,6 +19,7 @@ from rlhf_ray.trainers.closing import closing
 from rlhf_ray.trainers.journal import Journal
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, schedule_update
+from rlhf_ray.trainers.watchdog import Watchdog
 
 
 def train_sft(
@@ -33,7 +34,7 @@ def train_sft(
     with Session(config, run, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
-        with Journal(run, config) as journal:
+        with Journal(run, config) as journal, Watchdog(run, config, journal, session):
             trainer = SupervisedTrainer(
                 config,
                 task,

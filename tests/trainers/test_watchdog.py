@@ -1,0 +1,215 @@
+"""What hangs has its stacks written first, and then only what does not answer is ended; what has answered is left alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.monitoring.phases import PhaseClock
+from rlhf_ray.monitoring.stalls import CallBook, OpenCall
+from rlhf_ray.processes import lifeline, progress, stacks
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trainers import watchdog
+from rlhf_ray.trainers.watchdog import Watchdog
+
+
+class Ranks:
+    """Ranks of which the test says who answers what."""
+
+    def __init__(self, role: str, *, dead: Sequence[int] = ()) -> None:
+        self.role, self.book, self.dead = role, CallBook(role), dead
+        self.ended: dict[int, str] = {}
+        self.missing: tuple[int, ...] = (0, 1)
+        self.on_health: Callable[[], None] = lambda: None
+
+    def open_calls(self) -> list[OpenCall]:
+        return self.book.open(lambda handles: self.missing, time.monotonic())
+
+    def silent(self, ranks: Sequence[int], timeout_s: float) -> dict[int, bool]:
+        self.on_health()
+        return {rank: rank in self.dead for rank in ranks}
+
+    def end_stalled(self, causes: dict[int, str]) -> None:
+        self.ended |= causes
+
+
+class Run:
+    """A run of which one phase has lasted for long, with what the watchdog needs of it."""
+
+    def __init__(self, path: Path, groups: Sequence[Ranks] | None) -> None:
+        self.directory = RunDirectory.create(path / "run", "kind: sft\n")
+        self.clock = PhaseClock()
+        self.step = 3
+        cluster = SimpleNamespace(start_timeout_s=9.0, call_timeout_s=9.0)
+        config: Any = SimpleNamespace(run=SimpleNamespace(name="demo", stall_floor_s=0.2), cluster=cluster)
+        self.watchdog = Watchdog(self.directory, config, self, SimpleNamespace(watched=groups))
+
+    def hang(self, seconds: float = 0.3) -> None:
+        """Enter a phase that is usually short, and wait in it."""
+        with self.clock.phase("update"):
+            pass
+        self.phase = self.clock.phase("update")
+        self.phase.__enter__()
+        time.sleep(seconds)
+
+    def stacks(self) -> list[str]:
+        return [path.read_text() for path in sorted(self.directory.stacks.glob("*.txt"))]
+
+
+def begin(ranks: Ranks, method: str = "accumulate") -> Any:
+    """A call of a kind that usually takes a moment, which hangs."""
+    ranks.book.end(ranks.book.begin(method, [], time.monotonic()), time.monotonic())
+    return ranks.book.begin(method, [], time.monotonic())
+
+
+def test_ranks_that_do_not_say_how_they_are_are_ended_and_not_the_peers_that_wait_for_them(tmp_path: Path) -> None:
+    policy, critic = Ranks("policy", dead=[1]), Ranks("critic")
+    run = Run(tmp_path, [policy, critic])
+    held = begin(policy)
+    run.hang()
+    run.watchdog.look()
+    assert policy.ended.keys() == {1} and not critic.ended and held
+    assert (
+        "it did not answer accumulate for 0 s" in policy.ended[1]
+        and "it is stopped, or out of reach" in policy.ended[1]
+    )
+    (text,) = run.stacks()
+    assert "'update' has taken 0 s after step 3" in text and "policy.accumulate: no answer of rank 0, 1" in text
+    assert f"process {os.getpid()}" in text
+    run.watchdog.look()
+    assert len(run.stacks()) == 1, "the stacks of a phase are written once"
+
+
+def test_where_all_say_how_they_are_all_are_ended_that_did_not_answer_the_call(tmp_path: Path) -> None:
+    policy = Ranks("policy")
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    run.hang()
+    policy.missing = (1,)
+    run.watchdog.look()
+    assert policy.ended.keys() == {1} and held
+    assert "it hangs; if it was only slow, raise run.stall_floor_s" in policy.ended[1]
+
+
+def test_a_call_that_is_answered_while_ranks_are_asked_is_left_alone(tmp_path: Path) -> None:
+    policy = Ranks("policy")
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    policy.on_health = lambda: setattr(policy, "missing", ())
+    run.hang()
+    run.watchdog.look()
+    assert not policy.ended and held
+
+
+def test_stacks_that_cannot_be_written_keep_nothing_from_being_ended(tmp_path: Path, project_log: io.StringIO) -> None:
+    policy = Ranks("policy", dead=[0])
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    run.directory.stacks.write_text("in the way")
+    run.hang()
+    run.watchdog.look()
+    assert policy.ended.keys() == {0} and "they could not be written" in project_log.getvalue() and held
+
+
+def test_groups_in_this_process_are_looked_at_and_nothing_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it was ended"))
+    monkeypatch.setattr(lifeline, "is_child", lambda: True)
+    stacks.offer("this test")
+    run = Run(tmp_path, None)
+    run.hang()
+    run.watchdog.look()
+    assert "in this process, so that nothing can be ended" in project_log.getvalue()
+    assert "in test_groups_in_this_process_are_looked_at_and_nothing_is_ended" in run.stacks()[0]
+
+
+class Ended(Exception):
+    """What the end of the driver is in these tests."""
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(watchdog.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(lifeline, "is_child", lambda: True)
+
+
+@pytest.mark.usefixtures("exits")
+def test_a_driver_that_hangs_by_itself_writes_its_stacks_and_an_incident_and_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path, [])
+    run.hang()
+    with pytest.raises(Ended, match="1"):
+        run.watchdog.look()
+    (incident,) = run.directory.incidents.read()
+    assert (incident.role, incident.phase, incident.fault, incident.action) == (
+        "driver",
+        "update",
+        "stalled",
+        "stopped",
+    )
+    assert (incident.step, incident.lost_steps) == (3, 3) and str(run.directory.stacks) in incident.cause
+    assert len(run.stacks()) == 2
+
+
+@pytest.mark.usefixtures("exits")
+def test_a_driver_that_gets_ahead_does_not_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, [])
+    run.hang()
+    progress.made()
+    run.watchdog.look()
+    assert not run.directory.incidents.read()
+
+
+@pytest.mark.usefixtures("exits")
+def test_a_driver_that_nobody_would_start_again_is_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    monkeypatch.setattr(lifeline, "is_child", lambda: False)
+    run = Run(tmp_path, [])
+    run.hang()
+    run.watchdog.look()
+    assert "nobody would start this process again" in project_log.getvalue()
+
+
+def test_after_a_stop_of_the_machine_nothing_is_judged_until_there_was_time_to_answer(tmp_path: Path) -> None:
+    policy = Ranks("policy", dead=[0])
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    run.hang()
+    run.watchdog._looked_at -= 60.0  # as if no look had come for a minute
+    run.watchdog.look()
+    assert not policy.ended and held
+    time.sleep(0.25)
+    run.watchdog.look()
+    assert policy.ended.keys() == {0}
+
+
+def test_the_thread_looks_until_the_block_ends(tmp_path: Path) -> None:
+    policy = Ranks("policy", dead=[0])
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    with run.watchdog:
+        run.hang(0.1)
+        began = time.monotonic()
+        while not policy.ended:
+            assert time.monotonic() - began < 10 and held
+            time.sleep(0.01)
+    run.watchdog._thread.join(10)
+    assert not run.watchdog._thread.is_alive()
+
+
+def test_only_the_newest_files_of_stacks_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "KEPT_FILES", 2)
+    run = Run(tmp_path, [])
+    for step in range(4):
+        watchdog.write_stacks(run.directory, step, "between phases", [], "title")
+        time.sleep(0.01)
+    assert [path.name[:22] for path in sorted(run.directory.stacks.iterdir())] == [
+        f"00000{step}-between-phases-"[:22] for step in (2, 3)
+    ]
