@@ -107,6 +107,12 @@ class ClosingError(RlhfRayError):
     """All steps of a run are committed and ``final/`` is written, but its last evaluation or its report failed."""
 
 
+class ClusterLostError(ClosingError):
+    """The same where the cluster has died: the run has its result, and nothing that the cluster did is missing from it."""
+
+    exit_code = EXIT_DONE
+
+
 class NumericalError(RlhfRayError):
     """More updates were skipped than ``run.max_consecutive_skips`` or ``guards.budget`` allows."""
 

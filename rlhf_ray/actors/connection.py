@@ -7,6 +7,7 @@ on this machine alone.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,27 @@ def join_ray(address: str, **options: Any) -> JoinedCluster:
     joined = JoinedCluster(context.gcs_address, context.get_session_name())
     get_logger().info("joined the Ray cluster at %s (%s)", joined.address, joined.session)
     return joined
+
+
+def lost_cluster(limit_s: float = REACH_S) -> str | None:
+    """What of the cluster that this process is connected to has died, its head or the node beside it; none if both answer.
+
+    Ray itself would go on trying to reach a dead head for a minute.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    gcs = ray.get_runtime_context().gcs_address
+    failure = failure_to_reach(*_host_and_port(gcs), limit_s)
+    if failure is not None:
+        return f"the head of the Ray cluster at {gcs} does not answer ({failure})"
+    here = ray.get_runtime_context().get_node_id()
+    node = next((node for node in ray.nodes() if node["NodeID"] == here), None)
+    if node is None or not node["Alive"]:
+        return f"the Ray node {here} of this process is dead"
+    address, port = str(node["NodeManagerAddress"]), int(node["NodeManagerPort"])
+    failure = failure_to_reach(address, port, limit_s)
+    return None if failure is None else f"the raylet of this process at {address}:{port} does not answer ({failure})"
 
 
 def _of_this_machine() -> str:

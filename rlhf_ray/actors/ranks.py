@@ -329,7 +329,7 @@ class RayRanks:
             if not ready:
                 break
             try:
-                ray.get(ready)
+                ray.get(ready, timeout=DEATH_SHOWS_S)
             except RayActorError as error:
                 noticed = f"{error}\nRank {failure.rank} noticed: {failure.cause.partition(chr(10))[0]}"
                 return self._death(peers[ready[0]], failure.phase, RuntimeError(noticed))

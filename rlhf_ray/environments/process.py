@@ -1,6 +1,6 @@
 """Plays a user's environments in a process of their own, which can be ended when one hangs and may die without harm.
 
-    python -m rlhf_ray.environments.process NAME PARAMETERS FD
+    python -m rlhf_ray.environments.process NAME PARAMETERS FD PARENT
 
 Invariants: every question is answered by a turn or a failure; each turn, played again or new, has the time limit for itself; an
 episode that hangs or takes its process with it costs only itself: the others are played again up to where they were, in a new
@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_ray.environments.protocol import Answer, EpisodeFailure, Failed, ProcessLost, Task, Turn, checked
 from rlhf_ray.errors import RequestError
-from rlhf_ray.rewards.function_process import FunctionProcess
+from rlhf_ray.rewards.function_process import FunctionProcess, begin
 from rlhf_ray.rewards.functions import Failure
 from rlhf_ray.user_code import ENVIRONMENTS, accepts, attribute_of, check_parameters, construct, load_object
 
@@ -142,4 +142,4 @@ def run_child(name: str, parameters: Mapping[str, Any], connection: Connection) 
 
 
 if __name__ == "__main__":
-    run_child(sys.argv[1], json.loads(sys.argv[2]), Connection(int(sys.argv[3])))
+    run_child(sys.argv[1], json.loads(sys.argv[2]), begin(f"{KEY} {sys.argv[1]}", *sys.argv[3:]))

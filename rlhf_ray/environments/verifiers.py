@@ -30,6 +30,8 @@ from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.storage.atomic import write_file
 
 SERVER = Path(__file__).with_name("verifiers_server.py")
+END_LIMIT_S = 10.0
+"""How long it may take to end."""
 
 
 class Server:
@@ -86,15 +88,17 @@ class Server:
         """End the process."""
         assert self.process.stdin is not None
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # the kernel ends it once it can be interrupted
+            self.process.wait(END_LIMIT_S)
         with suppress(OSError):  # lines that it has not read
             self.process.stdin.close()
 
     def _died(self) -> None:
-        raise RequestError(
-            f"the process of verifiers ({self.python}) ended with {self.process.wait()}: its messages on standard error say "
-            "why"
-        )
+        try:
+            how = f"ended with {self.process.wait(END_LIMIT_S)}"
+        except subprocess.TimeoutExpired:
+            how = f"closed its output and did not end within {END_LIMIT_S:g} s"
+        raise RequestError(f"the process of verifiers ({self.python}) {how}: its messages on standard error say why")
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 TASKSET is verifiers' configuration of a taskset as JSON, such as {"id": "guess_taskset"}; FOLDER may hold its module.
 
 verifiers 0.4.0 pins older versions of mcp and openai than ours, so that it lives in a virtual environment of its own. This file
-runs there: it needs the standard library, verifiers and what verifiers brings, and nothing of this project.
+runs there: it needs the standard library, verifiers and what verifiers brings, and of this project one file that needs no more.
 
 Lines of JSON come in at standard input: ``{"tasks": N}``, ``{"start": EPISODE, "task": DATA}``, ``{"answer": EPISODE, "text":
 ..., "finished": ...}`` and ``{"drop": EPISODE}``. Lines go out at what was standard output: ``{"tasks": [...]}``, and of an
@@ -26,13 +26,12 @@ import importlib.util
 import json
 import os
 import resource
-import select
-import signal
+import runpy
 import sys
-import time
 import types
 from collections import Counter
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 HARNESS = "rlhf_ray_chat"
@@ -203,29 +202,10 @@ def register_harness(vf: Any) -> None:
     sys.modules[HARNESS] = module
 
 
-def end_with_input() -> None:
-    """Have this process ended :data:`GRACE_S` after its input has, also while an environment keeps it from running.
-
-    A second process sees to it, since a thread would wait for an environment that does not let go of the interpreter.
-    """
-    served = os.getpid()
-    if os.fork():
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    os.dup2(1, 2)  # whoever reads what the process writes must see its end
-    input_end = select.poll()
-    input_end.register(0, 0)  # nothing but that the other side is closed
-    input_end.poll()
-    time.sleep(GRACE_S)
-    if os.getppid() == served:
-        os.kill(served, signal.SIGKILL)
-    os._exit(0)
-
-
 def main() -> None:
     """Serve the taskset that the command line names."""
-    end_with_input()
+    ends_with = runpy.run_path(str(Path(__file__).parents[1] / "processes" / "ends_with.py"))
+    ends_with["end_with"](0, GRACE_S)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))

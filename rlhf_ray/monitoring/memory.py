@@ -19,6 +19,8 @@ from types import TracebackType
 import psutil
 
 GB = 1e9
+JOIN_S = 10.0
+"""How long the last measurement may take: reading the page tables of a process waits for what maps memory in it."""
 SHARED_MEMORY = "/dev/shm/"
 BYTES_PER_BLOCK = 512
 """The unit of ``st_blocks``, whatever the file system's own block size is (POSIX ``sys/stat.h``)."""
@@ -119,7 +121,7 @@ class MemorySampler:
         """End the thread and return the measurement with the largest total."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(JOIN_S)
         return self.peak
 
     @property

@@ -24,6 +24,7 @@ import psutil
 
 from rlhf_ray import environment
 from rlhf_ray.console import get_logger
+from rlhf_ray.errors import EXIT_DONE
 from rlhf_ray.processes import lifeline, stacks
 from rlhf_ray.processes.interrupts import SIGNALS, handled_by
 
@@ -138,19 +139,33 @@ class Heard:
         self._beats = False
         self.outcome: int | None = None
         """The exit code of a child that has begun to leave its cluster, and has not got away yet."""
+        self._has_result = False
+        """Whether the result is there, and nothing was said of the outcome since."""
 
     def hear(self, words: bytes) -> None:
         """Take what was said."""
         for word in words:
             if word == lifeline.BEAT[0]:
                 self._beats = True
+            elif word == lifeline.RESULT[0]:
+                self._has_result = True
             else:
                 self.outcome = None if word == lifeline.LEFT[0] else word
+                self._has_result = False
         self._quiet_s = 0.0
 
     def wait(self, seconds: float) -> None:
         """Nothing was said for so long, as far as this process knows, which looks every ``SECONDS_BETWEEN_LOOKS``."""
         self._quiet_s += min(seconds, 2 * SECONDS_BETWEEN_LOOKS)
+
+    def ended(self, code: int) -> int:
+        """The outcome of a child that has ended with ``code``, or by a signal where that is negative.
+
+        A cluster that dies ends the child with a code of its own, and without a word. That of a child with a result is none.
+        """
+        if self.outcome is not None:
+            return self.outcome
+        return EXIT_DONE if self._has_result and code > 0 else code
 
     @property
     def is_silent(self) -> bool:
@@ -188,12 +203,13 @@ def _wait(
             _kill(child)
     while lines and select.select(lines, [], [], 0)[0] and (words := line.recv(4096)):
         heard.hear(words)
-    if heard.outcome is None:
-        return child.returncode, silence
+    outcome = heard.ended(child.returncode)
+    if outcome == child.returncode and heard.outcome is None:
+        return outcome, silence
     get_logger().warning(
-        "the work had ended with %d, but its cluster could not be left in order, as when it has died", heard.outcome
+        "the work had ended with %d, but its cluster could not be left in order, as when it has died", outcome
     )
-    return heard.outcome, ""
+    return outcome, ""
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

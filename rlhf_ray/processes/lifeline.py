@@ -24,7 +24,9 @@ DESCRIPTOR = "RLHF_RAY_LIFELINE"
 LEFT = b"\xff"
 """What is said once the cluster is left."""
 BEAT = b"\xfe"
-"""What is said again and again; every other byte is an exit code."""
+"""What is said again and again."""
+RESULT = b"\xfd"
+"""What is said once the result of the work is committed; every other byte is an exit code."""
 BEAT_EVERY_S = 2.0
 
 _line: socket.socket | None = None
@@ -62,6 +64,11 @@ def leaving(error: BaseException | None) -> Iterator[None]:
         yield
     finally:
         _say(LEFT)
+
+
+def result_is_there() -> None:
+    """Say that the work has its result: if its cluster now ends this process, without a word of it, the work is done."""
+    _say(RESULT)
 
 
 def outcome(error: BaseException | None) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.processes import progress
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.transient import PASSING_STATUSES, status_may_pass
 
@@ -64,6 +65,7 @@ class RewardClient:
             except httpx.TransportError as error:
                 wait_s = attempts.wait_after(_why(error, self._http))
             else:
+                progress.made()
                 if response.status_code not in MAY_PASS:
                     return response
                 wait_s = attempts.wait_after(_summary(response), response.headers.get("retry-after"))
@@ -118,6 +120,7 @@ class AsyncRewardClient:
             except httpx.TransportError as error:
                 wait_s = attempts.wait_after(_why(error, self._http))
             else:
+                progress.made()
                 if response.status_code not in MAY_PASS:
                     return response
                 wait_s = attempts.wait_after(_summary(response), response.headers.get("retry-after"))

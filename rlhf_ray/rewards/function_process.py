@@ -1,10 +1,10 @@
 """Runs a user's reward function in a process of its own, which can be ended when it hangs and may die without harm.
 
-    python -m rlhf_ray.rewards.function_process NAME FD
+    python -m rlhf_ray.rewards.function_process NAME FD PARENT
 
 Invariants: a run of calls ends in one outcome per call, within the time limit of each; a call that hangs, or takes its
 process with it, costs only itself, since the calls after it run in a new process; what the function prints reaches standard
-error; the process ends with the one that started it.
+error; the process ends with the one that started it, also inside a call that never returns.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rlhf_ray.errors import RequestError
+from rlhf_ray.processes import progress, stacks
+from rlhf_ray.processes.ends_with import end_with
 from rlhf_ray.rewards.functions import (
     Columns,
     Failure,
@@ -34,6 +37,8 @@ from rlhf_ray.rewards.functions import (
 
 START_LIMIT_S = 120.0
 """How long importing the function's module may take."""
+END_LIMIT_S = 10.0
+"""How long a process that was killed, or has closed its pipe, may take to end."""
 GRACE_S = 5.0
 """How much later than its own limit an asynchronous call may end before its process is ended."""
 
@@ -42,7 +47,7 @@ class FunctionProcess:
     """A function by its name, in a process that is started at once and again whenever it was ended."""
 
     module = __name__
-    """What runs in the process: its arguments are :attr:`arguments` and the number of a pipe."""
+    """What runs in the process: its arguments are :attr:`arguments`, and the numbers of a pipe and a ``pidfd`` of this one."""
     key = "reward.function"
     """The config key that names the function."""
 
@@ -76,7 +81,8 @@ class FunctionProcess:
         if self._process is not None:
             self._connection.close()
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # the kernel ends it once it can be interrupted
+                self._process.wait(END_LIMIT_S)
             self._process = None
 
     def _run(self, calls: Sequence[Columns], numbers: Sequence[int]) -> dict[int, Outcome]:
@@ -93,16 +99,23 @@ class FunctionProcess:
                     late = next(call for call, number in zip(calls, numbers, strict=True) if number not in ended)
                     return ended | self._lost(numbers, ended, self.too_late(call_size(late)))
                 position, outcome = self._connection.recv()
+                progress.made()
                 if outcome is None:  # one part of the call is done, and the next has the limit for itself
                     continue
                 ended[numbers[position]] = outcome
                 if not self.is_async:
                     self._slowest_s = max(self._slowest_s or 0.0, time.monotonic() - began)
         except (EOFError, OSError):
-            code = self._process.wait() if self._process is not None else None
+            code = self._exit_code()
             killed = code in (-signal.SIGKILL, -signal.SIGTERM)  # by somebody else, such as a system short of memory
             return ended | self._lost(numbers, ended, Failure(f"ended its process (exit code {code})", may_pass=killed))
         return ended
+
+    def _exit_code(self) -> int | None:
+        """That of a process which has closed its side of the pipe; None of one that does not end by itself."""
+        with suppress(subprocess.TimeoutExpired):
+            return None if self._process is None else self._process.wait(END_LIMIT_S)
+        return None
 
     def _lost(self, numbers: Sequence[int], ended: dict[int, Outcome], failure: Failure) -> dict[int, Outcome]:
         """End the process; the call that was running in it has failed, or all calls that an async function had begun."""
@@ -113,14 +126,16 @@ class FunctionProcess:
     def _start(self) -> tuple[tuple[str, ...], bool]:
         """Start the process; returns the columns that the function takes, and whether it is asynchronous."""
         self._connection, theirs = Pipe()
+        this = os.pidfd_open(os.getpid())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module, *self.arguments, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", self.module, *self.arguments, str(theirs.fileno()), str(this)],
+            pass_fds=[theirs.fileno(), this],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         theirs.close()
+        os.close(this)
         try:
             first_message = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
         except EOFError:
@@ -159,5 +174,12 @@ def run_child(name: str, connection: Connection) -> None:
         run_calls(function, calls, timeout_s, lambda number, outcome: connection.send((number, outcome)))
 
 
+def begin(label: str, connection: str, parent: str) -> Connection:
+    """The pipe by its number, in a process that ends with ``parent`` from now on and says its stacks."""
+    end_with(int(parent))
+    stacks.offer(label)
+    return Connection(int(connection))
+
+
 if __name__ == "__main__":
-    run_child(sys.argv[1], Connection(int(sys.argv[2])))
+    run_child(sys.argv[1], begin(f"reward.function {sys.argv[1]}", *sys.argv[2:]))

@@ -227,6 +227,18 @@ def test_silence_is_counted_while_this_process_listens_and_not_before_the_child_
     assert heard.outcome is None
 
 
+def test_a_cluster_that_ends_a_child_with_a_result_costs_it_nothing_and_whatever_else_ends_it_is_told() -> None:
+    heard = Heard(90.0)
+    assert heard.ended(1) == 1 and heard.ended(-9) == -9
+    heard.hear(lifeline.RESULT)
+    assert heard.ended(1) == 0, "without a word, as by Ray"
+    assert heard.ended(-9) == -9 and heard.ended(0) == 0
+    heard.hear(b"\x01")
+    assert heard.ended(0) == 1, "it said that something failed"
+    heard.hear(lifeline.LEFT)
+    assert heard.ended(1) == 1
+
+
 @pytest.mark.parametrize(
     ("code", "how"),
     [
