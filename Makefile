@@ -43,9 +43,10 @@ templates: setup  ## ids of conversations over the chat templates of published p
 architectures: setup  ## try every architecture of transformers, and write the tables of docs/architectures.md
 	@$(PYTHON_BIN) -m tests.architectures.table $(ONLY)
 
-faults: setup  ## the long fault campaign
+faults: setup  ## the long fault campaign; what has a valid verdict in the matrix is not run again (docs/reliability.md)
 	@$(PYTHON_BIN) -m pytest -q -m long tests
 	@$(PYTHON_BIN) -m tests.faults.storage
+	@$(PYTHON_BIN) -m tests.faults.matrix
 	@$(PYTHON_BIN) -m tests.faults.campaign
 	@$(PYTHON_BIN) -m tests.faults.serving
 	@$(PYTHON_BIN) -m tests.faults.endings

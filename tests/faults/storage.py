@@ -48,6 +48,8 @@ JOB = {
     "ppo": [f"steps={STEPS}", "checkpoint.every_steps=1", "policy.engine.zero=1", "algorithm.name=ppo", f"critic={CRITIC}"],
     "sft": ["epochs=0.75", "checkpoint.every_steps=1", "policy.engine.zero=1"],
 }  # fmt: skip
+SHOWN = 20
+"""Troubles that are printed."""
 FAULTS = {errno.ENOSPC: True, errno.EIO: False, errno.EROFS: True}
 """The error of each fault, and whether it lasts: a full disk stays full."""
 
@@ -78,6 +80,9 @@ class Saved:
         assert newest is not None and newest.step == STEPS
         base = root / "base"
         shutil.copytree(run.path, base, symlinks=True)
+        ledger = RunDirectory.open(base).ledger
+        if entries := ledger.entries():  # a step is there before its checkpoint
+            ledger.append(STEPS + 1, [1 + max(max(entry.prompt_ids) for entry in entries)])
         return cls(run.path, base, checkpoints.groups, dict(parts), newest.manifest.about["state"])
 
     def put_back(self) -> None:
@@ -240,7 +245,7 @@ def campaign(root: Path, kind: str, bits: int, every: int, seed: int) -> Tally:
                 fault(saved, operations, tally, at, code)
         flipped_bits(saved, bits, random.Random(seed), tally)
     say(f"{sum(tally.tried.values())} tried: {dict(tally.tried)}; faults ended: {dict(tally.endings)}")
-    for line in tally.troubles:
+    for line in tally.troubles[:SHOWN]:
         say(line)
     return tally
 
