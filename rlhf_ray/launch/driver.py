@@ -153,7 +153,11 @@ def run_trainer(
     try:
         stopping.listen()
         train(config, run, checkpoint, place=place)
+    except ResumableStop:
+        run.note_stop()
+        raise
     except KeyboardInterrupt as error:  # Ray makes a plain one of what is raised while it waits
+        run.note_stop()
         raise ResumableStop(
             f"stopped on request before the first step; go on with: rlhf-ray resume {run.path}"
         ) from error

@@ -100,6 +100,7 @@ _METRICS = {
         ("update", "updates", "Optimizer updates done"),
         ("updates/skipped", "updates", "Updates skipped because a number was not finite or stood out"),
         ("updates/stood_out", "updates", "Those of them that a guard skipped: loss, gradient norm or KL stood out"),
+        ("useful_time", "share", "Share of the time of the run so far that became committed steps"),
         ("weights/version", "versions", "Publications of the policy's weights to the rollout engines"),
         (
             "weights/sent_share",

@@ -173,6 +173,10 @@ class RunDirectory:
                     os.replace(ended, self.void_summary_path)
         self._begin_attempt(step, changes=list(changes), accepted=list(accepted))
 
+    def note_stop(self) -> None:
+        """Write down when this attempt was stopped on request: the pause from now until it goes on is no time of the run."""
+        self.attempts.amend_last({"stopped": time.time()})
+
     def void_attempt(self) -> None:
         """Move the line of this attempt to ``attempts.void.jsonl``: it was refused before it did anything."""
         void = JsonLines(self.path / "attempts.void.jsonl", attempt_problem)

@@ -24,6 +24,8 @@ def metrics_problem(line: Mapping[str, Any]) -> str:
 def attempt_problem(line: Mapping[str, Any]) -> str:
     """What is wrong with a line of ``attempts.jsonl``; empty if nothing is."""
     counts = count_problem(line, "attempt") or count_problem(line, "from_step")
+    if "stopped" in line and (problem := number_problem(line, "stopped")):
+        return problem
     return counts or _time_problem(line) or _changes_problem(line, "changes") or _changes_problem(line, "accepted")
 
 

@@ -6,18 +6,22 @@ Invariant: a report can be made at any time from these files alone, during a run
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.writing import write_value
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.report.page import RunReport, render_report
+from rlhf_ray.monitoring.useful_time import Interruption, UsefulTime, useful_time
 from rlhf_ray.runs.clusters import remembered
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
+from rlhf_ray.runs.incidents import Incident
+from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.storage.output import OutputFile
 
 
@@ -64,6 +68,32 @@ def status(run: RunDirectory) -> dict[str, str]:
     return rows
 
 
+def time_of(run: RunDirectory, *, now: float | None = None, line: Mapping[str, Any] | None = None) -> UsefulTime:
+    """Where the time of a run went, up to ``now`` if it is under way; ``line`` is one of metrics that is not written yet."""
+    steps = [*run.checkpoints.steps(), run.final_step() or 0]
+    void = JsonLines(run.path / "metrics.void.jsonl").read()
+    lines = [*run.metrics.read(), *([] if line is None else [line])]
+    interruptions = [_interruption(incident) for incident in run.incidents.read()]
+    return useful_time(run.attempts.read(), lines, void, interruptions, committed=max(steps), now=now)
+
+
+def _interruption(incident: Incident) -> Interruption:
+    undone = (incident.back_to, incident.step) if incident.fault == "numeric" else (0, 0)
+    hung, repeats = incident.fault in ("stalled", "deadline"), incident.fault != "numeric"
+    return Interruption(incident.at, incident.seconds, hung=hung, repeats=repeats, undone=undone)
+
+
+def _time_facts(run: RunDirectory) -> dict[str, str]:
+    spent = time_of(run, now=time.time() if run.is_owned() else None)
+    if not spent.whole_s:
+        return {}
+    lost = sorted(spent.lost_s.items(), key=lambda reason: -reason[1])
+    facts = {"useful time": f"{spent.share:.1%} of {_duration(spent.whole_s)}"}
+    if lost:
+        facts["time lost"] = ", ".join(f"{reason} {_duration(seconds)}" for reason, seconds in lost)
+    return facts
+
+
 def _state(run: RunDirectory) -> str:
     if run.is_owned():
         return "running"
@@ -100,6 +130,7 @@ def _facts(run: RunDirectory) -> dict[str, str]:
         facts["steps"] = str(lines[-1]["step"])
     if len(starts) > 1:
         facts["starts"] = str(len(starts))
+    facts |= _time_facts(run)
     if changed := _changes(run):
         facts["changed"] = "; ".join(changed)
     return facts

@@ -6,6 +6,7 @@ begins. The report can be made again from the run directory alone.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import StorageError
+from rlhf_ray.errors import RlhfRayError, StorageError
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
 from rlhf_ray.monitoring.phases import PhaseClock
@@ -34,7 +35,7 @@ from rlhf_ray.monitoring.report.summary import (
 from rlhf_ray.monitoring.stalls import seeded
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.runs.reporting import close_run
+from rlhf_ray.runs.reporting import close_run, time_of
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CONSOLE_METRICS = (
@@ -52,6 +53,8 @@ CONSOLE_METRICS = (
 """Metrics that a step's line on the console shows, where the step has them."""
 SECONDS_BETWEEN_MEMORY_SAMPLES = 5.0
 """Not more often: reading the page tables of every process keeps a core busy for a tenth of a second."""
+SECONDS_BETWEEN_LOOKS, SHARE_OF_LOOKS = 30.0, 0.01
+"""Of the useful time: at most so often, and never more than this share of the time."""
 
 
 class Journal:
@@ -69,6 +72,8 @@ class Journal:
         self._samples_lost = 0
         self.step = 0
         """The last step whose metrics were logged, in an earlier attempt too."""
+        self._next_look = 0.0
+        """When the useful time is measured again (monotonic seconds)."""
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
 
     def __enter__(self) -> Journal:
@@ -162,10 +167,27 @@ class Journal:
 
     def _write(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self.step = step
+        metrics = {**metrics, **self._useful_time(step, metrics["time/step"])}
         self._log.log(step, {**metrics, "memory/pss_gb": self._memory.latest.total_gb})
         if step == total or total <= 100 or step % (total // 50) == 0:  # at most about 100 lines a run
             line = "  ".join(f"{name} {metrics[name]:.3g}" for name in CONSOLE_METRICS if name in metrics)
             self.logger.info("%d/%d  %s", step, total, line)
+
+    def _useful_time(self, step: int, seconds: float) -> dict[str, float]:
+        """The useful share of the run's time, now and then: the whole record is read for it."""
+        began = time.monotonic()
+        if began < self._next_look:
+            return {}
+        now = time.time()
+        try:
+            share = time_of(self.run, now=now, line={"step": step, "timestamp": now, "time/step": seconds}).share
+        except RlhfRayError as error:  # somebody has edited a file meanwhile
+            self.logger.warning("the useful time is not measured any more: %s", error)
+            self._next_look = math.inf
+            return {}
+        took = time.monotonic() - began
+        self._next_look = began + max(SECONDS_BETWEEN_LOOKS, took / SHARE_OF_LOOKS)
+        return {"useful_time": share}
 
     def log_evaluation(self, step: int, figures: Mapping[str, float], *, headline: bool = True) -> None:
         """Log figures on held-out rows; the last ones with ``headline`` stand at the top of the report."""

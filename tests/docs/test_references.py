@@ -46,6 +46,7 @@ from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, Monito
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY
+from rlhf_ray.monitoring.useful_time import REASONS
 
 Row = tuple[str, ...]
 DOCS = Path(__file__).parents[2] / "docs"
@@ -206,6 +207,11 @@ def test_every_section_is_on_the_page() -> None:
     }
     assert len(classes) > 30
     assert classes - abstract <= set(SECTIONS.values())
+
+
+def test_every_reason_of_lost_time_is_on_the_page() -> None:
+    page = (DOCS / "monitoring.md").read_text()
+    assert "\n".join(f"| {reason} | {meaning} |" for reason, meaning in REASONS.items()) in page
 
 
 def test_recipes_are_listed() -> None:

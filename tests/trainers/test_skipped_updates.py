@@ -15,6 +15,7 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.errors import NumericalError, ResumableStop
 from rlhf_ray.launch.driver import continue_run
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.reporting import status, time_of
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from tests.trainers.small_runs import ask_to_stop, config_of, forget_the_stop, signals_as_before, train
 
@@ -115,6 +116,17 @@ def test_a_run_that_is_resumed_knows_what_is_ordinary(tmp_path: Path, monkeypatc
         continue_run(str(resumed.path), place=ThisProcess(config_of("sft", tmp_path).cluster))
     assert same(resumed, whole) and sum(logged(resumed, "updates/stood_out")) == 1
 
+    first, second = resumed.attempts.read()
+    assert first["timestamp"] < first.get("stopped", 0.0) < second["timestamp"] and "stopped" not in second
+    spent, end = time_of(resumed), resumed.metrics.read()[-1]["timestamp"]
+    pause = second["timestamp"] - first["stopped"]
+    assert spent.whole_s == pytest.approx(end - first["timestamp"] - pause, abs=1e-3)
+    assert spent.useful_s + sum(spent.lost_s.values()) == pytest.approx(spent.whole_s)
+    assert (
+        status(resumed)["useful time"].startswith(f"{spent.share:.1%} of") and "start" in status(resumed)["time lost"]
+    )
+    assert len(logged(resumed, "useful_time")) == 2, "once an attempt, since both are short"
+
 
 @pytest.mark.parametrize("kind", ["sft", "ppo"])
 def test_a_run_goes_back_to_weights_from_before_the_first_skip_and_goes_on_with_the_next_rows(
@@ -135,9 +147,11 @@ def test_a_run_goes_back_to_weights_from_before_the_first_skip_and_goes_on_with_
     assert [(one.action, one.step, one.back_to, one.lost_steps) for one in gone.incidents.read()] == [
         ("skipped", 7, 7, 0), ("skipped", 9, 9, 0), ("rolled_back", 9, 6, 3),
     ]  # fmt: skip
-    assert logged(gone, "step") == logged(run(tmp_path / "quiet", kind, monkeypatch, {}), "step"), (
-        "no step is made twice"
-    )
+    steps = {line["step"]: line["time/step"] for line in gone.metrics.read() if "time/step" in line}
+    assert list(steps) == list(range(1, 13)), "none is made twice"
+    undone, spent = {7, 8, 9}, time_of(gone)
+    assert spent.useful_s <= sum(seconds for step, seconds in steps.items() if step not in undone) * 1.001
+    assert spent.lost_s.get("repeated steps", 0.0) > 0 and "uncommitted steps" not in spent.lost_s
 
 
 @pytest.mark.parametrize(("guards", "sentence"), [
