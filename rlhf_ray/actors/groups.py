@@ -1,12 +1,14 @@
 """Groups: all ranks of one role, called by the driver as one.
 
 Invariants: a batch goes in and columns of the same batch come out, in its order, whatever the schedule and the number of
-ranks; a training report is the sum over all ranks, and it is finite only if the report of every rank is.
+ranks; a training report is the sum over all ranks, and it is finite only if the report of every rank is. A group is started
+again as a whole, by one thread at a time.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,7 +19,7 @@ from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import GroupError
+from rlhf_ray.errors import GroupError, RlhfRayError
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
 from rlhf_ray.planning.flops import ComputeShape
@@ -29,6 +31,9 @@ from rlhf_ray.rollout.wire import Content, PublishedWeights
 from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trajectories.batch import TrajectoryBatch, scatter_sequences, scatter_tokens
 from rlhf_ray.trajectories.schedule import Schedule, Update
+
+ANSWERS_S = 10.0
+"""How long a rank that is idle may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,30 @@ class Group:
         self.role = ranks.role
         self.size = ranks.size
         self.report_line = ""
+        self.restarting = threading.RLock()
+        """Held by the thread that starts the group again, until its model is loaded."""
+        self._setup: tuple[WorkerSetup, float] | None = None
 
     def share(self, batch: TrajectoryBatch) -> SharedBatch:
         return SharedBatch(batch, self.ranks.share(batch))
 
     def setup(self, setup: WorkerSetup, *, timeout_s: float) -> Pending[str]:
         """Load the models; ranks meet where rank 0 listens. The value is rank 0's load report."""
+        self._setup = setup, timeout_s
         if self.size > 1:
             setup = replace(setup, rendezvous=self._rendezvous(timeout_s))
         return self._everywhere("setup", setup, timeout_s=timeout_s, key=START_TIMEOUT).then(self._remember)
+
+    def setup_again(self) -> Pending[str]:
+        """Load the models as before, after :meth:`restart`: those of the start, whatever was learned or loaded since."""
+        if self._setup is None:
+            raise GroupError(self.role, None, "restart", "its model was never loaded")
+        setup, timeout_s = self._setup
+        return self.setup(setup, timeout_s=timeout_s)
+
+    def restart(self) -> None:
+        """End all processes, whatever they are doing, and start others in their places, which have no model yet."""
+        self.ranks.restart()
 
     def _rendezvous(self, timeout_s: float) -> tuple[str, int] | None:
         """Address and port where rank 0 listens from now on; only ranks on several nodes need more than loopback."""
@@ -198,6 +218,14 @@ class CriticGroup(Group):
 
 
 class RewardGroup(Group):
+    def answers(self, timeout_s: float = ANSWERS_S) -> bool:
+        """Whether every rank has its model and takes calls within ``timeout_s`` seconds; one that hangs does not."""
+        try:
+            self._everywhere("describe", timeout_s=timeout_s).result()
+        except RlhfRayError:
+            return False
+        return True
+
     def describe(self) -> Pending[dict[str, Any]]:
         """Tokenizer fingerprint, normalisation and limits of the reward model."""
         return self._everywhere("describe").then(lambda answers: answers[0])

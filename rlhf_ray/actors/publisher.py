@@ -52,6 +52,10 @@ class Publisher:
         self.transport = choose_transport(policy.gpus() if gpus else [], [pending.result()[0] for pending in gpus])
         get_logger().info("weights go to the rollout engines %s", WAYS[self.transport])
 
+    def forget(self) -> None:
+        """The processes of the policy are others: connect them anew, where weights go from GPU to GPU."""
+        self._connected = []
+
     def publish(self, version: int) -> None:
         """Give every live engine the policy's weights as ``version``."""
         if self.transport == "object_store":

@@ -108,11 +108,15 @@ class Turns:
             self._residents.gone(name)
             return self.run((phase,), begin)
 
-    def start_again(self, name: str, restart: Callable[[], None]) -> None:
-        """Start the process of an engine again, in a phase in which the new one may load its model."""
+    def start_again(self, name: str, kind: Kind, restart: Callable[[], None]) -> None:
+        """Start processes again: of an engine in a phase in which the new one may load its model.
+
+        Those of a model are ended first, whatever the phase: what they had under way would keep it from ending.
+        """
         with self._one_at_a_time:
             self._residents.gone(name)
-            self._enter((GENERATE,))
+            if kind is Kind.ENGINE:
+                self._enter((GENERATE,))
             restart()
 
     def gone(self, name: str) -> None:
@@ -197,7 +201,7 @@ class TurnRanks:
         return self._ranks.share(value)
 
     def restart(self) -> None:
-        self._turns.start_again(self._name, self._ranks.restart)
+        self._turns.start_again(self._name, self._kind, self._ranks.restart)
 
     def end(self) -> None:
         self._ranks.end()

@@ -262,7 +262,10 @@ class Engine:
 
         ``base`` says in an error where the frozen weights came from, if they are others than before. ``scratch`` is a directory
         that all ranks see, by default the one that ``directory`` lies in: a group of another size writes there meanwhile.
+        Gradients that were added up since the last update are dropped.
         """
+        if self._pending:
+            self.apply(skip=True)
         self._expect(pending=False, call="load_shards")
         self.updates = shards.load(
             self._deepspeed,

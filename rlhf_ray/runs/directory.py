@@ -177,6 +177,10 @@ class RunDirectory:
         """Write down when this attempt was stopped on request: the pause from now until it goes on is no time of the run."""
         self.attempts.amend_last({"stopped": time.time()})
 
+    def go_back(self, step: int) -> None:
+        """Go on from ``step`` in the same attempt: lines past it move to ``*.void.jsonl``, and samples past it are removed."""
+        self._void_after(step)
+
     def void_attempt(self) -> None:
         """Move the line of this attempt to ``attempts.void.jsonl``: it was refused before it did anything."""
         void = JsonLines(self.path / "attempts.void.jsonl", attempt_problem)

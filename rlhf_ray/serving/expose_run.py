@@ -1,7 +1,8 @@
 """The reward models of a PPO run, served at a port of its driver while the run trains.
 
-Invariants: the reward groups belong to the run, whose own scores wait for one batch of others at most; a group that dies
-ends the run, and the service with it.
+Invariants: the reward groups belong to the run, whose own scores wait for one batch of others at most. A group that dies is
+started again once, by the run or by the service, whoever notices first; the port stays open meanwhile, and requests wait for
+``expose.hold_s``.
 """
 
 from __future__ import annotations
@@ -21,18 +22,40 @@ if TYPE_CHECKING:
 
 
 def expose(
-    groups: Mapping[str, RewardGroup], roles: Mapping[str, RoleConfig], config: ServiceConfig, cleanup: ExitStack
+    groups: Mapping[str, RewardGroup],
+    roles: Mapping[str, RoleConfig],
+    config: ServiceConfig,
+    cleanup: ExitStack,
+    *,
+    restarts: bool = True,
 ) -> str:
-    """Answer at a port until ``cleanup`` ends; returns the address. Requests call a model by its section or its path."""
-    service = ScoringService(config.model_copy(update={"hold_s": 0.0}))  # nobody here can bring a group back
+    """Answer at a port until ``cleanup`` ends; returns the address. Requests call a model by its section or its path.
+
+    Without ``restarts`` a group that fails ends the run, and nobody waits for it.
+    """
+    service = ScoringService(config if restarts else config.model_copy(update={"hold_s": 0.0}))
     cleanup.callback(service.stop)
     address = service.start(
         {
             section.removeprefix("reward.mixture."): [
-                GroupBackend(group, roles[section].model, normalize=config.normalize)
+                GroupBackend(
+                    group,
+                    roles[section].model,
+                    normalize=config.normalize,
+                    start_again=bring_back if restarts else None,
+                )
             ]
             for section, group in groups.items()
         }
     )
     get_logger("serving").info("the reward of this run answers at %s, see %s/docs", address, address)
     return address
+
+
+def bring_back(group: RewardGroup) -> RewardGroup:
+    """Start a group again that does not answer; one that the run has started again meanwhile stays."""
+    with group.restarting:
+        if not group.answers():
+            group.restart()
+            group.setup_again().result()
+    return group

@@ -83,23 +83,25 @@ class Checkpointer:
         self.schedule.committed(step, time.monotonic() - began)
 
     @contextmanager
-    def committing_on_failure(self, step: int, state: Mapping[str, Any]) -> Iterator[None]:
+    def committing_on_failure(
+        self, step: int, state: Mapping[str, Any], *, unless: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """Commit ``step``, whose driver's state is ``state``, before an error leaves the ``with`` block.
 
-        The groups must hold the weights of ``step`` all the while. A reward source that failed then ends the run with
-        :class:`ResumableStop`; every other error is raised as it is.
+        The groups must hold the weights of ``step``; where ``unless`` says that they may not, nothing is committed. A reward
+        source that failed then ends the run with :class:`ResumableStop`; every other error is raised as it is.
         """
         try:
             yield
         except Exception as error:
-            if self._commit_before(error, step, state) and isinstance(error, ScoringError):
+            if not unless() and self.commit_before(error, step, state) and isinstance(error, ScoringError):
                 raise ResumableStop(
                     f"{error}. Everything up to step {step} is committed; when the source works again, go on with: "
                     f"rlhf-ray resume {self.run.path}"
                 ) from error
             raise
 
-    def _commit_before(self, error: Exception, step: int, state: Mapping[str, Any]) -> bool:
+    def commit_before(self, error: Exception, step: int, state: Mapping[str, Any]) -> bool:
         """Try to commit ``step`` before ``error`` is raised; returns whether it is committed."""
         if step == self.committed:
             return True
@@ -132,7 +134,7 @@ class Checkpointer:
         reason = too_many or f"{skips} updates in a row had NaN or Inf, or stood out, and were skipped"
         error = NumericalError(f"{reason}: {advice}")
         if (self.committed or 0) < self._applied:
-            self._commit_before(error, step, state)
+            self.commit_before(error, step, state)
         raise error
 
     def keep_result(self, step: int, state: Mapping[str, Any], write_final: Callable[[], None]) -> None:
@@ -171,6 +173,13 @@ class Checkpointer:
             raise
         expected = [str(Path(place) / "config.json") for place in parts]
         storage.commit(pending, {"step": step}, expected, hashed)
+
+    def find_newest(self) -> int | None:
+        """Have :meth:`restore` go on from the newest commit that is whole, and return its step; none where there is none."""
+        self.checkpoint = self.run.checkpoints.latest_valid()
+        self.committed = None if self.checkpoint is None else self.checkpoint.step
+        self.schedule.last = self.committed or 0
+        return self.committed
 
     def restore(self) -> dict[str, Any] | None:
         """Load the checkpoint into every group and return the driver's state; none where the run starts from the beginning."""

@@ -20,8 +20,8 @@ def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.M
     seen: dict[str, float | None] = {}
     really = build.expose
 
-    def expose_and_ask(groups: Any, roles: Any, config: Any, cleanup: Any) -> str:
-        address = really(groups, roles, config, cleanup)
+    def expose_and_ask(groups: Any, roles: Any, config: Any, cleanup: Any, *, restarts: bool) -> str:
+        address = really(groups, roles, config, cleanup, restarts=restarts)
         answer = httpx.post(f"{address}/v1/reward", json={"items": [{"token_ids": [5, 6, 7]}]}, timeout=30).json()
         seen["over HTTP"] = answer["results"][0]["raw"]
         seen["in the run"] = groups["reward"].score([ScoreRequest(token_ids=(5, 6, 7))]).result()[0].raw

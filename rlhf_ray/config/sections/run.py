@@ -25,6 +25,8 @@ class RunConfig(Section):
     """How often a driver that died is started again, from its last commit."""
     stall_floor_s: PositiveFloat = 60.0
     """How long a phase, or a call, may take at least before it counts as stalled; above that, six times its own median."""
+    max_group_restarts: NonNegative = 3
+    """How often the ranks of a role are started again in place, between two commits, while the run goes on."""
 
 
 class ClusterConfig(Section):

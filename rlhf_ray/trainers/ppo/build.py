@@ -49,6 +49,7 @@ from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler, check_user_collector, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
+from rlhf_ray.trainers.recovery import Recovery
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.watchdog import Watchdog
 
@@ -126,7 +127,8 @@ def build(
         stop_tokens=ends.ids,
     )
     if config.expose is not None:
-        expose(groups.rewards, config.reward.roles, config.expose, session.cleanup)
+        restarts = config.run.max_group_restarts > 0
+        expose(groups.rewards, config.reward.roles, config.expose, session.cleanup, restarts=restarts)
     preparation = make_preparation(config)
     learner = Learner(config, groups, preparation)
     experience = Experience(
@@ -168,6 +170,7 @@ def build(
         checkpoints=checkpoints,
         journal=journal,
         progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step, config.guards),
+        recovery=Recovery([*groups.by_role.values(), *groups.rewards.values()], checkpoints, config.run),
     )
 
 

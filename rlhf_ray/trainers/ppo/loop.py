@@ -5,12 +5,15 @@ Invariants: a step is scored, valued and learned from as one batch; which weight
 work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1 where the policy
 computes the old log-probs. All ranks of policy and critic apply an update, or none does. A step counts only once its prompts
 are in the ledger. What fails after a step does not cost it: the step is committed before the run ends, and the last one before
-anything else is done.
+anything else is done. The loss of a group of ranks ends nothing (``trainers/recovery``): where no trained group was lost and
+none had begun to learn, what was under way is done again with the samples that are there; else the run goes on from its last
+commit, as a resumed one does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +22,7 @@ from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
+from rlhf_ray.errors import GroupError, RlhfRayError
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -34,6 +38,7 @@ from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trainers.ppo.sampling import Collected, PromptStream, Sampler
 from rlhf_ray.trainers.ppo.self_check import CHECKED_PROMPTS, SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner, StepOutcome
+from rlhf_ray.trainers.recovery import Plan, Recovery
 from rlhf_ray.trainers.rollback import SkipPolicy
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -71,13 +76,30 @@ class PpoTrainer:
     checkpoints: Checkpointer
     journal: Journal
     progress: PpoProgress
+    recovery: Recovery
     state: dict[str, Any] = field(default_factory=dict)
     """The driver's part of a checkpoint after the last finished step: a step that has begun has moved the prompts on."""
     newest_compared: bool = False
     """Whether this attempt has compared log-probs on answers of weights that it had sent."""
+    touched: bool = False
+    """Whether policy or critic may hold something else than the weights of ``state``."""
+    collected: Collected | None = None
+    """The samples of the step that is under way, once they are there."""
+    to_do: deque[Callable[[], None]] = field(default_factory=deque)
+    """What is under way, and what follows from it, in order; each can be done again where it failed."""
+    beginning: dict[str, Any] = field(default_factory=dict)
+    """The driver's state before the first step of the run, where this attempt began there."""
 
     def start(self) -> None:
         """Load the last checkpoint if there is one, give the engines the weights, check the set-up, and measure the start."""
+        self.remember()
+        self.beginning = self.state
+        resumed = self.checkpoints.checkpoint is not None
+        self.touched = resumed
+        self.carry_on_with(self.restore, self.send_weights, *[self.check] * (not resumed), self.measure_start)
+
+    def restore(self) -> None:
+        """Load the checkpoint that the run goes on from, if there is one."""
         state = self.checkpoints.restore()
         if state is not None:
             self.progress.restore(state["progress"])
@@ -85,20 +107,69 @@ class PpoTrainer:
             self.prompts.account(self.run_directory.ledger)
             self.mode.restore(self.checkpoints.path)
         self.remember()
-        self.publish(self.progress.weight_version)
-        with self.journal.phase("evaluation"):
-            if state is None:
-                self.check()
-            self.evaluation.measure_start(resumed=state is not None)
+        self.touched = False
 
     def run(self) -> None:
         """Run all remaining steps; raises :class:`ResumableStop` if the process is asked to stop between two of them."""
         steps_begin()
         self.journal.clock.take()  # the time that starting took belongs to no step
-        self.stop_if_asked()
+        self.carry_on_with(self.stop_if_asked)
         while self.progress.step < self.config.steps:
-            self.step()
-            self.stop_if_asked()
+            self.carry_on_with(self.step)
+            self.carry_on_with(self.stop_if_asked)
+
+    def carry_on_with(self, *work: Callable[[], None]) -> None:
+        """Do ``work`` and all that follows from it, over the loss of groups.
+
+        Any other error ends the run, once what is finished is committed.
+        """
+        self.to_do += work
+        while self.to_do:
+            with self.checkpoints.committing_on_failure(self.progress.step, self.state, unless=lambda: self.touched):
+                try:
+                    self.to_do[0]()
+                except GroupError as error:
+                    self.recovery.survive(error, self)
+                else:
+                    self.to_do.popleft()
+
+    # What recovery asks of a trainer
+
+    @property
+    def finished_step(self) -> int:
+        """The last finished step; 0 before the first. A step that is under way may have been counted."""
+        return int(self.state["progress"]["step"])
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.steps
+
+    def finished_state(self) -> Mapping[str, Any]:
+        """The driver's part of a checkpoint of that step."""
+        return self.state
+
+    def come_back(self, plan: Plan, state: Mapping[str, Any] | None) -> None:
+        """Have the driver and the engines go on from where ``plan`` has brought the trained groups."""
+        if plan.back_to < self.finished_step:
+            if self.to_do[0] == self.compare_last:
+                raise RlhfRayError(f"the last step is not committed, and only step {plan.back_to} could be evaluated")
+            self.go_back(plan.back_to, self.beginning if state is None else dict(state))
+        elif self.collected is None and self.step in self.to_do:
+            self.mode.go_back(self.state["prompts"], None)  # some were taken for samples that did not come
+        self.progress.restore(self.state["progress"])
+        if self.groups.policy.role in plan.restart | plan.load:
+            self.publisher.forget()
+            self.publish(self.progress.weight_version)
+
+    def go_back(self, step: int, state: dict[str, Any]) -> None:
+        """Forget all that came after ``step``, at which the driver's state was ``state``."""
+        self.to_do.clear()
+        self.collected = None
+        self.state = state
+        self.run_directory.go_back(step)
+        self.mode.go_back(state["prompts"], self.checkpoints.path if step else None)
+        self.prompts.account(self.run_directory.ledger)
 
     def stop_if_asked(self) -> None:
         """Commit and raise :class:`ResumableStop` if the process was asked to stop; before the first step nothing is lost."""
@@ -109,10 +180,10 @@ class PpoTrainer:
         raise stopped("step", self.progress.step, self.config.steps, self.run_directory.path)
 
     def step(self) -> None:
-        """One step of PPO, in the order in which the data moves: sample, score, learn, record, publish."""
+        """One step of PPO, in the order in which the data moves: sample, score, learn, record; publishing is left to do."""
         progress = self.progress
-        with self.checkpoints.committing_on_failure(progress.step, self.state):
-            prepared = self.prepare()
+        prepared = self.prepare()
+        self.touched = True
         with self.journal.phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
             outcome = self.learner.learn(
@@ -127,22 +198,36 @@ class PpoTrainer:
         went_back = self.go_back_if_needed(outcome)
         progress.weight_version += outcome.policy_applied or went_back
         self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prepared.collected.prompts])
+        self.collected = None
         self.remember()
-        with self.checkpoints.committing_on_failure(progress.step, self.state):
-            self.commit_if_due(at_once=went_back)
-            if outcome.policy_applied or went_back:
-                with self.journal.phase("weights"):
-                    self.publish(progress.weight_version)
-                self.compare_newest()
-            self.journal.write_samples(progress.step, sample_rows(prepared.samples, prepared.batch))
-            self.run_directory.engines.write(self.sampler.fleet.health.plain())
-            metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **progress.metrics()}
-            metrics |= self.publisher.figures
-            self.journal.log_step(progress.step, self.config.steps, metrics, prepared.batch)
-            every = self.config.evaluation.every_steps
-            if every and progress.step % every == 0 and progress.step < self.config.steps:
-                self.compare()
-        self.skips.refuse(progress.guards, progress.consecutive_skips, progress.step, self.state)
+        self.touched = False
+        self.to_do += self.after_step(prepared, outcome, went_back)
+
+    def after_step(self, prepared: Prepared, outcome: StepOutcome, went_back: bool) -> list[Callable[[], None]]:
+        """What is to be done once a step is learned, in this order."""
+        every, step = self.config.evaluation.every_steps, self.progress.step
+        publishing = [self.send_weights, self.compare_newest] if outcome.policy_applied or went_back else []
+        evaluating = [self.evaluate] if every and step % every == 0 and step < self.config.steps else []
+        return [
+            partial(self.commit_if_due, at_once=went_back),
+            *publishing,
+            partial(self.log_step, prepared, outcome),
+            *evaluating,
+            self.refuse_skips,
+        ]
+
+    def log_step(self, prepared: Prepared, outcome: StepOutcome) -> None:
+        """Write the samples and the metrics of the step that was just finished."""
+        step = self.progress.step
+        self.journal.write_samples(step, sample_rows(prepared.samples, prepared.batch))
+        self.run_directory.engines.write(self.sampler.fleet.health.plain())
+        metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **self.progress.metrics()}
+        metrics |= self.publisher.figures
+        self.journal.log_step(step, self.config.steps, metrics, prepared.batch)
+
+    def refuse_skips(self) -> None:
+        """Raise :class:`NumericalError` if too many updates were skipped."""
+        self.skips.refuse(self.progress.guards, self.progress.consecutive_skips, self.progress.step, self.state)
 
     @cached_property
     def skips(self) -> SkipPolicy:
@@ -162,7 +247,9 @@ class PpoTrainer:
     def prepare(self) -> Prepared:
         """Sample and score the batch of the next step; this changes no weight."""
         phase, progress = self.journal.phase, self.progress
-        collected = self.mode.collect(progress.step, progress.weight_version, phase)
+        if self.collected is None:
+            self.collected = self.mode.collect(progress.step, progress.weight_version, phase)
+        collected = self.collected
         self.sampler.fleet.refuse_empty(collected.trajectories)
         batch, schedules, samples = self.experience.gather(
             collected.trajectories,
@@ -185,6 +272,11 @@ class PpoTrainer:
         """Send the policy's weights to every rollout engine as ``version``."""
         self.mode.pause()
         self.publisher.publish(version)
+
+    def send_weights(self) -> None:
+        """Send the newest weights."""
+        with self.journal.phase("weights"):
+            self.publish(self.progress.weight_version)
 
     def remember(self) -> None:
         """Keep the driver's state as it is now, after a finished step, for its checkpoint."""
@@ -210,8 +302,17 @@ class PpoTrainer:
             write = partial(self.checkpoints.save_final, step, self.groups.results)
             self.checkpoints.keep_result(step, self.state, write)
 
+    def measure_start(self) -> None:
+        """Take the answers of the starting policy, or read them where the run had begun before."""
+        with self.journal.phase("evaluation"):
+            self.evaluation.measure_start(resumed=self.progress.step > 0)
+
     def check(self) -> None:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
+        with self.journal.phase("evaluation"):
+            self._check()
+
+    def _check(self) -> None:
         prompts = self.checked_prompts()
         trajectories = self.sampler.generate(prompts, 0)
         self.sampler.fleet.refuse_empty(trajectories)
@@ -242,6 +343,10 @@ class PpoTrainer:
         """A few training prompts, which do not count as used."""
         return self.prompts.peek(min(CHECKED_PROMPTS, self.config.batch.prompts_per_step))
 
+    def evaluate(self) -> None:
+        """Measure and log the policy on the way."""
+        self.compare()
+
     def compare(self) -> Comparison | None:
         """Measure and log the current policy against the start; nothing where there are no held-out prompts."""
         if not self.evaluation.possible:
@@ -260,11 +365,15 @@ class PpoTrainer:
         with closing(run, step, "the last evaluation"):
             epochs = self.prompts.account(run.ledger)
             get_logger("ppo").info("prompts: %d epochs complete, each prompt used once in each", epochs)
-            comparison = self.compare()
-            if comparison is not None:
-                self.journal.keep_comparison(
-                    *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
-                )
+            self.carry_on_with(self.compare_last)
         with closing(run, step, "the report"):
             self.journal.finish()
         get_logger("ppo").info("done: %s", run.path)
+
+    def compare_last(self) -> None:
+        """Measure, log and keep the final policy against the start."""
+        comparison = self.compare()
+        if comparison is not None:
+            self.journal.keep_comparison(
+                *summarize_comparison(comparison, self.config.algorithm.name, self.config.evaluation.pass_at)
+            )

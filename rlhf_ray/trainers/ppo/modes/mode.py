@@ -42,5 +42,12 @@ class Mode(Protocol):
     def restore(self, directory: Path) -> None:
         """Take back what :meth:`save` wrote; the prompts are at the position that went with it."""
 
+    def go_back(self, position: dict[str, Any], directory: Path | None) -> None:
+        """Forget every sample, end what is under way, and take prompts from ``position`` on.
+
+        ``directory`` is that of the checkpoint which this run made at that position, whose samples are taken back; there need
+        be none.
+        """
+
     def close(self) -> None:
         """End what is still under way; nothing is collected after this."""

@@ -154,6 +154,14 @@ class OneStepOff:
             one.collected = Collected(prompts, saved.trajectories)
             self._steps[saved.step] = one
 
+    def go_back(self, position: dict[str, Any], directory: Path | None) -> None:
+        """Wait for the step that is under way, and forget all; its prompts are taken again."""
+        self.settle()
+        self._steps.clear()
+        self.prompts.restore(position)
+        if directory is not None:
+            self.restore(directory)
+
     def close(self) -> None:
         """Stop the engines if they work for a step that nobody will use, and wait for the thread."""
         running = [one for one in self._steps.values() if one.running]

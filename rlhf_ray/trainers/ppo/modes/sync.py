@@ -43,5 +43,9 @@ class Sync:
     def restore(self, directory: Path) -> None:
         """Nothing was saved by this mode; what another mode saved is sampled again, since its prompts do not count as taken."""
 
+    def go_back(self, position: dict[str, Any], directory: Path | None) -> None:
+        """Take prompts from ``position`` on."""
+        self.prompts.restore(position)
+
     def close(self) -> None:
         """Nothing is under way."""

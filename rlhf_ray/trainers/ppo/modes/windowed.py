@@ -176,6 +176,20 @@ class Windowed:
             if self._current_step < 0 and window.ready():
                 self._take(window)
 
+    def go_back(self, position: dict[str, Any], directory: Path | None) -> None:
+        """Finish what the engines have in work, and forget all; raises what sampling ended in."""
+        self.settle()
+        with self._changed:
+            self._pump = self.sampler.pump()
+            self._window, self._sampled_s = None, 0.0
+            self._begun.clear()
+            self._again.clear()
+            self._positions.clear()
+            self._current, self._current_step, self._refused = [], -1, False
+            self.prompts.restore(position)
+            if directory is not None:
+                self.restore(directory)
+
     def close(self) -> None:
         """Stop the engines if they work for a step that nobody will use, and end the thread."""
         with self._changed:

@@ -1,0 +1,38 @@
+"""What follows from the loss of groups: which of them start again, and to which step the run goes back. Pure.
+
+Invariants: after a plan is carried out all trained groups hold the weights of one and the same step, to which the driver goes
+back too. Nothing is lost where no trained group is and none has begun to learn; else no more than came after the last commit.
+A group that lives and whose state is right, or can be read from the commit, keeps its processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, in this order: start again, load, go back."""
+
+    restart: frozenset[str]
+    """Groups whose processes are ended and started again, with the models that they started from."""
+    load: frozenset[str]
+    """Trained groups that then load the last commit."""
+    back_to: int
+    """The step from which the run goes on; 0 is its beginning."""
+
+
+def decide(lost: Set[str], trained: Set[str], *, step: int, touched: bool, committed: int | None) -> Plan:
+    """The plan for the groups ``lost``, where ``step`` steps are finished and ``committed`` is the newest commit.
+
+    ``trained`` are the groups that learn. They hold the weights of ``step``, unless they are ``touched``: since then they have
+    begun to learn, or to load.
+    """
+    if not touched and not lost & trained:
+        return Plan(frozenset(lost), frozenset(), step)
+    if committed is None:
+        # Nothing but its files has the beginning, but where nothing was learned a group that lives is still there.
+        moved = trained if touched or step > 0 else frozenset[str]()
+        return Plan(frozenset(lost | moved), frozenset(), 0)
+    return Plan(frozenset(lost), frozenset(trained), committed)

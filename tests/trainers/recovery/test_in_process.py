@@ -1,0 +1,158 @@
+"""PPO over the loss of groups at every call of every role: the run ends in the same bits, and uses each prompt once.
+
+DeepSpeed, the transformers engine and the files are real; only the death of a rank is an object that is gone. So hundreds of
+points take seconds. The same on Ray, with processes that are killed, is in ``tests/e2e/test_restart_in_place.py``.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_ray.errors import GroupError, ResumableStop
+from rlhf_ray.runs.directory import RunDirectory
+from tests.trainers.recovery.failing_place import Fault, Script, config_of_every_role, train_with
+from tests.trainers.small_runs import ask_to_stop
+
+pytestmark = pytest.mark.early
+FAULTS = get_args(Fault)
+AT_START = 6
+"""Calls before the trainer exists, which ask the groups what they are."""
+LEARNED = ("reward/", "kl/", "loss/", "evaluation/", "length/", "grad_norm/", "update", "weights/version")
+
+
+def results(run: RunDirectory) -> dict[str, Any]:
+    """All that must not depend on what was lost on the way."""
+    weights = {place: load_file(run.final / place / "model.safetensors") for place in ("", "critic")}
+    ledger = [(entry.step, entry.prompt_ids) for entry in run.ledger.entries()]
+    lines = [
+        {name: value for name, value in line.items() if name == "step" or name.startswith(LEARNED)}
+        for line in run.metrics.read()
+    ]
+    return {"weights": weights, "ledger": ledger, "metrics": lines}
+
+
+def assert_same(run: RunDirectory, expected: dict[str, Any], about: object) -> None:
+    found = results(run)
+    assert found["ledger"] == expected["ledger"], about
+    assert found["metrics"] == expected["metrics"], about
+    for place, tensors in expected["weights"].items():
+        differing = [name for name in tensors if not torch.equal(tensors[name], found["weights"][place][name])]
+        assert not differing, (about, place, differing)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What the run that nothing disturbs ends in, and its calls."""
+    script = Script()
+    run, _ = train_with(config_of_every_role(tmp_path_factory.mktemp("whole")), script)
+    return results(run), script.calls
+
+
+@pytest.mark.parametrize("every", [1, *(pytest.param(every, marks=pytest.mark.long) for every in (2, 0))])
+def test_a_loss_at_every_call_changes_no_bit(
+    every: int, undisturbed: tuple[dict[str, Any], list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    expected, _ = undisturbed
+    rng, seen = random.Random(every), set[tuple[str, str, Fault]]()
+    wanted = list(FAULTS)
+
+    def when(role: str, method: str, number: int) -> Fault | None:
+        """Each fault once at each method of each role; the calls between two faults go well."""
+        if number < AT_START or rng.random() < 0.6:
+            return None
+        rng.shuffle(wanted)
+        for fault in wanted:
+            if (role, method, fault) not in seen:
+                seen.add((role, method, fault))
+                return fault
+        return None
+
+    script = Script(when)
+    config = config_of_every_role(tmp_path, f"checkpoint.every_steps={every}", "steps=3")
+    run, place = train_with(config, script)
+    assert_same(run, expected, script.failed)
+    assert {role for role, *_ in script.failed} == {"policy", "critic", "reference", "reward"}
+    assert len(script.failed) >= 20
+    incidents = run.incidents.read()
+    assert sum(len(workers) - 1 for workers in place.workers.values()) >= len(incidents) > 0
+    assert all(incident.action in ("restarted", "rolled_back") for incident in incidents)
+    assert len(run.attempts.read()) == 1
+
+
+def test_a_group_that_lives_keeps_its_processes(
+    undisturbed: tuple[dict[str, Any], list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    expected, calls = undisturbed
+    late = [number for number, call in enumerate(calls) if call == ("critic", "apply")][2]
+    script = Script(lambda role, method, number: "dies before" if number == late else None)
+    run, place = train_with(config_of_every_role(tmp_path), script)
+    assert script.failed == [("critic", "apply", "dies before")]
+    assert {role: len(workers) for role, workers in place.workers.items() if role != "rollout"} == {
+        "policy": 1, "critic": 2, "reference": 1, "reward": 1,
+    }  # fmt: skip
+    assert_same(run, expected, script.failed)
+    (incident,) = run.incidents.read()
+    assert (incident.step, incident.back_to, incident.lost_steps, incident.fault) == (1, 1, 0, "died")
+
+
+@pytest.mark.parametrize(("every", "back_to"), [(1, 1), (2, 0), pytest.param(0, 0, marks=pytest.mark.long)])
+def test_the_loss_of_what_learns_costs_what_came_after_the_last_commit(
+    every: int, back_to: int, undisturbed: tuple[dict[str, Any], list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    def when(role: str, method: str, number: int) -> Fault | None:
+        """In the second step: the values before are those of the self-check, the start's evaluation, and the first step."""
+        is_it = (role, method) == ("critic", "values") and script.calls.count(("critic", "values")) == 4
+        return "dies before" if is_it and not script.failed else None
+
+    script = Script(when)
+    run, place = train_with(config_of_every_role(tmp_path, f"checkpoint.every_steps={every}"), script)
+    (incident,) = run.incidents.read()
+    assert (incident.step, incident.back_to, incident.lost_steps) == (1, back_to, 1 - back_to)
+    assert incident.action == ("restarted" if back_to else "rolled_back")
+    # Only its files have the beginning, so the policy starts again too.
+    assert [len(place.workers[role]) for role in ("policy", "critic", "reference")] == [1 if back_to else 2, 2, 1]
+    voided = run.path / "metrics.void.jsonl"
+    assert voided.exists() == (back_to == 0)
+    assert_same(run, undisturbed[0], every)
+
+
+def test_a_group_that_fails_again_and_again_ends_the_run_with_its_last_commit(tmp_path: Path) -> None:
+    script = Script(
+        lambda role, method, number: (
+            "raises before"
+            if (role, method) == ("critic", "apply") and script.calls.count(("critic", "apply")) > 2
+            else None
+        )
+    )
+    with pytest.raises(GroupError, match="critic rank 0 failed in apply"):
+        train_with(config_of_every_role(tmp_path, "run.max_group_restarts=2"), script)
+    run = RunDirectory(tmp_path / "late")
+    assert len(script.failed) == 3 and run.checkpoints.steps() == [1]
+    assert [one.action for one in run.incidents.read()] == ["restarted", "restarted", "stopped"]
+
+
+def test_with_no_restarts_the_first_loss_ends_the_run(tmp_path: Path) -> None:
+    script = Script(lambda role, method, number: "dies before" if role == "reference" and number > 20 else None)
+    with pytest.raises(GroupError, match="reference rank 0 failed in log_probs"):
+        train_with(config_of_every_role(tmp_path, "run.max_group_restarts=0"), script)
+    assert len(script.failed) == 1
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_a_restart(tmp_path: Path) -> None:
+    def when(role: str, method: str, number: int) -> Fault | None:
+        if (role, method) != ("critic", "apply") or script.calls.count(("critic", "apply")) < 3:
+            return None
+        ask_to_stop()
+        return "dies before"
+
+    script = Script(when)
+    with pytest.raises(ResumableStop, match="stopped on request after step 1 of 3"):
+        train_with(config_of_every_role(tmp_path), script)
+    run = RunDirectory(tmp_path / "late")
+    assert run.checkpoints.steps() == [1] and [one.action for one in run.incidents.read()] == ["stopped"]
