@@ -125,13 +125,17 @@ class PpoTrainer:
         """
         self.to_do += work
         while self.to_do:
-            with self.checkpoints.committing_on_failure(self.progress.step, self.state, unless=lambda: self.touched):
+            with self.checkpoints.committing_on_failure(self.progress.step, self.state, unless=self.commits_nothing):
                 try:
                     self.to_do[0]()
                 except GroupError as error:
                     self.recovery.survive(error, self)
                 else:
                     self.to_do.popleft()
+
+    def commits_nothing(self) -> bool:
+        """Whether an error that comes now commits nothing: half a step, or more skips than are allowed, which see to it."""
+        return self.touched or self.to_do[0] == self.refuse_skips
 
     # What recovery asks of a trainer
 
