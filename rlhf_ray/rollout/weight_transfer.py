@@ -24,6 +24,7 @@ from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_hea
 from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInWorker
 from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInWorker
 from rlhf_ray.rollout.vllm_workers import SharedBucket, stay_eager
+from rlhf_ray.rollout.weights.vllm_cpu_lora import use_one_adapter
 from rlhf_ray.rollout.wire import Checksum
 
 BACKEND = "rlhf_ray"
@@ -152,6 +153,7 @@ class RegisterInWorker(KeptInWorker, RoutedInWorker):
 
 if current_platform.is_cpu():
     stay_eager()
+    use_one_adapter()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, Receiver)

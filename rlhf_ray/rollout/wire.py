@@ -30,6 +30,7 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.rollout.errors import WireError
 from rlhf_ray.rollout.execution import Execution
 from rlhf_ray.rollout.weights.delta import Delta, LastSent
+from rlhf_ray.rollout.weights.flat import joined, split
 
 Array = np.ndarray[Any, Any]
 Bucket = Sequence[tuple[str, Array | Tensor]]
@@ -94,14 +95,14 @@ class PublishedAdapter:
     config: Mapping[str, Any]
     """As PEFT writes it."""
     tensors: PublishedWeights
-    """By the names of PEFT."""
+    """Flat ones, which hold the tensors by the names of PEFT (``rollout/weights/flat.py``)."""
 
     def read(self) -> dict[str, Tensor]:
         """All tensors. Raises :class:`WireError` where they are not those that were sent."""
         update, tensors = Checksum(), dict[str, Tensor]()
-        for name, weight in (pair for bucket in self.tensors.buckets for pair in bucket):
-            update.add(name, weight)
-            tensors[name] = to_tensor(weight)
+        for contents, weight in (pair for bucket in self.tensors.buckets for pair in bucket):
+            update.add(contents, weight)
+            tensors |= split(contents, to_tensor(weight))
         if update.hexdigest() != self.tensors.checksum:
             raise WireError(
                 f"the adapter that came has checksum {update.hexdigest()}, sent was {self.tensors.checksum}"
@@ -149,6 +150,20 @@ def publish(
     total = checksum.hexdigest()
     delta = None if last is None else last.finish(total, keep)
     return PublishedWeights(version, tuple(kept), total, delta, nbytes)
+
+
+def publish_adapter(
+    version: int,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    keep: Callable[[Bucket], Any] = as_it_is,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> PublishedAdapter:
+    """Pack the tensors of an adapter likewise. They are copied first, into few tensors that each fill a bucket."""
+    return PublishedAdapter(
+        config, publish(version, joined(tensors, bucket_bytes), keep=keep, bucket_bytes=bucket_bytes)
+    )
 
 
 def to_array(weight: Array | Tensor) -> Array:

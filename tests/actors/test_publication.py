@@ -113,6 +113,9 @@ def test_an_adapter_travels_apart_from_a_base_that_is_gathered_once(zero: int, r
         assert published is not None and published.adapter is not None and published.version == version
         tensors, scaling = published.adapter.read(), published.adapter.config["lora_alpha"] / 2
         sent = sum(tensor.nbytes for tensor in tensors.values())
+        assert len([weight for bucket in published.adapter.tensors.buckets for weight in bucket]) == 1, (
+            "all end to end in one"
+        )
         assert sent == published.adapter.tensors.nbytes == published.share_to_send * published.nbytes
         assert sum(read) == 2 * sent + (published.nbytes if version == 1 else 0), (
             "the base is read for the first version alone"
@@ -126,7 +129,7 @@ def test_an_adapter_travels_apart_from_a_base_that_is_gathered_once(zero: int, r
                 weight = weight + scaling * tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]
             torch.testing.assert_close(weight, whole[name])
         assert 2 * len(lora.adapted_layers(worker.hf_model)) == len(tensors)
-    assert worker.adapter_rank() == 2
+    assert worker.adapter_rank() == 2 and worker.execution().quantization is None
 
 
 def test_a_policy_that_trains_more_than_lora_publishes_no_adapter() -> None:

@@ -58,6 +58,7 @@ def test_training_improves_and_what_is_published_is_what_was_trained(zero: int, 
 
     ((_, trained),) = worker.log_probs(batch, [(0, 1)])
     published = worker.publish_weights(1)
+    assert published is not None and published.execution is not None and published.execution.quantization == "nf4"
     state = {name: to_tensor(array) for bucket in published.buckets for name, array in bucket}
     plain = load_policy(worker.config.model.model_copy(update={"quantization": None, "lora": None}))
     save_pretrained(plain, None, tmp_path / "rollout", state=state)

@@ -23,7 +23,8 @@ from rlhf_ray.rollout.errors import WeightUpdateError
 from rlhf_ray.rollout.requests import Generation, make_requests
 from rlhf_ray.rollout.vllm_engine import VllmEngine
 from rlhf_ray.rollout.weights import vllm_adapter
-from rlhf_ray.rollout.wire import PublishedAdapter, PublishedWeights, publish
+from rlhf_ray.rollout.weights.vllm_cpu_lora import OneAdapter
+from rlhf_ray.rollout.wire import PublishedWeights, publish, publish_adapter
 
 from .llamas import EOS, VOCABULARY, largest_difference, make_llama, reference_log_probs
 
@@ -53,7 +54,7 @@ def step(model: LlamaForCausalLM, seed: int) -> None:
 def published(model: LlamaForCausalLM, version: int) -> PublishedWeights:
     base = (pair for group in disk_weights(model, receive=True, adapters="left out") for pair in group)
     tensors = (pair for group in adapter_weights(model, receive=True) for pair in group)
-    adapter = PublishedAdapter(adapter_config(model), publish(version, tensors, bucket_bytes=3000))
+    adapter = publish_adapter(version, adapter_config(model), tensors, bucket_bytes=3000)
     return replace(publish(version, base), adapter=adapter)
 
 
@@ -75,6 +76,14 @@ def engine(policy: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -
     started = VllmEngine(directory, CONFIG, stop_token_ids=(EOS,), shapes=shapes, adapter_rank=RANK)
     yield started
     started.shutdown()
+
+
+def test_the_layers_of_an_engine_on_a_cpu_take_our_products(engine: VllmEngine) -> None:
+    def classes(worker: Any) -> set[type]:
+        layers = worker.get_model().modules()
+        return {type(layer.punica_wrapper) for layer in layers if hasattr(layer, "punica_wrapper")}
+
+    assert engine._engine.collective_rpc(classes) == [{OneAdapter}], "vLLM takes their class from elsewhere"
 
 
 def left_behind() -> list[str]:

@@ -80,6 +80,15 @@ class PolicyWorker(ReferenceWorker):
     _last_sent: LastSent | None = None
     _base: PublishedWeights | None = None
     _transport: Transport | None = None
+    _quantization: str | None = None
+
+    def _load(self, setup: LanguageSetup) -> tuple[torch.nn.Module, str]:
+        from rlhf_ray.models.weights.quantization import four_bit_layers
+
+        loaded = super()._load(setup)
+        # Layers are in 4 bits from loading on or never. To look at all of them with every publication takes milliseconds.
+        self._quantization = "nf4" if four_bit_layers(self.hf_model) else None
+        return loaded
 
     @cached_property
     def _own_vocabulary(self) -> Vocabulary:
@@ -88,7 +97,6 @@ class PolicyWorker(ReferenceWorker):
     def execution(self, transport: str | None = None, lora: str | None = None) -> Execution:
         """How this rank computes log-probs; ``transport`` and ``lora`` are of the publication that it made just now, if any."""
         from rlhf_ray.models.dtypes import dtype_name
-        from rlhf_ray.models.weights.quantization import four_bit_layers
 
         config = self.hf_model.config.get_text_config()
         return Execution(
@@ -100,7 +108,7 @@ class PolicyWorker(ReferenceWorker):
             vocabulary=self._own_vocabulary.rows,
             tokenizer=self._own_vocabulary.fingerprint,
             lora=lora,
-            quantization="nf4" if four_bit_layers(self.hf_model) else None,
+            quantization=self._quantization,
             context=getattr(config, "max_position_embeddings", None),
             transport=transport,
             **versions("torch", "transformers", "tokenizers", "deepspeed"),
@@ -163,14 +171,14 @@ class PolicyWorker(ReferenceWorker):
     def _publish_adapter(self, version: int) -> PublishedWeights:
         from rlhf_ray.engine.weights import adapter_weights, disk_weights
         from rlhf_ray.models.weights.adapters import adapter_config
-        from rlhf_ray.rollout.wire import PublishedAdapter, publish
+        from rlhf_ray.rollout.wire import publish, publish_adapter
 
         receive, keep = self.rank == 0, self.keep_bucket
         if self._base is None:
             base = disk_weights(self.hf_model, receive=receive, adapters="left out")
             self._base = publish(version, chain.from_iterable(base), keep=keep)
-        tensors = publish(version, chain.from_iterable(adapter_weights(self.hf_model, receive=receive)), keep=keep)
-        adapter = PublishedAdapter(adapter_config(self.hf_model), tensors)
+        tensors = chain.from_iterable(adapter_weights(self.hf_model, receive=receive))
+        adapter = publish_adapter(version, adapter_config(self.hf_model), tensors, keep=keep)
         return replace(self._base, version=version, adapter=adapter)
 
     def gpu(self) -> str | None:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from safetensors.torch import save_file
+from safetensors import TensorSpec, serialize_file
 from torch import Tensor
 from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
@@ -52,10 +52,24 @@ def load_adapter(engine: Any, name: str, config: Mapping[str, Any], tensors: Map
     """
     with _directory(sum(tensor.nbytes for tensor in tensors.values())) as directory:
         (directory / ADAPTER_CONFIG).write_text(json.dumps(dict(config)), encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS)
+        _write(directory / WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
         if not engine.add_lora(LoRARequest(name, NUMBER, str(directory), load_inplace=True)):
             raise ValueError(f"vLLM did not take the adapter {name}")
         return LoRARequest(name, NUMBER, str(directory))
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that are contiguous and on the CPU. ``save_file`` would first look for memory that several share."""
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=list(tensor.shape),
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in tensors.items()
+    }
+    serialize_file(specs, file)
 
 
 @contextmanager
