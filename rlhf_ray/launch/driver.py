@@ -36,7 +36,7 @@ from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.record import Record, write_record
 from rlhf_ray.runs.reporting import close_run
-from rlhf_ray.runs.resuming import resume_run
+from rlhf_ray.runs.resuming import naming_fewer_ranks, resume_run
 from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.trainers import stopping
 
@@ -152,7 +152,8 @@ def run_trainer(
         write_record(run.inputs_path, Record(dump_config(config), fingerprint_inputs(config)))
     try:
         stopping.listen()
-        train(config, run, checkpoint, place=place)
+        with naming_fewer_ranks(config, run):
+            train(config, run, checkpoint, place=place)
     except ResumableStop:
         run.note_stop()
         raise

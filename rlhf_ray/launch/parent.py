@@ -36,7 +36,7 @@ from rlhf_ray.runs.checkpoints import CheckpointStore
 from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.incidents import Action, Incident
-from rlhf_ray.runs.resuming import plan_continuation
+from rlhf_ray.runs.resuming import naming_fewer_ranks, plan_continuation
 from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.trainers.watchdog import write_stacks
 
@@ -117,7 +117,8 @@ def resume_run(
     if continuation is None:
         return EXIT_DONE
     directory, config = run.path.absolute(), continuation.config
-    _require_room(on_its_cluster(config, run))
+    with naming_fewer_ranks(config, run):
+        _require_room(on_its_cluster(config, run))
     changed = [*overrides, *(word for key in accept for word in ("--accept", key))]
     watch = Watch(directory, config.run.stall_floor_s)
     ended = _run_resuming_driver(driver, watch, changed)

@@ -8,7 +8,8 @@ same whether it was asked for or written into ``config.yaml`` by hand, and stand
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rlhf_ray.config.jobs.base import Job, TrainingJob
 from rlhf_ray.config.loading import dump_config, load_config, parse_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
 from rlhf_ray.console import get_logger
-from rlhf_ray.errors import ConfigError, RequestError, StorageError
+from rlhf_ray.errors import CapacityError, ConfigError, RequestError, StorageError
 from rlhf_ray.runs.changes import Change, compare, refusals
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
@@ -162,6 +163,23 @@ def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]
     )
     write_record(run.inputs_path, Record(text, {**(known or {}), **now}))
     return Resumed(config, run, checkpoint, before)
+
+
+@contextmanager
+def naming_fewer_ranks(config: TrainingJob, run: RunDirectory) -> Iterator[None]:
+    """Say in a :class:`CapacityError` of the ``with`` block how a run that has a checkpoint goes on with fewer ranks."""
+    try:
+        yield
+    except CapacityError as error:
+        several = [
+            f"{key}.ranks=1" for key, role in config.roles().items() if role.config.ranks > 1 and not role.derived
+        ]
+        if not several or not run.checkpoints.steps():
+            raise
+        raise CapacityError(
+            f"{error}\nTo go on with fewer ranks, if the machines are gone for good: rlhf-ray resume {run.path} "
+            f"{' '.join(several)}"
+        ) from error
 
 
 def _check_length(config: TrainingJob, run: RunDirectory, checkpoint: Checkpoint | None) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import CapacityError, RequestError
+from rlhf_ray.launch import parent
 from rlhf_ray.monitoring.report.summary import Summary
 from rlhf_ray.runs import directory, record, resuming
 from rlhf_ray.runs.directory import RunDirectory
@@ -96,3 +97,20 @@ def test_a_finished_run_without_a_commit_cannot_become_longer_and_says_what_can(
     with pytest.raises(RequestError, match=r"kept no commit .* start a new run whose model begins at .*final"):
         resume_run(finished, ["epochs=2.0"])
     assert RunDirectory.open(finished).is_finished
+
+
+def test_a_run_whose_ranks_find_no_room_any_more_is_told_how_to_go_on_with_fewer(tmp_path: Path) -> None:
+    settings = ["run.name=run", f"run.root={tmp_path}", "policy.ranks=2", "policy.resources.cpus_per_rank=1"]
+    config = load_config("demo-sft", settings).to_train()
+    run = RunDirectory.create(tmp_path / "run", dump_config(config))
+    write_record(run.inputs_path, Record(dump_config(config), fingerprint_inputs(config)))
+    pending = run.checkpoints.begin(2)
+    (pending.path / "weights").write_text("w")
+    run.checkpoints.commit(pending, about={"state": STATE})
+    run.release()
+    with pytest.raises(CapacityError, match=rf"go on with fewer ranks, .*: rlhf-ray resume {run.path} policy.ranks=1$"):
+        parent.resume_run(run.path, ["cluster.num_cpus=1"])
+    run.checkpoints.remove(2)
+    with pytest.raises(CapacityError, match="the job does not fit") as error:
+        parent.resume_run(run.path, ["cluster.num_cpus=1"])
+    assert "fewer ranks" not in str(error.value)
