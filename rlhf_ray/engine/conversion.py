@@ -74,8 +74,10 @@ def _fill(state: dict[str, Any]) -> None:
     in_shards = "fp32_flat_groups" in state  # ZeRO-3
     groups = state["fp32_flat_groups" if in_shards else "single_partition_of_fp32_groups"]
     moments = state["optimizer_state_dict" if in_shards else "base_optimizer_state"]["state"]
-    for index, group in enumerate(groups):
-        zeros = torch.zeros_like(group.detach())
+    # At ZeRO 1 and 2 moments are written with what the last rank holds beyond the weights, and weights without.
+    paddings = [0] * len(groups) if in_shards else state["group_paddings"]
+    for index, (group, padding) in enumerate(zip(groups, paddings, strict=True)):
+        zeros = torch.zeros(group.numel() + padding, dtype=group.dtype)
         fresh = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         moments.setdefault(index, fresh)
 

@@ -21,7 +21,7 @@ from rlhf_ray.config.facts import Role
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.engine import Program
-from rlhf_ray.errors import ModelLoadError
+from rlhf_ray.errors import ModelLoadError, RequestError
 from rlhf_ray.planning.checkpoints import bytes_each, trained_numbers
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from tests.models.conftest import word_tokenizer
@@ -167,6 +167,33 @@ def test_a_checkpoint_of_before_with_its_base_still_loads(
     again = start(bases["untied"], zero, quantization)
     again.load(str(old))
     assert train(again, 2) == expected and equal(weights(again), end)
+    if zero == 3:
+        as_if_two_ranks_had_saved(old)
+        with pytest.raises(RequestError, match="which only 2 ranks can join: resume with ranks=2"):
+            start(bases["untied"], zero, quantization).load(str(old))
+
+
+def as_if_two_ranks_had_saved(state: Path) -> None:
+    """Let a state say so, which is then carried over to one rank by way of DeepSpeed's universal checkpoint."""
+    file = state / shards.IDENTITY_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ranks": 2}))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("zero", "quantization", "base", "kind"), [*(case for case in CASES if case[0]), CASES[-1]])
+def test_it_is_carried_over_to_other_ranks_with_the_same_bits(
+    zero: int, quantization: str | None, base: str, kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    state = tmp_path / "checkpoints" / "step-000002" / "policy"
+    worker = start(bases[base], zero, quantization, kind)
+    train(worker, 2)
+    worker.save(str(state))
+    expected, end = train(worker, 2), weights(worker)
+    as_if_two_ranks_had_saved(state)
+    again = start(bases[base], zero, quantization, kind)
+    again.load(str(state))
+    assert train(again, 2) == expected and equal(weights(again), end)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
 @pytest.mark.parametrize(("lora", "share"), [({"rank": 8}, 0.2), (None, None)], ids=["lora", "full"])

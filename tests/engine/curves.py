@@ -15,6 +15,8 @@ CASES: dict[str, dict[str, Any]] = {
 """What their engines and models are made with."""
 STARTS: dict[str, dict[str, Any]] = {f"start-zero{zero}": {"zero": zero, "dtype": "fp32"} for zero in range(4)}
 """Saved before the first update."""
+BACK = ("fp32-zero2", "fp32-zero3")
+"""Those in which the ranks that had saved go on again with what the others have made of it."""
 
 
 def farthest(curve: list[float], expected: list[float]) -> float:

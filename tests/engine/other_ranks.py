@@ -81,7 +81,7 @@ def update(engine: Engine, seed: int) -> float:
 
     report = engine.accumulate([own], loss_of, float(tokens.numel()))
     engine.apply(skip=not report.finite)
-    engine.module.temperature += 0.1
+    engine.module.temperature += 0.07
     loss = torch.tensor(report.loss, dtype=torch.float64)
     dist.all_reduce(loss)
     return float(loss)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import CASES, STARTS, UPDATES_AFTER, UPDATES_BEFORE
+from curves import BACK, CASES, STARTS, UPDATES_AFTER, UPDATES_BEFORE
 from other_ranks import gone_on, odd_engine, saved
 
 from rlhf_ray.engine import destroy_process_group, init_process_group, rendezvous
@@ -29,7 +29,7 @@ def scenarios(directory: Path, world: int, part: str, names: list[str]) -> Itera
         if part == "load":
             then = directory / f"{name}-of-{world}"
             yield name, gone_on(directory / name, odd_engine(**options, shift=SHIFT), before, then)
-        if part == "back":
+        if part == "back" and name in BACK:
             for other in (1, 3):
                 state = directory / f"{name}-of-{other}"
                 engine = odd_engine(**options, shift=SHIFT)

@@ -19,7 +19,7 @@ import rlhf_ray
 from rlhf_ray.engine import universal
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.network import LOOPBACK, free_port
-from tests.engine.curves import CASES, STARTS, UPDATES_AFTER, farthest
+from tests.engine.curves import BACK, CASES, STARTS, UPDATES_AFTER, farthest
 
 PROGRAM = Path(__file__).parent / "other_ranks_program.py"
 BAR, BF16_BAR = 1e-5, 2e-2
@@ -89,7 +89,7 @@ def test_another_number_of_ranks_goes_on_along_the_curve_that_never_stopped(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [*CASES, *STARTS])
+@pytest.mark.parametrize("case", BACK)
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_run_that_was_elsewhere_comes_back(
     case: str, world: int, undisturbed: list[Measured], back: list[Measured]
@@ -97,7 +97,7 @@ def test_a_run_that_was_elsewhere_comes_back(
     expected = undisturbed[0][case]["curve"][UPDATES_AFTER // 2 :]
     for rank in back:
         curve = rank[f"{case}-of-{world}"]["curve"][: len(expected)]
-        assert farthest(curve, expected) <= (BF16_BAR if "bf16" in case else BAR)
+        assert farthest(curve, expected) <= BAR
 
 
 @pytest.mark.long
