@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_ray.algorithms.losses import LossOutput
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.config.sections.models import Dtype
-from rlhf_ray.engine import Engine
+from rlhf_ray.engine import Engine, universal
 
 TOTAL = 24
 ROWS, TOKENS, WIDTH, CLASSES = 7, 17, 13, 11
@@ -112,6 +112,23 @@ def gone_on(directory: Path, engine: Engine, before: int = UPDATES_BEFORE, then:
         "curve": curve, "steps": steps(engine), "updates": engine.updates, "noise": noise,
         "decays": [group["weight_decay"] for group in engine.optimizer.param_groups],
         "temperature": [round(float(x), 4) for x in engine.module.temperature], "frozen": frozen.numel(),
+    }  # fmt: skip
+    engine.close()
+    return measured
+
+
+def loaded_by_deepspeed_alone(directory: Path, engine: Engine) -> Measured:
+    """What DeepSpeed's own loading makes of two groups at ZeRO-3 and of a buffer, without what is put right after it."""
+    pending = universal._converted(directory / "shards", directory.parent, without_moments=False)
+    with universal._reading_universal(engine._deepspeed):
+        engine._deepspeed.load_checkpoint(str(pending.path), tag=universal.CONVERTED, load_lr_scheduler_states=False)
+    pending.abort()
+    optimizer = engine.optimizer
+    assert optimizer is not None
+    measured = {
+        "step_counts": len({id(state["step"]) for state in optimizer.state.values()}),
+        "decays": [group["weight_decay"] for group in optimizer.param_groups],
+        "temperature": [round(float(x), 4) for x in engine.module.temperature],
     }  # fmt: skip
     engine.close()
     return measured

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from curves import BACK, CASES, STARTS, UPDATES_AFTER, UPDATES_BEFORE
-from other_ranks import gone_on, odd_engine, saved
+from other_ranks import gone_on, loaded_by_deepspeed_alone, odd_engine, saved
 
 from rlhf_ray.engine import destroy_process_group, init_process_group, rendezvous
 
@@ -34,6 +34,9 @@ def scenarios(directory: Path, world: int, part: str, names: list[str]) -> Itera
                 state = directory / f"{name}-of-{other}"
                 engine = odd_engine(**options, shift=SHIFT)
                 yield f"{name}-of-{other}", gone_on(state, engine, before + UPDATES_AFTER // 2)
+    if part == "load" and world == 1 and "fp32-zero3" in names:
+        engine = odd_engine(3, "fp32", SHIFT)
+        yield "deepspeed-alone", loaded_by_deepspeed_alone(directory / "fp32-zero3", engine)
 
 
 def main(rank: int, world: int, port: int, directory: Path, part: str, names: list[str]) -> None:

@@ -112,6 +112,13 @@ def test_ranks_that_are_new_have_random_states_of_their_own(elsewhere: dict[int,
     assert len({tuple(one) for one in noise}) == 3
 
 
+@pytest.mark.long
+def test_what_is_put_right_after_deepspeed_is_still_wrong_there(elsewhere: dict[int, list[Measured]]) -> None:
+    """Where it no longer is, what is put right can go."""
+    alone = elsewhere[1][0]["deepspeed-alone"]
+    assert alone == {"step_counts": 1, "decays": [0.5, 0.5], "temperature": [1.5] * 3}
+
+
 class Spy:
     """Writes a file when it is read by pickle."""
 
