@@ -46,7 +46,7 @@ SETTINGS = [
     "policy.engine.zero=1", "rollout.max_restarts=1000", "rollout.max_new_tokens=4", "checkpoint.every_steps=2",
     "evaluation={prompts: 4, every_steps: 2}", "data.world={prompts: 128, evaluation_prompts: 4}", "cluster.call_timeout_s=45",
     "batch={prompts_per_step: 8, samples_per_prompt: 1, sequences_per_update: 8, max_tokens_per_micro_batch: 512}",
-    "rollout.timeout_s=20", "rollout.update_timeout_s=20",
+    "rollout.timeout_s=20", "rollout.update_timeout_s=20", "run.stall_floor_s=15",
 ]  # fmt: skip
 PLACES: dict[Where, list[str]] = {
     "Ray": ["policy.ranks=2", "rollout.engines=2", "cluster.num_cpus=2"],
@@ -155,8 +155,8 @@ class Campaign:
                 raise SystemExit(f"the run that meets nothing ended with {done.code}:\n{done.log.read_text()[-3000:]}")
         return root / "matrix"
 
-    def judge(self, chosen: Sequence[Cell], hits: Sequence[Hit] | None = None, *, alone: bool = False) -> list[Verdict]:
-        """Run some cells together and append their verdicts."""
+    def judge(self, chosen: Sequence[Cell], hits: Sequence[Hit] | None = None) -> list[Verdict]:
+        """Run some cells together, or ``hits`` of them that were drawn, and append their verdicts."""
         place, whole = where(chosen[0]), self.whole(where(chosen[0]))
         self.number += 1
         root = self.root / f"run-{os.getpid()}-{self.number}"
@@ -168,28 +168,30 @@ class Campaign:
         for cell in chosen:
             reading = read_hit(done.events, str(cell), incidents)
             if reading is not None:
-                verdicts.append(self._verdict(cell, reading, done, not differences, not prompts))
+                verdicts.append(self._verdict(cell, reading, done, not differences, not prompts, hits is not None))
             print(f"{cell!s:34}  {'was not met' if reading is None else verdicts[-1].words()}", flush=True)
         bad = not all(verdict.as_promised for verdict in verdicts) or done.code != 0
         if bad:
             print(f"  {differences[:2]} {prompts[:2]} {done.left[:2]}; its log: {done.log}", flush=True)
         else:
             shutil.rmtree(root)
-        if bad and len(chosen) > 1 and not alone and (differences or prompts or done.left):
+        if bad and len(chosen) > 1 and hits is None and (differences or prompts or done.left):
             return [verdict for cell in chosen for verdict in self.judge([cell])]
         matrix_verdicts.append(verdicts, self.results)
         return verdicts
 
-    def _verdict(self, cell: Cell, reading: Reading, done: Done, identical: bool, once: bool) -> Verdict:
+    def _verdict(self, cell: Cell, reading: Reading, done: Done, identical: bool, once: bool, drawn: bool) -> Verdict:
         outcome = reading.outcome if done.code == 0 else ENDED
         lines = [line for line in done.log.read_text(errors="replace").splitlines() if line.strip()]
         note = "" if done.code == 0 else f"ended with {done.code}: {lines[-1][:200] if lines else ''}"
-        command = f"python -m tests.faults.matrix --only {cell} --seed {self.seed}"
+        which = f"--multi {self.number}" if drawn else f"--only {cell}"
+        command = f"python -m tests.faults.matrix {which} --seed {self.seed}"
         return Verdict(
             cell.role, cell.phase, cell.fault, outcome, identical, once,
             reading.seconds if done.code == 0 else None, reading.detected_s, reading.back_s, reading.lost_steps,
             reading.silence_s, done.left, where(cell), self.commit, self.seed, command,
             datetime.now(UTC).date().isoformat(), digest(cell), note,
+            f"{self.commit}/{self.seed}/{done.path.parent.name}", drawn,
         )  # fmt: skip
 
 
@@ -226,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.multi:
         runs = [several_kills(rng) for _ in range(options.multi)]
         verdicts = [one for hits in runs if time.monotonic() < end for one in
-                    campaign.judge([hit.cell for hit in hits], hits, alone=True)]  # fmt: skip
+                    campaign.judge([hit.cell for hit in hits], hits)]  # fmt: skip
     else:
         chosen = (
             [cell for cell in cells() if any(word in str(cell) for word in options.only)] if options.only else remaining

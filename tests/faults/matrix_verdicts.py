@@ -54,6 +54,10 @@ class Verdict:
     digest: str
     note: str = ""
     """How the run ended, where it did not reach its end."""
+    run: str = ""
+    """Which run met it; others may have met it too."""
+    drawn: bool = False
+    """Whether the run met several kills that were drawn; such a verdict is none of the cell alone."""
 
     @property
     def cell(self) -> Cell:
@@ -137,7 +141,16 @@ def read(path: Path = RESULTS) -> list[Verdict]:
 
 def newest(verdicts: Iterable[Verdict]) -> dict[Cell, Verdict]:
     """The last verdict of each cell."""
-    return {verdict.cell: verdict for verdict in verdicts}
+    return {verdict.cell: verdict for verdict in verdicts if not verdict.drawn}
+
+
+def runs_with_several_kills(verdicts: Iterable[Verdict]) -> dict[str, bool]:
+    """The runs that met several kills which were drawn, and whether each ended as promised of all of them."""
+    runs: dict[str, bool] = {}
+    for verdict in verdicts:
+        if verdict.drawn:
+            runs[verdict.run] = runs.get(verdict.run, True) and verdict.as_promised
+    return runs
 
 
 def open_cells(verdicts: Iterable[Verdict]) -> list[Cell]:
@@ -148,10 +161,14 @@ def open_cells(verdicts: Iterable[Verdict]) -> list[Cell]:
 
 def table(verdicts: Iterable[Verdict]) -> str:
     """The matrix as Markdown, one table a role."""
-    known = newest(verdicts)
-    run, total = len([cell for cell in cells() if cell in known]), len(cells())
+    verdicts = list(verdicts)
+    known, several = newest(verdicts), runs_with_several_kills(verdicts)
     good = sum(verdict.as_promised for verdict in known.values())
-    lines = [f"{run} of {total} cells have been run, {good} of them ended as promised.", ""]
+    lines = [
+        f"{len(known)} of {len(cells())} cells have been run, {good} of them ended as promised. Of {len(several)} runs that "
+        f"met several kills, {sum(several.values())} did.",
+        "",
+    ]
     for role in ROLES:
         lines += [f"| {role} | {' | '.join(FAULTS)} |", "|---" * (len(FAULTS) + 1) + "|"]
         for phase in PHASES:

@@ -109,11 +109,12 @@ def test_a_verdict_says_whether_the_promise_was_kept(changes: dict[str, Any], ke
 def test_the_table_shows_the_newest_verdict_and_what_has_none(tmp_path: Path) -> None:
     cell, page, results = Cell("critic", "update", "hang"), tmp_path / "page.md", tmp_path / "faults.jsonl"
     page.write_text(f"before\n{matrix_verdicts.BEGIN}\nold\n{matrix_verdicts.END}\nafter\n")
-    matrix_verdicts.append([verdict(cell, identical=False), verdict(cell, seconds=7.25)], results)
+    drawn = [verdict(cell, drawn=True, run="a"), verdict(cell, drawn=True, run="b", identical=False)]
+    matrix_verdicts.append([verdict(cell, identical=False), verdict(cell, seconds=7.25), *drawn], results)
     matrix_verdicts.write_table(matrix_verdicts.read(results), page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "1 of 174 cells have been run, 1 of them ended as promised" in text
+    assert "1 of 174 cells have been run, 1 of them ended as promised. Of 2 runs that met several kills, 1 did." in text
     assert text.count("in place, 7 s, 1") == 1 and "other bits" not in text
     assert text.count("not run") == 173 and text.count(" - |") == 6 * 8 * 5 - 174
 
