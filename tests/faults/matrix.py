@@ -37,14 +37,14 @@ from tests.faults.verdict import ledger_differences, weight_differences
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "e2e" / "ppo_tiny.yaml"
-PER_RUN = 5
+PER_RUN = 8
 STEPS = 2 * PER_RUN + 2
 DEADLINE_S = 420.0
 LEAVES_S = 20.0
 SETTINGS = [
     "run.name=matrix", f"steps={STEPS}", "run.max_restarts=20", "monitoring.ray_metrics=false", "rollout.backend=transformers",
     "policy.engine.zero=1", "rollout.max_restarts=1000", "rollout.max_new_tokens=4", "checkpoint.every_steps=2",
-    "evaluation={prompts: 4, every_steps: 2}", "data.world={prompts: 128, evaluation_prompts: 4}", "cluster.call_timeout_s=45",
+    "evaluation={prompts: 4, every_steps: 2}", "data.world={prompts: 160, evaluation_prompts: 4}", "cluster.call_timeout_s=45",
     "batch={prompts_per_step: 8, samples_per_prompt: 1, sequences_per_update: 8, max_tokens_per_micro_batch: 512}",
     "rollout.timeout_s=20", "rollout.update_timeout_s=20", "run.stall_floor_s=15",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ class Verdict:
     """Whether the final weights are bit for bit those of the run that met nothing."""
     prompts_once: bool
     seconds: float | None
-    """From the fault until the step that it met was finished; None if it never was."""
+    """From the fault until the step was finished in which it was met and overcome; None if it never was."""
     detected_s: float | None
     """From the fault until it was noticed, by the incident that the run noted; None if it noted none."""
     back_s: float | None
@@ -97,7 +97,7 @@ class Reading:
     silence_s: float
 
 
-def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Iterable[Any] = ()) -> Reading | None:
+def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence[Any] = ()) -> Reading | None:
     """What became of the hit of a cell; None where it was not hit. Events are in the order in which they happened."""
     events = sorted(events, key=lambda event: event["at"])
     found = [number for number, event in enumerate(events) if event["what"] == "hit" and event["cell"] == cell]
@@ -107,7 +107,15 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Iterable
     before, after = events[: found[0]], events[found[0] + 1 :]
     begun = max((event["step"] for event in before if event["what"] == "phase"), default=1) or 1
     done = max((event["step"] for event in before if event["what"] == "step"), default=0)
-    finished = next((event for event in after if event["what"] == "step" and event["step"] >= begun), None)
+    finished = _finished(after, begun)
+    following = _finished(after, begun + 1) or finished
+    troubled = [one.at for one in incidents] + [event["at"] for event in after if event["what"] == "driver"]
+    if (
+        finished is not None
+        and following is not None
+        and any(finished["at"] <= at <= following["at"] for at in troubled)
+    ):
+        finished = following  # who had no more work in its step is missed in the next one
     until = finished["at"] if finished is not None else float("inf")
     between = [event for event in after if event["at"] <= until]
     times = [hit["at"], *(event["at"] for event in between)]
@@ -123,6 +131,11 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Iterable
         sum(event["what"] == "step" and event["step"] <= done for event in between),
         max((b - a for a, b in pairwise(times)), default=0.0),
     )
+
+
+def _finished(events: Iterable[Mapping[str, Any]], step: int) -> Mapping[str, Any] | None:
+    """The event with which ``step``, or a later one, was finished."""
+    return next((event for event in events if event["what"] == "step" and event["step"] >= step), None)
 
 
 def append(verdicts: Iterable[Verdict], path: Path = RESULTS) -> None:

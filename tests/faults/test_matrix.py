@@ -94,6 +94,15 @@ def test_a_hit_is_read_with_what_it_cost() -> None:
     assert read_hit(events(*BEFORE), "critic/update/hang") is None
 
 
+def test_what_was_missed_in_the_next_step_only_is_read_to_the_end_of_that_step() -> None:
+    late = [(7.0, "step", {"step": 3}), (8.0, "phase", {"name": "update", "step": 4}), (20.0, "step", {"step": 4})]
+    noticed = Incident(9.0, 3, "accumulate", "policy", 0, "died", "it died", "restarted", 3, 0, 5.0)
+    seen = events(*BEFORE, *late, (21.0, "step", {"step": 5}))
+    overcome, nothing = (read_hit(seen, "policy/update/hang", incidents) for incidents in ([noticed], []))
+    assert overcome is not None and (overcome.seconds, overcome.detected_s, overcome.silence_s) == (14.0, 3.0, 12.0)
+    assert nothing is not None and (nothing.seconds, nothing.detected_s) == (1.0, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [
