@@ -42,7 +42,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_ray"
 EVERYWHERE = (
     "actors/groups.py", "actors/ranks.py", "actors/cluster.py", "actors/place.py", "actors/shells.py", "actors/workers/base.py",
     "launch/driver.py", "launch/parent.py", "processes", "runs", "storage", "errors.py", "pending.py", "monitoring/phases.py",
-    "trainers/ppo/loop.py", "trainers/session.py", "trainers/watchdog.py", "monitoring/stalls.py",
+    "trainers/ppo/loop.py", "trainers/session.py", "trainers/watchdog.py", "trainers/recovery", "monitoring/stalls.py",
 )  # fmt: skip
 """Files and rooms that every cell runs, below the package."""
 OF_ROLE: dict[Role, tuple[str, ...]] = {
