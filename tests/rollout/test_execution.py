@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import RequestError
-from rlhf_ray.rollout.execution import RULES, Execution, Relation, differences, digest, require_agreement
+from rlhf_ray.rollout import execution
+from rlhf_ray.rollout.execution import RULES, Execution, Relation, differences, digest, require_agreement, versions
 
 RECORD = Execution(
     dtype="bf16", head="bf16", log_probs="processed_logprobs", temperature=0.7, attention="CPU_ATTN", vocabulary=100,
@@ -74,6 +75,13 @@ def test_a_disagreement_names_every_field_that_must_be_equal_and_returns_what_ma
 def test_a_record_of_another_version_of_the_project_is_read() -> None:
     content = {**RECORD.to_json(), "a field of tomorrow": 1}
     assert Execution.from_json(content) == RECORD
+
+
+def test_versions_are_what_the_process_began_with_whatever_is_installed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = versions("torch", "no-such-package")
+    assert began["torch"] is not None and began["no-such-package"] is None
+    monkeypatch.setattr(execution, "version", lambda _: "installed later")
+    assert versions("torch", "no-such-package") == began
 
 
 def test_the_documented_table_is_the_contract() -> None:
