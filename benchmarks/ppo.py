@@ -2,7 +2,9 @@
 
 Invariants: all sides start from the same weights, sample 64 tokens after the same prompts of 81 tokens, make the same number
 of updates with policy and critic, and have the same two cores. They run one after the other; the first step of each, which
-warms up, does not count. TRL counts with the faster of its two ways to compute in bf16.
+warms up, does not count. TRL counts with the faster of its two ways to compute in bf16. Like TRL's, a step of this build
+takes the old log-probs of the rollout, and its logits are bf16; the earlier build computes the former once more and the
+latter in fp32, since it has no other way. Both builds have a rank of each role and an engine on each core.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from tests.parity import environment
 ROOT = Path(__file__).parents[1]
 EARLIER = "e643d91"
 SAMPLES, NEW_TOKENS, UPDATES, THREADS = 64, 64, 4, 2
+ROLLOUT_LOG_PROBS = {"old_log_probs": "rollout", "importance": {"level": "none"}}
 LEARNING_RATE, KL = 1e-6, 0.05
 STEPS = 6
 
@@ -73,7 +76,12 @@ def watched_run(root: Path, material: Material, name: str, *overrides: str, step
     """Run the build below ``root``."""
     home = material.prompts.parent
     config = home / f"{name}.yaml"
-    config.write_text(json.dumps(_config(material, home, name, steps)), encoding="utf-8")  # JSON is YAML
+    content = _config(material, home, name, steps)
+    if root == ROOT:  # the earlier build has no such keys
+        content["algorithm"] |= ROLLOUT_LOG_PROBS
+        for role in ("policy", "reference"):
+            content[role]["model"] = {**content[role]["model"], "head_dtype": "model"}
+    config.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(config), *overrides]
     metrics = home / name / "metrics.jsonl"
     with subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}) as process:
@@ -87,13 +95,13 @@ def watched_run(root: Path, material: Material, name: str, *overrides: str, step
 def products() -> float:
     """Floating-point operations of the matrix products of a step, without those of attention.
 
-    Through the layers go: sampling, four scoring passes, and two updates, whose backward passes count twice. Through the output
-    layer, for new tokens: sampling, two scoring passes, and the update of the policy.
+    Through the layers go: sampling, three scoring passes, and two updates, whose backward passes count twice. Through the
+    output layer, for new tokens: sampling, the reference's pass, and the update of the policy.
     """
     hidden, inner = int(SIZES["hidden_size"]), int(SIZES["intermediate_size"])
     layers = int(SIZES["num_hidden_layers"]) * (4 * hidden**2 + 3 * hidden * inner)
     tokens, new = SAMPLES * (PROMPT_TOKENS + NEW_TOKENS), SAMPLES * NEW_TOKENS
-    return 2.0 * ((1 + 4 + 2 * 3) * layers * tokens + (1 + 2 + 3) * VOCABULARY * hidden * new)
+    return 2.0 * ((1 + 3 + 2 * 3) * layers * tokens + (1 + 1 + 3) * VOCABULARY * hidden * new)
 
 
 PHASES = ("rollout", "scoring", "log_probs", "update", "weights")
@@ -126,18 +134,18 @@ def _config(material: Material, home: Path, name: str, steps: int) -> dict[str, 
     language = {"path": str(material.policy), "dtype": "bf16"}
     scalar = {"path": str(material.reward), "dtype": "bf16"}
     optimizer = {"optimizer": {"learning_rate": LEARNING_RATE}}
-    resources = {"cpus_per_rank": 0.2}
+    resources = {"cpus_per_rank": 0.1}
     return {
         "kind": "ppo",
         "run": {"root": str(home), "name": name},
         "steps": steps,
-        "policy": {"model": language, "engine": optimizer, "resources": resources},
-        "critic": {"model": scalar, "engine": optimizer, "resources": resources},
-        "reference": {"model": language, "resources": resources},
-        "reward": {"model": scalar, "resources": resources},
+        "policy": {"model": language, "engine": optimizer, "resources": resources, "ranks": THREADS},
+        "critic": {"model": scalar, "engine": optimizer, "resources": resources, "ranks": THREADS},
+        "reference": {"model": language, "resources": resources, "ranks": THREADS},
+        "reward": {"model": scalar, "resources": resources, "ranks": THREADS},
         "rollout": {
-            "engines": 1, "max_new_tokens": NEW_TOKENS, "max_model_tokens": PROMPT_TOKENS + NEW_TOKENS + 7,
-            "dtype": "bf16", "kv_cache_gib": 0.25, "resources": {**resources, "threads_per_rank": THREADS},
+            "engines": THREADS, "max_new_tokens": NEW_TOKENS, "max_model_tokens": PROMPT_TOKENS + NEW_TOKENS + 7,
+            "dtype": "bf16", "kv_cache_gib": 0.25, "resources": resources,
         },
         "data": {"path": str(material.prompts), "max_prompt_tokens": PROMPT_TOKENS},
         "batch": {

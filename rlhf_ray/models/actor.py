@@ -9,7 +9,7 @@ whether sequences run packed, padded on either side, or one by one.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -47,7 +47,7 @@ class Actor(nn.Module):
     ``attn_implementation`` names the preferred attention backend. If it cannot run here, the fastest that can takes its place
     and the line on loading says so; with ``strict_attention`` it is an error. ``device`` is where the model computes; without
     one it lies where ``device_map`` puts it, by default on the CPU. If ``ds_config`` asks for ZeRO-3, a model that is loaded
-    from disk is built in shards, on all ranks together.
+    from disk is built in shards, on all ranks together. ``head_dtype`` says what log-probs' logits are multiplied in.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Actor(nn.Module):
         revision: str | None = None,
         trust_remote_code: bool = False,
         strict_attention: bool = False,
+        head_dtype: Literal["fp32", "model"] = "fp32",
     ) -> None:
         super().__init__()
         adapter = None
@@ -99,7 +100,7 @@ class Actor(nn.Module):
         self.attention, self.attention_note = prepare_for_packs(
             model, attn_implementation, strict=strict_attention, device=device
         )
-        install_log_prob_head(model)
+        install_log_prob_head(model).fp32 = head_dtype == "fp32"
         self.model = model
         check_packing(model, self.backbone)
         if adapter is not None:
@@ -131,10 +132,11 @@ class Actor(nn.Module):
     def facts(self) -> ModelFacts:
         """Return what the line on loading says of this policy in particular."""
         tied = input_embedding(self.model).weight is self.log_prob_head.weight
+        precision = "fp32" if self.log_prob_head.fp32 else "fp32 of rounded logits"
         return ModelFacts(
             role="policy",
             inner=self.model,
-            head="log-probs fp32 in chunks" + (", embeddings tied" if tied else ""),
+            head=f"log-probs {precision} in chunks" + (", embeddings tied" if tied else ""),
             attention=self.attention,
             attention_note=self.attention_note,
         )

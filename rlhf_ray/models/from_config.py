@@ -44,6 +44,7 @@ def load_policy(
             attn_implementation=config.attention,
             strict_attention=config.attention != "auto",
             param_dtype=config.dtype,
+            head_dtype=config.head_dtype,
             load_in_4bit=config.quantization is not None,
             ds_config=ds_config,
             revision=config.revision,

@@ -98,6 +98,8 @@ class VllmEngine(RolloutEngine):
         self._tickets = itertools.count()
         self._in_work: dict[str, GenerationRequest] = {}
         self._sent = False
+        if on_cpu:
+            self._engine.collective_rpc("sample_by_inverse_transform")
         self._kept = KeptInEngine(self._engine, vocabulary=self.vocabulary, on_cpu=on_cpu) if config.cuts else None
         self._routed = RoutedInEngine(self._engine, on_cpu=on_cpu) if config.routing_replay else None
         self._updates = 0

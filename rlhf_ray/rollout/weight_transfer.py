@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from rlhf_ray.rollout.vllm_repairs import forget_packed_experts, repack_tied_heads
+from rlhf_ray.rollout.vllm_sampling.inverse_transform import InverseTransformInWorker
 from rlhf_ray.rollout.vllm_sampling.kept_sets import KeptInWorker
 from rlhf_ray.rollout.vllm_sampling.routed_experts import RoutedInWorker
 from rlhf_ray.rollout.vllm_workers import SharedBucket, stay_eager
@@ -130,7 +131,7 @@ class SummedUp:
         return loaded
 
 
-class RegisterInWorker(KeptInWorker, RoutedInWorker):
+class RegisterInWorker(KeptInWorker, RoutedInWorker, InverseTransformInWorker):
     """A worker extension: naming it makes a worker import this module, and it answers what a worker is not asked by vLLM."""
 
     device: torch.device

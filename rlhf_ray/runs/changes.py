@@ -85,7 +85,7 @@ _MODEL = {
     **_same(CONTENT, "path", "revision"),
     **_same(SHAPE, "make", "dtype", "lora", "quantization", "trust_remote_code", "head_init", "replace_head",
             "value_head_prefix"),
-    "attention": ROUNDING,
+    **_same(ROUNDING, "attention", "head_dtype"),
     "gradient_checkpointing": FREE,
 }  # fmt: skip
 _OPTIMIZER = {
@@ -108,7 +108,7 @@ _SCORING = {
 }
 _SCORING_MODEL = {
     **_same(REWARD, "path", "revision", "make", "dtype", "attention", "lora", "quantization", "trust_remote_code",
-            "head_init", "replace_head", "value_head_prefix"),
+            "head_dtype", "head_init", "replace_head", "value_head_prefix"),
     "gradient_checkpointing": FREE,
 }  # fmt: skip
 

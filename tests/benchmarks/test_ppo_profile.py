@@ -16,8 +16,8 @@ def test_the_products_are_those_of_the_matrices_of_the_model() -> None:
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() > 1)
     head = model.lm_head.weight.numel()
     tokens, new = SAMPLES * (PROMPT_TOKENS + NEW_TOKENS), SAMPLES * NEW_TOKENS
-    # Sampling; log-probs of policy and reference; an update of the policy.
-    language = (1 + 2 + 3) * (layers * tokens + head * new)
+    # Sampling; log-probs of the reference; an update of the policy.
+    language = (1 + 1 + 3) * (layers * tokens + head * new)
     # The reward's scores; values; an update of the critic.
     scalar = (1 + 1 + 3) * layers * tokens
     assert products() == 2.0 * (language + scalar)

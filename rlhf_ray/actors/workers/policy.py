@@ -101,7 +101,7 @@ class PolicyWorker(ReferenceWorker):
         config = self.hf_model.config.get_text_config()
         return Execution(
             dtype=dtype_name(self.hf_model.dtype),
-            head="fp32",  # rlhf_ray.models.forward.log_probs
+            head="fp32" if self.actor.log_prob_head.fp32 else dtype_name(self.hf_model.dtype),
             log_probs=PROCESSED,
             temperature=float(self.settings.temperature),
             attention=self.actor.attention,

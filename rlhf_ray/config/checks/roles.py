@@ -50,6 +50,8 @@ def _has_the_right_head(key: str, role: Role) -> Iterator[Problem]:
         yield f"{key}.model.head_init", "null, but a made model has no score head: set it to inv_sqrt"
     if role.head is False and model.head_init is not None:
         yield f"{key}.model.head_init", f"{model.head_init}, but the {key} has no score head: remove it"
+    if role.head is not False and model.head_dtype != "fp32":
+        yield f"{key}.model.head_dtype", f"{model.head_dtype}, but the {key} gives no log-probs: remove it"
 
 
 def _uses_one_device_per_rank(key: str, role: Role) -> Iterator[Problem]:

@@ -59,6 +59,8 @@ class ModelConfig(Section):
     make: MakeConfig | None = None
     revision: str | None = None
     dtype: Dtype = "bf16"
+    head_dtype: Literal["fp32", "model"] = "fp32"
+    """In what the output layer over the vocabulary multiplies: logits of log-probs are fp32, or rounded to ``dtype``."""
     attention: Attention = "auto"
     lora: LoraConfig | None = None
     quantization: Literal["nf4"] | None = None
@@ -77,5 +79,7 @@ class ModelConfig(Section):
             yield "revision", "a made model has no revision: remove it, or name a hub id in path"
         if self.replace_head and self.head_init is None:
             yield "replace_head", "true draws a fresh score head: set head_init to how, such as inv_sqrt, or remove it"
+        if self.head_dtype == "model" and self.dtype == "fp32":
+            yield "head_dtype", "model has no effect, since dtype is fp32: remove it"
         if self.quantization is not None and self.dtype == "fp32":
             yield "quantization", f"{self.quantization} computes in half precision, but dtype is fp32: set it to bf16"
