@@ -5,7 +5,7 @@ section 4.1) as two products with the adapter where it lies. Everything else is 
 kept in fp32, and multiplied with B in the dtype of y.
 
 ``PunicaWrapperCPU`` gathers A and B once for each token (``lora_b_weights[lora_indices_tensor]`` in
-``lora/ops/torch_ops/lora_ops.py``), so that a prompt of 512 tokens copies an adapter 512 times. The engines of a rollout have
+``vllm.lora.ops.torch_ops.lora_ops``), so that a prompt of 512 tokens copies an adapter 512 times. The engines of a rollout have
 one adapter. A platform names the class of these products (``Platform.get_punica_wrapper``), and only a platform of one's
 own can name another, so that name is replaced. ``tests/rollout/test_adapter.py`` fails when vLLM takes the class from
 elsewhere.
