@@ -208,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="WORD", help="cells whose names hold this, ROLE/PHASE/FAULT"
     )
+    parser.add_argument("--place", choices=list(PLACES), help="only those that are run there")
     parser.add_argument("--seed", type=int, default=0, help="draws the sample, victims and moments")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
     parser.add_argument("--stale", action="store_true", help="list the cells that have no valid verdict")
@@ -233,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = (
             [cell for cell in cells() if any(word in str(cell) for word in options.only)] if options.only else remaining
         )
+        chosen = [cell for cell in chosen if options.place in (None, where(cell))]
         if options.cells is not None:
             chosen = rng.sample(chosen, min(options.cells, len(chosen)))
         verdicts = [one for part in share_out(chosen) if time.monotonic() < end for one in campaign.judge(part)]
