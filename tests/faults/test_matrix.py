@@ -149,8 +149,9 @@ def test_the_committed_verdicts_can_be_read_and_are_those_of_the_page() -> None:
 SAMPLE = [
     Hit(Cell("rollout", "start", "slowness"), 0),
     Hit(Cell("rollout", "rollout", "exception"), 2),
-    Hit(Cell("policy", "update", "slowness"), 3),
-    Hit(Cell("rollout", "weights", "exception"), 3),
+    Hit(Cell("policy", "weights", "slowness"), 2),
+    Hit(Cell("policy", "log_probs", "exception"), 3),
+    Hit(Cell("policy", "update", "exception"), 4),
 ]
 
 
@@ -160,7 +161,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         root = tmp_path_factory.mktemp(name)
         plan = Plan(hits, str(root / "events.jsonl"), 0)
         with faults(plan):
-            kept = train(config_of("ppo", root, "steps=4", "rollout.max_restarts=100"))
+            kept = train(config_of("ppo", root, "steps=4", "rollout.max_restarts=100", "checkpoint.every_steps=1"))
         return kept, read_events(plan.events)
 
     with signals_as_before():
