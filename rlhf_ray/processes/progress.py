@@ -1,13 +1,19 @@
 """When this process last got ahead with something that it waits for: the answer of a rank, of a function, of a service.
 
-Invariant: only what came from outside counts, so that a thread that runs in a circle shows no progress.
+Invariants: only what came from outside counts, so that a thread that runs in a circle shows no progress. A wait with a deadline
+of its own counts as progress until that deadline: it ends by itself.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _made_at = time.monotonic()
+_deadlines: dict[object, float] = {}
+_lock = threading.Lock()
 
 
 def made() -> None:
@@ -16,6 +22,22 @@ def made() -> None:
     _made_at = time.monotonic()
 
 
+@contextmanager
+def waiting(limit_s: float) -> Iterator[None]:
+    """Around a wait, by any thread, which ends by itself after so many seconds."""
+    wait = object()
+    with _lock:
+        _deadlines[wait] = time.monotonic() + limit_s
+    try:
+        yield
+    finally:
+        with _lock:
+            del _deadlines[wait]
+        made()
+
+
 def made_at() -> float:
-    """When something last came, in seconds of ``time.monotonic``."""
-    return _made_at
+    """When something last came, in seconds of ``time.monotonic``: now, while a wait goes on that has time left."""
+    now = time.monotonic()
+    with _lock:
+        return max([_made_at, *(min(now, deadline) for deadline in _deadlines.values())])

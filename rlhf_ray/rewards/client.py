@@ -12,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,10 @@ class RewardClient:
 
     def _send(self, method: str, path: str, content: str | None = None) -> httpx.Response:
         """The first response that another attempt would not change."""
+        with _wait(self._http, self._hold_s):
+            return self._try(method, path, content)
+
+    def _try(self, method: str, path: str, content: str | None) -> httpx.Response:
         attempts = _Attempts(self._url, self._hold_s)
         while True:
             try:
@@ -65,7 +70,6 @@ class RewardClient:
             except httpx.TransportError as error:
                 wait_s = attempts.wait_after(_why(error, self._http))
             else:
-                progress.made()
                 if response.status_code not in MAY_PASS:
                     return response
                 wait_s = attempts.wait_after(_summary(response), response.headers.get("retry-after"))
@@ -113,6 +117,10 @@ class AsyncRewardClient:
 
     async def _send(self, method: str, path: str, content: str | None = None) -> httpx.Response:
         """The first response that another attempt would not change."""
+        with _wait(self._http, self._hold_s):
+            return await self._try(method, path, content)
+
+    async def _try(self, method: str, path: str, content: str | None) -> httpx.Response:
         attempts = _Attempts(self._url, self._hold_s)
         while True:
             try:
@@ -120,7 +128,6 @@ class AsyncRewardClient:
             except httpx.TransportError as error:
                 wait_s = attempts.wait_after(_why(error, self._http))
             else:
-                progress.made()
                 if response.status_code not in MAY_PASS:
                     return response
                 wait_s = attempts.wait_after(_summary(response), response.headers.get("retry-after"))
@@ -163,6 +170,11 @@ class _Attempts:
         wait = max(asked_s, self._next_wait * random.uniform(0.5, 1.0))
         self._next_wait = min(2 * self._next_wait, LONGEST_WAIT_S)
         return min(wait, left)
+
+
+def _wait(client: httpx.Client | httpx.AsyncClient, hold_s: float) -> AbstractContextManager[None]:
+    """A wait for as long as all attempts of a call may take, the last of which may begin when the time to hold on is over."""
+    return progress.waiting(hold_s + (client.timeout.read or 0.0))
 
 
 def _why(error: httpx.TransportError, client: httpx.Client | httpx.AsyncClient) -> str:

@@ -95,11 +95,12 @@ class FunctionProcess:
             self._connection.send((list(calls), self.timeout_s))
             while len(ended) < len(calls):
                 began = time.monotonic()
-                if not self._connection.poll(limit):
+                with progress.waiting(limit):
+                    answered = self._connection.poll(limit)
+                if not answered:
                     late = next(call for call, number in zip(calls, numbers, strict=True) if number not in ended)
                     return ended | self._lost(numbers, ended, self.too_late(call_size(late)))
                 position, outcome = self._connection.recv()
-                progress.made()
                 if outcome is None:  # one part of the call is done, and the next has the limit for itself
                     continue
                 ended[numbers[position]] = outcome

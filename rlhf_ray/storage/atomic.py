@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from rlhf_ray.errors import StorageError
+from rlhf_ray.processes import progress
 from rlhf_ray.storage.failures import storage_errors
 from rlhf_ray.storage.made import remove_own, target_of, temporary_name
 
@@ -204,3 +205,4 @@ def flush(path: str | Path, flags: int = os.O_RDONLY) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    progress.made()

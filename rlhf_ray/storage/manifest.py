@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import IntegrityError, StorageError
+from rlhf_ray.processes import progress
 from rlhf_ray.storage.atomic import PendingDirectory, begin_directory, flush
 from rlhf_ray.storage.failures import storage_errors
 from rlhf_ray.storage.made import MANIFEST
@@ -237,6 +238,7 @@ def _record(path: Path) -> FileRecord:
     try:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            progress.made()
             return FileRecord(os.fstat(stream.fileno()).st_size, digest)
     except OSError as error:
         if error.errno == errno.EIO:
