@@ -167,7 +167,8 @@ class RayRanks:
         references = self._submit(method, arguments)
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
-        entry = self.book.begin(method, references, began)  # which lives as long as somebody may ask for the values
+        # It lives as long as somebody may ask for the values. A process that starts anew has to import everything first.
+        entry = self.book.begin(method, references, began, usual=key != START_TIMEOUT)
 
         def gather() -> list[Any]:
             try:

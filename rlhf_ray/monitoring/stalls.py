@@ -86,8 +86,8 @@ class OpenCall:
 class Entry:
     """A call in a :class:`CallBook`; it is in it for as long as somebody holds it."""
 
-    def __init__(self, method: str, handles: Sequence[Any], began_at: float, number: int) -> None:
-        self.method, self.handles, self.began_at, self.number = method, handles, began_at, number
+    def __init__(self, method: str, handles: Sequence[Any], began_at: float, number: int, usual: bool) -> None:
+        self.method, self.handles, self.began_at, self.number, self.usual = method, handles, began_at, number, usual
         self.has_ended = False
         self.given_up_at: float | None = None
 
@@ -102,17 +102,20 @@ class CallBook:
         self._numbers = count(1)
         self._lock = threading.Lock()
 
-    def begin(self, method: str, handles: Sequence[Any], now: float) -> Entry:
-        """A call that begins now; ``handles`` are those of the answers, in rank order."""
+    def begin(self, method: str, handles: Sequence[Any], now: float, *, usual: bool = True) -> Entry:
+        """A call that begins now; ``handles`` are those of the answers, in rank order.
+
+        One that is not ``usual`` says nothing of how long another takes, such as one that may wait for a process to start.
+        """
         with self._lock:
-            entry = Entry(method, handles, now, next(self._numbers))
+            entry = Entry(method, handles, now, next(self._numbers), usual)
             self._entries.add(entry)
         return entry
 
     def end(self, entry: Entry, now: float) -> None:
         """All answers are there, now or since :meth:`open` saw them."""
         with self._lock:
-            if not entry.has_ended:
+            if entry.usual and not entry.has_ended:
                 self._durations.add(entry.method, now - entry.began_at)
             entry.has_ended = True
 

@@ -118,5 +118,11 @@ def test_the_book_holds_a_call_until_all_have_answered_or_nobody_asks_any_more()
     book.give_up(second.number, 15.0)
     (call,) = book.open(lambda handles: missing[handles[0]], 16.0)
     assert (call.usual_s, call.given_up_at) == (4.0, 15.0)
-    del second
+    loads = book.begin("setup", ["a"], 10.0, usual=False)
+    book.end(loads, 11.0)
+    loads = book.begin("setup", ["c"], 20.0, usual=False)
+    assert [one.usual_s for one in book.open(lambda handles: missing[handles[0]], 21.0) if one.method == "setup"] == [
+        None
+    ]
+    del second, loads
     assert book.open(lambda handles: missing[handles[0]], 20.0) == []

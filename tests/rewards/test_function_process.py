@@ -1,0 +1,44 @@
+"""The process of a user's function ends with the one that started it, also inside a call that never returns."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+FUNCTION = """
+import os, re
+from pathlib import Path
+def hangs(responses, **_):
+    Path("inside").write_text(str(os.getpid()))
+    re.match("(a+)+b", "a" * 60)
+"""
+DRIVER = """
+from rlhf_ray.rewards.function_process import FunctionProcess
+FunctionProcess("functions.py:hangs", 600.0).run([{"responses": ["text"], "prompts": ["text"], "labels": [None]}])
+"""
+
+
+def test_a_driver_that_is_killed_leaves_no_process_of_a_function_that_hangs(tmp_path: Path) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTION)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+    )
+    deadline, inside = time.monotonic() + 60, tmp_path / "inside"
+    while not (inside.exists() and inside.read_text()):
+        assert driver.poll() is None, driver.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    function = psutil.Process(int(inside.read_text()))
+    watcher = function.children()
+    driver.kill()
+    driver.wait(10)
+    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in (function, *watcher)):
+        assert time.monotonic() < deadline, "it outlives its driver"
+        time.sleep(0.02)
+    assert len(watcher) == 1
