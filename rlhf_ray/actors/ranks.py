@@ -193,6 +193,23 @@ class RayRanks:
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
         return {rank: reference not in answered for rank, reference in asked.items()}
 
+    def stacks_elsewhere(self, timeout_s: float) -> str:
+        """What the ranks on other nodes do, as far as they say so in time; nothing where all are on this one."""
+        import ray
+        from ray.exceptions import RayError
+
+        away = [rank for rank in range(len(self.actors)) if self._is_elsewhere(rank)]
+        asked = {rank: self.actors[rank].stacks.remote() for rank in away}
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
+        parts = []
+        for rank, reference in asked.items():
+            try:
+                text = ray.get(reference, timeout=timeout_s) if reference in answered else "   it does not answer"
+            except RayError as error:
+                text = f"   {error!r}"
+            parts.append(f"== {self.role} rank {rank} on node {self.nodes[rank]}\n{text}")
+        return "\n".join(parts)
+
     def end_stalled(self, causes: Mapping[int, str]) -> None:
         """End the processes of ranks that do not answer: what is asked of them fails at once with :class:`StalledError`."""
         import ray
@@ -301,13 +318,15 @@ class RayRanks:
 
     def _with_its_node(self, error: RlhfRayError, rank: int) -> RlhfRayError:
         """``error``, which names the node where that is not this one: a path may be missing there alone."""
+        if self._is_elsewhere(rank) and self.nodes[rank] not in str(error):
+            error.args = (f"{error} ({self.role} rank {rank} on node {self.nodes[rank]})",)
+        return error
+
+    def _is_elsewhere(self, rank: int) -> bool:
         import ray
 
         node = self.nodes[rank] if self.nodes else ""
-        elsewhere = bool(node) and not node.startswith(f"{ray.util.get_node_ip_address()} ")
-        if elsewhere and node not in str(error):
-            error.args = (f"{error} ({self.role} rank {rank} on node {node})",)
-        return error
+        return bool(node) and not node.startswith(f"{ray.util.get_node_ip_address()} ")
 
     def _death(self, rank: int, phase: str, error: Exception) -> DeadRankError:
         where = f" on node {self.nodes[rank]}" if self.nodes else ""

@@ -7,6 +7,7 @@ object store for buckets of weights.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -48,6 +49,11 @@ class RankShell(Worker):
     @_in_health_lane
     def health(self) -> dict[str, Any]:
         return super().health()
+
+    @_in_health_lane
+    def stacks(self) -> str:
+        """What every thread of this process does, for a driver on another node."""
+        return stacks.describe([os.getpid()])
 
     def take_device(self, resources: ResourcesConfig) -> torch.device:
         """The device that this rank was placed on. Of a GPU that it shares it gets its share of the memory, not more."""

@@ -82,10 +82,11 @@ def tree(root: int) -> list[int]:
         return []
 
 
-def write(path: Path, pids: Iterable[int], title: str) -> Path:
-    """Write what :func:`describe` says into a new file, whose directory is made where it is missing."""
+def write(path: Path, pids: Iterable[int], title: str, more: Sequence[str] = ()) -> Path:
+    """Write what :func:`describe` says into a new file, whose directory is made where it is missing, and ``more`` below."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"{title}\n\n{describe(list(dict.fromkeys(pids)))}", encoding="utf-8")
+    text = "\n".join([describe(list(dict.fromkeys(pids))), *filter(None, more)])
+    path.write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     return path
 
 

@@ -1,7 +1,7 @@
 """Watch a run for what hangs: have its stacks written, and end the ranks, or the driver, that keep it from going on.
 
 Invariants: what is done follows ``monitoring/stalls.py`` alone; nothing is ended before the stacks of every process of the run
-on this machine are on disk, or could not be written; where ranks do not even say how they are, they alone are ended, else all
+are on disk, or could not be had; where ranks do not even say how they are, they alone are ended, else all
 that have not answered; a call that was answered meanwhile is left alone; the driver is ended only where a parent waits for it;
 groups in this process are only looked at, since they cannot be ended.
 """
@@ -47,6 +47,9 @@ class Watched(Protocol):
 
     def silent(self, ranks: Sequence[int], timeout_s: float) -> dict[int, bool]:
         """Which of ``ranks`` do not even say how they are."""
+
+    def stacks_elsewhere(self, timeout_s: float) -> str:
+        """What ranks on other nodes do."""
 
     def end_stalled(self, causes: dict[int, str]) -> None:
         """End the processes of ranks, each for a reason."""
@@ -134,10 +137,11 @@ class Watchdog:
         self._log.warning("%s; stacks: %s", "; ".join(what), self._write(phase.name, "\n".join(what)))
 
     def _write(self, phase: str, title: str) -> str:
-        """Write the stacks of every process of the run on this machine; where they are, or why they are not."""
+        """Write the stacks of every process of the run, as far as they can be had; where they are, or why they are not."""
+        more = [group.stacks_elsewhere(HEALTH_S) for group in self.groups.watched or ()]
         pids = [*stacks.tree(os.getpid()), *(one.pid for one in stacks.labelled(f"rlhf/{self.name}/"))]
         try:
-            return str(write_stacks(self.run, self.journal.step, phase, pids, title))
+            return str(write_stacks(self.run, self.journal.step, phase, pids, title, more))
         except OSError as error:
             return f"they could not be written ({error})"
 
@@ -181,14 +185,16 @@ class Watchdog:
         os._exit(EXIT_FAILED)
 
 
-def write_stacks(run: RunDirectory, step: int, phase: str, pids: Sequence[int], title: str) -> Path:
+def write_stacks(
+    run: RunDirectory, step: int, phase: str, pids: Sequence[int], title: str, more: Sequence[str] = ()
+) -> Path:
     """Write the stacks of processes into the directory of a run, which keeps the newest ``KEPT_FILES`` of such files."""
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     name = f"{step:06d}-{phase.replace(' ', '-')}-{moment}"
     path = run.stacks / f"{name}.txt"
     if path.exists():
         path = run.stacks / f"{name}-{time.monotonic_ns()}.txt"
-    stacks.write(path, pids, title)
+    stacks.write(path, pids, title, more)
     for old in sorted(run.stacks.glob("*.txt"), key=lambda one: one.stat().st_mtime)[:-KEPT_FILES]:
         old.unlink(missing_ok=True)
     return path

@@ -19,6 +19,7 @@ from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, ModelLoadError, StalledError
 from rlhf_ray.planning.capacity import Bundle
+from rlhf_ray.processes import stacks
 
 
 class Rank:
@@ -43,6 +44,11 @@ class Rank:
     @ray.method(concurrency_group="health")
     def health(self) -> int:
         return os.getpid()
+
+    @ray.method(concurrency_group="health")
+    def stacks(self) -> str:
+        stacks.offer("a rank")
+        return stacks.describe([os.getpid()])
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -159,6 +165,10 @@ def test_a_stopped_rank_is_told_from_a_peer_that_waits_and_ends_its_call_at_once
     (call,) = ranks.open_calls()
     assert (call.role, call.method, call.missing) == ("policy", "sleep", (0, 1))
     assert ranks.silent(call.missing, 2.0) == {0: False, 1: True}
+    ranks.nodes[0] = f"{ray.util.get_node_ip_address()} (this one)"
+    assert ranks.stacks_elsewhere(1.0) == "== policy rank 1 on node 10.0.0.2 (there)\n   it does not answer"
+    ranks.nodes[0] = "10.0.0.1 (here)"
+    assert "in sleep" in ranks.stacks_elsewhere(5.0), "what the thread of the call does, asked from another"
     began = time.monotonic()
     ranks.end_stalled({1: "it did not answer sleep for 2 s"})
     with pytest.raises(

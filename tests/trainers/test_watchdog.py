@@ -36,6 +36,9 @@ class Ranks:
         self.on_health()
         return {rank: rank in self.dead for rank in ranks}
 
+    def stacks_elsewhere(self, timeout_s: float) -> str:
+        return f"== {self.role} on another node"
+
     def end_stalled(self, causes: dict[int, str]) -> None:
         self.ended |= causes
 
@@ -82,7 +85,7 @@ def test_ranks_that_do_not_say_how_they_are_are_ended_and_not_the_peers_that_wai
     )
     (text,) = run.stacks()
     assert "'update' has taken 0 s after step 3" in text and "policy.accumulate: no answer of rank 0, 1" in text
-    assert f"process {os.getpid()}" in text
+    assert f"process {os.getpid()}" in text and "== policy on another node" in text
     run.watchdog.look()
     assert len(run.stacks()) == 1, "the stacks of a phase are written once"
 
