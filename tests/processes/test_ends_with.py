@@ -82,9 +82,14 @@ def test_within_the_grace_it_ends_by_itself(started) -> None:
     assert process.wait(10) == 7 and has_ended(watcher)
 
 
-def test_one_that_is_killed_leaves_no_watcher_and_its_end_is_seen_at_once(started) -> None:
+def test_one_that_is_killed_leaves_no_watcher(started) -> None:
     process, watcher = start(started, "0")
     process.kill()
-    assert process.stdout.read() == "", "the watcher does not hold its output open"
     process.wait(10)
     assert has_ended(watcher)
+
+
+def test_the_end_of_its_output_is_seen_while_it_lives(started) -> None:
+    process, _ = start(started, "0", "os.close(1); time.sleep(60)")
+    assert process.stdout.read() == "", "the watcher does not hold it open"
+    assert process.poll() is None
