@@ -42,7 +42,8 @@ STEPS = 2 * PER_RUN + 2
 DEADLINE_S = 420.0
 LEAVES_S = 20.0
 SETTINGS = [
-    "run.name=matrix", f"steps={STEPS}", "run.max_restarts=20", "monitoring.ray_metrics=false", "rollout.backend=transformers",
+    "run.name=matrix", f"steps={STEPS}", "run.max_restarts=20", "run.stall_floor_s=15",
+    "monitoring.ray_metrics=false", "rollout.backend=transformers",
     "policy.engine.zero=1", "rollout.max_restarts=1000", "rollout.max_new_tokens=4", "checkpoint.every_steps=2",
     "evaluation={prompts: 4, every_steps: 2}", "data.world={prompts: 160, evaluation_prompts: 4}", "cluster.call_timeout_s=45",
     "batch={prompts_per_step: 8, samples_per_prompt: 1, sequences_per_update: 8, max_tokens_per_micro_batch: 512}",

@@ -129,7 +129,8 @@ class PpoTrainer:
                 try:
                     self.to_do[0]()
                 except GroupError as error:
-                    self.recovery.survive(error, self)
+                    with self.journal.clock.part("recovery"):
+                        self.recovery.survive(error, self)
                 else:
                     self.to_do.popleft()
 
