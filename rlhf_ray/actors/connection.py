@@ -78,6 +78,15 @@ def join_ray(address: str, **options: Any) -> JoinedCluster:
     return joined
 
 
+def job_mark() -> str:
+    """What tells the processes of this job from those of all others, on any cluster; empty outside of one."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return ""
+    context = ray.get_runtime_context()
+    return f"{context.get_session_name()}/{context.get_job_id()}"
+
+
 def lost_cluster(limit_s: float = REACH_S) -> str | None:
     """What of the cluster that this process is connected to has died, its head or the node beside it; none if both answer.
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import ray
 import torch
 
+from rlhf_ray.actors.connection import job_mark
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.imports import quick_imports
@@ -44,7 +45,7 @@ class RankShell(Worker):
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(rank, world_size)
-        stacks.offer(ray.get_runtime_context().get_actor_name() or f"{self.role}/{rank}")
+        stacks.offer(f"{ray.get_runtime_context().get_actor_name() or f'{self.role}/{rank}'} {job_mark()}")
 
     @_in_health_lane
     def health(self) -> dict[str, Any]:

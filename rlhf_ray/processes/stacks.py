@@ -73,6 +73,11 @@ def labelled(beginning: str) -> list[Offer]:
     return [offer for offer in offers if offer.label.startswith(beginning)]
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP; one that a debugger holds is not."""
+    return _status(pid) == psutil.STATUS_STOPPED
+
+
 def tree(root: int) -> list[int]:
     """A process and all its descendants, by their ids."""
     try:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from rlhf_ray.actors.cluster import Cluster
+from rlhf_ray.actors.connection import job_mark
 from rlhf_ray.actors.engines import load_fleet
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
 from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
@@ -85,6 +86,11 @@ class Session:
     def watched(self) -> tuple[RayRanks, ...] | None:
         """All groups whose ranks are processes of their own; None where they are in this one."""
         return None if self._cluster is None else self._cluster.groups
+
+    @property
+    def mark(self) -> str:
+        """With what the labels of the run's own processes end (``processes/stacks.py``); empty where it has none."""
+        return "" if self._cluster is None else job_mark()
 
     @property
     def _shared(self) -> SharedFile:

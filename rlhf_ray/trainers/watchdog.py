@@ -2,16 +2,19 @@
 
 Invariants: what is done follows ``monitoring/stalls.py`` alone; nothing is ended before the stacks of every process of the run
 are on disk, or could not be had; where ranks do not even say how they are, they alone are ended, else all
-that have not answered; a call that was answered meanwhile is left alone; the driver is ended only where a parent waits for it;
+that have not answered; a call that was answered meanwhile is left alone; a rank on this machine that has been stopped for as
+long as the floor is ended, whatever it was doing; the driver is ended only where a parent waits for it;
 groups in this process are only looked at, since they cannot be ended.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -26,6 +29,8 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.incidents import Incident
 
 LOOKS_PER_FLOOR, LOOK_EVERY_S = 10, 1.0
+SCANS_PER_FLOOR = 4
+"""How often the processes of this machine are looked through for stopped ones."""
 LATE_S = 5.0
 """A look that comes so much too late was kept from coming, as by a stop of this machine: nothing is judged for a while."""
 HEALTH_S = 5.0
@@ -62,6 +67,10 @@ class Groups(Protocol):
     def watched(self) -> Sequence[Watched] | None:
         """All groups whose ranks are processes of their own; None where they are in this one."""
 
+    @property
+    def mark(self) -> str:
+        """With what the labels of the run's own processes end; empty where it has none."""
+
 
 class Journalled(Protocol):
     """What the watchdog needs of the journal."""
@@ -80,6 +89,9 @@ class Watchdog:
         self.limits = Limits(config.run.stall_floor_s, max(cluster.start_timeout_s, cluster.call_timeout_s))
         self._every_s = min(LOOK_EVERY_S, self.limits.floor_s / LOOKS_PER_FLOOR)
         self._noticed: set[OpenPhase] = set()
+        self._stopped: dict[int, float] = {}
+        """Since when processes of ranks are known to be stopped, by their ids."""
+        self._scans_from = 0.0
         self._told = False
         self._looked_at = self._judges_from = time.monotonic()
         self._ended = threading.Event()
@@ -112,6 +124,7 @@ class Watchdog:
         self._looked_at = now
         if now < self._judges_from:
             return
+        self._end_stopped(now)
         phases, groups = self.journal.clock.open(), self.groups.watched
         calls = {call: group for group in groups or () for call in group.open_calls()}
         self._noticed &= set(phases)
@@ -126,6 +139,22 @@ class Watchdog:
         if verdict.end_driver and groups is not None:
             self._end_driver(phases[-1], verdict.end_driver)
         self._looked_at = time.monotonic()
+
+    def _end_stopped(self, now: float) -> None:
+        """End ranks on this machine that have been stopped for as long as the floor, also while nothing is overdue."""
+        mark = self.groups.mark
+        if not mark or now < self._scans_from:
+            return
+        self._scans_from = now + self.limits.floor_s / SCANS_PER_FLOOR
+        ours = {one.pid: one for one in stacks.labelled(f"rlhf/{self.name}/") if one.label.endswith(f" {mark}")}
+        self._stopped = {pid: self._stopped.get(pid, now) for pid in ours if stacks.is_stopped(pid)}
+        for pid, since in self._stopped.items():
+            if now - since >= self.limits.floor_s:
+                name = ours[pid].label.partition(" ")[0]
+                why = f"{name} (process {pid}) has been stopped for {now - since:.0f} s, as by SIGSTOP"
+                self._log.error("%s, and is ended; stacks: %s", why, self._write("stopped", why))
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _tell(self, phase: OpenPhase, calls: Sequence[str], *, in_process: bool) -> None:
         usual = f"{phase.usual_s:.1f} s" if phase.usual_s is not None else "not known"

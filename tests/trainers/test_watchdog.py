@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +16,13 @@ from typing import Any
 import pytest
 
 from rlhf_ray.monitoring.phases import PhaseClock
-from rlhf_ray.monitoring.stalls import CallBook, OpenCall
+from rlhf_ray.monitoring.stalls import CallBook, Limits, OpenCall
 from rlhf_ray.processes import lifeline, progress, stacks
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import watchdog
 from rlhf_ray.trainers.watchdog import Watchdog
+
+MARK = f"session_of_a_test_{os.getpid()}/01000000"
 
 
 class Ranks:
@@ -52,7 +57,7 @@ class Run:
         self.step = 3
         cluster = SimpleNamespace(start_timeout_s=9.0, call_timeout_s=9.0)
         config: Any = SimpleNamespace(run=SimpleNamespace(name="demo", stall_floor_s=0.2), cluster=cluster)
-        self.watchdog = Watchdog(self.directory, config, self, SimpleNamespace(watched=groups))
+        self.watchdog = Watchdog(self.directory, config, self, SimpleNamespace(watched=groups, mark=MARK))
 
     def hang(self, seconds: float = 0.3) -> None:
         """Enter a phase that is usually short, and wait in it."""
@@ -192,6 +197,41 @@ def test_after_a_stop_of_the_machine_nothing_is_judged_until_there_was_time_to_a
     time.sleep(0.25)
     run.watchdog.look()
     assert policy.ended.keys() == {0}
+
+
+def test_a_stopped_rank_of_this_job_is_ended_and_no_other_process(tmp_path: Path, project_log: io.StringIO) -> None:
+    """Also where nothing is overdue, as while the first models are loaded."""
+    program = (
+        "import sys, time; from rlhf_ray.processes import stacks; stacks.offer(sys.argv[1]); print(1, flush=True); "
+        "time.sleep(600)"
+    )
+    ours, later = f"rlhf/demo/policy/0 {MARK}", f"rlhf/demo/policy/1 {MARK}"
+    labels = [ours, later, f"{ours}0", f"rlhf/other/policy/0 {MARK}"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, label], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+        )
+        for label in labels
+    ]
+    try:
+        assert all(one.stdout is not None and one.stdout.readline() for one in ranks)
+        run = Run(tmp_path, [])
+        run.watchdog.limits = Limits(0.4, 9.0)
+        for number in (0, 2, 3):
+            ranks[number].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        while ranks[0].poll() is None:
+            assert time.monotonic() - began < 20
+            run.watchdog.look()
+            time.sleep(0.05)
+        assert time.monotonic() - began >= 0.4 and [one.poll() for one in ranks] == [-9, None, None, None]
+        assert (
+            "rlhf/demo/policy/0 (process" in project_log.getvalue() and "is stopped (as by SIGSTOP)" in run.stacks()[0]
+        )
+    finally:
+        for one in ranks:
+            one.kill()
+            one.wait(10)
 
 
 def test_the_thread_looks_until_the_block_ends(tmp_path: Path) -> None:
