@@ -59,9 +59,11 @@ DEATHS = {
     "GCS, a cluster, a restart": Death(
         GCS, joins=True, restarts=1, code=2, sentences=("restart 1 of 1", "no Ray cluster answers at")
     ),
-    "raylet, own Ray, final": Death(RAYLET, restarts=1, final=True, code=0, sentences=("is written",)),
+    "raylet, own Ray, final": Death(RAYLET, restarts=1, final=True, code=0, sentences=("could not be left in order",)),
     "GCS, own Ray, final": Death(GCS, restarts=1, final=True, code=0, sentences=("could not be left in order",)),
-    "raylet, a cluster, final": Death(RAYLET, joins=True, restarts=1, final=True, code=0, sentences=("is written",)),
+    "raylet, a cluster, final": Death(
+        RAYLET, joins=True, restarts=1, final=True, code=0, sentences=("could not be left in order",)
+    ),
 }
 
 
