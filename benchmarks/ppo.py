@@ -52,7 +52,7 @@ def measure(quick: bool = False) -> Figures:
         roof = products() / matmul_rate(torch.bfloat16, torch.device("cpu"))
         ours = watched_run(ROOT, material, "now")
         weights, autocast = (_trl(material, autocast=autocast) for autocast in (False, True))
-        with _checkout(EARLIER) as earlier:
+        with checkout(EARLIER) as earlier:
             before = run(earlier, material, "earlier")
     return {**_ratios(ours.steps, before, weights, autocast), **profile(ours, roof)}
 
@@ -173,7 +173,7 @@ def _trl(material: Material, *, autocast: bool) -> list[float]:
 
 
 @contextmanager
-def _checkout(commit: str) -> Iterator[Path]:
+def checkout(commit: str) -> Iterator[Path]:
     """The files of a commit, for as long as the context lasts."""
     with TemporaryDirectory() as name:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], check=True, stdout=subprocess.PIPE)

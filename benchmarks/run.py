@@ -18,6 +18,7 @@ from benchmarks.figures import LATEST, REFERENCE, Figures, record, table
 from rlhf_ray import environment
 
 PARTS = (
+    "checkpoints",
     "demo",
     "encoders",
     "gym",

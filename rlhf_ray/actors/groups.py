@@ -19,6 +19,7 @@ from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
 from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.engine.saving.room import Room
 from rlhf_ray.errors import GroupError, RlhfRayError
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
@@ -93,6 +94,18 @@ class Group:
         """Write the training state; the value is the size and hash of every file, made by the rank that wrote it."""
         return self._everywhere("save", directory).then(_join)
 
+    def begin_save(self, directory: str) -> Pending[list[None]]:
+        """Copy the training state in the memory of the ranks, which write it while the calls that follow run."""
+        return self._everywhere("begin_save", directory)
+
+    def saved(self) -> Pending[dict[str, FileRecord]]:
+        """Wait for what :meth:`begin_save` began, beside other calls; the value and the errors are those of :meth:`save`."""
+        return self._everywhere("saved", phase="save").then(_join)
+
+    def room_to_save(self) -> Pending[list[Room]]:
+        """For each rank what the copy of :meth:`begin_save` takes of its machine's memory, and what is free there."""
+        return self._everywhere("room_to_save")
+
     def hash_files(self, directory: str) -> Pending[dict[str, FileRecord]]:
         """The size and hash of every file in a directory that :meth:`save_pretrained` has filled, made where it was written."""
         return self._everywhere("hash_files", directory).then(_join)
@@ -136,9 +149,14 @@ class Group:
         return replace(applied[0], gpu=fullest)
 
     def _everywhere(
-        self, method: str, *arguments: Any, timeout_s: float | None = None, key: str | None = None
+        self,
+        method: str,
+        *arguments: Any,
+        phase: str | None = None,
+        timeout_s: float | None = None,
+        key: str | None = None,
     ) -> Pending[list[Any]]:
-        return self.ranks.call(method, [arguments] * self.size, timeout_s=timeout_s, key=key)
+        return self.ranks.call(method, [arguments] * self.size, phase=phase, timeout_s=timeout_s, key=key)
 
     def _column(
         self, method: str, shared: SharedBatch, schedule: Schedule, *, per_token: bool

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, RlhfRayError, StalledError
@@ -30,6 +31,10 @@ UNPLACED = "unknown"
 """The node of a rank for which Ray still looks for a place."""
 DEATH_SHOWS_S = 4.0
 """How long after a node was killed Ray may take to say so of its actors: it needs about two seconds."""
+
+
+BESIDE = frozenset({"saved"})
+"""Methods that wait for work of a thread, and so run beside whatever else a rank is called for."""
 
 
 class Ranks(Protocol):
@@ -95,7 +100,7 @@ class InProcessRanks:
         if self.worker is None:
             raise DeadRankError(self.role, 0, phase or method, "it was ended")
         try:
-            with self._one_at_a_time:
+            with nullcontext() if method in BESIDE else self._one_at_a_time:
                 value = getattr(self.worker, method)(*arguments[0])
         except RlhfRayError:
             raise

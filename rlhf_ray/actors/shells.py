@@ -1,8 +1,8 @@
 """The workers as Ray actors: the same methods, each rank in a process of its own.
 
 Invariant: an actor adds to its worker only a name, the address of its node, a limit to its share of a GPU, a lane of its own
-for health checks, so that a rank inside a collective still answers, its stacks for whoever looks for what hangs, and Ray's
-object store for buckets of weights.
+for health checks, so that a rank inside a collective still answers, another to wait in for files that a thread writes, its
+stacks for whoever looks for what hangs, and Ray's object store for buckets of weights.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from rlhf_ray.processes import stacks
 with quick_imports():
     from rlhf_ray.actors.workers.critic import CriticWorker
     from rlhf_ray.actors.workers.encoder import EncoderRewardWorker
+    from rlhf_ray.actors.workers.model import ModelWorker
     from rlhf_ray.actors.workers.policy import PolicyWorker, ReferenceWorker
     from rlhf_ray.actors.workers.registry import WorkerKind
     from rlhf_ray.actors.workers.reward import RewardWorker, VllmRewardWorker
     from rlhf_ray.actors.workers.rollout import RolloutWorker
     from rlhf_ray.actors.workers.trained_reward import TrainedRewardWorker
     from rlhf_ray.rollout.wire import Bucket, PublishedWeights
+    from rlhf_ray.storage.manifest import FileRecord
 
-HEALTH_LANE = "health"
+HEALTH_LANE, SAVING_LANE = "health", "saving"
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _in_health_lane(method: Method) -> Method:
-    """Let Ray run ``method`` beside whatever else the actor is doing."""
-    return cast(Method, ray.method(concurrency_group=HEALTH_LANE)(method))
+def _in_lane(lane: str) -> Callable[[Method], Method]:
+    """Let Ray run a method beside whatever the actor does in other lanes."""
+
+    def mark(method: Method) -> Method:
+        return cast(Method, ray.method(concurrency_group=lane)(method))
+
+    return mark
 
 
 class RankShell(Worker):
@@ -47,7 +53,7 @@ class RankShell(Worker):
         super().__init__(rank, world_size)
         stacks.offer(f"{ray.get_runtime_context().get_actor_name() or f'{self.role}/{rank}'} {job_mark()}")
 
-    @_in_health_lane
+    @_in_lane(HEALTH_LANE)
     def health(self) -> dict[str, Any]:
         return super().health()
 
@@ -66,7 +72,15 @@ class RankShell(Worker):
         return str(ray.util.get_node_ip_address())
 
 
-class PolicyModelActor(RankShell, PolicyWorker):
+class TrainedShell(RankShell, ModelWorker[Any]):
+    """What Ray adds to a worker that trains."""
+
+    @_in_lane(SAVING_LANE)
+    def saved(self) -> dict[str, FileRecord]:
+        return super().saved()
+
+
+class PolicyModelActor(TrainedShell, PolicyWorker):
     """One rank of the policy."""
 
     def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
@@ -88,7 +102,7 @@ class ReferenceModelActor(RankShell, ReferenceWorker):
     """One rank of the frozen reference policy."""
 
 
-class CriticModelActor(RankShell, CriticWorker):
+class CriticModelActor(TrainedShell, CriticWorker):
     """One rank of the critic."""
 
 
@@ -96,7 +110,7 @@ class RewardModelActor(RankShell, RewardWorker):
     """One rank of a reward model that scores, for PPO and as a scoring backend."""
 
 
-class TrainedRewardModelActor(RankShell, TrainedRewardWorker):
+class TrainedRewardModelActor(TrainedShell, TrainedRewardWorker):
     """One rank of a reward model in training."""
 
 
@@ -138,4 +152,4 @@ ACTORS: Mapping[WorkerKind, type[RankShell]] = {
 def remote_class(worker: WorkerKind) -> Any:
     """The Ray actor class of a worker."""
     remote: Callable[..., Any] = ray.remote  # its types do not know concurrency_groups
-    return remote(concurrency_groups={HEALTH_LANE: 1})(ACTORS[worker])
+    return remote(concurrency_groups={HEALTH_LANE: 1, SAVING_LANE: 1})(ACTORS[worker])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,9 @@ from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_sh
 from rlhf_ray.engine.offload import OffDevice
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
+from rlhf_ray.engine.saving.copies import copied_state
+from rlhf_ray.engine.saving.room import Room, room_for
+from rlhf_ray.engine.saving.writer import Background
 from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
 from rlhf_ray.engine.weights import copied, disk_weights, gathered_groups
@@ -117,6 +121,9 @@ class Engine:
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._watch = GradientWatch(self._trained, self.device)
+        self._copied = False
+        """Whether a copy of the state was made before."""
+        self._writing: Background[dict[str, FileRecord]] | None = None
         self._off = OffDevice(self._deepspeed, module, self.device, trainable=trainable)
         self._sums = FullPrecisionSums(self._trained) if trainable and sums_in_engine(config, dtype) else None
 
@@ -254,8 +261,50 @@ class Engine:
         """
         self._expect(pending=False, call="save_shards")
         frozen = self._frozen
-        with storage_errors(directory, needed=self._shard_bytes()):
-            return shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen)
+        with storage_errors(directory, needed=self.shard_bytes):
+            return shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen).write()
+
+    def begin_saving(self, directory: Path) -> None:
+        """What :meth:`save_shards` does, of which only a copy in memory is made now: a thread writes it. Collective.
+
+        Training may go on at once. :meth:`saved` waits for the thread; so does the next call of this, and :meth:`close`.
+        """
+        self._expect(pending=False, call="begin_saving")
+        self._end_saving()
+        frozen = self._frozen
+        with storage_errors(directory, needed=self.shard_bytes):
+            state = shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen, copied_state)
+
+        self._copied = True
+
+        def write() -> dict[str, FileRecord]:
+            with storage_errors(directory, needed=self.shard_bytes):
+                return state.write()
+
+        self._writing = Background(write, "checkpoint")
+
+    def saved(self) -> dict[str, FileRecord]:
+        """Wait for what :meth:`begin_saving` began; returns what :meth:`save_shards` would, or raises what went wrong.
+
+        Not collective, and it may be called beside any other method.
+        """
+        writing = self._writing
+        if writing is None:
+            raise RlhfRayError("saved: call begin_saving first")
+        return writing.result()
+
+    def room_to_save(self) -> Room:
+        """What the copy of :meth:`begin_saving` takes of this machine's memory, and what is free of it.
+
+        A later copy takes nothing more: what the first one took stays with this process.
+        """
+        return room_for(0 if self._copied else self.shard_bytes)
+
+    def _end_saving(self) -> None:
+        if self._writing is not None:
+            with suppress(Exception):  # whoever wanted the files has asked saved
+                self._writing.result()
+        self._writing = None
 
     def load_shards(self, directory: Path, base: str = "the model", *, scratch: Path | None = None) -> None:
         """Restore what ``save_shards`` wrote, to go on bit for bit; but for rounding, if that group was of another size.
@@ -281,7 +330,8 @@ class Engine:
         """The digests of the frozen weights, which never change. Collective under ZeRO-3."""
         return frozen_digests(self.module)
 
-    def _shard_bytes(self) -> int:
+    @cached_property
+    def shard_bytes(self) -> int:
         """About how many bytes this rank writes: trained weights, and of each number an fp32 copy and two moments."""
         held = sum(tensor.numel() * tensor.element_size() for tensor in (*self._trained, *self.module.buffers()))
         trained = sum(full_shape(parameter).numel() for parameter in self._trained)
@@ -313,6 +363,7 @@ class Engine:
 
     def close(self) -> None:
         """Free hooks and memory that DeepSpeed would hold beyond the life of this object."""
+        self._end_saving()
         self._watch.remove()
         if self._sums is not None:
             self._sums.remove()

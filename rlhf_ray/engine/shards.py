@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,51 +40,81 @@ FROZEN_FILE = "frozen.json"
 """The digests of the frozen weights, in a state of a model that has some."""
 
 
-def save(
-    engine: Any, directory: Path, identity: dict[str, int | str], updates: int, frozen: Digests
-) -> dict[str, FileRecord]:
-    """Write the state of this rank; rank 0 also writes which group it belongs to, and the digests of ``frozen`` weights.
+@dataclass(frozen=True)
+class Unwritten:
+    """The state of this rank, of which nothing is on disk yet but directories."""
 
-    Returns the size and hash of every file that this rank wrote, by its path below ``directory``: at least one a rank.
-    Collective. The engine's module must leave its frozen weights out of its state.
+    directory: Path
+    files: Mapping[Path, Callable[[], None]]
+    """How each file is written."""
+    there: Sequence[Path]
+    """Files that DeepSpeed has put beside them."""
+
+    def write(self) -> dict[str, FileRecord]:
+        """Write the files; returns the size and hash of every file of this rank, by its path below ``directory``.
+
+        Not collective. It changes nothing that training reads, and so may run in a thread beside it.
+        """
+        for write in self.files.values():
+            write()
+        names = [path.relative_to(self.directory).as_posix() for path in (*self.files, *self.there)]
+        return hash_files(self.directory, names)
+
+
+def save(
+    engine: Any,
+    directory: Path,
+    identity: dict[str, int | str],
+    updates: int,
+    frozen: Digests,
+    take: Callable[[Any], Any] = lambda state: state,
+) -> Unwritten:
+    """The state of this rank as it is now, to be written into ``directory``; at least one file a rank.
+
+    ``take`` is given every object that DeepSpeed would write, and returns what is written in its place: a copy, or the object
+    itself where nothing trains before all is written. Rank 0 also writes which group the state belongs to, and the digests of
+    ``frozen`` weights. Collective. The engine's module must leave its frozen weights out of its state.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _recorded(engine) as paths:
+    with _deferred(engine, take) as files:
         engine.save_checkpoint(str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-    paths.append(_random_file(directory))
-    save_file(_random_state(engine.device), str(paths[-1]))
-    if dist.get_rank() == 0:
-        if frozen:
-            (directory / FROZEN_FILE).write_text(json.dumps(frozen, indent=2) + "\n")
-        (directory / IDENTITY_FILE).write_text(json.dumps({**identity, "updates": updates}, indent=2) + "\n")
-    dist.barrier()  # until all have written, files of others are there under temporary names
+    files[_random_file(directory)] = partial(save_file, _random_state(engine.device), str(_random_file(directory)))
+    there: list[Path] = []
     if dist.get_rank() == 0:
         # DeepSpeed puts scripts beside the shards, which read them without it.
-        paths += [path for path in directory.iterdir() if path.is_file() and not path.match(_random_name("*"))]
-    return hash_files(directory, [path.relative_to(directory).as_posix() for path in paths])
+        there = [path for path in directory.iterdir() if path.is_file()]
+        described = {IDENTITY_FILE: {**identity, "updates": updates}} | ({FROZEN_FILE: frozen} if frozen else {})
+        for name, content in described.items():
+            text = json.dumps(content, indent=2) + "\n"
+            files[directory / name] = partial(_write_text, directory / name, text)
+    dist.barrier()  # no rank writes into the directory before rank 0 has looked what is there
+    return Unwritten(directory, files, there)
 
 
-class _Recorder:
-    """DeepSpeed's own ``checkpoint_engine``, which is an interface of DeepSpeed's, and the paths that it wrote."""
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
 
-    def __init__(self, own: Any) -> None:
-        self._own, self.paths = own, list[Path]()
+
+class _Deferring:
+    """DeepSpeed's own ``checkpoint_engine``, which is an interface of DeepSpeed's, but that it does not write yet."""
+
+    def __init__(self, own: Any, take: Callable[[Any], Any]) -> None:
+        self._own, self._take, self.files = own, take, dict[Path, Callable[[], None]]()
 
     def save(self, state_dict: Any, path: str) -> None:
-        self._own.save(state_dict, path)
-        self.paths.append(Path(path))
+        self.files[Path(path)] = partial(self._own.save, self._take(state_dict), path)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
 
 @contextmanager
-def _recorded(engine: Any) -> Iterator[list[Path]]:
-    """Collect the paths of the files that a DeepSpeed engine writes on this rank in the ``with`` block."""
+def _deferred(engine: Any, take: Callable[[Any], Any]) -> Iterator[dict[Path, Callable[[], None]]]:
+    """Collect how the files are written that a DeepSpeed engine would write on this rank in the ``with`` block."""
     own = engine.checkpoint_engine
-    engine.checkpoint_engine = recorder = _Recorder(own)
+    engine.checkpoint_engine = deferring = _Deferring(own, take)
     try:
-        yield recorder.paths
+        yield deferring.files
     finally:
         engine.checkpoint_engine = own
 

@@ -219,7 +219,7 @@ _METRICS = {
         ("time/log_probs", "s", "Log-probs of policy and reference, and values"),
         ("time/update", "s", "Optimizer updates"),
         ("time/weights", "s", "Sending weights to the rollout engines"),
-        ("time/checkpoint", "s", "Writing checkpoints"),
+        ("time/checkpoint", "s", "Waiting for checkpoints"),
         ("time/evaluation", "s", "Evaluating"),
     ],
     "Throughput and memory": [

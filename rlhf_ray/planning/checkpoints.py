@@ -55,9 +55,19 @@ def checkpoint_sizes(config: Job) -> Iterator[Size]:
 
 def bytes_each(role: Role) -> int:
     """Bytes that a checkpoint holds of each number that trains: the weight, and what the optimizer keeps of it."""
+    return sum(_weight_and_optimizer(role))
+
+
+def copied_bytes(role: Role, numbers: int) -> float:
+    """Bytes that the first rank of a role, which writes the most, copies of ``numbers`` that train, to write them later."""
+    weight, optimizer = _weight_and_optimizer(role)
+    return numbers * (weight + optimizer / (role.config.ranks if role.config.engine.zero else 1))
+
+
+def _weight_and_optimizer(role: Role) -> tuple[int, int]:
     engine, fp32 = role.config.engine, role.config.model.dtype == "fp32"
     weight = 0 if engine.zero == 3 else 4 if fp32 else 2  # under ZeRO-3 the copy in fp32 is the weight
-    return weight + MOMENTS + (0 if fp32 and engine.zero == 0 else MASTER)
+    return weight, MOMENTS + (0 if fp32 and engine.zero == 0 else MASTER)
 
 
 def trained_numbers(role: Role) -> int | None:

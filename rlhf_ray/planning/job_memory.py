@@ -15,12 +15,12 @@ from pathlib import Path
 from rlhf_ray.config.facts import Role, Sampling
 from rlhf_ray.config.files.models import adapter_base, is_adapter
 from rlhf_ray.config.files.score_heads import Shape
-from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.jobs.base import Job, TrainingJob
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.console import table
 from rlhf_ray.errors import CapacityError
-from rlhf_ray.planning.checkpoints import shapes_of
+from rlhf_ray.planning.checkpoints import copied_bytes, shapes_of
 from rlhf_ray.planning.memory import (
     BYTES,
     CONTEXT,
@@ -124,6 +124,8 @@ def _role_memory(config: Job, name: str, role: Role, files: Files) -> RoleMemory
         sampling = config.sampling()
         if sampling is not None and sampling.role.config is section:
             parts += _last_weights(sampling, size)
+        if role.trained:
+            parts += _checkpoint(config, role, size)
         parts += _process(share)
     ranks = next((placed.count for placed in config.placements() if placed.name == name), section.ranks)
     return RoleMemory(name, ranks, share, f"{name}.resources.gpus_per_rank", tuple(parts), _name(model))
@@ -156,6 +158,12 @@ def _engine_memory(config: Job, sampling: Sampling, files: Files) -> RoleMemory:
     )
     ranks = rollout.engines * rollout.tensor_parallel
     return RoleMemory("rollout", ranks, share, key, tuple(parts), _name(sampling.role.config.model), cache_token)
+
+
+def _checkpoint(config: Job, role: Role, size: ModelSize) -> Iterator[Part]:
+    """The copy of the state that a rank writes while the next steps run."""
+    if isinstance(config, TrainingJob) and config.checkpoint.background:
+        yield Part("checkpoint to write", "host", copied_bytes(role, size.trained))
 
 
 def _last_weights(sampling: Sampling, size: ModelSize) -> Iterator[Part]:

@@ -120,7 +120,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "cluster": _same(FREE, "address", "num_cpus", "object_store_mb", "dashboard", "colocate", "placement_timeout_s",
                      "start_timeout_s", "call_timeout_s"),
     "guards": _same(FREE, "loss", "gradient_norm", "kl_above", "window", "budget", "on_budget", "max_going_back"),
-    "checkpoint": _same(FREE, "every_steps", "keep"),
+    "checkpoint": _same(FREE, "every_steps", "keep", "background"),
     "monitoring": _same(FREE, "ray_metrics", "tensorboard", "samples_per_log"),
     "evaluation": {
         **_same(FREE, "every_steps", "keep_best", "worst_pairs", "samples_shown", "pass_at"),

@@ -3,14 +3,18 @@
 Invariants: a checkpoint holds the driver's state and the shards of every trained group, or it does not exist. That is so
 even where a rank wrote to a disk that the driver does not see: the checkpoint is then refused. Restoring returns the
 driver's state only after every group has loaded its own. A step is committed once. Steps that are finished are committed
-before an error that came after them ends the run.
+before an error that came after them ends the run. With ``checkpoint.background`` a checkpoint holds what was there when it was
+saved, whatever has trained since; ranks write it and a thread commits it while training goes on. An error of that is raised at
+the next step, and then the commit before it stays.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,18 @@ from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.engine.saving.room import shortage
+from rlhf_ray.engine.saving.writer import Background
 from rlhf_ray.errors import GroupError, NumericalError, ResumableStop, ScoringError, StorageError
+from rlhf_ray.pending import Pending
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage import PendingDirectory
 from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trainers.commit_schedule import CommitSchedule
+
+Written = Callable[[str, Group], Pending[dict[str, FileRecord]]]
+"""The records of the files of a group, by its name, once they are written."""
 
 
 class Checkpointer:
@@ -43,8 +54,11 @@ class Checkpointer:
         self.groups = dict(groups)
         self.checkpoint = checkpoint
         self.committed = None if checkpoint is None else checkpoint.step
-        """The step of the newest commit; none before the first."""
-        self.schedule = CommitSchedule(config.every_steps, total, self.committed or 0)
+        """The step of the newest commit; none before the first. A step that is being written is not committed yet."""
+        self.schedule = CommitSchedule(config.every_steps, total, self.committed or 0, busy=lambda: self._busy)
+        self._background, self._said_short = config.background, False
+        self._under_way: tuple[int, Background[None]] | None = None
+        """The step that is being written, and the thread that commits it; it stays here until its outcome is known."""
         self._also: list[Callable[[Path, int], None]] = []
         self._applied = 0
         """The newest step of this attempt whose last update was applied; 0 before the first."""
@@ -60,27 +74,86 @@ class Checkpointer:
         self._also.append(write)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``.
+        """Save ``state``, which is plain JSON, and the shards of every group as the checkpoint of ``step``.
 
-        Nothing happens where that step is committed already: a stop may meet a checkpoint that was due.
+        They are as they are now, though they may be written, and the step committed, after this returns: see :meth:`settle`.
+        An error of the save before is raised. Nothing happens where the step is committed already or being written: a stop may
+        meet a checkpoint that was due.
         """
-        if step == self.committed:
+        if step == self.committed or (self._under_way is not None and self._under_way[0] == step):
             return
         began = time.monotonic()
+        self.settle()
         pending = self.run.checkpoints.begin(step)
-        hashed: dict[str, FileRecord] = {}
+        about = {"state": copy.deepcopy(dict(state))}
+        background = self._background and self._has_room()
+        places = {name: str(pending.path / name) for name in self.groups}
         try:
-            saving = {name: group.save(str(pending.path / name)) for name, group in self.groups.items()}
-            for name, records in saving.items():
-                hashed |= below(name, records.result())
             for write in self._also:
                 write(pending.path, step)
+            if background:
+                for begun in [group.begin_save(places[name]) for name, group in self.groups.items()]:
+                    begun.result()
         except BaseException:
             pending.abort()
             raise
-        self.run.checkpoints.commit(pending, about={"state": dict(state)}, hashed=hashed)
+        if background:
+            commit = partial(self._commit, pending, step, about, lambda name, group: group.saved())
+            self._under_way = step, Background(commit, "commit")
+        else:
+            self._commit(pending, step, about, lambda name, group: group.save(places[name]))
+        self.schedule.saved(step, time.monotonic() - began)
+
+    def _commit(self, pending: PendingDirectory, step: int, about: Mapping[str, Any], written: Written) -> None:
+        """Commit ``pending`` once every group has ``written`` its part; if anything fails, nothing is left of it."""
+        hashed: dict[str, FileRecord] = {}
+        try:
+            writing = {name: written(name, group) for name, group in self.groups.items()}
+            for name, records in writing.items():
+                hashed |= below(name, records.result())
+        except BaseException:
+            pending.abort()
+            raise
+        self.run.checkpoints.commit(pending, about=about, hashed=hashed)
         self.committed = step
-        self.schedule.committed(step, time.monotonic() - began)
+
+    def _has_room(self) -> bool:
+        """Whether the memory holds copies of what all ranks would write; where it does not, that is said once."""
+        asked = [group.room_to_save() for group in self.groups.values()]
+        short = shortage(room for rooms in asked for room in rooms.result())
+        if short is not None and not self._said_short:
+            get_logger("runs").warning(
+                "checkpoints are written while training waits: copies of the state would take %s. Free memory, or set "
+                "checkpoint.background: false",
+                short,
+            )
+            self._said_short = True
+        return short is None
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a step is still being written."""
+        return self._under_way is not None and not self._under_way[1].ended
+
+    def settle(self) -> None:
+        """Return once nothing is being written: what was saved last is committed, or its error is raised, once."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way[1].result()
+
+    def raise_failure(self) -> None:
+        """Raise the error of what was being written if it is known by now, once."""
+        if not self._busy:
+            self.settle()
+
+    def close(self) -> None:
+        """Wait for what is being written, as :meth:`settle` does; an error of it is logged."""
+        under_way = self._under_way
+        try:
+            self.settle()
+        except Exception as error:
+            assert under_way is not None, "what fails was under way"
+            get_logger("runs").error("the checkpoint of step %d could not be written: %s", under_way[0], error)
 
     @contextmanager
     def committing_on_failure(
@@ -103,6 +176,7 @@ class Checkpointer:
 
     def commit_before(self, error: Exception, step: int, state: Mapping[str, Any]) -> bool:
         """Try to commit ``step`` before ``error`` is raised; returns whether it is committed."""
+        self.close()
         if step == self.committed:
             return True
         # The other ranks of a group that failed may sit in a collective for ever.
@@ -111,6 +185,7 @@ class Checkpointer:
             return False
         try:
             self.save(step, state)
+            self.settle()
         except Exception as second:
             get_logger("runs").error("step %d could not be committed before the run ended: %s", step, second)
             return False
@@ -133,6 +208,7 @@ class Checkpointer:
             return
         reason = too_many or f"{skips} updates in a row had NaN or Inf, or stood out, and were skipped"
         error = NumericalError(f"{reason}: {advice}")
+        self.close()
         if (self.committed or 0) < self._applied:
             self.commit_before(error, step, state)
         raise error
@@ -145,6 +221,7 @@ class Checkpointer:
         """
         try:
             self.save(step, state)
+            self.settle()
         except StorageError as error:
             if self.schedule.commits_on_the_way:
                 raise
@@ -176,6 +253,7 @@ class Checkpointer:
 
     def find_newest(self) -> int | None:
         """Have :meth:`restore` go on from the newest commit that is whole, and return its step; none where there is none."""
+        self.close()
         self.checkpoint = self.run.checkpoints.latest_valid()
         self.committed = None if self.checkpoint is None else self.checkpoint.step
         self.schedule.last = self.committed or 0

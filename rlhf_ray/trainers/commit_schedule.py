@@ -1,8 +1,8 @@
 """When a training run commits a checkpoint.
 
 Invariants: a number of steps is kept to exactly, and 0 commits nothing on the way. Where the config names none, a run commits
-after every tenth of its steps and every quarter of an hour, whichever comes first, but spends no more than a tenth of its
-time on commits.
+after every tenth of its steps and every quarter of an hour, whichever comes first, but stands still for commits no more than a
+tenth of its time, and begins none while the one before is being written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PARTS = 10
 LONGEST_S = 900.0
 """And no later than so many seconds after the commit before."""
 TIMES_ITS_LENGTH = 9.0
-"""But not before so many times the seconds that the last commit took have passed since it."""
+"""But not before so many times the seconds for which training stood still at the last commit have passed since it."""
 
 
 @dataclass
@@ -27,8 +27,10 @@ class CommitSchedule:
     total: int
     """Steps of the whole run."""
     last: int = 0
-    """The step of the last commit; 0 before the first."""
+    """The last step that was saved; 0 before the first."""
     clock: Callable[[], float] = time.monotonic
+    busy: Callable[[], bool] = lambda: False
+    """Whether a checkpoint is still being written; where the config names no number, the next one waits for it."""
     _took_s: float = field(default=0.0, init=False)
     _at: float = field(init=False)
 
@@ -44,11 +46,13 @@ class CommitSchedule:
         """Whether a checkpoint is due after ``step``."""
         if self.every is not None:
             return self.every > 0 and step % self.every == 0
+        if self.busy():
+            return False
         passed = self.clock() - self._at
         if passed < TIMES_ITS_LENGTH * self._took_s:
             return False
         return step - self.last >= -(-self.total // PARTS) or passed >= LONGEST_S  # rounded up
 
-    def committed(self, step: int, took_s: float) -> None:
-        """Take note that ``step`` was committed just now, in ``took_s`` seconds."""
+    def saved(self, step: int, took_s: float) -> None:
+        """Take note that ``step`` was saved just now, for which training stood still for ``took_s`` seconds."""
         self.last, self._took_s, self._at = step, took_s, self.clock()

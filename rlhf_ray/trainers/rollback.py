@@ -44,6 +44,7 @@ class SkipPolicy:
         if guards.config.on_budget != "go_back" or not (guards.spent or skips >= self.most):
             return False
         at, first = time.time(), guards.first_skip
+        self.checkpoints.settle()
         if guards.went_back >= guards.config.max_going_back:
             get_logger("runs").error("the run went back %d times already (guards.max_going_back)", guards.went_back)
             return False

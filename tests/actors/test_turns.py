@@ -79,7 +79,7 @@ class Witness:
         """What must hold at this call; written without the table that the order is made from."""
         models = {who: level for who, level in self.levels.items() if not who.startswith("rollout")}
         asleep = {level for who, level in self.levels.items() if who.startswith("rollout")}
-        if method in ("accumulate", "apply", "save", "load", "save_pretrained"):
+        if method in ("accumulate", "apply", "save", "begin_save", "load", "save_pretrained"):
             assert self.levels[name] == 2 and asleep <= {0}, (name, method, self.levels)
             assert {models.get("reference", 0), models.get("reward", 0)} == {0}, (name, method, self.levels)
         elif method in ("log_probs", "values", "scores", "score"):
@@ -117,7 +117,7 @@ def test_a_run_in_which_all_roles_take_turns_learns_the_same_bits_and_no_call_fi
     train_new_run(dump_config(apart), place=ThisProcess(apart.cluster))
     witness = Witness(monkeypatch)
     with monkeypatch.context() as stopped:  # after the first step, to be resumed
-        stopped.setattr(stopping._stop, "is_set", lambda: witness.calls.count("policy.save") == 1)
+        stopped.setattr(stopping._stop, "is_set", lambda: witness.calls.count("policy.begin_save") == 1)
         with pytest.raises(ResumableStop, match="after step 1 of 2"):
             train_new_run(dump_config(together), place=OnTheSame(together.cluster))
     witness.levels.clear()
@@ -130,7 +130,7 @@ def test_a_run_in_which_all_roles_take_turns_learns_the_same_bits_and_no_call_fi
         "rollout.generate",
         "critic.apply",
         "reward.score",
-        "policy.save",
+        "policy.begin_save",
         "critic.load",
     ):
         assert call in witness.calls, "the run does all that takes turns"

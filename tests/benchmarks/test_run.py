@@ -87,7 +87,10 @@ def test_a_quick_run_is_never_kept(file: list[str], capsys: pytest.CaptureFixtur
 def test_a_part_that_does_not_exist_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--quick", "--only", "models,modles"])
-    assert "modles is no part: choose from demo, encoders, gym, gym_turns, learning" in capsys.readouterr().err
+    assert (
+        "modles is no part: choose from checkpoints, demo, encoders, gym, gym_turns, learning"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_table_has_a_line_for_each_figure() -> None:
@@ -98,7 +101,8 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 @pytest.mark.parametrize(
     ("left_out", "expected"),
     [
-        ({"demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes", "weight_ways"}, NAMES),
+        ({"checkpoints", "demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes", "weight_ways"}, NAMES),
+        pytest.param({*PARTS} - {"checkpoints"}, {"checkpoint.stall_seconds"}, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"rollout_modes"}, MODES, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"weight_ways"}, {"weights.merged_over_adapter"}, marks=pytest.mark.long),
@@ -111,7 +115,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
             ],
         ),
     ],
-    ids=["all but those that learn", "learning", "modes of rollout", "ways of weights", "ppo"],
+    ids=["all but those that learn", "checkpoints", "learning", "modes of rollout", "ways of weights", "ppo"],
 )
 def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path, left_out: set[str], expected: set[str]) -> None:
     """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""

@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ from rlhf_ray.engine import (
 )
 from rlhf_ray.engine.distributed import all_agree
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.storage.manifest import FileRecord
 
 BATCHES = [make_batch(1), make_batch(2)]
 Measured = dict[str, Any]
@@ -274,6 +276,49 @@ def _slow_writing(rank: int) -> Iterator[None]:
         shards.save_file = whole
 
 
+@contextmanager
+def _written_later() -> Iterator[threading.Event]:
+    """Let no rank write before the event is set."""
+    write, may_write = shards.Unwritten.write, threading.Event()
+
+    def later(self: shards.Unwritten) -> dict[str, FileRecord]:
+        assert may_write.wait(60)
+        return write(self)
+
+    shards.Unwritten.write = later
+    try:
+        yield may_write
+    finally:
+        may_write.set()
+        shards.Unwritten.write = write
+
+
+def _saved_beside(program: Program, engine: Engine, directory: Path) -> tuple[Applied, Measured]:
+    """Save, go on before a byte is written, and then load what was written into another engine: the same bits."""
+    with _written_later() as may_write:
+        engine.begin_saving(directory)
+        _, gone_on = program.update(engine, BATCHES[1], 4)
+        expected, early = bits(engine), bool(_files(directory).keys() - _scripts(directory))
+        torch.distributed.barrier()  # both have looked
+        may_write.set()
+        hashed = engine.saved()
+    torch.manual_seed(98)
+    other = Engine(Toy(), engine.config, dtype=engine.dtype, total_updates=TOTAL_UPDATES, trainable=True)
+    other.load_shards(directory)
+    program.update(other, BATCHES[1], 4)
+    measured = {
+        "same": same_bits(expected, bits(other)), "early": early, "files": _files(directory),
+        "hashed": {name: record.sha256 for name, record in hashed.items()},
+    }  # fmt: skip
+    other.close()
+    return gone_on, measured
+
+
+def _scripts(directory: Path) -> set[str]:
+    """What DeepSpeed puts beside its shards."""
+    return {path.name for path in directory.glob("*.py")}
+
+
 def resumed(program: Program, zero: int, dtype: str) -> Measured:
     """Save, go on; load into a fresh engine of other weights, go on: the same bits."""
     directory = program.directory / f"shards-{program.world}-{zero}-{dtype}"
@@ -282,7 +327,7 @@ def resumed(program: Program, zero: int, dtype: str) -> Measured:
     with _slow_writing(program.rank):
         hashed = engine.save_shards(directory)
     noise = torch.rand(2)
-    _, gone_on = program.update(engine, BATCHES[1], 4)
+    gone_on, beside = _saved_beside(program, engine, directory.with_name(f"{directory.name}-beside"))
     expected = bits(engine)
     engine.load_shards(directory)
     program.update(engine, BATCHES[1], 4)
@@ -298,6 +343,7 @@ def resumed(program: Program, zero: int, dtype: str) -> Measured:
         "same_applied": applied == gone_on, "before_any_update": _saved_at_the_start(program, zero, dtype),
         "refused": _refusal(lambda: _of_another_dtype(program, zero, dtype, directory)),
         "hashed": {name: record.sha256 for name, record in hashed.items()}, "files": _files(directory),
+        "beside": beside,
     }  # fmt: skip
     other.close()
     return measured

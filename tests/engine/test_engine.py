@@ -214,6 +214,14 @@ def test_each_rank_hashes_what_it_wrote_and_the_ranks_together_all_files(case: s
 
 
 @pytest.mark.parametrize("case", TRAINED)
+def test_what_is_written_beside_training_is_the_state_before_it(case: str, pair: Ranks) -> None:
+    beside = [rank[f"resumed-{case}"]["beside"] for rank in pair]
+    assert not any(rank["early"] for rank in beside), "training went on before a byte was written"
+    assert all(rank["same"] for rank in beside)
+    assert beside[0]["hashed"] | beside[1]["hashed"] == beside[0]["files"]
+
+
+@pytest.mark.parametrize("case", TRAINED)
 def test_shards_of_another_shape_are_refused(case: str, pair: Ranks) -> None:
     for rank in pair:
         refused = rank[f"resumed-{case}"]["refused"]

@@ -199,7 +199,7 @@ def test_times_add_up_to_the_whole() -> None:
     assert rows == [
         ("Sampling answers", "12", "60.0", "6"),
         ("Optimizer updates", "6", "30.0", "3"),
-        ("Writing checkpoints", "1", "5.0", "1"),
+        ("Waiting for checkpoints", "1", "5.0", "1"),
         ("Everything else", "1", "5.0", "0.5"),
     ]
 

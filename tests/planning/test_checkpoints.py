@@ -14,7 +14,7 @@ from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.planning.arithmetic import batch_table
 from rlhf_ray.planning.checkpoints import bytes_each, checkpoint_sizes, shapes_of, trained_numbers
-from rlhf_ray.planning.job_memory import role_size, weights_here
+from rlhf_ray.planning.job_memory import job_memory, role_size, weights_here
 
 ADAPTED = 2 * 4 * (64 + 64 + 64 + 16)
 """Numbers of rank-4 adapters on q_proj (64, 64) and v_proj (16, 64) of two layers, times the two of them."""
@@ -81,6 +81,22 @@ def test_an_adapter_is_as_large_as_its_base_and_itself(tmp_path: Path, base_is_h
     assert size is not None
     whole = sum(prod(shape) for shape in shapes_of(ModelConfig(path=str(base))).values())
     assert (size.numbers, size.trained) == (whole + 4 * 64, 4 * 64)
+
+
+def test_the_copy_that_is_written_in_the_background_is_what_the_first_rank_writes() -> None:
+    model = "policy.model={make: {shape: llama-14m, tokenizer_from: world}, dtype: DTYPE}"
+
+    def copy(dtype: str, zero: int, *settings: str) -> float | None:
+        overrides = [model.replace("DTYPE", dtype), f"policy.engine.zero={zero}", "policy.ranks=2", *settings]
+        memory = next(one for one in job_memory(load_config("demo-sft", overrides)) if one.role == "policy")
+        return next((part.bytes for part in memory.parts if part.what == "checkpoint to write"), None)
+
+    numbers = 10_800_768
+    assert copy("bf16", 0) == 14 * numbers and copy("fp32", 0) == 12 * numbers
+    assert copy("bf16", 2) == (2 + 12 / 2) * numbers and copy("fp32", 2) == (4 + 12 / 2) * numbers
+    assert copy("bf16", 3) == 12 / 2 * numbers
+    assert copy("bf16", 2, "checkpoint.background=false") is None
+    assert copy("bf16", 0, "policy.model.lora={rank: 8}") == 14 * 350_208
 
 
 def test_the_table_shows_each_role_and_all_that_lie_on_the_disk(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
+from rlhf_ray.engine.saving.room import Room
 from rlhf_ray.errors import StorageError
 from rlhf_ray.pending import Pending
 from rlhf_ray.runs.directory import RunDirectory
@@ -38,6 +39,15 @@ class Ranks:
         if rank == 1 and not self.sees:
             path.unlink()
         return records
+
+    def room_to_save(self, rank: int) -> Room:
+        return Room("here", 1, 2)
+
+    def begin_save(self, rank: int, directory: str) -> None:
+        self.directory = directory
+
+    def saved(self, rank: int) -> dict[str, FileRecord]:
+        return self.save(rank, self.directory)
 
     def save_pretrained(self, rank: int, directory: str, metadata: object) -> None:
         if rank == 0:
@@ -72,6 +82,7 @@ def test_the_driver_hashes_no_byte_of_a_checkpoint_or_a_model(tmp_path: Path, mo
     monkeypatch.setattr(hashlib, "file_digest", counted)
     for step in (1, 2, 3):
         saving.save(step, {"step": step})
+    saving.settle()
     saving.save_final(3, {"": (saving.groups["policy"], {}), "critic": (saving.groups["critic"], {})})
     assert read == []
     checkpoint = run.checkpoints.latest_valid()
@@ -84,5 +95,7 @@ def test_the_driver_hashes_no_byte_of_a_checkpoint_or_a_model(tmp_path: Path, mo
 def test_what_a_rank_wrote_to_a_disk_of_its_own_is_missed(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", "kind: ppo\n")
     with pytest.raises(StorageError, match=r"1 of 2 files .* missing, such as policy/rank-1: every node must see"):
-        checkpointer(run, policy=Ranks(sees=False)).save(1, {})
+        saving = checkpointer(run, policy=Ranks(sees=False))
+        saving.save(1, {})
+        saving.settle()
     assert run.checkpoints.steps() == []

@@ -16,7 +16,7 @@ def commits(every: int | None, total: int, *, step_s: float = 1.0, commit_s: flo
         now[0] += step_s
         if schedule.is_due(step):
             now[0] += commit_s
-            schedule.committed(step, commit_s)
+            schedule.saved(step, commit_s)
             steps.append(step)
     return steps
 

@@ -30,6 +30,7 @@ from rlhf_ray.config.files.positions import longest_sequence, too_long
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.report import Applied, Report
+from rlhf_ray.engine.saving.room import Room
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.errors import RequestError
@@ -262,6 +263,18 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         random state. Returns the size and hash of every file that it wrote, by its path below ``directory``.
         """
         return self.engine.save_shards(Path(directory))
+
+    def begin_save(self, directory: str) -> None:
+        """Copy in memory what :meth:`save` writes, and write it while the next calls run."""
+        self.engine.begin_saving(Path(directory))
+
+    def saved(self) -> dict[str, FileRecord]:
+        """Wait for what :meth:`begin_save` began, beside all other calls; returns what :meth:`save` would."""
+        return self.engine.saved()
+
+    def room_to_save(self) -> Room:
+        """What the copy of :meth:`begin_save` takes of this machine's memory, and what is free of it."""
+        return self.engine.room_to_save()
 
     def load(self, directory: str) -> None:
         """Go on from what ``save`` wrote in a committed checkpoint, whatever the number of ranks then."""

@@ -62,6 +62,9 @@ class CheckpointConfig(Section):
     every_steps: NonNegative | None = None
     """Null commits after every tenth of a run and every quarter of an hour; 0 keeps only the final weights."""
     keep: Positive = 2
+    background: bool = True
+    """Whether ranks copy their state in memory and write the copy while the next steps run; they write at once where the
+    memory is short."""
 
 
 class MonitoringConfig(Section):

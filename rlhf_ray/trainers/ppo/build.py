@@ -113,6 +113,7 @@ def build(
     groups, engines = start_groups(config, session, updates_in_all(config, state))
     groups.check_vocabularies()
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
+    session.cleanup.callback(checkpoints.close)
     fleet = start_fleet(config, run, session, groups.policy, engines, ends, goes_on=checkpoint is not None)
     sampler = Sampler(config, fleet, player)
     keep_set_aside(sampler.fleet, run, chat.tokenizer)

@@ -127,6 +127,7 @@ class PpoTrainer:
         while self.to_do:
             with self.checkpoints.committing_on_failure(self.progress.step, self.state, unless=self.commits_nothing):
                 try:
+                    self.checkpoints.raise_failure()
                     self.to_do[0]()
                 except GroupError as error:
                     with self.journal.clock.part("recovery"):
@@ -182,6 +183,7 @@ class PpoTrainer:
             return
         if self.progress.step > 0:
             self.save_checkpoint()
+            self.checkpoints.settle()
         raise stopped("step", self.progress.step, self.config.steps, self.run_directory.path)
 
     def step(self) -> None:
@@ -293,6 +295,8 @@ class PpoTrainer:
         if at_once or step == self.config.steps or self.checkpoints.schedule.is_due(step):
             with self.journal.phase("checkpoint"):
                 self.save_checkpoint()
+                if at_once:
+                    self.checkpoints.settle()
 
     def save_checkpoint(self) -> None:
         """Save everything up to the last step, so that it survives a kill; after the last one, ``final/`` too.

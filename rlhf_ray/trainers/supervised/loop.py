@@ -138,6 +138,7 @@ class SupervisedTrainer:
         remaining = range(self.progress.update, self.total)
         for _ in progress(remaining, self.config.kind, total=len(remaining)):
             with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
+                self.checkpoints.raise_failure()
                 batch, schedule = self.next_batch()
             with self.journal.phase("update"):
                 report, applied, stood_out = self.update(batch, schedule)
@@ -185,6 +186,8 @@ class SupervisedTrainer:
             self.progress.consecutive_skips = 0
         if went_back or update == self.total:
             self.commit()
+        if went_back:
+            self.checkpoints.settle()
         self.journal.log_update(update, self.total, report, applied, batch, stood_out=bool(stood_out))
         if update == self.total:
             return
@@ -197,6 +200,7 @@ class SupervisedTrainer:
             self.commit()
         if improved and self.best is not None:
             with self.journal.phase("checkpoint"):
+                self.checkpoints.settle()
                 self.best.keep()
 
     def commit(self) -> None:
@@ -214,6 +218,7 @@ class SupervisedTrainer:
             return
         if self.progress.update > 0:
             self.commit()
+            self.checkpoints.settle()
         raise stopped("update", self.progress.update, self.total, self.checkpoints.run.path)
 
     def state(self) -> dict[str, Any]:

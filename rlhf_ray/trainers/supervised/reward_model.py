@@ -48,13 +48,15 @@ def train_reward_model(
         held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
         saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer, record)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
+        checkpoints = Checkpointer(run, config.checkpoint, {"reward": reward}, checkpoint, updates)
+        session.cleanup.callback(checkpoints.close)
         with Journal(run, config) as journal, Watchdog(run, config, journal, session):
             journal.measure_against(reward.compute_shape().result(), reward.matmul_rate().result())
             trainer = SupervisedTrainer(
                 config,
                 task,
                 reward,
-                checkpoints=Checkpointer(run, config.checkpoint, {"reward": reward}, checkpoint, updates),
+                checkpoints=checkpoints,
                 journal=journal,
                 evaluate=held_out.figures if held_out else dict,
                 write_final=lambda: saver.final(run, updates),

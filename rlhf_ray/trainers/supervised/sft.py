@@ -34,6 +34,7 @@ def train_sft(
     with Session(config, run, place=place) as session:
         policy = session.policy(config.policy, total_updates=updates).load().result()
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
+        session.cleanup.callback(checkpoints.close)
         with Journal(run, config) as journal, Watchdog(run, config, journal, session):
             trainer = SupervisedTrainer(
                 config,

@@ -1,0 +1,60 @@
+"""How much memory of this machine is free for a copy of a training state.
+
+Invariant: what is called free can be had without ending a process: neither the machine nor the control group of this process
+runs out of memory by it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rlhf_ray.storage.failures import size_in_words
+
+KEPT_FREE = 0.05
+"""The part of the memory that a copy leaves free."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a copy of one rank's state takes, and what is free for the copies of all ranks on its machine, in bytes."""
+
+    machine: str
+    needed: int
+    free: int
+
+
+def room_for(needed: int) -> Room:
+    """The room for a copy of ``needed`` bytes, here and now."""
+    memory = psutil.virtual_memory()
+    limits = [(memory.total, memory.available), *_control_group(CGROUP)]
+    return Room(socket.gethostname(), needed, int(min(free - KEPT_FREE * total for total, free in limits)))
+
+
+def shortage(rooms: Iterable[Room]) -> str | None:
+    """Where the copies of all ranks do not fit, in words; none where they do. Ranks of one machine share what is free."""
+    machines: dict[str, list[Room]] = {}
+    for room in rooms:
+        machines.setdefault(room.machine, []).append(room)
+    for machine, there in machines.items():
+        needed, free = sum(room.needed for room in there), max(0, min(room.free for room in there))
+        if needed > free:
+            return f"{size_in_words(needed)} on {machine}, where {size_in_words(free)} are free"
+    return None
+
+
+def _control_group(root: Path) -> list[tuple[int, int]]:
+    """The memory of the control group (version 2) whose files are at ``root``, and what of it is free; none without a limit."""
+    try:
+        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
+        pages = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    if limit == "max":
+        return []
+    return [(int(limit), int(limit) - used + int(pages.get("inactive_file", 0)))]  # the cache of files is given up

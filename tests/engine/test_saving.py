@@ -1,0 +1,115 @@
+"""Copies of a state in memory, the room for them, and the thread that writes them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from rlhf_ray.engine.saving.copies import copied_state
+from rlhf_ray.engine.saving.room import KEPT_FREE, Room, _control_group, room_for, shortage
+from rlhf_ray.engine.saving.writer import NICE, Background
+from rlhf_ray.errors import StorageError
+
+
+class Scaler:
+    """As that of fp16, which DeepSpeed keeps in a state."""
+
+    def __init__(self) -> None:
+        self.scale = 1024.0
+        self.history = [1]
+
+
+def test_a_copy_stays_what_the_state_was() -> None:
+    flat, scaler = torch.arange(12.0), Scaler()
+    weight = nn.Parameter(torch.ones(3))
+    state = {
+        "views": [flat[:4], (flat[4:8].view(2, 2), None)],
+        "module": OrderedDict(weight=weight),
+        "moments": {0: {"step": torch.tensor(5.0), "exp_avg": torch.full((2,), 7.0, dtype=torch.bfloat16)}},
+        "scaler": scaler,
+        "shapes": OrderedDict(weight=weight.shape),
+        "steps": 3,
+    }
+    kept = copied_state(state)
+    with torch.no_grad():
+        flat.zero_(), weight.zero_(), state["moments"][0]["exp_avg"].zero_(), state["moments"][0]["step"].add_(1)  # type: ignore[index]
+    scaler.scale, state["steps"] = 1.0, 4
+    scaler.history.append(2)
+    first, (second, nothing) = kept["views"]
+    assert first.tolist() == [0, 1, 2, 3] and second.tolist() == [[4, 5], [6, 7]] and nothing is None
+    assert type(kept["module"]) is OrderedDict and type(kept["module"]["weight"]) is nn.Parameter
+    assert kept["module"]["weight"].tolist() == [1, 1, 1] and kept["module"]["weight"].requires_grad
+    assert kept["moments"][0]["exp_avg"].tolist() == [7, 7] and kept["moments"][0]["exp_avg"].dtype is torch.bfloat16
+    assert kept["moments"][0]["step"] == 5 and kept["steps"] == 3 and kept["shapes"]["weight"] == weight.shape
+    assert (kept["scaler"].scale, kept["scaler"].history) == (1024.0, [1])
+
+
+def test_a_copy_holds_each_tensor_once_and_of_a_view_what_it_shows() -> None:
+    flat = torch.arange(1000.0)
+    tied = nn.Embedding(5, 3)
+    state = {
+        "view": flat[:10],
+        "embed": tied.weight.detach(),
+        "head": tied.weight.detach(),
+        "again": tied.weight.detach()[:2],
+    }
+    kept = copied_state(state)
+    assert kept["view"].untyped_storage().nbytes() == 40
+    assert kept["embed"] is kept["head"] and kept["embed"].equal(tied.weight)
+    assert kept["again"].equal(tied.weight[:2]) and kept["again"].shape == (2, 3)
+
+
+def test_ranks_of_one_machine_share_what_is_free_of_it() -> None:
+    assert shortage([Room("a", 600, 1000), Room("b", 600, 1000)]) is None
+    assert shortage([Room("a", 500, 1000), Room("a", 500, 1000)]) is None
+    assert shortage([Room("b", 1, 9), Room("a", 600_000, 1_000_000), Room("a", 600_000, 1_000_000)]) == (
+        "1.2 MB on a, where 1.0 MB are free"
+    )
+    assert shortage([Room("a", 1000, -5)]) == "1 kB on a, where 0 kB are free"
+
+
+def test_a_part_of_the_memory_stays_free() -> None:
+    memory = psutil.virtual_memory()
+    room = room_for(7)
+    assert room.needed == 7 and room.free < memory.available + 2e9 - KEPT_FREE * memory.total
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:
+    assert _control_group(tmp_path) == []
+    for name, text in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "800\n"),
+        ("memory.stat", "anon 1\ninactive_file 300\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert _control_group(tmp_path) == [(1000, 500)]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _control_group(tmp_path) == []
+
+
+def test_a_thread_works_behind_this_one_and_its_error_comes_out_each_time() -> None:
+    go, priorities = threading.Event(), list[int]()
+
+    def fail() -> None:
+        go.wait(10)
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        raise StorageError("no space is left")
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    work = Background(fail, "test")
+    assert not work.ended
+    go.set()
+    for _ in range(2):
+        with pytest.raises(StorageError, match="no space"):
+            work.result()
+    assert work.ended and priorities == [min(before + NICE, 19)] and os.getpriority(os.PRIO_PROCESS, 0) == before
+    done: Callable[[], int] = Background(lambda: 5, "test").result
+    assert (done(), done()) == (5, 5)
