@@ -16,8 +16,9 @@ from tests.e2e.conftest import metrics, run
 
 CONFIG = Path(__file__).with_name("ppo_tiny.yaml")
 SETTINGS = [
-    "rollout.engines=1", "reference=null", "checkpoint.every_steps=1", "evaluation.prompts=4", "policy.engine.zero=3",
-    "critic.engine.zero=2", *(f"{role}.engine.optimizer.schedule=constant" for role in ("policy", "critic")),
+    "cluster.num_cpus=2", "rollout.engines=1", "reference=null", "checkpoint.every_steps=1", "evaluation.prompts=4",
+    "policy.engine.zero=3", "critic.engine.zero=2",
+    *(f"{role}.engine.optimizer.schedule=constant" for role in ("policy", "critic")),
     *(f"{role}.engine.optimizer.warmup_fraction=0" for role in ("policy", "critic")),
 ]  # fmt: skip
 COMPARED = ("reward/mean", "reward/std", "loss/policy", "loss/value", "grad_norm/policy", "grad_norm/critic")

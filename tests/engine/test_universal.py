@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import rlhf_ray
-from rlhf_ray.engine import universal
-from rlhf_ray.errors import IntegrityError
+from rlhf_ray.engine import shards, universal
+from rlhf_ray.errors import IntegrityError, RlhfRayError
 from rlhf_ray.network import LOOPBACK, free_port
 from tests.engine.curves import BACK, CASES, STARTS, UPDATES_AFTER, farthest
 
@@ -105,11 +106,23 @@ def test_nothing_is_left_of_what_was_converted(directory: Path, back: list[Measu
     assert not [path.name for path in directory.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.long
-def test_ranks_that_are_new_have_random_states_of_their_own(elsewhere: dict[int, list[Measured]]) -> None:
-    noise = [rank["fp32-zero2"]["noise"] for rank in elsewhere[3]]
-    assert noise[0] == elsewhere[1][0]["fp32-zero2"]["noise"]
-    assert len({tuple(one) for one in noise}) == 3
+def test_a_rank_that_is_new_has_a_random_state_of_its_own_the_same_at_every_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noise_of(rank: int, updates: int) -> tuple[float, ...]:
+        torch.seed()  # whatever the process has drawn before
+        monkeypatch.setattr(shards.dist, "get_rank", lambda: rank)
+        shards._continue_random_state(tmp_path, 2, updates, torch.device("cpu"))
+        return tuple(torch.rand(3).tolist())
+
+    with torch.random.fork_rng(devices=[]):
+        for saved in range(2):
+            torch.manual_seed(saved)
+            save_file({"cpu": torch.get_rng_state()}, tmp_path / f"random-{saved}.safetensors")
+            assert noise_of(saved, 7) == tuple(torch.rand(3, generator=torch.Generator().manual_seed(saved)).tolist())
+        found = [noise_of(rank, updates) for rank in range(2, 5) for updates in (7, 8)]
+        assert found == [noise_of(rank, updates) for rank in range(2, 5) for updates in (7, 8)]
+        assert len({noise_of(0, 7), noise_of(1, 7), *found}) == 8
 
 
 @pytest.mark.long
@@ -130,10 +143,28 @@ class Spy:
 
 
 def test_nothing_in_shards_is_run_when_they_are_converted(tmp_path: Path) -> None:
-    shards, ran = tmp_path / "shards", tmp_path / "ran"
-    shards.mkdir()
-    torch.save({"optimizer_state_dict": Spy(ran)}, shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    with pytest.raises(IntegrityError, match=r"would run code when it is read \(getattr\)"):
-        universal._converted(shards, tmp_path, without_moments=False)
+    saved, ran = tmp_path / "shards", tmp_path / "ran"
+    saved.mkdir()
+    torch.save({"optimizer_state_dict": Spy(ran)}, saved / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(RlhfRayError) as error:
+        universal._converted(saved, tmp_path, without_moments=False)
     assert not ran.exists()
+    assert isinstance(error.value, IntegrityError)
+    assert "would run code when it is read (getattr)" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
+
+
+@pytest.mark.long
+def test_the_converter_does_not_outlive_the_rank_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    # Reading this would never end.
+    os.mkfifo(tmp_path / "shards" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    command = [sys.executable, "-m", "rlhf_ray.engine.conversion"]
+    variables = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | variables, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            assert process.wait(timeout=100) == 1
+        finally:
+            process.kill()
