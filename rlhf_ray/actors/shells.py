@@ -57,7 +57,7 @@ class RankShell(Worker):
     def health(self) -> dict[str, Any]:
         return super().health()
 
-    @_in_health_lane
+    @_in_lane(HEALTH_LANE)
     def stacks(self) -> str:
         """What every thread of this process does, for a driver on another node."""
         return stacks.describe([os.getpid()])
