@@ -157,17 +157,17 @@ class Checkpointer:
 
     @contextmanager
     def committing_on_failure(
-        self, step: int, state: Mapping[str, Any], *, unless: Callable[[], bool] = lambda: False
+        self, step: int, state: Mapping[str, Any], *, unless: Callable[[Exception], bool] = lambda error: False
     ) -> Iterator[None]:
         """Commit ``step``, whose driver's state is ``state``, before an error leaves the ``with`` block.
 
-        The groups must hold the weights of ``step``; where ``unless`` says that they may not, nothing is committed. A reward
-        source that failed then ends the run with :class:`ResumableStop`; every other error is raised as it is.
+        The groups must hold the weights of ``step``; where ``unless`` says of the error that they may not, nothing is saved.
+        A reward source that failed then ends the run with :class:`ResumableStop`; every other error is raised as it is.
         """
         try:
             yield
         except Exception as error:
-            if not unless() and self.commit_before(error, step, state) and isinstance(error, ScoringError):
+            if not unless(error) and self.commit_before(error, step, state) and isinstance(error, ScoringError):
                 raise ResumableStop(
                     f"{error}. Everything up to step {step} is committed; when the source works again, go on with: "
                     f"rlhf-ray resume {self.run.path}"

@@ -68,7 +68,7 @@ class Journal:
         self._summary: dict[str, Any] = {"facts": facts}
         self._compute: tuple[ComputeShape, float] | None = None
         self._first: tuple[float, int] | None = None
-        """When the first update of this attempt ended (monotonic seconds), and its number."""
+        """When the first update of this attempt, or after going back, ended (monotonic seconds), and its number."""
         self._samples_lost = 0
         self.step = 0
         """The last step whose metrics were logged, in an earlier attempt too."""
@@ -157,9 +157,9 @@ class Journal:
         self.add_facts({"matrix products": f"{rate / 1e9:.0f} GFLOP/s"})
 
     def _time_left(self, update: int, total: int) -> dict[str, float]:
-        """Seconds that the remaining updates will take at the mean pace of this attempt; nothing at its first update."""
+        """Seconds that the remaining updates will take at the mean pace of this attempt; nothing at its first one."""
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or update <= self._first[1]:
             self._first = (now, update)
             return {}
         began, first = self._first

@@ -272,8 +272,9 @@ def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Gro
         for key, role in config.reward.roles.items()
     }
     engines = session.engines(config.rollout)
-    loading = {role: group.load() for role, group in placed.items()}
-    loading_rewards = {key: reward.load() for key, reward in rewards.items()}
+    restarts = config.run.max_group_restarts
+    loading = {role: group.load(restarts) for role, group in placed.items()}
+    loading_rewards = {key: reward.load(restarts) for key, reward in rewards.items()}
     groups = {role: pending.result() for role, pending in loading.items()}
     return Groups(
         config, **groups, rewards={key: pending.result() for key, pending in loading_rewards.items()}

@@ -79,6 +79,7 @@ class PpoTrainer:
     recovery: Recovery
     state: dict[str, Any] = field(default_factory=dict)
     """The driver's part of a checkpoint after the last finished step: a step that has begun has moved the prompts on."""
+    unit: str = "step"
     newest_compared: bool = False
     """Whether this attempt has compared log-probs on answers of weights that it had sent."""
     touched: bool = False
@@ -135,8 +136,8 @@ class PpoTrainer:
                 else:
                     self.to_do.popleft()
 
-    def commits_nothing(self) -> bool:
-        """Whether an error that comes now commits nothing: half a step, or more skips than are allowed, which see to it."""
+    def commits_nothing(self, error: Exception) -> bool:
+        """Whether ``error`` commits nothing: it left half a step, or is that of too many skips, which see to it themselves."""
         return self.touched or self.to_do[0] == self.refuse_skips
 
     # What recovery asks of a trainer

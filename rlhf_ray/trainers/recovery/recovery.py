@@ -30,6 +30,8 @@ KEY = "run.max_group_restarts"
 class Recoverable(Protocol):
     """A trainer that can go back."""
 
+    unit: str
+    """What its steps are called."""
     touched: bool
     """Whether trained groups may hold something else than the weights of the last finished step."""
 
@@ -74,7 +76,7 @@ class Recovery:
                 self._count(error)
                 if stop_requested():
                     run = self.checkpoints.run.path
-                    raise stopped("step", self.checkpoints.committed or 0, trainer.total_steps, run) from error
+                    raise stopped(trainer.unit, self.checkpoints.committed or 0, trainer.total_steps, run) from error
                 lost |= self._lost(error)
                 self._commit_what_is_finished(error, trainer)
                 try:
@@ -91,12 +93,16 @@ class Recovery:
             "%s: back after %.1f s, the run goes on after step %d", first.role, time.time() - began, plan.back_to
         )
 
+    def mends(self, error: Exception) -> bool:
+        """Whether ``error`` is the loss of a group that may be started again, be it for the first time or once too often."""
+        return isinstance(error, GroupError) and error.role in self.groups and self.most > 0
+
     def _count(self, error: GroupError) -> None:
         """Count a loss; raises ``error`` where it is not one that can be mended, or was one too many."""
         if self.checkpoints.committed != self._counted_at:
             self._losses.clear()
             self._counted_at = self.checkpoints.committed
-        if error.role not in self.groups or self.most == 0:
+        if not self.mends(error):
             raise error
         self._losses[error.role] += 1
         if self._losses[error.role] > self.most:

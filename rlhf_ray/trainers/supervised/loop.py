@@ -2,14 +2,15 @@
 
 Invariants: every example is used exactly once an epoch, in an order that depends on the seed alone and that a resumed run
 continues. The loss of an update is divided by its own count over all ranks. An update with NaN or Inf changes no weight. What
-fails after an update does not cost it: it is committed before the run ends, and the last one before anything else is done.
+fails after an update does not cost it: it is committed before the run ends, and the last one before anything else is done. A
+group that is lost is started again in place, and goes on from the last commit (``trainers/recovery``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, SharedBatch
 from rlhf_ray.algorithms.denominators import DenominatorKind, denominator
@@ -18,16 +19,19 @@ from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import GroupError, RequestError, RlhfRayError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.guards import GRADIENT_NORM, LOSS, Guards
 from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.recovery import Plan, Recovery
 from rlhf_ray.trainers.rollback import SkipPolicy
 from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import Schedule, make_schedule
+
+Result = TypeVar("Result")
 
 
 class SummedLoss(Protocol):
@@ -125,6 +129,10 @@ class SupervisedTrainer:
         self.skips = SkipPolicy(checkpoints, config.run.max_consecutive_skips, advice)
         self.total_examples = task.total_examples
         self.total = task.total_updates(checkpoints.checkpoint)
+        self.recovery = Recovery([group], checkpoints, config.run)
+        self.touched = True
+        """Whether the group may hold something else than the weights of the last finished update."""
+        self._closing = False
 
     def run(self) -> None:
         """Run all remaining updates, and see to it that the last one is committed and ``final/`` is written.
@@ -132,21 +140,67 @@ class SupervisedTrainer:
         Raises :class:`ResumableStop` if the process is asked to stop, and :class:`NumericalError` if too many updates in a row
         were skipped.
         """
-        self.restore()
+        self.surviving(self.restore)
         steps_begin()
         self.stop_if_asked()
-        remaining = range(self.progress.update, self.total)
-        for _ in progress(remaining, self.config.kind, total=len(remaining)):
-            with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
-                self.checkpoints.raise_failure()
-                batch, schedule = self.next_batch()
-            with self.journal.phase("update"):
-                report, applied, stood_out = self.update(batch, schedule)
-            with self.checkpoints.committing_on_failure(self.progress.update, self.state()):
-                self.after_update(report, applied, stood_out, batch.batch)
-            self.skips.refuse(self.guards, self.progress.consecutive_skips, self.progress.update, self.state())
+        for _ in progress(self.remaining(), self.config.kind, total=self.total - self.progress.update):
+            try:
+                self.advance()
+            except GroupError as error:
+                self.recovery.survive(error, self)
             self.stop_if_asked()
-        self.commit()  # a run that was killed after its last update may lack final/
+        self._closing = True
+        self.surviving(self.commit)  # a run that was killed after its last update may lack final/
+
+    def remaining(self) -> Iterator[int]:
+        """The updates that are left, by their numbers from 0; some again where the run went back."""
+        while self.progress.update < self.total:
+            yield self.progress.update
+
+    def advance(self) -> None:
+        """Make one update, and do what is due after it."""
+        mends, self.touched = self.recovery.mends, True
+        with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
+            self.checkpoints.raise_failure()
+            batch, schedule = self.next_batch()
+        with self.journal.phase("update"):
+            report, applied, stood_out = self.update(batch, schedule)
+        with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
+            self.after_update(report, applied, stood_out, batch.batch)
+        self.skips.refuse(self.guards, self.progress.consecutive_skips, self.progress.update, self.state())
+
+    def surviving(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, which is done again where the group is lost meanwhile."""
+        while True:
+            try:
+                return work()
+            except GroupError as error:
+                self.recovery.survive(error, self)
+
+    # What recovery asks of a trainer
+
+    unit = "update"
+
+    @property
+    def finished_step(self) -> int:
+        """The last update that was made."""
+        return self.progress.update
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.total
+
+    def finished_state(self) -> Mapping[str, Any]:
+        """The driver's part of a checkpoint."""
+        return self.state()
+
+    def come_back(self, plan: Plan, state: Mapping[str, Any] | None) -> None:
+        """Go on from the commit that the group has loaded, or from the beginning."""
+        if self._closing and plan.back_to < self.total:
+            raise RlhfRayError(f"the last update is not committed, and only update {plan.back_to} could be evaluated")
+        self.checkpoints.run.go_back(plan.back_to)
+        self.take_up(state)
 
     def evaluation(self) -> dict[str, float]:
         """Evaluate and log the model as it is now."""
@@ -229,9 +283,15 @@ class SupervisedTrainer:
 
     def restore(self) -> None:
         """Load the checkpoint that the run goes on from, if there is one."""
-        state = self.checkpoints.restore()
-        if state is not None:
-            self.progress = SupervisedProgress.at(self.checkpoints.checkpoint)
+        self.take_up(self.checkpoints.restore())
+
+    def take_up(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from the driver's part of a checkpoint, or from the beginning of the run."""
+        self.progress = SupervisedProgress.at(self.checkpoints.checkpoint)
+        if state is None:
+            self.order = ShuffledOrder(self.config.run.seed, self.task.parts)
+            self.guards = Guards(self.config.guards)
+        else:
             self.order = ShuffledOrder.from_state(state["order"], self.task.parts)
             self.guards.restore(state.get("guards"))
         if self.best is not None:

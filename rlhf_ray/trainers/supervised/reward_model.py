@@ -44,7 +44,7 @@ def train_reward_model(
     max_tokens = config.reward.forward_tokens(config.batch)
     with Session(config, run, place=place) as session:
         started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
-        reward = started.load().result()
+        reward = started.load(config.run.max_group_restarts).result()
         held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
         saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer, record)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
@@ -65,11 +65,11 @@ def train_reward_model(
             )
             trainer.run()
             with closing(run, updates, "the last evaluation, from which final/config.json gets its mean and std,"):
-                figures = trainer.evaluation()
+                figures = trainer.surviving(trainer.evaluation)
                 saver.normalize_final(run, figures)
                 journal.add_facts(settle_best(best, updates, figures))
                 if held_out is not None:
-                    probes = measure_probes(config.data, reward, tokenizer, max_tokens)
+                    probes = trainer.surviving(lambda: measure_probes(config.data, reward, tokenizer, max_tokens))
                     if probes is not None:
                         journal.log_evaluation(updates, probes.figures, headline=False)
                     table = None if probes is None else probes.table

@@ -32,7 +32,7 @@ def train_sft(
     task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts, config.epochs)
     updates = task.total_updates(checkpoint)
     with Session(config, run, place=place) as session:
-        policy = session.policy(config.policy, total_updates=updates).load().result()
+        policy = session.policy(config.policy, total_updates=updates).load(config.run.max_group_restarts).result()
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
         session.cleanup.callback(checkpoints.close)
         with Journal(run, config) as journal, Watchdog(run, config, journal, session):
@@ -48,7 +48,7 @@ def train_sft(
             )
             trainer.run()
             with closing(run, updates, "the last evaluation"):
-                trainer.evaluation()
+                trainer.surviving(trainer.evaluation)
             with closing(run, updates, "the report"):
                 journal.finish()
 

@@ -20,10 +20,9 @@ from rlhf_ray.errors import DeadRankError, GroupError
 from rlhf_ray.launch.driver import train_new_run
 from rlhf_ray.pending import Pending
 from rlhf_ray.runs.directory import RunDirectory
-from tests.trainers.small_runs import TINY_PPO, signals_as_before
+from tests.trainers.small_runs import TINY_PPO, config_of, signals_as_before
 
 Fault = Literal["dies before", "dies after", "raises before", "raises after"]
-LEARNS = ("policy", "critic")
 EVERY_ROLE = [
     "policy.ranks=1", "policy.engine.zero=0", "rollout.backend=transformers", "rollout.engines=1",
     "rollout.max_new_tokens=4", "monitoring.ray_metrics=false", "run.name=late", "steps=3",
@@ -39,8 +38,12 @@ class Script:
     """When ranks fail: ``when`` is asked before every call, with the role, the method and the number of calls before."""
 
     when: Callable[[str, str, int], Fault | None] = lambda role, method, number: None
+    fails_to_load: bool = False
+    """Whether loading a model counts as a call."""
     calls: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str, Fault]] = field(default_factory=list)
+    failed_at: int = 0
+    """For ``when`` to remember the number of a call."""
 
 
 class FailingRanks(InProcessRanks):
@@ -60,7 +63,7 @@ class FailingRanks(InProcessRanks):
         key: str | None = None,
     ) -> Pending[list[Any]]:
         fault = None
-        if self.role != "rollout" and method not in ("setup", "health"):
+        if self.role != "rollout" and method != "health" and (method != "setup" or self.script.fails_to_load):
             number = len(self.script.calls)
             self.script.calls.append((self.role, method))
             fault = self.script.when(self.role, method, number)
@@ -99,6 +102,11 @@ class FailingPlace(ThisProcess):
         ranks.script = self.script
         ranks.workers = self.workers.setdefault(ranks.role, [ranks.worker])
         return ranks
+
+
+def train_kind_with(kind: str, root: Path, script: Script, *overrides: str) -> tuple[RunDirectory, FailingPlace]:
+    """Train a run of another kind, of ``small_runs``, to the end while ranks fail as ``script`` says."""
+    return train_with(config_of(kind, root, "run.max_group_restarts=1000", *overrides), script)
 
 
 def config_of_every_role(root: Path, *overrides: str) -> Any:

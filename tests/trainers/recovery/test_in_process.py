@@ -9,14 +9,16 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_ray.actors.workers.critic import CriticWorker
 from rlhf_ray.errors import GroupError, ResumableStop
 from rlhf_ray.runs.directory import RunDirectory
-from tests.trainers.recovery.failing_place import Fault, Script, config_of_every_role, train_with
+from tests.trainers.recovery.failing_place import Fault, Script, config_of_every_role, train_kind_with, train_with
 from tests.trainers.small_runs import ask_to_stop
 
 pytestmark = pytest.mark.early
@@ -156,3 +158,122 @@ def test_a_run_that_is_to_stop_does_not_wait_for_a_restart(tmp_path: Path) -> No
         train_with(config_of_every_role(tmp_path), script)
     run = RunDirectory(tmp_path / "late")
     assert run.checkpoints.steps() == [1] and [one.action for one in run.incidents.read()] == ["stopped"]
+
+
+@pytest.mark.parametrize("zero", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
+def test_a_group_that_lives_takes_up_a_commit_at_every_zero_stage(zero: int, tmp_path: Path) -> None:
+    stages = [f"policy.engine.zero={zero}", f"critic.engine.zero={zero}", "steps=2", "evaluation.every_steps=0"]
+    (tmp_path / "whole").mkdir()
+    whole, _ = train_with(config_of_every_role(tmp_path / "whole", *stages), Script())
+
+    def when(role: str, method: str, number: int) -> Fault | None:
+        """The critic dies after gradients of the second step were added up, in the policy too, and again after its update."""
+        late = (role, method) in (("critic", "accumulate"), ("critic", "apply")) and script.calls.count(
+            ("critic", method)
+        ) == 4
+        return "dies after" if late and method not in {each[1] for each in script.failed} else None
+
+    script = Script(when)
+    run, place = train_with(config_of_every_role(tmp_path, *stages), script)
+    assert [method for _, method, _ in script.failed] == ["accumulate", "apply"]
+    assert len(place.workers["policy"]) == 1, (
+        "it lives, with gradients, an update and moments that must be as if never there"
+    )
+    assert_same(run, results(whole), zero)
+
+
+@pytest.mark.parametrize("mode", ["one_step_off", pytest.param("windowed", marks=pytest.mark.long)])
+def test_samples_that_are_there_are_not_lost_and_each_prompt_is_used_once(mode: str, tmp_path: Path) -> None:
+    settings = [f"rollout.mode={mode}", "steps=4", "checkpoint.every_steps=2", "evaluation.every_steps=0"]
+    settings += ["run.deterministic=false"] * (mode == "windowed")
+    (tmp_path / "whole").mkdir()
+    whole, _ = train_with(config_of_every_role(tmp_path / "whole", *settings), Script())
+    wanted = {("reference", "log_probs"): 4, ("critic", "apply"): 7}
+
+    def when(role: str, method: str, number: int) -> Fault | None:
+        due = script.calls.count((role, method)) == wanted.get((role, method))
+        return "dies before" if due and (role, method, "dies before") not in script.failed else None
+
+    script = Script(when)
+    run, _ = train_with(config_of_every_role(tmp_path, *settings), script)
+    assert len(script.failed) == 2
+    first, second = run.incidents.read()
+    assert (first.role, first.lost_steps, second.role) == ("reference", 0, "critic") and second.back_to in (2, 3)
+    if mode == "one_step_off":
+        assert_same(run, results(whole), mode)
+    else:  # what is sampled when is a matter of time
+        assert [entry.prompt_ids for entry in run.ledger.entries()] == [e.prompt_ids for e in whole.ledger.entries()]
+
+
+@pytest.mark.parametrize("kind", ["sft", pytest.param("rm", marks=pytest.mark.long)])
+def test_supervised_training_goes_on_from_its_last_commit_in_the_same_bits(kind: str, tmp_path: Path) -> None:
+    settings = ["evaluation.every_steps=1", "checkpoint.every_steps=1"]
+    (tmp_path / "whole").mkdir()
+    whole, _ = train_kind_with(kind, tmp_path / "whole", undisturbed := Script(), *settings)
+    left = [(method, fault) for method in ("accumulate", "apply", "save") for fault in FAULTS]
+    random.Random(kind).shuffle(left)
+
+    def when(role: str, method: str, number: int) -> Fault | None:
+        """Each fault once at each method that changes something, and at no two calls in a row."""
+        due = [fault for one, fault in left if one == method]
+        if not due or (script.failed and number < script.failed_at + 3):
+            return None
+        left.remove((method, due[0]))
+        script.failed_at = number
+        return due[0]
+
+    script = Script(when)
+    run, place = train_kind_with(kind, tmp_path, script, *settings)
+    expected, found = (load_file(one.final / "model.safetensors") for one in (whole, run))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(script.failed) >= 6, (left, undisturbed.calls)
+    figures = [
+        [{name: value for name, value in line.items() if name.startswith(LEARNED)} for line in one.metrics.read()]
+        for one in (whole, run)
+    ]
+    assert figures[0] == figures[1]
+    assert len(run.incidents.read()) == len(script.failed)
+    assert len(next(iter(place.workers.values()))) == len(script.failed) + 1
+
+
+def test_what_a_lost_rank_still_writes_is_in_no_checkpoint(tmp_path: Path) -> None:
+    """The first critic lives on, cut off, and writes into the directory of the save in which it was lost, after the next."""
+    written: list[Path] = []
+
+    def when(role: str, method: str, number: int) -> Fault | None:
+        return "dies after" if (role, method) == ("critic", "save") and not script.failed else None
+
+    script = Script(when)
+    save = CriticWorker.save
+
+    def note(worker: CriticWorker, directory: str) -> Any:
+        written.append(Path(directory))
+        return save(worker, directory)
+
+    with mock.patch.object(CriticWorker, "save", note):
+        run, place = train_with(config_of_every_role(tmp_path, "checkpoint.every_steps=1"), script)
+    lost, living = place.workers["critic"][:2]
+    assert lost is not living and len(set(written)) == len(written) == 4, (
+        "each attempt at a commit has a directory of its own"
+    )
+    before = {path: path.read_bytes() for path in run.checkpoints.directory.rglob("*") if path.is_file()}
+    lost.save(str(written[0]))
+    assert {path: path.read_bytes() for path in before} == before
+    newest = run.checkpoints.latest_valid()
+    assert newest is not None and newest.step == run.checkpoints.steps()[-1] == 3
+
+
+def test_a_rank_that_dies_while_it_loads_is_started_again(tmp_path: Path) -> None:
+    dies = {"policy": 2, "reference": 1, "reward": 2}
+
+    def when(role: str, method: str, number: int) -> Fault | None:
+        failed = sum(one == role for one, *_ in script.failed)
+        return "dies before" if method == "setup" and failed < dies.get(role, 0) else None
+
+    script = Script(when, fails_to_load=True)
+    run, _ = train_with(config_of_every_role(tmp_path, "run.max_group_restarts=2", "steps=1"), script)
+    assert len(script.failed) == 5 and run.is_finished
+    script = Script(lambda role, method, number: "dies before" if (role, method) == ("critic", "setup") else None, True)
+    with pytest.raises(GroupError, match="critic rank 0 failed in setup"):
+        train_with(config_of_every_role(tmp_path / "again", "run.max_group_restarts=2"), script)
+    assert len(script.failed) == 3
