@@ -51,6 +51,7 @@ faults: setup  ## the long fault campaign; what has a valid verdict in the matri
 	@$(PYTHON_BIN) -m tests.faults.serving
 	@$(PYTHON_BIN) -m tests.faults.endings
 	@$(PYTHON_BIN) -m tests.faults.kills
+	@$(PYTHON_BIN) -m tests.faults.groups
 	@$(PYTHON_BIN) -m tests.faults.window_kills
 
 nodes: setup  ## two machines made of namespaces on this one: ranks on both, a node that dies, a disk that is not shared; needs root

@@ -2,8 +2,8 @@
 
 Invariants: the way follows from where policy and engines were placed, once, and is logged. From GPU to GPU the connection is
 made anew whenever the processes that are alive have changed: another engine, or the same one restarted. An update that fails
-there fails as a whole, because all engines take part in the same broadcast; then none counts as updated, and the run ends, to
-be resumed from its last commit.
+there fails as a whole, because all engines take part in the same broadcast; then none counts as updated, and the policy
+counts as failed.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class Killer:
         self.victims = dict(victims)
         self.calls: Counter[tuple[str, str]] = Counter()
         self.groups: dict[str, Group] = {}
+        self.recovery: Recovery | None = None
         self.killed: list[str] = []
         self.replaced: list[dict[str, bool]] = []
         """After each recovery, by role, whether its processes are others than before."""
@@ -63,13 +64,18 @@ class Killer:
         asked = {role: group.health(60.0) for role, group in self.groups.items()}
         return {role: tuple(one["pid"] for one in answer.result()) for role, answer in asked.items()}
 
+    def is_due(self, role: str, method: str) -> bool:
+        """Whether this call is to meet a death, which then is due no more."""
+        due = self.victims.get((role, method)) == self.calls[role, method]
+        if due:
+            del self.victims[role, method]
+        return due
+
     def call(self, ranks: RayRanks, method: str, *arguments: Any, **options: Any) -> Pending[list[Any]]:
         """``RayRanks.call``, with a death on the way where one is due."""
-        who = (ranks.role, method)
-        self.calls[who] += 1
-        if self.victims.get(who) != self.calls[who]:
+        self.calls[ranks.role, method] += 1
+        if not self.is_due(ranks.role, method):
             return self._call(ranks, method, *arguments, **options)
-        del self.victims[who]
         self.before = self.processes()
         pending = self._call(ranks, method, *arguments, **options)
         os.kill(self.before[ranks.role][0], signal.SIGKILL)
@@ -87,7 +93,7 @@ class Killer:
 
         def remember(recovery: Recovery, groups: Any, *rest: Any) -> None:
             init(recovery, groups, *rest)
-            killer.groups = recovery.groups
+            killer.groups, killer.recovery = recovery.groups, recovery
 
         self._patches = [
             mock.patch.object(RayRanks, "call", lambda *a, **o: killer.call(*a, **o)),

@@ -12,6 +12,7 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.request import ScoreRequest
+from rlhf_ray.serving.expose_run import bring_back
 from rlhf_ray.trainers.ppo import build
 from tests.trainers.test_rewards_in_process import TINY_PPO, rows, start, tiny_model
 
@@ -25,6 +26,13 @@ def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.M
         answer = httpx.post(f"{address}/v1/reward", json={"items": [{"token_ids": [5, 6, 7]}]}, timeout=30).json()
         seen["over HTTP"] = answer["results"][0]["raw"]
         seen["in the run"] = groups["reward"].score([ScoreRequest(token_ids=(5, 6, 7))]).result()[0].raw
+        lost = groups["reward"].ranks.worker
+        groups["reward"].ranks.end()
+        answer = httpx.post(f"{address}/v1/reward", json={"items": [{"token_ids": [5, 6, 7]}]}, timeout=60).json()
+        seen["after its death"] = answer["results"][0]["raw"]
+        living = groups["reward"].ranks.worker
+        assert living is not lost
+        assert bring_back(groups["reward"]).ranks.worker is living, "whoever comes later finds it back"  # type: ignore[attr-defined]
         return address
 
     monkeypatch.setattr(build, "expose", expose_and_ask)
@@ -34,6 +42,7 @@ def test_a_run_answers_with_its_own_scores(tmp_path: Path, monkeypatch: pytest.M
     build.train_ppo(config, run, None, place=ThisProcess(config.cluster))
     assert seen["over HTTP"] is not None
     assert seen["over HTTP"] == pytest.approx(seen["in the run"], abs=1e-6)
+    assert seen["after its death"] == seen["over HTTP"], "the port stays open, and a request waits for the group"
 
 
 @pytest.mark.parametrize(

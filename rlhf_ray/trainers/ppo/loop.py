@@ -370,7 +370,7 @@ class PpoTrainer:
 
     def finish(self) -> None:
         """Check the ledger, compare a last time, and write the report; a run that was killed may lack ``final/`` too."""
-        self.save_checkpoint()
+        self.carry_on_with(self.save_checkpoint)
         run, step = self.run_directory, self.progress.step
         with closing(run, step, "the last evaluation"):
             epochs = self.prompts.account(run.ledger)

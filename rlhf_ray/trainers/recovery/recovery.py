@@ -25,6 +25,8 @@ from rlhf_ray.trainers.recovery.decision import Plan, decide
 from rlhf_ray.trainers.stopping import stop_requested, stopped
 
 KEY = "run.max_group_restarts"
+HEALTH_S = 30.0
+"""How long a group may take to say that it lives, on a machine that may have much to do."""
 
 
 class Recoverable(Protocol):
@@ -117,7 +119,7 @@ class Recovery:
         lost, asked = {error.role}, dict[str, Pending[Any]]()
         for role, group in self.groups.items():
             try:
-                asked[role] = group.health()
+                asked[role] = group.health(HEALTH_S)
             except GroupError:  # there is nobody to ask
                 lost.add(role)
         for role, answer in asked.items():
