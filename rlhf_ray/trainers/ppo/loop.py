@@ -137,8 +137,8 @@ class PpoTrainer:
                     self.to_do.popleft()
 
     def commits_nothing(self, error: Exception) -> bool:
-        """Whether ``error`` commits nothing: it left half a step, or is that of too many skips, which see to it themselves."""
-        return self.touched or self.to_do[0] == self.refuse_skips
+        """Whether ``error`` commits nothing: it left half a step, or came from what sees to it by itself."""
+        return self.touched or self.to_do[0] in (self.refuse_skips, self.compare_last)
 
     # What recovery asks of a trainer
 
