@@ -18,7 +18,7 @@ WAITS: dict[str, str] = {
     "actors/shells.py call_engines ray.wait": IN_A_CALL,
     "actors/shells.py call_engines ray.get": "it is there: ray.wait has returned it",
     "actors/shells.py _fetched ray.get": IN_A_CALL,
-    "engine/saving/writer.py result join": "a rank waits in a call, which has a deadline; the driver for a thread of such calls",
+    "engine/saving/writer.py result join": "on a rank it is in a call, with a deadline; in the driver it waits for such calls",
     "engine/universal.py _convert wait": "the conversion of a checkpoint takes what its size takes, and ends with this process",
     "environments/process.py run_child recv": BY_ITS_PARENT,
     "environments/verifiers.py read readline": "the question that it is for has rollout.environment.timeout_s",
