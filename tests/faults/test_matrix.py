@@ -101,6 +101,12 @@ def test_what_was_missed_in_the_next_step_only_is_read_to_the_end_of_that_step()
     overcome, nothing = (read_hit(seen, "policy/update/hang", incidents) for incidents in ([noticed], []))
     assert overcome is not None and (overcome.seconds, overcome.detected_s, overcome.silence_s) == (14.0, 3.0, 12.0)
     assert nothing is not None and (nothing.seconds, nothing.detected_s) == (1.0, None)
+    another = events(*BEFORE, *late, (8.5, "hit", {"cell": "critic/log_probs/hang"}))
+    first, second = (read_hit(another, cell, [noticed]) for cell in ("policy/update/hang", "critic/log_probs/hang"))
+    assert first is not None and (first.seconds, first.detected_s) == (1.0, None), (
+        "what the next one cost is not its affair"
+    )
+    assert second is not None and (second.seconds, second.detected_s) == (11.5, 0.5)
 
 
 @pytest.mark.parametrize(
