@@ -33,7 +33,7 @@ CALLS: dict[Phase, dict[Role, str]] = {
     "log_probs": {"policy": "log_probs", "critic": "values", "reference": "log_probs"},
     "update": {"policy": "accumulate", "critic": "accumulate"},
     "weights": {"policy": "publish_weights", "rollout": "receive"},
-    "checkpoint": {"policy": "save", "critic": "save"},
+    "checkpoint": {"policy": "begin_save", "critic": "begin_save"},
     "evaluation": {"reward": "score", "rollout": "generate"},
 }
 """What the ranks of a role are asked for in a phase; a role that is not there has no work in it."""
@@ -60,7 +60,7 @@ OF_PHASE: dict[Phase, tuple[str, ...]] = {
     "log_probs": ("trainers/ppo/experience.py",),
     "update": ("trainers/ppo/update.py", "engine"),
     "weights": ("actors/publisher.py", "rollout/weights", "rollout/wire.py", "rollout/fleet"),
-    "checkpoint": ("trainers/checkpointing.py", "engine/shards.py"),
+    "checkpoint": ("trainers/checkpointing.py", "engine/shards.py", "engine/saving"),
     "evaluation": ("trainers/ppo/evaluation.py", "trainers/ppo/experience.py"),
 }
 

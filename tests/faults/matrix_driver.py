@@ -89,9 +89,10 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
 
 def arm(worker: Any, method: str, cell: str, fault: str, seconds: float, events: str) -> None:
     """Have the next call of ``method`` of a worker fail, hang or take ``seconds`` more; runs in the worker's process."""
-    holder, name = {"setup": (worker, "take_device"), "save": (getattr(worker, "engine", None), "save_shards")}.get(
-        method, (worker, "doing")
-    )
+    holder, name = {
+        "setup": (worker, "take_device"),
+        "begin_save": (getattr(worker, "engine", None), "begin_saving"),
+    }.get(method, (worker, "doing"))
     original = getattr(holder, name)
 
     def hit(*arguments: Any, **options: Any) -> Any:

@@ -41,6 +41,7 @@ class Unsynced:
 
     content: dict[int, bytes] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
+    removed_directories: int = 0
 
     def written(self, path: str) -> None:
         """A file is about to be written or cut."""
@@ -61,7 +62,8 @@ class Unsynced:
 
     def emptied(self, path: str) -> None:
         """A directory is about to be removed."""
-        inode, number = os.lstat(path).st_ino, -1 - len(self.changes)
+        self.removed_directories += 1
+        inode, number = os.lstat(path).st_ino, -self.removed_directories
         for change in self.changes:
             if change.directory == inode:
                 change.directory = number

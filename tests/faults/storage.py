@@ -99,6 +99,7 @@ class Saved:
 
         def save() -> None:
             checkpoints.save(step, self.state)
+            checkpoints.settle()
             checkpoints.save_final(step, self.parts)
 
         return save

@@ -28,6 +28,7 @@ RECEIVE, SEND = 0xC0502100, 0xC0182101
 NOTICE = struct.Struct("QIIiIQ6Q")
 ANSWER = struct.Struct("QqiI")
 HERE = -100 & 0xFFFFFFFF
+PAGE = os.sysconf("SC_PAGESIZE")
 KINDS = {
     "read": "read", "pread64": "read", "getdents64": "read", "write": "write", "pwrite64": "write", "writev": "write",
     "sendfile": "write", "copy_file_range": "write", "ftruncate": "write", "fsync": "flush", "fdatasync": "flush",
@@ -56,7 +57,10 @@ class Call:
         place = self.arguments[argument]
         with open(f"/proc/{self.thread}/mem", "rb", buffering=0) as memory:
             memory.seek(place)
-            text = os.fsdecode(memory.read(min(4096, 4096 - place % 4096) or 4096).split(b"\0", 1)[0])
+            raw = memory.read(PAGE - place % PAGE)  # what follows may not be there
+            while b"\0" not in raw:
+                raw += memory.read(PAGE)
+        text = os.fsdecode(raw.split(b"\0", 1)[0])
         opened = None if directory is None else self.arguments[directory] & 0xFFFFFFFF
         base = os.readlink(f"/proc/{self.thread}/cwd") if opened in (None, HERE) else self.opened(opened or 0)
         return os.path.normpath(os.path.join(base, text))
