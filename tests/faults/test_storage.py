@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.early,
     pytest.mark.skipif(not possible(), reason="this machine lets no process watch its file operations"),
 ]
-SAMPLE = 3
+SAMPLE = 2
 """Faults of each error that are tried here."""
-EVERY = 11
+EVERY = 15
 """Of the states that a crash may leave, each so-many-th is looked at here."""
 
 
@@ -45,7 +45,7 @@ def test_a_kill_or_a_power_cut_before_any_file_operation_of_a_save_leaves_whole_
     made = storage.crashes(saved, operations, tally, ("nothing", "bytes and names"), EVERY)
     calls = {one.call for one in made}
     assert {"fsync", "rename", "renameat2", "sendfile", "writev"} <= calls, "Python's, torch's and safetensors' calls"
-    assert len(made) >= 200 and sum(tally.tried.values()) >= 15
+    assert len(made) >= 200 and sum(tally.tried.values()) >= 9
     assert tally.troubles == []
 
 
@@ -61,7 +61,7 @@ def test_a_disk_that_fails_at_a_file_operation_ends_the_save_by_name_and_costs_n
     for at, _ in points[:: len(points) // SAMPLE]:
         storage.fault(saved, operations, tally, at, code, load=False)
     assert tally.troubles == []
-    assert tally.endings["StorageError"] + tally.endings["DiskFullError"] >= SAMPLE - 2, tally.endings
+    assert tally.endings["StorageError"] + tally.endings["DiskFullError"] >= 1, tally.endings
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(saved: Saved) -> None:
