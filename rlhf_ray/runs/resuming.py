@@ -142,6 +142,8 @@ def _resume(run: RunDirectory, overrides: Sequence[str], accept: Collection[str]
     config, changes = continuation.config, continuation.changes
     run.checkpoints.keep = max(run.checkpoints.keep, config.checkpoint.keep)
     checkpoint = run.checkpoints.latest_valid()
+    if checkpoint is not None:
+        _check_job(config, checkpoint)
     _check_length(config, run, checkpoint)
     now, record = fingerprint_inputs(config), read_record(run.inputs_path)
     known = None if record is None else record.inputs
@@ -179,6 +181,26 @@ def naming_fewer_ranks(config: TrainingJob, run: RunDirectory) -> Iterator[None]
         raise CapacityError(
             f"{error}\nTo go on with fewer ranks, if the machines are gone for good: rlhf-ray resume {run.path} "
             f"{' '.join(several)}"
+        ) from error
+
+
+TRAINED = ("policy", "critic", "reward")
+"""Roles that learn in some job; a checkpoint has a directory for each that learns in its own."""
+
+
+def _check_job(config: TrainingJob, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of another kind of job or another algorithm, which somebody put here."""
+    held = {name for name in TRAINED if (checkpoint.path / name).is_dir()}
+    trained = {key for key, role in config.roles().items() if role.trained}
+    way = "put the checkpoints of this run back in its place, or start a new run"
+    if held and held != trained:
+        theirs, ours = (" and ".join(sorted(roles)) for roles in (held, trained))
+        raise RequestError(f"{checkpoint.path} holds the training of {theirs}, and this run trains {ours}: {way}")
+    try:
+        config.length_done(checkpoint.manifest.about["state"])
+    except (KeyError, TypeError) as error:
+        raise RequestError(
+            f"{checkpoint.path} is not of a job of kind {config.kind} (it has no {error}): {way}"
         ) from error
 
 

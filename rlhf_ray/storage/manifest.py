@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import IntegrityError, StorageError
+from rlhf_ray.errors import IntegrityError, RequestError, StorageError
 from rlhf_ray.processes import progress
 from rlhf_ray.storage.atomic import PendingDirectory, begin_directory, flush
 from rlhf_ray.storage.failures import storage_errors
@@ -63,11 +63,23 @@ class Manifest:
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
             manifest = cls(files, content["about"])
             intact = manifest.to_bytes() == raw
+            of_another_version = not intact and _is_of_another_version(content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise IntegrityError(f"{source} is damaged: {error or type(error).__name__}") from error
+        if of_another_version:
+            raise RequestError(
+                f"{source} was written by another version of rlhf_ray, in format {content['format']!r}; this one reads format "
+                f"{FORMAT}: go on with that version"
+            )
         if not intact:
             raise IntegrityError(f"{source} is damaged: its content does not match its own checksum")
         return manifest
+
+
+def _is_of_another_version(content: Mapping[str, Any]) -> bool:
+    """Whether a manifest of another format is whole."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return bool(content["format"] != FORMAT and content["checksum"] == hashlib.sha256(_render(rest)).hexdigest())
 
 
 def _render(content: Mapping[str, Any]) -> bytes:
