@@ -116,7 +116,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "": {"kind": METHOD, "steps": LENGTH, "epochs": LENGTH, "save": FREE, "critic": METHOD, "reference": METHOD,
          "expose": FREE},
     "run": {"name": PLACE, "root": PLACE, "seed": SEED, "deterministic": REPEATS,
-            **_same(FREE, "max_consecutive_skips", "max_restarts", "max_group_restarts", "stall_floor_s")},
+            **_same(FREE, "max_consecutive_skips", "max_restarts", "max_group_restarts", "stall_floor_s", "stop_grace_s")},
     "cluster": _same(FREE, "address", "num_cpus", "object_store_mb", "dashboard", "colocate", "placement_timeout_s",
                      "start_timeout_s", "call_timeout_s"),
     "guards": _same(FREE, "loss", "gradient_norm", "kl_above", "window", "budget", "on_budget", "max_going_back"),

@@ -77,6 +77,11 @@ class Session:
         return role.model_copy(update={"resources": resources.model_copy(update={"gpus_per_rank": 1.0})})
 
     @property
+    def in_other_processes(self) -> bool:
+        """Whether ranks live on a cluster, and not in this process."""
+        return self._cluster is not None
+
+    @property
     def place(self) -> Place:
         """Where ranks live; there is none before the ``with`` block."""
         assert self._place is not None, "a session starts groups inside its with block"

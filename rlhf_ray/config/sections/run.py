@@ -23,6 +23,8 @@ class RunConfig(Section):
     max_consecutive_skips: Positive = 5
     max_restarts: NonNegative = 0
     """How often a driver that died is started again, from its last commit."""
+    stop_grace_s: PositiveFloat = 30.0
+    """How long a run has to end after it was asked to stop: a PPO step that would take longer is broken off."""
     stall_floor_s: PositiveFloat = 60.0
     """How long a phase, or a call, may take at least before it counts as stalled; above that, six times its own median."""
     max_group_restarts: NonNegative = 3

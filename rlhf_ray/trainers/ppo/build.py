@@ -51,6 +51,7 @@ from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
 from rlhf_ray.trainers.recovery import Recovery
 from rlhf_ray.trainers.session import Session
+from rlhf_ray.trainers.stopping import Grace
 from rlhf_ray.trainers.watchdog import Watchdog
 
 
@@ -172,6 +173,10 @@ def build(
         journal=journal,
         progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step, config.guards),
         recovery=Recovery([*groups.by_role.values(), *groups.rewards.values()], checkpoints, config.run),
+        grace=Grace(
+            config.run.stop_grace_s if mode.trains_on_newest else None,  # other modes hand their answers out once
+            waits=session.in_other_processes and not config.cluster.colocate,
+        ),
     )
 
 

@@ -40,7 +40,7 @@ from rlhf_ray.trainers.ppo.self_check import CHECKED_PROMPTS, SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner, StepOutcome
 from rlhf_ray.trainers.recovery import Plan, Recovery
 from rlhf_ray.trainers.rollback import SkipPolicy
-from rlhf_ray.trainers.stopping import steps_begin, stop_requested, stopped
+from rlhf_ray.trainers.stopping import Grace, steps_begin, stop_requested, stopped
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 
@@ -80,6 +80,8 @@ class PpoTrainer:
     state: dict[str, Any] = field(default_factory=dict)
     """The driver's part of a checkpoint after the last finished step: a step that has begun has moved the prompts on."""
     unit: str = "step"
+    grace: Grace = field(default_factory=Grace)
+    """Whether a step still ends in time after a request to stop."""
     newest_compared: bool = False
     """Whether this attempt has compared log-probs on answers of weights that it had sent."""
     touched: bool = False
@@ -116,7 +118,10 @@ class PpoTrainer:
         self.journal.clock.take()  # the time that starting took belongs to no step
         self.carry_on_with(self.stop_if_asked)
         while self.progress.step < self.config.steps:
-            self.carry_on_with(self.step)
+            with self.grace.step(self.progress.step + 1):
+                self.carry_on_with(self.step)
+            if stop_requested():
+                self.to_do.clear()  # the rest of a step that was broken off
             self.carry_on_with(self.stop_if_asked)
 
     def carry_on_with(self, *work: Callable[[], None]) -> None:
@@ -190,7 +195,8 @@ class PpoTrainer:
     def step(self) -> None:
         """One step of PPO, in the order in which the data moves: sample, score, learn, record; publishing is left to do."""
         progress = self.progress
-        prepared = self.prepare()
+        with self.grace.part_without_learning():
+            prepared = self.prepare()
         self.touched = True
         with self.journal.phase("update"):
             train_policy = progress.step >= self.config.algorithm.critic_warmup_steps
