@@ -1,7 +1,7 @@
 """A run that goes on with other numbers of ranks, on the whole real stack.
 
-What must hold: its steps take the same prompts, rewards and gradients as those of a run that never stopped, and its attempts
-say what was changed.
+What must hold: its steps have the same losses and gradients as those of a run that never stopped, and those of PPO the same
+prompts and rewards; its attempts say what was changed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,47 @@ SETTINGS = [
     *(f"{role}.engine.optimizer.warmup_fraction=0" for role in ("policy", "critic")),
 ]  # fmt: skip
 COMPARED = ("reward/mean", "reward/std", "loss/policy", "loss/value", "grad_norm/policy", "grad_norm/critic")
+SFT = [
+    "cluster.num_cpus=2", "policy.model.make.shape=llama-tiny", "policy.model.dtype=fp32", "policy.ranks=2",
+    "policy.resources.cpus_per_rank=0.3", "policy.engine.zero=2",
+    "policy.engine.optimizer={learning_rate: 0.005, weight_decay: 0.1, schedule: constant, warmup_fraction: 0}",
+    "data.world.demonstrations=96", "batch.sequences_per_update=32", "evaluation.every_steps=0",
+    "checkpoint.every_steps=3",
+]  # fmt: skip
+
+
+def changes_of(run: Path) -> list[dict[str, object]]:
+    """What each attempt of a run changed, by key."""
+    lines = (run / "attempts.jsonl").read_text().splitlines()
+    return [{change["key"]: change["to"] for change in json.loads(line)["changes"]} for line in lines]
+
+
+def left_beside_the_checkpoints(run: Path) -> list[str]:
+    return [path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("step-")]
+
+
+@pytest.mark.long
+def test_fine_tuning_by_two_ranks_goes_on_with_one_and_then_with_three(tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run("train", "sft", "demo-sft", f"run.root={whole}", "epochs=3", *SFT)
+    run("train", "sft", "demo-sft", f"run.root={moved}", "epochs=1", *SFT)
+    run("resume", moved / "demo-sft", "epochs=2", "policy.ranks=1")
+    run("resume", moved / "demo-sft", "epochs=3", "policy.ranks=3")
+
+    one, other = (
+        [
+            (line["step"], line["loss/sft"], line["grad_norm"])
+            for line in metrics(root / "demo-sft")
+            if "loss/sft" in line
+        ]
+        for root in (whole, moved)
+    )
+    assert [step for step, *_ in one] == list(range(1, 10))
+    assert [value for line in other for value in line] == pytest.approx(
+        [value for line in one for value in line], rel=1e-4
+    )
+    assert [change.get("policy.ranks") for change in changes_of(moved / "demo-sft")] == [None, 1, 3]
+    assert left_beside_the_checkpoints(moved / "demo-sft") == []
 
 
 @pytest.mark.long
@@ -42,11 +83,7 @@ def test_a_run_with_two_ranks_goes_on_with_one_and_then_with_three(tmp_path: Pat
         [entry.prompt_ids for entry in RunDirectory.open(root / "tiny").ledger.entries()] for root in (whole, moved)
     ]
     assert taken[0] == taken[1]
-    changes = [
-        {change["key"]: change["to"] for change in json.loads(line)["changes"]}
-        for line in (moved / "tiny" / "attempts.jsonl").read_text().splitlines()
-    ]
+    changes = changes_of(moved / "tiny")
     assert [change.get("policy.ranks") for change in changes] == [None, 1, 3]
     assert [change.get("critic.ranks") for change in changes] == [None, 2, None]
-    left = [path.name for path in (moved / "tiny" / "checkpoints").iterdir() if not path.name.startswith("step-")]
-    assert left == []
+    assert left_beside_the_checkpoints(moved / "tiny") == []
