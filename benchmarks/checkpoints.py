@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from benchmarks.figures import Figure, Figures
 from benchmarks.ppo import EARLIER, ROOT, checkout
 
-SEQUENCES, UPDATES, RANKS = 64, 40, 2
-EARLIER_UPDATES, EARLIER_EVERY = 12, 2
+SEQUENCES, UPDATES, RANKS = 64, 24, 2
+EARLIER_UPDATES, EARLIER_EVERY = 8, 2
 SETTINGS = (
     "policy.model.dtype=bf16", "policy.engine.zero=2", f"policy.ranks={RANKS}", f"batch.sequences_per_update={SEQUENCES}",
     "monitoring.ray_metrics=false",

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlhf_ray.engine.saving.copies import copied_state
 from rlhf_ray.engine.saving.room import KEPT_FREE, Room, _control_group, room_for, shortage
-from rlhf_ray.engine.saving.writer import NICE, Background
+from rlhf_ray.engine.saving.writer import Background, behind
 from rlhf_ray.errors import StorageError
 
 
@@ -110,6 +110,7 @@ def test_a_thread_works_behind_this_one_and_its_error_comes_out_each_time() -> N
     for _ in range(2):
         with pytest.raises(StorageError, match="no space"):
             work.result()
-    assert work.ended and priorities == [min(before + NICE, 19)] and os.getpriority(os.PRIO_PROCESS, 0) == before
+    assert work.ended and priorities == [behind(before)] and os.getpriority(os.PRIO_PROCESS, 0) == before
+    assert (behind(0), behind(15)) == (10, 19)
     done: Callable[[], int] = Background(lambda: 5, "test").result
     assert (done(), done()) == (5, 5)

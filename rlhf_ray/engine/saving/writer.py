@@ -15,6 +15,11 @@ NICE = 10
 """How far the thread stands back behind those that train: it gets about a tenth of a core where all are busy."""
 
 
+def behind(nice: int) -> int:
+    """The priority of the thread, where that of the others is ``nice``; 19 is the lowest."""
+    return min(19, nice + NICE)
+
+
 class Background(Generic[Value]):
     """Runs ``work`` from now on, in a thread of low priority."""
 
@@ -27,7 +32,7 @@ class Background(Generic[Value]):
     def _run(self, work: Callable[[], Value]) -> None:
         try:
             thread = threading.get_native_id()  # on Linux each thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICE))
+            os.setpriority(os.PRIO_PROCESS, thread, behind(os.getpriority(os.PRIO_PROCESS, thread)))
             self._value = work()
         except BaseException as error:  # raised again where the result is asked for
             self._error = error
