@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 WITHIN_S = 90.0
 START_S = 200.0
 SFT = ("sft", "demo-sft", *SMALL, "epochs=5000", "policy.ranks=2")
-PPO = ("ppo", str(ROOT / "tests" / "e2e" / "ppo_tiny.yaml"), "steps=100000")
+PPO = ("ppo", str(ROOT / "tests" / "e2e" / "ppo_tiny.yaml"), "steps=100000", "cluster.num_cpus=2")
 FOUND = ("is ended: it did not answer", "gave no sign of life", "is ended: the driver waits", "does not answer:")
 """What the log says when it is found out."""
 
