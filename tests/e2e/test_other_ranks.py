@@ -34,7 +34,7 @@ SFT = [
 def changes_of(run: Path) -> list[dict[str, object]]:
     """What each attempt of a run changed, by key."""
     lines = (run / "attempts.jsonl").read_text().splitlines()
-    return [{change["key"]: change["to"] for change in json.loads(line)["changes"]} for line in lines]
+    return [{change["key"]: change["to"] for change in json.loads(line).get("changes", [])} for line in lines]
 
 
 def left_beside_the_checkpoints(run: Path) -> list[str]:
