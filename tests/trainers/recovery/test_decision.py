@@ -11,6 +11,8 @@ from rlhf_ray.trainers.recovery import Plan, decide
 TRAINED = frozenset({"policy", "critic"})
 ROLES = sorted(TRAINED | {"reference", "reward"})
 LOSSES = [frozenset(some) for some in chain.from_iterable(combinations(ROLES, count) for count in range(1, 5))]
+NAMES = ["+".join(sorted(some)) for some in LOSSES]
+"""The order of a set differs from process to process, and processes that run tests side by side must name them alike."""
 STATES = [(step, touched, committed) for step in (0, 3) for touched in (False, True) for committed in (None, 0, 3)]
 POSSIBLE = [(step, touched, committed) for step, touched, committed in STATES if (committed or 0) <= step]
 
@@ -19,7 +21,7 @@ def plan_of(lost: set[str], step: int, touched: bool, committed: int | None) -> 
     return decide(lost, TRAINED, step=step, touched=touched, committed=committed)
 
 
-@pytest.mark.parametrize("lost", LOSSES, ids="+".join)
+@pytest.mark.parametrize("lost", LOSSES, ids=NAMES)
 def test_all_trained_groups_hold_the_weights_of_the_step_that_the_run_goes_back_to(lost: frozenset[str]) -> None:
     for step, touched, committed in POSSIBLE:
         plan = decide(lost, TRAINED, step=step, touched=touched, committed=committed)
@@ -31,7 +33,7 @@ def test_all_trained_groups_hold_the_weights_of_the_step_that_the_run_goes_back_
         assert lost <= plan.restart
 
 
-@pytest.mark.parametrize("lost", LOSSES, ids="+".join)
+@pytest.mark.parametrize("lost", LOSSES, ids=NAMES)
 def test_what_lives_keeps_its_processes_where_its_state_is_right_or_committed(lost: frozenset[str]) -> None:
     for step, touched, committed in POSSIBLE:
         plan = decide(lost, TRAINED, step=step, touched=touched, committed=committed)
