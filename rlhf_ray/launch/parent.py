@@ -45,6 +45,8 @@ DRIVER = "rlhf_ray.launch.driver"
 DEMO = "rlhf_ray.launch.demo"
 SILENT_PER_FLOOR = 1.5
 """How long a driver may give no sign of life, in ``run.stall_floor_s``."""
+SILENT_BEATS = 5
+"""How many signs of life it may miss at least, however small the floor is."""
 
 
 ON_STOP = "the run ends after the step that it is in, with a commit; before its first step, at once"
@@ -60,7 +62,7 @@ class Watch:
     @property
     def silent_s(self) -> float:
         """How long it may give none; its own watchdog comes before."""
-        return SILENT_PER_FLOOR * self.stall_floor_s
+        return max(SILENT_PER_FLOOR * self.stall_floor_s, SILENT_BEATS * lifeline.BEAT_EVERY_S)
 
     def keep_stacks(self, pids: Sequence[int]) -> str:
         """Keep what processes do, where there is a run; the path of the file, or why there is none."""

@@ -81,7 +81,8 @@ class FunctionProcess:
         if self._process is not None:
             self._connection.close()
             self._process.kill()
-            with suppress(subprocess.TimeoutExpired):  # the kernel ends it once it can be interrupted
+            # The kernel ends it once it can be interrupted.
+            with suppress(subprocess.TimeoutExpired), progress.waiting(END_LIMIT_S):
                 self._process.wait(END_LIMIT_S)
             self._process = None
 
@@ -114,7 +115,7 @@ class FunctionProcess:
 
     def _exit_code(self) -> int | None:
         """That of a process which has closed its side of the pipe; None of one that does not end by itself."""
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired), progress.waiting(END_LIMIT_S):
             return None if self._process is None else self._process.wait(END_LIMIT_S)
         return None
 
@@ -138,7 +139,8 @@ class FunctionProcess:
         theirs.close()
         os.close(this)
         try:
-            first_message = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
+            with progress.waiting(START_LIMIT_S):
+                first_message = self._connection.recv() if self._connection.poll(START_LIMIT_S) else None
         except EOFError:
             first_message = f"{self.key} {self.name!r}: its process ended while it was imported"
         if first_message is None:

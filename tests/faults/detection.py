@@ -32,7 +32,10 @@ WITHIN_S = 90.0
 START_S = 200.0
 SFT = ("sft", "demo-sft", *SMALL, "epochs=5000", "policy.ranks=2")
 PPO = ("ppo", str(ROOT / "tests" / "e2e" / "ppo_tiny.yaml"), "steps=100000", "cluster.num_cpus=2")
-FOUND = ("is ended: it did not answer", "gave no sign of life", "is ended: the driver waits", "does not answer:")
+FOUND = (
+    "is ended: it did not answer", "as by SIGSTOP, and is ended", "gave no sign of life", "is ended: the driver waits",
+    "does not answer:",
+)  # fmt: skip
 """What the log says when it is found out."""
 
 

@@ -17,6 +17,7 @@ import pytest
 from rlhf_ray.errors import Interrupted, ResumableStop
 from rlhf_ray.launch import parent as launch_parent
 from rlhf_ray.launch.parent import Watch, exit_code
+from rlhf_ray.processes import lifeline
 from rlhf_ray.processes.child import Ended
 from rlhf_ray.runs.directory import RunDirectory
 
@@ -25,6 +26,8 @@ PARENT = """
 import os, sys
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.launch.parent import resume_run, start_run
+from rlhf_ray.processes import lifeline
+lifeline.BEAT_EVERY_S = float(os.environ["BEAT"])
 if sys.argv[1] == "resume":
     code = resume_run(sys.argv[2], sys.argv[3:], ["data.path"] if sys.argv[3:] else [], driver="stub_driver")
 else:
@@ -40,7 +43,7 @@ class Parent:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.floor_s = 60.0
+        self.floor_s, self.beat_every_s = 60.0, lifeline.BEAT_EVERY_S
 
     def start(self, script: list[str], *arguments: str) -> subprocess.Popen[str]:
         (self.directory / "script").write_text("\n".join(script))
@@ -49,7 +52,7 @@ class Parent:
         return subprocess.Popen(
             [sys.executable, "-c", PARENT, *arguments],
             cwd=self.directory,
-            env=variables | {"PYTHONPATH": path, "FLOOR": str(self.floor_s)},
+            env=variables | {"PYTHONPATH": path, "FLOOR": str(self.floor_s), "BEAT": str(self.beat_every_s)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -112,7 +115,7 @@ def test_a_signal_between_two_drivers_stops_the_restarts_and_the_run_can_go_on(t
 
 
 def test_a_driver_that_is_stopped_is_killed_and_started_again_and_the_run_keeps_its_stacks_and_the_incident(parent):
-    parent.floor_s = 1.0
+    parent.floor_s, parent.beat_every_s = 1.0, 0.1
     code, message = parent.run(["begin stop", "0"], "new", "1")
     assert code == 0 and parent.starts == ["new", f"--resume {parent.directory}/runs/stub"]
     assert (
@@ -123,6 +126,11 @@ def test_a_driver_that_is_stopped_is_killed_and_started_again_and_the_run_keeps_
     assert str(stacks) in message and "it is stopped (as by SIGSTOP)" in stacks.read_text()
     (incident,) = run.incidents.read()
     assert (incident.role, incident.fault, incident.action) == ("driver", "stalled", "restarted")
+
+
+def test_a_driver_is_not_killed_between_two_signs_of_life_however_small_the_floor_is():
+    assert Watch(Path(), 0.1).silent_s >= 3 * lifeline.BEAT_EVERY_S
+    assert Watch(Path(), 60.0).silent_s == 90.0
 
 
 def test_restarts_are_counted(parent):

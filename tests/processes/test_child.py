@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +205,27 @@ def test_a_child_that_works_without_a_word_for_long_is_left_alone(tmp_path):
         tmp_path, "listen(end(75))\nend = time.monotonic() + 2.0\nwhile time.monotonic() < end: pass\nsys.exit(3)"
     )
     assert running.ended()[0] == "3 None"
+
+
+def test_a_child_has_room_to_say_its_outcome_after_a_parent_was_stopped_for_days(monkeypatch):
+    """The line is full of beats then, as far as they may fill it."""
+    monkeypatch.setattr(lifeline, "BEAT_EVERY_S", 0.0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        beats = threading.Thread(target=lifeline._beat, args=(theirs,), daemon=True)
+        beats.start()
+        time.sleep(0.1)
+        theirs.setblocking(False)
+        for _ in range(3):
+            assert theirs.send(lifeline.RESULT) == 1
+        monkeypatch.setattr(lifeline, "BEAT_EVERY_S", 0.01)
+        words = ours.recv(100_000)
+        assert words.count(lifeline.BEAT) > 10 and words.endswith(3 * lifeline.RESULT)
+        ours.settimeout(5.0)
+        assert ours.recv(1) == lifeline.BEAT, "it goes on once there is room"
+        ours.close()
+        beats.join(5.0)
+        assert not beats.is_alive()
 
 
 def test_silence_is_counted_while_this_process_listens_and_not_before_the_child_has_begun() -> None:

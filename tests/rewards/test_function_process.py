@@ -1,14 +1,18 @@
-"""The process of a user's function ends with the one that started it, also inside a call that never returns."""
+"""The process of a user's function ends with the one that started it, and waiting for it to start is no stall."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
+
+from rlhf_ray.processes import progress
+from rlhf_ray.rewards.function_process import FunctionProcess
 
 ROOT = Path(__file__).parents[2]
 FUNCTION = """
@@ -42,3 +46,26 @@ def test_a_driver_that_is_killed_leaves_no_process_of_a_function_that_hangs(tmp_
         assert time.monotonic() < deadline, "it outlives its driver"
         time.sleep(0.02)
     assert len(watcher) == 1
+
+
+def test_a_function_that_is_imported_slowly_again_after_a_death_is_waited_for_by_the_watchdog_too(tmp_path):
+    module = tmp_path / "slow.py"
+    module.write_text("import os, time\ntime.sleep(1.5)\ndef dies(responses, **_): os._exit(3)\n")
+    function = FunctionProcess(f"{module}:dies", 60.0)
+    call = {"responses": ["text"], "prompts": ["text"], "labels": [None]}
+    longest, ended = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal longest
+        while not ended.wait(0.02):
+            longest = max(longest, time.monotonic() - progress.made_at())
+
+    progress.made()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    outcomes = function.run([call, call])  # the second one needs a new process
+    ended.set()
+    watcher.join()
+    function.close()
+    assert ["exit code 3" in str(outcome) for outcome in outcomes] == [True, True]
+    assert longest < 1.0, "it counts as a driver that hangs"
