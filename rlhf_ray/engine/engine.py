@@ -31,7 +31,7 @@ from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_sh
 from rlhf_ray.engine.offload import OffDevice
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
-from rlhf_ray.engine.saving.copies import copied_state
+from rlhf_ray.engine.saving.copies import Copies
 from rlhf_ray.engine.saving.room import Room, room_for
 from rlhf_ray.engine.saving.writer import Background
 from rlhf_ray.engine.schedules import check_schedule, learning_rate
@@ -121,7 +121,7 @@ class Engine:
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._watch = GradientWatch(self._trained, self.device)
-        self._copied = False
+        self._kept_bytes = 0
         """Whether a copy of the state was made before."""
         self._writing: Background[dict[str, FileRecord]] | None = None
         self._off = OffDevice(self._deepspeed, module, self.device, trainable=trainable)
@@ -271,11 +271,10 @@ class Engine:
         """
         self._expect(pending=False, call="begin_saving")
         self._end_saving()
-        frozen = self._frozen
+        frozen, copies = self._frozen, Copies()
         with storage_errors(directory, needed=self.shard_bytes):
-            state = shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen, copied_state)
-
-        self._copied = True
+            state = shards.save(self._deepspeed, directory, self._identity(), self.updates, frozen, copies)
+        self._kept_bytes = copies.pinned_bytes
 
         def write() -> dict[str, FileRecord]:
             with storage_errors(directory, needed=self.shard_bytes):
@@ -296,9 +295,10 @@ class Engine:
     def room_to_save(self) -> Room:
         """What the copy of :meth:`begin_saving` takes of this machine's memory, and what is free of it.
 
-        A later copy takes nothing more: what the first one took stays with this process.
+        The pinned memory of the copy before counts as there: torch keeps it for the next one. Other memory went back to the
+        machine when that copy was written.
         """
-        return room_for(0 if self._copied else self.shard_bytes)
+        return room_for(max(0, self.shard_bytes - self._kept_bytes))
 
     def _end_saving(self) -> None:
         if self._writing is not None:

@@ -10,8 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
+from rlhf_ray.processes.control_groups import CGROUPS, OWN_CGROUP, groups, read_lines
 
 
 def processors() -> int:
@@ -21,7 +20,7 @@ def processors() -> int:
 
 def _quotas(root: Path, own: Path) -> Iterator[float]:
     """Processors that each control group around this process grants, by version 2 of them or, for its root, by version 1."""
-    for group in _groups(root, own):
+    for group in groups(root, own):
         limit = _words(group / "cpu.max")
         if len(limit) == 2 and limit[0] != "max":
             yield int(limit[0]) / int(limit[1])
@@ -30,19 +29,5 @@ def _quotas(root: Path, own: Path) -> Iterator[float]:
         yield int(limit[0]) / int(limit[1])
 
 
-def _groups(root: Path, own: Path) -> list[Path]:
-    """The control group of this process (the line ``0::/path``) and those around it; a container sees its own as the root."""
-    path = next((line[3:].strip("/") for line in _lines(own) if line.startswith("0::")), "")
-    below = (root / path).resolve() if ".." not in path else root
-    return [below, *(parent for parent in below.parents if parent.is_relative_to(root))]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _words(path: Path) -> list[str]:
-    return " ".join(_lines(path)).split()
+    return " ".join(read_lines(path)).split()

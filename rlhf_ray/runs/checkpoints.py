@@ -3,8 +3,9 @@
 Invariants: a directory ``step-NNNNNN`` was committed, which means renamed into place with a manifest of its files.
 :meth:`CheckpointStore.latest_valid` returns the newest one whose every byte is as it was then, and renames damaged ones so
 that their names say so. A checkpoint is removed only after a commit, and only while at least ``keep`` newer ones (never
-fewer than two) have all their files, in their sizes. The bytes of a checkpoint are hashed once, by the ranks that wrote them,
-and read again when a run goes on: with large models a commit that read older ones would take longer than the steps between.
+fewer than two) have all their files, in their sizes; the newest one from before the first skipped update, which a run may go
+back to, stays besides. The bytes of a checkpoint are hashed once, by the ranks that wrote them, and read again when a run goes
+on: with large models a commit that read older ones would take longer than the steps between.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from rlhf_ray.storage import Manifest, PendingDirectory
 from rlhf_ray.storage.manifest import FileRecord
 
 BAD = ".bad"
+SKIPPED_SINCE = "skipped_since"
+"""In what a checkpoint says of itself: the step before which a commit is kept, to go back to."""
 _COMMITTED = re.compile(r"step-(\d{6,})")
 
 
@@ -72,7 +75,7 @@ class CheckpointStore:
         """
         step = _parse_step(pending.target)
         manifest = storage.commit(pending, {**(about or {}), "step": step}, hashed=hashed)
-        self.retain(step, contents=False)
+        self.retain(step, contents=False, before=manifest.about.get(SKIPPED_SINCE, 0))
         return Checkpoint(step, pending.target, manifest)
 
     def remove(self, step: int) -> None:
@@ -124,8 +127,10 @@ class CheckpointStore:
                 return aside
         raise StorageError(f"{path} was set aside a thousand times: remove the directories {path.name}{BAD}-*")
 
-    def retain(self, verified: int, *, contents: bool = True) -> None:
+    def retain(self, verified: int, *, contents: bool = True, before: int = 0) -> None:
         """Remove checkpoints older than the newest ``keep`` valid ones; ``verified`` is a step that was just verified.
+
+        The newest one of a step ``before`` this one stays.
 
         Every commit ends with this, without reading their ``contents``. A resume does it too, for a crash that came between
         commit and removal, and reads them.
@@ -133,9 +138,9 @@ class CheckpointStore:
         steps = self.steps()
         if len(steps) <= self.keep:
             return
-        valid = 0
+        valid, held = 0, max((step for step in steps if step < before), default=0)
         for step in reversed(steps):
-            if valid == self.keep:
+            if valid >= self.keep and step != held:
                 storage.remove_directory(self.checkpoint_path(step))
             elif step == verified or self._verified(step, contents=contents) is not None:
                 valid += 1

@@ -30,7 +30,7 @@ from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, RequestError
 from rlhf_ray.monitoring.report.summary import Summary
-from rlhf_ray.runs.checkpoints import Checkpoint, CheckpointStore
+from rlhf_ray.runs.checkpoints import SKIPPED_SINCE, Checkpoint, CheckpointStore
 from rlhf_ray.runs.engines import EngineStates
 from rlhf_ray.runs.incidents import Incidents
 from rlhf_ray.runs.ledger import Ledger
@@ -162,7 +162,7 @@ class RunDirectory:
         step = 0
         if checkpoint is not None:
             step = checkpoint.step
-            self.checkpoints.retain(step)
+            self.checkpoints.retain(step, before=checkpoint.manifest.about.get(SKIPPED_SINCE, 0))
         self._void_after(step)
         self.engines.forget()
         if config is not None:

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from rlhf_ray.runs.lines import count_problem, not_a, number_problem
 from rlhf_ray.storage.jsonl import JsonLines
 
-Fault = Literal["died", "deadline", "error", "stalled", "numeric", "node", "storage"]
-Action = Literal["restarted", "rolled_back", "repeated", "skipped", "stopped"]
+Fault = Literal["died", "deadline", "error", "stalled", "numeric"]
+Action = Literal["restarted", "rolled_back", "skipped", "stopped"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
@@ -26,12 +26,13 @@ from rlhf_ray.engine.saving.room import shortage
 from rlhf_ray.engine.saving.writer import Background
 from rlhf_ray.errors import GroupError, NumericalError, ResumableStop, ScoringError, StorageError
 from rlhf_ray.pending import Pending
-from rlhf_ray.runs.checkpoints import Checkpoint
+from rlhf_ray.runs.checkpoints import SKIPPED_SINCE, Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.storage import PendingDirectory
 from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trainers.commit_schedule import CommitSchedule
 
+Answer = TypeVar("Answer")
 Written = Callable[[str, Group], Pending[dict[str, FileRecord]]]
 """The records of the files of a group, by its name, once they are written."""
 
@@ -59,9 +60,13 @@ class Checkpointer:
         self._background, self._said_short = config.background, False
         self._under_way: tuple[int, Background[None]] | None = None
         """The step that is being written, and the thread that commits it; it stays here until its outcome is known."""
+        self._aborted: list[PendingDirectory] = []
+        """Saves that failed, since the last that began."""
         self._also: list[Callable[[Path, int], None]] = []
         self._applied = 0
         """The newest step of this attempt whose last update was applied; 0 before the first."""
+        self.skipped_since = 0
+        """The first skipped step that the run may go back before, so that a commit is kept; 0 where there is none."""
 
     @property
     def path(self) -> Path:
@@ -84,18 +89,22 @@ class Checkpointer:
             return
         began = time.monotonic()
         self.settle()
+        while self._aborted:
+            self._aborted.pop().abort()
         pending = self.run.checkpoints.begin(step)
-        about = {"state": copy.deepcopy(dict(state))}
+        about = {
+            "state": copy.deepcopy(dict(state)),
+            **({SKIPPED_SINCE: self.skipped_since} if self.skipped_since else {}),
+        }
         background = self._background and self._has_room()
         places = {name: str(pending.path / name) for name in self.groups}
         try:
             for write in self._also:
                 write(pending.path, step)
             if background:
-                for begun in [group.begin_save(places[name]) for name, group in self.groups.items()]:
-                    begun.result()
+                self._all(lambda name, group: group.begin_save(places[name]))
         except BaseException:
-            pending.abort()
+            self._abort(pending)
             raise
         if background:
             commit = partial(self._commit, pending, step, about, lambda name, group: group.saved())
@@ -108,14 +117,35 @@ class Checkpointer:
         """Commit ``pending`` once every group has ``written`` its part; if anything fails, nothing is left of it."""
         hashed: dict[str, FileRecord] = {}
         try:
-            writing = {name: written(name, group) for name, group in self.groups.items()}
-            for name, records in writing.items():
-                hashed |= below(name, records.result())
+            for name, records in self._all(written).items():
+                hashed |= below(name, records)
         except BaseException:
-            pending.abort()
+            self._abort(pending)
             raise
         self.run.checkpoints.commit(pending, about=about, hashed=hashed)
         self.committed = step
+
+    def _all(self, call: Callable[[str, Group], Pending[Answer]]) -> dict[str, Answer]:
+        """What a call of each group returns, by its name. The first error is raised once all have ended: none still writes."""
+        pending, answers, errors = dict[str, Pending[Answer]](), dict[str, Answer](), list[Exception]()
+        for name, group in self.groups.items():
+            try:
+                pending[name] = call(name, group)
+            except GroupError as error:
+                errors.append(error)
+        for name, one in pending.items():
+            try:
+                answers[name] = one.result()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return answers
+
+    def _abort(self, pending: PendingDirectory) -> None:
+        """Remove what was written. Other ranks of a group that failed may still write: the next save removes that."""
+        pending.abort()
+        self._aborted.append(pending)
 
     def _has_room(self) -> bool:
         """Whether the memory holds copies of what all ranks would write; where it does not, that is said once."""
@@ -257,6 +287,7 @@ class Checkpointer:
         self.checkpoint = self.run.checkpoints.latest_valid()
         self.committed = None if self.checkpoint is None else self.checkpoint.step
         self.schedule.last = self.committed or 0
+        self._applied = min(self._applied, self.committed or 0)
         return self.committed
 
     def restore(self) -> dict[str, Any] | None:

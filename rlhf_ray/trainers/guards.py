@@ -63,6 +63,13 @@ class Guards:
         return in_a_row[-1] if in_a_row else 0
 
     @property
+    def may_go_back_before(self) -> int:
+        """The step of the oldest skip that the run may go back before, sooner or later; 0 where there is none."""
+        if self.config.on_budget != "go_back":
+            return 0
+        return self.first_skip if self.config.budget is None else next(filter(None, self._recent), 0)
+
+    @property
     def spent(self) -> bool:
         """Whether more of the last updates were skipped than ``budget`` allows."""
         return self.config.budget is not None and self.skipped > self.config.budget

@@ -1,9 +1,10 @@
 """What a run does when updates were skipped: say so, and after too many of them go back to a commit, or stop.
 
 Invariants: a run goes back to weights that were committed before the first of the skipped updates, and never more often than
-``guards.max_going_back``; where no such commit is kept, it stops. Going back undoes updates and nothing else: steps, rows and
-the ledger go on, so that the rows on which they were made are not met again, as PaLM skipped the batches around a spike
-(Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). The step is committed at once: a resumed run does not meet them either.
+``guards.max_going_back``; the newest such commit is kept for it, and where there is none, it stops. Going back undoes updates
+and nothing else: steps, rows and the ledger go on, so that the rows on which they were made are not met again, as PaLM skipped the
+batches around a spike (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). The step is committed at once: a resumed run does
+not meet them either.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class SkipPolicy:
     def __init__(self, checkpoints: Checkpointer, most: int, advice: str) -> None:
         self.checkpoints, self.most, self.advice = checkpoints, most, advice
 
-    def report(self, role: str, step: int, skipped: int, stood_out: Sequence[str]) -> None:
-        """Log the ``skipped`` updates of a step, and write them down."""
+    def report(self, guards: Guards, role: str, step: int, skipped: int, stood_out: Sequence[str]) -> None:
+        """Log the ``skipped`` updates of a step, and write them down. Commits from now on keep the one to go back to."""
+        self.checkpoints.skipped_since = guards.may_go_back_before
         if not skipped:
             return
         cause = "; ".join(stood_out) or NOT_FINITE

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.engine.saving.copies import copied_state
-from rlhf_ray.engine.saving.room import KEPT_FREE, Room, _control_group, room_for, shortage
+from rlhf_ray.engine.saving.room import KEPT_FREE, V1, V2, Room, _control_groups, room_for, shortage
 from rlhf_ray.engine.saving.writer import Background, behind
 from rlhf_ray.errors import StorageError
 
@@ -82,17 +82,31 @@ def test_a_part_of_the_memory_stays_free() -> None:
     assert room.needed == 7 and room.free < memory.available + 2e9 - KEPT_FREE * memory.total
 
 
-def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:
-    assert _control_group(tmp_path) == []
-    for name, text in (
-        ("memory.max", "1000\n"),
-        ("memory.current", "800\n"),
-        ("memory.stat", "anon 1\ninactive_file 300\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    assert _control_group(tmp_path) == [(1000, 500)]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _control_group(tmp_path) == []
+@pytest.mark.parametrize(
+    ("own", "place", "files"),
+    [
+        ("0::/\n", "", V2),
+        ("0::/job/step\n", "job/step", V2),
+        ("0::/job/step\n", "job", V2),
+        ("0::/outside/this/container\n", "", V2),
+        ("4:memory:/job/step\n0::/\n", "memory/job/step", V1),
+        ("4:cpu,memory:/job/step\n", "memory/job", V1),
+        ("4:memory:/docker/of-the-host\n", "memory", V1),
+    ],
+)
+def test_the_limit_of_each_control_group_around_this_process_counts(
+    tmp_path: Path, own: str, place: str, files: tuple[str, str, str]
+) -> None:
+    maximum, current, cache = files
+    (tmp_path / "own").write_text(own)
+    assert [*_control_groups(tmp_path, tmp_path / "own")] == []
+    group = tmp_path / place
+    group.mkdir(parents=True, exist_ok=True)
+    for name, text in ((maximum, "1000\n"), (current, "800\n"), ("memory.stat", f"anon 1\n{cache} 300\n")):
+        (group / name).write_text(text)
+    assert [*_control_groups(tmp_path, tmp_path / "own")] == [(1000, 500)]
+    (group / maximum).write_text("max\n")
+    assert [*_control_groups(tmp_path, tmp_path / "own")] == []
 
 
 def test_a_thread_works_behind_this_one_and_its_error_comes_out_each_time() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.runs import CheckpointStore, checkpoints
+from rlhf_ray.runs.checkpoints import SKIPPED_SINCE
 from rlhf_ray.storage import atomic
 from rlhf_ray.storage.manifest import FileRecord, hash_files
 
@@ -191,6 +192,19 @@ def test_going_on_reads_the_older_checkpoints_before_it_removes_one(store: Check
     store.keep = 2
     store.retain(3)
     assert store.steps() == [1, 3], "the second is worth nothing"
+
+
+def test_the_newest_checkpoint_from_before_a_skipped_update_stays_besides(store: CheckpointStore) -> None:
+    store.keep = 5
+    for step in range(1, 6):
+        save(store, step)
+    store.keep = 2
+    store.retain(5, before=3)
+    assert store.steps() == [2, 4, 5]
+    store.commit(store.begin(6), about={SKIPPED_SINCE: 3})
+    assert store.steps() == [2, 5, 6]
+    save(store, 7)
+    assert store.steps() == [6, 7], "until there is nothing to go back before"
 
 
 def test_a_failed_commit_removes_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.engine import Engine
 from rlhf_ray.engine.saving.room import Room
-from rlhf_ray.errors import DiskFullError, GroupError, ResumableStop
+from rlhf_ray.errors import DiskFullError, GroupError, NumericalError, ResumableStop
 from rlhf_ray.launch.driver import continue_run
 from rlhf_ray.pending import Pending
 from rlhf_ray.runs.directory import RunDirectory
@@ -259,6 +259,21 @@ def test_where_the_memory_is_short_ranks_write_at_once_and_that_is_said_once(
     assert said.count("copies of the state would take") == 1 and "set checkpoint.background: false" in said
 
 
+def test_every_copy_asks_for_its_memory_since_that_of_the_copy_before_is_no_longer_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ask = list[int](), Engine.room_to_save
+
+    def note(self: Engine) -> Room:
+        room = ask(self)
+        asked.append(room.needed // self.shard_bytes)
+        return room
+
+    monkeypatch.setattr(Engine, "room_to_save", note)
+    train(config_of("sft", tmp_path, EACH_STEP))
+    assert asked == [1, 1]
+
+
 def test_who_wants_no_copy_gets_none(tmp_path: Path) -> None:
     ranks = HeldRanks()
     saving = saving_by(ranks, tmp_path / "run", background=False)
@@ -288,3 +303,53 @@ def test_a_rank_that_dies_while_it_writes_leaves_no_half_checkpoint(tmp_path: Pa
     saving.save(3, {})
     saving.close()
     assert "the checkpoint of step 3 could not be written" in project_log.getvalue()
+
+
+class LateRanks(HeldRanks):
+    """Ranks that write in a thread, and go on to write whatever becomes of others; they make the directories that they need."""
+
+    role = "critic"
+
+    def call(self, method: str, arguments: Any, **options: Any) -> Pending[list[Any]]:
+        if method != "saved":
+            return super().call(method, arguments, **options)
+        self.thread = threading.Thread(target=self.write)
+        self.thread.start()
+        return Pending(lambda: [self.thread.join(), {}][1:])
+
+    def write(self) -> None:
+        assert self.go.wait(10)
+        Path(self.directory).mkdir(parents=True)
+        (Path(self.directory) / "rank-0").write_text("state")
+
+
+def test_a_save_that_fails_leaves_nothing_of_groups_that_were_still_writing(tmp_path: Path) -> None:
+    policy, critic = HeldRanks(), LateRanks()
+    saving = saving_by(policy, tmp_path / "run")
+    saving.groups["critic"] = Group(critic)
+
+    def dies() -> None:
+        raise GroupError("policy", 0, "save", "died")
+
+    policy.saved = dies  # type: ignore[method-assign, assignment]
+    saving.save(1, {})
+    threading.Timer(0.3, critic.go.set).start()
+    with pytest.raises(GroupError, match="died"):
+        saving.settle()
+    critic.thread.join()
+    assert not [*saving.run.path.rglob(".pending-*")]
+    Path(policy.directory).mkdir(parents=True)  # by another rank of the group that is lost
+    saving.save(2, {})
+    with pytest.raises(GroupError, match="died"):
+        saving.settle()
+    assert not [*saving.run.path.rglob(".pending-*")]
+
+
+def test_after_going_back_nothing_that_was_learned_since_is_left_to_commit(tmp_path: Path) -> None:
+    saving = saving_by(HeldRanks(), tmp_path / "run", background=False)
+    saving.save(5, {})
+    saving.refuse_skips(0, 3, 9, {}, "advice")
+    assert saving.find_newest() == 5
+    with pytest.raises(NumericalError, match="3 updates in a row"):
+        saving.refuse_skips(3, 3, 8, {}, "advice")
+    assert saving.run.checkpoints.steps() == [5]

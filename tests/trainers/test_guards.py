@@ -88,6 +88,21 @@ def test_within_the_budget_the_first_skip_is_that_of_the_last_ones_in_a_row() ->
     assert guard.first_skip == 3
 
 
+def test_a_run_may_go_back_before_the_oldest_skip_that_the_budget_counts() -> None:
+    for budget, oldest in ((5, 2), (None, 4)):
+        guard = guards(budget=budget, on_budget="go_back")
+        assert ordinary(guard, 1.0).may_go_back_before == 0
+        guard.skip(2)
+        ordinary(guard, 1.0)
+        guard.skip(4)
+        assert guard.may_go_back_before == oldest
+        guard.forget_skips()
+        assert guard.may_go_back_before == 0
+    stops = guards(budget=5)
+    stops.skip(2)
+    assert stops.may_go_back_before == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_resumed_run_decides_as_the_run_would_have(seed: int) -> None:
     rng = random.Random(seed)

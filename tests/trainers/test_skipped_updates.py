@@ -154,6 +154,23 @@ def test_a_run_goes_back_to_weights_from_before_the_first_skip_and_goes_on_with_
     assert spent.lost_s.get("repeated steps", 0.0) > 0 and "uncommitted steps" not in spent.lost_s
 
 
+def test_the_commit_to_go_back_to_is_kept_while_skipped_updates_are_committed_also_over_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back, each = {"budget": 1, "on_budget": "go_back"}, "checkpoint={every_steps: 1, keep: 2}"
+    stopped = RunDirectory(tmp_path / "late")
+    with monkeypatch.context() as patch, pytest.raises(ResumableStop):
+        Updates(patch, spikes={7}, stop=8)
+        train(config_of("sft", tmp_path, *settings("sft", **back), each))
+    forget_the_stop()
+    assert stopped.checkpoints.steps() == [6, 7, 8]
+    with monkeypatch.context() as patch:
+        Updates(patch, spikes={1})  # the ninth of all
+        continue_run(str(stopped.path), place=ThisProcess(config_of("sft", tmp_path).cluster))
+    assert [one.back_to for one in stopped.incidents.read() if one.action == "rolled_back"] == [6]
+    assert stopped.checkpoints.steps() == [11, 12], "and not for longer than it may be needed"
+
+
 @pytest.mark.parametrize(("guards", "sentence"), [
     ({"budget": 1}, r"2 of the last 8 updates were skipped \(guards.budget\)"),
     ({"budget": 1, "on_budget": "go_back", "max_going_back": 1}, r"2 of the last 8 updates were skipped"),

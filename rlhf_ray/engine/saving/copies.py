@@ -14,6 +14,19 @@ import torch
 from torch import Tensor, nn
 
 
+class Copies:
+    """Copies one state after the other, each as :func:`copied_state` does."""
+
+    def __init__(self) -> None:
+        self.pinned_bytes = 0
+        """Of what was copied, what lies in pinned memory, which torch does not give back."""
+
+    def __call__(self, state: Any) -> Any:
+        copied = copied_state(state)
+        self.pinned_bytes += sum(tensor.nbytes for tensor in _tensors(copied) if tensor.is_pinned())
+        return copied
+
+
 def copied_state(state: Any) -> Any:
     """A copy of a state of nested dicts, lists and tuples, and whatever ``copy.deepcopy`` knows.
 

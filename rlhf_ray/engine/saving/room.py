@@ -1,23 +1,26 @@
 """How much memory of this machine is free for a copy of a training state.
 
-Invariant: what is called free can be had without ending a process: neither the machine nor the control group of this process
-runs out of memory by it.
+Invariant: what is called free can be had without ending a process: neither the machine nor a control group around this process
+(a container, a batch job) runs out of memory by it.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from rlhf_ray.processes.control_groups import CGROUPS, OWN_CGROUP, groups, groups_of
 from rlhf_ray.storage.failures import size_in_words
 
 KEPT_FREE = 0.05
 """The part of the memory that a copy leaves free."""
-CGROUP = Path("/sys/fs/cgroup")
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""What holds the limit and the use of a control group, and the entry of its memory.stat that is the cache of files."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Room:
 def room_for(needed: int) -> Room:
     """The room for a copy of ``needed`` bytes, here and now."""
     memory = psutil.virtual_memory()
-    limits = [(memory.total, memory.available), *_control_group(CGROUP)]
+    limits = [(memory.total, memory.available), *_control_groups(CGROUPS, OWN_CGROUP)]
     return Room(socket.gethostname(), needed, int(min(free - KEPT_FREE * total for total, free in limits)))
 
 
@@ -48,13 +51,20 @@ def shortage(rooms: Iterable[Room]) -> str | None:
     return None
 
 
-def _control_group(root: Path) -> list[tuple[int, int]]:
-    """The memory of the control group (version 2) whose files are at ``root``, and what of it is free; none without a limit."""
+def _control_groups(root: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """The memory of each control group around this process that has a limit, and what of it is free."""
+    for group in groups(root, own):
+        yield from _memory_of(group, *V2)
+    for group in groups_of("memory", root, own):
+        yield from _memory_of(group, *V1)
+
+
+def _memory_of(group: Path, maximum: str, current: str, cache: str) -> list[tuple[int, int]]:
     try:
-        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
-        pages = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        limit, used = (group / maximum).read_text().strip(), int((group / current).read_text())
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return []
     if limit == "max":
         return []
-    return [(int(limit), int(limit) - used + int(pages.get("inactive_file", 0)))]  # the cache of files is given up
+    return [(int(limit), int(limit) - used + int(pages.get(cache, 0)))]  # the cache of files is given up

@@ -3,7 +3,8 @@
 Invariants: a step is scored, valued and learned from as one batch; which weights sampled it is its mode's affair
 (``trainers/ppo/modes``): while weights are sent its engines stand still, and while answers are compared they have nothing in
 work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1 where the policy
-computes the old log-probs. All ranks of policy and critic apply an update, or none does. A step counts only once its prompts
+computes the old log-probs. All ranks of a role apply an update, or none does; policy and critic both, but for a gradient norm
+of the policy alone that stands out (``trainers/ppo/update``). A step counts only once its prompts
 are in the ledger. What fails after a step does not cost it: the step is committed before the run ends, and the last one before
 anything else is done. The loss of a group of ranks ends nothing (``trainers/recovery``): where no trained group was lost and
 none had begun to learn, what was under way is done again with the samples that are there; else the run goes on from its last
@@ -252,7 +253,7 @@ class PpoTrainer:
     def go_back_if_needed(self, outcome: StepOutcome) -> bool:
         """After the updates of a step: whether the trained groups took up earlier weights, since too many were skipped."""
         progress = self.progress
-        self.skips.report("policy", progress.step, outcome.skipped, outcome.stood_out)
+        self.skips.report(progress.guards, "policy", progress.step, outcome.skipped, outcome.stood_out)
         went_back = self.skips.go_back(progress.guards, progress.consecutive_skips, "policy", progress.step)
         if went_back:
             progress.consecutive_skips = 0

@@ -223,7 +223,7 @@ class SupervisedTrainer:
         self.progress.update += 1
         if applied.skipped:
             self.guards.skip(self.progress.update)
-        self.skips.report(self.group.role, self.progress.update, int(applied.skipped), stood_out)
+        self.skips.report(self.guards, self.group.role, self.progress.update, int(applied.skipped), stood_out)
         self.progress.examples = self.order.taken
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
         return report, applied, stood_out
