@@ -2,9 +2,9 @@
 
 Invariants: a run goes back to weights that were committed before the first of the skipped updates, and never more often than
 ``guards.max_going_back``; the newest such commit is kept for it, and where there is none, it stops. Going back undoes updates
-and nothing else: steps, rows and the ledger go on, so that the rows on which they were made are not met again, as PaLM skipped the
-batches around a spike (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). The step is committed at once: a resumed run does
-not meet them either.
+and nothing else: steps, rows and the ledger go on, so that the rows on which they were made are not met again, as PaLM
+skipped the batches around a spike (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). The step is committed at once: a
+resumed run does not meet them either.
 """
 
 from __future__ import annotations
