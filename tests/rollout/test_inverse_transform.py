@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,38 @@ def test_vllm_calls_its_sampler_as_before_and_gets_the_log_probs_that_it_would_h
     assert bool(ours.gather(1, sampled[:, None]).isfinite().all())
 
 
+def test_vllm_asks_its_sampler_for_log_probs_as_before_and_gets_the_same_ones() -> None:
+    from vllm.v1.sample.sampler import Sampler
+
+    class Runner:
+        sampler = Sampler(logprobs_mode="processed_logprobs")
+
+    given, tokens = log_probs(700, rows=3), torch.tensor([699, 0, 35])
+    sampler = Runner.sampler
+    names = list(inspect.signature(sampler.gather_logprobs).parameters)
+    alone, beside = (sampler.gather_logprobs(given, number, tokens) for number in (0, 2))
+    worker = InverseTransformInWorker()
+    worker.model_runner = Runner
+    worker.sample_by_inverse_transform()
+    assert list(inspect.signature(sampler.gather_logprobs).parameters) == names
+    ours = sampler.gather_logprobs(given, 0, token_ids=tokens)
+    for name in ("logprob_token_ids", "logprobs", "selected_token_ranks"):
+        own, theirs = getattr(ours, name), getattr(alone, name)
+        assert (own.dtype, own.shape) == (theirs.dtype, theirs.shape)
+        assert name == "selected_token_ranks" or torch.equal(own, theirs), "to the bit"
+    assert alone.selected_token_ranks.min() > 0, "0 is the rank of no token"
+    assert ours.selected_token_ranks.tolist() == [0, 0, 0]
+    more = sampler.gather_logprobs(given, 2, tokens)
+    assert all(torch.equal(own, theirs) for own, theirs in zip(more[:3], beside[:3], strict=True))
+
+
 def test_an_engine_on_a_cpu_draws_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample import sampler
+
     from rlhf_ray.rollout.vllm_engine import VllmEngine
+
+    def refused(*_: Any) -> Tensor:
+        raise AssertionError("vLLM counted the ranks of tokens")
 
     drawn: list[int] = []
     original = inverse_transform.draw
@@ -100,6 +131,7 @@ def test_an_engine_on_a_cpu_draws_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = RolloutConfig(dtype="fp32", max_model_tokens=64, kv_cache_gib=0.01)
     make_llama(0).save_pretrained(tmp_path)
     engine = VllmEngine(tmp_path, config, stop_token_ids=(EOS,), deterministic=True)
+    monkeypatch.setattr(sampler, "batched_count_greater_than", refused)
     done = engine.generate([GenerationRequest(0, 0, (5, 6, 7), 11, 6)], 60.0)
     engine.shutdown()
     assert [token for one in done for token in one.token_ids] == drawn

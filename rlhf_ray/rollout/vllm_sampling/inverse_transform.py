@@ -1,17 +1,20 @@
-"""Sample in a vLLM engine on a CPU with one random number a token, instead of one for each token of the vocabulary.
+"""Sample in a vLLM engine on a CPU with one random number a token, and report its log-prob without its rank.
 
 Invariants: a token is drawn with the probability that its returned log-prob says, from nothing but its own row and its own
 random stream: a request with a seed gets the same tokens whatever runs beside it. A token of probability 0 is never drawn.
+The log-prob of a drawn token is what vLLM would report, to the bit.
 
 vLLM 0.32 draws Gumbel noise for the whole vocabulary on a CPU (``TopKTopPSampler.forward_cpu``): 2 million numbers a step for
 64 answers over 32,000 tokens, much of the time of a small model. It has no interface to sample otherwise, so the forward of
 that module (``model_runner.sampler.topk_topp_sampler``) is replaced on the instance; its arguments and results stay the same.
-``tests/rollout/test_inverse_transform.py`` fails when vLLM changes them.
+With each log-prob it also counts how many tokens are likelier, which nobody here reads and no setting leaves out. So the
+sampler's ``gather_logprobs`` is replaced too. ``tests/rollout/test_inverse_transform.py`` fails when vLLM changes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +27,12 @@ BELOW_ONE = 1.0 - 2.0**-52
 
 
 class InverseTransformInWorker:
-    """The part of a worker extension that replaces the way in which its sampler draws."""
+    """The part of a worker extension that replaces the way in which its sampler draws and reports."""
 
     model_runner: Any
 
     def sample_by_inverse_transform(self) -> None:
-        """Draw one random number a token from now on."""
+        """Draw one random number a token, and count no ranks, from now on."""
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
         def forward(
@@ -38,7 +41,27 @@ class InverseTransformInWorker:
             log_probs = apply_top_k_top_p(logits, k, p).log_softmax(-1, dtype=torch.float32)
             return draw(log_probs, uniform(len(log_probs), generators)), log_probs
 
-        self.model_runner.sampler.topk_topp_sampler.forward = forward
+        sampler = self.model_runner.sampler
+        sampler.topk_topp_sampler.forward = forward
+        sampler.gather_logprobs = partial(gather_log_probs, sampler.gather_logprobs)
+
+
+def gather_log_probs(
+    with_ranks: Callable[[Tensor, int, Tensor], Any],
+    logprobs: Float[Tensor, "rows vocabulary"],
+    num_logprobs: int,
+    token_ids: Int64[Tensor, "rows"],
+) -> Any:
+    """Return vLLM's ``LogprobsTensors`` of the tokens alone, with ranks of 0, which are none: the first is 1.
+
+    Where other tokens are asked for beside them, ``with_ranks``, vLLM's own, answers.
+    """
+    from vllm.v1.outputs import LogprobsTensors
+
+    if num_logprobs != 0:
+        return with_ranks(logprobs, num_logprobs, token_ids)
+    tokens = token_ids[:, None]
+    return LogprobsTensors(tokens.int(), logprobs.gather(1, tokens), torch.zeros_like(token_ids))
 
 
 def uniform(rows: int, generators: Mapping[int, torch.Generator]) -> Float[Tensor, "rows"]:
