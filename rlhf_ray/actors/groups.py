@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from rlhf_ray.actors.ranks import START_TIMEOUT, Ranks
+from rlhf_ray.actors.workers.base import STARTING
 from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
@@ -236,6 +237,14 @@ class CriticGroup(Group):
 
 
 class RewardGroup(Group):
+    def lives(self) -> bool:
+        """Whether every rank says that it lives and has its model; it may be busy, and so may be the one that asks."""
+        try:
+            states = self.health(ANSWERS_S).result()
+        except RlhfRayError:
+            return False
+        return all(state["phase"] != STARTING for state in states)
+
     def answers(self, timeout_s: float = ANSWERS_S) -> bool:
         """Whether every rank has its model and takes calls within ``timeout_s`` seconds; one that hangs does not."""
         try:

@@ -21,6 +21,7 @@ from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.problems import Problem, attempt
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.processes import stacks
 
 if TYPE_CHECKING:
     from rlhf_ray.actors.this_process import ThisProcess
@@ -34,6 +35,7 @@ def train_in_process(config: TrainingJob) -> None:
     from rlhf_ray.actors.this_process import ThisProcess
     from rlhf_ray.launch.driver import train_new_run
 
+    stacks.offer("driver and ranks")
     train_new_run(dump_config(config), place=ThisProcess(config.cluster))
 
 

@@ -2,7 +2,7 @@
 
 Invariants: the reward groups belong to the run, whose own scores wait for one batch of others at most. A group that dies is
 started again once, by the run or by the service, whoever notices first; the port stays open meanwhile, and requests wait for
-``expose.hold_s``.
+``expose.hold_s``. What fails for callers ends no group that lives.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ def expose(
 
 
 def bring_back(group: RewardGroup) -> RewardGroup:
-    """Start a group again that does not answer; one that the run has started again meanwhile stays."""
+    """Start a group again that has died; one that lives stays, also where the run has started it again meanwhile.
+
+    The run itself may keep a group busy for longer than anybody wants to wait. One that hangs is the watchdog's affair.
+    """
     with group.restarting:
-        if not group.answers():
+        if not group.lives():
             group.restart()
             group.setup_again().result()
     return group

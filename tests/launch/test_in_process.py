@@ -20,7 +20,9 @@ import yaml
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.launch.in_process import for_one_process, place_for_scoring, rank_environment
+from rlhf_ray.launch import driver, in_process
+from rlhf_ray.launch.in_process import for_one_process, place_for_scoring, rank_environment, train_in_process
+from rlhf_ray.processes import stacks
 
 ROOT = Path(__file__).parents[2]
 TINY_PPO = ROOT / "tests/e2e/ppo_tiny.yaml"
@@ -176,3 +178,12 @@ def test_scoring_that_needs_more_processes_is_not_done_in_this_one(override: str
     assert isinstance(config, ServeConfig)
     with pytest.raises(ConfigError, match=problem):
         place_for_scoring(config)
+
+
+def test_what_the_whole_run_does_can_be_seen_where_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+    stacks.offer("whoever calls it")
+    monkeypatch.setattr(in_process, "rank_environment", lambda config: {})
+    monkeypatch.setattr(driver, "train_new_run", lambda config, place: seen.append(stacks.describe([os.getpid()])))
+    train_in_process(load_config(TINY_PPO, ["rollout.backend=transformers"], kind="ppo").to_train())
+    assert "driver and ranks" in seen[0] and "in train_in_process" in seen[0]

@@ -6,18 +6,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.actors.ranks import InProcessRanks
+from rlhf_ray.actors.workers.model import WorkerSetup
 from rlhf_ray.actors.workers.reward import RewardSetup, RewardWorker
 from rlhf_ray.config.jobs.serve import ServeConfig
+from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.service import ServiceConfig
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import DeadlineError, DeadRankError, RequestError
+from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest
-from rlhf_ray.serving.expose_run import expose
+from rlhf_ray.serving.expose_run import bring_back, expose
 
 from .reward_models import Reference
 
@@ -25,7 +29,6 @@ from .reward_models import Reference
 @pytest.fixture(scope="module")
 def group(model: Path) -> RewardGroup:
     from rlhf_ray.config.sections.models import ModelConfig
-    from rlhf_ray.config.sections.roles import RoleConfig
 
     group = RewardGroup(InProcessRanks("reward", RewardWorker()))
     role = RoleConfig(model=ModelConfig(path=str(model), dtype="fp32"))
@@ -54,3 +57,34 @@ def test_another_address_needs_a_token(group: RewardGroup, model: Path, config: 
     role = config(str(model)).reward
     with ExitStack() as run, pytest.raises(RequestError, match="give token_file"):
         expose({"reward": group}, {"reward": role}, ServiceConfig(port=0, host="0.0.0.0"), run)
+
+
+class StandIns:
+    """Ranks that say what they are doing, and have no time for anything else."""
+
+    role, size = "reward", 1
+
+    def __init__(self, phase: str | None) -> None:
+        self.phase, self.restarted = phase, 0
+
+    def call(self, method: str, arguments: Any, **options: Any) -> Pending[list[Any]]:
+        if method == "setup":
+            return Pending.done([""])
+        if self.phase is None:
+            raise DeadRankError("reward", 0, method, "died")
+        if method != "health":
+            raise DeadlineError("reward", 0, method, "no answer within 10 s")
+        return Pending.done([{"phase": self.phase}])
+
+    def restart(self) -> None:
+        self.restarted += 1
+
+
+@pytest.mark.parametrize(("phase", "restarts"), [("scores", 0), ("ready", 0), ("starting", 1), (None, 1)])
+def test_what_fails_for_a_caller_ends_no_group_that_lives_however_busy_the_run_keeps_it(
+    phase: str | None, restarts: int
+) -> None:
+    ranks = StandIns(phase)
+    group = RewardGroup(ranks)
+    group.setup(WorkerSetup(RoleConfig.model_construct(), seed=0), timeout_s=1.0).result()
+    assert bring_back(group) is group and ranks.restarted == restarts

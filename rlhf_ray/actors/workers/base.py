@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 
+STARTING = "starting"
+"""What a worker is doing that has no model yet."""
+
+
 class Worker:
     """One rank of one role."""
 
@@ -30,7 +34,7 @@ class Worker:
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.phase = "starting"
+        self.phase = STARTING
 
     def health(self) -> dict[str, Any]:
         """Role, rank, current phase and process id."""
