@@ -125,19 +125,21 @@ def test_the_loss_of_what_learns_costs_what_came_after_the_last_commit(
     assert_same(run, undisturbed[0], every)
 
 
-def test_a_group_that_fails_again_and_again_ends_the_run_with_its_last_commit(tmp_path: Path) -> None:
-    script = Script(
-        lambda role, method, number: (
-            "raises before"
-            if (role, method) == ("critic", "apply") and script.calls.count(("critic", "apply")) > 2
-            else None
-        )
-    )
+def test_a_group_that_fails_again_and_again_between_two_commits_ends_the_run_with_the_last(tmp_path: Path) -> None:
+    def when(role: str, method: str, number: int) -> Fault | None:
+        """Once in the first step, and in the second, after the commit of the first, always."""
+        if (role, method) != ("critic", "apply") or script.calls.count(("critic", "apply")) in (2, 3):
+            return None
+        return "raises before"
+
+    script = Script(when)
+    limits = ["run.max_group_restarts=1", "checkpoint.background=false"]
     with pytest.raises(GroupError, match="critic rank 0 failed in apply"):
-        train_with(config_of_every_role(tmp_path, "run.max_group_restarts=2"), script)
+        train_with(config_of_every_role(tmp_path, *limits), script)
     run = RunDirectory(tmp_path / "late")
     assert len(script.failed) == 3 and run.checkpoints.steps() == [1]
     assert [one.action for one in run.incidents.read()] == ["restarted", "restarted", "stopped"]
+    assert [one.step for one in run.incidents.read()] == [0, 1, 1]
 
 
 def test_with_no_restarts_the_first_loss_ends_the_run(tmp_path: Path) -> None:
