@@ -35,6 +35,8 @@ DEATH_SHOWS_S = 4.0
 
 BESIDE = frozenset({"saved"})
 """Methods that wait for work of a thread, and so run beside whatever else a rank is called for."""
+BY_THE_DISK = frozenset({"save", "saved", "save_pretrained", "hash_files", "load"})
+"""Methods whose time follows the disk, which other jobs may slow down: how long one took says nothing of the next."""
 
 
 class Ranks(Protocol):
@@ -173,7 +175,8 @@ class RayRanks:
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
         # It lives as long as somebody may ask for the values. A process that starts anew has to import everything first.
-        entry = self.book.begin(method, references, began, usual=key != START_TIMEOUT)
+        usual = key != START_TIMEOUT and method not in BY_THE_DISK
+        entry = self.book.begin(method, references, began, usual=usual)
 
         def gather() -> list[Any]:
             try:

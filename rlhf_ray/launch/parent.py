@@ -65,15 +65,12 @@ class Watch:
         return max(SILENT_PER_FLOOR * self.stall_floor_s, SILENT_BEATS * lifeline.BEAT_EVERY_S)
 
     def keep_stacks(self, pids: Sequence[int]) -> str:
-        """Keep what processes do, where there is a run; the path of the file, or why there is none."""
+        """Keep what processes do, where there is a run; the path of the file, or nothing."""
         if not (self.directory / CONFIG_NAME).is_file():
             return ""
         run = RunDirectory(self.directory)
-        try:
-            title = f"the driver gave no sign of life for {self.silent_s:g} s"
-            return str(write_stacks(run, self._last_step(run), "driver", pids, title))
-        except OSError as error:
-            return f"they could not be written ({error})"
+        title = f"the driver gave no sign of life for {self.silent_s:g} s"
+        return str(write_stacks(run, self._last_step(run), "driver", pids, title))
 
     def note(self, ended: Ended, action: Action) -> None:
         """Keep it as an incident of the run if the driver was killed because it gave no sign of life."""

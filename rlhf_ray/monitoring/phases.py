@@ -38,11 +38,14 @@ class PhaseClock:
         """Replaced as a whole, so that another thread may read it."""
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside the ``with`` block as ``time/<name>``; an unregistered name is an error."""
+    def phase(self, name: str, work: str | None = None) -> Iterator[None]:
+        """Count the time inside the ``with`` block as ``time/<name>``; an unregistered name is an error.
+
+        ``work`` is what is done in it where that is not what usually is, and so takes another time.
+        """
         metric = REGISTRY[f"time/{name}"].name
         self._tell(name)
-        with self.part(name) as entered_at:
+        with self.part(work or name) as entered_at:
             try:
                 yield
             finally:

@@ -1,7 +1,8 @@
 """Whether a phase of a run has stalled, and what is to be done about it: the decision alone, without clocks or processes.
 
 A phase is overdue when it takes ``FACTOR`` times its own median in this run, and at least the floor (``run.stall_floor_s``).
-The same holds for a call to ranks and the median of calls of its kind. What has no median yet has the time of any call.
+The same holds for a call to ranks and the median of calls of its kind. What has no median yet has the time of any call;
+in a phase that has none, and of a kind that has none, a call has its own deadline and nothing else.
 
 Invariants: a call is given up only where the phase is overdue and the call too, so that neither a slow step nor a long call
 in a phase that goes on ends anything; the driver itself is given up only where it waits for no call and nothing has shown
@@ -176,13 +177,11 @@ def judge(
             return Verdict(notice, end_driver=f"its ranks were ended, and the call has not: {call.line(now)}")
     if not overdue:
         return Verdict()
-    late = tuple(
-        call
-        for call in calls
-        if call.given_up_at is None and call.usual_s is not None and now - call.began_at >= limits.of(call.usual_s)
-    )
     if calls:
-        return Verdict(notice, give_up=late)
+        late = [call for call in calls if call.usual_s is not None and now - call.began_at >= limits.of(call.usual_s)]
+        # Where it is not known how long the phase takes, calls may be larger than those that the median knows.
+        known = any(phase.usual_s is not None for phase in overdue)
+        return Verdict(notice, give_up=tuple(call for call in late if known and call.given_up_at is None))
     for phase in overdue:
         silent_s = now - max(progress_at, phase.entered_at)
         if silent_s >= limits.of(phase.usual_s):

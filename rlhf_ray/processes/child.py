@@ -96,7 +96,7 @@ def run_child(
             _write(child, text.encode())
 
         def on_silent(pid: int) -> str:
-            where = keep_stacks(stacks.tree(pid))
+            where = stacks.kept(lambda: keep_stacks(stacks.tree(pid)))
             how = f"gave no sign of life for {silent_s:g} s (it was stopped, or hung), and was killed"
             get_logger().error("the process that does the work %s%s", how, where and f"; stacks: {where}")
             return how
@@ -196,6 +196,8 @@ def _wait(
                 leaves_by = now + SECONDS_TO_LEAVE if heard.outcome is not None else float("inf")
         elif not lines:
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        if silence:
+            continue  # it was killed, and ends once the kernel can end it, such as when a file system answers again
         if lines and heard.is_silent and heard.outcome is None:
             silence = on_silent(child.pid)
             _kill(child)

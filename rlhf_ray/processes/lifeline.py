@@ -67,6 +67,11 @@ def leaving(error: BaseException | None) -> Iterator[None]:
         _say(LEFT)
 
 
+def fails() -> None:
+    """Say that this process is about to end as a failure, which no result excuses."""
+    _say(bytes([EXIT_FAILED]) + LEFT)
+
+
 def result_is_there() -> None:
     """Say that the work has its result: if its cluster now ends this process, without a word of it, the work is done."""
     _say(RESULT)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ MARK = "rlhf-ray-stacks:"
 WAIT_S = 2.0
 SETTLED_S = 0.05
 """How long after the last byte the stacks of a process count as whole."""
+KEEP_S = 10.0
+"""How long keeping the stacks may take."""
 LOG_LINES, LOG_BYTES = 5, 4000
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
@@ -93,6 +96,22 @@ def write(path: Path, pids: Iterable[int], title: str, more: Sequence[str] = ())
     text = "\n".join([describe(list(dict.fromkeys(pids))), *filter(None, more)])
     path.write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     return path
+
+
+def kept(write: Callable[[], object]) -> str:
+    """What ``write`` says, in :data:`KEEP_S` at most: the disk that it writes to may be what hangs."""
+    said = [f"they could not be written within {KEEP_S:g} s"]
+
+    def run() -> None:
+        try:
+            said[0] = str(write())
+        except OSError as error:
+            said[0] = f"they could not be written ({error})"
+
+    thread = threading.Thread(target=run, name="stacks", daemon=True)
+    thread.start()
+    thread.join(KEEP_S)
+    return said[0]
 
 
 def describe(pids: Sequence[int]) -> str:

@@ -120,9 +120,9 @@ class Journal:
 
         return bool(ray.is_initialized())
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
+    def phase(self, name: str, work: str | None = None) -> AbstractContextManager[None]:
         """Time the ``with`` block as ``time/<name>``, and export its name as what the run is doing."""
-        return self.clock.phase(name)
+        return self.clock.phase(name, work)
 
     def log_step(self, step: int, total: int, metrics: Mapping[str, float], batch: TrajectoryBatch) -> None:
         """Log one step of reinforcement learning; the time since the last step counts as its own."""

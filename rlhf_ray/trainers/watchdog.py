@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -32,7 +33,8 @@ LOOKS_PER_FLOOR, LOOK_EVERY_S = 10, 1.0
 SCANS_PER_FLOOR = 4
 """How often the processes of this machine are looked through for stopped ones."""
 LATE_S = 5.0
-"""A look that comes so much too late was kept from coming, as by a stop of this machine: nothing is judged for a while."""
+"""A look that comes so much too late was kept from coming, as by a stop of this machine: that time does not count, and nothing
+is judged for a while."""
 HEALTH_S = 5.0
 """How long a rank has to say how it is."""
 LAST_WORDS_S = 10.0
@@ -94,6 +96,8 @@ class Watchdog:
         self._scans_from = 0.0
         self._told = False
         self._looked_at = self._judges_from = time.monotonic()
+        self._pauses: list[tuple[float, float]] = []
+        """When pauses of this process ended, and how long they were."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._log = get_logger("watchdog")
@@ -115,21 +119,28 @@ class Watchdog:
                 if not self._told and not self._ended.is_set():
                     self._log.warning("the watchdog could not look at the run", exc_info=True)
                 self._told = True
+                self._looked_at = time.monotonic()
 
     def look(self) -> None:
         """Look at the run once, and do what has to be done."""
         now = time.monotonic()
-        if now - self._looked_at > self._every_s + LATE_S:
+        if (pause_s := now - self._looked_at - self._every_s) > LATE_S:
             self._judges_from = now + self.limits.floor_s
+            self._pauses.append((now, pause_s))
         self._looked_at = now
         if now < self._judges_from:
             return
         self._end_stopped(now)
-        phases, groups = self.journal.clock.open(), self.groups.watched
-        calls = {call: group for group in groups or () for call in group.open_calls()}
+        groups, worked = self.groups.watched, self._without_pauses
+        phases = [replace(one, entered_at=worked(one.entered_at)) for one in self.journal.clock.open()]
+        calls = {
+            replace(call, began_at=worked(call.began_at)): group
+            for group in groups or ()
+            for call in group.open_calls()
+        }
         self._noticed &= set(phases)
         verdict = judge(
-            now, phases, calls, progress_at=progress.made_at(), limits=self.limits, noticed=self._noticed
+            now, phases, calls, progress_at=worked(progress.made_at()), limits=self.limits, noticed=self._noticed
         )  # fmt: skip
         for phase in verdict.notice:
             self._noticed.add(phase)
@@ -139,6 +150,10 @@ class Watchdog:
         if verdict.end_driver and groups is not None:
             self._end_driver(phases[-1], verdict.end_driver)
         self._looked_at = time.monotonic()
+
+    def _without_pauses(self, moment: float) -> float:
+        """``moment``, put off by the time since then in which this process was stopped, as with its whole machine."""
+        return moment + sum(pause_s for ended_at, pause_s in self._pauses if moment < ended_at)
 
     def _end_stopped(self, now: float) -> None:
         """End ranks on this machine that have been stopped for as long as the floor, also while nothing is overdue."""
@@ -169,10 +184,7 @@ class Watchdog:
         """Write the stacks of every process of the run, as far as they can be had; where they are, or why they are not."""
         more = [group.stacks_elsewhere(HEALTH_S) for group in self.groups.watched or ()]
         pids = [*stacks.tree(os.getpid()), *(one.pid for one in stacks.labelled(f"rlhf/{self.name}/"))]
-        try:
-            return str(write_stacks(self.run, self.journal.step, phase, pids, title, more))
-        except OSError as error:
-            return f"they could not be written ({error})"
+        return stacks.kept(lambda: write_stacks(self.run, self.journal.step, phase, pids, title, more))
 
     def _give_up(self, call: OpenCall, group: Watched) -> None:
         silent = group.silent(call.missing, HEALTH_S)
@@ -199,6 +211,7 @@ class Watchdog:
                 self._log.error("%s: nobody would start this process again, so it is not ended", why)
             self._told = True
             return
+        lifeline.fails()
         end = threading.Timer(LAST_WORDS_S, os._exit, [EXIT_FAILED])
         end.daemon = True
         end.start()

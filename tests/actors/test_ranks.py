@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -196,6 +198,21 @@ def test_how_long_calls_usually_take_is_known_and_not_by_those_that_failed(ranks
     assert ranks.open_calls() == []
     ranks.call("sleep", [(0.5,), (0.5,)])  # for which nobody can ask any more
     assert ranks.open_calls() == []
+
+
+def test_how_long_the_disk_took_says_nothing_of_how_long_it_takes() -> None:
+    class Answers:
+        def __getattr__(self, method: str) -> Any:
+            return SimpleNamespace(remote=lambda: method)
+
+    ranks = RayRanks("policy", [Answers()], timeout_s=9.0, on_stop=lambda: None)
+    begun = [ranks.call(method, [()]) for method in ("saved", "save_pretrained", "load", "hash_files", "save", "step")]
+    ranks.book.open(lambda handles: (), time.monotonic())  # all are there
+    begun += [ranks.call(method, [()]) for method in ("saved", "save_pretrained", "load", "hash_files", "save", "step")]
+    known = {
+        call.method for call in ranks.book.open(lambda handles: (0,), time.monotonic()) if call.usual_s is not None
+    }
+    assert known == {"step"} and begun
 
 
 def test_more_than_the_cluster_has_is_refused_before_anything_is_placed(cluster: Cluster) -> None:

@@ -245,8 +245,8 @@ def faults(plan: Plan) -> Iterator[Injector]:
     phase, step, setup, load_fleet = PhaseClock.phase, PpoTrainer.step, Group.setup, session.load_fleet
 
     @contextmanager
-    def watched_phase(clock: PhaseClock, name: str) -> Iterator[None]:
-        with phase(clock, name), injector.phase(name):
+    def watched_phase(clock: PhaseClock, name: str, work: str | None = None) -> Iterator[None]:
+        with phase(clock, name, work), injector.phase(name):
             yield
 
     def watched_step(trainer: PpoTrainer) -> None:

@@ -44,6 +44,19 @@ def test_whoever_is_told_of_a_phase_and_fails_keeps_it_from_nothing(project_log:
     assert project_log.getvalue().count("could not be shown") == 1
 
 
+def test_other_work_in_a_phase_says_nothing_of_how_long_the_usual_takes() -> None:
+    now = [100.0]
+    clock = PhaseClock(clock=lambda: now[0])
+    with clock.phase("evaluation", "self-check"):
+        now[0] += 2.0
+        assert [(one.name, one.usual_s) for one in clock.open()] == [("self-check", None)]
+    with clock.phase("evaluation"):
+        now[0] += 3.0
+        assert [(one.name, one.usual_s) for one in clock.open()] == [("evaluation", None)]
+    assert (clock.durations.median("self-check"), clock.durations.median("evaluation")) == (2.0, 3.0)
+    assert clock.take()["time/evaluation"] == 5.0
+
+
 def test_something_is_open_at_any_moment_and_what_fails_says_nothing_of_how_long_it_takes() -> None:
     now = [100.0]
     clock = PhaseClock(clock=lambda: now[0])

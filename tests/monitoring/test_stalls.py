@@ -51,6 +51,13 @@ def test_the_first_of_its_kind_has_the_time_of_any_call() -> None:
     assert at(1120.0, [PHASE], [call]) == Verdict(notice=(PHASE,)), "nor does the driver end that waits for one"
 
 
+def test_in_a_phase_of_which_no_median_is_known_calls_have_their_own_deadlines() -> None:
+    """The first evaluation asks for more answers in a call than the self-check did, whose calls the median knows."""
+    first = replace(PHASE, usual_s=None)
+    assert at(5000.0, [first]) == Verdict(notice=(first,))
+    assert at(5000.0, [first, replace(PHASE, name="inner")]).give_up == (CALL,)
+
+
 def test_a_long_phase_of_short_calls_goes_on() -> None:
     young = replace(CALL, began_at=1200.0)
     assert at(1250.0, calls=[young]) == Verdict(notice=(PHASE,))

@@ -29,13 +29,20 @@ from rlhf_ray.processes import interrupts, lifeline
 lifeline.BEAT_EVERY_S = 0.05
 """
 PARENT = f"""{BOTH}
-from rlhf_ray.processes import child
+import threading
+from rlhf_ray.processes import child, stacks
 child.SECONDS_TO_LEAVE, child.SECONDS_TO_END = 0.3, 0.3
 text = Path("text").read_text() if Path("text").exists() else None
 limits = dict(silent_s=1.0) if Path("silent").exists() else dict()
 def keep(pids):
-    Path("asked").write_text(" ".join(map(str, pids)))
+    with Path("asked").open("a") as asked:
+        print(*pids, file=asked)
+    if Path("hung").exists():
+        time.sleep(60)
     return "FILE"
+if Path("hung").exists():
+    stacks.KEEP_S = 0.2
+    child._kill = lambda started: threading.Timer(1.0, started.kill).start()
 ended = child.run_child(["-c", Path("child").read_text()], text=text, on_stop="the child stops", keep_stacks=keep, **limits)
 print(ended.code, ended.signal)
 if ended.silence:
@@ -196,6 +203,17 @@ def test_a_child_that_gives_no_sign_of_life_is_killed_after_its_processes_were_a
     assert out == "-9 None\ngave no sign of life for 1 s (it was stopped, or hung), and was killed"
     assert running.wait_for("pid") in running.wait_for("asked").split()
     assert "was killed; stacks: FILE" in message
+
+
+def test_a_disk_that_hangs_keeps_no_silent_child_alive_and_it_is_told_once(tmp_path):
+    """Nor does the kernel end a process at once that waits for such a disk."""
+    (tmp_path / "silent").touch()
+    (tmp_path / "hung").touch()
+    running = Parent(tmp_path, "listen(end(75))\nos.kill(os.getpid(), signal.SIGSTOP)")
+    out, message = running.ended()
+    assert out.startswith("-9 None\ngave no sign of life")
+    assert len(running.wait_for("asked").splitlines()) == 1
+    assert message.count("they could not be written within 0.2 s") == 1
 
 
 def test_a_child_that_works_without_a_word_for_long_is_left_alone(tmp_path):

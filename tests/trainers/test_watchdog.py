@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 import pytest
 
 from rlhf_ray.monitoring.phases import PhaseClock
-from rlhf_ray.monitoring.stalls import CallBook, Limits, OpenCall
+from rlhf_ray.monitoring.stalls import CallBook, Durations, Limits, OpenCall
 from rlhf_ray.processes import lifeline, progress, stacks
+from rlhf_ray.processes.child import Heard
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers import watchdog
+from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.watchdog import Watchdog
 
 MARK = f"session_of_a_test_{os.getpid()}/01000000"
@@ -168,6 +172,25 @@ def test_a_driver_that_hangs_by_itself_writes_its_stacks_and_an_incident_and_end
 
 
 @pytest.mark.usefixtures("exits")
+def test_a_driver_that_is_ended_after_its_result_has_failed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last evaluation or its report is missing."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(lifeline, "_line", theirs)
+    lifeline.result_is_there()
+    run = Run(tmp_path, [])
+    run.hang()
+    with ours, theirs, pytest.raises(Ended, match="1"):
+        try:
+            run.watchdog.look()
+        finally:
+            heard = Heard(60.0)
+            heard.hear(ours.recv(100))
+            assert heard.ended(1) == 1 and heard.outcome is None
+
+
+@pytest.mark.usefixtures("exits")
 def test_a_driver_that_gets_ahead_does_not_end(tmp_path: Path) -> None:
     run = Run(tmp_path, [])
     run.hang()
@@ -187,16 +210,68 @@ def test_a_driver_that_nobody_would_start_again_is_not_ended(
     assert "nobody would start this process again" in project_log.getvalue()
 
 
+def pause(run: Run, call: Any, seconds: float) -> None:
+    """Have all that began so far have begun so much earlier, and no look have come since."""
+    run.watchdog._looked_at = time.monotonic() - seconds
+    call.began_at -= seconds
+    run.clock._open = tuple((name, began - seconds) for name, began in run.clock._open)
+
+
 def test_after_a_stop_of_the_machine_nothing_is_judged_until_there_was_time_to_answer(tmp_path: Path) -> None:
     policy = Ranks("policy", dead=[0])
     run, held = Run(tmp_path, [policy]), begin(policy)
     run.hang()
-    run.watchdog._looked_at -= 60.0  # as if no look had come for a minute
+    pause(run, held, 60.0)
     run.watchdog.look()
-    assert not policy.ended and held
+    assert not policy.ended
     time.sleep(0.25)
     run.watchdog.look()
     assert policy.ended.keys() == {0}
+
+
+def test_the_time_in_which_the_machine_was_paused_counts_for_nothing(tmp_path: Path) -> None:
+    policy = Ranks("policy", dead=[0])
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    policy.book._durations, run.clock.durations = Durations(), Durations()
+    policy.book._durations.add("accumulate", 0.2)
+    run.clock.durations.add("update", 0.2)  # so that 1.2 s are late
+    run.phase = run.clock.phase("update")
+    run.phase.__enter__()
+    pause(run, held, 3600.0)
+    run.watchdog.look()
+    time.sleep(0.3)
+    run.watchdog.look()
+    assert not policy.ended and not run.stacks()
+    time.sleep(1.0)
+    run.watchdog.look()
+    assert policy.ended.keys() == {0}
+
+
+def test_a_disk_that_hangs_keeps_nothing_from_being_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    monkeypatch.setattr(stacks, "KEEP_S", 0.1)
+    answers = threading.Event()
+    monkeypatch.setattr(watchdog, "write_stacks", lambda *_: answers.wait(60.0))
+    policy = Ranks("policy", dead=[0])
+    run, held = Run(tmp_path, [policy]), begin(policy)
+    run.hang()
+    began = time.monotonic()
+    run.watchdog.look()
+    answers.set()
+    assert policy.ended.keys() == {0} and time.monotonic() - began < 10 and held
+    assert "they could not be written within 0.1 s" in project_log.getvalue()
+
+
+def test_the_self_check_and_the_first_evaluation_say_nothing_of_how_long_an_evaluation_takes() -> None:
+    clock = PhaseClock()
+    trainer: Any = SimpleNamespace(
+        journal=SimpleNamespace(phase=clock.phase), progress=SimpleNamespace(step=0), _check=lambda: None,
+        evaluation=SimpleNamespace(measure_start=lambda resumed: None),
+    )  # fmt: skip
+    PpoTrainer.check(trainer)
+    PpoTrainer.measure_start(trainer)
+    assert clock.durations.median("evaluation") is None and "time/evaluation" in clock.take()
 
 
 def test_a_stopped_rank_of_this_job_is_ended_and_no_other_process(tmp_path: Path, project_log: io.StringIO) -> None:

@@ -321,12 +321,12 @@ class PpoTrainer:
 
     def measure_start(self) -> None:
         """Take the answers of the starting policy, or read them where the run had begun before."""
-        with self.journal.phase("evaluation"):
+        with self.journal.phase("evaluation", "first evaluation"):
             self.evaluation.measure_start(resumed=self.progress.step > 0)
 
     def check(self) -> None:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
-        with self.journal.phase("evaluation"):
+        with self.journal.phase("evaluation", "self-check"):
             self._check()
 
     def _check(self) -> None:
@@ -346,7 +346,7 @@ class PpoTrainer:
         if in_steps or self.newest_compared:
             return
         self.mode.settle()
-        with self.journal.phase("evaluation"):
+        with self.journal.phase("evaluation", "self-check"):
             trajectories = self.sampler.generate(self.checked_prompts(), 0)
             if len(trajectories) == 0:  # its prompts were set aside
                 return
