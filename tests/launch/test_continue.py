@@ -262,8 +262,8 @@ def test_a_driver_takes_changes_and_accepted_inputs_from_its_command_line(place,
 def test_a_config_that_was_edited_by_hand_is_held_to_the_same_rules(place, train) -> None:
     run = train(SFT)
     text = run.config_path.read_text()
-    for wrong, key in (("seed: 5", "run.seed"), ("dtype: fp32", "policy.model.dtype"), ("name: run", "run.name")):
-        edited = {"seed: 5": "seed: 6", "dtype: fp32": "dtype: bf16", "name: run": "name: other"}[wrong]
+    for wrong, key in (("seed: 5", "run.seed"), (" dtype: fp32", "policy.model.dtype"), ("name: run", "run.name")):
+        edited = {"seed: 5": "seed: 6", " dtype: fp32": " dtype: bf16", "name: run": "name: other"}[wrong]
         assert wrong in text
         run.config_path.write_text(text.replace(wrong, edited))
         with pytest.raises(ConfigError, match=rf"{key}: it is .* in this run and cannot become"):
