@@ -23,7 +23,7 @@ from rlhf_ray.actors.publisher import Publisher
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
-from rlhf_ray.errors import GroupError, RlhfRayError
+from rlhf_ray.errors import GroupError, ResumableStop, RlhfRayError
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -144,7 +144,8 @@ class PpoTrainer:
 
     def commits_nothing(self, error: Exception) -> bool:
         """Whether ``error`` commits nothing: it left half a step, or came from what sees to it by itself."""
-        return self.touched or self.to_do[0] in (self.refuse_skips, self.compare_last)
+        seen_to = isinstance(error, ResumableStop) or self.to_do[0] in (self.refuse_skips, self.compare_last)
+        return self.touched or seen_to
 
     # What recovery asks of a trainer
 
@@ -165,7 +166,7 @@ class PpoTrainer:
     def come_back(self, plan: Plan, state: Mapping[str, Any] | None) -> None:
         """Have the driver and the engines go on from where ``plan`` has brought the trained groups."""
         if plan.back_to < self.finished_step:
-            if self.to_do[0] == self.compare_last:
+            if self.to_do[0] in (self.save_checkpoint, self.compare_last):  # of finish
                 raise RlhfRayError(f"the last step is not committed, and only step {plan.back_to} could be evaluated")
             self.go_back(plan.back_to, self.beginning if state is None else dict(state))
         elif self.collected is None and self.step in self.to_do:
@@ -173,7 +174,8 @@ class PpoTrainer:
         self.progress.restore(self.state["progress"])
         if self.groups.policy.role in plan.restart | plan.load:
             self.publisher.forget()
-            self.publish(self.progress.weight_version)
+            if self.restore not in self.to_do:  # it says of which version the weights are
+                self.publish(self.progress.weight_version)
 
     def go_back(self, step: int, state: dict[str, Any]) -> None:
         """Forget all that came after ``step``, at which the driver's state was ``state``."""

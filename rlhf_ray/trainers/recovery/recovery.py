@@ -71,12 +71,14 @@ class Recovery:
 
         A run that was asked to stop is not brought back: it ends with :class:`ResumableStop`.
         """
-        began, step = time.time(), trainer.finished_step
+        # While a resumed run loads its commit, the trainer has counted no step of it yet.
+        began, step = time.time(), max(trainer.finished_step, self.checkpoints.committed or 0)
         first, lost, plan = error, frozenset[str](), None
         try:
             while True:
                 self._count(error)
                 if stop_requested():
+                    self._commit_what_is_finished(error, trainer)
                     run = self.checkpoints.run.path
                     raise stopped(trainer.unit, self.checkpoints.committed or 0, trainer.total_steps, run) from error
                 lost |= self._lost(error)
@@ -130,13 +132,17 @@ class Recovery:
         return frozenset(lost)
 
     def _commit_what_is_finished(self, error: GroupError, trainer: Recoverable) -> None:
-        """Commit the finished steps where the group of ``error`` is trained and may still write them."""
-        learns = error.role in {group.role for group in self.checkpoints.groups.values()}
-        if learns and not trainer.touched and not isinstance(error, DeadRankError | DeadlineError):
+        """Commit the finished steps where the groups that learn may still write them, and a loss or a stop may cost them."""
+        learns = error.role in self._trained()
+        silent = learns and isinstance(error, DeadRankError | DeadlineError)
+        if (learns or stop_requested()) and not trainer.touched and not silent:
             self.checkpoints.commit_before(error, trainer.finished_step, trainer.finished_state())
 
+    def _trained(self) -> frozenset[str]:
+        return frozenset(group.role for group in self.checkpoints.groups.values())
+
     def _bring_back(self, lost: frozenset[str], error: GroupError, trainer: Recoverable) -> Plan:
-        trained = frozenset(group.role for group in self.checkpoints.groups.values())
+        trained = self._trained()
         goes_back = trainer.touched or bool(lost & trained)
         committed = self.checkpoints.find_newest() if goes_back else self.checkpoints.committed
         plan = decide(lost, trained, step=trainer.finished_step, touched=trainer.touched, committed=committed)
@@ -152,13 +158,18 @@ class Recovery:
         return plan
 
     def _start_again(self, plan: Plan, *, probe: bool) -> None:
-        """Start the groups of ``plan`` side by side, and load their models; ``probe`` spares one that is back already."""
+        """Start the groups of ``plan`` side by side, and load their models; ``probe`` spares one that is back already.
+
+        One that learns is not spared: where nothing is committed it has to begin anew.
+        """
+        trained = self._trained()
         with ExitStack() as held:
             groups = []
             for role in sorted(plan.restart):
                 group = self.groups[role]
                 held.enter_context(group.restarting)
-                if not (probe and isinstance(group, RewardGroup) and group.answers()):
+                spared = probe and role not in trained and isinstance(group, RewardGroup) and group.answers()
+                if not spared:
                     group.restart()
                     groups.append(group)
             for loading in [group.setup_again() for group in groups]:
