@@ -8,8 +8,10 @@ group that is lost is started again in place, and goes on from the last commit (
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, SharedBatch
@@ -19,7 +21,7 @@ from rlhf_ray.config.jobs.sizes import training_items, updates
 from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import GroupError, RequestError, RlhfRayError
+from rlhf_ray.errors import GroupError, RequestError, ResumableStop, RlhfRayError
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.guards import GRADIENT_NORM, LOSS, Guards
@@ -132,6 +134,10 @@ class SupervisedTrainer:
         self.recovery = Recovery([group], checkpoints, config.run)
         self.touched = True
         """Whether the group may hold something else than the weights of the last finished update."""
+        self.to_do: deque[Callable[[], None]] = deque()
+        """What is left of an update that is learned. What is done goes, so that a loss of the group repeats nothing of it."""
+        self._improved = False
+        """Whether the evaluation of this update was the best so far."""
         self._closing = False
 
     def run(self) -> None:
@@ -144,10 +150,7 @@ class SupervisedTrainer:
         steps_begin()
         self.stop_if_asked()
         for _ in progress(self.remaining(), self.config.kind, total=self.total - self.progress.update):
-            try:
-                self.advance()
-            except GroupError as error:
-                self.recovery.survive(error, self)
+            self.surviving(self.advance)
             self.stop_if_asked()
         self._closing = True
         self.surviving(self.commit)  # a run that was killed after its last update may lack final/
@@ -158,24 +161,42 @@ class SupervisedTrainer:
             yield self.progress.update
 
     def advance(self) -> None:
-        """Make one update, and do what is due after it."""
-        mends, self.touched = self.recovery.mends, True
+        """Make one update and do what is due after it, or what is left of that where the group was lost meanwhile."""
+        mends = self.recovery.mends
+        if not self.to_do and self.progress.update < self.total:
+            with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
+                self.checkpoints.raise_failure()
+                batch, schedule = self.next_batch()
+            self.touched = True
+            with self.journal.phase("update"):
+                report, applied, stood_out = self.update(batch, schedule)
+            with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
+                went_back = self.go_back_if_needed()
+            self.touched = False
+            self.to_do += self.after_update(report, applied, stood_out, batch.batch, went_back)
         with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
-            self.checkpoints.raise_failure()
-            batch, schedule = self.next_batch()
-        with self.journal.phase("update"):
-            report, applied, stood_out = self.update(batch, schedule)
-        with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
-            self.after_update(report, applied, stood_out, batch.batch)
+            while self.to_do:
+                self.to_do[0]()
+                self.to_do.popleft()
         self.skips.refuse(self.guards, self.progress.consecutive_skips, self.progress.update, self.state())
 
     def surviving(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, which is done again where the group is lost meanwhile."""
+        """What ``work`` returns, which is done again where the group is lost meanwhile.
+
+        Where it is lost for good, what is finished is committed.
+        """
         while True:
             try:
                 return work()
             except GroupError as error:
-                self.recovery.survive(error, self)
+                with self.checkpoints.committing_on_failure(
+                    self.progress.update, self.state(), unless=self.commits_nothing
+                ):
+                    self.recovery.survive(error, self)
+
+    def commits_nothing(self, error: Exception) -> bool:
+        """Whether ``error``, with which the group is lost for good, commits nothing: a stop has, and half an update is none."""
+        return self.touched or isinstance(error, ResumableStop)
 
     # What recovery asks of a trainer
 
@@ -199,6 +220,8 @@ class SupervisedTrainer:
         """Go on from the commit that the group has loaded, or from the beginning."""
         if self._closing and plan.back_to < self.total:
             raise RlhfRayError(f"the last update is not committed, and only update {plan.back_to} could be evaluated")
+        if plan.back_to < self.progress.update:
+            self.to_do.clear()
         self.checkpoints.run.go_back(plan.back_to)
         self.take_up(state)
 
@@ -228,31 +251,46 @@ class SupervisedTrainer:
         self.progress.consecutive_skips = self.progress.consecutive_skips + 1 if applied.skipped else 0
         return report, applied, stood_out
 
-    def after_update(self, report: Report, applied: Applied, stood_out: Sequence[str], batch: TrajectoryBatch) -> None:
-        """Log the update; evaluate and commit if they are due. After the last one, commit before anything else.
+    def go_back_if_needed(self) -> bool:
+        """Whether the group took up earlier weights after this update, since too many were skipped."""
+        progress = self.progress
+        went_back = self.skips.go_back(self.guards, progress.consecutive_skips, self.group.role, progress.update)
+        if went_back:
+            progress.consecutive_skips = 0
+        return went_back
 
-        On the way the commit comes after the evaluation, whose figures it holds, and before ``best/``, so that after a kill
-        between the two the state says what is missing.
+    def after_update(
+        self, report: Report, applied: Applied, stood_out: Sequence[str], batch: TrajectoryBatch, went_back: bool
+    ) -> list[Callable[[], None]]:
+        """What is to be done once an update is learned: log it; evaluate and commit if they are due.
+
+        After the last one the commit comes before anything else. On the way it comes after the evaluation, whose figures it
+        holds, and before ``best/``, so that after a kill between the two the state says what is missing.
         """
+        update = self.progress.update
+        log = partial(self.journal.log_update, update, self.total, report, applied, batch, stood_out=bool(stood_out))
+        committing = [self.commit] if went_back or update == self.total else []
+        settling = [self.checkpoints.settle] if went_back else []
+        on_the_way = [self.evaluate_if_due, self.commit_if_due, self.keep_best] if update < self.total else []
+        return [*committing, *settling, log, *on_the_way]
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate the model on the way."""
         update, every = self.progress.update, self.config.evaluation.every_steps
-        went_back = self.skips.go_back(self.guards, self.progress.consecutive_skips, self.group.role, update)
-        if went_back:
-            self.progress.consecutive_skips = 0
-        if went_back or update == self.total:
-            self.commit()
-        if went_back:
-            self.checkpoints.settle()
-        self.journal.log_update(update, self.total, report, applied, batch, stood_out=bool(stood_out))
-        if update == self.total:
-            return
-        improved = False
+        self._improved = False
         if every and update % every == 0:
             figures = self.evaluation()
-            improved = self.best is not None and self.best.improves(update, figures)
+            self._improved = self.best is not None and self.best.improves(update, figures)
+
+    def commit_if_due(self) -> None:
+        """Commit the update on the way; one that is the best so far too, unless nothing is to be committed on the way."""
         schedule = self.checkpoints.schedule
-        if schedule.is_due(update) or (improved and schedule.commits_on_the_way):
+        if schedule.is_due(self.progress.update) or (self._improved and schedule.commits_on_the_way):
             self.commit()
-        if improved and self.best is not None:
+
+    def keep_best(self) -> None:
+        """Write ``best/`` where the update is the best so far."""
+        if self._improved and self.best is not None:
             with self.journal.phase("checkpoint"):
                 self.checkpoints.settle()
                 self.best.keep()

@@ -6,13 +6,38 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.errors import DeadlineError, ResumableStop, RlhfRayError, StorageError
+from rlhf_ray.errors import DeadlineError, GroupError, ResumableStop, RlhfRayError, StorageError
 from rlhf_ray.runs.directory import RunDirectory
 from tests.trainers.recovery.failing_place import Fault, Script, config_of_every_role, train_kind_with, train_with
 from tests.trainers.small_runs import ask_to_stop
 
 pytestmark = pytest.mark.early
 RARE = ["checkpoint.every_steps=100", "evaluation.every_steps=0"]
+
+
+def test_an_update_that_was_made_is_not_made_again_where_its_evaluation_fails_and_is_kept_where_that_ends_the_run(
+    tmp_path: Path,
+) -> None:
+    def when(role: str, method: str, number: int) -> Fault | None:
+        made = script.calls.count((role, "apply"))
+        return "raises before" if made and method not in ("accumulate", "apply") and not saves(method) else None
+
+    script = Script(when)
+    settings = ["run.max_group_restarts=1", "checkpoint.every_steps=100", "evaluation.every_steps=1"]
+    with pytest.raises(GroupError, match="the test says that it raises before"):
+        train_kind_with("sft", tmp_path, script, *settings)
+    run = RunDirectory.open(tmp_path / "late")
+    assert [method for _, method in script.calls].count("apply") == 1
+    assert run.checkpoints.steps() == [1]
+    # The first loss has the update committed, after which losses are counted anew.
+    assert [(one.action, one.step, one.back_to) for one in run.incidents.read()] == [
+        ("restarted", 1, 1), ("restarted", 1, 1), ("stopped", 1, 1),
+    ]  # fmt: skip
+
+
+def saves(method: str) -> bool:
+    """Whether a method has to do with checkpoints."""
+    return "save" in method or method in ("load", "setup")
 
 
 def test_a_stop_that_meets_the_loss_of_what_does_not_learn_commits_and_says_so(tmp_path: Path) -> None:
