@@ -109,7 +109,8 @@ def test_the_last_layer_runs_for_the_first_token_where_the_head_reads_no_other(t
 
 
 def test_every_worker_can_be_a_ray_actor() -> None:
-    assert {kind: actor.__mro__[2] for kind, actor in ACTORS.items()} == WORKERS
+    assert ACTORS.keys() == WORKERS.keys()
+    assert all(issubclass(actor, WORKERS[kind]) for kind, actor in ACTORS.items())
 
 
 def test_each_of_several_ranks_scores_its_share(tmp_path: Path) -> None:

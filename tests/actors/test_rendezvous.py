@@ -42,6 +42,7 @@ class Ranks:
         method: str,
         arguments: Sequence[tuple[Any, ...]],
         *,
+        phase: str | None = None,
         key: str | None = None,
         timeout_s: float | None = None,
     ) -> Pending[list[Any]]:

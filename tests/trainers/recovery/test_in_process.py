@@ -94,7 +94,7 @@ def test_a_group_that_lives_keeps_its_processes(
     expected, calls = undisturbed
     late = [number for number, call in enumerate(calls) if call == ("critic", "apply")][2]
     script = Script(lambda role, method, number: "dies before" if number == late else None)
-    run, place = train_with(config_of_every_role(tmp_path), script)
+    run, place = train_with(config_of_every_role(tmp_path, "checkpoint.background=false"), script)
     assert script.failed == [("critic", "apply", "dies before")]
     assert {role: len(workers) for role, workers in place.workers.items() if role != "rollout"} == {
         "policy": 1, "critic": 2, "reference": 1, "reward": 1,
@@ -114,7 +114,11 @@ def test_the_loss_of_what_learns_costs_what_came_after_the_last_commit(
         return "dies before" if is_it and not script.failed else None
 
     script = Script(when)
-    run, place = train_with(config_of_every_role(tmp_path, f"checkpoint.every_steps={every}"), script)
+    commits = [
+        f"checkpoint.every_steps={every}",
+        "checkpoint.background=false",
+    ]  # else the loss may come before it is written
+    run, place = train_with(config_of_every_role(tmp_path, *commits), script)
     (incident,) = run.incidents.read()
     assert (incident.step, incident.back_to, incident.lost_steps) == (1, back_to, 1 - back_to)
     assert incident.action == ("restarted" if back_to else "rolled_back")
@@ -158,7 +162,7 @@ def test_a_run_that_is_to_stop_does_not_wait_for_a_restart(tmp_path: Path) -> No
 
     script = Script(when)
     with pytest.raises(ResumableStop, match="stopped on request after step 1 of 3"):
-        train_with(config_of_every_role(tmp_path), script)
+        train_with(config_of_every_role(tmp_path, "checkpoint.background=false"), script)
     run = RunDirectory(tmp_path / "late")
     assert run.checkpoints.steps() == [1] and [one.action for one in run.incidents.read()] == ["stopped"]
 
@@ -236,8 +240,9 @@ def test_supervised_training_goes_on_from_its_last_commit_in_the_same_bits(kind:
         for one in (whole, run)
     ]
     assert figures[0] == figures[1]
-    assert len(run.incidents.read()) == len(script.failed)
-    assert len(next(iter(place.workers.values()))) == len(script.failed) + 1
+    restarts = len(next(iter(place.workers.values()))) - 1
+    # One that fails once more while what is finished is committed starts again once.
+    assert len(script.failed) >= restarts == len(run.incidents.read()) > 0
 
 
 def test_what_a_lost_rank_still_writes_is_in_no_checkpoint(tmp_path: Path) -> None:
