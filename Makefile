@@ -54,6 +54,7 @@ faults: setup  ## the long fault campaign; what has a valid verdict in the matri
 	@$(PYTHON_BIN) -m tests.faults.groups
 	@$(PYTHON_BIN) -m tests.faults.window_kills
 	@$(PYTHON_BIN) -m tests.faults.stops
+	@$(PYTHON_BIN) -m tests.faults.stops --grace 3
 	@$(PYTHON_BIN) -m tests.faults.useful_time
 
 nodes: setup  ## two machines made of namespaces on this one: ranks on both, a node that dies, a disk that is not shared; needs root

@@ -18,12 +18,14 @@ from tempfile import TemporaryDirectory
 from benchmarks.figures import Figure, Figures
 from benchmarks.ppo import EARLIER, ROOT, checkout
 
-SEQUENCES, UPDATES, RANKS = 64, 24, 2
+SEQUENCES, UPDATES, RANKS = 64, 84, 2
 EARLIER_UPDATES, EARLIER_EVERY = 8, 2
 SETTINGS = (
     "policy.model.dtype=bf16", "policy.engine.zero=2", f"policy.ranks={RANKS}", f"batch.sequences_per_update={SEQUENCES}",
     "monitoring.ray_metrics=false",
 )  # fmt: skip
+BESIDE = 2
+"""Updates after a save in which it may still be written."""
 Steps = Sequence[dict[str, float]]
 
 
@@ -31,7 +33,7 @@ def measure(quick: bool = False) -> Figures:
     """How long training stands still for a commit, and what commits at the default interval take of the time of a run."""
     shape, updates = ("llama-tiny", 4) if quick else ("llama-14m", UPDATES)
     with TemporaryDirectory() as name:
-        now = run(ROOT, Path(name), "now", shape, updates)
+        now = run(ROOT, Path(name), "now", shape, updates, *["checkpoint.every_steps=1"] * quick)
         if quick:
             return {"checkpoint.stall_seconds": Figure(stall(now), "s", False, "one commit of a tiny model")}
         with checkout(EARLIER) as root:
@@ -48,8 +50,8 @@ def measure(quick: bool = False) -> Figures:
         "checkpoint.share_of_time": Figure(
             share_of_time(now), "share", False,
             f"of {sum(each['time/step'] for each in now):.0f} s of {len(now)} updates with {saves(now)} commits at the default "
-            f"interval, what the update in which one is saved and the one after it, while it is written, take longer than the "
-            f"others: medians; {what}",
+            f"interval, what the update in which one is saved and the {BESIDE} after it, while it is written, take longer than "
+            f"the others: medians; {what}",
         ),
     }  # fmt: skip
 
@@ -82,10 +84,13 @@ def on_the_way(steps: Steps) -> Steps:
 
 
 def share_of_time(steps: Steps) -> float:
-    """The share of a run that commits take: what they make their own update and the next one longer than all others are."""
+    """The share of a run that commits take: what they make their own update and the next ones longer than all others are."""
     saved = [number for number, each in enumerate(steps[:-1]) if "time/checkpoint" in each]
-    near = {one for number in saved for one in (number, number + 1)}
+    near = {number + after for number in saved for after in range(BESIDE + 1)}
     seconds = [each["time/step"] for each in steps]
     rest = median(value for number, value in enumerate(seconds[:-1]) if number not in near)
-    longer = median(seconds[number] for number in saved) + median(seconds[number + 1] for number in saved) - 2 * rest
+    longer = 0.0
+    for after in range(BESIDE + 1):
+        beside = [seconds[number + after] for number in saved if number + after < len(steps) - 1]
+        longer += median(beside) - rest if beside else 0.0
     return len(saved) * longer / sum(seconds)

@@ -21,6 +21,7 @@ from rlhf_ray.actors.workers.model import Loss, Part, Vocabulary, WorkerSetup
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.saving.room import Room
+from rlhf_ray.engine.saving.writer import Written
 from rlhf_ray.errors import GroupError, RlhfRayError
 from rlhf_ray.network import LOOPBACK
 from rlhf_ray.pending import Pending
@@ -99,9 +100,12 @@ class Group:
         """Copy the training state in the memory of the ranks, which write it while the calls that follow run."""
         return self._everywhere("begin_save", directory)
 
-    def saved(self) -> Pending[dict[str, FileRecord]]:
-        """Wait for what :meth:`begin_save` began, beside other calls; the value and the errors are those of :meth:`save`."""
-        return self._everywhere("saved", phase="save").then(_join)
+    def saved(self) -> Pending[Written]:
+        """Wait for what :meth:`begin_save` began, beside other calls; the files and the errors are those of :meth:`save`.
+
+        Ranks write side by side: the seconds are those of the one that took most.
+        """
+        return self._everywhere("saved", phase="save").then(_written)
 
     def room_to_save(self) -> Pending[list[Room]]:
         """For each rank what the copy of :meth:`begin_save` takes of its machine's memory, and what is free there."""
@@ -293,6 +297,10 @@ class TrainedRewardGroup(RewardGroup):
 
 def _join(records: Sequence[Mapping[str, FileRecord]]) -> dict[str, FileRecord]:
     return {name: record for each in records for name, record in each.items()}
+
+
+def _written(ranks: Sequence[Written]) -> Written:
+    return Written(_join([rank.files for rank in ranks]), max(rank.seconds for rank in ranks))
 
 
 def _parts(results: list[list[Part]]) -> list[tuple[tuple[int, ...], torch.Tensor]]:

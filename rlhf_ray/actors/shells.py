@@ -30,8 +30,8 @@ with quick_imports():
     from rlhf_ray.actors.workers.reward import RewardWorker, VllmRewardWorker
     from rlhf_ray.actors.workers.rollout import RolloutWorker
     from rlhf_ray.actors.workers.trained_reward import TrainedRewardWorker
+    from rlhf_ray.engine.saving.writer import Written
     from rlhf_ray.rollout.wire import Bucket, PublishedWeights
-    from rlhf_ray.storage.manifest import FileRecord
 
 HEALTH_LANE, SAVING_LANE = "health", "saving"
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -76,7 +76,7 @@ class TrainedShell(RankShell, ModelWorker[Any]):
     """What Ray adds to a worker that trains."""
 
     @_in_lane(SAVING_LANE)
-    def saved(self) -> dict[str, FileRecord]:
+    def saved(self) -> Written:
         return super().saved()
 
 

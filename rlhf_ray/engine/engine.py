@@ -33,7 +33,7 @@ from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_grou
 from rlhf_ray.engine.report import Applied, Report, Totals
 from rlhf_ray.engine.saving.copies import Copies
 from rlhf_ray.engine.saving.room import Room, room_for
-from rlhf_ray.engine.saving.writer import Background
+from rlhf_ray.engine.saving.writer import Background, Written
 from rlhf_ray.engine.schedules import check_schedule, learning_rate
 from rlhf_ray.engine.settings import casts_in_engine, clips_in_optimizer, deepspeed_config, sums_in_engine
 from rlhf_ray.engine.weights import copied, disk_weights, gathered_groups
@@ -282,15 +282,15 @@ class Engine:
 
         self._writing = Background(write, "checkpoint")
 
-    def saved(self) -> dict[str, FileRecord]:
-        """Wait for what :meth:`begin_saving` began; returns what :meth:`save_shards` would, or raises what went wrong.
+    def saved(self) -> Written:
+        """Wait for what :meth:`begin_saving` began; returns the files of :meth:`save_shards`, or raises what went wrong.
 
         Not collective, and it may be called beside any other method.
         """
         writing = self._writing
         if writing is None:
             raise RlhfRayError("saved: call begin_saving first")
-        return writing.result()
+        return Written(writing.result(), writing.seconds)
 
     def room_to_save(self) -> Room:
         """What the copy of :meth:`begin_saving` takes of this machine's memory, and what is free of it.

@@ -182,6 +182,8 @@ def _restart_until_final(
     if _is_failure(ended):
         watch.note(ended, "stopped")
         get_logger().error("the driver %s: %s", ended.how, _way_on(directory))
+    elif ended.code not in FINAL_CODES and (directory / CONFIG_NAME).is_file():
+        get_logger().info("stopped on request: %s", _way_on(directory))
     return exit_code(ended, directory)
 
 

@@ -189,14 +189,19 @@ def differences(directory: str | Path, manifest: Manifest, *, contents: bool = T
     return phrases
 
 
-def hash_files(root: str | Path, names: Collection[str] | None = None) -> dict[str, FileRecord]:
-    """Flush files to disk and hash them, for the process that wrote them; ``names`` are those below ``root`` (None: all)."""
+def hash_files(
+    root: str | Path, names: Collection[str] | None = None, *, threads: int = HASHING_THREADS
+) -> dict[str, FileRecord]:
+    """Flush files to disk and hash them, for the process that wrote them; ``names`` are those below ``root`` (None: all).
+
+    One thread is that of the caller.
+    """
     root = Path(root)
     names = _sizes(root).keys() if names is None else names
     with storage_errors(root):
         for name in names:
             flush(root / name)
-    return _hashes(root, names)
+    return _hashes(root, names, threads)
 
 
 def _check_seen(
@@ -217,11 +222,14 @@ def _check_seen(
             )
 
 
-def _hashes(root: Path, names: Collection[str]) -> dict[str, FileRecord]:
-    """Hash these files below ``root``, on several threads."""
+def _hashes(root: Path, names: Collection[str], threads: int = HASHING_THREADS) -> dict[str, FileRecord]:
+    """Hash these files below ``root``, on several threads, or on that of the caller."""
     ordered = sorted(names)
-    with storage_errors(root, "read"), ThreadPoolExecutor(HASHING_THREADS) as threads:
-        return dict(zip(ordered, threads.map(lambda name: _record(root / name), ordered), strict=True))
+    with storage_errors(root, "read"):
+        if threads == 1:
+            return {name: _record(root / name) for name in ordered}
+        with ThreadPoolExecutor(threads) as pool:
+            return dict(zip(ordered, pool.map(lambda name: _record(root / name), ordered), strict=True))
 
 
 def _sizes(root: Path) -> dict[str, int]:

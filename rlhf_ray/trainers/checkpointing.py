@@ -23,7 +23,7 @@ from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.engine.saving.room import shortage
-from rlhf_ray.engine.saving.writer import Background
+from rlhf_ray.engine.saving.writer import Background, Written
 from rlhf_ray.errors import GroupError, NumericalError, ResumableStop, ScoringError, StorageError
 from rlhf_ray.pending import Pending
 from rlhf_ray.runs.checkpoints import SKIPPED_SINCE, Checkpoint
@@ -33,8 +33,8 @@ from rlhf_ray.storage.manifest import FileRecord
 from rlhf_ray.trainers.commit_schedule import CommitSchedule
 
 Answer = TypeVar("Answer")
-Written = Callable[[str, Group], Pending[dict[str, FileRecord]]]
-"""The records of the files of a group, by its name, once they are written."""
+Writing = Callable[[str, Group], Pending[Written]]
+"""The files of a group, by its name, once they are written."""
 
 
 class Checkpointer:
@@ -107,23 +107,35 @@ class Checkpointer:
             self._abort(pending)
             raise
         if background:
-            commit = partial(self._commit, pending, step, about, lambda name, group: group.saved())
-            self._under_way = step, Background(commit, "commit")
+            self.schedule.saved(step, time.monotonic() - began)
+            self._under_way = step, Background(partial(self._commit_beside, pending, step, about), "commit")
         else:
-            self._commit(pending, step, about, lambda name, group: group.save(places[name]))
-        self.schedule.saved(step, time.monotonic() - began)
+            self._commit(pending, step, about, lambda name, group: group.save(places[name]).then(_while_training_waits))
+            self.schedule.saved(step, time.monotonic() - began)
 
-    def _commit(self, pending: PendingDirectory, step: int, about: Mapping[str, Any], written: Written) -> None:
-        """Commit ``pending`` once every group has ``written`` its part; if anything fails, nothing is left of it."""
+    def _commit_beside(self, pending: PendingDirectory, step: int, about: Mapping[str, Any]) -> None:
+        """Commit ``pending`` in a thread, and tell the schedule what that took of the processors."""
+        began = time.thread_time()
+        ranks_s = self._commit(pending, step, about, lambda name, group: group.saved())
+        self.schedule.wrote(ranks_s + time.thread_time() - began)
+
+    def _commit(self, pending: PendingDirectory, step: int, about: Mapping[str, Any], write: Writing) -> float:
+        """Commit ``pending`` once every group has written its part; if anything fails, nothing is left of it.
+
+        Returns the processor seconds that writing took of the ranks beside training.
+        """
         hashed: dict[str, FileRecord] = {}
+        seconds = 0.0
         try:
-            for name, records in self._all(written).items():
-                hashed |= below(name, records)
+            for name, written in self._all(write).items():
+                hashed |= below(name, written.files)
+                seconds += written.seconds
         except BaseException:
             self._abort(pending)
             raise
         self.run.checkpoints.commit(pending, about=about, hashed=hashed)
         self.committed = step
+        return seconds
 
     def _all(self, call: Callable[[str, Group], Pending[Answer]]) -> dict[str, Answer]:
         """What a call of each group returns, by its name. The first error is raised once all have ended: none still writes."""
@@ -299,6 +311,10 @@ class Checkpointer:
         get_logger("runs").info("going on after step %d", self.checkpoint.step)
         state: dict[str, Any] = self.checkpoint.manifest.about["state"]
         return state
+
+
+def _while_training_waits(files: dict[str, FileRecord]) -> Written:
+    return Written(files, 0.0)  # the time for which it waits is counted
 
 
 def below(place: str, records: Mapping[str, FileRecord]) -> dict[str, FileRecord]:

@@ -301,7 +301,7 @@ def _saved_beside(program: Program, engine: Engine, directory: Path) -> tuple[Ap
         expected, early = bits(engine), bool(_files(directory).keys() - _scripts(directory))
         torch.distributed.barrier()  # both have looked
         may_write.set()
-        hashed = engine.saved()
+        hashed = engine.saved().files
     torch.manual_seed(98)
     other = Engine(Toy(), engine.config, dtype=engine.dtype, total_updates=TOTAL_UPDATES, trainable=True)
     other.load_shards(directory)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,9 @@ from torch import nn
 from rlhf_ray.engine.saving.copies import copied_state
 from rlhf_ray.engine.saving.room import KEPT_FREE, V1, V2, Room, _control_groups, room_for, shortage
 from rlhf_ray.engine.saving.writer import Background, behind
+from rlhf_ray.engine.shards import Unwritten
 from rlhf_ray.errors import StorageError
+from rlhf_ray.storage import manifest
 
 
 class Scaler:
@@ -128,3 +132,34 @@ def test_a_thread_works_behind_this_one_and_its_error_comes_out_each_time() -> N
     assert (behind(0), behind(15)) == (10, 19)
     done: Callable[[], int] = Background(lambda: 5, "test").result
     assert (done(), done()) == (5, 5)
+
+
+def test_what_the_work_takes_of_a_processor_is_known_and_waiting_is_none_of_it() -> None:
+    def work() -> None:
+        time.sleep(0.2)
+        while time.thread_time() < 0.05:
+            pass
+
+    wrote = Background(work, "test")
+    wrote.result()
+    assert 0.05 <= wrote.seconds < 0.2
+
+
+def test_files_are_hashed_in_the_thread_that_wrote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, record = set[int](), manifest._record
+
+    def here(path: Path) -> manifest.FileRecord:
+        threads.add(threading.get_ident())
+        return record(path)
+
+    monkeypatch.setattr(manifest, "_record", here)
+    files = {tmp_path / name: partial(writes, tmp_path / name) for name in "ab"}
+    written = Unwritten(tmp_path, files, []).write()
+    assert threads == {threading.get_ident()}
+    threads.clear()
+    assert manifest.hash_files(tmp_path) == written
+    assert threading.get_ident() not in threads, "several others hash what is not written beside training"
+
+
+def writes(path: Path) -> None:
+    path.write_text(f"the shard {path.name}")

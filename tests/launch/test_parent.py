@@ -203,6 +203,19 @@ def test_a_driver_that_dies_of_the_request_to_stop_is_not_started_again(parent):
     assert parent.starts == ["new"]
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_driver_stopped_before_its_first_step_says_how_to_go_on_where_a_run_was_begun(tmp_path, project_log, begun):
+    if begun:
+        (tmp_path / "config.yaml").touch()
+    ended = Ended(Interrupted(signal.SIGTERM).exit_code, signal.SIGTERM)
+    code = launch_parent._restart_until_final(ended, Watch(tmp_path), 3, "stub_driver", "")
+    said = project_log.getvalue()
+    if begun:
+        assert code == 75 and f"nothing was committed yet; go on with: rlhf-ray resume {tmp_path}\n" in said
+    else:
+        assert code == 128 + signal.SIGTERM and said == ""
+
+
 def test_a_driver_stopped_before_it_began_a_run_leaves_nothing_to_resume(parent):
     process = parent.start(["deaf", "0"], "new", "3")
     assert parent.stop(process, signal.SIGTERM) == 128 + signal.SIGTERM

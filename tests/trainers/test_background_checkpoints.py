@@ -24,6 +24,7 @@ from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.engine import Engine
 from rlhf_ray.engine.saving.room import Room
+from rlhf_ray.engine.saving.writer import Written
 from rlhf_ray.errors import DiskFullError, GroupError, NumericalError, ResumableStop
 from rlhf_ray.launch.driver import continue_run
 from rlhf_ray.pending import Pending
@@ -42,7 +43,7 @@ CASES = {
     "lora": ("sft", ["policy.engine.zero=2", "policy.model.lora={rank: 2}", "epochs=0.75"]),
     "rm": ("rm", ["epochs=1.5"]),
 }
-"""Runs of three steps."""
+"""Runs of three steps. All but PPO are ``long``."""
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +93,17 @@ def after_updates(patch: pytest.MonkeyPatch, count: int, act: Callable[[], None]
     patch.setattr(Engine, "apply", counted)
 
 
+def asking_to_stop(begin: Callable[..., Any]) -> Callable[..., Any]:
+    """``begin``, before which this process is asked to stop."""
+    return lambda *arguments: (ask_to_stop(), begin(*arguments))[1]
+
+
 class Crash(BaseException):
     """The driver is gone."""
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.long) if name in ("sft", "rm") else name for name in CASES]
+    "case", [pytest.param(name, marks=pytest.mark.long) if name != "ppo" else name for name in CASES]
 )
 def test_a_run_that_goes_on_from_a_checkpoint_in_the_background_ends_in_the_same_bits(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -130,9 +136,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_in_the_background_ends_in_the_same
 def test_an_error_of_the_writer_is_raised_at_the_next_step_and_the_commit_before_stays(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    length = "steps=6" if kind == "ppo" else "epochs=1.5"
-    config, run = config_of(kind, tmp_path, "checkpoint.every_steps=2", length), RunDirectory(tmp_path / "late")
-    writes, write = [0], shards.Unwritten.write
+    length = "steps=9" if kind == "ppo" else "epochs=2.25"
+    config, run = config_of(kind, tmp_path, "checkpoint.every_steps=3", length), RunDirectory(tmp_path / "late")
+    writes, write, raise_failure = [0], shards.Unwritten.write, Checkpointer.raise_failure
 
     def full(self: shards.Unwritten) -> dict[str, FileRecord]:
         writes[0] += 1
@@ -140,18 +146,24 @@ def test_an_error_of_the_writer_is_raised_at_the_next_step_and_the_commit_before
             raise OSError(errno.ENOSPC, "No space left on device", str(self.directory / "shards"))
         return write(self)
 
+    def once_it_is_known(self: Checkpointer) -> None:
+        while self._busy:
+            time.sleep(0.005)
+        raise_failure(self)
+
     monkeypatch.setattr(shards.Unwritten, "write", full)
+    monkeypatch.setattr(Checkpointer, "raise_failure", once_it_is_known)
     with pytest.raises(DiskFullError) as caught:
         train(config)
-    assert str(caught.value).startswith(f"disk full: cannot write {run.checkpoints.checkpoint_path(4)}/policy/shards")
+    assert str(caught.value).startswith(f"disk full: cannot write {run.checkpoints.checkpoint_path(6)}/policy/shards")
     assert "rlhf-ray resume" in str(caught.value)
-    assert run.checkpoints.steps() == [2] and not [*run.path.rglob(".pending-*")]
+    assert run.checkpoints.steps() == [3] and not [*run.path.rglob(".pending-*")]
     assert writes[0] == 3, "what was finished is tried once more before the run ends"
     steps = [line["step"] for line in run.metrics.read() if "time/step" in line]
-    assert 4 <= steps[-1] <= 5, "the step that began after the error was known made no update"
+    assert steps[-1] == (5 if kind == "ppo" else 6), "nothing was done that comes after the error was known"
     monkeypatch.undo()
     continue_run(str(run.path), place=ThisProcess(config.cluster))
-    assert run.checkpoints.steps()[-1] == 6
+    assert run.checkpoints.steps()[-1] == 9
 
 
 @pytest.mark.parametrize("kind", [pytest.param("ppo", marks=pytest.mark.long), "sft"])
@@ -169,11 +181,34 @@ def test_a_stop_waits_until_what_is_being_written_is_committed(
             settle(self)
 
         monkeypatch.setattr(Checkpointer, "settle", let_it_write)
-        begin = Group.begin_save
-        monkeypatch.setattr(Group, "begin_save", lambda *arguments: (ask_to_stop(), begin(*arguments))[1])
+        monkeypatch.setattr(Group, "begin_save", asking_to_stop(Group.begin_save))
         with pytest.raises(ResumableStop, match=r"stopped on request after (step|update) 1 of 2"):
             train(config_of(kind, tmp_path, EACH_STEP))
     assert seen[0] == [] and run.checkpoints.steps() == [1]
+    forget_the_stop()
+
+
+@pytest.mark.parametrize("fails", ["once", "always"])
+@pytest.mark.parametrize("kind", [pytest.param("ppo", marks=pytest.mark.long), "sft"])
+def test_a_stop_makes_up_for_a_commit_that_failed_or_ends_with_its_error(
+    kind: str, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    run, writes, write = RunDirectory(tmp_path / "late"), [0], shards.Unwritten.write
+
+    def full(self: shards.Unwritten) -> dict[str, FileRecord]:
+        writes[0] += 1
+        if writes[0] == 1 or fails == "always":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.directory / "shards"))
+        return write(self)
+
+    monkeypatch.setattr(shards.Unwritten, "write", full)
+    monkeypatch.setattr(Group, "begin_save", asking_to_stop(Group.begin_save))
+    expected = ResumableStop if fails == "once" else DiskFullError
+    with pytest.raises(expected) as caught:
+        train(config_of(kind, tmp_path, EACH_STEP))
+    assert "the checkpoint of step 1 could not be written" in project_log.getvalue()
+    assert run.checkpoints.steps() == ([1] if fails == "once" else [])
+    assert "rlhf-ray resume" in str(caught.value)
     forget_the_stop()
 
 
@@ -200,6 +235,7 @@ class HeldRanks:
 
     def __init__(self, free: int = 100) -> None:
         self.free, self.calls = free, list[str]()
+        self.seconds = 0.0
         self.go, self.error = threading.Event(), None
 
     def call(self, method: str, arguments: Any, **options: Any) -> Pending[list[Any]]:
@@ -217,9 +253,9 @@ class HeldRanks:
     def begin_save(self, directory: str) -> None:
         self.directory = directory
 
-    def saved(self) -> dict[str, FileRecord]:
+    def saved(self) -> Written:
         assert self.go.wait(10)
-        return self.save(self.directory)
+        return Written(self.save(self.directory), self.seconds)
 
 
 def saving_by(ranks: HeldRanks, path: Path, **options: Any) -> Checkpointer:
@@ -244,6 +280,18 @@ def test_what_is_being_written_is_not_committed_and_its_state_is_that_of_its_ste
     assert checkpoint is not None and checkpoint.manifest.about["state"] == {"progress": {"update": 7}}
     saving.save(7, state)
     assert ranks.calls[3:] == [], "nor when it is committed"
+
+
+@pytest.mark.parametrize(("seconds", "due"), [(0.0, True), (5.0, False)])
+def test_what_writers_take_of_processors_puts_the_next_one_off(seconds: float, due: bool, tmp_path: Path) -> None:
+    ranks = HeldRanks()
+    ranks.seconds = seconds
+    saving = saving_by(ranks, tmp_path / "run")
+    ranks.go.set()
+    saving.save(7, {})
+    saving.settle()
+    saving.schedule.clock = lambda: time.monotonic() + 800.0
+    assert saving.schedule.is_due(900) is due
 
 
 def test_where_the_memory_is_short_ranks_write_at_once_and_that_is_said_once(

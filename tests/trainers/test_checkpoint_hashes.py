@@ -13,6 +13,7 @@ from rlhf_ray import storage
 from rlhf_ray.actors.groups import Group
 from rlhf_ray.config.sections.run import CheckpointConfig
 from rlhf_ray.engine.saving.room import Room
+from rlhf_ray.engine.saving.writer import Written
 from rlhf_ray.errors import StorageError
 from rlhf_ray.pending import Pending
 from rlhf_ray.runs.directory import RunDirectory
@@ -46,8 +47,8 @@ class Ranks:
     def begin_save(self, rank: int, directory: str) -> None:
         self.directory = directory
 
-    def saved(self, rank: int) -> dict[str, FileRecord]:
-        return self.save(rank, self.directory)
+    def saved(self, rank: int) -> Written:
+        return Written(self.save(rank, self.directory), 0.0)
 
     def save_pretrained(self, rank: int, directory: str, metadata: object) -> None:
         if rank == 0:

@@ -90,21 +90,24 @@ def logged(run: RunDirectory, name: str) -> list[float]:
     return [line[name] for line in run.metrics.read() if name in line]
 
 
+@pytest.mark.parametrize(("guard", "name"), [
+    ("gradient_norm", "grad_norm/policy "), pytest.param("loss", "loss/policy ", marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_spike_is_as_if_its_update_had_been_voted_down_on_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guard: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off: dict[str, object] = {"gradient_norm": "null"}
     dropped = run(tmp_path / "dropped", "sft", monkeypatch, off, dropped={7})
     assert not same(run(tmp_path / "unguarded", "sft", monkeypatch, off, spikes={7}), dropped)
-    for guard, name in {"gradient_norm": "grad_norm/policy ", "loss": "loss/policy "}.items():
-        spiked = run(tmp_path / guard, "sft", monkeypatch, {**off, guard: 20.0}, spikes={7})
-        assert same(spiked, dropped)
-        assert sum(logged(spiked, "updates/skipped")) == sum(logged(spiked, "updates/stood_out")) == 1
-        (incident,) = spiked.incidents.read()
-        assert (incident.step, incident.fault, incident.action) == (7, "numeric", "skipped")
-        assert incident.cause.startswith(name)
+    spiked = run(tmp_path / guard, "sft", monkeypatch, {**off, guard: 20.0}, spikes={7})
+    assert same(spiked, dropped)
+    assert sum(logged(spiked, "updates/skipped")) == sum(logged(spiked, "updates/stood_out")) == 1
+    (incident,) = spiked.incidents.read()
+    assert (incident.step, incident.fault, incident.action) == (7, "numeric", "skipped")
+    assert incident.cause.startswith(name)
 
 
+@pytest.mark.long
 def test_a_run_that_is_resumed_knows_what_is_ordinary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", "sft", monkeypatch, {}, spikes={7})
     with pytest.raises(ResumableStop):
@@ -128,7 +131,7 @@ def test_a_run_that_is_resumed_knows_what_is_ordinary(tmp_path: Path, monkeypatc
     assert len(logged(resumed, "useful_time")) == 2, "once an attempt, since both are short"
 
 
-@pytest.mark.parametrize("kind", ["sft", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("ppo", marks=pytest.mark.long)])
 def test_a_run_goes_back_to_weights_from_before_the_first_skip_and_goes_on_with_the_next_rows(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,8 +176,10 @@ def test_the_commit_to_go_back_to_is_kept_while_skipped_updates_are_committed_al
 
 @pytest.mark.parametrize(("guards", "sentence"), [
     ({"budget": 1}, r"2 of the last 8 updates were skipped \(guards.budget\)"),
-    ({"budget": 1, "on_budget": "go_back", "max_going_back": 1}, r"2 of the last 8 updates were skipped"),
-    ({"budget": 1, "on_budget": "go_back", "max_going_back": 0}, r"2 of the last 8 updates were skipped"),
+    pytest.param({"budget": 1, "on_budget": "go_back", "max_going_back": 1}, r"2 of the last 8 updates were skipped",
+                 marks=pytest.mark.long),
+    pytest.param({"budget": 1, "on_budget": "go_back", "max_going_back": 0}, r"2 of the last 8 updates were skipped",
+                 marks=pytest.mark.long),
 ], ids=["stop", "went back once", "may not go back"])  # fmt: skip
 def test_a_run_whose_updates_go_on_to_stand_out_ends_with_what_it_learned_before(
     guards: dict[str, object], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
         )
 
 
-@pytest.mark.parametrize("breaks_off", [True, False], ids=["while it waits", "before it learns"])
+@pytest.mark.parametrize("breaks_off", [
+    pytest.param(True, id="while it waits"), pytest.param(False, id="before it learns", marks=pytest.mark.long),
+])  # fmt: skip
 def test_the_step_before_is_committed_and_the_run_goes_on_in_the_same_bits(
     breaks_off: bool, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

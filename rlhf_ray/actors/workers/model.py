@@ -31,6 +31,7 @@ from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.engine import distributed
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.engine.saving.room import Room
+from rlhf_ray.engine.saving.writer import Written
 from rlhf_ray.engine.settings import deepspeed_config
 from rlhf_ray.environment import keep_freed_memory
 from rlhf_ray.errors import RequestError
@@ -268,8 +269,8 @@ class ModelWorker(Worker, ABC, Generic[Setup]):
         """Copy in memory what :meth:`save` writes, and write it while the next calls run."""
         self.engine.begin_saving(Path(directory))
 
-    def saved(self) -> dict[str, FileRecord]:
-        """Wait for what :meth:`begin_save` began, beside all other calls; returns what :meth:`save` would."""
+    def saved(self) -> Written:
+        """Wait for what :meth:`begin_save` began, beside all other calls; returns the files of :meth:`save`."""
         return self.engine.saved()
 
     def room_to_save(self) -> Room:

@@ -62,7 +62,8 @@ class CheckpointConfig(Section):
     """How often a run is saved so that it can be resumed, and how many of these checkpoints are kept."""
 
     every_steps: NonNegative | None = None
-    """Null commits after every tenth of a run and every quarter of an hour; 0 keeps only the final weights."""
+    """Null commits after every tenth of a run, where commits cost it little, and every quarter of an hour; 0 keeps only the
+    final weights."""
     keep: Positive = 2
     background: bool = True
     """Whether ranks copy their state in memory and write the copy while the next steps run; they write at once where the

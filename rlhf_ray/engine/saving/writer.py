@@ -1,14 +1,19 @@
 """A thread that does one piece of work while this process goes on with another.
 
-Invariant: :meth:`Background.result` ends in the value or in the error of the work, however often it is asked.
+Invariants: :meth:`Background.result` ends in the value or in the error of the work, however often it is asked. What the work
+takes of a processor is known then; threads that it starts are not in it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
+
+from rlhf_ray.storage.manifest import FileRecord
 
 Value = TypeVar("Value")
 NICE = 10
@@ -20,12 +25,22 @@ def behind(nice: int) -> int:
     return min(19, nice + NICE)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written beside training: the records of the files, and the seconds of a processor that this took."""
+
+    files: dict[str, FileRecord]
+    seconds: float
+
+
 class Background(Generic[Value]):
     """Runs ``work`` from now on, in a thread of low priority."""
 
     def __init__(self, work: Callable[[], Value], name: str) -> None:
         self._value: Value | None = None
         self._error: BaseException | None = None
+        self.seconds = 0.0
+        """What the work took of a processor, once it has ended."""
         self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
         self._thread.start()
 
@@ -36,6 +51,7 @@ class Background(Generic[Value]):
             self._value = work()
         except BaseException as error:  # raised again where the result is asked for
             self._error = error
+        self.seconds = time.thread_time()
 
     @property
     def ended(self) -> bool:

@@ -134,7 +134,8 @@ class PpoTrainer:
         while self.to_do:
             with self.checkpoints.committing_on_failure(self.progress.step, self.state, unless=self.commits_nothing):
                 try:
-                    self.checkpoints.raise_failure()
+                    if not stop_requested():
+                        self.checkpoints.raise_failure()
                     self.to_do[0]()
                 except GroupError as error:
                     with self.journal.clock.part("recovery"):
@@ -191,6 +192,7 @@ class PpoTrainer:
         if not stop_requested():
             return
         if self.progress.step > 0:
+            self.checkpoints.close()  # a commit that fails now is made up for by that of the last finished one
             self.save_checkpoint()
             self.checkpoints.settle()
         raise stopped("step", self.progress.step, self.config.steps, self.run_directory.path)

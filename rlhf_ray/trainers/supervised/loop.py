@@ -309,6 +309,7 @@ class SupervisedTrainer:
         if not stop_requested():
             return
         if self.progress.update > 0:
+            self.checkpoints.close()  # a commit that fails now is made up for by that of the last finished one
             self.commit()
             self.checkpoints.settle()
         raise stopped("update", self.progress.update, self.total, self.checkpoints.run.path)
