@@ -26,6 +26,7 @@ SERVED = ModelConfig(
     head_init="zero",
     replace_head=True,
     value_head_prefix="v_head",
+    head_dtype="model",
 )
 """A model with a value of its own in every field."""
 
