@@ -108,6 +108,7 @@ def test_ray_is_started_with_the_store_of_the_job(
         started.update(options)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(cluster, "_is_connected", lambda: False)  # another test may have left Ray running
     monkeypatch.setattr(cluster, "start_ray", start)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = job(*overrides)
@@ -121,6 +122,7 @@ def test_a_run_is_refused_before_ray_starts_where_a_role_does_not_fit_the_gpus_h
 ) -> None:
     monkeypatch.setattr(cluster, "gpu_bytes", lambda: 10**9)
     monkeypatch.setattr(capacity, "count_gpus", lambda: 1)
+    monkeypatch.setattr(cluster, "_is_connected", lambda: False)  # another test may have left Ray running
     monkeypatch.setattr(cluster, "start_ray", lambda **options: pytest.fail("Ray was started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = job("policy.resources.gpus_per_rank=0.5")
