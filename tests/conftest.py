@@ -67,6 +67,16 @@ def vllm_has_a_process_of_its_own(request: pytest.FixtureRequest) -> Iterator[No
     assert not newly or request.node.get_closest_marker("vllm"), "mark this module: pytestmark = pytest.mark.vllm"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ray_ends_with_the_module_that_starts_it() -> Iterator[None]:
+    """Many calls of Ray start it unasked, and the next module that starts it in this process would fail in its place."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("this module leaves Ray running in the process of the tests", pytrace=False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that take long come first, so that the others fill the gaps; where everything runs in one process, vLLM last."""
     items.sort(key=lambda item: (item.get_closest_marker("vllm") is not None, item.get_closest_marker("early") is None))
