@@ -94,7 +94,8 @@ class Watchdog:
         self._stopped: dict[int, float] = {}
         """Since when processes of ranks are known to be stopped, by their ids."""
         self._scans_from = 0.0
-        self._told = False
+        self._said: set[str] = set()
+        """The warnings that were given already: each is given once."""
         self._looked_at = self._judges_from = time.monotonic()
         self._pauses: list[tuple[float, float]] = []
         """When pauses of this process ended, and how long they were."""
@@ -116,10 +117,15 @@ class Watchdog:
             try:
                 self.look()
             except Exception:  # such as a Ray that goes down under it: the run finds that out by itself
-                if not self._told and not self._ended.is_set():
+                if not self._ended.is_set() and self._is_new("could not look"):
                     self._log.warning("the watchdog could not look at the run", exc_info=True)
-                self._told = True
                 self._looked_at = time.monotonic()
+
+    def _is_new(self, warning: str) -> bool:
+        """Whether a warning was not given before; it counts as given from now on."""
+        new = warning not in self._said
+        self._said.add(warning)
+        return new
 
     def look(self) -> None:
         """Look at the run once, and do what has to be done."""
@@ -207,9 +213,8 @@ class Watchdog:
 
     def _end_driver(self, phase: OpenPhase, why: str) -> None:
         if not lifeline.is_child():
-            if not self._told:
+            if self._is_new("not ended"):
                 self._log.error("%s: nobody would start this process again, so it is not ended", why)
-            self._told = True
             return
         lifeline.fails()
         end = threading.Timer(LAST_WORDS_S, os._exit, [EXIT_FAILED])

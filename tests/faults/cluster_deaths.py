@@ -8,7 +8,6 @@ driver does the rest with a Ray of its own, and one whose cluster is gone says s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -27,6 +26,7 @@ from rlhf_ray.network import LOOPBACK, free_port
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import command
 from tests.faults.endings import SMALL
+from tests.faults.named import chosen
 
 WITHIN_S, START_S, LEFT_AFTER_S = 120.0, 200.0, 10.0
 RAYLET, GCS = "raylet/raylet", "gcs_server"
@@ -180,13 +180,8 @@ def _variables() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try the deaths whose names hold one of the words, or all; the exit code is 0 if every run ended as it must."""
-    parser = argparse.ArgumentParser(prog="tests.faults.cluster_deaths")
-    parser.add_argument("words", nargs="*")
-    words = parser.parse_args(arguments).words
     wrong = 0
-    for name, death in DEATHS.items():
-        if words and not any(word in name for word in words):
-            continue
+    for name, death in chosen("tests.faults.cluster_deaths", DEATHS, arguments).items():
         root = Path(tempfile.mkdtemp(prefix="rlhf-ray-deaths-"))
         seconds, found = troubles(death, root)
         print(

@@ -7,7 +7,6 @@ in the run directory then and name the function in which one hangs; the process 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -26,6 +25,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import command
 from tests.faults.endings import SMALL
 from tests.faults.killing import DRIVER
+from tests.faults.named import chosen
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 90.0
@@ -139,13 +139,8 @@ def _await(happened, limit_s: float, parent: psutil.Popen, *, ends: bool = False
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases whose names hold one of the words, or all; the exit code is 0 if all were found out in time."""
-    parser = argparse.ArgumentParser(prog="tests.faults.detection")
-    parser.add_argument("words", nargs="*")
-    words = parser.parse_args(arguments).words
     wrong = 0
-    for name, case in CASES.items():
-        if words and not any(word in name for word in words):
-            continue
+    for name, case in chosen("tests.faults.detection", CASES, arguments).items():
         root = Path(tempfile.mkdtemp(prefix="rlhf-ray-detection-"))
         found = find(case, root)
         print(f"{name:20} {found.seconds:6.1f} s  {'; '.join(found.troubles) or 'as it must'}  {root}", flush=True)

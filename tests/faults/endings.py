@@ -7,7 +7,6 @@ started is left a moment later.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -25,6 +24,7 @@ import psutil
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import command
 from tests.faults.killing import DRIVER
+from tests.faults.named import chosen
 
 SMALL = (
     "policy.model.make.shape=llama-tiny",
@@ -167,13 +167,8 @@ def _judge(event: Event, run: Run) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try the events whose names hold one of the words, or all; the exit code is 0 if every run ended as it must."""
-    parser = argparse.ArgumentParser(prog="tests.faults.endings")
-    parser.add_argument("words", nargs="*")
-    words = parser.parse_args(arguments).words
     wrong = 0
-    for name, event in EVENTS.items():
-        if words and not any(word in name for word in words):
-            continue
+    for name, event in chosen("tests.faults.endings", EVENTS, arguments).items():
         root = Path(tempfile.mkdtemp(prefix="rlhf-ray-endings-"))
         found = troubles(event, root)
         print(f"{name:26}  {'; '.join(found) or 'as it must'}{f'  ({root})' if found else ''}", flush=True)

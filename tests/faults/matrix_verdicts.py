@@ -177,8 +177,12 @@ def table(verdicts: Iterable[Verdict]) -> str:
     known, several = newest(verdicts), runs_with_several_kills(verdicts)
     good = sum(verdict.as_promised for verdict in known.values())
     lines = [
-        f"{len(known)} of {len(cells())} cells have been run, {good} of them ended as promised. Of {len(several)} runs that "
-        f"met several kills, {sum(several.values())} did.",
+        f"{len(known)} of {len(cells())} cells have been run, {good} of them ended as promised. "
+        + (
+            f"Of {len(several)} runs that met several drawn kills, {sum(several.values())} did."
+            if several
+            else "No run that meets several drawn kills has been made yet."
+        ),
         "",
     ]
     for role in ROLES:

@@ -129,7 +129,10 @@ def test_the_table_shows_the_newest_verdict_and_what_has_none(tmp_path: Path) ->
     matrix_verdicts.write_table(matrix_verdicts.read(results), page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "1 of 174 cells have been run, 1 of them ended as promised. Of 2 runs that met several kills, 1 did." in text
+    assert (
+        "1 of 174 cells have been run, 1 of them ended as promised. Of 2 runs that met several drawn kills, 1 did."
+        in text
+    )
     assert text.count("in place, 7 s, 1") == 1 and "other bits" not in text
     assert text.count("not run") == 173 and text.count(" - |") == 6 * 8 * 5 - 174
 

@@ -207,7 +207,34 @@ def test_a_driver_that_nobody_would_start_again_is_not_ended(
     run = Run(tmp_path, [])
     run.hang()
     run.watchdog.look()
-    assert "nobody would start this process again" in project_log.getvalue()
+    run.watchdog.look()
+    assert project_log.getvalue().count("nobody would start this process again") == 1
+
+
+@pytest.mark.usefixtures("exits")
+def test_one_warning_of_the_watchdog_does_not_silence_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    monkeypatch.setattr(lifeline, "is_child", lambda: False)
+    run, looks = Run(tmp_path, []), []
+    look = run.watchdog.look
+
+    def fails_twice() -> None:
+        looks.append(0)
+        if len(looks) <= 2:
+            raise ConnectionError("no answer of the head")
+        look()
+
+    monkeypatch.setattr(run.watchdog, "look", fails_twice)
+    run.hang()
+    with run.watchdog:
+        began = time.monotonic()
+        while len(looks) < 5:
+            assert time.monotonic() - began < 10
+            time.sleep(0.01)
+    run.watchdog._thread.join(10)
+    said = project_log.getvalue()
+    assert said.count("could not look at the run") == 1 and said.count("nobody would start this process again") == 1
 
 
 def pause(run: Run, call: Any, seconds: float) -> None:
