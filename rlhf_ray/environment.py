@@ -24,6 +24,10 @@ SAYS_EXIT_CODE = "RLHF_RAY_SAYS_EXIT_CODE"
 EXIT_CODE_LINE = "rlhf-ray: exit code "
 """How that line begins."""
 
+RAY_WHEN_ASKED = {"RAY_ENABLE_AUTO_CONNECT": "0"}
+"""For processes of ours that connect to Ray: most of its calls would start a cluster where the process has no connection, so a
+thread that outlives the connection by a moment would leave one behind. In a user's own process that is the user's choice."""
+
 SOCKET_BYTES = 107
 """The longest name of a Unix socket on Linux."""
 

@@ -47,6 +47,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no test computes on a GPU that the machine may have
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), f"rlhf_ray-tests-{os.getuid()}"))
 
+os.environ.setdefault(
+    "RAY_ENABLE_AUTO_CONNECT", "0"
+)  # what asks Ray for something without a connection fails, as in a run
+
 hypothesis.settings.register_profile("no deadline", deadline=None)  # on a busy machine any example may take long
 hypothesis.settings.load_profile("no deadline")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
-from rlhf_ray.environment import ALLOCATOR, for_process
+from rlhf_ray.environment import ALLOCATOR, RAY_WHEN_ASKED, for_process
 
 
 def faults_of_later_passes(*, keeping: bool) -> int:
@@ -50,3 +51,24 @@ def test_memory_that_others_open_lies_in_segments_that_they_can_open() -> None:
 def test_what_the_user_asks_of_the_allocator_goes_on_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOCATOR, "expandable_segments:False")
     assert for_process(device="cuda").get(ALLOCATOR) == "expandable_segments:False"
+
+
+def test_our_commands_start_ray_when_asked_and_not_by_a_call_that_comes_after_the_connection() -> None:
+    program = """
+import argparse
+from rlhf_ray.cli.main import _run
+
+def late(options):
+    import ray
+    try:
+        ray.put(1)
+    except ray.exceptions.RaySystemError as error:
+        print("refused:", error)
+    assert not ray.is_initialized()
+    return 0
+
+raise SystemExit(_run(argparse.Namespace(run=late)))
+"""
+    free = {name: value for name, value in os.environ.items() if name not in RAY_WHEN_ASKED}
+    ended = subprocess.run([sys.executable, "-c", program], env=free, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout.startswith("refused:"), ended.stdout + ended.stderr

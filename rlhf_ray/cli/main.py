@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
     from rlhf_ray.processes import lifeline
 
     hub = "source" in options and environment.is_hub_id(options.source)
-    environment.prepare(environment.for_process(hub=hub))
+    environment.prepare(environment.for_process(hub=hub) | environment.RAY_WHEN_ASKED)
     lifeline.connect()
     try:
         return int(options.run(options))

@@ -107,7 +107,8 @@ def run_child(
 
 
 def _start(arguments: Sequence[str], line: socket.socket, has_text: bool) -> subprocess.Popen[bytes]:
-    variables = {**environment.for_process(), **os.environ, lifeline.DESCRIPTOR: str(line.fileno())}
+    variables = environment.for_process() | environment.RAY_WHEN_ASKED | os.environ
+    variables[lifeline.DESCRIPTOR] = str(line.fileno())
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the child inherits it, until it handles them
     try:
         return subprocess.Popen(
