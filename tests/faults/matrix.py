@@ -39,7 +39,8 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "e2e" / "ppo_tiny.yaml"
 PER_RUN = 8
 STEPS = 2 * PER_RUN + 2
-DEADLINE_S = 420.0
+DEADLINE_S, MORE_S = 240.0, 90.0
+"""A run has so long, and so much more for every fault; how long it may be silent is judged by the verdict."""
 LEAVES_S = 20.0
 SETTINGS = [
     "run.name=matrix", f"steps={STEPS}", "run.max_restarts=20", "run.stall_floor_s=15",
@@ -66,7 +67,7 @@ class Done:
     log: Path
 
 
-def run(root: Path, place: Where, hits: Sequence[Hit], seed: int, deadline_s: float = DEADLINE_S) -> Done:
+def run(root: Path, place: Where, hits: Sequence[Hit], seed: int) -> Done:
     """Run the small job to its end under the faults of ``hits``."""
     root.mkdir(parents=True)
     events, mark, memory = root / "events.jsonl", uuid.uuid4().hex, unheld_memory()
@@ -74,7 +75,7 @@ def run(root: Path, place: Where, hits: Sequence[Hit], seed: int, deadline_s: fl
     how = {"Ray": "--parent", "one process": "--alone"}[place]
     line = [sys.executable, "-m", "tests.faults.matrix_driver", how, str(CONFIG), f"run.root={root}", *SETTINGS]
     variables = {PLAN: str(root / "plan.json"), MARK: mark, "PYTHONPATH": str(ROOT)}
-    code, deadline = None, time.monotonic() + deadline_s
+    code, deadline = None, time.monotonic() + DEADLINE_S + MORE_S * len(hits)
     with _ended_on_error(mark), (root / "log").open("ab") as log:
         while True:
             process = subprocess.Popen([*line, *PLACES[place]], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
