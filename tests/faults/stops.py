@@ -1,4 +1,4 @@
-"""``python -m tests.faults.stops [--count N] [--grace S] [--seed S] [--results FILE]``: requests to stop at drawn moments.
+"""``python -m tests.faults.stops [--count N] [--grace S] [--seed S] [--results FILE] [--keep]``: SIGTERM at drawn moments.
 
 Each trial starts a small run on the Ray that it starts, sends SIGTERM to its process group at a drawn moment, one in five of
 them before the first step, and kills everything that still lives after the grace. Always true: with a grace that is long enough
@@ -23,9 +23,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from benchmarks.figures import REFERENCE, Figure, record
 from rlhf_ray.errors import EXIT_RESUMABLE
 from rlhf_ray.runs.directory import RunDirectory
 from tests.e2e.conftest import command
@@ -179,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further trial after this time")
     parser.add_argument("--results", type=Path, default=None, help="a file of JSON lines, to go on with")
+    parser.add_argument("--keep", action="store_true", help="keep the share that went as it must as a figure")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     known = {}
@@ -203,7 +206,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{number:3d} {trial.kind} {line['code']} after {line['seconds']} s, step {line['finished']}: "
                   f"{'; '.join(line['troubles']) or 'as it must'} {root if line['troubles'] else ''}", flush=True)  # fmt: skip
         wrong += bool(known[number, options.grace]["troubles"])
+    if options.keep:
+        keep([line for (number, grace), line in known.items() if number < options.count and grace == options.grace])
     return min(wrong, 1)
+
+
+def keep(lines: Sequence[dict[str, Any]]) -> None:
+    """Keep the share of trials without trouble, and how long the longest took, as figures."""
+    grace, late = lines[0]["trial"]["grace_s"], sum(line["finished"] > 0 for line in lines)
+    what = f"{len(lines)} requests to stop at drawn moments of SFT and PPO, {late} after the first step, {grace:g} s of grace"
+    good = sum(not line["troubles"] for line in lines) / len(lines)
+    longest = max(line["seconds"] for line in lines)
+    record({
+        f"faults.stops_kept_{grace:g}s": Figure(good, "share", True, f"those that ended as they must of {what}; 2 cores"),
+        f"faults.stops_seconds_{grace:g}s": Figure(longest, "s", False, f"until the end, the longest of {what}; 2 cores"),
+    }, REFERENCE)  # fmt: skip
 
 
 if __name__ == "__main__":

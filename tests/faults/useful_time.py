@@ -1,4 +1,4 @@
-"""``python -m tests.faults.useful_time [--steps N] [--kills N] [--seed S] [--latency S] [--root DIR]``: useful time under fire.
+"""``python -m tests.faults.useful_time [--steps N] [--kills N] [--seed S] [--latency S] [--keep]``: useful time under fire.
 
 A rank of a role that is drawn is killed in each of some steps that are drawn too, of a PPO run on a real Ray with a commit
 after every step. Prints the share of the run's time that became committed steps, and where the rest went. With steps of about
@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import REFERENCE, Figure, record
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.launch.driver import train_new_run
 from rlhf_ray.runs.directory import RunDirectory
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--latency", type=float, default=12.0, help="seconds that the reward function takes in a step")
     parser.add_argument("--root", type=Path, help="where the run is to stay")
+    parser.add_argument("--keep", action="store_true", help="keep the share as a figure")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     due = draw(options.steps, options.kills, options.seed)
@@ -105,6 +107,12 @@ def main() -> None:
     print(f"useful {found.share:.3f} of {found.whole_s:.0f} s; lost: " + ", ".join(
         f"{reason} {seconds:.1f} s" for reason, seconds in found.lost_s.items()
     ))  # fmt: skip
+    if options.keep:
+        method = (
+            f"of {found.whole_s:.0f} s of a PPO run of {options.steps} steps with a commit each, {options.latency:g} s of each "
+            f"in a reward function, and {options.kills} kills of ranks that are drawn; 2 cores"
+        )
+        record({"faults.useful_share": Figure(found.share, "share", True, method)}, REFERENCE)
 
 
 if __name__ == "__main__":
