@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.actors.groups import Group, RewardGroup
+from rlhf_ray.actors.loading import Loading
 from rlhf_ray.actors.ranks import Ranks
 from rlhf_ray.actors.workers.model import WorkerSetup
 from rlhf_ray.actors.workers.registry import WORKERS, WorkerKind
@@ -20,8 +21,6 @@ from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.engine import PlacementConfig, ResourcesConfig
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole
 from rlhf_ray.config.sections.run import ClusterConfig
-from rlhf_ray.console import get_logger
-from rlhf_ray.errors import DeadRankError
 from rlhf_ray.models.weights.encoder_config import is_encoder
 from rlhf_ray.pending import Pending
 
@@ -72,25 +71,14 @@ class PlacedGroup(Generic[AnyGroup]):
     setup: WorkerSetup
     timeout_s: float
 
-    def load(self, restarts: int = 0) -> Pending[AnyGroup]:
-        """Begin to load the model on every rank; the value is the group, ready.
+    def load(self) -> Pending[AnyGroup]:
+        """Begin to load the model on every rank; the value is the group, ready."""
+        return self.group.setup(self.setup, timeout_s=self.timeout_s).then(lambda line: self.group)
 
-        Where a rank dies meanwhile, the group is started again, at most ``restarts`` times.
-        """
-        loading = self.group.setup(self.setup, timeout_s=self.timeout_s)
-        return Pending(lambda: self._ready(loading, restarts), loading.ready)
-
-    def _ready(self, loading: Pending[str], restarts: int) -> AnyGroup:
-        try:
-            loading.result()
-            return self.group
-        except DeadRankError as error:
-            if not restarts:
-                raise
-            get_logger().warning("%s: it is started again", str(error).partition("\n")[0])
-        with self.group.restarting:
-            self.group.restart()
-            return self._ready(self.group.setup_again(), restarts - 1)
+    @property
+    def loading(self) -> Loading:
+        """Its loading, which may be begun again with other processes."""
+        return Loading(self.group.role, self.load, self.group.restart, self.group.restarting)
 
 
 def place_group(

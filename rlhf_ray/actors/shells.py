@@ -50,8 +50,9 @@ class RankShell(Worker):
     """What Ray adds to a worker."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(rank, world_size)
+        # First, so that one which hangs, or is stopped, while it imports what it needs is found out.
         stacks.offer(f"{ray.get_runtime_context().get_actor_name() or f'{self.role}/{rank}'} {job_mark()}")
+        super().__init__(rank, world_size)
 
     @_in_lane(HEALTH_LANE)
     def health(self) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from rlhf_ray.storage.jsonl import JsonLines
 
 Fault = Literal["died", "deadline", "error", "stalled", "numeric"]
 Action = Literal["restarted", "rolled_back", "skipped", "stopped"]
+START = "start"
+"""The phase of what failed before the run had its trainer."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rlhf_ray.monitoring.useful_time import Interruption, UsefulTime, useful_tim
 from rlhf_ray.runs.clusters import remembered
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
-from rlhf_ray.runs.incidents import Incident
+from rlhf_ray.runs.incidents import START, Incident
 from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.storage.output import OutputFile
 
@@ -79,7 +79,10 @@ def time_of(run: RunDirectory, *, now: float | None = None, line: Mapping[str, A
 
 def _interruption(incident: Incident) -> Interruption:
     undone = (incident.back_to, incident.step) if incident.fault == "numeric" else (0, 0)
-    hung, repeats = incident.fault in ("stalled", "deadline"), incident.fault != "numeric"
+    hung = incident.fault in ("stalled", "deadline")
+    repeats = incident.fault != "numeric" and (
+        hung or incident.phase != START
+    )  # a start that goes on is none that is repeated
     return Interruption(incident.at, incident.seconds, hung=hung, repeats=repeats, undone=undone)
 
 

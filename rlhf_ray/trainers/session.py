@@ -14,6 +14,7 @@ from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.connection import job_mark
 from rlhf_ray.actors.engines import load_fleet
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
+from rlhf_ray.actors.loading import Load
 from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
 from rlhf_ray.actors.ranks import Ranks, RayRanks
 from rlhf_ray.actors.turns import SharedPlace
@@ -153,6 +154,6 @@ class Session:
             engine.call("warm_up", [(config.backend,)])
         return engines
 
-    def fleet(self, engines: list[Ranks], setup: RolloutSetup) -> Fleet:
+    def fleet(self, engines: list[Ranks], setup: RolloutSetup, load_all: Load) -> Fleet:
         """Load the model into all engines; they generate nothing before the first weight update."""
-        return load_fleet(engines, replace(setup, shared=self._shared), self.place.config.start_timeout_s)
+        return load_fleet(engines, replace(setup, shared=self._shared), self.place.config.start_timeout_s, load_all)

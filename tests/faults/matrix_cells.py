@@ -54,7 +54,7 @@ OF_ROLE: dict[Role, tuple[str, ...]] = {
     "rollout": ("actors/workers/rollout.py", "actors/engines.py", "rollout/fleet", "rollout/health.py"),
 }
 OF_PHASE: dict[Phase, tuple[str, ...]] = {
-    "start": ("trainers/ppo/build.py", "actors/reservation.py", "actors/connection.py"),
+    "start": ("trainers/ppo/build.py", "actors/loading.py", "actors/reservation.py", "actors/connection.py"),
     "rollout": ("trainers/ppo/modes", "trainers/ppo/sampling.py", "rollout/fleet"),
     "scoring": ("trainers/ppo/experience.py", "rewards"),
     "log_probs": ("trainers/ppo/experience.py",),

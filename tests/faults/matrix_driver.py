@@ -32,6 +32,7 @@ from rlhf_ray.launch import driver, parent
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.trainers import session
 from rlhf_ray.trainers.ppo.loop import PpoTrainer
+from rlhf_ray.trainers.session import Session
 from tests.faults.matrix_cells import CALLS, SIGNALS, Cell
 
 PLAN = "RLHF_RAY_MATRIX"
@@ -125,11 +126,15 @@ class Injector:
         self.trainer: PpoTrainer | None = None
         self.step, self.inside = 0, "start"
 
-    def due(self, *phases: str, called: bool | None = None) -> Iterator[Cell]:
-        """The cells of phases that are due, each once; with ``called`` only those that meet a call of a rank, or no call."""
+    def due(self, *phases: str, called: bool | None = None, signals: bool | None = None) -> Iterator[Cell]:
+        """The cells of phases that are due, each once.
+
+        With ``called`` only those that meet a call of a rank, or no call; with ``signals`` only those of signals, or no signal.
+        """
         for hit in list(self.left):
             cell = hit.cell
-            if cell.phase in phases and hit.step <= self.step and called in (None, meets_a_call(cell)):
+            asked = called in (None, meets_a_call(cell)) and signals in (None, cell.fault in SIGNALS)
+            if cell.phase in phases and hit.step <= self.step and asked:
                 self.left.remove(hit)
                 yield cell
 
@@ -138,11 +143,13 @@ class Injector:
     def begin(self) -> None:
         """The driver has begun."""
         note(self.plan.events, "driver")
-        for cell in self.due("start", called=False):
-            if cell.fault in SIGNALS:
-                self._signal(cell, self.rng.uniform(0.0, START_S) if cell.role == "driver" else 0.0)
-            else:
-                self._hit_driver(cell)
+        for cell in list(self.due("start", called=False, signals=True)):
+            self._signal(cell, self.rng.uniform(0.0, START_S) if cell.role == "driver" else 0.0)
+
+    def before_placing(self) -> None:
+        """The first group is about to be placed: the driver's own code of the start runs."""
+        for cell in self.due("start", called=False, signals=False):
+            self._hit_driver(cell)
 
     def _hit_driver(self, cell: Cell) -> None:
         note(self.plan.events, "hit", cell=str(cell))
@@ -243,6 +250,7 @@ def faults(plan: Plan) -> Iterator[Injector]:
     """Have whatever trains in the block meet the faults of ``plan``."""
     injector = Injector(plan)
     phase, step, setup, load_fleet = PhaseClock.phase, PpoTrainer.step, Group.setup, session.load_fleet
+    place_policy = Session.policy
 
     @contextmanager
     def watched_phase(clock: PhaseClock, name: str, work: str | None = None) -> Iterator[None]:
@@ -258,6 +266,10 @@ def faults(plan: Plan) -> Iterator[Injector]:
         injector.before_loading(group.ranks)
         return setup(group, *arguments, **options)
 
+    def watched_placing(place: Session, *arguments: Any, **options: Any) -> Any:
+        injector.before_placing()
+        return place_policy(place, *arguments, **options)
+
     def watched_loading(engines: Any, *arguments: Any) -> Any:
         injector.before_loading(injector.rng.choice(engines))
         return load_fleet(engines, *arguments)
@@ -267,6 +279,7 @@ def faults(plan: Plan) -> Iterator[Injector]:
         mock.patch.object(PpoTrainer, "step", watched_step),
         mock.patch.object(Group, "setup", watched_setup),
         mock.patch.object(session, "load_fleet", watched_loading),
+        mock.patch.object(Session, "policy", watched_placing),
     ):
         injector.begin()
         yield injector

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.errors import GroupError, RequestError
+from rlhf_ray.errors import DeadRankError, GroupError, RequestError
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.errors import EngineDeadError
 from rlhf_ray.rollout.execution import Execution
@@ -145,3 +145,15 @@ def test_at_the_start_an_engine_that_differs_is_an_error() -> None:
         RequestError, match=r"rollout engine 1: .* tokenizer is 2e in the engine and 1f in the policy: put the"
     ):
         fleet.require_agreement(POLICY)
+
+
+def test_at_the_start_an_engine_that_has_died_is_left_to_its_restart_and_the_others_are_asked() -> None:
+    class Dead(Answering):
+        def execution(self) -> Pending[Execution | None]:
+            raise DeadRankError("rollout", 0, "execution", "killed")
+
+    fleet = Fleet(Engines([Dead(), Answering()]))
+    assert fleet.require_agreement(POLICY) == Answering().record
+    assert fleet.health.counts()["dead"] == 1
+    with pytest.raises(DeadRankError):
+        Fleet(Engines([Dead()])).require_agreement(POLICY)

@@ -98,12 +98,22 @@ class Fleet:
         self.engines.await_healthy("update_weights", "no engine has the weights")
 
     def require_agreement(self, policy: Execution) -> Execution:
-        """How the engines compute log-probs; raises :class:`RequestError` where one does not keep to the execution contract."""
+        """How the engines compute log-probs; raises :class:`RequestError` where one does not keep to the execution contract.
+
+        One that cannot say it, because it has died since it was loaded, is asked again with the weights that it takes.
+        """
         asked = {
-            engine: self.engines.start(engine, lambda handle: handle.execution())[1]
-            for engine in range(len(self.health))
+            engine: self.engines.start(engine, lambda handle: handle.execution()) for engine in range(len(self.health))
         }
-        records = {engine: answer.result() for engine, answer in asked.items()}
+        records, failures = dict[int, Execution](), list[GroupError]()
+        for engine, (incarnation, answer) in asked.items():
+            try:
+                records[engine] = answer.result()
+            except GroupError as error:
+                self.engines.lose(engine, incarnation, error)
+                failures.append(error)
+        if not records:
+            raise failures[0]
         return self.engines.contract.require(policy, records)
 
     # Life

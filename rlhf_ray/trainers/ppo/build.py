@@ -27,12 +27,14 @@ from rlhf_ray.environments.bridge import Bridge
 from rlhf_ray.environments.episodes import EpisodePlayer, Limits
 from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
+from rlhf_ray.rewards.source import RewardSource
 from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.rollout.execution import digest
 from rlhf_ray.rollout.fleet import Fleet, SetAside
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.execution import keep_execution
+from rlhf_ray.runs.incidents import START
 from rlhf_ray.serving.expose_run import expose
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.journal import Journal
@@ -49,7 +51,7 @@ from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler, check_user_collector, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
 from rlhf_ray.trainers.ppo.update import Learner
-from rlhf_ray.trainers.recovery import Recovery
+from rlhf_ray.trainers.recovery import Recovery, Starting
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.stopping import Grace
 from rlhf_ray.trainers.watchdog import Watchdog
@@ -68,7 +70,8 @@ def train_ppo(
         Journal(run, config) as journal,
         Watchdog(run, config, journal, session),
     ):
-        trainer = build(config, run, session, journal, chat, ends, prompts, checkpoint)
+        with journal.clock.part(START):
+            trainer = build(config, run, session, journal, chat, ends, prompts, checkpoint)
         trainer.start()
         trainer.run()
         trainer.finish()
@@ -111,23 +114,17 @@ def build(
     """Start every group and engine, and put the trainer together."""
     state = None if checkpoint is None else checkpoint.manifest.about["state"]["progress"]
     player = make_player(config, chat, ends, session.cleanup)  # first: what it cannot be made with costs no loading
-    groups, engines = start_groups(config, session, updates_in_all(config, state))
-    groups.check_vocabularies()
+    starting = Starting(run, config, checkpoint)
+    groups, engines = start_groups(config, session, starting, updates_in_all(config, state))
+    starting.surviving(groups.check_vocabularies)
     checkpoints = Checkpointer(run, config.checkpoint, groups.trained, checkpoint, config.steps)
     session.cleanup.callback(checkpoints.close)
-    fleet = start_fleet(config, run, session, groups.policy, engines, ends, goes_on=checkpoint is not None)
+    fleet = start_fleet(config, run, session, starting, groups.policy, engines, ends, goes_on=checkpoint is not None)
     sampler = Sampler(config, fleet, player)
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
     sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
     sampler.fleet.health.on_change()
-    rewards = make_reward_source(
-        config,
-        groups.rewards,
-        chat,
-        forms=prompt_forms(prompts),
-        cleanup=session.cleanup,
-        stop_tokens=ends.ids,
-    )
+    rewards = starting.surviving(lambda: make_rewards(config, groups, chat, ends, prompts, session.cleanup))
     if config.expose is not None:
         restarts = config.run.max_group_restarts > 0
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup, restarts=restarts)
@@ -161,7 +158,7 @@ def build(
         run_directory=run,
         groups=groups,
         sampler=sampler,
-        publisher=Publisher(groups.policy, sampler.fleet, engines, config.rollout),
+        publisher=starting.surviving(lambda: Publisher(groups.policy, sampler.fleet, engines, config.rollout)),
         prompts=stream,
         mode=mode,
         experience=experience,
@@ -172,7 +169,9 @@ def build(
         checkpoints=checkpoints,
         journal=journal,
         progress=PpoProgress.start(config.algorithm.kl, config.updates_per_step, config.guards),
-        recovery=Recovery([*groups.by_role.values(), *groups.rewards.values()], checkpoints, config.run),
+        recovery=Recovery(
+            [*groups.by_role.values(), *groups.rewards.values()], checkpoints, config.run, starting.losses
+        ),
         grace=Grace(
             config.run.stop_grace_s if mode.trains_on_newest else None,  # other modes hand their answers out once
             waits=session.in_other_processes and not config.cluster.colocate,
@@ -180,10 +179,28 @@ def build(
     )
 
 
+def make_rewards(
+    config: PpoConfig,
+    groups: Groups,
+    chat: ChatFormat,
+    ends: EndTokens,
+    prompts: Split[TokenizedPrompt],
+    cleanup: ExitStack,
+) -> RewardSource:
+    """The source of rewards; where it cannot be made, nothing that was opened for it stays open."""
+    with ExitStack() as opened:
+        source = make_reward_source(
+            config, groups.rewards, chat, forms=prompt_forms(prompts), cleanup=opened, stop_tokens=ends.ids
+        )
+        cleanup.push(opened.pop_all())
+    return source
+
+
 def start_fleet(
     config: PpoConfig,
     run: RunDirectory,
     session: Session,
+    starting: Starting,
     policy: PolicyGroup,
     engines: list[Ranks],
     ends: EndTokens,
@@ -195,9 +212,9 @@ def start_fleet(
     Refuses engines that do not compute log-probs as the policy does, and a run that would go on with others than before.
     """
     start_directory = run.path / "rollout-start"
-    shapes = policy.save_without_weights(str(start_directory)).result()
+    shapes = starting.surviving(lambda: policy.save_without_weights(str(start_directory)).result())
     takes_turns = config.cluster.colocate
-    record = policy.execution().result()
+    record = starting.surviving(lambda: policy.execution().result())
     setup = RolloutSetup(
         config.rollout.model_copy(update={"sleep": True}) if takes_turns else config.rollout,
         str(start_directory),
@@ -207,9 +224,9 @@ def start_fleet(
         takes_turns=takes_turns,
         execution=record,
         shapes=shapes,  # PpoTrainer.start publishes them before anything is sampled
-        adapter_rank=policy.adapter_rank() if config.rollout.lora == "adapter" else None,
+        adapter_rank=starting.surviving(policy.adapter_rank) if config.rollout.lora == "adapter" else None,
     )
-    fleet = session.fleet(engines, setup)
+    fleet = session.fleet(engines, setup, starting.load)
     of_engines = fleet.require_agreement(record)
     keep_execution(run.execution_path, {"policy": record, "rollout": of_engines}, goes_on=goes_on)
     get_logger("ppo").info("policy and engines keep to one execution contract, %s", digest(record, of_engines))
@@ -254,7 +271,7 @@ def keep_set_aside(fleet: Fleet, run: RunDirectory, tokenizer: Any) -> None:
     fleet.on_set_aside = keep
 
 
-def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Groups, list[Ranks]]:
+def start_groups(config: PpoConfig, session: Session, starting: Starting, updates: int) -> tuple[Groups, list[Ranks]]:
     """The model groups, loaded, and the rollout engines, placed but not loaded; ``updates`` are those of the whole run.
 
     Every process is placed before the first model is loaded, so that all load at once.
@@ -277,10 +294,6 @@ def start_groups(config: PpoConfig, session: Session, updates: int) -> tuple[Gro
         for key, role in config.reward.roles.items()
     }
     engines = session.engines(config.rollout)
-    restarts = config.run.max_group_restarts
-    loading = {role: group.load(restarts) for role, group in placed.items()}
-    loading_rewards = {key: reward.load(restarts) for key, reward in rewards.items()}
-    groups = {role: pending.result() for role, pending in loading.items()}
-    return Groups(
-        config, **groups, rewards={key: pending.result() for key, pending in loading_rewards.items()}
-    ), engines
+    loaded = starting.groups(placed | rewards)
+    groups = {role: loaded[role] for role in placed}
+    return Groups(config, **groups, rewards={key: loaded[key] for key in rewards}), engines

@@ -56,14 +56,23 @@ class Recoverable(Protocol):
 
 
 class Recovery:
-    """Keeps a run going over the loss of its ``groups``; ``checkpoints`` holds those that learn."""
+    """Keeps a run going over the loss of its ``groups``; ``checkpoints`` holds those that learn.
 
-    def __init__(self, groups: Iterable[Group], checkpoints: Checkpointer, config: RunConfig) -> None:
+    ``losses`` says how often groups were started again since the last commit, by role, while the run started.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        checkpoints: Checkpointer,
+        config: RunConfig,
+        losses: Mapping[str, int] | None = None,
+    ) -> None:
         self.groups = {group.role: group for group in groups}
         self.checkpoints = checkpoints
         self.most = config.max_group_restarts
-        self._losses: Counter[str] = Counter()
-        self._counted_at: int | None = None
+        self._losses: Counter[str] = Counter(losses)
+        self._counted_at = checkpoints.committed
         """The newest commit when losses were counted last."""
 
     def survive(self, error: GroupError, trainer: Recoverable) -> None:

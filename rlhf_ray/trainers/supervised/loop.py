@@ -114,7 +114,9 @@ class SupervisedTrainer:
         write_final: Callable[[], None],
         max_tokens: int,
         best: Best | None = None,
+        losses: Mapping[str, int] | None = None,
     ) -> None:
+        """``losses`` as of :class:`Recovery`."""
         self.config = config
         self.task = task
         self.group = group
@@ -131,7 +133,7 @@ class SupervisedTrainer:
         self.skips = SkipPolicy(checkpoints, config.run.max_consecutive_skips, advice)
         self.total_examples = task.total_examples
         self.total = task.total_updates(checkpoints.checkpoint)
-        self.recovery = Recovery([group], checkpoints, config.run)
+        self.recovery = Recovery([group], checkpoints, config.run, losses)
         self.touched = True
         """Whether the group may hold something else than the weights of the last finished update."""
         self.to_do: deque[Callable[[], None]] = deque()
@@ -148,6 +150,7 @@ class SupervisedTrainer:
         """
         self.surviving(self.restore)
         steps_begin()
+        self.journal.clock.take()  # the time that starting took belongs to no update
         self.stop_if_asked()
         for _ in progress(self.remaining(), self.config.kind, total=self.total - self.progress.update):
             self.surviving(self.advance)

@@ -17,9 +17,11 @@ from rlhf_ray.models import load_tokenizer
 from rlhf_ray.models.reward_reading import make_reward_record
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.incidents import START
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.closing import closing
 from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.recovery import Starting
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.best import Best
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task
@@ -42,40 +44,48 @@ def train_reward_model(
     task = Task(examples.train, make_pair_batch, loss, per_update, examples.parts, config.epochs, unit=2)
     updates = task.total_updates(checkpoint)
     max_tokens = config.reward.forward_tokens(config.batch)
-    with Session(config, run, place=place) as session:
-        started = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
-        reward = started.load(config.run.max_group_restarts).result()
+    with (
+        Session(config, run, place=place) as session,
+        Journal(run, config) as journal,
+        Watchdog(run, config, journal, session),
+    ):
+        starting = Starting(run, config, checkpoint)
+        with journal.clock.part(START):
+            placed = session.trained_reward(config.reward, total_updates=updates, routers=loss.router_balance > 0.0)
+            reward = starting.group(placed)
+            journal.measure_against(
+                *starting.surviving(lambda: (reward.compute_shape().result(), reward.matmul_rate().result()))
+            )
         held_out = HeldOutPairs(reward, examples.held_out, loss, max_tokens) if examples.held_out else None
         saver = RewardSaver(config, reward, examples.held_out or examples.train, tokenizer, record)
         best = Best(run, "evaluation/accuracy", saver.save) if config.evaluation.keep_best and held_out else None
         checkpoints = Checkpointer(run, config.checkpoint, {"reward": reward}, checkpoint, updates)
         session.cleanup.callback(checkpoints.close)
-        with Journal(run, config) as journal, Watchdog(run, config, journal, session):
-            journal.measure_against(reward.compute_shape().result(), reward.matmul_rate().result())
-            trainer = SupervisedTrainer(
-                config,
-                task,
-                reward,
-                checkpoints=checkpoints,
-                journal=journal,
-                evaluate=held_out.figures if held_out else dict,
-                write_final=lambda: saver.final(run, updates),
-                max_tokens=config.reward.training_tokens(config.batch),
-                best=best,
-            )
-            trainer.run()
-            with closing(run, updates, "the last evaluation, from which final/config.json gets its mean and std,"):
-                figures = trainer.surviving(trainer.evaluation)
-                saver.normalize_final(run, figures)
-                journal.add_facts(settle_best(best, updates, figures))
-                if held_out is not None:
-                    probes = trainer.surviving(lambda: measure_probes(config.data, reward, tokenizer, max_tokens))
-                    if probes is not None:
-                        journal.log_evaluation(updates, probes.figures, headline=False)
-                    table = None if probes is None else probes.table
-                    journal.keep_preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
-            with closing(run, updates, "the report"):
-                journal.finish()
+        trainer = SupervisedTrainer(
+            config,
+            task,
+            reward,
+            checkpoints=checkpoints,
+            journal=journal,
+            evaluate=held_out.figures if held_out else dict,
+            write_final=lambda: saver.final(run, updates),
+            max_tokens=config.reward.training_tokens(config.batch),
+            best=best,
+            losses=starting.losses,
+        )
+        trainer.run()
+        with closing(run, updates, "the last evaluation, from which final/config.json gets its mean and std,"):
+            figures = trainer.surviving(trainer.evaluation)
+            saver.normalize_final(run, figures)
+            journal.add_facts(settle_best(best, updates, figures))
+            if held_out is not None:
+                probes = trainer.surviving(lambda: measure_probes(config.data, reward, tokenizer, max_tokens))
+                if probes is not None:
+                    journal.log_evaluation(updates, probes.figures, headline=False)
+                table = None if probes is None else probes.table
+                journal.keep_preferences(held_out.page(tokenizer, config.evaluation.worst_pairs, table))
+        with closing(run, updates, "the report"):
+            journal.finish()
 
 
 def settle_best(best: Best | None, updates: int, figures: Mapping[str, float]) -> dict[str, str]:

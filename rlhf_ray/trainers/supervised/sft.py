@@ -14,9 +14,11 @@ from rlhf_ray.data.load import load_demonstrations
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.incidents import START
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.closing import closing
 from rlhf_ray.trainers.journal import Journal
+from rlhf_ray.trainers.recovery import Starting
 from rlhf_ray.trainers.session import Session
 from rlhf_ray.trainers.supervised.loop import SupervisedTrainer, Task, schedule_update
 from rlhf_ray.trainers.watchdog import Watchdog
@@ -31,26 +33,32 @@ def train_sft(
     size = config.batch.sequences_per_update
     task = Task(examples.train, make_demonstration_batch, NegativeLogLikelihood(), size, examples.parts, config.epochs)
     updates = task.total_updates(checkpoint)
-    with Session(config, run, place=place) as session:
-        policy = session.policy(config.policy, total_updates=updates).load(config.run.max_group_restarts).result()
+    with (
+        Session(config, run, place=place) as session,
+        Journal(run, config) as journal,
+        Watchdog(run, config, journal, session),
+    ):
+        starting = Starting(run, config, checkpoint)
+        with journal.clock.part(START):
+            policy = starting.group(session.policy(config.policy, total_updates=updates))
         checkpoints = Checkpointer(run, config.checkpoint, {"policy": policy}, checkpoint, updates)
         session.cleanup.callback(checkpoints.close)
-        with Journal(run, config) as journal, Watchdog(run, config, journal, session):
-            trainer = SupervisedTrainer(
-                config,
-                task,
-                policy,
-                checkpoints=checkpoints,
-                journal=journal,
-                evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
-                write_final=lambda: checkpoints.save_final(updates, {"": (policy, {})}),
-                max_tokens=config.policy.training_tokens(config.batch),
-            )
-            trainer.run()
-            with closing(run, updates, "the last evaluation"):
-                trainer.surviving(trainer.evaluation)
-            with closing(run, updates, "the report"):
-                journal.finish()
+        trainer = SupervisedTrainer(
+            config,
+            task,
+            policy,
+            checkpoints=checkpoints,
+            journal=journal,
+            evaluate=lambda: evaluate(policy, examples.held_out, config.policy.forward_tokens(config.batch)),
+            write_final=lambda: checkpoints.save_final(updates, {"": (policy, {})}),
+            max_tokens=config.policy.training_tokens(config.batch),
+            losses=starting.losses,
+        )
+        trainer.run()
+        with closing(run, updates, "the last evaluation"):
+            trainer.surviving(trainer.evaluation)
+        with closing(run, updates, "the report"):
+            journal.finish()
 
 
 def evaluate(policy: PolicyGroup, held_out: list[DemonstrationExample], max_tokens: int) -> dict[str, float]:

@@ -63,7 +63,8 @@ class FailingRanks(InProcessRanks):
         key: str | None = None,
     ) -> Pending[list[Any]]:
         fault = None
-        if self.role != "rollout" and method != "health" and (method != "setup" or self.script.fails_to_load):
+        loads = method == "setup"
+        if method != "health" and (self.script.fails_to_load if loads else self.role != "rollout"):
             number = len(self.script.calls)
             self.script.calls.append((self.role, method))
             fault = self.script.when(self.role, method, number)

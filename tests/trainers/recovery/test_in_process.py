@@ -24,8 +24,6 @@ from tests.trainers.small_runs import ask_to_stop
 
 pytestmark = pytest.mark.early
 FAULTS = get_args(Fault)
-AT_START = 6
-"""Calls before the trainer exists, which ask the groups what they are."""
 LEARNED = ("reward/", "kl/", "loss/", "evaluation/", "length/", "grad_norm/", "update", "weights/version")
 
 
@@ -67,7 +65,7 @@ def test_a_loss_at_every_call_changes_no_bit(
 
     def when(role: str, method: str, number: int) -> Fault | None:
         """Each fault once at each method of each role; the calls between two faults go well."""
-        if number < AT_START or rng.random() < 0.6:
+        if rng.random() < 0.6:
             return None
         rng.shuffle(wanted)
         for fault in wanted:
@@ -272,19 +270,3 @@ def test_what_a_lost_rank_still_writes_is_in_no_checkpoint(tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in before} == before
     newest = run.checkpoints.latest_valid()
     assert newest is not None and newest.step == run.checkpoints.steps()[-1] == 3
-
-
-def test_a_rank_that_dies_while_it_loads_is_started_again(tmp_path: Path) -> None:
-    dies = {"policy": 2, "reference": 1, "reward": 2}
-
-    def when(role: str, method: str, number: int) -> Fault | None:
-        failed = sum(one == role for one, *_ in script.failed)
-        return "dies before" if method == "setup" and failed < dies.get(role, 0) else None
-
-    script = Script(when, fails_to_load=True)
-    run, _ = train_with(config_of_every_role(tmp_path, "run.max_group_restarts=2", "steps=1"), script)
-    assert len(script.failed) == 5 and run.is_finished
-    script = Script(lambda role, method, number: "dies before" if (role, method) == ("critic", "setup") else None, True)
-    with pytest.raises(GroupError, match="critic rank 0 failed in setup"):
-        train_with(config_of_every_role(tmp_path / "again", "run.max_group_restarts=2"), script)
-    assert len(script.failed) == 3
