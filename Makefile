@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench gym verifiers parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
+.PHONY: setup demo test lint bench gym verifiers browser parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -29,6 +29,10 @@ verifiers: setup  ## the worked example is played by verifiers 0.4.0 itself, in 
 	@test -x build/verifiers/bin/python || $(PYTHON_BIN) -m venv build/verifiers
 	@build/verifiers/bin/python -m pip install -q verifiers==0.4.0
 	@VERIFIERS_PYTHON=$(CURDIR)/build/verifiers/bin/python $(PYTHON_BIN) -m pytest -q -m long tests/environments/test_verifiers.py
+
+browser: setup  ## pages in headless Chromium, Debian's or what is called so; playwright is put into build/browser
+	@test -d build/browser || $(PYTHON_BIN) -m pip install -q --target build/browser playwright==1.65.*
+	@BROWSER=1 $(PYTHON_BIN) -m pytest -q $$(grep -rl --include='test_*.py' 'browser import' tests)
 
 bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]); KEEP=1: into the committed reference.json too
 	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(KEEP)),--keep)

@@ -115,7 +115,8 @@ def _gateway(config: ServeConfig, *, detach: bool) -> Iterator[tuple[RayRanks, s
         address = gateway.call("start", [()], timeout_s=limit_s, key=START_TIMEOUT).result()[0]
         _announce(address)
         end = f"ray.kill(ray.get_actor({name!r}, {SERVICE_NAMESPACE!r})) ends it" if detach else "Ctrl-C ends it"
-        get_logger("serving").info("POST %s/get_reward or %s/v1/reward; %s", address, address, end)
+        page = f", or open {address}/ in a browser" if config.page else ""
+        get_logger("serving").info("POST %s/get_reward or %s/v1/reward%s; %s", address, address, page, end)
         is_up = True
         yield gateway, address
     finally:

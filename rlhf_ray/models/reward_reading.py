@@ -73,6 +73,7 @@ class RewardReading:
             "end_token": self.end_token,
             "template_variables": dict(self.template_variables),
             "recorded": self.recorded,
+            "sentence": self.sentence(),
         }
 
     def sentence(self) -> str:

@@ -199,7 +199,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "algorithm.importance": _same(METHOD, "level", "rule", "low", "high", "gating"),
     "expose": _same(FREE, "host", "port", "token_file", "normalize", "requests_per_minute", "max_batch_tokens", "max_items",
                     "max_queue_items", "max_queue_tokens", "max_body_bytes", "max_bodies_bytes", "header_timeout_s",
-                    "body_timeout_s", "write_timeout_s", "trusted_proxies", "hold_s", "tracing"),
+                    "body_timeout_s", "write_timeout_s", "trusted_proxies", "hold_s", "tracing", "page"),
 }  # fmt: skip
 """The rule of each key, by its section. ``TRAINED`` is a role that learns (``policy``, ``critic``, and ``reward`` of a reward
 model's own job), ``SCORING`` a place that rewards come from (``reward``, ``reward.mixture.NAME``)."""

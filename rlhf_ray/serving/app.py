@@ -1,6 +1,7 @@
 """The ASGI app that answers requests for scores: it knows models and protocols, and no cluster.
 
-Invariants: every route stands behind the token gate but the two that say whether the service is up; every failure is an
+Invariants: every route stands behind the token gate but the two that say whether the service is up, and the page, which asks
+for the token; every failure is an
 answer with a status, a kind and a sentence; a caller that went away costs nothing more; texts reach no log.
 """
 
@@ -24,11 +25,12 @@ from starlette.routing import Route
 from rlhf_ray.config.files.tokens import Keys
 from rlhf_ray.config.sections.service import ServiceConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.serving.auth import OPEN_ROUTES, RateLimit, TokenGate
+from rlhf_ray.serving.auth import OPEN_ROUTES, PAGE_ROUTE, RateLimit, TokenGate
 from rlhf_ray.serving.bodies import BodyReader
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import ModelCatalog, ServedModel
-from rlhf_ray.serving.protocols.openapi import document, page
+from rlhf_ray.serving.page.document import document as page_document
+from rlhf_ray.serving.protocols.openapi import OPERATING, document, page
 from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.protocols.registry import PROTOCOLS
 from rlhf_ray.serving.protocols.requests import ScoredRequest
@@ -52,8 +54,16 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class ScoringApp:
     """The endpoints of the scoring backend."""
 
-    def __init__(self, catalog: ModelCatalog, config: ServiceConfig, metrics: Metrics, tracer: Tracer) -> None:
+    def __init__(
+        self,
+        catalog: ModelCatalog,
+        config: ServiceConfig,
+        metrics: Metrics,
+        tracer: Tracer,
+        keys: Callable[[], Keys] = dict,
+    ) -> None:
         self.catalog, self.config, self.metrics, self.tracer = catalog, config, metrics, tracer
+        self._keys = keys
         self.scorer = RequestScorer(catalog, config)
         self.rate = RateLimit(config.requests_per_minute)
         self.bodies = BodyReader(
@@ -200,7 +210,13 @@ class ScoringApp:
 
     @cached_property
     def _document(self) -> dict[str, Any]:
-        return document(PROTOCOLS, open_routes=OPEN_ROUTES)
+        operating = [path for path in OPERATING if self.config.page or path != PAGE_ROUTE]
+        return document(PROTOCOLS, operating=operating, open_routes=self.open_routes)
+
+    @property
+    def open_routes(self) -> frozenset[str]:
+        """The routes that need no token."""
+        return OPEN_ROUTES | {PAGE_ROUTE} if self.config.page else OPEN_ROUTES
 
     async def openapi(self, http: Request) -> Response:
         """The description of all routes, for programs."""
@@ -209,6 +225,11 @@ class ScoringApp:
     async def docs(self, http: Request) -> Response:
         """The description of all routes, for people; it loads nothing from anywhere."""
         return HTMLResponse(page(self._document))
+
+    async def page(self, http: Request) -> Response:
+        """The page for people, which asks for the token where one is needed."""
+        shown = page_document(asks_for_token=bool(self._keys()))
+        return HTMLResponse(shown.html, headers=shown.headers)
 
     async def unknown(self, http: Request, error: Exception) -> Response:
         """The refusal of a route or a method that does not exist."""
@@ -228,7 +249,7 @@ def create_app(
     tracer: Tracer | None = None,
 ) -> Starlette:
     """The app with its routes behind the token gate."""
-    app = ScoringApp(catalog, config, metrics, tracer or NoTracer())
+    app = ScoringApp(catalog, config, metrics, tracer or NoTracer(), keys)
     operating: Mapping[str, Endpoint] = {
         "/health": app.health,
         "/ready": app.ready,
@@ -237,10 +258,16 @@ def create_app(
         "/metrics": app.text_metrics,
         "/openapi.json": app.openapi,
         "/docs": app.docs,
+        **({PAGE_ROUTE: app.page} if config.page else {}),
     }
     routes = [Route(path, app.scoring(protocol), methods=["POST"]) for protocol in PROTOCOLS for path in protocol.paths]
     routes += [Route(path, endpoint) for path, endpoint in operating.items()]
-    gate = Middleware(TokenGate, keys=keys, on_refusal=lambda _, refusal: metrics.errors.labels(refusal.kind).inc())
+    gate = Middleware(
+        TokenGate,
+        keys=keys,
+        on_refusal=lambda _, refusal: metrics.errors.labels(refusal.kind).inc(),
+        open_routes=app.open_routes,
+    )
     served = Starlette(routes=routes, middleware=[gate], exception_handlers={404: app.unknown, 405: app.unknown})
     served.router.redirect_slashes = False  # a redirection would lead to whatever the header Host names
     served.state.give_up = app.give_up

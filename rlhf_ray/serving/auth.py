@@ -1,4 +1,4 @@
-"""Access to the service: one token or several named ones open every route; two routes need none.
+"""Access to the service: one token or several named ones open every route; two routes, and the page itself, need none.
 
 Invariants: a route that is not on the list of open ones is closed; tokens are compared in constant time; a token never
 reaches a log; a token file that changed counts within a second, line by line; one that holds no token any more, or is gone,
@@ -12,7 +12,7 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -27,6 +27,8 @@ from rlhf_ray.serving.refusals import Refusal, plain
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 """Routes that say whether the service is up, and nothing else."""
+PAGE_ROUTE = "/"
+"""The page of the service, which holds nothing but a field for the token (:mod:`rlhf_ray.serving.page.document`)."""
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_WITHOUT_TOKENS = 3.0
 """For so long the tokens of a file that holds none any more stay valid: some programs empty or remove a file to write it."""
@@ -98,9 +100,16 @@ def require_closed(host: str, tokens: Iterable[str]) -> None:
 class TokenGate:
     """ASGI middleware that lets a request through when its token is known, or when no token is set."""
 
-    def __init__(self, app: ASGIApp, keys: Callable[[], Keys], on_refusal: Callable[[str, Refusal], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Callable[[], Keys],
+        on_refusal: Callable[[str, Refusal], None],
+        open_routes: Collection[str] = OPEN_ROUTES,
+    ) -> None:
         self.app = app
         self.keys = keys
+        self.open_routes = open_routes
         self.on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +127,7 @@ class TokenGate:
     def _allowed(self, scope: Scope) -> bool:
         keys = self.keys()
         if not keys or (
-            scope["type"] == "http" and scope["path"] in OPEN_ROUTES and scope["method"] in ("GET", "HEAD")
+            scope["type"] == "http" and scope["path"] in self.open_routes and scope["method"] in ("GET", "HEAD")
         ):
             return True
         presented = presented_token(Headers(scope=scope).get("authorization", ""))

@@ -48,7 +48,8 @@ def expose(
             for section, group in groups.items()
         }
     )
-    get_logger("serving").info("the reward of this run answers at %s, see %s/docs", address, address)
+    see = "/" if config.page else "/docs"
+    get_logger("serving").info("the reward of this run answers at %s, see %s%s", address, address, see)
     return address
 
 

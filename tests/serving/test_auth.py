@@ -22,6 +22,7 @@ from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving import auth
 from rlhf_ray.serving.auth import (
     OPEN_ROUTES,
+    PAGE_ROUTE,
     SECONDS_WITHOUT_TOKENS,
     RateLimit,
     TokenFile,
@@ -73,11 +74,19 @@ def every_route(app: Starlette) -> list[str]:
     return [route.path for route in app.routes if isinstance(route, Route)]
 
 
-def test_every_route_but_two_refuses_without_a_token(app: Starlette) -> None:
+@pytest.mark.parametrize("page", [True, False])
+def test_every_route_but_two_and_the_page_refuses_without_a_token(
+    config: Callable[..., ServeConfig], page: bool
+) -> None:
+    app = service(config(hold_s=0.0, page=page), Down(), keys=lambda: KEYS)
+    open_routes = {*OPEN_ROUTES, PAGE_ROUTE} if page else OPEN_ROUTES
     paths = [*every_route(app), *COMMON_ROUTES]
-    assert {"/get_reward", "/v1/reward", "/info", "/metrics", *OPEN_ROUTES} <= set(paths)
+    assert {"/get_reward", "/v1/reward", "/info", "/metrics", *open_routes} <= set(paths)
     calls = [(method, path) for path in paths for method in METHODS]
-    is_open = [method in ("GET", "HEAD") and path in OPEN_ROUTES for method, path in calls]
+    reached = ["/" if path.endswith("/..") else path for _, path in calls]  # the client resolves it
+    is_open = [
+        method in ("GET", "HEAD") and path in open_routes for (method, _), path in zip(calls, reached, strict=True)
+    ]
     answered = statuses(app, calls)
     assert [(call, status) for call, status, open_ in zip(calls, answered, is_open, strict=True) if not open_] == [
         (call, 401) for call, open_ in zip(calls, is_open, strict=True) if not open_

@@ -46,3 +46,5 @@ class ServiceConfig(Section):
     hold_s: NonNegativeFloat = 100.0
     """Seconds for which requests wait for a reward model whose processes restart."""
     tracing: bool = False
+    page: bool = True
+    """Whether a page for people answers at ``/``, which scores two answers side by side."""

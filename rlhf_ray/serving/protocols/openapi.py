@@ -20,6 +20,7 @@ from rlhf_ray.serving.protocols.protocol import Protocol
 from rlhf_ray.serving.refusals import KINDS
 
 OPERATING: Mapping[str, tuple[str, str | None]] = {
+    "/": ("a page that scores two answers side by side, for people; without it where page is false", "text/html"),
     "/health": ("200 while the process is up", None),
     "/ready": ("200 when the weights are loaded and gave a score in the last minute", None),
     "/info": ("what is served: models, versions, tokenizer, normalisation, limits", "application/json"),
@@ -33,13 +34,15 @@ REFUSED = (400, 408, 413, 415, 422, 429, 500, 503)
 """What a scoring route may answer besides scores; 401 and 404 are added to every route that has them."""
 
 
-def document(protocols: Sequence[Protocol], *, open_routes: Collection[str]) -> dict[str, Any]:
-    """The whole description; ``open_routes`` answer without a token."""
+def document(
+    protocols: Sequence[Protocol], *, operating: Collection[str] = OPERATING, open_routes: Collection[str]
+) -> dict[str, Any]:
+    """The whole description; of the routes that score nothing there are ``operating``, and ``open_routes`` need no token."""
     paths: dict[str, Any] = {}
     for protocol in protocols:
         for path in protocol.paths:
             paths[path] = {"post": _scoring(protocol, path)}
-    for path in OPERATING:
+    for path in operating:
         paths[path] = {"get": _operating(path, is_open=path in open_routes)}
     return {
         "openapi": "3.1.0",
@@ -133,7 +136,7 @@ def _refusal(status: int) -> dict[str, Any]:
 
 
 def _identity(path: str) -> str:
-    return path.strip("/").replace("/", "_").replace(".", "_")
+    return path.strip("/").replace("/", "_").replace(".", "_") or "page"
 
 
 def page(description: Mapping[str, Any]) -> str:
