@@ -25,6 +25,7 @@ COMMANDS = (
     "resume",
     "status",
     "report",
+    "samples",
     "serve",
     "score",
     "evaluate",
@@ -32,6 +33,9 @@ COMMANDS = (
     "doctor",
     "demo",
 )
+
+OF_RUNS = ("resume", "status", "report", "samples")
+"""Those of them that are about a run directory."""
 
 EPILOG = (
     "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed; "
@@ -49,8 +53,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"rlhf-ray {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"rlhf_ray.cli.{name}").add_arguments(commands)
+        importlib.import_module(module_of(name)).add_arguments(commands)
     return top
+
+
+def module_of(command: str) -> str:
+    """The module of a command."""
+    return f"rlhf_ray.cli.{'runs.' if command in OF_RUNS else ''}{command}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

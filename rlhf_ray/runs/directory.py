@@ -34,7 +34,7 @@ from rlhf_ray.runs.checkpoints import SKIPPED_SINCE, Checkpoint, CheckpointStore
 from rlhf_ray.runs.engines import EngineStates
 from rlhf_ray.runs.incidents import Incidents
 from rlhf_ray.runs.ledger import Ledger
-from rlhf_ray.runs.lines import attempt_problem, metrics_problem
+from rlhf_ray.runs.lines import attempt_problem, metrics_problem, sample_problem
 from rlhf_ray.runs.set_aside import SetAsidePrompts
 from rlhf_ray.runs.trust import refuse_untrusted
 from rlhf_ray.storage.atomic import PENDING
@@ -207,6 +207,21 @@ class RunDirectory:
             self.samples.mkdir(exist_ok=True)
         text = "".join(json.dumps(dict(sample), ensure_ascii=False) + "\n" for sample in samples)
         storage.write_file(self._samples_path(step), text)
+
+    def read_samples(self, step: int | None = None) -> tuple[int, list[dict[str, Any]]]:
+        """The samples of a step, by default of the last that has some; raises :class:`RequestError` where there are none."""
+        found = (_SAMPLES.fullmatch(path.name) for path in self.samples.glob("step-*.jsonl"))
+        steps = sorted(int(match[1]) for match in found if match is not None)
+        if step is None and steps:
+            step = steps[-1]
+        if step is None or step not in steps:
+            there = (
+                f"there are those of steps {steps[0]} to {steps[-1]}"
+                if steps
+                else "monitoring.samples_per_log keeps some"
+            )
+            raise RequestError(f"{self.path} has no samples{'' if step is None else f' of step {step}'}: {there}")
+        return step, JsonLines(self._samples_path(step), sample_problem).read()
 
     def begin_final(self) -> storage.PendingDirectory:
         """An empty directory for the final model; ``storage.commit`` puts it at ``final/``, in place of an older one."""

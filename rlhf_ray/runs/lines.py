@@ -37,6 +37,23 @@ def ledger_problem(line: Mapping[str, Any]) -> str:
     return count_problem(line, "step") or count_problem(line, "attempt")
 
 
+def sample_problem(line: Mapping[str, Any]) -> str:
+    """What is wrong with a line of a step's samples; empty if nothing is."""
+    for name in ("prompt", "response"):
+        if not isinstance(line.get(name), str):
+            return not_a(line, name, "a text")
+    tokens = line.get("tokens", {"text": []})
+    if not isinstance(tokens, dict) or not isinstance(texts := tokens.get("text"), list):
+        return not_a(line, "tokens", "a mapping with the texts of the tokens")
+    numbers = [column for name, column in tokens.items() if name != "text"]
+    is_right = all(isinstance(text, str) for text in texts) and all(
+        isinstance(column, list) and all(one is None or _is_number(one) for one in column) for column in numbers
+    )
+    if not is_right:
+        return not_a(line, "tokens", "texts, and numbers for each of them")
+    return "" if _is_number(line.get("score")) else not_a(line, "score", "a number")
+
+
 def _changes_problem(line: Mapping[str, Any], key: str) -> str:
     changes = line.get(key, [])
     is_right = isinstance(changes, list) and all(

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from rlhf_ray.config.jobs.base import TrainingJob
-from rlhf_ray.console import get_logger
+from rlhf_ray.console import SECONDS_BETWEEN_LINES, get_logger, stderr
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import RlhfRayError, StorageError
 from rlhf_ray.monitoring.memory import MemorySampler
@@ -72,6 +72,8 @@ class Journal:
         self._samples_lost = 0
         self.step = 0
         """The last step whose metrics were logged, in an earlier attempt too."""
+        self._said_at = -math.inf
+        """When a step was last shown on the console (monotonic seconds)."""
         self._next_look = 0.0
         """When the useful time is measured again (monotonic seconds)."""
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
@@ -169,9 +171,18 @@ class Journal:
         self.step = step
         metrics = {**metrics, **self._useful_time(step, metrics["time/step"])}
         self._log.log(step, {**metrics, "memory/pss_gb": self._memory.latest.total_gb})
-        if step == total or total <= 100 or step % (total // 50) == 0:  # at most about 100 lines a run
+        if self._is_said(step, total):
             line = "  ".join(f"{name} {metrics[name]:.3g}" for name in CONSOLE_METRICS if name in metrics)
             self.logger.info("%d/%d  %s", step, total, line)
+
+    def _is_said(self, step: int, total: int) -> bool:
+        """Whether the console shows a step: about 100 of a run, and without a terminal one every ten seconds at most."""
+        now = time.monotonic()
+        is_due = stderr.is_terminal or now - self._said_at >= SECONDS_BETWEEN_LINES
+        if step not in (1, total) and not (is_due and (total <= 100 or step % (total // 50) == 0)):
+            return False
+        self._said_at = now
+        return True
 
     def _useful_time(self, step: int, seconds: float) -> dict[str, float]:
         """The useful share of the run's time, now and then: the whole record is read for it."""
@@ -211,12 +222,11 @@ class Journal:
         }
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the first ``monitoring.samples_per_log`` samples of a step as JSON lines."""
-        count = self.config.monitoring.samples_per_log
-        if not count:
+        """Write samples of a step as JSON lines, if there are any."""
+        if not rows:
             return
         try:
-            self.run.write_samples(step, rows[:count])
+            self.run.write_samples(step, rows)
         except StorageError as error:
             if not self._samples_lost:
                 self.logger.warning("the samples of step %d could not be written (%s): training goes on", step, error)

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from rlhf_ray.cli.main import COMMANDS, parse, parser
+from rlhf_ray.cli.main import COMMANDS, module_of, parse, parser
 from rlhf_ray.config.recipes import recipes
 
 
@@ -21,7 +21,7 @@ def subparser(command: str) -> argparse.ArgumentParser:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_parse_as_the_command_that_shows_them(command: str) -> None:
     text = subparser(command).format_help()
-    for example in importlib.import_module(f"rlhf_ray.cli.{command}").EXAMPLES:
+    for example in importlib.import_module(module_of(command)).EXAMPLES:
         assert f"  rlhf-ray {example}\n" in text + "\n"
         words = shlex.split(example.partition(" > ")[0])
         assert parse(words).command == command == words[0]

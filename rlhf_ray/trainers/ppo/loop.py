@@ -238,7 +238,9 @@ class PpoTrainer:
     def log_step(self, prepared: Prepared, outcome: StepOutcome) -> None:
         """Write the samples and the metrics of the step that was just finished."""
         step = self.progress.step
-        self.journal.write_samples(step, sample_rows(prepared.samples, prepared.batch))
+        count = self.config.monitoring.samples_per_log
+        rows = sample_rows(prepared.samples, prepared.batch, self.metrics.tokenizer, count)
+        self.journal.write_samples(step, rows)
         self.run_directory.engines.write(self.sampler.fleet.health.plain())
         metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **self.progress.metrics()}
         metrics |= self.publisher.figures

@@ -6,6 +6,7 @@ nearly every answer was cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,18 @@ from rlhf_ray.trainers.ppo.sampling import Collected
 from rlhf_ray.trainers.ppo.self_check import log_prob_bounds, log_prob_difference
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
+TOKENS_KEPT = 1024
+"""Of the answer of a sample, at most, with the numbers of each."""
+TOKEN_NUMBERS = (
+    "log_probs",
+    "rollout_log_probs",
+    "reference_log_probs",
+    "values",
+    "token_rewards",
+    "returns",
+    "advantages",
+)
+"""Columns of a batch that are kept of each token of a sample, where the batch has them."""
 NOISE_BELOW_BOUND = 4.0
 """A mean difference so many times smaller than the self-check allows is rounding, wherever it stands."""
 
@@ -187,12 +200,38 @@ def failed_round_trips(tokenizer: Any, samples: Sequence[TextSample], prompts: M
     return failed / len(samples)
 
 
-def sample_rows(samples: Sequence[TextSample], batch: TrajectoryBatch) -> list[dict[str, object]]:
-    """The samples of a step as rows of the run's ``samples/``."""
+def sample_rows(
+    samples: Sequence[TextSample], batch: TrajectoryBatch, tokenizer: Any, count: int
+) -> list[dict[str, object]]:
+    """The first ``count`` samples of a step as rows of the run's ``samples/``."""
     return [
-        {"prompt": sample.prompt, "response": sample.response, "finished": sample.finished, "score": round(score, 4)}
-        for sample, score in zip(samples, batch["score"].tolist(), strict=True)
+        {
+            "prompt": sample.prompt,
+            "response": sample.response,
+            "finished": sample.finished,
+            "score": round(float(batch["score"][row]), 4),
+            **_kept_tokens(batch, row, tokenizer),
+        }
+        for row, sample in enumerate(samples[:count])
     ]
+
+
+def _kept_tokens(batch: TrajectoryBatch, row: int, tokenizer: Any) -> dict[str, object]:
+    """The tokens of a sample from its first action on, with the numbers of each; null where one was not sampled."""
+    first, end = (int(batch.offsets[row + at]) for at in (0, 1))
+    actions = batch["action_mask"][first:end]
+    if not actions.any():
+        return {}
+    begin = first + int(actions.int().argmax())
+    kept = slice(begin, min(end, begin + TOKENS_KEPT))
+    sampled = batch["action_mask"][kept].tolist()
+    columns: dict[str, list[Any]] = {"text": [tokenizer.decode([token]) for token in batch["token_ids"][kept].tolist()]}
+    for name in TOKEN_NUMBERS:
+        if name in batch:
+            numbers = zip(batch[name][kept].tolist(), sampled, strict=True)
+            columns[name] = [round(one, 4) if is_action and math.isfinite(one) else None for one, is_action in numbers]
+    left_out = end - kept.stop
+    return {"tokens": columns} | ({"left_out": left_out} if left_out else {})
 
 
 def _count_prompts(batch: TrajectoryBatch) -> int:

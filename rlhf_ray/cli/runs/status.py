@@ -8,13 +8,18 @@ from typing import Any
 from rlhf_ray.cli.examples import examples
 from rlhf_ray.console import printable, write_result
 
-EXAMPLES = ("status runs/demo-ppo",)
+EXAMPLES = ("status runs/demo-ppo", "status runs/demo-ppo --follow")
 
 
 def add_arguments(commands: Any) -> None:
     """Register the command."""
     command = commands.add_parser("status", help="how far a run is, and how to go on with it", **examples(*EXAMPLES))
     command.add_argument("run_directory")
+    command.add_argument(
+        "--follow",
+        action="store_true",
+        help="show it again and again until the run has finished: a picture on a terminal, else lines for what is new",
+    )
     command.set_defaults(run=run)
 
 
@@ -23,7 +28,12 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.runs.directory import RunDirectory
     from rlhf_ray.runs.reporting import status
 
-    lines = status(RunDirectory.open(options.run_directory))
+    opened = RunDirectory.open(options.run_directory)
+    if options.follow:
+        from rlhf_ray.cli.runs.following import follow
+
+        return follow(opened)
+    lines = status(opened)
     width = max(map(len, lines))
     write_result("".join(f"{name:<{width}}  {printable(value)}\n" for name, value in lines.items()))
     return 0

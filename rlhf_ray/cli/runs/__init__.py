@@ -1,0 +1,1 @@
+"""Commands about a run directory that is there."""

@@ -1,0 +1,122 @@
+"""Follow a run from its files: a picture on a terminal that is painted again, or lines for what is new.
+
+Invariants: only files of the run directory are read, so that any machine that sees it can follow, and nothing of the run waits.
+A file that is being written, or is damaged, costs one picture. Following ends with the run, or on Ctrl-C, which is no failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from rlhf_ray.config.reading import read_mapping
+from rlhf_ray.console import write_result
+from rlhf_ray.errors import EXIT_DONE, Interrupted, RlhfRayError
+from rlhf_ray.monitoring.terminal.drawing import Pen
+from rlhf_ray.monitoring.terminal.live import RunState, live_view, log_lines
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.engines import describe
+from rlhf_ray.runs.reporting import status
+
+SECONDS_BETWEEN_PICTURES, SECONDS_BETWEEN_LINES = 1.0, 10.0
+PLAIN_STATES = ("running", "finished")
+
+
+def read_state(run: RunDirectory, *, now: float) -> RunState:
+    """What the files of a run say at a moment, in seconds since 1970."""
+    told, lines = status(run), run.metrics.read()
+    attempts, commits = run.attempts.read(), run.checkpoints.steps()
+    steps = read_mapping(run.config_text()).values.get("steps")
+    state = told["state"]
+    return RunState(
+        name=run.path.resolve().name,
+        kind=told["kind"],
+        state=state if state in PLAIN_STATES else state.partition(";")[0].partition(",")[0],
+        lines=lines,
+        total=steps if isinstance(steps, int) else None,
+        age_s=now - lines[-1]["timestamp"] if lines else None,
+        took_s=(now if state == "running" or not lines else lines[-1]["timestamp"]) - attempts[0]["timestamp"]
+        if attempts
+        else None,
+        committed=max([*commits, run.final_step() or 0]) or None,
+        health=[*_engines(run), *_groups(run)] if state == "running" else (),
+        facts=_facts(told),
+    )
+
+
+def _engines(run: RunDirectory) -> list[tuple[str, str]]:
+    return [(f"engine {number}", describe(engine)) for number, engine in enumerate(run.engines.read())]
+
+
+def _groups(run: RunDirectory) -> list[tuple[str, str]]:
+    """What was restarted, and how often; the last time with its reason."""
+    last: dict[str, tuple[int, str]] = {}
+    for incident in run.incidents.read():
+        count, _ = last.get(incident.role, (0, ""))
+        last[incident.role] = (count + 1, f"{incident.fault} in step {incident.step}")
+    return [(role, f"{count} incidents, the last: {how}") for role, (count, how) in last.items()]
+
+
+def _facts(told: Mapping[str, str]) -> dict[str, str]:
+    shown = {name: told[name] for name in ("useful time", "time lost", "last line") if name in told}
+    _, _, way_on = told["state"].partition("; ")
+    return shown | ({"to do": way_on} if way_on else {})
+
+
+def follow(run: RunDirectory) -> int:
+    """Show a run until it has finished or the caller wants no more."""
+    try:
+        if sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+            _paint(run)
+        else:
+            _tell(run)
+    except (Interrupted, KeyboardInterrupt):
+        pass
+    return EXIT_DONE
+
+
+def pen_of(console: Console) -> Pen:
+    """How the terminal is drawn on, at its present width."""
+    return Pen(console.width, color=console.color_system is not None, ascii_only="utf" not in console.encoding.lower())
+
+
+def _paint(run: RunDirectory) -> None:
+    console, lines = Console(highlight=False), [""]
+    try:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                state = _read(run)
+                if state is not None:
+                    lines = live_view(state, pen_of(console))
+                    live.update(Text.from_ansi("\n".join(lines), no_wrap=True), refresh=True)
+                if state is not None and state.state == "finished":
+                    break
+                time.sleep(SECONDS_BETWEEN_PICTURES)
+    finally:
+        write_result("\n".join(lines) + "\n")  # what was shown last stays
+
+
+def _tell(run: RunDirectory) -> None:
+    before: RunState | None = None
+    while True:
+        state = _read(run)
+        if state is not None:
+            if new := log_lines(before, state):
+                write_result("".join(f"{time.strftime('%H:%M:%S')} {line}\n" for line in new))
+            before = state
+            if state.state == "finished":
+                return
+        time.sleep(SECONDS_BETWEEN_LINES)
+
+
+def _read(run: RunDirectory) -> RunState | None:
+    try:
+        return read_state(run, now=time.time())
+    except (RlhfRayError, OSError):
+        return None
