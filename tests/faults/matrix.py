@@ -132,13 +132,13 @@ def plan(chosen: Sequence[Cell]) -> list[Hit]:
 
 
 def share_out(chosen: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells of each run: at most ``PER_RUN``, all of one place, at most one at the start."""
+    """The cells of each run: at most ``PER_RUN``, all of one place, at most one of each role at the start."""
     runs: list[list[Cell]] = []
     for cell in chosen:
         fits = [
             one for one in runs
             if len(one) < PER_RUN and where(one[0]) == where(cell)
-            and not (cell.phase == "start" and any(other.phase == "start" for other in one))
+            and not (cell.phase == "start" and any((other.phase, other.role) == ("start", cell.role) for other in one))
         ]  # fmt: skip
         (fits or runs.append([]) or runs[-1:])[0].append(cell)
     return runs
