@@ -161,9 +161,11 @@ class Injector:
         return statistics.median(self.lasted[phase] or [0.3])
 
     def _signal(self, cell: Cell, after_s: float) -> None:
+        began = time.monotonic()
+
         def send() -> None:
-            time.sleep(after_s)
-            victim = self._victim(cell)
+            victim = self._victim(cell)  # which takes time, and a phase may have little of it
+            time.sleep(max(0.0, began + after_s - time.monotonic()))
             if self.inside != cell.phase or victim is None:
                 note(self.plan.events, "late", cell=str(cell))
                 self.left.append(Hit(cell, self.step + 1 if self.step else 0))
@@ -298,9 +300,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def under_faults(work: Callable[[], int]) -> int:
     """Do the work of a driver under the faults of the plan; a fault of the driver itself ends it as any error would."""
+    plan = Plan.read(os.environ[PLAN])
     try:
-        with faults(Plan.read(os.environ[PLAN])):
-            return work()
+        with faults(plan):
+            code = work()
+        if code == 0:
+            note(plan.events, "end")
+        return code
     except RuntimeError as error:
         print(error, file=sys.stderr, flush=True)
         return 1

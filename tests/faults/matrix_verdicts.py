@@ -133,8 +133,11 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
 
 
 def _finished(events: Iterable[Mapping[str, Any]], step: int) -> Mapping[str, Any] | None:
-    """The event with which ``step``, or a later one, was finished."""
-    return next((event for event in events if event["what"] == "step" and event["step"] >= step), None)
+    """The event with which ``step``, or a later one, was finished: the end of the run finishes what comes after all steps."""
+    return next(
+        (event for event in events if event["what"] == "end" or (event["what"] == "step" and event["step"] >= step)),
+        None,
+    )
 
 
 def append(verdicts: Iterable[Verdict], path: Path = RESULTS) -> None:

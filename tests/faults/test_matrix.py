@@ -109,6 +109,20 @@ def test_what_was_missed_in_the_next_step_only_is_read_to_the_end_of_that_step()
     assert second is not None and (second.seconds, second.detected_s) == (11.5, 0.5)
 
 
+def test_what_is_met_after_the_last_step_is_overcome_once_the_run_has_ended() -> None:
+    last = [
+        (0.0, "driver", {}), (1.0, "phase", {"name": "rollout", "step": 2}), (2.0, "step", {"step": 2}),
+        (3.0, "phase", {"name": "evaluation", "step": 2}), (4.0, "hit", {"cell": "rollout/evaluation/SIGSTOP"}),
+    ]  # fmt: skip
+    cut, whole, again = (
+        read_hit(events(*last, *rest), "rollout/evaluation/SIGSTOP")
+        for rest in ([], [(9.0, "end", {})], [(6.0, "driver", {}), (9.0, "end", {})])
+    )
+    assert cut is not None and (cut.outcome, cut.seconds) == ("ended", None)
+    assert whole is not None and (whole.outcome, whole.seconds, whole.lost_steps) == (IN_PLACE, 5.0, 0)
+    assert again is not None and (again.outcome, again.silence_s) == (PARENT, 3.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [
