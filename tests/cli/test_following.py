@@ -85,14 +85,22 @@ def test_without_a_terminal_a_log_gets_each_step_once_until_the_run_has_finished
     ]
 
 
-def test_a_damaged_file_costs_a_picture_and_not_the_following(run: RunDirectory) -> None:
-    good = run.metrics.path.read_bytes()
+def test_a_damaged_file_costs_a_picture_and_is_named_where_it_stays(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, read = run.metrics.path.read_bytes(), following.Reader(run)
+    assert read() is not None
+    for _ in range(2):  # each time from the beginning
+        run.metrics.path.write_bytes(b"nonsense\n" + good)
+        assert [read() for _ in range(following.TRIES)] == [None] * following.TRIES
+        run.metrics.path.write_bytes(good)
+        assert read() is not None
     run.metrics.path.write_bytes(b"nonsense\n" + good)
     with pytest.raises(IntegrityError):
-        read_state(run, now=0.0)
-    assert following._read(run) is None
-    run.metrics.path.write_bytes(good)
-    assert following._read(run) is not None
+        for _ in range(following.TRIES + 1):
+            read()
+    assert main(["status", str(run.path), "--follow"]) != 0
+    assert "metrics.jsonl:1 is damaged" in capsys.readouterr().err
 
 
 def test_on_a_terminal_a_picture_is_painted_and_ctrl_c_ends_it_well(run: RunDirectory) -> None:

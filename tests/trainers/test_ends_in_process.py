@@ -85,6 +85,13 @@ def test_answers_end_where_config_json_says_in_rollout_masks_and_samples(job: An
     assert step["truncated/share"] == 0.0 and step["length/response"] < 4 / CHANCE, "and not the limit"
     samples = [json.loads(line) for line in (run.samples / "step-000001.jsonl").read_text().splitlines()]
     assert len(samples) == 32 and all(sample["finished"] for sample in samples)
+    for tokens in (sample["tokens"] for sample in samples):
+        assert {"log_probs", "rollout_log_probs", "token_rewards", "advantages"} < tokens.keys()
+        assert {len(column) for column in tokens.values()} == {len(tokens["text"])}
+        assert not any(None in column for column in tokens.values())
+        assert tokens["text"][-1] in ("</s>", "<end>") and tokens["log_probs"] == pytest.approx(
+            tokens["rollout_log_probs"], abs=1e-3
+        )
     assert f"an answer ends with '</s>' (2, the tokenizer and config.json) or '<end>' ({end}, config.json)" in (
         project_log.getvalue()
     )

@@ -1,7 +1,8 @@
 """Follow a run from its files: a picture on a terminal that is painted again, or lines for what is new.
 
 Invariants: only files of the run directory are read, so that any machine that sees it can follow, and nothing of the run waits.
-A file that is being written, or is damaged, costs one picture. Following ends with the run, or on Ctrl-C, which is no failure.
+A file that cannot be read costs a picture, and is an error where it could not from the start, or five times in a row. Following
+ends with the run, or on Ctrl-C, which is no failure.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rlhf_ray.runs.engines import describe
 from rlhf_ray.runs.reporting import status
 
 SECONDS_BETWEEN_PICTURES, SECONDS_BETWEEN_LINES = 1.0, 10.0
+TRIES = 5
 PLAIN_STATES = ("running", "finished")
 
 
@@ -81,17 +83,37 @@ def follow(run: RunDirectory) -> int:
     return EXIT_DONE
 
 
+class Reader:
+    """Reads a run again and again, over a moment in which it cannot be read."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._failed = TRIES  # of a run that cannot be read from the start, nothing is waited for
+
+    def __call__(self) -> RunState | None:
+        """What its files say now; None where they say nothing at the moment, and an error where that lasts."""
+        try:
+            state = read_state(self._run, now=time.time())
+        except (RlhfRayError, OSError):
+            if self._failed >= TRIES:
+                raise
+            self._failed += 1
+            return None
+        self._failed = 0
+        return state
+
+
 def pen_of(console: Console) -> Pen:
     """How the terminal is drawn on, at its present width."""
     return Pen(console.width, color=console.color_system is not None, ascii_only="utf" not in console.encoding.lower())
 
 
 def _paint(run: RunDirectory) -> None:
-    console, lines = Console(highlight=False), [""]
+    console, lines, read = Console(highlight=False), [""], Reader(run)
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                state = _read(run)
+                state = read()
                 if state is not None:
                     lines = live_view(state, pen_of(console))
                     live.update(Text.from_ansi("\n".join(lines), no_wrap=True), refresh=True)
@@ -99,13 +121,14 @@ def _paint(run: RunDirectory) -> None:
                     break
                 time.sleep(SECONDS_BETWEEN_PICTURES)
     finally:
-        write_result("\n".join(lines) + "\n")  # what was shown last stays
+        if any(lines):
+            write_result("\n".join(lines) + "\n")  # what was shown last stays
 
 
 def _tell(run: RunDirectory) -> None:
-    before: RunState | None = None
+    before, read = None, Reader(run)
     while True:
-        state = _read(run)
+        state = read()
         if state is not None:
             if new := log_lines(before, state):
                 write_result("".join(f"{time.strftime('%H:%M:%S')} {line}\n" for line in new))
@@ -113,10 +136,3 @@ def _tell(run: RunDirectory) -> None:
             if state.state == "finished":
                 return
         time.sleep(SECONDS_BETWEEN_LINES)
-
-
-def _read(run: RunDirectory) -> RunState | None:
-    try:
-        return read_state(run, now=time.time())
-    except (RlhfRayError, OSError):
-        return None
