@@ -53,6 +53,8 @@ CONSOLE_METRICS = (
 """Metrics that a step's line on the console shows, where the step has them."""
 SECONDS_BETWEEN_MEMORY_SAMPLES = 5.0
 """Not more often: reading the page tables of every process keeps a core busy for a tenth of a second."""
+FIRST_LINES = 10
+"""So many steps of an attempt are shown at once; from then on one every ten seconds at most where there is no terminal."""
 SECONDS_BETWEEN_LOOKS, SHARE_OF_LOOKS = 30.0, 0.01
 """Of the useful time: at most so often, and never more than this share of the time."""
 
@@ -74,6 +76,8 @@ class Journal:
         """The last step whose metrics were logged, in an earlier attempt too."""
         self._said_at = -math.inf
         """When a step was last shown on the console (monotonic seconds)."""
+        self._said = 0
+        """How many steps of this attempt were."""
         self._next_look = 0.0
         """When the useful time is measured again (monotonic seconds)."""
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
@@ -176,12 +180,13 @@ class Journal:
             self.logger.info("%d/%d  %s", step, total, line)
 
     def _is_said(self, step: int, total: int) -> bool:
-        """Whether the console shows a step: about 100 of a run, and without a terminal one every ten seconds at most."""
+        """Whether the console shows a step: about 100 of a run, and after the first ones no more than a log needs."""
         now = time.monotonic()
-        is_due = stderr.is_terminal or now - self._said_at >= SECONDS_BETWEEN_LINES
+        is_soon = now - self._said_at < SECONDS_BETWEEN_LINES and self._said >= FIRST_LINES
+        is_due = stderr.is_terminal or not is_soon
         if step not in (1, total) and not (is_due and (total <= 100 or step % (total // 50) == 0)):
             return False
-        self._said_at = now
+        self._said_at, self._said = now, self._said + 1
         return True
 
     def _useful_time(self, step: int, seconds: float) -> dict[str, float]:
