@@ -121,7 +121,9 @@ def serve() -> Iterator[Callable[..., Served]]:
 
     def start(config: ServeConfig, *backends: Any) -> Served:
         keys = {TOKEN: "page"}
-        servers.append(WebServer("127.0.0.1", 0))
+        servers.append(
+            WebServer("0.0.0.0", 0)
+        )  # as others reach it: a browser trusts addresses of its own machine more
         servers[-1].start(service(config, *backends, keys=lambda: keys))
         return Served(servers[-1].address, keys)
 

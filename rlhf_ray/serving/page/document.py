@@ -69,7 +69,6 @@ def _headers(content_security_policy: str) -> Mapping[str, str]:
         "Content-Security-Policy": content_security_policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",
     }
