@@ -1,6 +1,7 @@
 """Generate the Grafana dashboard from the registry of metrics.
 
-Invariants: every registered metric is on the dashboard, and every query asks for a metric that the exporter sends. The
+Invariants: every registered metric is on the dashboard, and every query asks for a metric that the exporter sends, or for the
+alarms that Prometheus holds to be true. The
 committed ``deploy/monitoring/rlhf_ray_dashboard.json`` is what :func:`render_dashboard` returns; after a change of the
 registry write it anew: ``python -m rlhf_ray.monitoring.dashboards deploy/monitoring/rlhf_ray_dashboard.json``.
 """
@@ -14,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.monitoring.registry import PHASES, REGISTRY, Metric, choose_panel
+from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, REGISTRY, Metric, choose_panel
 from rlhf_ray.storage.output import OutputFile
 
-RAY_PREFIX = "ray_"
+FIRING = 'ALERTS{alertstate="firing", run=~"$run"}'
+SEVERITY_COLOURS = {"critical": "red", "warning": "orange", "advice": "blue"}
 SELECTION = '{run=~"$run"}'
 COLUMNS, PANEL_WIDTH, PANEL_HEIGHT = 3, 8, 7
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -43,24 +45,25 @@ def dashboard() -> dict[str, Any]:
         "refresh": "10s",
         "time": {"from": "now-3h", "to": "now"},
         "graphTooltip": 1,
+        "annotations": {"list": [_alarm_annotation()]},
         "templating": {"list": [_datasource_variable(), _run_variable()]},
-        "panels": _numbered([_phases(), *_metric_panels()]),
+        "panels": _numbered([_phases(), _alarms(), *_metric_panels()]),
     }
 
 
 def expression(metric: Metric) -> str:
     """The Prometheus query of a metric: the value of a gauge, the increase of a counter."""
-    exported = RAY_PREFIX + metric.exported_name
     if metric.is_family:
-        return f'{{__name__=~"{exported.removesuffix("_")}.+", run=~"$run"}}'
-    if metric.kind == "counter":
-        return f"increase({exported}_total{SELECTION}[$__rate_interval])"
-    return f"{exported}{SELECTION}"
+        return f'{{__name__=~"{metric.series.removesuffix("_")}.+", run=~"$run"}}'
+    if metric.kind == "counter":  # Ray's counters are born with the first event, which increase() alone would not see
+        name = f"{metric.series}{SELECTION}"
+        return f"increase({name}[$__rate_interval]) or ({name} unless {name} offset $__rate_interval)"
+    return f"{metric.series}{SELECTION}"
 
 
 def _metric_panels() -> list[Panel]:
     """A row for each group of metrics, and below it the panels of the group from left to right."""
-    panels, top = [], PANEL_HEIGHT
+    panels, top = [], 2 * PANEL_HEIGHT
     for group, metrics in REGISTRY.groups().items():
         panels.append({"type": "row", "title": group, "collapsed": False, "panels": [], **_place(0, top, 24, 1)})
         group_panels = _group_panels(metrics)
@@ -122,6 +125,54 @@ def _phases() -> Panel:
             }
         ],
         **_place(0, 0, 24, PANEL_HEIGHT),
+    }
+
+
+def _alarms() -> Panel:
+    names = ", ".join(alarm.name for alarm in REGISTRY.alarms)
+    return {
+        "type": "state-timeline",
+        "title": "Alarms and advice",
+        "description": f"What docs/monitoring.md explains, by Prometheus' rules: {names}",
+        "datasource": SOURCE,
+        "fieldConfig": {
+            "defaults": {
+                "unit": "none",
+                "noValue": "none",
+                "color": {"mode": "fixed", "fixedColor": "orange"},
+            },
+            "overrides": [
+                {
+                    "matcher": {"id": "byRegexp", "options": f".* {severity}$"},
+                    "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}],
+                }
+                for severity, colour in SEVERITY_COLOURS.items()
+            ],
+        },
+        "options": {"mergeValues": True, "showValue": "never", "legend": {"showLegend": False}},
+        "targets": [
+            {
+                "refId": "A",
+                "datasource": SOURCE,
+                "expr": FIRING,
+                "legendFormat": "{{run}} {{alertname}} {{severity}}",
+            }
+        ],
+        **_place(0, PANEL_HEIGHT, 24, PANEL_HEIGHT),
+    }
+
+
+def _alarm_annotation() -> dict[str, Any]:
+    """Marks in every panel while an alarm holds."""
+    return {
+        "name": "Alarms",
+        "datasource": SOURCE,
+        "enable": True,
+        "iconColor": "red",
+        "expr": FIRING.replace("}", ', severity=~"critical|warning"}'),
+        "titleFormat": "{{alertname}}",
+        "tagKeys": "run,severity",
+        "step": "15s",
     }
 
 

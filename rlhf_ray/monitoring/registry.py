@@ -1,7 +1,7 @@
-"""The one list of all metrics: the name, unit, kind, group and meaning of each.
+"""The one list of all metrics: the name, unit, kind, group, meaning and alarm of each.
 
 Invariants: a metric that is not listed here cannot be logged. Every exporter, the report and the dashboard take names,
-units and titles from here. No two metrics have the same name in Prometheus.
+units and titles from here. No two metrics have the same name in Prometheus. Every metric that an alarm asks for is listed too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.monitoring.alarms.alarm import Alarm, in_order
+from rlhf_ray.monitoring.alarms.catalogue import ALARMS
 
 Kind = Literal["gauge", "counter"]
+RAY_PREFIX = "ray_"
 
 PHASES = ("start", "rollout", "scoring", "log_probs", "update", "weights", "checkpoint", "evaluation")
 """What a run can be doing, the values of the phase gauge. All but ``start`` are timed as ``time/<phase>``."""
@@ -37,11 +40,17 @@ class Metric:
     help: str
     group: str
     kind: Kind = "gauge"
+    alarm: Alarm | None = None
 
     @property
     def exported_name(self) -> str:
         """The name in Ray's metrics, which Prometheus sees with Ray's prefix ``ray_``."""
         return f"rlhf_{re.sub('[^a-zA-Z0-9_]', '_', self.name)}"
+
+    @property
+    def series(self) -> str:
+        """The name of its series in Prometheus; of a family the beginning of their names."""
+        return f"{RAY_PREFIX}{self.exported_name}{'_total' if self.kind == 'counter' else ''}"
 
     @property
     def is_family(self) -> bool:
@@ -75,6 +84,11 @@ class Registry:
             )
         return metric
 
+    @property
+    def alarms(self) -> list[Alarm]:
+        """All alarms, each after those that explain it."""
+        return in_order([metric.alarm for metric in self if metric.alarm is not None])
+
     def groups(self) -> dict[str, list[Metric]]:
         """Metrics by group, in the order of registration."""
         groups: dict[str, list[Metric]] = {}
@@ -92,9 +106,52 @@ class Registry:
         return None
 
 
-_COUNTERS = {"updates/skipped", "updates/stood_out", "prompts/dropped"}
+STATE = "State of the run"
+"""The group of metrics that are read every few seconds, and not once a step: they are not in ``metrics.jsonl``."""
+_COUNTERS = {
+    "updates/skipped",
+    "updates/stood_out",
+    "prompts/dropped",
+    "rollout/engine_deaths",
+    "groups/lost",
+    "reward/failed_tries",
+}
 
 _METRICS = {
+    STATE: [
+        (
+            "run/started",
+            "s",
+            "When this attempt began, in seconds since 1970; the negative of it once it ended in order",
+        ),
+        ("age/step", "s", "Time since the last step ended"),
+        (
+            "limit/step",
+            "s",
+            "How long that may be: six times the median of steps, and what an evaluation or commit takes",
+        ),
+        ("age/phase", "s", "Time for which the run has been doing what it does; of nested things the most overdue"),
+        ("limit/phase", "s", "How long that may be: six times its median, and at least half of run.stall_floor_s"),
+        ("age/commit", "s", "Time since the last commit, or since the start"),
+        ("limit/commit", "s", "How long that may be: two intervals of commits"),
+        (
+            "age/reward_call",
+            "s",
+            "How long the oldest call to a reward source has been under way; 0 while there is none",
+        ),
+        (
+            "limit/reward_call",
+            "s",
+            "How long that may be: six times its median, and at least half of run.stall_floor_s",
+        ),
+        ("reward/failed_tries", "tries", "Tries of a reward source that failed and may be made again"),
+        ("rollout/engines_down", "engines", "Rollout engines that are dead or being started again"),
+        ("rollout/engine_deaths", "engines", "Deaths of rollout engines, also of those that came back at once"),
+        ("groups/lost", "groups", "Losses of groups of ranks that were started again"),
+        ("disk/free_gb", "GB", "Free space on the disk of the run directory"),
+        ("disk/needed_gb", "GB", "What must be free there: twice the last commit, and 0.1 GB"),
+        ("memory/used_share", "share", "Memory in use on the driver's machine, or of the limit of its container"),
+    ],
     "Progress": [
         ("step", "steps", "Steps done: PPO steps, or optimizer updates in supervised and reward training"),
         ("update", "updates", "Optimizer updates done"),
@@ -267,12 +324,17 @@ _METRICS = {
 }
 
 REGISTRY = Registry(
-    Metric(name, unit, text, group, "counter" if name in _COUNTERS else "gauge")
+    Metric(name, unit, text, group, "counter" if name in _COUNTERS else "gauge", ALARMS.get(name))
     for group, rows in _METRICS.items()
     for name, unit, text in rows
 )
 
 _SHARED_PANELS = {
+    "Time since the last step, and its limit": ("age/step", "limit/step"),
+    "Time in the phase, and its limit": ("age/phase", "limit/phase"),
+    "Age of the last commit, and its limit": ("age/commit", "limit/commit"),
+    "Time of the oldest call to a reward source, and its limit": ("age/reward_call", "limit/reward_call"),
+    "Disk": ("disk/free_gb", "disk/needed_gb"),
     "KL from the reference": ("kl/k1", "kl/k3"),
     "Length": ("length/response", "length/prompt"),
     "Difference of log-probs by position": tuple(f"rollout/log_prob_difference_part_{part}" for part in range(1, 9)),

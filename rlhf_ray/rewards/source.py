@@ -13,11 +13,14 @@ from typing import NamedTuple, Protocol
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
 from rlhf_ray.errors import ScoringError
+from rlhf_ray.monitoring import events
 from rlhf_ray.pending import Pending
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 
 SECONDS_BETWEEN_TRIES = 1.0
+CALL = "reward"
+"""What a call to a source is known as while it is under way (``monitoring/events.py``)."""
 
 
 class RewardSource(Protocol):
@@ -158,6 +161,10 @@ def _to_try_again(positions: Iterable[int], results: Sequence[ScoreResult]) -> l
 def _try(source: RewardSource, samples: Sequence[TextSample]) -> list[ScoreResult]:
     """Results of one attempt."""
     try:
-        return source.score(samples).result()
+        with events.call(CALL):
+            results = source.score(samples).result()
     except ScoringError as error:
-        return [ScoreResult.failed_by(error)] * len(samples)
+        results = [ScoreResult.failed_by(error)] * len(samples)
+    if _to_try_again(range(len(results)), results):
+        events.count("reward/failed_tries")
+    return results

@@ -47,6 +47,7 @@ class EngineState(StrEnum):
 
 ALIVE = frozenset({EngineState.HEALTHY, EngineState.SUSPECT, EngineState.STALE})
 CURRENT = frozenset({EngineState.HEALTHY, EngineState.SUSPECT})
+DOWN = frozenset({EngineState.DEAD, EngineState.RESTARTING, EngineState.RETIRED})
 UPDATED = frozenset({EngineState.HEALTHY, EngineState.STALE})
 """Between these an engine goes with every publication."""
 
@@ -106,6 +107,8 @@ class FleetHealth:
         self._version: int | None = None
         self.on_change: Callable[[], None] = lambda: None
         """Called when an engine has died, is restarted or has come back; not when it took another weight version."""
+        self.on_death: Callable[[], None] = lambda: None
+        """Called when an engine has died, before anything is done about it."""
         self._engines = [EngineHealth(EngineState.STALE, clock(), up_since=clock()) for _ in range(engines)]
 
     # Reading
@@ -298,6 +301,7 @@ class FleetHealth:
         lasted = now.weight_version is not None and self._clock() - now.up_since >= self.policy.lasting_s
         in_a_row = 0 if lasted else now.in_a_row
         state = EngineState.RETIRED if in_a_row >= self.policy.max_restarts else EngineState.DEAD
+        self.on_death()
         self._move(engine, state, weight_version=None, cause=cause, in_a_row=in_a_row, in_breach=False)
 
     def _move(self, engine: int, state: EngineState, **changes: Any) -> None:

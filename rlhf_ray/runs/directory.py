@@ -7,8 +7,9 @@ metrics, ledger and samples end exactly at the step of the checkpoint that it go
 
 The directory holds ``config.yaml`` (with every default), ``inputs.json`` (its last config, and fingerprints of data and
 models), ``execution.json`` (PPO: how policy and engines compute log-probs), ``metrics.jsonl``, ``ledger.jsonl``,
-``attempts.jsonl`` (one line each time the run was started), ``incidents.jsonl`` (what cost it time), ``stacks/`` (of what
-hung), ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last),
+``attempts.jsonl`` (one line each time the run was started), ``incidents.jsonl`` (what cost it time), ``alarms.jsonl`` (when
+alarms began and ended), ``heartbeat.json`` (how it is now), ``stacks/`` (of what hung), ``samples/``, ``checkpoints/``,
+``final/``, ``best/`` (if an earlier evaluation was better than the last),
 ``summary.json`` and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run
 that is trained further to ``summary.void.json``. ``summary.json`` is the last file of a run, by which a finished one is known;
 until the report is written it is called ``closing.json``.
@@ -30,6 +31,8 @@ from rlhf_ray.config.recipes import CONFIG_NAME
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import IntegrityError, RequestError
 from rlhf_ray.monitoring.report.summary import Summary
+from rlhf_ray.runs.alarms.heartbeat import HeartbeatFile
+from rlhf_ray.runs.alarms.record import AlarmRecord
 from rlhf_ray.runs.checkpoints import SKIPPED_SINCE, Checkpoint, CheckpointStore
 from rlhf_ray.runs.engines import EngineStates
 from rlhf_ray.runs.incidents import Incidents
@@ -47,7 +50,7 @@ LOCK = ".lock"
 MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
-    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|incidents\.jsonl|stacks|samples|checkpoints|final|best|(summary|closing)\.json"
+    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|(incidents|alarms)\.jsonl|heartbeat\.json|stacks|samples|checkpoints|final|best|(summary|closing)\.json"
     r"|summary\.void\.json|set_aside\.jsonl|engines\.json|report\.html|tensorboard|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
@@ -81,6 +84,8 @@ class RunDirectory:
         self.engines = EngineStates(self.path / "engines.json")
         self.stacks = self.path / "stacks"
         self.incidents = Incidents(self.path / "incidents.jsonl")
+        self.heartbeat = HeartbeatFile(self.path / "heartbeat.json")
+        self.alarms = AlarmRecord(self.path / "alarms.jsonl")
         self._lock: int | None = None
         self._is_new = False
 

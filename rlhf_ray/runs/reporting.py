@@ -1,13 +1,15 @@
 """Write the report of runs, and describe their state, from the files in their directories.
 
-Invariant: a report can be made at any time from these files alone, during a run as well as after it.
+Invariants: a report can be made at any time from these files alone, during a run as well as after it. Which alarms hold follows
+from them as it does for the run itself.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,13 @@ from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.writing import write_value
 from rlhf_ray.errors import RequestError
+from rlhf_ray.monitoring.alarms.alarm import Alarm, holding
+from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.report.page import RunReport, render_report
+from rlhf_ray.monitoring.report.summary import Table
+from rlhf_ray.monitoring.run_readings import of_lines, with_heartbeat
 from rlhf_ray.monitoring.useful_time import Interruption, UsefulTime, useful_time
+from rlhf_ray.runs.alarms.record import history
 from rlhf_ray.runs.clusters import remembered
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
@@ -65,7 +72,68 @@ def status(run: RunDirectory) -> dict[str, str]:
     if run.is_owned():
         rows |= {f"engine {number}": describe(engine) for number, engine in enumerate(run.engines.read())}
     rows["last commit"] = f"step {checkpoints[-1]}" if checkpoints else "none"
+    for one in alarms(run):
+        alarm = one.alarm
+        rows[alarm.name] = f"{alarm.severity}: {alarm.meaning} ({one.reading}). {alarm.way_out}"
     return rows
+
+
+@dataclass(frozen=True)
+class HeldAlarm:
+    """An alarm that holds, and what is read at the moment."""
+
+    alarm: Alarm
+    reading: str
+
+    def plain(self) -> dict[str, str]:
+        """As plain JSON."""
+        alarm = self.alarm
+        return {
+            "alarm": alarm.name,
+            "severity": alarm.severity,
+            "meaning": alarm.meaning,
+            "reading": self.reading,
+            "way_out": alarm.way_out,
+        }
+
+
+def alarms(run: RunDirectory, now: float | None = None) -> list[HeldAlarm]:
+    """The alarms that hold, the gravest first.
+
+    None of a run that has ended in order, or has just begun. Of one whose driver is gone it is known only that it is, and how
+    the disk is.
+    """
+    now = time.time() if now is None else now
+    beat = run.heartbeat.read()
+    starts = [line["timestamp"] for line in run.attempts.read()]
+    if beat is None or beat.at < max(starts, default=0.0) or beat.values.get("run/started", 0.0) <= 0.0:
+        return []
+    disk = {"disk/free_gb": shutil.disk_usage(run.path).free / 1e9}
+    if run.is_owned():
+        void = JsonLines(run.path / "metrics.void.jsonl").read()
+        readings = with_heartbeat(of_lines(run.metrics.read(), void, starts), beat.at, beat.values, beat.events)
+    else:
+        needed = {name: beat.values[name] for name in ("run/started", "disk/needed_gb") if name in beat.values}
+        readings = with_heartbeat(of_lines([]), beat.at, needed, {})
+    readings = with_heartbeat(readings, now, disk, {})
+    held = holding(REGISTRY.alarms, readings, now)
+    return [HeldAlarm(alarm, alarm.condition.reading(readings, now)) for alarm in held]
+
+
+def _alarm_table(run: RunDirectory) -> Table:
+    """The alarms that there were, for the report."""
+    by_name = {alarm.name: alarm for alarm in REGISTRY.alarms}
+    starts = [line["timestamp"] for line in run.attempts.read()]
+    signs = [line["timestamp"] for line in (*run.metrics.read(), *run.attempts.read())]
+    last_sign = None if run.is_owned() else max(signs, default=0.0)
+    rows = []
+    for past in history(run.alarms.read(), starts, last_sign):
+        alarm = by_name.get(past.alarm)
+        lasted = "holds" if past.ended is None else _duration(past.ended - past.began)
+        began = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(past.began))}, after step {past.step}"
+        texts = ("", "") if alarm is None else (f"{alarm.meaning} ({past.reading})", alarm.way_out)
+        rows.append((past.alarm, past.severity, began, lasted, *texts))
+    return Table(("alarm", "severity", "began", "lasted", "meaning", "way out"), tuple(rows))
 
 
 def time_of(run: RunDirectory, *, now: float | None = None, line: Mapping[str, Any] | None = None) -> UsefulTime:
@@ -118,6 +186,7 @@ def _read_run(run: RunDirectory) -> RunReport:
         lines=run.metrics.read(),
         summary=replace(summary, facts={**_facts(run), **summary.facts}),
         config=run.config_text(),
+        alarms=_alarm_table(run),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import SECONDS_BETWEEN_LINES, get_logger, stderr
 from rlhf_ray.engine.report import Applied, Report
-from rlhf_ray.errors import RlhfRayError, StorageError
+from rlhf_ray.errors import Interrupted, ResumableStop, RlhfRayError, StorageError
 from rlhf_ray.monitoring.memory import MemorySampler
 from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
 from rlhf_ray.monitoring.phases import PhaseClock
@@ -36,6 +36,7 @@ from rlhf_ray.monitoring.stalls import seeded
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run, time_of
+from rlhf_ray.trainers.alarm_watch import AlarmWatch
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
 CONSOLE_METRICS = (
@@ -85,39 +86,39 @@ class Journal:
     def __enter__(self) -> Journal:
         self.run.closing_path.unlink(missing_ok=True)  # of a run that trains on
         self._memory.start()
-        self._log = MetricsLog(self.run.metrics, self._sinks())
-        self.clock = PhaseClock(self._phase_gauge())
+        exporter, phases = self._exporters()
+        self.clock = PhaseClock(None if phases is None else phases.enter)
+        self.alarms = AlarmWatch(self.run, self.config, self.clock, tuple(filter(None, (exporter, phases))))
+        self._log = MetricsLog(self.run.metrics, [self.alarms, *filter(None, (exporter, self._tensorboard()))])
         lines = self.run.metrics.read()
         self.clock.durations = seeded(lines)
+        self.alarms.start()
         self.step = int(lines[-1]["step"]) if lines else 0
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.alarms.stop(in_order=error is None or isinstance(error, ResumableStop | Interrupted))
         self._log.close()
         self._memory.stop()
         if self._samples_lost:
             self.logger.warning("the samples of %d steps could not be written", self._samples_lost)
 
-    def _sinks(self) -> list[Sink]:
-        sinks: list[Sink] = []
-        if self._exports_to_ray():
-            from rlhf_ray.monitoring.ray_export import RayExporter
-
-            sinks.append(RayExporter(self.config.run.name))
-        if self.config.monitoring.tensorboard:
-            from rlhf_ray.monitoring.tensorboard import TensorBoardWriter
-
-            sinks.append(TensorBoardWriter(self.run.path / "tensorboard"))
-        return sinks
-
-    def _phase_gauge(self) -> Any:
+    def _exporters(self) -> tuple[Any, Any]:
+        """What sends metrics and phase to Ray; None for both where Ray is not told."""
         if not self._exports_to_ray():
-            return None
-        from rlhf_ray.monitoring.ray_export import PhaseGauge
+            return None, None
+        from rlhf_ray.monitoring.ray_export import PhaseGauge, RayExporter
 
-        return PhaseGauge(self.config.run.name).enter
+        return RayExporter(self.config.run.name), PhaseGauge(self.config.run.name)
+
+    def _tensorboard(self) -> Sink | None:
+        if not self.config.monitoring.tensorboard:
+            return None
+        from rlhf_ray.monitoring.tensorboard import TensorBoardWriter
+
+        return TensorBoardWriter(self.run.path / "tensorboard")
 
     def _exports_to_ray(self) -> bool:
         if not self.config.monitoring.ray_metrics:

@@ -214,6 +214,29 @@ def test_every_reason_of_lost_time_is_on_the_page() -> None:
     assert "\n".join(f"| {reason} | {meaning} |" for reason, meaning in REASONS.items()) in page
 
 
+def test_every_alarm_is_on_the_page() -> None:
+    page = (DOCS / "monitoring.md").read_text()
+    rows = [
+        f"| {alarm.name} | {alarm.severity} | {words[0].upper() if words[0] != '`' else '`'}{words[1:]}"
+        f"{f', from step {alarm.from_step} on' if alarm.from_step > 2 else ''} | {alarm.meaning}. {alarm.way_out} |"
+        for alarm in REGISTRY.alarms
+        for words in [alarm.condition.words()]
+    ]
+    assert "\n".join(rows) in page, "docs/monitoring.md: paste the rows of alarms\n" + "\n".join(rows)
+
+
+def test_the_keys_that_alarms_name_exist() -> None:
+    """A way out that names a key which is not there is none."""
+    texts = " ".join(alarm.way_out for alarm in REGISTRY.alarms)
+    named = set(
+        re.findall(r"\b((?:run|rollout|algorithm|batch|reward|checkpoint|policy|critic|guards)(?:\.[a-z_]+)+)", texts)
+    )
+    assert len(named) > 15
+    page = rows_below(DOCS / "configuration.md")
+    known = {row[0].strip("`") for rows in page.values() for row in rows}
+    assert {name for name in named if name.rpartition(".")[2] not in known} == set()
+
+
 def test_recipes_are_listed() -> None:
     page = (DOCS / "configuration.md").read_text()
     for recipe in (DOCS.parent / "configs").glob("*.yaml"):

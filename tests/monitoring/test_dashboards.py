@@ -14,7 +14,8 @@ import yaml
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring import REGISTRY, render_dashboard
-from rlhf_ray.monitoring.dashboards import RAY_PREFIX
+from rlhf_ray.monitoring.dashboards import FIRING
+from rlhf_ray.monitoring.registry import RAY_PREFIX
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "monitoring"
 COMMITTED = DEPLOY / "rlhf_ray_dashboard.json"
@@ -46,9 +47,19 @@ def test_every_query_asks_for_a_metric_that_is_sent_and_every_metric_is_asked_fo
     for metric in REGISTRY:
         suffix = "_total" if metric.kind == "counter" else ""  # Prometheus' rule for counters, which Ray follows
         sent.add(f"{RAY_PREFIX}{metric.exported_name.rstrip('_')}{suffix}")
-    queried = [re.search(rf"{RAY_PREFIX}rlhf_\w+", target["expr"]) for target in targets()]
-    assert {match.group().rstrip("_") for match in queried if match} == sent
-    assert len(queried) == len(sent)
+    expressions = [target["expr"] for target in targets()]
+    queried = [{name.rstrip("_") for name in re.findall(rf"{RAY_PREFIX}rlhf_\w+", one)} for one in expressions]
+    assert [one for one, names in zip(expressions, queried, strict=True) if len(names) != 1] == [FIRING]
+    assert set().union(*queried) == sent
+    assert len(queried) == len(sent) + 1
+
+
+def test_alarms_are_marked_in_every_panel_and_have_one_of_their_own() -> None:
+    board = json.loads(COMMITTED.read_text())
+    (marks,) = board["annotations"]["list"]
+    assert marks["enable"] and marks["expr"].startswith("ALERTS{") and "advice" not in marks["expr"]
+    panel = board["panels"][1]
+    assert all(alarm.name in panel["description"] for alarm in REGISTRY.alarms)
 
 
 def test_every_query_is_of_the_chosen_runs_and_says_which() -> None:
@@ -67,7 +78,8 @@ def test_panels_lie_beside_each_other_and_not_on_each_other() -> None:
         assert max(x for x, _ in cells) < 24
         taken |= cells
     assert len({panel["id"] for panel in panels}) == len(panels)
-    assert len({target["refId"] for target in panels[2]["targets"]}) == len(panels[2]["targets"])
+    for panel in panels:
+        assert len({target["refId"] for target in panel.get("targets", ())}) == len(panel.get("targets", ()))
 
 
 def test_prometheus_reads_the_targets_that_ray_writes() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from rlhf_ray import environment
-from rlhf_ray.monitoring.dashboards import RAY_PREFIX, expression
-from rlhf_ray.monitoring.registry import PHASES, REGISTRY
+from rlhf_ray.monitoring.dashboards import expression
+from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, REGISTRY
 
 SECONDS = 60
 
@@ -79,6 +79,32 @@ def test_gauges_counters_and_the_phase_stand_at_the_agent(agent: str) -> None:
     assert_reaches(agent, queried_series("updates/skipped"), "role", {"driver": 5.0, "critic": 1.0})
     assert_reaches(agent, "ray_rlhf_evaluation_gold_mean", "role", {"driver": 0.5})
     assert_reaches(agent, "ray_rlhf_phase", "phase", {name: float(name == "update") for name in PHASES})
+
+
+def test_gauges_that_hold_stay_at_the_agent_and_one_that_is_not_finite_any_more_goes(agent: str) -> None:
+    """Ray forgets a gauge twice its report interval after it was last set: a second here."""
+    from rlhf_ray.monitoring.ray_export import PhaseGauge, RayExporter
+
+    exporter, phase = RayExporter("demo", role="held"), PhaseGauge("held")
+    exporter.log(1, {"time/step": 1.0, "loss/policy": 0.5})
+    exporter.log(1, {"evaluation/gold": 0.25})
+    exporter.log(2, {"time/step": 2.0})
+
+    def held(name: str) -> float | None:
+        return series(agent, queried_series(name), "role").get("held")
+
+    assert_reaches(agent, queried_series("time/step"), "role", {"held": 2.0})
+    until = time.monotonic() + 4.0
+    while time.monotonic() < until:
+        exporter.again()
+        phase.again()
+        time.sleep(0.2)
+    assert (held("time/step"), held("evaluation/gold")) == (2.0, 0.25)
+    assert held("loss/policy") is None
+    deadline = time.monotonic() + SECONDS
+    while held("time/step") is not None:
+        assert time.monotonic() < deadline, "a gauge that is not set again stays: the rest of this test shows nothing"
+        time.sleep(0.2)
 
 
 def test_a_phase_that_nobody_knows_is_refused(agent: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from rlhf_ray.cli.examples import examples
@@ -20,19 +21,24 @@ def add_arguments(commands: Any) -> None:
         action="store_true",
         help="show it again and again until the run has finished: a picture on a terminal, else lines for what is new",
     )
+    command.add_argument("--json", action="store_true", help="one JSON object, with the alarms that hold, for programs")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what the files of a run tell, on standard output."""
     from rlhf_ray.runs.directory import RunDirectory
-    from rlhf_ray.runs.reporting import status
+    from rlhf_ray.runs.reporting import alarms, status
 
     opened = RunDirectory.open(options.run_directory)
     if options.follow:
         from rlhf_ray.cli.runs.following import follow
 
         return follow(opened)
+    if options.json:
+        held = [one.plain() for one in alarms(opened)]
+        write_result(json.dumps({"status": status(opened), "alarms": held}) + "\n")
+        return 0
     lines = status(opened)
     width = max(map(len, lines))
     write_result("".join(f"{name:<{width}}  {printable(value)}\n" for name, value in lines.items()))

@@ -39,6 +39,13 @@ def room_for(needed: int) -> Room:
     return Room(socket.gethostname(), needed, int(min(free - KEPT_FREE * total for total, free in limits)))
 
 
+def used_share() -> float:
+    """The share of the memory in use, of this machine or of a control group around this process, whichever is larger."""
+    memory = psutil.virtual_memory()
+    limits = [(memory.total, memory.available), *_control_groups(CGROUPS, OWN_CGROUP)]
+    return max(1.0 - free / total for total, free in limits)
+
+
 def shortage(rooms: Iterable[Room]) -> str | None:
     """Where the copies of all ranks do not fit, in words; none where they do. Ranks of one machine share what is free."""
     machines: dict[str, list[Room]] = {}

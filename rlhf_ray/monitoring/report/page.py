@@ -26,14 +26,19 @@ ROUNDING = 1.001
 """Steps this much longer than the sum of their phases get a row for the rest; less is rounding."""
 
 
+NO_ALARMS = Table((), ())
+
+
 @dataclass(frozen=True)
 class RunReport:
-    """What the report knows of one run: its name, the lines of ``metrics.jsonl``, its summary and its config as YAML."""
+    """What the report knows of one run: its name, the lines of ``metrics.jsonl``, its summary, and its config as YAML."""
 
     name: str
     lines: curves.Lines
     summary: Summary = field(default_factory=Summary)
     config: str = ""
+    alarms: Table = NO_ALARMS
+    """When alarms held."""
 
 
 def render_report(runs: Sequence[RunReport]) -> str:
@@ -79,6 +84,7 @@ class _RunSections:
     facts: dict[str, str]
     config: str
     summary: Summary
+    alarms: Table
     preference_charts: Sequence[curves.Chart]
     phase_times: Sequence[_PhaseTime]
     memory_peak: str
@@ -92,6 +98,7 @@ def _prepare_run(run: RunReport, *, alone: bool) -> _RunSections:
         facts=run.summary.facts if alone else {"run": run.name, **run.summary.facts},
         config=run.config,
         summary=run.summary,
+        alarms=run.alarms,
         preference_charts=_preference_charts(run.summary.preferences),
         phase_times=_phase_times(run.lines),
         memory_peak=_memory_peak(run.summary.memory),

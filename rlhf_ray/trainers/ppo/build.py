@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from rlhf_ray.actors.cluster import group_of
@@ -27,10 +28,12 @@ from rlhf_ray.environments.bridge import Bridge
 from rlhf_ray.environments.episodes import EpisodePlayer, Limits
 from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
+from rlhf_ray.monitoring import events
 from rlhf_ray.rewards.source import RewardSource
 from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.rollout.execution import digest
 from rlhf_ray.rollout.fleet import Fleet, SetAside
+from rlhf_ray.rollout.health import DOWN, FleetHealth
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.execution import keep_execution
@@ -122,8 +125,7 @@ def build(
     fleet = start_fleet(config, run, session, starting, groups.policy, engines, ends, goes_on=checkpoint is not None)
     sampler = Sampler(config, fleet, player)
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
-    sampler.fleet.health.on_change = lambda: run.engines.write(sampler.fleet.health.plain())
-    sampler.fleet.health.on_change()
+    watch_engines(sampler.fleet.health, run, journal)
     rewards = starting.surviving(lambda: make_rewards(config, groups, chat, ends, prompts, session.cleanup))
     if config.expose is not None:
         restarts = config.run.max_group_restarts > 0
@@ -194,6 +196,14 @@ def make_rewards(
         )
         cleanup.push(opened.pop_all())
     return source
+
+
+def watch_engines(health: FleetHealth, run: RunDirectory, journal: Journal) -> None:
+    """Keep how the engines are for others to read, count their deaths, and let the alarms see which are down."""
+    health.on_change = lambda: run.engines.write(health.plain())
+    health.on_death = partial(events.count, "rollout/engine_deaths")
+    journal.alarms.engines_down = lambda: float(len(health.in_state(*DOWN)))
+    health.on_change()
 
 
 def start_fleet(

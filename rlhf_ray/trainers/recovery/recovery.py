@@ -18,6 +18,7 @@ from rlhf_ray.actors.groups import Group, RewardGroup
 from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, StalledError
+from rlhf_ray.monitoring import events
 from rlhf_ray.pending import Pending
 from rlhf_ray.runs.incidents import Action, Fault, Incident
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -117,6 +118,7 @@ class Recovery:
             self._counted_at = self.checkpoints.committed
         if not self.mends(error):
             raise error
+        events.count("groups/lost")
         self._losses[error.role] += 1
         if self._losses[error.role] > self.most:
             get_logger().error(

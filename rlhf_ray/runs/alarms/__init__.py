@@ -1,0 +1,1 @@
+"""What a run writes about its alarms, and how it is between two steps."""
