@@ -172,7 +172,6 @@ def _alarm_annotation() -> dict[str, Any]:
         "expr": FIRING.replace("}", ', severity=~"critical|warning"}'),
         "titleFormat": "{{alertname}}",
         "tagKeys": "run,severity",
-        "step": "15s",
     }
 
 

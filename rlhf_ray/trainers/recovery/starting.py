@@ -21,6 +21,7 @@ from rlhf_ray.actors.place import AnyGroup, PlacedGroup
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError
+from rlhf_ray.monitoring import events
 from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import ROLE as ENGINES
 from rlhf_ray.runs.checkpoints import Checkpoint
@@ -117,6 +118,7 @@ class Starting:
                 )  # fmt: skip
             raise error
         before.append(error)
+        events.count("rollout/engine_deaths" if is_engine else "groups/lost")
         if not is_engine:
             self.losses[part.role] += 1
         get_logger().warning(

@@ -1,0 +1,65 @@
+"""The heartbeat and the record of alarms hold what the driver wrote, and nothing that others put there is taken for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.errors import IntegrityError
+from rlhf_ray.runs.alarms.heartbeat import Heartbeat, HeartbeatFile
+from rlhf_ray.runs.alarms.record import AlarmChange, AlarmRecord, history
+
+
+def test_a_heartbeat_is_read_as_it_was_written_and_nothing_else_is(tmp_path: Path) -> None:
+    file = HeartbeatFile(tmp_path / "heartbeat.json")
+    assert file.read() is None
+    beat = Heartbeat(5.0, "update", {"age/step": 1.5}, {"groups/lost": [(4.0, 1.0)]})
+    file.write(beat)
+    assert file.read() == beat
+    rest = '"values": {}, "events": {}}'
+    for other in (
+        "", "[]", "{}", '{"at": 1}', "[" * 9999, f'{{"at": NaN, "phase": "", {rest}',
+        '{"at": 1, "phase": "", "values": [], "events": {}}',
+        '{"at": 1, "phase": "", "values": {"a": "b"}, "events": {}}',
+        '{"at": 1, "phase": "", "values": {}, "events": {"a": [[1]]}}',
+    ):  # fmt: skip
+        file.path.write_text(other)
+        assert file.read() is None, other
+
+
+def change(at: float, name: str, *, began: bool) -> AlarmChange:
+    return AlarmChange(at, int(at), name, "warning", began, "so")
+
+
+def test_a_record_is_read_as_it_was_written_and_a_damaged_line_is_named(tmp_path: Path) -> None:
+    record = AlarmRecord(tmp_path / "alarms.jsonl")
+    changes = [change(1.0, "A", began=True), change(2.0, "A", began=False)]
+    for one in changes:
+        record.add(one)
+    assert record.read() == changes
+    good = json.loads(record.path.read_text().splitlines()[0])
+    for wrong in ({"severity": "grave"}, {"began": 1}, {"at": -1}, {"step": 1.5}, {"alarm": None}):
+        record.path.write_text(json.dumps(good | wrong) + "\n")
+        with pytest.raises(IntegrityError, match=rf"alarms\.jsonl:1 is damaged \({next(iter(wrong))}"):
+            record.read()
+
+
+def test_an_alarm_lasts_until_its_end_or_that_of_its_attempt() -> None:
+    changes = [
+        change(10.0, "A", began=True),
+        change(12.0, "B", began=True),
+        change(15.0, "A", began=False),
+        change(16.0, "C", began=False),  # of which the begin could not be written
+        change(30.0, "A", began=True),
+        change(31.0, "A", began=True),
+    ]
+    past = history(changes, starts=[0.0, 20.0], last_sign=None)
+    assert [(one.alarm, one.began, one.ended) for one in past] == [
+        ("A", 10.0, 15.0),
+        ("B", 12.0, 20.0),
+        ("A", 30.0, None),
+    ]
+    assert history(changes, starts=[0.0, 20.0], last_sign=40.0)[-1].ended == 40.0
+    assert history(changes, starts=[0.0, 20.0], last_sign=25.0)[-1].ended == 30.0, "no alarm ends before it begins"
