@@ -163,7 +163,9 @@ class AlarmWatch:
         self._say(said, now)
         recent = {name: [one for one in every if one[0] > now - EVENTS_S] for name, every in self._live_events.items()}
         self._live_events = {name: every for name, every in recent.items() if every}
-        self.run.heartbeat.write(Heartbeat(now, self.clock.open()[-1].name, values, self._live_events))
+        phase = self.clock.open()[-1]
+        began = now - (time.monotonic() - phase.entered_at)
+        self.run.heartbeat.write(Heartbeat(now, phase.name, began, phase.usual_s, values, self._live_events))
 
     def _values(self) -> dict[str, float]:
         now, newest = time.monotonic(), self._newest_commit()

@@ -15,18 +15,19 @@ from rlhf_ray.runs.alarms.record import AlarmChange, AlarmRecord, history
 def test_a_heartbeat_is_read_as_it_was_written_and_nothing_else_is(tmp_path: Path) -> None:
     file = HeartbeatFile(tmp_path / "heartbeat.json")
     assert file.read() is None
-    beat = Heartbeat(5.0, "update", {"age/step": 1.5}, {"groups/lost": [(4.0, 1.0)]})
+    beat = Heartbeat(5.0, "update", 4.0, None, {"age/step": 1.5}, {"groups/lost": [(4.0, 1.0)]})
     file.write(beat)
     assert file.read() == beat
-    rest = '"values": {}, "events": {}}'
+    begins = '{"at": 1, "phase": "", "phase_began": 1, "phase_usual_s": null, '
     for other in (
-        "", "[]", "{}", '{"at": 1}', "[" * 9999, f'{{"at": NaN, "phase": "", {rest}',
-        '{"at": 1, "phase": "", "values": [], "events": {}}',
-        '{"at": 1, "phase": "", "values": {"a": "b"}, "events": {}}',
-        '{"at": 1, "phase": "", "values": {}, "events": {"a": [[1]]}}',
+        "", "[]", "{}", '{"at": 1}', "[" * 9999, begins.replace('"at": 1', '"at": NaN') + '"values": {}, "events": {}}',
+        begins + '"values": [], "events": {}}', begins + '"values": {"a": "b"}, "events": {}}',
+        begins + '"values": {}, "events": {"a": [[1]]}}',
     ):  # fmt: skip
         file.path.write_text(other)
         assert file.read() is None, other
+    file.path.write_text(begins + '"values": {}, "events": {}}')
+    assert file.read() == Heartbeat(1.0, "", 1.0)
 
 
 def change(at: float, name: str, *, began: bool) -> AlarmChange:

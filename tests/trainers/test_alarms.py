@@ -236,7 +236,7 @@ def test_a_reward_source_that_stalls_and_then_fails_is_told_and_mending_it_helps
     breaking.join(90)
     assert "error" not in seen, seen
     assert seen["while stalled"] == {"RewardStalled"} and seen["while failing"] == {"RewardFailing"}
-    assert len(run.metrics.read()) == 6 and run.is_finished and names(run) == set()
+    assert run.metrics.read()[-1]["step"] == 6 and run.is_finished and names(run) == set()
     began = [change.alarm for change in run.alarms.read() if change.began]
     assert began == ["RewardStalled", "RewardFailing"]
     (told,) = json.loads(capsys.readouterr().out)["alarms"]
@@ -252,14 +252,12 @@ def test_a_reward_source_that_stalls_and_then_fails_is_told_and_mending_it_helps
 
 
 @pytest.mark.early
-def test_a_nan_in_an_update_is_told_and_one_in_no_update_is_not(
-    tmp_path: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_that_is_not_finite_is_told(tmp_path: Path, at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulate, calls = Group.accumulate, []
 
     def poisoned(group: Group, shared: Any, update: Any, loss: Any, denominator: float) -> Any:
         calls.append(denominator)
-        return accumulate(group, shared, update, loss, float("nan") if len(calls) == 2 else denominator)
+        return accumulate(group, shared, update, loss, 1e-60 if len(calls) == 2 else denominator)
 
     monkeypatch.setattr(Group, "accumulate", poisoned)
     run = train(config_of("sft", tmp_path, "epochs=1"))

@@ -20,10 +20,10 @@ from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.console import write_result
 from rlhf_ray.errors import EXIT_DONE, Interrupted, RlhfRayError
 from rlhf_ray.monitoring.terminal.drawing import Pen
-from rlhf_ray.monitoring.terminal.live import RunState, live_view, log_lines
+from rlhf_ray.monitoring.terminal.live import Phase, RunAlarm, RunState, live_view, log_lines
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
-from rlhf_ray.runs.reporting import status
+from rlhf_ray.runs.reporting import alarms, status
 
 SECONDS_BETWEEN_PICTURES, SECONDS_BETWEEN_LINES = 1.0, 10.0
 TRIES = 5
@@ -47,9 +47,19 @@ def read_state(run: RunDirectory, *, now: float) -> RunState:
         if attempts
         else None,
         committed=max([*commits, run.final_step() or 0]) or None,
+        phase=_phase(run, now) if state == "running" else None,
+        alarms=[
+            RunAlarm(one.alarm.name, one.alarm.severity, f"{one.alarm.meaning} ({one.reading})", one.alarm.way_out)
+            for one in alarms(run, now)
+        ],
         health=[*_engines(run), *_groups(run)] if state == "running" else (),
         facts=_facts(told),
     )
+
+
+def _phase(run: RunDirectory, now: float) -> Phase | None:
+    beat = run.heartbeat.read()
+    return None if beat is None else Phase(beat.phase, max(now - beat.phase_began, 0.0), beat.phase_usual_s)
 
 
 def _engines(run: RunDirectory) -> list[tuple[str, str]]:

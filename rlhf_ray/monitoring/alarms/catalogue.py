@@ -19,7 +19,7 @@ SILENT_S = 60
 FULL = 0.94
 """Of the memory: Ray ends processes from 0.95 on."""
 
-_WAITS = ("RunSilent", "RewardFailing", "RewardStalled")
+_WAITS = ("DiskFull", "RunSilent", "RewardFailing", "RewardStalled")
 """What explains that nothing goes on."""
 
 ALARMS: Mapping[str, Alarm] = {
@@ -52,7 +52,7 @@ ALARMS: Mapping[str, Alarm] = {
         "A call to the reward source takes more than six times as long as usual",
         "Look at the service's queue (/health, /metrics) and its machine; continue or restart it: the call fails after "
         "reward.timeout_s and is made again",
-        explained_by=("RunSilent", "RewardFailing"),
+        explained_by=("DiskFull", "RunSilent", "RewardFailing"),
     ),
     "rollout/engine_deaths": Alarm(
         "EngineLost", "warning", Either(Counted("rollout/engine_deaths", RECENT_S), Above("rollout/engines_down", 0)),
@@ -84,7 +84,7 @@ ALARMS: Mapping[str, Alarm] = {
         "CommitOverdue", "warning", Above("age/commit", "limit/commit"),
         "The last commit is older than two intervals of commits: a kill now would cost all since",
         "Look for errors of commits in the log; check the speed of the disk, or set checkpoint.every_steps lower and resume",
-        explained_by=("DiskFull", "StepOverdue", "PhaseOverdue", *_WAITS, "GroupLost"),
+        explained_by=(*_WAITS, "StepOverdue", "PhaseOverdue", "GroupLost"),
     ),
     "updates/skipped": Alarm(
         "UpdatesSkipped", "warning", Counted("updates/skipped", RECENT_S),

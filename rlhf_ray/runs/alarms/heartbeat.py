@@ -26,6 +26,10 @@ class Heartbeat:
     """When, in seconds since 1970."""
     phase: str
     """What it was doing."""
+    phase_began: float
+    """Since when."""
+    phase_usual_s: float | None = None
+    """How long that usually takes; None where it is not known."""
     values: Mapping[str, float] = field(default_factory=dict)
     """States by metric."""
     events: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
@@ -55,6 +59,8 @@ class HeartbeatFile:
             beat = Heartbeat(
                 float(found["at"]),
                 str(found["phase"]),
+                float(found["phase_began"]),
+                None if found["phase_usual_s"] is None else float(found["phase_usual_s"]),
                 {str(name): float(value) for name, value in found["values"].items()},
                 {name: [(float(at), float(by)) for at, by in every] for name, every in found["events"].items()},
             )
@@ -62,6 +68,8 @@ class HeartbeatFile:
             return None
         numbers = [
             beat.at,
+            beat.phase_began,
+            beat.phase_usual_s or 0.0,
             *beat.values.values(),
             *(one for every in beat.events.values() for two in every for one in two),
         ]
