@@ -125,7 +125,8 @@ def _alarm_table(run: RunDirectory) -> Table:
     by_name = {alarm.name: alarm for alarm in REGISTRY.alarms}
     starts = [line["timestamp"] for line in run.attempts.read()]
     signs = [line["timestamp"] for line in (*run.metrics.read(), *run.attempts.read())]
-    last_sign = None if run.is_owned() else max(signs, default=0.0)
+    goes_on = run.is_owned() and not run.closing_path.exists()  # the last report is written at the end of a run
+    last_sign = None if goes_on else max(signs, default=0.0)
     rows = []
     for past in history(run.alarms.read(), starts, last_sign):
         alarm = by_name.get(past.alarm)
