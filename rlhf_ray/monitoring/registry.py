@@ -149,7 +149,7 @@ _METRICS = {
         ("rollout/engine_deaths", "engines", "Deaths of rollout engines, also of those that came back at once"),
         ("groups/lost", "groups", "Losses of groups of ranks that were started again"),
         ("disk/free_gb", "GB", "Free space on the disk of the run directory"),
-        ("disk/needed_gb", "GB", "What must be free there: twice the last commit, and 0.1 GB"),
+        ("disk/needed_gb", "GB", "What must be free there: twice the last commit, and at least 100 MB"),
         ("memory/used_share", "share", "Memory in use on the driver's machine, or of the limit of its container"),
     ],
     "Progress": [
