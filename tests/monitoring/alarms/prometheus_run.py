@@ -162,7 +162,7 @@ def main() -> int:
             wait(
                 "three steps",
                 lambda: (path / "metrics.jsonl").exists() and len(RunDirectory(path).metrics.read()) > 3,
-                240,
+                600,
             )
             run = RunDirectory.open(path)
             wait("metrics in Prometheus", lambda: bool(prometheus.query("ray_rlhf_step > 2")), 90)
