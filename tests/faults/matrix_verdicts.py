@@ -43,7 +43,7 @@ class Verdict:
     lost_steps: int
     """Finished steps that were done again."""
     silence_s: float
-    """The longest time without a sign of the driver, until the step was finished."""
+    """The longest time without a sign of the driver (an event, an incident that begins or ends) until the step was finished."""
     left: list[str]
     """Processes and shared memory that were still there when the run had ended."""
     where: str
@@ -110,6 +110,7 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
     done = max((event["step"] for event in before if event["what"] == "step"), default=0)
     finished = _finished(after, begun)
     following = _finished(after, begun + 1) or finished
+    signs = [moment for one in incidents for moment in (one.at, one.at + one.seconds)]
     incidents = [one for one in incidents if hit["at"] <= one.at < next_hit]
     drivers = [event["at"] for event in after if event["what"] == "driver" and event["at"] < next_hit]
     troubled = [*drivers, *(one.at for one in incidents)]
@@ -117,7 +118,7 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
         finished = following  # who had no more work in its step is missed in the next one
     until = finished["at"] if finished is not None else float("inf")
     between = [event for event in after if event["at"] <= until]
-    times = [hit["at"], *(event["at"] for event in between)]
+    times = sorted([*(event["at"] for event in (hit, *between)), *(at for at in signs if hit["at"] <= at <= until)])
     noticed = next((one for one in incidents if one.at <= until), None)
     outcome = ENDED if finished is None else IN_PLACE
     if finished is not None and any(event["what"] == "driver" for event in between):

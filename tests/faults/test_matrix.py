@@ -84,9 +84,11 @@ def test_a_hit_is_read_with_what_it_cost() -> None:
     noticed = Incident(14.0, 2, "accumulate", "policy", 0, "stalled", "it hung", "restarted", 1, 1, 2.0)
     early = dataclasses.replace(noticed, at=1.0, seconds=99.0)
     reading = read_hit(events(*BEFORE, *REDONE), "policy/update/hang", [early, noticed])
-    assert reading == matrix_verdicts.Reading(IN_PLACE, 12.0, 8.0, 2.0, 1, 10.0), (
+    assert reading == matrix_verdicts.Reading(IN_PLACE, 12.0, 8.0, 2.0, 1, 8.0), (
         "what came after its step is not its affair"
     )
+    unnoticed = read_hit(events(*BEFORE, *REDONE), "policy/update/hang", [early])
+    assert unnoticed is not None and (unnoticed.detected_s, unnoticed.silence_s) == (None, 10.0)
     restarted = read_hit(events(*BEFORE, (10.0, "driver", {}), *REDONE), "policy/update/hang")
     assert restarted is not None and restarted.outcome == PARENT and restarted.detected_s is None
     ended = read_hit(events(*BEFORE), "policy/update/hang")
@@ -99,7 +101,7 @@ def test_what_was_missed_in_the_next_step_only_is_read_to_the_end_of_that_step()
     noticed = Incident(9.0, 3, "accumulate", "policy", 0, "died", "it died", "restarted", 3, 0, 5.0)
     seen = events(*BEFORE, *late, (21.0, "step", {"step": 5}))
     overcome, nothing = (read_hit(seen, "policy/update/hang", incidents) for incidents in ([noticed], []))
-    assert overcome is not None and (overcome.seconds, overcome.detected_s, overcome.silence_s) == (14.0, 3.0, 12.0)
+    assert overcome is not None and (overcome.seconds, overcome.detected_s, overcome.silence_s) == (14.0, 3.0, 6.0)
     assert nothing is not None and (nothing.seconds, nothing.detected_s) == (1.0, None)
     another = events(*BEFORE, *late, (8.5, "hit", {"cell": "critic/log_probs/hang"}))
     first, second = (read_hit(another, cell, [noticed]) for cell in ("policy/update/hang", "critic/log_probs/hang"))
