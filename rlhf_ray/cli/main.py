@@ -26,6 +26,7 @@ COMMANDS = (
     "status",
     "report",
     "samples",
+    "track",
     "serve",
     "score",
     "evaluate",
@@ -34,7 +35,7 @@ COMMANDS = (
     "demo",
 )
 
-OF_RUNS = ("resume", "status", "report", "samples")
+OF_RUNS = ("resume", "status", "report", "samples", "track")
 """Those of them that are about a run directory."""
 
 EPILOG = (

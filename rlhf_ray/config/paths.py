@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from rlhf_ray import environment
 from rlhf_ray.config.jobs.base import Job
+from rlhf_ray.config.trackers import target
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
@@ -36,6 +37,8 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
         return value
     if isinstance(value, dict):
         return {name: _absolute(item, directory, name) for name, item in value.items()}
+    if key == "trackers":
+        return [str(target(text).with_absolute_place(directory)) for text in value]
     if isinstance(value, str) and PYTHON_OBJECT.fullmatch(value):
         return str(directory / environment.expand_home(value))
     if key in PATH_KEYS and isinstance(value, str) and not (key in NAMED_KEYS and _is_name(value, directory)):

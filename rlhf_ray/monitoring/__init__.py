@@ -23,7 +23,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Sample": ".report.summary",
         "Summary": ".report.summary",
         "Table": ".report.summary",
-        "TensorBoardWriter": ".tensorboard",
         "UnknownMetricError": ".registry",
         "memory_use": ".memory",
         "render_dashboard": ".dashboards",

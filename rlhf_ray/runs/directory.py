@@ -8,11 +8,11 @@ metrics, ledger and samples end exactly at the step of the checkpoint that it go
 The directory holds ``config.yaml`` (with every default), ``inputs.json`` (its last config, and fingerprints of data and
 models), ``execution.json`` (PPO: how policy and engines compute log-probs), ``metrics.jsonl``, ``ledger.jsonl``,
 ``attempts.jsonl`` (one line each time the run was started), ``incidents.jsonl`` (what cost it time), ``alarms.jsonl`` (when
-alarms began and ended), ``heartbeat.json`` (how it is now), ``stacks/`` (of what hung), ``samples/``, ``checkpoints/``,
-``final/``, ``best/`` (if an earlier evaluation was better than the last),
-``summary.json`` and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run
-that is trained further to ``summary.void.json``. ``summary.json`` is the last file of a run, by which a finished one is known;
-until the report is written it is called ``closing.json``.
+alarms began and ended), ``heartbeat.json`` (how it is now), ``stacks/`` (of what hung), ``trackers/`` (what they were sent),
+``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last), ``summary.json`` and
+``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run that is trained
+further to ``summary.void.json``. ``summary.json`` is the last file of a run, by which a finished one is known; until the report
+is written it is called ``closing.json``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
     r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|(incidents|alarms)\.jsonl|heartbeat\.json|stacks|samples|checkpoints|final|best|(summary|closing)\.json"
-    r"|summary\.void\.json|set_aside\.jsonl|engines\.json|report\.html|tensorboard|rollout-start|evaluation"
+    r"|summary\.void\.json|set_aside\.jsonl|engines\.json|report\.html|tensorboard|trackers|wandb|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
 _SAMPLES = re.compile(r"step-(\d{6,12})\.jsonl")
@@ -74,7 +74,6 @@ class RunDirectory:
         self.summary_path = self.path / "summary.json"
         self.closing_path = self.path / "closing.json"
         self.void_summary_path = self.path / "summary.void.json"
-        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
         self.metrics = JsonLines(self.path / "metrics.jsonl", metrics_problem)
         self.attempts = JsonLines(self.path / "attempts.jsonl", attempt_problem)

@@ -20,7 +20,7 @@ from rlhf_ray.console import SECONDS_BETWEEN_LINES, get_logger, stderr
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import Interrupted, ResumableStop, RlhfRayError, StorageError
 from rlhf_ray.monitoring.memory import MemorySampler
-from rlhf_ray.monitoring.metrics_log import MetricsLog, Sink
+from rlhf_ray.monitoring.metrics_log import MetricsLog
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.monitoring.report.summary import (
     BestOf,
@@ -36,6 +36,7 @@ from rlhf_ray.monitoring.stalls import seeded
 from rlhf_ray.planning.flops import ComputeShape, training_flops
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run, time_of
+from rlhf_ray.trackers.starting import Followed
 from rlhf_ray.trainers.alarm_watch import AlarmWatch
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 
@@ -89,11 +90,12 @@ class Journal:
         exporter, phases = self._exporters()
         self.clock = PhaseClock(None if phases is None else phases.enter)
         self.alarms = AlarmWatch(self.run, self.config, self.clock, tuple(filter(None, (exporter, phases))))
-        self._log = MetricsLog(self.run.metrics, [self.alarms, *filter(None, (exporter, self._tensorboard()))])
+        self._log = MetricsLog(self.run.metrics, [self.alarms] if exporter is None else [self.alarms, exporter])
         lines = self.run.metrics.read()
         self.clock.durations = seeded(lines)
         self.alarms.start()
         self.step = int(lines[-1]["step"]) if lines else 0
+        self._followed = Followed(self.run, self.config.monitoring)
         return self
 
     def __exit__(
@@ -102,6 +104,7 @@ class Journal:
         self.alarms.stop(in_order=error is None or isinstance(error, ResumableStop | Interrupted))
         self._log.close()
         self._memory.stop()
+        self._followed.close()
         if self._samples_lost:
             self.logger.warning("the samples of %d steps could not be written", self._samples_lost)
 
@@ -112,13 +115,6 @@ class Journal:
         from rlhf_ray.monitoring.ray_export import PhaseGauge, RayExporter
 
         return RayExporter(self.config.run.name), PhaseGauge(self.config.run.name)
-
-    def _tensorboard(self) -> Sink | None:
-        if not self.config.monitoring.tensorboard:
-            return None
-        from rlhf_ray.monitoring.tensorboard import TensorBoardWriter
-
-        return TensorBoardWriter(self.run.path / "tensorboard")
 
     def _exports_to_ray(self) -> bool:
         if not self.config.monitoring.ray_metrics:

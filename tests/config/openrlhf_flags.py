@@ -161,17 +161,17 @@ data.input_key data.prompt_key
 data.label_key data.label_key
 data.input_template -
 data.apply_chat_template data.apply_chat_template
-logger.wandb.key -
+logger.wandb.key monitoring.trackers
 logger.wandb.org -
 logger.wandb.group -
-logger.wandb.project -
+logger.wandb.project monitoring.project
 logger.wandb.run_name run.name
 algo.dynamic_filtering_enable algorithm.dynamic_sampling
 algo.dynamic_filtering_range -
 data.image_key -
 data.max_images_per_prompt -
 actor.freeze_visual_encoder -
-logger.tensorboard_dir monitoring.tensorboard
+logger.tensorboard_dir monitoring.trackers
 use_ms -
 """
 

@@ -5,11 +5,8 @@ A sink that fails costs no step and keeps no other from its values or its end.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -125,46 +122,3 @@ def test_a_sink_that_hangs_takes_a_tenth_of_the_time_at_most() -> None:
         sink.now += 1.0
         guarded.log(step, {})
     assert 60.0 * (len(sink.tried) - 3) <= 0.1 * sink.now
-
-
-def test_tensorboard_goes_on_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that writes the file of events ends with its first error."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    from rlhf_ray.monitoring import TensorBoardWriter
-
-    directory = tmp_path / "tensorboard"
-    log = MetricsLog(JsonLines(tmp_path / "metrics.jsonl"), [TensorBoardWriter(directory)])
-    log.log(1, {"reward/mean": 1.0})
-    with monkeypatch.context() as full, warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnhandledThreadExceptionWarning)
-        full.setattr(threading, "excepthook", lambda arguments: None)
-        full.setattr(RecordWriter, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-        log.log(2, {"reward/mean": 2.0})
-    log.log(3, {"reward/mean": 3.0})
-    log.close()
-    seen = []
-    for path in directory.iterdir():
-        events = EventAccumulator(str(path), size_guidance={"tensors": 0, "scalars": 0})
-        events.Reload()
-        if "reward/mean" in events.Tags()["tensors"]:
-            seen += [event.step for event in events.Tensors("reward/mean")]
-    assert sorted(seen) == [1, 3] and log.lost == {"TensorBoardWriter": 1}
-
-
-def test_tensorboard_shows_the_same_names_steps_and_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from rlhf_ray.monitoring import TensorBoardWriter
-
-    log = MetricsLog(JsonLines(tmp_path / "metrics.jsonl"), [TensorBoardWriter(tmp_path / "tensorboard")])
-    for step in (1, 2):
-        log.log(step, {"reward/mean": 0.5 * step, "kl/k1": float("nan")})
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
-    events.Reload()
-    tags = events.Tags()
-    assert sorted(tags["tensors"] + tags["scalars"]) == ["reward/mean", "step"]
-    seen = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("reward/mean")]
-    assert seen == [(1, 0.5), (2, 1.0)]

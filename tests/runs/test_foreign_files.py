@@ -77,7 +77,7 @@ def test_what_a_killed_start_left_is_no_hindrance(tmp_path: Path) -> None:
 
 def fail_after(writes: Callable[[RunDirectory], object], error: Exception) -> Callable[..., object]:
     def train(config: object, run: RunDirectory, checkpoint: object, *, place: object) -> None:
-        for name in ("rollout-start", "evaluation", "tensorboard"):
+        for name in ("rollout-start", "evaluation", "tensorboard", "trackers", "wandb"):
             (run.path / name).mkdir()
         run.samples.mkdir()
         writes(run)

@@ -29,17 +29,19 @@ def run(options: argparse.Namespace) -> int:
     """Print what the files of a run tell, on standard output."""
     from rlhf_ray.runs.directory import RunDirectory
     from rlhf_ray.runs.reporting import alarms, status
+    from rlhf_ray.trackers.state import states
 
     opened = RunDirectory.open(options.run_directory)
     if options.follow:
         from rlhf_ray.cli.runs.following import follow
 
         return follow(opened)
+    trackers = {f"tracker {state.tracker}": state.describe() for state in states(opened.path)}
+    lines = {**status(opened), **trackers}
     if options.json:
         held = [one.plain() for one in alarms(opened)]
-        write_result(json.dumps({"status": status(opened), "alarms": held}) + "\n")
+        write_result(json.dumps({"status": lines, "alarms": held}) + "\n")
         return 0
-    lines = status(opened)
     width = max(map(len, lines))
     write_result("".join(f"{name:<{width}}  {printable(value)}\n" for name, value in lines.items()))
     return 0

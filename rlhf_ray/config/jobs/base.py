@@ -30,6 +30,7 @@ from rlhf_ray.config.sections.evaluation import EvaluationConfig
 from rlhf_ray.config.sections.guards import GuardsConfig
 from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
+from rlhf_ray.config.trackers import missing_packages
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rows.read import RowReader
 
@@ -159,7 +160,8 @@ class TrainingJob(Job):
         return [lambda: no_role_scores_in_vllm(self.roles())]
 
     def files(self) -> list[Rule]:
-        return [*super().files(), self._data_problems, lambda: root_problems(self.run)]
+        own = [self._data_problems, lambda: root_problems(self.run), lambda: missing_packages(self.monitoring.trackers)]
+        return [*super().files(), *own]
 
     def data_paths(self) -> Iterable[tuple[str, str]]:
         data = unless_absent(lambda: self.data, None)

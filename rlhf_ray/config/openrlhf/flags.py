@@ -41,7 +41,8 @@ NO_AVERAGE = "no moving average of the weights is kept"
 NO_MUON = "the optimizer is AdamW"
 NO_SEQUENCE_PARALLELISM = "a sequence lies on one rank"
 NO_IMAGES = "models read text alone"
-NO_WANDB = "metrics go to the run directory, to Ray and to TensorBoard (monitoring.tensorboard)"
+TENSORBOARD = "[tensorboard], in the run directory, or [tensorboard:DIRECTORY]"
+WANDB_KEY = "[wandb]; the key itself is read from WANDB_API_KEY, or from what `wandb login` keeps"
 NO_DPO = "no job trains a policy on pairs directly"
 NEVER = "-1 (never) is 0"
 WEIGHTS = "a weight says how many times an epoch goes through the rows"
@@ -257,9 +258,12 @@ _RUN: dict[str, Answer] = {
     "train.seed": _ours("run.seed"),
     "train.full_determinism_enable": _ours("run.deterministic"),
     "logger.logging_steps": _none("every step is logged"),
-    "logger.tensorboard_dir": _ours("monitoring.tensorboard", note="true or false; event files lie in the run directory"),
+    "logger.tensorboard_dir": _ours("monitoring.trackers", note=TENSORBOARD),
+    "logger.wandb.key": _ours("monitoring.trackers", note=WANDB_KEY),
     "logger.wandb.run_name": _ours("run.name"),
-    **{f"logger.wandb.{name}": _none(NO_WANDB) for name in ("key", "org", "group", "project")},
+    "logger.wandb.project": _ours("monitoring.project"),
+    "logger.wandb.org": _none("wandb reads it from WANDB_ENTITY"),
+    "logger.wandb.group": _none("wandb reads it from WANDB_RUN_GROUP"),
     "host": _ours("host|expose.host"),
     "port": _ours("port|expose.port"),
 }  # fmt: skip

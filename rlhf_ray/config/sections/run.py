@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import NonNegative, Positive, PositiveFloat, Section
+from rlhf_ray.config.trackers import problem
 
 
 class RunConfig(Section):
@@ -70,9 +72,25 @@ class CheckpointConfig(Section):
     memory is short."""
 
 
+PROJECT_NAME = "a name of at most 100 letters, digits, '_', '.' and '-' that starts with a letter or digit"
+
+
 class MonitoringConfig(Section):
     """Where metrics go, besides the run directory."""
 
     ray_metrics: bool = True
-    tensorboard: bool = False
+    trackers: list[str] = []  # noqa: RUF012 (pydantic copies it)
+    """Each as ``NAME`` or ``NAME:PLACE``, such as ``wandb:offline``; fed by processes of their own (``rlhf_ray.trackers``)."""
+    project: str = Field(default="rlhf-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description=PROJECT_NAME)
+    """Where trackers file the run: the project of wandb and trackio, the experiment of mlflow."""
+    track_live: bool = False
+    """Whether trackers get steps as they are logged, and each attempt as a curve of its own; else what is committed, as one."""
     samples_per_log: NonNegative = 4
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for text in self.trackers:
+            if wrong := problem(text):
+                yield "trackers", wrong
+        for text, count in Counter(self.trackers).items():
+            if count > 1:
+                yield "trackers", f"{text} stands there {count} times: each tracker gets the run once"

@@ -1,0 +1,188 @@
+"""Trackers that hang, raise, exit or are missing hold neither the run nor each other; a kill of the run loses nothing.
+
+The processes are real; the packages that misbehave stand in for wandb, mlflow and trackio. `make trackers` has the real ones.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf_ray.config.sections.run import MonitoringConfig
+from rlhf_ray.config.trackers import target
+from rlhf_ray.trackers import follower
+from rlhf_ray.trackers.follower import follow, variables
+from rlhf_ray.trackers.starting import Followed
+from rlhf_ray.trackers.state import StateFile, states
+from tests.trackers.small_run import SmallRun, crashed_at_9
+from tests.trackers.stores import of_jsonl
+
+ROOT = Path(__file__).parents[2]
+HANGS = "import time\nclass Settings:\n    def __init__(self, **_): pass\ndef init(**_): time.sleep(600)\n"
+EXITS = "import os\nos._exit(7)\n"
+RAISES = "raise SystemExit('I want to go home')\n"
+FEEDING = "rlhf_ray.trackers.feeding"
+DATABASE = {"sqlalchemy": "", "alembic": ""}
+
+
+def packages(folder: Path, **contents: str) -> None:
+    for name, content in contents.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(content)
+
+
+@pytest.fixture
+def with_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put packages before all others in the processes that are started, and in this one."""
+
+    def put(**contents: str) -> None:
+        folder = tmp_path / "packages"
+        packages(folder, **contents)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return put
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 120.0) -> None:
+    by = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < by, "too late"
+        time.sleep(0.1)
+
+
+def sent(path: Path) -> list[int]:
+    return [step for step, _ in of_jsonl(path)["loss/sft"]] if path.exists() else []
+
+
+def feeding_processes() -> dict[str, psutil.Process]:
+    """The processes of this one that feed trackers now, by tracker."""
+    found = {}
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            words = child.cmdline()
+            if FEEDING in words:
+                found[words[4]] = child
+    return found
+
+
+@pytest.mark.early
+def test_each_tracker_that_misbehaves_is_named_and_holds_no_other(
+    tmp_path: Path, with_packages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_packages(wandb=HANGS, mlflow=EXITS, trackio=RAISES, **DATABASE)
+    monkeypatch.setattr(follower, "LAST_TRIES", 2)
+    small = crashed_at_9(tmp_path)
+    names = [f"jsonl:{tmp_path}/lines", "wandb", "mlflow", "trackio"]
+    trackers = [target(name) for name in names]
+
+    def over(seconds: float) -> bool:
+        """Once all others are at their end, the one that hangs is killed, as its deadline would."""
+        time.sleep(seconds)
+        running = feeding_processes()
+        if running.keys() == {"wandb"} and sent(tmp_path / "lines"):
+            running["wandb"].kill()
+        return True
+
+    lacking = follow(small.run, trackers, project="p", live=False, over=over, patient=True)
+    assert sent(tmp_path / "lines") == [1, 2, 3, 4, 5, 6]
+    told = {wanted.name: cause for wanted, cause in lacking.items()}
+    assert told == {
+        "wandb": "its process was killed by SIGKILL, as by the kernel when memory runs out",
+        "mlflow": "its process ended with 7",
+        "trackio": "SystemExit: I want to go home",
+    }
+    described = {state.tracker: state.describe() for state in states(small.run.path)}
+    assert described["trackio"] == "nothing is sent yet; failed last: SystemExit: I want to go home"
+    assert described[names[0]] == "run up to step 6"
+
+
+def test_a_tracker_that_makes_no_progress_after_the_run_is_given_up(
+    tmp_path: Path, with_packages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_packages(wandb=HANGS)
+    monkeypatch.setattr(follower, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(follower, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(follower, "LAST_TRIES", 2)
+    small = crashed_at_9(tmp_path)
+
+    def over(seconds: float) -> bool:
+        time.sleep(0.1)
+        return True
+
+    lacking = follow(small.run, [target("wandb")], project="p", live=False, over=over, patient=True)
+    assert lacking == {target("wandb"): "its process was killed by SIGKILL, as by the kernel when memory runs out"}
+
+
+def test_a_call_that_never_returns_ends_its_process_and_says_where(tmp_path: Path) -> None:
+    code = "from rlhf_ray.trackers.feeding import _deadline\nimport time\nwith _deadline(0.2):\n    time.sleep(100)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("Timeout (") and "line 4" in done.stderr
+
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from rlhf_ray.config.sections.run import MonitoringConfig
+from rlhf_ray.trackers.starting import Followed
+from tests.trackers.small_run import SmallRun
+small = SmallRun(Path({place!r}))
+Followed(small.run, MonitoringConfig(trackers=["jsonl:{place}/lines"]))
+small.log(1, 2, 3)
+small.commit(2)
+sys.stdout.write("logged")
+sys.stdout.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_gets_what_it_has_committed_to_its_trackers_and_nobody_waits_for_that(
+    tmp_path: Path, with_packages: Callable[..., None]
+) -> None:
+    code = DRIVER.format(root=str(ROOT), place=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == -9 and done.stdout == "logged"
+    at_its_end = sent(tmp_path / "lines")
+    wait_until(lambda: sent(tmp_path / "lines") == [1, 2])
+    assert at_its_end == [], "its output was read to the end before the follower had even begun"
+    wait_until(lambda: StateFile(tmp_path / "small", target(f"jsonl:{tmp_path}/lines")).own())
+
+
+def test_a_run_that_ends_waits_for_a_tracker_that_hangs_for_no_time(
+    tmp_path: Path, with_packages: Callable[..., None], project_log: io.StringIO
+) -> None:
+    with_packages(wandb=HANGS)
+    small = SmallRun(tmp_path)
+    began = time.monotonic()
+    followed = Followed(small.run, MonitoringConfig(trackers=["wandb"]))
+    started = time.monotonic() - began
+    small.log(1, 2)
+    before = time.monotonic()
+    followed.close()
+    assert time.monotonic() - before < 1.0 and started < 5.0
+    assert "rlhf-ray track" in project_log.getvalue() and "in the background" in project_log.getvalue()
+    assert followed._process is not None
+    followed._process.kill()
+    followed._process.wait(30)
+
+
+def test_the_environment_of_a_tracker_has_no_token_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in follower.SECRET_OF_HUBS:
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    given = variables(target("trackio:/d"))
+    assert "canary" not in given.values() and given["WANDB_API_KEY"] == "key"
+    assert given["HF_HUB_OFFLINE"] == "1" and given["TRACKIO_DIR"] == "/d"
+    assert given["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7", "what the user has set stays"
