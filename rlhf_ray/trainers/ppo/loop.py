@@ -4,11 +4,10 @@ Invariants: a step is scored, valued and learned from as one batch; which weight
 (``trainers/ppo/modes``): while weights are sent its engines stand still, and while answers are compared they have nothing in
 work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1 where the policy
 computes the old log-probs. All ranks of a role apply an update, or none does; policy and critic both, but for a gradient norm
-of the policy alone that stands out (``trainers/ppo/update``). A step counts only once its prompts
-are in the ledger. What fails after a step does not cost it: the step is committed before the run ends, and the last one before
-anything else is done. The loss of a group of ranks ends nothing (``trainers/recovery``): where no trained group was lost and
-none had begun to learn, what was under way is done again with the samples that are there; else the run goes on from its last
-commit, as a resumed one does.
+of the policy alone that stands out (``trainers/ppo/update``). A step counts only once its prompts are in the ledger. What fails
+after a step does not cost it: the step is committed before the run ends, and the last one before anything else is done. The loss
+of a group of ranks ends nothing (``trainers/recovery``): where no trained group was lost and none had begun to learn, what was
+under way is done again with the samples that are there; else the run goes on from its last commit, as a resumed one does.
 """
 
 from __future__ import annotations
@@ -238,9 +237,8 @@ class PpoTrainer:
     def log_step(self, prepared: Prepared, outcome: StepOutcome) -> None:
         """Write the samples and the metrics of the step that was just finished."""
         step = self.progress.step
-        count = self.config.monitoring.samples_per_log
-        rows = sample_rows(prepared.samples, prepared.batch, self.metrics.tokenizer, count)
-        self.journal.write_samples(step, rows)
+        tokenizer, count = self.metrics.tokenizer, self.config.monitoring.samples_per_log
+        self.journal.write_samples(step, sample_rows(prepared.samples, prepared.batch, tokenizer, count))
         self.run_directory.engines.write(self.sampler.fleet.health.plain())
         metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **self.progress.metrics()}
         metrics |= self.publisher.figures
