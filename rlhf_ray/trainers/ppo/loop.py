@@ -1,13 +1,13 @@
 """The driver's loop of PPO (proximal policy optimisation, Schulman et al. 2017) for language models.
 
-Invariants: a step is scored, valued and learned from as one batch; which weights sampled it is its mode's affair
+Invariants: a step is scored, valued and learned from as one batch; its mode says which weights sampled it
 (``trainers/ppo/modes``): while weights are sent its engines stand still, and while answers are compared they have nothing in
 work. One schedule a step serves log-probs, values and the first pass, so that the first ratio is exactly 1 where the policy
 computes the old log-probs. All ranks of a role apply an update, or none does; policy and critic both, but for a gradient norm
 of the policy alone that stands out (``trainers/ppo/update``). A step counts only once its prompts are in the ledger. What fails
-after a step does not cost it: the step is committed before the run ends, and the last one before anything else is done. The loss
-of a group of ranks ends nothing (``trainers/recovery``): where no trained group was lost and none had begun to learn, what was
-under way is done again with the samples that are there; else the run goes on from its last commit, as a resumed one does.
+after a step does not cost it: the step is committed before the run ends, and the last one before anything else is done. The
+loss of a group of ranks ends nothing (``trainers/recovery``): where no trained group was lost and none had begun to learn, what
+was under way is done again with the samples that are there; else the run goes on from its last commit, as a resumed one does.
 """
 
 from __future__ import annotations
