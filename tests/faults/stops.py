@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further trial after this time")
     parser.add_argument("--results", type=Path, default=None, help="a file of JSON lines, to go on with")
-    parser.add_argument("--keep", action="store_true", help="keep the share that went as it must as a figure")
+    parser.add_argument("--keep", action="store_true", help="keep the share that ended as it must as a figure")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
     known = {}
@@ -217,10 +217,15 @@ def keep(lines: Sequence[dict[str, Any]]) -> None:
     what = f"{len(lines)} requests to stop at drawn moments of SFT and PPO, {late} after the first step, {grace:g} s of grace"
     good = sum(not line["troubles"] for line in lines) / len(lines)
     longest = max(line["seconds"] for line in lines)
-    record({
-        f"faults.stops_kept_{grace:g}s": Figure(good, "share", True, f"those that ended as they must of {what}; 2 cores"),
-        f"faults.stops_seconds_{grace:g}s": Figure(longest, "s", False, f"until the end, the longest of {what}; 2 cores"),
-    }, REFERENCE)  # fmt: skip
+    figures = {
+        f"faults.stops_kept_{grace:g}s": Figure(
+            good, "share", True, f"those that ended as they must of {what}; 2 cores"
+        )
+    }
+    if all(line["code"] is not None for line in lines):  # where some were killed, the longest took as long as the grace
+        method = f"until the end, the longest of {what}; 2 cores"
+        figures[f"faults.stops_seconds_{grace:g}s"] = Figure(longest, "s", False, method)
+    record(figures, REFERENCE)
 
 
 if __name__ == "__main__":
