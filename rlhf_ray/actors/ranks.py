@@ -16,13 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from rlhf_ray.actors.answers import are_there, unanswered, why_late
 from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, RlhfRayError, StalledError
 from rlhf_ray.monitoring.stalls import CallBook, OpenCall
 from rlhf_ray.pending import Pending
-from rlhf_ray.processes import progress
+from rlhf_ray.processes import progress, spans
 
 CALL_TIMEOUT = "cluster.call_timeout_s"
 START_TIMEOUT = "cluster.start_timeout_s"
@@ -102,13 +103,17 @@ class InProcessRanks:
         if self.worker is None:
             raise DeadRankError(self.role, 0, phase or method, "it was ended")
         try:
-            with nullcontext() if method in BESIDE else self._one_at_a_time:
+            with nullcontext() if method in BESIDE else self._one_at_a_time, self._recorded(method):
                 value = getattr(self.worker, method)(*arguments[0])
         except RlhfRayError:
             raise
         except Exception as error:
             raise GroupError(self.role, 0, phase or method, f"{error!r}\n{traceback.format_exc()}") from error
         return Pending.done([value])
+
+    def _recorded(self, method: str) -> AbstractContextManager[None]:
+        sent = spans.sending(self.role, method, beside=method in BESIDE)
+        return nullcontext() if sent is None else spans.answering(sent.context, self.worker.rank, method)
 
     def reached(self) -> list[Any]:
         return [self.worker]
@@ -171,7 +176,8 @@ class RayRanks:
         timeout_s: float | None = None,
         key: str | None = None,
     ) -> Pending[list[Any]]:
-        references = self._submit(method, arguments)
+        sent = spans.sending(self.role, method, beside=method in (*BESIDE, "health"))
+        references = self._submit(method, arguments, sent)
         limit, name = (self.timeout_s, CALL_TIMEOUT) if timeout_s is None else (timeout_s, key)
         began = time.monotonic()
         # It lives as long as somebody may ask for the values. A process that starts anew has to import everything first.
@@ -180,18 +186,23 @@ class RayRanks:
 
         def gather() -> list[Any]:
             try:
-                values = self._gather(references, phase or method, began, limit, name)
+                with spans.waiting(sent, for_all=True):
+                    values = self._gather(references, phase or method, began, limit, name)
             except BaseException:
                 self.book.fail(entry)
                 raise
             self.book.end(entry, time.monotonic())
             return values
 
-        return Pending(gather, lambda timeout_s: _are_there(references, timeout_s) or time.monotonic() >= began + limit)
+        def ready(timeout_s: float) -> bool:
+            with spans.waiting(sent):
+                return are_there(references, timeout_s) or time.monotonic() >= began + limit
+
+        return Pending(gather, ready)
 
     def open_calls(self) -> list[OpenCall]:
         """The calls that somebody may wait for and that not every rank has answered."""
-        return self.book.open(_unanswered, time.monotonic())
+        return self.book.open(unanswered, time.monotonic())
 
     def silent(self, ranks: Sequence[int], timeout_s: float) -> dict[int, bool]:
         """Which of ``ranks`` do not even say how they are, beside what they do: these are stopped or cut off."""
@@ -271,11 +282,13 @@ class RayRanks:
             ray.kill(actor, no_restart=True)
         self._on_stop()
 
-    def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]], sent: spans.Sent | None) -> list[Any]:
+        context = spans.carried(sent)
         with self._one_order:
             if not self.actors:
                 raise GroupError(self.role, None, method, "its processes have been stopped")
-            return [getattr(actor, method).remote(*own) for actor, own in zip(self.actors, arguments, strict=True)]
+            actors = zip(self.actors, arguments, strict=True)
+            return [getattr(actor, method).remote(*own, **context) for actor, own in actors]
 
     def _gather(self, references: Sequence[Any], phase: str, began: float, limit: float, key: str | None) -> list[Any]:
         """The values of ``references`` in order, or the failure of the group as a typed error as soon as it is known.
@@ -364,30 +377,3 @@ class RayRanks:
             except RayError:
                 continue
         return None
-
-
-def _are_there(references: Sequence[Any], timeout_s: float) -> bool:
-    """Whether every rank has answered or failed, now or within ``timeout_s``."""
-    import ray
-
-    _, missing = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
-    return not missing
-
-
-def _unanswered(references: Sequence[Any]) -> tuple[int, ...]:
-    """The positions of those that are not there yet."""
-    import ray
-
-    _, missing = ray.wait(list(references), num_returns=len(references), timeout=0, fetch_local=False)
-    late = set(missing)
-    return tuple(number for number, reference in enumerate(references) if reference in late)
-
-
-def why_late(late: Sequence[int], limit: float, key: str | None, last_answer: float | None) -> str:
-    """Why a call has failed that the ranks ``late`` did not answer; ``last_answer`` is when the last of the others did."""
-    text = f"ranks {list(late)} did not answer within {limit:g} s"
-    if last_answer is not None:
-        text += f", the others had after {last_answer:.1f} s"
-    if key is None:
-        return text
-    return f"{text}. If they were still at work, raise {key}; if they hang, their logs say where"

@@ -2,7 +2,8 @@
 
 Invariant: an actor adds to its worker only a name, the address of its node, a limit to its share of a GPU, a lane of its own
 for health checks, so that a rank inside a collective still answers, another to wait in for files that a thread writes, its
-stacks for whoever looks for what hangs, and Ray's object store for buckets of weights.
+stacks for whoever looks for what hangs, Ray's object store for buckets of weights, and the spans of the calls that carry a
+context.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.imports import quick_imports
 from rlhf_ray.models.devices import limit_memory
-from rlhf_ray.processes import stacks
+from rlhf_ray.processes import spans, stacks
+from rlhf_ray.processes.recorded import record_calls
 
 with quick_imports():
     from rlhf_ray.actors.workers.critic import CriticWorker
@@ -86,7 +88,10 @@ class PolicyModelActor(TrainedShell, PolicyWorker):
 
     def call_engines(self, engines: Sequence[Any], method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call the engines' actors side by side; the first error of one of them ends the call."""
-        waiting = [getattr(engine, method).remote(*own) for engine, own in zip(engines, arguments, strict=True)]
+        context = spans.carried(spans.sending(RolloutActor.role, method))
+        waiting = [
+            getattr(engine, method).remote(*own, **context) for engine, own in zip(engines, arguments, strict=True)
+        ]
         while waiting:
             (answered, *_), waiting = ray.wait(waiting)
             try:
@@ -148,6 +153,8 @@ ACTORS: Mapping[WorkerKind, type[RankShell]] = {
     "encoder_reward": EncoderRewardModelActor,
     "rollout": RolloutActor,
 }
+for _actor in ACTORS.values():
+    record_calls(_actor)
 
 
 def remote_class(worker: WorkerKind) -> Any:

@@ -27,6 +27,7 @@ COMMANDS = (
     "report",
     "samples",
     "track",
+    "trace",
     "serve",
     "score",
     "evaluate",
@@ -35,7 +36,7 @@ COMMANDS = (
     "demo",
 )
 
-OF_RUNS = ("resume", "status", "report", "samples", "track")
+OF_RUNS = ("resume", "status", "report", "samples", "track", "trace")
 """Those of them that are about a run directory."""
 
 EPILOG = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,7 +30,7 @@ from rlhf_ray.errors import (
     RlhfRayError,
 )
 from rlhf_ray.imports import import_object, quick_imports
-from rlhf_ray.processes import lifeline, stacks
+from rlhf_ray.processes import lifeline, spans, stacks
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.clusters import on_its_cluster
 from rlhf_ray.runs.directory import RunDirectory
@@ -152,7 +152,7 @@ def run_trainer(
         write_record(run.inputs_path, Record(dump_config(config), fingerprint_inputs(config)))
     try:
         stopping.listen()
-        with naming_fewer_ranks(config, run):
+        with naming_fewer_ranks(config, run), _recording(config, run):
             train(config, run, checkpoint, place=place)
     except ResumableStop:
         run.note_stop()
@@ -162,6 +162,14 @@ def run_trainer(
         raise ResumableStop(
             f"stopped on request before the first step; go on with: rlhf-ray resume {run.path}"
         ) from error
+
+
+def _recording(config: TrainingJob, run: RunDirectory) -> AbstractContextManager[None]:
+    """Record the spans of the run, if it is to have any."""
+    monitoring = config.monitoring
+    if not monitoring.spans:
+        return nullcontext()
+    return spans.recording(run.spans, run.open_telemetry if monitoring.open_telemetry else None)
 
 
 def _may_ask_hub(config: Job) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from rlhf_ray.console import get_logger
 from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.stalls import Durations, OpenPhase
+from rlhf_ray.processes import spans
 
 BETWEEN = "between phases"
 """The name of what is open while no phase is."""
@@ -30,11 +31,12 @@ class PhaseClock:
         self._on_enter = on_enter
         self._failed = False
         self._clock = clock
-        self._started_at = clock()
+        self.step_began = clock()
+        """When the present step began."""
         self._seconds: dict[str, float] = {}
         self.durations = Durations()
         """How long each phase took whenever it was entered."""
-        self._open: tuple[tuple[str, float], ...] = ((BETWEEN, self._started_at),)
+        self._open: tuple[tuple[str, float], ...] = ((BETWEEN, self.step_began),)
         """Replaced as a whole, so that another thread may read it."""
 
     @contextmanager
@@ -60,7 +62,8 @@ class PhaseClock:
             self.durations.add(outer, now - since)
         self._open = (*(() if is_first else before), (name, now))
         try:
-            yield now
+            with spans.span(name):
+                yield now
             self.durations.add(name, self._clock() - now)  # of one that fails the time says nothing
         finally:
             ended = self._clock()
@@ -80,9 +83,14 @@ class PhaseClock:
                 get_logger("metrics").warning("the phase %s could not be shown (%r): training goes on", name, error)
             self._failed = True
 
-    def take(self) -> dict[str, float]:
-        """End the step: return its times in seconds by metric, ``time/step`` for all of it, and begin the next one."""
+    def take(self, step: int | None = None) -> dict[str, float]:
+        """End a step: return its times in seconds by metric, ``time/step`` for all of it, and begin the next one.
+
+        With its number it is recorded as a span.
+        """
         now = self._clock()
-        times = {**self._seconds, "time/step": now - self._started_at}
-        self._started_at, self._seconds = now, {}
+        if step is not None:
+            spans.end_step(step, self.step_began, now)
+        times = {**self._seconds, "time/step": now - self.step_began}
+        self.step_began, self._seconds = now, {}
         return times

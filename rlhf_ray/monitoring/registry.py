@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -278,6 +278,8 @@ _METRICS = {
         ("time/weights", "s", "Sending weights to the rollout engines"),
         ("time/checkpoint", "s", "Waiting for checkpoints"),
         ("time/evaluation", "s", "Evaluating"),
+        ("critical_path/*", "s", "Part of the step's critical path that ran through one role, or the driver"),
+        ("idle/*", "share", "Share of the step in which the ranks of a role had no call to answer"),
     ],
     "Throughput and memory": [
         ("tokens_per_second", "tokens/s", "Training tokens in a second of the whole step"),
@@ -356,8 +358,18 @@ _SHARED_PANELS = {
 }
 
 
-def choose_panel(name: str, available: Container[str]) -> tuple[str, list[str]]:
+_FAMILY_PANELS = {
+    "critical_path": "Critical path of the step, by role",
+    "idle": "Share of the step without work, by role",
+}
+"""Families whose members are in one panel."""
+
+
+def choose_panel(name: str, available: Collection[str]) -> tuple[str, list[str]]:
     """The title and metrics of the panel that shows ``name``: it alone, or with those ``available`` that belong to it."""
+    family, _, member = name.partition("/")
+    if family in _FAMILY_PANELS and member != "*":
+        return _FAMILY_PANELS[family], sorted(other for other in available if other.startswith(f"{family}/"))
     for title, members in _SHARED_PANELS.items():
         present = [member for member in members if member in available]
         if name in present and len(present) > 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
+from rlhf_ray.processes import spans
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import RewardSource
@@ -46,7 +47,7 @@ class MixtureSource:
         return Pending(lambda: self._sums(started, len(samples)))
 
     def _sums(self, started: Sequence[Pending[list[ScoreResult]]], count: int) -> list[ScoreResult]:
-        with ThreadPoolExecutor(len(started)) as pool:
+        with spans.waiting(name="the terms of the reward"), ThreadPoolExecutor(len(started)) as pool:
             columns = list(pool.map(lambda pending: _results(pending, count), started))
         return [self._sum(results) for results in zip(*columns, strict=True)]
 

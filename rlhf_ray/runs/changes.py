@@ -121,7 +121,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
                      "start_timeout_s", "call_timeout_s"),
     "guards": _same(FREE, "loss", "gradient_norm", "kl_above", "window", "budget", "on_budget", "max_going_back"),
     "checkpoint": _same(FREE, "every_steps", "keep", "background"),
-    "monitoring": _same(FREE, "ray_metrics", "trackers", "project", "track_live", "samples_per_log"),
+    "monitoring": _same(FREE, "ray_metrics", "trackers", "project", "track_live", "samples_per_log", "spans", "open_telemetry"),
     "evaluation": {
         **_same(FREE, "every_steps", "keep_best", "worst_pairs", "samples_shown", "pass_at"),
         "prompts": COMPARED,

@@ -19,9 +19,11 @@ from rlhf_ray.config.writing import write_value
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.alarms.alarm import Alarm, holding
 from rlhf_ray.monitoring.registry import REGISTRY
+from rlhf_ray.monitoring.report.lanes import time_by_rank
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.monitoring.report.summary import Table
 from rlhf_ray.monitoring.run_readings import of_lines, with_heartbeat
+from rlhf_ray.monitoring.spans.reading import SpanFiles
 from rlhf_ray.monitoring.useful_time import Interruption, UsefulTime, useful_time
 from rlhf_ray.runs.alarms.record import history
 from rlhf_ray.runs.clusters import remembered
@@ -188,6 +190,7 @@ def _read_run(run: RunDirectory) -> RunReport:
         summary=replace(summary, facts={**_facts(run), **summary.facts}),
         config=run.config_text(),
         alarms=_alarm_table(run),
+        time_by_rank=time_by_rank(SpanFiles(run.spans).read().attempts()),
     )
 
 

@@ -32,8 +32,10 @@ from rlhf_ray.monitoring.report.summary import (
     Summary,
     Table,
 )
+from rlhf_ray.monitoring.spans.figures import StepFigures
 from rlhf_ray.monitoring.stalls import seeded
 from rlhf_ray.planning.flops import ComputeShape, training_flops
+from rlhf_ray.processes import spans
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import close_run, time_of
 from rlhf_ray.trackers.starting import Followed
@@ -83,6 +85,8 @@ class Journal:
         self._next_look = 0.0
         """When the useful time is measured again (monotonic seconds)."""
         self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
+        recorder = spans.recorder()
+        self._spans = None if recorder is None else StepFigures(run.spans, recorder.name)
 
     def __enter__(self) -> Journal:
         self.run.closing_path.unlink(missing_ok=True)  # of a run that trains on
@@ -129,7 +133,7 @@ class Journal:
 
     def log_step(self, step: int, total: int, metrics: Mapping[str, float], batch: TrajectoryBatch) -> None:
         """Log one step of reinforcement learning; the time since the last step counts as its own."""
-        times = self.clock.take()
+        times = self._end_step(step)
         rates = {"tokens_per_second": batch.num_tokens / times["time/step"]}
         seconds = metrics.get("rollout/seconds", times.get("time/rollout"))
         if seconds:
@@ -140,7 +144,7 @@ class Journal:
         self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch, *, stood_out: bool
     ) -> None:
         """Log one update of supervised or reward-model training."""
-        times = self.clock.take()
+        times = self._end_step(update)
         means = {name: value / count for name, (value, count) in report.metrics.items() if count}
         norm = {} if applied.grad_norm is None else {"grad_norm": applied.grad_norm}
         rates = {"tokens_per_second": batch.num_tokens / times["time/step"], "learning_rate": applied.learning_rate}
@@ -153,6 +157,14 @@ class Journal:
         skipped = {"updates/skipped": float(applied.skipped), "updates/stood_out": float(stood_out)}
         skipped["update"] = float(update)
         self._write(update, total, {**means, **norm, **rates, **skipped, **times, **self._time_left(update, total)})
+
+    def _end_step(self, step: int) -> dict[str, float]:
+        """The times of a step that ends now, and what the spans of all processes say of it."""
+        began = self.clock.step_began
+        times = self.clock.take(step)
+        if self._spans is None:
+            return times
+        return times | self._spans.measure(round(began * 1e6), round((began + times["time/step"]) * 1e6))
 
     def measure_against(self, shape: ComputeShape, rate: float) -> None:
         """Log the speed of updates as a share of ``rate``, the FLOP/s of matrix products of all ranks together."""
@@ -168,6 +180,7 @@ class Journal:
         began, first = self._first
         return {"seconds_left": (now - began) / (update - first) * (total - update)}
 
+    @spans.span("metrics")
     def _write(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self.step = step
         metrics = {**metrics, **self._useful_time(step, metrics["time/step"])}
@@ -223,6 +236,7 @@ class Journal:
             if name.startswith("evaluation/") and value is not None
         }
 
+    @spans.span("samples")
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write samples of a step as JSON lines, if there are any."""
         if not rows:

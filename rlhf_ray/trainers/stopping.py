@@ -21,7 +21,7 @@ from types import FrameType
 
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import Interrupted, ResumableStop
-from rlhf_ray.processes import interrupts
+from rlhf_ray.processes import interrupts, spans
 
 _stop = threading.Event()
 _received: list[int] = []
@@ -41,6 +41,7 @@ def listen() -> None:
 def steps_begin() -> None:
     """From now on no step is interrupted: a request to stop is obeyed after one."""
     _training.set()
+    spans.started()
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,18 @@ import psutil
 import pytest
 import ray
 
+from rlhf_ray.actors.answers import why_late
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.place import RankSpec
-from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks, why_late
+from rlhf_ray.actors.ranks import START_TIMEOUT, InProcessRanks, RayRanks
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.errors import CapacityError, DeadlineError, DeadRankError, GroupError, ModelLoadError, StalledError
+from rlhf_ray.monitoring.spans.reading import SpanFiles
+from rlhf_ray.monitoring.spans.records import Span
 from rlhf_ray.planning.capacity import Bundle
-from rlhf_ray.processes import stacks
+from rlhf_ray.processes import spans, stacks
+from rlhf_ray.processes.recorded import record_calls
 
 
 class Rank:
@@ -72,6 +77,9 @@ class Rank:
         return 0
 
 
+record_calls(Rank)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster(ClusterConfig(num_cpus=2, object_store_mb=100), RunConfig(name="ranks-test")) as cluster:
@@ -96,6 +104,32 @@ def test_ranks_that_were_stopped_are_a_typed_error() -> None:
 
 def test_values_come_in_rank_order_whoever_answers_first(ranks: RayRanks) -> None:
     assert ranks.call("double", [(10,), (20,)]).result() == [20, 41]
+
+
+def test_a_rank_that_is_killed_has_left_what_it_had_answered_and_what_it_was_killed_in(
+    ranks: RayRanks, tmp_path: Path
+) -> None:
+    with spans.recording(tmp_path), spans.span("update"):
+        assert ranks.call("double", [(10,), (20,)]).result() == [20, 41]
+        pids = ranks.call("health", [(), ()]).result()
+        sleeping = ranks.call("sleep", [(60.0,), (60.0,)])
+        while "sleep" not in {span.name for span in recorded(tmp_path)["policy/1"]}:
+            assert not sleeping.ready(0.05)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(DeadRankError, match="policy rank 1"):
+            sleeping.result()
+    for lane, processes in recorded(tmp_path).items():
+        double, health, sleep = processes
+        assert (double.name, double.finished, sleep.name, sleep.finished) == ("double", True, "sleep", False), lane
+        assert (health.kind, double.kind) == ("beside", "call")
+        assert double.sent is not None and double.sent <= double.begin <= double.end <= health.begin <= sleep.begin
+    waits = [span for span in SpanFiles(tmp_path).read().attempts()[0].driver if span.kind == "wait"]
+    assert {"policy.double", "policy.sleep"} <= {name for wait in waits for name in wait.calls.values()}
+
+
+def recorded(directory: Path) -> dict[str, Sequence[Span]]:
+    (attempt,) = SpanFiles(directory).read().attempts()
+    return {lane: lives[0].spans for lane, lives in attempt.lanes().items()}
 
 
 def test_the_first_failure_ends_the_call_although_a_peer_never_answers(ranks: RayRanks) -> None:

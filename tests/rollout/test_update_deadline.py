@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.actors.ranks import why_late
+from rlhf_ray.actors.answers import why_late
 from rlhf_ray.actors.workers.rollout import RanksHandle
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.pending import Pending

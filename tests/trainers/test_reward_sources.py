@@ -149,10 +149,10 @@ def test_functions_of_the_project_run_here_and_those_of_a_user_in_a_process_that
     tmp_path: Path,
 ) -> None:
     for name in SHIPPED:
-        assert isinstance(source(f"{{function: {name}}}"), FunctionSource)
+        assert isinstance(source(f"{{function: {name}}}").scores, FunctionSource)
     (tmp_path / "mine.py").write_text("def f(responses):\n    return [1.0] * len(responses)\n")
     with ExitStack() as cleanup:
-        mine = source(f"{{function: '{tmp_path / 'mine.py'}:f', samples_per_call: 3}}", cleanup=cleanup)
+        mine = source(f"{{function: '{tmp_path / 'mine.py'}:f', samples_per_call: 3}}", cleanup=cleanup).scores
         assert isinstance(mine.caller, FunctionProcess) and mine.samples_per_call == 3
         process = mine.caller._process
         assert process.poll() is None

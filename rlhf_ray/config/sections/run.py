@@ -86,6 +86,10 @@ class MonitoringConfig(Section):
     track_live: bool = False
     """Whether trackers get steps as they are logged, and each attempt as a curve of its own; else what is committed, as one."""
     samples_per_log: NonNegative = 4
+    spans: bool = True
+    """Whether every process writes down when it did what, into the run directory."""
+    open_telemetry: bool = False
+    """Whether it writes that as OpenTelemetry too; this needs ``spans``."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         for text in self.trackers:

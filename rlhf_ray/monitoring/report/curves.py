@@ -128,7 +128,7 @@ def _in_order(names: Iterable[str]) -> list[Metric]:
 
 def _chart(runs: Sequence[Run], title: str, names: list[str]) -> Chart:
     panel = Panel(title, REGISTRY[names[0]].unit, _curves(runs, names))
-    caption = ". ".join(REGISTRY[name].help for name in names)
+    caption = ". ".join(dict.fromkeys(REGISTRY[name].help for name in names))
     return Chart(line_chart([panel], "step", f"{', '.join(names)} by step"), caption, REGISTRY[names[0]].group)
 
 

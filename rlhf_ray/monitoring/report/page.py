@@ -17,6 +17,7 @@ from markupsafe import Markup
 from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.report import curves
 from rlhf_ray.monitoring.report.charts import Curve, Panel, line_chart, number
+from rlhf_ray.monitoring.report.lanes import TimeByRank
 from rlhf_ray.monitoring.report.preferences import calibration_chart, histogram_chart
 from rlhf_ray.monitoring.report.summary import MemoryRecord, PreferencePage, Summary, Table
 
@@ -39,6 +40,8 @@ class RunReport:
     config: str = ""
     alarms: Table = NO_ALARMS
     """When alarms held."""
+    time_by_rank: TimeByRank | None = None
+    """What the spans of its processes say, where it has any."""
 
 
 def render_report(runs: Sequence[RunReport]) -> str:
@@ -87,6 +90,7 @@ class _RunSections:
     alarms: Table
     preference_charts: Sequence[curves.Chart]
     phase_times: Sequence[_PhaseTime]
+    time_by_rank: TimeByRank | None
     memory_peak: str
     memory_chart: curves.Chart | None
 
@@ -101,6 +105,7 @@ def _prepare_run(run: RunReport, *, alone: bool) -> _RunSections:
         alarms=run.alarms,
         preference_charts=_preference_charts(run.summary.preferences),
         phase_times=_phase_times(run.lines),
+        time_by_rank=run.time_by_rank,
         memory_peak=_memory_peak(run.summary.memory),
         memory_chart=_memory_chart(run.summary.memory),
     )

@@ -22,6 +22,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import RequestError, ScoringError
+from rlhf_ray.processes import spans
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
@@ -149,6 +150,7 @@ class Experience:
         samples = self.decode(trajectories, prompts)
         return ScoredSamples(samples, self.score(samples))
 
+    @spans.span("decoding")
     def decode(self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]) -> list[TextSample]:
         """Every sampled answer as text."""
         samples = []
@@ -222,6 +224,7 @@ class Experience:
         )
         return [row for row, sample in enumerate(samples) if sample.prompt_id not in lost]
 
+    @spans.span("advantages")
     def advantages(
         self, batch: TrajectoryBatch, kl_coefficient: float, moments: RunningMoments
     ) -> tuple[TrajectoryBatch, dict[str, float]]:

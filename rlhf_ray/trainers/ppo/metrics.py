@@ -20,6 +20,7 @@ from rlhf_ray.data.ends import EndTokens, why_cut
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation.agreement import Spread
 from rlhf_ray.evaluation.positions import by_position, growth
+from rlhf_ray.processes import spans
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.experience import TERM
 from rlhf_ray.trainers.ppo.gold import Gold
@@ -63,6 +64,7 @@ class StepMetrics:
     """How many steps were measured in this attempt."""
     _said_growing: bool = False
 
+    @spans.span("measuring")
     def measure(
         self, batch: TrajectoryBatch, samples: Sequence[TextSample], collected: Collected, *, weight_version: int
     ) -> dict[str, float]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from rlhf_ray.actors.cluster import group_of
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.jobs.ppo import PpoConfig
@@ -22,6 +23,7 @@ from rlhf_ray.data.tokenizers import fingerprint, template_fingerprint
 from rlhf_ray.environments.source import EnvironmentSource
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.pending import Pending
+from rlhf_ray.processes import spans
 from rlhf_ray.rewards import verifiers
 from rlhf_ray.rewards.client import RewardClient
 from rlhf_ray.rewards.function_process import FunctionProcess
@@ -56,6 +58,27 @@ class RemoteScorer:
             return self.client.score(requests)
         except RequestError as error:  # refused: a token that was revoked, a body that is too large
             raise ScoringError(str(error), may_pass=False) from error
+
+
+class Recorded:
+    """What scores outside of the ranks of a group, which record for themselves: its batches are spans of a lane of its own."""
+
+    def __init__(self, key: str, scores: Any) -> None:
+        self.reads: str = getattr(scores, "reads", "")
+        self._role, self.scores = group_of(key), scores
+
+    def score(self, batch: Sequence[Any]) -> Pending[list[ScoreResult]]:
+        """What it says of the batch."""
+        sent = spans.sending(self._role, "score")
+        answer: Pending[list[ScoreResult]] = self.scores.score(batch)
+
+        def wait() -> list[ScoreResult]:
+            with spans.waiting(sent, for_all=True):
+                results = answer.result()
+                spans.answered_elsewhere(sent)
+            return results
+
+        return Pending(wait, answer.ready)
 
 
 def make_reward_source(
@@ -95,15 +118,15 @@ def make_reward_source(
         if source.function == FROM_ENVIRONMENT:
             return EnvironmentSource()
         if source.function is not None:
-            return make_function_source(source.function, source, cleanup)
+            return Recorded(key, make_function_source(source.function, source, cleanup))
         if source.source is not None:
-            return make_user_source(key, source, policy.tokenizer, cleanup)
+            return Recorded(key, make_user_source(key, source, policy.tokenizer, cleanup))
         if source.url is None:
             return read(key, source, groups[key], groups[key].describe().result())
         token = next(iter(read_tokens(source.token_file)), None)
         client = RewardClient(source.url, token=token, timeout_s=source.timeout_s, hold_s=0.0)
         cleanup.callback(client.close)
-        return read(key, source, RemoteScorer(client), client.info())
+        return read(key, source, Recorded(key, RemoteScorer(client)), client.info())
 
     sources = {key: make_source(key, source) for key, source in config.reward.sources.items()}
     if not config.reward.mixture:

@@ -22,6 +22,7 @@ from rlhf_ray.console import progress
 from rlhf_ray.data.order import Part, ShuffledOrder
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import GroupError, RequestError, ResumableStop, RlhfRayError
+from rlhf_ray.processes import spans
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.trainers.checkpointing import Checkpointer
 from rlhf_ray.trainers.guards import GRADIENT_NORM, LOSS, Guards
@@ -235,6 +236,7 @@ class SupervisedTrainer:
         self.journal.log_evaluation(self.progress.update, figures)
         return figures
 
+    @spans.span("the next batch")
     def next_batch(self) -> tuple[SharedBatch, Schedule]:
         """The examples of the next update; this changes no weight."""
         count = min(self.task.per_update, self.total_examples - self.progress.examples)

@@ -25,11 +25,13 @@ from typing import Any
 from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import StaleWeightsError
+from rlhf_ray.processes import spans
 from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, sizes_of, write_steps
 from rlhf_ray.trainers.ppo.sampling import Collected, Collector, Phase, PromptStream, refuse_stale
 
 CLOSING_S = 30.0
 """How long the end of a run waits for its background thread, whose engines were stopped."""
+WAITS_FOR = "the step that is sampled"
 
 
 class _Step:
@@ -62,7 +64,8 @@ class _Step:
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until it has ended, in whatever."""
         if self.thread is not None:
-            self.thread.join(timeout_s)
+            with spans.waiting(name=WAITS_FOR):
+                self.thread.join(timeout_s)
 
     def result(self) -> Collected:
         """Wait for the samples; raises what collecting them ended in, in its own type."""

@@ -31,6 +31,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import StaleWeightsError
+from rlhf_ray.processes import spans
 from rlhf_ray.rollout.requests import gather
 from rlhf_ray.trainers.ppo.modes.buffer import BufferedStep, read_steps, sizes_of, write_steps
 from rlhf_ray.trainers.ppo.modes.one_step_off import CLOSING_S
@@ -102,7 +103,8 @@ class Windowed:
         with phase("rollout"), self._changed:
             self._set(Task.SAMPLE)
             if self._current_step != step:  # a checkpoint may have brought it
-                self._changed.wait_for(lambda: window.ready() or self._error is not None)
+                with spans.waiting(name="answers"):
+                    self._changed.wait_for(lambda: window.ready() or self._error is not None)
                 if not window.ready():
                     assert self._error is not None, "it was waited for one or the other"
                     raise self._error
@@ -216,7 +218,8 @@ class Windowed:
                 return
             self._still = self._error is not None
             self._set(task)
-            self._changed.wait_for(lambda: self._still)
+            with spans.waiting(name="the engines to stand still"):
+                self._changed.wait_for(lambda: self._still)
 
     def _run(self) -> None:
         try:

@@ -1,0 +1,201 @@
+"""Read the files that the processes of a run record in, as they grow, and bring the clocks of several machines together.
+
+Invariants: a line that is torn or no span is counted and left out. Processes of one start of a machine share a clock. That of
+another machine is set by the clocks on the wall, and then moved, where these are wrong, so far that no call is answered before
+it was sent, and none is known to be answered before it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.monitoring.spans.records import DRIVER, Attempt, Life, Span
+from rlhf_ray.processes.spans import OLDER
+
+Raw = dict[str, Any]
+
+
+class ProcessFile:
+    """The file of one process, and what was read of it so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: Raw = {}
+        self.spans: dict[str, Raw] = {}
+        """By their ids; those that have not ended have no ``end``."""
+        self.damaged = 0
+        self._older = path.with_name(path.name + OLDER)
+        self._inode, self._offset = 0, 0
+
+    def read(self) -> None:
+        """Take up what was written since."""
+        with suppress(OSError):
+            inode = self.path.stat().st_ino
+            if inode != self._inode:
+                if self._inode or self._older.exists():
+                    self._read(self._older, self._offset if self._inode else 0)
+                self._inode, self._offset = inode, 0
+            self._offset = self._read(self.path, self._offset)
+
+    def _read(self, path: Path, offset: int) -> int:
+        with path.open("rb") as file:
+            file.seek(offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        for line in whole.split(b"\n"):
+            self._take(line)
+        return offset + len(whole) + len(newline)
+
+    def _take(self, line: bytes) -> None:
+        if not line:
+            return
+        try:
+            content = json.loads(line)
+            if "clock" in content:
+                times = {name: int(content[name]) for name in ("clock", "wall", "born")}
+                self.header = times | {name: str(content[name]) for name in ("lane", "driver", "boot")}
+            elif "begin" in content:
+                self.spans[str(content["id"])] = _checked(content)
+            elif str(content["id"]) in self.spans:
+                self.spans[str(content["id"])] |= {"end": int(content["end"]), "failed": bool(content.get("failed"))}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.damaged += 1
+
+    def forget(self, before: int) -> None:
+        """Keep no span that had ended before ``before``, by the clock of the process."""
+        self.spans = {key: raw for key, raw in self.spans.items() if raw.get("end", before) >= before}
+
+    @property
+    def unix_offset(self) -> int:
+        """What its clock is behind microseconds since 1970."""
+        return int(self.header["wall"] - self.header["clock"])
+
+
+def _checked(line: Raw) -> Raw:
+    """A line that begins a span, with values of their types; what else stands in it is left out."""
+    known: Raw = {name: int(line[name]) for name in ("begin", "end", "sent", "step") if line.get(name) is not None}
+    known |= {name: str(line.get(name, "")) for name in ("kind", "name", "call", "thread")}
+    known |= {"lane": str(line["lane"])} if "lane" in line else {}
+    known |= {"calls": {str(call): str(name) for call, name in dict(line.get("calls", {})).items()}}
+    return known | {"answered": [str(call) for call in line.get("answered", ())], "inline": bool(line.get("inline"))}
+
+
+class SpanFiles:
+    """All files of a run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, ProcessFile] = {}
+
+    def read(self) -> SpanFiles:
+        """Take up what was written since; returns itself."""
+        with suppress(OSError):
+            for path in sorted(self.directory.glob("*.jsonl")):
+                if path.stem not in self.files:
+                    self.files[path.stem] = ProcessFile(path)
+        for file in self.files.values():
+            file.read()
+        return self
+
+    def attempts(self, *, until: int | None = None) -> list[Attempt]:
+        """The attempts whose drivers have recorded, the first one first; ``until`` is now, where the last one is under way."""
+        known = [(name, file) for name, file in self.files.items() if file.header]
+        drivers = [(name, file) for name, file in known if file.header["lane"] == DRIVER]
+        drivers.sort(key=lambda one: one[1].header["wall"])
+        return [
+            _attempt(name, driver, [file for _, file in known if file.header["driver"] == name], until)
+            for name, driver in drivers
+        ]
+
+
+def _attempt(name: str, driver: ProcessFile, files: Sequence[ProcessFile], until: int | None) -> Attempt:
+    last = max([driver.header["clock"], *(raw.get("end", raw["begin"]) for raw in driver.spans.values())])
+    until = max(last, until or 0)
+    own = sorted(_spans(driver, until), key=lambda span: (span.begin, -span.end))
+    lives = [_inline(lane, own, driver) for lane in sorted({span.lane for span in own} - {DRIVER})]
+    lives += [_life(file, driver, own, until) for file in files if file is not driver]
+    return Attempt(
+        name=name,
+        began=min([driver.header["clock"], *(span.begin for span in own)]),
+        until=until,
+        unix_offset=driver.unix_offset,
+        driver=own,
+        lives=_cut_at_the_next(lives),
+        damaged=sum(file.damaged for file in files),
+    )
+
+
+def _spans(file: ProcessFile, until: int, shift: int = 0) -> Iterable[Span]:
+    for raw in file.spans.values():
+        end = raw.get("end")
+        begin = raw["begin"] + shift
+        yield Span(
+            lane=str(raw.get("lane", file.header["lane"])),
+            name=raw["name"],
+            kind=raw["kind"],
+            begin=begin,
+            end=max(until, begin) if end is None else end + shift,
+            call=raw["call"],
+            sent=raw.get("sent"),
+            calls=raw["calls"],
+            answered=raw["answered"],
+            step=raw.get("step"),
+            thread=raw["thread"],
+            inline=raw["inline"],
+            finished=end is not None,
+            failed=bool(raw.get("failed")),
+            process=file.path.stem,
+        )
+
+
+def _inline(lane: str, own: Sequence[Span], driver: ProcessFile) -> Life:
+    """A lane of the driver's own process: a rank in it, or a reward source that records nothing itself."""
+    spans = [span for span in own if span.lane == lane]
+    return Life(lane, driver.header["clock"], spans, spans[0].begin, in_driver=True)
+
+
+def _life(file: ProcessFile, driver: ProcessFile, own: Sequence[Span], until: int) -> Life:
+    shift = shift_of(file, driver, own)
+    spans = sorted(_spans(file, until, shift), key=lambda span: (span.begin, -span.end))
+    born = file.header["born"] + shift
+    started = min((span.begin for span in spans), default=until)
+    return Life(file.header["lane"], min(born, started), spans, started)
+
+
+def shift_of(file: ProcessFile, driver: ProcessFile, own: Sequence[Span]) -> int:
+    """What to add to the times of a process to have them in the driver's clock."""
+    if file.header["boot"] == driver.header["boot"]:
+        return 0
+    shift = file.unix_offset - driver.unix_offset
+    seen = {call: span.end for span in own for call in span.answered}
+    spans = list(file.spans.values())
+    least: int | None = max(
+        [raw["sent"] - raw["begin"] - shift for raw in spans if raw.get("sent") is not None], default=None
+    )
+    most: int | None = min(
+        [seen[raw["call"]] - raw["end"] - shift for raw in spans if raw["call"] in seen and "end" in raw],
+        default=None,
+    )
+    if least is not None and most is not None and least > most:  # clocks that drift apart
+        return shift + (least + most) // 2
+    return shift + max(0 if least is None else least, min(0 if most is None else most, 0))
+
+
+def _cut_at_the_next(lives: Sequence[Life]) -> list[Life]:
+    """What a process had not ended when the next one of its lane was born, it was killed in."""
+    ordered, cut = sorted(lives, key=lambda life: life.born), []
+    for number, life in enumerate(ordered):
+        later = [other.born for other in ordered[number + 1 :] if other.lane == life.lane]
+        if later:
+            limit = later[0]
+            spans = [
+                span if span.finished else replace(span, end=max(min(span.end, limit), span.begin))
+                for span in life.spans
+            ]
+            life = replace(life, spans=spans)
+        cut.append(life)
+    return cut
