@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench gym verifiers browser parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
+.PHONY: setup demo test lint bench gym verifiers trackers browser parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -33,6 +33,13 @@ verifiers: setup  ## the worked example is played by verifiers 0.4.0 itself, in 
 browser: setup  ## pages in headless Chromium, Debian's or what is called so; playwright is put into build/browser
 	@test -d build/browser || $(PYTHON_BIN) -m pip install -q --target build/browser playwright==1.65.*
 	@BROWSER=1 $(PYTHON_BIN) -m pytest -q $$(grep -rl --include='test_*.py' 'browser import' tests)
+
+trackers: setup  ## wandb, MLflow and trackio themselves, in an environment of their own (build/trackers), which is downloaded
+	@test -x build/trackers/bin/python || $(PYTHON_BIN) -m venv build/trackers
+	@$(PYTHON_BIN) -c "import site; print(site.getsitepackages()[0])" > $$(build/trackers/bin/python -c "import site; print(site.getsitepackages()[0])")/project.pth
+	@build/trackers/bin/python -m pip install -q -c requirements/cpu.txt $$($(PYTHON_BIN) -m tests.trackers.wanted)
+	@TRACKERS_MUST_BE_THERE=1 build/trackers/bin/python -m pytest -q tests/trackers
+	@build/trackers/bin/python -m tests.trackers.sick_servers
 
 bench: setup  ## figures into benchmarks/results/latest.json (ONLY=part[,part]); KEEP=1: into the committed reference.json too
 	@$(PYTHON_BIN) -m benchmarks.run $(if $(ONLY),--only $(ONLY)) $(if $(filter-out 0,$(KEEP)),--keep)

@@ -9,7 +9,7 @@ import pytest
 from rlhf_ray.config import trackers
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.paths import with_absolute_paths
-from rlhf_ray.config.trackers import key_of, missing, problem, target
+from rlhf_ray.config.trackers import NAMES, key_of, missing, problem, target
 from rlhf_ray.errors import ConfigError
 
 WRONG = {
@@ -82,3 +82,12 @@ def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert "pip install" in missing(target("wandb"))
+
+
+def test_every_tracker_has_an_extra() -> None:
+    import tomllib
+
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert set(NAMES) - {"jsonl"} <= extras.keys()
