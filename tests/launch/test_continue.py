@@ -105,7 +105,9 @@ def resume(run: RunDirectory, *overrides: str, accept: tuple[str, ...] = ()) -> 
 
 
 def files(run: RunDirectory) -> dict[str, bytes]:
-    return {str(path.relative_to(run.path)): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    """All but the heartbeat, which whoever is at work in a run writes anew every few seconds."""
+    found = [path for path in run.path.rglob("*") if path.is_file() and path != run.heartbeat.path]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in found}
 
 
 def rates(run: RunDirectory) -> list[float]:
