@@ -105,8 +105,9 @@ def resume(run: RunDirectory, *overrides: str, accept: tuple[str, ...] = ()) -> 
 
 
 def files(run: RunDirectory) -> dict[str, bytes]:
-    """All but the heartbeat, which whoever is at work in a run writes anew every few seconds."""
+    """All but what whoever is at work in a run says of itself: its heartbeat, and what it did when."""
     found = [path for path in run.path.rglob("*") if path.is_file() and path != run.heartbeat.path]
+    found = [path for path in found if run.spans not in path.parents]
     return {str(path.relative_to(run.path)): path.read_bytes() for path in found}
 
 
