@@ -187,8 +187,13 @@ def test_ready_means_a_score_lately(group: RewardGroup, config: MakeConfig, mode
 def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: RewardGroup, model: Path) -> None:
     served = app(max_items=7, max_body_bytes=1234)
     info = ask(served, lambda client: client.get("/info")).json()
+    sentence = info["reads"]["sentence"]
+    assert sentence.startswith(
+        f"reads conversations, written by its chat template, scored at {EOS!r}, the end of the answer ("
+    )
     reads = {
         "forms": ["conversation"], "scored_token": "end", "end_token": EOS, "template_variables": {}, "recorded": False,
+        "sentence": sentence,
     }  # fmt: skip
     described = {
         "model": str(model), "revision": None, "dtype": "fp32", "mean": MEAN, "std": STD, "version": "1", "name": "reward",

@@ -75,14 +75,17 @@ class Mortal:
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            for moment in (0, 1):
-                self.left -= 1
-                if self.left == 0:
-                    raise Killed
-                answer = getattr(self.tracker, name)(*arguments, **options) if moment == 0 else answer
+            self.live_on()
+            answer = getattr(self.tracker, name)(*arguments, **options)
+            self.live_on()
             return answer
 
         return call
+
+    def live_on(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
 
 
 @pytest.mark.parametrize("name", ["jsonl", "tensorboard"])

@@ -216,7 +216,9 @@ def test_a_reward_source_that_stalls_and_then_fails_is_told_and_mending_it_helps
             until("begun", lambda: (path / "metrics.jsonl").exists() and len(RunDirectory(path).metrics.read()) >= 2)
             run = RunDirectory.open(path)
             (tmp_path / "slow").touch()
-            until("stalled", lambda: bool(names(run)))
+            until(
+                "stalled", lambda: bool(names(run)) and bool(run.alarms.read())
+            )  # status looks at any time, a run now and then
             assert main(["status", str(path), "--json"]) == 0
             seen["while stalled"] = names(run)
             (tmp_path / "slow").unlink()
