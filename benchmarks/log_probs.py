@@ -18,8 +18,8 @@ from benchmarks.peers.line_process import anonymous
 
 VOCABULARY, HIDDEN = 1 << 17, 512
 AGREES_TO = 5e-6
-"""The largest difference of values and gradients that counts as equal, as a share of the largest value: some tens of units in the
-last place of fp32, since the two sides add up in another order, and each processor in its own."""
+"""The largest difference of values and gradients that counts as equal, as a share of the largest value: some tens of units in
+the last place of fp32, since the two sides add up in another order, and each processor in its own."""
 
 
 @dataclass(frozen=True)
