@@ -28,8 +28,14 @@ LEFT = 20_000
 
 
 def fill(disk: Path, left: int) -> None:
-    usage = os.statvfs(disk)
-    (disk / "others").write_bytes(bytes(usage.f_bavail * usage.f_frsize - left))
+    """Fill the disk, beside threads of the run that write to it too."""
+    others = disk / "others"
+    while not others.exists():
+        usage = os.statvfs(disk)
+        try:
+            others.write_bytes(bytes(usage.f_bavail * usage.f_frsize - left))
+        except OSError:  # something was written since the look
+            others.unlink()
 
 
 @pytest.mark.parametrize(

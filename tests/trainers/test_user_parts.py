@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -235,11 +236,16 @@ def test_what_an_objective_returns_is_checked(returned: str, refusal: str, tmp_p
         PolicyLoss(objective)(PolicyOutputs(torch.zeros(3, requires_grad=True)), batch)
 
 
-def test_an_objective_whose_file_changed_is_loaded_anew_for_the_next_run(tmp_path: Path) -> None:
+def test_an_objective_whose_file_changed_is_loaded_anew_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has the same size, and changed within the same second: then Python itself keeps what it compiled."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     code = "class Own:\n    def __call__(self, p, r, a):\n        return (FACTOR * p, a > 0)\n"
     gained = []
     for factor in (2.0, 3.0):
         algorithm = configured(*own("objective", code.replace("FACTOR", str(factor)), tmp_path)).algorithm
+        os.utime(tmp_path / "own.py", (1e9, 1e9))
         gained.append(make_objective(algorithm)(torch.ones(1), torch.ones(1), torch.ones(1))[0].item())
     assert gained == [2.0, 3.0]
 
