@@ -6,6 +6,7 @@ Usage: reward_rank_program.py RANK WORLD_SIZE PORT DIRECTORY
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,5 @@ def main(rank: int, world: int, port: int, directory: Path) -> None:
 if __name__ == "__main__":
     environment.prepare()
     main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    sys.stderr.flush()
+    os._exit(0)  # all is written; while Python ends, a thread of gloo may still abort the process
