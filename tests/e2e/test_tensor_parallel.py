@@ -90,7 +90,9 @@ def engine(site: Site) -> Engine:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    return "Worker_TP" in " ".join(process.cmdline())
+    """By the title that vLLM gives it, or as it was started: in a small environment a process gets no title."""
+    words = " ".join(process.cmdline())
+    return "Worker_TP" in words or "spawn_main" in words
 
 
 def end_within(processes: Sequence[psutil.Process], seconds: float) -> bool:
