@@ -13,7 +13,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,9 +30,9 @@ LOOK_S = 0.5
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
 """Before a tracker that failed is tried again."""
 LAST_TRIES = 3
-"""How often in a row a tracker may fail once the run is over."""
+"""How often in a row, without a step sent in between, a tracker may fail once the run is over."""
 PATIENCE_S = 2 * CALL_S
-"""How long a tracker may make no progress once the run is over."""
+"""How long a tracker may be sent no step once the run is over."""
 SECRET_OF_HUBS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 """wandb and trackio send these to the Hugging Face Hub when they start, and wait for its answer."""
 LOG_BYTES = 1 << 20
@@ -53,6 +53,7 @@ class Fed:
         """In a row, without progress in between."""
         self._next_try = 0.0
         self._mark = self._mark_at_start = self._state_mark()
+        self._sent = self._sent_most = self.file.sent()
         self._log_from = 0
         self._progressed_at = 0.0
 
@@ -93,10 +94,19 @@ class Fed:
             return 0
 
     def _note_progress(self, now: float) -> None:
+        """Progress is a step that was sent: a tracker that opens, and then fails, makes none however often it is tried."""
         mark = self._state_mark()
         if mark == self._mark:
             return
-        self._mark, self._progressed_at = mark, now
+        sent, before = self.file.sent(), self._sent
+        self._mark, self._sent = mark, sent
+        if _is_further(sent, before):
+            self._progressed_at = now
+        # One that forgets what it was sent, and is sent the same again, is alive, but does not work.
+        most = self._sent_most
+        if not _is_further(sent, most):
+            return
+        self._sent_most = most | {key: step for key, step in sent.items() if step > most.get(key, -1)}
         if self._failures and not self.file.error():
             self._failures = 0
             if self._patient and not self._over:
@@ -148,6 +158,11 @@ class Fed:
             return f"a call of it did not return in time, for which it has {CALL_S:g} s, and {OPEN_S:g} s to begin"
         last = f" ({lines[-1].strip()})" if code == EXIT_ERROR and lines else ""
         return f"its process {Ended(code).how}{last}"
+
+
+def _is_further(sent: Mapping[str, int], than: Mapping[str, int]) -> bool:
+    """Whether a curve has a step that it had not."""
+    return any(step > than.get(key, -1) for key, step in sent.items())
 
 
 def variables(wanted: Target) -> dict[str, str]:

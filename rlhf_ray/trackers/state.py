@@ -81,6 +81,14 @@ class StateFile:
             return str(error)
         return "" if known is None else known.error
 
+    def sent(self) -> dict[str, int]:
+        """The last step of each curve that the tracker has, as far as it is known."""
+        try:
+            known = self.last()
+        except RlhfRayError:
+            return {}
+        return {} if known is None else known.sent
+
     def write(self, state: State) -> None:
         """Keep the state."""
         storage.write_file(self.path, json.dumps(asdict(state), indent=1) + "\n")

@@ -22,7 +22,7 @@ from rlhf_ray.config.trackers import target
 from rlhf_ray.trackers import follower
 from rlhf_ray.trackers.follower import follow, variables
 from rlhf_ray.trackers.starting import Followed
-from rlhf_ray.trackers.state import StateFile, states
+from rlhf_ray.trackers.state import State, StateFile, states
 from tests.trackers.small_run import SmallRun, crashed_at_9
 from tests.trackers.stores import of_jsonl
 
@@ -30,6 +30,22 @@ ROOT = Path(__file__).parents[2]
 HANGS = "import time\nclass Settings:\n    def __init__(self, **_): pass\ndef init(**_): time.sleep(600)\n"
 EXITS = "import os\nos._exit(7)\n"
 RAISES = "raise SystemExit('I want to go home')\n"
+OPENS = """
+import os, time
+from pathlib import Path
+class Settings:
+    def __init__(self, **_): pass
+class Run:
+    starting_step = 0
+    def log(self, *_, **__):
+        if os.environ.get("WANDB_MODE") == "offline":
+            Path(os.environ["WANDB_DIR"], "hangs").touch()
+            time.sleep(600)
+        time.sleep(1)
+        raise OSError("the server has gone")
+    def finish(self, **_): pass
+def init(**_): return Run()
+"""
 FEEDING = "rlhf_ray.trackers.feeding"
 DATABASE = {"sqlalchemy": "", "alembic": ""}
 
@@ -121,6 +137,53 @@ def test_a_tracker_that_makes_no_progress_after_the_run_is_given_up(
 
     lacking = follow(small.run, [target("wandb")], project="p", live=False, over=over, patient=True)
     assert lacking == {target("wandb"): "its process was killed by SIGKILL, as by the kernel when memory runs out"}
+
+
+def test_a_tracker_that_opens_and_then_fails_or_hangs_is_given_up_after_its_tries(
+    tmp_path: Path, with_packages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try writes the state once the tracker is open, and fails long after."""
+    with_packages(wandb=OPENS)
+    monkeypatch.setattr(follower, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(follower, "LAST_TRIES", 2)
+    small, tries = crashed_at_9(tmp_path), [0]
+    hangs, by = small.run.path / "hangs", time.monotonic() + 120
+
+    def over(seconds: float) -> bool:
+        """One that hangs is killed a few looks later, as its deadline would."""
+        assert time.monotonic() < by and tries[0] <= 2, "it is tried again and again"
+        time.sleep(0.2)
+        if hangs.exists() and time.time() - hangs.stat().st_mtime > 1.0:
+            hangs.unlink()
+            tries[0] += 1
+            feeding_processes()["wandb:offline"].kill()
+        return True
+
+    trackers = [target("wandb"), target("wandb:offline")]
+    lacking = follow(small.run, trackers, project="p", live=False, over=over, patient=True)
+    assert lacking == {
+        trackers[0]: "OSError: the server has gone",
+        trackers[1]: "its process was killed by SIGKILL, as by the kernel when memory runs out",
+    }
+    assert tries[0] == 2
+    assert StateFile(small.run.path, trackers[1]).sent() == {"run": -1}, "it was open, and was sent nothing"
+
+
+def test_a_step_counts_as_progress_once_and_a_state_that_is_written_again_never(tmp_path: Path) -> None:
+    small = crashed_at_9(tmp_path)
+    file = StateFile(small.run.path, target("wandb"))
+    file.path.parent.mkdir()
+    fed = follower.Fed(small.run, target("wandb"), [], patient=True)
+    seen = []
+    for now, (curve, step) in enumerate(
+        [("run", -1), ("run", 3), ("run", -1), ("run", 3), ("run", 4), ("attempt-2", 1)]
+    ):
+        fed._failures = 1
+        file.write(State("small", "abcd", "wandb", {"run": 4, curve: step} if curve != "run" else {"run": step}))
+        os.utime(file.path, ns=(0, now + 1))
+        fed._note_progress(float(now))
+        seen.append((fed._failures, fed._progressed_at))
+    assert seen == [(1, 0.0), (0, 1.0), (1, 1.0), (1, 3.0), (0, 4.0), (0, 5.0)]
 
 
 def test_a_call_that_never_returns_ends_its_process_and_says_where(tmp_path: Path) -> None:
