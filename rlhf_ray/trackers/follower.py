@@ -24,7 +24,7 @@ from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
 from rlhf_ray.processes.child import Ended
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trackers.feeding import CALL_S, EXIT_ERROR, EXIT_REFUSED, OPEN_S
-from rlhf_ray.trackers.state import FOLDER, StateFile
+from rlhf_ray.trackers.state import StateFile, follower_log
 
 LOOK_S = 0.5
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 300.0
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [target(text) for text in options.to],
         project=options.project,
         live=options.live,
-        over=until_input_ends(run, lambda: log_to(run.path / FOLDER / "follower.log")),
+        over=until_input_ends(run, lambda: log_to(follower_log(run.path))),
         patient=True,
     )
     say_what_lacks(run, lacking)

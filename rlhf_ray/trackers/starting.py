@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from rlhf_ray import environment
 from rlhf_ray.config.sections.run import MonitoringConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED
+from rlhf_ray.processes.child import Ended
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.trackers.state import follower_log
 
 LONGEST_S, SHARE = 10.0, 0.003
 """How long a run waits at its end until its trackers have everything: at most so long, and this share of its time."""
@@ -47,7 +50,7 @@ class Followed:
         try:
             assert process.stdin is not None, "it is a pipe"
             process.stdin.close()
-            process.wait(min(LONGEST_S, SHARE * (time.monotonic() - self._began)))
+            code = process.wait(min(LONGEST_S, SHARE * (time.monotonic() - self._began)))
         except subprocess.TimeoutExpired:
             get_logger("trackers").info(
                 "the trackers are sent the rest in the background; where that is cut short, this goes on with it: "
@@ -58,6 +61,17 @@ class Followed:
             get_logger("trackers").warning(
                 "the trackers may lack the rest (%s): rlhf-ray track %s", error, self._run.path
             )
+        else:
+            if code != EXIT_DONE:
+                self._say_how_it_ended(code)
+
+    def _say_how_it_ended(self, code: int) -> None:
+        log = follower_log(self._run.path)
+        how = "ended before they had everything" if code == EXIT_FAILED else Ended(code).how
+        get_logger("trackers").warning(
+            "the process that feeds the trackers %s%s. To send what they lack: rlhf-ray track %s",
+            how, f" (log: {log})" if log.exists() else "", self._run.path,
+        )  # fmt: skip
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:

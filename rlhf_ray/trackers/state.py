@@ -111,6 +111,11 @@ class StateFile:
         return read_bytes(self._lock_path).decode(errors="replace") or "another process"
 
 
+def follower_log(directory: Path) -> Path:
+    """Where the process that has the trackers of a run fed writes once the run is over."""
+    return directory / FOLDER / "follower.log"
+
+
 def states(directory: Path) -> list[State]:
     """What a run knows of its trackers, as far as it can be read."""
     found = []

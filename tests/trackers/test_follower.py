@@ -19,7 +19,7 @@ import pytest
 
 from rlhf_ray.config.sections.run import MonitoringConfig
 from rlhf_ray.config.trackers import target
-from rlhf_ray.trackers import follower
+from rlhf_ray.trackers import follower, starting
 from rlhf_ray.trackers.follower import follow, variables
 from rlhf_ray.trackers.starting import Followed
 from rlhf_ray.trackers.state import State, StateFile, states
@@ -45,6 +45,12 @@ class Run:
         raise OSError("the server has gone")
     def finish(self, **_): pass
 def init(**_): return Run()
+"""
+REFUSES_AT_THE_END = """
+import select
+from rlhf_ray.errors import RequestError
+select.select([0], [], [])
+raise RequestError("not today")
 """
 FEEDING = "rlhf_ray.trackers.feeding"
 DATABASE = {"sqlalchemy": "", "alembic": ""}
@@ -237,6 +243,34 @@ def test_a_run_that_ends_waits_for_a_tracker_that_hangs_for_no_time(
     assert followed._process is not None
     followed._process.kill()
     followed._process.wait(30)
+
+
+def test_a_run_says_that_its_trackers_lack_steps_where_the_follower_says_so_in_time(
+    tmp_path: Path, with_packages: Callable[..., None], project_log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_packages(wandb=REFUSES_AT_THE_END)
+    monkeypatch.setattr(starting, "LONGEST_S", 120.0)
+    monkeypatch.setattr(starting, "SHARE", 1e9)
+    small = SmallRun(tmp_path)
+    Followed(small.run, MonitoringConfig(trackers=["wandb"])).close()
+    log = small.run.path / "trackers/follower.log"
+    assert "wandb has not got everything: not today" in log.read_text()
+    assert (
+        f"the process that feeds the trackers ended before they had everything (log: {log}). "
+        f"To send what they lack: rlhf-ray track {small.run.path}"
+    ) in project_log.getvalue()
+
+
+def test_a_run_says_that_what_feeds_its_trackers_was_killed(tmp_path: Path, project_log: io.StringIO) -> None:
+    small = SmallRun(tmp_path)
+    followed = Followed(small.run, MonitoringConfig(trackers=[f"jsonl:{tmp_path}/lines"]))
+    assert followed._process is not None
+    followed._process.kill()
+    wait_until(lambda: followed._process is not None and psutil.Process(followed._process.pid).status() == "zombie")
+    followed.close()
+    said = project_log.getvalue()
+    assert "the process that feeds the trackers was killed by SIGKILL" in said and "log:" not in said
+    assert f"To send what they lack: rlhf-ray track {small.run.path}" in said
 
 
 def test_the_environment_of_a_tracker_has_no_token_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
