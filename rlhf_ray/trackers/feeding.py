@@ -1,7 +1,8 @@
 """The process that feeds one tracker from the record of a run.
 
 Invariants: rows are sent in order and each once, also after a kill at any moment: what was sent is what the tracker has. A call
-of a tracker that takes too long ends this process. It ends by itself once nobody works on the run and all is sent.
+of a tracker that takes too long ends this process. It ends by itself once nobody works on the run and all is sent. No secret
+of the environment is sent, or written by what is written here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import select
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,15 @@ ROWS_HELD, HELD_S = 100, 2.0
 BUSY_S = 10.0
 """How long to wait for another process that feeds the tracker, such as that of the attempt before."""
 EXIT_REFUSED, EXIT_ERROR = 2, 3
+SECRET_OF_HUBS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+"""wandb and trackio send these to the Hugging Face Hub when they start, and wait for its answer."""
 
 
 class Feeder:
     """Sends what is on record of a run to one tracker, whose ``state`` it keeps.
 
-    ``over(seconds)`` waits so long at most, and says whether nobody works on the run any more.
+    ``over(seconds)`` waits so long at most, and says whether nobody works on the run any more. ``variables`` are those of the
+    environment whose secrets are not sent.
     """
 
     def __init__(
@@ -57,9 +61,10 @@ class Feeder:
         project: str,
         live: bool,
         over: Callable[[float], bool],
+        variables: Mapping[str, str] = os.environ,
     ) -> None:
         self._run, self._tracker, self._file, self._state = run, tracker, file, state
-        self._project, self._live, self._over = project, live, over
+        self._project, self._live, self._over, self._variables = project, live, over, variables
         self._open = ""
         """The curve that the tracker has open."""
 
@@ -88,7 +93,7 @@ class Feeder:
     def _go_on(self, key: str) -> None:
         """Open a curve, so that a wrong setting is told before there is anything to send."""
         self._close(finished=True)
-        config = shown_config(read_mapping(self._run.config_text()).values)
+        config = shown_config(read_mapping(self._run.config_text()).values, self._variables)
         curve = Curve(self._state.run, self._state.id, key, self._project, self._run.path.absolute(), config)
         with _deadline(OPEN_S):
             self._state.sent[key] = self._tracker.open(curve)
@@ -171,10 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--live", action="store_true")
     options = parser.parse_args(arguments)
     wanted = target(options.tracker)
+    variables = dict(os.environ)
+    for name in SECRET_OF_HUBS:  # before anything imports the tracker's package
+        os.environ.pop(name, None)
     try:
         run = RunDirectory(options.run_directory)
     except RlhfRayError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{without_secrets(str(error), variables)}\n")
         return EXIT_ERROR
     file = StateFile(run.path, wanted)
     over = ends_with_input(run)
@@ -190,11 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if lacks := missing(wanted):
             raise RequestError(lacks)
         tracker = make_tracker(wanted)
-        Feeder(run, tracker, file, state, project=options.project, live=options.live, over=over).work()
+        Feeder(
+            run, tracker, file, state, project=options.project, live=options.live, over=over, variables=variables
+        ).work()
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc(), variables))
         is_ours = isinstance(error, RlhfRayError)
-        state.error = without_secrets(str(error) if is_ours else _last_line(error))
+        state.error = without_secrets(str(error) if is_ours else _last_line(error), variables)
         if state.run:
             with suppress(RlhfRayError):  # the same disk may be full
                 file.write(state)

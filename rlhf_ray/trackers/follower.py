@@ -24,6 +24,7 @@ from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
 from rlhf_ray.processes.child import Ended
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trackers.feeding import CALL_S, EXIT_ERROR, EXIT_REFUSED, OPEN_S
+from rlhf_ray.trackers.shown_config import without_secrets
 from rlhf_ray.trackers.state import StateFile, follower_log
 
 LOOK_S = 0.5
@@ -33,8 +34,6 @@ LAST_TRIES = 3
 """How often in a row, without a step sent in between, a tracker may fail once the run is over."""
 PATIENCE_S = 2 * CALL_S
 """How long a tracker may be sent no step once the run is over."""
-SECRET_OF_HUBS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
-"""wandb and trackio send these to the Hugging Face Hub when they start, and wait for its answer."""
 LOG_BYTES = 1 << 20
 
 
@@ -156,7 +155,7 @@ class Fed:
             lines = []
         if code == EXIT_FAILED and any(line.startswith("Timeout (") for line in lines):
             return f"a call of it did not return in time, for which it has {CALL_S:g} s, and {OPEN_S:g} s to begin"
-        last = f" ({lines[-1].strip()})" if code == EXIT_ERROR and lines else ""
+        last = f" ({without_secrets(lines[-1].strip())})" if code == EXIT_ERROR and lines else ""
         return f"its process {Ended(code).how}{last}"
 
 
@@ -166,9 +165,9 @@ def _is_further(sent: Mapping[str, int], than: Mapping[str, int]) -> bool:
 
 
 def variables(wanted: Target) -> dict[str, str]:
-    """The environment of the process that feeds a tracker."""
-    own = {name: value for name, value in os.environ.items() if name not in SECRET_OF_HUBS}
-    own |= {
+    """The environment of the process that feeds a tracker, which itself drops what the tracker's package must not see."""
+    own = {
+        **os.environ,
         **dict.fromkeys(environment.HUB_SWITCHES, "1"),
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "WANDB_ERROR_REPORTING": "false",  # else offline runs send figures about themselves, and wait for an answer

@@ -6,6 +6,7 @@ The processes are real; the packages that misbehave stand in for wandb, mlflow a
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import pytest
 
 from rlhf_ray.config.sections.run import MonitoringConfig
 from rlhf_ray.config.trackers import target
-from rlhf_ray.trackers import follower, starting
+from rlhf_ray.trackers import feeding, follower, starting
 from rlhf_ray.trackers.follower import follow, variables
+from rlhf_ray.trackers.shown_config import WITHHELD
 from rlhf_ray.trackers.starting import Followed
 from rlhf_ray.trackers.state import State, StateFile, states
 from tests.trackers.small_run import SmallRun, crashed_at_9
@@ -52,6 +54,31 @@ from rlhf_ray.errors import RequestError
 select.select([0], [], [])
 raise RequestError("not today")
 """
+FINDS = """
+import json, os, sys
+from pathlib import Path
+text = Path(sys.argv[1], "config.yaml").read_text()
+found = next(line for line in text.splitlines() if "canary" in line)
+"""
+TELLS = (
+    FINDS
+    + """
+class Settings:
+    def __init__(self, **_): pass
+def init(config, **_):
+    handed = {"variables": dict(os.environ), "config": config}
+    Path(sys.argv[1], "handed.json").write_text(json.dumps(handed))
+    raise OSError(found)
+"""
+)
+PRINTS = (
+    FINDS
+    + """
+sys.stderr.write(found + chr(10))
+sys.stderr.flush()
+os._exit(3)
+"""
+)
 FEEDING = "rlhf_ray.trackers.feeding"
 DATABASE = {"sqlalchemy": "", "alembic": ""}
 
@@ -273,13 +300,38 @@ def test_a_run_says_that_what_feeds_its_trackers_was_killed(tmp_path: Path, proj
     assert f"To send what they lack: rlhf-ray track {small.run.path}" in said
 
 
-def test_the_environment_of_a_tracker_has_no_token_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in follower.SECRET_OF_HUBS:
-        monkeypatch.setenv(name, "canary")
+def test_no_token_of_a_hub_is_in_what_a_tracker_is_handed_or_in_what_is_said_of_its_failure(
+    tmp_path: Path, with_packages: Callable[..., None], monkeypatch: pytest.MonkeyPatch, project_log: io.StringIO
+) -> None:
+    with_packages(wandb=TELLS, mlflow=PRINTS, **DATABASE)
+    monkeypatch.setattr(follower, "LAST_TRIES", 1)
+    for name in feeding.SECRET_OF_HUBS:
+        monkeypatch.setenv(name, f"canary-{name}")
+    small = crashed_at_9(
+        tmp_path, f"data.cache={tmp_path}/" + "/".join(f"canary-{name}" for name in feeding.SECRET_OF_HUBS)
+    )
+    wandb, mlflow = target("wandb"), target("mlflow")
+
+    def over(seconds: float) -> bool:
+        time.sleep(0.1)
+        return True
+
+    lacking = follow(small.run, [wandb, mlflow], project="p", live=False, over=over, patient=True)
+    handed = json.loads((small.run.path / "handed.json").read_text())
+    assert handed["config"]["data.cache"] == WITHHELD
+    assert not handed["variables"].keys() & set(feeding.SECRET_OF_HUBS) and "canary" not in repr(handed)
+    assert lacking[wandb].startswith("OSError: ") and lacking[mlflow].startswith("its process ended with 3 (")
+    assert all(cause.count(WITHHELD) == 3 and "canary" not in cause for cause in lacking.values())
+    log = StateFile(small.run.path, wandb).log_path.read_text()
+    assert "Traceback" in log and WITHHELD in log and "canary" not in log
+    assert "canary" not in project_log.getvalue() + (small.run.path / "trackers/wandb.json").read_text()
+
+
+def test_the_environment_of_a_tracker_is_that_of_the_user_and_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "key")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     given = variables(target("trackio:/d"))
-    assert "canary" not in given.values() and given["WANDB_API_KEY"] == "key"
+    assert given["WANDB_API_KEY"] == "key"
     assert given["HF_HUB_OFFLINE"] == "1" and given["TRACKIO_DIR"] == "/d"
     assert given["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7", "what the user has set stays"
