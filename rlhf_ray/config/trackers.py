@@ -7,6 +7,7 @@ of the run, in the list of processes and in every report.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -118,5 +119,9 @@ def missing_packages(trackers: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def key_of(wanted: Target) -> str:
     """Under which name a run keeps what it knows of a tracker; that of two places of one tracker differs."""
-    letters = "".join(letter if letter.isalnum() else "-" for letter in wanted.place).strip("-")
-    return f"{wanted.name}-{letters[-80:]}" if letters else wanted.name
+    if not wanted.place:
+        return wanted.name
+    # The letters are for people. The whole must fit into the name of a file.
+    letters = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in wanted.place).strip("-")
+    digest = hashlib.sha256(wanted.place.encode(errors="surrogatepass")).hexdigest()
+    return "-".join(filter(None, (wanted.name, letters[-80:].strip("-"), digest[:12])))

@@ -9,7 +9,7 @@ import pytest
 from rlhf_ray.config import trackers
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.paths import with_absolute_paths
-from rlhf_ray.config.trackers import NAMES, key_of, missing, problem, target
+from rlhf_ray.config.trackers import NAMES, Target, key_of, missing, problem, target
 from rlhf_ray.errors import ConfigError
 
 WRONG = {
@@ -42,6 +42,26 @@ def test_the_same_tracker_twice_is_refused_and_two_places_of_one_are_not() -> No
     load_config("demo-sft", ["monitoring.trackers=[jsonl:a, jsonl:b]"])
     keys = {key_of(target(text)) for text in ("jsonl:a", "jsonl:b", "wandb", "wandb:offline", "mlflow:http://h:1")}
     assert len(keys) == 5 and all(key.replace("-", "").isalnum() for key in keys)
+
+
+def test_no_two_places_share_a_key_and_every_key_fits_into_the_name_of_a_file() -> None:
+    long = "/deep" * 30
+    places = (
+        "/a/b-c",
+        "/a/b/c",
+        "/a/b/c/",
+        "-",
+        "/",
+        f"/one{long}",
+        f"/two{long}",
+        "/\u65e5" * 90,
+        "/\u672c" * 90,
+        "/\udcff",
+    )
+    keys = {key_of(Target("jsonl", place)) for place in places}
+    assert len(keys) == len(places)
+    assert all(key.isascii() and len(key) < 200 and key.replace("-", "").isalnum() for key in keys)
+    assert key_of(Target("jsonl", "/a/b-c")).startswith("jsonl-a-b-c-") and key_of(Target("wandb")) == "wandb"
 
 
 @pytest.mark.parametrize(
