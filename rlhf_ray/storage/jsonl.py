@@ -13,23 +13,30 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from rlhf_ray.errors import IntegrityError
+from rlhf_ray.errors import IntegrityError, StorageError
 from rlhf_ray.storage.atomic import sync_directory, write_file
 from rlhf_ray.storage.failures import storage_errors
+from rlhf_ray.storage.locks import take_within
 from rlhf_ray.storage.reading import not_a_file, read_bytes
 
 Line = dict[str, Any]
+LOCKED_S = 60.0
+"""How long another process may take to add its lines to a file that is shared."""
 
 
 class JsonLines:
     """One file of JSON lines, with one writer and any number of readers.
 
-    ``check`` says what is wrong with a line that was read, and nothing (an empty text) if it is as it must be.
+    ``check`` says what is wrong with a line that was read, and nothing (an empty text) if it is as it must be. A file that
+    ``is_shared`` has several writers: each locks it while it adds lines, so that none takes the line of another for a torn one.
     """
 
-    def __init__(self, path: str | Path, check: Callable[[Line], str] = lambda line: "") -> None:
+    def __init__(
+        self, path: str | Path, check: Callable[[Line], str] = lambda line: "", *, is_shared: bool = False
+    ) -> None:
         self.path = Path(path)
         self._check = check
+        self._is_shared = is_shared
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line and wait until it is on disk."""
@@ -43,6 +50,10 @@ class JsonLines:
             if not is_new and not self.path.is_file():
                 raise not_a_file(self.path)
             with open(self.path, "ab+") as stream:
+                if self._is_shared and not take_within(stream.fileno(), LOCKED_S):
+                    raise StorageError(
+                        f"another process has locked {self.path} for {LOCKED_S:g} s: end that one, or name another file"
+                    )
                 _cut_torn_end(stream)
                 stream.write(text)
                 stream.flush()

@@ -13,10 +13,12 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from pathlib import Path
 
 from rlhf_ray.console import get_logger
 
+SECONDS_BETWEEN_TRIES = 0.02
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _REGION = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, process; the whole file is 0, 0, 0, 0
 
@@ -31,6 +33,16 @@ def take(descriptor: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         get_logger("storage").warning("this file system has no locks: take care that only one process writes")
+    return True
+
+
+def take_within(descriptor: int, seconds: float) -> bool:
+    """The same, but wait for another process that has the file; false where it still has it after so many seconds."""
+    by = time.monotonic() + seconds
+    while not take(descriptor):
+        if time.monotonic() > by:
+            return False
+        time.sleep(SECONDS_BETWEEN_TRIES)
     return True
 
 

@@ -1,6 +1,6 @@
 """Send rows to a file of JSON lines, such as one that a collector of logs reads.
 
-Invariant: each line is whole and says of which run it is, so that several runs may write to one file.
+Invariant: each line is whole and says of which run it is, so that several runs may write to one file, also at the same time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class JsonLinesTracker:
     """Lines with ``run``, ``id`` (of the curve), ``step``, ``timestamp`` and the metrics."""
 
     def __init__(self, place: str) -> None:
-        self._lines = JsonLines(place)
+        self._lines = JsonLines(place, is_shared=True)
         self._held: list[dict[str, object]] = []
         self._about: dict[str, object] = {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.trackers import Target
-from rlhf_ray.errors import IntegrityError, RequestError
+from rlhf_ray.errors import IntegrityError, RequestError, StorageError
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage import jsonl
+from rlhf_ray.storage.locks import take
 from rlhf_ray.trackers import feeding
 from rlhf_ray.trackers.base import Curve, Tracker
 from rlhf_ray.trackers.feeding import Feeder
@@ -238,6 +242,33 @@ def test_a_damaged_state_is_named_and_nothing_is_sent_as_another_run(content: st
     with pytest.raises(IntegrityError, match="is damaged, so nobody knows as which run"):
         feed(small.run, target)
     assert (tmp_path / "lines.jsonl").read_text() == before
+
+
+def test_runs_that_share_a_file_wait_for_the_line_that_another_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, small = tmp_path / "lines.jsonl", crashed_at_9(tmp_path)
+    with path.open("ab", buffering=0) as other:
+        assert take(other.fileno())
+        other.write(b'{"run": "other", "id": "other-1", ')
+        ours = threading.Thread(target=feed, args=(small.run, Target("jsonl", str(path))))
+        ours.start()
+        by = time.monotonic() + 60
+        while StateFile(small.run.path, Target("jsonl", str(path))).sent() != {"run": -1}:  # the file is open
+            assert time.monotonic() < by
+            time.sleep(0.05)
+        ours.join(0.5)
+        assert ours.is_alive()
+        other.write(b'"step": 1, "timestamp": 1.0}\n')
+    ours.join(60)
+    assert not ours.is_alive()
+    assert [(line["run"], line["step"]) for line in JsonLinesTracker(str(path))._lines.read()] == [
+        ("other", 1), *(("small", step) for step in range(1, 7)),
+    ]  # fmt: skip
+    monkeypatch.setattr(jsonl, "LOCKED_S", 0.1)
+    with path.open("ab") as other, pytest.raises(StorageError, match=r"has locked .* for 0\.1 s: end that one"):
+        assert take(other.fileno())
+        JsonLinesTracker(str(path))._lines.append({"step": 1})
 
 
 def test_one_process_at_a_time_feeds_a_tracker(tmp_path: Path) -> None:
