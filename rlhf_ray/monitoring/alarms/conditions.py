@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from rlhf_ray.monitoring.alarms.readings import Readings
 
@@ -44,59 +44,54 @@ class Condition(Protocol):
 
 
 @dataclass(frozen=True)
-class Above:
+class _Beyond:
+    """A state is on one side of a limit, and has been for all of ``held_s`` seconds; the limit may be a state too."""
+
+    metric: str
+    limit: float | str
+    held_s: int = 0
+    _side: ClassVar[str]
+    _sign: ClassVar[str]
+    _direction: ClassVar[int]
+    """1 where it is the least of the values that says whether all are beyond the limit, -1 where it is the most."""
+    _nearest: ClassVar[str]
+    """That value, as Prometheus calls it."""
+    _of_many: ClassVar[str]
+    """Which one counts where several series say what the state is now."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return _metrics(self.metric, self.limit)
+
+    def holds(self, readings: Readings, at: float) -> bool:
+        limit, values = _limit(readings, self.limit, at), _held(readings, self.metric, self.held_s, at)
+        if limit is None or not values:
+            return False
+        return min(self._direction * value for value in values) > self._direction * limit
+
+    def query(self, series: Series) -> str:
+        name = series(self.metric)
+        over = f"{self._nearest} by (run) ({self._nearest}_over_time({name}[{self.held_s}s]))"
+        value = over if self.held_s else _last(self._of_many, name)
+        return f"{value} {self._sign} {_written(self.limit, series)}{_known(name, self.held_s)}"
+
+    def words(self) -> str:
+        return f"`{self.metric}` is {self._side} {_limit_words(self.limit)}{_held_words(self.held_s)}"
+
+    def reading(self, readings: Readings, at: float) -> str:
+        return _compared(readings, self.metric, self._side, self.limit, at)
+
+
+class Above(_Beyond):
     """A state is above a limit, and has been for all of ``held_s`` seconds; the limit may be a state too."""
 
-    metric: str
-    limit: float | str
-    held_s: int = 0
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return _metrics(self.metric, self.limit)
-
-    def holds(self, readings: Readings, at: float) -> bool:
-        limit, values = _limit(readings, self.limit, at), _held(readings, self.metric, self.held_s, at)
-        return limit is not None and bool(values) and min(values) > limit
-
-    def query(self, series: Series) -> str:
-        name = series(self.metric)
-        least = f"min by (run) (min_over_time({name}[{self.held_s}s]))" if self.held_s else _last("max", name)
-        return f"{least} > {_written(self.limit, series)}{_known(name, self.held_s)}"
-
-    def words(self) -> str:
-        return f"`{self.metric}` is above {_limit_words(self.limit)}{_held_words(self.held_s)}"
-
-    def reading(self, readings: Readings, at: float) -> str:
-        return _compared(readings, self.metric, "above", self.limit, at)
+    _side, _sign, _direction, _nearest, _of_many = "above", ">", 1, "min", "max"
 
 
-@dataclass(frozen=True)
-class Below:
+class Below(_Beyond):
     """A state is below a limit, and has been for all of ``held_s`` seconds; the limit may be a state too."""
 
-    metric: str
-    limit: float | str
-    held_s: int = 0
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return _metrics(self.metric, self.limit)
-
-    def holds(self, readings: Readings, at: float) -> bool:
-        limit, values = _limit(readings, self.limit, at), _held(readings, self.metric, self.held_s, at)
-        return limit is not None and bool(values) and max(values) < limit
-
-    def query(self, series: Series) -> str:
-        name = series(self.metric)
-        most = f"max by (run) (max_over_time({name}[{self.held_s}s]))" if self.held_s else _last("min", name)
-        return f"{most} < {_written(self.limit, series)}{_known(name, self.held_s)}"
-
-    def words(self) -> str:
-        return f"`{self.metric}` is below {_limit_words(self.limit)}{_held_words(self.held_s)}"
-
-    def reading(self, readings: Readings, at: float) -> str:
-        return _compared(readings, self.metric, "below", self.limit, at)
+    _side, _sign, _direction, _nearest, _of_many = "below", "<", -1, "max", "min"
 
 
 @dataclass(frozen=True)
