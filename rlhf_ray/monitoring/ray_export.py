@@ -2,7 +2,8 @@
 
 Invariants: a metric is called ``rlhf_<name>``, and its series differ by the tags ``run``, ``role`` and ``rank`` alone. Of
 the phases of a run exactly one is 1 and every other is 0, from the start on. Ray 2.60 forgets a gauge twice its report interval
-(20 s) after it was last set: ``again`` sets all that still hold. A gauge that a step no longer gives does not hold.
+(20 s) after it was last set: ``again`` sets all that still hold. A gauge that a step, or a look at the state of the run, no
+longer gives does not hold.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from rlhf_ray.monitoring.registry import PHASES, REGISTRY
 
 TAGS = ("run", "role", "rank")
 PHASE_GAUGE = "rlhf_phase"
+SOURCES = frozenset({"time/step", "run/started"})
+"""What the metrics of every step hold, and those of every look at the state of the run."""
 
 
 class RayExporter:
@@ -26,18 +29,18 @@ class RayExporter:
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._held: dict[str, float] = {}
-        self._of_step: frozenset[str] = frozenset()
-        """The gauges that the last step gave."""
+        self._given: dict[str, frozenset[str]] = {}
+        """The gauges that the last step gave, and those that the last look at the state of the run gave."""
         self._lock = threading.Lock()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Set the gauges and raise the counters."""
         gauges = {name: value for name, value in values.items() if REGISTRY[name].kind == "gauge"}
         with self._lock:
-            if "time/step" in values:
-                for gone in self._of_step - gauges.keys():  # not finite any more
+            for source in SOURCES & values.keys():
+                for gone in self._given.get(source, frozenset()) - gauges.keys():  # not finite, or not known, any more
                     self._held.pop(gone, None)
-                self._of_step = frozenset(gauges)
+                self._given[source] = frozenset(gauges)
             self._held |= gauges
             for name, value in gauges.items():
                 self._gauge(name).set(value)

@@ -43,18 +43,17 @@ class Progress:
 
 def vitals(progress: Progress, limits: Limits, longest_commit_s: float) -> dict[str, float]:
     """Metrics of the group *State of the run*; ``longest_commit_s`` is the interval of commits where no steps are named."""
-    values = {"age/commit": progress.now - progress.committed_at, "age/reward_call": progress.reward_call_s}
-    if progress.usual_reward_call_s is not None:
-        values["limit/reward_call"] = limits.of(progress.usual_reward_call_s)
+    values = {"age/reward_call": progress.reward_call_s}
     usual = median(progress.steps_s[-KEPT:]) if progress.steps_s else None
-    commit = _commit_limit(progress.commit_every, usual, longest_commit_s)
-    if commit is not None:
-        values["limit/commit"] = commit
     if progress.last_step_at is None or usual is None:
         return values
-    longer = sum(
-        limits.of(phase.usual_s) for phase in progress.phases if phase.usual_s is None or phase.name in LONG_PHASES
-    )
+    unusual = [phase for phase in progress.phases if phase.usual_s is None or phase.name in LONG_PHASES]
+    longer = sum(limits.of(phase.usual_s) for phase in unusual)
+    if progress.usual_reward_call_s is not None and not unusual:  # an evaluation may have more scored in a call
+        values["limit/reward_call"] = limits.of(progress.usual_reward_call_s)
+    commit = _commit_limit(progress.commit_every, usual, longest_commit_s)
+    if commit is not None:
+        values |= {"age/commit": progress.now - progress.committed_at, "limit/commit": commit + longer}
     limit = max(limits.of(usual), STEP_FLOORS * limits.floor_s) + longer
     step = {"age/step": progress.now - progress.last_step_at, "limit/step": limit}
     return {**values, **step, **_phase(progress, limits)}
@@ -72,10 +71,10 @@ def _phase(progress: Progress, limits: Limits) -> Mapping[str, float]:
     return {"age/phase": age, "limit/phase": limit}
 
 
-def _commit_limit(every: int | None, usual_s: float | None, longest_s: float) -> float | None:
+def _commit_limit(every: int | None, usual_s: float, longest_s: float) -> float | None:
     if every is None:
-        return COMMIT_INTERVALS * longest_s
-    if every == 0 or usual_s is None:
+        return COMMIT_INTERVALS * max(longest_s, usual_s)
+    if every == 0:
         return None
     return max(COMMIT_INTERVALS * every * usual_s, SHORTEST_COMMIT_LIMIT_S)
 

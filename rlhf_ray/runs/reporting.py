@@ -18,6 +18,7 @@ from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.writing import write_value
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.alarms.alarm import Alarm, holding
+from rlhf_ray.monitoring.alarms.readings import Readings
 from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.report.lanes import time_by_rank
 from rlhf_ray.monitoring.report.page import RunReport, render_report
@@ -112,8 +113,7 @@ def alarms(run: RunDirectory, now: float | None = None) -> list[HeldAlarm]:
         return []
     disk = {"disk/free_gb": shutil.disk_usage(run.path).free / 1e9}
     if run.is_owned():
-        void = JsonLines(run.path / "metrics.void.jsonl").read()
-        readings = with_heartbeat(of_lines(run.metrics.read(), void, starts), beat.at, beat.values, beat.events)
+        readings = with_heartbeat(readings_of(run), beat.at, beat.values, beat.events)
     else:
         needed = {name: beat.values[name] for name in ("run/started", "disk/needed_gb") if name in beat.values}
         readings = with_heartbeat(of_lines([]), beat.at, needed, {})
@@ -122,11 +122,18 @@ def alarms(run: RunDirectory, now: float | None = None) -> list[HeldAlarm]:
     return [HeldAlarm(alarm, alarm.condition.reading(readings, now)) for alarm in held]
 
 
+def readings_of(run: RunDirectory) -> Readings:
+    """What the lines of a run's metrics tell its alarms, those that a resume moved aside among them."""
+    starts = [line["timestamp"] for line in run.attempts.read()]
+    return of_lines(run.metrics.read(), JsonLines(run.path / "metrics.void.jsonl").read(), starts)
+
+
 def _alarm_table(run: RunDirectory) -> Table:
     """The alarms that there were, for the report."""
     by_name = {alarm.name: alarm for alarm in REGISTRY.alarms}
     starts = [line["timestamp"] for line in run.attempts.read()]
-    signs = [line["timestamp"] for line in (*run.metrics.read(), *run.attempts.read())]
+    signs, beat = [line["timestamp"] for line in (*run.metrics.read(), *run.attempts.read())], run.heartbeat.read()
+    signs += [] if beat is None else [beat.at]
     goes_on = run.is_owned() and not run.closing_path.exists()  # the last report is written at the end of a run
     last_sign = None if goes_on else max(signs, default=0.0)
     rows = []

@@ -26,18 +26,21 @@ from rlhf_ray.monitoring.alarms.catalogue import DRIFT_S
 from rlhf_ray.monitoring.alarms.readings import Event, Readings, State
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.monitoring.registry import REGISTRY, STATE
-from rlhf_ray.monitoring.run_readings import add_line, of_lines
+from rlhf_ray.monitoring.run_readings import add_line
 from rlhf_ray.monitoring.stalls import Limits
 from rlhf_ray.monitoring.vitals import Progress, room_needed_gb, vitals
 from rlhf_ray.rewards.source import CALL
 from rlhf_ray.runs.alarms.heartbeat import Heartbeat
 from rlhf_ray.runs.alarms.record import AlarmChange
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.trainers.commit_schedule import LONGEST_S
+from rlhf_ray.runs.reporting import readings_of
+from rlhf_ray.trainers.commit_schedule import LONGEST_S, TIMES_ITS_LENGTH
 
 EVERY_S = 5.0
 """Four times before Ray forgets a gauge."""
 JOIN_S = 10.0
+CHECKPOINT = "checkpoint"
+"""The phase for which training stands still for a commit."""
 REMEMBERED_S = 2.0 * DRIFT_S
 EVENTS_S = 3600.0
 """For so long an event stays in the heartbeat."""
@@ -98,8 +101,7 @@ class AlarmWatch:
     def start(self) -> AlarmWatch:
         """Take over what earlier attempts have recorded, and begin."""
         now = time.time()
-        lines, attempts = self.run.metrics.read(), self.run.attempts.read()
-        before = of_lines(lines, starts=[line["timestamp"] for line in attempts]).since(now - REMEMBERED_S)
+        lines, before = self.run.metrics.read(), readings_of(self.run).since(now - REMEMBERED_S)
         self._states = {name: list(every) for name, every in before.states.items()}
         self._events = {name: list(every) for name, every in before.events.items()}
         self._steps_s = [line["time/step"] for line in lines if line.get("time/step") is not None]
@@ -181,7 +183,9 @@ class AlarmWatch:
             reward_call_s=events.oldest_call(CALL),
             usual_reward_call_s=events.usual_call(CALL),
         )
-        values = {"run/started": self._started, **vitals(progress, self._limits, LONGEST_S)}
+        stands_still_s = self.clock.durations.median(CHECKPOINT) or 0.0
+        longest_s = max(LONGEST_S, TIMES_ITS_LENGTH * stands_still_s)  # as the schedule of commits has it
+        values = {"run/started": self._started, **vitals(progress, self._limits, longest_s)}
         values |= {"disk/free_gb": shutil.disk_usage(self.run.path).free / 1e9, "memory/used_share": used_share()}
         values["disk/needed_gb"] = room_needed_gb(self._commit_bytes(newest))
         if self.engines_down is not None:

@@ -110,7 +110,8 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
     done = max((event["step"] for event in before if event["what"] == "step"), default=0)
     finished = _finished(after, begun)
     following = _finished(after, begun + 1) or finished
-    signs = [moment for one in incidents for moment in (one.at, one.at + one.seconds)]
+    # The driver notes those of others as it notices them and as it goes on; one of its own is noted because it was silent.
+    signs = [moment for one in incidents if one.role != "driver" for moment in (one.at, one.at + one.seconds)]
     incidents = [one for one in incidents if hit["at"] <= one.at < next_hit]
     drivers = [event["at"] for event in after if event["what"] == "driver" and event["at"] < next_hit]
     troubled = [*drivers, *(one.at for one in incidents)]

@@ -87,6 +87,9 @@ def test_a_hit_is_read_with_what_it_cost() -> None:
     assert reading == matrix_verdicts.Reading(IN_PLACE, 12.0, 8.0, 2.0, 1, 8.0), (
         "what came after its step is not its affair"
     )
+    of_driver = dataclasses.replace(noticed, role="driver", rank=None, seconds=1.0)
+    silent = read_hit(events(*BEFORE, *REDONE), "policy/update/hang", [early, of_driver])
+    assert silent is not None and silent.silence_s == 10.0, "that the driver was silent is no sign of it"
     unnoticed = read_hit(events(*BEFORE, *REDONE), "policy/update/hang", [early])
     assert unnoticed is not None and (unnoticed.detected_s, unnoticed.silence_s) == (None, 10.0)
     restarted = read_hit(events(*BEFORE, (10.0, "driver", {}), *REDONE), "policy/update/hang")

@@ -89,6 +89,8 @@ def test_gauges_that_hold_stay_at_the_agent_and_one_that_is_not_finite_any_more_
     exporter.log(1, {"time/step": 1.0, "loss/policy": 0.5})
     exporter.log(1, {"evaluation/gold": 0.25})
     exporter.log(2, {"time/step": 2.0})
+    exporter.log(2, {"run/started": 1.0, "age/step": 3.0, "age/phase": 5.0})
+    exporter.log(2, {"run/started": 1.0, "age/step": 4.0})
 
     def held(name: str) -> float | None:
         return series(agent, queried_series(name), "role").get("held")
@@ -101,6 +103,7 @@ def test_gauges_that_hold_stay_at_the_agent_and_one_that_is_not_finite_any_more_
         time.sleep(0.2)
     assert (held("time/step"), held("evaluation/gold")) == (2.0, 0.25)
     assert held("loss/policy") is None
+    assert (held("age/step"), held("age/phase")) == (4.0, None), "the last look knew of no phase that is overdue"
     deadline = time.monotonic() + SECONDS
     while held("time/step") is not None:
         assert time.monotonic() < deadline, "a gauge that is not set again stays: the rest of this test shows nothing"

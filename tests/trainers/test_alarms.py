@@ -22,8 +22,10 @@ from rlhf_ray.rewards.client import RewardClient
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource, score_or_hold
 from rlhf_ray.rollout.health import FleetHealth, HealthPolicy
+from rlhf_ray.runs.alarms.heartbeat import Heartbeat
+from rlhf_ray.runs.alarms.record import AlarmChange
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.runs.reporting import alarms, write_report
+from rlhf_ray.runs.reporting import _alarm_table, _duration, alarms, write_report
 from rlhf_ray.trainers import alarm_watch
 from rlhf_ray.trainers.alarm_watch import AlarmWatch
 from rlhf_ray.trainers.ppo.build import watch_engines
@@ -159,6 +161,27 @@ def test_a_driver_that_is_stopped_or_gone_is_told_and_one_that_ended_in_order_is
     watched.watch._started = 1.0
     watched.watch.stop(in_order=True)
     assert names(watched.run, time.time() + 61) == set()
+
+
+def test_after_a_resume_the_watch_counts_what_was_undone_as_status_does(watched: Watched) -> None:
+    watched.watch.stop(in_order=False)
+    undone = {"step": 1, "timestamp": time.time() - 5.0, "updates/skipped": 1.0}
+    (watched.run.path / "metrics.void.jsonl").write_text(json.dumps(undone) + "\n")
+    watched.watch = AlarmWatch(watched.run, watched.watch.config, watched.clock, (watched,))
+    watched.watch.start()
+    watched.watch.log(2, {"time/step": 0.1, "step": 2.0})
+    assert watched.look() == {"UpdatesSkipped"}
+    watched.watch.stop(in_order=True)
+
+
+def test_an_alarm_that_held_when_a_run_broke_off_lasted_until_its_last_sign_of_life(watched: Watched) -> None:
+    watched.watch.stop(in_order=False)
+    watched.run.attempts.append({"attempt": 1, "from_step": 0, "timestamp": 90.0})
+    watched.run.alarms.add(AlarmChange(100.0, 1, "RewardFailing", "critical", True, "it fails"))
+    watched.run.heartbeat.write(Heartbeat(160.0, "scoring", 95.0, 1.0, {"run/started": 90.0}, {}))
+    watched.run.release()
+    (row,) = _alarm_table(watched.run).rows
+    assert row[0] == "RewardFailing" and row[3] == _duration(60.0)
 
 
 def test_nothing_that_fails_in_the_watch_ends_a_run(watched: Watched, project_log: io.StringIO) -> None:

@@ -154,7 +154,7 @@ def test_limits_are_six_medians_and_at_least_the_floor_and_none_before_a_step_ha
     assert (values["age/commit"], values["limit/commit"]) == (50.0, 1800.0)
     assert values["age/reward_call"] == 0.0 and "limit/reward_call" not in values
     first = vitals(progress(last_step_at=None), LIMITS, 900.0)
-    assert not first.keys() & {"age/step", "limit/step", "age/phase", "limit/phase"}
+    assert first == {"age/reward_call": 0.0}, "no limit is known, and no age that would be held against one"
     assert vitals(progress(steps_s=(10.0,) * 30), LIMITS, 900.0)["limit/step"] == 60.0
 
 
@@ -172,9 +172,17 @@ def test_a_call_to_the_reward_source_has_a_limit_of_its_own() -> None:
     assert vitals(waiting, LIMITS, 900.0)["limit/phase"] == 10.0
     values = vitals(replace(waiting, usual_reward_call_s=3.0), LIMITS, 900.0)
     assert (values["age/reward_call"], values["limit/reward_call"]) == (80.0, 18.0) and "limit/phase" not in values
+    evaluating = replace(waiting, usual_reward_call_s=3.0, phases=[OpenPhase("evaluation", 20.0, 30.0)])
+    assert "limit/reward_call" not in vitals(evaluating, LIMITS, 900.0), "an evaluation has more scored in a call"
 
 
 @pytest.mark.parametrize(("every", "limit"), [(None, 1800.0), (0, None), (10, 600.0), (1000, 6000.0)])
 def test_a_commit_is_old_after_two_intervals(every: int | None, limit: float | None) -> None:
     assert vitals(progress(commit_every=every), LIMITS, 900.0).get("limit/commit") == limit
+    evaluating = progress(commit_every=every, phases=[OpenPhase("evaluation", 20.0, 30.0)])
+    assert vitals(evaluating, LIMITS, 900.0).get("limit/commit") == (None if limit is None else limit + 180.0)
     assert room_needed_gb(0) == 0.1 and room_needed_gb(10**10) == 20.0
+
+
+def test_a_step_that_is_longer_than_the_interval_of_commits_makes_none_overdue() -> None:
+    assert vitals(progress(steps_s=(2000.0,)), LIMITS, 900.0)["limit/commit"] == 4000.0
