@@ -125,6 +125,17 @@ def printable(text: str) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """A time in at most two units that follow one another, such as ``1 h 59 min``; a second one that is 0 is left out."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    counts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((place for place, (count, _) in enumerate(counts) if count), len(counts) - 1)
+    (most, unit), *others = counts[first : first + 2]
+    return " ".join([f"{most} {unit}", *(f"{count} {unit}" for count, unit in others if count)])
+
+
 def say(text: str) -> None:
     """Print ``text`` on standard error without wrapping it or reading markup in it; a terminal that is gone costs nothing."""
     with suppress(OSError, ValueError):  # ValueError: it was closed in this process

@@ -28,6 +28,8 @@ class Loading:
     """Held by the thread that starts it again, until its model is loaded; may be entered again and again."""
     rank: int | None = None
     """The number of an engine; None of a group."""
+    waits: bool = False
+    """Whether ``load`` waits for its processes first, as it does where several ranks have to meet."""
 
     def begin(self) -> Pending[Any]:
         """Begin to load; an error of that is one of the loading."""

@@ -78,7 +78,8 @@ class PlacedGroup(Generic[AnyGroup]):
     @property
     def loading(self) -> Loading:
         """Its loading, which may be begun again with other processes."""
-        return Loading(self.group.role, self.load, self.group.restart, self.group.restarting)
+        group = self.group
+        return Loading(group.role, self.load, group.restart, group.restarting, waits=group.size > 1)
 
 
 def place_group(

@@ -1,9 +1,10 @@
 """What the processes of a run do and when: spans, which each process writes to a file of its own as they begin and end.
 
 Invariants: the line of what began or ended is in the file before the work goes on, so that a process that is killed loses
-nothing that had ended. A line that cannot be written stops nothing. A process keeps at most twice ``PART_BYTES``. A line holds
-names of roles, methods, phases and reward sources, times and ids, and nothing that a user wrote or a model read. Where nothing
-records, every function here does nothing.
+nothing that had ended, but for the last wait of each thread: a wait may go on, so its line is written when the thread does
+something else, or when the process stops to record. A line that cannot be written stops nothing, and leaves no part of itself.
+A process keeps at most twice ``PART_BYTES``. A line holds names of roles, methods, phases and reward sources, times and ids,
+and nothing that a user wrote or a model read. Where nothing records, every function here does nothing.
 
 A span of a rank says which call it answers and when the driver sent that, since a call carries its :class:`Context`. Times are
 microseconds of the monotonic clock of the process' machine; the first line of a file says what that clock and the clock on the
@@ -12,6 +13,7 @@ wall showed. ``monitoring/spans`` reads the files and brings the clocks of sever
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,12 +21,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_ray.console import get_logger
+from rlhf_ray.processes.clock import boot, born_us, now_us
 from rlhf_ray.processes.open_telemetry import render
 
 PART_BYTES = 2**20
@@ -38,7 +41,6 @@ LONGEST_US, MOST_CALLS = 60_000_000, 64
 OLDER = ".older"
 CONTEXT = "_context"
 """The argument with which a method of an actor gets the context of its call."""
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _ids = random.Random(int.from_bytes(os.urandom(8), "big"))
 """Its own, so that the seeds of a run draw the same with spans and without."""
@@ -76,16 +78,19 @@ class Sent(NamedTuple):
 class _Wait:
     """What a thread waited for last, which goes on if it waits again at once."""
 
-    def __init__(self, begin: int) -> None:
+    def __init__(self, name: str, begin: int) -> None:
+        self.name = name
         self.begin = self.end = begin
+        self.thread = _thread()
         self.calls: dict[str, str] = {}
         self.answered: list[str] = []
-        self.name = ""
+        self.open = False
+        """Whether the thread waits now."""
 
     def goes_on(self, name: str, now: int) -> bool:
-        """Whether a wait that begins now is this one still."""
+        """Whether a wait of the same thread that begins now is this one still."""
         soon, long = now - self.end <= TOGETHER_US, now - self.begin > LONGEST_US or len(self.calls) >= MOST_CALLS
-        return soon and not long and self.name == name
+        return soon and not long and self.name == name and self.thread == _thread()
 
 
 class Recorder:
@@ -104,18 +109,19 @@ class Recorder:
         """The span of everything before the first step, while it lasts."""
         self._open: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        self._waits = threading.local()
+        self._waits: dict[int, _Wait] = {}
+        """The last wait of each thread, by its number."""
         now, wall = now_us(), time.time_ns() // 1000
         self._wall_offset = wall - now
         self._header = {
             "lane": lane,
             "driver": self.driver,
             "host": socket.gethostname(),
-            "boot": _boot(),
+            "boot": boot(),
             "pid": os.getpid(),
             "clock": now,
             "wall": wall,
-            "born": _born_us(now),
+            "born": born_us(now),
         }
 
     def begin(self, name: str, kind: str, *, trace: str = "", **about: Any) -> str:
@@ -135,7 +141,13 @@ class Recorder:
 
     def add(self, name: str, kind: str, begin: int, end: int, **about: Any) -> None:
         """Write a span that has begun and ended."""
-        span = {"id": new_id(), "name": name, "kind": kind, "begin": begin, "end": end, **_thread(), **about}
+        wait = self._waits.get(threading.get_ident())
+        if wait is not None and not wait.open:
+            self._end_wait()
+        self._add({"name": name, "kind": kind, "begin": begin, "end": end, **_thread(), **about})
+
+    def _add(self, about: Mapping[str, Any]) -> None:
+        span = {"id": new_id(), **about}
         self._write(self.path, span)
         self._tell(span | {"trace": self.trace})
 
@@ -160,27 +172,27 @@ class Recorder:
 
         A wait ``for_all`` that returns has seen the answers.
         """
-        now, wait = now_us(), getattr(self._waits, "last", None)
+        now, wait = now_us(), self._waits.get(threading.get_ident())
         if wait is None or not wait.goes_on(name, now):
             self._end_wait()
-            wait = self._waits.last = _Wait(now)
-            wait.name = name
+            wait = self._waits[threading.get_ident()] = _Wait(name, now)
         wait.calls |= {call.call: call.name for call in calls}
+        wait.open = True
         try:
             yield
             if for_all:
                 wait.answered += [call.call for call in calls]
         finally:
-            wait.end = now_us()
+            wait.end, wait.open = now_us(), False
 
-    def _end_wait(self) -> None:
-        wait = getattr(self._waits, "last", None)
+    def _end_wait(self, thread: int | None = None) -> None:
+        """Write the last wait of a thread, by default of this one."""
+        wait = self._waits.pop(threading.get_ident() if thread is None else thread, None)
         if wait is None:
             return
-        self._waits.last = None
         known = {"calls": wait.calls, "answered": wait.answered} if wait.calls else {}
         name = wait.name or ", ".join(sorted(set(wait.calls.values())))
-        self.add(name, "wait", wait.begin, wait.end, **known)
+        self._add({"name": name, "kind": "wait", "begin": wait.begin, "end": wait.end, **wait.thread, **known})
 
     def started(self) -> None:
         """The first step begins now."""
@@ -189,8 +201,10 @@ class Recorder:
             self.end(span)
 
     def close(self) -> None:
-        """Write what this thread waited for last, and say how much was lost."""
-        self._end_wait()
+        """Write what each thread waited for last, and say how much was lost."""
+        for thread, wait in list(self._waits.items()):
+            if not wait.open:
+                self._end_wait(thread)
         if self.lost:
             get_logger("spans").warning("%d lines of %s could not be written", self.lost, self.path)
 
@@ -212,9 +226,13 @@ class Recorder:
                     os.replace(path, path.with_name(path.name + OLDER))
                 descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
                 try:
-                    if header and not os.fstat(descriptor).st_size:
+                    size = os.fstat(descriptor).st_size
+                    if header and not size:
                         text = json.dumps(self._header, separators=(",", ":")).encode() + b"\n" + text
-                    os.write(descriptor, text)
+                    written = os.write(descriptor, text)
+                    if written < len(text):
+                        os.ftruncate(descriptor, size)  # else the next line would be torn with this one
+                        raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were written")
                 finally:
                     os.close(descriptor)
         except OSError as error:
@@ -229,17 +247,13 @@ _of_process: list[Recorder] = []
 """The recorder of this process, if it is a driver that records; the last one counts."""
 _of_ranks: dict[tuple[str, str], Recorder] = {}
 """In the process of a rank, by directory and lane."""
+_one_for_each_lane = threading.Lock()
 
 
 @contextmanager
 def recording(directory: Path, open_telemetry: Path | None = None) -> Iterator[None]:
     """Record what this process, the driver, and those that it calls do in the ``with`` block."""
-    try:
-        for place in filter(None, (directory, open_telemetry)):
-            place.mkdir(exist_ok=True)
-            _remove_oldest(place)
-    except OSError as error:
-        get_logger("spans").warning("%s cannot be written (%s): the run goes on without it", directory, error)
+    if not _made(directory, open_telemetry):
         yield
         return
     recorder = Recorder(
@@ -256,6 +270,18 @@ def recording(directory: Path, open_telemetry: Path | None = None) -> Iterator[N
     finally:
         _of_process.remove(recorder)
         recorder.close()
+
+
+def _made(*directories: Path | None) -> bool:
+    """Whether there is room in all of them, once the oldest files are gone."""
+    for directory in filter(None, directories):
+        try:
+            directory.mkdir(exist_ok=True)
+            _remove_oldest(directory)
+        except OSError as error:
+            get_logger("spans").warning("%s cannot be written (%s): the run goes on without it", directory, error)
+            return False
+    return True
 
 
 def recorder() -> Recorder | None:
@@ -312,10 +338,11 @@ def answering(context: Context, rank: int, method: str) -> Iterator[None]:
     lane = f"{context.role}/{rank}"
     here, more = recorder(), dict[str, Any]()
     if here is None or here.lane != "driver":
-        here = _of_ranks.get((context.directory, lane))
-        if here is None:
-            here = Recorder(context.directory, lane, open_telemetry=context.open_telemetry, driver=context.driver)
-            _of_ranks[context.directory, lane] = here
+        with _one_for_each_lane:
+            here = _of_ranks.get((context.directory, lane))
+            if here is None:
+                here = Recorder(context.directory, lane, open_telemetry=context.open_telemetry, driver=context.driver)
+                _of_ranks[context.directory, lane] = here
     else:
         more |= {"lane": lane, "inline": True}
     kind = "beside" if context.beside else "call"
@@ -351,11 +378,6 @@ def end_step(step: int, begin_s: float, end_s: float) -> None:
         here.trace = new_id(32)
 
 
-def now_us() -> int:
-    """Microseconds of the monotonic clock, which all processes of a machine share."""
-    return time.monotonic_ns() // 1000
-
-
 def new_id(digits: int = 16) -> str:
     """A random id of so many hexadecimal digits."""
     return f"{_ids.getrandbits(4 * digits):0{digits}x}"
@@ -365,24 +387,6 @@ def _thread() -> dict[str, str]:
     """The name of the thread, where it is not the main one of a driver; Ray runs the calls of a rank in others."""
     thread = threading.current_thread()
     return {} if thread is threading.main_thread() else {"thread": thread.name}
-
-
-def _boot() -> str:
-    """Tells machines, and their starts, apart: what has the same has the same monotonic clock."""
-    try:
-        return BOOT.read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
-def _born_us(now: int) -> int:
-    """When this process started, by the monotonic clock; ``now`` where Linux does not say."""
-    with suppress(OSError, ValueError, IndexError, AttributeError):
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        started_s = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
-        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
-        return now - max(round(age_s * 1e6), 0)
-    return now
 
 
 def _remove_oldest(directory: Path) -> None:

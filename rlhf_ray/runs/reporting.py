@@ -16,11 +16,12 @@ from typing import Any
 from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.writing import write_value
+from rlhf_ray.console import duration, get_logger
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring.alarms.alarm import Alarm, holding
 from rlhf_ray.monitoring.alarms.readings import Readings
 from rlhf_ray.monitoring.registry import REGISTRY
-from rlhf_ray.monitoring.report.lanes import time_by_rank
+from rlhf_ray.monitoring.report.lanes import TimeByRank, time_by_rank
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.monitoring.report.summary import Table
 from rlhf_ray.monitoring.run_readings import of_lines, with_heartbeat
@@ -68,7 +69,7 @@ def status(run: RunDirectory) -> dict[str, str]:
     lines, checkpoints = run.metrics.read(), run.checkpoints.steps()
     rows = {"run": str(run.path), "state": _state(run), **_facts(run)}
     if lines:
-        rows["last line"] = f"{_duration(time.time() - lines[-1]['timestamp'])} ago"
+        rows["last line"] = f"{duration(time.time() - lines[-1]['timestamp'])} ago"
     cluster = remembered(run)
     if cluster is not None:
         rows["cluster"] = f"{cluster.address} ({cluster.session})"
@@ -139,7 +140,7 @@ def _alarm_table(run: RunDirectory) -> Table:
     rows = []
     for past in history(run.alarms.read(), starts, last_sign):
         alarm = by_name.get(past.alarm)
-        lasted = "holds" if past.ended is None else _duration(past.ended - past.began)
+        lasted = "holds" if past.ended is None else duration(past.ended - past.began)
         began = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(past.began))}, after step {past.step}"
         texts = ("", "") if alarm is None else (f"{alarm.meaning} ({past.reading})", alarm.way_out)
         rows.append((past.alarm, past.severity, began, lasted, *texts))
@@ -169,9 +170,9 @@ def _time_facts(run: RunDirectory) -> dict[str, str]:
     if not spent.whole_s:
         return {}
     lost = sorted(spent.lost_s.items(), key=lambda reason: -reason[1])
-    facts = {"useful time": f"{spent.share:.1%} of {_duration(spent.whole_s)}"}
+    facts = {"useful time": f"{spent.share:.1%} of {duration(spent.whole_s)}"}
     if lost:
-        facts["time lost"] = ", ".join(f"{reason} {_duration(seconds)}" for reason, seconds in lost)
+        facts["time lost"] = ", ".join(f"{reason} {duration(seconds)}" for reason, seconds in lost)
     return facts
 
 
@@ -197,8 +198,20 @@ def _read_run(run: RunDirectory) -> RunReport:
         summary=replace(summary, facts={**_facts(run), **summary.facts}),
         config=run.config_text(),
         alarms=_alarm_table(run),
-        time_by_rank=time_by_rank(SpanFiles(run.spans).read().attempts()),
+        time_by_rank=_time_by_rank(run),
     )
+
+
+def _time_by_rank(run: RunDirectory) -> TimeByRank | None:
+    """Why a step was slow; left out where its spans cannot be read, since a run does not stay without a report for that."""
+    try:
+        return time_by_rank(SpanFiles(run.spans).read().attempts())
+    except Exception as error:
+        get_logger("spans").warning(
+            "%s cannot be read, so the report does not say why a step was slow: %r; without these files it is written as for a "
+            "run without spans", run.spans, error,
+        )  # fmt: skip
+        return None
 
 
 def _facts(run: RunDirectory) -> dict[str, str]:
@@ -209,7 +222,7 @@ def _facts(run: RunDirectory) -> dict[str, str]:
     if starts:
         facts["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(starts[0]))
     if starts and lines:
-        facts["took"] = _duration(lines[-1]["timestamp"] - starts[0])
+        facts["took"] = duration(lines[-1]["timestamp"] - starts[0])
         facts["steps"] = str(lines[-1]["step"])
     if len(starts) > 1:
         facts["starts"] = str(len(starts))
@@ -230,9 +243,3 @@ def _changes(run: RunDirectory) -> list[str]:
         if changes:
             phrases.append(f"after step {line['from_step']}: {', '.join(changes)}")
     return phrases
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

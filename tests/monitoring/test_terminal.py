@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from rlhf_ray.monitoring.terminal.drawing import ASCII_LEVELS, LEVELS, Pen, duration, squeezed
+from rlhf_ray.monitoring.terminal.drawing import ASCII_LEVELS, LEVELS, Pen, squeezed
 from rlhf_ray.monitoring.terminal.live import Phase, RunAlarm, RunState, live_view, log_lines
 from rlhf_ray.monitoring.terminal.samples import compared_view, samples_view, token_view
 

@@ -2,7 +2,8 @@
 
 Invariants: only files of the run directory are read, so that any machine that sees it can follow, and nothing of the run waits.
 A file that cannot be read costs a picture, and is an error where it could not from the start, or five times in a row. Following
-ends with the run, or on Ctrl-C, which is no failure.
+ends when the run has finished, or on Ctrl-C, which is no failure; without a terminal also when nobody has gone on with the run
+for two minutes, in which a driver that died would have been started again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rlhf_ray.config.reading import read_mapping
-from rlhf_ray.console import write_result
+from rlhf_ray.console import printable, write_result
 from rlhf_ray.errors import EXIT_DONE, Interrupted, RlhfRayError
 from rlhf_ray.monitoring.terminal.drawing import Pen
 from rlhf_ray.monitoring.terminal.live import Phase, RunAlarm, RunState, live_view, log_lines
@@ -27,7 +28,8 @@ from rlhf_ray.runs.reporting import alarms, status
 
 SECONDS_BETWEEN_PICTURES, SECONDS_BETWEEN_LINES = 1.0, 10.0
 TRIES = 5
-PLAIN_STATES = ("running", "finished")
+GIVEN_UP_S = 120.0
+"""A run that for so long no process has owned, and that gave no sign of life, is not started again by itself."""
 
 
 def read_state(run: RunDirectory, *, now: float) -> RunState:
@@ -39,7 +41,7 @@ def read_state(run: RunDirectory, *, now: float) -> RunState:
     return RunState(
         name=run.path.resolve().name,
         kind=told["kind"],
-        state=state if state in PLAIN_STATES else state.partition(";")[0].partition(",")[0],
+        state=state.partition(";")[0].partition(",")[0],
         lines=lines,
         total=steps if isinstance(steps, int) else None,
         age_s=now - lines[-1]["timestamp"] if lines else None,
@@ -82,7 +84,7 @@ def _facts(told: Mapping[str, str]) -> dict[str, str]:
 
 
 def follow(run: RunDirectory) -> int:
-    """Show a run until it has finished or the caller wants no more."""
+    """Show a run until it has finished or the caller wants no more; without a terminal also until nobody goes on with it."""
     try:
         if sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
             _paint(run)
@@ -136,13 +138,26 @@ def _paint(run: RunDirectory) -> None:
 
 
 def _tell(run: RunDirectory) -> None:
-    before, read = None, Reader(run)
+    before, read, alive_at = None, Reader(run), time.time()
     while True:
-        state = read()
+        state, now = read(), time.time()
         if state is not None:
-            if new := log_lines(before, state):
+            new = log_lines(before, state)
+            alive_at = now if state.state == "running" else max(alive_at, _last_sign(run, now))
+            given_up = now - alive_at > GIVEN_UP_S
+            if given_up and state.state != "finished":
+                way_on = f"; {state.facts['to do']}" if "to do" in state.facts else ""
+                how = f"{state.name}: {state.state} after step {state.step}, and nobody goes on with it{way_on}"
+                new.append(printable(how))
+            if new:
                 write_result("".join(f"{time.strftime('%H:%M:%S')} {line}\n" for line in new))
             before = state
-            if state.state == "finished":
+            if given_up or state.state == "finished":
                 return
         time.sleep(SECONDS_BETWEEN_LINES)
+
+
+def _last_sign(run: RunDirectory, now: float) -> float:
+    """When the driver, which may be on another machine, said last that it lives; never later than now."""
+    beat = run.heartbeat.read()
+    return 0.0 if beat is None else min(beat.at, now)

@@ -19,7 +19,8 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "--follow",
         action="store_true",
-        help="show it again and again until the run has finished: a picture on a terminal, else lines for what is new",
+        help="show it again and again until the run has finished: a picture on a terminal, else lines for what is new, "
+        "which also end when nobody has gone on with the run for two minutes",
     )
     command.add_argument("--json", action="store_true", help="one JSON object, with the alarms that hold, for programs")
     command.set_defaults(run=run)

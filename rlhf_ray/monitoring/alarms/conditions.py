@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from rlhf_ray.console import duration
 from rlhf_ray.monitoring.alarms.readings import Readings
 
 GAP_S = 120
@@ -116,11 +117,11 @@ class Counted:
 
     def words(self) -> str:
         least = f" by more than {self.more_than:g}" if self.more_than else ""
-        return f"`{self.metric}` has grown{least} within {_duration(self.within_s)}"
+        return f"`{self.metric}` has grown{least} within {duration(self.within_s)}"
 
     def reading(self, readings: Readings, at: float) -> str:
         count = readings.counted(self.metric, at - self.within_s, at)
-        return f"{self.metric} has grown by {count:g} in {_duration(self.within_s)}"
+        return f"{self.metric} has grown by {count:g} in {duration(self.within_s)}"
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ class Changed:
         return f"({now} > {self.factor:g} * {before}) or ({self.factor:g} * {now} < {before})"
 
     def words(self) -> str:
-        ago = f"{_duration(self.within_s)} ago"
+        ago = f"{duration(self.within_s)} ago"
         return f"`{self.metric}` is {self.factor:g} times what it was {ago}, or 1/{self.factor:g} of it"
 
     def reading(self, readings: Readings, at: float) -> str:
         now, before = readings.value(self.metric, at), readings.value(self.metric, at - self.within_s)
-        return f"{self.metric} is {_number(now)}, and was {_number(before)} {_duration(self.within_s)} ago"
+        return f"{self.metric} is {_number(now)}, and was {_number(before)} {duration(self.within_s)} ago"
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,10 @@ class Silent:
         return f"({lived}) unless max by (run) (last_over_time({series(self.metric)}[{self.for_s}s]))"
 
     def words(self) -> str:
-        return f"no sign of life (`{self.metric}`) for {_duration(self.for_s)}"
+        return f"no sign of life (`{self.metric}`) for {duration(self.for_s)}"
 
     def reading(self, readings: Readings, at: float) -> str:
-        return f"the last sign of life was {_duration(at - readings.seen(self.metric, at))} ago"
+        return f"the last sign of life was {duration(at - readings.seen(self.metric, at))} ago"
 
 
 @dataclass(frozen=True)
@@ -247,12 +248,8 @@ def _limit_words(limit: float | str) -> str:
 
 
 def _held_words(held_s: int) -> str:
-    return f" for {_duration(held_s)}" if held_s else ""
+    return f" for {duration(held_s)}" if held_s else ""
 
 
 def _number(value: float | None) -> str:
     return "not known" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -20,6 +20,7 @@ SHORTEST = 0.002
 """Shorter parts of a step are drawn as what lies beside them."""
 SHOWN_REASONS = 3
 SHOWN_PARTS = 8
+CUT = "Some files hold less than one step: what their processes did before looks like a start or a wait."
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,16 @@ class TimeByRank:
 
 
 def time_by_rank(attempts: Sequence[Attempt]) -> TimeByRank | None:
-    """The slowest step that is recorded beside the usual one, by the last attempt that ended any; None where none did."""
-    measured = [(cut, step) for attempt in attempts for step, cut in attempt.by_step()]
-    if not measured:
+    """The slowest step that is recorded beside the usual one, by the last attempt that ended any; None where none did.
+
+    Of the steps of that attempt those count of which nothing is lost, as long as there are any.
+    """
+    last = next((attempt for attempt in reversed(attempts) if attempt.steps()), None)
+    if last is None:
         return None
+    every = [(cut, step) for step, cut in last.by_step()]
+    whole = [(cut, step) for cut, step in every if cut.whole_since is None or step.begin >= cut.whole_since]
+    measured = whole or every
     by_time = sorted(measured, key=lambda one: one[1].seconds)
     slow = by_time[-1]
     usual = next(one for one in by_time if one[1].seconds == median_low(step.seconds for _, step in by_time))
@@ -96,7 +103,7 @@ def time_by_rank(attempts: Sequence[Attempt]) -> TimeByRank | None:
         ],
         legend=[*((name, f"b{colour}") for name, colour in colours.items()), ("waits", "idle")],
         idle=_idle(measured),
-        note=_damage(attempts),
+        note=" ".join(filter(None, (_damage(attempts), "" if whole else CUT))),
     )
 
 
@@ -172,8 +179,10 @@ def _rows(path: Mapping[str, float], usual: Mapping[str, float], whole: float) -
 
 
 def _answer(slow: Step, usual: Step, path: Mapping[str, float], usual_path: Mapping[str, float]) -> str:
-    longest, seconds = max(path.items(), key=lambda one: one[1])
     text = f"The slowest recorded step, {slow.number}, took {number(slow.seconds, 3)} s"
+    if not path:  # it took no time, and so none did
+        return f"{text}."
+    longest, seconds = max(path.items(), key=lambda one: one[1])
     share = f"{seconds / slow.seconds:.0%}" if slow.seconds else "all"
     if slow == usual:
         return f"{text}. {share} of its critical path is {longest}."

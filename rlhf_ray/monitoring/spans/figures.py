@@ -1,6 +1,7 @@
 """The metrics of a step that come from spans: where its critical path ran, and how long each role had nothing to do.
 
-Invariants: the seconds of all roles add up to the step. What cannot be read is missing, and stops nothing.
+Invariants: the seconds of all roles add up to the step. What cannot be read is missing, and stops nothing. Only the files of
+one attempt are read, and of these no more is kept than a step needs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from rlhf_ray.monitoring.spans.critical_path import by_role, critical_path
 from rlhf_ray.monitoring.spans.lanes import idle_shares
 from rlhf_ray.monitoring.spans.reading import SpanFiles
 from rlhf_ray.monitoring.spans.records import Attempt
+from rlhf_ray.processes.clock import now_us
 
 MOST_OF_THE_TIME = 0.003
 """Reading takes no larger share of a run: where a step is short, some steps are left out."""
@@ -39,7 +41,7 @@ class StepFigures:
 
     def __init__(self, directory: Path, driver: str) -> None:
         """``driver`` is the name of this process' own file."""
-        self._files = SpanFiles(directory)
+        self._files = SpanFiles(directory, driver)
         self._driver = driver
         self._next_look = 0.0
         self._failed = False
@@ -60,10 +62,9 @@ class StepFigures:
         return figures
 
     def _measure(self, begin: int, end: int) -> dict[str, float]:
-        own = [one for one in self._files.read().attempts(until=end) if one.name == self._driver]
-        if not own:
-            return {}
+        own = next((one for one in self._files.read().attempts(until=end) if one.name == self._driver), None)
+        unix_offset = time.time_ns() // 1000 - now_us() if own is None else own.unix_offset
         for file in self._files.files.values():
             if file.header:
-                file.forget(begin + own[0].unix_offset - file.unix_offset - CLOCKS_DIFFER_US)
-        return step_figures(own[0], begin, end)
+                file.forget(begin + unix_offset - file.unix_offset - CLOCKS_DIFFER_US)
+        return {} if own is None else step_figures(own, begin, end)

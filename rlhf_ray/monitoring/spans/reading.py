@@ -18,6 +18,9 @@ from rlhf_ray.monitoring.spans.records import DRIVER, Attempt, Life, Span
 from rlhf_ray.processes.spans import OLDER
 
 Raw = dict[str, Any]
+LONGEST_HEADER = 65_536
+FIRST_SPAN_US = 1_000_000
+"""A file that has lost nothing has its first span so soon."""
 
 
 class ProcessFile:
@@ -62,12 +65,23 @@ class ProcessFile:
                 self.spans[str(content["id"])] = _checked(content)
             elif str(content["id"]) in self.spans:
                 self.spans[str(content["id"])] |= {"end": int(content["end"]), "failed": bool(content.get("failed"))}
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # 1e999 overflows
             self.damaged += 1
 
     def forget(self, before: int) -> None:
         """Keep no span that had ended before ``before``, by the clock of the process."""
         self.spans = {key: raw for key, raw in self.spans.items() if raw.get("end", before) >= before}
+
+    @property
+    def whole_since(self) -> int | None:
+        """From when on it holds all that its process did, by the clock of that; None where it has lost nothing.
+
+        A process records because it has something to record: what comes later than the file itself is not the first of it.
+        """
+        first = next(iter(self.spans.values()), None)
+        if first is None or first["begin"] - self.header["clock"] <= FIRST_SPAN_US or not self._older.exists():
+            return None
+        return int(first.get("end", first["begin"]))
 
     @property
     def unix_offset(self) -> int:
@@ -84,22 +98,44 @@ def _checked(line: Raw) -> Raw:
     return known | {"answered": [str(call) for call in line.get("answered", ())], "inline": bool(line.get("inline"))}
 
 
-class SpanFiles:
-    """All files of a run."""
+def _driver_in(header: bytes) -> str:
+    """The name of the driver in the first line of a file; empty where there is none."""
+    try:
+        return str(json.loads(header)["driver"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
 
-    def __init__(self, directory: Path) -> None:
+
+class SpanFiles:
+    """All files of a run; with ``driver``, the name of the file of a driver, those of its attempt alone."""
+
+    def __init__(self, directory: Path, driver: str | None = None) -> None:
         self.directory = directory
+        self.driver = driver
         self.files: dict[str, ProcessFile] = {}
+        self._others: set[str] = set()
+        """Files of other attempts."""
 
     def read(self) -> SpanFiles:
         """Take up what was written since; returns itself."""
         with suppress(OSError):
             for path in sorted(self.directory.glob("*.jsonl")):
-                if path.stem not in self.files:
-                    self.files[path.stem] = ProcessFile(path)
+                if path.stem not in self.files and path.stem not in self._others:
+                    self._add(path)
         for file in self.files.values():
             file.read()
         return self
+
+    def _add(self, path: Path) -> None:
+        if self.driver is not None:
+            with path.open("rb") as file:
+                line = file.readline(LONGEST_HEADER)
+            if not line.endswith(b"\n"):
+                return  # being written
+            if _driver_in(line) != self.driver:
+                self._others.add(path.stem)
+                return
+        self.files[path.stem] = ProcessFile(path)
 
     def attempts(self, *, until: int | None = None) -> list[Attempt]:
         """The attempts whose drivers have recorded, the first one first; ``until`` is now, where the last one is under way."""
@@ -118,6 +154,7 @@ def _attempt(name: str, driver: ProcessFile, files: Sequence[ProcessFile], until
     own = sorted(_spans(driver, until), key=lambda span: (span.begin, -span.end))
     lives = [_inline(lane, own, driver) for lane in sorted({span.lane for span in own} - {DRIVER})]
     lives += [_life(file, driver, own, until) for file in files if file is not driver]
+    since = [(file.whole_since, 0 if file is driver else shift_of(file, driver, own)) for file in files]
     return Attempt(
         name=name,
         began=min([driver.header["clock"], *(span.begin for span in own)]),
@@ -126,6 +163,7 @@ def _attempt(name: str, driver: ProcessFile, files: Sequence[ProcessFile], until
         driver=own,
         lives=_cut_at_the_next(lives),
         damaged=sum(file.damaged for file in files),
+        whole_since=max((at + shift for at, shift in since if at is not None), default=None),
     )
 
 

@@ -89,6 +89,8 @@ class Attempt:
     """The processes of ranks; several of a lane where one was started again."""
     damaged: int = 0
     """Lines that could not be read."""
+    whole_since: int | None = None
+    """From when on all is known: files keep their last part alone, each for another time. None where nothing was lost."""
 
     def steps(self) -> list[Step]:
         """The steps that ended, in their order; of one that was done again after going back the last time."""
@@ -147,4 +149,4 @@ def role_of(lane: str) -> str:
 
 def _order(lane: str) -> tuple[str, int]:
     role, _, rank = lane.partition("/")
-    return role, int(rank) if rank.isdigit() else 0
+    return role, int(rank) if rank.isdecimal() else 0

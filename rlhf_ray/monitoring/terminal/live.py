@@ -14,8 +14,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.console import duration
 from rlhf_ray.monitoring.registry import REGISTRY
-from rlhf_ray.monitoring.terminal.drawing import Pen, duration, plain, short
+from rlhf_ray.monitoring.terminal.drawing import Pen, plain, short
 
 SHOWN = (
     "reward/learned",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from rlhf_ray.actors.groups import Group, RewardGroup
@@ -100,7 +100,8 @@ class Recovery:
                 else:
                     break
         except BaseException:
-            self._record(first, began, step, None)
+            with only_logged(first.role):
+                self._record(first, began, step, None)
             raise
         self._record(first, began, step, plan)
         get_logger().warning(
@@ -197,6 +198,15 @@ class Recovery:
                 seconds=time.time() - began,
             )
         )  # fmt: skip
+
+
+@contextmanager
+def only_logged(role: str) -> Iterator[None]:
+    """Around the writing of a loss that ends a run: an error of that is logged, since the loss itself is raised."""
+    try:
+        yield
+    except Exception as error:
+        get_logger().error("%s: its loss could not be written to the incidents: %s", role, error or repr(error))
 
 
 def fault_of(error: GroupError) -> Fault:

@@ -8,6 +8,7 @@ incident, which is on disk before anything else is asked of what was lost.
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 import time
@@ -22,13 +23,12 @@ from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import GroupError
 from rlhf_ray.monitoring import events
-from rlhf_ray.pending import Pending
 from rlhf_ray.rollout.engine import ROLE as ENGINES
 from rlhf_ray.runs.checkpoints import Checkpoint
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.incidents import START, Action, Incident
 from rlhf_ray.trainers.recovery.decision import loads_again
-from rlhf_ray.trainers.recovery.recovery import KEY, fault_of
+from rlhf_ray.trainers.recovery.recovery import KEY, fault_of, only_logged
 
 ENGINES_KEY = "rollout.max_restarts"
 LOOK_EVERY_S = 1.0
@@ -88,7 +88,7 @@ class Starting:
                     if lost is not None and name in lost:
                         self._again(name, lost[name], answers, held)
                     else:
-                        _wait_beside(name, self._parts[name].begin(), answers)
+                        _load_beside(name, self._parts[name], answers)
                 while len(values) < len(names):
                     name, value, error = _next(answers)
                     if isinstance(error, GroupError):
@@ -100,7 +100,8 @@ class Starting:
                         self._record(name, "restarted")
             except BaseException:
                 for name in list(self._lost):
-                    self._record(name, "stopped")
+                    with only_logged(name):
+                        self._record(name, "stopped")
                 raise
         return {name: values[name] for name in names}
 
@@ -112,9 +113,12 @@ class Starting:
         most, key = (self._most[ENGINES], ENGINES_KEY) if is_engine else (self._most_of_groups, KEY)
         if error.role != part.role or not loads_again(error, before, most=most):
             if before:
+                how = "once more" if len(before) >= most else "with the same error"
+                if error.role != part.role:
+                    how = f"with an error of {error.role}"
                 get_logger().error(
                     "%s was started again while the run starts, %d of %d times (%s), and fails %s: the run ends",
-                    name, len(before), most, key, "once more" if len(before) >= most else "with the same error",
+                    name, len(before), most, key, how,
                 )  # fmt: skip
             raise error
         before.append(error)
@@ -130,7 +134,7 @@ class Starting:
         except GroupError as another:
             answers.put((name, None, another))
             return
-        _wait_beside(name, part.begin(), answers)
+        _load_beside(name, part, answers)
 
     def _record(self, name: str, action: Action) -> None:
         """Write the incidents of what is back, or will not come."""
@@ -147,16 +151,18 @@ class Starting:
                 get_logger().warning("%s: back after %.1f s, and the run goes on with its start", name, now - at)
 
 
-def _wait_beside(name: str, pending: Pending[Any], answers: queue.SimpleQueue[Answer]) -> None:
-    """Put the outcome of what is pending into ``answers`` when it is there."""
+def _load_beside(name: str, part: Loading, answers: queue.SimpleQueue[Answer]) -> None:
+    """Load a part, and put the outcome into ``answers`` when it is there; this waits for nothing."""
+    begun = None if part.waits else part.begin()
 
-    def wait() -> None:
+    def load() -> None:
         try:
-            answers.put((name, pending.result(), None))
+            answers.put((name, (begun or part.begin()).result(), None))
         except BaseException as error:  # raised again where the answers are read
             answers.put((name, None, error))
 
-    threading.Thread(target=wait, name=f"loading {name}", daemon=True).start()
+    within = contextvars.copy_context()  # so that the calls of this thread belong to the span that this is in
+    threading.Thread(target=within.run, args=(load,), name=f"loading {name}", daemon=True).start()
 
 
 def _next(answers: queue.SimpleQueue[Answer]) -> Answer:
