@@ -22,10 +22,12 @@ WHOLE, FIRST, LAST = 1, 2, 4
 
 def last_step(folder: Path, run_id: str) -> int:
     """The last step of a run in wandb's files in ``folder``; -1 where there is none."""
+    paths, last = sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")), -1
+    if not paths:
+        return last
     from wandb.proto import wandb_internal_pb2
 
-    last = -1
-    for path in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")):
+    for path in paths:
         for raw in records(_at_rest(path)):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(raw)

@@ -52,7 +52,7 @@ SETTINGS = [
     "batch={prompts_per_step: 8, samples_per_prompt: 1, sequences_per_update: 8, max_tokens_per_micro_batch: 512}",
     "rollout.timeout_s=20", "rollout.update_timeout_s=20", "run.stall_floor_s=15",
 ]  # fmt: skip
-HANGS_AT_START = ["cluster.start_timeout_s=90"]
+HANGS_AT_START = ["cluster.start_timeout_s=75"]
 """Of a run that meets a hang while it loads, which is found out at that deadline. It counts from the start of the process, and
 a busy machine may need longer than this for a start that nothing disturbs."""
 PLACES: dict[Where, list[str]] = {

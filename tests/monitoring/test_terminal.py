@@ -163,10 +163,3 @@ def test_each_token_has_its_numbers_and_one_that_was_not_sampled_has_none() -> N
     assert narrow[2].split() == ["token", "log-prob", "reward", "advantage"], "the least telling numbers give way first"
     colored = token_view(row, Pen(120, color=True))
     assert "\x1b[1;32m" in colored[3] and "\x1b[31m" in colored[4], "bold where it mattered, red where it was worse"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(-1, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (7199, "1 h 59 min"), (90000, "1 d 1 h")]
-)
-def test_a_time_has_two_units(seconds: float, words: str) -> None:
-    assert duration(seconds) == words

@@ -25,7 +25,7 @@ from rlhf_ray.rollout.health import FleetHealth, HealthPolicy
 from rlhf_ray.runs.alarms.heartbeat import Heartbeat
 from rlhf_ray.runs.alarms.record import AlarmChange
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.runs.reporting import _alarm_table, _duration, alarms, write_report
+from rlhf_ray.runs.reporting import _alarm_table, alarms, write_report
 from rlhf_ray.trainers import alarm_watch
 from rlhf_ray.trainers.alarm_watch import AlarmWatch
 from rlhf_ray.trainers.ppo.build import watch_engines
@@ -181,7 +181,7 @@ def test_an_alarm_that_held_when_a_run_broke_off_lasted_until_its_last_sign_of_l
     watched.run.heartbeat.write(Heartbeat(160.0, "scoring", 95.0, 1.0, {"run/started": 90.0}, {}))
     watched.run.release()
     (row,) = _alarm_table(watched.run).rows
-    assert row[0] == "RewardFailing" and row[3] == _duration(60.0)
+    assert row[0] == "RewardFailing" and row[3] == "1 min"
 
 
 def test_nothing_that_fails_in_the_watch_ends_a_run(watched: Watched, project_log: io.StringIO) -> None:

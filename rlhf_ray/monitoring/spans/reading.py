@@ -81,7 +81,7 @@ class ProcessFile:
         first = next(iter(self.spans.values()), None)
         if first is None or first["begin"] - self.header["clock"] <= FIRST_SPAN_US or not self._older.exists():
             return None
-        return int(first.get("end", first["begin"]))
+        return int(first["end"] if "end" in first else first["begin"])
 
     @property
     def unix_offset(self) -> int:
