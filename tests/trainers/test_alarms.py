@@ -176,9 +176,9 @@ def test_after_a_resume_the_watch_counts_what_was_undone_as_status_does(watched:
 
 def test_an_alarm_that_held_when_a_run_broke_off_lasted_until_its_last_sign_of_life(watched: Watched) -> None:
     watched.watch.stop(in_order=False)
-    watched.run.attempts.append({"attempt": 1, "from_step": 0, "timestamp": 90.0})
-    watched.run.alarms.add(AlarmChange(100.0, 1, "RewardFailing", "critical", True, "it fails"))
-    watched.run.heartbeat.write(Heartbeat(160.0, "scoring", 95.0, 1.0, {"run/started": 90.0}, {}))
+    began = time.time()  # after all that the run has said
+    watched.run.alarms.add(AlarmChange(began, 1, "RewardFailing", "critical", True, "it fails"))
+    watched.run.heartbeat.write(Heartbeat(began + 60.0, "scoring", began, 1.0, {"run/started": began}, {}))
     watched.run.release()
     (row,) = _alarm_table(watched.run).rows
     assert row[0] == "RewardFailing" and row[3] == "1 min"
