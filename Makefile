@@ -13,8 +13,7 @@ demo: setup  ## SFT, a reward model and PPO on this machine's CPU; report in run
 	@$(PYTHON_BIN) -m rlhf_ray demo $(if $(SEED),--seed $(SEED))
 
 test: setup  ## everything that must hold, offline, on two cores: the rooms side by side, then the whole stack and vLLM's engines
-	@$(PYTHON_BIN) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not vllm and not long" tests --ignore=tests/e2e
-	@$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long" tests/e2e $$(grep -rl --include='test_*.py' 'pytest\.mark\.vllm' tests)
+	@$(PYTHON_BIN) -m tests.whole
 
 lint: setup
 	@.venv/bin/ruff check .
