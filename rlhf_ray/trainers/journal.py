@@ -138,7 +138,8 @@ class Journal:
         seconds = metrics.get("rollout/seconds", times.get("time/rollout"))
         if seconds:
             rates["rollout/tokens_per_second"] = float(batch["action_mask"].sum()) / seconds
-        self._write(step, total, {**metrics, **times, **rates})
+        with self.clock.part("log"):
+            self._write(step, total, {**metrics, **times, **rates})
 
     def log_update(
         self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch, *, stood_out: bool
@@ -164,7 +165,8 @@ class Journal:
         times = self.clock.take(step)
         if self._spans is None:
             return times
-        return times | self._spans.measure(round(began * 1e6), round((began + times["time/step"]) * 1e6))
+        with self.clock.part("log"):
+            return times | self._spans.measure(round(began * 1e6), round((began + times["time/step"]) * 1e6))
 
     def measure_against(self, shape: ComputeShape, rate: float) -> None:
         """Log the speed of updates as a share of ``rate``, the FLOP/s of matrix products of all ranks together."""

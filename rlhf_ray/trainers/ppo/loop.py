@@ -212,14 +212,15 @@ class PpoTrainer:
                 guards=progress.guards,
                 step=progress.step + 1,
             )
-        progress.finish_step(outcome, prepared.objective, sequences=len(prepared.batch))
-        went_back = self.go_back_if_needed(outcome)
-        progress.weight_version += outcome.policy_applied or went_back
-        self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prepared.collected.prompts])
-        self.collected = None
-        self.remember()
-        self.touched = False
-        self.to_do += self.after_step(prepared, outcome, went_back)
+        with self.journal.clock.part("log"):
+            progress.finish_step(outcome, prepared.objective, sequences=len(prepared.batch))
+            went_back = self.go_back_if_needed(outcome)
+            progress.weight_version += outcome.policy_applied or went_back
+            self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prepared.collected.prompts])
+            self.collected = None
+            self.remember()
+            self.touched = False
+            self.to_do += self.after_step(prepared, outcome, went_back)
 
     def after_step(self, prepared: Prepared, outcome: StepOutcome, went_back: bool) -> list[Callable[[], None]]:
         """What is to be done once a step is learned, in this order."""
@@ -236,13 +237,13 @@ class PpoTrainer:
 
     def log_step(self, prepared: Prepared, outcome: StepOutcome) -> None:
         """Write the samples and the metrics of the step that was just finished."""
-        step = self.progress.step
-        tokenizer, count = self.metrics.tokenizer, self.config.monitoring.samples_per_log
-        self.journal.write_samples(step, sample_rows(prepared.samples, prepared.batch, tokenizer, count))
-        self.run_directory.engines.write(self.sampler.fleet.health.plain())
+        step, journal = self.progress.step, self.journal
+        with journal.clock.part("log"):
+            tokenizer, count = self.metrics.tokenizer, self.config.monitoring.samples_per_log
+            journal.write_samples(step, sample_rows(prepared.samples, prepared.batch, tokenizer, count))
+            self.run_directory.engines.write(self.sampler.fleet.health.plain())
         metrics = {**prepared.metrics, **prepared.objective, **outcome.metrics, **self.progress.metrics()}
-        metrics |= self.publisher.figures
-        self.journal.log_step(step, self.config.steps, metrics, prepared.batch)
+        journal.log_step(step, self.config.steps, metrics | self.publisher.figures, prepared.batch)
 
     def refuse_skips(self) -> None:
         """Raise :class:`NumericalError` if too many updates were skipped."""
@@ -280,11 +281,12 @@ class PpoTrainer:
         )
         if self.config.algorithm.old_log_probs == "policy":
             self.journal.keep_checks(self.self_check.after_update(batch, progress.weight_version))
-        progress.observe_scores(batch)
-        batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
-        measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
-        metrics = {**measured, **self.sampler.fleet.figures()}
-        metrics |= collected.metrics
+        with self.journal.clock.part("advantages"):
+            progress.observe_scores(batch)
+            batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
+        with self.journal.clock.part("metrics"):
+            measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
+            metrics = {**measured, **self.sampler.fleet.figures(), **collected.metrics}
         return Prepared(collected, batch, schedules, samples, metrics, objective)
 
     def publish(self, version: int) -> None:
@@ -330,16 +332,13 @@ class PpoTrainer:
 
     def check(self) -> None:
         """Run the start-up self-check on a few training prompts, which do not count as used."""
-        with self.journal.phase("evaluation", "self-check"):
-            self._check()
-
-    def _check(self) -> None:
         prompts = self.checked_prompts()
-        trajectories = self.sampler.generate(prompts, 0)
-        self.sampler.fleet.refuse_empty(trajectories)
-        by_id = {prompt.prompt_id: prompt for prompt in prompts}
-        batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
-        self.journal.keep_checks(self.self_check.run(batch, schedules, samples))
+        with self.journal.phase("evaluation", "self-check"):
+            trajectories = self.sampler.generate(prompts, 0)
+            self.sampler.fleet.refuse_empty(trajectories)
+            by_id = {prompt.prompt_id: prompt for prompt in prompts}
+            batch, schedules, samples = self.experience.gather(trajectories, by_id, step=0)
+            self.journal.keep_checks(self.self_check.run(batch, schedules, samples))
 
     def compare_newest(self) -> None:
         """Once, where no step compares them: the log-probs of trainer and rollout on a few answers of the newest weights.
