@@ -30,6 +30,7 @@ PARTS = (
     "reward_training",
     "rollout_modes",
     "scoring",
+    "watching",
     "weight_ways",
     "weights",
 )

@@ -23,6 +23,7 @@ SCORING = {
     *(f"scoring.latency_p{share}_at_{load}" for share in (50, 99) for load in (50, 80, 100)),
 }  # fmt: skip
 MODES = {"ppo.one_step_off_vs_sync", "ppo.staleness_vs_closed_form"}
+WATCHING = {"watching.share_of_a_step", "watching.alarms_share_of_a_core"}
 LEARNED = {
     f"ppo.{name}.{figure}" for name in ("ppo", "grpo", "rloo", "reinforce++") for figure in ("gold_win_rate", "kl")
 }
@@ -101,10 +102,14 @@ def test_the_table_has_a_line_for_each_figure() -> None:
 @pytest.mark.parametrize(
     ("left_out", "expected"),
     [
-        ({"checkpoints", "demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes", "weight_ways"}, NAMES),
+        (
+            {"checkpoints", "demo", "gym", "gym_turns", "learning", "ppo", "rollout_modes", "watching", "weight_ways"},
+            NAMES,
+        ),
         pytest.param({*PARTS} - {"checkpoints"}, {"checkpoint.stall_seconds"}, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"learning"}, LEARNED, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"rollout_modes"}, MODES, marks=pytest.mark.long),
+        pytest.param({*PARTS} - {"watching"}, WATCHING, marks=pytest.mark.long),
         pytest.param({*PARTS} - {"weight_ways"}, {"weights.merged_over_adapter"}, marks=pytest.mark.long),
         pytest.param(
             {*PARTS} - {"ppo"},
