@@ -122,7 +122,11 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
     times = sorted([*(event["at"] for event in (hit, *between)), *(at for at in signs if hit["at"] <= at <= until)])
     noticed = next((one for one in incidents if one.at <= until), None)
     outcome = ENDED if finished is None else IN_PLACE
-    if finished is not None and any(event["what"] == "driver" for event in between):
+    starts = sum(event["what"] == "driver" for event in between)
+    deaths = sum(event["what"] == "hit" and _kills_the_driver(event["cell"]) for event in between)
+    if (
+        finished is not None and starts > deaths
+    ):  # a driver that the run's own next fault killed was not the victim of this one
         outcome = PARENT
     return Reading(
         outcome,
@@ -132,6 +136,11 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
         sum(event["what"] == "step" and event["step"] <= done for event in between),
         max((b - a for a, b in pairwise(times)), default=0.0),
     )
+
+
+def _kills_the_driver(cell: str) -> bool:
+    role, _, fault = cell.split("/")
+    return (role, fault) == ("driver", "SIGKILL")
 
 
 def _finished(events: Iterable[Mapping[str, Any]], step: int) -> Mapping[str, Any] | None:

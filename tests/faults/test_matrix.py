@@ -94,6 +94,13 @@ def test_a_hit_is_read_with_what_it_cost() -> None:
     assert unnoticed is not None and (unnoticed.detected_s, unnoticed.silence_s) == (None, 10.0)
     restarted = read_hit(events(*BEFORE, (10.0, "driver", {}), *REDONE), "policy/update/hang")
     assert restarted is not None and restarted.outcome == PARENT and restarted.detected_s is None
+    killed = (7.0, "hit", {"cell": "driver/log_probs/SIGKILL"})
+    also = read_hit(events(*BEFORE, killed, (10.0, "driver", {}), *REDONE), "policy/update/hang")
+    assert also is not None and also.outcome == IN_PLACE, "it was the driver's own fault that ended it"
+    of_itself = read_hit(events(*BEFORE, killed, (10.0, "driver", {}), *REDONE), "driver/log_probs/SIGKILL")
+    assert of_itself is not None and of_itself.outcome == PARENT
+    twice = read_hit(events(*BEFORE, (6.5, "driver", {}), killed, (10.0, "driver", {}), *REDONE), "policy/update/hang")
+    assert twice is not None and twice.outcome == PARENT
     ended = read_hit(events(*BEFORE), "policy/update/hang")
     assert ended is not None and (ended.outcome, ended.seconds) == ("ended", None)
     assert read_hit(events(*BEFORE), "critic/update/hang") is None
