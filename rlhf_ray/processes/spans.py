@@ -3,8 +3,9 @@
 Invariants: the line of what began or ended is in the file before the work goes on, so that a process that is killed loses
 nothing that had ended, but for the last wait of each thread: a wait may go on, so its line is written when the thread does
 something else, or when the process stops to record. A line that cannot be written stops nothing, and leaves no part of itself.
-A process keeps at most twice ``PART_BYTES``. A line holds names of roles, methods, phases and reward sources, times and ids,
-and nothing that a user wrote or a model read. Where nothing records, every function here does nothing.
+A process keeps the last two parts of its file. One that follows another says ``since`` when, and begins with all that was under
+way then, so that of what ends later nothing is lost. A line holds names of roles, methods, phases and reward sources, times
+and ids, and nothing that a user wrote or a model read. Where nothing records, every function here does nothing.
 
 A span of a rank says which call it answers and when the driver sent that, since a call carries its :class:`Context`. Times are
 microseconds of the monotonic clock of the process' machine; the first line of a file says what that clock and the clock on the
@@ -13,14 +14,13 @@ wall showed. ``monitoring/spans`` reads the files and brings the clocks of sever
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,16 +29,14 @@ from typing import Any, NamedTuple
 from rlhf_ray.console import get_logger
 from rlhf_ray.processes.clock import boot, born_us, now_us
 from rlhf_ray.processes.open_telemetry import render
+from rlhf_ray.processes.parts import add_line
 
-PART_BYTES = 2**20
-"""A file that has grown so large becomes the older part, in the place of the one before."""
 KEPT_BYTES = 256 * 2**20
 """When a process of a run starts to record, the oldest files go that make the directory larger than this."""
 TOGETHER_US = 5_000
 """Waits of a thread that follow one another so soon are one wait: a loop that polls makes fifty a second."""
 LONGEST_US, MOST_CALLS = 60_000_000, 64
 """What one wait lasts and names at most."""
-OLDER = ".older"
 CONTEXT = "_context"
 """The argument with which a method of an actor gets the context of its call."""
 
@@ -108,7 +106,8 @@ class Recorder:
         self.starting = ""
         """The span of everything before the first step, while it lasts."""
         self._open: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        """What is under way, and written."""
+        self._lock = threading.RLock()
         self._waits: dict[int, _Wait] = {}
         """The last wait of each thread, by its number."""
         now, wall = now_us(), time.time_ns() // 1000
@@ -128,16 +127,19 @@ class Recorder:
         """Write that a span begins; returns its id."""
         self._end_wait()
         span = {"id": new_id(), "name": name, "kind": kind, "begin": now_us(), **_thread(), **about}
-        self._open[span["id"]] = span | {"trace": trace or self.trace}
-        self._write(self.path, span)
+        with self._lock:
+            self._write(self.path, span, self._head)
+            self._open[span["id"]] = span | {"trace": trace or self.trace}
         return str(span["id"])
 
     def end(self, span: str, *, failed: bool = False) -> None:
         """Write that it has ended."""
         self._end_wait()
         end = {"id": span, "end": now_us()} | ({"failed": True} if failed else {})
-        self._write(self.path, end)
-        self._tell(self._open.pop(span) | end)
+        with self._lock:
+            self._write(self.path, end, self._head)
+            begun = self._open.pop(span)
+        self._tell(begun | end)
 
     def add(self, name: str, kind: str, begin: int, end: int, **about: Any) -> None:
         """Write a span that has begun and ended."""
@@ -148,7 +150,7 @@ class Recorder:
 
     def _add(self, about: Mapping[str, Any]) -> None:
         span = {"id": new_id(), **about}
-        self._write(self.path, span)
+        self._write(self.path, span, self._head)
         self._tell(span | {"trace": self.trace})
 
     @contextmanager
@@ -215,26 +217,17 @@ class Recorder:
                 "host.name": self._header["host"],
                 "process.pid": os.getpid(),
             }
-            self._write(self.open_telemetry, render(span, self._wall_offset, about), header=False)
+            self._write(self.open_telemetry, render(span, self._wall_offset, about), lambda _: b"")
 
-    def _write(self, path: Path, line: Mapping[str, Any], *, header: bool = True) -> None:
-        """Add a line to a file that is open for no longer than this: what is closed, other nodes see on a network disk."""
-        text = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+    def _head(self, goes_on: bool) -> bytes:
+        """What a part of the file begins with."""
+        header = self._header | ({"since": now_us()} if goes_on else {})
+        return b"".join(map(_line, (header, *self._open.values())))
+
+    def _write(self, path: Path, line: Mapping[str, Any], head: Callable[[bool], bytes]) -> None:
         try:
             with self._lock:
-                if path.exists() and path.stat().st_size > PART_BYTES:
-                    os.replace(path, path.with_name(path.name + OLDER))
-                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-                try:
-                    size = os.fstat(descriptor).st_size
-                    if header and not size:
-                        text = json.dumps(self._header, separators=(",", ":")).encode() + b"\n" + text
-                    written = os.write(descriptor, text)
-                    if written < len(text):
-                        os.ftruncate(descriptor, size)  # else the next line would be torn with this one
-                        raise OSError(errno.ENOSPC, f"{written} of {len(text)} bytes were written")
-                finally:
-                    os.close(descriptor)
+                add_line(path, _line(line), head)
         except OSError as error:
             if not self.lost:
                 get_logger("spans").warning("%s cannot be written (%s): the run goes on without it", path, error)
@@ -381,6 +374,10 @@ def end_step(step: int, begin_s: float, end_s: float) -> None:
 def new_id(digits: int = 16) -> str:
     """A random id of so many hexadecimal digits."""
     return f"{_ids.getrandbits(4 * digits):0{digits}x}"
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
 
 
 def _thread() -> dict[str, str]:

@@ -16,12 +16,12 @@ import pytest
 from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from rlhf_ray.processes import spans
+from rlhf_ray.processes import parts, spans
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from rlhf_ray.processes import spans
+from rlhf_ray.processes import parts, spans
 with spans.recording(Path(sys.argv[1])):
     with spans.span("ended"):
         pass
@@ -189,3 +189,102 @@ def test_the_seeds_of_a_run_draw_the_same_with_spans(tmp_path: Path) -> None:
     random.seed(3)
     with spans.recording(tmp_path), spans.span("update"):
         assert random.random() == alone
+
+
+def test_the_last_wait_of_every_thread_is_written_when_the_process_stops_to_record(tmp_path: Path) -> None:
+    recorder, done = spans.Recorder(tmp_path, "driver"), threading.Event()
+    ready = threading.Barrier(4)
+
+    def work(name: str, still: bool) -> None:
+        with recorder.waiting([], name):
+            if still:
+                ready.wait(60)
+                done.wait(60)
+        if not still:
+            ready.wait(60)
+            done.wait(60)  # so that none of the others has the number of this thread
+
+    names = ("one", "two", "three")
+    threads = [threading.Thread(target=work, args=(name, name == "three"), name=f"thread {name}") for name in names]
+    for thread in threads:
+        thread.start()
+    ready.wait(60)
+    recorder.close()
+    waits = {line["name"]: line.get("thread") for line in lines_of(tmp_path) if line.get("kind") == "wait"}
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert waits == {"one": "thread one", "two": "thread two"}, "and one that goes on has no end that could be written"
+
+
+def test_a_line_of_which_a_part_alone_could_be_written_leaves_nothing_of_itself(
+    tmp_path: Path, project_log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    with spans.recording(tmp_path):
+        monkeypatch.setattr(os, "write", lambda file, text: write(file, text[: len(text) // 2]))
+        with spans.span("lost"):
+            pass
+        monkeypatch.undo()
+        with spans.span("update"):
+            pass
+    lines = lines_of(tmp_path)  # each of them is JSON
+    assert {"update", "run"} <= ended(lines).keys() and "lost" not in {line.get("name") for line in lines}
+    assert "2 lines" in project_log.getvalue() and "bytes were written" in project_log.getvalue()
+
+
+def test_a_lane_has_one_recorder_whichever_threads_of_its_process_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, count = [], 8
+    all_ask = threading.Barrier(count)
+
+    class Slow(spans.Recorder):
+        def __init__(self, *words: Any, **more: Any) -> None:
+            time.sleep(0.05)  # so that the others ask meanwhile whether there is one
+            super().__init__(*words, **more)
+            made.append(self)
+
+    def answer() -> None:
+        all_ask.wait(60)
+        with spans.answering(context, 0, "health"):
+            pass
+
+    context = spans.Context(str(tmp_path), "", "driver", "policy", "", "", "c", None, True)
+    monkeypatch.setattr(spans, "Recorder", Slow)
+    threads = [threading.Thread(target=answer) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert [line["name"] for line in lines_of(tmp_path, "policy/0") if "name" in line] == ["health"] * count
+
+
+@pytest.mark.parametrize("possible", [True, False], ids=["recorded", "not recorded"])
+def test_an_error_of_the_file_system_in_what_is_recorded_is_raised_as_it_is(
+    possible: bool, tmp_path: Path, project_log
+) -> None:
+    directory, error = tmp_path / "file" / "spans", OSError(28, "No space left on device")
+    (tmp_path / "file").mkdir() if possible else (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as caught, spans.recording(directory):
+        raise error
+    assert caught.value is error and error.__context__ is None
+    assert "No space left" not in project_log.getvalue()
+
+
+def test_a_part_that_follows_another_begins_with_what_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    recorder = spans.Recorder(tmp_path, "driver")
+    run = recorder.begin("run", "run")
+    for _ in range(100):
+        with recorder.span("call", "phase"):
+            pass
+    header, first, *others = lines_of(tmp_path, recorder.name + ".jsonl.older")
+    assert (first["name"], first["id"]) == ("run", run) and first["begin"] < header["since"]
+    later, again, *_ = [json.loads(line) for line in recorder.path.read_text().splitlines()]
+    assert again == first and later["since"] > header["since"]
+    assert {**later, "since": 0} == {**header, "since": 0}, "a part is read without those before"
+    assert all("since" not in line for line in others)

@@ -139,3 +139,34 @@ def test_fingerprints_that_were_edited_are_refused_with_the_way_out(tmp_path, te
     (tmp_path / "inputs.json").write_text(text)
     with pytest.raises(IntegrityError, match=r"inputs\.json is damaged"):
         read_record(tmp_path / "inputs.json")
+
+
+DRIVER = '{"lane": "driver", "driver": "driver", "boot": "a", "clock": 0, "wall": 0, "born": 0}'
+RANK = DRIVER.replace('{"lane": "driver"', '{"lane": "policy/²"')
+STEP = '{"id": "s", "name": "step", "kind": "step", "step": 1, "begin": 5, "end": %s}'
+CALL = '{"id": "c", "name": "apply", "kind": "call", "begin": %s, "end": 8}'
+
+
+@pytest.mark.parametrize(
+    ("driver", "rank", "said"),
+    [  # what a report once failed of
+        (STEP % 9, CALL % 6, "<b>policy/²</b>"),
+        (STEP % 9, CALL % "1e999", "1 damaged lines of the spans were left out"),
+        (STEP % 5, CALL % 5, "The slowest recorded step, 1, took 0 s."),
+        (STEP % ("9" * 400), CALL % 6, None),
+    ],
+    ids=["a rank that is no number", "a time without end", "a step without time", "a time that no float holds"],
+)
+def test_spans_that_make_no_sense_cost_a_report_no_more_than_their_section(run, project_log, driver, rank, said):
+    run.spans.mkdir()
+    (run.spans / "driver.jsonl").write_text(f"{DRIVER}\n{driver}\n")
+    (run.spans / "rank.jsonl").write_text(f"{RANK}\n{rank}\n")
+    assert main(["report", str(run.path)]) == 0
+    page, log = run.report_path.read_text(), project_log.getvalue()
+    if said is not None:
+        assert said in page and "cannot be read" not in log
+    else:
+        assert (
+            "Why a step was slow" not in page and f"{run.spans} cannot be read, so the report does not say why" in log
+        )
+        assert "OverflowError" in log

@@ -12,15 +12,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf_ray.monitoring.spans.records import DRIVER, Attempt, Life, Span
-from rlhf_ray.processes.spans import OLDER
+from rlhf_ray.processes.parts import older_part
 
 Raw = dict[str, Any]
 LONGEST_HEADER = 65_536
-FIRST_SPAN_US = 1_000_000
-"""A file that has lost nothing has its first span so soon."""
 
 
 class ProcessFile:
@@ -32,26 +30,37 @@ class ProcessFile:
         self.spans: dict[str, Raw] = {}
         """By their ids; those that have not ended have no ``end``."""
         self.damaged = 0
-        self._older = path.with_name(path.name + OLDER)
-        self._inode, self._offset = 0, 0
+        self.whole_since: int | None = None
+        """From when on it holds all that its process did, by the clock of that; None where it has lost nothing."""
+        self._part, self._offset = b"", 0
+        """What the part that was read last begins with, and how far it was read."""
 
     def read(self) -> None:
         """Take up what was written since."""
-        with suppress(OSError):
-            inode = self.path.stat().st_ino
-            if inode != self._inode:
-                if self._inode or self._older.exists():
-                    self._read(self._older, self._offset if self._inode else 0)
-                self._inode, self._offset = inode, 0
-            self._offset = self._read(self.path, self._offset)
+        with suppress(OSError), self.path.open("rb") as file:
+            part = _first_line(file)
+            if not part:
+                return
+            if part != self._part:
+                self._read_older()
+                self._part, self._offset = part, 0
+            self._read(file)
 
-    def _read(self, path: Path, offset: int) -> int:
-        with path.open("rb") as file:
-            file.seek(offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
+    def _read_older(self) -> None:
+        """Take up the part before the present one: the rest of it, or all, where others came after what was read last."""
+        with suppress(OSError), older_part(self.path).open("rb") as file:
+            if _first_line(file) != self._part:
+                self.header, self._offset = {}, 0
+            self._read(file)
+            return
+        self.header = {}
+
+    def _read(self, file: BinaryIO) -> None:
+        file.seek(self._offset)
+        whole, newline, _ = file.read().rpartition(b"\n")
         for line in whole.split(b"\n"):
             self._take(line)
-        return offset + len(whole) + len(newline)
+        self._offset += len(whole) + len(newline)
 
     def _take(self, line: bytes) -> None:
         if not line:
@@ -60,9 +69,12 @@ class ProcessFile:
             content = json.loads(line)
             if "clock" in content:
                 times = {name: int(content[name]) for name in ("clock", "wall", "born")}
+                since = None if content.get("since") is None else int(content["since"])
+                if not self.header:  # what follows what was read has lost nothing
+                    self.whole_since = since
                 self.header = times | {name: str(content[name]) for name in ("lane", "driver", "boot")}
             elif "begin" in content:
-                self.spans[str(content["id"])] = _checked(content)
+                self.spans.setdefault(str(content["id"]), _checked(content))  # a part repeats what was under way
             elif str(content["id"]) in self.spans:
                 self.spans[str(content["id"])] |= {"end": int(content["end"]), "failed": bool(content.get("failed"))}
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # 1e999 overflows
@@ -71,17 +83,6 @@ class ProcessFile:
     def forget(self, before: int) -> None:
         """Keep no span that had ended before ``before``, by the clock of the process."""
         self.spans = {key: raw for key, raw in self.spans.items() if raw.get("end", before) >= before}
-
-    @property
-    def whole_since(self) -> int | None:
-        """From when on it holds all that its process did, by the clock of that; None where it has lost nothing.
-
-        A process records because it has something to record: what comes later than the file itself is not the first of it.
-        """
-        first = next(iter(self.spans.values()), None)
-        if first is None or first["begin"] - self.header["clock"] <= FIRST_SPAN_US or not self._older.exists():
-            return None
-        return int(first["end"] if "end" in first else first["begin"])
 
     @property
     def unix_offset(self) -> int:
@@ -96,6 +97,12 @@ def _checked(line: Raw) -> Raw:
     known |= {"lane": str(line["lane"])} if "lane" in line else {}
     known |= {"calls": {str(call): str(name) for call, name in dict(line.get("calls", {})).items()}}
     return known | {"answered": [str(call) for call in line.get("answered", ())], "inline": bool(line.get("inline"))}
+
+
+def _first_line(file: BinaryIO) -> bytes:
+    """What tells a part from others; empty while it is being written."""
+    line = file.readline(LONGEST_HEADER)
+    return line if line.endswith(b"\n") else b""
 
 
 def _driver_in(header: bytes) -> str:
@@ -129,8 +136,8 @@ class SpanFiles:
     def _add(self, path: Path) -> None:
         if self.driver is not None:
             with path.open("rb") as file:
-                line = file.readline(LONGEST_HEADER)
-            if not line.endswith(b"\n"):
+                line = _first_line(file)
+            if not line:
                 return  # being written
             if _driver_in(line) != self.driver:
                 self._others.add(path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.monitoring.spans.reading import SpanFiles
-from rlhf_ray.processes import spans
+from rlhf_ray.monitoring.spans.reading import ProcessFile, SpanFiles
+from rlhf_ray.processes import parts, spans
+from rlhf_ray.processes.parts import older_part
 
 
 def write(directory: Path, name: str, *lines: dict[str, Any]) -> None:
@@ -45,12 +47,31 @@ def test_torn_and_foreign_lines_are_counted_and_left_out(tmp_path: Path) -> None
     assert [span.name for span in attempt.driver] == ["update"] and attempt.damaged == 3
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "b", "name": "x", "kind": "phase", "begin": 1e999}',
+        '{"id": "b", "name": "x", "kind": "phase", "begin": 1, "end": -1e999}',
+        '{"id": "a", "end": 1e999}',
+        '{"lane": "driver", "driver": "driver", "boot": "one", "clock": 1e999, "wall": 1, "born": 1}',
+    ],
+)
+def test_a_time_that_no_clock_shows_is_a_damaged_line(line: str, tmp_path: Path) -> None:
+    write(tmp_path, "driver", header("driver"), {"id": "a", "name": "update", "kind": "phase", "begin": 1100})
+    with (tmp_path / "driver.jsonl").open("a") as file:
+        file.write(line + "\n")
+    file = ProcessFile(tmp_path / "driver.jsonl")
+    file.read()
+    assert file.damaged == 1 and file.spans.keys() == {"a"} and "end" not in file.spans["a"]
+    assert file.header["clock"] == 1000
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_read_while_a_file_grows_and_turns_over_is_all_of_it(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is read in between, no span is lost or doubled by a reader that looks often enough."""
-    monkeypatch.setattr(spans, "PART_BYTES", 2000)
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
     draw = random.Random(seed)
     recorder = spans.Recorder(tmp_path, "driver")
     files, names = SpanFiles(tmp_path), []
@@ -150,3 +171,97 @@ def test_the_parts_of_many_steps_are_what_lies_in_each(tmp_path: Path) -> None:
 
 def test_a_directory_without_spans_has_no_attempt(tmp_path: Path) -> None:
     assert SpanFiles(tmp_path / "nowhere").read().attempts() == []
+
+
+def test_of_one_attempt_the_files_of_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        driver = f"driver{number}"
+        write(tmp_path, driver, header("driver", driver, wall=5000 * number))
+        write(tmp_path, f"rank{number}", header("policy/0", driver))
+    (tmp_path / "begun.jsonl").write_text('{"lane": "policy/1", "driv')
+    (tmp_path / "foreign.jsonl").write_text("[]\n")
+    opened, read = [], ProcessFile.read
+    monkeypatch.setattr(ProcessFile, "read", lambda file: (opened.append(file.path.stem), read(file)))
+    files = SpanFiles(tmp_path, "driver2")
+    (attempt,) = files.read().attempts()
+    assert attempt.name == "driver2" and [life.lane for life in attempt.lives] == ["policy/0"]
+    (tmp_path / "begun.jsonl").write_text("")
+    write(tmp_path, "begun", header("policy/1", "driver2"))
+    (attempt,) = files.read().attempts()
+    assert [life.lane for life in attempt.lives] == ["policy/0", "policy/1"], "what was being written is read later"
+    assert set(opened) == {"driver2", "rank2", "begun"}
+
+
+class Recorded:
+    """Spans that a recorder writes in random order, and what is true of them; each reading of its clock is a microsecond."""
+
+    def __init__(self, directory: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = itertools.count(10**6)
+        monkeypatch.setattr(parts, "PART_BYTES", 2000)
+        monkeypatch.setattr(spans, "now_us", lambda: next(self.clock))
+        self.recorder, self.draw = spans.Recorder(directory, "driver"), random.Random(seed)
+        self.true: dict[str, list[int | None]] = {}
+        """The end of each span by its id; None while it is under way."""
+
+    def go_on(self) -> None:
+        under_way = [key for key, (end,) in self.true.items() if end is None]
+        if under_way and (len(under_way) > 4 or self.draw.random() < 0.5):
+            key = self.draw.choice(under_way)
+            self.true[key] = [next(self.clock) + 1]
+            self.recorder.end(key)
+        else:
+            self.true[self.recorder.begin("work", "phase")] = [None]
+
+    def check(self, file: ProcessFile) -> int | None:
+        """That a file holds all that it says it does; returns since when."""
+        file.read()
+        since = file.whole_since or 0
+        known = {key: [raw.get("end")] for key, raw in file.spans.items()}
+        wanted = {key: end for key, end in self.true.items() if end[0] is None or end[0] >= since}
+        assert {key: known.get(key) for key in wanted} == wanted and not file.damaged
+        assert len(known) <= len(wanted) + 1, "and it does not say less than it could"  # one ended as the part began
+        return file.whole_since
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_from_the_moment_that_a_file_says_on_nothing_is_lost(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, said = Recorded(tmp_path, seed, monkeypatch), []
+    path = recorded.recorder.path
+    for number in range(300):
+        recorded.go_on()
+        if number % 10 == 9:
+            said.append(recorded.check(ProcessFile(path)))
+    assert said[0] is None, "nothing was lost at first"
+    told = [since for since in said if since is not None]
+    assert len(set(told)) > 5 and told == sorted(told) and said[-len(told) :] == told
+    older_part(path).unlink()  # as where the oldest files of a run go
+    since = recorded.check(ProcessFile(path))
+    assert since is not None and since > told[-1]
+
+
+def test_a_reader_that_slept_through_parts_knows_since_when_it_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(tmp_path, 0, monkeypatch)
+    file = ProcessFile(recorded.recorder.path)
+    for _ in range(200):
+        recorded.go_on()
+        file.read()
+    assert recorded.check(file) is None, "one that looks often has lost nothing"
+    for _ in range(300):
+        recorded.go_on()
+    before = set(recorded.true) - set(file.spans)
+    file.read()
+    assert file.whole_since is not None and file.whole_since == recorded.check(ProcessFile(recorded.recorder.path))
+    assert not file.damaged and before - set(file.spans), "else the test shows nothing"
+
+
+def test_an_attempt_is_whole_since_the_last_of_its_files_is_by_the_clock_of_the_driver(tmp_path: Path) -> None:
+    write(tmp_path, "driver", header("driver", since=1500))
+    write(tmp_path, "rank", header("policy/0", boot="two", clock=70_000, since=71_000))
+    write(tmp_path, "other", header("policy/1"))
+    assert SpanFiles(tmp_path).read().attempts()[0].whole_since == 2000
+    write(tmp_path, "late", header("policy/2", since=3000))
+    assert SpanFiles(tmp_path).read().attempts()[0].whole_since == 3000
