@@ -5,6 +5,7 @@ Groups and engines are stand-ins here, whose loading the test holds; runs with t
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,10 +18,11 @@ import pytest
 from rlhf_ray.actors.loading import Loading
 from rlhf_ray.errors import DeadlineError, DeadRankError, GroupError, Interrupted, ModelLoadError, StalledError
 from rlhf_ray.pending import Pending
+from rlhf_ray.processes.spans import Recorder, sending
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.incidents import Incident
 from rlhf_ray.runs.reporting import _interruption
-from rlhf_ray.trainers.recovery import Starting, loads_again
+from rlhf_ray.trainers.recovery import Recovery, Starting, loads_again
 
 ROLES = ("policy", "critic", "reference", "reward-helpful", "rollout")
 DEATHS: Sequence[type[GroupError]] = (DeadRankError, StalledError)
@@ -52,12 +54,14 @@ def test_errors_are_the_same_but_for_their_numbers_and_further_lines() -> None:
 class Part:
     """A group, or an engine, that answers with ``outcomes`` one after the other."""
 
-    def __init__(self, role: str, *outcomes: Any, rank: int | None = None) -> None:
+    def __init__(self, role: str, *outcomes: Any, rank: int | None = None, waits: bool = False) -> None:
         self.outcomes, self.loads, self.restarts = list(outcomes), 0, 0
-        self.loading = Loading(role, self.load, self.restart, nullcontext(), rank)
+        self.loading = Loading(role, self.load, self.restart, nullcontext(), rank, waits)
         self.on_restart: Callable[[], None] = lambda: None
+        self.before_load: Callable[[], object] = lambda: None
 
     def load(self) -> Pending[Any]:
+        self.before_load()
         outcome = self.outcomes[min(self.loads, len(self.outcomes) - 1)]
         self.loads += 1
 
@@ -102,6 +106,48 @@ def test_what_is_lost_loads_again_while_the_others_still_load(tmp_path: Path) ->
     assert (one.role, one.rank, one.fault, one.phase, one.action) == ("critic", 1, "died", "start", "restarted")
     assert (one.step, one.back_to, one.lost_steps) == (4, 4, 0) and one.seconds >= 0.0
     assert begin.losses == {"critic": 1}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("lost", [False, True], ids=["at first", "when it was started again"])
+def test_a_part_that_waits_for_its_processes_keeps_no_other_from_its_start(lost: bool, tmp_path: Path) -> None:
+    """Its ranks meet only once the other part, which is begun or started again later, is there."""
+    there, names = threading.Event(), list[str]()
+    waiting = Part("policy", *([died("policy")] if lost else []), "policy", waits=True)
+    waiting.before_load = lambda: (
+        names.append(threading.current_thread().name),
+        waiting.loads < lost or there.wait(30),
+    )
+    other = Part("critic", *([died("critic")] if lost else []), "critic")
+    other.before_load = lambda: other.loads < lost or there.set()
+    parts = {"policy": waiting.loading, "critic": other.loading}
+    assert starting(tmp_path).load(parts) == {"policy": "policy", "critic": "critic"}
+    assert there.is_set() and names == ["loading policy"] * (1 + lost)
+
+
+def test_an_error_of_what_waits_is_that_of_its_loading(tmp_path: Path) -> None:
+    part, errors = Part("policy", "policy", waits=True), [died("policy"), died("policy", 1)]
+
+    def fail() -> None:
+        if errors:
+            raise errors.pop()
+
+    part.before_load = fail
+    assert starting(tmp_path).load({"policy": part.loading}) == {"policy": "policy"}
+    assert [one.rank for one in incidents(tmp_path)] == [1, 0] and part.restarts == 2
+    part.before_load = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        starting(tmp_path / "other").load({"policy": part.loading})
+
+
+def test_what_waits_makes_its_calls_in_the_span_that_the_start_is_in(tmp_path: Path) -> None:
+    part, recorder = Part("policy", "policy", waits=True), Recorder(tmp_path, "driver")
+    sent: list[Any] = []
+    part.before_load = lambda: sent.append(sending("policy", "setup"))
+    with recorder.span("start", "phase"):
+        expected = sending("policy", "setup")
+        starting(tmp_path).load({"policy": part.loading})
+    assert expected is not None and [one.context.parent for one in sent] == [expected.context.parent]
 
 
 def test_engines_have_a_budget_of_their_own_each(tmp_path: Path) -> None:
@@ -158,6 +204,50 @@ def test_a_request_to_stop_ends_the_start_at_once_and_leaves_the_loss_on_disk(tm
     with pytest.raises(Interrupted):
         starting(tmp_path).load({"critic": part.loading})
     assert [one.action for one in incidents(tmp_path)] == ["stopped"]
+
+
+def test_an_incident_that_cannot_be_written_takes_no_place_of_the_loss(
+    tmp_path: Path, project_log: io.StringIO
+) -> None:
+    begin, loss = starting(tmp_path, groups=1), died("critic", 1)
+    (tmp_path / "run" / "incidents.jsonl").mkdir()
+    lost = [Part("critic", died("critic"), loss), Part("policy", "policy")]
+    with pytest.raises(DeadRankError) as caught:
+        begin.load({"critic": lost[0].loading, "policy": lost[1].loading})
+    assert caught.value is loss
+    assert "critic: its loss could not be written to the incidents: " in project_log.getvalue()
+    assert "incidents.jsonl is not a regular file" in project_log.getvalue()
+
+
+def test_so_it_is_where_a_loss_ends_a_run_that_trains(tmp_path: Path, project_log: io.StringIO) -> None:
+    run, loss = RunDirectory.create(tmp_path / "run", "kind: ppo\n"), died("critic", 1)
+    (run.path / "incidents.jsonl").mkdir()
+    checkpoints: Any = SimpleNamespace(run=run, committed=None, groups={})
+    trainer: Any = SimpleNamespace(finished_step=3)
+    recovery = Recovery([], checkpoints, SimpleNamespace(max_group_restarts=3))  # type: ignore[arg-type]
+    with pytest.raises(DeadRankError) as caught:
+        recovery.survive(loss, trainer)
+    assert caught.value is loss
+    assert "critic: its loss could not be written to the incidents: " in project_log.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (died("policy"), "fails with an error of policy: the run ends"),
+        (died("critic", 1), "fails once more: the run ends"),
+        (GroupError("critic", 0, "setup", "OSError('disk')"), "fails with the same error: the run ends"),
+    ],
+)
+def test_the_log_says_with_what_a_part_that_was_started_again_fails(
+    last: GroupError, said: str, tmp_path: Path, project_log: io.StringIO
+) -> None:
+    first = last if type(last) is GroupError else died("critic")
+    with pytest.raises(GroupError):
+        starting(tmp_path, groups=1 if said.startswith("fails once") else 3).load(
+            {"critic": Part("critic", first, last).loading}
+        )
+    assert f"(run.max_group_restarts), and {said}" in project_log.getvalue()
 
 
 @pytest.mark.parametrize(
