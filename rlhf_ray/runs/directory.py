@@ -272,10 +272,11 @@ class RunDirectory:
             self._lock = None
 
     def is_owned(self) -> bool:
-        """Whether any process owns the run now, this one included."""
+        """Whether any process owns the run now, this one included; on a file system without locks its heartbeat says so."""
         if self._lock is not None:
             return True
-        return is_taken(self.path / LOCK)
+        taken = is_taken(self.path / LOCK)
+        return self.heartbeat.is_fresh(time.time()) if taken is None else taken
 
     def _own(self) -> None:
         with storage.storage_errors(self.path / LOCK):

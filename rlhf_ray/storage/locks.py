@@ -46,8 +46,8 @@ def take_within(descriptor: int, seconds: float) -> bool:
     return True
 
 
-def is_taken(path: Path) -> bool:
-    """Whether a process has locked the file, this one included."""
+def is_taken(path: Path) -> bool | None:
+    """Whether a process has locked the file, this one included; None where the file system has no locks, so that none says."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:  # never locked, or out of this user's reach
@@ -58,7 +58,7 @@ def is_taken(path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return False
+        return None
     finally:
         os.close(descriptor)
     return int(kind) != fcntl.F_UNLCK

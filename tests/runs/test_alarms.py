@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,8 @@ import pytest
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.runs.alarms.heartbeat import Heartbeat, HeartbeatFile
 from rlhf_ray.runs.alarms.record import AlarmChange, AlarmRecord, history
+from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.reporting import status
 
 
 def test_a_heartbeat_is_read_as_it_was_written_and_nothing_else_is(tmp_path: Path) -> None:
@@ -28,6 +34,32 @@ def test_a_heartbeat_is_read_as_it_was_written_and_nothing_else_is(tmp_path: Pat
         assert file.read() is None, other
     file.path.write_text(begins + '"values": {}, "events": {}}')
     assert file.read() == Heartbeat(1.0, "", 1.0)
+
+
+def test_where_a_file_system_has_no_locks_the_heartbeat_says_whether_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = RunDirectory.create(tmp_path / "run", "kind: ppo\n")
+    made.release()
+    now = time.time()
+
+    def beat(at: float, started: float) -> bool:
+        made.heartbeat.write(Heartbeat(at, "update", at, None, {"run/started": started}, {}))
+        return RunDirectory(made.path).is_owned()
+
+    assert not beat(now, now - 9.0), "a lock that is free says that nobody owns it"
+
+    def refuse(descriptor: int, *_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    made.heartbeat.path.unlink()
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert not RunDirectory(made.path).is_owned(), "one without a heartbeat has not begun, or was none of ours"
+    assert beat(now, now - 9.0) and status(RunDirectory(made.path))["state"] == "running"
+    assert not beat(now - 61.0, now - 90.0) and status(RunDirectory(made.path))["state"].startswith(
+        "stopped; go on with"
+    )
+    assert not beat(now, -now), "it has ended in order"
 
 
 def change(at: float, name: str, *, began: bool) -> AlarmChange:

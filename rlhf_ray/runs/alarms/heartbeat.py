@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_ray import storage
 from rlhf_ray.console import get_logger
 from rlhf_ray.errors import RlhfRayError, StorageError
+from rlhf_ray.monitoring.alarms.catalogue import SILENT_S
 from rlhf_ray.storage.reading import read_text
 
 
@@ -51,6 +52,11 @@ class HeartbeatFile:
             if not self._told:
                 get_logger("runs").warning("the heartbeat could not be written: %s", error)
             self._told = True
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether a driver that has not ended in order wrote it so lately that it counts as alive."""
+        beat = self.read()
+        return beat is not None and beat.values.get("run/started", 0.0) > 0.0 and now - beat.at <= SILENT_S
 
     def read(self) -> Heartbeat | None:
         """What was written last; None where there is no file, or one that this did not write."""
