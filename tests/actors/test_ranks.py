@@ -200,7 +200,7 @@ def test_a_stopped_rank_is_told_from_a_peer_that_waits_and_ends_its_call_at_once
     os.kill(pids[1], signal.SIGSTOP)
     (call,) = ranks.open_calls()
     assert (call.role, call.method, call.missing) == ("policy", "sleep", (0, 1))
-    assert ranks.silent(call.missing, 2.0) == {0: False, 1: True}
+    assert ranks.silent(call.missing, 5.0) == {0: False, 1: True}
     ranks.nodes[0] = f"{ray.util.get_node_ip_address()} (this one)"
     assert ranks.stacks_elsewhere(1.0) == "== policy rank 1 on node 10.0.0.2 (there)\n   it does not answer"
     ranks.nodes[0] = "10.0.0.1 (here)"
@@ -211,23 +211,26 @@ def test_a_stopped_rank_is_told_from_a_peer_that_waits_and_ends_its_call_at_once
         StalledError, match=r"rank 1 failed in update: it did not answer .*10\.0\.0\.2 \(there\) was ended"
     ):
         pending.result()
-    assert time.monotonic() - began < 5 and ranks.open_calls() == []
+    assert time.monotonic() - began < 30 and ranks.open_calls() == []
     while psutil.pid_exists(pids[1]) and psutil.Process(pids[1]).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() - began < 20, "a stopped process is not left behind"
+        assert time.monotonic() - began < 60, "a stopped process is not left behind"
         time.sleep(0.05)
 
 
 def test_how_long_calls_usually_take_is_known_and_not_by_those_that_failed(ranks: RayRanks) -> None:
     ranks.call("double", [(0,), (0,)]).result()
+    took = []
     for seconds in (0.0, 0.3, 0.0):
+        began = time.monotonic()
         ranks.call("sleep", [(seconds,), (0.0,)]).result()
+        took.append(time.monotonic() - began)
     with pytest.raises(DeadlineError):
         ranks.call("sleep", [(2.0,), (0.0,)], timeout_s=0.5).result()
     pending = ranks.call("sleep", [(0.5,), (0.0,)])
     while len(ranks.open_calls()[0].missing) > 1:
         time.sleep(0.01)
     (call,) = ranks.open_calls()
-    assert call.missing == (0,) and call.usual_s is not None and call.usual_s < 0.25
+    assert call.missing == (0,) and call.usual_s is not None and call.usual_s <= sorted(took)[1]
     pending.result()
     assert ranks.open_calls() == []
     ranks.call("sleep", [(0.5,), (0.5,)])  # for which nobody can ask any more

@@ -32,18 +32,26 @@ from rlhf_ray.trainers.ppo.build import watch_engines
 from rlhf_ray.trainers.ppo.rewards import RemoteScorer
 from tests.trainers.small_runs import config_of, signals_as_before, train
 
-FLOOR_S = 2.0
+FLOOR_S = 600.0
+"""Nothing here takes half of it, however busy the machine is."""
+STALL_FLOOR_S = 2.0
+OVERDUE = {"PhaseOverdue", "StepOverdue", "CommitOverdue"}
 JUDGE = """
 import pathlib, time
 here = pathlib.Path(__file__)
 
+def steps():
+    metrics = pathlib.Path(METRICS)
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
 def lengths(responses):
-    if here.with_name("away").exists():
-        raise ConnectionError("the judge is away")
-    while here.with_name("slow").exists():
+    while steps() >= 2 and not here.with_name("continued").exists():
         time.sleep(0.05)
+    if steps() >= 4 and not here.with_name("back").exists():
+        raise ConnectionError("the judge is away")
     return [float(len(response)) for response in responses]
 """
+"""Hangs after the second step until it is continued, and is away after the fourth until it is back."""
 
 
 def names(run: RunDirectory, now: float | None = None) -> set[str]:
@@ -68,6 +76,12 @@ class Watched:
 
     def again(self) -> None:
         """Nothing: the test of the exporter is elsewhere."""
+
+    def later(self, seconds: float) -> None:
+        """Have the step and the phases that are under way have begun so much earlier."""
+        self.clock._open = tuple((name, began - seconds) for name, began in self.clock._open)
+        assert self.watch._last_step_at is not None
+        self.watch._last_step_at -= seconds
 
     def look(self) -> set[str]:
         """What status says after a look; the watch itself says the same."""
@@ -120,15 +134,16 @@ def test_a_gateway_that_is_dead_is_told_by_the_calls_that_fail(watched: Watched)
 def test_a_phase_in_which_a_rank_is_slow_is_told_before_the_watchdog_ends_anything(watched: Watched) -> None:
     for _ in range(3):
         with watched.clock.phase("update"):
-            time.sleep(0.01)
+            pass
     with watched.clock.phase("update"):
         assert watched.look() == set()
-        time.sleep(FLOOR_S / 2 + 0.1)
-        assert watched.look() == {"PhaseOverdue"}
+        watched.later(FLOOR_S / 2)
+        assert watched.look() == {"PhaseOverdue"}, "which explains that the step is overdue too"
         beat = watched.run.heartbeat.read()
         assert beat is not None and beat.phase == "update"
-        time.sleep(FLOOR_S / 2)
-        assert watched.look() == {"PhaseOverdue"}, "which explains that the step is overdue too"
+        watched.later(FLOOR_S)
+        assert watched.look() == {"PhaseOverdue"}
+    assert watched.look() == {"StepOverdue"}
     watched.watch.log(2, {"time/step": 2.0, "step": 2.0})
     assert watched.look() == set()
 
@@ -219,53 +234,60 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_reward_source_that_stalls_and_then_fails_is_told_and_mending_it_helps(
     tmp_path: Path, at_once: None, project_log: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "judge.py").write_text(JUDGE)
     config = config_of(
-        "ppo", tmp_path, "steps=6", f"run.stall_floor_s={FLOOR_S}", "data.world.prompts=24",
-        f"reward={{function: '{tmp_path}/judge.py:lengths', hold_s: 60.0}}",
+        "ppo", tmp_path, "steps=6", f"run.stall_floor_s={STALL_FLOOR_S}", "data.world.prompts=24",
+        f"reward={{function: '{tmp_path}/judge.py:lengths', hold_s: 600.0}}",
     )  # fmt: skip
     path = Path(config.run.root) / config.run.name
+    (tmp_path / "judge.py").write_text(JUDGE.replace("METRICS", repr(str(path / "metrics.jsonl"))))
     seen: dict[str, Any] = {}
 
     def until(what: str, holds: Callable[[], bool]) -> None:
-        limit, began = time.monotonic() + 60, time.monotonic()
+        limit = time.monotonic() + 300
         while not holds():
             assert time.monotonic() < limit, what
             time.sleep(0.05)
-        seen[what] = time.monotonic() - began
 
-    def break_it() -> None:
+    def told(alarm: str, *, began: bool) -> bool:
+        """What the run says; status looks at any time, a run now and then."""
+        return any((change.alarm, change.began) == (alarm, began) for change in RunDirectory(path).alarms.read())
+
+    def mend_it() -> None:
         try:
-            until("begun", lambda: (path / "metrics.jsonl").exists() and len(RunDirectory(path).metrics.read()) >= 2)
-            run = RunDirectory.open(path)
-            (tmp_path / "slow").touch()
-            until(
-                "stalled", lambda: bool(names(run)) and bool(run.alarms.read())
-            )  # status looks at any time, a run now and then
+            until("stalled", lambda: path.exists() and told("RewardStalled", began=True))
+            until("stalled in status", lambda: "RewardStalled" in names(RunDirectory(path)))
+            seen["while stalled"] = names(RunDirectory(path))
             assert main(["status", str(path), "--json"]) == 0
-            seen["while stalled"] = names(run)
-            (tmp_path / "slow").unlink()
-            until("mended", lambda: not names(run))
-            (tmp_path / "away").touch()
-            until("failing", lambda: bool(names(run)))
-            seen["while failing"] = names(run)
+            (tmp_path / "continued").touch()
+            until("over", lambda: told("RewardStalled", began=False))
+            until("over in status", lambda: "RewardStalled" not in names(RunDirectory(path)))
+            until("failing", lambda: told("RewardFailing", began=True))
+            seen["while failing"] = names(RunDirectory(path))
         except BaseException as error:
             seen["error"] = repr(error)
         finally:
-            (tmp_path / "slow").unlink(missing_ok=True)
-            (tmp_path / "away").unlink(missing_ok=True)
+            (tmp_path / "continued").touch()
+            (tmp_path / "back").touch()
 
-    breaking = threading.Thread(target=break_it)
-    breaking.start()
+    mending = threading.Thread(target=mend_it)
+    mending.start()
     run = train(config)
-    breaking.join(90)
+    mending.join(300)
     assert "error" not in seen, seen
     assert seen["while stalled"] == {"RewardStalled"} and seen["while failing"] == {"RewardFailing"}
     assert run.metrics.read()[-1]["step"] == 6 and run.is_finished and names(run) == set()
+    holding = set[str]()
+    for change in run.alarms.read():
+        if change.began:
+            assert not holding & {"RewardStalled", "RewardFailing"}, "which explain all else"
+            holding.add(change.alarm)
+        else:
+            holding.remove(change.alarm)
     began = [change.alarm for change in run.alarms.read() if change.began]
-    assert began == ["RewardStalled", "RewardFailing"]
-    (told,) = json.loads(capsys.readouterr().out)["alarms"]
-    assert told["alarm"] == "RewardStalled" and "above" in told["reading"] and "reward.timeout_s" in told["way_out"]
+    # A busy machine may be late with anything, and the phase of a call is overdue a moment before the call is.
+    assert [alarm for alarm in began if alarm not in OVERDUE] == ["RewardStalled", "RewardFailing"]
+    (shown,) = json.loads(capsys.readouterr().out)["alarms"]
+    assert shown["alarm"] == "RewardStalled" and "above" in shown["reading"] and "reward.timeout_s" in shown["way_out"]
     log = project_log.getvalue()
     assert "RewardFailing (critical): The reward source does not answer" in log and "RewardStalled is over after" in log
     page = write_report([run]).read_text()

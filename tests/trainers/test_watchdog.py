@@ -230,7 +230,7 @@ def test_one_warning_of_the_watchdog_does_not_silence_another(
     with run.watchdog:
         began = time.monotonic()
         while len(looks) < 5:
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 60
             time.sleep(0.01)
     run.watchdog._thread.join(10)
     said = project_log.getvalue()
@@ -240,6 +240,11 @@ def test_one_warning_of_the_watchdog_does_not_silence_another(
 def pause(run: Run, call: Any, seconds: float) -> None:
     """Have all that began so far have begun so much earlier, and no look have come since."""
     run.watchdog._looked_at = time.monotonic() - seconds
+    earlier(run, call, seconds)
+
+
+def earlier(run: Run, call: Any, seconds: float) -> None:
+    """Have all that began so far have begun so much earlier."""
     call.began_at -= seconds
     run.clock._open = tuple((name, began - seconds) for name, began in run.clock._open)
 
@@ -260,8 +265,8 @@ def test_the_time_in_which_the_machine_was_paused_counts_for_nothing(tmp_path: P
     policy = Ranks("policy", dead=[0])
     run, held = Run(tmp_path, [policy]), begin(policy)
     policy.book._durations, run.clock.durations = Durations(), Durations()
-    policy.book._durations.add("accumulate", 0.2)
-    run.clock.durations.add("update", 0.2)  # so that 1.2 s are late
+    policy.book._durations.add("accumulate", 20.0)
+    run.clock.durations.add("update", 20.0)  # so that 120 s are late
     run.phase = run.clock.phase("update")
     run.phase.__enter__()
     pause(run, held, 3600.0)
@@ -269,7 +274,7 @@ def test_the_time_in_which_the_machine_was_paused_counts_for_nothing(tmp_path: P
     time.sleep(0.3)
     run.watchdog.look()
     assert not policy.ended and not run.stacks()
-    time.sleep(1.0)
+    earlier(run, held, 120.0)
     run.watchdog.look()
     assert policy.ended.keys() == {0}
 
@@ -286,7 +291,7 @@ def test_a_disk_that_hangs_keeps_nothing_from_being_ended(
     began = time.monotonic()
     run.watchdog.look()
     answers.set()
-    assert policy.ended.keys() == {0} and time.monotonic() - began < 10 and held
+    assert policy.ended.keys() == {0} and time.monotonic() - began < 30 and held
     assert "they could not be written within 0.1 s" in project_log.getvalue()
 
 
@@ -323,7 +328,7 @@ def test_a_stopped_rank_of_this_job_is_ended_and_no_other_process(tmp_path: Path
             ranks[number].send_signal(signal.SIGSTOP)
         began = time.monotonic()
         while ranks[0].poll() is None:
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 60
             run.watchdog.look()
             time.sleep(0.05)
         assert time.monotonic() - began >= 0.4 and [one.poll() for one in ranks] == [-9, None, None, None]
@@ -343,7 +348,7 @@ def test_the_thread_looks_until_the_block_ends(tmp_path: Path) -> None:
         run.hang(0.1)
         began = time.monotonic()
         while not policy.ended:
-            assert time.monotonic() - began < 10 and held
+            assert time.monotonic() - began < 60 and held
             time.sleep(0.01)
     run.watchdog._thread.join(10)
     assert not run.watchdog._thread.is_alive()
