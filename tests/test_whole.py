@@ -53,6 +53,16 @@ def test_what_failed_is_run_once_more_alone(
     assert ("is to be mended too" in told) == (runs == 4) and (runs != 4 or all(name in told for name in run.beside))
 
 
+def test_what_passed_only_alone_is_named_where_the_second_part_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    beside = Pytest(1, 0)
+
+    def run(arguments: Sequence[str]) -> int:
+        return 2 if "tests/e2e" in arguments else beside(arguments)
+
+    assert whole.main(run) == 2
+    assert beside.beside[0] in capfd.readouterr().out.split("mended too")[1]
+
+
 def test_pytest_says_what_failed(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import os\ndef test_a():\n    assert 'PYTEST_XDIST_WORKER' not in os.environ\n"

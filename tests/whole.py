@@ -50,14 +50,15 @@ def run_part(arguments: Sequence[str], run: Run) -> tuple[int, list[str]]:
 def main(run: Run) -> int:
     """Run both parts; the second one only where the first one holds."""
     unstable: list[str] = []
+    code = 0
     for arguments in parts():
         code, only_alone = run_part(arguments, run)
         if code:
-            return code
+            break
         unstable += only_alone
     if unstable:
         print("\nfailed beside others and passed alone, so that it is to be mended too:", *unstable, sep="\n  ")
-    return 0
+    return code
 
 
 def _pytest(arguments: Sequence[str]) -> int:
