@@ -20,6 +20,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- matrix: made by python -m tests.faults.matrix -->", "<!-- end of matrix -->"
 LONGEST_SILENCE_S = 120.0
 IN_PLACE, PARENT, ENDED = "went on in place", "restarted by the parent", "ended"
+WITH_DRIVER = "restarted with the driver"
+"""By the parent, since the run's next fault was a kill of the driver, in the same step."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Verdict:
     @property
     def as_promised(self) -> bool:
         """Whether everything holds that is promised of a cell."""
-        kept = self.outcome == IN_PLACE or (self.role == "driver" and self.outcome == PARENT)
+        kept = self.outcome in (IN_PLACE, WITH_DRIVER) or (self.role == "driver" and self.outcome == PARENT)
         whole = self.identical and self.prompts_once and not self.left and self.seconds is not None
         return kept and whole and self.silence_s <= LONGEST_SILENCE_S
 
@@ -77,7 +79,9 @@ class Verdict:
 
     def words(self) -> str:
         """The verdict in a cell of the table."""
-        short = {IN_PLACE: "in place", PARENT: "by the parent", ENDED: "ended"}[self.outcome]
+        short = {IN_PLACE: "in place", PARENT: "by the parent", WITH_DRIVER: "with the driver", ENDED: "ended"}[
+            self.outcome
+        ]
         parts = [short] if self.seconds is None else [short, f"{self.seconds:.0f} s", f"{self.lost_steps}"]
         parts += [] if self.identical else ["other bits"]
         parts += [] if self.prompts_once else ["prompts twice"]
@@ -124,10 +128,8 @@ def read_hit(events: Sequence[Mapping[str, Any]], cell: str, incidents: Sequence
     outcome = ENDED if finished is None else IN_PLACE
     starts = sum(event["what"] == "driver" for event in between)
     deaths = sum(event["what"] == "hit" and _kills_the_driver(event["cell"]) for event in between)
-    if (
-        finished is not None and starts > deaths
-    ):  # a driver that the run's own next fault killed was not the victim of this one
-        outcome = PARENT
+    if finished is not None and starts:
+        outcome = PARENT if starts > deaths else WITH_DRIVER
     return Reading(
         outcome,
         None if finished is None else until - hit["at"],

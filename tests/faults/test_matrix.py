@@ -15,7 +15,7 @@ from rlhf_ray.runs.incidents import Incident
 from tests.faults import matrix, matrix_cells, matrix_verdicts
 from tests.faults.matrix_cells import CALLS, FAULTS, PHASES, ROLES, SIGNALS, Cell, cells, digest, where, why_not
 from tests.faults.matrix_driver import Hit, Plan, faults, read_events
-from tests.faults.matrix_verdicts import IN_PLACE, PARENT, Verdict, read_hit
+from tests.faults.matrix_verdicts import IN_PLACE, PARENT, WITH_DRIVER, Verdict, read_hit
 from tests.faults.verdict import ledger_differences, weight_differences
 from tests.trainers.small_runs import config_of, signals_as_before, train
 
@@ -96,7 +96,7 @@ def test_a_hit_is_read_with_what_it_cost() -> None:
     assert restarted is not None and restarted.outcome == PARENT and restarted.detected_s is None
     killed = (7.0, "hit", {"cell": "driver/log_probs/SIGKILL"})
     also = read_hit(events(*BEFORE, killed, (10.0, "driver", {}), *REDONE), "policy/update/hang")
-    assert also is not None and also.outcome == IN_PLACE, "it was the driver's own fault that ended it"
+    assert also is not None and also.outcome == WITH_DRIVER, "it was the driver's own fault that ended it"
     of_itself = read_hit(events(*BEFORE, killed, (10.0, "driver", {}), *REDONE), "driver/log_probs/SIGKILL")
     assert of_itself is not None and of_itself.outcome == PARENT
     twice = read_hit(events(*BEFORE, (6.5, "driver", {}), killed, (10.0, "driver", {}), *REDONE), "policy/update/hang")
@@ -139,7 +139,7 @@ def test_what_is_met_after_the_last_step_is_overcome_once_the_run_has_ended() ->
     ("changes", "kept"),
     [
         ({}, True), ({"identical": False}, False), ({"prompts_once": False}, False), ({"left": ["a process"]}, False),
-        ({"outcome": PARENT}, False), ({"outcome": PARENT, "role": "driver"}, True),
+        ({"outcome": PARENT}, False), ({"outcome": PARENT, "role": "driver"}, True), ({"outcome": WITH_DRIVER}, True),
         ({"outcome": "ended", "seconds": None}, False), ({"silence_s": 121.0}, False),
     ],
 )  # fmt: skip
