@@ -21,8 +21,10 @@ HIDDEN, VOCABULARY, TOKENS = 16, 50, 23
 
 @pytest.fixture(params=["tiles, probabilities kept", "tiles, computed again", "chunks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(log_prob_tiles, "TOKENS_AT_ONCE", 10)
-    monkeypatch.setattr(log_prob_tiles, "MOST_COLUMNS", 7)
+    monkeypatch.setattr(log_prob_tiles, "BLOCK_BYTES", 10 * VOCABULARY * 2)
+    monkeypatch.setattr(log_prob_tiles, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(log_prob_tiles, "NUMBERS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(log_prob_tiles, "COLUMNS_AT_ONCE", 7)
     monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", 0 if "again" in request.param else 1 << 27)
     monkeypatch.setattr(log_probs, "LOGITS_AT_ONCE", 6 * VOCABULARY)
     monkeypatch.setattr(log_probs, "FEWEST_TOKENS_AT_ONCE", 1)

@@ -19,9 +19,11 @@ KEPT, AGAIN = 1 << 20, 0
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten tokens by seven columns: neither divides its side."""
-    monkeypatch.setattr(log_prob_tiles, "TOKENS_AT_ONCE", 10)
-    monkeypatch.setattr(log_prob_tiles, "MOST_COLUMNS", 7)
+    """Blocks of eight tokens, of which three at once, and seven columns: none divides its side."""
+    monkeypatch.setattr(log_prob_tiles, "BLOCK_BYTES", 10 * VOCABULARY * 4)
+    monkeypatch.setattr(log_prob_tiles, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(log_prob_tiles, "NUMBERS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(log_prob_tiles, "COLUMNS_AT_ONCE", 7)
 
 
 def case(dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[LogProbHead, Tensor, Tensor]:
@@ -74,27 +76,29 @@ def test_the_gradient_of_a_token_that_is_almost_certain_does_not_drown_in_half_p
     assert float(for_weight) == pytest.approx(float(expected), rel=0.02)
 
 
-@pytest.mark.parametrize(("most", "products"), [(KEPT, 24), (AGAIN, 48)])
-def test_logits_are_computed_once_where_probabilities_are_kept_and_never_more_than_a_tile(
+@pytest.mark.parametrize(("most", "products"), [(KEPT, 3), (AGAIN, 6)])
+def test_logits_are_computed_once_where_probabilities_are_kept_and_never_more_than_a_block(
     monkeypatch: pytest.MonkeyPatch, most: int, products: int
 ) -> None:
     monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
-    shapes: list[tuple[int, int]] = []
+    shapes: list[torch.Size] = []
     original = log_prob_tiles._logits
 
-    def counted(wide: Tensor, weight: Tensor, temperature: float) -> Tensor:
-        shapes.append((len(wide), len(weight)))
-        return original(wide, weight, temperature)
+    def counted(*arguments: Any) -> Tensor:
+        logits = original(*arguments)
+        shapes.append(logits.shape)
+        return logits
 
     monkeypatch.setattr(log_prob_tiles, "_logits", counted)
     head, hidden, targets = case()
     head(hidden, targets, 1.0, True)[0].sum().backward()
-    assert len(shapes) == products and max(shapes) == (10, 7)
+    assert len(shapes) == products and max(shapes) == (8, VOCABULARY)
 
 
 def test_probabilities_are_kept_for_a_backward_alone_and_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, tokens = nn.Linear(8, 2000, bias=False), 200
-    monkeypatch.setattr(log_prob_tiles, "MOST_COLUMNS", 100)
+    monkeypatch.setattr(log_prob_tiles, "BLOCK_BYTES", 5 * 2000 * 4)
+    monkeypatch.setattr(log_prob_tiles, "COLUMNS_AT_ONCE", 100)
     hidden, targets = torch.randn(tokens, 8).requires_grad_(), torch.randint(2000, (tokens,))
     head, kept = LogProbHead.around(layer, None), tokens * 2000 * 4
     monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept)

@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens from hidden states on a CPU: in tiles of logits that stay in the cache of a core.
+"""Log-probabilities of tokens from hidden states on a CPU: in blocks of logits, of which a core works on a few rows at a time.
 
 Invariants: log-probabilities and entropies are fp32 whatever the model's dtype, and so are logits, unless the head is told to
-multiply in the model's dtype, which rounds each logit once more. At most one tile of logits exists at a time. All probabilities
-are kept until the end of the backward pass, which they spare from computing the logits again, where they take at most
-:data:`KEPT_BYTES` and no loss depends on entropies; else none are. Only the last bits of gradients depend on whether they are.
-No input is changed.
+multiply in the model's dtype, which rounds each logit once more. At most one block of logits exists at a time. All
+probabilities are kept until the end of the backward pass, which they spare from computing the logits again, where they take at
+most :data:`KEPT_BYTES` and no loss depends on entropies; else none are. Only the last bits of gradients depend on whether they
+are. No input is changed.
 
 For a head without bias and softcap, and tokens sampled from the whole vocabulary; ``log_probs.py`` has the rest.
 """
@@ -18,12 +18,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-TOKENS_AT_ONCE = 1024
-"""Most rows of a tile."""
-LOGITS_AT_ONCE = 1 << 18
-"""Numbers in a tile of logits: with its operands they stay in the second cache of a core, or close to it."""
-MOST_COLUMNS = 2048
-"""Most columns of a tile: a tile of the weight is copied to fp32."""
+BLOCK_BYTES = (32 << 20) - (4 << 10)
+"""Most bytes of logits in a block: a larger one would be asked of the system anew every time (``keep_freed_memory``)."""
+FEWEST_ROWS = 128
+"""Fewest tokens in a block, if there are so many: with fewer, reading the whole weight would take longer than the product."""
+NUMBERS_AT_ONCE = 1 << 18
+"""Logits on which softmax and entropy work at a time: with what is made of them they stay in the second cache of a core."""
+COLUMNS_AT_ONCE = 2048
+"""Tokens of the vocabulary whose weights are copied to fp32, or whose gradients are added, at a time."""
 KEPT_BYTES = 1 << 27
 """Most bytes of probabilities that a forward pass keeps for its backward, which otherwise computes all of them again."""
 
@@ -31,10 +33,8 @@ KEPT_BYTES = 1 << 27
 class _TiledLogProbs(torch.autograd.Function):
     """Compute ``log p(y) = z_y - log sum exp z`` and ``H = - sum p log p``, with ``z = h W^T / temperature``.
 
-    A tile ``j`` gives its own softmax ``p_j`` and its own ``n_j = log sum exp z_j``; then ``n = log sum_j exp n_j`` and
-    ``p = p_j exp(n_j - n)``. Backward, with ``g`` and ``g_H`` for the gradients of both:
-    ``dz = g (1_y - p) - g_H p (log p + H)``. The column of the target has its own term, so that ``1 - p`` is not made of
-    a ``p`` in half precision.
+    Backward, with ``g`` and ``g_H`` for the gradients of both: ``dz = g (1_y - p) - g_H p (log p + H)``. The column of the
+    target has its own term, so that ``1 - p`` is not made of a ``p`` in half precision.
     """
 
     @staticmethod
@@ -54,16 +54,17 @@ class _TiledLogProbs(torch.autograd.Function):
         keep = may_keep and len(targets) * len(weight) * weight.element_size() <= KEPT_BYTES
         ctx.kept, ctx.temperature, ctx.fp32 = [], temperature, fp32
         with torch.autocast("cpu", enabled=False):
-            for rows in _slices(len(targets), TOKENS_AT_ONCE):
-                kept: list[Tensor] | None = [] if keep else None
-                log_probs[rows], n, entropy, shares = _of_rows(
-                    _factor(hidden[rows], fp32), weight, targets[rows], temperature, with_entropy, kept
+            for rows in _blocks(len(targets), weight, fp32):
+                logits = _logits(hidden[rows], weight, fp32)
+                kept = _room_for_probabilities(logits, weight) if keep else None
+                log_probs[rows], normalisers[rows], entropy, shares = _of_block(
+                    logits, targets[rows], temperature, with_entropy, kept
                 )
-                normalisers[rows] = n
                 if entropies is not None and entropy is not None:
                     entropies[rows] = entropy
                 if kept is not None:
                     ctx.kept.append((kept, shares))
+                del logits  # before the next block is made
         ctx.save_for_backward(hidden, weight, targets, log_probs, normalisers, entropies)
         return log_probs, entropies
 
@@ -75,21 +76,24 @@ class _TiledLogProbs(torch.autograd.Function):
         for_hidden = torch.empty_like(hidden)
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast("cpu", enabled=False):
-            for number, rows in enumerate(_slices(len(targets), TOKENS_AT_ONCE)):
-                factor, log_p = _factor(hidden[rows], ctx.fp32), log_probs[rows]
+            for number, rows in enumerate(_blocks(len(targets), weight, ctx.fp32)):
+                log_p, factor = log_probs[rows], -g[rows]
                 at_target = g[rows] * -torch.expm1(log_p)
                 if g_entropy is not None:
                     at_target -= g_entropy[rows] * log_p.exp() * (log_p + entropies[rows])
-                    tiles = _entropy_tiles(
-                        factor, weight, ctx.temperature, normalisers[rows], entropies[rows], g[rows], g_entropy[rows]
-                    )
+                    logits = _logits(hidden[rows], weight, ctx.fp32)
+                    of_entropy = entropies[rows], g_entropy[rows], g[rows]
+                    matrix = _from_logits_again(logits, weight, ctx.temperature, normalisers[rows], of_entropy)
+                    factor = torch.ones_like(log_p)
                 elif ctx.kept:
-                    kept, shares = ctx.kept[number]
-                    tiles = _kept_tiles(kept, shares, g[rows])
+                    matrix, shares = ctx.kept[number]
+                    factor = factor * shares
                 else:
-                    tiles = _tiles_again(factor, weight, ctx.temperature, normalisers[rows], g[rows])
-                wide = hidden[rows].float()
-                for_hidden[rows] = _add_gradients(tiles, wide, weight, targets[rows], at_target, for_weight)
+                    logits = _logits(hidden[rows], weight, ctx.fp32)
+                    matrix = _from_logits_again(logits, weight, ctx.temperature, normalisers[rows])
+                for_hidden[rows] = _add_gradients(
+                    matrix, factor, hidden[rows].float(), weight, targets[rows], at_target, for_weight
+                )
         ctx.kept = []  # they are no saved tensors, and would live as long as the loss
         return for_hidden, None if for_weight is None else for_weight.to(weight.dtype), *(None,) * 5
 
@@ -108,7 +112,7 @@ def tiled_log_probs(
 ) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"] | None]:
     """Return log-probabilities of the targets and, with ``with_entropy``, the entropies, both in nats.
 
-    Without ``fp32`` logits are products in the dtype of the hidden states, which is twice as fast in bf16.
+    Without ``fp32`` logits are products in the dtype of the hidden states, which is faster in bf16.
     ``entropy_in_loss`` says that a loss depends on the entropies: its gradient needs logits, so no probabilities are kept.
     """
     may_keep = torch.is_grad_enabled() and not entropy_in_loss
@@ -119,100 +123,104 @@ def _slices(length: int, most: int) -> Iterator[slice]:
     return (slice(start, min(start + most, length)) for start in range(0, length, most))
 
 
-def _columns(rows: int, vocabulary: int) -> Iterator[slice]:
-    return _slices(vocabulary, min(MOST_COLUMNS, max(1, LOGITS_AT_ONCE // max(rows, 1))))
+def _blocks(tokens: int, weight: Float[Tensor, "vocabulary hidden"], fp32: bool) -> Iterator[slice]:
+    """Cut the tokens into blocks that are as equal as can be."""
+    row = len(weight) * (4 if fp32 else weight.element_size())
+    blocks = -(-tokens // max(FEWEST_ROWS, BLOCK_BYTES // row))
+    return _slices(tokens, -(-tokens // max(blocks, 1)) or 1)
 
 
-def _factor(hidden: Float[Tensor, "rows hidden"], fp32: bool) -> Float[Tensor, "rows hidden"]:
-    """Return the left side of the product that makes logits: its dtype is that of the product."""
-    return hidden.float() if fp32 else hidden
+def _a_few_rows(logits: Float[Tensor, "rows vocabulary"]) -> Iterator[slice]:
+    return _slices(len(logits), max(1, NUMBERS_AT_ONCE // logits.shape[1]))
 
 
 def _logits(
-    factor: Float[Tensor, "rows hidden"], weight: Float[Tensor, "columns hidden"], temperature: float
-) -> Float[Tensor, "rows columns"]:
-    logits = (factor @ weight.to(factor.dtype).t()).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    hidden: Float[Tensor, "rows hidden"], weight: Float[Tensor, "vocabulary hidden"], fp32: bool
+) -> Float[Tensor, "rows vocabulary"]:
+    """Return the product of both, in fp32 or in the dtype of the hidden states."""
+    factor = hidden.float() if fp32 else hidden
+    if weight.dtype == factor.dtype:
+        return factor @ weight.t()
+    logits = factor.new_empty(len(factor), len(weight))
+    for columns in _slices(len(weight), COLUMNS_AT_ONCE):
+        torch.mm(factor, weight[columns].to(factor.dtype).t(), out=logits[:, columns])
+    return logits
 
 
-def _of_rows(
-    factor: Float[Tensor, "rows hidden"],
-    weight: Float[Tensor, "vocabulary hidden"],
+def _room_for_probabilities(logits: Tensor, weight: Tensor) -> Tensor:
+    """Return a matrix in the dtype of the weight: the logits' own, which are used up, if that is theirs."""
+    return logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+
+
+def _of_block(
+    logits: Float[Tensor, "rows vocabulary"],
     targets: Int64[Tensor, "rows"],
     temperature: float,
     with_entropy: bool,
-    kept: list[Tensor] | None,
+    kept: Float[Tensor, "rows vocabulary"] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return log-probs, normalisers, entropies (each ``rows``) and each tile's share of the probability (``rows tiles``).
+    """Return log-probs, normalisers ``log sum exp z``, entropies and shares (each ``rows``), and use up the logits.
 
-    ``kept`` takes the softmax of every tile, with 0 at the targets.
+    ``kept``, which may be the logits themselves, takes ``exp(z - max z)``, with 0 at the targets: the probabilities over the
+    shares.
     """
-    chosen, peaks, totals, means = torch.empty(len(factor)), [], [], []
-    for columns, rows, places in _with_targets(targets, len(weight)):
-        z = _logits(factor, weight[columns], temperature)
-        chosen[rows] = z[rows, places]
-        highest, p = z.amax(-1), z.softmax(-1)
-        peaks.append(highest)
-        totals.append(p.amax(-1).log_().neg_())  # log sum exp of the tile, relative to its highest logit
+    chosen = _scaled(logits[torch.arange(len(targets)), targets], temperature)
+    highest, total, mean = (torch.empty(len(logits), 1) for _ in range(3))
+    for rows in _a_few_rows(logits):
+        z = _scaled(logits[rows], temperature)
+        torch.amax(z, -1, keepdim=True, out=highest[rows])
+        z.sub_(highest[rows])
+        powers = z.exp() if with_entropy else z.exp_()
+        torch.sum(powers, -1, keepdim=True, out=total[rows])
         if with_entropy:
-            means.append(z.sub_(highest[:, None]).mul_(p).sum(-1))
+            torch.sum(z.mul_(powers), -1, keepdim=True, out=mean[rows])
         if kept is not None:
-            # Each in memory of its own: a large block would be asked of the system anew every time.
-            kept.append(p.index_put_((rows, places), torch.zeros(())).to(weight.dtype))
-    by_tile = torch.stack(peaks, 1)
-    highest = by_tile.amax(1, keepdim=True)
-    by_tile -= (
-        highest  # from here on all is relative to the highest logit of the row: sums of large numbers would lose digits
-    )
-    sums = by_tile + torch.stack(totals, 1)
-    rest = sums.logsumexp(1)
-    shares = (sums - rest[:, None]).exp_()
-    entropy = rest - (shares * by_tile.add_(torch.stack(means, 1))).sum(1) if with_entropy else None
-    return chosen - highest[:, 0] - rest, highest[:, 0] + rest, entropy, shares
+            kept[rows] = powers
+    if kept is not None:
+        _without_targets(kept, targets)
+    highest, total = highest[:, 0], total[:, 0]
+    rest = total.log()
+    entropies = rest - mean[:, 0] / total if with_entropy else None
+    return chosen - highest - rest, highest + rest, entropies, total.reciprocal()
 
 
-def _with_targets(targets: Int64[Tensor, "rows"], vocabulary: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield the columns of each tile, the rows whose targets are in it, and the columns of these in the tile."""
-    ordered, order = targets.sort(stable=True)
-    for columns in _columns(len(targets), vocabulary):
-        first, behind = torch.searchsorted(ordered, torch.tensor([columns.start, columns.stop])).tolist()
-        yield columns, order[first:behind], ordered[first:behind] - columns.start
+def _without_targets(matrix: Float[Tensor, "rows vocabulary"], targets: Int64[Tensor, "rows"]) -> None:
+    """Set the targets to 0, in place; ``scatter_`` would copy the whole matrix."""
+    matrix[torch.arange(len(targets)), targets] = 0.0
 
 
-def _kept_tiles(
-    kept: list[Tensor], shares: Float[Tensor, "rows tiles"], g: Float[Tensor, "rows"]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each tile a matrix, and what its rows are to be multiplied with to make the gradient of the logits."""
-    for tile, share in zip(kept, shares.unbind(1), strict=True):
-        yield tile, -g * share
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits over the temperature in fp32: in their own memory if they are fp32, else in a copy."""
+    z = logits.float()
+    return z if temperature == 1.0 else z.div_(temperature)
 
 
-def _tiles_again(
-    factor: Tensor, weight: Tensor, temperature: float, normalisers: Tensor, g: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same from logits that are computed again, with the targets' columns too."""
-    for columns in _columns(len(factor), len(weight)):
-        yield _logits(factor, weight[columns], temperature).sub_(normalisers[:, None]).exp_(), -g
-
-
-def _entropy_tiles(
-    factor: Tensor,
-    weight: Tensor,
+def _from_logits_again(
+    logits: Float[Tensor, "rows vocabulary"],
+    weight: Float[Tensor, "vocabulary hidden"],
     temperature: float,
-    normalisers: Tensor,
-    entropies: Tensor,
-    g: Tensor,
-    g_entropy: Tensor,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the same where the loss depends on the entropies."""
-    for columns in _columns(len(factor), len(weight)):
-        log_p = _logits(factor, weight[columns], temperature).sub_(normalisers[:, None])
-        p = log_p.exp()
-        yield log_p.add_(entropies[:, None]).mul_(-g_entropy[:, None]).sub_(g[:, None]).mul_(p), torch.ones_like(g)
+    normalisers: Float[Tensor, "rows"],
+    of_entropy: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Float[Tensor, "rows vocabulary"]:
+    """Return the probabilities in the dtype of the weight, and use up the logits.
+
+    With ``of_entropy`` (entropies, their gradients, and those of the log-probs) return the gradient of the logits instead.
+    """
+    matrix = _room_for_probabilities(logits, weight)
+    for rows in _a_few_rows(logits):
+        log_p = _scaled(logits[rows], temperature).sub_(normalisers[rows, None])
+        if of_entropy is None:
+            matrix[rows] = log_p.exp_()
+        else:
+            entropies, g_entropy, g = (numbers[rows, None] for numbers in of_entropy)
+            p = log_p.exp()
+            matrix[rows] = log_p.add_(entropies).mul_(-g_entropy).sub_(g).mul_(p)
+    return matrix
 
 
 def _add_gradients(
-    tiles: Iterator[tuple[Tensor, Tensor]],
+    matrix: Float[Tensor, "rows vocabulary"],
+    factor: Float[Tensor, "rows"],
     wide: Float[Tensor, "rows hidden"],
     weight: Float[Tensor, "vocabulary hidden"],
     targets: Int64[Tensor, "rows"],
@@ -221,15 +229,14 @@ def _add_gradients(
 ) -> Float[Tensor, "rows hidden"]:
     """Return the gradient of some hidden states in fp32, and add that of the weight.
 
-    ``at_target`` is the gradient of the targets' logits.
+    The rows of ``matrix`` times ``factor`` are the gradient of the logits, but for the targets': that is ``at_target``.
     """
+    _without_targets(matrix, targets)
     for_hidden = at_target[:, None] * weight.index_select(0, targets).float()
-    for (columns, rows, places), (tile, factor) in zip(_with_targets(targets, len(weight)), tiles, strict=True):
-        tile = tile.to(weight.dtype)
-        tile[rows, places] = 0.0
-        for_hidden.addcmul_((tile @ weight[columns]).float(), factor[:, None])
-        if for_weight is not None:
-            for_weight[columns] += tile.t() @ (wide * factor[:, None]).to(weight.dtype)
+    for_hidden.addcmul_((matrix @ weight).float(), factor[:, None])
     if for_weight is not None:
+        scaled = (wide * factor[:, None]).to(weight.dtype)
+        for columns in _slices(len(weight), COLUMNS_AT_ONCE):
+            for_weight[columns] += matrix[:, columns].t() @ scaled
         for_weight.index_add_(0, targets, wide * at_target[:, None])
     return for_hidden

@@ -5,7 +5,7 @@ multiply in the model's dtype, which rounds each logit once more. At most one ch
 backward pass, which computes it again; an entropy takes the memory of a second one. What nobody asks for (an entropy, its
 gradient, a temperature of 1) costs no pass over a chunk. No input is changed.
 
-A plain head on a CPU computes in smaller tiles instead, of tokens and vocabulary (``log_prob_tiles.py``).
+A plain head on a CPU has chunks of its own instead, and works on a few rows of them at a time (``log_prob_tiles.py``).
 
 The head is the model's own output layer: one module that owns the weight and the loop over chunks. So ZeRO-3 gathers the
 weight once per call, however many chunks a rank has, and ranks with different numbers of tokens do not wait for each other.
@@ -93,7 +93,7 @@ class LogProbHead(nn.Linear):
 
 
 def tiles_suit(hidden: Tensor, bias: Tensor | None, softcap: float | None, kept: KeptSets | None) -> bool:
-    """Return whether logits are computed in tiles of tokens and vocabulary: on a CPU, for a plain head."""
+    """Return whether a core works on a few rows of logits at a time (``log_prob_tiles.py``): on a CPU, for a plain head."""
     return hidden.device.type == "cpu" and bias is None and softcap is None and kept is None
 
 
