@@ -4,7 +4,7 @@ PYTHON_BIN := .venv/bin/python
 export PYTHONPATH :=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench gym verifiers trackers browser parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
+.PHONY: setup demo test lint bench gym verifiers trackers browser dashboards parity templates architectures faults siege nodes locks gpu gpu-wheels gpu-rehearsal
 
 setup:
 	@./setup.sh
@@ -32,6 +32,11 @@ verifiers: setup  ## the worked example is played by verifiers 0.4.0 itself, in 
 browser: setup  ## pages in headless Chromium, Debian's or what is called so; playwright is put into build/browser
 	@test -d build/browser || $(PYTHON_BIN) -m pip install -q --target build/browser playwright==1.65.*
 	@BROWSER=1 $(PYTHON_BIN) -m pytest -q $$(grep -rl --include='test_*.py' 'browser import' tests)
+
+dashboards: setup  ## Grafana's dashboards through its own types, in an environment of their own (build/grafana), which is downloaded
+	@test -x build/grafana/bin/python || $(PYTHON_BIN) -m venv build/grafana
+	@build/grafana/bin/python -m pip install -q 'grafana-foundation-sdk==1769699379!11.6.0'
+	@GRAFANA_SDK_PYTHON=$(CURDIR)/build/grafana/bin/python $(PYTHON_BIN) -m pytest -q tests/monitoring/test_dashboard_round_trip.py
 
 trackers: setup  ## wandb, MLflow and trackio themselves, in an environment of their own (build/trackers), which is downloaded
 	@test -x build/trackers/bin/python || $(PYTHON_BIN) -m venv build/trackers

@@ -25,7 +25,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Table": ".report.summary",
         "UnknownMetricError": ".registry",
         "memory_use": ".memory",
-        "render_dashboard": ".dashboards",
         "render_report": ".report.page",
     },
 )

@@ -74,10 +74,11 @@ class ScoringApp:
         )
         self._answering: set[asyncio.Task[Any]] = set()
         self._given_up = False
-        metrics.watch("waiting_items", "Items that wait for a forward", lambda: catalog.waiting)
-        metrics.watch("waiting_tokens", "About how many tokens they have", lambda: catalog.waiting_tokens)
-        metrics.watch("replicas_down", "Replicas that are being brought back", lambda: catalog.down)
-        metrics.watch("body_bytes", "Bytes of bodies that are held", lambda: self.bodies.held)
+        metrics.watch("waiting_items", lambda: catalog.waiting)
+        metrics.watch("waiting_tokens", lambda: catalog.waiting_tokens)
+        metrics.watch("replicas", lambda: catalog.replicas)
+        metrics.watch("replicas_down", lambda: catalog.down)
+        metrics.watch("body_bytes", lambda: self.bodies.held)
 
     def scoring(self, protocol: Protocol) -> Endpoint:
         """The endpoint of one protocol."""

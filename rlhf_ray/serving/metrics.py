@@ -1,7 +1,7 @@
 """What an operator watches, as Prometheus text.
 
 Invariants: labels come from fixed sets (protocols, kinds of refusals, stages, models), never from a request; nothing that a
-caller sent is exported.
+caller sent is exported. Names, meanings and labels are those of ``monitoring/other_pages.py``, from which the panels are made.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rlhf_ray.monitoring.alarms.service import NAMESPACE
+from rlhf_ray.monitoring.other_pages import service_metric
 from rlhf_ray.rewards.batcher import Waiting
 
-NAMESPACE = "rlhf_scoring"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 100.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 STAGES = ("read", "queue", "forward", "answer")
@@ -24,25 +25,25 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Answered requests", "protocol", "status")
-        self.errors = self._counter("errors", "Requests without scores, by kind", "kind")
-        self.failed_items = self._counter("failed_items", "Items without a score, by whose fault it is", "fault")
-        self.request_seconds = self._seconds("request_seconds", "Time of scored requests", "protocol")
-        self.stage_seconds = self._seconds("stage_seconds", "Time by stage", "stage")
-        self.refusal_seconds = self._seconds("refusal_seconds", "Time to an overload's refusal")
-        self.batch_tokens = self._sizes("batch_tokens", "Tokens of a forward")
-        self.batch_items = self._sizes("batch_items", "Items of a forward")
-        self.items = self._counter("items", "Items that went through the model", "model")
-        self.tokens = self._counter("tokens", "Tokens that went through the model", "model")
-        self.forwards = self._counter("forwards", "Forwards", "model")
-        self.restarts = self._counter("restarts", "Restarts of reward groups", "model")
-        self.reloads = self._counter("reloads", "New versions of models", "model")
+        self.requests = self._counter("requests")
+        self.errors = self._counter("errors")
+        self.failed_items = self._counter("failed_items")
+        self.request_seconds = self._seconds("request_seconds")
+        self.stage_seconds = self._seconds("stage_seconds")
+        self.refusal_seconds = self._seconds("refusal_seconds")
+        self.batch_tokens = self._sizes("batch_tokens")
+        self.batch_items = self._sizes("batch_items")
+        self.items = self._counter("items")
+        self.tokens = self._counter("tokens")
+        self.forwards = self._counter("forwards")
+        self.restarts = self._counter("restarts")
+        self.reloads = self._counter("reloads")
         for stage in STAGES:
             self.stage_seconds.labels(stage)  # shown from the start on, at zero
 
-    def watch(self, name: str, description: str, value: Callable[[], float]) -> None:
+    def watch(self, name: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is read whenever metrics are asked for."""
-        Gauge(name, description, namespace=NAMESPACE, registry=self.registry).set_function(value)
+        Gauge(name, service_metric(name).help, namespace=NAMESPACE, registry=self.registry).set_function(value)
 
     def batch(self, waiting: Sequence[Waiting], now: float) -> None:
         """Count one batch that leaves the queue."""
@@ -62,11 +63,18 @@ class Metrics:
         """All of it in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, description: str, *labels: str) -> Counter:
-        return Counter(name, description, labels, namespace=NAMESPACE, registry=self.registry)
+    def _counter(self, name: str) -> Counter:
+        metric = service_metric(name)
+        return Counter(name, metric.help, metric.labels, namespace=NAMESPACE, registry=self.registry)
 
-    def _seconds(self, name: str, description: str, *labels: str) -> Histogram:
-        return Histogram(name, description, labels, namespace=NAMESPACE, registry=self.registry, buckets=SECONDS)
+    def _seconds(self, name: str) -> Histogram:
+        return self._histogram(name, SECONDS)
 
-    def _sizes(self, name: str, description: str) -> Histogram:
-        return Histogram(name, description, namespace=NAMESPACE, registry=self.registry, buckets=SIZES)
+    def _sizes(self, name: str) -> Histogram:
+        return self._histogram(name, SIZES)
+
+    def _histogram(self, name: str, buckets: Sequence[float]) -> Histogram:
+        metric = service_metric(name)
+        return Histogram(
+            name, metric.help, metric.labels, namespace=NAMESPACE, registry=self.registry, buckets=tuple(buckets)
+        )

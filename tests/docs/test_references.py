@@ -44,6 +44,8 @@ from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole, TokenBudget
 from rlhf_ray.config.sections.rollout import EnvironmentConfig, RolloutConfig
 from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
 from rlhf_ray.config.sections.service import ServiceConfig
+from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
+from rlhf_ray.monitoring.other_pages import SERVICE_METRICS
 from rlhf_ray.monitoring.ray_export import PHASE_GAUGE
 from rlhf_ray.monitoring.registry import PHASES, REGISTRY
 from rlhf_ray.monitoring.useful_time import REASONS
@@ -223,6 +225,22 @@ def test_every_alarm_is_on_the_page() -> None:
         for words in [alarm.condition.words()]
     ]
     assert "\n".join(rows) in page, "docs/monitoring.md: paste the rows of alarms\n" + "\n".join(rows)
+
+
+def test_every_alarm_and_metric_of_a_service_is_on_its_page() -> None:
+    alarms = [
+        f"| {alarm.name} | {alarm.severity} | {words[0].upper() if words[0] != '`' else '`'}{words[1:]} | {alarm.meaning}. "
+        f"{alarm.way_out} |"
+        for alarm in SERVICE_ALARMS
+        for words in [alarm.condition.words()]
+    ]
+    metrics = [
+        f"| `{metric.name}` | {metric.kind} | {', '.join(f'`{label}`' for label in metric.labels)} | {metric.help} |"
+        for group in SERVICE_METRICS.values()
+        for metric in group.values()
+    ]
+    for page, rows in (("monitoring.md", alarms), ("serving.md", metrics)):
+        assert "\n".join(rows) in (DOCS / page).read_text(), f"docs/{page}: paste these rows\n" + "\n".join(rows)
 
 
 def test_the_keys_that_alarms_name_exist() -> None:

@@ -5,6 +5,7 @@ served. All over a real reward worker.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.monitoring.other_pages import SERVICE_METRICS, ServiceMetric
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.serving.backend import GroupBackend
 
@@ -222,6 +224,14 @@ def test_operators_learn_what_is_served(app: Callable[..., Starlette], group: Re
     for line in ("waiting_items 0.0", 'errors_total{kind="wrong_body"} 1.0', 'failed_items_total{fault="item"} 1.0'):
         assert f"rlhf_scoring_{line}" in lines
     assert response.json()["model"] == str(model)
+    exported = set(re.findall(r"^# TYPE rlhf_scoring_(\w+) (\w+)$", metrics.text, re.MULTILINE))
+    registered = {(of_page(one), one.kind) for group in SERVICE_METRICS.values() for one in group.values()}
+    assert {(name, kind) for name, kind in exported if not name.endswith("_created")} == registered
+
+
+def of_page(metric: ServiceMetric) -> str:
+    """What Prometheus' text calls it."""
+    return f"{metric.name}_total" if metric.kind == "counter" else metric.name
 
 
 def test_a_request_id_is_given_back_or_made(app: Callable[..., Starlette]) -> None:
