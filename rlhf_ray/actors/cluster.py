@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.preflight import hub_ids
 from rlhf_ray.config.sections.run import ClusterConfig, RunConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.monitoring.scrape_targets import published
 from rlhf_ray.network import cluster_address
 from rlhf_ray.planning.capacity import Bundle, bundle_of, needed, offered_here, require_fit
 from rlhf_ray.planning.colocation.memory import requirement
@@ -94,6 +96,8 @@ class Cluster:
         self._reserved: Reservation | None = None
         self._elsewhere = Elsewhere()
         self._shared = False
+        self._published = ExitStack()
+        """Ends what tells Prometheus of a Ray that was started here."""
         self.joined: JoinedCluster | None = None
         """The cluster that this one is a connection to; none where Ray was started here, or was there in this process."""
 
@@ -148,7 +152,7 @@ class Cluster:
         options: dict[str, Any] = {"namespace": self.namespace, "log_to_driver": True}
         address = cluster_address(self.config.address)
         if address is not None:
-            self.joined = join_ray(address, **options)
+            self.joined = join_ray(address, run=self.run.name, **options)
             return
         offered = offered_here(self.config)
         assert offered is not None, "a job without an address starts Ray here"
@@ -158,13 +162,16 @@ class Cluster:
             self.require_memory(size)
         warn_if_taken()
         environment.require_room_for_sockets()
-        start_ray(
+        started = start_ray(
+            run=self.run.name,
             num_cpus=int(offered["CPU"]),
             num_gpus=int(offered["GPU"]),  # Ray itself would ask NVML, which a container may lack
             object_store_memory=self.object_store,
             include_dashboard=self.config.dashboard,
             **options,
         )
+        if not self.config.dashboard:  # with which Ray names its pages to Prometheus by itself
+            self._published.enter_context(published(started.files, started.page))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -174,7 +181,7 @@ class Cluster:
         if self._shared:
             self._stop_groups()
             return
-        with leaving(error):
+        with self._published, leaving(error):
             self._stop_groups()
             ray.shutdown()
 

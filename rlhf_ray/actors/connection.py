@@ -31,6 +31,8 @@ OTHERWISE = (
     "Start one (ray start --head), name another with cluster.address or RAY_ADDRESS, or start Ray on this machine with "
     "RAY_ADDRESS=local"
 )
+JOB_NAME = "job_name"
+"""The key of a job's metadata that Ray's page of jobs (2.60) shows as its name."""
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster"
 
 
@@ -44,17 +46,39 @@ class JoinedCluster:
     """Ray's name of the session; another cluster at the same address has another."""
 
 
-def start_ray(**options: Any) -> None:
-    """Start Ray here, for this process and those that it starts."""
+@dataclass(frozen=True)
+class StartedRay:
+    """A Ray that this process has started for itself."""
+
+    files: Path
+    """Where all Rays of this machine keep theirs, a folder for each."""
+    page: str
+    """``host:port`` of its metrics, for Prometheus."""
+
+
+def start_ray(*, run: str = "", **options: Any) -> StartedRay:
+    """Start Ray here, for this process and those that it starts; ``run`` is the job's name in Ray's dashboard."""
     for name, value in LOOPBACK_ONLY.items():
         os.environ.setdefault(name, value)
     import ray
 
-    ray.init(address="local", **options)
+    address = ray.init(address="local", job_config=_named(run), **options).address_info
+    page = f"{address['node_ip_address']}:{address['metrics_export_port']}"
+    return StartedRay(Path(address["session_dir"]).parent, page)
 
 
-def join_ray(address: str, **options: Any) -> JoinedCluster:
-    """Join the cluster at ``address`` (``host:port`` or ``auto``); raises :class:`RequestError` where that cannot be."""
+def _named(run: str) -> Any:
+    """What makes Ray's page of jobs show the name of a run. What was given with the job's submission comes first."""
+    from ray.job_config import JobConfig
+
+    return JobConfig(metadata={JOB_NAME: run} if run else {})
+
+
+def join_ray(address: str, *, run: str = "", **options: Any) -> JoinedCluster:
+    """Join the cluster at ``address`` (``host:port`` or ``auto``); raises :class:`RequestError` where that cannot be.
+
+    ``run`` is the job's name in Ray's dashboard.
+    """
     found = _of_this_machine() if address == "auto" else address
     asked = address if found == address else f"{address} (which is {found} here)"
     host, port = _host_and_port(found)
@@ -65,7 +89,7 @@ def join_ray(address: str, **options: Any) -> JoinedCluster:
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(address=found, **options)
+        ray.init(address=found, job_config=_named(run), **options)
     except AuthenticationError as error:
         raise RequestError(
             f"the Ray cluster at {asked} asks for a token, and this is not the one it knows: {TOKEN}"

@@ -56,6 +56,11 @@ class RankShell(Worker):
         stacks.offer(f"{ray.get_runtime_context().get_actor_name() or f'{self.role}/{rank}'} {job_mark()}")
         super().__init__(rank, world_size)
 
+    def __repr__(self) -> str:
+        """What Ray calls it in logs, errors and its dashboard: the group and the rank, without the run."""
+        _, _, shown = (ray.get_runtime_context().get_actor_name() or "").partition("/")
+        return shown.partition("/")[2] or f"{self.role}/{self.rank}"
+
     @_in_lane(HEALTH_LANE)
     def health(self) -> dict[str, Any]:
         return super().health()

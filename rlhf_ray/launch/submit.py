@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.actors.connection import JOB_NAME
 from rlhf_ray.config.jobs.base import Job
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.paths import run_directory, with_absolute_paths
@@ -76,7 +77,7 @@ def _send(
                 job,
                 entrypoint=shlex.join(["python", "-m", "rlhf_ray", *words]),
                 runtime_env={"working_dir": directory, "env_vars": variables},
-                metadata=metadata,
+                metadata={**metadata, JOB_NAME: metadata["run"]},
             )
         except Interrupted as error:
             raise error.saying(f"{job} may have been submitted: {_to_stop(server, job)}") from None

@@ -203,7 +203,11 @@ def test_a_submitted_job_streams_its_log_and_ends_with_its_drivers_code(head, tm
     ):
         assert done.stderr.count(line) == 1, done.stderr
     assert (tmp_path / "runs/submitted/final/model.safetensors").is_file()
-    assert head.job("submitted")["metadata"] == {"run": "submitted", "kind": "sft"}
+    assert head.job("submitted")["metadata"] == {
+        "run": "submitted",
+        "kind": "sft",
+        "job_name": "submitted",
+    }
     assert [line for line in watch.seen if line.startswith("ray_rlhf_loss_sft{") and 'run="submitted"' in line]
     phases = {line.split('phase="')[1].split('"')[0] for line in watch.seen if line.startswith("ray_rlhf_phase{")}
     assert phases == set(PHASES)
