@@ -15,6 +15,8 @@ from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY
 
 PageKind = Literal["gauge", "counter", "histogram"]
 QUANTILES = (0.5, 0.95, 0.99)
+WITH_LABELS = (0.95,)
+"""Where there is a line for each label, and more of them could not be told apart."""
 OF_SERVICE = '{instance=~"$instance"}'
 OF_RUN = f'{REGISTRY["run/started"].series}{{run=~"$run"}}'
 
@@ -48,7 +50,7 @@ class ServiceMetric:
             yield shown, f"sum by ({by}) (increase({name}[$__rate_interval]) or {born})"
         else:
             buckets = f"sum by ({by}, le) (rate({self.series}_bucket{OF_SERVICE}[$__rate_interval]))"
-            for quantile in QUANTILES:
+            for quantile in WITH_LABELS if self.labels else QUANTILES:
                 yield f"{shown} {quantile:.0%}", f"histogram_quantile({quantile:g}, {buckets})"
             total, count = (
                 f"sum by ({by}) (rate({self.series}_{part}{OF_SERVICE}[$__rate_interval]))" for part in ("sum", "count")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
+from rlhf_ray.monitoring.appearance import GPU, when
 from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric
 from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, REGISTRY, Metric, choose_panel
 
@@ -36,7 +37,8 @@ def expression(metric: Metric) -> str:
         return f'{{__name__=~"{metric.series.removesuffix("_")}.+", run=~"$run"}}'
     if metric.kind == "counter":  # Ray's counters are born with the first event, which increase() alone would not see
         name = f"{metric.series}{SELECTION}"
-        return f"increase({name}[$__rate_interval]) or ({name} unless {name} offset $__rate_interval)"
+        born = f"({name} unless {name} offset $__rate_interval)"  # its name is a label more: the sum makes one line of both
+        return f"sum by (run, role) (increase({name}[$__rate_interval]) or {born})"
     return f"{metric.series}{SELECTION}"
 
 
@@ -49,8 +51,14 @@ def panels_of_runs(metrics: Sequence[Metric]) -> list[Panel]:
         names = [name for name in names if name not in members]
         chosen = [by_name[member] for member in members]
         queries = [(_legend(metric, alone=len(chosen) == 1), expression(metric)) for metric in chosen]
-        panels.append(time_series(title, chosen[0].unit, ". ".join(metric.help for metric in chosen), queries))
+        panels.append(time_series(title, chosen[0].unit, _described(chosen), queries))
     return panels
+
+
+def _described(metrics: Sequence[Metric]) -> str:
+    """What metrics mean, and when they are there if that takes something: an empty panel says why."""
+    reasons = dict.fromkeys(reason for metric in metrics if (reason := when(metric)) is not None)
+    return ". ".join([*(metric.help for metric in metrics), *(f"Only {reason}" for reason in reasons)])
 
 
 def panels_of_service(group: str) -> list[Panel]:
@@ -60,7 +68,8 @@ def panels_of_service(group: str) -> list[Panel]:
 
 def _service_panel(metric: ServiceMetric) -> Panel:
     per = " in an interval" if metric.kind == "counter" else ""
-    return time_series(f"{metric.name}{per}", metric.unit, metric.help, list(metric.queries()))
+    description = f"{metric.help}. Only after {metric.when}" if metric.when else metric.help
+    return time_series(f"{metric.name}{per}", metric.unit, description, list(metric.queries()))
 
 
 def panels_of_nodes() -> list[Panel]:
@@ -70,7 +79,8 @@ def panels_of_nodes() -> list[Panel]:
 
 def _node_panel(metric: NodeMetric) -> Panel:
     legend = "{{instance}} {{GpuIndex}}" if metric.with_gpu else "{{instance}} {{Location}}"
-    return time_series(metric.title, metric.unit, metric.help, [(legend, metric.query())])
+    description = f"{metric.help}. Only {GPU}" if metric.with_gpu else metric.help
+    return time_series(metric.title, metric.unit, description, [(legend, metric.query())])
 
 
 def time_by_phase() -> Panel:

@@ -1,36 +1,41 @@
-"""``python -m tests.monitoring.alarms.prometheus_run [--prometheus PROGRAM]``: faults of a real run, seen by a real Prometheus.
+"""``python -m tests.monitoring.alarms.prometheus_run [--prometheus PROGRAM] [--draw DIRECTORY]``: real runs, a real Prometheus.
 
-A PPO run on a Ray cluster of its own is scraped with ``deploy/monitoring/prometheus.yml`` and its rules. A rollout engine is
-killed, and later the reward function fails. Printed is what ``status`` and Prometheus said, how many seconds apart, and which
-queries of panels had data. It ends with 1 if one of them said anything else than the alarm of the fault, or Prometheus
-said it more than 60 s after ``status``.
+A PPO run, a service under load and the training of a reward model, all of them on one Ray cluster, are scraped with
+``deploy/monitoring/prometheus.yml`` and its rules. In the PPO run a rollout engine is killed, and later the reward function
+fails. Printed is what ``status`` and Prometheus said and how many seconds apart, and which expressions of panels and rules had
+data in none of the three. It ends with 1 if one of them said anything else than the alarm of the fault, if Prometheus said it
+more than 60 s after ``status``, or if an expression had no data that needs neither an option nor a fault
+(``rlhf_ray/monitoring/appearance.py``). With ``--draw`` every dashboard is drawn from Prometheus' answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import httpx
+
 from rlhf_ray import environment, network
-from rlhf_ray.monitoring.dashboards import dashboard
+from rlhf_ray.monitoring.appearance import appears
+from rlhf_ray.monitoring.dashboards import BOARDS
 from rlhf_ray.processes import stacks
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import alarms
+from tests.monitoring.alarms.drawn_boards import draw
+from tests.monitoring.alarms.prometheus import Coverage, Prometheus, expressions
+from tests.serving.reward_models import save_reward_model
 
 ROOT = Path(__file__).parents[3]
-DEPLOY = ROOT / "deploy" / "monitoring"
 LIMIT_S = 60.0
 JUDGE = """
 import pathlib
@@ -40,43 +45,6 @@ def lengths(responses):
         raise ConnectionError("the judge is away")
     return [float(len(response)) for response in responses]
 """
-
-
-class Prometheus:
-    """A Prometheus that scrapes one page with the project's configuration."""
-
-    def __init__(self, program: str, page: str, directory: Path) -> None:
-        (directory / "targets.json").write_text(json.dumps([{"targets": [page], "labels": {"job": "ray"}}]))
-        config = (DEPLOY / "prometheus.yml").read_text()
-        config = config.replace("/tmp/ray/prom_metrics_service_discovery.json", str(directory / "targets.json"))
-        (directory / "prometheus.yml").write_text(config)
-        shutil.copy(DEPLOY / "rlhf_ray_rules.yml", directory)
-        port = network.free_port("127.0.0.1")
-        self.url = f"http://127.0.0.1:{port}"
-        command = [program, f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
-                   f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=(directory / "prometheus.log").open("w")
-        )
-
-    def query(self, text: str) -> list[dict[str, dict[str, str]]]:
-        """The samples of an expression now; none while it does not answer."""
-        address = f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': text})}"
-        try:
-            with urllib.request.urlopen(address, timeout=10) as answer:
-                found: list[dict[str, dict[str, str]]] = json.load(answer)["data"]["result"]
-                return found
-        except OSError:
-            return []
-
-    def firing(self) -> set[str]:
-        """The alarms that hold."""
-        return {one["metric"]["alertname"] for one in self.query('ALERTS{alertstate="firing"}')}
-
-    def close(self) -> None:
-        """End it."""
-        self.process.terminate()
-        self.process.wait(30)
 
 
 @contextmanager
@@ -129,54 +97,144 @@ BEFORE: set[str] = set()
 """Alarms of earlier faults, which may still hold."""
 
 
-def panels(prometheus: Prometheus) -> tuple[int, int]:
-    """How many queries of panels have data, and how many there are."""
-    texts = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
-    asked = [text.replace('"$run"', '".+"').replace("$__rate_interval", "1m") for text in texts]
-    return sum(bool(prometheus.query(text)) for text in asked), len(asked)
+def start(directory: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
+    """A command of the project, which writes to a log of its own."""
+    command = [sys.executable, "-m", "rlhf_ray", *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(directory / f"{name}.log").open("w"))
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    """End a run or a service in order, or else at once."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(90)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(10)
+
+
+class Load(threading.Thread):
+    """Callers of a service: good requests, and from time to time one that it refuses, or an item that it cannot score."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self._url, self._over = f"{url}/v1/reward", threading.Event()
+
+    def run(self) -> None:
+        """Ask until :meth:`stop`."""
+        good = {"items": [{"text": f"a text {number}"} for number in range(8)]}
+        bodies: list[dict[str, object]] = [good, {"items": [{"text": "a"}, {"text": ""}]}, {}]
+        with httpx.Client(timeout=30) as client:
+            while not self._over.wait(0.2):
+                for body in bodies:
+                    with suppress(httpx.HTTPError):
+                        client.post(self._url, json=body)
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._over.set()
+        self.join(30)
+
+
+def steps(path: Path) -> int:
+    """How many steps a run has logged."""
+    return len(RunDirectory(path).metrics.read()) if (path / "metrics.jsonl").exists() else 0
+
+
+def ppo(directory: Path, address: str, coverage: Coverage) -> list[str]:
+    """The PPO run and its faults; what is wrong."""
+    prometheus, path = coverage.prometheus, directory / "tiny"
+    driver = start(
+        directory, "ppo", "train", "ppo", str(ROOT / "tests/e2e/ppo_tiny.yaml"), "steps=4000", f"run.root={directory}",
+        f"cluster.address={address}", "rollout.backend=transformers", "policy.ranks=1", "policy.engine.zero=1",
+        "checkpoint.every_steps=50", "evaluation.prompts=4", "run.deterministic=false",
+        f"reward={{function: '{directory}/judge.py:lengths', hold_s: 300}}",
+    )  # fmt: skip
+    try:
+        wait("three steps", lambda: steps(path) > 3, 600)
+        run = RunDirectory.open(path)
+        wait("metrics in Prometheus", lambda: bool(prometheus.query("ray_rlhf_step > 2")), 90)
+        print("before:", {one.alarm.name for one in alarms(run)}, prometheus.firing(), flush=True)
+        coverage.look()
+        (engine,) = [one.pid for one in stacks.labelled("rlhf/tiny/rollout/1")][:1]
+        wrong = fault(prometheus, run, "EngineLost", lambda: os.kill(engine, signal.SIGKILL))
+        wrong += fault(prometheus, run, "RewardFailing", (directory / "away").touch)
+        coverage.look()
+        (directory / "away").unlink()
+        seconds = wait("the way out", lambda: "RewardFailing" not in prometheus.firing(), 300)
+        print(f"RewardFailing was over in Prometheus {seconds:.0f} s after the function was mended", flush=True)
+        coverage.look()
+        return wrong
+    finally:
+        ended(driver)
+
+
+def reward_model(directory: Path, address: str, coverage: Coverage) -> None:
+    """The training of a reward model."""
+    driver = start(
+        directory, "rm", "train", "rm", "world-rm", f"run.root={directory}", f"cluster.address={address}", "run.name=rm",
+        "reward.model.path=null", "reward.model.make={shape: llama-tiny, tokenizer_from: world, seed: 3}", "reward.ranks=1",
+        "data.world={pairs: 4000, evaluation_pairs: 40}", "epochs=50", "evaluation.every_steps=20",
+    )  # fmt: skip
+    try:
+        wait("twenty steps", lambda: steps(directory / "rm") > 20, 300)
+        wait("metrics in Prometheus", lambda: bool(coverage.prometheus.query("ray_rlhf_loss_rm")), 90)
+        time.sleep(20)
+        coverage.look()
+    finally:
+        ended(driver)
+
+
+def show(coverage: Coverage) -> list[str]:
+    """Print which expressions had no data; those that should have had."""
+    missing, every = coverage.missing(), {text for _, text in expressions()}
+    print(
+        f"{len(every) - len(missing)} of {len(every)} expressions of panels and rules had data; the others:", flush=True
+    )
+    wrong = []
+    for text, places in missing.items():
+        reason = appears(text)
+        print(f"| {text} | {', '.join(dict.fromkeys(places))} | {reason or 'NOTHING SAYS WHY'} |", flush=True)
+        if reason is None:
+            wrong.append(f"no data: {text} ({places[0]})")
+    return wrong
 
 
 def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prometheus", default=shutil.which("prometheus"), help="the program; Debian's package has it")
-    program = parser.parse_args().prometheus
-    if program is None:
+    parser.add_argument("--draw", type=Path, help="a directory for a picture of each dashboard")
+    arguments = parser.parse_args()
+    if arguments.prometheus is None:
         parser.error("prometheus is not installed: apt-get install prometheus, or name the program with --prometheus")
     wrong: list[str] = []
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (directory / "judge.py").write_text(JUDGE)
         address, page = stack.enter_context(cluster())
-        prometheus = Prometheus(program, page, directory)
+        port = network.free_port("127.0.0.1")
+        prometheus = Prometheus(arguments.prometheus, page, directory, [f"127.0.0.1:{port}"])
         stack.callback(prometheus.close)
-        command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(ROOT / "tests/e2e/ppo_tiny.yaml"), "steps=4000",
-                   f"run.root={directory}", f"cluster.address={address}", "rollout.backend=transformers", "policy.ranks=1",
-                   "policy.engine.zero=1", "checkpoint.every_steps=50", "evaluation.prompts=4", "run.deterministic=false",
-                   f"reward={{function: '{directory}/judge.py:lengths', hold_s: 300}}"]  # fmt: skip
-        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(directory / "log").open("w"))
-        stack.callback(driver.wait, 60)
-        stack.callback(driver.send_signal, signal.SIGTERM)
-        path = directory / "tiny"
+        coverage, began = Coverage(prometheus), time.time()
         try:
-            wait(
-                "three steps",
-                lambda: (path / "metrics.jsonl").exists() and len(RunDirectory(path).metrics.read()) > 3,
-                600,
-            )
-            run = RunDirectory.open(path)
-            wait("metrics in Prometheus", lambda: bool(prometheus.query("ray_rlhf_step > 2")), 90)
-            print("before:", {one.alarm.name for one in alarms(run)}, prometheus.firing(), flush=True)
-            (engine,) = [one.pid for one in stacks.labelled("rlhf/tiny/rollout/1")][:1]
-            wrong += fault(prometheus, run, "EngineLost", lambda: os.kill(engine, signal.SIGKILL))
-            wrong += fault(prometheus, run, "RewardFailing", (directory / "away").touch)
-            (directory / "away").unlink()
-            seconds = wait("the way out", lambda: "RewardFailing" not in prometheus.firing(), 300)
-            print(f"RewardFailing was over in Prometheus {seconds:.0f} s after the function was mended", flush=True)
-            with_data, every = panels(prometheus)
-            print(f"{with_data} of {every} queries of panels have data; firing: {prometheus.firing()}", flush=True)
+            model = save_reward_model(directory / "model")
+            service = start(directory, "serve", "serve", str(model), f"port={port}", "reward.resources.cpus_per_rank=0.2",
+                            f"cluster.address={address}", f"run.root={directory}")  # fmt: skip
+            stack.callback(ended, service)
+            load = Load(f"http://127.0.0.1:{port}")
+            load.start()
+            stack.callback(load.stop)
+            wrong += ppo(directory, address, coverage)
+            wait("a service that answers", lambda: bool(prometheus.query("rlhf_scoring_forwards_total > 10")), 120)
+            reward_model(directory, address, coverage)
+            wrong += show(coverage)
         except (TimeoutError, ValueError) as error:
-            wrong.append(f"{error}\n{(directory / 'log').read_text()[-3000:]}")
+            logs = "".join(f"{path.name}\n{path.read_text()[-3000:]}" for path in directory.glob("*.log"))
+            wrong.append(f"{error}\n{logs}")
+        for board in BOARDS if arguments.draw is not None else ():
+            arguments.draw.mkdir(parents=True, exist_ok=True)
+            (arguments.draw / f"{board.name}.svg").write_text(draw(board, prometheus, began, time.time()))
     for one in wrong:
         print("WRONG:", one)
     return bool(wrong)

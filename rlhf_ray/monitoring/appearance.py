@@ -1,0 +1,52 @@
+"""Which metrics are there only with an option, in one kind of job, or after an event: why a panel may be empty.
+
+Invariant: every pattern matches a registered metric; a metric that none matches is there in every PPO run, in every training of
+a reward model, or on the page of every service that has answered a request.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS
+from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY, Metric
+
+WHEN: Mapping[str, str] = {
+    "updates/(skipped|stood_out)": "after an update that was skipped",
+    "prompts/dropped": "after a prompt whose answer has no reward",
+    "groups/lost": "after the loss of a group of ranks",
+    "reward/failed_tries": "after a reward source that failed",
+    "rollout/engine_deaths": "after the death of a rollout engine",
+    "reward_term/.*": "with reward.mixture",
+    "gold/.*|evaluation/(gold|habit).*": "in the generated world",
+    "loss/sft": "in supervised fine-tuning",
+    "loss/kl": "with algorithm.kl.applied_to loss",
+    "loss/centering": "with loss.centering",
+    "loss/router_balance": "with loss.router_balance, of a model with experts",
+    "length/turns": "with an environment",
+    "importance/.*": "with algorithm.importance",
+    "rollout/(seconds|engines_idle)": "with rollout.mode one_step_off or windowed",
+    "rollout/(in_flight|buffered)": "with rollout.mode windowed",
+    "memory/gpu_.*": "on GPUs",
+}
+"""By a pattern of names."""
+GPU = "on a node with a GPU"
+
+
+def when(metric: Metric) -> str | None:
+    """When a metric of runs is there; None where nothing special is needed."""
+    return next((reason for pattern, reason in WHEN.items() if re.fullmatch(pattern, metric.name)), None)
+
+
+def appears(expression: str) -> str | None:
+    """When what an expression of a panel or a rule asks for is there; None where nothing special is needed."""
+    if expression.startswith("ALERTS"):
+        return "while an alarm holds"
+    reasons = {metric.series.rstrip("_"): when(metric) for metric in REGISTRY}
+    for group in SERVICE_METRICS.values():
+        reasons |= {metric.series: metric.when and f"after {metric.when}" for metric in group.values()}
+    reasons |= {f"{RAY_PREFIX}{name}": GPU for node in NODE_METRICS if node.with_gpu for name in node.names}
+    asked = re.findall(r"\b(?:ray|rlhf)_\w+", expression)
+    known = [reasons.get(re.sub("_(bucket|sum|count)$", "", name).rstrip("_")) for name in asked]
+    return next((reason for reason in known if reason), None)
