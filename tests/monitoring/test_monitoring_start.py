@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "monitoring" / "start.sh"
-STAND_IN = '#!/bin/sh\necho "$0 $* $GF_PATHS_PROVISIONING" > "$SAID/$(basename "$0")"\nexec sleep 60\n'
+STAND_IN = '''#!/bin/sh
+echo "$0 $* $GF_PATHS_LOGS $GF_PATHS_PLUGINS $GF_PATHS_PROVISIONING" > "$SAID/$(basename "$0")"
+exec sleep 60
+'''
 
 
 def begin(directory: Path, programs: dict[str, str]) -> subprocess.Popen[str]:
@@ -27,6 +30,7 @@ def begin(directory: Path, programs: dict[str, str]) -> subprocess.Popen[str]:
         (directory / "bin" / name).chmod(0o755)
     variables = {
         "PATH": str(directory / "bin"), "SAID": str(directory / "said"), "RLHF_RAY_MONITORING_DATA": str(directory / "data"),
+        "GRAFANA_HOME": str(directory / "grafana"),
     }  # fmt: skip
     return subprocess.Popen(
         [SCRIPT], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -50,16 +54,32 @@ def test_what_is_installed_starts_and_ends_with_the_script_and_the_rest_is_named
     with pytest.raises(ProcessLookupError):
         os.killpg(script.pid, 0)
     assert f"--config.file={SCRIPT.parent}/prometheus.yml" in said["prometheus"]
-    assert "/grafana server --homepath /usr/share/grafana" in said["grafana"]
-    assert said["grafana"].endswith(f"{SCRIPT.parent}/grafana/provisioning\n")
-    assert "alertmanager is not installed: apt-get install prometheus-alertmanager" in shown
+    own, home = tmp_path / "data" / "grafana", tmp_path / "grafana"
+    assert said["grafana"].split() == [
+        str(tmp_path / "bin" / "grafana"), "server", "--homepath", str(home), str(own / "logs"), str(own / "plugins"),
+        f"{SCRIPT.parent}/grafana/provisioning",
+    ]  # fmt: skip
+    assert (own / "logs").is_dir() and (own / "plugins").is_dir()
+    assert "alertmanager is not installed: apt-get install prometheus-alertmanager, then systemctl disable --now" in shown
     assert "prometheus is not installed" not in shown and "grafana: http://127.0.0.1:3000" in shown
+
+
+def test_the_program_below_its_home_comes_before_that_of_the_path_which_reads_a_file_of_the_system(tmp_path: Path) -> None:
+    program = tmp_path / "grafana" / "bin" / "grafana"
+    program.parent.mkdir(parents=True)
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    script = begin(tmp_path, {"grafana": "#!/bin/sh\nexit 1\n"})
+    said = wait_for(tmp_path / "said" / "grafana")
+    script.send_signal(signal.SIGTERM)
+    script.communicate(timeout=30)
+    assert said.startswith(f"{program} server --homepath {tmp_path / 'grafana'} ")
 
 
 @pytest.mark.parametrize(
     ("programs", "message"),
     [
-        ({}, "prometheus is not installed: apt-get install prometheus"),
+        ({}, "prometheus is not installed: apt-get install prometheus, then systemctl disable --now prometheus"),
         (
             {"prometheus": "#!/bin/sh\necho address already in use >&2\nexit 3\n", "prometheus-alertmanager": STAND_IN},
             "prometheus ended with 3; the last lines of its log:\naddress already in use",
