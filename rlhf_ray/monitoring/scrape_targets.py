@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import TextIO
 from rlhf_ray.console import get_logger
 
 NAME = "rlhf_ray_targets_{process}.json"
+BEGUN = ".partial"
+"""What its name ends in until it is whole."""
+BEING_BEGUN_S = 60
+"""No process takes that long from making a file to its lock on it."""
 JOB = "ray"
 """What Prometheus calls it, as in the file that Ray writes."""
 
@@ -43,7 +48,7 @@ def published(directory: Path, page: str) -> Iterator[Path]:
 
 def _write(path: Path, text: str) -> TextIO:
     """The file, in its place as a whole; the lock on it is held for as long as it is open."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(BEGUN)
     file = partial.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +64,15 @@ def _write(path: Path, text: str) -> TextIO:
 
 
 def _remove_left_behind(directory: Path) -> None:
-    for path in directory.glob(NAME.format(process="*")):
+    whole = directory.glob(NAME.format(process="*"))
+    begun = (path for path in directory.glob(f"{Path(NAME).stem.format(process='*')}{BEGUN}") if _is_old(path))
+    for path in (*whole, *begun):
         with suppress(OSError), path.open() as file:  # BlockingIOError: its writer lives
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+def _is_old(path: Path) -> bool:
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime > BEING_BEGUN_S
+    return False

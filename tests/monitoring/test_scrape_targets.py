@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,18 @@ def test_what_a_dead_writer_left_goes_and_what_another_one_holds_stays(tmp_path:
         assert {*tmp_path.iterdir()} == {own, second, ray}
     others[1].communicate(timeout=30)
     assert [*tmp_path.iterdir()] == [ray]
+
+
+def test_a_file_whose_writer_was_killed_before_it_was_whole_goes_too(tmp_path: Path) -> None:
+    killed, just_begun, written = (tmp_path / f"rlhf_ray_targets_{number}.partial" for number in (1, 2, 3))
+    for partial in (killed, just_begun, written):
+        partial.write_text("[")
+    for partial in (killed, written):
+        os.utime(partial, (1e9, 1e9))
+    with written.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with published(tmp_path, "127.0.0.1:1"):
+            assert {*tmp_path.glob("*.partial")} == {just_begun, written}
 
 
 def test_a_place_that_cannot_be_written_to_costs_a_warning(tmp_path: Path, project_log: io.StringIO) -> None:
