@@ -13,13 +13,16 @@ from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS
 from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY, Metric
 
 WHEN: Mapping[str, str] = {
-    "updates/(skipped|stood_out)": "after an update that was skipped",
+    "updates/skipped": "after an update that was skipped",
+    "updates/stood_out": "after an update that stood out",
     "prompts/dropped": "after a prompt whose answer has no reward",
     "groups/lost": "after the loss of a group of ranks",
     "reward/failed_tries": "after a reward source that failed",
     "rollout/engine_deaths": "after the death of a rollout engine",
     "reward_term/.*": "with reward.mixture",
     "gold/.*|evaluation/(gold|habit).*": "in the generated world",
+    "kl/k[13]": "with a reference",
+    "(loss|clip_fraction)/value|(returns|values)/mean|explained_variance|(grad_norm|learning_rate)/critic": "with a critic",
     "loss/sft": "in supervised fine-tuning",
     "loss/kl": "with algorithm.kl.applied_to loss",
     "loss/centering": "with loss.centering",
