@@ -21,6 +21,15 @@ OF_SERVICE = '{instance=~"$instance"}'
 OF_RUN = f'{REGISTRY["run/started"].series}{{run=~"$run"}}'
 
 
+def grown(series: str, by: str) -> str:
+    """How much a counter has grown in the interval of a panel, summed by these labels, with the event that made it appear.
+
+    ``increase`` alone does not see that event: it is 0 over samples that are all the same. So what was not there an interval
+    ago comes first, with all that it counts.
+    """
+    return f"sum by ({by}) (({series} unless {series} offset $__rate_interval) or increase({series}[$__rate_interval]))"
+
+
 @dataclass(frozen=True)
 class ServiceMetric:
     """A metric on the page of a service; counters and histograms count since its start."""
@@ -44,10 +53,8 @@ class ServiceMetric:
         by = ", ".join(("instance", *self.labels))
         if self.kind == "gauge":
             yield shown, f"{self.series}{OF_SERVICE}"
-        elif self.kind == "counter":  # one with labels is born with its first event, which rate() alone would not see
-            name = f"{self.series}{OF_SERVICE}"
-            born = f"({name} unless {name} offset $__rate_interval)"
-            yield shown, f"sum by ({by}) (increase({name}[$__rate_interval]) or {born})"
+        elif self.kind == "counter":
+            yield shown, grown(f"{self.series}{OF_SERVICE}", by)
         else:
             buckets = f"sum by ({by}, le) (rate({self.series}_bucket{OF_SERVICE}[$__rate_interval]))"
             for quantile in WITH_LABELS if self.labels else QUANTILES:
@@ -83,8 +90,8 @@ SERVICE_METRICS: Mapping[str, Mapping[str, ServiceMetric]] = {
             ServiceMetric("items", "items", "Items that went through the model", labels=("model",)),
             ServiceMetric("tokens", "tokens", "Tokens that went through the model", labels=("model",)),
             ServiceMetric("forwards", "forwards", "Forwards", labels=("model",)),
-            ServiceMetric("replicas", "replicas", "Replicas of all models", "gauge"),
-            ServiceMetric("replicas_down", "replicas", "Replicas that are being brought back", "gauge"),
+            ServiceMetric("replicas", "replicas", "Replicas of the model", "gauge", ("model",)),
+            ServiceMetric("replicas_down", "replicas", "Replicas that are being brought back", "gauge", ("model",)),
             ServiceMetric("restarts", "restarts", "Restarts of reward groups", labels=("model",)),
             ServiceMetric("reloads", "versions", "New versions of models", labels=("model",), when="a new version of a model"),
         ),

@@ -76,8 +76,9 @@ class ScoringApp:
         self._given_up = False
         metrics.watch("waiting_items", lambda: catalog.waiting)
         metrics.watch("waiting_tokens", lambda: catalog.waiting_tokens)
-        metrics.watch("replicas", lambda: catalog.replicas)
-        metrics.watch("replicas_down", lambda: catalog.down)
+        models = {model.name: model for model in catalog.models}
+        metrics.watch_each("replicas", models, lambda model: model.replicas)
+        metrics.watch_each("replicas_down", models, lambda model: model.down)
         metrics.watch("body_bytes", lambda: self.bodies.held)
 
     def scoring(self, protocol: Protocol) -> Endpoint:

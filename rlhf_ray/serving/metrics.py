@@ -6,7 +6,9 @@ caller sent is exported. Names, meanings and labels are those of ``monitoring/ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,6 +18,7 @@ from rlhf_ray.rewards.batcher import Waiting
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 100.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+Watched = TypeVar("Watched")
 STAGES = ("read", "queue", "forward", "answer")
 """Where a request spends its time, in order."""
 
@@ -44,6 +47,13 @@ class Metrics:
     def watch(self, name: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is read whenever metrics are asked for."""
         Gauge(name, service_metric(name).help, namespace=NAMESPACE, registry=self.registry).set_function(value)
+
+    def watch_each(self, name: str, watched: Mapping[str, Watched], value: Callable[[Watched], float]) -> None:
+        """The same with a value for each label, such as the name of a model, of what is ``watched`` under it."""
+        metric = service_metric(name)
+        gauge = Gauge(name, metric.help, metric.labels, namespace=NAMESPACE, registry=self.registry)
+        for label, one in watched.items():
+            gauge.labels(label).set_function(partial(value, one))
 
     def batch(self, waiting: Sequence[Waiting], now: float) -> None:
         """Count one batch that leaves the queue."""

@@ -231,6 +231,16 @@ class ServedModel:
         """What requests may call it."""
         return {self.name, str(self.current.backends[0].describe()["model"])}
 
+    @property
+    def replicas(self) -> int:
+        """Replicas of the newest version."""
+        return len(self.current.backends)
+
+    @property
+    def down(self) -> int:
+        """How many of them are being brought back."""
+        return self.current.down
+
     def replace(self, backends: Sequence[Backend]) -> asyncio.Task[None]:
         """Serve a new version from now on; the task ends when the old one has answered what it had, and is freed."""
         old, self.current = self.current, self._next_version(backends)
@@ -266,12 +276,12 @@ class ModelCatalog:
     @property
     def replicas(self) -> int:
         """Replicas of all models."""
-        return sum(len(model.current.backends) for model in self.models)
+        return sum(model.replicas for model in self.models)
 
     @property
     def down(self) -> int:
         """Replicas that are being brought back."""
-        return sum(model.current.down for model in self.models)
+        return sum(model.down for model in self.models)
 
     @property
     def waiting(self) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import runpy
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import cache
@@ -19,12 +20,14 @@ from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring import REGISTRY
 from rlhf_ray.monitoring.alarms.service import JOB, NAMESPACE, SERVICE_ALARMS
 from rlhf_ray.monitoring.dashboards import BOARDS, Board, render
-from rlhf_ray.monitoring.dashboards.panels import OF_RUNS, OF_SERVICES
-from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, ServiceMetric
+from rlhf_ray.monitoring.dashboards.panels import OF_RUNS, OF_SERVICES, expression
+from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, ServiceMetric, service_metric
 from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, Metric
+from tests.monitoring.alarms.promtool import PROMTOOL
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "monitoring"
 every_board = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.name)
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
 SERIES_NAME = r"\b(?:ray|rlhf)_\w+"
 
 
@@ -125,7 +128,7 @@ def test_alarms_are_marked_in_every_panel_and_have_one_of_their_own() -> None:
         assert (critical["iconColor"], warning["iconColor"]) == ("red", "orange")
         for marks in (critical, warning):
             assert marks["enable"] and "ALERTS{" in marks["expr"] and "advice" not in marks["expr"]
-            assert ("Service.*" in marks["expr"]) == board.of_services
+            assert ('alertname=~"Service.*", instance=~"$instance"' in marks["expr"]) == board.of_services
     panels = [panel for board in BOARDS if board.name == "faults" for panel in committed(board)["panels"]]
     texts = [panel["description"] for panel in panels if panel["title"].startswith("Alarms")]
     names = [alarm.name for alarm in (*REGISTRY.alarms, *SERVICE_ALARMS)]
@@ -142,6 +145,47 @@ def test_every_query_is_of_what_is_chosen_and_says_of_which(board: Board) -> Non
         assert variables and variables <= chosen
         wanted = "instance" if "ray_node" in target["expr"] or "ray_object" in target["expr"] else min(variables)
         assert f"{{{{{wanted}}}}}" in target["legendFormat"], target
+
+
+@every_board
+def test_all_runs_are_no_services_and_all_services_no_runs(board: Board) -> None:
+    for variable in committed(board)["templating"]["list"]:
+        if variable["type"] == "query":
+            assert re.fullmatch(variable["allValue"], "demo") and not re.fullmatch(variable["allValue"], "")
+
+
+@needs_promtool
+def test_a_panel_of_a_counter_shows_the_event_that_makes_it_appear_and_those_after_it(tmp_path: Path) -> None:
+    """A series that begins after 300 s at 1 and stays so, and one that begins at 2 and counts on at every scrape."""
+    (of_run,) = (metric for metric in REGISTRY if metric.name == "reward/failed_tries")
+    ((_, of_service),) = service_metric("restarts").queries()
+    run, service = '{run="demo", role="driver", instance="node"}', '{instance="node", model="reward"}'
+    asked_for = [
+        (expression(of_run), f"{of_run.series}{run}", '{run="demo", role="driver"}'),
+        (of_service, f"{service_metric('restarts').series}{service}", service),
+    ]
+    shown = {290: None, 300: 1, 310: 1, 330: 1, 350: 0, 500: 0}
+    counting = {0: 2, 30: 5, 640: 4}
+    tests = [
+        {
+            "interval": "10s",
+            "input_series": [{"series": series, "values": values}],
+            "promql_expr_test": [
+                {
+                    "expr": re.sub(r'"\$\w+"', '".+"', query).replace("$__rate_interval", "40s"),
+                    "eval_time": f"{at}s",
+                    "exp_samples": [] if value is None else [{"labels": labels, "value": value}],
+                }
+                for at, value in expected.items()
+            ],
+        }
+        for query, series, labels in asked_for
+        for values, expected in (("_x30 1x40", shown), ("2+1x80", counting))
+    ]
+    (tmp_path / "cases.yml").write_text(json.dumps({"evaluation_interval": "10s", "tests": tests}))
+    command = [str(PROMTOOL), "test", "rules", str(tmp_path / "cases.yml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @every_board
@@ -182,7 +226,7 @@ def test_prometheus_reads_the_targets_that_are_written_and_hands_alarms_on() -> 
         "ray": ["/tmp/ray/prom_metrics_service_discovery.json", "/tmp/ray/rlhf_ray_targets_*.json"],
         JOB: ["services.json"],
     }
-    assert json.loads((DEPLOY / "services.json").read_text()) == []
+    assert isinstance(json.loads((DEPLOY / "services.json").read_text()), list)  # whoever runs this fills it
     assert (DEPLOY / config["rule_files"][0]).is_file()
     (alertmanager,) = config["alerting"]["alertmanagers"]
     assert alertmanager["static_configs"] == [{"targets": ["127.0.0.1:9093"]}]

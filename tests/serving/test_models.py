@@ -13,10 +13,11 @@ import pytest
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.errors import GroupError
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
+from rlhf_ray.serving.app import create_app
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.serving.models import TRIES_OF_A_BATCH, TRIES_OF_AN_ITEM, Limits, ServedModel
 
-from .services import Lengths
+from .services import Lengths, served_models
 
 MakeConfig = Callable[..., ServeConfig]
 
@@ -221,6 +222,35 @@ def test_a_restart_is_tried_for_as_long_as_it_takes_and_requests_that_come_later
         assert model.current.down == 0
 
     asyncio.run(asyncio.wait_for(run(), timeout=10))
+
+
+def test_each_model_says_how_many_of_its_replicas_are_down(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ray.serving.recovery.FIRST_PAUSE_S", 0.001)
+
+    async def run() -> None:
+        metrics, backend = Metrics(), Mortal(deaths=[1], failing_restarts=10**6)
+        catalog = served_models(config(hold_s=0.05), backend, Lengths(), metrics=metrics)
+        create_app(catalog, config(), metrics, dict)
+        with pytest.raises(GroupError):
+            await score(catalog.models[0], 3)
+        assert replicas(metrics) == {
+            'replicas{model="reward"}': 1.0, 'replicas{model="model-2"}': 1.0,
+            'replicas_down{model="reward"}': 1.0, 'replicas_down{model="model-2"}': 0.0,
+        }  # fmt: skip
+        backend.failing = 0
+        assert await asyncio.wait_for(score(catalog.models[0], 2), timeout=5) == [2.0]
+        assert replicas(metrics)['replicas_down{model="reward"}'] == 0.0
+
+    asyncio.run(asyncio.wait_for(run(), timeout=10))
+
+
+def replicas(metrics: Metrics) -> dict[str, float]:
+    lines = (line.rpartition(" ") for line in metrics.text().decode().splitlines())
+    return {
+        name.removeprefix("rlhf_scoring_"): float(value)
+        for name, _, value in lines
+        if name.startswith("rlhf_scoring_replicas")
+    }
 
 
 def test_requests_behind_a_batch_that_waits_for_its_group_are_held_no_longer_than_it() -> None:

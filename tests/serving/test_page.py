@@ -251,6 +251,7 @@ def test_latency_is_that_of_the_last_minute_as_prometheus_computes_it(
 
     def exposition(bounds: tuple[int, ...], waiting: int) -> str:
         lines = "".join(before % row for row in zip(("0.005", "0.01", "0.1", "+Inf"), bounds, strict=True))
+        lines += "".join(f'rlhf_scoring_replicas_down{{model="{model}"}} 1.0\n' for model in ("reward", "other"))
         return f"{lines}rlhf_scoring_waiting_items {waiting}.0\nrlhf_scoring_waiting_tokens 21.0\n"
 
     with Watched(browser) as watched:
@@ -259,9 +260,9 @@ def test_latency_is_that_of_the_last_minute_as_prometheus_computes_it(
         page = open_page(watched, served)
         page.locator("#state", has_text="about 21").wait_for()
         page.locator("#state-note", has_text="of the last").wait_for()
-        figures = dict(re.findall(r"(waiting|latency, median)\n+(.+)", page.inner_text("#state")))
+        figures = dict(re.findall(r"(waiting|latency, median|replicas down)\n+(.+)", page.inner_text("#state")))
         # the 50th of 100 lies 10 / 50 into the bucket from 10 to 100 ms; the 99th is beyond the last bound
-        assert figures == {"waiting": "7", "latency, median": "28 ms"}
+        assert figures == {"waiting": "7", "latency, median": "28 ms", "replicas down": "2"}
         assert "99 %: 100 ms" in page.inner_text("#state")
 
 

@@ -19,6 +19,8 @@ JOB = "rlhf_ray_service"
 """The job of Prometheus that reads the pages of services, in ``deploy/monitoring/prometheus.yml``."""
 DOWN_S, RECENT_S, FAILING_S, SLOW_S = 60, 600, 120, 300
 SLOW_FROM_S = 10.0
+ENOUGH = 20
+"""Requests, of which 5 % are one."""
 
 
 class ServiceCondition(Protocol):
@@ -33,12 +35,14 @@ class ServiceCondition(Protocol):
 
 @dataclass(frozen=True)
 class PageSilent:
-    """The page of a service that Prometheus is to read has not answered for ``for_s`` seconds."""
+    """The page of a service that Prometheus is to read has not answered for ``for_s`` seconds, in which it was asked."""
 
     for_s: int
 
     def query(self) -> str:
-        return f'max by (instance) (max_over_time(up{{job="{JOB}"}}[{self.for_s}s])) == 0'
+        up = f'up{{job="{JOB}"}}'
+        silent = f"max by (instance) (max_over_time({up}[{self.for_s}s])) == 0"
+        return f"{silent} and on (instance) {up} offset {self.for_s}s"  # one failed scrape of a new service is no silence
 
     def words(self) -> str:
         return f"`up` of job `{JOB}` is 0 for {duration(self.for_s)}"
@@ -46,22 +50,26 @@ class PageSilent:
 
 @dataclass(frozen=True)
 class Reaches:
-    """A gauge is above 0, and at least what another one is, where one is named."""
+    """For a model of the service a gauge is above 0, and at least what another one is, where one is named."""
 
     metric: str
     least: str | None = None
 
     def query(self) -> str:
         least = "" if self.least is None else f" >= {_last(self.least)}"
-        return f"{_last(self.metric)}{least} > 0"
+        return f"max by (instance) ({_last(self.metric)}{least} > 0)"
 
     def words(self) -> str:
-        return f"`{self.metric}` is above 0" if self.least is None else f"`{self.metric}` is `{self.least}`"
+        held = f"`{self.metric}` is above 0" if self.least is None else f"`{self.metric}` is `{self.least}`"
+        return f"{held} for a model"
 
 
 @dataclass(frozen=True)
 class Grown:
-    """A counter has grown within ``within_s`` seconds; of its series only those whose ``label`` is one of ``values``."""
+    """A counter has grown within ``within_s`` seconds; of its series only those whose ``label`` is one of ``values``.
+
+    One that has fallen began anew, with the service: it has grown by all that it counts.
+    """
 
     metric: str
     within_s: int
@@ -72,7 +80,7 @@ class Grown:
         chosen = f'{{{self.label}=~"{"|".join(self.values)}"}}' if self.values else ""
         name = f"{NAMESPACE}_{self.metric}_total{chosen}"
         now, before = f"last_over_time({name}[{GAP_S}s])", f"last_over_time({name}[{GAP_S}s] offset {self.within_s}s)"
-        return f"sum by (instance) ({now} - {before} or {now} unless {before}) > 0"
+        return f"sum by (instance) ({now} - ({before} <= {now}) or {now}) > 0"
 
     def words(self) -> str:
         chosen = f" of {self.label} {' or '.join(self.values)}" if self.values else ""
@@ -81,18 +89,23 @@ class Grown:
 
 @dataclass(frozen=True)
 class Slow:
-    """95 of 100 observations of a histogram of seconds, within ``within_s`` seconds, do not stay below ``limit_s``."""
+    """Of at least ``least`` observations of a histogram of seconds, within ``within_s`` seconds, 5 % exceed ``limit_s``."""
 
     metric: str
     limit_s: float
     within_s: int
+    least: int
 
     def query(self) -> str:
-        buckets = f"increase({NAMESPACE}_{self.metric}_bucket[{self.within_s}s])"
-        return f"histogram_quantile(0.95, sum by (instance, le) ({buckets})) > {self.limit_s:g}"
+        buckets, count = (
+            f"increase({NAMESPACE}_{self.metric}_{part}[{self.within_s}s])" for part in ("bucket", "count")
+        )
+        slow = f"histogram_quantile(0.95, sum by (instance, le) ({buckets})) > {self.limit_s:g}"
+        return f"{slow} and on (instance) sum by (instance) ({count}) >= {self.least}"
 
     def words(self) -> str:
-        return f"95 of 100 `{self.metric}` within {duration(self.within_s)} do not stay below {self.limit_s:g} s"
+        of = f"of {self.least} or more `{self.metric}` within {duration(self.within_s)}"
+        return f"{of}, 95 of 100 do not stay below {self.limit_s:g} s"
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class ServiceAlarm:
 
 
 def _last(metric: str) -> str:
-    return f"max by (instance) (last_over_time({NAMESPACE}_{metric}[{GAP_S}s]))"
+    return f"max by (instance, model) (last_over_time({NAMESPACE}_{metric}[{GAP_S}s]))"
 
 
 SERVICE_ALARMS = (
@@ -143,8 +156,8 @@ SERVICE_ALARMS = (
     ),
     ServiceAlarm(
         "ServiceModelGone", "critical", Reaches("replicas_down", "replicas"),
-        "No replica of a model is loaded: requests wait for hold_s seconds, and are refused then",
-        "The log of the service says why, and it goes on trying by itself: free the memory or the GPU that it lacks",
+        "No replica of a model is loaded: its requests wait for hold_s seconds, and are refused then",
+        "The log of the service says which and why, and it goes on trying by itself: free the memory or the GPU that it lacks",
     ),
     ServiceAlarm(
         "ServiceFails", "critical", Grown("errors", FAILING_S, "kind", ("model", "server", "source")),
@@ -155,7 +168,7 @@ SERVICE_ALARMS = (
     ),
     ServiceAlarm(
         "ServiceReplicaLost", "warning", AnyOf(Reaches("replicas_down"), Grown("restarts", RECENT_S)),
-        "A replica of a model was lost and is started again; the others take over its requests",
+        "A replica of a model was lost and is started again; other replicas of this model take over its requests",
         "The log of the service says why it was lost. If it was killed for its memory, lower max_batch_tokens",
         explained_by=("ServiceModelGone",),
     ),
@@ -166,7 +179,7 @@ SERVICE_ALARMS = (
         explained_by=("ServiceModelGone", "ServiceReplicaLost"),
     ),
     ServiceAlarm(
-        "ServiceSlow", "warning", Slow("request_seconds", SLOW_FROM_S, SLOW_S),
+        "ServiceSlow", "warning", Slow("request_seconds", SLOW_FROM_S, SLOW_S, ENOUGH),
         "Requests take longer than ten seconds",
         "Look at the time by stage: if they queue, raise replicas; if the forward pass takes it, lower max_batch_tokens or give"
         " the model a GPU",

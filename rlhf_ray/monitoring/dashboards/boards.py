@@ -189,6 +189,6 @@ def _variable(name: str, label: str, query: str) -> dict[str, Any]:
         "refresh": 2,
         "multi": True,
         "includeAll": True,
-        "allValue": ".*",
+        "allValue": ".+",  # ".*" would take what has no such label too: alarms of services among those of runs
         "sort": 1,
     }

@@ -11,12 +11,12 @@ from typing import Any
 
 from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
 from rlhf_ray.monitoring.appearance import GPU, when
-from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric
+from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric, grown
 from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, REGISTRY, Metric, choose_panel
 
 SERVICES = "Service.*"
 OF_RUNS = 'ALERTS{alertstate="firing", run=~"$run"'
-OF_SERVICES = f'ALERTS{{alertstate="firing", alertname=~"{SERVICES}"'
+OF_SERVICES = f'ALERTS{{alertstate="firing", alertname=~"{SERVICES}", instance=~"$instance"'
 SEVERITY_COLOURS = {"critical": "red", "warning": "orange", "advice": "blue"}
 SELECTION = '{run=~"$run"}'
 FULL_WIDTH, COLUMNS, PANEL_WIDTH, PANEL_HEIGHT = 24, 3, 8, 7
@@ -35,10 +35,8 @@ def expression(metric: Metric) -> str:
     """The Prometheus query of a metric of runs: the value of a gauge, the increase of a counter."""
     if metric.is_family:
         return f'{{__name__=~"{metric.series.removesuffix("_")}.+", run=~"$run"}}'
-    if metric.kind == "counter":  # Ray's counters are born with the first event, which increase() alone would not see
-        name = f"{metric.series}{SELECTION}"
-        born = f"({name} unless {name} offset $__rate_interval)"  # its name is a label more: the sum makes one line of both
-        return f"sum by (run, role) (increase({name}[$__rate_interval]) or {born})"
+    if metric.kind == "counter":  # Ray's counters are born with the first event
+        return grown(f"{metric.series}{SELECTION}", "run, role")
     return f"{metric.series}{SELECTION}"
 
 
@@ -129,7 +127,7 @@ def service_alarms() -> Panel:
     names = ", ".join(alarm.name for alarm in SERVICE_ALARMS)
     return _states(
         "Alarms of services", f"What docs/monitoring.md explains, by Prometheus' rules: {names}",
-        "{{instance}} {{alertname}} {{severity}}", OF_SERVICES + ', instance=~"$instance"}',
+        "{{instance}} {{alertname}} {{severity}}", OF_SERVICES + "}",
     )  # fmt: skip
 
 

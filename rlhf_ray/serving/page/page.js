@@ -277,6 +277,13 @@
     return sum;
   }
 
+  // A gauge that each model has, of all of them.
+  function together(name) {
+    let sum = 0;
+    for (const [key, value] of snapshots[snapshots.length - 1].values) if (key.startsWith(`${name}{`)) sum += value;
+    return sum;
+  }
+
   // The quantile of a histogram over the window, in seconds, as Prometheus interpolates it; none where nothing was observed.
   function quantile(name, share) {
     const counts = new Map();
@@ -322,7 +329,7 @@
       ["queue, mean", stage("queue"), `in the model: ${stage("forward")}`],
       ["throughput", seconds ? `${(scored / seconds).toFixed(1)}` : NONE, "items a second"],
       ["refused", `${failed}`, "requests without scores"],
-      ["replicas down", `${now.get("replicas_down") || 0}`, "being brought back"],
+      ["replicas down", `${together("replicas_down")}`, "being brought back"],
     ];
     byId("state").replaceChildren(...figures.map(([name, value, note]) => element("div", { className: "figure" },
       element("span", { textContent: name }), element("b", { textContent: value }), element("span", { textContent: note }))));

@@ -72,7 +72,7 @@ class Prometheus:
 
 def asked(expression: str) -> str:
     """The expression of a panel as Grafana asks it, of all runs and services."""
-    return re.sub(r'"\$\w+"', '".*"', expression).replace("$__rate_interval", "1m")
+    return re.sub(r'"\$\w+"', '".+"', expression).replace("$__rate_interval", "1m")
 
 
 def expressions() -> Iterator[tuple[str, str]]:

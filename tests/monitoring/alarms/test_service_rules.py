@@ -19,12 +19,19 @@ from tests.monitoring.alarms.promtool import RULES
 needs_promtool = pytest.mark.skipif(promtool.PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
 SERVICE = 'instance="10.0.0.1:5000"'
 STEADY = {f'up{{job="{JOB}", {SERVICE}}}': "1x180"}
-WELL = STEADY | {f"{NAMESPACE}_replicas{{{SERVICE}}}": "2x180", f"{NAMESPACE}_replicas_down{{{SERVICE}}}": "0x180"}
 """A reading every ten seconds, for half an hour."""
 
 
 def series(name: str, values: str, labels: str = "") -> dict[str, str]:
     return {f"{NAMESPACE}_{name}{{{SERVICE}{labels}}}": values}
+
+
+def replicas(model: str, count: int, down: str) -> dict[str, str]:
+    label = f', model="{model}"'
+    return series("replicas", f"{count}x180", label) | series("replicas_down", down, label)
+
+
+WELL = STEADY | replicas("reward", 2, "0x180")
 
 
 def seconds(slow_from: int) -> dict[str, str]:
@@ -37,6 +44,18 @@ def seconds(slow_from: int) -> dict[str, str]:
         **series("request_seconds_bucket", below, labels + '"10.0"'),
         **series("request_seconds_bucket", "0+10x180", labels + '"30.0"'),
         **series("request_seconds_bucket", "0+10x180", labels + '"+Inf"'),
+        **series("request_seconds_count", "0+10x180", ', protocol="reward"'),
+    }
+
+
+def few_seconds(count: int) -> dict[str, str]:
+    """No requests for ten minutes, then ``count`` within 100 s, of 20 s each; Prometheus knows the series before."""
+    values, labels = f"0x59 0+{count / 10:g}x10 {count}x109", ', protocol="reward", le='
+    return {
+        **series("request_seconds_bucket", "0x180", labels + '"10.0"'),
+        **series("request_seconds_bucket", values, labels + '"30.0"'),
+        **series("request_seconds_bucket", values, labels + '"+Inf"'),
+        **series("request_seconds_count", values, ', protocol="reward"'),
     }
 
 
@@ -50,26 +69,39 @@ CASES: Mapping[str, tuple[dict[str, str], Mapping[int, set[str]]]] = {
         {f'up{{job="{JOB}", {SERVICE}}}': "1x29 0x2 1x57 0x90"},
         {300: set(), 330: set(), 600: set(), 930: set(), 990: {"ServiceDown"}, 1500: {"ServiceDown"}},
     ),
-    "never there": ({f'up{{job="{JOB}", {SERVICE}}}': "0x180"}, {60: {"ServiceDown"}}),
+    "never there": (
+        {f'up{{job="{JOB}", {SERVICE}}}': "_x10 0x169"}, {120: set(), 150: set(), 180: {"ServiceDown"}, 900: {"ServiceDown"}},
+    ),
+    "new, and not there for a scrape": ({f'up{{job="{JOB}", {SERVICE}}}': "_x11 0x1 1x160"}, {120: set(), 150: set(), 300: set()}),
     "no replica is left, and requests fail": (
         STEADY
-        | series("replicas", "2x180") | series("replicas_down", gone_at(30, 60))
+        | replicas("reward", 2, gone_at(30, 60))
         | series("errors_total", "_x31 4x149", ', kind="source"') | series("restarts_total", "0x30 2x150", ', model="reward"'),
         {270: set(), 330: {"ServiceModelGone"}, 570: {"ServiceModelGone"}, 630: {"ServiceReplicaLost"}, 1200: set()},
     ),
     "one of two replicas": (
-        STEADY | series("replicas", "2x180") | series("replicas_down", "0x29 1x29 0x120"),
+        STEADY | replicas("reward", 2, "0x29 1x29 0x120"),
         {270: set(), 330: {"ServiceReplicaLost"}, 570: {"ServiceReplicaLost"}, 750: set()},
+    ),
+    "one of two models is gone": (
+        WELL | replicas("other", 1, "0x29 1x29 0x120"),
+        {270: set(), 330: {"ServiceModelGone"}, 570: {"ServiceModelGone"}, 750: set()},
     ),
     "the model gives no number": (
         WELL | series("errors_total", "_x30 1x150", ', kind="model"') | series("errors_total", "1+1x180", ', kind="item"'),
         {270: set(), 330: {"ServiceFails"}, 390: {"ServiceFails"}, 480: set()},
+    ),
+    "the model gives no number, and again once the service was started anew": (
+        WELL | series("errors_total", "9x59 1x120", ', kind="model"'),
+        {30: {"ServiceFails"}, 570: set(), 630: {"ServiceFails"}, 690: {"ServiceFails"}, 780: set()},
     ),
     "the queue is full": (
         WELL | series("errors_total", "3x29 8x150", ', kind="overloaded"'),
         {270: set(), 330: {"ServiceOverloaded"}, 480: set()},
     ),
     "requests take long": (WELL | seconds(60), {600: set(), 900: {"ServiceSlow"}, 1500: {"ServiceSlow"}}),
+    "ten requests take long": (WELL | few_seconds(10), {600: set(), 720: set(), 840: set(), 1200: set()}),
+    "forty requests take long": (WELL | few_seconds(40), {570: set(), 720: {"ServiceSlow"}, 840: {"ServiceSlow"}, 1200: set()}),
 }  # fmt: skip
 """Readings, and which alarms hold at which second."""
 
