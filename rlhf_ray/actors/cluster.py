@@ -170,8 +170,8 @@ class Cluster:
             include_dashboard=self.config.dashboard,
             **options,
         )
-        if not self.config.dashboard:  # with which Ray names its pages to Prometheus by itself
-            self._published.enter_context(published(started.files, started.page))
+        # With its dashboard Ray names its pages too, in one file that all dashboards on this machine write in turn.
+        self._published.enter_context(published(started.files, started.page))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

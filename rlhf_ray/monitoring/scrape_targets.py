@@ -1,4 +1,6 @@
-"""Tell Prometheus where the page of metrics of a Ray is that a run started for itself, as Ray does with its dashboard alone.
+"""Tell Prometheus where the page of metrics of a Ray is that a run started for itself.
+
+Ray does so too with its dashboard, in one file that all dashboards on the machine write in turn.
 
 Invariants: the file stands there whole, from when it is published until it is withdrawn, and names one page. One that outlived
 its writer, as after a SIGKILL, is removed by the next that is published: the writer holds a lock on it, which ends with the
