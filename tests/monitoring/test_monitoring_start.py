@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "monitoring" / "start.sh"
-STAND_IN = '''#!/bin/sh
+STAND_IN = """#!/bin/sh
 echo "$0 $* $GF_PATHS_LOGS $GF_PATHS_PLUGINS $GF_PATHS_PROVISIONING" > "$SAID/$(basename "$0")"
 exec sleep 60
-'''
+"""
 
 
 def begin(directory: Path, programs: dict[str, str]) -> subprocess.Popen[str]:
@@ -60,11 +60,15 @@ def test_what_is_installed_starts_and_ends_with_the_script_and_the_rest_is_named
         f"{SCRIPT.parent}/grafana/provisioning",
     ]  # fmt: skip
     assert (own / "logs").is_dir() and (own / "plugins").is_dir()
-    assert "alertmanager is not installed: apt-get install prometheus-alertmanager, then systemctl disable --now" in shown
+    assert (
+        "alertmanager is not installed: apt-get install prometheus-alertmanager, then systemctl disable --now" in shown
+    )
     assert "prometheus is not installed" not in shown and "grafana: http://127.0.0.1:3000" in shown
 
 
-def test_the_program_below_its_home_comes_before_that_of_the_path_which_reads_a_file_of_the_system(tmp_path: Path) -> None:
+def test_the_program_below_its_home_comes_before_that_of_the_path_which_reads_a_file_of_the_system(
+    tmp_path: Path,
+) -> None:
     program = tmp_path / "grafana" / "bin" / "grafana"
     program.parent.mkdir(parents=True)
     program.write_text(STAND_IN)

@@ -72,7 +72,9 @@ CASES: Mapping[str, tuple[dict[str, str], Mapping[int, set[str]]]] = {
     "never there": (
         {f'up{{job="{JOB}", {SERVICE}}}': "_x10 0x169"}, {120: set(), 150: set(), 180: {"ServiceDown"}, 900: {"ServiceDown"}},
     ),
-    "new, and not there for a scrape": ({f'up{{job="{JOB}", {SERVICE}}}': "_x11 0x1 1x160"}, {120: set(), 150: set(), 300: set()}),
+    "new, and not there for a scrape": (
+        {f'up{{job="{JOB}", {SERVICE}}}': "_x11 0x1 1x160"}, {120: set(), 150: set(), 300: set()},
+    ),
     "no replica is left, and requests fail": (
         STEADY
         | replicas("reward", 2, gone_at(30, 60))
