@@ -1,19 +1,29 @@
-"""Engines that are killed come back in their places, on a real Ray: nothing is lost, doubled or of other weights."""
+"""Engines that are killed come back in their places, on a real Ray: nothing is lost, doubled or of other weights.
+
+The same Ray shows by which names it knows a run, and where Prometheus finds it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import ray
 import torch
+from ray._raylet import ActorID, GcsClient
+from ray.core.generated.gcs_pb2 import ActorTableData
+from ray.util.placement_group import placement_group_table
 from transformers import LlamaForCausalLM
 
 from rlhf_ray.actors.cluster import Cluster
@@ -48,8 +58,8 @@ def come_later(seconds: float, bucket: Any) -> Any:
 class Engines:
     """Two engines of a fleet, and a policy whose weights change with every version."""
 
-    def __init__(self, fleet: Fleet, ranks: list[RayRanks], model: LlamaForCausalLM) -> None:
-        self.fleet, self.ranks, self.model = fleet, ranks, model
+    def __init__(self, fleet: Fleet, ranks: list[RayRanks], model: LlamaForCausalLM, run: str) -> None:
+        self.fleet, self.ranks, self.model, self.run = fleet, ranks, model, run
 
     def publish(self, version: int) -> None:
         """Publish other weights for each version; half of them are on their way for a while."""
@@ -101,7 +111,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     ) as cluster:
         ranks = [cluster.start(RankSpec("rollout", 1, config.resources, first_rank=number)) for number in range(2)]
         setup = RolloutSetup(config, str(directory), (EOS,), seed=0, deterministic=True)
-        yield Engines(load_fleet(ranks, setup, 180.0), ranks, model)
+        yield Engines(load_fleet(ranks, setup, 180.0), ranks, model, cluster.run.name)
 
 
 def assert_same_bits(batch: TrajectoryBatch, expected: TrajectoryBatch) -> None:
@@ -113,6 +123,34 @@ def after(seconds: float, pid: int, number: int) -> threading.Timer:
     timer = threading.Timer(seconds, os.kill, [pid, number])
     timer.start()
     return timer
+
+
+def test_prometheus_finds_the_page_of_a_run(engines: Engines) -> None:
+    files = Path(ray._private.worker._global_node.get_session_dir_path()).parent
+    ((page,),) = (
+        entry["targets"] for entry in json.loads((files / f"rlhf_ray_targets_{os.getpid()}.json").read_text())
+    )
+    deadline = time.monotonic() + 60
+    shown = b""
+    while b"\nray_" not in shown:  # the agent has nothing to say at first
+        assert time.monotonic() < deadline, shown[:1000]
+        with suppress(OSError), urllib.request.urlopen(f"http://{page}/metrics", timeout=30) as answer:
+            shown = answer.read()
+        time.sleep(0.1)
+
+
+def test_ray_knows_a_run_its_ranks_and_their_places_by_name(engines: Engines) -> None:
+    """Read from where the dashboard reads it: tables of jobs, actors and placement groups of Ray's control service, in 2.60."""
+    jobs = GcsClient(address=ray.get_runtime_context().gcs_address).get_all_job_info().values()
+    assert [dict(job.config.metadata)["job_name"] for job in jobs] == [engines.run]
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    for number, ranks in enumerate(engines.ranks):
+        (actor,) = ranks.actors
+        told = ActorTableData.FromString(accessor.get_actor_info(ActorID.from_hex(actor._actor_id.hex())))
+        assert (told.name, told.repr_name) == (f"rlhf/{engines.run}/rollout/{number}", f"rollout/{number}")
+    assert {f"rlhf/{engines.run}/rollout/{number}" for number in range(2)} == {
+        entry["name"] for entry in placement_group_table().values()
+    }
 
 
 def test_engines_killed_while_they_generate_and_in_the_middle_of_an_update_come_back(engines: Engines) -> None:
