@@ -42,7 +42,9 @@ class PageSilent:
     def query(self) -> str:
         up = f'up{{job="{JOB}"}}'
         silent = f"max by (instance) (max_over_time({up}[{self.for_s}s])) == 0"
-        return f"{silent} and on (instance) {up} offset {self.for_s}s"  # one failed scrape of a new service is no silence
+        return (
+            f"{silent} and on (instance) {up} offset {self.for_s}s"  # one failed scrape of a new service is no silence
+        )
 
     def words(self) -> str:
         return f"`up` of job `{JOB}` is 0 for {duration(self.for_s)}"
