@@ -125,6 +125,11 @@ def printable(text: str) -> str:
     )
 
 
+def on_one_line(text: str) -> str:
+    """The same with line breaks and tabs shown as well."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def duration(seconds: float) -> str:
     """A time in at most two units that follow one another, such as ``1 h 59 min``; a second one that is 0 is left out."""
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)

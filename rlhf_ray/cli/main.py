@@ -25,6 +25,7 @@ COMMANDS = (
     "resume",
     "status",
     "report",
+    "compare",
     "samples",
     "track",
     "trace",
@@ -36,7 +37,7 @@ COMMANDS = (
     "demo",
 )
 
-OF_RUNS = ("resume", "status", "report", "samples", "track", "trace")
+OF_RUNS = ("resume", "status", "report", "compare", "samples", "track", "trace")
 """Those of them that are about a run directory."""
 
 EPILOG = (

@@ -23,6 +23,14 @@ PHASES = ("start", "rollout", "scoring", "log_probs", "update", "weights", "chec
 """What a run can be doing, the values of the phase gauge. All but ``start`` are timed as ``time/<phase>``."""
 
 
+_HIGHER = re.compile(
+    r"gold/(mean|win_rate)|reward/(mean|learned)|accuracy|explained_variance|(rollout/)?tokens_per_second|matmul/share|useful_time"
+    r"|evaluation/(reward|gold|reward_win_rate|gold_win_rate|accuracy|pass_at_\d+)(/\w+)?"
+)
+_LOWER = re.compile(r"loss/(sft|rm)|evaluation/(loss|calibration_error)(/\w+)?")
+"""Metrics of which every run wants a high value, or a low one."""
+
+
 class UnknownMetricError(RlhfRayError):
     """A trainer logged a metric that the registry does not hold."""
 
@@ -41,6 +49,13 @@ class Metric:
     group: str
     kind: Kind = "gauge"
     alarm: Alarm | None = None
+
+    @property
+    def better(self) -> Literal["higher", "lower"] | None:
+        """Which of two values is the better one; None where that depends on the run."""
+        if _HIGHER.fullmatch(self.name):
+            return "higher"
+        return "lower" if _LOWER.fullmatch(self.name) else None
 
     @property
     def exported_name(self) -> str:

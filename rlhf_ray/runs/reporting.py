@@ -17,7 +17,7 @@ from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.config.writing import write_value
 from rlhf_ray.console import duration, get_logger
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.monitoring.alarms.alarm import Alarm, holding
 from rlhf_ray.monitoring.alarms.readings import Readings
 from rlhf_ray.monitoring.registry import REGISTRY
@@ -67,7 +67,7 @@ def close_run(run: RunDirectory, *, keep_commit: bool) -> None:
 def status(run: RunDirectory) -> dict[str, str]:
     """How far a run is, as rows of a table: facts from its files, and whether a process owns it."""
     lines, checkpoints = run.metrics.read(), run.checkpoints.steps()
-    rows = {"run": str(run.path), "state": _state(run), **_facts(run)}
+    rows = {"run": str(run.path), "state": _state(run), **facts(run)}
     if lines:
         rows["last line"] = f"{duration(time.time() - lines[-1]['timestamp'])} ago"
     cluster = remembered(run)
@@ -195,11 +195,23 @@ def _read_run(run: RunDirectory) -> RunReport:
     return RunReport(
         name=run.path.resolve().name,
         lines=run.metrics.read(),
-        summary=replace(summary, facts={**_facts(run), **summary.facts}),
+        summary=replace(summary, facts={**facts(run), **summary.facts}),
         config=run.config_text(),
         alarms=_alarm_table(run),
         time_by_rank=_time_by_rank(run),
+        samples=_last_samples(run),
     )
+
+
+def _last_samples(run: RunDirectory) -> tuple[int, list[dict[str, Any]]]:
+    """The samples of the last step that has any; left out where they cannot be read, as spans are."""
+    try:
+        return run.read_samples()
+    except RequestError:  # none were kept
+        return 0, []
+    except RlhfRayError as error:
+        get_logger("runs").warning("the report has no tokens: %s", error)
+        return 0, []
 
 
 def _time_by_rank(run: RunDirectory) -> TimeByRank | None:
@@ -214,22 +226,22 @@ def _time_by_rank(run: RunDirectory) -> TimeByRank | None:
         return None
 
 
-def _facts(run: RunDirectory) -> dict[str, str]:
+def facts(run: RunDirectory) -> dict[str, str]:
     """Facts about a run that its files show."""
-    facts = {"kind": str(read_mapping(run.config_text()).values.get("kind", "unknown"))}
+    told = {"kind": str(read_mapping(run.config_text()).values.get("kind", "unknown"))}
     starts = [line["timestamp"] for line in run.attempts.read()]
     lines = run.metrics.read()
     if starts:
-        facts["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(starts[0]))
+        told["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(starts[0]))
     if starts and lines:
-        facts["took"] = duration(lines[-1]["timestamp"] - starts[0])
-        facts["steps"] = str(lines[-1]["step"])
+        told["took"] = duration(lines[-1]["timestamp"] - starts[0])
+        told["steps"] = str(lines[-1]["step"])
     if len(starts) > 1:
-        facts["starts"] = str(len(starts))
-    facts |= _time_facts(run)
+        told["starts"] = str(len(starts))
+    told |= _time_facts(run)
     if changed := _changes(run):
-        facts["changed"] = "; ".join(changed)
-    return facts
+        told["changed"] = "; ".join(changed)
+    return told
 
 
 def _changes(run: RunDirectory) -> list[str]:

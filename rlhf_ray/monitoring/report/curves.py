@@ -79,13 +79,16 @@ def frontier_chart(runs: Sequence[Run], best_of: Sequence[BestOf]) -> Chart | No
     return Chart(line_chart([panel], "KL from the reference, nats a sequence", "Gold score against KL", WIDE), caption)
 
 
-def metric_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Charts of all other metrics that changed, in the order of the registry."""
+def metric_charts(runs: Sequence[Run], *, shared: bool = True) -> list[Chart]:
+    """Charts of all other metrics that changed, in the order of the registry.
+
+    Unless panels are ``shared`` by metrics, each metric has its own, in which a run has the same colour as in all others.
+    """
     undrawn = {name for name in _other_metrics(runs) if not _is_constant(runs, name)}
     charts = []
-    for metric in _in_order(undrawn):
+    for metric in in_order(undrawn):
         if metric.name in undrawn:
-            title, members = choose_panel(metric.name, undrawn)
+            title, members = choose_panel(metric.name, undrawn if shared else {metric.name})
             undrawn -= set(members)
             charts.append(_chart(runs, title, members))
     return charts
@@ -94,7 +97,7 @@ def metric_charts(runs: Sequence[Run]) -> list[Chart]:
 def constants(runs: Sequence[Run]) -> dict[str, str]:
     """The metrics that had one value in all lines of all runs, with that value as text."""
     names = {name for name in _other_metrics(runs) if _is_constant(runs, name)}
-    return {metric.name: number(_values(runs, metric.name)[0]) for metric in _in_order(names)}
+    return {metric.name: number(_values(runs, metric.name)[0]) for metric in in_order(names)}
 
 
 def _is_curve(name: str) -> bool:
@@ -119,7 +122,7 @@ def _has(line: Mapping[str, Any], *names: str) -> bool:
     return all(line.get(name) is not None for name in names)
 
 
-def _in_order(names: Iterable[str]) -> list[Metric]:
+def in_order(names: Iterable[str]) -> list[Metric]:
     """Metrics in the order of the registry; those of families come last, by name."""
     order = {metric.name: index for index, metric in enumerate(REGISTRY)}
     metrics = [REGISTRY[name] for name in names]

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.report import curves
-from rlhf_ray.monitoring.report.charts import Curve, Panel, line_chart, number
+from rlhf_ray.monitoring.report.charts import Curve, Panel, line_chart
 from rlhf_ray.monitoring.report.lanes import TimeByRank
 from rlhf_ray.monitoring.report.preferences import calibration_chart, histogram_chart
 from rlhf_ray.monitoring.report.summary import MemoryRecord, PreferencePage, Summary, Table
+from rlhf_ray.monitoring.report.templates import render
+from rlhf_ray.monitoring.report.tokens import ShownSample, token_samples
+from rlhf_ray.monitoring.tokens import SampleRow
 
-STYLE = Path(__file__).with_name("style.css")
-TEMPLATE = Path(__file__).with_name("page.html")
 ROUNDING = 1.001
 """Steps this much longer than the sum of their phases get a row for the rest; less is rounding."""
 
@@ -42,6 +38,8 @@ class RunReport:
     """When alarms held."""
     time_by_rank: TimeByRank | None = None
     """What the spans of its processes say, where it has any."""
+    samples: tuple[int, Sequence[SampleRow]] = (0, ())
+    """The last step with samples, and these."""
 
 
 def render_report(runs: Sequence[RunReport]) -> str:
@@ -49,23 +47,15 @@ def render_report(runs: Sequence[RunReport]) -> str:
     alone = len(runs) == 1
     measured = [curves.Run(run.name, run.lines) for run in runs]
     best_of = next((run.summary.best_of for run in runs if run.summary.best_of), ())
-    return _template().render(
+    return render(
+        "page.html",
         title=" and ".join(run.name for run in runs),
-        style=Markup(STYLE.read_text()),
+        what="report",
         runs=[_prepare_run(run, alone=alone) for run in runs],
         reward_charts=_drawn([curves.reward_chart(measured), curves.frontier_chart(measured, best_of)]),
         metric_charts=_drawn(curves.metric_charts(measured)),
         constants=_constants(measured),
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters |= {"number": number, "percent": "{:.1%}".format, "trusted_svg": Markup}
-    return environment.get_template(TEMPLATE.name)
 
 
 @dataclass(frozen=True)
@@ -91,6 +81,7 @@ class _RunSections:
     preference_charts: Sequence[curves.Chart]
     phase_times: Sequence[_PhaseTime]
     time_by_rank: TimeByRank | None
+    tokens: Sequence[ShownSample]
     memory_peak: str
     memory_chart: curves.Chart | None
 
@@ -106,6 +97,7 @@ def _prepare_run(run: RunReport, *, alone: bool) -> _RunSections:
         preference_charts=_preference_charts(run.summary.preferences),
         phase_times=_phase_times(run.lines),
         time_by_rank=run.time_by_rank,
+        tokens=token_samples(*run.samples),
         memory_peak=_memory_peak(run.summary.memory),
         memory_chart=_memory_chart(run.summary.memory),
     )

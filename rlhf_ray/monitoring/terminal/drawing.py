@@ -74,11 +74,6 @@ def plain(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-def on_one_line(text: str) -> str:
-    """A text whose line breaks and tabs are shown."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
 def short(value: float) -> str:
     """A number in about four digits."""
     return f"{value:.4g}"

@@ -5,30 +5,22 @@ Invariants: every text is shown whole, as text. A number that was not kept is le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.monitoring.terminal.drawing import Pen, on_one_line, plain, short
+from rlhf_ray.console import on_one_line
+from rlhf_ray.monitoring.terminal.drawing import Pen, plain, short
+from rlhf_ray.monitoring.tokens import COLUMNS, SampleRow, token_table
 
 NARROWEST = 30
 """Columns of an answer that stands beside another one."""
-TOKEN_COLUMNS: Mapping[str, str] = {
-    "log_probs": "log-prob",
-    "rollout_log_probs": "rollout",
-    "reference_log_probs": "reference",
-    "values": "value",
-    "token_rewards": "reward",
-    "returns": "return",
-    "advantages": "advantage",
-}
-"""What is kept of each token, and its heading; the columns of a batch (``trajectories/columns.py``)."""
 LEAST_TEXT = 12
 """Columns of a token's text, before numbers are left out of a narrow table."""
-SampleRow = Mapping[str, Any]
+STYLES = {2: "bold green", 1: "green", 0: "", -1: "red", -2: "bold red"}
+"""Of a token, by how much better or worse it was than expected."""
 
 
 def samples_view(rows: Sequence[SampleRow], pen: Pen) -> list[str]:
@@ -68,29 +60,25 @@ def _answer(number: int, row: SampleRow) -> Text:
 
 def token_view(row: SampleRow, pen: Pen) -> list[str]:
     """One sample as a table with a row for each token of the answer; where a terminal is narrow, with fewer numbers."""
-    kept = row.get("tokens")
-    if not kept:
+    tokens = token_table(row)
+    if tokens is None:
         return pen.lines(Text("nothing is kept of the tokens of this sample"))
-    names = [name for name in TOKEN_COLUMNS if name in kept]
-    number_width = len(str(len(kept["text"])))
-    widths = {name: max(len(TOKEN_COLUMNS[name]), *(len(_number(value)) for value in kept[name])) for name in names}
+    names = list(tokens.columns)
+    number_width = len(str(len(tokens.rows)))
+    widths = {name: max(len(COLUMNS[name]), *(len(one.numbers[name]) for one in tokens.rows), 0) for name in names}
     while names and number_width + LEAST_TEXT + 4 + sum(widths[name] + 2 for name in names) > pen.width:
         names.remove(min(names, key=_worth))
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold", expand=False)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("token", overflow="fold", min_width=LEAST_TEXT)
     for name in names:
-        table.add_column(TOKEN_COLUMNS[name], justify="right", no_wrap=True, min_width=widths[name])
-    largest = max((abs(value) for value in kept.get("advantages", ()) if value is not None), default=0.0)
-    for position, text in enumerate(kept["text"]):
-        style = _style(_at(kept, "advantages", position), largest)
-        numbers = [Text(_number(_at(kept, name, position)), style if name == "advantages" else "") for name in names]
-        table.add_row(Text(str(position + 1), "dim"), Text(on_one_line(text), style), *numbers)
-    left_out = f"{row['left_out']} more tokens are not kept" if row.get("left_out") else ""
-    about = f"score {short(row['score'])}, {'finished' if row.get('finished', True) else 'cut off'}"
-    return pen.lines(
-        plain(str(row["prompt"]), "bold"), Text(about, "cyan"), table, *([Text(left_out)] if left_out else [])
-    )
+        table.add_column(COLUMNS[name], justify="right", no_wrap=True, min_width=widths[name])
+    for one in tokens.rows:
+        style = STYLES[one.tone]
+        numbers = [Text(one.numbers[name], style if name == "advantages" else "") for name in names]
+        table.add_row(Text(str(one.number), "dim"), Text(on_one_line(one.text), style), *numbers)
+    left_out = [Text(tokens.left_out)] if tokens.left_out else []
+    return pen.lines(plain(str(row["prompt"]), "bold"), Text(tokens.about, "cyan"), table, *left_out)
 
 
 def _worth(name: str) -> int:
@@ -104,20 +92,3 @@ def _worth(name: str) -> int:
         "log_probs",
         "advantages",
     ).index(name)
-
-
-def _at(kept: Mapping[str, Sequence[Any]], name: str, position: int) -> float | None:
-    values = kept.get(name, ())
-    return values[position] if position < len(values) else None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _style(advantage: float | None, largest: float) -> str:
-    """Green where the token was better than expected, red where it was worse; faint where it hardly mattered."""
-    if not advantage or not largest:
-        return ""
-    strength = "bold " if abs(advantage) > largest / 2 else ""
-    return f"{strength}{'green' if advantage > 0 else 'red'}"
