@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from rlhf_ray.monitoring.alarms.readings import Event, Readings, State
-from rlhf_ray.monitoring.registry import REGISTRY
+from rlhf_ray.monitoring.registry import REGISTRY, Kind
 
 
 def of_lines(
@@ -39,13 +40,18 @@ def add_line(
 ) -> None:
     """Add the values of a line; what is no metric of the registry is left out."""
     for name, value in line.items():
-        if name not in REGISTRY:
-            continue
-        if REGISTRY[name].kind == "counter":
+        kind = _kind(name)
+        if kind == "counter":
             if value:
                 events.setdefault(name, []).append((at, float(value)))
-        else:
+        elif kind is not None:
             states.setdefault(name, []).append((at, None if value is None else float(value)))
+
+
+@lru_cache(maxsize=4096)
+def _kind(name: str) -> Kind | None:
+    """Whether a metric is a gauge or a counter; None for what is no metric. Asked for every value of a run."""
+    return REGISTRY[name].kind if name in REGISTRY else None
 
 
 def with_heartbeat(

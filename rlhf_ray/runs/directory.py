@@ -77,6 +77,7 @@ class RunDirectory:
         self.void_summary_path = self.path / "summary.void.json"
         self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
         self.metrics = JsonLines(self.path / "metrics.jsonl", metrics_problem)
+        self.void_metrics = JsonLines(self.path / "metrics.void.jsonl")
         self.attempts = JsonLines(self.path / "attempts.jsonl", attempt_problem)
         self.attempt = len(self.attempts.read())
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
@@ -199,6 +200,11 @@ class RunDirectory:
         """Whether the run came to its end."""
         return self.summary_path.exists()
 
+    def remember_lines(self) -> None:
+        """From now on keep the lines that were read in memory, for one who reads this run again and again."""
+        for lines in (self.metrics, self.void_metrics, self.attempts, self.incidents):
+            lines.remember()
+
     def files(self) -> Sequence[Path]:
         """The files that say what the run is and has done, whether they are there or not."""
         lines = (self.metrics.path, self.attempts.path, self.path / "ledger.jsonl")
@@ -317,7 +323,7 @@ class RunDirectory:
         self.ledger = Ledger(self.path / "ledger.jsonl", self.attempt)
 
     def _void_after(self, step: int) -> None:
-        voided = self.metrics.keep(lambda line: line["step"] <= step, JsonLines(self.path / "metrics.void.jsonl"))
+        voided = self.metrics.keep(lambda line: line["step"] <= step, self.void_metrics)
         self.ledger.void_after(step)
         for path in self.samples.glob("step-*.jsonl"):
             match = _SAMPLES.fullmatch(path.name)

@@ -58,6 +58,10 @@ class Incidents:
         first, *_ = incident.cause.strip().splitlines() or [""]
         self._lines.append({**asdict(incident), "cause": first})
 
+    def remember(self) -> None:
+        """From now on read each line once."""
+        self._lines.remember()
+
     def read(self) -> list[Incident]:
         """All of them, in order; none where the file does not exist."""
         return [Incident(**{name: line[name] for name in Incident.__dataclass_fields__}) for line in self._lines.read()]

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from rlhf_ray.runs.clusters import remembered
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
 from rlhf_ray.runs.incidents import START, Incident
-from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.storage.output import OutputFile
 
 
@@ -66,10 +66,8 @@ def close_run(run: RunDirectory, *, keep_commit: bool) -> None:
 
 def status(run: RunDirectory) -> dict[str, str]:
     """How far a run is, as rows of a table: facts from its files, and whether a process owns it."""
-    lines, checkpoints = run.metrics.read(), run.checkpoints.steps()
-    rows = {"run": str(run.path), "state": _state(run), **facts(run)}
-    if lines:
-        rows["last line"] = f"{duration(time.time() - lines[-1]['timestamp'])} ago"
+    checkpoints = run.checkpoints.steps()
+    rows = {"run": str(run.path), **progress(run)}
     cluster = remembered(run)
     if cluster is not None:
         rows["cluster"] = f"{cluster.address} ({cluster.session})"
@@ -79,6 +77,15 @@ def status(run: RunDirectory) -> dict[str, str]:
     for one in alarms(run):
         alarm = one.alarm
         rows[alarm.name] = f"{alarm.severity}: {alarm.meaning} ({one.reading}). {alarm.way_out}"
+    return rows
+
+
+def progress(run: RunDirectory) -> dict[str, str]:
+    """The rows of :func:`status` that say whether it goes on, since when, and how far it is."""
+    lines = run.metrics.read()
+    rows = {"state": _state(run), **facts(run)}
+    if lines:
+        rows["last line"] = f"{duration(time.time() - lines[-1]['timestamp'])} ago"
     return rows
 
 
@@ -126,7 +133,7 @@ def alarms(run: RunDirectory, now: float | None = None) -> list[HeldAlarm]:
 def readings_of(run: RunDirectory) -> Readings:
     """What the lines of a run's metrics tell its alarms, those that a resume moved aside among them."""
     starts = [line["timestamp"] for line in run.attempts.read()]
-    return of_lines(run.metrics.read(), JsonLines(run.path / "metrics.void.jsonl").read(), starts)
+    return of_lines(run.metrics.read(), run.void_metrics.read(), starts)
 
 
 def _alarm_table(run: RunDirectory) -> Table:
@@ -150,7 +157,7 @@ def _alarm_table(run: RunDirectory) -> Table:
 def time_of(run: RunDirectory, *, now: float | None = None, line: Mapping[str, Any] | None = None) -> UsefulTime:
     """Where the time of a run went, up to ``now`` if it is under way; ``line`` is one of metrics that is not written yet."""
     steps = [*run.checkpoints.steps(), run.final_step() or 0]
-    void = JsonLines(run.path / "metrics.void.jsonl").read()
+    void = run.void_metrics.read()
     lines = [*run.metrics.read(), *([] if line is None else [line])]
     interruptions = [_interruption(incident) for incident in run.incidents.read()]
     return useful_time(run.attempts.read(), lines, void, interruptions, committed=max(steps), now=now)
@@ -226,9 +233,15 @@ def _time_by_rank(run: RunDirectory) -> TimeByRank | None:
         return None
 
 
+@lru_cache(maxsize=8)
+def config_values(text: str) -> Mapping[str, Any]:
+    """What stands in a config; one that is read again and again is parsed once, which takes longer than all else."""
+    return read_mapping(text).values
+
+
 def facts(run: RunDirectory) -> dict[str, str]:
     """Facts about a run that its files show."""
-    told = {"kind": str(read_mapping(run.config_text()).values.get("kind", "unknown"))}
+    told = {"kind": str(config_values(run.config_text()).get("kind", "unknown"))}
     starts = [line["timestamp"] for line in run.attempts.read()]
     lines = run.metrics.read()
     if starts:

@@ -2,7 +2,7 @@
 
 Invariants: a line counts once its newline is on disk. An unfinished line at the end, which a crash leaves, is ignored by
 readers and removed by the next append. A damaged line before the end, or one that is not what the file is for, is an
-``IntegrityError`` that names it.
+``IntegrityError`` that names it. What is remembered of a file reads as the file does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,20 @@ from rlhf_ray.storage.reading import not_a_file, read_bytes
 Line = dict[str, Any]
 LOCKED_S = 60.0
 """How long another process may take to add its lines to a file that is shared."""
+
+
+COMPARED_BYTES = 4096
+"""Of a file that is read on, so many bytes before the place must be what they were."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was read of a file: whole lines, their number, and where and with which bytes the last one ended."""
+
+    lines: list[Line] = field(default_factory=list)
+    number: int = 0
+    offset: int = 0
+    end: bytes = b""
 
 
 class JsonLines:
@@ -37,6 +52,14 @@ class JsonLines:
         self.path = Path(path)
         self._check = check
         self._is_shared = is_shared
+        self._known: _Known | None = None
+
+    def remember(self) -> None:
+        """From now on parse each line once, and keep it in memory, for one who reads the file again and again.
+
+        A file that was replaced, cut or edited before its last lines' end is read anew.
+        """
+        self._known = self._known or _Known()
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line and wait until it is on disk."""
@@ -65,8 +88,27 @@ class JsonLines:
         """All complete lines; none if the file does not exist."""
         if not self.path.exists():
             return []
+        if self._known is not None:
+            self._known = self._read_on(self._known)
+            return list(self._known.lines)
         whole, _, _torn = read_bytes(self.path).rpartition(b"\n")
         return [self._parse(raw, number) for number, raw in enumerate(whole.split(b"\n"), 1) if raw]
+
+    def _read_on(self, known: _Known) -> _Known:
+        """What is known, with the lines that were added since."""
+        raw = read_bytes(self.path, known.offset - len(known.end))
+        if not raw.startswith(known.end):
+            known, raw = _Known(), read_bytes(self.path)
+        whole, newline, _torn = raw[len(known.end) :].rpartition(b"\n")
+        if not newline:
+            return known
+        added = [(number, line) for number, line in enumerate(whole.split(b"\n"), known.number + 1) if line]
+        return _Known(
+            lines=[*known.lines, *(self._parse(line, number) for number, line in added)],
+            number=known.number + whole.count(b"\n") + 1,
+            offset=known.offset + len(whole) + 1,
+            end=(known.end + whole + newline)[-COMPARED_BYTES:],
+        )
 
     def amend_last(self, values: Mapping[str, Any]) -> None:
         """Add ``values`` to the last line, which is there."""

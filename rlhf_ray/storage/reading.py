@@ -13,12 +13,16 @@ from rlhf_ray.errors import IntegrityError
 from rlhf_ray.storage.failures import storage_errors
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; raises :class:`StorageError` if it cannot be read, :class:`IntegrityError` if it is no file."""
+def read_bytes(path: str | Path, offset: int = 0) -> bytes:
+    """The content of a file, from ``offset`` on.
+
+    Raises :class:`StorageError` if it cannot be read, :class:`IntegrityError` if it is no file.
+    """
     with storage_errors(path, "read"):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             with open(descriptor, "rb") as stream:
+                stream.seek(offset)
                 return stream.read()
         os.close(descriptor)
     raise not_a_file(path)

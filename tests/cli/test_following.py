@@ -25,8 +25,12 @@ from rlhf_ray.cli.runs import following
 from rlhf_ray.cli.runs.following import read_state
 from rlhf_ray.errors import IntegrityError
 from rlhf_ray.monitoring.report.summary import Answer, Sample, Summary
+from rlhf_ray.monitoring.terminal.drawing import Pen
+from rlhf_ray.monitoring.terminal.live import live_view
+from rlhf_ray.processes import spans
 from rlhf_ray.runs.alarms.heartbeat import Heartbeat
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.storage.jsonl import JsonLines
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [
@@ -294,3 +298,29 @@ def test_samples_that_somebody_edited_are_named_by_their_line(
     (run.samples / "step-000003.jsonl").write_text(line + "\n")
     assert main(["samples", str(run.path)]) != 0
     assert "step-000003.jsonl:1 is damaged" in capsys.readouterr().err
+
+
+def test_a_picture_reads_what_is_new_alone_and_shows_what_the_ranks_did(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed, parse = list[Path](), JsonLines._parse
+    monkeypatch.setattr(JsonLines, "_parse", lambda self, *line: parsed.append(self.path) or parse(self, *line))
+    run.heartbeat.write(Heartbeat(time.time(), "update", time.time(), None, {"run/started": time.time()}))
+    read = following.Reader(run)
+    assert read() is not None and parsed.count(run.metrics.path) == 1, (
+        "for the status, the alarms and the curves together"
+    )
+    with spans.recording(run.spans):
+        for step in (2, 3):
+            add(run, step)
+            began = time.monotonic()
+            with spans.span("update"):
+                time.sleep(0.01)
+            spans.end_step(step, began, time.monotonic())
+            state = read()
+            assert state is not None and state.step == step and parsed.count(run.metrics.path) == step
+            assert state.lanes is not None and state.lanes.step.number == step
+    assert "by rank" in "\n".join(live_view(state, Pen(80))) and "driver" in state.lanes.lanes
+    monkeypatch.setattr("rlhf_ray.monitoring.spans.latest.SpanFiles.read", lambda self: 1 / 0)
+    state = read()
+    assert state is not None and state.lanes is None and state.step == 3, "spans that cannot be read cost no picture"

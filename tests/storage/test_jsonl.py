@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -53,3 +54,46 @@ def test_voided_lines_move_and_none_is_lost(tmp_path: Path) -> None:
     assert file.keep(lambda line: line["step"] < 3, void) == 0
     assert file.read() == [{"step": 0}, {"step": 1}, {"step": 2}]
     assert void.read() == [{"step": 3}, {"step": 4}]
+
+
+def test_a_file_that_is_remembered_reads_as_one_that_is_not_whatever_becomes_of_it(tmp_path: Path) -> None:
+    """Lines are added, torn, cut, replaced and edited, also so that the file is as long as before."""
+    draw, path = random.Random(3), tmp_path / "lines.jsonl"
+    kept, parsed = JsonLines(path), []
+    kept.remember()
+    kept._check = lambda line: parsed.append(line) or ""  # type: ignore[func-returns-value]
+    writer = JsonLines(path)
+    for number in range(150):
+        action = draw.choice(["add", "add", "add", "torn", "cut", "replace", "edit", "gone", "blank"])
+        raw = path.read_bytes() if path.exists() else b""
+        if action == "add":
+            writer.extend({"step": number, "value": draw.random()} for _ in range(draw.randrange(4)))
+        elif action == "torn":
+            path.write_bytes(raw + b'{"step": 7')
+        elif action == "blank":
+            path.write_bytes(raw[: raw.rfind(b"\n") + 1] + b"\n")
+        elif action == "cut":
+            path.write_bytes(raw[: draw.randrange(len(raw) + 1)])
+        elif action == "replace":
+            writer.keep(lambda line, number=number: line["step"] % 3 != number % 3, JsonLines(tmp_path / "void.jsonl"))
+        elif action == "edit" and raw.endswith(b"}\n"):
+            path.write_bytes(raw[: raw[:-1].rfind(b"\n") + 1] + b'{"step": %d, "edited": 1}\n' % number)
+        elif action == "gone":
+            path.unlink(missing_ok=True)
+        assert kept.read() == JsonLines(path).read(), action
+
+
+def test_a_line_that_is_remembered_is_parsed_once_and_damage_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    parsed: list[object] = []
+    lines = JsonLines(path, lambda line: parsed.append(line["step"]) or "")  # type: ignore[func-returns-value]
+    lines.remember()
+    for step in range(5):
+        JsonLines(path).append({"step": step})
+        assert lines.read() == lines.read() and len(lines.read()) == step + 1
+    assert parsed == [0, 1, 2, 3, 4]
+    with open(path, "ab") as file:
+        file.write(b"\nnonsense\n")
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match=r"lines\.jsonl:7 is damaged"):
+            lines.read()

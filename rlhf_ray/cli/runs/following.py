@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from rlhf_ray.config.reading import read_mapping
 from rlhf_ray.console import printable, write_result
 from rlhf_ray.errors import EXIT_DONE, Interrupted, RlhfRayError
+from rlhf_ray.monitoring.spans.latest import LatestStep
+from rlhf_ray.monitoring.spans.steps import StepLanes
 from rlhf_ray.monitoring.terminal.drawing import Pen
 from rlhf_ray.monitoring.terminal.live import Phase, RunAlarm, RunState, live_view, log_lines
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
-from rlhf_ray.runs.reporting import alarms, status
+from rlhf_ray.runs.reporting import alarms, config_values, progress
 
 SECONDS_BETWEEN_PICTURES, SECONDS_BETWEEN_LINES = 1.0, 10.0
 TRIES = 5
@@ -32,11 +33,11 @@ GIVEN_UP_S = 120.0
 """A run that for so long no process has owned, and that gave no sign of life, is not started again by itself."""
 
 
-def read_state(run: RunDirectory, *, now: float) -> RunState:
-    """What the files of a run say at a moment, in seconds since 1970."""
-    told, lines = status(run), run.metrics.read()
+def read_state(run: RunDirectory, *, now: float, lanes: StepLanes | None = None) -> RunState:
+    """What the files of a run say at a moment, in seconds since 1970; ``lanes`` are those of the last step."""
+    told, lines = progress(run), run.metrics.read()
     attempts, commits = run.attempts.read(), run.checkpoints.steps()
-    steps = read_mapping(run.config_text()).values.get("steps")
+    steps = config_values(run.config_text()).get("steps")
     state = told["state"]
     return RunState(
         name=run.path.resolve().name,
@@ -56,6 +57,7 @@ def read_state(run: RunDirectory, *, now: float) -> RunState:
         ],
         health=[*_engines(run), *_groups(run)] if state == "running" else (),
         facts=_facts(told),
+        lanes=lanes,
     )
 
 
@@ -96,16 +98,18 @@ def follow(run: RunDirectory) -> int:
 
 
 class Reader:
-    """Reads a run again and again, over a moment in which it cannot be read."""
+    """Reads a run again and again, over a moment in which it cannot be read; what is added to its files it reads once."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
+        self._steps = LatestStep(run.spans)
+        run.remember_lines()
         self._failed = TRIES  # of a run that cannot be read from the start, nothing is waited for
 
     def __call__(self) -> RunState | None:
         """What its files say now; None where they say nothing at the moment, and an error where that lasts."""
         try:
-            state = read_state(self._run, now=time.time())
+            state = read_state(self._run, now=time.time(), lanes=self._lanes())
         except (RlhfRayError, OSError):
             if self._failed >= TRIES:
                 raise
@@ -113,6 +117,13 @@ class Reader:
             return None
         self._failed = 0
         return state
+
+    def _lanes(self) -> StepLanes | None:
+        """What the ranks did; a run whose spans cannot be read is shown without them."""
+        try:
+            return self._steps.read()
+        except Exception:
+            return None
 
 
 def pen_of(console: Console) -> Pen:
@@ -127,7 +138,7 @@ def _paint(run: RunDirectory) -> None:
             while True:
                 state = read()
                 if state is not None:
-                    lines = live_view(state, pen_of(console))
+                    lines = live_view(state, pen_of(console), console.height)
                     live.update(Text.from_ansi("\n".join(lines), no_wrap=True), refresh=True)
                 if state is not None and state.state == "finished":
                     break

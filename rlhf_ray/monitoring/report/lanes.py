@@ -12,8 +12,9 @@ from statistics import median_low
 
 from rlhf_ray.monitoring.report.charts import COLOURS, number
 from rlhf_ray.monitoring.spans.critical_path import by_label, critical_path, slower_than
-from rlhf_ray.monitoring.spans.lanes import WORK, Piece, driver_pieces, idle_shares, lane_pieces
-from rlhf_ray.monitoring.spans.records import DRIVER, Attempt, Step, role_of
+from rlhf_ray.monitoring.spans.lanes import WORK, Piece, idle_shares
+from rlhf_ray.monitoring.spans.records import Attempt, Step, role_of
+from rlhf_ray.monitoring.spans.steps import numbered, step_pieces, work_name
 
 SHOWN_LANES = 64
 SHORTEST = 0.002
@@ -91,8 +92,8 @@ def time_by_rank(attempts: Sequence[Attempt]) -> TimeByRank | None:
     slow = by_time[-1]
     usual = next(one for one in by_time if one[1].seconds == median_low(step.seconds for _, step in by_time))
     shown = [slow] if usual == slow else [slow, usual]
-    pieces = [_pieces(attempt, step) for attempt, step in shown]
-    colours = _colours(pieces)
+    pieces = [step_pieces(attempt, step) for attempt, step in shown]
+    colours = numbered(pieces, COLOURS)
     path, usual_path = (by_label(critical_path(one, step.begin, step.end)) for one, step in (slow, usual))
     return TimeByRank(
         answer=_answer(slow[1], usual[1], path, usual_path),
@@ -107,32 +108,6 @@ def time_by_rank(attempts: Sequence[Attempt]) -> TimeByRank | None:
     )
 
 
-def _pieces(attempt: Attempt, step: Step) -> dict[str, list[Piece]]:
-    driver = driver_pieces(attempt.driver, step.begin, step.end)
-    lanes = {lane: lane_pieces(lives, driver, step.begin, step.end) for lane, lives in attempt.lanes().items()}
-    return {DRIVER: driver, **{lane: own for lane, own in lanes.items() if any(piece.kind == WORK for piece in own)}}
-
-
-def _colours(steps: Iterable[Mapping[str, Sequence[Piece]]]) -> dict[str, int]:
-    """A colour for each of the works that took longest; all others share the last one."""
-    lengths: dict[str, int] = {}
-    for lanes in steps:
-        for lane, pieces in lanes.items():
-            for piece in pieces:
-                if piece.kind == WORK:
-                    label = _label(lane, piece)
-                    lengths[label] = lengths.get(label, 0) + piece.length
-    longest = sorted(lengths, key=lambda name: -lengths[name])
-    named = longest if len(longest) <= COLOURS else longest[: COLOURS - 1]
-    return {name: number for number, name in enumerate(named)} | (
-        {"other work": COLOURS - 1} if named != longest else {}
-    )
-
-
-def _label(lane: str, piece: Piece) -> str:
-    return DRIVER if lane == DRIVER else f"{role_of(lane)}.{piece.name}"
-
-
 def _shown(step: Step, lanes: Mapping[str, Sequence[Piece]], colours: Mapping[str, int], which: str) -> ShownStep:
     rows = [_lane(name, pieces, colours, step) for name, pieces in list(lanes.items())[:SHOWN_LANES]]
     title = f"Step {step.number}, the {which} one: {number(step.seconds, 3)} s"
@@ -144,7 +119,7 @@ def _lane(name: str, pieces: Sequence[Piece], colours: Mapping[str, int], step: 
     bars: list[Bar] = []
     for piece in pieces:
         width = piece.length / whole
-        colour = colours.get(_label(name, piece), COLOURS - 1)
+        colour = colours.get(work_name(name, piece), COLOURS - 1)
         style = f"b{colour}" if piece.kind == WORK else "idle"
         text = piece.name if piece.kind == WORK else f"waits for {piece.name}"
         if bars and (width < SHORTEST or (bars[-1].style, bars[-1].text) == (style, text)):
@@ -201,7 +176,7 @@ def _idle(measured: Sequence[tuple[Attempt, Step]]) -> list[tuple[str, float, st
         for role, idle in idle_shares(attempt, step.begin, step.end).items():
             whole[role] = whole.get(role, 0.0) + step.seconds
             share[role] = share.get(role, 0.0) + idle * step.seconds
-        for lane, pieces in _pieces(attempt, step).items():
+        for lane, pieces in step_pieces(attempt, step).items():
             waits.setdefault(role_of(lane), []).extend(piece for piece in pieces if piece.kind != WORK)
     rows = []
     for role in sorted(whole, key=lambda role: -share[role] / (whole[role] or 1.0)):

@@ -8,6 +8,7 @@ it was sent, and none is known to be answered before it was.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,9 +23,9 @@ LONGEST_HEADER = 65_536
 
 
 class ProcessFile:
-    """The file of one process, and what was read of it so far."""
+    """The file of one process, and what was read of it: all, or of what it held at first the last ``last_bytes``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, last_bytes: int | None = None) -> None:
         self.path = path
         self.header: Raw = {}
         self.spans: dict[str, Raw] = {}
@@ -34,6 +35,8 @@ class ProcessFile:
         """From when on it holds all that its process did, by the clock of that; None where it has lost nothing."""
         self._part, self._offset = b"", 0
         """What the part that was read last begins with, and how far it was read."""
+        self._last_bytes = last_bytes
+        self._first: int | None = None
 
     def read(self) -> None:
         """Take up what was written since."""
@@ -42,18 +45,45 @@ class ProcessFile:
             if not part:
                 return
             if part != self._part:
-                self._read_older()
+                is_first = not self._part
+                if not is_first or self._last_bytes is None:
+                    self._read_older()
                 self._part, self._offset = part, 0
+                if is_first and self._last_bytes is not None:
+                    self._skip(file, self._last_bytes)
             self._read(file)
+
+    def _skip(self, file: BinaryIO, last_bytes: int) -> None:
+        """Read the header and no more than the last bytes; all of a file that is short, or has no span there."""
+        size = file.seek(0, os.SEEK_END)
+        if size <= last_bytes + LONGEST_HEADER:
+            return
+        self._take(self._part.rstrip(b"\n"))
+        file.seek(size - last_bytes)
+        file.readline()  # the rest of a line
+        self._offset = file.tell()
+        self._read(file)
+        # The line of a wait may be late; each other one is written when its span begins or ends.
+        first = next((raw for raw in self.spans.values() if raw["kind"] != "wait"), None)
+        if first is None:
+            self._offset = 0
+        else:
+            self.whole_since = first.get("end", first["begin"])
 
     def _read_older(self) -> None:
         """Take up the part before the present one: the rest of it, or all, where others came after what was read last."""
         with suppress(OSError), older_part(self.path).open("rb") as file:
             if _first_line(file) != self._part:
-                self.header, self._offset = {}, 0
+                self._lose()
+                self._offset = 0
             self._read(file)
             return
-        self.header = {}
+        self._lose()
+
+    def _lose(self) -> None:
+        """A part was not read: what was under way may have ended in it; the next part repeats what is under way still."""
+        self._first = self.first
+        self.header, self.spans = {}, {key: raw for key, raw in self.spans.items() if "end" in raw}
 
     def _read(self, file: BinaryIO) -> None:
         file.seek(self._offset)
@@ -82,7 +112,14 @@ class ProcessFile:
 
     def forget(self, before: int) -> None:
         """Keep no span that had ended before ``before``, by the clock of the process."""
+        self._first = self.first
         self.spans = {key: raw for key, raw in self.spans.items() if raw.get("end", before) >= before}
+
+    @property
+    def first(self) -> int | None:
+        """When its process began what was read first, also of what is not kept; None where there is nothing."""
+        kept = min((raw["begin"] for raw in self.spans.values()), default=self._first)
+        return kept if self._first is None or kept is None else min(kept, self._first)
 
     @property
     def unix_offset(self) -> int:
@@ -114,10 +151,14 @@ def _driver_in(header: bytes) -> str:
 
 
 class SpanFiles:
-    """All files of a run; with ``driver``, the name of the file of a driver, those of its attempt alone."""
+    """All files of a run; with ``driver``, the name of the file of a driver, those of its attempt alone.
 
-    def __init__(self, directory: Path, driver: str | None = None) -> None:
+    With ``last_bytes`` no more than these is read of what a file held at first: enough for the last steps.
+    """
+
+    def __init__(self, directory: Path, driver: str | None = None, *, last_bytes: int | None = None) -> None:
         self.directory = directory
+        self._last_bytes = last_bytes
         self.driver = driver
         self.files: dict[str, ProcessFile] = {}
         self._others: set[str] = set()
@@ -142,7 +183,7 @@ class SpanFiles:
             if _driver_in(line) != self.driver:
                 self._others.add(path.stem)
                 return
-        self.files[path.stem] = ProcessFile(path)
+        self.files[path.stem] = ProcessFile(path, self._last_bytes)
 
     def attempts(self, *, until: int | None = None) -> list[Attempt]:
         """The attempts whose drivers have recorded, the first one first; ``until`` is now, where the last one is under way."""
@@ -207,7 +248,7 @@ def _life(file: ProcessFile, driver: ProcessFile, own: Sequence[Span], until: in
     shift = shift_of(file, driver, own)
     spans = sorted(_spans(file, until, shift), key=lambda span: (span.begin, -span.end))
     born = file.header["born"] + shift
-    started = min((span.begin for span in spans), default=until)
+    started = until if file.first is None else file.first + shift
     return Life(file.header["lane"], min(born, started), spans, started)
 
 

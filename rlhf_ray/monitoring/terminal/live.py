@@ -16,7 +16,9 @@ from rich.text import Text
 
 from rlhf_ray.console import duration
 from rlhf_ray.monitoring.registry import REGISTRY
+from rlhf_ray.monitoring.spans.steps import StepLanes
 from rlhf_ray.monitoring.terminal.drawing import Pen, plain, short
+from rlhf_ray.monitoring.terminal.lanes import lanes_view
 
 SHOWN = (
     "reward/learned",
@@ -40,6 +42,8 @@ LAST_STEPS = 20
 """So many of the last steps make the pace and the shares of time."""
 WITHOUT_CURVE, VALUE_WIDTH, SHORTEST_CURVE, LONGEST_CURVE = 52, 9, 8, 60
 """Columns of a metric's name, value and unit; of the value alone; and of a curve."""
+OTHER_LINES = 8
+"""Lines that lanes take besides themselves, at most."""
 STYLES = {"critical": "bold red", "warning": "yellow", "advice": "cyan"}
 
 
@@ -85,6 +89,8 @@ class RunState:
     alarms: Sequence[RunAlarm] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     """Other facts, by name."""
+    lanes: StepLanes | None = None
+    """What every rank did in the last step that ended."""
 
     @property
     def step(self) -> int:
@@ -120,10 +126,14 @@ class RunState:
         )
 
 
-def live_view(state: RunState, pen: Pen) -> list[str]:
-    """The lines of a picture of the run."""
+def live_view(state: RunState, pen: Pen, height: int | None = None) -> list[str]:
+    """The lines of a picture of the run; lanes are in it where a terminal of ``height`` lines has room for them."""
     first = [_heading(state), *_progress(state, pen), *_alarms(state)]  # a low terminal cuts off what comes last
-    return pen.lines(*first, _metrics(state, pen), *_times(state), *_health(state))
+    lines = pen.lines(*first, _metrics(state, pen), *_times(state), *_health(state))
+    if state.lanes is None:
+        return lines
+    room = len(state.lanes.lanes) + OTHER_LINES if height is None else height - len(lines)
+    return [*lines, *pen.lines(*lanes_view(state.lanes, pen, room))]
 
 
 def _heading(state: RunState) -> Text:

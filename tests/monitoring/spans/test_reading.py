@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.monitoring.spans import reading
 from rlhf_ray.monitoring.spans.reading import ProcessFile, SpanFiles
 from rlhf_ray.processes import parts, spans
 from rlhf_ray.processes.parts import older_part
@@ -252,10 +253,32 @@ def test_a_reader_that_slept_through_parts_knows_since_when_it_has_all(
     assert recorded.check(file) is None, "one that looks often has lost nothing"
     for _ in range(300):
         recorded.go_on()
-    before = set(recorded.true) - set(file.spans)
+    before, first = set(recorded.true) - set(file.spans), file.first
     file.read()
     assert file.whole_since is not None and file.whole_since == recorded.check(ProcessFile(recorded.recorder.path))
     assert not file.damaged and before - set(file.spans), "else the test shows nothing"
+    under_way = {key for key, (end,) in recorded.true.items() if end is None}
+    assert {key for key, raw in file.spans.items() if "end" not in raw} == under_way, (
+        "what ended in a lost part has ended"
+    )
+    assert file.first == first, "and the process began when it did"
+
+
+def test_of_a_long_file_the_end_is_whole_from_a_line_that_was_written_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a wait is written when its thread does something else, perhaps long after others have begun and ended."""
+    monkeypatch.setattr(reading, "LONGEST_HEADER", 200)
+    lost = [{"id": f"l{n}", "name": "lost", "kind": "phase", "begin": 2000 + n, "end": 2000 + n} for n in range(100)]
+    wait = {"id": "w", "name": "nothing", "kind": "wait", "begin": 1500, "end": 1600}
+    call = {"id": "c", "name": "update", "kind": "call", "begin": 3000, "end": 3100}
+    write(tmp_path, "driver", header("driver"), *lost, wait, call)
+    file = ProcessFile(tmp_path / "driver.jsonl", len(json.dumps(wait) + json.dumps(call)) + 10)
+    file.read()
+    assert file.spans.keys() == {"w", "c"} and file.whole_since == 3100
+    no_other = ProcessFile(tmp_path / "driver.jsonl", len(json.dumps(call)))
+    no_other.read()
+    assert len(no_other.spans) == 102 and no_other.whole_since is None, "where no span is in the end, all is read"
 
 
 def test_an_attempt_is_whole_since_the_last_of_its_files_is_by_the_clock_of_the_driver(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""The lanes of the last step that ended, for one who looks again and again while a run goes on.
+
+Invariants: of the files of the newest attempt only the last part is read, and then what is added; no more is kept than the last
+step needs. A step of which something was not read is not shown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_ray.monitoring.spans.figures import CLOCKS_DIFFER_US
+from rlhf_ray.monitoring.spans.reading import SpanFiles
+from rlhf_ray.monitoring.spans.records import DRIVER, Attempt, Step
+from rlhf_ray.monitoring.spans.steps import StepLanes, step_pieces
+
+LAST_BYTES = 2**17
+"""Of each file: about a thousand spans."""
+
+
+class LatestStep:
+    """Reads the spans in a directory as they are written."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: SpanFiles | None = None
+        self._shown: StepLanes | None = None
+
+    def read(self) -> StepLanes | None:
+        """The last step that ended, of the attempt that began last; None where there is none of which all is known."""
+        driver = _newest_driver(self._directory)
+        if driver is None:
+            return None
+        if self._files is None or self._files.driver != driver:
+            self._files, self._shown = SpanFiles(self._directory, driver, last_bytes=LAST_BYTES), None
+        attempt = next((one for one in self._files.read().attempts() if one.name == driver), None)
+        if attempt is None:
+            return None
+        step = next(reversed(attempt.steps()), None)
+        if step is None or (attempt.whole_since is not None and step.begin < attempt.whole_since):
+            return self._shown
+        if self._shown is None or self._shown.step != step:
+            self._shown = StepLanes(step, step_pieces(attempt, step))
+            self._forget(attempt, step, self._files)
+        return self._shown
+
+    def _forget(self, attempt: Attempt, step: Step, files: SpanFiles) -> None:
+        """What had ended before the step is needed no more; the clock of another machine may be wrong."""
+        driver = files.files[attempt.name]
+        for file in files.files.values():
+            if file.header:
+                is_here = file.header["boot"] == driver.header["boot"]
+                shift = 0 if is_here else attempt.unix_offset - file.unix_offset - CLOCKS_DIFFER_US
+                file.forget(step.begin + shift)
+
+
+def _newest_driver(directory: Path) -> str | None:
+    """The name of the driver's file that was begun last; names hold when, in milliseconds since 1970."""
+    begun = [(int(parts[1]), path.stem) for path in directory.glob(f"{DRIVER}.*.jsonl")
+             if len(parts := path.stem.split(".")) == 3 and parts[1].isdecimal()]  # fmt: skip
+    return max(begun, default=(0, None))[1]
