@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlhf_ray.monitoring.report.page import STYLE
+from rlhf_ray.monitoring.report.templates import STYLE
 
 FOLDER = Path(__file__).parent
 
