@@ -100,9 +100,9 @@ def follow(run: RunDirectory) -> int:
 class Reader:
     """Reads a run again and again, over a moment in which it cannot be read; what is added to its files it reads once."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, *, with_lanes: bool = True) -> None:
         self._run = run
-        self._steps = LatestStep(run.spans)
+        self._steps = LatestStep(run.spans) if with_lanes else None
         run.remember_lines()
         self._failed = TRIES  # of a run that cannot be read from the start, nothing is waited for
 
@@ -121,7 +121,7 @@ class Reader:
     def _lanes(self) -> StepLanes | None:
         """What the ranks did; a run whose spans cannot be read is shown without them."""
         try:
-            return self._steps.read()
+            return None if self._steps is None else self._steps.read()
         except Exception:
             return None
 
@@ -149,7 +149,7 @@ def _paint(run: RunDirectory) -> None:
 
 
 def _tell(run: RunDirectory) -> None:
-    before, read, alive_at = None, Reader(run), time.time()
+    before, read, alive_at = None, Reader(run, with_lanes=False), time.time()
     while True:
         state, now = read(), time.time()
         if state is not None:
