@@ -110,6 +110,13 @@ def test_a_run_has_one_letter_and_one_colour_in_every_chart() -> None:
     assert "None: the configs and inputs are the same" in html
 
 
+def test_each_chart_has_a_name_of_its_own_also_in_a_family() -> None:
+    runs = [run(name, **{f"critical_path__{role}": [n, 2.0] for role in ("policy", "driver")}, idle__policy=[n, 1.0])
+            for n, name in enumerate("ab")]  # fmt: skip
+    titles = re.findall('<text class="title"[^>]*>(.*?)(?: <tspan|</text>)', render_comparison(runs))
+    assert sorted(titles) == ["critical_path/driver", "critical_path/policy", "idle/policy"]
+
+
 LINES = [{"step": 1, "timestamp": 1.0, "gold/mean": 0.5, "entropy": 1.0}, {"step": 2, "timestamp": 2.0, "entropy": 2.0}]
 
 

@@ -88,7 +88,7 @@ def metric_charts(runs: Sequence[Run], *, shared: bool = True) -> list[Chart]:
     charts = []
     for metric in in_order(undrawn):
         if metric.name in undrawn:
-            title, members = choose_panel(metric.name, undrawn if shared else {metric.name})
+            title, members = choose_panel(metric.name, undrawn) if shared else (metric.name, [metric.name])
             undrawn -= set(members)
             charts.append(_chart(runs, title, members))
     return charts
