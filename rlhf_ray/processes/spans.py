@@ -106,7 +106,7 @@ class Recorder:
         self.starting = ""
         """The span of everything before the first step, while it lasts."""
         self._open: dict[str, dict[str, Any]] = {}
-        """What is under way, and written."""
+        """What is under way; a part that follows begins with it."""
         self._lock = threading.RLock()
         self._waits: dict[int, _Wait] = {}
         """The last wait of each thread, by its number."""

@@ -2,7 +2,8 @@
 
 Invariants: a line counts once its newline is on disk. An unfinished line at the end, which a crash leaves, is ignored by
 readers and removed by the next append. A damaged line before the end, or one that is not what the file is for, is an
-``IntegrityError`` that names it. What is remembered of a file reads as the file does.
+``IntegrityError`` that names it. What is remembered of a file reads as the file does, unless an edit left its last
+``COMPARED_BYTES`` as they were.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class JsonLines:
     def remember(self) -> None:
         """From now on parse each line once, and keep it in memory, for one who reads the file again and again.
 
-        A file that was replaced, cut or edited before its last lines' end is read anew.
+        A file that was replaced, cut or edited in its last ``COMPARED_BYTES`` is read anew.
         """
         self._known = self._known or _Known()
 

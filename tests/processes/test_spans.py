@@ -21,7 +21,7 @@ from rlhf_ray.processes import parts, spans
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from rlhf_ray.processes import parts, spans
+from rlhf_ray.processes import spans
 with spans.recording(Path(sys.argv[1])):
     with spans.span("ended"):
         pass

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import IntegrityError
+from rlhf_ray.storage import jsonl
 from rlhf_ray.storage.jsonl import JsonLines
 
 
@@ -56,8 +57,12 @@ def test_voided_lines_move_and_none_is_lost(tmp_path: Path) -> None:
     assert void.read() == [{"step": 3}, {"step": 4}]
 
 
-def test_a_file_that_is_remembered_reads_as_one_that_is_not_whatever_becomes_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compared", [50, jsonl.COMPARED_BYTES])
+def test_a_file_that_is_remembered_reads_as_one_that_is_not_whatever_becomes_of_it(
+    compared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lines are added, torn, cut, replaced and edited, also so that the file is as long as before."""
+    monkeypatch.setattr(jsonl, "COMPARED_BYTES", compared)
     draw, path = random.Random(3), tmp_path / "lines.jsonl"
     kept, parsed = JsonLines(path), []
     kept.remember()
