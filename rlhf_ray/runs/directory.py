@@ -282,7 +282,10 @@ class RunDirectory:
         if self._lock is not None:
             return True
         taken = is_taken(self.path / LOCK)
-        return self.heartbeat.is_fresh(time.time()) if taken is None else taken
+        if taken is not None:
+            return taken
+        starts = [line["timestamp"] for line in self.attempts.read()]
+        return self.heartbeat.is_fresh(time.time(), max(starts, default=0.0))
 
     def _own(self) -> None:
         with storage.storage_errors(self.path / LOCK):

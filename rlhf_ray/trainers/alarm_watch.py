@@ -30,7 +30,7 @@ from rlhf_ray.monitoring.run_readings import add_line
 from rlhf_ray.monitoring.stalls import Limits
 from rlhf_ray.monitoring.vitals import Progress, room_needed_gb, vitals
 from rlhf_ray.rewards.source import CALL
-from rlhf_ray.runs.alarms.heartbeat import Heartbeat
+from rlhf_ray.runs.alarms.heartbeat import ENDED, Heartbeat
 from rlhf_ray.runs.alarms.record import AlarmChange
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import readings_of
@@ -107,6 +107,7 @@ class AlarmWatch:
         self._steps_s = [line["time/step"] for line in lines if line.get("time/step") is not None]
         self._step = int(lines[-1]["step"]) if lines else 0
         self._started, self._committed, self._committed_at = now, self._newest_commit(), time.monotonic()
+        self._guarded("read", self.look)  # so that the run has a sign of life from its start on
         self._thread.start()
         return self
 
@@ -166,8 +167,10 @@ class AlarmWatch:
         recent = {name: [one for one in every if one[0] > now - EVENTS_S] for name, every in self._live_events.items()}
         self._live_events = {name: every for name, every in recent.items() if every}
         phase = self.clock.open()[-1]
-        began = now - (time.monotonic() - phase.entered_at)
-        self.run.heartbeat.write(Heartbeat(now, phase.name, began, phase.usual_s, values, self._live_events))
+        doing, began = phase.name, now - (time.monotonic() - phase.entered_at)
+        if self._ended.is_set():
+            doing, began = ENDED, now
+        self.run.heartbeat.write(Heartbeat(now, doing, began, phase.usual_s, values, self._live_events))
 
     def _values(self) -> dict[str, float]:
         now, newest = time.monotonic(), self._newest_commit()

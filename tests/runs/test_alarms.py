@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.errors import IntegrityError
-from rlhf_ray.runs.alarms.heartbeat import Heartbeat, HeartbeatFile
+from rlhf_ray.runs.alarms.heartbeat import ENDED, Heartbeat, HeartbeatFile
 from rlhf_ray.runs.alarms.record import AlarmChange, AlarmRecord, history
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import status
@@ -43,8 +43,8 @@ def test_where_a_file_system_has_no_locks_the_heartbeat_says_whether_a_run_goes_
     made.release()
     now = time.time()
 
-    def beat(at: float, started: float) -> bool:
-        made.heartbeat.write(Heartbeat(at, "update", at, None, {"run/started": started}, {}))
+    def beat(at: float, started: float, phase: str = "update") -> bool:
+        made.heartbeat.write(Heartbeat(at, phase, at, None, {"run/started": started}, {}))
         return RunDirectory(made.path).is_owned()
 
     assert not beat(now, now - 9.0), "a lock that is free says that nobody owns it"
@@ -52,14 +52,23 @@ def test_where_a_file_system_has_no_locks_the_heartbeat_says_whether_a_run_goes_
     def refuse(descriptor: int, *_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    made.heartbeat.path.unlink()
     monkeypatch.setattr(fcntl, "fcntl", refuse)
-    assert not RunDirectory(made.path).is_owned(), "one without a heartbeat has not begun, or was none of ours"
+    assert RunDirectory(made.path).is_owned(), (
+        "one that has just begun has no heartbeat that is not of an earlier attempt"
+    )
+    made.heartbeat.path.unlink()
+    assert RunDirectory(made.path).is_owned(), "or none at all"
+    made.attempts.amend_last({"timestamp": now - 90.0})
+    assert not RunDirectory(made.path).is_owned(), "but not for long"
     assert beat(now, now - 9.0) and status(RunDirectory(made.path))["state"] == "running"
     assert not beat(now - 61.0, now - 90.0) and status(RunDirectory(made.path))["state"].startswith(
         "stopped; go on with"
     )
+    assert not beat(now + 61.0, now - 90.0), "a clock that is so far ahead says nothing"
     assert not beat(now, -now), "it has ended in order"
+    assert not beat(now, now - 9.0, ENDED), "or with an error"
+    made.attempts.amend_last({"timestamp": now + 1.0})
+    assert beat(now, now - 9.0, ENDED), "until the next attempt begins"
 
 
 def change(at: float, name: str, *, began: bool) -> AlarmChange:

@@ -69,6 +69,7 @@ class Watched:
         self.watch = AlarmWatch(self.run, config, self.clock, (self,))
         self.alarms = self.watch  # what build() is given as the journal
         self.watch.start()
+        assert self.run.heartbeat.is_fresh(time.time()), "before anybody asks"
         self.watch.log(1, {"time/step": 0.1, "step": 1.0})
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -168,7 +169,9 @@ def test_a_driver_that_is_stopped_or_gone_is_told_and_one_that_ended_in_order_is
     watched.watch.log(2, {"time/step": 0.1, "step": 2.0})
     watched.watch.look()
     assert names(watched.run) == set() and names(watched.run, time.time() + 61) == {"RunSilent"}
+    assert watched.run.heartbeat.is_fresh(time.time())
     watched.watch.stop(in_order=False)
+    assert not watched.run.heartbeat.is_fresh(time.time()), "where the file system has no locks, nothing else says so"
     watched.run.release()
     assert names(watched.run) == set() and names(watched.run, time.time() + 61) == {"RunSilent"}
     watched.run.go_on(None)  # as the way out says

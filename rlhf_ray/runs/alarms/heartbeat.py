@@ -18,6 +18,9 @@ from rlhf_ray.errors import RlhfRayError, StorageError
 from rlhf_ray.monitoring.alarms.catalogue import SILENT_S
 from rlhf_ray.storage.reading import read_text
 
+ENDED = "ended"
+"""The phase of a driver that does nothing more, be it with an error."""
+
 
 @dataclass(frozen=True)
 class Heartbeat:
@@ -53,10 +56,16 @@ class HeartbeatFile:
                 get_logger("runs").warning("the heartbeat could not be written: %s", error)
             self._told = True
 
-    def is_fresh(self, now: float) -> bool:
-        """Whether a driver that has not ended in order wrote it so lately that it counts as alive."""
+    def is_fresh(self, now: float, began: float = 0.0) -> bool:
+        """Whether a driver that has not ended wrote it so lately that it counts as alive.
+
+        An attempt that ``began`` so lately, and has written none of its own yet, counts as alive too.
+        """
         beat = self.read()
-        return beat is not None and beat.values.get("run/started", 0.0) > 0.0 and now - beat.at <= SILENT_S
+        if beat is None or beat.at < began:
+            return abs(now - began) <= SILENT_S
+        has_ended = beat.phase == ENDED or beat.values.get("run/started", 0.0) <= 0.0
+        return not has_ended and abs(now - beat.at) <= SILENT_S
 
     def read(self) -> Heartbeat | None:
         """What was written last; None where there is no file, or one that this did not write."""
