@@ -18,21 +18,33 @@ from rlhf_ray.monitoring.registry import REGISTRY, Kind
 def of_lines(
     lines: Iterable[Mapping[str, Any]], void: Iterable[Mapping[str, Any]] = (), starts: Sequence[float] = ()
 ) -> Readings:
-    """What the lines of ``metrics.jsonl`` tell; ``void`` are those that a resume moved aside.
+    """What the lines of ``metrics.jsonl`` tell the alarms of the registry; ``void`` are those that a resume moved aside.
 
-    ``starts`` are the times at which attempts began, in seconds since 1970.
+    ``starts`` are the times at which attempts began, in seconds since 1970. Metrics that no alarm reads are left out: a run has
+    many lines, and each picture of ``status --follow`` asks for them.
     """
+    names = read_by_alarms()
     states: dict[str, list[State]] = defaultdict(list)
     events: dict[str, list[Event]] = defaultdict(list)
     for line in lines:
-        add_line(line, line["timestamp"], states, events)
+        add_line(_only(names, line), line["timestamp"], states, events)
     for line in void:
-        add_line(line, line["timestamp"], {}, events)
+        add_line(_only(names, line), line["timestamp"], {}, events)
     for every in events.values():
         every.sort()
     for name, known in states.items():
         states[name] = sorted([*known, *((start, None) for start in starts)], key=lambda one: one[0])
     return Readings(states, events)
+
+
+@lru_cache(maxsize=1)
+def read_by_alarms() -> tuple[str, ...]:
+    """The metrics that the alarms of the registry are about; the step is one, since some hold only from one on."""
+    return tuple({"step": None} | {name: None for alarm in REGISTRY.alarms for name in alarm.condition.metrics})
+
+
+def _only(names: Iterable[str], line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in names if name in line}
 
 
 def add_line(

@@ -14,9 +14,9 @@ import rlhf_ray.monitoring.alarms
 from rlhf_ray.monitoring import REGISTRY
 from rlhf_ray.monitoring.alarms.alarm import Alarm, holding, in_order
 from rlhf_ray.monitoring.alarms.conditions import Above, Below, Changed, Counted, Silent
-from rlhf_ray.monitoring.alarms.readings import Readings
+from rlhf_ray.monitoring.alarms.readings import Event, Readings, State
 from rlhf_ray.monitoring.registry import Metric, Registry
-from rlhf_ray.monitoring.run_readings import of_lines, with_heartbeat
+from rlhf_ray.monitoring.run_readings import add_line, of_lines, with_heartbeat
 from rlhf_ray.monitoring.stalls import Limits, OpenPhase
 from rlhf_ray.monitoring.vitals import Progress, room_needed_gb, vitals
 
@@ -137,6 +137,29 @@ def test_lines_tell_states_until_the_next_attempt_and_events_also_where_they_are
     told = with_heartbeat(readings, 40.0, {"entropy": 0.75}, {"groups/lost": [(39.0, 1.0)]})
     assert told.value("entropy", 40) == 0.75 and told.counted("groups/lost", 0, 40) == 1.0
     assert told.counted("updates/skipped", 0, 40) == 6.0
+
+
+def test_of_lines_all_is_kept_that_an_alarm_reads_and_nothing_else() -> None:
+    """The alarms say the same as from every value of every line."""
+    draw, said = random.Random(0), set[str]()
+    for _ in range(60):
+        share = draw.random()
+        values = {metric.name: draw.choice([0.0, 0.5, 1e3]) for metric in REGISTRY if draw.random() < share}
+        lines = [{"step": step, "timestamp": 60.0 * step, **values} for step in range(1, draw.randint(2, 40))]
+        states: dict[str, list[State]] = {}
+        events: dict[str, list[Event]] = {}
+        for line in lines:
+            add_line(line, line["timestamp"], states, events)
+        now, few = lines[-1]["timestamp"] + draw.choice([0.0, 50.0, 1000.0]), of_lines(lines)
+        told = [[(one.name, one.condition.reading(readings, now)) for one in REGISTRY.alarms if one.is_true(readings, now)]
+                for readings in (few, Readings(states, events))]  # fmt: skip
+        assert told[0] == told[1]
+        said |= {name for name, _ in told[0]}
+        assert {*few.states, *few.events} <= {
+            "step",
+            *(name for one in REGISTRY.alarms for name in one.condition.metrics),
+        }
+    assert len(said) > len(REGISTRY.alarms) / 2, "else the test shows nothing"
 
 
 LIMITS = Limits(floor_s=10.0, unknown_s=600.0)
