@@ -16,7 +16,8 @@ from typing import Any
 
 from rlhf_ray import storage
 from rlhf_ray.config.reading import read_mapping
-from rlhf_ray.config.writing import write_value
+from rlhf_ray.config.shown import shown_value, without_secrets_in
+from rlhf_ray.config.writing import write_mapping, write_value
 from rlhf_ray.console import duration, get_logger
 from rlhf_ray.errors import RequestError, RlhfRayError
 from rlhf_ray.monitoring.alarms.alarm import Alarm, holding
@@ -203,11 +204,21 @@ def _read_run(run: RunDirectory) -> RunReport:
         name=run.path.resolve().name,
         lines=run.metrics.read(),
         summary=replace(summary, facts={**facts(run), **summary.facts}),
-        config=run.config_text(),
+        config=_shown_config(run),
         alarms=_alarm_table(run),
         time_by_rank=_time_by_rank(run),
         samples=_last_samples(run),
     )
+
+
+def _shown_config(run: RunDirectory) -> str:
+    """The config without secrets, as trackers have it: a report is for others."""
+    document = read_mapping(run.config_text())
+    if document.problems:
+        return (
+            f"{run.config_path} is damaged, so it is not shown: restore it from a backup"  # and what is wrong quotes it
+        )
+    return write_mapping(without_secrets_in(document.values))
 
 
 def _last_samples(run: RunDirectory) -> tuple[int, list[dict[str, Any]]]:
@@ -257,12 +268,16 @@ def facts(run: RunDirectory) -> dict[str, str]:
     return told
 
 
+def _shown_value(change: Mapping[str, Any], which: str) -> str:
+    return write_value(shown_value(change["key"], change[which]))
+
+
 def _changes(run: RunDirectory) -> list[str]:
     """What each attempt changed, and after which step."""
     phrases = []
     for line in run.attempts.read():
         changes = [
-            f"{one['key']} {write_value(one['from'])} -> {write_value(one['to'])}" for one in line.get("changes", ())
+            f"{one['key']} {_shown_value(one, 'from')} -> {_shown_value(one, 'to')}" for one in line.get("changes", ())
         ]
         changes += [f"{one['key']} accepted with other content" for one in line.get("accepted", ())]
         if changes:

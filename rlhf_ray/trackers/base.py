@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rlhf_ray.config.shown import Scalar
 from rlhf_ray.trackers.rows import RUN, Row
-from rlhf_ray.trackers.shown_config import Scalar
 
 
 @dataclass(frozen=True)

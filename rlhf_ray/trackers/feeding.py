@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.reading import read_mapping
+from rlhf_ray.config.shown import shown_config, without_secrets
 from rlhf_ray.config.trackers import missing, target
 from rlhf_ray.errors import RequestError, RlhfRayError, StorageError
 from rlhf_ray.runs.directory import RunDirectory
@@ -27,7 +28,6 @@ from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.trackers.base import Curve, Tracker
 from rlhf_ray.trackers.making import make_tracker
 from rlhf_ray.trackers.rows import Record, Row, sendable
-from rlhf_ray.trackers.shown_config import shown_config, without_secrets
 from rlhf_ray.trackers.state import State, StateFile
 
 POLL_S = 2.0

@@ -18,13 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlhf_ray import environment
+from rlhf_ray.config.shown import without_secrets
 from rlhf_ray.config.trackers import Target, target
 from rlhf_ray.console import get_logger, printable
 from rlhf_ray.errors import EXIT_DONE, EXIT_FAILED, RlhfRayError
 from rlhf_ray.processes.child import Ended
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trackers.feeding import CALL_S, EXIT_ERROR, EXIT_REFUSED, OPEN_S
-from rlhf_ray.trackers.shown_config import without_secrets
 from rlhf_ray.trackers.state import StateFile, follower_log
 
 LOOK_S = 0.5

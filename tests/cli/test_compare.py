@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,27 @@ def test_a_line_that_is_being_written_costs_nothing(runs: list[str], tmp_path: P
     with open(Path(runs[0]) / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "timest')
     assert main(["compare", *runs, "--output", str(tmp_path / "page.html")]) == 0
+
+
+def test_a_report_withholds_what_a_comparison_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of the config and of its changes, and secrets of the environment; a config that is damaged is not shown."""
+    monkeypatch.setenv("ITS_API_KEY", "canary-79")
+    made = make(tmp_path / "of-canary-79", note="canary-77")
+    run, _ = RunDirectory.resume(made.path)
+    run.release()
+    change = {"key": "reward.parameters.note", "from": "canary-76", "to": ["canary-77"]}
+    run.attempts.amend_last({"changes": [change, {"key": "reward.token_file.x", "from": "canary-78", "to": None},
+                                         {"key": "run.seed", "from": 1, "to": 2}]})  # fmt: skip
+    out = str(tmp_path / "page.html")
+    assert main(["report", str(run.path), "--output", out]) == 0
+    page = Path(out).read_text()
+    assert not re.search("canary-7[678]", page)
+    config = page.partition("<summary>Config</summary>")[2]
+    assert "canary-79" not in config and "name: (withheld)" in config and "seed: 1" in config
+    assert "note: (withheld)" in config and "token_file: (withheld)" in config
+    assert "reward.parameters.note (withheld) -&gt; [(withheld)], reward.token_file.x (withheld)" in page
+    assert "run.seed 1 -&gt; 2" in page
+    run.config_path.write_text("kind: sft\nreward: {url: [canary-77\n")
+    assert main(["report", str(run.path), "--output", out, "--overwrite"]) == 0
+    page = Path(out).read_text()
+    assert "config.yaml is damaged, so it is not shown" in page and "canary-77" not in page

@@ -10,17 +10,16 @@ import pytest
 
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.config.reading import read_mapping
+from rlhf_ray.config.shown import flat, shown_config
 from rlhf_ray.monitoring.registry import REGISTRY
 from rlhf_ray.monitoring.report.comparison import (
     NOT_SET,
     ComparedRun,
     Setting,
     differences,
-    flat,
     render_comparison,
     value_rows,
 )
-from rlhf_ray.trackers.shown_config import shown_config
 
 from .test_report import HOSTILE, Page, every_metric
 

@@ -19,10 +19,10 @@ import psutil
 import pytest
 
 from rlhf_ray.config.sections.run import MonitoringConfig
+from rlhf_ray.config.shown import WITHHELD
 from rlhf_ray.config.trackers import target
 from rlhf_ray.trackers import feeding, follower, starting
 from rlhf_ray.trackers.follower import follow, variables
-from rlhf_ray.trackers.shown_config import WITHHELD
 from rlhf_ray.trackers.starting import Followed
 from rlhf_ray.trackers.state import State, StateFile, states
 from tests.trackers.small_run import SmallRun, crashed_at_9

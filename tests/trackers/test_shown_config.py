@@ -1,4 +1,4 @@
-"""No secret of the environment or of a config is in what a tracker is handed."""
+"""No secret of the environment or of a config is in what a tracker or a reader of a report is handed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_ray.config.keys import choices_of, entries_of, section_of
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.recipes import recipes
 from rlhf_ray.config.sections.base import Section
-from rlhf_ray.trackers.shown_config import FREE, WITHHELD, shown_config, without_secrets
+from rlhf_ray.config.shown import FREE, WITHHELD, shown_config, without_secrets
 
 CANARY = "canary-5f2c19"
 CONFIGS: list[dict[str, Any]] = [

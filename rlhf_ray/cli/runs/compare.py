@@ -73,10 +73,10 @@ def _read(one: RunDirectory, options: argparse.Namespace) -> ComparedRun:
 def _settings(one: RunDirectory) -> dict[str, Setting]:
     """The config as it is shown to others, without secrets, and the fingerprints of what the run is made from."""
     from rlhf_ray.config.reading import read_mapping
+    from rlhf_ray.config.shown import flat, shown_config
     from rlhf_ray.config.writing import write_value
-    from rlhf_ray.monitoring.report.comparison import Setting, flat
+    from rlhf_ray.monitoring.report.comparison import Setting
     from rlhf_ray.runs.record import read_record
-    from rlhf_ray.trackers.shown_config import shown_config
 
     document = read_mapping(one.config_text())
     if document.problems:

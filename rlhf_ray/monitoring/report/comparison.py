@@ -7,7 +7,7 @@ whose text is withheld is listed too. Nothing is called better where that depend
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,23 +79,6 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
         reward_charts=[chart for chart in pictures if chart is not None and chart.svg],
         metric_charts=[chart for chart in curves.metric_charts(measured, shared=False) if chart.svg],
     )
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config by dotted keys; lists are numbered from 0."""
-    return dict(_flat(config, ""))
-
-
-def _flat(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        entries = [(str(name), inner) for name, inner in value.items()]
-    elif isinstance(value, list | tuple):
-        entries = [(str(place), inner) for place, inner in enumerate(value)]
-    else:
-        yield at, value
-        return
-    for name, inner in entries:
-        yield from _flat(inner, f"{at}.{name}" if at else name)
 
 
 def differences(runs: Sequence[ComparedRun]) -> Table:
