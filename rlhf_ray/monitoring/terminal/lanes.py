@@ -70,7 +70,7 @@ def chosen(lanes: Lanes, room: int) -> list[str]:
     """The lanes that there is room for, in their order, the first of each role before others; a line is kept for the rest."""
     if len(lanes) <= room:
         return list(lanes)
-    firsts = list({role_of(lane): lane for lane in reversed(lanes)}.values())
+    firsts = list({role_of(lane): lane for lane in reversed(list(lanes))}.values())
     wanted = sorted(lanes, key=lambda lane: (lane != DRIVER, lane not in firsts))[: max(room - 1, 1)]
     return [lane for lane in lanes if lane in wanted]
 
