@@ -62,7 +62,9 @@ def start_ray(*, run: str = "", **options: Any) -> StartedRay:
         os.environ.setdefault(name, value)
     import ray
 
-    context: Any = ray.init(address="local", job_config=_named(run), **options)  # a RayContext, since it is not a client's
+    context: Any = ray.init(
+        address="local", job_config=_named(run), **options
+    )  # a RayContext, since it is not a client's
     address = context.address_info
     page = f"{address['node_ip_address']}:{address['metrics_export_port']}"
     return StartedRay(Path(address["session_dir"]).parent, page)
