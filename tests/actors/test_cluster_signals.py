@@ -10,6 +10,9 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -35,7 +38,7 @@ def heard(line: socket.socket) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+def parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.socket]:
     """The parent's end of the line; ``said`` is what it has heard when Ray begins to shut down."""
     ours, theirs = socket.socketpair()
     said.clear()
@@ -43,9 +46,13 @@ def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     monkeypatch.setattr(lifeline, "_line", theirs)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(
-        ray, "init", lambda **options: signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
-    )
+
+    def init(**options: Any) -> Any:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        page = {"node_ip_address": "127.0.0.1", "metrics_export_port": 1, "session_dir": str(tmp_path / "session")}
+        return SimpleNamespace(address_info=page)
+
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: said.append(heard(ours)))
     monkeypatch.setattr(cluster, "warn_if_taken", lambda: said.append(b"port looked at"))
     with ours, theirs:

@@ -120,7 +120,15 @@ def test_the_table_has_a_line_for_each_figure() -> None:
             ],
         ),
     ],
-    ids=["all but those that learn", "checkpoints", "learning", "modes of rollout", "ways of weights", "ppo"],
+    ids=[
+        "all but those that learn",
+        "checkpoints",
+        "learning",
+        "modes of rollout",
+        "watching",
+        "ways of weights",
+        "ppo",
+    ],
 )
 def test_every_part_runs_and_adds_to_the_same_file(tmp_path: Path, left_out: set[str], expected: set[str]) -> None:
     """All but the demo, which is a whole Ray cluster: ``test_demo`` reads what it leaves."""

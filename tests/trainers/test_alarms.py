@@ -265,6 +265,7 @@ def test_a_reward_source_that_stalls_and_then_fails_is_told_and_mending_it_helps
             until("over", lambda: told("RewardStalled", began=False))
             until("over in status", lambda: "RewardStalled" not in names(RunDirectory(path)))
             until("failing", lambda: told("RewardFailing", began=True))
+            until("failing in status", lambda: "RewardFailing" in names(RunDirectory(path)))
             seen["while failing"] = names(RunDirectory(path))
         except BaseException as error:
             seen["error"] = repr(error)

@@ -59,7 +59,9 @@ def test_the_lanes_of_all_ranks_are_accounted_for_from_begin_to_end(attempt: Att
         assert sum(piece.length for piece in nameless) < 0.1 * whole
         in_steps = sum(min(piece.end, end) - max(piece.begin, begin) for piece in nameless
                        if piece.begin < end and piece.end > begin)  # fmt: skip
-        assert in_steps < 0.03 * (end - begin), "of a step of half a second"
+        assert in_steps < 0.02 * (end - begin) + 25_000, (
+            "what is done for the first time weighs in a step of half a second"
+        )
         assert {piece.name for piece in pieces if piece.kind == WORK}
     waited_for = {
         piece.name for piece in lane_pieces(attempt.lanes()["rollout/0"], driver, attempt.began, attempt.until)

@@ -298,8 +298,10 @@ def test_a_disk_that_hangs_keeps_nothing_from_being_ended(
 def test_the_self_check_and_the_first_evaluation_say_nothing_of_how_long_an_evaluation_takes() -> None:
     clock = PhaseClock()
     trainer: Any = SimpleNamespace(
-        journal=SimpleNamespace(phase=clock.phase), progress=SimpleNamespace(step=0), _check=lambda: None,
-        evaluation=SimpleNamespace(measure_start=lambda resumed: None),
+        journal=SimpleNamespace(phase=clock.phase, keep_checks=lambda _: None), progress=SimpleNamespace(step=0),
+        checked_prompts=list, experience=SimpleNamespace(gather=lambda *_, **__: ([], {}, [])),
+        sampler=SimpleNamespace(generate=lambda *_: [], fleet=SimpleNamespace(refuse_empty=lambda _: None)),
+        self_check=SimpleNamespace(run=lambda *_: []), evaluation=SimpleNamespace(measure_start=lambda resumed: None),
     )  # fmt: skip
     PpoTrainer.check(trainer)
     PpoTrainer.measure_start(trainer)
