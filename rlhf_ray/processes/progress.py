@@ -1,7 +1,7 @@
 """When this process last got ahead with something that it waits for: the answer of a rank, of a function, of a service.
 
 Invariants: only what came from outside counts, so that a thread that runs in a circle shows no progress. A wait with a deadline
-of its own counts as progress until that deadline: it ends by itself.
+of its own counts as progress until that deadline: it ends by itself. What a thread does that only watches counts for nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from contextlib import contextmanager
 _made_at = time.monotonic()
 _deadlines: dict[object, float] = {}
 _lock = threading.Lock()
+_this_thread = threading.local()
 
 
 def made() -> None:
     """Note that something came."""
     global _made_at
-    _made_at = time.monotonic()
+    if not getattr(_this_thread, "watches", False):
+        _made_at = time.monotonic()
+
+
+def only_watches() -> None:
+    """Count for nothing what this thread does from now on: it goes on while the work of the process hangs."""
+    _this_thread.watches = True
 
 
 @contextmanager

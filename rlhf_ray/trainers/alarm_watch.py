@@ -29,6 +29,7 @@ from rlhf_ray.monitoring.registry import REGISTRY, STATE
 from rlhf_ray.monitoring.run_readings import add_line
 from rlhf_ray.monitoring.stalls import Limits
 from rlhf_ray.monitoring.vitals import Progress, room_needed_gb, vitals
+from rlhf_ray.processes import progress
 from rlhf_ray.rewards.source import CALL
 from rlhf_ray.runs.alarms.heartbeat import ENDED, Heartbeat
 from rlhf_ray.runs.alarms.record import AlarmChange
@@ -133,6 +134,7 @@ class AlarmWatch:
         """Nothing to do: :meth:`stop` ends it."""
 
     def _watch(self) -> None:
+        progress.only_watches()  # else each heartbeat that reaches the disk would hide that the driver hangs
         while not self._ended.wait(EVERY_S):
             self._guarded("read", self.look)
 

@@ -18,6 +18,7 @@ from rlhf_ray.cli.main import main
 from rlhf_ray.monitoring import events
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.monitoring.registry import REGISTRY, STATE
+from rlhf_ray.processes import progress
 from rlhf_ray.rewards.client import RewardClient
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource, score_or_hold
@@ -200,6 +201,27 @@ def test_an_alarm_that_held_when_a_run_broke_off_lasted_until_its_last_sign_of_l
     watched.run.release()
     (row,) = _alarm_table(watched.run).rows
     assert row[0] == "RewardFailing" and row[3] == "1 min"
+
+
+def test_the_heartbeat_of_a_run_is_no_progress_of_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarm_watch, "EVERY_S", 0.01)
+    watched = Watched(tmp_path)
+    beat, looks = watched.run.heartbeat, [0]
+    write = beat.write
+
+    def counted(one: Heartbeat) -> None:
+        write(one)
+        looks[0] += 1
+
+    monkeypatch.setattr(type(beat), "write", lambda _, one: counted(one))
+    while looks[0] < 2:
+        time.sleep(0.01)
+    before, seen = progress.made_at(), looks[0]
+    while looks[0] < seen + 3:
+        time.sleep(0.01)
+    assert progress.made_at() == before, "a driver that hangs would never be found"
+    watched.watch.stop(in_order=True)
+    watched.run.release()
 
 
 def test_nothing_that_fails_in_the_watch_ends_a_run(watched: Watched, project_log: io.StringIO) -> None:
