@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS
-from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY, Metric
+from rlhf_ray.monitoring.registry import Metric
 
 WHEN: Mapping[str, str] = {
     "updates/skipped": "after an update that was skipped",
@@ -31,6 +30,7 @@ WHEN: Mapping[str, str] = {
     "importance/.*": "with algorithm.importance",
     "rollout/(seconds|engines_idle)": "with rollout.mode one_step_off or windowed",
     "rollout/(in_flight|buffered)": "with rollout.mode windowed",
+    "(age|limit)/commit": "with checkpoint.every_steps other than 0",
     "memory/gpu_.*": "on GPUs",
 }
 """By a pattern of names."""
@@ -40,16 +40,3 @@ GPU = "on a node with a GPU"
 def when(metric: Metric) -> str | None:
     """When a metric of runs is there; None where nothing special is needed."""
     return next((reason for pattern, reason in WHEN.items() if re.fullmatch(pattern, metric.name)), None)
-
-
-def appears(expression: str) -> str | None:
-    """When what an expression of a panel or a rule asks for is there; None where nothing special is needed."""
-    if expression.startswith("ALERTS"):
-        return "while an alarm holds"
-    reasons = {metric.series.rstrip("_"): when(metric) for metric in REGISTRY}
-    for group in SERVICE_METRICS.values():
-        reasons |= {metric.series: metric.when and f"after {metric.when}" for metric in group.values()}
-    reasons |= {f"{RAY_PREFIX}{name}": GPU for node in NODE_METRICS if node.with_gpu for name in node.names}
-    asked = re.findall(r"\b(?:ray|rlhf)_\w+", expression)
-    known = [reasons.get(re.sub("_(bucket|sum|count)$", "", name).rstrip("_")) for name in asked]
-    return next((reason for reason in known if reason), None)

@@ -10,24 +10,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ray.monitoring.alarms.service import NAMESPACE
+from rlhf_ray.monitoring.alarms.conditions import GAP_S
 from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY
 
+NAMESPACE = "rlhf_scoring"
+"""Before every name of the service."""
 PageKind = Literal["gauge", "counter", "histogram"]
 QUANTILES = (0.5, 0.95, 0.99)
 WITH_LABELS = (0.95,)
 """Where there is a line for each label, and more of them could not be told apart."""
-OF_SERVICE = '{instance=~"$instance"}'
-OF_RUN = f'{REGISTRY["run/started"].series}{{run=~"$run"}}'
+CHOSEN_SERVICES = '{instance=~"$instance"}'
+CHOSEN_RUNS = '{run=~"$run"}'
 
 
 def grown(series: str, by: str) -> str:
     """How much a counter has grown in the interval of a panel, summed by these labels, with the event that made it appear.
 
     ``increase`` alone does not see that event: it is 0 over samples that are all the same. So what was not there an interval
-    ago comes first, with all that it counts.
+    ago comes first, with all that it counts; what was missing for less than ``GAP_S``, as after a failed scrape, was there.
     """
-    return f"sum by ({by}) (({series} unless {series} offset $__rate_interval) or increase({series}[$__rate_interval]))"
+    before = f"last_over_time({series}[{GAP_S}s] offset $__rate_interval)"
+    return f"sum by ({by}) (({series} unless {before}) or increase({series}[$__rate_interval]))"
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,16 @@ class ServiceMetric:
         shown = " ".join(f"{{{{{label}}}}}" for label in ("instance", *self.labels))
         by = ", ".join(("instance", *self.labels))
         if self.kind == "gauge":
-            yield shown, f"{self.series}{OF_SERVICE}"
+            yield shown, f"{self.series}{CHOSEN_SERVICES}"
         elif self.kind == "counter":
-            yield shown, grown(f"{self.series}{OF_SERVICE}", by)
+            yield shown, grown(f"{self.series}{CHOSEN_SERVICES}", by)
         else:
-            buckets = f"sum by ({by}, le) (rate({self.series}_bucket{OF_SERVICE}[$__rate_interval]))"
+            buckets = f"sum by ({by}, le) (rate({self.series}_bucket{CHOSEN_SERVICES}[$__rate_interval]))"
             for quantile in WITH_LABELS if self.labels else QUANTILES:
                 yield f"{shown} {quantile:.0%}", f"histogram_quantile({quantile:g}, {buckets})"
             total, count = (
-                f"sum by ({by}) (rate({self.series}_{part}{OF_SERVICE}[$__rate_interval]))" for part in ("sum", "count")
+                f"sum by ({by}) (rate({self.series}_{part}{CHOSEN_SERVICES}[$__rate_interval]))"
+                for part in ("sum", "count")
             )
             yield f"{shown} mean", f"{total} / {count}"
 
@@ -102,7 +106,7 @@ SERVICE_METRICS: Mapping[str, Mapping[str, ServiceMetric]] = {
 
 def service_metric(name: str) -> ServiceMetric:
     """A metric of the service by its name; raises ``KeyError``."""
-    return next(metrics for metrics in SERVICE_METRICS.values() if name in metrics)[name]
+    return {name: metric for metrics in SERVICE_METRICS.values() for name, metric in metrics.items()}[name]
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class NodeMetric:
 
     def query(self) -> str:
         """The expression, of the sessions of Ray in which the chosen runs are."""
-        of_runs = [f"({RAY_PREFIX}{name} and on (SessionName) {OF_RUN})" for name in self.names]
+        runs = f"{REGISTRY['run/started'].series}{CHOSEN_RUNS}"
+        of_runs = [f"({RAY_PREFIX}{name} and on (SessionName) {runs})" for name in self.names]
         return self.expression.format(*of_runs)
 
 

@@ -148,7 +148,11 @@ _METRICS = {
         ("age/phase", "s", "Time for which the run has been doing what it does; of nested things the most overdue"),
         ("limit/phase", "s", "How long that may be: six times its median, and at least half of run.stall_floor_s"),
         ("age/commit", "s", "Time since the last commit, or since the start"),
-        ("limit/commit", "s", "How long that may be: two intervals of commits"),
+        (
+            "limit/commit",
+            "s",
+            "How long that may be: two intervals of commits, and longer while an evaluation goes on",
+        ),
         (
             "age/reward_call",
             "s",

@@ -39,8 +39,8 @@ def of_lines(
 
 @lru_cache(maxsize=1)
 def read_by_alarms() -> tuple[str, ...]:
-    """The metrics that the alarms of the registry are about; the step is one, since some hold only from one on."""
-    return tuple({"step": None} | {name: None for alarm in REGISTRY.alarms for name in alarm.condition.metrics})
+    """The metrics that the alarms of the registry read."""
+    return tuple(dict.fromkeys(name for alarm in REGISTRY.alarms for name in alarm.metrics))
 
 
 def _only(names: Iterable[str], line: Mapping[str, Any]) -> dict[str, Any]:

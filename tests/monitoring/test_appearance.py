@@ -14,10 +14,11 @@ from rlhf_ray.algorithms.moments import RunningMoments
 from rlhf_ray.algorithms.preparation import Preparation
 from rlhf_ray.algorithms.shaping import RewardShaping
 from rlhf_ray.monitoring import REGISTRY
-from rlhf_ray.monitoring.appearance import GPU, WHEN, appears, when
+from rlhf_ray.monitoring.appearance import GPU, WHEN, when
 from rlhf_ray.monitoring.dashboards import BOARDS, dashboard, expression
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.columns import FinishReason
+from tests.monitoring.alarms.prometheus import appears
 
 
 def test_every_pattern_matches_a_metric_and_each_of_these_metrics_one_pattern() -> None:
@@ -59,6 +60,7 @@ def test_what_a_critic_or_a_reference_brings_is_not_there_without_it() -> None:
         ("ray_rlhf_updates_stood_out_total", "after an update that stood out"),
         ("ray_rlhf_learning_rate_critic", "with a critic"),
         ("ray_rlhf_loss_kl", WHEN["loss/kl"]),
+        ("ray_rlhf_age_commit", "with checkpoint.every_steps other than 0"),
         ("ray_rlhf_loss_policy", None),
         ("ray_rlhf_no_such_metric", None),
         ('ALERTS{alertstate="firing", run=~"x"}', "while an alarm holds"),

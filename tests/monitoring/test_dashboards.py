@@ -18,10 +18,10 @@ import yaml
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring import REGISTRY
-from rlhf_ray.monitoring.alarms.service import JOB, NAMESPACE, SERVICE_ALARMS
+from rlhf_ray.monitoring.alarms.service import JOB, SERVICE_ALARMS
 from rlhf_ray.monitoring.dashboards import BOARDS, Board, render
-from rlhf_ray.monitoring.dashboards.panels import OF_RUNS, OF_SERVICES, expression
-from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, ServiceMetric, service_metric
+from rlhf_ray.monitoring.dashboards.panels import expression, firing_of_runs, firing_of_services
+from rlhf_ray.monitoring.other_pages import NAMESPACE, NODE_METRICS, SERVICE_METRICS, ServiceMetric, service_metric
 from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, Metric
 from tests.monitoring.alarms.promtool import PROMTOOL
 
@@ -64,7 +64,7 @@ def asked(board: Board) -> set[str]:
 @every_board
 def test_the_committed_dashboard_is_what_the_registry_makes(board: Board) -> None:
     assert path(board).read_text() == render(board), (
-        "the registry has changed: run python -m rlhf_ray.monitoring.dashboards deploy/monitoring/dashboards"
+        "a metric or an alarm has changed: run python -m rlhf_ray.monitoring.dashboards deploy/monitoring/dashboards"
     )
 
 
@@ -97,7 +97,7 @@ def test_every_query_asks_for_a_metric_that_is_sent_and_every_metric_is_asked_fo
     for board in BOARDS:
         for target in targets(board):
             names = re.findall(SERIES_NAME, target["expr"])
-            assert names or target["expr"].startswith((OF_RUNS, OF_SERVICES)), target["expr"]
+            assert names or target["expr"] in (firing_of_runs(), firing_of_services()), target["expr"]
 
 
 def test_every_group_of_metrics_is_on_one_dashboard() -> None:
@@ -166,6 +166,7 @@ def test_a_panel_of_a_counter_shows_the_event_that_makes_it_appear_and_those_aft
     ]
     shown = {290: None, 300: 1, 310: 1, 330: 1, 350: 0, 500: 0}
     counting = {0: 2, 30: 5, 640: 4}
+    gap = {640: 4, 650: 4, 670: 4}
     tests = [
         {
             "interval": "10s",
@@ -180,7 +181,7 @@ def test_a_panel_of_a_counter_shows_the_event_that_makes_it_appear_and_those_aft
             ],
         }
         for query, series, labels in asked_for
-        for values, expected in (("_x30 1x40", shown), ("2+1x80", counting))
+        for values, expected in (("_x30 1x40", shown), ("2+1x80", counting), ("1000+1x60 stale 1062+1x60", gap))
     ]
     (tmp_path / "cases.yml").write_text(json.dumps({"evaluation_interval": "10s", "tests": tests}))
     command = [str(PROMTOOL), "test", "rules", str(tmp_path / "cases.yml")]
@@ -230,6 +231,13 @@ def test_prometheus_reads_the_targets_that_are_written_and_hands_alarms_on() -> 
     assert (DEPLOY / config["rule_files"][0]).is_file()
     (alertmanager,) = config["alerting"]["alertmanagers"]
     assert alertmanager["static_configs"] == [{"targets": ["127.0.0.1:9093"]}]
+
+
+def test_advice_wakes_nobody() -> None:
+    config = yaml.safe_load((DEPLOY / "alertmanager.yml").read_text())
+    (advice,) = config["route"]["routes"]
+    assert advice["matchers"] == ['severity="advice"'] and advice["receiver"] != config["route"]["receiver"]
+    assert {"name": advice["receiver"]} in config["receivers"], "which sends nothing"
 
 
 def test_grafana_finds_dashboards_and_prometheus_where_they_are_started() -> None:

@@ -34,6 +34,11 @@ class Alarm:
     from_step: int = 0
     """The first step at whose end it may hold."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What it reads."""
+        return (*self.condition.metrics, *(("step",) if self.from_step else ()))
+
     def is_true(self, readings: Readings, at: float) -> bool:
         """Whether its own condition holds, whatever other alarms say."""
         return self._is_late_enough(readings, at) and self.condition.holds(readings, at)

@@ -3,8 +3,8 @@
 Invariants: every registered metric of runs is on the dashboard of its group, every metric of the service on its own one, and no
 two panels of a dashboard lie on each other. A key of Grafana's that ``grafana-foundation-sdk`` does not know is not used: so
 marks of alarms have no text (``titleFormat``) and differ by colour; the panel of alarms has their names. The committed
-``deploy/monitoring/dashboards/*.json`` are what :func:`render` returns: after a change of the registry write them anew with
-``python -m rlhf_ray.monitoring.dashboards deploy/monitoring/dashboards``.
+``deploy/monitoring/dashboards/*.json`` are what :func:`render` returns: after a change of a metric or an alarm write
+them anew with ``python -m rlhf_ray.monitoring.dashboards deploy/monitoring/dashboards``.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ def _rows(rows: Sequence[tuple[str, list[Panel]]], top: int) -> list[Panel]:
 
 def _marks(severity: str, board: Board) -> dict[str, Any]:
     """Marks in every panel while an alarm of this severity holds."""
-    beginnings = [panels.OF_RUNS, *([panels.OF_SERVICES] if board.of_services else [])]
+    alarms = [panels.firing_of_runs, *([panels.firing_of_services] if board.of_services else [])]
     return {
         "name": f"{severity} alarms".capitalize(),
         "datasource": SOURCE,
         "enable": True,
         "iconColor": panels.SEVERITY_COLOURS[severity],
-        "expr": " or ".join(f'{beginning}, severity="{severity}"}}' for beginning in beginnings),
+        "expr": " or ".join(firing(f', severity="{severity}"') for firing in alarms),
     }
 
 

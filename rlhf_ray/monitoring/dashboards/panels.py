@@ -11,14 +11,11 @@ from typing import Any
 
 from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
 from rlhf_ray.monitoring.appearance import GPU, when
-from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric, grown
+from rlhf_ray.monitoring.other_pages import CHOSEN_RUNS, NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric, grown
 from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, REGISTRY, Metric, choose_panel
 
 SERVICES = "Service.*"
-OF_RUNS = 'ALERTS{alertstate="firing", run=~"$run"'
-OF_SERVICES = f'ALERTS{{alertstate="firing", alertname=~"{SERVICES}", instance=~"$instance"'
 SEVERITY_COLOURS = {"critical": "red", "warning": "orange", "advice": "blue"}
-SELECTION = '{run=~"$run"}'
 FULL_WIDTH, COLUMNS, PANEL_WIDTH, PANEL_HEIGHT = 24, 3, 8, 7
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 UNITS = {
@@ -31,13 +28,23 @@ Query = tuple[str, str]
 """A legend and an expression."""
 
 
+def firing_of_runs(more: str = "") -> str:
+    """The alarms that hold of the chosen runs; ``more`` are further matchers, each after a comma."""
+    return f'ALERTS{{alertstate="firing", run=~"$run"{more}}}'
+
+
+def firing_of_services(more: str = "") -> str:
+    """The same of the chosen services."""
+    return f'ALERTS{{alertstate="firing", alertname=~"{SERVICES}", instance=~"$instance"{more}}}'
+
+
 def expression(metric: Metric) -> str:
     """The Prometheus query of a metric of runs: the value of a gauge, the increase of a counter."""
     if metric.is_family:
         return f'{{__name__=~"{metric.series.removesuffix("_")}.+", run=~"$run"}}'
     if metric.kind == "counter":  # Ray's counters are born with the first event
-        return grown(f"{metric.series}{SELECTION}", "run, role")
-    return f"{metric.series}{SELECTION}"
+        return grown(f"{metric.series}{CHOSEN_RUNS}", "run, role")
+    return f"{metric.series}{CHOSEN_RUNS}"
 
 
 def panels_of_runs(metrics: Sequence[Metric]) -> list[Panel]:
@@ -105,7 +112,7 @@ def time_series(title: str, unit: str, description: str, queries: Sequence[Query
 
 def phases() -> Panel:
     """What each run is doing, over time."""
-    phase = f"{RAY_PREFIX}rlhf_phase{SELECTION} == 1"
+    phase = f"{RAY_PREFIX}rlhf_phase{CHOSEN_RUNS} == 1"
     panel = _states(
         "What the run is doing", f"Exactly one of {', '.join(PHASES)} at a time", "{{run}} {{phase}}", phase
     )
@@ -118,7 +125,7 @@ def run_alarms() -> Panel:
     names = ", ".join(alarm.name for alarm in REGISTRY.alarms)
     return _states(
         "Alarms and advice", f"What docs/monitoring.md explains, by Prometheus' rules: {names}",
-        "{{run}} {{alertname}} {{severity}}", OF_RUNS + "}",
+        "{{run}} {{alertname}} {{severity}}", firing_of_runs(),
     )  # fmt: skip
 
 
@@ -127,7 +134,7 @@ def service_alarms() -> Panel:
     names = ", ".join(alarm.name for alarm in SERVICE_ALARMS)
     return _states(
         "Alarms of services", f"What docs/monitoring.md explains, by Prometheus' rules: {names}",
-        "{{instance}} {{alertname}} {{severity}}", OF_SERVICES + "}",
+        "{{instance}} {{alertname}} {{severity}}", firing_of_services(),
     )  # fmt: skip
 
 

@@ -15,12 +15,10 @@ from rlhf_ray.monitoring.spans.critical_path import by_role, critical_path
 from rlhf_ray.monitoring.spans.lanes import idle_shares
 from rlhf_ray.monitoring.spans.reading import SpanFiles
 from rlhf_ray.monitoring.spans.records import Attempt
-from rlhf_ray.processes.clock import now_us
+from rlhf_ray.processes.clock import boot, now_us
 
 MOST_OF_THE_TIME = 0.003
 """Reading takes no larger share of a run: where a step is short, some steps are left out."""
-CLOCKS_DIFFER_US = 60_000_000
-"""So much longer than the last step spans are kept: the clocks of other machines may be wrong."""
 
 
 def step_figures(attempt: Attempt, begin: int, end: int) -> dict[str, float]:
@@ -64,7 +62,5 @@ class StepFigures:
     def _measure(self, begin: int, end: int) -> dict[str, float]:
         own = next((one for one in self._files.read().attempts(until=end) if one.name == self._driver), None)
         unix_offset = time.time_ns() // 1000 - now_us() if own is None else own.unix_offset
-        for file in self._files.files.values():
-            if file.header:
-                file.forget(begin + unix_offset - file.unix_offset - CLOCKS_DIFFER_US)
+        self._files.forget(begin, boot=boot(), unix_offset=unix_offset)
         return {} if own is None else step_figures(own, begin, end)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_ray.monitoring.spans.figures import CLOCKS_DIFFER_US
 from rlhf_ray.monitoring.spans.reading import SpanFiles
-from rlhf_ray.monitoring.spans.records import DRIVER, Attempt, Step
+from rlhf_ray.monitoring.spans.records import DRIVER
 from rlhf_ray.monitoring.spans.steps import StepLanes, step_pieces
 
 LAST_BYTES = 2**17
@@ -40,17 +39,9 @@ class LatestStep:
             return self._shown
         if self._shown is None or self._shown.step != step:
             self._shown = StepLanes(step, step_pieces(attempt, step))
-            self._forget(attempt, step, self._files)
+            boot = self._files.files[driver].header["boot"]
+            self._files.forget(step.begin, boot=boot, unix_offset=attempt.unix_offset)
         return self._shown
-
-    def _forget(self, attempt: Attempt, step: Step, files: SpanFiles) -> None:
-        """What had ended before the step is needed no more; the clock of another machine may be wrong."""
-        driver = files.files[attempt.name]
-        for file in files.files.values():
-            if file.header:
-                is_here = file.header["boot"] == driver.header["boot"]
-                shift = 0 if is_here else attempt.unix_offset - file.unix_offset - CLOCKS_DIFFER_US
-                file.forget(step.begin + shift)
 
 
 def _newest_driver(directory: Path) -> str | None:

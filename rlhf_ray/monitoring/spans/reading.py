@@ -20,6 +20,8 @@ from rlhf_ray.processes.parts import older_part
 
 Raw = dict[str, Any]
 LONGEST_HEADER = 65_536
+CLOCKS_DIFFER_US = 60_000_000
+"""So much longer spans of other machines are kept: their clocks may be wrong."""
 
 
 class ProcessFile:
@@ -173,6 +175,13 @@ class SpanFiles:
         for file in self.files.values():
             file.read()
         return self
+
+    def forget(self, before: int, *, boot: str, unix_offset: int) -> None:
+        """Keep no span that had ended before a moment by the clock of the machine of ``boot``, which is so far behind."""
+        for file in self.files.values():
+            if file.header:
+                is_there = file.header["boot"] == boot
+                file.forget(before + (0 if is_there else unix_offset - file.unix_offset - CLOCKS_DIFFER_US))
 
     def _add(self, path: Path) -> None:
         if self.driver is not None:

@@ -15,8 +15,10 @@ from typing import Any
 
 from rlhf_ray import network
 from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
+from rlhf_ray.monitoring.appearance import GPU, when
 from rlhf_ray.monitoring.dashboards import BOARDS, dashboard
-from rlhf_ray.monitoring.registry import REGISTRY
+from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS
+from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY
 from rlhf_ray.monitoring.rules import series
 
 DEPLOY = Path(__file__).parents[3] / "deploy" / "monitoring"
@@ -108,3 +110,16 @@ class Coverage:
             if text not in self.found:
                 places.setdefault(text, []).append(place)
         return places
+
+
+def appears(expression: str) -> str | None:
+    """When what an expression of a panel or a rule asks for is there; None where nothing special is needed."""
+    if expression.startswith("ALERTS"):
+        return "while an alarm holds"
+    reasons = {metric.series.rstrip("_"): when(metric) for metric in REGISTRY}
+    for group in SERVICE_METRICS.values():
+        reasons |= {metric.series: metric.when and f"after {metric.when}" for metric in group.values()}
+    reasons |= {f"{RAY_PREFIX}{name}": GPU for node in NODE_METRICS if node.with_gpu for name in node.names}
+    asked = re.findall(r"\b(?:ray|rlhf)_\w+", expression)
+    known = [reasons.get(re.sub("_(bucket|sum|count)$", "", name).rstrip("_")) for name in asked]
+    return next((reason for reason in known if reason), None)

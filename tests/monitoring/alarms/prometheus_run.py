@@ -26,13 +26,12 @@ from pathlib import Path
 import httpx
 
 from rlhf_ray import environment, network
-from rlhf_ray.monitoring.appearance import appears
 from rlhf_ray.monitoring.dashboards import BOARDS
 from rlhf_ray.processes import stacks
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.reporting import alarms
 from tests.monitoring.alarms.drawn_boards import draw
-from tests.monitoring.alarms.prometheus import Coverage, Prometheus, expressions
+from tests.monitoring.alarms.prometheus import Coverage, Prometheus, appears, expressions
 from tests.serving.reward_models import save_reward_model
 
 ROOT = Path(__file__).parents[3]

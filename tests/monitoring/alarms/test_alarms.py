@@ -155,10 +155,7 @@ def test_of_lines_all_is_kept_that_an_alarm_reads_and_nothing_else() -> None:
                 for readings in (few, Readings(states, events))]  # fmt: skip
         assert told[0] == told[1]
         said |= {name for name, _ in told[0]}
-        assert {*few.states, *few.events} <= {
-            "step",
-            *(name for one in REGISTRY.alarms for name in one.condition.metrics),
-        }
+        assert {*few.states, *few.events} <= {name for one in REGISTRY.alarms for name in one.metrics}
     assert len(said) > len(REGISTRY.alarms) / 2, "else the test shows nothing"
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.monitoring.spans.figures import CLOCKS_DIFFER_US, StepFigures
+from rlhf_ray.monitoring.spans.figures import StepFigures
+from rlhf_ray.monitoring.spans.reading import CLOCKS_DIFFER_US
 from rlhf_ray.processes import spans
 
 
