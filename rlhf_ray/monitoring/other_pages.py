@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ray.monitoring.alarms.conditions import GAP_S
+from rlhf_ray.monitoring.alarms.service import NAMESPACE
 from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY
 
-NAMESPACE = "rlhf_scoring"
-"""Before every name of the service."""
 PageKind = Literal["gauge", "counter", "histogram"]
 QUANTILES = (0.5, 0.95, 0.99)
 WITH_LABELS = (0.95,)

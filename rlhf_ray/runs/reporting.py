@@ -68,7 +68,7 @@ def close_run(run: RunDirectory, *, keep_commit: bool) -> None:
 def status(run: RunDirectory) -> dict[str, str]:
     """How far a run is, as rows of a table: facts from its files, and whether a process owns it."""
     checkpoints = run.checkpoints.steps()
-    rows = {"run": str(run.path), **progress(run)}
+    rows = {"run": str(run.path), **progress_rows(run)}
     cluster = remembered(run)
     if cluster is not None:
         rows["cluster"] = f"{cluster.address} ({cluster.session})"
@@ -81,7 +81,7 @@ def status(run: RunDirectory) -> dict[str, str]:
     return rows
 
 
-def progress(run: RunDirectory) -> dict[str, str]:
+def progress_rows(run: RunDirectory) -> dict[str, str]:
     """The rows of :func:`status` that say whether it goes on, since when, and how far it is."""
     lines = run.metrics.read()
     rows = {"state": _state(run), **facts(run)}

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rlhf_ray.monitoring.other_pages import NAMESPACE, service_metric
+from rlhf_ray.monitoring.alarms.service import NAMESPACE
+from rlhf_ray.monitoring.other_pages import service_metric
 from rlhf_ray.rewards.batcher import Waiting
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 100.0)

@@ -20,6 +20,8 @@ from rlhf_ray.console import get_logger
 
 SECONDS_BETWEEN_TRIES = 0.02
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_told = set[str]()
+"""Files of which it was said that they cannot be locked."""
 _REGION = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, process; the whole file is 0, 0, 0, 0
 
 
@@ -32,7 +34,12 @@ def take(descriptor: int) -> bool:
             return False
         if error.errno not in _NO_LOCKS:
             raise
-        get_logger("storage").warning("this file system has no locks: take care that only one process writes")
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path not in _told:
+            get_logger("storage").warning(
+                "%s: its file system has no locks: take care that only one process writes it", path
+            )
+        _told.add(path)
     return True
 
 

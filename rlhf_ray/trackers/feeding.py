@@ -24,7 +24,6 @@ from rlhf_ray.config.shown import shown_config, without_secrets
 from rlhf_ray.config.trackers import missing, target
 from rlhf_ray.errors import RequestError, RlhfRayError, StorageError
 from rlhf_ray.runs.directory import RunDirectory
-from rlhf_ray.storage.jsonl import JsonLines
 from rlhf_ray.trackers.base import Curve, Tracker
 from rlhf_ray.trackers.making import make_tracker
 from rlhf_ray.trackers.rows import Record, Row, sendable
@@ -129,7 +128,7 @@ def read_record(run: RunDirectory, *, over: bool) -> Record:
     committed, finished = max(run.checkpoints.steps(), default=-1), run.is_finished
     trained = run.final_step() if over else None
     starts = [line["timestamp"] for line in run.attempts.read()]
-    void = JsonLines(run.path / "metrics.void.jsonl").read()
+    void = run.void_metrics.read()
     return Record(run.metrics.read(), void, starts, committed, trained, finished)
 
 

@@ -178,7 +178,7 @@ class AlarmWatch:
         now, newest = time.monotonic(), self._newest_commit()
         if newest != self._committed:
             self._committed, self._committed_at = newest, now
-        progress = Progress(
+        known = Progress(
             now=now,
             last_step_at=self._last_step_at,
             steps_s=self._steps_s,
@@ -190,7 +190,7 @@ class AlarmWatch:
         )
         stands_still_s = self.clock.durations.median(CHECKPOINT) or 0.0
         longest_s = max(LONGEST_S, TIMES_ITS_LENGTH * stands_still_s)  # as the schedule of commits has it
-        values = {"run/started": self._started, **vitals(progress, self._limits, longest_s)}
+        values = {"run/started": self._started, **vitals(known, self._limits, longest_s)}
         values |= {"disk/free_gb": shutil.disk_usage(self.run.path).free / 1e9, "memory/used_share": used_share()}
         values["disk/needed_gb"] = room_needed_gb(self._commit_bytes(newest))
         if self.engines_down is not None:

@@ -138,8 +138,7 @@ class Journal:
         seconds = metrics.get("rollout/seconds", times.get("time/rollout"))
         if seconds:
             rates["rollout/tokens_per_second"] = float(batch["action_mask"].sum()) / seconds
-        with self.clock.part("log"):
-            self._write(step, total, {**metrics, **times, **rates})
+        self._write(step, total, {**metrics, **times, **rates})
 
     def log_update(
         self, update: int, total: int, report: Report, applied: Applied, batch: TrajectoryBatch, *, stood_out: bool
@@ -165,7 +164,7 @@ class Journal:
         times = self.clock.take(step)
         if self._spans is None:
             return times
-        with self.clock.part("log"):
+        with spans.span("metrics"):
             return times | self._spans.measure(round(began * 1e6), round((began + times["time/step"]) * 1e6))
 
     def measure_against(self, shape: ComputeShape, rate: float) -> None:

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from rlhf_ray.actors.workers.policy import LanguageSetup, PolicyWorker, ReferenceWorker
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.models.forward import log_prob_tiles, log_probs
+from rlhf_ray.models.forward import log_prob_blocks, log_probs
 from rlhf_ray.models.forward.log_probs import LogProbHead
 
 HIDDEN, VOCABULARY, TOKENS = 16, 50, 23
 
 
-@pytest.fixture(params=["tiles, probabilities kept", "tiles, computed again", "chunks"])
+@pytest.fixture(params=["blocks, probabilities kept", "blocks, computed again", "chunks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(log_prob_tiles, "BLOCK_BYTES", 10 * VOCABULARY * 2)
-    monkeypatch.setattr(log_prob_tiles, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(log_prob_tiles, "NUMBERS_AT_ONCE", 3 * VOCABULARY)
-    monkeypatch.setattr(log_prob_tiles, "COLUMNS_AT_ONCE", 7)
-    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", 0 if "again" in request.param else 1 << 27)
+    monkeypatch.setattr(log_prob_blocks, "BLOCK_BYTES", 10 * VOCABULARY * 2)
+    monkeypatch.setattr(log_prob_blocks, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(log_prob_blocks, "NUMBERS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(log_prob_blocks, "COLUMNS_AT_ONCE", 7)
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", 0 if "again" in request.param else 1 << 27)
     monkeypatch.setattr(log_probs, "LOGITS_AT_ONCE", 6 * VOCABULARY)
     monkeypatch.setattr(log_probs, "FEWEST_TOKENS_AT_ONCE", 1)
     if request.param == "chunks":
-        monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
+        monkeypatch.setattr(log_probs, "blocks_suit", lambda *_: False)
     return str(request.param)
 
 

@@ -115,7 +115,7 @@ class Peak(TorchDispatchMode):
 def test_the_head_holds_the_logits_that_planning_says(with_entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, hidden, chunk = 8192, 16, chunk_size(8192)
     monkeypatch.setattr(memory, "tokens_of_a_chunk", lambda size: chunk)
-    monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)  # as on a GPU, whose memory is planned
+    monkeypatch.setattr(log_probs, "blocks_suit", lambda *_: False)  # as on a GPU, whose memory is planned
     size = replace(size_of("llama", hidden, 0, 1, 1, 16), vocabulary=vocabulary, numbers=1, trained=1)
     score, backward = (part.bytes for part in memory.head_parts(size, "fp32", trains=True))
     head = LogProbHead.around(torch.nn.Linear(hidden, vocabulary, bias=False), None)

@@ -51,7 +51,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the head compute in chunks of whole rows on a CPU too, as it does on a GPU and over kept sets."""
-    monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
+    monkeypatch.setattr(log_probs, "blocks_suit", lambda *_: False)
 
 
 def case(dtype: torch.dtype = torch.float32, *, bias: bool = False) -> tuple[LogProbHead, Tensor, Tensor]:
@@ -84,21 +84,21 @@ def gradients_agree(
     return gradients
 
 
-@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_equals_naive_forward_and_backward(
     monkeypatch: pytest.MonkeyPatch,
-    tiles: bool,
+    blocks: bool,
     bias: bool,
     softcap: float | None,
     temperature: float,
     with_entropy: bool,
 ) -> None:
-    if not tiles:
-        monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
+    if not blocks:
+        monkeypatch.setattr(log_probs, "blocks_suit", lambda *_: False)
     head, hidden, targets = case(bias=bias)
     head.softcap = softcap
     mine, mine_entropy = head(hidden, targets, temperature, with_entropy)
@@ -263,7 +263,7 @@ def test_memory_is_that_of_one_chunk_and_the_gradients(
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the head take the products that it takes on a GPU."""
-    monkeypatch.setattr(log_probs, "tiles_suit", lambda *_: False)
+    monkeypatch.setattr(log_probs, "blocks_suit", lambda *_: False)
     monkeypatch.setattr(log_probs, "_sums_wider", lambda left, right: left.dtype == right.dtype != torch.float32)
     with half_precision_products():
         yield

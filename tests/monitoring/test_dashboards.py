@@ -18,10 +18,10 @@ import yaml
 
 from rlhf_ray.errors import RequestError
 from rlhf_ray.monitoring import REGISTRY
-from rlhf_ray.monitoring.alarms.service import JOB, SERVICE_ALARMS
+from rlhf_ray.monitoring.alarms.service import JOB, NAMESPACE, SERVICE_ALARMS
 from rlhf_ray.monitoring.dashboards import BOARDS, Board, render
 from rlhf_ray.monitoring.dashboards.panels import expression, firing_of_runs, firing_of_services
-from rlhf_ray.monitoring.other_pages import NAMESPACE, NODE_METRICS, SERVICE_METRICS, ServiceMetric, service_metric
+from rlhf_ray.monitoring.other_pages import NODE_METRICS, SERVICE_METRICS, ServiceMetric, service_metric
 from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, Metric
 from tests.monitoring.alarms.promtool import PROMTOOL
 

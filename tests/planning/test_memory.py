@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.sections.engine import EngineConfig
 from rlhf_ray.engine.settings import deepspeed_config
-from rlhf_ray.models.forward.log_prob_tiles import KEPT_BYTES
+from rlhf_ray.models.forward.log_prob_blocks import KEPT_BYTES
 from rlhf_ray.planning.job_memory import job_memory
 from rlhf_ray.planning.memory import (
     BUCKET,

@@ -20,7 +20,7 @@ from rlhf_ray.algorithms.policy_loss import Cispo, Clipped, Dppo, KlTerm, Policy
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig
 from rlhf_ray.config.sections.models import MakeConfig, ModelConfig
 from rlhf_ray.config.sections.roles import RoleConfig
-from rlhf_ray.models.forward import log_prob_tiles
+from rlhf_ray.models.forward import log_prob_blocks
 from rlhf_ray.trajectories.batch import TrajectoryBatch
 from rlhf_ray.trajectories.schedule import make_schedule
 
@@ -103,13 +103,13 @@ def test_an_update_keeps_probabilities_unless_its_loss_depends_on_entropies(
     policy: PolicyGroup, monkeypatch: pytest.MonkeyPatch, name: str, keeps: bool
 ) -> None:
     schedule = make_schedule(LENGTHS, ranks=1, max_tokens=107, sequences_per_update=8)
-    batch, kept, original = batch_with_old_log_probs(policy, schedule), list[bool](), log_prob_tiles._of_block
+    batch, kept, original = batch_with_old_log_probs(policy, schedule), list[bool](), log_prob_blocks._of_block
 
     def noted(*arguments: Any) -> Any:
         kept.append(arguments[-1] is not None)
         return original(*arguments)
 
-    monkeypatch.setattr(log_prob_tiles, "_of_block", noted)
+    monkeypatch.setattr(log_prob_blocks, "_of_block", noted)
     policy.accumulate(policy.share(batch), schedule.updates[0], LOSSES[name], 1.0).result()
     policy.apply(True).result()
     assert kept and set(kept) == {keeps}

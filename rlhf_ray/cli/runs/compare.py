@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ def _read(one: RunDirectory, options: argparse.Namespace) -> ComparedRun:
 def _settings(one: RunDirectory) -> dict[str, Setting]:
     """The config as it is shown to others, without secrets, and the fingerprints of what the run is made from."""
     from rlhf_ray.config.reading import read_mapping
-    from rlhf_ray.config.shown import flat, shown_config
+    from rlhf_ray.config.shown import flat, shown_value
     from rlhf_ray.config.writing import write_value
     from rlhf_ray.monitoring.report.comparison import Setting
     from rlhf_ray.runs.record import read_record
@@ -81,20 +80,14 @@ def _settings(one: RunDirectory) -> dict[str, Setting]:
     document = read_mapping(one.config_text())
     if document.problems:
         raise RequestError(f"{one.config_path} is damaged ({document.problems[0]}): restore it from a backup")
-    shown = shown_config(document.values)
-    settings = {key: Setting(value, write_value(_shown(key, shown))) for key, value in flat(document.values).items()}
+    settings = {
+        key: Setting(value, write_value(shown_value(key, value))) for key, value in flat(document.values).items()
+    }
     record = read_record(one.inputs_path)
     for key, content in ({} if record is None else record.inputs).items():
         settings[f"content of {key}"] = Setting(content.digest, str(content))
     settings.pop("run.name", None)  # it is at the top of the page
     return settings
-
-
-def _shown(key: str, shown: Mapping[str, Any]) -> Any:
-    """What is shown of a key; of one below a key that is withheld as a whole, what is shown of that."""
-    while key not in shown:
-        key = key.rpartition(".")[0]
-    return shown[key]
 
 
 def _require_one_kind(runs: list[RunDirectory], compared: list[ComparedRun]) -> None:

@@ -25,7 +25,7 @@ from rlhf_ray.monitoring.terminal.drawing import Pen
 from rlhf_ray.monitoring.terminal.live import Phase, RunAlarm, RunState, live_view, log_lines
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.runs.engines import describe
-from rlhf_ray.runs.reporting import alarms, config_values, progress
+from rlhf_ray.runs.reporting import alarms, config_values, progress_rows
 
 SECONDS_BETWEEN_PICTURES, SECONDS_BETWEEN_LINES = 1.0, 10.0
 TRIES = 5
@@ -35,7 +35,7 @@ GIVEN_UP_S = 120.0
 
 def read_state(run: RunDirectory, *, now: float, lanes: StepLanes | None = None) -> RunState:
     """What the files of a run say at a moment, in seconds since 1970; ``lanes`` are those of the last step."""
-    told, lines = progress(run), run.metrics.read()
+    told, lines = progress_rows(run), run.metrics.read()
     attempts, commits = run.attempts.read(), run.checkpoints.steps()
     steps = config_values(run.config_text()).get("steps")
     state = told["state"]

@@ -5,7 +5,7 @@ multiply in the model's dtype, which rounds each logit once more. At most one ch
 backward pass, which computes it again; an entropy takes the memory of a second one. What nobody asks for (an entropy, its
 gradient, a temperature of 1) costs no pass over a chunk. No input is changed.
 
-A plain head on a CPU has chunks of its own instead, and works on a few rows of them at a time (``log_prob_tiles.py``).
+A plain head on a CPU has chunks of its own instead, and works on a few rows of them at a time (``log_prob_blocks.py``).
 
 The head is the model's own output layer: one module that owns the weight and the loop over chunks. So ZeRO-3 gathers the
 weight once per call, however many chunks a rank has, and ranks with different numbers of tokens do not wait for each other.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf_ray.console import get_logger
-from rlhf_ray.models.forward.log_prob_tiles import tiled_log_probs
+from rlhf_ray.models.forward.log_prob_blocks import log_probs_in_blocks
 from rlhf_ray.trajectories.kept_sets import KeptSets
 
 LOGITS_AT_ONCE = 1 << 20
@@ -81,8 +81,10 @@ class LogProbHead(nn.Linear):
         """
         if targets is None:
             return functional.linear(hidden, self.weight, self.bias)
-        if tiles_suit(hidden, self.bias, self.softcap, kept):
-            return tiled_log_probs(hidden, self.weight, targets, temperature, with_entropy, entropy_in_loss, self.fp32)
+        if blocks_suit(hidden, self.bias, self.softcap, kept):
+            return log_probs_in_blocks(
+                hidden, self.weight, targets, temperature, with_entropy, entropy_in_loss, self.fp32
+            )
         return _chunked_log_probs(
             hidden, self.weight, self.bias, targets, temperature, self.softcap, with_entropy, kept, self.fp32
         )
@@ -92,8 +94,8 @@ class LogProbHead(nn.Linear):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def tiles_suit(hidden: Tensor, bias: Tensor | None, softcap: float | None, kept: KeptSets | None) -> bool:
-    """Return whether a core works on a few rows of logits at a time (``log_prob_tiles.py``): on a CPU, for a plain head."""
+def blocks_suit(hidden: Tensor, bias: Tensor | None, softcap: float | None, kept: KeptSets | None) -> bool:
+    """Return whether a core works on a few rows of logits at a time (``log_prob_blocks.py``): on a CPU, for a plain head."""
     return hidden.device.type == "cpu" and bias is None and softcap is None and kept is None
 
 

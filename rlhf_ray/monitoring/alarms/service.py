@@ -13,8 +13,9 @@ from typing import Protocol
 from rlhf_ray.console import duration
 from rlhf_ray.monitoring.alarms.alarm import Severity
 from rlhf_ray.monitoring.alarms.conditions import GAP_S
-from rlhf_ray.monitoring.other_pages import service_metric
 
+NAMESPACE = "rlhf_scoring"
+"""Before every name of the service; ``other_pages.py`` has the names."""
 JOB = "rlhf_ray_service"
 """The job of Prometheus that reads the pages of services, in ``deploy/monitoring/prometheus.yml``."""
 DOWN_S, RECENT_S, FAILING_S, SLOW_S = 60, 600, 120, 300
@@ -80,7 +81,7 @@ class Grown:
 
     def query(self) -> str:
         chosen = f'{{{self.label}=~"{"|".join(self.values)}"}}' if self.values else ""
-        name = f"{service_metric(self.metric).series}{chosen}"
+        name = f"{NAMESPACE}_{self.metric}_total{chosen}"
         now, before = f"last_over_time({name}[{GAP_S}s])", f"last_over_time({name}[{GAP_S}s] offset {self.within_s}s)"
         return f"sum by (instance) ({now} - ({before} <= {now}) or {now}) > 0"
 
@@ -100,7 +101,7 @@ class Slow:
 
     def query(self) -> str:
         buckets, count = (
-            f"increase({service_metric(self.metric).series}_{part}[{self.within_s}s])" for part in ("bucket", "count")
+            f"increase({NAMESPACE}_{self.metric}_{part}[{self.within_s}s])" for part in ("bucket", "count")
         )
         slow = f"histogram_quantile(0.95, sum by (instance, le) ({buckets})) > {self.limit_s:g}"
         return f"{slow} and on (instance) sum by (instance) ({count}) >= {self.least}"
@@ -146,7 +147,7 @@ class ServiceAlarm:
 
 
 def _last(metric: str) -> str:
-    return f"max by (instance, model) (last_over_time({service_metric(metric).series}[{GAP_S}s]))"
+    return f"max by (instance, model) (last_over_time({NAMESPACE}_{metric}[{GAP_S}s]))"
 
 
 SERVICE_ALARMS = (

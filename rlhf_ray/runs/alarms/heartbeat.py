@@ -18,6 +18,8 @@ from rlhf_ray.errors import RlhfRayError, StorageError
 from rlhf_ray.monitoring.alarms.catalogue import SILENT_S
 from rlhf_ray.storage.reading import read_text
 
+STARTS_S = 600.0
+"""So long an attempt may take until its first heartbeat, before which it reads its inputs and joins Ray."""
 ENDED = "ended"
 """The phase of a driver that does nothing more, be it with an error."""
 
@@ -59,11 +61,11 @@ class HeartbeatFile:
     def is_fresh(self, now: float, began: float = 0.0) -> bool:
         """Whether a driver that has not ended wrote it so lately that it counts as alive.
 
-        An attempt that ``began`` so lately, and has written none of its own yet, counts as alive too.
+        An attempt that has written none of its own counts as alive for ``STARTS_S`` after it ``began``.
         """
         beat = self.read()
         if beat is None or beat.at < began:
-            return abs(now - began) <= SILENT_S
+            return abs(now - began) <= STARTS_S
         has_ended = beat.phase == ENDED or beat.values.get("run/started", 0.0) <= 0.0
         return not has_ended and abs(now - beat.at) <= SILENT_S
 

@@ -23,6 +23,7 @@ from rlhf_ray.config.jobs.ppo import PpoConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.errors import GroupError, ResumableStop, RlhfRayError
+from rlhf_ray.processes import spans
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.checkpointing import Checkpointer
@@ -212,9 +213,9 @@ class PpoTrainer:
                 guards=progress.guards,
                 step=progress.step + 1,
             )
-        with self.journal.clock.part("log"):
-            progress.finish_step(outcome, prepared.objective, sequences=len(prepared.batch))
-            went_back = self.go_back_if_needed(outcome)
+        progress.finish_step(outcome, prepared.objective, sequences=len(prepared.batch))
+        went_back = self.go_back_if_needed(outcome)
+        with spans.span("log"):
             progress.weight_version += outcome.policy_applied or went_back
             self.run_directory.ledger.append(progress.step, [prompt.prompt_id for prompt in prepared.collected.prompts])
             self.collected = None
@@ -238,7 +239,7 @@ class PpoTrainer:
     def log_step(self, prepared: Prepared, outcome: StepOutcome) -> None:
         """Write the samples and the metrics of the step that was just finished."""
         step, journal = self.progress.step, self.journal
-        with journal.clock.part("log"):
+        with spans.span("log"):
             tokenizer, count = self.metrics.tokenizer, self.config.monitoring.samples_per_log
             journal.write_samples(step, sample_rows(prepared.samples, prepared.batch, tokenizer, count))
             self.run_directory.engines.write(self.sampler.fleet.health.plain())
@@ -281,10 +282,10 @@ class PpoTrainer:
         )
         if self.config.algorithm.old_log_probs == "policy":
             self.journal.keep_checks(self.self_check.after_update(batch, progress.weight_version))
-        with self.journal.clock.part("advantages"):
+        with spans.span("advantages"):
             progress.observe_scores(batch)
             batch, objective = self.experience.advantages(batch, progress.kl.coefficient, progress.moments)
-        with self.journal.clock.part("metrics"):
+        with spans.span("metrics"):
             measured = self.metrics.measure(batch, samples, collected, weight_version=progress.weight_version)
             metrics = {**measured, **self.sampler.fleet.figures(), **collected.metrics}
         return Prepared(collected, batch, schedules, samples, metrics, objective)

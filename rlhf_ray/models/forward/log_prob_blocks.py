@@ -19,7 +19,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 BLOCK_BYTES = (32 << 20) - (4 << 10)
-"""Most bytes of logits in a block: a larger one would be asked of the system anew every time (``keep_freed_memory``)."""
+"""Most bytes of logits in a block, unless ``FEWEST_ROWS`` take more: a larger one is asked of the system anew every time, since
+it lies above the threshold of ``environment.MEMORY_KEPT``."""
 FEWEST_ROWS = 128
 """Fewest tokens in a block, if there are so many: with fewer, reading the whole weight would take longer than the product."""
 NUMBERS_AT_ONCE = 1 << 18
@@ -30,7 +31,7 @@ KEPT_BYTES = 1 << 27
 """Most bytes of probabilities that a forward pass keeps for its backward, which otherwise computes all of them again."""
 
 
-class _TiledLogProbs(torch.autograd.Function):
+class _LogProbsInBlocks(torch.autograd.Function):
     """Compute ``log p(y) = z_y - log sum exp z`` and ``H = - sum p log p``, with ``z = h W^T / temperature``.
 
     Backward, with ``g`` and ``g_H`` for the gradients of both: ``dz = g (1_y - p) - g_H p (log p + H)``. The column of the
@@ -81,27 +82,30 @@ class _TiledLogProbs(torch.autograd.Function):
                 at_target = g[rows] * -torch.expm1(log_p)
                 if g_entropy is not None:
                     at_target -= g_entropy[rows] * log_p.exp() * (log_p + entropies[rows])
-                    logits = _logits(hidden[rows], weight, ctx.fp32)
                     of_entropy = entropies[rows], g_entropy[rows], g[rows]
-                    matrix = _from_logits_again(logits, weight, ctx.temperature, normalisers[rows], of_entropy)
+                    matrix = _from_logits_again(
+                        _logits(hidden[rows], weight, ctx.fp32), weight, ctx.temperature, normalisers[rows], of_entropy
+                    )
                     factor = torch.ones_like(log_p)
                 elif ctx.kept:
                     matrix, shares = ctx.kept[number]
                     factor = factor * shares
                 else:
-                    logits = _logits(hidden[rows], weight, ctx.fp32)
-                    matrix = _from_logits_again(logits, weight, ctx.temperature, normalisers[rows])
+                    matrix = _from_logits_again(
+                        _logits(hidden[rows], weight, ctx.fp32), weight, ctx.temperature, normalisers[rows]
+                    )
                 for_hidden[rows] = _add_gradients(
                     matrix, factor, hidden[rows].float(), weight, targets[rows], at_target, for_weight
                 )
+                del matrix  # before the next block is made
         ctx.kept = []  # they are no saved tensors, and would live as long as the loss
         return for_hidden, None if for_weight is None else for_weight.to(weight.dtype), *(None,) * 5
 
 
-_apply: Callable[..., tuple[Tensor, Tensor | None]] = _TiledLogProbs.apply
+_apply: Callable[..., tuple[Tensor, Tensor | None]] = _LogProbsInBlocks.apply
 
 
-def tiled_log_probs(
+def log_probs_in_blocks(
     hidden: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "vocabulary hidden"],
     targets: Int64[Tensor, "tokens"],
@@ -161,8 +165,7 @@ def _of_block(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return log-probs, normalisers ``log sum exp z``, entropies and shares (each ``rows``), and use up the logits.
 
-    ``kept``, which may be the logits themselves, takes ``exp(z - max z)``, with 0 at the targets: the probabilities over the
-    shares.
+    ``kept``, which may be the logits themselves, takes ``exp(z - max z)``: the probabilities over the shares.
     """
     chosen = _scaled(logits[torch.arange(len(targets)), targets], temperature)
     highest, total, mean = (torch.empty(len(logits), 1) for _ in range(3))
@@ -176,8 +179,6 @@ def _of_block(
             torch.sum(z.mul_(powers), -1, keepdim=True, out=mean[rows])
         if kept is not None:
             kept[rows] = powers
-    if kept is not None:
-        _without_targets(kept, targets)
     highest, total = highest[:, 0], total[:, 0]
     rest = total.log()
     entropies = rest - mean[:, 0] / total if with_entropy else None

@@ -1,14 +1,15 @@
-"""Log-probs in tiles of tokens and vocabulary are those of the whole logits, forward and backward, in bounded memory."""
+"""Log-probs in blocks of tokens are those of the whole logits, forward and backward, in bounded memory."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.models.forward import log_prob_tiles, log_probs
+from rlhf_ray.models.forward import log_prob_blocks, log_probs
 from rlhf_ray.models.forward.log_probs import LogProbHead
 from tests.models.counted import LiveBytes
 from tests.models.test_log_probs import gradients_agree, naive
@@ -18,12 +19,12 @@ KEPT, AGAIN = 1 << 20, 0
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of eight tokens, of which three at once, and seven columns: none divides its side."""
-    monkeypatch.setattr(log_prob_tiles, "BLOCK_BYTES", 10 * VOCABULARY * 4)
-    monkeypatch.setattr(log_prob_tiles, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(log_prob_tiles, "NUMBERS_AT_ONCE", 3 * VOCABULARY)
-    monkeypatch.setattr(log_prob_tiles, "COLUMNS_AT_ONCE", 7)
+    monkeypatch.setattr(log_prob_blocks, "BLOCK_BYTES", 10 * VOCABULARY * 4)
+    monkeypatch.setattr(log_prob_blocks, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(log_prob_blocks, "NUMBERS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(log_prob_blocks, "COLUMNS_AT_ONCE", 7)
 
 
 def case(dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[LogProbHead, Tensor, Tensor]:
@@ -39,7 +40,7 @@ def case(dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[LogPro
 def test_they_equal_the_whole_forward_and_backward_whether_probabilities_are_kept_or_not(
     monkeypatch: pytest.MonkeyPatch, most: int, temperature: float, with_entropy: bool, in_loss: bool
 ) -> None:
-    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", most)
     head, hidden, targets = case()
     mine, entropy = head(hidden, targets, temperature, with_entropy, entropy_in_loss=in_loss)
     theirs, theirs_entropy = naive(hidden, head.weight, None, targets, temperature, None)
@@ -48,8 +49,10 @@ def test_they_equal_the_whole_forward_and_backward_whether_probabilities_are_kep
 
 def test_a_plain_head_on_a_cpu_takes_them_and_no_other_head_does(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    original = log_prob_tiles.tiled_log_probs
-    monkeypatch.setattr(log_probs, "tiled_log_probs", lambda h, *rest: (taken.append(len(h)), original(h, *rest))[1])
+    original = log_prob_blocks.log_probs_in_blocks
+    monkeypatch.setattr(
+        log_probs, "log_probs_in_blocks", lambda h, *rest: (taken.append(len(h)), original(h, *rest))[1]
+    )
     head, hidden, targets = case()
     head(hidden, targets)
     assert taken == [TOKENS]
@@ -64,7 +67,7 @@ def test_the_gradient_of_a_token_that_is_almost_certain_does_not_drown_in_half_p
     monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """Its logit has the gradient ``1 - p``, here about 1e-4, where a probability in bf16 would be 1."""
-    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", most)
     head = LogProbHead.around(nn.Linear(1, VOCABULARY, bias=False), None)
     weight = torch.zeros(VOCABULARY, 1)
     weight[3] = 13.0
@@ -80,16 +83,18 @@ def test_the_gradient_of_a_token_that_is_almost_certain_does_not_drown_in_half_p
 def test_logits_are_computed_once_where_probabilities_are_kept_and_never_more_than_a_block(
     monkeypatch: pytest.MonkeyPatch, most: int, products: int
 ) -> None:
-    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
-    shapes: list[torch.Size] = []
-    original = log_prob_tiles._logits
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", most)
+    shapes, blocks = list[torch.Size](), list[weakref.ref[Tensor]]()
+    original = log_prob_blocks._logits
 
     def counted(*arguments: Any) -> Tensor:
+        assert most == KEPT or all(block() is None for block in blocks), "the one before lives"
         logits = original(*arguments)
         shapes.append(logits.shape)
+        blocks.append(weakref.ref(logits))
         return logits
 
-    monkeypatch.setattr(log_prob_tiles, "_logits", counted)
+    monkeypatch.setattr(log_prob_blocks, "_logits", counted)
     head, hidden, targets = case()
     head(hidden, targets, 1.0, True)[0].sum().backward()
     assert len(shapes) == products and max(shapes) == (8, VOCABULARY)
@@ -97,11 +102,11 @@ def test_logits_are_computed_once_where_probabilities_are_kept_and_never_more_th
 
 def test_probabilities_are_kept_for_a_backward_alone_and_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, tokens = nn.Linear(8, 2000, bias=False), 200
-    monkeypatch.setattr(log_prob_tiles, "BLOCK_BYTES", 5 * 2000 * 4)
-    monkeypatch.setattr(log_prob_tiles, "COLUMNS_AT_ONCE", 100)
+    monkeypatch.setattr(log_prob_blocks, "BLOCK_BYTES", 5 * 2000 * 4)
+    monkeypatch.setattr(log_prob_blocks, "COLUMNS_AT_ONCE", 100)
     hidden, targets = torch.randn(tokens, 8).requires_grad_(), torch.randint(2000, (tokens,))
     head, kept = LogProbHead.around(layer, None), tokens * 2000 * 4
-    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept)
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", kept)
 
     def peak(**options: Any) -> Any:
         with LiveBytes((hidden, head.weight, targets)) as forward:
@@ -115,7 +120,7 @@ def test_probabilities_are_kept_for_a_backward_alone_and_up_to_the_limit(monkeyp
     )
     with torch.no_grad():
         assert peak() < kept * 0.2
-    monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", kept - 1)
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", kept - 1)
     assert peak() < kept * 0.2
 
 
@@ -137,5 +142,5 @@ def test_a_pass_without_gradients_gives_the_bits_of_one_with_them(monkeypatch: p
     with torch.no_grad():
         before, _ = head(hidden, targets, 0.7)
     for most in (KEPT, AGAIN):
-        monkeypatch.setattr(log_prob_tiles, "KEPT_BYTES", most)
+        monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", most)
         assert torch.equal(head(hidden, targets, 0.7, True)[0], before)
