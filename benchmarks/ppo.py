@@ -4,7 +4,8 @@ Invariants: all sides start from the same weights, sample 64 tokens after the sa
 of updates with policy and critic, and have the same two cores. They run one after the other; the first step of each, which
 warms up, does not count. TRL counts with the faster of its two ways to compute in bf16. Like TRL's, a step of this build
 takes the old log-probs of the rollout, and its logits are bf16; the earlier build computes the former once more and the
-latter in fp32, since it has no other way. Both builds have a rank of each role and an engine on each core.
+latter in fp32, since it has no other way. Both builds have one rank of each role, of one thread, so that policy and critic
+update at the same time on a core each, and an engine on each core.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.parity import environment
 
 ROOT = Path(__file__).parents[1]
 EARLIER = "e643d91"
-SAMPLES, NEW_TOKENS, UPDATES, THREADS = 64, 64, 4, 2
+SAMPLES, NEW_TOKENS, UPDATES, THREADS, RANKS = 64, 64, 4, 2, 1
 ROLLOUT_LOG_PROBS = {"old_log_probs": "rollout", "importance": {"level": "none"}}
 LEARNING_RATE, KL = 1e-6, 0.05
 STEPS = 6
@@ -139,10 +140,10 @@ def _config(material: Material, home: Path, name: str, steps: int) -> dict[str, 
         "kind": "ppo",
         "run": {"root": str(home), "name": name},
         "steps": steps,
-        "policy": {"model": language, "engine": optimizer, "resources": resources, "ranks": THREADS},
-        "critic": {"model": scalar, "engine": optimizer, "resources": resources, "ranks": THREADS},
-        "reference": {"model": language, "resources": resources, "ranks": THREADS},
-        "reward": {"model": scalar, "resources": resources, "ranks": THREADS},
+        "policy": {"model": language, "engine": optimizer, "resources": resources, "ranks": RANKS},
+        "critic": {"model": scalar, "engine": optimizer, "resources": resources, "ranks": RANKS},
+        "reference": {"model": language, "resources": resources, "ranks": RANKS},
+        "reward": {"model": scalar, "resources": resources, "ranks": RANKS},
         "rollout": {
             "engines": THREADS, "max_new_tokens": NEW_TOKENS, "max_model_tokens": PROMPT_TOKENS + NEW_TOKENS + 7,
             "dtype": "bf16", "kv_cache_gib": 0.25, "resources": resources,
