@@ -2,11 +2,13 @@
 
 Invariants:
 
-- A row is encoded whole, or dropped and counted. Only the prompt of a pair may be cut, at its beginning and equally in both
-  sides, where the config asks for it; an end is never cut.
+- A row is encoded whole, or dropped and counted; of a conversation that is learned the answers that fit are kept. Only the
+  prompt of a pair may be cut, at its beginning and equally in both sides, where the config asks for it; an end is never cut.
 - An answer ends in exactly one end token: a text in the tokenizer's end of sequence, a conversation in the one that its
   template ends an answer with (:mod:`rlhf_ray.data.chat`).
 - A prompt that is text has the same ids wherever it stands: alone, before a demonstration, and before both sides of a pair.
+- What is learned of a conversation is what a policy would sample: an answer's ids after the very ids that it is sampled after.
+  Where each answer stands is found by comparing ids, never by lengths.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
 from rlhf_ray.console import progress
@@ -93,22 +95,101 @@ def _encode_prompt_part(chat: ChatFormat, rows: Sequence[Prompt]) -> list[Ids]:
     return [ids[index] for index in range(len(rows))]
 
 
+class EncodedDemonstration(NamedTuple):
+    """The sequences that a row is learned in: one, or one for each answer where the template allows no other."""
+
+    sequences: list[tuple[Ids, list[bool]]] = []  # noqa: RUF012 (it is never changed)
+    """Of each its ids, and which of them are learned; empty where the row is dropped."""
+    too_long: int = 0
+    """Answers that are left out because they end behind the longest sequence, of a row that has others."""
+    losses: tuple[str, ...] | None = None
+    """What the chat template leaves out of a conversation; none of texts."""
+
+
 def encode_demonstrations(
-    tokenizer: Any, rows: Sequence[Demonstration], max_tokens: int, drops: Drops
-) -> list[tuple[Ids, list[bool]] | None]:
-    """Ids of prompt and answer, and which of them are the answer, its end included.
+    chat: ChatFormat, rows: Sequence[Demonstration], max_tokens: int, drops: Drops, *, every_token: bool = False
+) -> list[EncodedDemonstration]:
+    """What is learned of each row, or of one that is dropped nothing, which ``drops`` counts.
 
-    None for a row that is dropped, which ``drops`` counts.
+    Learned are the answers with their end tokens; with ``every_token`` what stands before them too.
     """
-
-    def encode(part: Sequence[Demonstration]) -> list[tuple[Ids, list[Ids]]]:
-        return encode_text_answers(tokenizer, [row.prompt for row in part], [[row.answer] for row in part])
-
+    encoded = encode_in_parts(rows, "demonstrations", lambda part: _encode_demonstration_part(chat, part))
     results = []
-    for prompt, (answer,) in chain.from_iterable(encode_in_parts(rows, "demonstrations", encode)):
-        example = (prompt + answer, [False] * len(prompt) + [True] * len(answer))
-        results.append(_keep_or_drop(example, _length_problem(prompt, max_tokens - len(answer)), drops))
+    for answers, losses in chain.from_iterable(encoded):
+        fitting = [(prompt, answer) for prompt, answer in answers if len(prompt) + len(answer) <= max_tokens]
+        problem = EMPTY if not answers[0][0] else "" if fitting else TOO_LONG
+        if problem:
+            drops[problem] += 1
+            results.append(EncodedDemonstration())
+        else:
+            sequences = join_learned(fitting, every_token=every_token)
+            results.append(EncodedDemonstration(sequences, len(answers) - len(fitting), losses))
     return results
+
+
+def join_learned(answers: Sequence[tuple[Ids, Ids]], *, every_token: bool = False) -> list[tuple[Ids, list[bool]]]:
+    """The sequences in which answers of one conversation are learned, each answer in one of them.
+
+    ``answers`` are the ids before each answer, as a policy would be given them, and those of the answer. An answer is learned
+    in the sequence of the one before where the ids before it begin with that whole sequence. Else, as where a template drops
+    earlier thinking, it gets a sequence of its own, in which nothing is learned again.
+    """
+    sequences: list[tuple[Ids, list[bool]]] = []
+    for prompt, answer in answers:
+        before, learned = sequences[-1] if sequences else ([], [])
+        if prompt[: len(before)] == before:
+            del sequences[-1:]
+        else:
+            before = before[: shared_length(before, prompt)]
+            learned = [False] * len(before)
+        mask = [*learned, *[every_token] * (len(prompt) - len(before)), *[True] * len(answer)]
+        mask[0] = False  # nothing stands before the first token that would predict it
+        sequences.append((prompt + answer, mask))
+    return sequences
+
+
+def _encode_demonstration_part(
+    chat: ChatFormat, rows: Sequence[Demonstration]
+) -> list[tuple[list[tuple[Ids, Ids]], tuple[str, ...] | None]]:
+    """Of each row the ids before each of its answers and those of the answer, and what its template leaves out."""
+    texts = [row for row in rows if row.messages is None]
+    plain = encode_text_answers(chat.tokenizer, [row.prompt for row in texts], [[row.answer] for row in texts])
+    rendered = [render_demonstration(chat, row) for row in rows if row.messages is not None]
+    pairs = [pair for row in rendered for pair in row.answers]
+    answers = chat.encode_answers([before for before, _ in pairs], [[answer] for _, answer in pairs])
+    of_texts, of_talks, talks = iter(plain), iter(answers), iter(rendered)
+    results: list[tuple[list[tuple[Ids, Ids]], tuple[str, ...] | None]] = []
+    for row in rows:
+        if row.messages is None:
+            prompt, (answer,) = next(of_texts)
+            results.append(([(prompt, answer)], None))
+        else:
+            talk = next(talks)
+            results.append(([(before, one) for before, (one,) in islice(of_talks, len(talk.answers))], talk.losses))
+    return results
+
+
+class RenderedDemonstration(NamedTuple):
+    """The texts of a conversation."""
+
+    answers: list[tuple[str, str]]
+    """What stands before each answer that is learned, as a policy is given it, and that answer."""
+    losses: tuple[str, ...]
+    """What the template leaves out, by kinds."""
+
+
+def render_demonstration(chat: ChatFormat, row: Demonstration) -> RenderedDemonstration:
+    """The answers of a conversation that are learned, as the chat template writes what comes before them."""
+    assert row.messages is not None, "texts are not rendered"
+    answers, losses = [], list[str]()
+    for place in row.learned:
+        whole = Conversation(row.messages[: place + 1], row.tools, row.template_variables, row.where)
+        question = whole._replace(messages=row.messages[:place])
+        before = chat.prompt_text(question)
+        answer = chat.answer_text(whole, before)
+        answers.append((before, answer))
+        losses += [*prompt_losses(question, before), *answer_losses(row.messages[place], before, answer)]
+    return RenderedDemonstration(answers, tuple(dict.fromkeys(losses)))
 
 
 def encode_pairs(
@@ -207,6 +288,13 @@ def without_refused_pairs(chat: ChatFormat, rows: Iterable[PreferencePair], refu
 def without_refused_prompts(chat: ChatFormat, rows: Iterable[Prompt], refused: list[str]) -> list[Prompt]:
     """The same of prompts."""
     return _without_refused(rows, refused, lambda row: render_prompt(chat, row))
+
+
+def without_refused_demonstrations(
+    chat: ChatFormat, rows: Iterable[Demonstration], refused: list[str]
+) -> list[Demonstration]:
+    """The same of demonstrations."""
+    return _without_refused(rows, refused, lambda row: row.messages and render_demonstration(chat, row))
 
 
 def _without_refused(rows: Iterable[Row], refused: list[str], write: Callable[[Row], object]) -> list[Row]:

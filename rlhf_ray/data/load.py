@@ -14,7 +14,15 @@ from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.batches import DemonstrationExample
 from rlhf_ray.data.chat import ChatFormat, Conversation
-from rlhf_ray.data.encode import Drops, encode_demonstrations, encode_prompts, render_prompt, without_refused_prompts
+from rlhf_ray.data.encode import (
+    Drops,
+    EncodedDemonstration,
+    encode_demonstrations,
+    encode_prompts,
+    render_prompt,
+    without_refused_demonstrations,
+    without_refused_prompts,
+)
 from rlhf_ray.data.encoded_pairs import PairExample, PairFile, PairRow, encode_pair_file, encode_pair_rows
 from rlhf_ray.data.split import Halves, Split, encode_halves, read_halves, sources_name
 from rlhf_ray.data.template_losses import prompt_losses, report_losses
@@ -51,20 +59,51 @@ class TokenizedPrompt:
 
 
 def load_demonstrations(data: DataConfig, tokenizer: Any, seed: int) -> Split[DemonstrationExample]:
-    """Encoded demonstrations of the generated world or of files."""
+    """Encoded demonstrations of the generated world or of files; a conversation may become several examples."""
+    chat, name = ChatFormat(tokenizer, data.template_variables), sources_name(data)
 
     def read(name: str, source: SourceConfig, max_rows: int | None) -> list[Demonstration]:
-        return list(read_file(source.rows, data.demonstration_reader(source), max_rows=max_rows))
+        bad_rows: list[str] = []
+        rows = list(read_file(source.rows, data.demonstration_reader(source), max_rows=max_rows, bad_rows=bad_rows))
+        if data.bad_rows == "drop":
+            rows = without_refused_demonstrations(chat, rows, bad_rows)
+        report_bad_rows(source.rows, bad_rows)
+        return rows
 
     def encode(half: Sequence[Demonstration], drops: Drops) -> list[DemonstrationExample]:
-        encoded = encode_demonstrations(tokenizer, half, data.max_tokens, drops)
-        return [DemonstrationExample(*example) for example in encoded if example is not None]
+        encoded = encode_demonstrations(chat, half, data.max_tokens, drops, every_token=data.train_on == "all")
+        losses = [(row.where, one.losses) for row, one in zip(half, encoded, strict=True) if one.losses is not None]
+        report_losses(chat, name, losses)
+        _say_what_is_left_out(encoded, name)
+        return [DemonstrationExample(*sequence) for one in encoded for sequence in one.sequences]
 
     if data.world is not None:
         rows = _world_demonstrations(data.world)
     else:
-        rows = read_halves(data, seed, read, lambda row: hash_prompt(row.prompt, nearly=True))
+        rows = read_halves(data, seed, read, lambda row: hash_prompt(row.asked, row.tools, nearly=True))
+        _say_how_texts_are_learned(rows, tokenizer, name)
     return encode_halves(rows, data, encode)
+
+
+def _say_what_is_left_out(encoded: Sequence[EncodedDemonstration], name: str) -> None:
+    """Say how many answers of conversations do not fit, where others of the same conversation do."""
+    answers = sum(one.too_long for one in encoded)
+    if answers:
+        get_logger("data").info(
+            "%s: %d answers of %d conversations end behind data.max_tokens and are not learned; those before them are",
+            name, answers, sum(one.too_long > 0 for one in encoded),
+        )  # fmt: skip
+
+
+def _say_how_texts_are_learned(rows: Halves[Demonstration], tokenizer: Any, name: str) -> None:
+    """Say once that plain texts do not go through a chat template, where there is one."""
+    demonstrations = [row for half in (*rows.files, rows.held_out) for row in half]
+    texts = sum(row.messages is None for row in demonstrations)
+    if texts and tokenizer.chat_template is not None:
+        get_logger("data").warning(
+            "%s: %d of %d demonstrations are plain texts, which are learned as they stand, although the tokenizer has a chat "
+            "template; data.apply_chat_template=true makes turns of them", name, texts, len(demonstrations),
+        )  # fmt: skip
 
 
 def load_pairs(data: DataConfig, tokenizer: Any, seed: int, *, graded: bool = True) -> Split[PairExample]:

@@ -64,7 +64,7 @@ def read_pair(
         if prompt and _texts_hold_prompt(keys, prompt, (chosen, rejected), prompt_in_sides):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         if not turns:
-            _refuse_beside_texts(values)
+            refuse_beside_texts(values)
             return PairParts(prompt, chosen, rejected)
         prompt, chosen, rejected = _texts_as_turns(keys, prompt, chosen, rejected)
     return _read_conversation(values, keys, prompt, _as_turns(chosen, "assistant"), _as_turns(rejected, "assistant"))
@@ -81,7 +81,7 @@ def read_prompt_messages(values: Mapping[str, Any], key: str) -> list[Message]:
 def read_prompt_text(values: Mapping[str, Any], key: str) -> str:
     """The plain text under ``key`` that is to be gone on with; columns that it has no place for are refused."""
     text = _read_cell(values, key)
-    _refuse_beside_texts(values)
+    refuse_beside_texts(values)
     return str(text)
 
 
@@ -328,7 +328,8 @@ def _kind(cell: Any) -> str:
     return "a conversation" if is_conversation(cell) else "a text"
 
 
-def _refuse_beside_texts(values: Mapping[str, Any]) -> None:
+def refuse_beside_texts(values: Mapping[str, Any]) -> None:
+    """Refuse a row of plain texts with columns that only a conversation has a place for."""
     found = {
         SYSTEM: is_filled(values, SYSTEM),
         TOOLS: read_tools(values) is not None,

@@ -13,6 +13,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.data.chat import ChatFormat
+
 BOS, EOS = "<bos>", "<eos>"
 THINK = ("<think>", "</think>")
 
@@ -182,3 +184,26 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=shape.eos, chat_template=shape.template
     )
+
+
+CHATS = {name: ChatFormat(make_tokenizer(shape), shape.variables) for name, shape in SHAPES.items()}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def sampled(name, prompt, answer):
+    """What a policy would sample: without the code under test, by transformers' template and tokenizer and the end by hand."""
+    shape, tokenizer = SHAPES[name], CHATS[name].tokenizer
+    before = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **shape.variables
+    )
+    if before[-2:] == tokenizer.convert_tokens_to_ids(["<think>", "Ċ"]):
+        answer = answer.removeprefix("<think>\n")  # which the prompt has written already
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return before, ids, tokenizer.convert_tokens_to_ids(shape.end)

@@ -17,24 +17,15 @@ from rlhf_ray.rewards.request import ScoreRequest
 from rlhf_ray.rows.preferences import PreferencePair, read_preferences
 from rlhf_ray.rows.prompts import Prompt
 
-from .chat_templates import SHAPES, make_tokenizer
+from .chat_templates import CHATS, SHAPES, assistant, make_tokenizer, sampled, user
 
 CHATML = "a newline after the end"
 THINKS = "an empty think block before a finished answer"
 OPENS = "a think block that the prompt opens and a finished answer closes"
-CHATS = {name: ChatFormat(make_tokenizer(shape), shape.variables) for name, shape in SHAPES.items()}
 MANY = 10_000
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), min_size=1, max_size=8)
 ANSWERS = ["yes", "It is the end.", "  blanks \n", "\nthe", "\n\nthe", "<think>\nwhy\n</think>\n\nthe"]
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
 
 
 def limits(chat):
@@ -46,18 +37,6 @@ def limits(chat):
 def encode_pair(chat, row, max_tokens=MANY, **options):
     (encoded,) = encode_pairs(chat, [row], max_tokens, Drops(), **options)
     return encoded
-
-
-def sampled(name, prompt, answer):
-    """What a policy would sample: without the code under test, by transformers' template and tokenizer and the end by hand."""
-    shape, tokenizer = SHAPES[name], CHATS[name].tokenizer
-    before = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **shape.variables
-    )
-    if before[-2:] == tokenizer.convert_tokens_to_ids(["<think>", "Ċ"]):
-        answer = answer.removeprefix("<think>\n")  # which the prompt has written already
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return before, ids, tokenizer.convert_tokens_to_ids(shape.end)
 
 
 def conversations(name):

@@ -14,6 +14,7 @@ from rlhf_ray.data.encode import (
     ROWS_AT_ONCE,
     TOO_LONG,
     Drops,
+    EncodedDemonstration,
     encode_demonstrations,
     encode_pairs,
     encode_prompts,
@@ -38,8 +39,9 @@ def encode_prompt(tokenizer, row, max_tokens):
 
 
 def encode_demonstration(tokenizer, row, max_tokens):
-    (encoded,) = encode_demonstrations(tokenizer, [row], max_tokens, Drops())
-    return encoded
+    (encoded,) = encode_demonstrations(ChatFormat(tokenizer), [row], max_tokens, Drops())
+    (sequence,) = encoded.sequences
+    return sequence
 
 
 def encode_pair(tokenizer, row, max_tokens):
@@ -142,11 +144,12 @@ def test_long_rows_are_dropped_whole_and_counted(byte_tokenizer, texts, limit):
         (encode_prompts, [Prompt(0, prompt) for prompt, _, _ in texts]),
     ):
         drops = Drops()
-        reader = byte_tokenizer if encode is encode_demonstrations else ChatFormat(byte_tokenizer)
-        fitted, whole = encode(reader, rows, limit, drops), encode(reader, rows, MANY, Drops())
-        lengths = [len(ids[0] if isinstance(ids, tuple) else ids) for ids in whole]
-        assert fitted == [ids if length <= limit else None for ids, length in zip(whole, lengths, strict=True)]
-        assert dict(drops) == ({TOO_LONG: fitted.count(None)} if None in fitted else {})
+        chat = ChatFormat(byte_tokenizer)
+        fitted, whole = encode(chat, rows, limit, drops), encode(chat, rows, MANY, Drops())
+        nothing = EncodedDemonstration() if encode is encode_demonstrations else None
+        lengths = [len(each.sequences[0][0] if nothing else each) for each in whole]
+        assert fitted == [each if length <= limit else nothing for each, length in zip(whole, lengths, strict=True)]
+        assert dict(drops) == ({TOO_LONG: fitted.count(nothing)} if nothing in fitted else {})
 
 
 @pytest.mark.parametrize("template", [PLAIN, STARTING, BOTH])

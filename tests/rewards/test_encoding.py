@@ -75,8 +75,8 @@ def test_special_tokens_in_a_text_are_one_token_each_and_none_is_added(text: str
 def test_an_answer_is_written_as_reward_training_writes_it(answer: str) -> None:
     ids = encoded(ScoreRequest(prompt="why? ", response=answer))
     assert ids == written(f"{BOS}why? {answer.removesuffix(EOS)}{EOS}")
-    (trained,) = encode_demonstrations(PLAIN, [Demonstration("why? ", answer)], 1000, Drops())
-    assert trained is not None and list(ids) == trained[0]
+    (trained,) = encode_demonstrations(ChatFormat(PLAIN), [Demonstration("why? ", answer)], 1000, Drops())
+    assert [list(ids)] == [sequence for sequence, _ in trained.sequences]
 
 
 def test_a_prompt_that_holds_its_start_token_gets_no_second_one() -> None:

@@ -20,7 +20,8 @@ def test_demonstrations(write):
     renamed = write([{"question": "p", "solution": "a"}])
     assert read_demonstrations(renamed, "question", "solution") == [Demonstration("p", "a")]
     with pytest.raises(
-        DataError, match=r"rows\.jsonl:1: no 'prompt' and 'answer'; its keys are 'question', 'solution'"
+        DataError,
+        match=r"rows\.jsonl:1: no 'prompt' and 'answer' or 'messages' or .*; its keys are 'question', 'solution'",
     ):
         read_demonstrations(renamed)
 

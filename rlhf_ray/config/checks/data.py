@@ -20,13 +20,10 @@ def has_no_pairs_to_cut(data: DataConfig) -> Iterator[Problem]:
         )
 
 
-def reads_texts_as_they_are(data: DataConfig) -> Iterator[Problem]:
-    """A job whose rows are plain texts refuses to make turns of them."""
-    if data.apply_chat_template:
-        yield (
-            "data.apply_chat_template",
-            "is for preference pairs and prompts: write demonstrations as the template would, and remove it",
-        )
+def learns_no_demonstrations(data: DataConfig) -> Iterator[Problem]:
+    """A job whose rows are no demonstrations refuses the key that says what of these is learned."""
+    if data.train_on != "answers":
+        yield "data.train_on", f"{data.train_on} is for demonstrations (sft), and this job's rows are none: remove it"
 
 
 def compares_with_no_label(data: DataConfig) -> Iterator[Problem]:

@@ -162,5 +162,5 @@ def demonstration_problems(key: str, name: str | None, data: DataConfig) -> Iter
     if not path.exists():
         yield key, f"{path} does not exist: name a file whose rows have a prompt and an answer"
         return
-    if problem := first_problem(path, DemonstrationReader(data.prompt_key, data.answer_key)):
+    if problem := first_problem(path, DemonstrationReader(data.prompt_key, data.answer_key, data.apply_chat_template)):
         yield key, problem

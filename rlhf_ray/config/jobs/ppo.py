@@ -10,7 +10,12 @@ from typing import Any, ClassVar, Literal
 from rlhf_ray.config.checks import algorithm as algorithm_checks
 from rlhf_ray.config.checks import colocation
 from rlhf_ray.config.checks import rollout as rollout_checks
-from rlhf_ray.config.checks.data import gold_knows_the_prompts, has_no_pairs_to_cut, world_has_enough_prompts
+from rlhf_ray.config.checks.data import (
+    gold_knows_the_prompts,
+    has_no_pairs_to_cut,
+    learns_no_demonstrations,
+    world_has_enough_prompts,
+)
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm
 from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.checks.shared_gpus import SharedGpus, colocated_gpus, shared_gpus
@@ -142,6 +147,7 @@ class PpoConfig(TrainingJob):
             lambda: world_has_enough_prompts(self.data, self.batch.prompts_per_step, self.evaluation.prompts),
             lambda: gold_knows_the_prompts(self.data, self._functions()),
             lambda: has_no_pairs_to_cut(self.data),
+            lambda: learns_no_demonstrations(self.data),
             lambda: exposes_a_reward_model(self.expose, self.reward),
             lambda: algorithm_checks.critic_where_needed(self.algorithm, self.critic),
             lambda: algorithm_checks.samples_to_compare(self.algorithm, self.batch.samples_per_prompt),

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from rlhf_ray.config.checks.data import compares_with_no_label, has_pairs_to_learn, says_what_is_held_out
+from rlhf_ray.config.checks.data import (
+    compares_with_no_label,
+    has_pairs_to_learn,
+    learns_no_demonstrations,
+    says_what_is_held_out,
+)
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import length_problems
 from rlhf_ray.config.files.rows import demonstration_problems, loss_problems, template_problems
@@ -49,6 +54,7 @@ class RewardModelConfig(TrainingJob):
             *super().rules(),
             lambda: has_pairs_to_learn(self.data),
             lambda: compares_with_no_label(self.data),
+            lambda: learns_no_demonstrations(self.data),
             lambda: says_what_is_held_out(self.data),
             self._saves_what_is_there,
             self._normalizes_over_what_is_there,

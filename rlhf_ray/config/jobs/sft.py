@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from rlhf_ray.config.checks.data import compares_with_no_label, has_no_pairs_to_cut, reads_texts_as_they_are
+from rlhf_ray.config.checks.data import compares_with_no_label, has_no_pairs_to_cut
 from rlhf_ray.config.facts import Amount, Role, Size, Work, present_roles
 from rlhf_ray.config.files.models import length_problems
+from rlhf_ray.config.files.rows import template_problems
 from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.jobs.sizes import epoch_sizes, epochs_done, role_sizes
 from rlhf_ray.config.problems import Rule
@@ -41,7 +42,6 @@ class SftConfig(TrainingJob):
         return [
             *super().rules(),
             lambda: has_no_pairs_to_cut(self.data),
-            lambda: reads_texts_as_they_are(self.data),
             lambda: compares_with_no_label(self.data),
         ]
 
@@ -49,6 +49,7 @@ class SftConfig(TrainingJob):
         return [
             *super().files(),
             lambda: length_problems("policy.model", self.policy.model, "data.max_tokens", self.data.max_tokens),
+            lambda: template_problems(self.policy.model, self.data, self.row_reader),
         ]
 
     def length_done(self, state: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
-from rlhf_ray.rows.demonstrations import DemonstrationReader
+from rlhf_ray.rows.demonstrations import DemonstrationReader, TrainOn
 from rlhf_ray.rows.formats import is_file_name
 from rlhf_ray.rows.labels import LabelReader
 from rlhf_ray.rows.layouts import Keys
@@ -121,6 +121,8 @@ class DataConfig(RowsConfig):
     rejected_key: str = "rejected"
     label_key: str | None = None
     """The column that reward functions compare answers with, or a field in it; null: the one column that could be it."""
+    train_on: TrainOn = "answers"
+    """What is learned of a demonstration: the answers of the assistant, the last one alone, or every token."""
     apply_chat_template: bool = False
     """Whether plain texts become a conversation: the prompt a message of the user, the answer one of the assistant."""
     template_variables: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
@@ -193,6 +195,8 @@ class DataConfig(RowsConfig):
         return DemonstrationReader(
             str(source.prompt_key),
             str(source.answer_key),
+            self.apply_chat_template,
+            self.train_on,
             columns=self.columns,
             drops_bad_rows=self.drops_bad_rows,
         )

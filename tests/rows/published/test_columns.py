@@ -229,9 +229,10 @@ def test_messages_as_python_writes_them_are_refused(write, cell):
         )
 
 
-def test_messages_as_json_are_no_demonstration(write):
+def test_messages_as_json_are_a_demonstration(write):
     row = {"prompt": "q", "answer": json.dumps(said("assistant", "x"))}
-    assert "'answer' holds messages written as JSON" in first_problem(write([row]), DemonstrationReader())
+    (read,) = read_file(write([row]), DemonstrationReader())
+    assert read.messages == (*said("user", "q"), *said("assistant", "x"))
 
 
 def test_lists_of_turns_as_json_are_refused_without_their_labels(write):
