@@ -148,6 +148,7 @@ def test_a_tokenizer_made_from_a_missing_file(texts, here):
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 GOOD = {"prompt": "p", "answer": "a"}
+DEMONSTRATION = "'prompt' and 'answer' or 'messages' or 'conversations' or 'conversation'"
 LINE = json.dumps(GOOD) + "\n"
 
 
@@ -175,14 +176,14 @@ def test_good_rows_are_no_problem(here, name, content):
         (
             "rows.jsonl",
             LINE + '{"prompt": "p", "reply": "a"}\n' + LINE,
-            "data.path: rows.jsonl:2: no 'prompt' and 'answer'; its keys are 'prompt', 'reply'",
+            f"data.path: rows.jsonl:2: no {DEMONSTRATION}; its keys are 'prompt', 'reply'",
         ),
         ("rows.jsonl", LINE + "{oops\n", "data.path: rows.jsonl:2: not JSON: "),
         ("rows.jsonl", LINE + "[1]\n", "rows.jsonl:2: a row is a mapping of keys to values, but this is a list"),
         ("rows.jsonl", LINE + '{"prompt": 3, "answer": "a"}\n', "rows.jsonl:2: 'prompt' must hold a text, this is of type int"),
-        ("rows.jsonl", '{"prompt": [{"role": "u"}], "answer": "a"}', "rows.jsonl:1: 'prompt' must hold a text, this is a l"),
+        ("rows.jsonl", '{"prompt": [{"role": "u"}], "answer": "a"}', "rows.jsonl:1: 'prompt': message 1 has no role "),
         ("rows.jsonl", LINE + '{"prompt": "p", "answer": ""}\n', "rows.jsonl:2: 'answer' must hold a text"),
-        ("rows.jsonl", '{"x": 1}\n' * 7, f"no 'prompt' and 'answer'; its keys are 'x': {WAY_OUT} (7 of the first 7 rows "),
+        ("rows.jsonl", '{"x": 1}\n' * 7, f"no {DEMONSTRATION}; its keys are 'x': {WAY_OUT} (7 of the first 7 rows "),
         ("rows.json", "[{\n]", "data.path: rows.json:2: not JSON: "),
         ("rows.json", '{"prompt": "p"}', "rows.json:1: a .json file is a list of rows"),
         ("rows.json", '[{"prompt": "p"}]', "rows.json:1: no 'prompt' and 'answer'"),
