@@ -23,7 +23,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.alarm_watch import EVERY_S, REMEMBERED_S, AlarmWatch
 
 ROUNDS = 3
-WITH = ["monitoring.spans=true", "monitoring.ray_metrics=true", "monitoring.trackers=[jsonl,tensorboard]"]
+WITH = ["monitoring.spans=true", "monitoring.ray_metrics=true"]
 WITHOUT = ["monitoring.spans=false", "monitoring.ray_metrics=false", "monitoring.trackers=[]"]
 LOOKS = 200
 """Among which are two that forget what is too old."""
@@ -36,7 +36,7 @@ def measure(quick: bool = False) -> Figures:
     for number in range(1 if quick else ROUNDS):
         both: dict[bool, float] = {}
         for watched in (False, True) if number % 2 == 0 else (True, False):
-            lines = run("sync", [*(WITH if watched else WITHOUT), *(QUICK if quick else [])])[0 if quick else SKIPPED :]
+            lines = _lines(watched, quick)
             seconds[watched] += [line["time/step"] for line in lines]
             both[watched] = median(seconds[watched][-len(lines) :])
         rounds.append(both[True] / both[False] - 1.0)
@@ -55,6 +55,14 @@ def measure(quick: bool = False) -> Figures:
             f"mean of {LOOKS}; what is told to Ray is in the other figure",
         ),
     }  # fmt: skip
+
+
+def _lines(watched: bool, quick: bool) -> list[dict[str, float]]:
+    """The metrics of each step that counts."""
+    with TemporaryDirectory() as fed:
+        trackers = f"monitoring.trackers=[jsonl:{fed}/run.jsonl,tensorboard]"
+        overrides = [*WITH, trackers] if watched else WITHOUT
+        return run("sync", [*overrides, *(QUICK if quick else [])])[0 if quick else SKIPPED :]
 
 
 def seconds_of_a_look(line: dict[str, float]) -> float:
