@@ -52,9 +52,10 @@ SETTINGS = [
     "batch={prompts_per_step: 8, samples_per_prompt: 1, sequences_per_update: 8, max_tokens_per_micro_batch: 512}",
     "rollout.timeout_s=20", "rollout.update_timeout_s=20", "run.stall_floor_s=15",
 ]  # fmt: skip
-HANGS_AT_START = ["cluster.start_timeout_s=75"]
-"""Of a run that meets a hang while it loads, which is found out at that deadline. It counts from the start of the process, and
-a busy machine may need longer than this for a start that nothing disturbs."""
+HANGS_AT_A_DEADLINE = ["cluster.start_timeout_s=75"]
+"""Of a run that meets a hang while it loads, or a driver that hangs, perhaps in a phase that has no usual time yet: both are
+found out at that deadline. It counts from the start of the process, and a busy machine may need longer than this for a start
+that nothing disturbs."""
 PLACES: dict[Where, list[str]] = {
     "Ray": ["policy.ranks=2", "rollout.engines=2", "cluster.num_cpus=2"],
     "one process": ["policy.ranks=1", "rollout.engines=1"],
@@ -79,7 +80,8 @@ def run(root: Path, place: Where, hits: Sequence[Hit], seed: int) -> Done:
     Plan(list(hits), str(events), seed).write(root / "plan.json")
     how = {"Ray": "--parent", "one process": "--alone"}[place]
     line = [sys.executable, "-m", "tests.faults.matrix_driver", how, str(CONFIG), f"run.root={root}", *SETTINGS]
-    line += HANGS_AT_START if any((hit.cell.phase, hit.cell.fault) == ("start", "hang") for hit in hits) else []
+    hangs = [hit.cell for hit in hits if hit.cell.fault == "hang"]
+    line += HANGS_AT_A_DEADLINE if any(cell.phase == "start" or cell.role == "driver" for cell in hangs) else []
     variables = {PLAN: str(root / "plan.json"), MARK: mark, "PYTHONPATH": str(ROOT)}
     code, deadline = None, time.monotonic() + DEADLINE_S + MORE_S * len(hits)
     with _ended_on_error(mark), (root / "log").open("ab") as log:
