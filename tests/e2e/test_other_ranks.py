@@ -52,7 +52,7 @@ def test_fine_tuning_by_two_ranks_goes_on_with_one_and_then_with_three(tmp_path:
     one, other = (
         [
             (line["step"], line["loss/sft"], line["grad_norm"])
-            for line in metrics(root / "demo-sft")
+            for line in RunDirectory.open(root / "demo-sft").metrics.read()
             if "loss/sft" in line
         ]
         for root in (whole, moved)
