@@ -130,6 +130,11 @@ _COUNTERS = {
     "rollout/engine_deaths",
     "groups/lost",
     "reward/failed_tries",
+    "judge/requests",
+    "judge/tokens",
+    "judge/cost",
+    "judge/refusals",
+    "judge/unanswered",
 }
 
 _METRICS = {
@@ -190,6 +195,19 @@ _METRICS = {
         ("reward/after_kl", "score", "Mean over sequences of the sum of token rewards: score and KL penalty together"),
         ("reward/learned", "score", "Mean score of the reward model, as it comes from the model"),
         ("reward_term/*", "score", "Mean reward of one term of the mixture, as its source gives it, before its weight"),
+        (
+            "judge/requests",
+            "requests",
+            "Requests to judges since the step before, evaluations and repeated tries included",
+        ),
+        (
+            "judge/tokens",
+            "tokens",
+            "Tokens of these, as the endpoint counts them; of a lost request the most it can have had",
+        ),
+        ("judge/cost", "money", "Their price by `prompt_price` and `reply_price`, in the currency of these"),
+        ("judge/refusals", "replies", "Replies of judges that hold no score; their answers have no reward"),
+        ("judge/unanswered", "questions", "Questions to judges that have no reply after all tries"),
         ("gold/mean", "score", "Mean gold score, 0 to 1: what the reward model was made to predict; never trained on"),
         ("gold/win_rate", "share", "Share of prompts whose answer beats the starting policy's by gold; ties half"),
     ],

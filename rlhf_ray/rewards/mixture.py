@@ -1,13 +1,13 @@
-"""Several reward sources as one: the weighted sum of their rewards.
+"""Several reward sources as one: the weighted sum of their rewards, which gates may bring down to a floor.
 
-Invariants: a sample has a reward only where every term has one; the rewards of the terms are kept beside their sum; all
-terms score at the same time.
+Invariants: a sample has a reward only where every term has one; where the reward of a gate is below its threshold the reward is
+the floor, whatever the others say; the rewards of the terms are kept beside their sum; all terms score at the same time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,11 +20,19 @@ from rlhf_ray.rewards.source import RewardSource
 
 
 @dataclass(frozen=True)
+class Part:
+    """The weight of one reward in the sum, and the threshold below which it brings the sum to the floor."""
+
+    weight: float
+    gate: float | None = None
+
+
+@dataclass(frozen=True)
 class Term:
-    """One source and the weight of its reward in the sum."""
+    """One source, and how its reward counts."""
 
     source: RewardSource
-    weight: float
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -34,36 +42,65 @@ class MixedResult(ScoreResult):
     terms: Mapping[str, float] | None = None
 
 
+def combine(rewards: Mapping[str, float], parts: Mapping[str, Part], floor: float) -> float:
+    """The weighted sum of rewards; ``floor`` where the reward of a gate is below its threshold."""
+    for name, part in parts.items():
+        if part.gate is not None and rewards[name] < part.gate:
+            return floor
+    return math.fsum(part.weight * rewards[name] for name, part in parts.items())
+
+
 class MixtureSource:
     """Scores with every term and sums weight times reward."""
 
-    def __init__(self, terms: Mapping[str, Term]) -> None:
-        self.terms = dict(terms)
+    def __init__(self, terms: Mapping[str, Term], floor: float = 0.0) -> None:
+        self.terms, self.floor = dict(terms), floor
         self.reads = "; ".join(f"{name}: {term.source.reads}" for name, term in self.terms.items())
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
         """One result per sample, in order."""
-        started = [term.source.score(samples) for term in self.terms.values()]
-        return Pending(lambda: self._sums(started, len(samples)))
-
-    def _sums(self, started: Sequence[Pending[list[ScoreResult]]], count: int) -> list[ScoreResult]:
-        with spans.waiting(name="the terms of the reward"), ThreadPoolExecutor(len(started)) as pool:
-            columns = list(pool.map(lambda pending: _results(pending, count), started))
-        return [self._sum(results) for results in zip(*columns, strict=True)]
+        columns = score_together([term.source for term in self.terms.values()], samples)
+        return columns.then(lambda results: [self._sum(each) for each in zip(*results, strict=True)])
 
     def _sum(self, results: Sequence[ScoreResult]) -> ScoreResult:
-        named = dict(zip(self.terms, results, strict=True))
-        failed = {name: result for name, result in named.items() if result.error is not None}
-        # One that no attempt mends comes first: waiting for the others would bring no sum.
-        for name, result in sorted(failed.items(), key=lambda item: item[1].fault == "source"):
-            assert result.fault is not None
-            return ScoreResult.failed(f"{name}: {result.error}", result.tokens, fault=result.fault)
-        rewards = {name: float(result.reward) for name, result in named.items() if result.reward is not None}
-        total = math.fsum(self.terms[name].weight * reward for name, reward in rewards.items())
+        failed = first_failure(self.terms, results)
+        if failed is not None:
+            return failed
+        rewards = rewards_of(self.terms, results)
+        total = combine(rewards, {name: term.part for name, term in self.terms.items()}, self.floor)
         if not math.isfinite(total):
             return ScoreResult.failed(f"the weighted sum of {rewards} is {total}", fault="model")
         tokens = max(result.tokens for result in results)
         return MixedResult(raw=total, reward=total, tokens=tokens, terms=rewards)
+
+
+def score_together(sources: Sequence[RewardSource], samples: Sequence[TextSample]) -> Pending[list[list[ScoreResult]]]:
+    """The results of every source, all asked at the same time."""
+    started = [source.score(samples) for source in sources]
+
+    def wait() -> list[list[ScoreResult]]:
+        with spans.waiting(name="the terms of the reward"), ThreadPoolExecutor(len(started)) as pool:
+            return list(pool.map(lambda pending: _results(pending, len(samples)), started))
+
+    return Pending(wait)
+
+
+def first_failure(names: Iterable[str], results: Sequence[ScoreResult]) -> ScoreResult | None:
+    """The failure of a sample at which sources have failed, with the name of one; none where all have a reward.
+
+    One that no attempt mends comes first: waiting for the others would bring no sum.
+    """
+    failed = [(name, result) for name, result in zip(names, results, strict=True) if result.error is not None]
+    for name, result in sorted(failed, key=lambda item: item[1].fault == "source"):
+        assert result.fault is not None
+        return ScoreResult.failed(f"{name}: {result.error}", result.tokens, fault=result.fault)
+    return None
+
+
+def rewards_of(names: Iterable[str], results: Sequence[ScoreResult]) -> dict[str, float]:
+    """The rewards of one sample by the names of their sources."""
+    named = zip(names, results, strict=True)
+    return {name: float(result.reward) for name, result in named if result.reward is not None}
 
 
 def _results(pending: Pending[list[ScoreResult]], count: int) -> list[ScoreResult]:

@@ -104,7 +104,19 @@ _FROZEN_ENGINE = {**_same(FREE, "zero", "offload"), "optimizer": STATE}
 _OVERLONG = _same(METHOD, "buffer_fraction", "penalty")
 _SCORING = {
     **_same(FREE, "ranks", "max_tokens_per_micro_batch", "timeout_s", "samples_per_call", "token_file"),
-    **_same(REWARD, "model", "scorer", "form", "scored_token", "function", "url", "source", "parameters", "normalize"),
+    **_same(
+        REWARD,
+        "model",
+        "scorer",
+        "form",
+        "scored_token",
+        "function",
+        "url",
+        "source",
+        "parameters",
+        "judge",
+        "normalize",
+    ),
 }
 _SCORING_MODEL = {
     **_same(REWARD, "path", "revision", "make", "dtype", "attention", "lora", "quantization", "trust_remote_code",
@@ -165,10 +177,18 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "reference.engine.optimizer": _OPTIMIZER,
     "reference.resources": _RESOURCES,
     "reference.placement": _PLACEMENT,
-    "SCORING": {**_SCORING, **_same(REWARD, "mixture", "weight"), **_same(FREE, "on_failure", "hold_s", "max_dropped_share")},
+    "SCORING": {**_SCORING, **_same(REWARD, "mixture", "weight", "gate", "floor"),
+                **_same(FREE, "on_failure", "hold_s", "max_dropped_share")},
     "SCORING.model": _SCORING_MODEL,
     "SCORING.model.make": _same(REWARD, "shape", "tokenizer_from", "vocabulary", "seed"),
     "SCORING.model.lora": _same(REWARD, "rank", "alpha", "dropout", "targets"),
+    "SCORING.judge": {
+        **_same(REWARD, "url", "model", "rubric", "parts", "reference", "scale", "floor", "temperature", "max_answer_tokens",
+                "parameters"),
+        **_same(FREE, "key_variable", "limit_field", "concurrency", "tries", "max_requests", "max_tokens", "max_cost",
+                "prompt_price", "reply_price"),
+    },
+    "SCORING.judge.parts.NAME": _same(REWARD, "asks", "weight", "gate"),
     "SCORING.engine": _FROZEN_ENGINE,
     "SCORING.engine.optimizer": _OPTIMIZER,
     "SCORING.resources": _RESOURCES,
@@ -226,7 +246,10 @@ def section_in_table(section: type[Section], pattern: str) -> str:
     """The name under which the table has the keys of a section at ``pattern``, a dotted key with ``NAME`` for own names."""
     if pattern in ("policy", "critic") or issubclass(section, RewardTrainingRole):
         return "TRAINED"
-    return "SCORING" if pattern in ("reward", f"reward.mixture.{NAME}") else pattern
+    for place in (f"reward.mixture.{NAME}", "reward"):
+        if pattern in (place, f"{place}.judge.parts.{NAME}"):
+            return pattern.replace(place, "SCORING", 1)
+    return pattern
 
 
 def _compare(old: Section, new: Section, at: str, table: str) -> Iterator[Change]:

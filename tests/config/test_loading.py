@@ -80,12 +80,13 @@ def test_a_misspelt_key_is_found_in_the_sections_below(problems):
     assert problem.startswith("policy.learning_rat: unknown key; did you mean policy.engine.optimizer.learning_rate?")
 
 
-MAPPINGS = {"reward.mixture", "data.sources", "models"}
+MAPPINGS = {"reward.mixture", "reward.judge.parts", "data.sources", "models"}
 """Keys whose values are sections by names that the user gives."""
 PARTS = ("objective", "advantages", "collector")
 FREE = {
     "data.template_variables",
     "reward.parameters",
+    "reward.judge.parameters",
     "rollout.environment.parameters",
     *(f"algorithm.parameters.{part}" for part in PARTS),
 }

@@ -39,7 +39,13 @@ from rlhf_ray.config.sections.reward_training import (
     RewardOptimizerConfig,
     RewardTrainingRole,
 )
-from rlhf_ray.config.sections.rewards import RewardConfig, RewardSourceConfig, RewardTermConfig
+from rlhf_ray.config.sections.rewards import (
+    JudgeConfig,
+    RewardConfig,
+    RewardSourceConfig,
+    RewardTermConfig,
+    RubricPartConfig,
+)
 from rlhf_ray.config.sections.roles import RoleConfig, ScoringRole, TokenBudget
 from rlhf_ray.config.sections.rollout import EnvironmentConfig, RolloutConfig
 from rlhf_ray.config.sections.run import CheckpointConfig, ClusterConfig, MonitoringConfig, RunConfig
@@ -73,6 +79,8 @@ SECTIONS: dict[str, type[Section]] = {
     "`ROLE.placement`": PlacementConfig,
     "`reward` of ppo": RewardConfig,
     "`reward.mixture.NAME`": RewardTermConfig,
+    "`reward.judge`": JudgeConfig,
+    "`reward.judge.parts.NAME`": RubricPartConfig,
     "`reward` and `models.NAME` of serve": ScoringRole,
     "`rollout`": RolloutConfig,
     "`rollout.environment`": EnvironmentConfig,

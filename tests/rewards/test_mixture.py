@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Term
+from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from tests.rewards.answers import answer
@@ -34,8 +34,10 @@ def of(*scores: float) -> Fixed:
     return Fixed(lambda: [ScoreResult.of(score, 3) for score in scores])
 
 
-def mixed(**terms: tuple[Any, float]) -> list[ScoreResult]:
-    return MixtureSource({name: Term(*term) for name, term in terms.items()}).score(SAMPLES).result()
+def mixed(floor: float = 0.0, **terms: tuple[Any, float] | tuple[Any, float, float]) -> list[ScoreResult]:
+    """The results of terms that are given as source, weight and gate."""
+    parts = {name: Term(source, Part(*counts)) for name, (source, *counts) in terms.items()}
+    return MixtureSource(parts, floor).score(SAMPLES).result()
 
 
 def test_the_reward_is_the_weighted_sum_and_the_terms_stand_beside_it() -> None:
@@ -43,6 +45,19 @@ def test_the_reward_is_the_weighted_sum_and_the_terms_stand_beside_it() -> None:
     assert [result.reward for result in results] == pytest.approx([-0.5, -1.3])
     assert all(isinstance(result, MixedResult) for result in results)
     assert [result.terms for result in results] == [{"good": 1.0, "short": 10.0}, {"good": -2.0, "short": 3.0}]
+
+
+def test_a_gate_below_its_threshold_makes_the_whole_reward_the_floor() -> None:
+    right, kind = of(0.5, 0.49), of(9.0, 9.0)
+    results = mixed(-7.0, right=(right, 2.0, 0.5), kind=(kind, 1.0))
+    assert [result.reward for result in results] == [10.0, -7.0]
+    assert isinstance(results[1], MixedResult) and results[1].terms == {"right": 0.49, "kind": 9.0}
+    assert [result.reward for result in mixed(0.0, kind=(kind, 1.0), right=(right, 0.0, 0.5))] == [9.0, 0.0]
+
+
+def test_a_gate_without_a_reward_is_a_failure_and_not_the_floor() -> None:
+    broken = Fixed(lambda: [ScoreResult.of(1.0), ScoreResult.failed("no")])
+    assert mixed(-7.0, right=(broken, 1.0, 0.5), kind=(of(9.0, 9.0), 1.0))[1].error == "right: no"
 
 
 def test_the_normalised_reward_of_a_term_counts() -> None:

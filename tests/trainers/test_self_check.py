@@ -16,7 +16,7 @@ from rlhf_ray.errors import NumericalError
 from rlhf_ray.evaluation.agreement import LOG_PROB_BOUNDS, Bounds
 from rlhf_ray.monitoring.report.summary import Check
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Term
+from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource
@@ -83,7 +83,7 @@ TALKS = [talk("so"), talk("and so", finished=False), talk("so", ids="s<|im_start
 
 def compare_forms(reward: Reward, *, terms: bool = False) -> list[Check]:
     source: Any = ModelSource(reward, policy=CHAT)
-    mixture: Any = MixtureSource({"helpful": Term(source, 1.0)}) if terms else source
+    mixture: Any = MixtureSource({"helpful": Term(source, Part(1.0))}) if terms else source
     experience: Any = SimpleNamespace(rewards=mixture)
     return SelfCheck(load_config("demo-ppo"), experience, None).same_form(TALKS)  # type: ignore[arg-type]
 
@@ -199,7 +199,7 @@ def test_a_score_may_be_off_by_what_rounding_does_to_the_numbers_it_was_made_of(
     of_terms = MixedResult(raw=0.1 + off, reward=0.1 + off, terms={"one": raw, "other": -raw})
     for result in (of_model, of_terms):
         experience: Any = SimpleNamespace(require_rewards=lambda samples, result=result: [result])
-        check = SelfCheck(config, experience, None).score_alone(batch, SAMPLES)  # type: ignore[arg-type]
+        (check,) = SelfCheck(config, experience, None).score_alone(batch, SAMPLES)  # type: ignore[arg-type]
         assert check.passed == passed, check
 
 

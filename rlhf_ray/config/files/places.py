@@ -1,12 +1,14 @@
-"""Whether the other places that a config names can be used: the directory of its runs, and files with tokens."""
+"""Whether the other places that a config names can be used: the directory of its runs, files with tokens, keys of judges."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_ray.config.files.tokens import MAKE_ONE, parse_tokens
 from rlhf_ray.config.problems import Problem
+from rlhf_ray.config.sections.rewards import JudgeConfig
 from rlhf_ray.config.sections.run import RunConfig
 from rlhf_ray.environment import expand_home
 
@@ -33,3 +35,14 @@ def token_problems(key: str, name: str | None) -> Iterator[Problem]:
     yield from ((key, f"{path}: {problem}; {MAKE_ONE}") for problem in problems)
     if not keys and not problems:
         yield key, f"{path} is empty: write a token into it"
+
+
+def key_problems(key: str, judge: JudgeConfig, token_file: str | None) -> Iterator[Problem]:
+    """The key of the judge at ``key`` is in its environment variable, where no file holds it."""
+    name = judge.key_variable
+    if token_file is None and name is not None and not os.environ.get(name, "").strip():
+        yield (
+            f"{key}.key_variable",
+            f"{name} is not set where this runs, so the judge has no key: export it, name a file with the key in token_file "
+            "beside judge, or set key_variable to null if the endpoint asks for none",
+        )

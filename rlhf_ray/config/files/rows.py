@@ -139,8 +139,12 @@ def label_problems(
     for key, name in functions.items():
         yield (
             key,
-            f"{name} asks for labels, but no row of {files} has one: {KEY}, or give the parameter a default (labels=None) "
-            "if the function can do without",
+            f"{name} asks for labels, but no row of {files} has one: {KEY}, or "
+            + (
+                "give the parameter a default (labels=None) if the function can do without"
+                if key.endswith(".function")
+                else "set it to false"
+            ),
         )
 
 

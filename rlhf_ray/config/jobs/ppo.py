@@ -21,7 +21,7 @@ from rlhf_ray.config.checks.service import exposes_a_reward_model
 from rlhf_ray.config.checks.shared_gpus import SharedGpus, colocated_gpus, shared_gpus
 from rlhf_ray.config.facts import Amount, Placement, Role, Sampling, Size, Work, present_roles
 from rlhf_ray.config.files.models import engine_problems, length_problems
-from rlhf_ray.config.files.places import token_problems
+from rlhf_ray.config.files.places import key_problems, token_problems
 from rlhf_ray.config.files.reward_record import recorded_training
 from rlhf_ray.config.files.rows import form_problems, label_problems, template_problems
 from rlhf_ray.config.files.sampled import replay_problems, sampling_problems
@@ -232,7 +232,7 @@ class PpoConfig(TrainingJob):
         is_held_out = source == self.data.evaluation_file or self.data.evaluation_fraction
         functions = [(one.function or "").removeprefix(VERIFIERS) for one in self.reward.sources.values()]
         gold = [(self.evaluation.gold or "").removeprefix(VERIFIERS)] if is_held_out else []
-        own = [one.source for one in self.reward.sources.values()]
+        own = [one.source or one.judge for one in self.reward.sources.values()]
         verifiers = [name for name in (*functions, *gold) if name in COMPARED]
         # a number asks more of a label than a text
         verifier = max(verifiers, key=lambda name: COMPARED[name] == "number", default="")
@@ -243,6 +243,8 @@ class PpoConfig(TrainingJob):
         """Functions of the user's own that ask for labels find some."""
         names = {f"{key}.function": source.function for key, source in self.reward.sources.items()}
         asking = {key: name for key, name in names.items() if name and "labels" in required_parameters(name)}
+        judges = {f"{key}.judge": source.judge for key, source in self.reward.sources.items()}
+        asking |= {f"{key}.reference": "the judge" for key, judge in judges.items() if judge and judge.reference}
         yield from label_problems(asking, self.data, self.row_reader)
 
     def _functions(self) -> dict[str, str | None]:
@@ -283,3 +285,5 @@ def _source_files(key: str, source: RewardSourceConfig) -> Iterator[Problem]:
         if code is not None:
             yield from ((f"{key}.{name}", text) for text in existence_problems(code))
     yield from token_problems(f"{key}.token_file", source.token_file)
+    if source.judge is not None:
+        yield from key_problems(f"{key}.judge", source.judge, source.token_file)

@@ -27,12 +27,95 @@ COMPARED: Mapping[str, Compared] = {"gsm8k": "number", "exact_match": "text", "w
 """What those that verify an answer compare of its label."""
 VERIFIERS = "rlhf_ray.rewards.verifiers:"
 """Where those of them that know nothing of the world are defined, in front of their names."""
-PLACES = ("model", "function", "url", "source")
+PLACES = ("model", "function", "url", "source", "judge")
 """The keys that say where rewards come from; one of them is set."""
 
 
+PartName = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
+SENT = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "n", "stream")
+"""Fields of a request to a judge that have keys of their own, or that would change what comes back."""
+
+
+class RubricPartConfig(Section):
+    """One respect in which a judge scores answers."""
+
+    asks: str
+    """What a good answer does in this respect, in words for the judge."""
+    weight: float
+    gate: float | None = None
+    """A score below it makes the whole reward ``floor``."""
+
+
+class JudgeConfig(Section):
+    """A language model behind an endpoint that speaks OpenAI's chat completions, and what it is asked of an answer."""
+
+    url: str
+    """What ``/chat/completions`` is added to, such as ``https://api.openai.com/v1``."""
+    model: str
+    key_variable: str | None = "OPENAI_API_KEY"
+    """The environment variable that holds the key, where ``token_file`` beside the judge names no file; null for an endpoint
+    that asks for none."""
+    rubric: str | None = None
+    """What makes an answer good, in words for the judge."""
+    parts: dict[PartName, RubricPartConfig] = {}  # noqa: RUF012 (pydantic copies it)
+    """Respects that are scored one by one in one reply, by their names."""
+    reference: bool = False
+    """Whether the label of the prompt is shown as a right answer."""
+    scale: tuple[float, float] = Field(default=(0.0, 10.0), strict=False)
+    floor: float = 0.0
+    """The reward where a gate of ``parts`` is not passed."""
+    temperature: NonNegativeFloat | None = 0.0
+    max_answer_tokens: Positive = 512
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    parameters: FreeValues = {}  # noqa: RUF012 (pydantic copies it)
+    """Further fields of each request."""
+    concurrency: Positive = 16
+    tries: Positive = 3
+    max_requests: Positive | None = None
+    max_tokens: Positive | None = None
+    max_cost: PositiveFloat | None = None
+    prompt_price: NonNegativeFloat = 0.0
+    """Money for a million tokens of what is asked."""
+    reply_price: NonNegativeFloat = 0.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if "@" in self.url:  # the value is not repeated: it would stand in logs
+            yield (
+                "url",
+                "it holds a password, which config.yaml and reports would show: give token_file or key_variable",
+            )
+        elif not self.url.startswith(("http://", "https://")):
+            yield "url", f"{self.url!r} is not the address of an endpoint: write one such as https://api.openai.com/v1"
+        if not self.model:
+            yield "model", "it is empty: name a model that the endpoint serves"
+        if self.rubric is None and not self.parts and not self.reference:
+            yield "", "nothing says what makes an answer good: set rubric, parts, or reference to true"
+        yield from self._number_conflicts()
+        if self.max_cost is not None and self.prompt_price == self.reply_price == 0.0:
+            yield "max_cost", f"{self.max_cost:g} is never reached without prices: set prompt_price and reply_price"
+        for field in SENT:
+            if field in self.parameters:
+                yield "parameters", f"{field} is not for you to send: remove it"
+
+    def _number_conflicts(self) -> Iterator[tuple[str, str]]:
+        low, high = self.scale
+        if low >= high:
+            yield "scale", f"[{low:g}, {high:g}] is no range: give the worst score and then the best, such as [0, 10]"
+        if self.parts and all(part.weight == 0.0 for part in self.parts.values()):
+            yield "parts", "every weight is 0, so that all answers have one reward: give a part a weight"
+        for name, part in self.parts.items():
+            if part.gate is not None and not low < part.gate <= high:
+                yield (
+                    f"parts.{name}.gate",
+                    f"{part.gate:g} lets all pass or none: give a score above {low:g}, up to {high:g}",
+                )
+        if self.floor != 0.0 and all(part.gate is None for part in self.parts.values()):
+            yield "floor", f"{self.floor:g} is the reward where a gate is not passed, and no part has one: remove it"
+
+
 class RewardSourceConfig(Section):
-    """One place that rewards come from: ``model`` (then also a role, like every other), ``function``, ``url`` or ``source``."""
+    """One place that rewards come from: a ``model`` (then also a role, like every other), ``function``, ``url``, ``source`` or
+    ``judge``."""
 
     model: ModelConfig | None = None
     engine: EngineConfig = EngineConfig()
@@ -51,6 +134,7 @@ class RewardSourceConfig(Section):
     """A reward source of the user's own: ``package.module:name``, ``path.py:name``, or an installed entry point."""
     parameters: FreeValues = {}  # noqa: RUF012 (pydantic copies it)
     """What ``source`` is made with."""
+    judge: JudgeConfig | None = None
     token_file: str | None = None
     normalize: bool = False
     timeout_s: PositiveFloat = 60.0
@@ -75,6 +159,7 @@ class RewardSourceConfig(Section):
         if problem is not None:
             yield "function", problem
         yield from self._own_source_conflicts()
+        yield from self._judge_conflicts()
         if url is not None and "@" in url:  # the value is not repeated: it would stand in logs
             yield (
                 "url",
@@ -82,8 +167,8 @@ class RewardSourceConfig(Section):
             )
         elif url is not None and not url.startswith(("http://", "https://")):
             yield "url", f"{url!r} is not the address of a scoring backend: write http://host:port"
-        if self.token_file is not None and url is None:
-            yield "token_file", "it holds the token of a scoring backend: set url too, or remove it"
+        if self.token_file is not None and url is None and self.judge is None:
+            yield "token_file", "it holds the token of a scoring backend or a judge: set url or judge too, or remove it"
         if self.normalize and function is not None:
             yield "normalize", "the mean and deviation stand in a reward model's directory: a function has none"
         if self.scorer != "packed" and self.role is None:
@@ -95,6 +180,12 @@ class RewardSourceConfig(Section):
             yield from self.role.conflicts()
         if self.samples_per_call is not None and self.model is not None:
             yield "samples_per_call", "a reward model forms its batches by tokens: set max_tokens_per_micro_batch"
+
+    def _judge_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.judge is not None and self.normalize:
+            yield "normalize", "the mean and deviation stand in a reward model's directory: a judge has none"
+        if self.judge is not None and self.samples_per_call is not None:
+            yield "samples_per_call", "a judge is asked one question a request: set judge.concurrency"
 
     def _own_source_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.source is None:
@@ -117,22 +208,26 @@ class RewardTermConfig(RewardSourceConfig):
     """One term of a mixture: the reward is the sum of ``weight`` times the reward of each."""
 
     weight: float = 1.0
+    gate: float | None = None
+    """A reward of this term below it makes the whole reward ``reward.floor``."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(self.places) != 1:
-            yield "", "set exactly one of model, function, url and source"
-        if self.weight == 0.0:
-            yield "weight", "0 leaves the term without effect: remove it, or give it a weight"
+            yield "", "set exactly one of model, function, url, source and judge"
+        if self.weight == 0.0 and self.gate is None:
+            yield "weight", "0 leaves the term without effect: remove it, or give it a weight or a gate"
         yield from super().conflicts()
 
 
 class RewardConfig(RewardSourceConfig):
     """The whole section: one place, or a weighted mixture of several."""
 
-    mixture: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], RewardTermConfig] = {}  # noqa: RUF012 (pydantic copies it)
+    mixture: dict[PartName, RewardTermConfig] = {}  # noqa: RUF012 (pydantic copies it)
     """Terms by their names; the metric ``reward_term/NAME`` is the mean of each."""
-    on_failure: Literal["drop", "stop"] = "stop"
-    """Whether a prompt without a reward is left out of the step, or ends the run."""
+    floor: float = 0.0
+    """The reward where a gate of the mixture is not passed."""
+    on_failure: Literal["drop", "stop"] | None = None
+    """Whether a prompt without a reward is left out of the step, or ends the run. Null: left out with a judge, else the end."""
     hold_s: NonNegativeFloat = 100.0
     """Seconds for which a reward that failed is asked for again."""
     max_dropped_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
@@ -149,11 +244,11 @@ class RewardConfig(RewardSourceConfig):
         return {"reward": self, **terms} if has_place or not terms else terms
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each place in the reward, by the key of its section; a single place has weight 1."""
-        if self.mixture:
-            return {f"reward.mixture.{name}": term.weight for name, term in self.mixture.items()}
-        return {"reward": 1.0}
+    def drops(self) -> bool:
+        """Whether prompts without a reward are left out."""
+        if self.on_failure is None:
+            return any(source.judge is not None for source in self.sources.values())
+        return self.on_failure == "drop"
 
     @property
     def roles(self) -> dict[str, RoleConfig]:
@@ -168,7 +263,11 @@ class RewardConfig(RewardSourceConfig):
             suffix = f", found {' and '.join(places)}" if places else ""
             yield (
                 "",
-                f"set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python) and "
-                f"mixture{suffix}",
+                "set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python), judge "
+                f"(a language model) and mixture{suffix}",
             )
+        if self.mixture and all(term.weight == 0.0 and term.gate is not None for term in self.mixture.values()):
+            yield "mixture", "every term has weight 0, so that all answers have one reward: give one a weight"
+        if self.floor != 0.0 and all(term.gate is None for term in self.mixture.values()):
+            yield "floor", f"{self.floor:g} is the reward where a gate is not passed, and no term has one: remove it"
         yield from super().conflicts()

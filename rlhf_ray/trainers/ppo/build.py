@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.cluster import group_of
@@ -49,7 +50,7 @@ from rlhf_ray.trainers.ppo.loop import PpoTrainer
 from rlhf_ray.trainers.ppo.metrics import StepMetrics
 from rlhf_ray.trainers.ppo.modes import Mode, OneStepOff, Sync, Windowed
 from rlhf_ray.trainers.ppo.progress import PpoProgress, updates_in_all
-from rlhf_ray.trainers.ppo.rewards import make_reward_source
+from rlhf_ray.trainers.ppo.rewards import judges_of, make_reward_source
 from rlhf_ray.trainers.ppo.roles import Groups
 from rlhf_ray.trainers.ppo.sampling import Collector, PromptStream, Sampler, check_user_collector, make_collector
 from rlhf_ray.trainers.ppo.self_check import SelfCheck
@@ -126,7 +127,7 @@ def build(
     sampler = Sampler(config, fleet, player)
     keep_set_aside(sampler.fleet, run, chat.tokenizer)
     watch_engines(sampler.fleet.health, run, journal)
-    rewards = starting.surviving(lambda: make_rewards(config, groups, chat, ends, prompts, session.cleanup))
+    rewards = starting.surviving(lambda: make_rewards(config, groups, chat, ends, prompts, session.cleanup, run.judges))
     if config.expose is not None:
         restarts = config.run.max_group_restarts > 0
         expose(groups.rewards, config.reward.roles, config.expose, session.cleanup, restarts=restarts)
@@ -165,7 +166,7 @@ def build(
         mode=mode,
         experience=experience,
         learner=learner,
-        metrics=StepMetrics(config, chat.tokenizer, ends, truth.of_steps),
+        metrics=StepMetrics(config, chat.tokenizer, ends, truth.of_steps, judges_of(rewards)),
         evaluation=evaluation,
         self_check=SelfCheck(config, experience, learner),
         checkpoints=checkpoints,
@@ -188,11 +189,18 @@ def make_rewards(
     ends: EndTokens,
     prompts: Split[TokenizedPrompt],
     cleanup: ExitStack,
+    judges: Path,
 ) -> RewardSource:
     """The source of rewards; where it cannot be made, nothing that was opened for it stays open."""
     with ExitStack() as opened:
         source = make_reward_source(
-            config, groups.rewards, chat, forms=prompt_forms(prompts), cleanup=opened, stop_tokens=ends.ids
+            config,
+            groups.rewards,
+            chat,
+            forms=prompt_forms(prompts),
+            cleanup=opened,
+            stop_tokens=ends.ids,
+            judges=judges,
         )
         cleanup.push(opened.pop_all())
     return source

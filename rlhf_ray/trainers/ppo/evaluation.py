@@ -106,7 +106,7 @@ class PpoEvaluation:
                 "the reward source (reward.on_failure drop leaves out prompts without)"
             )
         figures |= compare_answers(now, start, self.config.evaluation.pass_at, self.measures)
-        if self.config.reward.on_failure == "drop":
+        if self.config.reward.drops:
             left_out = len(self.prompts) - len({answer.prompt_id for answer in now})
             figures["evaluation/prompts_dropped"] = float(left_out)
         return Comparison(figures, start, now, self.best, tuple(self.measures))

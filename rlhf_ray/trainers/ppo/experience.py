@@ -214,7 +214,7 @@ class Experience:
             f"no {what} for {len(failed)} of {len(samples)} samples{held}, such as sample {first.sample_index} of prompt "
             f"{first.prompt_id}: {results[failed[0]].error}"
         )
-        if reward.on_failure == "stop":
+        if not reward.drops:
             raise ScoringError(f"{reason}; mend the reward source, or set reward.on_failure to drop")
         if len(lost) > reward.max_dropped_share * len(prompts):
             raise ScoringError(f"{reason}; {len(lost)} of {len(prompts)} prompts would be dropped, more than "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from rlhf_ray.data.load import TokenizedPrompt
 from rlhf_ray.evaluation.agreement import Spread
 from rlhf_ray.evaluation.positions import by_position, growth
 from rlhf_ray.processes import spans
+from rlhf_ray.rewards.judge.source import Judge
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.trainers.ppo.experience import TERM
 from rlhf_ray.trainers.ppo.gold import Gold
@@ -60,6 +61,7 @@ class StepMetrics:
     tokenizer: Any
     ends: EndTokens
     gold: Gold | None = None
+    judges: Sequence[Judge[Any]] = ()
     steps: int = 0
     """How many steps were measured in this attempt."""
     _said_growing: bool = False
@@ -92,6 +94,7 @@ class StepMetrics:
             metrics["length/turns"] = float(batch["turns"].float().mean())
         terms = [name for name in batch.columns if name.startswith(TERM)]
         metrics |= {f"reward_term/{name.removeprefix(TERM)}": float(batch[name].mean()) for name in terms}
+        metrics |= judge_metrics(self.judges)
         if self.gold is not None:
             scores = [result.reward for result in self.gold(samples) if result.reward is not None]
             if scores:
@@ -125,6 +128,14 @@ class StepMetrics:
         reason = why_cut(self.tokenizer, self.ends, answers, self.config.rollout.max_new_tokens)
         if reason is not None:
             get_logger("ppo").warning("%s", reason)
+
+
+def judge_metrics(judges: Sequence[Judge[Any]]) -> dict[str, float]:
+    """What all judges did since the last call, evaluations included; nothing where there are none."""
+    if not judges:
+        return {}
+    tallies = [asdict(judge.take_tally()) for judge in judges]
+    return {f"judge/{name}": float(sum(tally[name] for tally in tallies)) for name in tallies[0]}
 
 
 def staleness(batch: TrajectoryBatch, version: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.cluster import group_of
@@ -29,7 +30,9 @@ from rlhf_ray.rewards.client import RewardClient
 from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.function_source import FunctionSource, InThisProcess
 from rlhf_ray.rewards.functions import RewardFunction
-from rlhf_ray.rewards.mixture import MixtureSource, Term
+from rlhf_ray.rewards.judge.making import make_judge
+from rlhf_ray.rewards.judge.source import Judge, JudgeSource
+from rlhf_ray.rewards.mixture import MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer
 from rlhf_ray.rewards.user_source import make_user_source
@@ -89,12 +92,13 @@ def make_reward_source(
     forms: Collection[Form],
     cleanup: ExitStack,
     stop_tokens: Collection[int] = (),
+    judges: Path | None = None,
 ) -> RewardSource:
     """The source that the config names.
 
     ``groups`` holds the reward models by the keys of their sections; ``policy`` is the format that prompts were encoded with;
     ``stop_tokens`` end an answer; ``forms`` are those of the prompts; ``cleanup`` closes the connections and processes that
-    are opened here.
+    are opened here; the directory ``judges`` keeps what judges have spent.
     """
 
     def read(key: str, source: RewardSourceConfig, scorer: Scorer, description: Mapping[str, Any]) -> ModelSource:
@@ -121,6 +125,8 @@ def make_reward_source(
             return Recorded(key, make_function_source(source.function, source, cleanup))
         if source.source is not None:
             return Recorded(key, make_user_source(key, source, policy.tokenizer, cleanup))
+        if source.judge is not None:
+            return Recorded(key, make_judge(key, source, judges))
         if source.url is None:
             return read(key, source, groups[key], groups[key].describe().result())
         token = next(iter(read_tokens(source.token_file)), None)
@@ -131,9 +137,19 @@ def make_reward_source(
     sources = {key: make_source(key, source) for key, source in config.reward.sources.items()}
     if not config.reward.mixture:
         return sources["reward"]
-    weights = config.reward.weights
-    # A term is called by the last part of its key: reward.mixture.helpful is the term helpful.
-    return MixtureSource({key.rpartition(".")[2]: Term(source, weights[key]) for key, source in sources.items()})
+    terms = {
+        name: Term(sources[f"reward.mixture.{name}"], Part(term.weight, term.gate))
+        for name, term in config.reward.mixture.items()
+    }
+    return MixtureSource(terms, config.reward.floor)
+
+
+def judges_of(source: RewardSource) -> list[Judge[Any]]:
+    """The judges behind a source."""
+    if isinstance(source, MixtureSource):
+        return [judge for term in source.terms.values() for judge in judges_of(term.source)]
+    inner = source.scores if isinstance(source, Recorded) else source
+    return [inner.judge] if isinstance(inner, JudgeSource) else []
 
 
 def _ends_alike(policy: ChatFormat, reads: Mapping[str, Any]) -> bool:

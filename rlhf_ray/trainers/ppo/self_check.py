@@ -73,7 +73,7 @@ class SelfCheck:
         checks = [
             self.same_log_probs(batch),
             self.first_ratio(batch, schedules),
-            self.score_alone(batch, samples),
+            *self.score_alone(batch, samples),
             *self.same_form(samples),
             self.tokenizers(),
         ]
@@ -133,14 +133,16 @@ class SelfCheck:
             exact,
         )
 
-    def score_alone(self, batch: TrajectoryBatch, samples: Sequence[TextSample]) -> Check:
-        """The reward of a text does not depend on the batch it is scored in."""
+    def score_alone(self, batch: TrajectoryBatch, samples: Sequence[TextSample]) -> list[Check]:
+        """The reward of a text does not depend on the batch it is scored in; none with a judge, which may vary."""
+        if any(source.judge is not None for source in self.config.reward.sources.values()):
+            return []
         few = list(samples[:CHECKED_ALONE])
         together = batch["score"][: len(few)]
         results = [self.experience.require_rewards([sample])[0] for sample in few]
         spread = Spread(together - torch.tensor([result.reward for result in results]))
         bounds = self._score_bounds([together.abs().max(), *map(size, results)])
-        return Check(SCORE_ALONE, f"differ by {spread}", str(bounds), spread.within(bounds))
+        return [Check(SCORE_ALONE, f"differ by {spread}", str(bounds), spread.within(bounds))]
 
     def same_form(self, samples: Sequence[TextSample]) -> list[Check]:
         """A reward model that is asked about ids gives them the score of their text, which it encodes as in its training.
