@@ -8,11 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.sections.rewards import RewardSourceConfig
+from rlhf_ray.errors import ConfigError, RequestError
 from rlhf_ray.rewards.judge import endpoint
 from rlhf_ray.rewards.judge.making import make_judge
 from rlhf_ray.rewards.judge.source import JudgeSource
@@ -239,3 +242,25 @@ def test_an_answer_whose_prompt_has_no_label_has_no_reward_where_the_judge_is_to
     results, server, _ = scored(lambda body, number: "5", samples, reference=True)
     assert results[0].fault == "model" and "no label" in str(results[0].error)
     assert results[1].raw == 5.0 and len(server.requests) == 1
+
+
+def test_a_key_comes_from_the_file_before_the_variable_and_none_is_a_problem_of_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk-of-the-file-1234567890\n")
+    monkeypatch.setenv("OTHER_KEY", f" {KEY}\n")
+
+    def key_of(token_file: Path | None = None, **values: Any) -> str | None:
+        section = {"url": "http://x/v1", "model": "small", "rubric": "Good.", **values}
+        settings = RewardSourceConfig.model_validate({"judge": section, "token_file": token_file and str(token_file)})
+        return make_judge("reward", settings, None).judge.endpoint.settings.key
+
+    assert key_of(key_variable="OTHER_KEY") == KEY and key_of(file) == "sk-of-the-file-1234567890"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert key_of(key_variable=None) is None
+    with pytest.raises(RequestError, match=r"reward.judge.key_variable: OPENAI_API_KEY is not set where this runs"):
+        key_of()
+    config = ["reward={judge: {url: 'http://x/v1', model: m, rubric: Good.}}", f"run.root={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"reward.judge.key_variable: OPENAI_API_KEY is not set"):
+        load_config("gym-grpo", [*config, "rollout.environment=null"], files=True)
