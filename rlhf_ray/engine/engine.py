@@ -27,7 +27,7 @@ from rlhf_ray.config.sections.models import Dtype
 from rlhf_ray.engine import shards
 from rlhf_ray.engine.distributed import all_agree, await_all, keep_deadline, min_and_max, require_process_group
 from rlhf_ray.engine.frozen import Digests, frozen_digests, frozen_names
-from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards, norm_in_step
+from rlhf_ray.engine.gradients import FullPrecisionSums, GradientWatch, clear_shards, norm_in_step, step_in_fewer_passes
 from rlhf_ray.engine.offload import OffDevice
 from rlhf_ray.engine.optimizer import SkippableAdamW, full_shape, parameter_groups
 from rlhf_ray.engine.report import Applied, Report, Totals
@@ -118,6 +118,7 @@ class Engine:
         keep_deadline(self._deepspeed.data_parallel_group)
         if self.optimizer is not None:
             self.optimizer.whole_norm = partial(norm_in_step, self._deepspeed)
+            step_in_fewer_passes(self._deepspeed)
         self.device = self._deepspeed.device
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._watch = GradientWatch(self._trained, self.device)
