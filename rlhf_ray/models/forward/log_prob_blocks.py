@@ -26,7 +26,10 @@ FEWEST_ROWS = 128
 NUMBERS_AT_ONCE = 1 << 18
 """Logits on which softmax and entropy work at a time: with what is made of them they stay in the second cache of a core."""
 COLUMNS_AT_ONCE = 2048
-"""Tokens of the vocabulary whose weights are copied to fp32, or whose gradients are added, at a time."""
+"""Tokens of the vocabulary whose weights are copied to fp32, or whose gradients are added to a sum in fp32, at a time."""
+BLOCKS_IN_HALVES = 2
+"""Most blocks whose gradients of the weight are added in its own half precision: each sum but the last is rounded once, as
+each block's gradient would be."""
 KEPT_BYTES = 1 << 27
 """Most bytes of probabilities that a forward pass keeps for its backward, which otherwise computes all of them again."""
 
@@ -74,10 +77,10 @@ class _LogProbsInBlocks(torch.autograd.Function):
         hidden, weight, targets, log_probs, normalisers, entropies = ctx.saved_tensors
         g = torch.zeros_like(log_probs) if for_log_probs is None else for_log_probs / ctx.temperature
         g_entropy = None if for_entropies is None else for_entropies / ctx.temperature
-        for_hidden = torch.empty_like(hidden)
-        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for_hidden, blocks = torch.empty_like(hidden), list(_blocks(len(targets), weight, ctx.fp32))
+        for_weight = _WeightGradient(weight, len(blocks)) if ctx.needs_input_grad[1] else None
         with torch.autocast("cpu", enabled=False):
-            for number, rows in enumerate(_blocks(len(targets), weight, ctx.fp32)):
+            for number, rows in enumerate(blocks):
                 log_p, factor = log_probs[rows], -g[rows]
                 at_target = g[rows] * -torch.expm1(log_p)
                 if g_entropy is not None:
@@ -99,7 +102,7 @@ class _LogProbsInBlocks(torch.autograd.Function):
                 )
                 del matrix  # before the next block is made
         ctx.kept = []  # they are no saved tensors, and would live as long as the loss
-        return for_hidden, None if for_weight is None else for_weight.to(weight.dtype), *(None,) * 5
+        return for_hidden, None if for_weight is None else for_weight.whole(targets), *(None,) * 5
 
 
 _apply: Callable[..., tuple[Tensor, Tensor | None]] = _LogProbsInBlocks.apply
@@ -219,6 +222,43 @@ def _from_logits_again(
     return matrix
 
 
+class _WeightGradient:
+    """Adds up the gradient of a weight over blocks of tokens."""
+
+    def __init__(self, weight: Float[Tensor, "vocabulary hidden"], blocks: int) -> None:
+        self._dtype, self._at_targets = weight.dtype, list[Tensor]()
+        in_place = weight.dtype == torch.float32 or 0 < blocks <= BLOCKS_IN_HALVES
+        self._sum = torch.empty_like(weight) if in_place else torch.zeros_like(weight, dtype=torch.float32)
+        self._in_place, self._empty = in_place, in_place
+
+    def add(
+        self,
+        matrix: Float[Tensor, "rows vocabulary"],
+        factor: Float[Tensor, "rows"],
+        wide: Float[Tensor, "rows hidden"],
+        at_target: Float[Tensor, "rows"],
+    ) -> None:
+        """Add what a block gives, as in :func:`_add_gradients`."""
+        scaled = (wide * factor[:, None]).to(self._dtype)
+        if self._empty:
+            torch.mm(matrix.t(), scaled, out=self._sum)
+        elif self._in_place:
+            self._sum.addmm_(matrix.t(), scaled)
+        else:
+            for columns in _slices(len(self._sum), COLUMNS_AT_ONCE):
+                self._sum[columns] += matrix[:, columns].t() @ scaled
+        self._empty = False
+        self._at_targets.append(wide * at_target[:, None])
+
+    def whole(self, targets: Int64[Tensor, "tokens"]) -> Float[Tensor, "vocabulary hidden"]:
+        """Return the sum, to which the targets' own terms come: those of the same token are added in fp32 first."""
+        if self._at_targets:
+            tokens, place = targets.unique(return_inverse=True)
+            rows = self._sum.index_select(0, tokens).float().index_add_(0, place, torch.cat(self._at_targets))
+            self._sum.index_copy_(0, tokens, rows.to(self._sum.dtype))
+        return self._sum.zero_() if self._empty else self._sum.to(self._dtype)
+
+
 def _add_gradients(
     matrix: Float[Tensor, "rows vocabulary"],
     factor: Float[Tensor, "rows"],
@@ -226,7 +266,7 @@ def _add_gradients(
     weight: Float[Tensor, "vocabulary hidden"],
     targets: Int64[Tensor, "rows"],
     at_target: Float[Tensor, "rows"],
-    for_weight: Float[Tensor, "vocabulary hidden"] | None,
+    for_weight: _WeightGradient | None,
 ) -> Float[Tensor, "rows hidden"]:
     """Return the gradient of some hidden states in fp32, and add that of the weight.
 
@@ -236,8 +276,5 @@ def _add_gradients(
     for_hidden = at_target[:, None] * weight.index_select(0, targets).float()
     for_hidden.addcmul_((matrix @ weight).float(), factor[:, None])
     if for_weight is not None:
-        scaled = (wide * factor[:, None]).to(weight.dtype)
-        for columns in _slices(len(weight), COLUMNS_AT_ONCE):
-            for_weight[columns] += matrix[:, columns].t() @ scaled
-        for_weight.index_add_(0, targets, wide * at_target[:, None])
+        for_weight.add(matrix, factor, wide, at_target)
     return for_hidden
