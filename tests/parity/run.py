@@ -63,9 +63,23 @@ class Comparison:
 
 def comparisons() -> list[Comparison]:
     """All of them."""
-    from . import algorithms, chat_renderers, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_training
+    from . import (
+        algorithms,
+        chat_renderers,
+        openrlhf_models,
+        reward_losses,
+        trl_log_probs,
+        trl_reward,
+        trl_sft,
+        trl_training,
+    )
 
-    modules = {"trl_reward": trl_reward, "trl_log_probs": trl_log_probs, "openrlhf_models": openrlhf_models}
+    modules = {
+        "trl_reward": trl_reward,
+        "trl_sft": trl_sft,
+        "trl_log_probs": trl_log_probs,
+        "openrlhf_models": openrlhf_models,
+    }
     found = [Comparison(name, each.make_inputs, each.prepare, each.ours) for name, each in modules.items()]
     found.append(
         Comparison("reward_losses", reward_losses.make_inputs, reward_losses.prepare, reward_losses.ours, bar=1e-6)

@@ -18,7 +18,7 @@ from rlhf_ray import environment
 
 environment.prepare()
 
-from . import expected, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_training  # noqa: E402
+from . import expected, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_sft, trl_training  # noqa: E402
 from .expected import TOLERANCE, Expected, differences  # noqa: E402
 
 Inputs = dict[str, Any]
@@ -40,6 +40,27 @@ def reward() -> Expected:
 def test_ten_steps_of_reward_training_equal_trl(reward: Expected, zero: int, max_tokens: int) -> None:
     found = differences(trl_reward.ours(reward.inputs, max_tokens=max_tokens, zero=zero), reward.values)
     assert above_the_bar(found) == {}
+
+
+@pytest.mark.parametrize(("zero", "max_tokens"), [(0, WHOLE), (0, IN_TWO), (2, IN_TWO)])
+def test_ten_steps_of_fine_tuning_equal_trl(zero: int, max_tokens: int) -> None:
+    """Losses, norms and all weights: TRL's come from padded batches, ours from packs, whole or cut into micro-batches."""
+    trl = Expected.read("trl_sft")
+    assert above_the_bar(differences(trl_sft.ours(trl.inputs, max_tokens=max_tokens, zero=zero), trl.values)) == {}
+    answers = {sum(each["learned"]) for step in trl.inputs["steps"] for each in step}
+    assert len(trl.inputs["steps"]) == 10 and len(answers) > 8, "ragged"
+    assert (trl.values["clipped/gradient norm"] > trl.inputs["cases"]["clipped"]["max_grad_norm"]).all()
+    assert len(trl.values) == 2 * (2 + len(trl.inputs["weights"]))
+
+
+def test_another_token_that_is_learned_is_noticed() -> None:
+    trl = Expected.read("trl_sft")
+    inputs = copy.deepcopy(trl.inputs)
+    inputs["cases"] = {"free": inputs["cases"]["free"]}
+    learned = inputs["steps"][0][0]["learned"]
+    learned[learned.index(1)] = 0
+    found = differences(trl_sft.ours(inputs), {name: value for name, value in trl.values.items() if "free/" in name})
+    assert found["free/loss"] > NOTICED and found["free/gradient norm"] > NOTICED
 
 
 def test_what_is_compared_is_all_of_ten_ragged_steps(reward: Expected) -> None:
@@ -167,7 +188,9 @@ def test_another_normalisation_or_place_of_the_score_is_noticed(change: Callable
 def test_the_committed_inputs_are_those_of_the_program(reward: Expected) -> None:
     """All but the weights, which another version of torch may draw otherwise."""
     training = Expected.read("trl_training").inputs
-    for found, made in ((reward.inputs, trl_reward.make_inputs()), (training, trl_training.make_inputs())):
+    sft = Expected.read("trl_sft").inputs
+    pairs = ((reward.inputs, trl_reward), (training, trl_training), (sft, trl_sft))
+    for found, made in ((inputs, module.make_inputs()) for inputs, module in pairs):
         assert found | {"weights": None} == made | {"weights": None}
 
 

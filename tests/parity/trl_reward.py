@@ -135,11 +135,16 @@ def _tokens(draw: random.Random, fewest: int, most: int) -> list[int]:
 
 
 def weights_of(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
+    """The weights that a reward model begins with."""
+    return draw_weights(_model(sizes), seed)
+
+
+def draw_weights(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
     """Weights so wide that every part of the model matters, and so narrow that it does not multiply rounding errors."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(weight.shape, generator=generator) * 0.15 + (weight.dim() == 1)).numpy()
-        for name, weight in _model(sizes).state_dict().items()
+        for name, weight in model.state_dict().items()
     }
 
 
@@ -148,8 +153,11 @@ def _model(sizes: Sizes) -> LlamaForSequenceClassification:
 
 
 def _write_model(inputs: Mapping[str, Any], directory: Path) -> None:
+    write_model(_model(inputs["sizes"]), inputs, directory)
+
+
+def write_model(model: Any, inputs: Mapping[str, Any], directory: Path) -> None:
     """A plain Hugging Face directory in fp32, with a tokenizer whose words are the numbers of the tokens."""
-    model = _model(inputs["sizes"])
     model.load_state_dict({name: torch.from_numpy(weight) for name, weight in inputs["weights"].items()})
     special = {PAD: "<pad>", EOS: "<eos>"}
     words = {special.get(number, str(number)): number for number in range(inputs["sizes"]["vocab_size"])}
