@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_ray.algorithms.denominators import DenominatorKind
-from rlhf_ray.algorithms.losses import LossOutput, Metrics
+from rlhf_ray.algorithms.losses import LossOutput, Metrics, metric
 from rlhf_ray.algorithms.masked import expect_shape
 from rlhf_ray.algorithms.rankings import Ranking, Sigmoid
 from rlhf_ray.trajectories.batch import TrajectoryBatch
@@ -54,8 +54,9 @@ class RewardLoss:
         outputs = outputs if isinstance(outputs, RewardOutputs) else RewardOutputs(outputs)
         chosen, rejected = split_sides(outputs.scores, micro_batch)
         ranking = self.per_pair(chosen - rejected, micro_batch).sum()
-        metrics = _metrics(ranking, chosen.detach(), rejected.detach(), find_decided_pairs(micro_batch))
-        pairs = metrics["loss/rm"][1]
+        metrics = pair_metrics(chosen.detach(), rejected.detach(), find_decided_pairs(micro_batch))
+        pairs = metrics["reward/chosen"][1]
+        metrics["loss/rm"] = metric(ranking, pairs)
         loss = ranking
         if self.centering:
             centering = (chosen + rejected).square().sum()
@@ -106,14 +107,13 @@ def router_balance(logits: Sequence[Float[Tensor, "tokens experts"]], top_k: int
     return probabilities.shape[1] * (chosen.mean(0) * probabilities.mean(0)).sum()
 
 
-def _metrics(ranking: Tensor, chosen: Tensor, rejected: Tensor, decided: Tensor) -> Metrics:
-    """Sum what is logged; accuracy and margin count only the ``decided`` pairs, since the others are ties."""
+def pair_metrics(chosen: Float[Tensor, "P"], rejected: Float[Tensor, "P"], decided: Bool[Tensor, "P"]) -> Metrics:
+    """Sum what is logged of the scores of pairs; accuracy and margin count only the ``decided`` ones, since others are ties."""
     difference = chosen - rejected
-    pairs = torch.full_like(ranking.detach(), len(chosen))
+    pairs = torch.full_like(difference.sum(), len(chosen))
     count = decided.sum().to(pairs)
     right, even = ((found & decided).sum() for found in (difference > 0, difference == 0))
     return {
-        "loss/rm": (ranking.detach(), pairs),
         "accuracy": (right + 0.5 * even, count),
         "margin": (torch.where(decided, difference, 0.0).sum(), count),
         "reward/chosen": (chosen.sum(), pairs),

@@ -70,7 +70,7 @@ def preview(config: Any) -> None:
     For jobs whose models and rows are all on this machine. Nothing where the tokenizer is still to be made of rows. Raises
     :class:`ConfigError` where a model reads the policy's ids with another tokenizer.
     """
-    name = {"ppo": "policy", "sft": "policy", "rm": "reward"}.get(config.kind)
+    name = {"ppo": "policy", "sft": "policy", "dpo": "policy", "rm": "reward"}.get(config.kind)
     if name is None or (config.kind != "ppo" and not config.data.files):
         return
     model: ModelConfig = getattr(config, name).model
@@ -115,7 +115,7 @@ def _compare_tokenizers(config: Any, tokenizer: Any) -> None:
 
 def _read_first_rows(config: Any, tokenizer: Any) -> Sequence[Any]:
     """The first rows of each file, encoded; what a loader says against them is a warning, since others follow."""
-    from rlhf_ray.data.load import load_demonstrations, load_pairs, load_prompts
+    from rlhf_ray.data.load import load_demonstrations, load_judged, load_pairs, load_prompts
 
     most = min(config.data.max_rows or FIRST_ROWS, FIRST_ROWS)
     alone = {"cache": None, "evaluation_fraction": None, "evaluation_path": None, "evaluation_split": None}
@@ -125,7 +125,9 @@ def _read_first_rows(config: Any, tokenizer: Any) -> Sequence[Any]:
     try:
         if config.kind == "sft":
             return load_demonstrations(data, tokenizer, seed).train
-        if config.kind == "rm":
+        if config.kind == "dpo" and not config.loss.reads_pairs:
+            return load_judged(data, tokenizer, seed).train
+        if config.kind in ("rm", "dpo"):
             return load_pairs(data, tokenizer, seed, graded=config.loss.name == "ordinal").train
         return load_prompts(data, tokenizer, seed, config.row_reader).train
     except DataError as error:

@@ -26,6 +26,7 @@ from rlhf_ray.data.chat import ChatFormat, Conversation
 from rlhf_ray.data.chat_template import Messages, RefusedConversation
 from rlhf_ray.data.template_losses import answer_losses, prompt_losses
 from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.judged import JudgedAnswer
 from rlhf_ray.rows.preferences import PreferencePair
 from rlhf_ray.rows.prompts import Prompt
 
@@ -49,6 +50,10 @@ class EncodedPair(NamedTuple):
     """Tokens that the prompt has lost at its beginning."""
     losses: tuple[str, ...] | None = None
     """What the chat template leaves out of a conversation (:mod:`rlhf_ray.data.template_losses`); none of texts."""
+    chosen_answer: int = 0
+    """Tokens of the better answer at the end of its side: of its last message, where it has several."""
+    rejected_answer: int = 0
+    """The same of the worse answer."""
 
 
 ROWS_AT_ONCE = 256
@@ -209,16 +214,42 @@ def encode_pair_part(
     chat: ChatFormat, rows: Sequence[PreferencePair], max_tokens: int, *, cut_prompt: bool = False
 ) -> list[EncodedPair | str]:
     """The ids of each pair, or why it is dropped; all at once, so of few pairs."""
+    start = chat.tokenizer.bos_token_id
+    return [
+        EQUAL if pair.chosen == pair.rejected else _fit(pair, max_tokens, start, cut_prompt=cut_prompt)
+        for pair in _encode_sides(chat, rows)
+    ]
+
+
+def encode_judged_answers(
+    chat: ChatFormat, rows: Sequence[JudgedAnswer], max_tokens: int, drops: Drops, *, cut_prompt: bool = False
+) -> list[tuple[Ids, Ids] | None]:
+    """The ids of each prompt and of the answer to it; none for one that is dropped, which ``drops`` counts."""
+
+    def encode(part: Sequence[JudgedAnswer]) -> list[EncodedPair | str]:
+        start = chat.tokenizer.bos_token_id
+        whole = _encode_sides(chat, [row.as_pair() for row in part])
+        return [_fit(pair, max_tokens, start, cut_prompt=cut_prompt) for pair in whole]
+
+    results: list[tuple[Ids, Ids] | None] = []
+    for outcome in chain.from_iterable(encode_in_parts(rows, "answers", encode)):
+        if isinstance(outcome, str):
+            drops[outcome] += 1
+            results.append(None)
+        else:
+            begin = len(outcome.chosen) - outcome.chosen_answer
+            results.append((outcome.chosen[:begin], outcome.chosen[begin:]))
+    return results
+
+
+def _encode_sides(chat: ChatFormat, rows: Sequence[PreferencePair]) -> list[EncodedPair]:
     texts = iter(_encode_texts(chat.tokenizer, [row.texts for row in rows if row.texts is not None]))
     talks = iter(_encode_conversations(chat, [(row, sides) for row in rows if (sides := row.conversations)]))
-    pairs = [next(talks if row.texts is None else texts) for row in rows]
-    return [_fit(pair, max_tokens, chat.tokenizer.bos_token_id, cut_prompt=cut_prompt) for pair in pairs]
+    return [next(talks if row.texts is None else texts) for row in rows]
 
 
 def _fit(pair: EncodedPair, max_tokens: int, start: int | None, *, cut_prompt: bool) -> EncodedPair | str:
     """The pair within the limit, or why it is dropped; ``start`` is the token that begins a text, which is not cut off."""
-    if pair.chosen == pair.rejected:
-        return EQUAL
     excess = max(len(pair.chosen), len(pair.rejected)) - max_tokens
     if excess <= 0:
         return pair
@@ -228,12 +259,17 @@ def _fit(pair: EncodedPair, max_tokens: int, start: int | None, *, cut_prompt: b
     if not cut_prompt or pair.prompt_length - starts <= excess:
         return TOO_LONG
     chosen, rejected = (side[:starts] + side[starts + excess :] for side in pair[:2])
-    return EncodedPair(chosen, rejected, pair.prompt_length - excess, excess, pair.losses)
+    return pair._replace(chosen=chosen, rejected=rejected, prompt_length=pair.prompt_length - excess, cut=excess)
 
 
 def _encode_texts(tokenizer: Any, rows: Sequence[tuple[str, str, str]]) -> list[EncodedPair]:
     encoded = encode_text_answers(tokenizer, [prompt for prompt, _, _ in rows], [answers for _, *answers in rows])
-    return [EncodedPair(prompt + chosen, prompt + rejected, len(prompt)) for prompt, (chosen, rejected) in encoded]
+    return [
+        EncodedPair(
+            prompt + chosen, prompt + rejected, len(prompt), chosen_answer=len(chosen), rejected_answer=len(rejected)
+        )
+        for prompt, (chosen, rejected) in encoded
+    ]
 
 
 def _encode_conversations(
@@ -242,13 +278,15 @@ def _encode_conversations(
     rendered = [_render_pair(chat, row, sides) for row, sides in rows]
     prompts = [before for pair in rendered for before, _ in pair.sides]
     answers = [[answer] for pair in rendered for _, answer in pair.sides]
-    encoded = [before + answer for before, (answer,) in chat.encode_answers(prompts, answers)]
+    answered = chat.encode_answers(prompts, answers)
+    encoded = [before + answer for before, (answer,) in answered]
+    ends = [len(answer) for _, (answer,) in answered]
     shared = chat.encode_prompts([pair.shared for pair in rendered])
     losses = [pair.losses for pair in rendered]
-    pairs = zip(encoded[0::2], encoded[1::2], shared, losses, strict=True)
+    pairs = zip(encoded[0::2], encoded[1::2], shared, losses, ends[0::2], ends[1::2], strict=True)
     return [
-        EncodedPair(chosen, rejected, _prompt_length(chosen, rejected, prompt), losses=lost)
-        for chosen, rejected, prompt, lost in pairs
+        EncodedPair(chosen, rejected, _prompt_length(chosen, rejected, prompt), 0, lost, *answers)
+        for chosen, rejected, prompt, lost, *answers in pairs
     ]
 
 
@@ -283,6 +321,16 @@ def _render_pair(
 def without_refused_pairs(chat: ChatFormat, rows: Iterable[PreferencePair], refused: list[str]) -> list[PreferencePair]:
     """The rows whose conversations the chat template writes; what it says of the others is added to ``refused``."""
     return _without_refused(rows, refused, lambda row: row.conversations and _render_pair(chat, row, row.conversations))
+
+
+def without_refused_answers(chat: ChatFormat, rows: Iterable[JudgedAnswer], refused: list[str]) -> list[JudgedAnswer]:
+    """The same of single answers with labels."""
+
+    def write(row: JudgedAnswer) -> object:
+        pair = row.as_pair()
+        return pair.conversations and _render_pair(chat, pair, pair.conversations)
+
+    return _without_refused(rows, refused, write)
 
 
 def without_refused_prompts(chat: ChatFormat, rows: Iterable[Prompt], refused: list[str]) -> list[Prompt]:

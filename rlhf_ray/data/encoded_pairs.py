@@ -27,7 +27,7 @@ from rlhf_ray.rows.read import read_file, report_bad_rows
 from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.rows.sources import RowSource, content_files
 
-FORMAT = 5
+FORMAT = 6
 """To be raised when a change of the code gives another table for the same file and settings."""
 IDS = pa.large_list(pa.int32())
 BAD_ROWS = b"bad rows"
@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
         "rejected": IDS,
         "prompt_length": pa.int32(),
         "cut": pa.int32(),
+        "chosen_answer": pa.int32(),
+        "rejected_answer": pa.int32(),
         "losses": pa.list_(pa.string()),
         "margin": pa.float64(),
         "grade": pa.float64(),
@@ -65,6 +67,13 @@ class PairExample:
     """Tokens that the prompt has lost."""
     form: Form = "text"
     """Whether prompt and answers are texts, or messages that the chat template has written."""
+    chosen_answer: int = 0
+    """Tokens of the better answer at the end of its side; of its last message, where it has several."""
+    rejected_answer: int = 0
+    """The same of the worse answer."""
+    reference: tuple[float, float] | None = None
+    """The log-probs in nats of the better and the worse answer under the model that training starts from, where they are
+    known."""
 
 
 class PairRow(NamedTuple):
@@ -165,7 +174,10 @@ def _make_table(rows: Sequence[PreferencePair], outcomes: Sequence[EncodedPair |
 
 def _read_table(table: pa.Table, source: str = "") -> list[PairRow]:
     chosen, rejected = _id_views(table["chosen"]), _id_views(table["rejected"])
-    names = ("prompt", "problem", "losses", "margin", "grade", "source", "prompt_length", "cut", "form")
+    names = (
+        "prompt", "problem", "losses", "margin", "grade", "source", "prompt_length", "cut", "form", "chosen_answer",
+        "rejected_answer",
+    )  # fmt: skip
     columns = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [
         PairRow(prompt, problem or PairExample(better, worse, margin, grade, own_source or source, *rest), losses)

@@ -5,6 +5,7 @@ Invariants: everything is read before a cluster is joined; the prompts of both h
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -12,14 +13,16 @@ from typing import Any
 
 from rlhf_ray.config.sections.data import DataConfig, SourceConfig, WorldConfig
 from rlhf_ray.console import get_logger
-from rlhf_ray.data.batches import DemonstrationExample
+from rlhf_ray.data.batches import DemonstrationExample, JudgedExample
 from rlhf_ray.data.chat import ChatFormat, Conversation
 from rlhf_ray.data.encode import (
     Drops,
     EncodedDemonstration,
     encode_demonstrations,
+    encode_judged_answers,
     encode_prompts,
     render_prompt,
+    without_refused_answers,
     without_refused_demonstrations,
     without_refused_prompts,
 )
@@ -28,6 +31,7 @@ from rlhf_ray.data.split import Halves, Split, encode_halves, read_halves, sourc
 from rlhf_ray.data.template_losses import prompt_losses, report_losses
 from rlhf_ray.errors import DataError
 from rlhf_ray.rows.demonstrations import Demonstration
+from rlhf_ray.rows.judged import JudgedAnswer, both_sides
 from rlhf_ray.rows.preferences import PAIR_NUMBERS
 from rlhf_ray.rows.prompts import Prompt
 from rlhf_ray.rows.read import RowReader, read_file, report_bad_rows
@@ -135,6 +139,72 @@ def load_pairs(data: DataConfig, tokenizer: Any, seed: int, *, graded: bool = Tr
     return examples
 
 
+def load_judged(data: DataConfig, tokenizer: Any, seed: int) -> Split[JudgedExample]:
+    """Encoded answers with labels of files, or both sides of the generated world's pairs; each with another one's answer.
+
+    Raises :class:`DataError` where all answers to train on have the same label, or the same prompt.
+    """
+    cut_prompt = data.too_long == "cut_prompt"
+    chat = ChatFormat(tokenizer, data.template_variables)
+
+    def read(name: str, source: SourceConfig, max_rows: int | None) -> list[JudgedAnswer]:
+        bad_rows: list[str] = []
+        rows = list(read_file(source.rows, data.judged_reader(source), max_rows=max_rows, bad_rows=bad_rows))
+        if data.bad_rows == "drop":
+            rows = without_refused_answers(chat, rows, bad_rows)
+        report_bad_rows(source.rows, bad_rows)
+        return rows
+
+    def encode(half: Sequence[JudgedAnswer], drops: Drops) -> list[JudgedExample]:
+        encoded = encode_judged_answers(chat, half, data.max_tokens, drops, cut_prompt=cut_prompt)
+        return [JudgedExample(*ids, row.desirable) for row, ids in zip(half, encoded, strict=True) if ids is not None]
+
+    if data.world is not None:
+        rows = _world_judged(data.world)
+    else:
+        rows = read_halves(data, seed, read, lambda row: hash_prompt(row.prompt, row.tools, nearly=True))
+    examples = encode_halves(rows, data, encode)
+    _check_kinds(examples.train, sources_name(data))
+    return replace(
+        examples,
+        train=with_other_answers(examples.train, data.max_tokens, seed, sources_name(data)),
+        held_out=with_other_answers(examples.held_out, data.max_tokens, seed, f"{sources_name(data)}, held out"),
+    )
+
+
+def with_other_answers(examples: Sequence[JudgedExample], max_tokens: int, seed: int, name: str) -> list[JudgedExample]:
+    """Give each example the answer of another one, which has another prompt; its end is cut off where it does not fit.
+
+    Every answer is given once, but for those whose next one has the same prompt. Raises :class:`DataError` where all prompts
+    are the same.
+    """
+    order = list(range(len(examples)))
+    random.Random(f"{seed}/other answers").shuffle(order)
+    prompts = [tuple(example.prompt) for example in examples]
+    given = list(examples)
+    for place, number in enumerate(order):
+        later = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        other = next((one for one in later if prompts[one] != prompts[number]), None)
+        if other is None:
+            raise DataError(
+                f"{name}: all {len(examples)} answers have the same prompt, and KTO compares with answers to other prompts: "
+                "add rows with other prompts, or train on pairs (loss.name=sigmoid)"
+            )
+        room = max_tokens - len(prompts[number])
+        given[number] = replace(examples[number], other_answer=examples[other].answer[:room])
+    return given
+
+
+def _check_kinds(examples: Sequence[JudgedExample], name: str) -> None:
+    desirable = sum(example.desirable for example in examples)
+    if desirable in (0, len(examples)):
+        kind, other = ("true", "false") if desirable else ("false", "true")
+        raise DataError(
+            f"{name}: all {len(examples)} answers to train on have the label {kind}, and KTO learns from both kinds: add "
+            f"answers with the label {other}, or train on pairs (loss.name=sigmoid)"
+        )
+
+
 def load_prompts(
     data: DataConfig, tokenizer: Any, seed: int, make_reader: Callable[[SourceConfig], RowReader[Prompt]] | None = None
 ) -> Split[TokenizedPrompt]:
@@ -228,6 +298,15 @@ def _world_pairs(config: WorldConfig, chat: ChatFormat, max_tokens: int, *, cut_
     )
     train, held_out = (encode_pair_rows(rows, chat, max_tokens, cut_prompt=cut_prompt) for rows in halves)
     return Halves([train], held_out)
+
+
+def _world_judged(config: WorldConfig) -> Halves[JudgedAnswer]:
+    world = World(config.seed, config.raters)
+    train, held_out = (
+        world.preferences(config.pairs),
+        world.preferences(config.evaluation_pairs, "evaluation", flipped=0.0),
+    )
+    return Halves([list(chain(*map(both_sides, train)))], list(chain(*map(both_sides, held_out))))
 
 
 def _world_prompts(config: WorldConfig) -> Halves[Prompt]:

@@ -24,6 +24,16 @@ def win_rate(a: ArrayLike, b: ArrayLike) -> float:
     return _share_of_wins(margins(a, b, ("a", "b")))
 
 
+def ranking_accuracy(better: ArrayLike, worse: ArrayLike) -> float:
+    """Return the share of all pairs of one of ``better`` and one of ``worse`` in which the better one has the higher score.
+
+    The two may have different lengths; it is the area under the curve of true over false positives.
+    """
+    high, low = finite_scores(better, "better"), np.sort(finite_scores(worse, "worse"))
+    below = np.searchsorted(low, high, side="left") + np.searchsorted(low, high, side="right")
+    return float(below.sum() / (2 * len(high) * len(low)))
+
+
 def tie_rate(chosen: ArrayLike, rejected: ArrayLike) -> float:
     """Return the share of pairs whose sides have equal scores; above 0 it hints that the precision of a head is too low."""
     return float(np.mean(margins(chosen, rejected, ("chosen", "rejected")) == 0))

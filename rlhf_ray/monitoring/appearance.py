@@ -24,6 +24,8 @@ WHEN: Mapping[str, str] = {
     "kl/k[13]": "with a reference",
     "(loss|clip_fraction)/value|(returns|values)/mean|explained_variance|(grad_norm|learning_rate)/critic": "with a critic",
     "loss/sft": "in supervised fine-tuning",
+    "loss/dpo|log_prob/.*": "in a policy's training on pairs",
+    "loss/kto|kl/baseline": "with loss.name kto",
     "loss/kl": "with algorithm.kl.applied_to loss",
     "loss/centering": "with loss.centering",
     "loss/router_balance": "with loss.router_balance, of a model with experts",

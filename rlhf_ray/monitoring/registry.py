@@ -27,7 +27,7 @@ _HIGHER = re.compile(
     r"gold/(mean|win_rate)|reward/(mean|learned)|accuracy|explained_variance|(rollout/)?tokens_per_second|matmul/share|useful_time"
     r"|evaluation/(reward|gold|reward_win_rate|gold_win_rate|accuracy|pass_at_\d+)(/\w+)?"
 )
-_LOWER = re.compile(r"loss/(sft|rm)|evaluation/(loss|calibration_error)(/\w+)?")
+_LOWER = re.compile(r"loss/(sft|rm|dpo|kto)|evaluation/(loss|calibration_error)(/\w+)?")
 """Metrics of which every run wants a high value, or a low one."""
 
 
@@ -214,6 +214,11 @@ _METRICS = {
     "Distance from the reference": [
         ("kl/k1", "nats/sequence", "KL from the reference, summed over a sequence: mean log-ratio (k1)"),
         ("kl/k3", "nats/sequence", "The same by the estimator that is never negative (k3)"),
+        (
+            "kl/baseline",
+            "nats/sequence",
+            "Reference point of KTO: mean log-ratio of answers to other prompts, at least 0",
+        ),
         ("kl/coefficient", "", "Weight of the KL, in the token rewards or in the loss"),
     ],
     "Losses": [
@@ -222,6 +227,8 @@ _METRICS = {
         ("loss/value", "score²", "Clipped value loss"),
         ("loss/sft", "nats/token", "Negative log-likelihood of the demonstrations"),
         ("loss/rm", "nats/pair", "Ranking loss of the preference pairs, label smoothing included"),
+        ("loss/dpo", "", "Loss of preference pairs in a policy's own training: DPO, IPO or SimPO"),
+        ("loss/kto", "", "Loss of single answers with labels: KTO"),
         ("loss/centering", "score²", "Square of the sum of both scores of a pair; its weight is loss.centering"),
         ("loss/router_balance", "", "How unevenly tokens went to experts; its weight is loss.router_balance"),
     ],
@@ -249,18 +256,16 @@ _METRICS = {
     "Preferences": [
         ("accuracy", "share", "Share of pairs whose chosen answer scores higher; ties half"),
         ("margin", "score", "Mean score of chosen minus rejected answers"),
-        ("reward/chosen", "score", "Mean score of the chosen answers"),
-        ("reward/rejected", "score", "Mean score of the rejected answers"),
+        ("reward/chosen", "score", "Mean score of the chosen answers; of a policy their implicit reward"),
+        ("reward/rejected", "score", "Mean score of the rejected answers; of a policy their implicit reward"),
+        ("log_prob/chosen", "nats/sequence", "Mean log-probability of the chosen answers under the policy"),
+        ("log_prob/rejected", "nats/sequence", "Mean log-probability of the rejected answers under the policy"),
     ],
     "Sequences": [
         ("length/response", "tokens", "Mean length of the answers"),
         ("length/prompt", "tokens", "Mean length of the prompts"),
         ("length/turns", "answers", "Mean answers of an episode, where there is an environment"),
-        (
-            "prompts/sampled",
-            "prompts",
-            "Prompts that were sampled for the step; more than its own with dynamic sampling",
-        ),
+        ("prompts/sampled", "prompts", "Prompts sampled for the step; more than its own with dynamic sampling"),
         ("prompts/dropped", "prompts", "Prompts dropped with all their samples because one of them has no reward"),
         ("truncated/share", "share", "Share of answers cut off at the longest allowed length"),
         ("round_trip/failed_share", "share", "Share of samples whose ids do not survive decoding and encoding"),
@@ -293,11 +298,7 @@ _METRICS = {
         ("rollout/staleness", "versions", "Age of the oldest weights that sampled a token of the step"),
         ("rollout/staleness_mean", "versions", "Mean age of the oldest weights that sampled a token of an answer"),
         ("rollout/tokens_per_second", "tokens/s", "Tokens sampled in a second of rollout"),
-        (
-            "rollout/seconds",
-            "s",
-            "Time in which the engines sampled in the background, since the last step's answers",
-        ),
+        ("rollout/seconds", "s", "Time in which engines sampled in the background, since the last step's answers"),
         ("rollout/in_flight", "answers", "Answers that were begun and not finished when the step took its own"),
         ("rollout/buffered", "answers", "Finished answers of later steps when the step took its own"),
         (
@@ -378,6 +379,7 @@ _SHARED_PANELS = {
     "Length": ("length/response", "length/prompt"),
     "Difference of log-probs by position": tuple(f"rollout/log_prob_difference_part_{part}" for part in range(1, 9)),
     "Scores of the two sides": ("reward/chosen", "reward/rejected"),
+    "Log-probability of the two sides": ("log_prob/chosen", "log_prob/rejected"),
     "Norm of the gradient": ("grad_norm/policy", "grad_norm/critic"),
     "Learning rate of the last update": ("learning_rate/policy", "learning_rate/critic"),
     "Share of clipped tokens": ("clip_fraction", "clip_fraction/value"),

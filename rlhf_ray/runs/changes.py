@@ -141,7 +141,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     },
     "batch": {
         **_same(BATCH, "prompts_per_step", "samples_per_prompt", "sequences_per_update", "passes_per_step",
-                "pairs_per_update"),
+                "pairs_per_update", "answers_per_update"),
         **_same(FREE, "max_tokens_per_micro_batch", "forward_factor"),
     },
     "data": {
@@ -159,7 +159,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         **_same(ROWS, "split", "config", "weight", "prompt_key", "answer_key", "chosen_key", "rejected_key", "label_key"),
     },
     "loss": _same(METHOD, "name", "label_smoothing", "centering", "router_balance", "hinge_margin", "focal_gamma",
-                  "thresholds"),
+                  "thresholds", "beta", "length_normalised", "simpo_gamma", "desirable_weight", "undesirable_weight"),
     "normalization": {"over": FREE, "demonstrations_path": CONTENT},
     "TRAINED": {"ranks": ROUNDING, "max_tokens_per_micro_batch": FREE},
     "TRAINED.model": _MODEL,

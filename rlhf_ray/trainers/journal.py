@@ -48,6 +48,8 @@ CONSOLE_METRICS = (
     "kl/k1",
     "loss/sft",
     "loss/rm",
+    "loss/dpo",
+    "loss/kto",
     "accuracy",
     "length/response",
     "tokens_per_second",

@@ -251,6 +251,20 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             "both sides.",
             _PAIRS,
         ),
+        "reference_log_prob": Column(
+            "sequences",
+            torch.float32,
+            "nats",
+            "The log-probability of the whole answer under the policy before its first update, in training on preferences.",
+            "`data/batches.py`, from what the policy said before its first update",
+        ),
+        "desirable": Column(
+            "sequences",
+            torch.bool,
+            "true or false",
+            "Whether the label of the answer says that it is desirable, for `loss.name: kto`.",
+            _PAIRS,
+        ),
         "grade": Column(
             "sequences",
             None,

@@ -25,6 +25,13 @@ reward: {{model: {{make: {MADE}, dtype: fp32, head_init: inv_sqrt}}, engine: {{o
 data: {{world: {{}}}}
 batch: {{pairs_per_update: 8}}
 """,
+    "dpo": f"""
+kind: dpo
+run: {{name: small}}
+policy: {{model: {{make: {MADE}, dtype: fp32}}, engine: {{optimizer: {{learning_rate: 1e-3}}}}}}
+data: {{world: {{}}}}
+batch: {{pairs_per_update: 8}}
+""",
     "ppo": f"""
 kind: ppo
 run: {{name: small}}

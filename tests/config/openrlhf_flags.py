@@ -207,8 +207,8 @@ data.tokenizer_chat_template -
 model.pretrain_mode_enable -
 data.multiturn -
 data.output_key data.answer_key
-model.beta -
-model.ipo_enable -
+model.beta loss.beta
+model.ipo_enable loss.length_normalised
 model.label_smoothing loss.label_smoothing
 model.nll_loss_coef -
 ref.model_name_or_path reference.model.path

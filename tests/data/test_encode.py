@@ -65,7 +65,7 @@ def check_row(tokenizer: PreTrainedTokenizerFast, prompt: str, one: str, other: 
     if answers[0] == answers[1]:
         assert pair is None
     else:
-        assert pair == (before + answers[0], before + answers[1], len(before), 0, None)
+        assert pair == (before + answers[0], before + answers[1], len(before), 0, None, *map(len, answers))
 
 
 @quick

@@ -26,12 +26,18 @@ from rlhf_ray.config.sections.algorithm import (
     TooShortConfig,
 )
 from rlhf_ray.config.sections.base import Section
-from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, SequenceBatchConfig
+from rlhf_ray.config.sections.batch import BatchConfig, PairBatchConfig, PreferenceBatchConfig, SequenceBatchConfig
 from rlhf_ray.config.sections.data import DataConfig, RowsConfig, SourceConfig, WorldConfig
 from rlhf_ray.config.sections.engine import EngineConfig, OptimizerConfig, PlacementConfig, ResourcesConfig
-from rlhf_ray.config.sections.evaluation import EvaluationConfig, PpoEvaluationConfig, RewardEvaluationConfig
+from rlhf_ray.config.sections.evaluation import (
+    EvaluationConfig,
+    PpoEvaluationConfig,
+    PreferenceEvaluationConfig,
+    RewardEvaluationConfig,
+)
 from rlhf_ray.config.sections.guards import GuardsConfig
 from rlhf_ray.config.sections.models import LoraConfig, MakeConfig, ModelConfig
+from rlhf_ray.config.sections.policy_training import PolicyLossConfig
 from rlhf_ray.config.sections.reward_training import (
     NormalizationConfig,
     RewardEngineConfig,
@@ -65,6 +71,7 @@ SECTIONS: dict[str, type[Section]] = {
     "`batch` of ppo": BatchConfig,
     "`batch` of sft": SequenceBatchConfig,
     "`batch` of rm": PairBatchConfig,
+    "`batch` of dpo": PreferenceBatchConfig,
     "`data`": DataConfig,
     "`data.world`": WorldConfig,
     "`data.sources.NAME`": SourceConfig,
@@ -93,9 +100,11 @@ SECTIONS: dict[str, type[Section]] = {
     "`algorithm.shaping.missing_eos`": MissingEosConfig,
     "`algorithm.importance`": ImportanceConfig,
     "`loss` of rm": RewardLossConfig,
+    "`loss` of dpo": PolicyLossConfig,
     "`normalization` of rm": NormalizationConfig,
     "`evaluation`": EvaluationConfig,
     "`evaluation` of rm": RewardEvaluationConfig,
+    "`evaluation` of dpo": PreferenceEvaluationConfig,
     "`evaluation` of ppo": PpoEvaluationConfig,
     "`checkpoint`": CheckpointConfig,
     "`monitoring`": MonitoringConfig,
@@ -104,11 +113,13 @@ SECTIONS: dict[str, type[Section]] = {
 }
 ELSEWHERE = {
     RewardEvaluationConfig: set(EvaluationConfig.model_fields),
+    PreferenceEvaluationConfig: set(EvaluationConfig.model_fields),
     PpoEvaluationConfig: set(EvaluationConfig.model_fields),
     RewardOptimizerConfig: set(OptimizerConfig.model_fields)
     - {"learning_rate", "schedule", "warmup_fraction", "final_fraction"},
     SequenceBatchConfig: set(TokenBudget.model_fields),
     PairBatchConfig: set(TokenBudget.model_fields),
+    PreferenceBatchConfig: set(TokenBudget.model_fields),
     RewardConfig: set(RoleConfig.model_fields) - {"model"},
     ScoringRole: set(RoleConfig.model_fields),
     RewardTermConfig: set(RewardSourceConfig.model_fields),

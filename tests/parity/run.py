@@ -69,6 +69,7 @@ def comparisons() -> list[Comparison]:
         openrlhf_models,
         reward_losses,
         trl_log_probs,
+        trl_preferences,
         trl_reward,
         trl_sft,
         trl_training,
@@ -77,6 +78,7 @@ def comparisons() -> list[Comparison]:
     modules = {
         "trl_reward": trl_reward,
         "trl_sft": trl_sft,
+        "trl_preferences": trl_preferences,
         "trl_log_probs": trl_log_probs,
         "openrlhf_models": openrlhf_models,
     }

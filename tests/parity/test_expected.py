@@ -18,7 +18,16 @@ from rlhf_ray import environment
 
 environment.prepare()
 
-from . import expected, openrlhf_models, reward_losses, trl_log_probs, trl_reward, trl_sft, trl_training  # noqa: E402
+from . import (  # noqa: E402
+    expected,
+    openrlhf_models,
+    reward_losses,
+    trl_log_probs,
+    trl_preferences,
+    trl_reward,
+    trl_sft,
+    trl_training,
+)
 from .expected import TOLERANCE, Expected, differences  # noqa: E402
 
 Inputs = dict[str, Any]
@@ -128,6 +137,46 @@ def test_a_run_of_256_pairs_ends_in_the_scores_of_trl() -> None:
     scores = trl.values["training/held-out scores"]
     assert (scores[0::2] > scores[1::2]).mean() > 0.7
     assert max(differences(trl_training.ours(trl.inputs), trl.values).values()) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def preferences() -> Expected:
+    return Expected.read("trl_preferences")
+
+
+@pytest.mark.parametrize(("zero", "max_tokens"), [(0, WHOLE), (0, BY_PAIRS), (2, IN_TWO), (3, IN_TWO)])
+def test_ten_steps_of_dpo_ipo_simpo_and_kto_equal_trl(preferences: Expected, zero: int, max_tokens: int) -> None:
+    """Packed here, padded there; the reference asked once here, at every step there."""
+    found = differences(trl_preferences.ours(preferences.inputs, max_tokens=max_tokens, zero=zero), preferences.values)
+    assert above_the_bar(found) == {}
+
+
+def test_what_is_compared_with_trl_is_all_of_ten_ragged_steps_that_learn(preferences: Expected) -> None:
+    steps = preferences.inputs["steps"]
+    assert preferences.inputs | {"weights": None} == trl_preferences.make_inputs() | {"weights": None}
+    assert len(steps) == 10 and len({len(row["chosen"]) for rows in steps for row in rows}) > 6
+    names = preferences.inputs["weights"]
+    for case in trl_preferences.CASES:
+        moved = [
+            np.abs(preferences.values[f"{case}/weights/{name}"] - preferences.inputs["weights"][name]).max()
+            for name in names
+        ]
+        assert min(moved) > NOTICED, case
+    assert (preferences.values["kto/kl"] > 0.01).sum() > 4
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("sigmoid", "beta", 0.303), ("ipo", "length_normalised", False), ("sigmoid of means", "length_normalised", False),
+        ("simpo", "simpo_gamma", 0.61), ("simpo, labels smoothed", "label_smoothing", 0.0), ("kto", "desirable_weight", 1.21),
+    ],
+)  # fmt: skip
+def test_another_loss_on_preferences_is_noticed(preferences: Expected, case: str, key: str, value: object) -> None:
+    inputs = copy.deepcopy(preferences.inputs)
+    inputs["cases"][case]["loss"][key] = value
+    found = differences(trl_preferences.ours(inputs, cases=[case]), preferences.values)
+    assert found[f"{case}/loss"] > NOTICED
 
 
 def test_reward_losses_equal_trl_and_openrlhf() -> None:

@@ -32,6 +32,10 @@ JOBS = {
         "policy.model.make.shape=llama-tiny", "policy.ranks=1", "data.world.demonstrations=16", "epochs=0.5",
         "batch.sequences_per_update=4",
     ]),
+    "dpo": ("demo-dpo", [
+        "policy.model={make: {shape: llama-tiny, tokenizer_from: world}, dtype: fp32}", "policy.ranks=1", "data.cache=null",
+        "data.world={pairs: 8, evaluation_pairs: 4}", "batch.pairs_per_update=4",
+    ]),
     "rm": ("demo-rm", [
         "reward.ranks=1", "batch.pairs_per_update=4", "epochs=1",
     ]),

@@ -95,7 +95,12 @@ class BrokenSink:
         raise RuntimeError("the tracker is down")
 
 
-EVALUATIONS = {"ppo": (PpoEvaluation, "compare"), "sft": (sft, "evaluate"), "rm": (HeldOutPairs, "figures")}
+EVALUATIONS = {
+    "ppo": (PpoEvaluation, "compare"),
+    "sft": (sft, "evaluate"),
+    "dpo": (HeldOutPairs, "figures"),
+    "rm": (HeldOutPairs, "figures"),
+}
 
 
 def tracker_fails(late: Late) -> None:
@@ -201,8 +206,8 @@ def same_files(one: Path, other: Path, names: Sequence[str]) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-def test_there_are_thirty() -> None:
-    assert len(CASES) == 30
+def test_there_are_forty() -> None:
+    assert len(CASES) == 40
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class JobKind(NamedTuple):
 KINDS: dict[str, JobKind] = {
     "sft": JobKind("rlhf_ray.config.jobs.sft:SftConfig"),
     "rm": JobKind("rlhf_ray.config.jobs.reward_model:RewardModelConfig"),
+    "dpo": JobKind("rlhf_ray.config.jobs.dpo:DpoConfig"),
     "ppo": JobKind("rlhf_ray.config.jobs.ppo:PpoConfig"),
     "serve": JobKind("rlhf_ray.config.jobs.serve:ServeConfig", trains=False),
 }

@@ -43,7 +43,7 @@ NO_SEQUENCE_PARALLELISM = "a sequence lies on one rank"
 NO_IMAGES = "models read text alone"
 TENSORBOARD = "[tensorboard], in the run directory, or [tensorboard:DIRECTORY]"
 WANDB_KEY = "[wandb]; the key itself is read from WANDB_API_KEY, or from what `wandb login` keeps"
-NO_DPO = "no job trains a policy on pairs directly"
+NO_LIKELIHOOD = "the loss of pairs has no term of the likelihood"
 NEVER = "-1 (never) is 0"
 WEIGHTS = "a weight says how many times an epoch goes through the rows"
 
@@ -200,9 +200,9 @@ _REWARD: dict[str, Answer] = {
     "model.label_smoothing": _ours("loss.label_smoothing"),
     "model.aux_loss_coef": _ours("loss.router_balance"),
     "model.pretrain_mode_enable": _none("the loss is on the answer of a prompt and answer"),
-    "model.beta": _none(NO_DPO),
-    "model.ipo_enable": _none(NO_DPO),
-    "model.nll_loss_coef": _none(NO_DPO),
+    "model.beta": _ours("loss.beta"),
+    "model.ipo_enable": _ours("loss.length_normalised", note="false, with loss.name=ipo"),
+    "model.nll_loss_coef": _none(NO_LIKELIHOOD),
 }  # fmt: skip
 
 _ALGORITHM: dict[str, Answer] = {

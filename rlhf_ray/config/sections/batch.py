@@ -39,6 +39,26 @@ class SequenceBatchConfig(TokenBudget):
     sequences_per_update: Positive
 
 
+class PreferenceBatchConfig(TokenBudget):
+    """Sizes of a policy's training on preferences, over all ranks: exactly one of the two is set."""
+
+    pairs_per_update: Positive | None = None
+    answers_per_update: Positive | None = None
+    """Single answers with labels, for the loss ``kto``."""
+
+    @property
+    def per_update(self) -> int:
+        """Pairs or answers of an update."""
+        return self.pairs_per_update or self.answers_per_update or 1
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.pairs_per_update is None) == (self.answers_per_update is None):
+            yield (
+                "",
+                "set exactly one of pairs_per_update (pairs) and answers_per_update (single answers, for loss.name=kto)",
+            )
+
+
 class PairBatchConfig(TokenBudget):
     """Sizes of preference training: ``pairs_per_update`` counts over all ranks."""
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from rlhf_ray.config.sections.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 from rlhf_ray.rows.demonstrations import DemonstrationReader, TrainOn
 from rlhf_ray.rows.formats import is_file_name
+from rlhf_ray.rows.judged import LABEL, JudgedReader
 from rlhf_ray.rows.labels import LabelReader
 from rlhf_ray.rows.layouts import Keys
 from rlhf_ray.rows.preferences import PreferenceReader
@@ -197,6 +198,18 @@ class DataConfig(RowsConfig):
             str(source.answer_key),
             self.apply_chat_template,
             self.train_on,
+            columns=self.columns,
+            drops_bad_rows=self.drops_bad_rows,
+        )
+
+    def judged_reader(self, source: SourceConfig) -> JudgedReader:
+        """A reader of single answers with labels for ``source``."""
+        return JudgedReader(
+            str(source.prompt_key),
+            str(source.answer_key),
+            source.label_key or LABEL,
+            self.apply_chat_template,
+            self.prompt_in_sides,
             columns=self.columns,
             drops_bad_rows=self.drops_bad_rows,
         )

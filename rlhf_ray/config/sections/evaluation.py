@@ -15,13 +15,18 @@ class EvaluationConfig(Section):
     """0 evaluates only at the end."""
 
 
-class RewardEvaluationConfig(EvaluationConfig):
+class PreferenceEvaluationConfig(EvaluationConfig):
+    """When held-out preferences are measured."""
+
+    worst_pairs: NonNegative = 20
+    """How many wrongly ranked pairs the report shows, the worst first."""
+
+
+class RewardEvaluationConfig(PreferenceEvaluationConfig):
     """When a reward model is measured on held-out pairs, and what is kept of it."""
 
     keep_best: bool = True
     """Whether ``best/`` keeps the weights of the evaluation with the highest accuracy."""
-    worst_pairs: NonNegative = 20
-    """How many wrongly ranked pairs the report shows, the worst first."""
 
 
 class PpoEvaluationConfig(EvaluationConfig):

@@ -62,6 +62,8 @@ class Task:
     """Passes over the examples; the last one may be a part of one."""
     unit: int = 1
     """Sequences of one example, which stay in one micro-batch: 2 for a preference pair."""
+    loss_now: Callable[[Sequence[Any]], SummedLoss] | None = None
+    """The loss over the examples of an update, where it depends on the weights that the update starts from."""
 
     @property
     def total_examples(self) -> int:
@@ -170,10 +172,10 @@ class SupervisedTrainer:
         if not self.to_do and self.progress.update < self.total:
             with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
                 self.checkpoints.raise_failure()
-                batch, schedule = self.next_batch()
+                batch, schedule, loss = self.next_batch()
             self.touched = True
             with self.journal.phase("update"):
-                report, applied, stood_out = self.update(batch, schedule)
+                report, applied, stood_out = self.update(batch, schedule, loss)
             with self.checkpoints.committing_on_failure(self.progress.update, self.state(), unless=mends):
                 went_back = self.go_back_if_needed()
             self.touched = False
@@ -237,17 +239,21 @@ class SupervisedTrainer:
         return figures
 
     @spans.span("the next batch")
-    def next_batch(self) -> tuple[SharedBatch, Schedule]:
-        """The examples of the next update; this changes no weight."""
+    def next_batch(self) -> tuple[SharedBatch, Schedule, SummedLoss]:
+        """The examples of the next update and the loss over them; this changes no weight."""
         count = min(self.task.per_update, self.total_examples - self.progress.examples)
         chosen = [self.task.examples[index] for index in self.order.take(count)]
         batch = self.task.make_batch(chosen)
         schedule = schedule_update(batch, ranks=self.group.size, max_tokens=self.max_tokens, unit=self.task.unit)
-        return self.group.share(batch), schedule
+        loss = self.task.loss
+        if self.task.loss_now is not None:
+            with self.journal.phase("log_probs"):
+                loss = self.task.loss_now(chosen)
+        return self.group.share(batch), schedule, loss
 
-    def update(self, batch: SharedBatch, schedule: Schedule) -> tuple[Report, Applied, list[str]]:
+    def update(self, batch: SharedBatch, schedule: Schedule, loss: SummedLoss) -> tuple[Report, Applied, list[str]]:
         """Run and count one optimizer update; what is returned is that of :func:`run_update`."""
-        report, applied, stood_out = run_update(self.group, batch, schedule, self.task.loss, self.guards)
+        report, applied, stood_out = run_update(self.group, batch, schedule, loss, self.guards)
         self.progress.update += 1
         if applied.skipped:
             self.guards.skip(self.progress.update)
