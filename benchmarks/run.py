@@ -20,6 +20,7 @@ from rlhf_ray import environment
 PARTS = (
     "checkpoints",
     "demo",
+    "dpo",
     "encoders",
     "gym",
     "gym_turns",

@@ -35,18 +35,27 @@ from rlhf_ray.serving.server import WebServer
 VOCABULARY = 4096
 
 
-def save_model(directory: Path, shape: str) -> Path:
-    """Write a reward model with a tokenizer of single bytes, which nothing uses: items are sent as token ids."""
+def save_policy(directory: Path, shape: str) -> Path:
+    """Write a policy with a tokenizer of single bytes, which nothing uses: sequences are given as token ids."""
+    save_pretrained(make_model(shape, VOCABULARY, seed=0, pad_token_id=0), _tokenizer(), directory, metadata={})
+    return directory
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
     letters = {letter: number for number, letter in enumerate(("<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())))}
     inner = Tokenizer(models.BPE(letters, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+
+
+def save_model(directory: Path, shape: str) -> Path:
+    """Write a reward model with the same tokenizer."""
     backbone = make_model(shape, VOCABULARY, seed=0, pad_token_id=0)
     head = make_head(backbone.base_model, "inv_sqrt", 0)
     model = wrap_backbone(
         backbone.base_model, head, "reward", attention="auto", strict_attention=False, head_origin="fresh"
     )
-    save_pretrained(model, tokenizer, directory, metadata={})
+    save_pretrained(model, _tokenizer(), directory, metadata={})
     return directory
 
 
