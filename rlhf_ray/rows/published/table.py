@@ -33,6 +33,7 @@ STEPWISE = (
     "these are steps of an answer that are marked as right or wrong (process supervision), and not pairs of answers"
 )
 NO_PAIRS = "pairs are needed: two answers to each prompt, under data.chosen_key and data.rejected_key"
+OR_LABELS = f"{NO_PAIRS}; or learn from the labels in a job of kind dpo, with loss.name=kto"
 
 
 def find_layout(values: Values) -> Layout | None:
@@ -265,8 +266,8 @@ LAYOUTS: Sequence[Layout] = (
     Layout("ms-swift, whole", ("messages", "rejected_messages"), "`messages` is the better one", _rejected_answer),
 )
 REFUSED: Sequence[Layout] = (
-    Layout("KTO", ("prompt", "completion", "label"), SINGLE, _refused(SINGLE, NO_PAIRS)),
-    Layout("KTO with responses", ("prompt", "response", "label"), SINGLE, _refused(SINGLE, NO_PAIRS)),
+    Layout("KTO", ("prompt", "completion", "label"), SINGLE, _refused(SINGLE, OR_LABELS)),
+    Layout("KTO with responses", ("prompt", "response", "label"), SINGLE, _refused(SINGLE, OR_LABELS)),
     Layout("KTO with messages", ("messages", "label"), SINGLE, _refused(SINGLE, NO_PAIRS)),
     Layout("KTO with a tag", ("kto_tag",), SINGLE, _refused(SINGLE, NO_PAIRS)),
     Layout("stepwise", ("prompt", "completions", "labels"), STEPWISE, _refused(STEPWISE, NO_PAIRS)),

@@ -206,6 +206,9 @@ def test_data_without_pairs_are_refused_by_what_they_are():
     for layout in REFUSED:
         with pytest.raises(LayoutError, match=r"these are .*, and not pairs of answers"):
             list(layout.read({}))
+    with pytest.raises(LayoutError) as refused:
+        list(next(layout for layout in REFUSED if layout.name == "KTO").read({}))
+    assert refused.value.way_out.endswith("or learn from the labels in a job of kind dpo, with loss.name=kto")
 
 
 def test_labels_of_csv(write):
