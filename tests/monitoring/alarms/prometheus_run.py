@@ -1,11 +1,12 @@
 """``python -m tests.monitoring.alarms.prometheus_run [--prometheus PROGRAM] [--draw DIRECTORY]``: real runs, a real Prometheus.
 
 A PPO run, a service under load and the training of a reward model, all of them on one Ray cluster, are scraped with
-``deploy/monitoring/prometheus.yml`` and its rules. In the PPO run a rollout engine is killed, and later the reward function
-fails. Printed is what ``status`` and Prometheus said and how many seconds apart, and which expressions of panels and rules had
-data in none of the three. It ends with 1 if one of them said anything else than the alarm of the fault, if Prometheus said it
-more than 60 s after ``status``, or if an expression had no data that needs neither an option nor a fault
-(``rlhf_ray/monitoring/appearance.py``). With ``--draw`` every dashboard is drawn from Prometheus' answers.
+``deploy/monitoring/prometheus.yml`` and its rules. In the PPO run a rollout engine is killed, later the reward function
+fails, and later it does not answer; at the end the service is killed. Printed is what ``status`` and Prometheus said and how
+many seconds apart, and which expressions of panels and rules had data in none of the three. It ends with 1 if one of them said
+anything else than the alarm of the fault, if Prometheus said it more than 60 s after ``status``, or if an expression had no
+data that needs neither an option nor a fault (``rlhf_ray/monitoring/appearance.py``). With ``--draw`` every dashboard is drawn
+from Prometheus' answers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 import httpx
 
 from rlhf_ray import environment, network
+from rlhf_ray.monitoring.alarms.service import DOWN_S
 from rlhf_ray.monitoring.dashboards import BOARDS
 from rlhf_ray.processes import stacks
 from rlhf_ray.runs.directory import RunDirectory
@@ -38,9 +40,13 @@ ROOT = Path(__file__).parents[3]
 LIMIT_S = 60.0
 JUDGE = """
 import pathlib
+import time
 
 def lengths(responses):
-    if pathlib.Path(__file__).with_name("away").exists():
+    here = pathlib.Path(__file__)
+    while here.with_name("stuck").exists():
+        time.sleep(0.1)
+    if here.with_name("away").exists():
         raise ConnectionError("the judge is away")
     return [float(len(response)) for response in responses]
 """
@@ -146,8 +152,9 @@ def ppo(directory: Path, address: str, coverage: Coverage) -> list[str]:
     driver = start(
         directory, "ppo", "train", "ppo", str(ROOT / "tests/e2e/ppo_tiny.yaml"), "steps=4000", f"run.root={directory}",
         f"cluster.address={address}", "rollout.backend=transformers", "policy.ranks=1", "policy.engine.zero=1",
-        "checkpoint.every_steps=50", "evaluation.prompts=4", "run.deterministic=false",
+        "checkpoint.every_steps=50", "evaluation={prompts: 4, every_steps: 50}", "run.deterministic=false",
         f"reward={{function: '{directory}/judge.py:lengths', hold_s: 300}}",
+        "rollout.weight_delta=true", "run.stall_floor_s=20",
     )  # fmt: skip
     try:
         wait("three steps", lambda: steps(path) > 3, 600)
@@ -162,6 +169,8 @@ def ppo(directory: Path, address: str, coverage: Coverage) -> list[str]:
         (directory / "away").unlink()
         seconds = wait("the way out", lambda: "RewardFailing" not in prometheus.firing(), 300)
         print(f"RewardFailing was over in Prometheus {seconds:.0f} s after the function was mended", flush=True)
+        wrong += fault(prometheus, run, "RewardStalled", (directory / "stuck").touch)
+        (directory / "stuck").unlink()
         coverage.look()
         return wrong
     finally:
@@ -182,6 +191,20 @@ def reward_model(directory: Path, address: str, coverage: Coverage) -> None:
         coverage.look()
     finally:
         ended(driver)
+
+
+def killed(service: subprocess.Popen[bytes], prometheus: Prometheus) -> list[str]:
+    """Kill the service; what is wrong about what Prometheus said of it."""
+    service.kill()
+    try:
+        seconds = wait("ServiceDown", lambda: "ServiceDown" in prometheus.firing(), DOWN_S + LIMIT_S)
+    except TimeoutError as error:
+        return [f"{error}; Prometheus said {prometheus.firing()}"]
+    print(
+        f"| ServiceDown | Prometheus after {seconds:.1f} s, which waits {DOWN_S:g} s | {prometheus.firing()} |",
+        flush=True,
+    )
+    return []
 
 
 def show(coverage: Coverage) -> list[str]:
@@ -227,6 +250,9 @@ def main() -> int:
             wrong += ppo(directory, address, coverage)
             wait("a service that answers", lambda: bool(prometheus.query("rlhf_scoring_forwards_total > 10")), 120)
             reward_model(directory, address, coverage)
+            load.stop()
+            wrong += killed(service, prometheus)
+            coverage.look()
             wrong += show(coverage)
         except (TimeoutError, ValueError) as error:
             logs = "".join(f"{path.name}\n{path.read_text()[-3000:]}" for path in directory.glob("*.log"))
