@@ -49,8 +49,8 @@ def run_namespace(run: str) -> str:
 
 
 def group_of(key: str) -> str:
-    """The name of the group of the role at a key: reward.mixture.helpful runs as reward-helpful."""
-    return key.replace(".mixture.", "-")
+    """The name of the group of the role at a key: reward.mixture.helpful runs as reward-helpful, its second model as ...-2."""
+    return key.replace(".mixture.", "-").replace(".ensemble.", "-")
 
 
 def actor_name(run: str, role: str, rank: int, incarnation: int = 0) -> str:

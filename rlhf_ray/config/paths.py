@@ -41,6 +41,8 @@ def _absolute(value: Any, directory: Path, key: str = "") -> Any:
         return [str(target(text).with_absolute_place(directory)) for text in value]
     if isinstance(value, str) and PYTHON_OBJECT.fullmatch(value):
         return str(directory / environment.expand_home(value))
+    if key == "ensemble":
+        return [_absolute(path, directory, "path") for path in value]
     if key in PATH_KEYS and isinstance(value, str) and not (key in NAMED_KEYS and _is_name(value, directory)):
         return str(directory / environment.expand_home(value))
     return value

@@ -18,7 +18,7 @@ WHEN: Mapping[str, str] = {
     "groups/lost": "after the loss of a group of ranks",
     "reward/failed_tries": "after a reward source that failed",
     "rollout/engine_deaths": "after the death of a rollout engine",
-    "reward_term/.*": "with reward.mixture, or reward.judge.parts",
+    "reward_term/.*": "with reward.mixture, reward.ensemble or reward.judge.parts",
     "judge/.*": "with a judge",
     "gold/.*|evaluation/(gold|habit).*": "in the generated world",
     "weights/sent_share": "with rollout.weight_delta, or rollout.lora adapter",

@@ -194,7 +194,11 @@ _METRICS = {
         ("reward/std", "score", "Standard deviation of the scores that the step trained on"),
         ("reward/after_kl", "score", "Mean over sequences of the sum of token rewards: score and KL penalty together"),
         ("reward/learned", "score", "Mean score of the reward model, as it comes from the model"),
-        ("reward_term/*", "score", "Mean reward of one term of the mixture, as its source gives it, before its weight"),
+        (
+            "reward_term/*",
+            "score",
+            "Mean reward of a term of the mixture, before its weight, or of a model of an ensemble; `spread`: how these differ",
+        ),
         (
             "judge/requests",
             "requests",

@@ -1,15 +1,17 @@
-"""Several reward sources as one: the weighted sum of their rewards, which gates may bring down to a floor.
+"""Several reward sources as one: a weighted sum, which gates may bring down to a floor, or the reward of an ensemble.
 
 Invariants: a sample has a reward only where every term has one; where the reward of a gate is below its threshold the reward is
-the floor, whatever the others say; the rewards of the terms are kept beside their sum; all terms score at the same time.
+the floor, whatever the others say; the rewards of all are kept beside what becomes of them; all score at the same time.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_ray.errors import ScoringError
 from rlhf_ray.pending import Pending
@@ -72,6 +74,50 @@ class MixtureSource:
             return ScoreResult.failed(f"the weighted sum of {rewards} is {total}", fault="model")
         tokens = max(result.tokens for result in results)
         return MixedResult(raw=total, reward=total, tokens=tokens, terms=rewards)
+
+
+Reduction = Literal["mean_minus_std", "minimum", "mean"]
+
+
+def reduce(rewards: Sequence[float], reduction: Reduction, k: float) -> float:
+    """One reward of those that the models of an ensemble give an answer.
+
+    ``mean_minus_std`` is their mean less ``k`` times their (population) standard deviation, ``minimum`` the worst of them: the
+    uncertainty-weighted and the worst-case optimisation of Coste et al. 2023 (https://arxiv.org/abs/2310.02743), of which the
+    first takes the variance in the place of the deviation.
+    """
+    if reduction == "minimum":
+        return min(rewards)
+    return statistics.fmean(rewards) - (k * statistics.pstdev(rewards) if reduction == "mean_minus_std" else 0.0)
+
+
+SPREAD = "spread"
+"""The standard deviation of the rewards of an ensemble, as one of its terms."""
+
+
+class EnsembleSource:
+    """Scores with every model of an ensemble, and reduces their rewards to one."""
+
+    def __init__(self, models: Mapping[str, RewardSource], reduction: Reduction, k: float) -> None:
+        self.models, self.reduction, self.k = dict(models), reduction, k
+        self.reads = "; ".join(f"{name}: {model.reads}" for name, model in self.models.items())
+
+    def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:
+        """One result per sample, in order."""
+        columns = score_together(list(self.models.values()), samples)
+        return columns.then(lambda results: [self._reduce(each) for each in zip(*results, strict=True)])
+
+    def _reduce(self, results: Sequence[ScoreResult]) -> ScoreResult:
+        failed = first_failure(self.models, results)
+        if failed is not None:
+            return failed
+        rewards = rewards_of(self.models, results)
+        reward = reduce(list(rewards.values()), self.reduction, self.k)
+        if not math.isfinite(reward):
+            return ScoreResult.failed(f"the {self.reduction} of {rewards} is {reward}", fault="model")
+        terms = {**rewards, SPREAD: statistics.pstdev(rewards.values())}
+        tokens, cut = max(result.tokens for result in results), any(result.truncated for result in results)
+        return MixedResult(raw=reward, reward=reward, tokens=tokens, truncated=cut, terms=terms)
 
 
 def score_together(sources: Sequence[RewardSource], samples: Sequence[TextSample]) -> Pending[list[list[ScoreResult]]]:

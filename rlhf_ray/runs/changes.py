@@ -115,6 +115,9 @@ _SCORING = {
         "source",
         "parameters",
         "judge",
+        "ensemble",
+        "reduction",
+        "k",
         "normalize",
     ),
 }

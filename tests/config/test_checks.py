@@ -213,8 +213,21 @@ CASES = [
      "cluster.num_cpus: 4 counts only where Ray is started here: remove it, or address"),
     # rewards and data
     ("ppo", ["reward.function=rewards.py:score"],
-     "reward: set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python), judge "
-     "(a language model) and mixture, found model and function"),
+     "reward: set exactly one of model (a reward model), ensemble (several), function (Python), url (a scoring backend), "
+     "source (Python), judge (a language model) and mixture, found model and function"),
+    ("ppo", ["reward={ensemble: [org/one]}"],
+     "reward.ensemble: org/one alone is no ensemble: name more models, or write model={path: ...}"),
+    ("ppo", ["reward={ensemble: [org/one, org/two, org/one]}"],
+     "reward.ensemble: org/one is named twice, and would agree with itself: name each model once"),
+    ("ppo", ["reward={model: {path: org/one}, ensemble: [org/one]}"],
+     "reward.ensemble: org/one is named twice, and would agree with itself: name each model once"),
+    ("ppo", ["reward={model: {path: org/one}, k: 2.0}"],
+     "reward.k: 2.0 is for an ensemble of reward models: set ensemble too, or remove it"),
+    ("ppo", ["reward={ensemble: [org/one, org/two], reduction: minimum, k: 2.0}"],
+     "reward.k: 2 is for the reduction mean_minus_std, but it is minimum: remove it"),
+    ("ppo", ["reward={ensemble: [org/one, org/two], function: gsm8k}"],
+     "reward: set exactly one of model (a reward model), ensemble (several), function (Python), url (a scoring backend), "
+     "source (Python), judge (a language model) and mixture, found ensemble and function"),
     ("ppo", ["reward={}"], "reward: set exactly one of model"),
     ("ppo", ["reward={function: score}"],
      "reward.function: 'score' is not one of package.module:name, path.py:name, gsm8k, exact_match, world.gold, world"),
@@ -245,7 +258,7 @@ CASES = [
     ("ppo", ["reward.samples_per_call=8"],
      "reward.samples_per_call: a reward model forms its batches by tokens: set max_tokens_per_micro_batch"),
     ("ppo", ["reward={mixture: {right: {}}}"],
-     "reward.mixture.right: set exactly one of model, function, url, source and judge"),
+     "reward.mixture.right: set exactly one of model, ensemble, function, url, source and judge"),
     ("ppo", ["reward={mixture: {right: {function: gsm8k, weight: 0.0}}}"],
      "reward.mixture.right.weight: 0 leaves the term without effect: remove it, or give it a weight or a gate"),
     ("ppo", ["reward={mixture: {right: {function: gsm8k, weight: 0.0, gate: 1.0}}}"],

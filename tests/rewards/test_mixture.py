@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_ray.errors import GroupError, ScoringError
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.mixture import MixedResult, MixtureSource, Part, Term
+from rlhf_ray.rewards.mixture import EnsembleSource, MixedResult, MixtureSource, Part, Term, reduce
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from tests.rewards.answers import answer
@@ -110,3 +110,27 @@ def test_all_terms_are_waited_for_at_once() -> None:
         return [ScoreResult.of(1.0)] * 2
 
     assert [result.reward for result in mixed(one=(Fixed(wait), 1.0), other=(Fixed(wait), 1.0))] == [2.0, 2.0]
+
+
+def test_an_ensemble_is_reduced_by_closed_forms() -> None:
+    assert reduce([1.0, 3.0], "mean", 9.0) == 2.0
+    assert reduce([1.0, 3.0], "mean_minus_std", 0.5) == 1.5
+    assert reduce([1.0, 3.0, -2.0], "minimum", 9.0) == -2.0
+    assert reduce([4.0] * 3, "mean_minus_std", 9.0) == 4.0
+
+
+def test_disagreement_costs_an_answer_its_lead() -> None:
+    """Both answers have the same mean; the models agree about the second alone."""
+    models = {"model_1": of(0.0, 1.0), "model_2": of(2.0, 1.0)}
+    results = EnsembleSource(models, "mean_minus_std", 1.0).score(SAMPLES).result()
+    assert [result.reward for result in results] == [0.0, 1.0]
+    assert [result.terms for result in results] == [  # type: ignore[attr-defined]
+        {"model_1": 0.0, "model_2": 2.0, "spread": 1.0}, {"model_1": 1.0, "model_2": 1.0, "spread": 0.0},
+    ]  # fmt: skip
+
+
+def test_no_reward_of_one_model_is_no_reward_of_the_ensemble() -> None:
+    broken = Fixed(lambda: [ScoreResult.of(1.0), ScoreResult.failed("no", fault="source")])
+    results = EnsembleSource({"model_1": of(1.0, 1.0), "model_2": broken}, "minimum", 1.0).score(SAMPLES).result()
+    assert results[0].reward == 1.0
+    assert (results[1].reward, results[1].error, results[1].fault) == (None, "model_2: no", "source")

@@ -22,6 +22,7 @@ from rlhf_ray.trainers.ppo.answers import HeldOutAnswer
 from rlhf_ray.trainers.ppo.build import train_ppo
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
 from rlhf_ray.world.language import NAMES
+from tests.serving.reward_models import save_reward_model
 from tests.trainers.glossary import unexplained
 
 TINY_PPO = Path(__file__).parents[1] / "e2e" / "ppo_tiny.yaml"
@@ -167,3 +168,18 @@ def test_stop_tokens_end_answers_and_must_be_tokens(tmp_path: Path, tokens: str)
         json.loads(line) for step in sorted(run.samples.glob("*.jsonl")) for line in step.read_text().splitlines()
     ]
     assert all("\n" not in answer["response"].rstrip("\n") for answer in answers)
+
+
+def test_an_ensemble_is_trained_on_by_its_reduction_and_shows_how_its_models_differ(tmp_path: Path) -> None:
+    paths = [save_reward_model(tmp_path / f"model{seed}", seed=seed) for seed in range(3)]
+    first, *others = [str(path) for path in paths]
+    reward = json.dumps({"model": {"path": first, "dtype": "fp32"}, "ensemble": others, "k": 2.0})
+    config, run = start(tmp_path, rows(tmp_path, "one"), reward, "rollout.max_model_tokens=200")
+    assert list(config.reward.roles) == [f"reward.ensemble.{number}" for number in (1, 2, 3)]
+    train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    for line in run.metrics.read()[:2]:
+        means = [line[f"reward_term/model_{number}"] for number in (1, 2, 3)]
+        spread = line["reward_term/spread"]
+        assert len(set(means)) == 3 and spread > 0
+        assert line["reward/learned"] == pytest.approx(sum(means) / 3 - 2.0 * spread, abs=1e-5)
+    assert unexplained(run) == set()

@@ -27,7 +27,7 @@ COMPARED: Mapping[str, Compared] = {"gsm8k": "number", "exact_match": "text", "w
 """What those that verify an answer compare of its label."""
 VERIFIERS = "rlhf_ray.rewards.verifiers:"
 """Where those of them that know nothing of the world are defined, in front of their names."""
-PLACES = ("model", "function", "url", "source", "judge")
+PLACES = ("model", "ensemble", "function", "url", "source", "judge")
 """The keys that say where rewards come from; one of them is set."""
 
 
@@ -135,6 +135,12 @@ class RewardSourceConfig(Section):
     parameters: FreeValues = {}  # noqa: RUF012 (pydantic copies it)
     """What ``source`` is made with."""
     judge: JudgeConfig | None = None
+    ensemble: list[str] = []  # noqa: RUF012 (pydantic copies it)
+    """Paths of reward models that score every answer together; with ``model`` that is one more, and they share its settings."""
+    reduction: Literal["mean_minus_std", "minimum", "mean"] = "mean_minus_std"
+    """What becomes of their rewards."""
+    k: NonNegativeFloat = 1.0
+    """How many standard deviations ``mean_minus_std`` takes off the mean."""
     token_file: str | None = None
     normalize: bool = False
     timeout_s: PositiveFloat = 60.0
@@ -142,16 +148,34 @@ class RewardSourceConfig(Section):
 
     @property
     def role(self) -> ScoringRole | None:
-        """The reward model as a role; none where the rewards come from somewhere else."""
-        if self.model is None:
-            return None
+        """The reward model as a role, of an ensemble the first; none where the rewards come from somewhere else."""
+        return next(iter(self.members.values()), None)
+
+    @property
+    def members(self) -> dict[str, ScoringRole]:
+        """The reward models as roles: one by the name ``""``, those of an ensemble by ``.ensemble.1`` and so on."""
         values = {key: value for key, value in self.__dict__.items() if key in ScoringRole.model_fields}
-        return ScoringRole.with_gaps(values, ScoringRole.model_fields.keys() - values.keys())  # its parts are validated
+        absent = ScoringRole.model_fields.keys() - values.keys()
+        model, paths = values.pop("model", None), self.__dict__.get("ensemble", [])
+        models = [] if model is None else [model]
+        if paths:
+            shared = {} if model is None else {**model.__dict__, "make": None, "revision": None}
+            models += [
+                ModelConfig(path=path) if model is None else ModelConfig.model_construct(**{**shared, "path": path})
+                for path in paths
+            ]
+        names = [f".ensemble.{number}" for number in range(1, len(models) + 1)] if paths else [""]
+        # their parts are validated
+        return {
+            name: ScoringRole.with_gaps({**values, "model": one}, absent)
+            for name, one in zip(names, models, strict=False)
+        }
 
     @property
     def places(self) -> list[str]:
-        """The keys of the places that are set; a valid section has one."""
-        return [name for name in PLACES if getattr(self, name) is not None]
+        """The keys of the places that are set; a valid section has one. A model beside an ensemble is one of it."""
+        found = [name for name in PLACES if getattr(self, name) not in (None, [])]
+        return [name for name in found if (name, *found[1:2]) != ("model", "ensemble")]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         function, url = self.function, self.url
@@ -160,6 +184,7 @@ class RewardSourceConfig(Section):
             yield "function", problem
         yield from self._own_source_conflicts()
         yield from self._judge_conflicts()
+        yield from self._ensemble_conflicts()
         if url is not None and "@" in url:  # the value is not repeated: it would stand in logs
             yield (
                 "url",
@@ -178,8 +203,31 @@ class RewardSourceConfig(Section):
                 yield key, f"{getattr(self, key)} says how a reward model is read: set model too, or remove it"
         if self.role is not None:
             yield from self.role.conflicts()
-        if self.samples_per_call is not None and self.model is not None:
+        if self.samples_per_call is not None and self.role is not None:
             yield "samples_per_call", "a reward model forms its batches by tokens: set max_tokens_per_micro_batch"
+
+    def _ensemble_conflicts(self) -> Iterator[tuple[str, str]]:
+        if not self.ensemble:
+            for key in ("reduction", "k"):
+                if not self.is_default(key):
+                    yield (
+                        key,
+                        f"{getattr(self, key)} is for an ensemble of reward models: set ensemble too, or remove it",
+                    )
+            return
+        paths = [*self.ensemble, *([self.model.path] if self.model is not None else [])]
+        if len(paths) < 2:
+            yield "ensemble", f"{self.ensemble[0]} alone is no ensemble: name more models, or write model={{path: ...}}"
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            yield "ensemble", f"{twice} is named twice, and would agree with itself: name each model once"
+        if self.model is not None and self.model.path is None:
+            yield (
+                "ensemble",
+                "a model that is made here is none of it: name its directory in model.path, or remove model",
+            )
+        if self.reduction != "mean_minus_std" and not self.is_default("k"):
+            yield "k", f"{self.k:g} is for the reduction mean_minus_std, but it is {self.reduction}: remove it"
 
     def _judge_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.judge is not None and self.normalize:
@@ -213,7 +261,7 @@ class RewardTermConfig(RewardSourceConfig):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(self.places) != 1:
-            yield "", "set exactly one of model, function, url, source and judge"
+            yield "", "set exactly one of model, ensemble, function, url, source and judge"
         if self.weight == 0.0 and self.gate is None:
             yield "weight", "0 leaves the term without effect: remove it, or give it a weight or a gate"
         yield from super().conflicts()
@@ -240,7 +288,7 @@ class RewardConfig(RewardSourceConfig):
         Of a section that is partial, or that names several places, all that is there, so that each can be checked.
         """
         terms = {f"reward.mixture.{name}": term for name, term in self.__dict__.get("mixture", {}).items()}
-        has_place = any(self.__dict__.get(name) is not None for name in PLACES)
+        has_place = any(self.__dict__.get(name) not in (None, []) for name in PLACES)
         return {"reward": self, **terms} if has_place or not terms else terms
 
     @property
@@ -253,9 +301,7 @@ class RewardConfig(RewardSourceConfig):
     @property
     def roles(self) -> dict[str, RoleConfig]:
         """Every reward model as a role, by the key of its section."""
-        with_model = {key: source for key, source in self.sources.items() if "model" in source.__dict__}
-        roles = {key: source.role for key, source in with_model.items()}
-        return {key: role for key, role in roles.items() if role is not None}
+        return {f"{key}{name}": role for key, source in self.sources.items() for name, role in source.members.items()}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         places = [*self.places, *(["mixture"] if self.mixture else [])]
@@ -263,8 +309,8 @@ class RewardConfig(RewardSourceConfig):
             suffix = f", found {' and '.join(places)}" if places else ""
             yield (
                 "",
-                "set exactly one of model (a reward model), function (Python), url (a scoring backend), source (Python), judge "
-                f"(a language model) and mixture{suffix}",
+                "set exactly one of model (a reward model), ensemble (several), function (Python), url (a scoring backend), "
+                f"source (Python), judge (a language model) and mixture{suffix}",
             )
         if self.mixture and all(term.weight == 0.0 and term.gate is not None for term in self.mixture.values()):
             yield "mixture", "every term has weight 0, so that all answers have one reward: give one a weight"

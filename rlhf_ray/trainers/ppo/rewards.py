@@ -32,7 +32,7 @@ from rlhf_ray.rewards.function_source import FunctionSource, InThisProcess
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.rewards.judge.making import make_judge
 from rlhf_ray.rewards.judge.source import Judge, JudgeSource
-from rlhf_ray.rewards.mixture import MixtureSource, Part, Term
+from rlhf_ray.rewards.mixture import EnsembleSource, MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer
 from rlhf_ray.rewards.user_source import make_user_source
@@ -118,6 +118,14 @@ def make_reward_source(
             return None
         return policy if _ends_alike(policy, reads) else None
 
+    def read_models(key: str, source: RewardSourceConfig) -> RewardSource:
+        at = {name: f"{key}{name}" for name in source.members}
+        models = {name: read(one, source, groups[one], groups[one].describe().result()) for name, one in at.items()}
+        if not source.ensemble:
+            return models[""]
+        named = {f"model_{name.rpartition('.')[2]}": model for name, model in models.items()}
+        return EnsembleSource(named, source.reduction, source.k)
+
     def make_source(key: str, source: RewardSourceConfig) -> RewardSource:
         if source.function == FROM_ENVIRONMENT:
             return EnvironmentSource()
@@ -128,7 +136,7 @@ def make_reward_source(
         if source.judge is not None:
             return Recorded(key, make_judge(key, source, judges))
         if source.url is None:
-            return read(key, source, groups[key], groups[key].describe().result())
+            return read_models(key, source)
         token = next(iter(read_tokens(source.token_file)), None)
         client = RewardClient(source.url, token=token, timeout_s=source.timeout_s, hold_s=0.0)
         cleanup.callback(client.close)

@@ -18,7 +18,7 @@ from rlhf_ray.console import get_logger, table
 from rlhf_ray.errors import NumericalError
 from rlhf_ray.evaluation.agreement import LOG_PROB_BOUNDS, SCORE_BOUNDS, Bounds, Spread, loosest
 from rlhf_ray.monitoring.report.summary import Check
-from rlhf_ray.rewards.mixture import MixedResult, MixtureSource
+from rlhf_ray.rewards.mixture import EnsembleSource, MixedResult, MixtureSource
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.rewards.source import ModelSource, RewardSource
@@ -192,6 +192,8 @@ def model_sources(source: RewardSource) -> list[ModelSource]:
     """The reward models behind a source: itself, or those among its terms."""
     if isinstance(source, MixtureSource):
         return [model for term in source.terms.values() for model in model_sources(term.source)]
+    if isinstance(source, EnsembleSource):
+        return [model for one in source.models.values() for model in model_sources(one)]
     return [source] if isinstance(source, ModelSource) else []
 
 
