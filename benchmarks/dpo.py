@@ -45,11 +45,11 @@ def _against_trl(directory: Path) -> Figures:
     if not REAL_PAIRS.is_file():
         raise FileNotFoundError(f"{REAL_PAIRS} is not there: speed against TRL is measured on real pairs")
     model = save_policy(directory / "model", "llama-14m")
-    everything = _pairs(real_sequences(1 << 20, VOCABULARY))
+    everything = pairs_of(real_sequences(1 << 20, VOCABULARY))
     pairs = everything[:: len(everything) // (UPDATES * PAIRS_PER_UPDATE)][: UPDATES * PAIRS_PER_UPDATE]
     ours, theirs, reference = list[float](), list[float](), list[float]()
     with ExitStack() as stack:
-        trl, ranks = _trl(stack, model, pairs), _ranks(stack, model, pairs)
+        trl, ranks = start_trl(stack, "dpo_trl", model, pairs), start_ranks(stack, "dpo_rank", model, pairs)
         _require_agreement(_ours(ranks, 0), _theirs(trl))
         for update in progress([*range(UPDATES_PER_TURN, UPDATES, UPDATES_PER_TURN)] * EPOCHS, "turns"):
             if update == UPDATES_PER_TURN and ours:  # what the turn before the first epoch was for; TRL's order goes on
@@ -60,7 +60,7 @@ def _against_trl(directory: Path) -> Figures:
             reference.append(answer["reference"])
             theirs.append(_theirs(trl)["seconds"])
     return _figures(
-        _epochs(ours), _epochs(theirs), _epochs(reference), len(pairs) - UPDATES_PER_TURN * PAIRS_PER_UPDATE
+        by_epochs(ours), by_epochs(theirs), by_epochs(reference), len(pairs) - UPDATES_PER_TURN * PAIRS_PER_UPDATE
     )
 
 
@@ -83,27 +83,28 @@ def _figures(ours: Sequence[float], theirs: Sequence[float], reference: Sequence
     }
 
 
-def _trl(stack: ExitStack, model: Path, pairs: Sequence[Pair]) -> LineProcess:
+def start_trl(stack: ExitStack, script: str, model: Path, rows: Sequence[Pair]) -> LineProcess:
+    """Start a trainer of TRL, ready for its first update; ``rows`` are lists of token ids."""
     kept = {name: os.environ[name] for name in environment.KEPT if name in os.environ}
-    command = [environment.python(), Path(__file__).parent / "peers" / "dpo_trl.py"]
+    command = [environment.python(), Path(__file__).parent / "peers" / f"{script}.py"]
     peer = stack.enter_context(LineProcess(command, kept | for_process(threads=THREADS)))
     peer.send(
-        model=str(model), directory=str(model.parent / "trl"), pairs=pairs, strategy="sequential", every=1,
+        model=str(model), directory=str(model.parent / "trl"), pairs=rows, strategy="sequential", every=1,
         turn=UPDATES_PER_TURN, epochs=EPOCHS + 1, longest=LONGEST,
     )  # fmt: skip
-    rows = peer.receive()["rows"]
-    assert rows == [*range(len(pairs))], "TRL has another order"
+    assert peer.receive()["rows"] == [*range(len(rows))], "TRL has another order"
     return peer
 
 
-def _ranks(stack: ExitStack, model: Path, pairs: Sequence[Pair]) -> list[LineProcess]:
+def start_ranks(stack: ExitStack, module: str, model: Path, rows: Sequence[Pair]) -> list[LineProcess]:
+    """Start this project's ranks, ready for their first update."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.peers.dpo_rank"]
+    command = [sys.executable, "-m", f"benchmarks.peers.{module}"]
     ranks = [stack.enter_context(LineProcess(command, {**os.environ, **for_process()})) for _ in range(RANKS)]
     for number, rank in enumerate(ranks):
-        rank.send(rank=number, ranks=RANKS, model=str(model), pairs=pairs, port=port)
+        rank.send(rank=number, ranks=RANKS, model=str(model), pairs=rows, port=port)
     for rank in ranks:
         rank.receive()
     return ranks
@@ -131,12 +132,13 @@ def _require_agreement(ours: dict[str, float], theirs: dict[str, float]) -> None
         )
 
 
-def _epochs(turns: Sequence[float]) -> list[float]:
+def by_epochs(turns: Sequence[float]) -> list[float]:
+    """The seconds of each epoch; a single turn cannot be compared, since different sides run different rows in it."""
     size = len(turns) // EPOCHS
     return [sum(turns[start : start + size]) for start in range(0, len(turns), size)]
 
 
-def _pairs(sequences: Sequence[object]) -> list[Pair]:
+def pairs_of(sequences: Sequence[object]) -> list[Pair]:
     """What both sides begin with is the prompt; pairs of which one side is all prompt are left out."""
     sides = [sequence.tolist() for sequence in sequences]  # type: ignore[attr-defined]
     found = []

@@ -31,6 +31,7 @@ PARTS = (
     "reward_training",
     "rollout_modes",
     "scoring",
+    "sft",
     "watching",
     "weight_ways",
     "weights",

@@ -42,7 +42,12 @@ MODELS = {
     "models.packed_vs_padded_scoring_unshared", "models.log_probs_memory_vs_naive",
     "models.log_probs_memory_vs_naive_at_half_length",
 }  # fmt: skip
-ALONE = {"dpo.reference_share", "reward_training.prefix_sharing_gain", "reward_training.share_of_matmul_roof"}
+ALONE = {
+    "dpo.reference_share",
+    "reward_training.prefix_sharing_gain",
+    "reward_training.share_of_matmul_roof",
+    "sft.packing_gain",
+}
 """What can be measured without TRL beside it."""
 ENCODERS = {f"encoders.{kind}_vs_padded" for kind in ("bert", "deberta-v2", "modernbert")}
 WEIGHTS = {"weights.update_ms", "weights.publish_ms", "weights.publish_over_copy_rate", "weights.copies_over_in_place"}
