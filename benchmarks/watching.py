@@ -1,30 +1,42 @@
-"""Part ``watching``: what it costs a run that it is watched.
+"""Part ``watching``: what it costs a run, and a scoring service, that they are watched.
 
 Invariants: the job is that of ``rollout_modes`` in ``sync``, on the same two cores, with and without, in turns; with it come
 spans of every process, the metrics on Ray's page, and a follower that feeds TensorBoard and a file of JSON lines. Alarms cannot
 be switched off, so that both sides have them: a look is measured by itself, with all that is remembered of a run whose steps
-take one second.
+take one second. A request to the service has no model behind, so that its share is the largest that there is; it is taken in
+seconds of the processor, with and without metrics in turns, and the clients are another process.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
+from prometheus_client import Counter, Histogram
+
 from benchmarks.figures import Figure, Figures
 from benchmarks.rollout_modes import QUICK, REWARD, SKIPPED, run, settings
+from benchmarks.sequences import ragged_sequences
+from benchmarks.service.load import Order
+from benchmarks.service.load import run as load
+from benchmarks.service.reward_service import VOCABULARY, Instant, bodies, load_group, role_of, save_model, serving
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.monitoring.phases import PhaseClock
+from rlhf_ray.rewards.batcher import Waiting
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.trainers.alarm_watch import EVERY_S, REMEMBERED_S, AlarmWatch
 
 ROUNDS = 3
 WITH = ["monitoring.spans=true", "monitoring.ray_metrics=true"]
 WITHOUT = ["monitoring.spans=false", "monitoring.ray_metrics=false", "monitoring.trackers=[]"]
+TURNS, REQUESTS, CLIENTS = 7, 4000, 64
 LOOKS = 200
 """Among which are two that forget what is too old."""
 
@@ -42,7 +54,16 @@ def measure(quick: bool = False) -> Figures:
         rounds.append(both[True] / both[False] - 1.0)
     plain, watched_s = median(seconds[False]), median(seconds[True])
     look_s = seconds_of_a_look(lines[-1])
+    requests = REQUESTS // 10 if quick else REQUESTS
+    request_s, bare_s = seconds_of_a_request(requests)
+    scored_s = seconds_of_a_scored_request(requests // 10)
     return {
+        "watching.share_of_a_request": Figure(
+            (request_s - bare_s) / scored_s, "share", False,
+            f"processor seconds that metrics take of those of a request of one item: {(request_s - bare_s) * 1e6:.0f} of "
+            f"{scored_s * 1e6:.0f} microseconds with a Llama of 14M parameters behind, bf16, one thread, of {bare_s * 1e6:.0f} "
+            f"with no model; the first is a difference of medians: {TURNS} turns of {requests} requests from {CLIENTS} clients",
+        ),
         "watching.share_of_a_step": Figure(
             watched_s / plain - 1.0, "share", False,
             f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: medians of "
@@ -63,6 +84,64 @@ def _lines(watched: bool, quick: bool) -> list[dict[str, float]]:
         trackers = f"monitoring.trackers=[jsonl:{fed}/run.jsonl,tensorboard]"
         overrides = [*WITH, trackers] if watched else WITHOUT
         return run("sync", [*overrides, *(QUICK if quick else [])])[0 if quick else SKIPPED :]
+
+
+class Nothing(Metrics):
+    """Metrics that note nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, one in vars(self).items():
+            if isinstance(one, (Counter, Histogram)):
+                setattr(self, name, self)
+
+    def labels(self, *_: object) -> Nothing:
+        """Itself."""
+        return self
+
+    def inc(self, *_: object) -> None:
+        """Nothing."""
+
+    def observe(self, *_: object) -> None:
+        """Nothing."""
+
+    def batch(self, waiting: Sequence[Waiting], now: float) -> None:
+        """Nothing."""
+
+    def forward(self, model: str, *, items: int, tokens: int, seconds: float) -> None:
+        """Nothing."""
+
+
+def seconds_of_a_request(requests: int) -> tuple[float, float]:
+    """Processor seconds of the service for a request, with metrics and without."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    role, sent = role_of(Path("none"), threads=1), bodies([[1, 2, 3]] * requests, 1)
+    with ExitStack() as stack:
+        both = {
+            watched: stack.enter_context(serving(role, lambda _: Instant(), metrics))
+            for watched, metrics in ((True, Metrics()), (False, Nothing()))
+        }
+        for number in range(TURNS + 1):
+            for watched, service in both.items():
+                began = time.process_time()
+                outcome = load(Order(service.host, service.port, "/v1/reward", sent, CLIENTS))
+                if outcome.count(200) != requests:
+                    raise AssertionError(f"requests failed: {sorted(set(outcome.statuses))}")
+                if number > 0:  # the first turn warms up
+                    seconds[watched].append((time.process_time() - began) / requests)
+    return median(seconds[True]), median(seconds[False])
+
+
+def seconds_of_a_scored_request(requests: int) -> float:
+    """Processor seconds of the service for a request of one item that a model scores."""
+    sent = bodies([sequence.tolist() for sequence in ragged_sequences(requests, VOCABULARY)], 1)
+    with TemporaryDirectory() as name:
+        role = role_of(save_model(Path(name) / "model", "llama-14m"), threads=1)
+        with serving(role, load_group(role, max_batch_tokens=8192)) as service:
+            for _ in range(2):  # the first warms up
+                began = time.process_time()
+                load(Order(service.host, service.port, "/v1/reward", sent, CLIENTS))
+            return (time.process_time() - began) / requests
 
 
 def seconds_of_a_look(line: dict[str, float]) -> float:

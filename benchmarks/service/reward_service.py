@@ -112,15 +112,18 @@ class Service:
 
 @contextmanager
 def serving(
-    role: ScoringRole, backend: Callable[[ServeConfig], Backend] | RewardGroup, **settings: Any
+    role: ScoringRole,
+    backend: Callable[[ServeConfig], Backend] | RewardGroup,
+    metrics: Metrics | None = None,
+    **settings: Any,
 ) -> Iterator[Service]:
-    """Serve the app at a free port of this machine."""
+    """Serve the app at a free port of this machine; ``metrics`` are its own unless given."""
     config = ServeConfig(kind="serve", run=RunConfig(name="load"), reward=role, port=0, **settings)
     if isinstance(backend, RewardGroup):
         scoring: Backend = GroupBackend(backend, role.model, normalize=False)
     else:
         scoring = backend(config)
-    metrics = Metrics()
+    metrics = Metrics() if metrics is None else metrics
     app, models = _app(config, scoring, metrics)
     server = WebServer(config.host, config.port)
     server.start(app)

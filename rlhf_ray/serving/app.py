@@ -97,7 +97,7 @@ class ScoringApp:
                     self.metrics.refusal_seconds.observe(time.monotonic() - began)
             except Exception as error:  # its message may hold a text
                 response = self.refuse(_unexpected(http, error), protocol.refuse)
-            self.metrics.requests.labels(protocol.name, response.status_code).inc()
+            self.metrics.series(self.metrics.requests, protocol.name, response.status_code).inc()
             return response
 
         return endpoint
@@ -159,16 +159,17 @@ class ScoringApp:
     def _count(
         self, protocol: Protocol, scored: ScoredRequest, *, read_s: float, answer_s: float, total_s: float
     ) -> None:
+        metrics = self.metrics
         for result in scored.results:
             if result.fault is not None:
-                self.metrics.failed_items.labels(result.fault).inc()
-        self.metrics.stage_seconds.labels("read").observe(read_s)
-        self.metrics.stage_seconds.labels("answer").observe(answer_s)
-        self.metrics.request_seconds.labels(protocol.name).observe(total_s)
+                metrics.series(metrics.failed_items, result.fault).inc()
+        metrics.series(metrics.stage_seconds, "read").observe(read_s)
+        metrics.series(metrics.stage_seconds, "answer").observe(answer_s)
+        metrics.series(metrics.request_seconds, protocol.name).observe(total_s)
 
     def refuse(self, refusal: Refusal, form: Callable[[Refusal], Any] = plain) -> Response:
         """The answer that says why there are no scores."""
-        self.metrics.errors.labels(refusal.kind).inc()
+        self.metrics.series(self.metrics.errors, refusal.kind).inc()
         headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
         if refusal.kind in CLOSING:
             headers["Connection"] = "close"

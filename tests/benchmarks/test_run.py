@@ -23,7 +23,7 @@ SCORING = {
     *(f"scoring.latency_p{share}_at_{load}" for share in (50, 99) for load in (50, 80, 100)),
 }  # fmt: skip
 MODES = {"ppo.one_step_off_vs_sync", "ppo.staleness_vs_closed_form"}
-WATCHING = {"watching.share_of_a_step", "watching.alarms_share_of_a_core"}
+WATCHING = {"watching.share_of_a_request", "watching.share_of_a_step", "watching.alarms_share_of_a_core"}
 LEARNED = {
     f"ppo.{name}.{figure}" for name in ("ppo", "grpo", "rloo", "reinforce++") for figure in ("gold_win_rate", "kl")
 }
