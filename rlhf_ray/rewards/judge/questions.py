@@ -1,4 +1,4 @@
-"""What a judge is asked about an answer, or about two.
+"""What a judge is asked about an answer.
 
 Invariant: everything that the policy or the data wrote stands inside one JSON object of the user's message, where it can end
 no field and begin none; the judge's instructions are in the system message and hold nothing of it.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_ray.rewards.judge.verdicts import BETTER, SCORE, SCORES, Scale
+from rlhf_ray.rewards.judge.verdicts import SCORE, SCORES, Scale
 from rlhf_ray.rewards.sample import TextSample
 
 Messages = list[dict[str, str]]
@@ -27,16 +27,10 @@ class Questions:
         """``parts`` are what a good answer does, by names, each scored by itself; ``reference`` shows the prompt's label."""
         self.reference = reference
         self._rate = _instructions(_rate_task(parts, scale), "grade", rubric, reference)
-        self._compare = _instructions(_compare_task(), "compare", rubric, reference)
 
     def rate(self, sample: TextSample) -> Messages:
         """How good one answer is."""
         return _messages(self._rate, {**self._common(sample), **_answer("answer", sample)})
-
-    def compare(self, first: TextSample, second: TextSample) -> Messages:
-        """Which of two answers to one prompt is better; ``first`` is A."""
-        answers = {**_answer("answer_A", first), **_answer("answer_B", second)}
-        return _messages(self._compare, {**self._common(first), **answers})
 
     def _common(self, sample: TextSample) -> dict[str, Any]:
         before = [dict(turn) for turn in (sample.messages or ())[:-1]] or [{"role": "user", "content": sample.prompt}]
@@ -71,14 +65,6 @@ def _rate_task(parts: Mapping[str, str], scale: Scale) -> str:
         "You grade the answer that a language model gave at the end of a conversation, in several respects, each by itself. "
         f'Reply with one JSON object and nothing else: {{"reason": "one short sentence", "{SCORES}": {{{form}}}}}, where each '
         f"N is {number}.\nThe respects:\n{asked}"
-    )
-
-
-def _compare_task() -> str:
-    return (
-        "You compare two answers, A and B, that a language model gave at the end of one conversation. Reply with one JSON "
-        f'object and nothing else: {{"reason": "one short sentence", "{BETTER}": X}}, where X is "A", "B", or "tie" if neither '
-        "is better. Their order says nothing."
     )
 
 

@@ -1,4 +1,4 @@
-"""Read what a judge replied: scores in a stated range, or which of two answers is better.
+"""Read what a judge replied: scores in a stated range.
 
 Invariants: a number is read only from a reply that is nothing but one JSON object, or nothing but one number, and lies in the
 range that was stated. Every other reply is a :class:`Refusal` that quotes it. No number is looked for inside of prose, moved
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-SCORE, SCORES, BETTER = "score", "scores", "better"
+SCORE, SCORES = "score", "scores"
 """The fields of a reply."""
-Choice = Literal["A", "B", "tie"]
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
 _QUOTED = 120
@@ -71,19 +70,6 @@ def read_scores(text: str, parts: Collection[str], scale: Scale) -> dict[str, fl
             return score
         scores[part] = score
     return scores
-
-
-def read_choice(text: str) -> Choice | Refusal:
-    """Which answer ``{"better": "A" | "B" | "tie", ...}`` names."""
-    reply = _read_object(text)
-    if isinstance(reply, Refusal):
-        return reply
-    choices: Sequence[Choice] = ("A", "B", "tie")
-    given = reply.get(BETTER)
-    for choice in choices:
-        if isinstance(given, str) and given == choice:
-            return choice
-    return _refuse(f"gave no {BETTER!r} of A, B and tie", text)
 
 
 def _read_object(text: str) -> Mapping[str, Any] | Refusal:

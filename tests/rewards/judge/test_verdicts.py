@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.rewards.judge.verdicts import Refusal, Scale, read_choice, read_score, read_scores
+from rlhf_ray.rewards.judge.verdicts import Refusal, Scale, read_score, read_scores
 
 TEN = Scale(0.0, 10.0)
 
@@ -54,17 +54,3 @@ def test_all_parts_have_scores_or_none_has() -> None:
         '{"scores": {"right": 3, "right": 4, "polite": 10}}',
     ):  # fmt: skip
         assert isinstance(read_scores(text, parts, TEN), Refusal), text
-
-
-def test_a_choice_is_one_of_three_words() -> None:
-    assert [read_choice(f'{{"better": "{word}"}}') for word in ("A", "B", "tie")] == ["A", "B", "tie"]
-    for text in (
-        "A",
-        '{"better": "a"}',
-        '{"better": "both"}',
-        '{"better": ["A"]}',
-        '{"better": "A or B"}',
-        "{}",
-        '{"best": "A"}',
-    ):
-        assert isinstance(read_choice(text), Refusal), text
