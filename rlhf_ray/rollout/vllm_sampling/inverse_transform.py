@@ -75,8 +75,9 @@ def uniform(rows: int, generators: Mapping[int, torch.Generator]) -> Float[Tenso
 def draw(log_probs: Float[Tensor, "rows vocabulary"], numbers: Float[Tensor, "rows"]) -> Int64[Tensor, "rows"]:
     """Return in each row the first token up to which the probabilities sum to more than its number's share of their sum."""
     rows, vocabulary = log_probs.shape
-    probabilities = log_probs.new_zeros(rows, -(-vocabulary // BLOCK) * BLOCK)
+    probabilities = log_probs.new_empty(rows, -(-vocabulary // BLOCK) * BLOCK)
     torch.exp(log_probs, out=probabilities[:, :vocabulary])
+    probabilities[:, vocabulary:] = 0.0
     blocks = probabilities.view(rows, -1, BLOCK)
     block, share = _first_above(blocks.sum(-1), numbers)
     token, _ = _first_above(blocks[torch.arange(rows), block], share)
