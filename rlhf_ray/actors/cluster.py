@@ -73,13 +73,15 @@ class Cluster:
         shared: SharedGpus | None = None,
         require_memory: Callable[[float], None] = lambda gpu_bytes: None,
         together: bool = False,
+        rank_metrics: bool = False,
     ) -> None:
         """``object_store`` is its size in bytes if Ray is started here and the config names none; None lets Ray choose.
 
         ``shared`` are GPUs on which the ranks of several roles are placed side by side. ``require_memory`` refuses the job if
         the GPUs of this machine, where Ray is started on it, have too few bytes.
 
-        With ``together`` the places of all that is ``needed`` are reserved at once, before the first group is started.
+        With ``together`` the places of all that is ``needed`` are reserved at once, before the first group is started. With
+        ``rank_metrics`` every rank tells Ray how it is.
         """
         self.config = config
         self.run = run
@@ -92,6 +94,7 @@ class Cluster:
         self.shared = shared
         self.require_memory = require_memory
         self.together = together
+        self.rank_metrics = rank_metrics
         self._shared_places: Reservation | None = None
         self._reserved: Reservation | None = None
         self._elsewhere = Elsewhere()
@@ -121,6 +124,7 @@ class Cluster:
             object_store=store_to_start(config),
             shared=config.shared_gpus(),
             together=together,
+            rank_metrics=config.tells_ray(),
             **({"require_memory": requirement(config, job_memory(config))} if check_room else {}),
         )
 
@@ -221,7 +225,7 @@ class Cluster:
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
                         where, placement_group_bundle_index=bundle + index
                     ),
-                ).remote(spec.first_rank + index, spec.ranks)
+                ).remote(spec.first_rank + index, spec.ranks, self.rank_metrics)
                 for index in range(spec.ranks)
             ]
 
@@ -281,6 +285,11 @@ class Cluster:
 
     def _reserve(self, bundles: Sequence[Bundle], name: str, *, room_s: float | None = None) -> Reservation:
         return reserve(bundles, f"rlhf/{self.run.name}/{name}", self.config.placement_timeout_s, room_s=room_s)
+
+    @property
+    def has_own_ray(self) -> bool:
+        """Whether all processes of Ray are descendants of this one, which started it for this job alone."""
+        return self.joined is None and not self._shared
 
     @property
     def groups(self) -> tuple[RayRanks, ...]:

@@ -2,8 +2,8 @@
 
 Invariant: an actor adds to its worker only a name, the address of its node, a limit to its share of a GPU, a lane of its own
 for health checks, so that a rank inside a collective still answers, another to wait in for files that a thread writes, its
-stacks for whoever looks for what hangs, Ray's object store for buckets of weights, and the spans of the calls that carry a
-context.
+stacks for whoever looks for what hangs, Ray's object store for buckets of weights, the spans of the calls that carry a
+context, and a thread that measures it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from rlhf_ray.actors.connection import job_mark
 from rlhf_ray.actors.workers.base import Worker
 from rlhf_ray.config.sections.engine import ResourcesConfig
 from rlhf_ray.imports import quick_imports
-from rlhf_ray.models.devices import limit_memory
+from rlhf_ray.models.devices import gpu_memory, limit_memory
+from rlhf_ray.monitoring.memory import TreeMemory
+from rlhf_ray.monitoring.ranks.busy import BusyTime, count_calls
+from rlhf_ray.monitoring.ranks.meter import RankMeter
+from rlhf_ray.monitoring.ray_export import RayExporter
 from rlhf_ray.processes import spans, stacks
 from rlhf_ray.processes.recorded import record_calls
 
@@ -36,6 +40,8 @@ with quick_imports():
     from rlhf_ray.rollout.wire import Bucket, PublishedWeights
 
 HEALTH_LANE, SAVING_LANE = "health", "saving"
+_beside: set[str] = set()
+"""Methods in lanes of their own: while one of them runs, the rank may wait."""
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -43,6 +49,7 @@ def _in_lane(lane: str) -> Callable[[Method], Method]:
     """Let Ray run a method beside whatever the actor does in other lanes."""
 
     def mark(method: Method) -> Method:
+        _beside.add(method.__name__)
         return cast(Method, ray.method(concurrency_group=lane)(method))
 
     return mark
@@ -51,10 +58,18 @@ def _in_lane(lane: str) -> Callable[[Method], Method]:
 class RankShell(Worker):
     """What Ray adds to a worker."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, tells_ray: bool = False) -> None:
+        """With ``tells_ray`` the rank sends metrics of its own to Ray."""
         # First, so that one which hangs, or is stopped, while it imports what it needs is found out.
         stacks.offer(f"{ray.get_runtime_context().get_actor_name() or f'{self.role}/{rank}'} {job_mark()}")
+        self.busy = BusyTime()
         super().__init__(rank, world_size)
+        self._meter = RankMeter(self.busy, gpu_memory, self._exporter if tells_ray else None).start()
+
+    def _exporter(self) -> RayExporter:
+        """What sends metrics under the name of the run, of the group and of the rank, which the name of the actor has."""
+        _, run, role, rank, *_ = (ray.get_runtime_context().get_actor_name() or "").split("/")
+        return RayExporter(run, role, int(rank))
 
     def __repr__(self) -> str:
         """What Ray calls it in logs, errors and its dashboard: the group and the rank, without the run."""
@@ -69,6 +84,11 @@ class RankShell(Worker):
     def stacks(self) -> str:
         """What every thread of this process does, for a driver on another node."""
         return stacks.describe([os.getpid()])
+
+    @_in_lane(HEALTH_LANE)
+    def memory(self) -> TreeMemory | None:
+        """What this process and those that it started hold; None before that was first measured."""
+        return self._meter.held
 
     def take_device(self, resources: ResourcesConfig) -> torch.device:
         """The device that this rank was placed on. Of a GPU that it shares it gets its share of the memory, not more."""
@@ -159,6 +179,7 @@ ACTORS: Mapping[WorkerKind, type[RankShell]] = {
     "rollout": RolloutActor,
 }
 for _actor in ACTORS.values():
+    count_calls(_actor, _beside)
     record_calls(_actor)
 
 

@@ -66,9 +66,27 @@ def take_peak(device: torch.device) -> GpuPeak | None:
     """The peak of this process since the last call; None on the CPU. Has not run on a GPU yet."""
     if device.type != "cuda":
         return None
+    gpu_memory()
     peak = GpuPeak(torch.cuda.max_memory_allocated(device) / GB, torch.cuda.max_memory_reserved(device) / GB)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
+
+
+_most: dict[int, float] = {}
+"""The most that torch held of each GPU before its own record of that was last reset, in GB."""
+
+
+def gpu_memory() -> tuple[float, float] | None:
+    """What torch holds of all GPUs of this process now, and the most of it so far, in GB; None where it has opened none.
+
+    This opens none either. Has not run on a GPU yet.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    gpus = range(torch.cuda.device_count())
+    for gpu in gpus:
+        _most[gpu] = max(_most.get(gpu, 0.0), torch.cuda.max_memory_reserved(gpu) / GB)
+    return sum(torch.cuda.memory_reserved(gpu) for gpu in gpus) / GB, sum(_most[gpu] for gpu in gpus)
 
 
 @contextmanager

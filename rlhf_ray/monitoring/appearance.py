@@ -35,7 +35,7 @@ WHEN: Mapping[str, str] = {
     "rollout/(seconds|engines_idle)": "with rollout.mode one_step_off or windowed",
     "rollout/(in_flight|buffered)": "with rollout.mode windowed",
     "(age|limit)/commit": "with checkpoint.every_steps other than 0",
-    "memory/gpu_.*": "on GPUs",
+    "(memory|rank)/gpu_.*": "on GPUs",
 }
 """By a pattern of names."""
 GPU = "on a node with a GPU"

@@ -1,22 +1,27 @@
-"""Measure the memory of a tree of processes and of the shared memory that they hold open.
+"""Measure the memory of trees of processes and of the shared memory that they hold open.
 
 Invariants: ``pss_gb`` is the sum of the proportional set sizes (PSS) of all processes, so that a page which several
 processes share counts once. ``object_store_gb`` is the size of the files in ``/dev/shm`` that the processes hold open,
 each counted once; Ray's object store lies there. A page of the object store that a process has mapped is in both
-figures, so the total is an upper bound.
+figures, so the total is an upper bound. Of several trees, on one machine or on several, each process and each file counts once,
+however many trees it is in.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from rlhf_ray.console import get_logger
+from rlhf_ray.processes.clock import boot
 
 GB = 1e9
 JOIN_S = 10.0
@@ -33,6 +38,8 @@ class MemoryUse:
     pss_gb: float = 0.0
     object_store_gb: float = 0.0
     processes: int = 0
+    by_node: Mapping[str, float] = field(default_factory=dict)
+    """The total of each node, by its host name."""
 
     @property
     def total_gb(self) -> float:
@@ -40,17 +47,74 @@ class MemoryUse:
         return self.pss_gb + self.object_store_gb
 
 
+@dataclass(frozen=True)
+class TreeMemory:
+    """What a tree of processes holds on its machine, in bytes, so that several trees can be counted together."""
+
+    node: str
+    """The host name."""
+    machine: str
+    """Tells kernels apart, and so files in shared memory."""
+    namespace: str
+    """Tells process ids apart: containers of one machine each count them anew."""
+    pss: Mapping[int, int]
+    """By process id."""
+    shared: Mapping[tuple[int, int], int]
+    """Of files in shared memory, by device and inode."""
+
+
 def memory_use(roots: Iterable[int]) -> MemoryUse:
     """Measure the memory that the processes ``roots`` and all their descendants use now.
 
     ``roots`` are process ids. A process that has ended, or ends meanwhile, counts as nothing.
     """
+    return together([tree_memory(roots)])
+
+
+def tree_memory(roots: Iterable[int]) -> TreeMemory:
+    """The same by process and by file."""
     processes = process_tree(roots)
-    shared_files: dict[tuple[int, int], int] = {}
+    shared: dict[tuple[int, int], int] = {}
     for process in processes:
-        shared_files |= _shared_files(process.pid)
-    pss_bytes = sum(map(_pss_bytes, processes))
-    return MemoryUse(pss_bytes / GB, sum(shared_files.values()) / GB, len(processes))
+        shared |= _shared_files(process.pid)
+    machine = boot()
+    pss = {process.pid: _pss_bytes(process) for process in processes}
+    return TreeMemory(socket.gethostname(), machine, f"{machine} {_namespace()}", pss, shared)
+
+
+def together(trees: Iterable[TreeMemory]) -> MemoryUse:
+    """What all trees hold; of what is in several of them, what the first says of it."""
+    pss: dict[tuple[str, int], int] = {}
+    shared: dict[tuple[str, int, int], int] = {}
+    by_node: dict[str, int] = {}
+    for tree in trees:
+        processes = {(tree.namespace, pid): size for pid, size in tree.pss.items()}
+        files = {(tree.machine, *file): size for file, size in tree.shared.items()}
+        new = [size for key, size in processes.items() if key not in pss]
+        new += [size for key, size in files.items() if key not in shared]
+        pss, shared = processes | pss, files | shared
+        if new:
+            by_node[tree.node] = by_node.get(tree.node, 0) + sum(new)
+    shares = {node: size / GB for node, size in by_node.items()}
+    return MemoryUse(sum(pss.values()) / GB, sum(shared.values()) / GB, len(pss), shares)
+
+
+def resident_bytes(process_ids: Iterable[int]) -> int:
+    """The sum of the resident sets of processes, shared pages in each of them; cheap, unlike the proportional ones."""
+    total = 0
+    for process_id in process_ids:
+        try:
+            total += int(psutil.Process(process_id).memory_info().rss)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname()
 
 
 def process_tree(roots: Iterable[int]) -> list[psutil.Process]:
@@ -98,12 +162,21 @@ def _shared_files(process_id: int) -> dict[tuple[int, int], int]:
 class MemorySampler:
     """A thread that measures a tree of processes once an interval, from :meth:`start` to :meth:`stop`.
 
-    ``roots`` are process ids; without any, the tree starts at this process. ``history`` holds the measurements with the
-    seconds since the start. As a context manager it starts on entry and stops on exit.
+    ``roots`` are process ids; without any, the tree starts at this process. ``elsewhere`` says what other trees hold; where it
+    fails, they hold what they held before. ``history`` holds the measurements with the seconds since the start. As a context
+    manager it starts on entry and stops on exit.
     """
 
-    def __init__(self, roots: Iterable[int] = (), interval_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        roots: Iterable[int] = (),
+        interval_s: float = 1.0,
+        elsewhere: Callable[[], Iterable[TreeMemory]] = tuple,
+    ) -> None:
         self._roots = tuple(roots) or (os.getpid(),)
+        self._elsewhere = elsewhere
+        self._others: list[TreeMemory] = []
+        self._said = False
         self._interval_s = interval_s
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
@@ -147,4 +220,11 @@ class MemorySampler:
             self._measure()
 
     def _measure(self) -> None:
-        self.history.append((time.monotonic() - self._started_at, memory_use(self._roots)))
+        try:
+            self._others = list(self._elsewhere())
+        except Exception as error:  # such as a Ray that goes down: what this machine holds is known all the same
+            if not self._said:
+                get_logger("memory").warning("the memory of other processes of the run is not known (%r)", error)
+            self._said = True
+        use = together([tree_memory(self._roots), *self._others])
+        self.history.append((time.monotonic() - self._started_at, use))

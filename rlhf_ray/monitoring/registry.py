@@ -123,19 +123,12 @@ class Registry:
 
 STATE = "State of the run"
 """The group of metrics that are read every few seconds, and not once a step: they are not in ``metrics.jsonl``."""
+RANKS = "Ranks"
+"""The group of metrics that each rank sends by itself every few seconds; they are not in ``metrics.jsonl`` either."""
 _COUNTERS = {
-    "updates/skipped",
-    "updates/stood_out",
-    "prompts/dropped",
-    "rollout/engine_deaths",
-    "groups/lost",
-    "reward/failed_tries",
-    "judge/requests",
-    "judge/tokens",
-    "judge/cost",
-    "judge/refusals",
-    "judge/unanswered",
-}
+    "updates/skipped", "updates/stood_out", "prompts/dropped", "rollout/engine_deaths", "groups/lost", "reward/failed_tries",
+    "judge/requests", "judge/tokens", "judge/cost", "judge/refusals", "judge/unanswered",
+}  # fmt: skip
 
 _METRICS = {
     STATE: [
@@ -331,13 +324,20 @@ _METRICS = {
             "Training FLOPs of the sequences over the machine's measured rate of matrix products",
         ),
         ("seconds_left", "s", "What is left of the training at the pace so far"),
-        ("memory/pss_gb", "GB", "Memory of all processes of the run (PSS) and of the object store"),
+        ("memory/pss_gb", "GB", "Memory of all processes of the run (PSS) and of the object store, on all nodes"),
         ("memory/gpu_allocated_gb", "GB", "Peak of the tensors on the fullest GPU since the last update"),
         ("memory/gpu_allocated_gb/policy", "GB", "Peak of the policy's tensors on its fullest GPU in the step"),
         ("memory/gpu_allocated_gb/critic", "GB", "Peak of the critic's tensors on its fullest GPU in the step"),
         ("memory/gpu_reserved_gb", "GB", "Peak of what torch holds of the fullest GPU since the last update"),
         ("memory/gpu_reserved_gb/policy", "GB", "Peak of what the policy's torch holds of its fullest GPU in the step"),
         ("memory/gpu_reserved_gb/critic", "GB", "Peak of what the critic's torch holds of its fullest GPU in the step"),
+    ],
+    RANKS: [
+        ("rank/resident_gb", "GB", "Resident memory of a rank and of what it started; shared pages count in each rank"),
+        ("rank/pss_gb", "GB", "Its proportional memory (PSS): shared pages are divided among those that share them"),
+        ("rank/busy_share", "share", "Share of the last seconds that the rank spent on calls; else it waited for one"),
+        ("rank/gpu_held_gb", "GB", "What torch holds of the rank's GPUs"),
+        ("rank/gpu_peak_gb", "GB", "The most that it held of them since the rank was started"),
     ],
     "Evaluation": [
         ("evaluation/reward", "score", "Mean reward of the answers to held-out prompts"),
@@ -392,6 +392,8 @@ _SHARED_PANELS = {
     "GPU memory of the policy": ("memory/gpu_reserved_gb/policy", "memory/gpu_allocated_gb/policy"),
     "GPU memory of the critic": ("memory/gpu_reserved_gb/critic", "memory/gpu_allocated_gb/critic"),
     "GPU memory": ("memory/gpu_reserved_gb", "memory/gpu_allocated_gb"),
+    "Memory of a rank": ("rank/resident_gb", "rank/pss_gb"),
+    "GPU memory of a rank": ("rank/gpu_held_gb", "rank/gpu_peak_gb"),
     "Held-out reward": ("evaluation/reward", "evaluation/reward_start"),
     "Held-out gold": ("evaluation/gold", "evaluation/gold_start"),
     "Held-out win rate over the start": ("evaluation/reward_win_rate", "evaluation/gold_win_rate"),
@@ -399,8 +401,6 @@ _SHARED_PANELS = {
     "Habits in a held-out answer": ("evaluation/habits_per_answer", "evaluation/habits_per_answer_start"),
     "Held-out length": ("evaluation/length", "evaluation/length_start"),
 }
-
-
 _FAMILY_PANELS = {
     "critical_path": "Critical path of the step, by role",
     "idle": "Share of the step without work, by role",

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import SECONDS_BETWEEN_LINES, get_logger, stderr
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import Interrupted, ResumableStop, RlhfRayError, StorageError
-from rlhf_ray.monitoring.memory import MemorySampler
+from rlhf_ray.monitoring.memory import MemorySampler, TreeMemory
 from rlhf_ray.monitoring.metrics_log import MetricsLog
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.monitoring.report.summary import (
@@ -68,7 +68,13 @@ SECONDS_BETWEEN_LOOKS, SHARE_OF_LOOKS = 30.0, 0.01
 class Journal:
     """Writes the metrics, samples and summary of one run; open it with ``with``."""
 
-    def __init__(self, run: RunDirectory, config: TrainingJob) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: TrainingJob,
+        memory_of_ranks: Callable[[], Iterable[TreeMemory]] = tuple,
+    ) -> None:
+        """``memory_of_ranks`` says what ranks hold that need not be descendants of this process."""
         self.run = run
         self.config = config
         self.logger = get_logger(config.kind)
@@ -86,7 +92,7 @@ class Journal:
         """How many steps of this attempt were."""
         self._next_look = 0.0
         """When the useful time is measured again (monotonic seconds)."""
-        self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES)
+        self._memory = MemorySampler(interval_s=SECONDS_BETWEEN_MEMORY_SAMPLES, elsewhere=memory_of_ranks)
         recorder = spans.recorder()
         self._spans = None if recorder is None else StepFigures(run.spans, recorder.name)
 
@@ -276,7 +282,8 @@ class Journal:
         self.add_facts({f"missed by {name}": f"{count} lines of metrics" for name, count in self._log.lost.items()})
         peak = self._memory.peak
         history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in self._memory.history)
-        memory = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history)
+        nodes = {node: round(size, 3) for node, size in peak.by_node.items()}
+        memory = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history, nodes)
         summary = Summary(**self._summary, memory=memory)
         self.run.write_closing(summary)
         close_run(self.run, keep_commit=self.config.checkpoint.every_steps != 0)

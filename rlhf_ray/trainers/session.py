@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 
+from rlhf_ray.actors.answers import MemoryOfRanks
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.connection import job_mark
 from rlhf_ray.actors.engines import load_fleet
@@ -27,11 +28,15 @@ from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
 from rlhf_ray.console import get_logger
+from rlhf_ray.monitoring.memory import TreeMemory
 from rlhf_ray.rewards.encoding import longest_read
 from rlhf_ray.rollout.fleet import Fleet
 from rlhf_ray.runs import clusters
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.storage.shared import SharedFile
+
+MEMORY_S = 2.0
+"""How long ranks have to say what memory they hold, before what they said last counts."""
 
 
 class Session:
@@ -48,6 +53,7 @@ class Session:
         if place is None:
             self._cluster = Cluster.for_job(config, together=True)
         self._place = place
+        self._memory = MemoryOfRanks()
 
     def __enter__(self) -> Session:
         if self._cluster is not None:
@@ -92,6 +98,12 @@ class Session:
     def watched(self) -> tuple[RayRanks, ...] | None:
         """All groups whose ranks are processes of their own; None where they are in this one."""
         return None if self._cluster is None else self._cluster.groups
+
+    def memory_of_ranks(self) -> list[TreeMemory]:
+        """What ranks hold, as each said last; nothing where all of them are descendants of this process."""
+        if self._cluster is None or self._cluster.has_own_ray:
+            return []
+        return self._memory.ask([actor for group in self._cluster.groups for actor in group.actors], MEMORY_S)
 
     @property
     def mark(self) -> str:

@@ -31,7 +31,7 @@ ray.cloudpickle.register_pickle_by_value(
 class Rank:
     """Says where Ray has put it."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, tells_ray: bool) -> None:
         self.rank = rank
 
     def zone(self) -> str:

@@ -25,7 +25,7 @@ GPUS = 2
 class Rank:
     """Says where Ray has put it."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, tells_ray: bool) -> None:
         self.rank = rank
 
     def gpus(self) -> list[Any]:

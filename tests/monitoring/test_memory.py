@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import subprocess
@@ -13,7 +14,7 @@ from multiprocessing.shared_memory import SharedMemory
 import pytest
 
 from rlhf_ray.monitoring import MemorySampler, memory_use
-from rlhf_ray.monitoring.memory import MemoryUse, process_tree
+from rlhf_ray.monitoring.memory import MemoryUse, TreeMemory, process_tree
 
 CHILD = """
 import subprocess, sys
@@ -62,6 +63,27 @@ def test_shared_memory_counts_once_however_many_hold_it_open() -> None:
     finally:
         shared.close()
         shared.unlink()
+
+
+def test_the_sampler_counts_other_trees_and_remembers_them_while_they_do_not_say(
+    project_log: io.StringIO,
+) -> None:
+    other = TreeMemory("other", "other", "other", {1: 10**12}, {})
+    answers: list[TreeMemory | OSError] = [other, OSError("Ray is gone"), OSError("Ray is gone")]
+
+    def elsewhere() -> list[TreeMemory]:
+        answer = answers.pop(0) if answers else OSError("Ray is gone")
+        if isinstance(answer, OSError):
+            raise answer
+        return [answer]
+
+    sampler = MemorySampler(interval_s=0.02, elsewhere=elsewhere).start()
+    while len(sampler.history) < 4:
+        time.sleep(0.01)
+    sampler.stop()
+    assert all(1000 < use.total_gb < 1010 for _, use in sampler.history)
+    assert sampler.peak.by_node["other"] == 1000.0 and len(sampler.peak.by_node) == 2
+    assert project_log.getvalue().count("is not known") == 1
 
 
 def test_the_sampler_sees_a_peak_that_has_passed() -> None:

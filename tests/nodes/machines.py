@@ -24,6 +24,8 @@ OWN_DISK = "/tmp/ray"
 """What a machine does not share with the other."""
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "hostname")
 LONGEST_S = 600
+PAGE_PORT = 8090
+"""Where Ray's metrics agent answers on each machine."""
 
 
 def missing() -> str | None:
@@ -83,6 +85,14 @@ class Machine:
         """Run a command of Ray there."""
         return self.run(Path(PYTHON).with_name("ray"), *words)
 
+    def page(self) -> str:
+        """What Ray's metrics agent says there, or nothing while it does not answer."""
+        where = f"http://{self.address}:{PAGE_PORT}"
+        read = f"import urllib.request; print(urllib.request.urlopen('{where}', timeout=5).read().decode())"
+        with contextlib.suppress(AssertionError):
+            return self.run(PYTHON, "-c", read)
+        return ""
+
     def power_off(self) -> None:
         """End every process there at once."""
         with contextlib.suppress(psutil.Error, ValueError):
@@ -134,13 +144,15 @@ def _boot(name: str, address: str, own_name: str | None, directory: Path) -> Mac
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "1000",
     }
     return Machine(name, address, init, variables)
 
 
 def start_cluster(first: Machine, second: Machine) -> None:
     """A Ray cluster of both, one CPU each, whose head is the first."""
-    common = ["--num-cpus=1", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats"]
+    store = f"--object-store-memory={150 * 2**20}"
+    common = ["--num-cpus=1", f"--metrics-export-port={PAGE_PORT}", store, "--disable-usage-stats"]
     first.ray("start", "--head", f"--node-ip-address={first.address}", "--port=6379", *common)
     second.ray("start", f"--address={first.address}:6379", f"--node-ip-address={second.address}", *common)
 

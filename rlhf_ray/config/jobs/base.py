@@ -105,6 +105,10 @@ class Job(Section):
         """The GPUs that the ranks of several roles share; none where every rank is placed by itself."""
         return None
 
+    def tells_ray(self) -> bool:
+        """Whether its ranks send metrics of their own to Ray."""
+        return False
+
     def sampling(self) -> Sampling | None:
         """The engines that sample from a model of the job; none where nothing is sampled."""
         return None
@@ -139,6 +143,9 @@ class TrainingJob(Job):
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+
+    def tells_ray(self) -> bool:
+        return self.monitoring.ray_metrics
 
     def length_done(self, state: Mapping[str, Any]) -> float:
         """How much of the run is behind the driver's state in a checkpoint, in the unit of ``length_key``."""

@@ -19,7 +19,7 @@ from rlhf_ray.monitoring.alarms.service import JOB
 from rlhf_ray.monitoring.dashboards import panels
 from rlhf_ray.monitoring.dashboards.panels import COLUMNS, FULL_WIDTH, PANEL_HEIGHT, PANEL_WIDTH, SOURCE, Panel
 from rlhf_ray.monitoring.other_pages import SERVICE_METRICS
-from rlhf_ray.monitoring.registry import RAY_PREFIX, REGISTRY, STATE
+from rlhf_ray.monitoring.registry import RANKS, RAY_PREFIX, REGISTRY, STATE
 
 TAG = "rlhf_ray"
 CALLS = ("age/reward_call", "limit/reward_call", "reward/failed_tries")
@@ -76,7 +76,7 @@ BOARDS = (
     ),
     Board(
         "cluster", "rlhf_ray: cluster and time by phase", "Where the time of a step goes, and how full the machines are.",
-        (panels.phases, panels.time_by_phase), ("Time", "Throughput and memory"), _node_rows,
+        (panels.phases, panels.time_by_phase), ("Time", "Throughput and memory", RANKS), _node_rows,
     ),
     Board(
         "faults", "rlhf_ray: faults", "What is the matter with runs and services: alarms, and what they look at.",

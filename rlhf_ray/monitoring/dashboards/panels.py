@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
 from rlhf_ray.monitoring.appearance import GPU, when
 from rlhf_ray.monitoring.other_pages import CHOSEN_RUNS, NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric, grown
-from rlhf_ray.monitoring.registry import PHASES, RAY_PREFIX, REGISTRY, Metric, choose_panel
+from rlhf_ray.monitoring.registry import PHASES, RANKS, RAY_PREFIX, REGISTRY, Metric, choose_panel
 
 SERVICES = "Service.*"
 SEVERITY_COLOURS = {"critical": "red", "warning": "orange", "advice": "blue"}
@@ -168,4 +168,4 @@ def _targets(queries: Iterable[Query]) -> list[dict[str, Any]]:
 
 def _legend(metric: Metric, alone: bool) -> str:
     name = "{{__name__}} " if metric.is_family else "" if alone else f"{metric.name} "
-    return f"{name}{{{{run}}}} {{{{role}}}}"
+    return f"{name}{{{{run}}}} {{{{role}}}}{' {{rank}}' if metric.group == RANKS else ''}"

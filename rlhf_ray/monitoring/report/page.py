@@ -145,9 +145,11 @@ def _phase_times(lines: curves.Lines) -> list[_PhaseTime]:
 def _memory_peak(memory: MemoryRecord | None) -> str:
     if memory is None:
         return ""
+    nodes = ", ".join(f"{name} {size:.2f} GB" for name, size in memory.nodes.items())
     return (
         f"Peak {memory.pss_gb + memory.object_store_gb:.2f} GB: {memory.pss_gb:.2f} GB in {memory.processes} processes "
-        f"(PSS) and {memory.object_store_gb:.2f} GB in the object store, sampled each second"
+        f"(PSS) and {memory.object_store_gb:.2f} GB in the object store, sampled every few seconds"
+        f"{f'; on {len(memory.nodes)} nodes: {nodes}' if len(memory.nodes) > 1 else ''}"
     )
 
 

@@ -94,12 +94,16 @@ class PreferencePage:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Memory at its peak, in GB (1e9 bytes), and ``history``: seconds since the start and the total then."""
+    """Memory at its peak, in GB (1e9 bytes), and ``history``: seconds since the start and the total then.
+
+    ``nodes`` has the share of each node in the peak, by host name.
+    """
 
     pss_gb: float
     object_store_gb: float
     processes: int
     history: tuple[tuple[float, float], ...] = ()
+    nodes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

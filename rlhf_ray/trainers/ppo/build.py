@@ -71,7 +71,7 @@ def train_ppo(
     check_own_parts(config)
     with (
         Session(config, run, place=place) as session,
-        Journal(run, config) as journal,
+        Journal(run, config, session.memory_of_ranks) as journal,
         Watchdog(run, config, journal, session),
     ):
         with journal.clock.part(START):

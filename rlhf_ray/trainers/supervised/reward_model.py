@@ -46,7 +46,7 @@ def train_reward_model(
     max_tokens = config.reward.forward_tokens(config.batch)
     with (
         Session(config, run, place=place) as session,
-        Journal(run, config) as journal,
+        Journal(run, config, session.memory_of_ranks) as journal,
         Watchdog(run, config, journal, session),
     ):
         starting = Starting(run, config, checkpoint)

@@ -35,7 +35,7 @@ def train_sft(
     updates = task.total_updates(checkpoint)
     with (
         Session(config, run, place=place) as session,
-        Journal(run, config) as journal,
+        Journal(run, config, session.memory_of_ranks) as journal,
         Watchdog(run, config, journal, session),
     ):
         starting = Starting(run, config, checkpoint)
