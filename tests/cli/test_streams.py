@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -62,6 +63,9 @@ def test_standard_output_that_takes_nothing_is_one_sentence(
         pytest.skip("ascii alone is written")
     make, message = STREAMS[stream]
     monkeypatch.setattr("rlhf_ray.console._leave_standard_output", lambda: None)  # this is the output of all tests
+    monkeypatch.setattr(
+        logging.getLogger("rlhf_ray"), "handlers", []
+    )  # one of an earlier test writes to a stream that is closed
     monkeypatch.setattr(sys, "stdout", make())
     try:
         code = main(RESULTS[command])
