@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from rlhf_ray.config.jobs.serve import ServeConfig
     from rlhf_ray.launch.evaluate_data import DataReport
     from rlhf_ray.launch.reward_report import RewardReport
+    from rlhf_ray.launch.sampling.figures import GenerationReport
+    from rlhf_ray.launch.sampling.rescore import RescoreReport
     from rlhf_ray.rewards.request import ScoreResult
     from rlhf_ray.runs.directory import RunDirectory
 
@@ -223,6 +225,48 @@ def score(
         raise RequestError("items is one item, a sequence of them was expected: write [item]")
     rows = [{"text": item} if isinstance(item, str) else item for item in items]
     return score_items(_load_serving(model, "score", overrides), rows, truncate=truncate)
+
+
+def generate(
+    model: str | Path,
+    prompts: str | Path,
+    output: str | Path,
+    overrides: Overrides | None = None,
+    *,
+    samples: int = 1,
+    reward: str | None = None,
+    select: str | None = None,
+    top: int | None = None,
+    overwrite: bool = False,
+    in_process: bool = False,
+) -> GenerationReport:
+    """Answer every row of ``prompts`` with ``model``, and write the rows that ``select`` takes to ``output``.
+
+    ``reward`` is a reward model, the URL of a scoring service, or a function by its name. ``overrides`` are keys of the recipe
+    ``generate``. All answers are kept beside ``output``; the same call goes on after an interruption. With ``in_process``
+    everything runs here, without Ray.
+    """
+    from rlhf_ray.launch.in_process import place_for_generating
+    from rlhf_ray.launch.sampling.generate import generate as generate_all
+    from rlhf_ray.launch.sampling.request import generate_config
+    from rlhf_ray.storage import OutputFile
+
+    environment.prepare(environment.for_process(hub=environment.is_hub_id(str(model))))
+    keys: dict[str, Any] = {"samples": samples, "select": select, "top": top}
+    config = generate_config(model, prompts, reward=reward, overrides=_texts(overrides), **keys)
+    place = place_for_generating(config) if in_process else None
+    return generate_all(config, OutputFile(Path(output), "output", overwrite=overwrite), place=place)
+
+
+def rescore(run: str | Path, reward: str, overrides: Overrides | None = None) -> RescoreReport:
+    """What ``reward`` makes of the samples of a PPO run, or of a file in which ``generate`` kept its answers.
+
+    ``reward`` is a reward model, the URL of a scoring service, or a function by its name.
+    """
+    from rlhf_ray.launch.sampling.request import other_reward, rescore_samples
+
+    environment.prepare(environment.for_process(hub=environment.is_hub_id(reward)))
+    return rescore_samples(run, other_reward(reward, _texts(overrides)))
 
 
 def _load_serving(model: str | Path, name: str, overrides: Overrides | None) -> ServeConfig:

@@ -30,6 +30,8 @@ COMMANDS = (
     "track",
     "trace",
     "serve",
+    "generate",
+    "rescore",
     "score",
     "evaluate",
     "export",
@@ -39,6 +41,9 @@ COMMANDS = (
 
 OF_RUNS = ("resume", "status", "report", "compare", "samples", "track", "trace")
 """Those of them that are about a run directory."""
+
+OF_SAMPLING = ("generate", "rescore")
+"""Those about answers that are sampled apart from training."""
 
 EPILOG = (
     "exit codes: 0 done; 2 the request is wrong; 3 the cluster cannot hold it; 75 stopped but resumable; 1 failed; "
@@ -62,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
 
 def module_of(command: str) -> str:
     """The module of a command."""
-    return f"rlhf_ray.cli.{'runs.' if command in OF_RUNS else ''}{command}"
+    wing = "runs." if command in OF_RUNS else "sampling." if command in OF_SAMPLING else ""
+    return f"rlhf_ray.cli.{wing}{command}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,8 +21,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "calibration_bins": ".calibration",
         "calibration_error": ".calibration",
         "mean_pass_at_k": ".sampling",
+        "pair_order": ".two_rewards",
         "pass_at_k": ".sampling",
+        "rank_correlation": ".two_rewards",
         "tie_rate": ".preferences",
+        "top_k_of_n_kl": ".sampling",
         "win_rate": ".preferences",
     },
 )

@@ -16,6 +16,9 @@ from numpy.typing import ArrayLike
 from rlhf_ray.errors import RequestError
 from rlhf_ray.evaluation.preferences import finite_scores
 
+QUADRATURE = 400
+"""Points of an integral: enough for ten digits up to n = 1000."""
+
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Return the probability that k of the samples hold a correct one: ``1 - C(N - c, k) / C(N, k)`` (Chen et al. 2021, eq. 1).
@@ -66,6 +69,25 @@ def best_of_n_kl(n: int) -> float:
     if n < 1:
         raise RequestError(f"best of {n} samples is undefined: n starts at 1")
     return math.log(n) - (n - 1) / n
+
+
+def top_k_of_n_kl(k: int, n: int) -> float:
+    """Return the KL in nats between one of the k best of n, drawn evenly, and one sample; exact without ties, else a bound.
+
+    At the quantile u of the reward the density is ``n / k`` times the probability that fewer than k of n - 1 others are better.
+    Its relative entropy is integrated by Gauss's rule; for k = 1 that is :func:`best_of_n_kl`, for k = n it is 0.
+    """
+    _check_subset(k, n, "k")
+    # Substituting u = 1 - v^2 puts the points where the density changes: near u = 1, within 1 / n of it.
+    points, weights = np.polynomial.legendre.leggauss(QUADRATURE)
+    v = (points + 1) / 2
+    better, others = v**2, n - 1
+    ways = [math.lgamma(n) - math.lgamma(j + 1) - math.lgamma(n - j) for j in range(k)]  # as logarithms: they are huge
+    terms = (np.exp(way + j * np.log(better) + (others - j) * np.log1p(-better)) for j, way in enumerate(ways))
+    density = n / k * np.sum([*terms], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = np.where(density > 0, density * np.log(density), 0.0)
+    return max(0.0, float((weights / 2 * entropy * 2 * v).sum()))
 
 
 def _check_subset(size: int, samples: int, name: str) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray import environment
 from rlhf_ray.config.checks.one_process import no_role_scores_in_vllm
-from rlhf_ray.config.jobs.base import TrainingJob
+from rlhf_ray.config.jobs.base import Job, TrainingJob
+from rlhf_ray.config.jobs.generate import GenerateConfig
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.loading import dump_config, parse_config
 from rlhf_ray.config.paths import with_absolute_paths
@@ -53,6 +54,20 @@ def place_for_scoring(config: ServeConfig) -> ThisProcess:
     return ThisProcess(config.cluster)
 
 
+def place_for_generating(config: GenerateConfig) -> ThisProcess:
+    """This process as the place of every engine and reward model of ``config``; :class:`ConfigError` if it cannot be that."""
+    problems = attempt([*config.one_process_rules(), lambda: _one_device(config)], partial=False)
+    for key, role in config.roles().items():
+        if role.config.ranks > 1:
+            problems.append((f"{key}.ranks", f"{role.config.ranks} ranks need processes of their own: set it to 1"))
+    if problems:
+        raise ConfigError([f"{key}: {text}" for key, text in problems], "--in-process")
+    os.environ.update(rank_environment(config))  # before torch is imported, which reads some of it once
+    from rlhf_ray.actors.this_process import ThisProcess
+
+    return ThisProcess(config.cluster)
+
+
 def for_one_process(config: TrainingJob) -> TrainingJob:
     """``config`` with one rank for every role and without the metrics that need Ray.
 
@@ -70,7 +85,7 @@ def for_one_process(config: TrainingJob) -> TrainingJob:
     return parse_config(dump_config(config), changes).to_train()
 
 
-def rank_environment(config: TrainingJob) -> dict[str, str]:
+def rank_environment(config: Job) -> dict[str, str]:
     """The environment variables that the ranks of ``config`` would get in processes of their own, all on the same device."""
     resources = [placement.resources for placement in config.placements()]
     return environment.for_process(
@@ -78,7 +93,7 @@ def rank_environment(config: TrainingJob) -> dict[str, str]:
     )
 
 
-def _one_device(config: TrainingJob) -> Iterator[Problem]:
+def _one_device(config: Job) -> Iterator[Problem]:
     """DeepSpeed and torch's groups have one device in a process, so every role computes on that of the first."""
     (first, device), *others = {placement.name: placement.resources.device for placement in config.placements()}.items()
     for name, other in others:

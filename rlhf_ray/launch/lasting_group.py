@@ -25,6 +25,11 @@ class LastingGroup:
         self._start = start
         self.group: Any = start(None)
 
+    def describe(self) -> Pending[dict[str, Any]]:
+        """What the reward model says of itself."""
+        described: Pending[dict[str, Any]] = self.group.describe()
+        return described
+
     def score(self, requests: Sequence[ScoreRequest]) -> Pending[list[ScoreResult]]:
         """Return one result per request, in order."""
         group = self.group

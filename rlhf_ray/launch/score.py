@@ -36,7 +36,7 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
     model = config.reward.model
     about = {
         "model": model.model_dump(),
-        "files": _files(model.path),
+        "files": model_files(model.path),
         "form": config.reward.form,
         "scored_token": config.reward.scored_token,
         "max_tokens": config.max_tokens,
@@ -47,7 +47,7 @@ def score(config: ServeConfig, source: Path, target: Path, *, truncate: bool) ->
             get_logger().info("%s: %d rows are scored already; continuing after them", target, output.done)
         check_rows(source)
         with Cluster.for_job(config, together=True) as cluster, _resumable(target):
-            scorer = _load(cluster, config)
+            scorer = load_scorer(cluster, config)
             failed = score_file(source, output, scorer, chunk=ROWS_PER_CALL, truncate=truncate)
     if failed.rows:
         get_logger().warning(
@@ -71,13 +71,13 @@ def score_items(config: ServeConfig, rows: Sequence[Mapping[str, Any]], *, trunc
     """The result of every row, in order; nothing is written."""
     results: list[ScoreResult] = []
     with Cluster.for_job(config, together=True) as cluster:
-        scorer = _load(cluster, config)
+        scorer = load_scorer(cluster, config)
         for start in range(0, len(rows), ROWS_PER_CALL):
             results += score_rows(rows[start : start + ROWS_PER_CALL], scorer, truncate=truncate).result()
     return results
 
 
-def _files(model: str | None) -> Mapping[str, Any]:
+def model_files(model: str | None) -> Mapping[str, Any]:
     """Sizes and times of the model's files: they change when other files take the same names."""
     directory = Path(model or "")
     files = sorted(directory.iterdir()) if model and directory.is_dir() else []
@@ -85,7 +85,7 @@ def _files(model: str | None) -> Mapping[str, Any]:
     return {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()}
 
 
-def _load(cluster: Cluster, config: ServeConfig) -> Scorer:
+def load_scorer(cluster: Cluster, config: ServeConfig) -> Scorer:
     from rlhf_ray.actors.place import place_scoring_group
 
     numbers = count(1)

@@ -1,15 +1,18 @@
 """One sampled answer as text: everything that a reward source, and a user's reward function, may look at.
 
 Invariants: a sample is never changed once it is made; all samples of one prompt share ``prompt_id``, ``prompt``, ``label``
-and ``source``. PPO's experience (``trainers/ppo/experience.py``) writes every field, from the prompt's row in the data and
-from what the rollout engine returned.
+and ``source``. :func:`text_sample` writes the fields from the prompt's row in the data and from what the rollout engine
+returned, for PPO and for ``rlhf-ray generate``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_ray.data.load import TokenizedPrompt
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,33 @@ class TextSample:
     """The sum of the rewards that the environment of its episode gave; none without an environment, and where it failed."""
     episode_failure: int = 0
     """Why the environment gave none (``EpisodeFailure``)."""
+
+
+def text_sample(
+    prompt: TokenizedPrompt,
+    sample_index: int,
+    answer: Sequence[int],
+    *,
+    finished: bool,
+    tokenizer: Any,
+    stop_tokens: Collection[int],
+    **outcome: Any,
+) -> TextSample:
+    """The answer with the ids ``answer`` to ``prompt``; ``stop_tokens`` end one, ``outcome`` is that of its episode."""
+    ended = finished and answer[-1:] and answer[-1] in stop_tokens
+    response = tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
+    conversation = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
+    return TextSample(
+        prompt_id=prompt.prompt_id,
+        sample_index=sample_index,
+        prompt=prompt.text,
+        response=response,
+        label=prompt.label,
+        finished=finished,
+        token_ids=(*prompt.token_ids, *answer),
+        source=prompt.source,
+        messages=conversation,
+        tools=None if prompt.tools is None else tuple(prompt.tools),
+        template_variables=prompt.template_variables,
+        **outcome,
+    )

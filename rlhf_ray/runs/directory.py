@@ -222,10 +222,14 @@ class RunDirectory:
         text = "".join(json.dumps(dict(sample), ensure_ascii=False) + "\n" for sample in samples)
         storage.write_file(self._samples_path(step), text)
 
+    def sampled_steps(self) -> list[int]:
+        """The steps that have samples."""
+        found = (_SAMPLES.fullmatch(path.name) for path in self.samples.glob("step-*.jsonl"))
+        return sorted(int(match[1]) for match in found if match is not None)
+
     def read_samples(self, step: int | None = None) -> tuple[int, list[dict[str, Any]]]:
         """The samples of a step, by default of the last that has some; raises :class:`RequestError` where there are none."""
-        found = (_SAMPLES.fullmatch(path.name) for path in self.samples.glob("step-*.jsonl"))
-        steps = sorted(int(match[1]) for match in found if match is not None)
+        steps = self.sampled_steps()
         if step is None and steps:
             step = steps[-1]
         if step is None or step not in steps:

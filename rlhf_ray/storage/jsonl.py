@@ -139,6 +139,14 @@ class JsonLines:
         return cast(Line, line)
 
 
+def as_json(value: Any) -> Any:
+    """A value as it comes back from a line; None where no line can hold it."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
 def _refuse(constant: str) -> None:
     """NaN and Infinity, which Python would read although JSON has no such numbers."""
     raise ValueError(f"{constant} is no number in JSON")

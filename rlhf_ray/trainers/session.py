@@ -13,10 +13,10 @@ from types import TracebackType
 from rlhf_ray.actors.answers import MemoryOfRanks
 from rlhf_ray.actors.cluster import Cluster
 from rlhf_ray.actors.connection import job_mark
-from rlhf_ray.actors.engines import load_fleet
+from rlhf_ray.actors.engines import load_fleet, place_engines
 from rlhf_ray.actors.groups import CriticGroup, PolicyGroup, ReferenceGroup, RewardGroup, TrainedRewardGroup
 from rlhf_ray.actors.loading import Load
-from rlhf_ray.actors.place import Place, PlacedGroup, RankSpec, place_group, place_reward_group
+from rlhf_ray.actors.place import Place, PlacedGroup, place_group, place_reward_group
 from rlhf_ray.actors.ranks import Ranks, RayRanks
 from rlhf_ray.actors.turns import SharedPlace
 from rlhf_ray.actors.workers.model import WorkerSetup
@@ -158,13 +158,7 @@ class Session:
 
     def engines(self, config: RolloutConfig) -> list[Ranks]:
         """Place all rollout engines; their processes import what they need while other groups load."""
-        engines = [
-            self.place.start(RankSpec("rollout", 1, config.resources, number, placement=config.placement))
-            for number in range(config.engines)
-        ]
-        for engine in engines:
-            engine.call("warm_up", [(config.backend,)])
-        return engines
+        return place_engines(self.place, config)
 
     def fleet(self, engines: list[Ranks], setup: RolloutSetup, load_all: Load) -> Fleet:
         """Load the model into all engines; they generate nothing before the first weight update."""

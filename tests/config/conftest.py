@@ -44,6 +44,15 @@ rollout: {{dtype: fp32}}
 data: {{world: {{}}}}
 batch: {{prompts_per_step: 16, sequences_per_update: 8}}
 """,
+    "generate": f"""
+kind: generate
+run: {{name: small}}
+model: {{path: org/name}}
+reward: {{model: {{make: {MADE}, dtype: fp32, head_init: inv_sqrt}}}}
+rollout: {{dtype: fp32, max_model_tokens: 512}}
+data: {{world: {{}}}}
+samples: 4
+""",
     "serve": f"""
 kind: serve
 run: {{name: small}}

@@ -13,6 +13,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from rlhf_ray.config import sections
+from rlhf_ray.config.jobs.generate import GenerateConfig, SampledModelConfig
 from rlhf_ray.config.jobs.registry import KINDS
 from rlhf_ray.config.jobs.serve import ServeConfig
 from rlhf_ray.config.sections.algorithm import (
@@ -109,6 +110,8 @@ SECTIONS: dict[str, type[Section]] = {
     "`checkpoint`": CheckpointConfig,
     "`monitoring`": MonitoringConfig,
     "`expose` of ppo, and part of serve": ServiceConfig,
+    "generate, beside `run`, `cluster`, `data`, `rollout` and `reward`": GenerateConfig,
+    "`model` of generate": SampledModelConfig,
     "serve, beside `run`, `cluster` and the keys above": ServeConfig,
 }
 ELSEWHERE = {
@@ -123,6 +126,7 @@ ELSEWHERE = {
     RewardConfig: set(RoleConfig.model_fields) - {"model"},
     ScoringRole: set(RoleConfig.model_fields),
     RewardTermConfig: set(RewardSourceConfig.model_fields),
+    GenerateConfig: {"kind", "run", "cluster", "data", "rollout"},
     ServeConfig: {"kind", "run", "cluster"} | set(ServiceConfig.model_fields),
 }
 """Keys that the page gives in another table."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import NumericalError, RequestError
-from rlhf_ray.evaluation import best_of_n, best_of_n_kl, mean_pass_at_k, pass_at_k
+from rlhf_ray.evaluation import best_of_n, best_of_n_kl, mean_pass_at_k, pass_at_k, top_k_of_n_kl
 
 
 @settings(deadline=None, max_examples=40)
@@ -95,3 +95,15 @@ def test_pass_at_k_of_several_prompts_is_the_mean_whatever_they_were_sampled() -
         mean_pass_at_k([], 1)
     with pytest.raises(RequestError, match="k is 3, but there are 2 samples"):
         mean_pass_at_k(right, 3)
+
+
+def test_the_kl_of_the_best_k_is_that_of_the_best_one_and_of_no_choice_at_its_ends() -> None:
+    for n in (1, 2, 3, 16, 100, 1000):
+        assert top_k_of_n_kl(1, n) == pytest.approx(best_of_n_kl(n), abs=1e-9)
+        assert top_k_of_n_kl(n, n) == pytest.approx(0.0, abs=1e-9)
+    # 2 of 3: the density at the quantile u is 3 / 2 (1 - (1 - u)^2), whose entropy is summed here in small steps.
+    steps = 200_000
+    density = [1.5 * (1 - (1 - (step + 0.5) / steps) ** 2) for step in range(steps)]
+    assert top_k_of_n_kl(2, 3) == pytest.approx(sum(p * math.log(p) for p in density) / steps, abs=1e-6)
+    with pytest.raises(RequestError, match="k is 5, but there are 4 samples"):
+        top_k_of_n_kl(5, 4)

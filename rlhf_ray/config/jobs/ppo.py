@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -171,7 +171,7 @@ class PpoConfig(TrainingJob):
             self._label_problems,
             self._form_problems,
             lambda: template_problems(self.policy.model, self.data, self.row_reader),
-            *(partial(_source_files, key, source) for key, source in self._reward_sources().items()),
+            *(partial(source_files, key, source) for key, source in self._reward_sources().items()),
             self._gold_file,
             self._environment_file,
             self._own_part_files,
@@ -230,14 +230,8 @@ class PpoConfig(TrainingJob):
     def _label_reader(self, source: SourceConfig) -> LabelReader:
         """What the rewards, and on held-out rows the gold score, need of the labels of ``source``."""
         is_held_out = source == self.data.evaluation_file or self.data.evaluation_fraction
-        functions = [(one.function or "").removeprefix(VERIFIERS) for one in self.reward.sources.values()]
-        gold = [(self.evaluation.gold or "").removeprefix(VERIFIERS)] if is_held_out else []
-        own = [one.source or one.judge for one in self.reward.sources.values()]
-        verifiers = [name for name in (*functions, *gold) if name in COMPARED]
-        # a number asks more of a label than a text
-        verifier = max(verifiers, key=lambda name: COMPARED[name] == "number", default="")
-        used = any((*functions, *gold, *own))
-        return LabelReader(source.label_key, COMPARED.get(verifier, ""), verifier, used=used)
+        gold = [self.evaluation.gold] if is_held_out else []
+        return label_reader(source, [*self.reward.sources.values()], gold)
 
     def _label_problems(self) -> Iterator[Problem]:
         """Functions of the user's own that ask for labels find some."""
@@ -278,7 +272,7 @@ class PpoConfig(TrainingJob):
             yield from ((f"algorithm.{key}", text) for text in existence_problems(name))
 
 
-def _source_files(key: str, source: RewardSourceConfig) -> Iterator[Problem]:
+def source_files(key: str, source: RewardSourceConfig) -> Iterator[Problem]:
     """The code and the token file of one place that rewards come from."""
     for name in ("function", "source"):
         code = source.__dict__.get(name)
@@ -287,3 +281,15 @@ def _source_files(key: str, source: RewardSourceConfig) -> Iterator[Problem]:
     yield from token_problems(f"{key}.token_file", source.token_file)
     if source.judge is not None:
         yield from key_problems(f"{key}.judge", source.judge, source.token_file)
+
+
+def label_reader(
+    source: SourceConfig, rewards: Sequence[RewardSourceConfig], also: Sequence[str | None] = ()
+) -> LabelReader:
+    """What ``rewards``, and functions that score besides them, need of the labels of ``source``."""
+    functions = [(name or "").removeprefix(VERIFIERS) for name in (*(one.function for one in rewards), *also)]
+    verifiers = [name for name in functions if name in COMPARED]
+    # a number asks more of a label than a text
+    verifier = max(verifiers, key=lambda name: COMPARED[name] == "number", default="")
+    used = any((*functions, *(one.source or one.judge for one in rewards)))
+    return LabelReader(source.label_key, COMPARED.get(verifier, ""), verifier, used=used)

@@ -26,6 +26,7 @@ KINDS: dict[str, JobKind] = {
     "rm": JobKind("rlhf_ray.config.jobs.reward_model:RewardModelConfig"),
     "dpo": JobKind("rlhf_ray.config.jobs.dpo:DpoConfig"),
     "ppo": JobKind("rlhf_ray.config.jobs.ppo:PpoConfig"),
+    "generate": JobKind("rlhf_ray.config.jobs.generate:GenerateConfig", trains=False),
     "serve": JobKind("rlhf_ray.config.jobs.serve:ServeConfig", trains=False),
 }
 

@@ -25,7 +25,7 @@ from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.processes import spans
 from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
-from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.sample import TextSample, text_sample
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
@@ -161,24 +161,14 @@ class Experience:
         outcomes = episode_outcomes(trajectories)
         for row, prompt_id in enumerate(trajectories["prompt_id"].tolist()):
             prompt = prompts[prompt_id]
-            ids = token_ids[offsets[row] : offsets[row + 1]]
-            answer = ids[len(prompt.token_ids) :]
-            ended = finished[row] and answer[-1:] and answer[-1] in self.stop_tokens
-            response = self.tokenizer.decode(answer[:-1] if ended else answer, skip_special_tokens=True)
-            conversation = prompt.messages and (*prompt.messages, {"role": "assistant", "content": response})
             samples.append(
-                TextSample(
-                    prompt_id=prompt_id,
-                    sample_index=indices[row],
-                    prompt=prompt.text,
-                    response=response,
-                    label=prompt.label,
+                text_sample(
+                    prompt,
+                    indices[row],
+                    token_ids[offsets[row] + len(prompt.token_ids) : offsets[row + 1]],
                     finished=finished[row],
-                    token_ids=tuple(ids),
-                    source=prompt.source,
-                    messages=conversation,
-                    tools=None if prompt.tools is None else tuple(prompt.tools),
-                    template_variables=prompt.template_variables,
+                    tokenizer=self.tokenizer,
+                    stop_tokens=self.stop_tokens,
                     **outcomes[row],
                 )
             )

@@ -23,6 +23,7 @@ from rlhf_ray.evaluation.positions import by_position, growth
 from rlhf_ray.processes import spans
 from rlhf_ray.rewards.judge.source import Judge
 from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.storage.jsonl import as_json
 from rlhf_ray.trainers.ppo.experience import TERM
 from rlhf_ray.trainers.ppo.gold import Gold
 from rlhf_ray.trainers.ppo.sampling import Collected
@@ -220,6 +221,7 @@ def sample_rows(
     return [
         {
             "prompt": sample.prompt,
+            **_beside(sample),
             "response": sample.response,
             "finished": sample.finished,
             "score": round(float(batch["score"][row]), 4),
@@ -227,6 +229,19 @@ def sample_rows(
         }
         for row, sample in enumerate(samples[:count])
     ]
+
+
+def _beside(sample: TextSample) -> dict[str, object]:
+    """What another reward needs of a sample besides its prompt and its response, where JSON can hold it."""
+    columns = {
+        "prompt_id": sample.prompt_id,
+        "messages": sample.messages and [*sample.messages[:-1]],
+        "tools": sample.tools,
+        "chat_template_kwargs": sample.template_variables,
+        "label": sample.label,
+        "source": sample.source or None,
+    }
+    return {name: plain for name, value in columns.items() if (plain := as_json(value)) is not None}
 
 
 def _kept_tokens(batch: TrajectoryBatch, row: int, tokenizer: Any) -> dict[str, object]:

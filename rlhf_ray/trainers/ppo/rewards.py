@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf_ray.actors.cluster import group_of
-from rlhf_ray.actors.groups import RewardGroup
 from rlhf_ray.config.files.tokens import read_tokens
-from rlhf_ray.config.jobs.ppo import PpoConfig
-from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardSourceConfig
+from rlhf_ray.config.sections.rewards import FROM_ENVIRONMENT, RewardConfig, RewardSourceConfig
 from rlhf_ray.config.sections.roles import Form
 from rlhf_ray.console import get_logger
 from rlhf_ray.data.chat import ChatFormat
@@ -44,6 +42,21 @@ SHIPPED: Mapping[str, RewardFunction] = {
     "world.gold": world_gold,
     "world.arithmetic": world_arithmetic,
 }
+
+
+class Rewarded(Protocol):
+    """A job, or a part of one, whose answers get rewards."""
+
+    @property
+    def reward(self) -> RewardConfig:
+        """Where they come from."""
+
+
+class Described(Scorer, Protocol):
+    """A reward model in processes of this job."""
+
+    def describe(self) -> Pending[dict[str, Any]]:
+        """What it was trained on and reads, and its statistics."""
 
 
 class RemoteScorer:
@@ -85,8 +98,8 @@ class Recorded:
 
 
 def make_reward_source(
-    config: PpoConfig,
-    groups: Mapping[str, RewardGroup],
+    config: Rewarded,
+    groups: Mapping[str, Described],
     policy: ChatFormat,
     *,
     forms: Collection[Form],

@@ -1,0 +1,1 @@
+"""Commands about answers that are sampled apart from training, and about their rewards."""
