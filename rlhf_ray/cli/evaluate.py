@@ -1,4 +1,4 @@
-"""The command ``rlhf-ray evaluate``: compare a reward model with a file of preferences."""
+"""The command ``rlhf-ray evaluate``: compare a reward model with preferences, or a policy with another one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "evaluate runs/demo-rm/final --data pairs.jsonl --output figures.json",
     "evaluate --data-only --data pairs.jsonl --held-out test.jsonl",
+    "evaluate POLICY --against OTHER --prompts prompts.jsonl --reward REWARD_MODEL --samples 4 --output figures.json",
+    "evaluate POLICY --prompts gsm8k.jsonl --reward gsm8k --samples 16 --pass-at 1,4,16 --output figures.json",
 )
 
 
@@ -22,23 +24,27 @@ def add_arguments(commands: Any) -> None:
     """Register the command."""
     command = commands.add_parser(
         "evaluate",
-        help="compare a reward model with a file of preferences",
+        help="compare a reward model with preferences, or a policy with another one",
+        description="With --data: how well a reward model agrees with preferences. With --prompts: how good the answers of a "
+        "policy are, alone or against another's; the same command goes on after an interruption.",
         **examples(*EXAMPLES),
     )
     command.add_argument(
         "model",
         nargs="?",
-        help="a directory or hub id of a reward model; with --data-only, a model whose tokenizer counts tokens",
+        help="a directory or hub id of a reward model; with --prompts of a policy; with --data-only, of a model whose "
+        "tokenizer counts tokens",
     )
     command.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
-        help="of the recipe serve, such as reward.ranks=2, or of how rows are read, such as data.bad_rows=drop",
+        help="of the recipe serve (with --prompts: of the recipe generate), such as reward.ranks=2, or of how rows are read, "
+        "such as data.bad_rows=drop",
     )
     command.add_argument(
-        "--data", required=True, type=Path, help="preference pairs in any layout; RewardBench's and RewardBench 2's too"
+        "--data", type=Path, help="preference pairs in any layout; RewardBench's and RewardBench 2's too"
     )
     command.add_argument("--prompt-key", default="prompt")
     command.add_argument("--chosen-key", default="chosen")
@@ -59,17 +65,110 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "--allow-shared-prompts", action="store_true", help="with --held-out: report shared prompts and accept them"
     )
-    command.add_argument("--output", type=Path, help="a .json file for all figures, the worst pairs among them")
+    _add_policy_arguments(command.add_argument_group("policies"))
+    command.add_argument(
+        "--output",
+        type=Path,
+        help="a .json file for all figures; the worst pairs are in it, and answers of policies beside it",
+    )
     command.add_argument("--overwrite", action="store_true", help="let --output take the place of a file of yours")
     command.set_defaults(run=run)
 
 
+def _add_policy_arguments(policies: Any) -> None:
+    policies.add_argument(
+        "--prompts", type=Path, help="rows with a prompt, a text or a conversation, that policies answer"
+    )
+    policies.add_argument("--against", metavar="MODEL", help="another policy, which answers the same prompts")
+    policies.add_argument(
+        "--reward", metavar="MODEL|URL|FUNCTION", help="a reward model, a scoring service, or a function that scores"
+    )
+    policies.add_argument("--samples", type=int, metavar="N", help="answers to each prompt (default: 1)")
+    policies.add_argument(
+        "--pass-at", metavar="K,...", help="report pass@k, where an answer is right whose reward is 1 or more"
+    )
+    policies.add_argument("--greedy", action="store_true", help="the likeliest token each time")
+    policies.add_argument("--config", default="generate", help="a file or recipe of kind generate")
+    policies.add_argument("--in-process", action="store_true", help="in this process, without Ray, to debug it")
+
+
 def run(options: argparse.Namespace) -> int:
-    """Check, score or count, print the tables."""
+    """Check, sample, score or count, print the tables."""
     from rlhf_ray.rows.layouts import Keys
 
+    _check_kind(options)
+    if options.prompts is not None:
+        return _measure_policies(options)
     keys = Keys(options.prompt_key, options.chosen_key, options.rejected_key)
     return _measure_data(options, keys) if options.data_only else _measure_model(options, keys)
+
+
+def _check_kind(options: argparse.Namespace) -> None:
+    """Refuse options of one kind of evaluation in another."""
+    from rlhf_ray.errors import RequestError
+
+    of_pairs = ("data_only", "held_out", "allow_shared_prompts", "apply_chat_template")
+    of_policies = ("against", "reward", "samples", "pass_at", "greedy", "in_process")
+    if (options.data is None) == (options.prompts is None):
+        raise RequestError(
+            "name either --data, pairs that a reward model is compared with, or --prompts, which a policy answers"
+        )
+    other, kind = (of_policies, "--prompts") if options.prompts is None else (of_pairs, "--data")
+    given = [f"--{name.replace('_', '-')}" for name in other if getattr(options, name) not in (None, False)]
+    if given:
+        raise RequestError(f"{given[0]} has no effect without {kind}: remove it")
+    if options.prompts is not None and (options.model is None or "=" in options.model):  # a setting may stand in its place
+        raise RequestError("evaluate --prompts needs a policy: name its directory or hub id")
+    if options.prompts is not None and options.output is None:
+        raise RequestError(
+            "evaluate --prompts needs --output FIGURES.json: answers are kept beside it, to go on from there"
+        )
+
+
+def _measure_policies(options: argparse.Namespace) -> int:
+    from rlhf_ray.launch.parent import with_own_ray
+    from rlhf_ray.launch.sampling.request import generate_config
+
+    models = [options.model] if options.against is None else [options.model, options.against]
+    configs = [
+        generate_config(
+            model,
+            options.prompts,
+            recipe=options.config,
+            reward=options.reward,
+            overrides=["run.name=evaluate", *options.overrides],
+            samples=options.samples,
+            greedy=options.greedy or None,
+        )
+        for model in models
+    ]
+    pass_at, output = _sizes(options.pass_at), _output(options)
+    assert output is not None, "asked for above"
+    output.check()
+
+    def work() -> int:
+        from rlhf_ray.launch.sampling.policies import PolicyEvaluation, evaluate_policies, print_report
+
+        places: list[Any] = [None] * len(configs)
+        if options.in_process:
+            from rlhf_ray.launch.in_process import place_for_generating
+
+            places = [place_for_generating(config) for config in configs]
+        report = evaluate_policies(PolicyEvaluation(configs, pass_at), output, places=places)
+        print_report(report, output.path)
+        return 0
+
+    return work() if options.in_process else with_own_ray(configs[0], options.arguments, work)
+
+
+def _sizes(text: str | None) -> list[int]:
+    """The k of each pass@k, without repetition."""
+    from rlhf_ray.errors import RequestError
+
+    try:
+        return sorted({int(part) for part in (text or "").split(",") if text})
+    except ValueError:
+        raise RequestError(f"--pass-at {text}: write whole numbers with commas between them, such as 1,4,16") from None
 
 
 def _measure_model(options: argparse.Namespace, keys: Keys) -> int:
@@ -120,5 +219,5 @@ def _measure_data(options: argparse.Namespace, keys: Keys) -> int:
 def _output(options: argparse.Namespace) -> OutputFile | None:
     from rlhf_ray.storage.output import OutputFile
 
-    reads = [file for file in (options.data, options.held_out) if file is not None]
+    reads = [file for file in (options.data, options.held_out, options.prompts) if file is not None]
     return None if options.output is None else OutputFile(options.output, overwrite=options.overwrite, reads=reads)

@@ -119,13 +119,22 @@ def generate(config: GenerateConfig, output: OutputFile, *, place: Place | None 
     none. Raises :class:`ResumableStop` where answers are missing that the same call would sample.
     """
     output.check()
+    kept = answers_path(output.path)
+    sample_answers(config, kept, place=place)
+    return _write_rows(config, kept, output)
+
+
+def sample_answers(config: GenerateConfig, kept: Path, *, place: Place | None = None) -> None:
+    """Have every prompt answered and scored in the file ``kept``; what it holds already is not sampled again.
+
+    Raises :class:`ResumableStop` where answers are missing that the same call would sample.
+    """
     prepared = prepare(config)
-    kept, made_of = answers_path(output.path), prepared.made_of()
+    made_of = prepared.made_of()
     if not _is_finished(kept, made_of):
         reads = [Path(path) for _, path in config.data_paths()]
         with _resumable(kept), GrowingFile(kept, made_of, reads) as journal:
             _answer_the_rest(prepared, journal, made_of, place)
-    return _write_rows(config, kept, output)
 
 
 def answers_path(output: Path) -> Path:
