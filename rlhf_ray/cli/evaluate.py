@@ -117,7 +117,9 @@ def _check_kind(options: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in other if getattr(options, name) not in (None, False)]
     if given:
         raise RequestError(f"{given[0]} has no effect without {kind}: remove it")
-    if options.prompts is not None and (options.model is None or "=" in options.model):  # a setting may stand in its place
+    if options.prompts is not None and (
+        options.model is None or "=" in options.model
+    ):  # a setting may stand in its place
         raise RequestError("evaluate --prompts needs a policy: name its directory or hub id")
     if options.prompts is not None and options.output is None:
         raise RequestError(

@@ -153,7 +153,7 @@ def _figures(scored: Scored, pass_at: Sequence[int], seed: int) -> dict[str, Fig
 def _comparison(first: Scored, second: Scored, pass_at: Sequence[int], seed: int) -> dict[str, Figure]:
     meetings = _meetings(first, second)
     plain, controlled = paired_win_rate(meetings, seed), length_controlled_win_rate(meetings, seed)
-    rewards = [list(map(_mean, one.rewards)) for one in (first, second)]
+    rewards, others = (list(map(_mean, one.rewards)) for one in (first, second))
     return {
         "win_rate": Figure(plain.rate, plain.interval),
         "wins": Figure(plain.wins),
@@ -161,7 +161,7 @@ def _comparison(first: Scored, second: Scored, pass_at: Sequence[int], seed: int
         "losses": Figure(plain.losses),
         "length_controlled_win_rate": Figure(controlled.rate, controlled.interval),
         "length_effect": Figure(controlled.length_effect),
-        "reward_difference": _difference(*rewards, seed),
+        "reward_difference": _difference(rewards, others, seed),
         **{f"pass_at_{k}_difference": _difference(first.passes(k), second.passes(k), seed) for k in pass_at},
     }
 
