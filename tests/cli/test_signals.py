@@ -92,7 +92,7 @@ def test_score_keeps_what_was_written_and_the_same_command_goes_on(
 
     def run(stopped: Stopped) -> tuple[int, str]:
         monkeypatch.setattr(score, "Cluster", stopped)
-        monkeypatch.setattr(score, "_load", lambda cluster, config: stopped)
+        monkeypatch.setattr(score, "load_scorer", lambda cluster, config: stopped)
         return main(command), capsys.readouterr().err
 
     code, message = run(Stopped(number, chunks))
