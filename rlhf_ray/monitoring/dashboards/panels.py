@@ -11,8 +11,9 @@ from typing import Any
 
 from rlhf_ray.monitoring.alarms.service import SERVICE_ALARMS
 from rlhf_ray.monitoring.appearance import GPU, when
+from rlhf_ray.monitoring.dashboards.shared import choose_panel
 from rlhf_ray.monitoring.other_pages import CHOSEN_RUNS, NODE_METRICS, SERVICE_METRICS, NodeMetric, ServiceMetric, grown
-from rlhf_ray.monitoring.registry import PHASES, RANKS, RAY_PREFIX, REGISTRY, Metric, choose_panel
+from rlhf_ray.monitoring.registry import PHASES, RANKS, RAY_PREFIX, REGISTRY, Metric
 
 SERVICES = "Service.*"
 SEVERITY_COLOURS = {"critical": "red", "warning": "orange", "advice": "blue"}

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.monitoring.registry import REGISTRY, Metric, choose_panel
+from rlhf_ray.monitoring.dashboards.shared import choose_panel
+from rlhf_ray.monitoring.registry import REGISTRY, Metric
 from rlhf_ray.monitoring.report.charts import Curve, Panel, Point, line_chart, number
 from rlhf_ray.monitoring.report.summary import BestOf
 
