@@ -238,7 +238,8 @@ def test_a_child_has_room_to_say_its_outcome_after_a_parent_was_stopped_for_days
             assert theirs.send(lifeline.RESULT) == 1
         monkeypatch.setattr(lifeline, "BEAT_EVERY_S", 0.01)
         words = ours.recv(100_000)
-        assert words.count(lifeline.BEAT) > 10 and words.endswith(3 * lifeline.RESULT)
+        said = words.rstrip(lifeline.BEAT)  # a beat may come while this reads, which makes room
+        assert said.count(lifeline.BEAT) > 10 and said.endswith(3 * lifeline.RESULT)
         ours.settimeout(5.0)
         assert ours.recv(1) == lifeline.BEAT, "it goes on once there is room"
         ours.close()

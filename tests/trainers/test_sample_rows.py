@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.lines import sample_problem
 from rlhf_ray.trainers.ppo import metrics
 from rlhf_ray.trainers.ppo.metrics import sample_rows
@@ -28,7 +29,7 @@ def batch() -> TrajectoryBatch:
 
 
 def rows(count: int = 3) -> list[dict[str, Any]]:
-    samples: Any = [SimpleNamespace(prompt=f"p{n}", response=f"r{n}", finished=n == 0) for n in range(3)]
+    samples = [TextSample(n, 0, f"p{n}", f"r{n}", label=None, finished=n == 0, token_ids=()) for n in range(3)]
     made: list[Any] = sample_rows(samples, batch(), TOKENIZER, count)
     return [json.loads(json.dumps(row, allow_nan=False)) for row in made]
 

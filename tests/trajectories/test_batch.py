@@ -231,7 +231,7 @@ def test_every_known_column_has_the_dtype_of_the_contract() -> None:
         [[1, 2], [3]],
         **{name: [[0, 1], [0]] for name in PER_TOKEN if name != "token_ids"},
         kept_words=[7],
-        **{name: [1, 2] for name in PER_SEQUENCE},
+        **{name: [0, 1] if name == "desirable" else [1, 2] for name in PER_SEQUENCE},
     )
     assert {name: str(batch[name].dtype).removeprefix("torch.") for name in batch.columns} == {
         "token_ids": "int64",
@@ -247,6 +247,8 @@ def test_every_known_column_has_the_dtype_of_the_contract() -> None:
         "turn_rewards": "float32",
         "turns": "int32",
         "episode_failure": "int8",
+        "reference_log_prob": "float32",
+        "desirable": "bool",
     }
 
 

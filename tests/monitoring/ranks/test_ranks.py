@@ -177,8 +177,8 @@ def test_a_meter_that_fails_says_so_once_and_costs_the_rank_nothing(
     assert told.values, "it goes on"
     said = project_log.getvalue()
     assert said.count("the rank does not say how it is") == said.count("out of files") == 1
-    (thread,) = [one for one in threading.enumerate() if one.name == "rank meter"]
-    assert thread.daemon, "it would keep the process of a rank alive"
+    threads = [one for one in threading.enumerate() if one.name == "rank meter"]  # other tests leave some too
+    assert threads and all(one.daemon for one in threads), "they would keep the process of a rank alive"
 
 
 def test_a_rank_without_a_gpu_opens_none(monkeypatch: pytest.MonkeyPatch) -> None:
