@@ -39,7 +39,7 @@ from rlhf_ray.rows.same_prompt import hash_prompt
 from rlhf_ray.world.generate import World
 
 WORLD_EVALUATION_DEMONSTRATIONS = 500
-TIE = "that are ties, which only loss.name=ordinal reads"
+TIE = "that are ties, which only a reward model with loss.name=ordinal reads"
 """A reason to drop a pair, as it is logged."""
 
 
@@ -168,11 +168,23 @@ def load_judged(data: DataConfig, tokenizer: Any, seed: int) -> Split[JudgedExam
     return replace(
         examples,
         train=with_other_answers(examples.train, data.max_tokens, seed, sources_name(data)),
-        held_out=with_other_answers(examples.held_out, data.max_tokens, seed, f"{sources_name(data)}, held out"),
+        held_out=with_other_answers(
+            examples.held_out,
+            data.max_tokens,
+            seed,
+            f"{sources_name(data)}, held out",
+            "raise data.evaluation_fraction, set it to 0, or give evaluation rows with other prompts",
+        ),
     )
 
 
-def with_other_answers(examples: Sequence[JudgedExample], max_tokens: int, seed: int, name: str) -> list[JudgedExample]:
+def with_other_answers(
+    examples: Sequence[JudgedExample],
+    max_tokens: int,
+    seed: int,
+    name: str,
+    way_out: str = "add rows with other prompts, or train on pairs (loss.name=sigmoid)",
+) -> list[JudgedExample]:
     """Give each example the answer of another one, which has another prompt; its end is cut off where it does not fit.
 
     Every answer is given once, but for those whose next one has the same prompt. Raises :class:`DataError` where all prompts
@@ -188,7 +200,7 @@ def with_other_answers(examples: Sequence[JudgedExample], max_tokens: int, seed:
         if other is None:
             raise DataError(
                 f"{name}: all {len(examples)} answers have the same prompt, and KTO compares with answers to other prompts: "
-                "add rows with other prompts, or train on pairs (loss.name=sigmoid)"
+                f"{way_out}"
             )
         room = max_tokens - len(prompts[number])
         given[number] = replace(examples[number], other_answer=examples[other].answer[:room])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.errors import DataError, ResumableStop
+from rlhf_ray.errors import DataError, GroupError, ResumableStop
 from rlhf_ray.launch.driver import continue_run
 from rlhf_ray.models import load_tokenizer
 from rlhf_ray.runs.directory import RunDirectory
@@ -108,6 +109,22 @@ def test_the_baseline_is_measured_before_each_update_over_answers_to_other_promp
         assert len(rows) == 8
         for row in rows:
             assert row.reference is not None and list(row.other_answer) != []
+
+
+def test_a_rank_that_fails_before_an_update_costs_no_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [*KTO, "epochs=2", "checkpoint.every_steps=0"]
+    expected = lines_of(train(config_of("dpo", tmp_path, *settings, "run.name=whole")))
+    calls, real = count(1), preferences.JudgedAnswers.loss_now
+
+    def failing(self: preferences.JudgedAnswers, examples: Any) -> Any:
+        if next(calls) == 3:
+            raise GroupError("policy", 0, "log_probs", "CUDA out of memory")
+        return real(self, examples)
+
+    monkeypatch.setattr(preferences.JudgedAnswers, "loss_now", failing)
+    lines = lines_of(train(config_of("dpo", tmp_path, *settings, "run.name=failed")))
+    assert next(calls) > 3
+    assert [line["loss/kto"] for line in lines] == pytest.approx([line["loss/kto"] for line in expected], rel=1e-6)
 
 
 def test_held_out_figures_are_of_the_policy_and_the_report_shows_its_pairs(tmp_path: Path) -> None:

@@ -179,7 +179,9 @@ def test_the_world_of_careless_raters_is_the_one_that_figures_were_taken_in(worl
         world.arithmetic_demonstrations(50),
     )
     given = [
-        {name: value for name, value in asdict(row).items() if value not in (None, "", ())} for part in rows for row in part
+        {name: value for name, value in asdict(row).items() if value not in (None, "", ())}
+        for part in rows
+        for row in part
     ]  # without what the world does not fill in, so that a new field changes nothing
     assert hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest() == ROWS_OF_SEED_0
 

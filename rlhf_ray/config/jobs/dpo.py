@@ -88,4 +88,4 @@ class DpoConfig(TrainingJob):
         if getattr(self.batch, key) is None:
             other = "answers_per_update" if self.loss.reads_pairs else "pairs_per_update"
             what = "pairs" if self.loss.reads_pairs else "single answers with labels"
-            yield f"batch.{other}", f"loss.name {name} reads {what}: set batch.{key} instead"
+            yield f"batch.{other}", f"loss.name {name} reads {what}: set batch.{key} instead, and batch.{other}=null"

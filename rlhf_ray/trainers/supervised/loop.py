@@ -240,7 +240,15 @@ class SupervisedTrainer:
 
     @spans.span("the next batch")
     def next_batch(self) -> tuple[SharedBatch, Schedule, SummedLoss]:
-        """The examples of the next update and the loss over them; this changes no weight."""
+        """The examples of the next update and the loss over them; this changes no weight, and where it fails nothing."""
+        taken = self.order.taken
+        try:
+            return self._take_batch()
+        except BaseException:
+            self.order.taken = taken  # what is committed now must not leave these examples out
+            raise
+
+    def _take_batch(self) -> tuple[SharedBatch, Schedule, SummedLoss]:
         count = min(self.task.per_update, self.total_examples - self.progress.examples)
         chosen = [self.task.examples[index] for index in self.order.take(count)]
         batch = self.task.make_batch(chosen)
