@@ -1,7 +1,8 @@
 """``python -m tests.monitoring.alarms.prometheus_run [--prometheus PROGRAM] [--draw DIRECTORY]``: real runs, a real Prometheus.
 
 A PPO run, a service under load and the training of a reward model, all of them on one Ray cluster, are scraped with
-``deploy/monitoring/prometheus.yml`` and its rules. In the PPO run a rollout engine is killed, later the reward function
+``deploy/monitoring/prometheus.yml`` and its rules. In the PPO run a rank is stopped for a while, an update meets NaN, the disk
+of the run has no room for a while (for root alone: it mounts a small one), an engine is killed, later the reward function
 fails, and later it does not answer; at the end the service is killed. Printed is what ``status`` and Prometheus said and how
 many seconds apart, and which expressions of panels and rules had data in none of the three. It ends with 1 if one of them said
 anything else than the alarm of the fault, if Prometheus said it more than 60 s after ``status``, or if an expression had no
@@ -50,6 +51,23 @@ def lengths(responses):
         raise ConnectionError("the judge is away")
     return [float(len(response)) for response in responses]
 """
+OBJECTIVE = """
+import pathlib
+
+class Clipped:
+    # PPO's clipped objective, which gives NaN once for each file named poison
+    def __call__(self, log_probs, log_ratio, advantages):
+        ratio = log_ratio.exp()
+        plain, clipped = ratio * advantages, ratio.clamp(0.8, 1.2) * advantages
+        poison = pathlib.Path(__file__).with_name("poison")
+        if poison.exists():
+            poison.unlink()
+            plain = plain * float("nan")
+        return plain.minimum(clipped), clipped < plain
+"""
+DISK_MB = 800
+LEFT_MB = 40
+"""Less than an alarm's 100 MB, and enough to log: the alarm comes before the run ends for want of space."""
 
 
 @contextmanager
@@ -146,15 +164,76 @@ def steps(path: Path) -> int:
     return len(RunDirectory(path).metrics.read()) if (path / "metrics.jsonl").exists() else 0
 
 
-def ppo(directory: Path, address: str, coverage: Coverage) -> list[str]:
+@contextmanager
+def small_disk(directory: Path) -> Iterator[Path | None]:
+    """A small disk of its own for a run; None, and a sentence, where it cannot be mounted."""
+    disk = directory / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"DiskFull is left out: a small disk could not be mounted: {done.stderr.strip()}", flush=True)
+        yield None
+        return
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write to a file on a disk until it has less than the room for a commit."""
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - (LEFT_MB << 20))
+
+
+def over(prometheus: Prometheus, path: Path, name: str, what: str) -> None:
+    """Wait until the way out of an alarm has helped: Prometheus no longer says it, and the run makes steps."""
+    before = steps(path)
+    seconds = wait(f"the way out of {name}", lambda: name not in prometheus.firing(), 300)
+    wait(f"steps after {name}", lambda: steps(path) > before + 2, 300)
+    print(f"{name} was over in Prometheus {seconds:.0f} s after {what}, and the run went on", flush=True)
+
+
+def slow_rank(prometheus: Prometheus, run: RunDirectory) -> list[str]:
+    """Stop the critic's rank for a while; what is wrong. Before a killed engine, which would explain a long phase."""
+    (rank,) = [one.pid for one in stacks.labelled("rlhf/tiny/critic/0")][:1]
+    try:
+        wrong = fault(prometheus, run, "PhaseOverdue", lambda: os.kill(rank, signal.SIGSTOP))
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    over(prometheus, run.path, "PhaseOverdue", "the rank was continued")
+    return wrong
+
+
+def nan(prometheus: Prometheus, run: RunDirectory, poison: Path) -> list[str]:
+    """Let one update meet NaN; what is wrong."""
+    before = steps(run.path)
+    wrong = fault(prometheus, run, "UpdatesSkipped", poison.touch)
+    wait("steps after UpdatesSkipped", lambda: steps(run.path) > before + 2, 120)
+    return wrong
+
+
+def full_disk(prometheus: Prometheus, run: RunDirectory, disk: Path) -> list[str]:
+    """Leave the disk of the run no room for a commit and free it again; what is wrong."""
+    try:
+        wrong = fault(prometheus, run, "DiskFull", lambda: fill(disk))
+    finally:
+        (disk / "filler").unlink(missing_ok=True)
+    over(prometheus, run.path, "DiskFull", "the disk had room again")
+    return wrong
+
+
+def ppo(directory: Path, address: str, coverage: Coverage, disk: Path | None) -> list[str]:
     """The PPO run and its faults; what is wrong."""
-    prometheus, path = coverage.prometheus, directory / "tiny"
+    root = disk or directory
+    prometheus, path = coverage.prometheus, root / "tiny"
     driver = start(
-        directory, "ppo", "train", "ppo", str(ROOT / "tests/e2e/ppo_tiny.yaml"), "steps=4000", f"run.root={directory}",
+        directory, "ppo", "train", "ppo", str(ROOT / "tests/e2e/ppo_tiny.yaml"), "steps=4000", f"run.root={root}",
         f"cluster.address={address}", "rollout.backend=transformers", "policy.ranks=1", "policy.engine.zero=1",
         "checkpoint.every_steps=50", "evaluation={prompts: 4, every_steps: 50}", "run.deterministic=false",
         f"reward={{function: '{directory}/judge.py:lengths', hold_s: 300}}",
-        "rollout.weight_delta=true", "run.stall_floor_s=20",
+        f"algorithm.objective={directory}/objective.py:Clipped", "rollout.weight_delta=true", "run.stall_floor_s=90",
     )  # fmt: skip
     try:
         wait("three steps", lambda: steps(path) > 3, 600)
@@ -162,8 +241,12 @@ def ppo(directory: Path, address: str, coverage: Coverage) -> list[str]:
         wait("metrics in Prometheus", lambda: bool(prometheus.query("ray_rlhf_step > 2")), 90)
         print("before:", {one.alarm.name for one in alarms(run)}, prometheus.firing(), flush=True)
         coverage.look()
+        wrong = slow_rank(prometheus, run)
+        wrong += nan(prometheus, run, directory / "poison")
+        if disk is not None:
+            wrong += full_disk(prometheus, run, disk)
         (engine,) = [one.pid for one in stacks.labelled("rlhf/tiny/rollout/1")][:1]
-        wrong = fault(prometheus, run, "EngineLost", lambda: os.kill(engine, signal.SIGKILL))
+        wrong += fault(prometheus, run, "EngineLost", lambda: os.kill(engine, signal.SIGKILL))
         wrong += fault(prometheus, run, "RewardFailing", (directory / "away").touch)
         coverage.look()
         (directory / "away").unlink()
@@ -234,6 +317,7 @@ def main() -> int:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (directory / "judge.py").write_text(JUDGE)
+        (directory / "objective.py").write_text(OBJECTIVE)
         address, page = stack.enter_context(cluster())
         port = network.free_port("127.0.0.1")
         prometheus = Prometheus(arguments.prometheus, page, directory, [f"127.0.0.1:{port}"])
@@ -247,7 +331,7 @@ def main() -> int:
             load = Load(f"http://127.0.0.1:{port}")
             load.start()
             stack.callback(load.stop)
-            wrong += ppo(directory, address, coverage)
+            wrong += ppo(directory, address, coverage, stack.enter_context(small_disk(directory)))
             wait("a service that answers", lambda: bool(prometheus.query("rlhf_scoring_forwards_total > 10")), 120)
             reward_model(directory, address, coverage)
             load.stop()
