@@ -326,7 +326,10 @@ def test_ties_are_dropped_and_counted_unless_the_loss_reads_grades(files: Files,
     split = load_pairs(data, files.tokenizer, 0, graded=False)
     assert [files.text(pair.chosen) for pair in split.train] == ["what b? that", "what a? this"]
     assert [pair.grade for pair in split.train] == [None, None]
-    assert split.dropped == {TIE: 1} and "1 that are ties, which only a reward model with loss.name=ordinal reads" in log.text
+    assert (
+        split.dropped == {TIE: 1}
+        and "1 that are ties, which only a reward model with loss.name=ordinal reads" in log.text
+    )
     same = load_pairs(data.model_copy(update={"path": files.write(pair(1, grade=2), pair(2, grade=2))}), files.tokenizer, 0,
                       graded=False)  # fmt: skip
     assert len(same.train) == 2, "a grade that never differs does not matter to a loss that reads none"
