@@ -197,6 +197,12 @@ class MemorySampler:
             self._thread.join(JOIN_S)
         return self.peak
 
+    def last(self) -> MemoryUse:
+        """End the thread, measure once more, and return the peak: a run may end before its ranks have answered a first time."""
+        self.stop()
+        self._measure()
+        return self.peak
+
     @property
     def latest(self) -> MemoryUse:
         """The last measurement."""

@@ -280,7 +280,7 @@ class Journal:
 
     def _finish(self) -> Summary:
         self.add_facts({f"missed by {name}": f"{count} lines of metrics" for name, count in self._log.lost.items()})
-        peak = self._memory.peak
+        peak = self._memory.last()
         history = tuple((round(at, 1), round(use.total_gb, 3)) for at, use in self._memory.history)
         nodes = {node: round(size, 3) for node, size in peak.by_node.items()}
         memory = MemoryRecord(round(peak.pss_gb, 3), round(peak.object_store_gb, 3), peak.processes, history, nodes)

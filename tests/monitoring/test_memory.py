@@ -103,3 +103,12 @@ def test_the_sampler_sees_a_peak_that_has_passed() -> None:
     assert peak.total_gb - start == pytest.approx(0.08, abs=0.02)
     assert sampler.latest.total_gb < peak.total_gb - 0.05
     assert [seconds for seconds, _ in sampler.history] == sorted(seconds for seconds, _ in sampler.history)
+
+
+def test_what_others_hold_is_asked_at_the_end_of_a_run_that_is_shorter_than_an_interval() -> None:
+    answers: list[list[TreeMemory]] = [[]]
+    sampler = MemorySampler(interval_s=1000.0, elsewhere=lambda: answers[-1]).start()
+    answers.append([TreeMemory("elsewhere", "another kernel", "another namespace", {1: 10**12}, {})])
+    assert "elsewhere" not in sampler.stop().by_node
+    assert sampler.last().by_node["elsewhere"] == 1000.0
+    assert len(sampler.history) == 2

@@ -70,7 +70,9 @@ def run(options: argparse.Namespace) -> int:
         top=options.top,
         greedy=options.greedy or None,
     )
-    output = OutputFile(options.output, overwrite=options.overwrite)
+    output = OutputFile(
+        options.output, overwrite=options.overwrite, reads=[Path(path) for _, path in config.data_paths()]
+    )
     output.check()
     place = None
     if options.in_process:

@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
     from rlhf_ray.launch.sampling.request import other_reward
     from rlhf_ray.storage import OutputFile
 
-    output = None if options.output is None else OutputFile(options.output, overwrite=options.overwrite)
+    output = None
+    if options.output is not None:
+        output = OutputFile(options.output, overwrite=options.overwrite, reads=[Path(options.samples)])
     if output is not None:
         output.check()
     reward = other_reward(options.reward, options.overrides)
