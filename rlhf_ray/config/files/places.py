@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_ray.config.files.tokens import MAKE_ONE, parse_tokens
+from rlhf_ray.config.files.tokens import MAKE_ONE, VISIBLE, parse_tokens
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.rewards import JudgeConfig
 from rlhf_ray.config.sections.run import RunConfig
@@ -38,9 +38,14 @@ def token_problems(key: str, name: str | None) -> Iterator[Problem]:
 
 
 def key_problems(key: str, judge: JudgeConfig, token_file: str | None) -> Iterator[Problem]:
-    """The key of the judge at ``key`` is in its environment variable, where no file holds it."""
+    """The key of the judge at ``key`` is in its environment variable, where no file holds it, and can be sent."""
     name = judge.key_variable
-    if token_file is None and name is not None and not os.environ.get(name, "").strip():
+    if token_file is not None or name is None:
+        return
+    found = os.environ.get(name, "").strip()
+    if not VISIBLE.fullmatch(found):  # the value is not repeated: it would stand in logs
+        yield f"{key}.key_variable", f"{name} holds a space or a letter that no header carries: set it to the key alone"
+    if not found:
         yield (
             f"{key}.key_variable",
             f"{name} is not set where this runs, so the judge has no key: export it, name a file with the key in token_file "

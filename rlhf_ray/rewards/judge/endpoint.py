@@ -155,16 +155,18 @@ class Endpoint:
                 status, text, headers = await self._send(call.client, body)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             spent = Amount()
-            return NoReply(f"{self.settings.url} cannot be reached ({error!r})", "source"), 0.0
+            return NoReply(f"{self.settings.url} cannot be reached ({self._hide(repr(error))})", "source"), 0.0
         except (TimeoutError, httpx.TimeoutException):
             return NoReply(f"no reply within {self.settings.timeout_s:g} s (timeout_s)", "source"), 0.0
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return NoReply(f"the connection to {self.settings.url} failed ({error!r})", "source"), 0.0
+            why = f"the connection to {self.settings.url} failed ({self._hide(repr(error))})"
+            return NoReply(why, "source"), 0.0
         else:
             if 200 <= status < 300:
                 reply, spent = self._read(text, most)
                 return reply, 0.0
-            spent = Amount(requests=1)
+            if status < 500 and status != 408:  # what a gateway answers for a model may come after the model has worked
+                spent = Amount(requests=1)
             return self._refused(status, text), _seconds(headers.get("retry-after"))
         finally:
             self.budget.settle(most, spent)

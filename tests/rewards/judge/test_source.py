@@ -220,6 +220,16 @@ def test_lost_requests_count_as_the_most_that_they_can_have_been() -> None:
     assert spent.requests == len(server.requests) == 3 and spent.tokens > 3 * 512
 
 
+@pytest.mark.parametrize(("status", "most"), [(429, False), (400, False), (503, True), (504, True), (408, True)])
+def test_what_an_endpoint_says_in_the_place_of_a_model_counts_as_the_most_that_the_model_can_have_done(
+    status: int, most: bool
+) -> None:
+    """A gateway may give up on a model that has replied, and whose reply is billed; a refusal comes before it."""
+    _, _, source = scored(lambda body, number: Reply("", status=status), answers(1), tries=1)
+    spent = source.judge.endpoint.budget.spent
+    assert spent.requests == 1 and (spent.tokens > 512 if most else spent.tokens == 0)
+
+
 def test_parts_are_weighed_and_a_gate_brings_the_reward_to_the_floor() -> None:
     parts = {
         "right": {"asks": "It is right.", "weight": 2.0, "gate": 5.0},
@@ -257,6 +267,13 @@ def test_a_key_comes_from_the_file_before_the_variable_and_none_is_a_problem_of_
         return make_judge("reward", settings, None).judge.endpoint.settings.key
 
     assert key_of(key_variable="OTHER_KEY") == KEY and key_of(file) == "sk-of-the-file-1234567890"
+    for unsendable in (f"{KEY}\nsecond", f"{KEY} x", f"{KEY}\u2019"):
+        monkeypatch.setenv("OTHER_KEY", unsendable)
+        with pytest.raises(
+            RequestError, match=r"OTHER_KEY holds a space or a letter that no header carries"
+        ) as refused:
+            key_of(key_variable="OTHER_KEY")
+        assert KEY not in str(refused.value)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert key_of(key_variable=None) is None
     with pytest.raises(RequestError, match=r"reward.judge.key_variable: OPENAI_API_KEY is not set where this runs"):
