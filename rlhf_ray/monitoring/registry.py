@@ -205,6 +205,11 @@ _METRICS = {
         ("judge/cost", "money", "Their price by `prompt_price` and `reply_price`, in the currency of these"),
         ("judge/refusals", "replies", "Replies of judges that hold no score; their answers have no reward"),
         ("judge/unanswered", "questions", "Questions to judges that have no reply after all tries"),
+        (
+            "judge/first_better",
+            "share",
+            "Comparisons that the answer won which was shown first, ties half; far from 0.5 where its place counts",
+        ),
         ("gold/mean", "score", "Mean gold score, 0 to 1: what the reward model was made to predict; never trained on"),
         ("gold/win_rate", "share", "Share of prompts whose answer beats the starting policy's by gold; ties half"),
     ],

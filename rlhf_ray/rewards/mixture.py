@@ -18,7 +18,7 @@ from rlhf_ray.pending import Pending
 from rlhf_ray.processes import spans
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample
-from rlhf_ray.rewards.source import RewardSource
+from rlhf_ray.rewards.source import RewardSource, compares
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def combine(rewards: Mapping[str, float], parts: Mapping[str, Part], floor: floa
     for name, part in parts.items():
         if part.gate is not None and rewards[name] < part.gate:
             return floor
-    return math.fsum(part.weight * rewards[name] for name, part in parts.items())
+    try:
+        return math.fsum(part.weight * rewards[name] for name, part in parts.items())
+    except OverflowError:  # each is finite, and their sum is not
+        return math.inf
 
 
 class MixtureSource:
@@ -57,6 +60,7 @@ class MixtureSource:
 
     def __init__(self, terms: Mapping[str, Term], floor: float = 0.0) -> None:
         self.terms, self.floor = dict(terms), floor
+        self.compares = any(compares(term.source) for term in self.terms.values())
         self.reads = "; ".join(f"{name}: {term.source.reads}" for name, term in self.terms.items())
 
     def score(self, samples: Sequence[TextSample]) -> Pending[list[ScoreResult]]:

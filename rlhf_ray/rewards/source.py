@@ -134,7 +134,8 @@ def score_or_hold(
 ) -> list[ScoreResult]:
     """Score everything; samples that the source failed at are tried again for ``hold_s`` seconds, and then keep their error.
 
-    What another attempt would not change (:mod:`rlhf_ray.transient`) is not tried again.
+    What another attempt would not change (:mod:`rlhf_ray.transient`) is not tried again. A source that compares answers with
+    each other is asked again about all answers to a prompt.
     """
     results = _try(source, samples)
     failed = _to_try_again(range(len(results)), results)
@@ -147,11 +148,23 @@ def score_or_hold(
     deadline = clock() + hold_s
     while failed and (left := deadline - clock()) > 0:
         sleep(min(SECONDS_BETWEEN_TRIES, left))
-        again = _try(source, [samples[i] for i in failed])
-        for position, result in zip(failed, again, strict=True):
+        asked = _whole_groups(samples, failed) if compares(source) else failed
+        again = _try(source, [samples[i] for i in asked])
+        for position, result in zip(asked, again, strict=True):
             results[position] = result
-        failed = _to_try_again(failed, results)
+        failed = _to_try_again(asked, results)
     return results
+
+
+def compares(source: RewardSource) -> bool:
+    """Whether the reward of an answer depends on the other answers to its prompt, which then have to be scored with it."""
+    return bool(getattr(source, "compares", False))
+
+
+def _whole_groups(samples: Sequence[TextSample], positions: Iterable[int]) -> list[int]:
+    """The positions of all answers to the prompts of those at ``positions``."""
+    prompts = {samples[position].prompt_id for position in positions}
+    return [position for position, sample in enumerate(samples) if sample.prompt_id in prompts]
 
 
 def _to_try_again(positions: Iterable[int], results: Sequence[ScoreResult]) -> list[int]:

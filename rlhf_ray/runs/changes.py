@@ -186,8 +186,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "SCORING.model.make": _same(REWARD, "shape", "tokenizer_from", "vocabulary", "seed"),
     "SCORING.model.lora": _same(REWARD, "rank", "alpha", "dropout", "targets"),
     "SCORING.judge": {
-        **_same(REWARD, "url", "model", "rubric", "parts", "reference", "scale", "floor", "temperature", "max_answer_tokens",
-                "parameters"),
+        **_same(REWARD, "url", "model", "rubric", "parts", "reference", "scale", "floor", "compare", "ranking", "both_orders",
+                "temperature", "max_answer_tokens", "parameters"),
         **_same(FREE, "key_variable", "limit_field", "concurrency", "tries", "max_requests", "max_tokens", "max_cost",
                 "prompt_price", "reply_price"),
     },

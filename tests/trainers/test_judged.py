@@ -84,3 +84,18 @@ def test_a_budget_that_is_spent_ends_the_run_and_says_what_to_raise(tmp_path: Pa
     run, error = train(tmp_path, lambda body, number: f"{by_length(body)}", max_requests=20)
     assert isinstance(error, ScoringError) and "the budget is spent (max_requests 20)" in str(error)
     assert json.loads((run.judges / "reward.json").read_text())["requests"] == 20
+
+
+def test_answers_to_a_prompt_are_ranked_against_each_other(tmp_path: Path) -> None:
+    """Each prompt hands out the same sum of rewards, and nothing is asked about answers to different prompts."""
+
+    def longer(body: Mapping[str, Any], number: int) -> str:
+        first, second = (len(material(body)[name]) for name in ("first", "second"))
+        return json.dumps({"better": "first" if first > second else "second" if second > first else "tie"})
+
+    groups = ("batch.samples_per_prompt=4", "evaluation.samples_per_prompt=2")
+    run, _ = train(tmp_path, longer, *groups, compare="circle")
+    lines = run.metrics.read()
+    assert [line["reward/learned"] for line in lines[:2]] == pytest.approx([0.5, 0.5])
+    assert lines[0]["judge/first_better"] == pytest.approx(0.5) and lines[0]["judge/refusals"] == 0
+    assert unexplained(run) == set()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from rlhf_ray.config.problems import Problem
 from rlhf_ray.config.sections.algorithm import AlgorithmConfig, ShapingConfig
+from rlhf_ray.config.sections.rewards import RewardConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 
 
@@ -47,6 +48,19 @@ def samples_to_compare(algorithm: AlgorithmConfig, samples_per_prompt: int) -> I
             f"{algorithm.dynamic_sampling}, but one sample a prompt differs from no other: set it to 0, or "
             "batch.samples_per_prompt to 2 or more",
         )
+
+
+def judges_compare_groups(reward: RewardConfig, key: str, samples: int) -> Iterator[Problem]:
+    """A judge that compares the answers to a prompt has some to compare; ``samples`` is their number, set at ``key``."""
+    for place, source in reward.sources.items():
+        compare = None if source.judge is None else source.judge.compare
+        if compare is not None and samples < 2:
+            yield key, f"{samples}, but {place}.judge.compare compares the answers to a prompt: set it to 2 or more"
+        elif compare == "pairs" and samples % 2:
+            yield (
+                key,
+                f"{samples} answers to a prompt do not make pairs, which {place}.judge.compare asks for: set an even number",
+            )
 
 
 def reference_is_used(algorithm: AlgorithmConfig, reference: RoleConfig | None) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from functools import partial
 from string import Formatter
 from typing import ClassVar, Literal
 
+from rlhf_ray.config.checks.algorithm import judges_compare_groups
 from rlhf_ray.config.checks.data import has_no_pairs_to_cut
 from rlhf_ray.config.checks.one_process import no_engine_is_vllm, no_role_scores_in_vllm
 from rlhf_ray.config.checks.rollout import engine_has_its_devices, longest_sequence_fits, rollout_repeats_exactly
@@ -189,6 +190,8 @@ class GenerateConfig(Job):
         reward = unless_absent(lambda: self.reward, None)
         if reward is not None and reward.max_dropped_share != RewardConfig.model_fields["max_dropped_share"].default:
             yield "reward.max_dropped_share", "it is about the prompts of a step, and here are no steps: remove it"
+        if reward is not None:
+            yield from judges_compare_groups(reward, "samples", self.samples)
         for key, source in self._sources():
             if source.function == FROM_ENVIRONMENT:
                 yield f"{key}.function", f"{FROM_ENVIRONMENT} plays with a policy that learns: name another"

@@ -151,11 +151,19 @@ class PpoConfig(TrainingJob):
             lambda: exposes_a_reward_model(self.expose, self.reward),
             lambda: algorithm_checks.critic_where_needed(self.algorithm, self.critic),
             lambda: algorithm_checks.samples_to_compare(self.algorithm, self.batch.samples_per_prompt),
+            self._judges_compare_groups,
             lambda: algorithm_checks.reference_is_used(self.algorithm, self.reference),
             lambda: algorithm_checks.penalties_fit(self.algorithm.shaping, self.rollout.max_new_tokens),
             lambda: algorithm_checks.policy_computes_the_same_twice(self.policy),
             lambda: algorithm_checks.policy_trains_at_all(self.algorithm, self.steps),
         ]
+
+    def _judges_compare_groups(self) -> Iterator[Problem]:
+        sizes = {"batch": self.batch.samples_per_prompt, "evaluation": self.evaluation.samples_per_prompt}
+        for section, samples in sizes.items():
+            yield from algorithm_checks.judges_compare_groups(self.reward, f"{section}.samples_per_prompt", samples)
+        if (best_of := self.evaluation.best_of) > 1:
+            yield from algorithm_checks.judges_compare_groups(self.reward, "evaluation.best_of", best_of)
 
     def one_process_rules(self) -> list[Rule]:
         return [*super().one_process_rules(), lambda: no_engine_is_vllm(self.rollout)]

@@ -64,6 +64,12 @@ class JudgeConfig(Section):
     scale: tuple[float, float] = Field(default=(0.0, 10.0), strict=False)
     floor: float = 0.0
     """The reward where a gate of ``parts`` is not passed."""
+    compare: Literal["pairs", "circle", "all"] | None = None
+    """Which answers to a prompt are compared with each other, in the place of a score for each by itself."""
+    ranking: Literal["win_share", "bradley_terry"] = "win_share"
+    """What becomes of the comparisons."""
+    both_orders: bool = True
+    """Whether two answers are compared twice, each of them once shown first."""
     temperature: NonNegativeFloat | None = 0.0
     max_answer_tokens: Positive = 512
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
@@ -84,6 +90,11 @@ class JudgeConfig(Section):
                 "url",
                 "it holds a password, which config.yaml and reports would show: give token_file or key_variable",
             )
+        elif "?" in self.url or "#" in self.url:  # nor here: keys stand there
+            yield (
+                "url",
+                "/chat/completions cannot follow what stands after ? or #: end it before them, and give a key by key_variable",
+            )
         elif not self.url.startswith(("http://", "https://")):
             yield "url", f"{self.url!r} is not the address of an endpoint: write one such as https://api.openai.com/v1"
         if not self.model:
@@ -91,11 +102,28 @@ class JudgeConfig(Section):
         if self.rubric is None and not self.parts and not self.reference:
             yield "", "nothing says what makes an answer good: set rubric, parts, or reference to true"
         yield from self._number_conflicts()
+        yield from self._comparison_conflicts()
         if self.max_cost is not None and self.prompt_price == self.reply_price == 0.0:
             yield "max_cost", f"{self.max_cost:g} is never reached without prices: set prompt_price and reply_price"
         for field in SENT:
             if field in self.parameters:
                 yield "parameters", f"{field} is not for you to send: remove it"
+
+    def _comparison_conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.compare is None:
+            for key in ("ranking", "both_orders"):
+                if not self.is_default(key):
+                    yield key, f"{getattr(self, key)} is about comparisons of answers: set compare too, or remove it"
+            return
+        for key in ("parts", "scale"):
+            if not self.is_default(key):
+                yield key, f"answers are compared ({self.compare}) and have no scores of their own: remove one of them"
+        if self.compare == "pairs" and self.ranking == "bradley_terry":
+            yield (
+                "ranking",
+                "bradley_terry sets no answer of one pair against those of another: set compare to circle or all, or ranking "
+                "to win_share",
+            )
 
     def _number_conflicts(self) -> Iterator[tuple[str, str]]:
         low, high = self.scale

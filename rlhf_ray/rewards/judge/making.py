@@ -14,6 +14,7 @@ from rlhf_ray.config.files.tokens import read_tokens
 from rlhf_ray.config.sections.rewards import JudgeConfig, RewardSourceConfig
 from rlhf_ray.errors import RequestError
 from rlhf_ray.rewards.judge.budget import Budget, Limits, Prices
+from rlhf_ray.rewards.judge.comparing import ComparingSource
 from rlhf_ray.rewards.judge.endpoint import Endpoint, EndpointSettings
 from rlhf_ray.rewards.judge.questions import Questions
 from rlhf_ray.rewards.judge.source import JudgeSource
@@ -21,7 +22,7 @@ from rlhf_ray.rewards.judge.verdicts import Scale
 from rlhf_ray.rewards.mixture import Part
 
 
-def make_judge(key: str, settings: RewardSourceConfig, directory: Path | None) -> JudgeSource:
+def make_judge(key: str, settings: RewardSourceConfig, directory: Path | None) -> JudgeSource | ComparingSource:
     """The judge of the reward source at ``key``; ``directory`` keeps what it has spent, None keeps nothing."""
     judge = settings.judge
     assert judge is not None, "the source has a judge"
@@ -36,6 +37,8 @@ def make_judge(key: str, settings: RewardSourceConfig, directory: Path | None) -
     limits = Limits(judge.max_requests, judge.max_tokens, judge.max_cost)
     budget = Budget(limits, None if directory is None else directory / f"{key}.json")
     endpoint = Endpoint(_endpoint(name, judge, settings), budget, name=name)
+    if judge.compare is not None:
+        return ComparingSource(endpoint, questions, judge.compare, judge.ranking, both_orders=judge.both_orders)
     parts = {part: Part(section.weight, section.gate) for part, section in judge.parts.items()}
     return JudgeSource(endpoint, questions, scale, parts, judge.floor)
 

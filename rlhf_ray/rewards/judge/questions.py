@@ -1,4 +1,4 @@
-"""What a judge is asked about an answer.
+"""What a judge is asked about an answer, or about two answers to one prompt.
 
 Invariant: everything that the policy or the data wrote stands inside one JSON object of the user's message, where it can end
 no field and begin none; the judge's instructions are in the system message and hold nothing of it.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_ray.rewards.judge.verdicts import SCORE, SCORES, Scale
+from rlhf_ray.rewards.judge.verdicts import BETTER, FIRST, SCORE, SCORES, SECOND, TIE, Scale
 from rlhf_ray.rewards.sample import TextSample
 
 Messages = list[dict[str, str]]
@@ -27,10 +27,16 @@ class Questions:
         """``parts`` are what a good answer does, by names, each scored by itself; ``reference`` shows the prompt's label."""
         self.reference = reference
         self._rate = _instructions(_rate_task(parts, scale), "grade", rubric, reference)
+        self._compare = _instructions(_COMPARE_TASK, "compare", rubric, reference)
 
     def rate(self, sample: TextSample) -> Messages:
         """How good one answer is."""
         return _messages(self._rate, {**self._common(sample), **_answer("answer", sample)})
+
+    def compare(self, first: TextSample, second: TextSample) -> Messages:
+        """Which of two answers to one prompt is better."""
+        answers = {**_answer(FIRST, first), **_answer(SECOND, second)}
+        return _messages(self._compare, {**self._common(first), **answers})
 
     def _common(self, sample: TextSample) -> dict[str, Any]:
         before = [dict(turn) for turn in (sample.messages or ())[:-1]] or [{"role": "user", "content": sample.prompt}]
@@ -50,6 +56,13 @@ def _messages(instructions: str, material: Mapping[str, Any]) -> Messages:
         {"role": "system", "content": instructions},
         {"role": "user", "content": user.encode(errors="replace").decode()},  # half of a surrogate pair has no UTF-8
     ]
+
+
+_COMPARE_TASK = (
+    f"You compare two answers that a language model gave at the end of a conversation: the fields {FIRST} and {SECOND}. Which "
+    "of them stands first means nothing. Reply with one JSON object and nothing else: "
+    f'{{"reason": "one short sentence", "{BETTER}": "{FIRST}"}}, or "{SECOND}" instead, or "{TIE}" if neither is better.'
+)
 
 
 def _rate_task(parts: Mapping[str, str], scale: Scale) -> str:

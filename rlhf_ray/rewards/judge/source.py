@@ -36,6 +36,10 @@ class Tally:
     """Replies that hold no verdict."""
     unanswered: int = 0
     """Questions without a reply."""
+    comparisons: int = 0
+    """Replies that say which of two answers is better."""
+    first: float = 0.0
+    """Of these, how many say the one that is shown first; ties half."""
 
 
 class Judge(Generic[Verdict]):
@@ -46,6 +50,7 @@ class Judge(Generic[Verdict]):
         self._read = read
         self._known: OrderedDict[Hashable, Verdict] = OrderedDict()
         self._refusals = self._unanswered = 0
+        self.comparisons, self.first = 0, 0.0
         self._taken = self._total()
 
     def verdicts(self, questions: Sequence[Messages]) -> list[Verdict | NoReply]:
@@ -78,7 +83,9 @@ class Judge(Generic[Verdict]):
 
     def _total(self) -> Tally:
         spent = self.endpoint.budget.spent
-        return Tally(spent.requests, spent.tokens, spent.cost, self._refusals, self._unanswered)
+        return Tally(
+            spent.requests, spent.tokens, spent.cost, self._refusals, self._unanswered, self.comparisons, self.first
+        )
 
 
 class JudgeSource:

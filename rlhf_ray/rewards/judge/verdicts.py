@@ -1,8 +1,8 @@
-"""Read what a judge replied: scores in a stated range.
+"""Read what a judge replied: scores in a stated range, or which of two answers is better.
 
 Invariants: a number is read only from a reply that is nothing but one JSON object, or nothing but one number, and lies in the
-range that was stated. Every other reply is a :class:`Refusal` that quotes it. No number is looked for inside of prose, moved
-into the range, or filled in.
+range that was stated; which answer is better only from one JSON object that says so in one of three words. Every other reply is
+a :class:`Refusal` that quotes it. No number is looked for inside of prose, moved into the range, or filled in.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SCORE, SCORES = "score", "scores"
+SCORE, SCORES, BETTER = "score", "scores", "better"
 """The fields of a reply."""
+FIRST, SECOND, TIE = "first", "second", "tie"
+"""What a judge may say of two answers."""
+_SHARES = {FIRST: 1.0, SECOND: 0.0, TIE: 0.5}
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
 _QUOTED = 120
@@ -70,6 +73,17 @@ def read_scores(text: str, parts: Collection[str], scale: Scale) -> dict[str, fl
             return score
         scores[part] = score
     return scores
+
+
+def read_better(text: str) -> float | Refusal:
+    """The share of the win that the first of two answers has, from ``{"better": "first", ...}``: 1, 0, or a half for a tie."""
+    reply = _read_object(text)
+    if isinstance(reply, Refusal):
+        return reply
+    better = reply.get(BETTER)
+    if not isinstance(better, str) or better not in _SHARES:
+        return _refuse(f"gave no {BETTER!r} of {FIRST}, {SECOND} and {TIE}", text)
+    return _SHARES[better]
 
 
 def _read_object(text: str) -> Mapping[str, Any] | Refusal:

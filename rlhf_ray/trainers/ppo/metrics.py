@@ -136,7 +136,10 @@ def judge_metrics(judges: Sequence[Judge[Any]]) -> dict[str, float]:
     if not judges:
         return {}
     tallies = [asdict(judge.take_tally()) for judge in judges]
-    return {f"judge/{name}": float(sum(tally[name] for tally in tallies)) for name in tallies[0]}
+    sums = {name: float(sum(tally[name] for tally in tallies)) for name in tallies[0]}
+    comparisons, first = sums.pop("comparisons"), sums.pop("first")
+    metrics = {f"judge/{name}": value for name, value in sums.items()}
+    return metrics | ({"judge/first_better": first / comparisons} if comparisons else {})
 
 
 def staleness(batch: TrajectoryBatch, version: int) -> dict[str, float]:

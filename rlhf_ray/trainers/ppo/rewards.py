@@ -28,11 +28,12 @@ from rlhf_ray.rewards.client import RewardClient
 from rlhf_ray.rewards.function_process import FunctionProcess
 from rlhf_ray.rewards.function_source import FunctionSource, InThisProcess
 from rlhf_ray.rewards.functions import RewardFunction
+from rlhf_ray.rewards.judge.comparing import ComparingSource
 from rlhf_ray.rewards.judge.making import make_judge
 from rlhf_ray.rewards.judge.source import Judge, JudgeSource
 from rlhf_ray.rewards.mixture import EnsembleSource, MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
-from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer
+from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer, compares
 from rlhf_ray.rewards.user_source import make_user_source
 from rlhf_ray.world.gold import world_arithmetic, world_gold
 
@@ -81,6 +82,7 @@ class Recorded:
 
     def __init__(self, key: str, scores: Any) -> None:
         self.reads: str = getattr(scores, "reads", "")
+        self.compares = compares(scores)
         self._role, self.scores = group_of(key), scores
 
     def score(self, batch: Sequence[Any]) -> Pending[list[ScoreResult]]:
@@ -170,7 +172,7 @@ def judges_of(source: RewardSource) -> list[Judge[Any]]:
     if isinstance(source, MixtureSource):
         return [judge for term in source.terms.values() for judge in judges_of(term.source)]
     inner = source.scores if isinstance(source, Recorded) else source
-    return [inner.judge] if isinstance(inner, JudgeSource) else []
+    return [inner.judge] if isinstance(inner, JudgeSource | ComparingSource) else []
 
 
 def _ends_alike(policy: ChatFormat, reads: Mapping[str, Any]) -> bool:
