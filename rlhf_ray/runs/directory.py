@@ -9,6 +9,7 @@ The directory holds ``config.yaml`` (with every default), ``inputs.json`` (its l
 models), ``execution.json`` (PPO: how policy and engines compute log-probs), ``metrics.jsonl``, ``ledger.jsonl``,
 ``attempts.jsonl`` (one line each time the run was started), ``incidents.jsonl`` (what cost it time), ``alarms.jsonl`` (when
 alarms began and ended), ``heartbeat.json`` (how it is now), ``stacks/`` (of what hung), ``judges/`` (their cost),
+``averages/`` (of the weights of reward models),
 ``trackers/`` (what they were sent), ``spans/`` (what each process did when; ``otlp/``: the same for OpenTelemetry),
 ``samples/``, ``checkpoints/``, ``final/``, ``best/`` (if an earlier evaluation was better than the last), ``summary.json``
 and ``report.html``. Lines past the checkpoint of a resume move to ``*.void.jsonl``, and the summary of a run that is trained
@@ -51,7 +52,7 @@ LOCK = ".lock"
 MODE = 0o750
 """Of a new run directory: its shards are read by pickle, so nobody else may write there."""
 _MADE = re.compile(
-    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|(incidents|alarms)\.jsonl|heartbeat\.json|stacks|judges|spans|otlp|samples|checkpoints|final|best|(summary|closing)\.json"
+    r"config\.yaml|inputs\.json|(metrics|ledger|attempts)(\.void)?\.jsonl|(incidents|alarms)\.jsonl|heartbeat\.json|stacks|judges|averages|spans|otlp|samples|checkpoints|final|best|(summary|closing)\.json"
     r"|summary\.void\.json|set_aside\.jsonl|engines\.json|report\.html|tensorboard|trackers|wandb|rollout-start|evaluation"
 )
 """What a run has in its directory, besides files whose writing was interrupted."""
@@ -86,6 +87,7 @@ class RunDirectory:
         self.stacks = self.path / "stacks"
         self.spans = self.path / "spans"
         self.judges = self.path / "judges"
+        self.averages = self.path / "averages"
         self.open_telemetry = self.path / "otlp"
         self.incidents = Incidents(self.path / "incidents.jsonl")
         self.heartbeat = HeartbeatFile(self.path / "heartbeat.json")

@@ -225,6 +225,8 @@ CASES = [
      "reward.k: 2.0 is for an ensemble of reward models: set ensemble too, or remove it"),
     ("ppo", ["reward={ensemble: [org/one, org/two], reduction: minimum, k: 2.0}"],
      "reward.k: 2 is for the reduction mean_minus_std, but it is minimum: remove it"),
+    ("ppo", ["reward={ensemble: [org/one, org/two], reduction: weights, normalize: true}"],
+     "reward.normalize: averaged weights have no mean and deviation of their own: set it to false, or reduction to mean"),
     ("ppo", ["reward={ensemble: [org/one, org/two], function: gsm8k}"],
      "reward: set exactly one of model (a reward model), ensemble (several), function (Python), url (a scoring backend), "
      "source (Python), judge (a language model) and mixture, found ensemble and function"),

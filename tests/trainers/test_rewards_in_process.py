@@ -18,6 +18,7 @@ from rlhf_ray.actors.this_process import ThisProcess
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.runs.directory import RunDirectory
+from rlhf_ray.runs.inputs import fingerprint_inputs
 from rlhf_ray.trainers.ppo.answers import HeldOutAnswer
 from rlhf_ray.trainers.ppo.build import train_ppo
 from rlhf_ray.trainers.ppo.evaluation import PpoEvaluation
@@ -183,3 +184,18 @@ def test_an_ensemble_is_trained_on_by_its_reduction_and_shows_how_its_models_dif
         assert len(set(means)) == 3 and spread > 0
         assert line["reward/learned"] == pytest.approx(sum(means) / 3 - 2.0 * spread, abs=1e-5)
     assert unexplained(run) == set()
+
+
+def test_averaged_weights_score_as_one_model_and_every_member_is_an_input(tmp_path: Path) -> None:
+    paths = [str(save_reward_model(tmp_path / f"model{seed}", seed=seed)) for seed in range(2)]
+    first = {"path": paths[0], "dtype": "fp32"}
+    reward = json.dumps({"model": first, "ensemble": paths[1:], "reduction": "weights"})
+    config, run = start(tmp_path, rows(tmp_path, "one"), reward, "rollout.max_model_tokens=200")
+    assert list(config.reward.roles) == ["reward"]
+    assert {"reward.model.path", "reward.ensemble.2.model.path"} <= fingerprint_inputs(config).keys()
+    train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    lines = run.metrics.read()
+    assert (
+        lines[0]["reward/learned"] != lines[1]["reward/learned"] and (run.averages / "reward" / "config.json").exists()
+    )
+    assert not any(name.startswith("reward_term") for name in lines[0]) and unexplained(run) == set()

@@ -86,6 +86,8 @@ class GenerateConfig(Job):
         if model is not None:
             yield "model", model
         yield from super().model_sections()
+        reward = unless_absent(lambda: self.reward, None)
+        yield from [] if reward is None else reward.averaged_models
 
     def placements(self) -> list[Placement]:
         rollout = self.rollout

@@ -34,6 +34,7 @@ from rlhf_ray.config.sections.base import Positive
 from rlhf_ray.config.sections.batch import BatchConfig
 from rlhf_ray.config.sections.data import SourceConfig
 from rlhf_ray.config.sections.evaluation import PpoEvaluationConfig
+from rlhf_ray.config.sections.models import ModelConfig
 from rlhf_ray.config.sections.rewards import COMPARED, VERIFIERS, RewardConfig, RewardSourceConfig
 from rlhf_ray.config.sections.roles import RoleConfig
 from rlhf_ray.config.sections.rollout import RolloutConfig
@@ -114,6 +115,11 @@ class PpoConfig(TrainingJob):
         models: dict[str, RoleConfig] = unless_absent(lambda: self.reward.roles, {})
         rewards = {key: Role(role, head=True, work=step) for key, role in models.items()}
         return present_roles(roles) | rewards
+
+    def model_sections(self) -> Iterator[tuple[str, ModelConfig]]:
+        yield from super().model_sections()
+        none: list[tuple[str, ModelConfig]] = []
+        yield from unless_absent(lambda: self.reward.averaged_models, none)
 
     def placements(self) -> list[Placement]:
         rollout = self.rollout

@@ -165,8 +165,8 @@ class RewardSourceConfig(Section):
     judge: JudgeConfig | None = None
     ensemble: list[str] = []  # noqa: RUF012 (pydantic copies it)
     """Paths of reward models that score every answer together; with ``model`` that is one more, and they share its settings."""
-    reduction: Literal["mean_minus_std", "minimum", "mean"] = "mean_minus_std"
-    """What becomes of their rewards."""
+    reduction: Literal["mean_minus_std", "minimum", "mean", "weights"] = "mean_minus_std"
+    """What becomes of their rewards; ``weights``: one model scores, whose weights are the average of theirs."""
     k: NonNegativeFloat = 1.0
     """How many standard deviations ``mean_minus_std`` takes off the mean."""
     token_file: str | None = None
@@ -181,23 +181,43 @@ class RewardSourceConfig(Section):
 
     @property
     def members(self) -> dict[str, ScoringRole]:
-        """The reward models as roles: one by the name ``""``, those of an ensemble by ``.ensemble.1`` and so on."""
+        """The reward models as roles: one by the name ``""``, those of an ensemble by ``.ensemble.1`` and so on.
+
+        Where the weights are averaged that is one, of the size of the first.
+        """
         values = {key: value for key, value in self.__dict__.items() if key in ScoringRole.model_fields}
         absent = ScoringRole.model_fields.keys() - values.keys()
-        model, paths = values.pop("model", None), self.__dict__.get("ensemble", [])
-        models = [] if model is None else [model]
-        if paths:
-            shared = {} if model is None else {**model.__dict__, "make": None, "revision": None}
-            models += [
-                ModelConfig(path=path) if model is None else ModelConfig.model_construct(**{**shared, "path": path})
-                for path in paths
-            ]
-        names = [f".ensemble.{number}" for number in range(1, len(models) + 1)] if paths else [""]
+        values.pop("model", None)
+        models, is_one = self.models, self.averages_weights or not self.__dict__.get("ensemble")
+        names = [""] if is_one else [f".ensemble.{number}" for number in range(1, len(models) + 1)]
         # their parts are validated
         return {
             name: ScoringRole.with_gaps({**values, "model": one}, absent)
             for name, one in zip(names, models, strict=False)
         }
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """The reward models: one, or those of an ensemble; none where the rewards come from somewhere else."""
+        model, paths = self.__dict__.get("model"), self.__dict__.get("ensemble", [])
+        shared = {} if model is None else {**model.__dict__, "make": None, "revision": None}
+        return [
+            *([] if model is None else [model]),
+            *(
+                ModelConfig(path=path) if model is None else ModelConfig.model_construct(**{**shared, "path": path})
+                for path in paths
+            ),
+        ]
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether one model scores that is the average of several."""
+        return bool(self.__dict__.get("ensemble")) and self.__dict__.get("reduction") == "weights"
+
+    def averaged(self, key: str) -> Iterator[tuple[str, ModelConfig]]:
+        """The models that are averaged by the keys of their sections, but for the first, which stands for all as a role."""
+        if self.averages_weights:
+            yield from ((f"{key}.ensemble.{number}.model", model) for number, model in enumerate(self.models[1:], 2))
 
     @property
     def places(self) -> list[str]:
@@ -253,6 +273,11 @@ class RewardSourceConfig(Section):
             yield (
                 "ensemble",
                 "a model that is made here is none of it: name its directory in model.path, or remove model",
+            )
+        if self.reduction == "weights" and self.normalize:
+            yield (
+                "normalize",
+                "averaged weights have no mean and deviation of their own: set it to false, or reduction to mean",
             )
         if self.reduction != "mean_minus_std" and not self.is_default("k"):
             yield "k", f"{self.k:g} is for the reduction mean_minus_std, but it is {self.reduction}: remove it"
@@ -325,6 +350,11 @@ class RewardConfig(RewardSourceConfig):
         if self.on_failure is None:
             return any(source.judge is not None for source in self.sources.values())
         return self.on_failure == "drop"
+
+    @property
+    def averaged_models(self) -> list[tuple[str, ModelConfig]]:
+        """The models that stand behind a role of another one, by the keys of their sections."""
+        return [model for key, source in self.sources.items() for model in source.averaged(key)]
 
     @property
     def roles(self) -> dict[str, RoleConfig]:

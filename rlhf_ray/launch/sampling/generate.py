@@ -42,6 +42,7 @@ from rlhf_ray.launch.score import model_files
 from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.models.weights.checkpoint import find_directory
 from rlhf_ray.rewards.encoding import longest_read
+from rlhf_ray.rewards.ensembles.weights import with_averages
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample, text_sample
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
@@ -198,6 +199,10 @@ def _answer_the_rest(prepared: Prepared, journal: GrowingFile, made_of: Mapping[
         get_logger().info("%s: %d prompts are answered already; %d are left", journal.path, len(done), len(rest))
     aside: list[int] = []
     if rest:
+        config = prepared.config
+        if config.reward is not None:
+            averages = with_averages(config.reward, journal.path.with_suffix(".averages"))
+            prepared = replace(prepared, config=config.model_copy(update={"reward": averages}))
         with ExitStack() as opened:
             here = place or opened.enter_context(Cluster.for_job(prepared.config, together=True))
             aside = _sample(prepared, rest, journal, here, opened, len(done))
@@ -373,7 +378,7 @@ def _identity(reward: RewardConfig) -> dict[str, Any]:
     hidden = {"judge": JUDGE_LIMITS}
     return {
         key: {
-            "files": [model_files(role.model.path) for role in source.members.values()],
+            "files": [model_files(model.path) for model in source.models],
             **{
                 name: value
                 for name, value in source.model_dump(mode="json", exclude=hidden).items()

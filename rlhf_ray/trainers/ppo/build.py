@@ -30,6 +30,7 @@ from rlhf_ray.environments.episodes import EpisodePlayer, Limits
 from rlhf_ray.environments.process import EnvironmentProcess, load_environment
 from rlhf_ray.models import load_end_tokens, load_tokenizer
 from rlhf_ray.monitoring import events
+from rlhf_ray.rewards.ensembles.weights import with_averages
 from rlhf_ray.rewards.source import RewardSource
 from rlhf_ray.rewards.user_source import check_user_source
 from rlhf_ray.rollout.execution import digest
@@ -69,6 +70,7 @@ def train_ppo(
     prompts = load_prompts(config.data, chat.tokenizer, config.run.seed, config.row_reader)
     ends = find_ends(config, chat, prompts)
     check_own_parts(config)
+    config = config.model_copy(update={"reward": with_averages(config.reward, run.averages)})
     with (
         Session(config, run, place=place) as session,
         Journal(run, config, session.memory_of_ranks) as journal,

@@ -136,7 +136,7 @@ def make_reward_source(
     def read_models(key: str, source: RewardSourceConfig) -> RewardSource:
         at = {name: f"{key}{name}" for name in source.members}
         models = {name: read(one, source, groups[one], groups[one].describe().result()) for name, one in at.items()}
-        if not source.ensemble:
+        if source.reduction == "weights" or not source.ensemble:
             return models[""]
         named = {f"model_{name.rpartition('.')[2]}": model for name, model in models.items()}
         return EnsembleSource(named, source.reduction, source.k)

@@ -1,0 +1,1 @@
+"""Several reward models as one: the average of their weights."""
