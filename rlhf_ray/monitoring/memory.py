@@ -26,6 +26,8 @@ from rlhf_ray.processes.clock import boot
 GB = 1e9
 JOIN_S = 10.0
 """How long the last measurement may take: reading the page tables of a process waits for what maps memory in it."""
+WAIT_S, LAST_WAIT_S = 2.0, 30.0
+"""How long other trees have to answer. The last time they get longer: no later answer can make up for one that is missing."""
 SHARED_MEMORY = "/dev/shm/"
 BYTES_PER_BLOCK = 512
 """The unit of ``st_blocks``, whatever the file system's own block size is (POSIX ``sys/stat.h``)."""
@@ -61,6 +63,10 @@ class TreeMemory:
     """By process id."""
     shared: Mapping[tuple[int, int], int]
     """Of files in shared memory, by device and inode."""
+
+
+Elsewhere = Callable[[float], Iterable[TreeMemory]]
+"""What trees of other machines hold, asked with the seconds that they have to answer."""
 
 
 def memory_use(roots: Iterable[int]) -> MemoryUse:
@@ -162,16 +168,16 @@ def _shared_files(process_id: int) -> dict[tuple[int, int], int]:
 class MemorySampler:
     """A thread that measures a tree of processes once an interval, from :meth:`start` to :meth:`stop`.
 
-    ``roots`` are process ids; without any, the tree starts at this process. ``elsewhere`` says what other trees hold; where it
-    fails, they hold what they held before. ``history`` holds the measurements with the seconds since the start. As a context
-    manager it starts on entry and stops on exit.
+    ``roots`` are process ids; without any, the tree starts at this process. ``elsewhere`` says what other trees hold, and may
+    wait for their answers as long as it is told (seconds); where it fails, they hold what they held before. ``history`` holds
+    the measurements with the seconds since the start. As a context manager it starts on entry and stops on exit.
     """
 
     def __init__(
         self,
         roots: Iterable[int] = (),
         interval_s: float = 1.0,
-        elsewhere: Callable[[], Iterable[TreeMemory]] = tuple,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._roots = tuple(roots) or (os.getpid(),)
         self._elsewhere = elsewhere
@@ -186,7 +192,7 @@ class MemorySampler:
     def start(self) -> MemorySampler:
         """Take the first measurement and start the thread."""
         self._started_at = time.monotonic()
-        self._measure()
+        self._measure(WAIT_S)
         self._thread.start()
         return self
 
@@ -200,7 +206,7 @@ class MemorySampler:
     def last(self) -> MemoryUse:
         """End the thread, measure once more, and return the peak: a run may end before its ranks have answered a first time."""
         self.stop()
-        self._measure()
+        self._measure(LAST_WAIT_S)
         return self.peak
 
     @property
@@ -223,11 +229,11 @@ class MemorySampler:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval_s):
-            self._measure()
+            self._measure(WAIT_S)
 
-    def _measure(self) -> None:
+    def _measure(self, wait_s: float) -> None:
         try:
-            self._others = list(self._elsewhere())
+            self._others = [] if self._elsewhere is None else list(self._elsewhere(wait_s))
         except Exception as error:  # such as a Ray that goes down: what this machine holds is known all the same
             if not self._said:
                 get_logger("memory").warning("the memory of other processes of the run is not known (%r)", error)

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf_ray.config.jobs.base import TrainingJob
 from rlhf_ray.console import SECONDS_BETWEEN_LINES, get_logger, stderr
 from rlhf_ray.engine.report import Applied, Report
 from rlhf_ray.errors import Interrupted, ResumableStop, RlhfRayError, StorageError
-from rlhf_ray.monitoring.memory import MemorySampler, TreeMemory
+from rlhf_ray.monitoring.memory import Elsewhere, MemorySampler
 from rlhf_ray.monitoring.metrics_log import MetricsLog
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.monitoring.report.summary import (
@@ -72,7 +72,7 @@ class Journal:
         self,
         run: RunDirectory,
         config: TrainingJob,
-        memory_of_ranks: Callable[[], Iterable[TreeMemory]] = tuple,
+        memory_of_ranks: Elsewhere | None = None,
     ) -> None:
         """``memory_of_ranks`` says what ranks hold that need not be descendants of this process."""
         self.run = run

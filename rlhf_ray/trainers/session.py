@@ -35,9 +35,6 @@ from rlhf_ray.runs import clusters
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.storage.shared import SharedFile
 
-MEMORY_S = 2.0
-"""How long ranks have to say what memory they hold, before what they said last counts."""
-
 
 class Session:
     """Starts the groups of one run. Without ``place`` the session joins or starts the Ray cluster of the config."""
@@ -99,11 +96,11 @@ class Session:
         """All groups whose ranks are processes of their own; None where they are in this one."""
         return None if self._cluster is None else self._cluster.groups
 
-    def memory_of_ranks(self) -> list[TreeMemory]:
-        """What ranks hold, as each said last; nothing where all of them are descendants of this process."""
+    def memory_of_ranks(self, wait_s: float) -> list[TreeMemory]:
+        """What ranks hold, as each said last, asked for at most ``wait_s``; nothing where all descend from this process."""
         if self._cluster is None or self._cluster.has_own_ray:
             return []
-        return self._memory.ask([actor for group in self._cluster.groups for actor in group.actors], MEMORY_S)
+        return self._memory.ask([actor for group in self._cluster.groups for actor in group.actors], wait_s)
 
     @property
     def mark(self) -> str:

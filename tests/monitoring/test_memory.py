@@ -71,7 +71,7 @@ def test_the_sampler_counts_other_trees_and_remembers_them_while_they_do_not_say
     other = TreeMemory("other", "other", "other", {1: 10**12}, {})
     answers: list[TreeMemory | OSError] = [other, OSError("Ray is gone"), OSError("Ray is gone")]
 
-    def elsewhere() -> list[TreeMemory]:
+    def elsewhere(wait_s: float) -> list[TreeMemory]:
         answer = answers.pop(0) if answers else OSError("Ray is gone")
         if isinstance(answer, OSError):
             raise answer
@@ -107,8 +107,24 @@ def test_the_sampler_sees_a_peak_that_has_passed() -> None:
 
 def test_what_others_hold_is_asked_at_the_end_of_a_run_that_is_shorter_than_an_interval() -> None:
     answers: list[list[TreeMemory]] = [[]]
-    sampler = MemorySampler(interval_s=1000.0, elsewhere=lambda: answers[-1]).start()
+    sampler = MemorySampler(interval_s=1000.0, elsewhere=lambda wait_s: answers[-1]).start()
     answers.append([TreeMemory("elsewhere", "another kernel", "another namespace", {1: 10**12}, {})])
     assert "elsewhere" not in sampler.stop().by_node
     assert sampler.last().by_node["elsewhere"] == 1000.0
     assert len(sampler.history) == 2
+
+
+def test_the_last_question_is_given_longer_than_the_others() -> None:
+    """A rank that works answers when it is done, and no later measurement stands in for its answer."""
+    other, waits = TreeMemory("elsewhere", "another kernel", "another namespace", {1: 10**12}, {}), list[float]()
+
+    def busy_for_ten_seconds(wait_s: float) -> list[TreeMemory]:
+        waits.append(wait_s)
+        return [other] if wait_s >= 10.0 else []
+
+    sampler = MemorySampler(interval_s=0.02, elsewhere=busy_for_ten_seconds).start()
+    while len(sampler.history) < 3:
+        time.sleep(0.01)
+    assert "elsewhere" not in sampler.stop().by_node
+    assert sampler.last().by_node["elsewhere"] == 1000.0
+    assert max(waits[:-1]) <= 2.0, "what is asked while a run goes on does not hold up its figures"
