@@ -1,7 +1,8 @@
 """Part ``watching``: what it costs a run, and a scoring service, that they are watched.
 
 Invariants: the job is that of ``rollout_modes`` in ``sync``, on the same two cores, with and without, in turns; with it come
-spans of every process, the metrics on Ray's page, and a follower that feeds TensorBoard and a file of JSON lines. Alarms cannot
+spans of every process, the metrics on Ray's page, and a follower that feeds TensorBoard and a file of JSON lines. Both sample
+the same tokens, so each step is compared with the same step of the other side; steps differ in length by half. Alarms cannot
 be switched off, so that both sides have them: a look is measured by itself, with all that is remembered of a run whose steps
 take one second. A request to the service has no model behind, so that its share is the largest that there is; it is taken in
 seconds of the processor, with and without metrics in turns, and the clients are another process.
@@ -33,7 +34,7 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.trainers.alarm_watch import EVERY_S, REMEMBERED_S, AlarmWatch
 
-ROUNDS = 3
+ROUNDS, STEPS = 4, 16
 WITH = ["monitoring.spans=true", "monitoring.ray_metrics=true"]
 WITHOUT = ["monitoring.spans=false", "monitoring.ray_metrics=false", "monitoring.trackers=[]"]
 TURNS, REQUESTS, CLIENTS = 7, 4000, 64
@@ -43,16 +44,14 @@ LOOKS = 200
 
 def measure(quick: bool = False) -> Figures:
     """How much longer a step takes, and how much of a core the alarms do."""
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    rounds, lines = [], list[dict[str, float]]()
+    rounds, lines = list[list[tuple[float, float]]](), list[dict[str, float]]()
     for number in range(1 if quick else ROUNDS):
-        both: dict[bool, float] = {}
+        both: dict[bool, list[dict[str, float]]] = {}
         for watched in (False, True) if number % 2 == 0 else (True, False):
-            lines = _lines(watched, quick)
-            seconds[watched] += [line["time/step"] for line in lines]
-            both[watched] = median(seconds[watched][-len(lines) :])
-        rounds.append(both[True] / both[False] - 1.0)
-    plain, watched_s = median(seconds[False]), median(seconds[True])
+            lines = both[watched] = _lines(watched, quick)
+        rounds.append(pairs(both[False], both[True]))
+    steps = [step for turn in rounds for step in turn]
+    turns = [share_of_a_step(turn) for turn in rounds]
     look_s = seconds_of_a_look(lines[-1])
     requests = REQUESTS // 10 if quick else REQUESTS
     request_s, bare_s = seconds_of_a_request(requests)
@@ -65,10 +64,10 @@ def measure(quick: bool = False) -> Figures:
             f"with no model; the first is a difference of medians: {TURNS} turns of {requests} requests from {CLIENTS} clients",
         ),
         "watching.share_of_a_step": Figure(
-            watched_s / plain - 1.0, "share", False,
-            f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: medians of "
-            f"{len(seconds[True])} steps each, {watched_s:.3f} and {plain:.3f} s, in {len(rounds)} turns; a turn alone "
-            f"gives {min(rounds):.2%} to {max(rounds):.2%}",
+            share_of_a_step(steps), "share", False,
+            f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: each step beside "
+            f"the same one of the other side, median of {len(steps)} pairs in {len(turns)} turns; a step takes "
+            f"{median(plain for plain, _ in steps):.3f} s; a turn alone gives {min(turns):.2%} to {max(turns):.2%}",
         ),
         "watching.alarms_share_of_a_core": Figure(
             look_s / EVERY_S, "share", False,
@@ -78,12 +77,27 @@ def measure(quick: bool = False) -> Figures:
     }  # fmt: skip
 
 
+def pairs(plain: Sequence[dict[str, float]], watched: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
+    """Seconds of each step without and with, which have to be the same steps."""
+    for one, other in zip(plain, watched, strict=True):
+        if one["length/response"] != other["length/response"]:
+            raise AssertionError(
+                f"step {one['step']:g} sampled other tokens on each side: its times cannot be compared"
+            )
+    return [(one["time/step"], other["time/step"]) for one, other in zip(plain, watched, strict=True)]
+
+
+def share_of_a_step(steps: Sequence[tuple[float, float]]) -> float:
+    """By how much a step with is longer than the same one without: the median over ``steps``, as a share."""
+    return median(watched / plain for plain, watched in steps) - 1.0
+
+
 def _lines(watched: bool, quick: bool) -> list[dict[str, float]]:
     """The metrics of each step that counts."""
     with TemporaryDirectory() as fed:
         trackers = f"monitoring.trackers=[jsonl:{fed}/run.jsonl,tensorboard]"
         overrides = [*WITH, trackers] if watched else WITHOUT
-        return run("sync", [*overrides, *(QUICK if quick else [])])[0 if quick else SKIPPED :]
+        return run("sync", [*overrides, *(QUICK if quick else [f"steps={STEPS}"])])[0 if quick else SKIPPED :]
 
 
 class Nothing(Metrics):
