@@ -87,11 +87,11 @@ def staleness(lines: list[dict[str, float]]) -> Figure:
     return Figure(measured / expected, "ratio", True, method)
 
 
-def run(mode: str, overrides: list[str]) -> list[dict[str, float]]:
-    """Train in one mode; returns the metrics of its steps."""
+def run(mode: str, overrides: list[str], reward: str = REWARD) -> list[dict[str, float]]:
+    """Train in one mode against the function ``length`` of the program ``reward``; returns the metrics of its steps."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        (root / "reward.py").write_text(REWARD)
+        (root / "reward.py").write_text(reward)
         config = root / "modes.json"
         config.write_text(json.dumps(settings(root, mode)))
         command = [sys.executable, "-m", "rlhf_ray", "train", "ppo", str(config), *overrides]

@@ -1,8 +1,8 @@
 """Part ``watching``: what it costs a run, and a scoring service, that they are watched.
 
-Invariants: the job is that of ``rollout_modes`` in ``sync``, on the same two cores, with and without, in turns; with it come
-spans of every process, the metrics on Ray's page, and a follower that feeds TensorBoard and a file of JSON lines. Both sample
-the same tokens, so each step is compared with the same step of the other side; steps differ in length by half. Alarms cannot
+Invariants: the job is that of ``rollout_modes`` in ``sync``, on two cores, with and without, in turns (``turns``); with it come
+spans of every process, the metrics on Ray's page, and a follower that feeds TensorBoard and a file of JSON lines. Both
+sample the same tokens, so each step is compared with the same step of the other side. Alarms cannot
 be switched off, so that both sides have them: a look is measured by itself, with all that is remembered of a run whose steps
 take one second. A request to the service has no model behind, so that its share is the largest that there is; it is taken in
 seconds of the processor, with and without metrics in turns, and the clients are another process.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -21,12 +22,14 @@ from unittest.mock import patch
 
 from prometheus_client import Counter, Histogram
 
+from benchmarks import turns
 from benchmarks.figures import Figure, Figures
-from benchmarks.rollout_modes import QUICK, REWARD, SKIPPED, run, settings
+from benchmarks.rollout_modes import QUICK, REWARD, SIZES, SKIPPED, run, settings
 from benchmarks.sequences import ragged_sequences
 from benchmarks.service.load import Order
 from benchmarks.service.load import run as load
 from benchmarks.service.reward_service import VOCABULARY, Instant, bodies, load_group, role_of, save_model, serving
+from benchmarks.turns import Step
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.rewards.batcher import Waiting
@@ -34,7 +37,11 @@ from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.serving.metrics import Metrics
 from rlhf_ray.trainers.alarm_watch import EVERY_S, REMEMBERED_S, AlarmWatch
 
-ROUNDS, STEPS = 4, 16
+STEPS = 60
+ANSWERS = SIZES["prompts_per_step"] * SIZES["samples_per_prompt"]
+AT_THE_START = 2 * 4 + ANSWERS
+"""Answers that get a reward before the first step: those of the evaluation, and of the check that an answer has the same reward
+by itself and among others."""
 WITH = ["monitoring.spans=true", "monitoring.ray_metrics=true"]
 WITHOUT = ["monitoring.spans=false", "monitoring.ray_metrics=false", "monitoring.trackers=[]"]
 TURNS, REQUESTS, CLIENTS = 7, 4000, 64
@@ -44,14 +51,8 @@ LOOKS = 200
 
 def measure(quick: bool = False) -> Figures:
     """How much longer a step takes, and how much of a core the alarms do."""
-    rounds, lines = list[list[tuple[float, float]]](), list[dict[str, float]]()
-    for number in range(1 if quick else ROUNDS):
-        both: dict[bool, list[dict[str, float]]] = {}
-        for watched in (False, True) if number % 2 == 0 else (True, False):
-            lines = both[watched] = _lines(watched, quick)
-        rounds.append(pairs(both[False], both[True]))
-    steps = [step for turn in rounds for step in turn]
-    turns = [share_of_a_step(turn) for turn in rounds]
+    plain, watched, lines = side_by_side(quick)
+    together, processor_share = share_of_a_step(plain, watched)
     look_s = seconds_of_a_look(lines[-1])
     requests = REQUESTS // 10 if quick else REQUESTS
     request_s, bare_s = seconds_of_a_request(requests)
@@ -64,10 +65,11 @@ def measure(quick: bool = False) -> Figures:
             f"with no model; the first is a difference of medians: {TURNS} turns of {requests} requests from {CLIENTS} clients",
         ),
         "watching.share_of_a_step": Figure(
-            share_of_a_step(steps), "share", False,
-            f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: each step beside "
-            f"the same one of the other side, median of {len(steps)} pairs in {len(turns)} turns; a step takes "
-            f"{median(plain for plain, _ in steps):.3f} s; a turn alone gives {min(turns):.2%} to {max(turns):.2%}",
+            together, "share", False,
+            f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: two runs that take "
+            f"turns at their steps, each step beside the same one of the other run; median of {len(plain)} pairs, a step takes "
+            f"{median(step.seconds for step in plain):.3f} s; in processor seconds of all processes, those of waiting "
+            f"for the other run included, {processor_share:+.2%}",
         ),
         "watching.alarms_share_of_a_core": Figure(
             look_s / EVERY_S, "share", False,
@@ -77,27 +79,33 @@ def measure(quick: bool = False) -> Figures:
     }  # fmt: skip
 
 
-def pairs(plain: Sequence[dict[str, float]], watched: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
-    """Seconds of each step without and with, which have to be the same steps."""
-    for one, other in zip(plain, watched, strict=True):
-        if one["length/response"] != other["length/response"]:
-            raise AssertionError(
-                f"step {one['step']:g} sampled other tokens on each side: its times cannot be compared"
+def side_by_side(quick: bool) -> tuple[list[Step], list[Step], list[dict[str, float]]]:
+    """The steps of a run without and of one with, which take turns; and the metrics of the second."""
+    with TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        root, names, steps = Path(name), ("plain", "watched"), 4 if quick else STEPS
+        trackers = f"monitoring.trackers=[jsonl:{root}/run.jsonl,tensorboard]"
+        started = [
+            pool.submit(
+                run, "sync", [*overrides, *(QUICK if quick else []), f"steps={steps}"],
+                turns.program(root, own, other, first=AT_THE_START, answers=ANSWERS, turns=steps - 1),
             )
-    return [(one["time/step"], other["time/step"]) for one, other in zip(plain, watched, strict=True)]
+            for overrides, own, other in zip((WITHOUT, [*WITH, trackers]), names, reversed(names), strict=True)
+        ]  # fmt: skip
+        plain_lines, watched_lines = (one.result() for one in started)
+        for one, other in zip(plain_lines, watched_lines, strict=True):
+            if one["length/response"] != other["length/response"]:
+                raise AssertionError(
+                    f"step {one['step']:g} sampled other tokens on each side: its times cannot be compared"
+                )
+        plain, watched = (turns.steps(root, own)[0 if quick else SKIPPED : -1] for own in names)
+    return plain, watched, watched_lines
 
 
-def share_of_a_step(steps: Sequence[tuple[float, float]]) -> float:
-    """By how much a step with is longer than the same one without: the median over ``steps``, as a share."""
-    return median(watched / plain for plain, watched in steps) - 1.0
-
-
-def _lines(watched: bool, quick: bool) -> list[dict[str, float]]:
-    """The metrics of each step that counts."""
-    with TemporaryDirectory() as fed:
-        trackers = f"monitoring.trackers=[jsonl:{fed}/run.jsonl,tensorboard]"
-        overrides = [*WITH, trackers] if watched else WITHOUT
-        return run("sync", [*overrides, *(QUICK if quick else [f"steps={STEPS}"])])[0 if quick else SKIPPED :]
+def share_of_a_step(plain: Sequence[Step], watched: Sequence[Step]) -> tuple[float, float]:
+    """By how much a step with is longer than the same one without, as a share: in the median, and in processor seconds."""
+    longer = median(other.seconds / one.seconds for one, other in zip(plain, watched, strict=True))
+    more = sum(step.processor_s for step in watched) / sum(step.processor_s for step in plain)
+    return longer - 1.0, more - 1.0
 
 
 class Nothing(Metrics):
