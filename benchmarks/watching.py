@@ -31,6 +31,7 @@ from benchmarks.service.load import run as load
 from benchmarks.service.reward_service import VOCABULARY, Instant, bodies, load_group, role_of, save_model, serving
 from benchmarks.turns import Step
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.evaluation.intervals import mean_interval
 from rlhf_ray.monitoring.phases import PhaseClock
 from rlhf_ray.rewards.batcher import Waiting
 from rlhf_ray.runs.directory import RunDirectory
@@ -53,6 +54,7 @@ def measure(quick: bool = False) -> Figures:
     """How much longer a step takes, and how much of a core the alarms do."""
     plain, watched, lines = side_by_side(quick)
     together, processor_share = share_of_a_step(plain, watched)
+    low, high = mean_interval([other.seconds / one.seconds - 1.0 for one, other in zip(plain, watched, strict=True)])
     look_s = seconds_of_a_look(lines[-1])
     requests = REQUESTS // 10 if quick else REQUESTS
     request_s, bare_s = seconds_of_a_request(requests)
@@ -69,7 +71,7 @@ def measure(quick: bool = False) -> Figures:
             f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: two runs that take "
             f"turns at their steps, each step beside the same one of the other run; median of {len(plain)} pairs, a step takes "
             f"{median(step.seconds for step in plain):.3f} s; in processor seconds of all processes, those of waiting "
-            f"for the other run included, {processor_share:+.2%}",
+            f"for the other run included, {processor_share:+.2%}; the mean of all pairs lies within {low:+.2%} and {high:+.2%} (95 %)",
         ),
         "watching.alarms_share_of_a_core": Figure(
             look_s / EVERY_S, "share", False,

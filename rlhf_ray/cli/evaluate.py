@@ -18,6 +18,8 @@ EXAMPLES = (
     "evaluate POLICY --against OTHER --prompts prompts.jsonl --reward REWARD_MODEL --samples 4 --output figures.json",
     "evaluate POLICY --prompts gsm8k.jsonl --reward gsm8k --samples 16 --pass-at 1,4,16 --output figures.json",
 )
+KEYS = ("prompt", "chosen", "rejected")
+"""Columns of pairs."""
 
 
 def add_arguments(commands: Any) -> None:
@@ -46,9 +48,10 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "--data", type=Path, help="preference pairs in any layout; RewardBench's and RewardBench 2's too"
     )
-    command.add_argument("--prompt-key", default="prompt")
-    command.add_argument("--chosen-key", default="chosen")
-    command.add_argument("--rejected-key", default="rejected")
+    for key in KEYS:
+        command.add_argument(
+            f"--{key}-key", metavar="COLUMN", help=f"with --data: the column of the {key} (default: {key})"
+        )
     command.add_argument(
         "--apply-chat-template",
         action="store_true",
@@ -88,7 +91,7 @@ def _add_policy_arguments(policies: Any) -> None:
         "--pass-at", metavar="K,...", help="report pass@k, where an answer is right whose reward is 1 or more"
     )
     policies.add_argument("--greedy", action="store_true", help="the likeliest token each time")
-    policies.add_argument("--config", default="generate", help="a file or recipe of kind generate")
+    policies.add_argument("--config", help="a file or recipe of kind generate (default: generate)")
     policies.add_argument("--in-process", action="store_true", help="in this process, without Ray, to debug it")
 
 
@@ -99,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     _check_kind(options)
     if options.prompts is not None:
         return _measure_policies(options)
-    keys = Keys(options.prompt_key, options.chosen_key, options.rejected_key)
+    keys = Keys(*(getattr(options, f"{key}_key") or key for key in KEYS))
     return _measure_data(options, keys) if options.data_only else _measure_model(options, keys)
 
 
@@ -107,8 +110,8 @@ def _check_kind(options: argparse.Namespace) -> None:
     """Refuse options of one kind of evaluation in another."""
     from rlhf_ray.errors import RequestError
 
-    of_pairs = ("data_only", "held_out", "allow_shared_prompts", "apply_chat_template")
-    of_policies = ("against", "reward", "samples", "pass_at", "greedy", "in_process")
+    of_pairs = ("data_only", "held_out", "allow_shared_prompts", "apply_chat_template", *(f"{key}_key" for key in KEYS))
+    of_policies = ("against", "reward", "samples", "pass_at", "greedy", "in_process", "config")
     if (options.data is None) == (options.prompts is None):
         raise RequestError(
             "name either --data, pairs that a reward model is compared with, or --prompts, which a policy answers"
@@ -129,14 +132,15 @@ def _check_kind(options: argparse.Namespace) -> None:
 
 def _measure_policies(options: argparse.Namespace) -> int:
     from rlhf_ray.launch.parent import with_own_ray
-    from rlhf_ray.launch.sampling.request import generate_config
+    from rlhf_ray.launch.sampling.policies import PolicyEvaluation, check_output
+    from rlhf_ray.launch.sampling.request import RECIPE, generate_config
 
     models = [options.model] if options.against is None else [options.model, options.against]
     configs = [
         generate_config(
             model,
             options.prompts,
-            recipe=options.config,
+            recipe=options.config or RECIPE,
             reward=options.reward,
             overrides=["run.name=evaluate", *options.overrides],
             samples=options.samples,
@@ -146,17 +150,19 @@ def _measure_policies(options: argparse.Namespace) -> int:
     ]
     pass_at, output = _sizes(options.pass_at), _output(options)
     assert output is not None, "asked for above"
-    output.check()
+    evaluation = PolicyEvaluation(configs, pass_at)
+    evaluation.check()
+    check_output(output)
 
     def work() -> int:
-        from rlhf_ray.launch.sampling.policies import PolicyEvaluation, evaluate_policies, print_report
+        from rlhf_ray.launch.sampling.policies import evaluate_policies, print_report
 
         places: list[Any] = [None] * len(configs)
         if options.in_process:
             from rlhf_ray.launch.in_process import place_for_generating
 
             places = [place_for_generating(config) for config in configs]
-        report = evaluate_policies(PolicyEvaluation(configs, pass_at), output, places=places)
+        report = evaluate_policies(evaluation, output, places=places)
         print_report(report, output.path)
         return 0
 

@@ -120,20 +120,29 @@ def length_controlled_win_rate(meetings: Meetings, seed: int = 0) -> ControlledW
     spread = float(meetings.longer.std())
     longer = np.tanh(meetings.longer / spread) if spread > 0 else np.zeros_like(meetings.longer)
     weights = meetings.weights
-    ((intercept, effect),) = _fit(meetings.wins, longer, weights[None, :])
+    fitted = _fit(meetings.wins, longer, weights[None, :])
+    ((intercept, effect),) = fitted
     rate = float(_sigmoid(intercept))
     rates = []
     for counts in draw_prompts(meetings.prompts, resamples=REFITS, seed=seed):
         at_once = max(1, ROWS_AT_ONCE // len(weights))
         for start in range(0, len(counts), at_once):
             drawn = counts[start : start + at_once][:, meetings.prompt] * weights
-            rates.append(_sigmoid(_fit(meetings.wins, longer, drawn)[:, 0]))
-    return ControlledWinRate(rate, ends_around(np.concatenate(rates), rate), float(effect))
+            rates.append(_sigmoid(_fit(meetings.wins, longer, drawn, fitted)[:, 0]))
+    low, high = ends_around(np.concatenate(rates), rate)
+    by_prompt = meetings.by_prompt(meetings.wins)
+    if (by_prompt == by_prompt[0]).all():  # drawing prompts again shows nothing of how far such a rate can be off
+        lowest, highest = share_interval(by_prompt, seed)
+        low, high = min(low, lowest), max(high, highest)
+    return ControlledWinRate(rate, (low, high), float(effect))
 
 
-def _fit(wins: Array, longer: Array, weights: Array) -> Array:
-    """Intercept and slope, (fits, 2), of one regression for each row of ``weights``, (fits, meetings), by Newton's method."""
-    parameters = np.zeros((len(weights), 2))
+def _fit(wins: Array, longer: Array, weights: Array, start: Array | None = None) -> Array:
+    """Intercept and slope, (fits, 2), of one regression for each row of ``weights``, (fits, meetings), by Newton's method.
+
+    ``start``, (1, 2), is where the search begins: near the end it needs half of the rounds.
+    """
+    parameters = np.zeros((len(weights), 2)) if start is None else np.repeat(start, len(weights), axis=0)
     design = np.stack([np.ones_like(longer), longer])
     for _ in range(ROUNDS):
         chances = _sigmoid(parameters @ design)

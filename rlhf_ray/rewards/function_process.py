@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlhf_ray.errors import RequestError
+from rlhf_ray.errors import RequestError, ScoringError
 from rlhf_ray.processes import progress, stacks
 from rlhf_ray.processes.ends_with import end_with
 from rlhf_ray.rewards.functions import (
@@ -44,7 +44,7 @@ GRACE_S = 5.0
 
 
 class FunctionProcess:
-    """A function by its name, in a process that is started at once and again whenever it was ended."""
+    """A function by its name, in a process that is started at once and again whenever it was ended, until :meth:`close`."""
 
     module = __name__
     """What runs in the process: its arguments are :attr:`arguments`, and the numbers of a pipe and a ``pidfd`` of this one."""
@@ -57,6 +57,7 @@ class FunctionProcess:
         self._slowest_s: float | None = None
         """Seconds of the slowest call that has ended, of those that run one after the other."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
         self.columns, self.is_async = self._start()
 
     @property
@@ -69,7 +70,7 @@ class FunctionProcess:
         return too_late(self.timeout_s, samples, self._slowest_s)
 
     def run(self, calls: Sequence[Columns]) -> list[Outcome]:
-        """The outcome of every call, in order."""
+        """The outcome of every call, in order; raises :class:`ScoringError` once it is closed."""
         ended: dict[int, Outcome] = {}
         while len(ended) < len(calls):
             left = [number for number in range(len(calls)) if number not in ended]
@@ -77,7 +78,11 @@ class FunctionProcess:
         return [ended[number] for number in range(len(calls))]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; a call that is running fails, and none starts it again."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._connection.close()
             self._process.kill()
@@ -88,6 +93,8 @@ class FunctionProcess:
 
     def _run(self, calls: Sequence[Columns], numbers: Sequence[int]) -> dict[int, Outcome]:
         """Outcomes of the first call at least, and of as many as the process lived through, by ``numbers``."""
+        if self._closed:
+            raise ScoringError(f"{self.key} {self.name!r} is asked for rewards after it was closed")
         if self._process is None:
             self._start()
         ended: dict[int, Outcome] = {}
@@ -121,7 +128,7 @@ class FunctionProcess:
 
     def _lost(self, numbers: Sequence[int], ended: dict[int, Outcome], failure: Failure) -> dict[int, Outcome]:
         """End the process; the call that was running in it has failed, or all calls that an async function had begun."""
-        self.close()
+        self._end()
         running = [number for number in numbers if number not in ended]
         return dict.fromkeys(running if self.is_async else running[:1], failure)
 
@@ -146,7 +153,7 @@ class FunctionProcess:
         if first_message is None:
             first_message = f"{self.key} {self.name!r}: importing it took more than {START_LIMIT_S:g} s"
         if isinstance(first_message, str):  # why there is no function to call
-            self.close()
+            self._end()
             raise RequestError(first_message)
         columns, is_async = first_message
         return columns, is_async

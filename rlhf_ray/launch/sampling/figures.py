@@ -14,8 +14,9 @@ from typing import NamedTuple
 from rlhf_ray.console import say, table
 from rlhf_ray.evaluation import best_of_n, best_of_n_kl, top_k_of_n_kl
 from rlhf_ray.launch.sampling.answers import AnsweredPrompt
+from rlhf_ray.launch.sampling.selection import Choice, why_not
 
-KL_SAYS = "KL is log n - (n - 1) / n nats: exact where no two answers are worth the same, else an upper bound"
+KL_SAYS = "KL is log n - (n - 1) / n nats: exact where all answers are worth different rewards, else an upper bound"
 
 
 class BestOf(NamedTuple):
@@ -79,11 +80,25 @@ def complete_rewards(prompts: Sequence[AnsweredPrompt]) -> list[list[float]]:
     return [[one for one in row if one is not None] for row in rewards if row and None not in row]
 
 
-def kl_of_choice(select: str, samples: int, top: int) -> float | None:
-    """How far the choice moves from one answer, in nats; none of what is no policy."""
-    if select in ("best", "top-k"):
-        return float(top_k_of_n_kl(top if select == "top-k" else 1, samples))
-    return 0.0 if select == "all" else None
+def kl_of_choice(prompts: Sequence[AnsweredPrompt], choice: Choice) -> float | None:
+    """How far the choice moves from one answer, in nats, at most; none of what is no policy.
+
+    The mean over the prompts that have a row. A choice by rewards takes an answer that is left out for worse than all others,
+    but one whose reward is missing for one that was never sampled. Of ``all`` answers those that are not left out are answers
+    of another policy, whose distance is not known.
+    """
+    if choice.select == "worst-best":
+        return None
+    kept = [(prompt, [answer for answer in prompt.answers if not why_not(answer, choice)]) for prompt in prompts]
+    if choice.select == "all":
+        return 0.0 if all(len(answers) == len(prompt.answers) for prompt, answers in kept) else None
+    top = choice.top if choice.select == "top-k" else 1
+    each = [
+        float(top_k_of_n_kl(min(top, len(answers)), len([one for one in prompt.answers if one.reward is not None])))
+        for prompt, answers in kept
+        if answers
+    ]
+    return _mean(each) if each else None
 
 
 def print_report(report: GenerationReport) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.actors.cluster import Cluster, group_of
@@ -167,9 +168,13 @@ def _is_finished(kept: Path, made_of: Mapping[str, Any]) -> bool:
     """Whether all answers are there already, from an earlier call that asked for the same."""
     if not kept.is_file() or kept.with_name(kept.name + UNFINISHED).exists():
         return False
-    before, _ = read_answers(kept)
+    before, prompts = read_answers(kept)
     if before == made_of:
-        get_logger().info("%s holds all answers already; rows are chosen of these", kept)
+        errors = [answer.error for prompt in prompts for answer in prompt.answers if answer.error is not None]
+        get_logger().info(
+            "%s holds all answers already; rows are chosen of these%s", kept,
+            f"; {len(errors)} have no reward, such as: {errors[0]} (remove the file to begin anew)" if errors else "",
+        )  # fmt: skip
         return True
     changed = ", ".join(sorted(key for key in {*before, *made_of} if before.get(key) != made_of.get(key)))
     raise RequestError(
@@ -237,8 +242,10 @@ def _sample(
     cleanup.callback(fleet.stop)  # before the engines end, whose deaths would be taken for failures
     requests = [_requests(config, prompt) for prompt in prompts]
     sequences = QUEUED * (config.rollout.max_num_seqs or SEQUENCES)
+    stopped = Event()
+    cleanup.callback(stopped.set)  # before the sources close, which a thread that scores would start again
     pump = Pump(fleet, timeout_s=config.rollout.timeout_s, at_once=sequences, moment_s=MOMENT_S)
-    finish = partial(_finish, _Finishing(prepared, source, journal, {one.prompt_id: one for one in prompts}))
+    finish = partial(_finish, _Finishing(prepared, source, journal, {one.prompt_id: one for one in prompts}, stopped))
     in_work = math.ceil(sequences / config.samples) * config.rollout.engines + 1
     answered = answer_all(pump, requests, finish, in_work=in_work)
     ended = progress(answered, f"prompts answered, {config.samples} answers each", total=len(prompts))
@@ -263,6 +270,8 @@ class _Finishing:
     source: RewardSource | None
     journal: GrowingFile
     prompts: Mapping[int, TokenizedPrompt]
+    stopped: Event
+    """That nobody waits for the answers any more."""
 
 
 def _finish(to: _Finishing, ended: Sequence[Answered]) -> None:
@@ -284,7 +293,7 @@ def _finish(to: _Finishing, ended: Sequence[Answered]) -> None:
         for prompt, generations in groups
     ]
     flat = [sample for group in samples for sample in group]
-    results = None if to.source is None else iter(_score(to.prepared.config.reward, to.source, flat))
+    results = None if to.source is None else iter(_score(to.prepared.config.reward, to.source, flat, to.stopped))
     lines = [
         answered_prompt(prompt, generations, group, None if results is None else [next(results) for _ in group]).line()
         for (prompt, generations), group in zip(groups, samples, strict=True)
@@ -292,16 +301,25 @@ def _finish(to: _Finishing, ended: Sequence[Answered]) -> None:
     to.journal.extend(lines)
 
 
-def _score(reward: RewardConfig | None, source: RewardSource, samples: Sequence[TextSample]) -> list[ScoreResult]:
-    """A result for each sample; raises :class:`ScoringError` where the source has failed and the config says to stop."""
+def _score(
+    reward: RewardConfig | None, source: RewardSource, samples: Sequence[TextSample], stopped: Event
+) -> list[ScoreResult]:
+    """A result for each sample; raises :class:`ScoringError` where one has no reward and the config says to stop."""
     assert reward is not None, "a source comes from it"
-    results = score_or_hold(source, samples, hold_s=reward.hold_s)
-    failed = [result.error for result in results if result.fault == "source"]
+
+    def pause(seconds: float) -> None:
+        if stopped.wait(seconds):
+            raise ScoringError("the command has been stopped, so that these answers are not scored again")
+
+    results = score_or_hold(source, samples, hold_s=reward.hold_s, sleep=pause)
+    failed = [result for result in results if result.reward is None]
     if failed and not reward.drops:
+        passing = [result for result in failed if result.fault == "source"]
+        tried = f", {len(passing)} of them after tries of {reward.hold_s:g} s" if passing else ""
         raise ScoringError(
-            f"no reward for {len(failed)} of {len(samples)} answers after {reward.hold_s:g} s, such as: {failed[0]}; the "
-            "answers before these are kept: mend the reward source and give the same command again, or set reward.on_failure "
-            "to drop"
+            f"no reward for {len(failed)} of {len(samples)} answers{tried}, such as: {failed[0].error}; the answers before "
+            "these are kept: mend the reward source and give the same command again, or set reward.on_failure to drop, which "
+            "keeps answers without a reward and makes no rows of them"
         )
     return results
 
@@ -367,7 +385,7 @@ def _write_rows(config: GenerateConfig, kept: Path, output: OutputFile) -> Gener
     rewards = [row[key] for row in rows for key in ("reward", "chosen_value") if key in row]
     if rewards:
         figures["chosen_reward"] = sum(rewards) / len(rewards)
-    kl = kl_of_choice(config.select, config.samples, config.top)
+    kl = kl_of_choice(prompts, choice)
     if kl is not None and scored:
         figures["kl"] = kl
     return GenerationReport(output.path, kept, figures, best_of(prompts), dict(left_out))

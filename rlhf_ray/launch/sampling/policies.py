@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_ray.actors.place import Place
 from rlhf_ray.config.jobs.generate import GenerateConfig
 from rlhf_ray.console import get_logger, say, table
+from rlhf_ray.environment import expand_home
 from rlhf_ray.errors import RequestError
 from rlhf_ray.launch.sampling.answers import AnsweredPrompt, read_answers
 from rlhf_ray.launch.sampling.generate import sample_answers
@@ -24,6 +25,8 @@ from rlhf_ray.monitoring.report import summary as pages
 from rlhf_ray.monitoring.report.page import RunReport, render_report
 from rlhf_ray.storage import OutputFile
 
+OF_A_CHOICE = ("select", "top", "cut_answers", "condition")
+"""Keys of ``generate`` that make rows of answers."""
 KEPT = ("model", "against")
 """What the files of answers are called by, in the order of the policies."""
 SHOWN = 10
@@ -41,13 +44,18 @@ class PolicyEvaluation:
 
     def check(self) -> None:
         """Refuse what cannot be counted, with a :class:`RequestError`."""
-        paths = [config.model.path for config in self.configs]
+        models = [(_whole(config.model.path), config.model.revision) for config in self.configs]
         if any(config.reward is None for config in self.configs):
             raise RequestError(
                 "answers are compared by their rewards: give --reward a reward model, the URL of a service, or a function"
             )
-        if len(paths) > len({*paths}):
-            raise RequestError(f"--against names {paths[0]}, which is the model itself: name another policy")
+        if len(models) > len({*models}):
+            raise RequestError(
+                f"--against names {self.configs[1].model.path}, which is the model itself: name another policy"
+            )
+        for key in OF_A_CHOICE:
+            if getattr(self.configs[0], key) != GenerateConfig.model_fields[key].default:
+                raise RequestError(f"{key} is about rows to train on, and evaluate writes none: remove it")
         for k in self.pass_at:
             if not 1 <= k <= self.configs[0].samples:
                 raise RequestError(
@@ -65,11 +73,7 @@ def evaluate_policies(
     missing that the same call would sample.
     """
     evaluation.check()
-    output.check()
-    page = OutputFile(
-        output.path.with_suffix(".html"), "the page beside --output", output.overwrite, reads=output.reads
-    )
-    page.check()
+    page = check_output(output)
     names = [config.model.path for config in evaluation.configs]
     kept = answer_files(output.path)[: len(names)]
     for config, place, path in zip(evaluation.configs, places, kept, strict=False):
@@ -80,6 +84,25 @@ def evaluate_policies(
     output.write(json.dumps(as_json(report, kept), indent=1, ensure_ascii=False) + "\n")
     page.write(as_page(report, answers))
     return report
+
+
+def check_output(output: OutputFile) -> OutputFile:
+    """Refuse an output that cannot be written, or whose page beside it cannot; returns the page."""
+    path = output.path.with_suffix(".html")
+    if path == output.path:
+        raise RequestError(
+            f"--output {path} is where the page goes: name a .json file for the figures, and the page lies beside it"
+        )
+    page = OutputFile(path, "the page beside --output", output.overwrite, reads=output.reads)
+    output.check()
+    page.check()
+    return page
+
+
+def _whole(path: str) -> str:
+    """A directory by its only name; the id of a hub as it is."""
+    place = expand_home(path)
+    return str(place.resolve()) if place.exists() else path
 
 
 def answer_files(output: Path) -> list[Path]:

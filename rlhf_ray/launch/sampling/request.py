@@ -70,6 +70,12 @@ def other_reward(reward: str, overrides: Sequence[str] = ()) -> ServeConfig | Re
     apply_overrides(document, texts)
     parsed = parse(RewardConfig, document.values.get("reward", {}))
     problems = [*document.problems, *(f"reward.{key}: {problem}" for key, problem in parsed.problems)]
+    given = document.values.get("reward", {})
+    problems += [
+        f"reward.{key}: it is about the prompts of a training step: remove it"
+        for key in ("on_failure", "max_dropped_share")
+        if isinstance(given, dict) and key in given
+    ]
     others = sorted(key for key in document.values if key != "reward")
     problems += [f"{key}: a service or a function has keys of reward alone: remove it" for key in others]
     problems += [f"{key}: {text}" for key, text in (source_files("reward", parsed.config) if not problems else ())]

@@ -7,6 +7,7 @@ A sample without a reward, of then or of now, is counted and compared with none.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from rlhf_ray.trainers.ppo.rewards import RemoteScorer, make_function_source
 SAMPLES_PER_CALL = 512
 MOST_CHANGED = 10
 """Prompts that are shown."""
+MOST_REASONS = 3
 SHOWN = 60
 """Characters of a prompt that are shown."""
 
@@ -131,6 +133,11 @@ def compare(rescored: Sequence[Rescored]) -> RescoreReport:
         "pairs": float(pairs),
         "flipped": flipped / pairs if pairs else None,
     }
+    if not known:
+        raise ScoringError(
+            f"nothing to compare: of {len(rescored)} samples none has both rewards ({_reasons(rescored)}): mend the other "
+            "reward, or name samples that had a reward"
+        )
     most = sorted((one for one in changes if one.flipped), key=lambda one: (-one.flipped, one.group))
     return RescoreReport({name: value for name, value in figures.items() if value is not None}, most, rescored)
 
@@ -176,12 +183,26 @@ def print_report(report: RescoreReport) -> None:
     say(
         table("another reward", ("figure", "value"), [(name, f"{value:.4g}") for name, value in report.figures.items()])
     )
+    if report.figures["without_reward"]:
+        say(f"without a reward: {_reasons(report.rescored)}")
     if report.changed:
         rows = [
             (one.group, f"{one.flipped} of {one.ordered}", on_one_line(one.prompt)[-SHOWN:])
             for one in report.changed[:MOST_CHANGED]
         ]
         say(table("prompts whose answers change places", ("prompt", "pairs flipped", "its end"), rows))
+
+
+def _reasons(rescored: Sequence[Rescored]) -> str:
+    """Why samples have no reward, the most frequent reasons first."""
+    why = Counter(
+        "it had none before" if one.before is None else on_one_line(one.error or "no reason was given")
+        for one in rescored
+        if one.before is None or one.now is None
+    )
+    said = [f"{number} because {reason}" for reason, number in why.most_common(MOST_REASONS)]
+    rest = why.total() - sum(number for _, number in why.most_common(MOST_REASONS))
+    return "; ".join([*said, *([f"{rest} for other reasons"] if rest else [])])
 
 
 def write_rescored(report: RescoreReport, output: OutputFile) -> None:

@@ -50,7 +50,7 @@ def choose(prompts: Sequence[AnsweredPrompt], choice: Choice) -> tuple[list[Row]
 def _possible(prompt: AnsweredPrompt, choice: Choice, left_out: Counter[str]) -> list[Answer]:
     kept = []
     for answer in prompt.answers:
-        reason = _why_not(answer, choice)
+        reason = why_not(answer, choice)
         if reason:
             left_out[reason] += 1
         else:
@@ -58,7 +58,8 @@ def _possible(prompt: AnsweredPrompt, choice: Choice, left_out: Counter[str]) ->
     return kept
 
 
-def _why_not(answer: Answer, choice: Choice) -> str:
+def why_not(answer: Answer, choice: Choice) -> str:
+    """Why an answer becomes no row; empty where it may."""
     if not answer.response.strip():
         return EMPTY
     if not answer.finished and not choice.keep_cut:
@@ -117,8 +118,10 @@ def _beside(prompt: AnsweredPrompt) -> Row:
 
 def _label(answer: Answer, condition: str, rewards: Sequence[float]) -> str:
     reward = _reward(answer)
-    below = bisect.bisect_left(rewards, reward)
-    return condition.format(reward=reward, decile=1 + below * DECILES // len(rewards))
+    others = (
+        bisect.bisect_right(rewards, reward) - 1
+    )  # that are no better: the best are in the last decile, however many they are
+    return condition.format(reward=reward, decile=1 + others * DECILES // len(rewards))
 
 
 def _conditioned(prompt: str | Sequence[Mapping[str, Any]], label: str) -> str | list[Mapping[str, Any]]:

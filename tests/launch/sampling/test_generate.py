@@ -161,27 +161,30 @@ class Failing:
         return Pending.done([bad if sample.sample_index == 1 else ScoreResult.of(1.0) for sample in samples])
 
 
-@pytest.mark.parametrize(("fault", "code"), [("item", 0), ("source", 1)])
-def test_an_answer_without_a_reward_says_why_and_a_source_that_fails_stops_the_job(
+@pytest.mark.parametrize("on_failure", ["drop", "stop"])
+@pytest.mark.parametrize("fault", ["item", "source"])
+def test_an_answer_without_a_reward_is_kept_with_its_reason_or_stops_the_job(
     fault: str,
-    code: int,
+    on_failure: str,
     policy: Path,
     prompts: Callable[[int], Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = tmp_path / "rows.jsonl"
-    source = (
-        f"reward={{source: 'tests.launch.sampling.test_generate:Failing', parameters: {{fault: {fault}}}, hold_s: 0}}"
-    )
-    assert generate(policy, prompts(4), output, "--samples", "2", source) == code
-    assert "it has no idea" in (
-        json.dumps(rows_of(tmp_path / "rows.answers.jsonl")) if code == 0 else capsys.readouterr().err
-    )
-    if code == 0:
-        assert len(rows_of(output)) == 4
+    """As in PPO, whoever is at fault: one that was kept would never be scored again."""
+    output, source = tmp_path / "rows.jsonl", "tests.launch.sampling.test_generate:Failing"
+    reward = f"reward={{source: '{source}', parameters: {{fault: {fault}}}, hold_s: 0, on_failure: {on_failure}}}"
+    code = generate(policy, prompts(4), output, "--samples", "2", reward)
+    if on_failure == "drop":
+        assert code == 0 and len(rows_of(output)) == 4
         assert [each.error for one in answered(output) for each in one.answers] == [None, "it has no idea"] * 4
+        assert generate(policy, prompts(4), output, "--samples", "2", reward, "--overwrite") == 0
+        assert "4 have no reward, such as: it has no idea" in capsys.readouterr().err, (
+            "and it is said when they are read again"
+        )
     else:
+        said = capsys.readouterr().err
+        assert code == 1 and "it has no idea" in said and "set reward.on_failure to drop" in said
         assert not output.exists() and answered(output) == []
 
 
