@@ -71,7 +71,8 @@ def measure(quick: bool = False) -> Figures:
             f"GRPO of a Llama of 14M parameters with spans, Ray's metrics and two trackers against without: two runs that take "
             f"turns at their steps, each step beside the same one of the other run; median of {len(plain)} pairs, a step takes "
             f"{median(step.seconds for step in plain):.3f} s; in processor seconds of all processes, those of waiting "
-            f"for the other run included, {processor_share:+.2%}; the mean of all pairs lies within {low:+.2%} and {high:+.2%} (95 %)",
+            f"for the other run included, {processor_share:+.2%}; the mean of all pairs lies within {low:+.2%} and {high:+.2%} "
+            "(95 %)",
         ),
         "watching.alarms_share_of_a_core": Figure(
             look_s / EVERY_S, "share", False,

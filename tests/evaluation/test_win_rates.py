@@ -130,7 +130,7 @@ def test_a_policy_that_wins_by_length_alone_loses_its_lead_and_one_that_is_bette
 def test_where_one_policy_always_wins_the_rate_is_near_one_and_finite():
     meetings = Meetings(np.ones(200), np.linspace(-5, 5, 200), np.arange(200), 200)
     found = length_controlled_win_rate(meetings)
-    assert 0.99 < found.rate < 1.0 and found.interval[1] < 1.0
+    assert 0.99 < found.rate < 1.0 and found.interval[1] <= 1.0
     separated = Meetings((np.arange(200) >= 100).astype(float), np.arange(-100.0, 100.0), np.arange(200), 200)
     assert length_controlled_win_rate(separated).rate == pytest.approx(0.5, abs=0.1)
 
@@ -161,3 +161,14 @@ def test_a_regression_that_does_not_converge_is_said(monkeypatch):
     monkeypatch.setattr(win_rates, "ROUNDS", 1)
     with pytest.raises(NumericalError, match="did not converge in 1 rounds"):
         length_controlled_win_rate(longer_wins(50, effect=1.0, quality=1.0))
+
+
+@pytest.mark.parametrize("reward", [1.0, -1.0, 0.0])
+def test_a_rate_without_any_exception_is_as_uncertain_as_its_number_of_prompts(reward):
+    """Drawing prompts again shows nothing, whatever their lengths: twenty wins of twenty are no 100 % of all prompts."""
+    random = np.random.default_rng(0)
+    lengths = [([one], [other]) for one, other in random.integers(10, 90, (20, 2))]
+    meetings = met([([reward], [0.0])] * 20, lengths)
+    plain, controlled = paired_win_rate(meetings), length_controlled_win_rate(meetings)
+    assert controlled.interval[0] <= plain.interval[0] and plain.interval[1] <= controlled.interval[1]
+    assert controlled.interval[1] - controlled.interval[0] > 0.15

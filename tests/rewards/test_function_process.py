@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
+from rlhf_ray.errors import ScoringError
 from rlhf_ray.processes import progress
 from rlhf_ray.rewards.function_process import FunctionProcess
+from rlhf_ray.rewards.functions import Columns
 
 ROOT = Path(__file__).parents[2]
 FUNCTION = """
@@ -69,3 +72,24 @@ def test_a_function_that_is_imported_slowly_again_after_a_death_is_waited_for_by
     function.close()
     assert ["exit code 3" in str(outcome) for outcome in outcomes] == [True, True]
     assert longest < 1.0, "it counts as a driver that hangs"
+
+
+def test_a_function_that_was_closed_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a call of another thread is inside: it fails, and its next try starts nothing that nobody would end."""
+    (tmp_path / "functions.py").write_text(FUNCTION)
+    monkeypatch.chdir(tmp_path)
+    function, ended = FunctionProcess("functions.py:hangs", 600.0), list[object]()
+    call: Columns = {"responses": ["text"], "prompts": ["text"], "labels": [None]}
+    thread = threading.Thread(target=lambda: ended.extend(function.run([call])), daemon=True)
+    thread.start()
+    deadline, inside = time.monotonic() + 60, tmp_path / "inside"
+    while not (inside.exists() and inside.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = {child.pid for child in psutil.Process().children()}
+    function.close()
+    thread.join(30)
+    assert len(ended) == 1, "the call has failed, at once"
+    with pytest.raises(ScoringError, match="after it was closed"):
+        function.run([call])
+    assert {child.pid for child in psutil.Process().children()} < children

@@ -170,6 +170,7 @@ def test_an_answer_without_a_reward_is_kept_with_its_reason_or_stops_the_job(
     prompts: Callable[[int], Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    project_log: io.StringIO,
 ) -> None:
     """As in PPO, whoever is at fault: one that was kept would never be scored again."""
     output, source = tmp_path / "rows.jsonl", "tests.launch.sampling.test_generate:Failing"
@@ -179,7 +180,7 @@ def test_an_answer_without_a_reward_is_kept_with_its_reason_or_stops_the_job(
         assert code == 0 and len(rows_of(output)) == 4
         assert [each.error for one in answered(output) for each in one.answers] == [None, "it has no idea"] * 4
         assert generate(policy, prompts(4), output, "--samples", "2", reward, "--overwrite") == 0
-        assert "4 have no reward, such as: it has no idea" in capsys.readouterr().err, (
+        assert "4 have no reward, such as: it has no idea" in project_log.getvalue(), (
             "and it is said when they are read again"
         )
     else:

@@ -206,6 +206,14 @@ def test_a_reward_model_judges_one_policy_alone(
          "--pass-at 4 is undefined for 2 answers to a prompt: raise --samples, or lower it"),
         (["MODEL", "--against", "MODEL", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE"],
          "which is the model itself: name another policy"),
+        (["MODEL", "--against", "AGAIN", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE"],
+         "which is the model itself: name another policy"),
+        (["MODEL", "--prompts", "PROMPTS", "--output", "PAGE", "--reward", "JUDGE"], "where the page goes: name a .json file"),
+        (["MODEL", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE", "--chosen-key", "best"],
+         "--chosen-key has no effect without --data: remove it"),
+        (["MODEL", "--data", "PROMPTS", "--config", "generate"], "--config has no effect without --prompts: remove it"),
+        (["MODEL", "select=best", "samples=2", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE"],
+         "select is about rows to train on, and evaluate writes none: remove it"),
         (["MODEL", "--against", "nowhere", "--prompts", "PROMPTS", "--output", "OUT", "--reward", "JUDGE"], "nowhere"),
         (["MODEL", "--prompts", "PROMPTS", "--output", "PROMPTS", "--reward", "JUDGE"], "is a file that this command reads"),
     ],
@@ -215,7 +223,9 @@ def test_a_wrong_request_is_told_in_a_sentence(
     words: list[str], problem: str, policy: Path, prompts: Callable[[int], Path], judge: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    names = {"MODEL": str(policy), "PROMPTS": str(prompts(2)), "OUT": str(tmp_path / "out.json"), "JUDGE": judge}
+    (tmp_path / "link").symlink_to(policy)
+    names = {"AGAIN": str(tmp_path / "link") + "/", "PAGE": str(tmp_path / "figures.html")}
+    names |= {"MODEL": str(policy), "PROMPTS": str(prompts(2)), "OUT": str(tmp_path / "out.json"), "JUDGE": judge}
     more = ["--in-process", *SETTINGS] if "--output" in words else []
     assert main(["evaluate", *(names.get(word, word) for word in words), *more]) == 2
     said = capsys.readouterr().err

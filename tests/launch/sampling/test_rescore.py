@@ -12,7 +12,7 @@ import pytest
 import rlhf_ray
 from rlhf_ray.cli.main import main
 from rlhf_ray.config.loading import dump_config, load_config
-from rlhf_ray.launch.sampling.rescore import Rescored, compare, read_samples
+from rlhf_ray.launch.sampling.rescore import Rescored, _reasons, compare, read_samples
 from rlhf_ray.rewards.sample import TextSample
 from rlhf_ray.runs.directory import RunDirectory
 from rlhf_ray.trainers.ppo.metrics import _beside
@@ -122,3 +122,38 @@ def test_a_reward_that_is_not_there_is_one_sentence(
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert main(["rescore", str(tmp_path / "none"), "--reward", FUNCTION]) == 2
+
+
+def nothing_finite(responses: list[str], **_: Any) -> list[float]:
+    """A reward function none of whose rewards is a number."""
+    return [float("nan") for _ in responses]
+
+
+def test_a_reward_that_scores_nothing_is_a_failure_with_its_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with_samples(tmp_path, {1: [{"prompt": "P", "prompt_id": 1, "response": "a", "score": 0.0}]})
+    assert main(["rescore", str(run.path), "--reward", "tests.launch.sampling.test_rescore:nothing_finite"]) == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "of 1 samples none has both rewards (1 because" in said and "not a finite number" in said
+    assert "Traceback" not in said
+
+
+def test_samples_without_a_reward_are_reported_with_their_reasons() -> None:
+    samples = [
+        *(Rescored("g", sample("a"), 1.0, None, "it is too long") for _ in range(3)),
+        Rescored("g", sample("b"), None, 2.0),
+        Rescored("g", sample("c"), 1.0, 2.0),
+    ]
+    assert _reasons(samples) == "3 because it is too long; 1 because it had none before"
+    assert compare(samples).figures["without_reward"] == 4.0
+
+
+@pytest.mark.parametrize("key", ["on_failure=drop", "max_dropped_share=0.5"])
+def test_a_key_of_training_steps_is_refused(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_with_samples(tmp_path, {1: [{"prompt": "P", "prompt_id": 1, "response": "a", "score": 0.0}]})
+    assert main(["rescore", str(run.path), f"reward.{key}", "--reward", FUNCTION]) == 2
+    assert (
+        f"reward.{key.partition('=')[0]}: it is about the prompts of a training step: remove it"
+        in capsys.readouterr().err
+    )

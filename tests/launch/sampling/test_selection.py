@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.evaluation import top_k_of_n_kl
 from rlhf_ray.launch.sampling.answers import Answer, AnsweredPrompt
+from rlhf_ray.launch.sampling.figures import kl_of_choice
 from rlhf_ray.launch.sampling.selection import ALIKE, CUT, EMPTY, UNSCORED, Choice, choose
 
 TALK = [{"role": "user", "content": "Hello?"}]
@@ -118,3 +121,25 @@ def test_a_line_gives_back_what_was_written() -> None:
         prompt(answer("x", 0.0), asked=TALK, tools=TOOLS, template_variables={"a": 1}, label=["4"], source="s"),
     ]:
         assert AnsweredPrompt.of_line(json.loads(each.line())) == each
+
+
+def test_the_best_of_tied_answers_are_in_the_last_tenth() -> None:
+    """A policy that learned on such rows is asked for the last tenth, so that there have to be rows of it."""
+    prompts = [prompt(answer("a", float(reward >= 3)), number=reward) for reward in range(10)]
+    rows, _ = choose(prompts, Choice(condition="{decile}", scored=True))
+    assert [row["prompt"] for row in rows] == [f"{tenth}Say." for tenth in [3] * 3 + [10] * 7]
+
+
+def test_the_kl_of_a_choice_is_that_of_the_answers_it_chose_among() -> None:
+    whole = [prompt(*(answer(f"a{place}", float(place)) for place in range(4)), number=number) for number in range(3)]
+    best, top = Choice("best", scored=True), Choice("top-k", 2, scored=True)
+    assert kl_of_choice(whole, best) == pytest.approx(math.log(4) - 3 / 4)
+    assert kl_of_choice(whole, Choice("all", scored=True)) == 0.0
+    assert kl_of_choice(whole, Choice("worst-best", scored=True)) is None
+    cut = [prompt(*(answer(f"a{place}", float(place), finished=place < 1) for place in range(4)))]
+    assert kl_of_choice(cut, Choice("all", scored=True)) is None, "answers that end are answers of another policy"
+    assert kl_of_choice(cut, replace(best, keep_cut=True)) == kl_of_choice(whole, best)
+    assert kl_of_choice(cut, top) == pytest.approx(top_k_of_n_kl(1, 4)), "one is left, which was picked out of four"
+    unscored = [prompt(answer("a", 1.0), answer("b", 2.0), answer("c"), answer("d"))]
+    assert kl_of_choice(unscored, best) == pytest.approx(math.log(2) - 1 / 2), "it was picked out of two"
+    assert kl_of_choice([*whole, *unscored], best) == pytest.approx((3 * (math.log(4) - 0.75) + math.log(2) - 0.5) / 4)
