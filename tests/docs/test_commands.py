@@ -103,7 +103,7 @@ def check_call(words: Sequence[str]) -> None:
         flags = {"host": parsed.host, "port": parsed.port, "token_file": parsed.token_file}
         options = [f"{key}={value}" for key, value in flags.items() if value is not None]
         load_config("serve", [*options, *parsed.overrides])
-    elif "config" in parsed and getattr(parsed, "resume", None) is None:
+    elif getattr(parsed, "config", None) is not None and getattr(parsed, "resume", None) is None:
         check_config(parsed.config, parsed.overrides, getattr(parsed, "kind", None))
 
 

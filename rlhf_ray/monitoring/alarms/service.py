@@ -18,7 +18,7 @@ NAMESPACE = "rlhf_scoring"
 """Before every name of the service; ``other_pages.py`` has the names."""
 JOB = "rlhf_ray_service"
 """The job of Prometheus that reads the pages of services, in ``deploy/monitoring/prometheus.yml``."""
-DOWN_S, RECENT_S, FAILING_S, SLOW_S = 60, 600, 120, 300
+DOWN_S, RECENT_S, FAILING_S, SLOW_S = 45, 600, 120, 300
 SLOW_FROM_S = 10.0
 ENOUGH = 20
 """Requests, of which 5 % are one."""

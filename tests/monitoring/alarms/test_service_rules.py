@@ -70,7 +70,7 @@ CASES: Mapping[str, tuple[dict[str, str], Mapping[int, set[str]]]] = {
         {300: set(), 330: set(), 600: set(), 930: set(), 990: {"ServiceDown"}, 1500: {"ServiceDown"}},
     ),
     "never there": (
-        {f'up{{job="{JOB}", {SERVICE}}}': "_x10 0x169"}, {120: set(), 150: set(), 180: {"ServiceDown"}, 900: {"ServiceDown"}},
+        {f'up{{job="{JOB}", {SERVICE}}}': "_x10 0x169"}, {120: set(), 150: {"ServiceDown"}, 900: {"ServiceDown"}},
     ),
     "new, and not there for a scrape": (
         {f'up{{job="{JOB}", {SERVICE}}}': "_x11 0x1 1x160"}, {120: set(), 150: set(), 300: set()},
