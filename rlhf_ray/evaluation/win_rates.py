@@ -114,12 +114,13 @@ def length_controlled_win_rate(meetings: Meetings, seed: int = 0) -> ControlledW
     """Return the win rate that answers of equal length would have (Dubois et al. 2024, AlpacaEval 2).
 
     A logistic regression of the outcome on ``tanh(difference in length / its standard deviation)``, whose intercept is the
-    log-odds at no difference. The paper's term for how hard an instruction is for both is fitted over a whole leaderboard, and
-    has no counterpart between two policies: it is left out.
+    log-odds at no difference; in the deviation too a prompt counts as one. The paper's term for how hard an instruction is for
+    both is fitted over a whole leaderboard, and has no counterpart between two policies: it is left out.
     """
-    spread = float(meetings.longer.std())
-    longer = np.tanh(meetings.longer / spread) if spread > 0 else np.zeros_like(meetings.longer)
     weights = meetings.weights
+    middle = np.average(meetings.longer, weights=weights)
+    spread = float(np.sqrt(np.average((meetings.longer - middle) ** 2, weights=weights)))
+    longer = np.tanh(meetings.longer / spread) if spread > 0 else np.zeros_like(meetings.longer)
     fitted = _fit(meetings.wins, longer, weights[None, :])
     ((intercept, effect),) = fitted
     rate = float(_sigmoid(intercept))

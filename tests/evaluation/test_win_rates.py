@@ -57,6 +57,19 @@ def test_a_prompt_with_many_answers_counts_as_much_as_one_with_one():
     assert rate.rate == 0.5
 
 
+def test_more_of_the_same_answers_to_a_prompt_change_no_rate_and_no_interval():
+    """Neither of one prompt among others: in how far lengths differ it counts as one too."""
+    pairs, lengths = [([1.0, 0.0], [0.0]), ([0.0], [1.0]), ([1.0], [0.0])], [([10, 50], [9]), ([20], [30]), ([5], [70])]
+    few, many = (
+        met(pairs, lengths),
+        met([(pairs[0][0] * 20, [0.0] * 3), *pairs[1:]], [([10, 50] * 20, [9] * 3), *lengths[1:]]),
+    )
+    controlled, same = length_controlled_win_rate(few), length_controlled_win_rate(many)
+    assert (controlled.rate, *controlled.interval) == pytest.approx((same.rate, *same.interval), abs=1e-6)
+    assert controlled.length_effect == pytest.approx(same.length_effect, abs=1e-6)
+    assert paired_win_rate(few).interval == pytest.approx(paired_win_rate(many).interval)
+
+
 @settings(deadline=None, max_examples=25)
 @given(PROMPTS, st.integers(0, 100))
 def test_swapping_the_policies_turns_every_rate_around(pairs, seed):
@@ -87,8 +100,10 @@ def test_at_equal_lengths_the_controlled_rate_is_the_plain_one(share):
 
 def slow_fit(meetings: Meetings) -> tuple[float, float]:
     """The same regression by another method: torch's LBFGS over the penalised likelihood, meeting by meeting."""
-    x = torch.tanh(torch.tensor(meetings.longer / meetings.longer.std()))
     y, weight = torch.tensor(meetings.wins), torch.tensor(meetings.weights)
+    longer = torch.tensor(meetings.longer)
+    middle = (weight * longer).sum() / meetings.prompts
+    x = torch.tanh(longer / ((weight * (longer - middle).square()).sum() / meetings.prompts).sqrt())
     parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
