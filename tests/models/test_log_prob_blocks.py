@@ -144,3 +144,50 @@ def test_a_pass_without_gradients_gives_the_bits_of_one_with_them(monkeypatch: p
     for most in (KEPT, AGAIN):
         monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", most)
         assert torch.equal(head(hidden, targets, 0.7, True)[0], before)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 10, 600])
+def test_the_gradient_of_a_weight_in_half_precision_is_rounded_at_most_once_a_block(
+    monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """Also of the target that every token has; and in more than two blocks once in all, or the sum would stand still."""
+    tokens, chance = 600, 0.75
+    layer = nn.Linear(2, VOCABULARY, bias=False)
+    logit = torch.tensor(chance / (1 - chance) * (VOCABULARY - 1)).log()
+    layer.weight = nn.Parameter(torch.zeros(VOCABULARY, 2).index_fill(0, torch.tensor(3), float(logit)).bfloat16())
+    hidden = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).repeat(tokens, 1)
+    monkeypatch.setattr(log_prob_blocks, "BLOCK_BYTES", -(-tokens // blocks) * VOCABULARY * 4)
+    given = torch.ones(tokens)
+    given[::7] = -0.5
+    mine, _ = LogProbHead.around(layer, None)(hidden, torch.full((tokens,), 3))
+    exact, _ = naive(hidden, layer.weight, None, torch.full((tokens,), 3), 1.0, None)
+    found, expected = (
+        torch.autograd.grad(numbers, layer.weight, given.to(numbers.dtype))[0].double() for numbers in (mine, exact)
+    )
+    half = torch.finfo(torch.bfloat16).eps / 2
+    # One rounding of each probability and of each factor, which is the same one for all tokens, and one of each sum.
+    assert torch.allclose(found[:, 0], expected[:, 0], rtol=(3 + min(blocks, 3)) * half, atol=0.0)
+    assert not found[:, 1].any()
+
+
+@pytest.mark.parametrize("most", [KEPT, AGAIN])
+@pytest.mark.parametrize("fp32", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_in_half_precision_every_gradient_is_near_the_exact_one_where_tokens_come_again(
+    monkeypatch: pytest.MonkeyPatch, most: int, fp32: bool, blocks: int
+) -> None:
+    monkeypatch.setattr(log_prob_blocks, "KEPT_BYTES", most)
+    monkeypatch.setattr(log_prob_blocks, "BLOCK_BYTES", -(-TOKENS // blocks) * VOCABULARY * (4 if fp32 else 2))
+    head, hidden, _ = case(torch.bfloat16, scale=1.0)
+    head.fp32 = fp32
+    targets = torch.tensor([7, 7, 49, 0, 7, 12] * 4)[:TOKENS]
+    given = torch.randn(TOKENS)
+    for temperature in (1.0, 0.6):
+        mine, _ = head(hidden, targets, temperature)
+        exact, _ = naive(hidden, head.weight, None, targets, temperature, None)
+        found = torch.autograd.grad(mine, (hidden, head.weight), given)
+        expected = torch.autograd.grad(exact, (hidden, head.weight), given.double())
+        for own, theirs in zip(found, expected, strict=True):
+            assert own.dtype == torch.bfloat16
+            error = (own.double() - theirs.double()).norm(dim=-1) / theirs.double().norm(dim=-1)
+            assert float(error.max()) < (0.01 if fp32 else 0.02)
