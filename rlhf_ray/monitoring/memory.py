@@ -204,9 +204,13 @@ class MemorySampler:
         return self.peak
 
     def last(self) -> MemoryUse:
-        """End the thread, measure once more, and return the peak: a run may end before its ranks have answered a first time."""
+        """End the thread, measure once more, and return the peak: a run may end before its ranks have answered a first time.
+
+        Where the thread does not end in time, another measurement would wait for the same, and nothing more is measured.
+        """
         self.stop()
-        self._measure(LAST_WAIT_S)
+        if not self._thread.is_alive():
+            self._measure(LAST_WAIT_S)
         return self.peak
 
     @property

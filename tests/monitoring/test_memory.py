@@ -7,13 +7,14 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 import time
 from mmap import PAGESIZE
 from multiprocessing.shared_memory import SharedMemory
 
 import pytest
 
-from rlhf_ray.monitoring import MemorySampler, memory_use
+from rlhf_ray.monitoring import MemorySampler, memory, memory_use
 from rlhf_ray.monitoring.memory import MemoryUse, TreeMemory, process_tree
 
 CHILD = """
@@ -128,3 +129,22 @@ def test_the_last_question_is_given_longer_than_the_others() -> None:
     assert "elsewhere" not in sampler.stop().by_node
     assert sampler.last().by_node["elsewhere"] == 1000.0
     assert max(waits[:-1]) <= 2.0, "what is asked while a run goes on does not hold up its figures"
+
+
+def test_a_measurement_that_hangs_does_not_hold_up_the_end_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "JOIN_S", 0.05)
+    asked, hangs, over = list[str](), threading.Event(), threading.Event()
+
+    def elsewhere(wait_s: float) -> list[TreeMemory]:
+        asked.append(threading.current_thread().name)
+        if len(asked) > 1:
+            hangs.set()
+            over.wait(20.0)
+        return []
+
+    sampler = MemorySampler(interval_s=0.01, elsewhere=elsewhere).start()
+    assert hangs.wait(20.0)
+    began = time.monotonic()
+    assert sampler.last() == sampler.history[0][1]
+    assert time.monotonic() - began < 10.0 and asked[1:] == ["memory sampler"]
+    over.set()
