@@ -128,6 +128,7 @@ UPDATES = {
     "plain": (0.01, 2, False, 1e9),
     "clipped": (100.0, 2, False, 1e9),
     "infinite": (1e38, 2, False, 1e9),
+    "finite, but not its square": (1e20, 2, False, 1e9),
     "skipped": (1.0, 2, True, 1e9),
     "refused by its norm": (9.0, 2, False, 0.5),
     "without one parameter": (0.1, 1, False, 1e9),
@@ -150,7 +151,10 @@ def updates_of(engine: Engine) -> tuple[list[Any], list[torch.Tensor], Operators
         with Operators() as operators:
             applied = engine.apply(skip, limit)
         counted.append(operators)
-        said.append((applied.skipped, applied.grad_norm, applied.refused_norm))
+        optimizer = engine._deepspeed.optimizer
+        gradients = [one.grad for group in (*optimizer.fp16_groups, *optimizer.fp32_groups) for one in group]
+        assert gradients == [None] * 8, "none is held until the next update, or added to it"
+        said.append((applied.skipped, applied.grad_norm, applied.refused_norm, optimizer.loss_scale_config.cur_iter))
         held += bits(engine)
     return said, held, counted[0]
 
@@ -170,7 +174,7 @@ def test_a_step_in_fewer_passes_gives_the_bits_of_deepspeeds_own() -> None:
         results.append(updates_of(engine))
         engine.close()
     (said, held, their_operators), (mine, mine_held, operators) = results
-    assert [skipped for skipped, _, _ in said] == [False, False, True, True, True, False]
+    assert [skipped for skipped, *_ in said] == [False, False, True, True, True, True, False]
     assert said == mine and same_bits(held, mine_held)
     aten = torch.ops.aten
     assert their_operators.counts[aten.amax.default] == 4, "DeepSpeed looks for NaN as it did"

@@ -54,6 +54,18 @@ def test_a_certain_token_is_drawn_by_every_number() -> None:
     assert draw(given.expand(3, -1), numbers).tolist() == [BLOCK + 4] * 3
 
 
+def test_rare_tokens_behind_a_likely_one_are_not_lost_in_the_sum() -> None:
+    """64 blocks of tokens, each of 2**-26 together: less than fp32 can add to a number near 1."""
+    rare, blocks = 2.0**-20, 64
+    given = torch.full((1, (1 + blocks) * BLOCK), rare / (blocks * BLOCK), dtype=torch.float64)
+    given[0, :BLOCK] = torch.zeros(BLOCK)
+    given[0, 0] = 1.0 - rare
+    numbers = 1.0 - rare * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = draw(given.log().float().expand(1000, -1), numbers)
+    # exp in fp32 rounds the likely one by 2**-24, four of these blocks.
+    assert len({token // BLOCK for token in drawn.tolist()}) >= blocks - 5
+
+
 def test_a_row_with_a_generator_draws_the_same_whatever_is_beside_it() -> None:
     given = log_probs(1000, rows=6)
 
@@ -65,6 +77,8 @@ def test_a_row_with_a_generator_draws_the_same_whatever_is_beside_it() -> None:
     torch.rand(7)
     assert of([5, 3, 0]) == [alone[5], alone[3], alone[0]]
     assert len({*torch.stack([uniform(4, {}) for _ in range(2)]).flatten().tolist()}) == 8
+    for numbers in (uniform(50, {}), uniform(1, {0: torch.Generator()})):
+        assert bool((numbers * 2**24 % 1).any()), "finer than a probability in fp32 may be"
 
 
 def test_vllm_calls_its_sampler_as_before_and_gets_the_log_probs_that_it_would_have_made() -> None:
