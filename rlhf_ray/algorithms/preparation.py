@@ -5,7 +5,7 @@ token rewards, estimate advantages, whiten the advantages. Whitening covers all 
 
 Invariants:
 
-- The reward of a turn of an environment stands at the last action of the turn, unless scores are spread.
+- The reward of a turn of an environment, or of a step of an answer, stands at its last action, unless scores are spread.
 - The batch that is handed in does not change. The one that comes back has the columns ``token_rewards``, ``advantages`` and
   ``importance_weights``, and with a critic ``returns``, all of them 0 at every token that is not an action.
 - A NaN in a score, a log-prob or a value at an action reaches the advantages, so that the ranks vote against the update

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rlhf_ray.pending import Pending
-from rlhf_ray.rewards.functions import Columns, Failure, Outcome, RewardFunction, accepted_columns, run_calls
+from rlhf_ray.rewards.functions import Columns, Failure, Outcome, Reward, RewardFunction, accepted_columns, run_calls
 from rlhf_ray.rewards.request import Fault, ScoreResult
 from rlhf_ray.rewards.sample import TextSample
+from rlhf_ray.rewards.steps.placement import SteppedResult
 
 FAILED_ALONE = 3
 """Give the rest of a call up after so many of its samples have failed alone."""
@@ -48,8 +49,10 @@ class InThisProcess:
 class FunctionSource:
     """The rewards that a function returns, in calls of ``samples_per_call`` samples, or of all samples where it is None."""
 
-    def __init__(self, name: str, caller: Caller, samples_per_call: int | None = None) -> None:
+    def __init__(self, name: str, caller: Caller, samples_per_call: int | None = None, *, steps: bool = False) -> None:
+        """``steps`` says whether the function may give rewards of steps."""
         self.name = name
+        self.steps = steps
         self.caller = caller
         self.samples_per_call = samples_per_call
         self.reads = "text and labels"
@@ -71,7 +74,7 @@ class FunctionSource:
         """Results of a call that ended in ``failure``, from calls of one sample each."""
         if len(call) == 1:
             return [self._result(failure)]
-        alone: list[float | Failure] = []
+        alone: list[Reward | Failure] = []
         for sample in call:
             (outcome,) = self.caller.run([self._columns([sample])])
             alone.append(outcome if isinstance(outcome, Failure) else outcome[0])
@@ -79,11 +82,15 @@ class FunctionSource:
                 return [self._result(failure)] * len(call)
         return [self._result(one) for one in alone]
 
-    def _result(self, outcome: float | Failure) -> ScoreResult:
+    def _result(self, outcome: Reward | Failure) -> ScoreResult:
+        if isinstance(outcome, tuple) and not self.steps:
+            outcome = Failure(
+                "returned a list for an answer: return a number, or set reward.steps if these are its steps"
+            )
         if isinstance(outcome, Failure):
             fault: Fault = "source" if outcome.may_pass else "model"
             return ScoreResult.failed(f"reward function {self.name} {outcome.reason}", fault=fault)
-        return ScoreResult.of(outcome)
+        return SteppedResult.of_steps(outcome) if isinstance(outcome, tuple) else ScoreResult.of(outcome)
 
     def _columns(self, samples: Sequence[TextSample]) -> dict[str, list[Any]]:
         values: dict[str, list[Any]] = {

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.errors import RequestError
+from rlhf_ray.rewards.steps.placement import Steps
 from rlhf_ray.transient import may_pass
 from rlhf_ray.user_code import load_object
 
@@ -36,8 +37,10 @@ class Failure:
     may_pass: bool = False
 
 
-Outcome = list[float | Failure] | Failure
-"""How one call ended: for each of its samples a finite number or why there is none; or one failure for all."""
+Reward = float | Steps
+"""Of one sample: a finite number, or the ends and rewards of its steps."""
+Outcome = list[Reward | Failure] | Failure
+"""How one call ended: for each of its samples its reward or why there is none; or one failure for all."""
 Report = Callable[[int, Outcome], None]
 """Takes the number of a call and its outcome."""
 
@@ -102,7 +105,23 @@ def read_returned(returned: Any, count: int) -> Outcome:
         return Failure(f"returned {_short(returned)} for {count} samples, not a list of numbers")
     if len(values) != count:
         return Failure(f"returned {len(values)} rewards for {count} samples")
-    return [_number(value) for value in values]
+    return [_steps(value) if isinstance(value, list | tuple) else _number(value) for value in values]
+
+
+def _steps(value: Sequence[Any]) -> Steps | Failure:
+    """The steps of one sample: pairs of an end and a reward."""
+    steps = []
+    for pair in value:
+        parts = tuple(pair) if isinstance(pair, list | tuple) else ()
+        if len(parts) != 2 or isinstance(parts[0], bool) or not isinstance(parts[0], numbers.Integral):
+            return Failure(
+                f"returned {_short(value)}, which is not a finite number, nor a list of steps (characters to its end, reward)"
+            )
+        reward = _number(parts[1])
+        if isinstance(reward, Failure):
+            return reward
+        steps.append((int(parts[0]), reward))
+    return tuple(steps)
 
 
 def _number(value: Any) -> float | Failure:

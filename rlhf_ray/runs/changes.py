@@ -180,7 +180,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "reference.engine.optimizer": _OPTIMIZER,
     "reference.resources": _RESOURCES,
     "reference.placement": _PLACEMENT,
-    "SCORING": {**_SCORING, **_same(REWARD, "mixture", "weight", "gate", "floor"),
+    "SCORING": {**_SCORING, **_same(REWARD, "mixture", "weight", "gate", "floor", "steps"),
                 **_same(FREE, "on_failure", "hold_s", "max_dropped_share")},
     "SCORING.model": _SCORING_MODEL,
     "SCORING.model.make": _same(REWARD, "shape", "tokenizer_from", "vocabulary", "seed"),

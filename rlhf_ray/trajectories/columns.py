@@ -225,9 +225,9 @@ COLUMNS: Mapping[str, Column] = MappingProxyType(
             "tokens",
             torch.float32,
             "score",
-            "What the environment gave for a turn, at the last action of the turn, and 0 elsewhere; NaN where it failed. The "
-            "score of an episode is their sum.",
-            "`environments/episodes.py`, where there is an environment",
+            "What the environment gave for a turn, at the last action of the turn, and 0 elsewhere; NaN where it failed. Or "
+            "what a step of the answer got, at the last token of the step. The score is their sum.",
+            "`environments/episodes.py` with an environment, `trainers/ppo/experience.py` with `reward.steps: sum`",
         ),
         "turns": Column(
             "sequences",

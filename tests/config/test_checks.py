@@ -267,6 +267,8 @@ CASES = [
      "reward.mixture: every term has weight 0, so that all answers have one reward: give one a weight"),
     ("ppo", ["reward={mixture: {right: {function: gsm8k}}, floor: -1.0}"],
      "reward.floor: -1 is the reward where a gate is not passed, and no term has one: remove it"),
+    ("ppo", ["reward={function: gsm8k, steps: sum}"],
+     "reward.steps: sum is for a function or a source of your own, which gives steps: set one, or remove it"),
     ("ppo", ["reward={judge: {model: m, rubric: Good.}}"], "reward.judge.url: missing"),
     ("ppo", ["reward={judge: {url: 'api.openai.com', model: m, rubric: Good.}}"],
      "reward.judge.url: 'api.openai.com' is not the address of an endpoint: write one such as https://api.openai.com/v1"),

@@ -94,7 +94,8 @@ def test_numbers_of_all_kinds_are_numbers(returned: Any) -> None:
 def test_what_is_no_finite_number_is_an_error_of_its_sample_alone(bad: Any) -> None:
     results = score(source_of(lambda responses: [1.0, bad, 3.0]))
     assert raws(results) == [1.0, None, 3.0]
-    assert errors(results)[1] == f"reward function f returned {bad!r}, which is not a finite number"
+    steps = ", nor a list of steps (characters to its end, reward)" if isinstance(bad, list) else ""
+    assert errors(results)[1] == f"reward function f returned {bad!r}, which is not a finite number{steps}"
 
 
 @pytest.mark.parametrize(

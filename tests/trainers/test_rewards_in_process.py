@@ -7,7 +7,7 @@ the policy's; figures come for each source; all that is logged stands in the glo
 from __future__ import annotations
 
 import json
-from itertools import product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +199,36 @@ def test_averaged_weights_score_as_one_model_and_every_member_is_an_input(tmp_pa
         lines[0]["reward/learned"] != lines[1]["reward/learned"] and (run.averages / "reward" / "config.json").exists()
     )
     assert not any(name.startswith("reward_term") for name in lines[0]) and unexplained(run) == set()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "last"])
+def test_rewards_of_steps_stand_at_their_tokens(tmp_path: Path, reduction: str) -> None:
+    """The KL coefficient is 0, so that the token rewards are those of the steps alone."""
+    path = rows(tmp_path, "one")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("\ndef letters(responses):\n    return [[(end, float(end)) for end in range(1, len(text) + 1)] or [(0, 0.5)]"
+                   " for text in responses]\n")  # fmt: skip
+    reward = f"{{function: '{tmp_path / 'mine.py'}:letters', steps: {reduction}}}"
+    config, run = start(tmp_path, path, reward, "monitoring.samples_per_log=12")
+    train_ppo(config, run, None, place=ThisProcess(config.cluster))
+    lines = run.metrics.read()
+    samples = [json.loads(line) for line in sorted(run.samples.iterdir())[0].read_text().splitlines()]
+    checked = exact = 0
+    for sample in samples:
+        length = len(sample["response"])
+        wanted = sum(range(1, length + 1)) if reduction == "sum" else length
+        wanted = wanted or 0.5
+        given, texts = sample["tokens"]["token_rewards"], sample["tokens"]["text"]
+        assert sum(given) == pytest.approx(wanted, abs=1e-3) and sample["score"] == pytest.approx(wanted)
+        if "".join(texts) == sample["response"] and reduction == "sum":
+            ends = list(accumulate(map(len, texts), initial=0))
+            assert given == pytest.approx([sum(range(one + 1, two + 1)) for one, two in pairwise(ends)])
+            exact += 1
+        assert reduction == "sum" or [number for number in given if number] == pytest.approx([wanted])
+        checked += length > 1
+    assert (
+        checked > 3
+        and (exact > 3 or reduction == "last")
+        and unexplained(run) == set()
+        and lines[0]["reward/learned"] > 0
+    )

@@ -327,6 +327,9 @@ class RewardConfig(RewardSourceConfig):
     """Terms by their names; the metric ``reward_term/NAME`` is the mean of each."""
     floor: float = 0.0
     """The reward where a gate of the mixture is not passed."""
+    steps: Literal["sum", "min", "last"] | None = None
+    """What becomes of the rewards of the steps of an answer: ``sum`` leaves each at the end of its step, with the others the
+    answer has one. Null: answers have one reward."""
     on_failure: Literal["drop", "stop"] | None = None
     """Whether a prompt without a reward is left out of the step, or ends the run. Null: left out with a judge, else the end."""
     hold_s: NonNegativeFloat = 100.0
@@ -369,6 +372,13 @@ class RewardConfig(RewardSourceConfig):
                 "",
                 "set exactly one of model (a reward model), ensemble (several), function (Python), url (a scoring backend), "
                 f"source (Python), judge (a language model) and mixture{suffix}",
+            )
+        if self.steps is not None and (
+            (self.source is None and self.function is None) or self.function in (*SHIPPED_FUNCTIONS, FROM_ENVIRONMENT)
+        ):
+            yield (
+                "steps",
+                f"{self.steps} is for a function or a source of your own, which gives steps: set one, or remove it",
             )
         if self.mixture and all(term.weight == 0.0 and term.gate is not None for term in self.mixture.values()):
             yield "mixture", "every term has weight 0, so that all answers have one reward: give one a weight"

@@ -404,4 +404,4 @@ def _identity(reward: RewardConfig) -> dict[str, Any]:
             },
         }
         for key, source in reward.sources.items()
-    } | {"floor": reward.floor}
+    } | {"floor": reward.floor, "steps": reward.steps}

@@ -27,6 +27,7 @@ from rlhf_ray.rewards.mixture import MixedResult
 from rlhf_ray.rewards.request import ScoreResult
 from rlhf_ray.rewards.sample import TextSample, text_sample
 from rlhf_ray.rewards.source import RewardSource, score_or_hold
+from rlhf_ray.rewards.steps.placement import SteppedResult, step_tokens
 from rlhf_ray.trainers.ppo.roles import Groups, Schedules
 from rlhf_ray.trajectories.batch import FinishReason, TrajectoryBatch
 from rlhf_ray.trajectories.columns import ROUTED
@@ -141,7 +142,27 @@ class Experience:
             left = scored.select(kept)
             return self.gather(rest, prompts, step=step, phase=phase, scored=left, old_log_probs=old_log_probs)
         columns |= {name: torch.tensor(values) for name, values in score_columns(results).items()}
+        columns |= self.step_columns(trajectories, prompts, scored)
         return trajectories.with_columns(**columns), schedules, samples
+
+    def step_columns(
+        self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt], scored: ScoredSamples
+    ) -> dict[str, torch.Tensor]:
+        """The rewards of steps at their tokens, as the column ``turn_rewards``; nothing where answers have one reward."""
+        if not any(isinstance(result, SteppedResult) for result in scored.results):
+            return {}
+        rewards = torch.zeros(trajectories.num_tokens)
+        for start, sample, result in zip(trajectories.offsets.tolist(), scored.samples, scored.results, strict=False):
+            assert isinstance(result, SteppedResult), "all results come from one source"
+            first = len(prompts[sample.prompt_id].token_ids)
+            try:
+                places = step_tokens(result.steps, sample.response, sample.token_ids[first:], self.tokenizer)
+            except ValueError as error:
+                where = f"sample {sample.sample_index} of prompt {sample.prompt_id}"
+                raise ScoringError(f"the steps of {where} have no tokens: {error}; set reward.steps to last") from error
+            for place, (_, reward) in zip(places, result.steps, strict=True):
+                rewards[start + first + place] += reward
+        return {"turn_rewards": rewards}
 
     def score_trajectories(
         self, trajectories: TrajectoryBatch, prompts: Mapping[int, TokenizedPrompt]

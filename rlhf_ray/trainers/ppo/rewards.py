@@ -34,6 +34,7 @@ from rlhf_ray.rewards.judge.source import Judge, JudgeSource
 from rlhf_ray.rewards.mixture import EnsembleSource, MixtureSource, Part, Term
 from rlhf_ray.rewards.request import ScoreRequest, ScoreResult
 from rlhf_ray.rewards.source import ModelSource, RewardSource, Scorer, compares
+from rlhf_ray.rewards.steps.source import SteppedSource
 from rlhf_ray.rewards.user_source import make_user_source
 from rlhf_ray.world.gold import world_arithmetic, world_gold
 
@@ -141,13 +142,17 @@ def make_reward_source(
         named = {f"model_{name.rpartition('.')[2]}": model for name, model in models.items()}
         return EnsembleSource(named, source.reduction, source.k)
 
+    def stepped(source: RewardSource) -> RewardSource:
+        return source if config.reward.steps is None else SteppedSource(source, config.reward.steps)
+
     def make_source(key: str, source: RewardSourceConfig) -> RewardSource:
         if source.function == FROM_ENVIRONMENT:
             return EnvironmentSource()
         if source.function is not None:
-            return Recorded(key, make_function_source(source.function, source, cleanup))
+            function = make_function_source(source.function, source, cleanup, steps=config.reward.steps is not None)
+            return Recorded(key, stepped(function))
         if source.source is not None:
-            return Recorded(key, make_user_source(key, source, policy.tokenizer, cleanup))
+            return Recorded(key, stepped(make_user_source(key, source, policy.tokenizer, cleanup)))
         if source.judge is not None:
             return Recorded(key, make_judge(key, source, judges))
         if source.url is None:
@@ -183,13 +188,15 @@ def _ends_alike(policy: ChatFormat, reads: Mapping[str, Any]) -> bool:
     return bool(reads["end_token"] == (policy.ending.token if talks else policy.tokenizer.eos_token))
 
 
-def make_function_source(name: str, settings: RewardSourceConfig, cleanup: ExitStack) -> FunctionSource:
+def make_function_source(
+    name: str, settings: RewardSourceConfig, cleanup: ExitStack, *, steps: bool = False
+) -> FunctionSource:
     """The function ``name`` as a source: one of this project runs in this process, a user's in a process of its own."""
     if name in SHIPPED:
         return FunctionSource(name, InThisProcess(name, SHIPPED[name], settings.timeout_s), settings.samples_per_call)
     process = FunctionProcess(name, settings.timeout_s)
     cleanup.callback(process.close)
-    return FunctionSource(name, process, settings.samples_per_call)
+    return FunctionSource(name, process, settings.samples_per_call, steps=steps)
 
 
 def _check_forms(key: str, description: Mapping[str, Any], forms: Collection[Form]) -> None:
