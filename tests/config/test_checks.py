@@ -85,9 +85,11 @@ CASES = [
     ("dpo", ["loss={name: kto, length_normalised: true}", "batch={answers_per_update: 8}"],
      "loss.length_normalised: KTO compares sums of log-probabilities by definition: remove it"),
     ("dpo", ["loss.name=kto"],
-     "batch.pairs_per_update: loss.name kto reads single answers with labels: set batch.answers_per_update instead"),
+     "batch.pairs_per_update: loss.name kto reads single answers with labels: set batch.answers_per_update instead, and "
+     "batch.pairs_per_update=null"),
     ("dpo", ["batch={answers_per_update: 8}"],
-     "batch.answers_per_update: loss.name sigmoid reads pairs: set batch.pairs_per_update instead"),
+     "batch.answers_per_update: loss.name sigmoid reads pairs: set batch.pairs_per_update instead, and "
+     "batch.answers_per_update=null"),
     ("dpo", ["batch.answers_per_update=8"], "batch: set exactly one of pairs_per_update (pairs) and answers_per_update"),
     ("dpo", ["policy.ranks=9"], "policy.ranks: 9 ranks cannot share 8 (batch.pairs_per_update)"),
     ("dpo", ["data.max_tokens=2049"],
